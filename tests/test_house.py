@@ -1,0 +1,158 @@
+"""What a user installs: one import name, four dependencies, typed, quick to import, the same from any folder."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("actors", "config", "engine", "ops", "persistence")
+IMPORT_BUDGET_S = 0.100
+
+# Building and installing fetch packages; the other tests' limit is for code that waits for nobody.
+pytestmark = pytest.mark.timeout(300)
+
+
+def _run(*command: str | Path, cwd: Path) -> str:
+    """Run a command without this test run's import path; return what it printed, fail with what it complained."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "COV", "PIP_USER"))}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # From a copy: setuptools packs what an earlier build left in `build/lib`, and a test leaves nothing in the tree.
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    target = tmp_path_factory.mktemp("wheel")
+    _run(sys.executable, "-m", "build", "--wheel", "--outdir", target, source, cwd=source)
+    (built,) = target.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def fresh_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the interpreter of a new environment that has the wheel and what it requires, and nothing else."""
+    home = tmp_path_factory.mktemp("venv")
+    _run(sys.executable, "-m", "venv", home, cwd=home)
+    python = home / "bin" / "python"
+    _run(python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", wheel, cwd=home)
+    return python
+
+
+def _files(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_installs_no_top_level_name_but_scopestate(wheel: Path) -> None:
+    top = {name.split("/")[0] for name in _files(wheel)}
+
+    assert {name for name in top if not name.endswith(".dist-info")} == {"scopestate"}
+
+
+def test_the_wheel_holds_every_source_file_under_its_import_name(wheel: Path) -> None:
+    expected = set()
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            inside = file.relative_to(ROOT / package).as_posix()
+            expected.add(f"scopestate/{inside}" if package == "engine" else f"scopestate/{package}/{inside}")
+
+    assert {name for name in _files(wheel) if name.endswith(".py")} == expected
+
+
+def test_the_wheel_is_typed_and_brings_the_default_configuration(wheel: Path) -> None:
+    assert {"scopestate/py.typed", "scopestate/config/engine.yaml"} <= set(_files(wheel))
+
+
+def test_the_wheel_carries_its_licence(wheel: Path) -> None:
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in _files(wheel))
+
+
+def test_the_base_install_requires_exactly_four_packages(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    required = metadata.get_all("Requires-Dist", [])
+
+    base = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in required if "extra ==" not in line}
+
+    assert base == {"msgspec", "pykka", "pyyaml", "watchdog"}
+
+
+def test_each_dependency_has_its_reason_written_down(project: dict[str, Any]) -> None:
+    reasons = (ROOT / "docs" / "design" / "0002-dependencies.md").read_text(encoding="utf-8")
+    tables = "\n".join(line for line in reasons.splitlines() if line.startswith("|"))
+    listed = [*project["project"]["dependencies"]]
+    for extra in project["project"]["optional-dependencies"].values():
+        listed.extend(extra)
+    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in listed} - {"scopestate"}
+
+    assert {name for name in names if name not in tables} == set()
+
+
+def test_a_fresh_install_works_from_any_folder(fresh_python: Path, tmp_path: Path) -> None:
+    program = "from scopestate import Engine\nwith Engine() as e: e.set('s', 'k', 1); print(e.get('s', 'k'))"
+
+    assert _run(fresh_python, "-W", "error", "-c", program, cwd=tmp_path) == "1\n"
+
+
+def test_a_fresh_install_works_from_the_repository_root(fresh_python: Path) -> None:
+    # Here the folders `config/`, `ops/`, ... come first on the import path; nothing of ours may go for them.
+    program = (
+        "import sys, scopestate, scopestate.config\n"
+        "from scopestate import Engine\n"
+        "with Engine() as e: e.set('s', 'k', 1)\n"
+        "assert 'site-packages' in scopestate.config.__file__, scopestate.config.__file__\n"
+        f"print(sorted(set(sys.modules) & set({PACKAGES!r})))"
+    )
+
+    assert _run(fresh_python, "-W", "error", "-c", program, cwd=ROOT) == "[]\n"
+
+
+def test_a_fresh_install_leaves_the_common_names_free(fresh_python: Path, tmp_path: Path) -> None:
+    program = f"import importlib.util as u; print([n for n in {PACKAGES!r} if u.find_spec(n)])"
+
+    assert _run(fresh_python, "-c", program, cwd=tmp_path) == "[]\n"
+
+
+def test_the_import_loads_no_optional_library(fresh_python: Path, tmp_path: Path) -> None:
+    program = "import sys, scopestate; print(sorted({'redis', 'websockets', 'numpy', 'pandas'} & set(sys.modules)))"
+
+    assert _run(fresh_python, "-c", program, cwd=tmp_path) == "[]\n"
+
+
+def test_import_costs_at_most_a_tenth_of_a_second(fresh_python: Path, tmp_path: Path) -> None:
+    def best(program: str) -> float:
+        """Return the quickest of several runs, in seconds: noise only ever adds."""
+        taken = []
+        for _ in range(7):
+            began = time.perf_counter()
+            _run(fresh_python, "-c", program, cwd=tmp_path)
+            taken.append(time.perf_counter() - began)
+        return min(taken)
+
+    best("import scopestate")  # compiles what is not compiled yet
+
+    assert best("import scopestate") - best("pass") <= IMPORT_BUDGET_S
