@@ -1,0 +1,81 @@
+"""The functions that an engine can call, by id."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from scopestate.errors import FunctionNotFound, InvalidRegistration
+
+
+class Function(msgspec.Struct, frozen=True):
+    """A registered function: called with one payload, plain or `async`."""
+
+    function_id: str
+    target: Callable[[Any], Any]
+    loop: asyncio.AbstractEventLoop | None = None
+    """The event loop that its coroutines run on: the one running at registration; None: the engine's own."""
+    description: str | None = None
+    builtin: bool = False
+
+    @property
+    def is_async(self) -> bool:
+        """True if calling it makes a coroutine."""
+        return is_async(self.target)
+
+
+class Functions:
+    """Function id -> function. Methods may be called from any thread; a look-up takes no lock."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Function] = {}
+
+    def add(self, function: Function) -> None:
+        """Register; the same id again replaces. Raises InvalidRegistration for a built-in id or a bad target."""
+        function_id = function.function_id
+        if not isinstance(function_id, str) or not function_id:
+            raise InvalidRegistration(f"a function id is a non-empty string, not {function_id!r:.80}")
+        if not callable(function.target):
+            raise InvalidRegistration(f"function {function_id!r} is not callable: {function.target!r:.80}")
+        known = self._by_id.get(function_id)
+        if known is not None and known.builtin:
+            raise InvalidRegistration(f"{function_id!r} is built in and cannot be replaced: choose another id")
+        self._by_id[function_id] = function
+
+    def remove(self, function_id: str) -> None:
+        """Unregister. Raises FunctionNotFound, and InvalidRegistration for a built-in."""
+        if self.get(function_id).builtin:
+            raise InvalidRegistration(f"{function_id!r} is built in and cannot be unregistered")
+        if self._by_id.pop(function_id, None) is None:
+            raise FunctionNotFound(function_id)
+
+    def get(self, function_id: str) -> Function:
+        """Return the function. Raises FunctionNotFound."""
+        try:
+            return self._by_id[function_id]
+        except (KeyError, TypeError):
+            raise FunctionNotFound(function_id) from None
+
+    def all(self) -> list[Function]:
+        """Return every function, built-in ones first, in order of registration."""
+        return list(self._by_id.values())
+
+
+def is_async(target: Callable[..., Any]) -> bool:
+    """True if calling `target` makes a coroutine: an `async def`, a partial of one, an object with an async call."""
+    while isinstance(target, functools.partial):
+        target = target.func
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None))
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that is running on this thread, if any."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -1,0 +1,342 @@
+"""The actor that delivers one trigger's events to its function."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from scopestate.actors.functions import Functions
+from scopestate.actors.limits import Limits
+from scopestate.actors.loops import Continue, LoopThread, OnLoop, Pending
+from scopestate.actors.reply import Reply
+from scopestate.actors.results import StateEvent
+from scopestate.actors.scope import event_depth
+from scopestate.actors.turn import BATCH, HOLDER, TurnActor
+from scopestate.errors import EventNotDelivered, HandlerTimeout
+
+if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher
+
+log = logging.getLogger("scopestate.triggers")
+
+_NOBODY: Final = -1
+"""Stands in the claim while a delivery waits without a thread; no thread has this id."""
+
+LONGEST_BACKOFF_S: Final = 60.0
+
+
+class Trigger(msgspec.Struct, frozen=True):
+    """What a trigger watches and calls. Source: reference, "Trigger Type: state"."""
+
+    trigger_id: str
+    function_id: str
+    scope: str | None = None
+    """Exact scope; None: every scope."""
+    key: str | None = None
+    """Exact key; None: every key."""
+    condition_function_id: str | None = None
+    """Asked first, with the event; only `false` skips the handler."""
+
+
+class DeliveryFailure(msgspec.Struct, frozen=True):
+    """Why an event did not do its work at a trigger, as the `on_error` and `on_dead_letter` hooks receive it."""
+
+    trigger_id: str
+    function_id: str
+    """The function that failed: the handler, or the condition."""
+    event: StateEvent
+    error: BaseException
+    attempt: int
+    """1 for the first attempt; 0 if none was made."""
+    final: bool
+    """True if the event is not tried again."""
+
+
+class Barrier:
+    """Passes through every handler's mailbox behind the events that are there; arrives when all have let it through."""
+
+    def __init__(self, handlers: list[HandlerActor], reply: Reply[None]) -> None:
+        self.handlers = tuple(handlers)
+        self._waiting = dict.fromkeys(handlers)
+        self._guard = threading.Lock()
+        self._reply = reply
+        if not handlers:
+            reply.set()
+
+    def arrive(self, handler: HandlerActor) -> None:
+        """Note that `handler` has done everything that came before."""
+        with self._guard:
+            self._waiting.pop(handler, None)
+            if self._waiting or self._reply.done:
+                return
+        self._reply.set()
+
+    def missing(self) -> list[str]:
+        """Ids of the triggers whose handlers have not let it through yet."""
+        with self._guard:
+            return [handler.trigger.trigger_id for handler in self._waiting]
+
+
+class HandlerServices:
+    """What the handlers of one engine share."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        functions: Functions,
+        limits: Limits,
+        loop_thread: LoopThread,
+        report: Callable[[DeliveryFailure], None],
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.functions = functions
+        self.limits = limits
+        self.loop_thread = loop_thread
+        self.report = report
+        self.made_room: Callable[[], None] = lambda: None
+        """Called after each batch of deliveries; set by the router."""
+
+
+class HandlerActor(TurnActor):
+    """Delivers events to one trigger's function, one at a time, in the order in which they came.
+
+    A slow, failing or hung function holds up this trigger alone. While a coroutine runs or a retry waits, the actor
+    stays claimed but keeps no thread.
+    """
+
+    def __init__(self, trigger: Trigger, services: HandlerServices) -> None:
+        super().__init__(services.dispatcher)
+        # A deque, unlike other mailboxes: with `drop_oldest` the router takes events out at the front.
+        self._mailbox: deque[Any] = deque()  # type: ignore[assignment]
+        self._services = services
+        self._deadline: float | None = None
+        self._watched = False
+        self._overdue = False
+        self.trigger = trigger
+        """May be replaced by one with the same filters; applies from the next event."""
+        self.active = True
+        """False once unregistered: events that wait are dropped."""
+        self.delivered = self.skipped = self.failed = self.retried = self.dropped = self.timeouts = 0
+        self.current: StateEvent | None = None
+        """The event being delivered."""
+
+    @property
+    def name(self) -> str:
+        return f"handler of trigger {self.trigger.trigger_id!r}"
+
+    def depth(self) -> int:
+        """Events that wait."""
+        return len(self._mailbox)
+
+    def is_overdue(self) -> bool:
+        """True while a plain function runs past its time limit."""
+        return self._overdue and self._deadline is not None
+
+    def offer(self, event: StateEvent) -> None:
+        """Queue an event, within the mailbox's bound. Called by the router's turn alone."""
+        mailbox, limits = self._mailbox, self._services.limits
+        if len(mailbox) >= limits.handler_mailbox:
+            if limits.handler_when_full == "reject":
+                self._drop(event, "the mailbox of its handler is full and handler_when_full is reject")
+                return
+            if limits.handler_when_full == "drop_oldest":
+                self._drop_oldest()
+        mailbox += (event,)
+        self.wake()
+
+    # -------------------------------------------------------------------------------------------------- delivery
+
+    def run_batch(self) -> None:
+        self._scheduled = False
+        me = get_ident()
+        if self._claim.setdefault(HOLDER, me) == me:
+            self._drain()
+
+    def on_receive(self, message: Any) -> Any:
+        raise TypeError(f"a handler takes events from its router, not {message!r:.80}")
+
+    def _drain(self, delivery: Coroutine[Pending, Any, None] | None = None, value: Any = None, error: Any = None) -> None:
+        """Deliver what waits, a batch at most; runs claimed, and keeps the claim while a delivery is pending."""
+        mailbox = self._mailbox
+        for _ in range(BATCH):
+            if delivery is None:
+                try:
+                    item = mailbox.popleft()
+                except IndexError:
+                    break
+                if type(item) is Barrier:
+                    item.arrive(self)
+                    continue
+                if not self.active:
+                    self.dropped += 1
+                    continue
+                self.current = item
+                event_depth.set(item.depth + 1)
+                delivery = self._deliver(item)
+            else:
+                event_depth.set(self.current.depth + 1 if self.current else 0)
+            try:
+                pending = delivery.send(value) if error is None else delivery.throw(error)
+            except StopIteration:
+                delivery = value = error = self.current = None
+                continue
+            event_depth.set(0)
+            self._claim[HOLDER] = _NOBODY
+            pending.start(self._continuation(delivery))
+            return
+        event_depth.set(0)
+        del self._claim[HOLDER]
+        self.wake()
+        self._services.made_room()
+
+    def _continuation(self, delivery: Coroutine[Pending, Any, None]) -> Continue:
+        def go_on_here(value: Any, error: BaseException | None) -> None:
+            self._claim[HOLDER] = get_ident()
+            self._drain(delivery, value, error)
+
+        # The outcome comes on an event loop's or the timer's thread, which must not run user code.
+        return lambda value, error: self._dispatcher.submit(lambda: go_on_here(value, error))
+
+    async def _deliver(self, event: StateEvent) -> None:
+        """Condition, then handler, with retries. A hand-driven coroutine: awaits Pending things only, never raises."""
+        trigger, limits = self.trigger, self._services.limits
+        if trigger.condition_function_id is not None:
+            try:
+                verdict = await self._call(trigger.condition_function_id, event)
+            except BaseException as error:
+                self._report(trigger.condition_function_id, event, error, attempt=1, final=True)
+                return
+            if verdict is False:
+                self.skipped += 1
+                return
+        for attempt in itertools.count(1):
+            try:
+                await self._call(trigger.function_id, event)
+            except BaseException as error:
+                final = attempt >= limits.handler_attempts or isinstance(error, HandlerTimeout) or not self.active
+                self._report(trigger.function_id, event, error, attempt=attempt, final=final)
+                if final:
+                    return
+                self.retried += 1
+                await _Later(self._dispatcher, min(limits.handler_backoff_s * 2 ** (attempt - 1), LONGEST_BACKOFF_S))
+            else:
+                self.delivered += 1
+                return
+
+    async def _call(self, function_id: str, event: StateEvent) -> Any:
+        services = self._services
+        function = services.functions.get(function_id)
+        timeout_s = services.limits.handler_timeout_s
+        if timeout_s and not function.is_async:
+            result = self._call_watched(function.target, function_id, event, timeout_s)
+        else:
+            result = function.target(event)
+        if result is None or not hasattr(result, "__await__"):
+            return result
+        try:
+            return await OnLoop(result, function.loop or services.loop_thread.get(), timeout_s)
+        except TimeoutError as error:
+            self.timeouts += 1
+            raise HandlerTimeout(function_id, timeout_s) from error
+
+    def _report(self, function_id: str, event: StateEvent, error: BaseException, *, attempt: int, final: bool) -> None:
+        if isinstance(error, HandlerTimeout) and self._overdue:
+            return  # reported when it became overdue
+        if final:
+            self.failed += 1
+        self._services.report(DeliveryFailure(self.trigger.trigger_id, function_id, event, error, attempt, final))
+
+    # --------------------------------------------------------------------------------------- overdue plain functions
+
+    def _call_watched(self, target: Callable[[Any], Any], function_id: str, event: StateEvent, timeout_s: float) -> Any:
+        """Call a plain function that nothing can stop: if it is overdue that is reported at once, while it runs on."""
+        self._overdue = False
+        self._deadline = self._dispatcher.monotonic() + timeout_s
+        if not self._watched:
+            # One timer per handler follows the deadline, instead of one per event.
+            self._watched = True
+            self._dispatcher.call_later(timeout_s, self._look_at_deadline)
+        try:
+            result = target(event)
+        except BaseException as error:
+            if self._overdue:
+                raise HandlerTimeout(function_id, timeout_s) from error
+            raise
+        finally:
+            self._deadline = None
+        if self._overdue:
+            raise HandlerTimeout(function_id, timeout_s)
+        return result
+
+    def _look_at_deadline(self) -> None:
+        deadline, event = self._deadline, self.current
+        if deadline is None or event is None:
+            self._watched = False
+            return
+        left_s = deadline - self._dispatcher.monotonic()
+        if left_s > 0:
+            self._dispatcher.call_later(left_s, self._look_at_deadline)
+            return
+        self._watched = False
+        self.timeouts += 1
+        error = HandlerTimeout(self.trigger.function_id, self._services.limits.handler_timeout_s)
+        self._report(self.trigger.function_id, event, error, attempt=1, final=True)
+        self._overdue = True
+
+    # ---------------------------------------------------------------------------------------------- events not tried
+
+    def _drop_oldest(self) -> None:
+        mailbox = self._mailbox
+        for _ in range(len(mailbox)):
+            try:
+                item = mailbox.popleft()
+            except IndexError:
+                return
+            if type(item) is not Barrier:
+                self._drop(item, "newer events came while its handler's mailbox was full (handler_when_full: drop_oldest)")
+                return
+            mailbox += (item,)
+
+    def _drop(self, event: StateEvent, reason: str) -> None:
+        self.dropped += 1
+        error = EventNotDelivered(
+            f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} reached no handler: {reason}"
+        )
+        self._services.report(
+            DeliveryFailure(self.trigger.trigger_id, self.trigger.function_id, event, error, attempt=0, final=True)
+        )
+
+    def abandon(self, reason: str) -> int:
+        """Report every event that still waits as not delivered; return how many. For a closing engine."""
+        mailbox, abandoned = self._mailbox, 0
+        while True:
+            try:
+                item = mailbox.popleft()
+            except IndexError:
+                return abandoned
+            if type(item) is Barrier:
+                item.arrive(self)
+            elif self.active:
+                abandoned += 1
+                self._drop(item, reason)
+
+
+class _Later:
+    """A pause without a thread."""
+
+    def __init__(self, dispatcher: Dispatcher, delay_s: float) -> None:
+        self._dispatcher = dispatcher
+        self._delay_s = delay_s
+
+    def __await__(self) -> Generator[_Later, Any, None]:
+        yield self
+
+    def start(self, go_on: Continue) -> None:
+        self._dispatcher.call_later(self._delay_s, lambda: go_on(None, None))

@@ -1,0 +1,149 @@
+"""What calls return and what handlers receive: JSON bytes inside, decoded when first read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Literal
+
+import msgspec
+
+from scopestate.ops import OpError
+from scopestate.ops.values import decode
+
+EventType = Literal["state:created", "state:updated", "state:deleted"]
+
+_UNREAD: Final = object()
+
+
+class SetResult(msgspec.Struct, frozen=True, eq=False):
+    """Result of `set`. Reference: `old_value`, `new_value`."""
+
+    old_json: bytes | None
+    """The previous value as JSON, or None if the key did not exist."""
+    new_json: bytes
+    """The new value as JSON."""
+
+    @property
+    def old_value(self) -> Any:
+        """The previous value, a fresh copy at each reading; None if the key did not exist or held null."""
+        return None if self.old_json is None else decode(self.old_json)
+
+    @property
+    def new_value(self) -> Any:
+        """The new value, a fresh copy at each reading."""
+        return decode(self.new_json)
+
+    @property
+    def created(self) -> bool:
+        """True if the key did not exist before; tells that apart from an old value of null."""
+        return self.old_json is None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as `call` returns it and as it goes over the wire."""
+        return {"old_value": self.old_value, "new_value": self.new_value}
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.to_json() == other.to_json()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((self.old_json, self.new_json))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.to_json().items())
+        return f"{type(self).__name__}({fields})"
+
+
+class UpdateResult(SetResult, frozen=True, eq=False):
+    """Result of `update`. Reference: `old_value`, `new_value`, `errors`."""
+
+    errors: tuple[OpError, ...] = ()
+    """One entry for each op that was refused; the others are applied all the same (SEMANTICS, section 3)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as `call` returns it; `errors` is left out when there are none."""
+        plain = {"old_value": self.old_value, "new_value": self.new_value}
+        if self.errors:
+            plain["errors"] = msgspec.to_builtins(self.errors)
+        return plain
+
+
+class StateEvent(msgspec.Struct, eq=False, weakref=True):
+    """One change, as handlers and conditions receive it: attributes, and a mapping of the reference's six fields.
+
+    Source: reference, "State Event Payload". `sequence`, `existed` and `depth` are attributes beside the six.
+    """
+
+    event_type: EventType
+    """What happened. A delete of a missing key is `state:deleted` too (SEMANTICS, section 2): see `existed`."""
+    scope: str
+    key: str
+    old_json: bytes | None
+    """The previous value as JSON, or None if the key did not exist."""
+    new_json: bytes | None
+    """The new value as JSON, or None for a delete."""
+    sequence: int
+    """Number of this write in its scope: 1, 2, 3, ... It does not go back over a restart of a store."""
+    depth: int = 0
+    """0 for a write from outside; 1 for a write made by a handler of such an event, and so on."""
+    _old: Any = _UNREAD
+    _new: Any = _UNREAD
+
+    @property
+    def type(self) -> Literal["state"]:
+        """Always "state"."""
+        return "state"
+
+    @property
+    def old_value(self) -> Any:
+        """The previous value, or None if there was none."""
+        if self._old is _UNREAD:
+            self._old = None if self.old_json is None else decode(self.old_json)
+        return self._old
+
+    @property
+    def new_value(self) -> Any:
+        """The new value; None for a delete."""
+        if self._new is _UNREAD:
+            self._new = None if self.new_json is None else decode(self.new_json)
+        return self._new
+
+    @property
+    def existed(self) -> bool:
+        """True if the key existed before: a delete with `existed` false removed nothing."""
+        return self.old_json is not None
+
+    def copy(self) -> StateEvent:
+        """The same event with values of its own, so that one handler's changes to them reach no other."""
+        return StateEvent(
+            self.event_type, self.scope, self.key, self.old_json, self.new_json, self.sequence, self.depth
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The six fields as a plain dict, with values of their own."""
+        return dict(self.copy())
+
+    def __getitem__(self, field: str) -> Any:
+        if field in _EVENT_FIELDS:
+            return getattr(self, field)
+        raise KeyError(field)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_EVENT_FIELDS)
+
+    def __len__(self) -> int:
+        return len(_EVENT_FIELDS)
+
+    # The rest of the mapping protocol, from the standard library; a Struct cannot inherit from an ABC.
+    __contains__ = Mapping.__contains__
+    __eq__ = Mapping.__eq__
+    get = Mapping.get
+    items = Mapping.items
+    keys = Mapping.keys
+    values = Mapping.values
+
+    __hash__ = None  # type: ignore[assignment]  # equal to a dict, so as unhashable as one
+
+
+_EVENT_FIELDS: Final = ("type", "event_type", "scope", "key", "old_value", "new_value")
+
+Mapping.register(StateEvent)

@@ -1,0 +1,233 @@
+"""The actor that hands events to the handlers whose triggers match."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from scopestate.actors.handler import Barrier, DeliveryFailure, HandlerActor, HandlerServices, Trigger
+from scopestate.actors.results import StateEvent
+from scopestate.actors.turn import TurnActor
+from scopestate.errors import EventLoopDetected, InvalidRegistration, Overloaded
+
+log = logging.getLogger("scopestate.triggers")
+
+BATCH = 256
+"""Events routed before the worker thread looks after other actors."""
+
+Bucket = dict[int, HandlerActor]
+"""Handlers with the same filters, by number of registration."""
+
+
+class HandlerFull(Exception):
+    """A handler must catch up before this write: wait for `TriggerRouter.when_room`, then try again.
+
+    It never leaves the engine.
+    """
+
+
+class TriggerRouter(TurnActor):
+    """Matches scope and key filters, and passes events on to handler actors.
+
+    A scope looks up its triggers within the turn that writes, so the point is exact: a trigger sees every write whose
+    turn begins after `register` has returned, and none that begins after `unregister` has (SEMANTICS, section 8.7).
+    A write that matches nothing costs that look-up and no more. What matches is left in this actor's mailbox in the
+    order of the scope's writes, and its turns, on worker threads, fan it out to the handlers.
+    """
+
+    def __init__(self, services: HandlerServices) -> None:
+        super().__init__(services.dispatcher)
+        self._services = services
+        services.made_room = self.made_room
+        self._guard = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._by_id: dict[str, tuple[int, HandlerActor]] = {}
+        self._by_scope: dict[str, dict[str | None, Bucket]] = {}
+        self.anywhere: dict[str | None, Bucket] = {}
+        """Key filter (None: every key) -> handlers of the triggers without a scope filter."""
+        self._waiting_for_room: list[Callable[[], object]] = []
+        self.routed = 0
+        """Events that had at least one trigger."""
+        self.loops_cut = 0
+        self._cascades = itertools.count()
+        self._retired = _Counts()
+
+    # ---------------------------------------------------------------------------------------------- registration
+
+    def register(self, trigger: Trigger) -> HandlerActor:
+        """Add the trigger; one with the same id is replaced. From any thread."""
+        with self._guard:
+            known = self._by_id.get(trigger.trigger_id)
+            if known is not None:
+                handler = known[1]
+                if (handler.trigger.scope, handler.trigger.key) == (trigger.scope, trigger.key):
+                    handler.trigger = trigger  # order and waiting events are kept
+                    return handler
+                self._remove(*known)
+            number = next(self._numbers)
+            handler = HandlerActor(trigger, self._services)
+            self._by_id[trigger.trigger_id] = (number, handler)
+            self._buckets(trigger).setdefault(trigger.key, {})[number] = handler
+            return handler
+
+    def unregister(self, trigger_id: str) -> None:
+        """Remove the trigger: no delivery begins after this has returned. Raises InvalidRegistration if unknown."""
+        with self._guard:
+            known = self._by_id.pop(trigger_id, None)
+            if known is None:
+                raise InvalidRegistration(f"no trigger has the id {trigger_id!r}; it may have been unregistered before")
+            self._remove(*known)
+
+    def handlers(self) -> list[HandlerActor]:
+        """Return the handlers of all triggers, in order of registration."""
+        with self._guard:
+            return [handler for _, handler in sorted(self._by_id.values(), key=lambda entry: entry[0])]
+
+    def watchers_of(self, scope: str) -> dict[str | None, Bucket]:
+        """Return the live table of triggers on `scope`: key filter (None: every key) -> handlers."""
+        with self._guard:
+            return self._by_scope.setdefault(scope, {})
+
+    def forget(self, scope: str) -> None:
+        """Drop the table of a scope that leaves memory, if no trigger is in it."""
+        with self._guard:
+            if not self._by_scope.get(scope, True):
+                del self._by_scope[scope]
+
+    def _buckets(self, trigger: Trigger) -> dict[str | None, Bucket]:
+        return self.anywhere if trigger.scope is None else self._by_scope.setdefault(trigger.scope, {})
+
+    def _remove(self, number: int, handler: HandlerActor) -> None:
+        handler.active = False
+        buckets = self._buckets(handler.trigger)
+        bucket = buckets[handler.trigger.key]
+        del bucket[number]
+        if not bucket:
+            del buckets[handler.trigger.key]
+        self._retired.add(handler)
+
+    # -------------------------------------------------------------------------------------------------- matching
+
+    def targets(self, scope: str, key: str, depth: int) -> tuple[HandlerActor, ...]:
+        """Return the handlers for a write, in order of registration. Called within the scope's turn.
+
+        Raises HandlerFull if one of them must catch up first, and Overloaded if it is a handler that writes: it might
+        be waiting for itself.
+        """
+        found: list[Bucket] = []
+        for table in (self._by_scope.get(scope), self.anywhere):
+            if table:
+                found += [bucket for bucket in (table.get(key), table.get(None)) if bucket]
+        if len(found) == 1:
+            handlers = tuple(found[0].values())
+        else:
+            merged = {number: handler for bucket in found for number, handler in list(bucket.items())}
+            handlers = tuple(merged[number] for number in sorted(merged))
+        limits = self._services.limits
+        waiting = len(self._mailbox)
+        bound = limits.handler_mailbox
+        deepest = max(map(_depth, handlers), default=0) if limits.handler_when_full == "block" else 0
+        if waiting + deepest >= bound:
+            if depth:
+                raise Overloaded(
+                    f"a handler's mailbox holds {bound} events, and this write to scope {scope!r} comes from a handler; "
+                    "nothing was written: it would have to wait for itself"
+                )
+            raise HandlerFull
+        if depth:
+            next(self._cascades)  # before the event is in the mailbox, or `drain` could miss it
+        return handlers
+
+    def fired_by_handlers(self) -> int:
+        """How many events handlers have fired, or are about to have fired."""
+        return int(repr(self._cascades)[len("count(") : -1])
+
+    def when_room(self, callback: Callable[[], object]) -> None:
+        """Call `callback()`, on any thread, after some handler has made progress."""
+        self._waiting_for_room.append(callback)
+
+    def made_room(self) -> None:
+        """Some handler has made progress: tell those who wait."""
+        # Always the same list, one atomic pop at a time: a callback added meanwhile is never on a list left behind.
+        waiting = self._waiting_for_room
+        while waiting:
+            try:
+                callback = waiting.pop()
+            except IndexError:
+                return
+            callback()
+
+    # --------------------------------------------------------------------------------------------------- routing
+
+    def _drain_mailbox(self) -> None:
+        mailbox = self._mailbox
+        batch = mailbox[:BATCH]
+        del mailbox[:BATCH]
+        for item in batch:
+            if type(item) is tuple:
+                self._route(*item)
+            else:
+                self._handle(item)
+        self.made_room()
+
+    def _route(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
+        self.routed += 1
+        if event.depth > self._services.limits.max_event_depth:
+            self._cut_loop(handlers, event)
+            return
+        for handler in handlers[1:]:
+            handler.offer(event.copy())
+        if handlers:
+            handlers[0].offer(event)
+
+    def _cut_loop(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
+        self.loops_cut += 1
+        for handler in handlers:
+            trigger = handler.trigger
+            error = EventLoopDetected(
+                f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was caused by a chain of {event.depth} "
+                f"handlers, more than max_event_depth = {self._services.limits.max_event_depth}: it was not delivered to "
+                f"{trigger.function_id!r}; does a handler write what fires it?"
+            )
+            handler.failed += 1
+            self._services.report(
+                DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, attempt=0, final=True)
+            )
+
+    def on_receive(self, message: Any) -> Any:
+        if type(message) is Barrier:
+            for handler in message.handlers:
+                handler.tell(message)
+            return None
+        raise TypeError(f"a router takes events from scopes, not {message!r:.80}")
+
+    # ------------------------------------------------------------------------------------------------ statistics
+
+    def counts(self) -> _Counts:
+        """Return what all handlers did so far, unregistered ones included."""
+        total = _Counts()
+        for source in (self._retired, *self.handlers()):
+            total.add(source)
+        return total
+
+
+class _Counts:
+    """Totals over handlers."""
+
+    def __init__(self) -> None:
+        self.delivered = self.skipped = self.failed = self.retried = self.dropped = self.timeouts = 0
+
+    def add(self, other: _Counts | HandlerActor) -> None:
+        self.delivered += other.delivered
+        self.skipped += other.skipped
+        self.failed += other.failed
+        self.retried += other.retried
+        self.dropped += other.dropped
+        self.timeouts += other.timeouts
+
+
+def _depth(handler: HandlerActor) -> int:
+    return len(handler._mailbox)

@@ -1,0 +1,460 @@
+"""The actor that owns one scope."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import pykka
+
+from scopestate.actors import messages
+from scopestate.actors.results import EventType, SetResult, StateEvent, UpdateResult
+from scopestate.actors.turn import Envelope, TurnActor
+from scopestate.errors import (
+    DeserializationError,
+    EngineClosed,
+    ReplyTimeout,
+    StorageError,
+    ValueTooLarge,
+)
+from scopestate.ops import MISSING, UpdateOp, apply, checked
+from scopestate.ops.values import decode, encode
+from scopestate.persistence import Adapter, ScopeChange
+
+if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher
+    from scopestate.actors.limits import Limits
+    from scopestate.actors.router import TriggerRouter
+    from scopestate.actors.snapshot import SnapshotActor
+
+log = logging.getLogger("scopestate.scope")
+
+event_depth: ContextVar[int] = ContextVar("scopestate_event_depth", default=0)
+"""How many handlers deep the running code is: 0 outside, 1 in a handler of a write from outside, ..."""
+
+
+class Put(msgspec.Struct, frozen=True):
+    """Set a key to JSON bytes. Answer: SetResult."""
+
+    key: str
+    data: bytes
+
+
+class Change(msgspec.Struct, frozen=True):
+    """Apply checked ops to a key. Answer: UpdateResult."""
+
+    key: str
+    ops: tuple[UpdateOp, ...]
+
+
+class Take(msgspec.Struct, frozen=True):
+    """Remove a key. Answer: its JSON bytes, or None if it did not exist."""
+
+    key: str
+
+
+class Read(msgspec.Struct, frozen=True):
+    """Answer: the key's JSON bytes, or None if it does not exist."""
+
+    key: str
+
+
+class ReadAll(msgspec.Struct, frozen=True):
+    """Answer: all values as JSON bytes, in insertion order."""
+
+
+class Housekeeping(msgspec.Struct, frozen=True):
+    """What the engine itself asks of a scope; needs no values in memory."""
+
+
+class Collect(Housekeeping, frozen=True):
+    """Hand over what changed since the last Collect. Answer: ScopeChange, or None. For the snapshot actor."""
+
+
+class Passivate(Housekeeping, frozen=True):
+    """Leave memory, if everything is saved and nobody waits. Answer: whether it did."""
+
+
+class Close(Housekeeping, frozen=True):
+    """Refuse callers from now on; what is dirty can still be collected."""
+
+    handlers_may: bool
+    """True: code that runs in handlers is still served, so that events already fired can do their work."""
+
+
+class Caused(msgspec.Struct, frozen=True):
+    """A message sent by code that runs `depth` handlers deep, for when its turn runs on another thread."""
+
+    depth: int
+    message: Any
+
+
+Turn = Put | Change | Take | Read | ReadAll
+"""What a scope does for callers."""
+
+FAILURES: Final[dict[type[Any], tuple[str, str]]] = {
+    Put: ("SET_ERROR", "Failed to set value"),
+    Change: ("UPDATE_ERROR", "Failed to update value"),
+    Take: ("DELETE_ERROR", "Failed to delete value"),
+    Read: ("GET_ERROR", "Failed to get value"),
+    ReadAll: ("LIST_ERROR", "Failed to list values"),
+}
+"""Code and prefix when the store fails under a turn (PROTOCOL, section 4.4)."""
+
+
+class Surroundings:
+    """What the scopes of one engine share. Made once; read without locks."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        adapter: Adapter,
+        limits: Limits,
+        router: TriggerRouter,
+        snapshot: SnapshotActor,
+        directory: MutableMapping[str, ScopeActor],
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.adapter = adapter
+        self.limits = limits
+        self.router = router
+        self.snapshot = snapshot
+        self.directory = directory
+
+
+class ScopeActor(TurnActor):
+    """Owns one scope: whoever runs its turn alone changes `_values`, so no lock guards it.
+
+    Reading a key needs no turn: values are immutable bytes, and a dict lookup sees them before or after a write, never
+    between. A write is one stretch of code without a call or a loop, so that no signal handler can cut it in two:
+    memory, the changes to save and the event happen together or not at all (docs/design/0004-interruption.md).
+    """
+
+    caller_runs = True
+
+    def __init__(self, scope: str, around: Surroundings, *, keeps: bool) -> None:
+        super().__init__(around.dispatcher)
+        self.scope = scope
+        self._around = around
+        self._router = around.router
+        self._outbox: list[Any] = around.router._mailbox
+        self._watch = around.router.watchers_of(scope)
+        self._anywhere = around.router.anywhere
+        self._registry = around.snapshot.dirty
+        self._sequence = 0
+        self._saved = 0
+        self._dirty: dict[str, bytes | None] | None = {} if keeps else None
+        self._positions: dict[str, int] = {}
+        self._values: dict[str, bytes] | None = None if keeps else {}
+        self._closed = False
+        self._shut = False
+        self._left: dict[str, bytes] | None = None
+        self._passivated = False
+        self.touched = True
+        """Set by every call; the passivation sweep clears it and takes scopes that it still finds cleared."""
+
+    @property
+    def name(self) -> str:
+        return f"scope {self.scope!r}"
+
+    @property
+    def mailbox_limit(self) -> int:  # type: ignore[override]  # a reload may change it
+        return self._around.limits.scope_mailbox
+
+    @property
+    def loaded(self) -> bool:
+        """True if a turn needs no disk."""
+        return self._values is not None
+
+    def holds_keys(self) -> bool:
+        """True if the scope is in memory and not empty."""
+        return bool(self._values)
+
+    def has_waiting(self) -> bool:
+        """True if messages wait or a turn is running."""
+        return bool(self._mailbox or self._claim)
+
+    def key_count(self) -> int:
+        """Keys in memory."""
+        return len(self._values or ())
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def read(self, key: str) -> bytes | None:
+        """Return the key's JSON, or None if it does not exist. No turn if the scope is in memory."""
+        values = self._values
+        if values is None:
+            return self.run(Read(key))  # type: ignore[no-any-return]
+        self.touched = True
+        return values.get(key)
+
+    def peek(self, key: str) -> bytes | None:
+        """As `read` if the answer is at hand; None also if it takes a turn to know. Never waits."""
+        values = self._values
+        if values is None:
+            return None
+        self.touched = True
+        return values.get(key)
+
+    def read_all(self) -> list[bytes]:
+        """Return all values as JSON, in insertion order."""
+        values = self._values
+        if values is None:
+            return self.run(ReadAll())  # type: ignore[no-any-return]
+        self.touched = True
+        return list(values.values())
+
+    # --------------------------------------------------------------------------------------------------- turns
+
+    def on_receive(self, message: Any) -> Any:
+        kind = type(message)
+        if self._values is None and not isinstance(message, Housekeeping):
+            if self._closed:
+                return self._serve_handler(message)
+            successor = self._arrive(message)
+            if successor is not None:
+                return successor.run(message)
+        if kind is Put:
+            return self._put(message.key, message.data)
+        if kind is Change:
+            return self._change(message.key, message.ops)
+        if kind is Take:
+            return self._take(message.key)
+        if kind is Read:
+            return self._values.get(message.key)  # type: ignore[union-attr]  # _arrive has loaded it
+        if kind is ReadAll:
+            return list(self._values.values())  # type: ignore[union-attr]
+        if kind is Caused:
+            token = event_depth.set(message.depth)
+            try:
+                return self.on_receive(message.message)
+            finally:
+                event_depth.reset(token)
+        return self._on_rare(message)
+
+    def _on_rare(self, message: Any) -> Any:
+        match message:
+            case Collect():
+                return self._collect()
+            case Passivate():
+                return self._passivate()
+            case Close(handlers_may=handlers_may):
+                return self._close(handlers_may)
+            case _:
+                # Through a Pykka ref: the public messages, with Python values.
+                return answer_of(message, self.on_receive(turn_of(message, self._around.limits.max_value_bytes)))
+
+    def _put(self, key: str, data: bytes) -> SetResult:
+        old = self._values.get(key)  # type: ignore[union-attr]
+        result = SetResult(old, data)
+        self._write(key if old is not None else checked_name("key", key), old, data)
+        return result
+
+    def _change(self, key: str, ops: tuple[UpdateOp, ...]) -> UpdateResult:
+        old = self._values.get(key)  # type: ignore[union-attr]
+        after, errors = apply(MISSING if old is None else decode(old), ops)
+        data = encode(after)
+        limit = self._around.limits.max_value_bytes
+        if limit and len(data) > limit:
+            raise ValueTooLarge(self.scope, key, len(data), limit)
+        result = UpdateResult(old, data, tuple(errors))
+        self._write(key if old is not None else checked_name("key", key), old, data)
+        return result
+
+    def _take(self, key: str) -> bytes | None:
+        old = self._values.get(key)  # type: ignore[union-attr]
+        self._write(key if old is not None else checked_name("key", key), old, None)
+        return old
+
+    def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
+        """Make one change: memory, what to save, and the event, all or none of them."""
+        sequence = self._sequence + 1
+        watch, anywhere = self._watch, self._anywhere
+        routed: tuple[Any, ...] = ()
+        if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
+            routed = self._event(key, old, new, sequence)
+        values, dirty, positions, outbox = self._values, self._dirty, self._positions, self._outbox
+        self.touched = True
+        # From here to the end of the stretch: no call, no loop, no attribute with code behind it. CPython looks for
+        # signals only at those, so nothing can come between these lines.
+        if new is not None:
+            values[key] = new  # type: ignore[index]
+        elif old is not None:
+            del values[key]  # type: ignore[union-attr]
+        self._sequence = sequence
+        if dirty is not None:
+            if new is not None:
+                dirty[key] = new
+                if old is None:
+                    positions[key] = sequence
+            elif old is not None:
+                dirty[key] = None
+                if key in positions:
+                    del positions[key]
+            self._registry[self.scope] = self
+        outbox += routed
+        # End of the stretch.
+        if routed:
+            self._announce()
+
+    def _event(self, key: str, old: bytes | None, new: bytes | None, sequence: int) -> tuple[Any, ...]:
+        """Return what to put into the outbox for this change. Raises HandlerFull if a handler must catch up first."""
+        depth = event_depth.get()
+        targets = self._router.targets(self.scope, key, depth)
+        kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
+        return ((targets, StateEvent(kind, self.scope, key, old, new, sequence, depth)),)
+
+    def _announce(self) -> None:
+        """Events are in the outbox: see that somebody fetches them."""
+        self._router.wake()
+
+    def _recover(self) -> None:
+        super()._recover()
+        self._router.wake_anyway()
+
+    # ---------------------------------------------------------------------------------------- saving and leaving
+
+    def _collect(self) -> ScopeChange | None:
+        if self._dirty is None or (not self._dirty and self._saved == self._sequence):
+            return None
+        change = ScopeChange(self.scope, self._sequence, self._dirty, self._positions)
+        self._dirty, self._positions = {}, {}
+        return change
+
+    def saved(self, sequence: int) -> None:
+        """Note that everything up to write number `sequence` is on disk. Called by the snapshot actor."""
+        self._saved = sequence
+
+    def _passivate(self) -> bool:
+        if self._dirty is None or self._dirty or self._mailbox or self._saved != self._sequence:
+            return False
+        # First out of the directory, then empty: whoever still holds this actor finds no values and is sent on to its
+        # successor; a reader that already holds the values reads what was current after it began.
+        self._router.forget(self.scope)
+        directory = self._around.directory
+        if directory.get(self.scope) is self:
+            del directory[self.scope]
+        self._passivated = True
+        self._values = None
+        return True
+
+    def _arrive(self, message: Any) -> ScopeActor | None:
+        """Bring the scope into memory, or return the actor that has replaced this one."""
+        if self._passivated:
+            return self._around.directory[self.scope]
+        try:
+            state = self._around.adapter.load(self.scope)
+        except StorageError as error:
+            raise as_failure_of(message, error) from error
+        self._sequence = self._saved = state.sequence
+        self._values = state.values
+        return None
+
+    def _close(self, handlers_may: bool) -> None:
+        if not self._closed:
+            self._left = self._values
+        self._closed = True
+        self._shut = not handlers_may
+        self._values = None  # what every caller looks at first
+
+    def _serve_handler(self, message: Any) -> Any:
+        """A turn of a closed scope: none for callers; for a handler, as if it were open, until the engine is drained."""
+        depth = message.depth if type(message) is Caused else event_depth.get()
+        if not depth or self._shut:
+            raise EngineClosed()
+        self._values = self._left
+        if self._values is None:
+            self._arrive(message)
+        try:
+            return self.on_receive(message)
+        finally:
+            self._left, self._values = self._values, None
+
+    # -------------------------------------------------------------------------------------------------- queueing
+
+    def accept(self, envelope: Envelope[Any]) -> None:
+        """Take a message whose sender will not wait here: an event loop's. Never blocks."""
+        self.post(envelope)
+
+    def post(self, item: Any) -> None:
+        depth = event_depth.get()
+        super().post(_caused(depth, item) if depth else item)
+
+    def _run_queued(self, message: Any) -> Any:
+        timeout_s = self._around.limits.call_timeout_s
+        try:
+            return self.ask(message).get(timeout=timeout_s)
+        except pykka.Timeout as error:
+            raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
+
+    def _fail(self) -> None:
+        """A `tell` that was refused: nobody waits for the reason, so it is logged. The scope lives on."""
+        error = sys.exc_info()[1]
+        log.error("a message told to scope %r was refused: %s", self.scope, error, exc_info=error)
+
+
+def checked_name(what: str, name: object) -> str:
+    """Return `name` as a plain string that every store can hold. `what` is "scope" or "key".
+
+    Raises DeserializationError if it is not a string, or has lone surrogates, which UTF-8 cannot hold.
+    """
+    if not isinstance(name, str):
+        raise DeserializationError(f"a {what} is a string, not {type(name).__name__}: {name!r:.80}")
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DeserializationError(
+                f"the {what} {name!r:.80} has half of a surrogate pair at index {error.start}, which is no character"
+            ) from error
+    return str(name) if type(name) is not str else name
+
+
+def turn_of(message: object, max_value_bytes: int) -> Turn:
+    """Return what a scope does for a public message. Encodes the value: call it before the scope is claimed.
+
+    Raises InvalidValue, ValueTooLarge, and DeserializationError for what is no message of a scope.
+    """
+    match message:
+        case messages.Set(scope=scope, key=key, value=value):
+            data = encode(value)
+            if max_value_bytes and len(data) > max_value_bytes:
+                raise ValueTooLarge(scope, key, len(data), max_value_bytes)
+            return Put(key, data)
+        case messages.Update(key=key, ops=ops):
+            return Change(key, checked(ops))
+        case messages.Delete(key=key):
+            return Take(key)
+        case messages.Get(key=key):
+            return Read(key)
+        case messages.List():
+            return ReadAll()
+    raise DeserializationError(f"{type(message).__name__} is not a message that a scope understands: {message!r:.80}")
+
+
+def answer_of(message: object, answer: Any) -> Any:
+    """Return the answer to a public message: results stay as they are, JSON bytes become values."""
+    match message:
+        case messages.Set() | messages.Update():
+            return answer
+        case messages.List():
+            return [decode(data) for data in answer]
+        case _:
+            return None if answer is None else decode(answer)
+
+
+def as_failure_of(message: Any, error: StorageError) -> StorageError:
+    """Return `error` as the failure of the call that `message` stands for, with its code and wording."""
+    inner = message.message if isinstance(message, Caused) else message
+    code, prefix = FAILURES.get(type(inner), ("STORAGE_ERROR", "The store failed"))
+    return StorageError(f"{prefix}: {error}", code=code)
+
+
+def _caused(depth: int, item: Any) -> Any:
+    if type(item) is Envelope:
+        return Envelope(Caused(depth, item.message), item.reply_to)
+    return Caused(depth, item)

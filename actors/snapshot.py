@@ -1,0 +1,187 @@
+"""The actor that saves: what is dirty every interval, and what waits for a commit at once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from scopestate.actors.commit import Batch, CommitScopeActor, TakeBatch
+from scopestate.actors.reply import deliver
+from scopestate.actors.scope import Collect, ScopeActor
+from scopestate.actors.turn import TurnActor
+from scopestate.errors import StorageError
+from scopestate.persistence import Adapter, ScopeChange
+
+if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher, Timer
+
+log = logging.getLogger("scopestate.persistence")
+
+LONGEST_BACKOFF_S: Final = 30.0
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """The interval is over: save what is dirty."""
+
+
+class Commit(msgspec.Struct, frozen=True):
+    """Some scope has writes that wait for their commit."""
+
+
+class Flush(msgspec.Struct, frozen=True):
+    """Save everything now. Answer: None once it is on disk; raises StorageError if it cannot be saved."""
+
+
+class SnapshotActor(TurnActor):
+    """Writes changes to the adapter, one transaction at a time.
+
+    A save that fails keeps its batch, in front of what is newer; it is tried again, with growing pauses, until it is on
+    disk, and `failing` says why meanwhile. Nothing is dropped and nothing newer is overwritten by something older.
+    Scopes with commit durability are saved as soon as one of them has written: every write that came meanwhile shares
+    the next transaction (docs/design/0006-durability.md).
+    """
+
+    def __init__(self, dispatcher: Dispatcher, adapter: Adapter, interval_s: float) -> None:
+        super().__init__(dispatcher)
+        self._adapter = adapter
+        self._interval_s = interval_s
+        self._timer: Timer | None = None
+        self._backlog: list[tuple[ScopeActor, ScopeChange]] = []
+        self._failures = 0
+        self._commit_asked = False
+        self._stopped = False
+        self.dirty: dict[str, ScopeActor] = {}
+        """Scope name -> actor, for scopes with changes that the next save will take. Written within scopes' turns."""
+        self.committing: dict[str, CommitScopeActor] = {}
+        """The same for scopes whose callers wait for the commit."""
+        self.failing: StorageError | None = None
+        """Why the last save failed; None if it worked."""
+        self.saves = self.saved_keys = self.failed_saves = 0
+        self.last_save_s = 0.0
+        """How long the last successful save took, in seconds."""
+
+    def waiting_scopes(self) -> int:
+        """Scopes with changes that are not on disk."""
+        return len(self.dirty) + len({actor.scope for actor, _ in self._backlog})
+
+    # ---------------------------------------------------------------------------------------------------- timing
+
+    def start_interval(self) -> None:
+        """Begin to save every interval."""
+        if self._adapter.keeps and not self._stopped:
+            self._arm(self._interval_s)
+
+    def set_interval(self, interval_s: float) -> None:
+        """Change the interval, from now on. From any thread."""
+        self._interval_s = interval_s
+        self.start_interval()
+
+    def stop_interval(self) -> None:
+        """Save no more by itself; `Flush` still does."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _arm(self, delay_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._dispatcher.call_later(delay_s, lambda: self.tell(Tick()))
+
+    def commit_soon(self) -> None:
+        """See that a commit comes. Called within a scope's turn, so that it is cheap once one is on its way."""
+        if not self._commit_asked:
+            self._commit_asked = True
+            self.tell(Commit())
+
+    def commit_anyway(self) -> None:
+        """As `commit_soon`, for when that was cut short. Once too often does no harm."""
+        self._commit_asked = True
+        self.tell(Commit())
+
+    # ----------------------------------------------------------------------------------------------------- turns
+
+    def on_receive(self, message: Any) -> Any:
+        match message:
+            case Commit():
+                self._commit()
+            case Tick():
+                began = self._dispatcher.monotonic()
+                self._save_quietly()
+                if not self._stopped:
+                    took_s = self._dispatcher.monotonic() - began
+                    pause_s = self._interval_s - took_s if self.failing is None else self._backoff_s()
+                    self._arm(max(pause_s, 0.001))
+            case Flush():
+                self._commit()
+                self._save()
+            case _:
+                raise TypeError(f"a snapshot actor does not understand {message!r:.80}")
+
+    def _backoff_s(self) -> float:
+        return min(0.1 * 2 ** min(self._failures, 20), LONGEST_BACKOFF_S, max(self._interval_s, 0.1))
+
+    def _save_quietly(self) -> None:
+        try:
+            self._save()
+        except StorageError:
+            log.debug("save failed; it is tried again", exc_info=True)  # logged at ERROR where it began
+
+    def _save(self) -> None:
+        """Save what is dirty, behind what earlier saves left. Raises StorageError, and keeps it all, on failure."""
+        dirty = self.dirty
+        for scope in list(dirty):
+            # Out of the table before it is collected: a write that comes in between puts it in again.
+            actor = dirty.pop(scope, None)
+            change = actor.run(Collect()) if actor is not None else None
+            if actor is not None and change is not None:
+                self._backlog.append((actor, change))
+        if not self._backlog:
+            self.failing = None
+            return
+        began = time.perf_counter()
+        self._write([change for _, change in self._backlog])
+        self.last_save_s = time.perf_counter() - began
+        for actor, change in self._backlog:
+            actor.saved(change.sequence)
+        self._backlog.clear()
+
+    def _commit(self) -> None:
+        """Save the scopes that wait for their commit, and answer their callers."""
+        self._commit_asked = False
+        committing = self.committing
+        batches: list[Batch] = []
+        for scope in list(committing):
+            actor = committing.pop(scope, None)
+            if actor is not None:
+                batches.append(actor.run(TakeBatch()))
+        changes = [batch.change for batch in batches if batch.change is not None]
+        try:
+            if changes:
+                self._write(changes)
+        except StorageError as error:
+            deliver([outcome for batch in batches for outcome in batch.roll_back(error)])
+        else:
+            deliver([outcome for batch in batches for outcome in batch.settle()])
+
+    def _write(self, changes: list[ScopeChange]) -> None:
+        try:
+            self._adapter.save(changes)
+        except StorageError as error:
+            self.failed_saves += 1
+            self._failures += 1
+            if self.failing is None or str(self.failing) != str(error):
+                log.error("saving failed, the data stays in memory and is saved later: %s", error)
+            self.failing = error
+            raise
+        self.saves += 1
+        self.saved_keys += sum(len(change.values) for change in changes)
+        self._note_success()
+
+    def _note_success(self) -> None:
+        if self.failing is not None:
+            log.warning("saving works again after %d failed attempts", self._failures)
+        self.failing = None
+        self._failures = 0

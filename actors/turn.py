@@ -1,0 +1,297 @@
+"""Actors that run in turns on whoever claims them, instead of owning a thread."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any, ClassVar, Final, Self
+
+import pykka
+from pykka._envelope import Envelope
+from pykka.messages import _ActorStop
+
+from scopestate.actors.dispatcher import Dispatcher
+from scopestate.actors.reply import Reply, ReplyTo
+from scopestate.errors import Overloaded, WouldDeadlock
+
+__all__ = ["Envelope", "TurnActor"]
+
+log = logging.getLogger("scopestate.actors")
+
+BATCH = 64
+"""Messages that a worker thread handles for one actor before it looks after the others."""
+
+WAIT: Final = object()
+"""Default of `run`: wait for a busy actor."""
+
+HOLDER: Final = "holder"
+"""The one key of a claim; its value is the id of the thread that runs the turn."""
+
+
+class TurnActor(pykka.Actor):
+    """A Pykka actor whose turns run on the thread that claims it: one turn at a time, and no thread of its own.
+
+    Whoever puts its thread id into the claim first runs the turn; everybody else leaves a message in the mailbox and
+    goes on, or waits for the reply. No lock is held while a turn runs (DESIGN, section 2; docs/design/0003-turns.md).
+
+    Thread rules: every public method may be called from any thread; `on_receive` runs with the actor claimed.
+    A turn that is cut short from outside (KeyboardInterrupt, a signal handler that raises) gives the claim back, and
+    messages that wait are handled all the same.
+    """
+
+    caller_runs: ClassVar[bool] = False
+    """True: `run` on an idle actor happens on the caller's own thread. False: on the dispatcher's threads, always."""
+
+    mailbox_limit = sys.maxsize
+    """Messages that may wait; one more is refused with `Overloaded`."""
+
+    _dead = False
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        # Pykka's own __init__ makes a uuid, an Event and a queue: 2 KB and 8 us, too much for each of 100,000 scopes.
+        # What it promises (actor_urn, actor_inbox, actor_stopped, actor_ref) is made when first asked for.
+        self._dispatcher = dispatcher
+        self._claim: dict[str, int] = {}
+        self._mailbox: list[Any] = []
+        self._scheduled = False
+
+    @property
+    def name(self) -> str:
+        """How messages and logs call this actor."""
+        return type(self).__name__
+
+    # ------------------------------------------------------------------------------------------------- sending
+
+    def run(self, message: Any, otherwise: Any = WAIT) -> Any:
+        """Handle `message` on this thread if the actor is idle; else queue it and wait for the answer.
+
+        Returns the answer or raises its error. With `otherwise` it never waits: if the actor is busy, the message is
+        not sent and `otherwise` is returned.
+        """
+        claim = self._claim
+        if self.caller_runs and not claim:
+            me = get_ident()
+            try:
+                if claim.setdefault(HOLDER, me) == me:
+                    answer = self.on_receive(message)
+                    del claim[HOLDER]
+                    if self._mailbox:
+                        self.wake()
+                    return answer
+            except BaseException:
+                certainly(self._recover)
+                raise
+        return self._run_queued(message) if otherwise is WAIT else otherwise
+
+    def _run_queued(self, message: Any) -> Any:
+        return self.ask(message).get()
+
+    def ask(self, message: Any) -> Reply[Any]:
+        """Queue `message` and return the future of its answer.
+
+        Raises `Overloaded` if the mailbox is full and `WouldDeadlock` if this thread is running the actor's turn.
+        """
+        self._refuse_own_turn()
+        reply = self._dispatcher.reply()
+        self.post(Envelope(message, reply))
+        return reply
+
+    def tell(self, message: Any) -> None:
+        """Queue `message`; nobody waits for an answer. Raises `Overloaded` if the mailbox is full."""
+        self.post(message)
+
+    def post(self, item: Any) -> None:
+        """Queue an envelope or a bare message, and make sure that somebody handles it."""
+        mailbox = self._mailbox
+        if len(mailbox) >= self.mailbox_limit:
+            raise Overloaded(
+                f"{len(mailbox)} messages already wait for {self.name}, as many as its limit allows; "
+                "nothing was done: slow down, or raise the limit"
+            )
+        try:
+            mailbox += (item,)
+            self.wake()
+        except BaseException:
+            certainly(self.wake_anyway)
+            raise
+
+    def handle_or_post(self, envelope: Envelope[Any]) -> None:
+        """Handle the envelope on this thread if the actor is idle; else queue it. The answer goes to its reply."""
+        claim = self._claim
+        if self.caller_runs and not claim:
+            me = get_ident()
+            try:
+                if claim.setdefault(HOLDER, me) == me:
+                    self._handle(envelope)
+                    del claim[HOLDER]
+                    if self._mailbox:
+                        self.wake()
+                    return
+            except BaseException:
+                certainly(self._recover)
+                raise
+        self._refuse_own_turn()
+        self.post(envelope)
+
+    def wake(self) -> None:
+        """Have the mailbox handled, unless that is arranged already."""
+        if self._mailbox and not self._scheduled and not self._claim:
+            self.wake_anyway()
+
+    def wake_anyway(self) -> None:
+        """Have the mailbox handled; for when a `wake` was cut short. Once too often does no harm."""
+        self._scheduled = True
+        self._dispatcher.schedule(self)
+
+    # ------------------------------------------------------------------------------------------------- running
+
+    def run_batch(self) -> None:
+        """Handle waiting messages, `BATCH` at most. For the dispatcher."""
+        # Cleared before the mailbox is read: whoever posts from here on schedules anew.
+        self._scheduled = False
+        me = get_ident()
+        claim = self._claim
+        if claim.setdefault(HOLDER, me) != me:
+            return  # the holder looks into the mailbox when it is done
+        try:
+            self._drain_mailbox()
+        finally:
+            del claim[HOLDER]
+            self.wake()
+
+    def _drain_mailbox(self) -> None:
+        mailbox = self._mailbox
+        batch = mailbox[:BATCH]
+        del mailbox[:BATCH]
+        for item in batch:
+            self._handle(item)
+
+    def _refuse_own_turn(self) -> None:
+        if self._claim.get(HOLDER) == get_ident():
+            raise WouldDeadlock(f"this thread is in the middle of a turn of {self.name}; waiting for another never ends")
+
+    def _handle(self, item: Any) -> None:
+        """Run one turn and deliver its answer, as Pykka's loop does."""
+        message, reply = (item.message, item.reply_to) if type(item) is Envelope else (item, None)
+        if reply is not None and reply.abandoned:
+            return
+        try:
+            if self._dead and not isinstance(message, _ActorStop):
+                raise pykka.ActorDeadError(f"{self} stopped before handling the message")
+            answer = self._handle_receive(message)
+        except Exception as error:
+            if reply is not None:
+                reply.fail(error)
+            else:
+                self._fail()
+        else:
+            if reply is not None:
+                self._answer(message, reply, answer)
+
+    def _answer(self, message: Any, reply: ReplyTo, answer: Any) -> None:
+        """Deliver the answer; an actor may hold it back until what it says is safe."""
+        reply.set(answer)
+
+    def _recover(self) -> None:
+        """Leave the actor usable after an exception has passed through a turn on this thread."""
+        claim = self._claim
+        if claim.get(HOLDER) == get_ident():
+            del claim[HOLDER]
+        if self._mailbox:
+            self.wake_anyway()
+
+    # ----------------------------------------------------------------------------------- what Pykka's actors promise
+
+    @classmethod
+    def start(cls, *args: Any, **kwargs: Any) -> pykka.ActorRef[Self]:
+        """Make an actor and return its ref; the arguments are those of the class.
+
+        It is not entered into `pykka.ActorRegistry`, a list with O(n) removal: the host program's
+        `ActorRegistry.stop_all()` must not stop an engine (DESIGN, section 2).
+        """
+        actor = cls(*args, **kwargs)
+        actor._start_actor_loop()
+        return actor.actor_ref
+
+    def _start_actor_loop(self) -> None:
+        self._actor_loop_setup()
+
+    @staticmethod
+    def _create_actor_inbox() -> Any:
+        raise TypeError("a TurnActor makes its inbox from itself")  # pragma: no cover - only Pykka's __init__ asks
+
+    @staticmethod
+    def _create_future() -> Reply[Any]:
+        return Reply()
+
+    def __getattr__(self, name: str) -> Any:
+        make = _MADE_WHEN_ASKED.get(name)
+        if make is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        return self.__dict__.setdefault(name, make(self))
+
+    def _stop(self) -> None:
+        self._dead = True
+        self.actor_stopped.set()
+        try:
+            self.on_stop()
+        except Exception:
+            self._handle_failure(*sys.exc_info())
+
+    def _fail(self) -> None:
+        """Log the exception being handled and stop, which is what becomes of a Pykka actor after a bad `tell`."""
+        self._handle_failure(*sys.exc_info())
+        try:
+            self.on_failure(*sys.exc_info())
+        except Exception:
+            self._handle_failure(*sys.exc_info())
+
+    def _handle_failure(self, exception_type: Any, exception_value: Any, traceback: Any) -> None:
+        log.error("unhandled exception in %s", self.name, exc_info=(exception_type, exception_value, traceback))
+        self._dead = True
+        self.actor_stopped.set()
+
+
+class _Inbox:
+    """The inbox as Pykka's refs see it."""
+
+    def __init__(self, actor: TurnActor) -> None:
+        self._actor = actor
+
+    def put(self, envelope: Envelope[Any], /) -> None:
+        self._actor.post(envelope)
+
+    def empty(self) -> bool:
+        return not self._actor._mailbox
+
+
+def _stopped_event(actor: TurnActor) -> threading.Event:
+    event = threading.Event()
+    if actor._dead:
+        event.set()
+    return event
+
+
+_MADE_WHEN_ASKED: dict[str, Callable[[TurnActor], object]] = {
+    "actor_urn": lambda actor: uuid.uuid4().urn,
+    "actor_inbox": _Inbox,
+    "actor_stopped": _stopped_event,
+    "_actor_ref": pykka.ActorRef,
+}
+
+
+def certainly(action: Callable[[], object]) -> None:
+    """Do `action`, again if it is cut short: the first interruption is already on its way to the caller.
+
+    `action` must be harmless to repeat. Bounded, so that an action that always fails does not hang the thread.
+    """
+    for _ in range(1000):
+        try:
+            action()
+        except BaseException:  # noqa: BLE001, S112 - a second Ctrl-C adds nothing to the first
+            continue
+        return

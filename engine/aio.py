@@ -1,0 +1,221 @@
+"""The engine for asyncio: the same calls as coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from scopestate.actors import messages
+from scopestate.actors.reply import LoopReply
+from scopestate.actors.results import SetResult, UpdateResult
+from scopestate.actors.router import HandlerFull
+from scopestate.actors.scope import Change, Put, Read, ReadAll, Take, Turn, checked_name
+from scopestate.actors.turn import Envelope
+from scopestate.asks import no_room
+from scopestate.calls import to_json
+from scopestate.errors import Overloaded, ReplyTimeout, ValueTooLarge
+from scopestate.ops import checked
+from scopestate.ops.values import decode, encode
+
+if TYPE_CHECKING:
+    from scopestate.engine import Engine
+
+_BUSY: Final = object()
+
+
+class AioEngine:
+    """The calls of an `Engine` as coroutines, from any number of event loops at once.
+
+    A call on a scope that is idle and in memory is answered without suspending. Otherwise the task waits: the event
+    loop is never blocked by a busy scope, a scope that must first be loaded, a commit, or a full handler.
+    A task that is cancelled while it waits gives up its message: if its turn has not begun, nothing is written.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._scopes = engine._scopes
+        self._limits = engine._limits
+        self._count_set = engine._count_set
+        self._count_get = engine._count_get
+
+    async def set(self, scope: str, key: str, value: object) -> SetResult:
+        """As `Engine.set`."""
+        data = encode(value)
+        limit = self._limits.max_value_bytes
+        if limit and len(data) > limit:
+            raise ValueTooLarge(scope, key, len(data), limit)
+        self._count_set()
+        try:
+            actor = self._scopes[scope]
+            answer = actor.run(Put(key, data), _BUSY) if actor._values is not None else _BUSY
+        except (HandlerFull, TypeError):
+            answer = _BUSY
+        return await self._turn(scope, Put(key, data)) if answer is _BUSY else answer
+
+    async def get(self, scope: str, key: str, default: Any = None) -> Any:
+        """As `Engine.get`."""
+        self._count_get()
+        try:
+            data = self._scopes[scope].peek(key)
+        except TypeError:
+            data = None
+        if data is None:
+            data = await self._turn(scope, Read(checked_name("key", key)))
+        return default if data is None else decode(data)
+
+    async def delete(self, scope: str, key: str) -> Any:
+        """As `Engine.delete`."""
+        self._engine._tally["state::delete"].add()
+        data = await self._turn(scope, Take(key))
+        return None if data is None else decode(data)
+
+    async def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
+        """As `Engine.update`."""
+        self._engine._tally["state::update"].add()
+        return await self._turn(scope, Change(key, checked(ops)))  # type: ignore[no-any-return]
+
+    async def list(self, scope: str) -> list[Any]:
+        """As `Engine.list`."""
+        self._engine._tally["state::list"].add()
+        return [decode(data) for data in await self._turn(scope, ReadAll())]
+
+    async def list_groups(self) -> list[str]:
+        """As `Engine.list_groups`."""
+        engine = self._engine
+        if not engine._parts.adapter.keeps:
+            return engine.list_groups()
+        return await self._on_worker(engine.list_groups)  # type: ignore[no-any-return]
+
+    def scope(self, scope: str) -> AioScope:
+        """Return a handle on one scope."""
+        return AioScope(self, checked_name("scope", scope))
+
+    async def ask(self, message: messages.Message) -> Any:
+        """As `Engine.ask`: send a message and wait for the answer."""
+        match message:
+            case messages.Set(scope=scope, key=key, value=value):
+                return await self.set(scope, key, value)
+            case messages.Get(scope=scope, key=key):
+                return await self.get(scope, key)
+            case messages.Delete(scope=scope, key=key):
+                return await self.delete(scope, key)
+            case messages.Update(scope=scope, key=key, ops=ops):
+                return await self.update(scope, key, ops)
+            case messages.List(scope=scope):
+                return await self.list(scope)
+            case messages.ListGroups():
+                return await self.list_groups()
+
+    async def call(self, function_id: str, payload: object = None) -> Any:
+        """As `Engine.call`. A plain function runs on a worker thread, a coroutine function on its event loop."""
+        function = self._engine._functions.get(function_id)
+        if not function.builtin:
+            return await self._engine._caller.call_async(function, payload)
+        message = messages.from_payload(function_id, payload)
+        return to_json(message, await self.ask(message))
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """As `Engine.drain`."""
+        await self._on_worker(lambda: self._engine.drain(timeout))
+
+    async def flush(self) -> None:
+        """As `Engine.flush`."""
+        await self._on_worker(self._engine.flush)
+
+    async def close(self) -> None:
+        """As `Engine.close`; handlers on this event loop go on meanwhile."""
+        # Not on one of the engine's own workers, which end when it closes.
+        await asyncio.get_running_loop().run_in_executor(None, self._engine.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _on_worker(self, work: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+
+    async def _turn(self, scope: str, turn: Turn) -> Any:
+        """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
+        try:
+            actor = self._scopes[scope]
+        except TypeError:
+            checked_name("scope", scope)
+            raise
+        try:
+            answer = actor.run(turn, _BUSY) if actor._values is not None else _BUSY
+            if answer is not _BUSY:
+                return answer
+            return await self._queued(scope, turn)
+        except HandlerFull:
+            return await self._when_room(scope, turn)
+        except TypeError:
+            checked_name("key", getattr(turn, "key", ""))
+            raise
+
+    async def _queued(self, scope: str, turn: Turn) -> Any:
+        reply = LoopReply()
+        self._scopes[scope].accept(Envelope(turn, reply))
+        timeout_s = self._limits.call_timeout_s
+        if timeout_s is None:
+            return await reply.future
+        # A bare timer, not asyncio.wait_for: that doubles the cost of a commit shared by hundreds of tasks.
+        timer = reply.loop.call_later(timeout_s, reply.expire)
+        try:
+            return await reply.future
+        except asyncio.CancelledError:
+            if reply.expired:
+                raise ReplyTimeout(scope, timeout_s) from None
+            raise
+        finally:
+            timer.cancel()
+
+    async def _when_room(self, scope: str, turn: Turn) -> Any:
+        """A handler must catch up first: wait for it, then try again."""
+        router, loop = self._engine._router, asyncio.get_running_loop()
+        timeout_s = self._limits.call_timeout_s
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        while True:
+            room = LoopReply()
+            router.when_room(room.set)
+            try:
+                return await self._queued(scope, turn)
+            except HandlerFull:
+                left_s = None if deadline is None else deadline - loop.time()
+                try:
+                    await asyncio.wait_for(room.future, left_s)
+                except TimeoutError as error:
+                    raise Overloaded(no_room(scope)) from error
+
+
+class AioScope:
+    """One scope, for asyncio; holds no state of its own."""
+
+    def __init__(self, engine: AioEngine, scope: str) -> None:
+        self._engine = engine
+        self.name = scope
+
+    async def set(self, key: str, value: object) -> SetResult:
+        """As `Engine.set` on this scope."""
+        return await self._engine.set(self.name, key, value)
+
+    async def get(self, key: str, default: Any = None) -> Any:
+        """As `Engine.get` on this scope."""
+        return await self._engine.get(self.name, key, default)
+
+    async def delete(self, key: str) -> Any:
+        """As `Engine.delete` on this scope."""
+        return await self._engine.delete(self.name, key)
+
+    async def update(self, key: str, ops: Iterable[object]) -> UpdateResult:
+        """As `Engine.update` on this scope."""
+        return await self._engine.update(self.name, key, ops)
+
+    async def list(self) -> list[Any]:
+        """As `Engine.list` on this scope."""
+        return await self._engine.list(self.name)

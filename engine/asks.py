@@ -1,0 +1,53 @@
+"""Replies for messages that are sent without waiting: `ask(block=False)` and `tell`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from scopestate.actors.reply import Reply
+from scopestate.actors.router import HandlerFull, TriggerRouter
+
+log = logging.getLogger("scopestate.engine")
+
+
+class PatientReply(Reply[Any]):
+    """Sends its message again when a handler that was full has made room: its sender cannot wait for that."""
+
+    def __init__(self, router: TriggerRouter, convert: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._router = router
+        self._convert = convert
+        self.send: Callable[[], None] = lambda: None
+        """Sends the message once more; set by whoever sends it first."""
+
+    def set(self, value: Any = None) -> None:
+        super().set(self._convert(value))
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, HandlerFull):
+            self._router.when_room(self.send)
+        else:
+            super().fail(error)
+
+
+class Told(PatientReply):
+    """The reply to a `tell`: nobody reads it, so a refusal is logged."""
+
+    def set(self, value: Any = None) -> None:
+        """The message has done its work."""
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, HandlerFull):
+            super().fail(error)
+        else:
+            log.error("a message sent with tell() was refused: %s", error, exc_info=error)
+
+
+def no_room(scope: str) -> str:
+    """What to say when a handler did not make room in time."""
+    return (
+        f"nothing was written to scope {scope!r}: a handler that must see this write is behind by a full mailbox and did not "
+        "catch up within call_timeout_ms; see handler_mailbox, handler_when_full and handler_timeout_ms under `limits`"
+    )

@@ -1,0 +1,92 @@
+"""How an engine ends: nothing acknowledged is lost, every event is delivered or reported."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pykka
+
+from scopestate.actors.scope import Close
+from scopestate.actors.snapshot import Flush
+from scopestate.errors import EngineClosed, EngineForked, ReplyTimeout, StorageError
+
+if TYPE_CHECKING:
+    from scopestate.parts import Parts
+
+log = logging.getLogger("scopestate.engine")
+
+LAST_SAVE_TRIES = 3
+
+
+class Closing:
+    """The end of one engine, in stages that may be interrupted and begun again.
+
+    1. Callers are refused; handlers of events already fired still may call the engine.
+    2. Those events are delivered, for `close_grace_ms` at most; what is left then is reported as not delivered.
+    3. Handlers are refused too, and everything dirty is saved. If that fails, `close()` raises and may be called again.
+    4. Threads end, the store is released.
+    """
+
+    def __init__(self, parts: Parts, drain: Callable[[float], None]) -> None:
+        self._parts = parts
+        self._drain = drain
+        self._turn = threading.Lock()
+        self.begun = False
+        self.done = False
+
+    def close(self) -> None:
+        """Close, or wait for the thread that does. Raises StorageError if the last save fails; then call it again."""
+        with self._turn:
+            if self.done:
+                return
+            self.begun = True
+            parts = self._parts
+            self._refuse(handlers_may=True)
+            self._deliver(parts.limits.close_grace_s)
+            self._refuse(handlers_may=False)
+            parts.snapshot.stop_interval()
+            self._save()
+            self.done = True
+            parts.loop_thread.close()
+            parts.dispatcher.close()
+            parts.adapter.close()
+
+    def _refuse(self, *, handlers_may: bool) -> None:
+        directory = self._parts.directory
+        directory.refuse(EngineClosed, handlers_may=handlers_may)
+        for actor in list(directory.values()):
+            actor.run(Close(handlers_may))
+
+    def _deliver(self, grace_s: float) -> None:
+        try:
+            self._drain(grace_s)
+        except ReplyTimeout as error:
+            log.error("closing without waiting any longer for handlers: %s", error)
+        abandoned = sum(
+            handler.abandon("the engine closed before its turn came") for handler in self._parts.router.handlers()
+        )
+        if abandoned:
+            log.error("%d events were not delivered before the engine closed; each was reported", abandoned)
+
+    def _save(self) -> None:
+        snapshot = self._parts.snapshot
+        for attempt in range(1, LAST_SAVE_TRIES + 1):
+            try:
+                snapshot.ask(Flush()).get()
+                return
+            except StorageError as error:
+                if attempt == LAST_SAVE_TRIES:
+                    raise StorageError(
+                        f"the last save failed, {snapshot.waiting_scopes()} scopes are not on disk: {error}; they are kept "
+                        "in memory: mend the cause and call close() again"
+                    ) from error
+                threading.Event().wait(0.05 * attempt)
+
+
+def forked() -> EngineForked:
+    """The refusal for a process that inherited an engine."""
+    return EngineForked("this engine was inherited through fork and belongs to the parent process: open a new one here")

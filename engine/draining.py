@@ -1,0 +1,60 @@
+"""Waiting until events have been handled."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pykka
+
+from scopestate.actors.handler import Barrier
+from scopestate.actors.scope import ReadAll, event_depth
+from scopestate.actors.snapshot import Commit
+from scopestate.errors import ReplyTimeout, WouldDeadlock
+
+if TYPE_CHECKING:
+    from scopestate.parts import Parts
+
+
+def drain(parts: Parts, timeout: float | None) -> None:
+    """Wait until every event fired so far, and every event fired by handling those, has been handled.
+
+    A barrier goes through the router and every handler, behind the events that are there. A handler that fires an event
+    may put it behind the barrier, so rounds go on until two in a row saw no handler fire: the second one is behind
+    whatever a handler had begun to fire when the first one started.
+    """
+    if event_depth.get():
+        raise WouldDeadlock("drain() in a handler would wait for that very handler to end")
+    deadline = None if timeout is None else time.monotonic() + timeout
+    quiet_rounds = 0
+    while quiet_rounds < 2:
+        fired = parts.router.fired_by_handlers()
+        _finish_turns(parts, deadline, timeout)
+        handlers = parts.router.handlers()
+        if not handlers:
+            return
+        reply = parts.dispatcher.reply()
+        barrier = Barrier(handlers, reply)
+        parts.router.tell(barrier)
+        try:
+            reply.get(timeout=_left(deadline))
+        except pykka.Timeout as error:
+            behind = ", ".join(barrier.missing()[:10])
+            raise ReplyTimeout("", timeout or 0.0, behind) from error
+        quiet_rounds = quiet_rounds + 1 if parts.router.fired_by_handlers() == fired else 0
+
+
+def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -> None:
+    """Let messages that were told, not asked, run, and commits that hold events back come through."""
+    for actor in list(parts.directory.values()):
+        if actor.has_waiting():
+            try:
+                actor.ask(ReadAll()).get(timeout=_left(deadline))
+            except pykka.Timeout as error:
+                raise ReplyTimeout(actor.scope, timeout or 0.0) from error
+    if parts.snapshot.committing:
+        parts.snapshot.ask(Commit()).get(timeout=_left(deadline))
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - time.monotonic(), 0.0)

@@ -1,0 +1,390 @@
+"""The engine: scoped key-value state in this process, and functions that react when it changes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+import pykka
+
+from scopestate import catalogue, lifecycle
+from scopestate.actors import messages
+from scopestate.actors.dispatcher import Dispatcher
+from scopestate.actors.reply import Reply
+from scopestate.actors.results import SetResult, UpdateResult
+from scopestate.actors.router import HandlerFull
+from scopestate.actors.scope import Change, Put, Take, Turn, answer_of, checked_name, event_depth, turn_of
+from scopestate.actors.snapshot import Flush
+from scopestate.actors.turn import Envelope
+from scopestate.aio import AioEngine
+from scopestate.asks import PatientReply, Told, no_room
+from scopestate.calls import Caller
+from scopestate.closing import Closing, forked
+from scopestate.config import Config, ConfigWatcher, from_mapping, load
+from scopestate.draining import drain
+from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError, ValueTooLarge
+from scopestate.handle import Scope
+from scopestate.ops import checked
+from scopestate.ops.values import decode, encode
+from scopestate.parts import Parts
+from scopestate.persistence import Adapter
+from scopestate.reactive import Hook, Reactive
+from scopestate.stats import Health, Stats, check_health, measure
+
+
+class Engine(Reactive):
+    """Scoped key-value state with reactive triggers; `aio` has the same calls for asyncio.
+
+    Every method may be called from any thread and from handlers. Calls on one scope take effect one at a time; a call
+    that has returned is seen by every later one. Errors are of the `ScopestateError` tree.
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        on_error: Hook | None = None,
+        on_dead_letter: Hook | None = None,
+        adapter: Adapter | None = None,
+        dispatcher: Dispatcher | None = None,
+        handle_sigterm: bool = True,
+    ) -> None:
+        """Open an engine; without a config it keeps everything in memory only.
+
+        `on_error` is called with a DeliveryFailure for each event that failed at a handler, at each attempt, or reached
+        none; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and `dispatcher` take the place of the configured ones.
+        `handle_sigterm`: if the store keeps anything and the program has no handler of its own, SIGTERM closes the
+        engine before it ends the process.
+
+        Raises ConfigError, and StorageError if the store cannot be opened.
+        """
+        parts = Parts(config or Config(), adapter, dispatcher, self._report)
+        self._parts = parts
+        self._limits = parts.limits
+        self._scopes = parts.directory
+        self._router = parts.router
+        self._snapshot = parts.snapshot
+        self._functions = parts.functions
+        self._tally = parts.tally
+        self._count_set = parts.tally["state::set"].add
+        self._count_get = parts.tally["state::get"].add
+        self._hooks: dict[str, Hook | None] = {"error": on_error, "dead letter": on_dead_letter}
+        self._caller = Caller(parts.functions, parts.loop_thread, parts.dispatcher)
+        self._closing = Closing(parts, self.drain)
+        self._watcher: ConfigWatcher | None = None
+        self._forked = False
+        self.aio = AioEngine(self)
+        """The same calls as coroutines; they never block the event loop."""
+        for function_id in messages.FUNCTION_IDS:
+            self._functions.add(catalogue.builtin(function_id, self._call_builtin))
+        parts.configure()
+        lifecycle.watch_over(self)
+        if handle_sigterm and parts.adapter.keeps:
+            lifecycle.close_on_sigterm()
+
+    @classmethod
+    def from_config(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any] | Config | None = None,
+        *,
+        watch: bool = True,
+        on_error: Hook | None = None,
+        on_dead_letter: Hook | None = None,
+        handle_sigterm: bool = True,
+    ) -> Self:
+        """Open an engine from a YAML file, a mapping of the same shape, a Config, or nothing (in memory).
+
+        A file is watched, unless `watch` is false: a valid change applies live, an invalid one is logged and leaves the
+        running configuration alone. Raises ConfigError (file, line, key) and StorageError.
+        """
+        if source is None or isinstance(source, Config):
+            config = source
+        elif isinstance(source, (str, os.PathLike)):
+            config = load(source)
+        else:
+            config = from_mapping(source)
+        engine = cls(config, on_error=on_error, on_dead_letter=on_dead_letter, handle_sigterm=handle_sigterm)
+        if watch and isinstance(source, (str, os.PathLike)):
+            engine._watch(source)
+        return engine
+
+    def _watch(self, path: str | os.PathLike[str]) -> None:
+        self._watcher = ConfigWatcher(path, self.reconfigure, lambda _: None)  # the watcher logs what it reports
+        self._watcher.start()
+
+    def reconfigure(self, config: Config) -> None:
+        """Apply to the running engine what can change live: functions, triggers, limits, `save_interval_ms`.
+
+        Raises ConfigError and changes nothing if a configured function would replace a built-in one. What needs a
+        restart is logged.
+        """
+        self._parts.reconfigure(config)
+
+    # --------------------------------------------------------------------------------------------- the functions
+
+    def set(self, scope: str, key: str, value: object) -> SetResult:
+        """Set a value: any JSON value, None included. Fires `state:created` or `state:updated`.
+
+        Raises InvalidValue (the path of what JSON cannot hold), ValueTooLarge, StorageError `SET_ERROR`, Overloaded,
+        ReplyTimeout, EngineClosed; nothing was written then, except that after ReplyTimeout it may still be.
+        """
+        data = encode(value)
+        limit = self._limits.max_value_bytes
+        if limit and len(data) > limit:
+            raise ValueTooLarge(scope, key, len(data), limit)
+        self._count_set()
+        try:
+            return self._scopes[scope].run(Put(key, data))  # type: ignore[no-any-return]
+        except (HandlerFull, TypeError) as error:
+            return self._turn(scope, Put(key, data), error)  # type: ignore[no-any-return]
+
+    def get(self, scope: str, key: str, default: Any = None) -> Any:
+        """Return a fresh copy of a value, or `default` if the key does not exist. A stored null is None.
+
+        Raises StorageError `GET_ERROR` if the scope cannot be loaded.
+        """
+        self._count_get()
+        try:
+            data = self._scopes[scope].read(key)
+        except TypeError:
+            data = None
+            checked_name("scope", scope)
+        if data is None:
+            checked_name("key", key)
+            return default
+        return decode(data)
+
+    def delete(self, scope: str, key: str) -> Any:
+        """Remove a key and return its value, None if it did not exist. Fires `state:deleted` in either case.
+
+        Raises StorageError `DELETE_ERROR`, and what `set` raises for a scope that cannot take the call.
+        """
+        self._tally["state::delete"].add()
+        data = self._turn(scope, Take(key))
+        return None if data is None else decode(data)
+
+    def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
+        """Apply ops to a value, atomically: structs of `scopestate.ops`, or dicts of the same fields.
+
+        An op that does not fit is skipped and reported in `errors`; the others are applied (SEMANTICS, section 3).
+        A missing key starts as `{}`. Fires `state:created` or `state:updated`. Raises DeserializationError for what is
+        no op, ValueTooLarge if the value grew past the limit, `UPDATE_ERROR`, and what `set` raises.
+        """
+        self._tally["state::update"].add()
+        turn = Change(key, checked(ops))
+        try:
+            return self._scopes[scope].run(turn)  # type: ignore[no-any-return]
+        except (HandlerFull, TypeError) as error:
+            return self._turn(scope, turn, error)  # type: ignore[no-any-return]
+
+    def list(self, scope: str) -> list[Any]:
+        """Return all values of a scope, in the order in which their keys were first set; [] if it has none."""
+        self._tally["state::list"].add()
+        try:
+            everything = self._scopes[scope].read_all()
+        except TypeError:
+            checked_name("scope", scope)
+            raise
+        return [decode(data) for data in everything]
+
+    def list_groups(self) -> list[str]:
+        """Return the names of the scopes that hold at least one key, sorted by bytes."""
+        self._tally["state::list_groups"].add()
+        parts = self._parts
+        self._refuse_if_closed()
+        # Memory first, then the store: a scope that leaves memory in between is in the store by then.
+        in_memory = [(actor.scope, actor.holds_keys()) for actor in list(parts.directory.values()) if actor.loaded]
+        groups = {scope for scope, holds in in_memory if holds}
+        if parts.adapter.keeps:
+            try:
+                groups.update(set(parts.adapter.scopes()).difference(scope for scope, _ in in_memory))
+            except StorageError as error:
+                raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from error
+        return sorted(groups)
+
+    def scope(self, scope: str) -> Scope:
+        """Return a handle on one scope; it need not exist."""
+        return Scope(self, checked_name("scope", scope))
+
+    # ------------------------------------------------------------------------------------------------- messages
+
+    @overload
+    def ask(self, message: messages.Message, *, block: Literal[False], timeout: float | None = None) -> Reply[Any]: ...
+
+    @overload
+    def ask(self, message: messages.Message, *, block: Literal[True] = True, timeout: float | None = None) -> Any: ...
+
+    def ask(self, message: messages.Message, *, block: bool = True, timeout: float | None = None) -> Any:
+        """Send a message and return the answer: what the method of the same name returns.
+
+        With `block=False`, a future at once (`get`, `await`). `timeout` in seconds: after it, ReplyTimeout, and a write
+        may still be applied.
+        """
+        if isinstance(message, messages.ListGroups):
+            return self._settled(self.list_groups()) if not block else self.list_groups()
+        reply = self._send(message, PatientReply)
+        if not block:
+            return reply
+        timeout_s = self._limits.call_timeout_s if timeout is None else timeout
+        try:
+            return reply.get(timeout=timeout_s)
+        except pykka.Timeout as error:
+            reply.abandoned = True
+            raise ReplyTimeout(getattr(message, "scope", ""), timeout_s or 0.0) from error
+
+    def tell(self, message: messages.Message) -> None:
+        """Send a message and go on; a refusal is logged. Raises at once for what is no message or no JSON value."""
+        self._send(message, Told)
+
+    def _send(self, message: messages.Message, kind: type[PatientReply]) -> PatientReply:
+        turn = turn_of(message, self._limits.max_value_bytes)
+        self._tally[catalogue.function_id_of(message)].add()
+        scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
+        reply = kind(self._router, lambda answer: answer_of(message, answer))
+        reply.send = lambda: self._scopes[scope].accept(Envelope(turn, reply))
+        actor = self._scopes[scope]
+        if actor.loaded:
+            actor.handle_or_post(Envelope(turn, reply))
+        else:
+            actor.post(Envelope(turn, reply))
+        return reply
+
+    @staticmethod
+    def _settled(value: Any) -> Reply[Any]:
+        reply: Reply[Any] = Reply()
+        reply.set(value)
+        return reply
+
+    # ------------------------------------------------------------------------------------------------- functions
+
+    def call(self, function_id: str, payload: object = None) -> Any:
+        """Call a function by id with JSON data, and return JSON data: built-in, or registered by the program.
+
+        A plain function runs on this thread, a coroutine function on its event loop while this thread waits. Raises
+        FunctionNotFound, DeserializationError, FunctionFailed around what the function raised, SerializationError,
+        and for the built-in ones what the method of the same name raises.
+        """
+        function = self._functions.get(function_id)
+        if function.builtin:
+            return function.target(payload)
+        return self._caller.call(function, payload)
+
+    def _call_builtin(self, function_id: str, payload: object) -> Any:
+        message = messages.from_payload(function_id, payload)
+        match message:
+            case messages.Set(scope=scope, key=key, value=value):
+                return self.set(scope, key, value).to_json()
+            case messages.Get(scope=scope, key=key):
+                return self.get(scope, key)
+            case messages.Delete(scope=scope, key=key):
+                return self.delete(scope, key)
+            case messages.Update(scope=scope, key=key, ops=ops):
+                return self.update(scope, key, ops).to_json()
+            case messages.List(scope=scope):
+                return self.list(scope)
+            case messages.ListGroups():
+                return {"groups": self.list_groups()}
+
+    # ------------------------------------------------------------------------------------------------ waiting
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Wait until every event fired so far has been handled, and every event that those handlers fired.
+
+        `timeout` in seconds. Raises ReplyTimeout, naming the triggers that are behind, and WouldDeadlock in a handler,
+        which would wait for itself.
+        """
+        drain(self._parts, timeout)
+
+    def flush(self) -> None:
+        """Wait until everything acknowledged so far is on disk. Raises StorageError if it cannot be saved now."""
+        self._refuse_if_closed()
+        self._snapshot.ask(Flush()).get()
+
+    def stats(self) -> Stats:
+        """Return counts since the engine was made, and sizes now."""
+        return measure(self._parts)
+
+    def health(self) -> Health:
+        """Return whether all is well, and what is not."""
+        return check_health(self._parts, closed=self._closing.done)
+
+    # ------------------------------------------------------------------------------------------------- closing
+
+    @property
+    def closed(self) -> bool:
+        """True once the engine refuses calls."""
+        return self._closing.begun or self._forked
+
+    def close(self) -> None:
+        """End the engine: refuse callers, deliver events for `close_grace_ms` at most, save, release the store.
+
+        Idempotent; a second thread waits for the first. From a handler it returns at once, and the engine closes
+        when that handler has ended. Raises StorageError if the last save failed: everything is still in memory then,
+        and `close()` can be called again. In a forked child it does nothing.
+        """
+        if self._forked or self._closing.done:
+            return
+        if event_depth.get():
+            threading.Thread(target=self._close_now, name="scopestate-close", daemon=True).start()
+        else:
+            self._close_now()
+
+    def _close_now(self) -> None:
+        if self._watcher is not None:
+            self._watcher.stop()
+        self._closing.close()
+        lifecycle.release(self)
+
+    def disown(self) -> None:
+        """In a forked child: refuse every call. The store and the threads belong to the parent."""
+        self._forked = True
+        self._scopes.clear()
+        self._scopes.refuse(forked)
+
+    def _refuse_if_closed(self) -> None:
+        if self._forked:
+            raise forked()
+        if self._closing.done or (self._closing.begun and not event_depth.get()):
+            raise EngineClosed()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aio.close()
+
+    # ------------------------------------------------------------------------------------------- the slower ways
+
+    def _turn(self, scope: str, turn: Turn, error: Exception | None = None) -> Any:
+        """Run `turn`, waiting for a handler that must catch up first; `error` is what a first attempt raised."""
+        checked_name("scope", scope)
+        if isinstance(turn, (Put, Change, Take)):
+            checked_name("key", turn.key)
+        if isinstance(error, TypeError):
+            raise error
+        timeout_s = self._limits.call_timeout_s
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            room = threading.Event()
+            if error is not None:
+                self._router.when_room(room.set)
+            try:
+                return self._scopes[scope].run(turn)
+            except HandlerFull as full:
+                if error is not None and not room.wait(None if deadline is None else deadline - time.monotonic()):
+                    raise Overloaded(no_room(scope)) from full
+                error = full

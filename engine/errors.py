@@ -1,0 +1,233 @@
+"""Every error that scopestate raises, as one tree.
+
+    ScopestateError                     catch this to catch them all
+    |-- DeserializationError            input that does not fit: `deserialization_error`
+    |   `-- InvalidValue                a value that JSON cannot hold; names the path inside it
+    |-- ValueTooLarge                   encoded value over `max_value_bytes`: `VALUE_TOO_LARGE`
+    |-- SerializationError              a function returned what JSON cannot hold: `serialization_error`
+    |-- FunctionNotFound                nobody registered that function id: `function_not_found`
+    |-- FunctionFailed                  a registered function raised: `invocation_failed`
+    |-- InvalidRegistration             a function or trigger that cannot be registered: `registration_error`
+    |-- ConfigError                     the configuration is wrong: `CONFIG_ERROR`; names file, line and key
+    |-- StorageError                    the store failed: `SET_ERROR`, `GET_ERROR`, ... or `STORAGE_ERROR`
+    |   |-- StoreLocked                 another process holds the store
+    |   |-- StoreUnusable               the directory cannot be used: unwritable, not a directory, someone else's
+    |   `-- StoreCorrupt                the database is damaged; it was set aside, never overwritten
+    |-- Overloaded                      a bounded mailbox is full: `OVERLOADED`
+    |-- ReplyTimeout                    no reply in time; the write may still be applied: `TIMEOUT`
+    |-- WouldDeadlock                   the call could only wait for itself: `DEADLOCK`
+    |-- HandlerTimeout                  a handler or condition ran longer than handler_timeout_ms: `HANDLER_TIMEOUT`
+    |-- EventLoopDetected               handlers kept firing each other: `EVENT_LOOP`
+    |-- EventNotDelivered               an event that reached no handler: `EVENT_NOT_DELIVERED`
+    `-- EngineClosed                    the engine is closed or closing: `ENGINE_CLOSED`
+        `-- EngineForked                the engine was inherited through fork: `ENGINE_FORKED`
+
+`code` is the word that goes over the wire (SEMANTICS, section 2; PROTOCOL, section 4.4); clients compare it.
+The text is for people: it says what was wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class ScopestateError(Exception):
+    """Root of the tree. `code` is stable; the text may change between versions."""
+
+    code: str = "SCOPESTATE_ERROR"
+
+
+class DeserializationError(ScopestateError):
+    """Input that does not fit a function: a missing field, a wrong type, a shape that no op has."""
+
+    code = "deserialization_error"
+
+
+class InvalidValue(DeserializationError):
+    """A value that JSON cannot hold. `path` points into it: `$.users[3].score`."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.problem} - at `{self.path}`"
+
+
+class ValueTooLarge(ScopestateError):
+    """The encoded value is larger than `max_value_bytes`; nothing was written."""
+
+    code = "VALUE_TOO_LARGE"
+
+    def __init__(self, scope: str, key: str, size: int, limit: int) -> None:
+        super().__init__(scope, key, size, limit)
+        self.scope = scope
+        self.key = key
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"the value for key {self.key!r} of scope {self.scope!r} takes {self.size} bytes as JSON, "
+            f"over the limit max_value_bytes = {self.limit}; nothing was written"
+        )
+
+
+class SerializationError(ScopestateError):
+    """A function returned something that JSON cannot hold."""
+
+    code = "serialization_error"
+
+
+class FunctionNotFound(ScopestateError):
+    """No function is registered under this id."""
+
+    code = "function_not_found"
+
+    def __init__(self, function_id: str) -> None:
+        super().__init__(function_id)
+        self.function_id = function_id
+
+    def __str__(self) -> str:
+        return f"Function {self.function_id} not found"
+
+
+class FunctionFailed(ScopestateError):
+    """A registered function raised; `__cause__` is what it raised."""
+
+    code = "invocation_failed"
+
+    def __init__(self, function_id: str, problem: str) -> None:
+        super().__init__(function_id, problem)
+        self.function_id = function_id
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"function {self.function_id!r} failed: {self.problem}"
+
+
+class InvalidRegistration(ScopestateError):
+    """A function or trigger that cannot be registered; nothing was registered."""
+
+    code = "registration_error"
+
+
+class ConfigError(ScopestateError):
+    """The configuration is wrong. `file`, `line` (1-based) and `key` say where, as far as they are known."""
+
+    code = "CONFIG_ERROR"
+
+    def __init__(self, problem: str, *, file: str | None = None, line: int | None = None, key: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.file = file
+        self.line = line
+        self.key = key
+
+    def __str__(self) -> str:
+        place = ":".join(str(part) for part in (self.file, self.line) if part is not None)
+        where = ", ".join(part for part in (place, f"key `{self.key}`" if self.key else "") if part)
+        return f"{where}: {self.problem}" if where else self.problem
+
+
+class StorageError(ScopestateError):
+    """The store failed. `code` names the function that could not be served, or is `STORAGE_ERROR` outside a call."""
+
+    code = "STORAGE_ERROR"
+
+    def __init__(self, problem: str, *, code: str = "STORAGE_ERROR") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+class StoreLocked(StorageError):
+    """Another process holds the store; the text names it."""
+
+
+class StoreUnusable(StorageError):
+    """The directory cannot serve as a store: unwritable, not a directory, or somebody else's database."""
+
+
+class StoreCorrupt(StorageError):
+    """The database is damaged. It was set aside under `quarantined`, never overwritten."""
+
+    def __init__(self, problem: str, *, quarantined: str | None = None) -> None:
+        super().__init__(problem)
+        self.quarantined = quarantined
+
+
+class Overloaded(ScopestateError):
+    """A bounded mailbox is full; the call was refused and nothing was written. Try again later or slow down."""
+
+    code = "OVERLOADED"
+
+
+class ReplyTimeout(ScopestateError):
+    """No reply in time. A write may still be applied later."""
+
+    code = "TIMEOUT"
+
+    def __init__(self, scope: str, waited_s: float, behind: str = "") -> None:
+        super().__init__(scope, waited_s, behind)
+        self.scope = scope
+        self.waited_s = waited_s
+        self.behind = behind
+        """Ids of the triggers that `drain` waited for in vain; empty for a call."""
+
+    def __str__(self) -> str:
+        if self.behind:
+            return f"not drained within {self.waited_s:g} s: events still wait or run at trigger(s) {self.behind}"
+        return (
+            f"scope {self.scope!r} sent no reply within {self.waited_s:g} s; "
+            "a write may still be applied: read the key before retrying"
+        )
+
+
+class WouldDeadlock(ScopestateError):
+    """The call could only wait for the very thread that makes it; nothing was done."""
+
+    code = "DEADLOCK"
+
+
+class HandlerTimeout(ScopestateError):
+    """A handler or condition ran longer than `handler_timeout_ms`; a plain function may still be running."""
+
+    code = "HANDLER_TIMEOUT"
+
+    def __init__(self, function_id: str, timeout_s: float) -> None:
+        super().__init__(function_id, timeout_s)
+        self.function_id = function_id
+        self.timeout_s = timeout_s
+
+    def __str__(self) -> str:
+        return f"function {self.function_id!r} did not end within {self.timeout_s:g} s (handler_timeout_ms)"
+
+
+class EventLoopDetected(ScopestateError):
+    """Handlers kept firing each other up to the configured depth; the event was not delivered."""
+
+    code = "EVENT_LOOP"
+
+
+class EventNotDelivered(ScopestateError):
+    """An event that reached no handler: dropped by a full mailbox, or still waiting when the engine closed."""
+
+    code = "EVENT_NOT_DELIVERED"
+
+
+class EngineClosed(ScopestateError):
+    """The engine is closed or closing; nothing was written."""
+
+    code = "ENGINE_CLOSED"
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else "the engine is closed; open a new one"
+
+
+class EngineForked(EngineClosed):
+    """The engine was inherited through fork: its threads and its store belong to the parent process."""
+
+    code = "ENGINE_FORKED"

@@ -1,0 +1,156 @@
+"""Putting an engine together from its configuration, and changing a running one."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from scopestate.actors.commit import CommitScopeActor
+from scopestate.actors.directory import Directory
+from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
+from scopestate.actors.functions import Function, Functions
+from scopestate.actors.handler import DeliveryFailure, HandlerServices, Trigger
+from scopestate.actors.limits import Limits
+from scopestate.actors.loops import LoopThread
+from scopestate.actors.messages import FUNCTION_IDS
+from scopestate.actors.router import TriggerRouter
+from scopestate.actors.scope import ScopeActor, Surroundings
+from scopestate.actors.snapshot import SnapshotActor
+from scopestate.config import AdapterConfig, Config, LimitsConfig, ScopeRule, TriggerConfig
+from scopestate.errors import ConfigError
+from scopestate.persistence import Adapter, FileAdapter, MemoryAdapter
+from scopestate.stats import Tally
+
+log = logging.getLogger("scopestate.engine")
+
+Report = Callable[[DeliveryFailure], None]
+
+_RESTART_ONLY: Final = ("store_method", "file_path", "durability")
+
+
+class Parts:
+    """What one engine consists of, wired up."""
+
+    def __init__(self, config: Config, adapter: Adapter | None, dispatcher: Dispatcher | None, report: Report) -> None:
+        """Raises StorageError if the configured store cannot be opened."""
+        self.config = config
+        self.limits = Limits()
+        set_limits(self.limits, config.limits)
+        self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
+        self.adapter: Adapter = adapter or _open_adapter(config.adapter)
+        self.functions = Functions()
+        self.loop_thread = LoopThread("scopestate-loop")
+        services = HandlerServices(self.dispatcher, self.functions, self.limits, self.loop_thread, report)
+        self.router = TriggerRouter(services)
+        self.snapshot = SnapshotActor(self.dispatcher, self.adapter, config.adapter.config.save_interval_ms / 1000)
+        self.directory = Directory(self._make_scope)
+        self._around = Surroundings(
+            self.dispatcher, self.adapter, self.limits, self.router, self.snapshot, self.directory
+        )
+        self._rules = config.scopes
+        self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}
+
+    def _make_scope(self, scope: str) -> ScopeActor:
+        if not self.adapter.keeps:
+            return ScopeActor(scope, self._around, keeps=False)
+        durability = durability_of(scope, self._rules, self.config.adapter.config.durability)
+        if durability == "commit":
+            return CommitScopeActor(scope, self._around, keeps=True)
+        return ScopeActor(scope, self._around, keeps=durability != "memory")
+
+    def configure(self) -> None:
+        """Register the configured functions and triggers, and begin to save. Raises ConfigError."""
+        check_functions(self.config)
+        self._apply_functions(())
+        self._apply_triggers(None)
+        self.snapshot.start_interval()
+
+    # ---------------------------------------------------------------------------------------------------- reload
+
+    def reconfigure(self, config: Config) -> None:
+        """Apply what can change live: functions, triggers, limits, the save interval. Raises ConfigError, unchanged."""
+        before = self.config
+        check_functions(config)
+        for name in _RESTART_ONLY:
+            if getattr(before.adapter.config, name) != getattr(config.adapter.config, name):
+                log.warning("the new value of `%s` is used from the next start: a running store cannot change it", name)
+        if before.scopes != config.scopes:
+            log.warning("the new `scopes:` rules are used from the next start")
+        set_limits(self.limits, config.limits)
+        if config.adapter.config.save_interval_ms != before.adapter.config.save_interval_ms:
+            self.snapshot.set_interval(config.adapter.config.save_interval_ms / 1000)
+        self.config = config
+        self._apply_functions(before.functions.keys() - config.functions.keys())
+        self._apply_triggers(before)
+
+    def _apply_functions(self, gone: Iterable[str]) -> None:
+        for function_id, reference in self.config.functions.items():
+            self.functions.add(Function(function_id, reference.callable))
+        for function_id in gone:
+            self.functions.remove(function_id)
+
+    def _apply_triggers(self, before: Config | None) -> None:
+        """Register what is new, unregister what only `before` has. Unchanged triggers keep the events that wait."""
+        old = {} if before is None else {trigger.trigger_id: trigger for trigger in configured_triggers(before.triggers)}
+        new = {trigger.trigger_id: trigger for trigger in configured_triggers(self.config.triggers)}
+        for trigger_id, trigger in new.items():
+            if old.get(trigger_id) != trigger:
+                self.router.register(trigger)
+        for trigger_id in old.keys() - new.keys():
+            self.router.unregister(trigger_id)
+
+
+def check_functions(config: Config) -> None:
+    """Raise ConfigError if a configured function would take the place of a built-in one."""
+    for function_id in config.functions:
+        if function_id in FUNCTION_IDS:
+            raise ConfigError(
+                "this function is built in and cannot be replaced: choose another id",
+                file=config.source,
+                key=f"functions.{function_id}",
+            )
+
+
+def configured_triggers(entries: Iterable[TriggerConfig]) -> list[Trigger]:
+    """Return the triggers of a configuration. One without an id gets one made from its content, the same each time."""
+    triggers: list[Trigger] = []
+    made: Counter[str] = Counter()
+    for entry in entries:
+        trigger_id = entry.id
+        if trigger_id is None:
+            content = f"config:{entry.function_id}:{entry.scope!r}:{entry.key!r}:{entry.condition_function_id!r}"
+            made[content] += 1
+            trigger_id = content if made[content] == 1 else f"{content}#{made[content]}"
+        triggers.append(Trigger(trigger_id, entry.function_id, entry.scope, entry.key, entry.condition_function_id))
+    return triggers
+
+
+def durability_of(scope: str, rules: Iterable[ScopeRule], default: str) -> str:
+    """Return how long the writes of `scope` must last: by the first rule that fits, else `default`."""
+    for rule in rules:
+        if scope == rule.name or (rule.prefix is not None and scope.startswith(rule.prefix)):
+            return rule.durability
+    return default
+
+
+def set_limits(limits: Limits, config: LimitsConfig) -> None:
+    """Copy the configured limits into the running ones; milliseconds become seconds."""
+    limits.max_value_bytes = config.max_value_bytes
+    limits.scope_mailbox = config.scope_mailbox
+    limits.handler_mailbox = config.handler_mailbox
+    limits.handler_when_full = config.handler_when_full
+    limits.handler_timeout_s = config.handler_timeout_ms / 1000
+    limits.handler_attempts = config.handler_attempts
+    limits.handler_backoff_s = config.handler_backoff_ms / 1000
+    limits.max_event_depth = config.max_event_depth
+    limits.call_timeout_s = config.call_timeout_ms / 1000 or None
+    limits.close_grace_s = config.close_grace_ms / 1000
+    limits.passivate_after_s = config.passivate_after_ms / 1000
+
+
+def _open_adapter(config: AdapterConfig) -> Adapter:
+    if config.config.store_method == "in_memory":
+        return MemoryAdapter()
+    return FileAdapter(config.config.file_path)

@@ -1,0 +1,153 @@
+"""The reactive half of the engine: functions, triggers, and the hooks for what goes wrong in them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+from scopestate import catalogue
+from scopestate.actors.functions import Function, Functions, running_loop
+from scopestate.actors.handler import DeliveryFailure
+from scopestate.actors.router import TriggerRouter
+from scopestate.errors import InvalidRegistration
+from scopestate.triggers import TriggerHandle, read_trigger
+
+log = logging.getLogger("scopestate.triggers")
+
+F = TypeVar("F", bound=Callable[..., Any])
+Hook = Callable[[DeliveryFailure], object]
+
+
+class Reactive:
+    """Functions by id, and triggers that call them. Every method may be called from any thread."""
+
+    _functions: Functions
+    _router: TriggerRouter
+    _hooks: dict[str, Hook | None]
+
+    def _refuse_if_closed(self) -> None:
+        """Raise EngineClosed if the engine takes no more registrations."""
+
+    @overload
+    def register_function(self, function_id: str, target: F, *, description: str | None = None) -> F: ...
+
+    @overload
+    def register_function(
+        self, function_id: str, target: None = None, *, description: str | None = None
+    ) -> Callable[[F], F]: ...
+
+    def register_function(self, function_id: str, target: Any = None, *, description: str | None = None) -> Any:
+        """Register a plain or `async` function of one argument, the payload; the same id again replaces it.
+
+        Without `target` it is a decorator. A coroutine function belongs to the event loop that is running now, or to
+        the engine's own. Raises InvalidRegistration for a built-in id or what is not callable.
+        """
+        if target is None:
+            return lambda function: self.register_function(function_id, function, description=description)
+        self._refuse_if_closed()
+        self._functions.add(Function(function_id, target, running_loop(), description))
+        return target
+
+    def unregister_function(self, function_id: str) -> None:
+        """Forget a function; its triggers stay, and their deliveries fail until it is back. Raises FunctionNotFound."""
+        self._functions.remove(function_id)
+
+    def functions(self) -> list[dict[str, Any]]:
+        """Return a description of each function: the API reference's for the built-in ones."""
+        return catalogue.functions(self._functions)
+
+    # -------------------------------------------------------------------------------------------------- triggers
+
+    def register_trigger(
+        self,
+        *,
+        function_id: str,
+        scope: str | None = None,
+        key: str | None = None,
+        condition_function_id: str | None = None,
+        trigger_id: str | None = None,
+        config: object = ...,
+    ) -> TriggerHandle:
+        """Have a function called when a matching key changes. It need not be registered yet.
+
+        Filters are exact; None matches everything. Instead of them, `config` takes the raw object that the wire has.
+        The same `trigger_id` again replaces. The trigger sees every write that begins after this has returned.
+        Raises InvalidRegistration (SEMANTICS, section 4).
+        """
+        filters = {"scope": scope, "key": key, "condition_function_id": condition_function_id}
+        if config is ...:
+            config = filters
+        elif any(value is not None for value in filters.values()):
+            raise InvalidRegistration("give the filters either by name or as `config`, not both")
+        self._refuse_if_closed()
+        trigger = read_trigger(function_id, trigger_id, config)
+        self._router.register(trigger)
+        return TriggerHandle(self._router, trigger)
+
+    def on_change(
+        self,
+        *,
+        scope: str | None = None,
+        key: str | None = None,
+        condition: str | Callable[..., Any] | None = None,
+        function_id: str | None = None,
+    ) -> Callable[[F], F]:
+        """Decorate a handler: registers the function and a trigger for it, and returns the function unchanged.
+
+        `condition` is a function, or the id of one; only `False` skips the handler. The function id is made from the
+        module and name, unless given.
+        """
+
+        def register(handler: F) -> F:
+            name = function_id or catalogue.made_id(handler, self._functions)
+            asked = condition
+            if callable(asked):
+                asked = f"{name}::condition"
+                self.register_function(asked, condition)
+            self.register_function(name, handler)
+            self.register_trigger(function_id=name, scope=scope, key=key, condition_function_id=asked)
+            return handler
+
+        return register
+
+    def triggers(self) -> list[TriggerHandle]:
+        """Return all triggers, in order of registration."""
+        return [TriggerHandle(self._router, handler.trigger) for handler in self._router.handlers()]
+
+    def trigger_types(self) -> list[dict[str, Any]]:
+        """Return a description of each trigger type, as the API reference has it."""
+        return catalogue.trigger_types()
+
+    def on_error(self, hook: Hook) -> Hook:
+        """Set the hook for failed attempts to deliver an event; also as a decorator. Runs on worker threads."""
+        self._hooks["error"] = hook
+        return hook
+
+    def on_dead_letter(self, hook: Hook) -> Hook:
+        """Set the hook for events that are given up; also as a decorator. Runs on worker threads."""
+        self._hooks["dead letter"] = hook
+        return hook
+
+    def _report(self, failure: DeliveryFailure) -> None:
+        event = failure.event
+        facts = {
+            "scope": event.scope,
+            "key": event.key,
+            "sequence": event.sequence,
+            "function_id": failure.function_id,
+            "trigger_id": failure.trigger_id,
+        }
+        log.error(
+            "event %d of scope %r, key %r: function %r of trigger %r %s: %s",
+            event.sequence, event.scope, event.key, failure.function_id, failure.trigger_id,
+            "failed" if failure.final else f"failed at attempt {failure.attempt} and is tried again",
+            failure.error, exc_info=failure.error, extra=facts,
+        )  # fmt: skip
+        for name, wanted in (("error", True), ("dead letter", failure.final)):
+            hook = self._hooks[name]
+            if hook is not None and wanted:
+                try:
+                    hook(failure)
+                except Exception:
+                    log.exception("the %s hook failed", name, extra=facts)

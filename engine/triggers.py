@@ -1,0 +1,78 @@
+"""Registering triggers, and what a registration gives back."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from scopestate.actors.handler import Trigger
+from scopestate.errors import InvalidRegistration
+
+if TYPE_CHECKING:
+    from scopestate.actors.router import TriggerRouter
+
+log = logging.getLogger("scopestate.triggers")
+
+_FILTERS: Final = ("scope", "key", "condition_function_id")
+
+
+class TriggerHandle:
+    """A registered trigger."""
+
+    def __init__(self, router: TriggerRouter, trigger: Trigger) -> None:
+        self._router = router
+        self._trigger = trigger
+
+    @property
+    def trigger_id(self) -> str:
+        """Its id: the one given, or one that was made."""
+        return self._trigger.trigger_id
+
+    @property
+    def trigger(self) -> Trigger:
+        """What it watches and calls."""
+        return self._trigger
+
+    def unregister(self) -> None:
+        """Take it away: no call of its function begins after this has returned, and events that wait are dropped.
+
+        Raises InvalidRegistration if it is gone already.
+        """
+        self._router.unregister(self.trigger_id)
+
+    def __repr__(self) -> str:
+        return f"<TriggerHandle {self.trigger_id!r} -> {self._trigger.function_id!r}>"
+
+
+def read_trigger(
+    function_id: object,
+    trigger_id: object,
+    config: object,
+) -> Trigger:
+    """Read a trigger from what a caller or the wire gives (SEMANTICS, section 4).
+
+    `config` is the raw config object: `scope`, `key` and `condition_function_id` are strings, or null or absent for
+    "matches everything"; other fields are ignored with a warning, because a misspelt one makes a catch-all trigger.
+    Raises InvalidRegistration for anything else; nothing is registered then.
+    """
+    if not isinstance(function_id, str) or not function_id:
+        raise InvalidRegistration(f"a trigger needs a function_id, a non-empty string, not {function_id!r:.80}")
+    if trigger_id is not None and (not isinstance(trigger_id, str) or not trigger_id):
+        raise InvalidRegistration(f"a trigger_id is a non-empty string, not {trigger_id!r:.80}")
+    if not isinstance(config, Mapping):
+        raise InvalidRegistration(f"a trigger's config is an object, not {type(config).__name__}; for no filters pass {{}}")
+    fields: dict[str, Any] = {name: config.get(name) for name in _FILTERS}
+    for name, value in fields.items():
+        if value is not None and not isinstance(value, str):
+            raise InvalidRegistration(f"`{name}` of a trigger is a string or null, not {type(value).__name__}: {value!r:.80}")
+    unknown = sorted(str(name) for name in config if name not in _FILTERS)
+    if unknown:
+        log.warning(
+            "trigger for function %r: field(s) %s are not known and ignored; known are %s",
+            function_id,
+            ", ".join(unknown),
+            ", ".join(_FILTERS),
+        )
+    return Trigger(trigger_id or str(uuid.uuid4()), function_id, **fields)
