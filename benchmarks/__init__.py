@@ -1,0 +1,1 @@
+"""scopestate beside its peers: one run, one machine, results as ratios. `python -m benchmarks --help`."""

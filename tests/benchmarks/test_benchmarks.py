@@ -1,0 +1,110 @@
+"""The benchmarks run, report every target, and judge rightly. How fast anything is, is not tested here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+JUDGED = {
+    "set_vs_pykka": {"at_least": 8},
+    "set_vs_floor": {"at_most": 5},
+    "get_vs_pykka": {"at_least": 10},
+    "update_vs_pykka": {"at_least": 5},
+    "aio_set": {"at_most": 1.5},
+    "aio_suspensions": {"at_most": 0},
+    "set_beside_cpu": {"at_least": 50},
+    "threads_one_scope": {"at_least": 0.7},
+    "threads_own_scopes": {"at_least": 0.7},
+    "events_per_second": {"at_least": 200_000},
+    "idle_triggers": {"at_most": 1.1},
+    "set_to_handler": {"at_most": 3},
+    "file_set": {"at_most": 1.5},
+    "save_one_key": {"at_most": 10},
+    "callers_during_save": {"at_most": 5},
+    "open_store": {"at_most": 100},
+    "memory_keys": {"at_most": 1.5},
+    "idle_scope": {"at_most": 2_048},
+    "scopes_created": {"at_most": 5},
+    "scopes_closed": {"at_most": 3},
+    "scopes_threads": {"at_most": 16},
+    "import_time": {"at_most": 100},
+}
+SHOWN = {
+    "set_beside_cpu_p99",
+    "set_vs_burner_redis",
+    "get_vs_burner_redis",
+    "set_vs_diskcache",
+    "get_vs_diskcache",
+    "set_vs_sqlitedict",
+    "get_vs_sqlitedict",
+    "scopes_created_on_disk",
+    "scopes_closed_on_disk",
+}
+
+
+def _run(*options: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "benchmarks", *options]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], Path]:
+    """Run everything once, small; return what was printed, the JSON and the place of the chart."""
+    results = tmp_path_factory.mktemp("results")
+    done = _run("--quick", "--json", results / "out" / "b.json", "--svg", results / "out" / "b.svg")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((results / "out" / "b.json").read_text("utf-8")), results / "out" / "b.svg"
+
+
+def test_every_target_is_measured_against_its_limit(quick: tuple[str, dict[str, Any], Path]) -> None:
+    rows = quick[1]["rows"]
+
+    assert {row["name"]: row["reach"] for row in rows if row["reach"]} == JUDGED
+    assert {row["name"] for row in rows if not row["reach"]} == SHOWN
+    assert len(rows) == len(JUDGED) + len(SHOWN)
+
+
+def test_the_json_says_where_it_was_measured(quick: tuple[str, dict[str, Any], Path]) -> None:
+    where = quick[1]["environment"]
+
+    assert where["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert set(where["versions"]) == {"pykka", "msgspec", "diskcache", "sqlitedict", "burner-redis"}
+
+
+def test_the_table_has_a_line_for_each_row(quick: tuple[str, dict[str, Any], Path]) -> None:
+    printed, found, _ = quick
+
+    assert [row["what"] for row in found["rows"] if row["what"] not in printed] == []
+    assert "targets reached" in printed
+
+
+def test_the_chart_is_an_svg_that_names_every_target(quick: tuple[str, dict[str, Any], Path]) -> None:
+    root = ET.parse(quick[2]).getroot()
+    drawn = "".join(root.itertext())
+
+    assert root.tag.endswith("svg")
+    assert [row["what"] for row in quick[1]["rows"] if row["reach"] and row["what"] not in drawn] == []
+
+
+def test_one_measure_can_be_asked_for_alone(tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+
+    done = _run("--quick", "--only", "set_vs_floor", "--json", file, "--svg", tmp_path / "b.svg")
+
+    assert done.returncode == 0, done.stderr
+    assert [row["name"] for row in json.loads(file.read_text("utf-8"))["rows"]] == ["set_vs_floor"]
+
+
+def test_an_unknown_measure_is_refused_with_the_known_ones_named() -> None:
+    done = _run("--only", "speed")
+
+    assert done.returncode == 2
+    assert "set_vs_pykka" in done.stderr
