@@ -1,0 +1,263 @@
+"""Apply update ops to a value: pure, no I/O. The rules are SEMANTICS 3; the codes clients compare are in 3.4.
+
+Ops run in order on a working copy. One that does not fit is skipped and reported; the others still run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, Final, assert_never
+
+import msgspec
+
+from scopestate.ops.update_ops import (
+    Append,
+    Decrement,
+    Increment,
+    Merge,
+    OpError,
+    Remove,
+    Set,
+    UpdateOp,
+    json_type,
+)
+
+MAX_SEGMENTS: Final = 32
+MAX_SEGMENT_BYTES: Final = 256
+MAX_MERGE_KEYS: Final = 1024
+MAX_MERGE_LEVELS: Final = 16
+FORBIDDEN: Final = ("__proto__", "constructor", "prototype")
+"""Names that no op may create at a path or at the top of a merge value; in byte order, as the first one is reported."""
+
+_FORBIDDEN: Final = frozenset(FORBIDDEN)
+_SURELY_SHORT: Final = MAX_SEGMENT_BYTES // 4
+"""No name of so few characters has too many bytes: UTF-8 takes at most 4 for each."""
+_I64_MIN: Final = -(2**63)
+_U64_MAX: Final = 2**64 - 1
+
+
+class Missing(Enum):
+    """The type of MISSING, so that `is MISSING` narrows."""
+
+    MISSING = "MISSING"
+
+
+MISSING: Final = Missing.MISSING
+"""The old value of a key that does not exist. Not None: JSON null is a value (SEMANTICS 3.2)."""
+
+
+class _Working(msgspec.Struct):
+    """The working copy."""
+
+    root: Any
+    """The value so far. It may still be the caller's: written to only through `fields()`."""
+    fresh: bool
+    """Still as a missing key: no op has succeeded yet, so the root counts as nothing (SEMANTICS 3.2)."""
+    owned: bool
+    """True if `root` is an object made here, which may be written to."""
+
+    def replace(self, root: object) -> None:
+        """Make `root` the value; it stays the property of whoever gave it."""
+        self.root = root
+        self.owned = False
+
+    def fields(self) -> dict[str, Any]:
+        """Return the root object for writing: one shallow copy per update, whatever the number of ops."""
+        if not self.owned:
+            self.root = self.root.copy()
+            self.owned = True
+        return self.root  # type: ignore[no-any-return]  # callers have seen that the root is an object
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    reason: str
+    """The code without the op's own word."""
+    message: str
+
+
+def apply(old: object, ops: Sequence[UpdateOp]) -> tuple[Any, list[OpError]]:
+    """Return the new value and an error for each op that was skipped.
+
+    `old` is plain JSON data or MISSING; the values of `ops` are plain JSON data (see `checked`). Nothing passed in is
+    changed, and the result may share parts with it.
+    """
+    missing = old is MISSING
+    working = _Working({} if missing else old, fresh=missing, owned=missing)
+    errors: list[OpError] = []
+    index = -1  # counted by hand: `enumerate` costs the usual update of one op as much as the op's match
+    for op in ops:
+        index += 1
+        match op:
+            case Increment():
+                refusal = _add(working, op.path, op.by)
+            case Decrement():
+                refusal = _add(working, op.path, -op.by)
+            case Set():
+                refusal = _set(working, op.path, op.value)
+            case Merge():
+                refusal = _merge(working, op.path, op.value)
+            case Append():
+                refusal = _append(working, op.path, op.value)
+            case Remove():
+                refusal = _remove(working, op.path)
+            case _:
+                assert_never(op)
+        if refusal is None:
+            working.fresh = False
+        else:
+            word = op.__struct_config__.tag
+            errors.append(OpError(index, f"{word}.{refusal.reason}", refusal.message))
+    return working.root, errors
+
+
+# Each function below applies one op to the working copy; on refusal it leaves it exactly as it was.
+
+
+def _set(working: _Working, path: str, value: object) -> _Refusal | None:
+    if path == "":
+        working.replace(value)
+        return None
+    refusal = _check_field(working, path)
+    if refusal is None:
+        working.fields()[path] = value
+    return refusal
+
+
+def _add(working: _Working, path: str, by: int) -> _Refusal | None:
+    if path == "":
+        found = 0 if working.fresh else working.root
+    else:
+        refusal = _check_field(working, path)
+        if refusal is not None:
+            return refusal
+        found = working.root.get(path, 0)
+    kind = type(found)  # not isinstance: a boolean is not a number
+    if kind is not int and kind is not float:
+        return _Refusal("not_number", f"expected a number at {_place(path)}, found {json_type(found)}")
+    total = found + by
+    if not (_I64_MIN <= total <= _U64_MAX if kind is int else math.isfinite(total)):
+        # The code is the one of 0.11.6, which says here that it expected a number and got a number.
+        limits = f"{_I64_MIN} to {_U64_MAX}" if kind is int else "64-bit floats"
+        problem = f"the number at {_place(path)} would leave the range of {limits}: it is {found}, changed by {by}"
+        return _Refusal("not_number", problem)
+    if path == "":
+        working.replace(total)
+    else:
+        working.fields()[path] = total
+    return None
+
+
+def _append(working: _Working, path: str, value: object) -> _Refusal | None:
+    if path == "":
+        target = None if working.fresh else working.root
+    else:
+        refusal = _check_field(working, path)
+        if refusal is not None:
+            return refusal
+        target = working.root.get(path)
+    match target:
+        case list():
+            joined: object = [*target, value]
+        case str() if isinstance(value, str):
+            joined = target + value
+        case str():
+            problem = f"expected a string to append to the string at {_place(path)}, found {json_type(value)}"
+            return _Refusal("type_mismatch", problem)
+        case None:
+            joined = value if isinstance(value, str) else [value]
+        case _:
+            problem = f"expected an array or a string at {_place(path)}, found {json_type(target)}"
+            return _Refusal("type_mismatch", problem)
+    if path == "":
+        working.replace(joined)
+    else:
+        working.fields()[path] = joined
+    return None
+
+
+def _remove(working: _Working, path: str) -> _Refusal | None:
+    if path == "":
+        working.replace(None)
+        return None
+    refusal = _check_field(working, path)
+    if refusal is None and path in working.root:
+        del working.fields()[path]
+    return refusal
+
+
+def _merge(working: _Working, path: str | list[str] | None, value: object) -> _Refusal | None:
+    segments = path if isinstance(path, list | tuple) else [path] if path else []
+    refusal = _check_segments(segments) or _check_merge_value(value)
+    if refusal is not None:
+        return refusal
+    assert isinstance(value, dict)  # _check_merge_value refuses the rest
+    if not segments:
+        if isinstance(working.root, dict):
+            working.fields().update(value)
+        # Any other root stays and is no error: odd, but what clients of 0.11.6 meet (SEMANTICS 3.3).
+        return None
+    if not isinstance(working.root, dict):
+        working.replace({})
+    target = working.fields()
+    for segment in segments:
+        step = target.get(segment)
+        target[segment] = step = step.copy() if isinstance(step, dict) else {}
+        target = step
+    target.update(value)
+    return None
+
+
+def _check_field(working: _Working, path: str) -> _Refusal | None:
+    """Check the name `path` (not ""), then that the root is an object that can have it."""
+    if (len(path) > _SURELY_SHORT or path in _FORBIDDEN) and (refusal := _check_segments([path])) is not None:
+        return refusal
+    if type(working.root) is not dict:
+        found = json_type(working.root)
+        return _Refusal("target_not_object", f'field "{path}" needs an object as the root value, found {found}')
+    return None
+
+
+def _check_segments(segments: Sequence[str]) -> _Refusal | None:
+    if len(segments) > MAX_SEGMENTS:
+        return _Refusal("path.too_deep", f"the path has {len(segments)} segments, the limit is {MAX_SEGMENTS}")
+    for segment in segments:
+        if segment == "":
+            return _Refusal("path.empty_segment", "a segment of the path is empty")
+        # An op made by hand may hold half a surrogate pair: counted as the 3 bytes it would take, not a crash.
+        size = len(segment.encode(errors="surrogatepass"))
+        if size > MAX_SEGMENT_BYTES:
+            problem = f"a path segment has {size} bytes, the limit is {MAX_SEGMENT_BYTES}"
+            return _Refusal("path.segment_too_long", problem)
+        if segment in FORBIDDEN:
+            return _Refusal("path.proto_polluted", f'the path segment "{segment}" is not allowed')
+    return None
+
+
+def _check_merge_value(value: object) -> _Refusal | None:
+    if not isinstance(value, dict):
+        return _Refusal("value.not_an_object", f"the value to merge must be an object, found {json_type(value)}")
+    if len(value) > MAX_MERGE_KEYS:
+        return _Refusal("value.too_many_keys", f"the value has {len(value)} fields, the limit is {MAX_MERGE_KEYS}")
+    for name in FORBIDDEN:
+        if name in value:
+            return _Refusal("value.proto_polluted", f'the field "{name}" is not allowed at the top of a merge value')
+    levels = _levels(value)
+    if levels > MAX_MERGE_LEVELS:
+        return _Refusal("value.too_deep", f"the value has {levels} nested levels, the limit is {MAX_MERGE_LEVELS}")
+    return None
+
+
+def _levels(value: object) -> int:
+    """Count nested levels, one generation at a time: a scalar is 0, a container 1 + its deepest child."""
+    levels = 0
+    generation = [value]
+    while containers := [item for item in generation if isinstance(item, dict | list)]:
+        levels += 1
+        generation = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
+    return levels
+
+
+def _place(path: str) -> str:
+    return f'"{path}"' if path else "root"

@@ -1,0 +1,227 @@
+"""The six update ops: what they look like, and how they are read from JSON and from Python.
+
+Ops are frozen structs, tagged by `type`, the same in embedding, on the wire and in files. Reading them checks their
+shape only (SEMANTICS 3, "Op shape rules"): whether an op fits the value it meets is decided by `apply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, cast
+
+import msgspec
+
+from scopestate.errors import DeserializationError, InvalidValue
+from scopestate.ops import values
+
+I64_MIN: Final = -(2**63)
+I64_MAX: Final = 2**63 - 1
+
+
+class Set(msgspec.Struct, frozen=True, tag_field="type", tag="set"):
+    """Replace the value, or one field of it, by `value`."""
+
+    path: str
+    """One literal top-level field name; "" is the value itself. Dots do not split."""
+    value: Any = None
+    """Any JSON value; left out means null."""
+
+
+class Merge(msgspec.Struct, frozen=True, tag_field="type", tag="merge"):
+    """Overwrite the top-level fields of an object by those of `value`; `null` is stored, it does not delete."""
+
+    value: Any
+    """An object of at most 1024 fields and 16 levels; `apply` refuses anything else."""
+    path: str | list[str] | None = None
+    """Where: one literal field name, or a list of names to walk; None, "" and [] are the value itself."""
+
+
+class Increment(msgspec.Struct, frozen=True, tag_field="type", tag="increment"):
+    """Add `by` to a number; an absent field counts as 0."""
+
+    path: str
+    """One literal top-level field name; "" is the value itself. Dots do not split."""
+    by: int
+    """A whole number within 64 bits; may be negative."""
+
+
+class Decrement(msgspec.Struct, frozen=True, tag_field="type", tag="decrement"):
+    """Subtract `by` from a number; an absent field counts as 0."""
+
+    path: str
+    """One literal top-level field name; "" is the value itself. Dots do not split."""
+    by: int
+    """A whole number within 64 bits; may be negative."""
+
+
+class Append(msgspec.Struct, frozen=True, tag_field="type", tag="append"):
+    """Push `value` onto an array as one element, or add text to a string; an absent target is started."""
+
+    path: str
+    """One literal top-level field name; "" is the value itself. Dots do not split."""
+    value: Any
+    """Any JSON value; an array is pushed as one element, not spread."""
+
+
+class Remove(msgspec.Struct, frozen=True, tag_field="type", tag="remove"):
+    """Take one field out of an object; at the root, leave null. An absent field is no error."""
+
+    path: str
+    """One literal top-level field name; "" is the value itself, which becomes null."""
+
+
+UpdateOp = Set | Merge | Increment | Decrement | Append | Remove
+
+
+class OpError(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why one op was skipped. The ops after it still ran."""
+
+    op_index: int
+    """Place of the op in the update, from 0."""
+    code: str
+    """Stable word, `<op>.<reason>`: what clients compare. All of them are in SEMANTICS 3.4."""
+    message: str
+    """For people: where, what was found, and for a bound both numbers. Wording may change."""
+    doc_url: str | None = None
+    """A page about the code; left out of the JSON when there is none."""
+
+
+_KINDS: Final = (Set, Merge, Increment, Decrement, Append, Remove)
+_WORDS: Final = "`set`, `merge`, `increment`, `decrement`, `append`, `remove`"
+_ABSENT: Final = object()
+
+
+def convert_ops(payload: object) -> tuple[UpdateOp, ...]:
+    """Read the `ops` of a `state::update` call from plain JSON data, as `values.decode` returns it.
+
+    The ops share `value` with `payload`. Raises DeserializationError, naming the place (`$.ops[1].by`), for every
+    shape that SEMANTICS 3 refuses; unknown fields are ignored.
+    """
+    if not isinstance(payload, list):
+        raise _misfit(f"invalid type: {json_type(payload)}, expected an array of ops", "$.ops")
+    return tuple([_convert(item, f"$.ops[{index}]", _as_is) for index, item in enumerate(payload)])
+
+
+def checked(ops: Iterable[object]) -> tuple[UpdateOp, ...]:
+    """Check ops that Python code made: structs, dicts of the wire's shape, or both mixed.
+
+    Values come back as JSON would hold them (`values.encode`), and share nothing mutable with the caller's. Raises
+    DeserializationError for a wrong field, InvalidValue for a value that JSON cannot hold; both name the place.
+    """
+    found: list[UpdateOp] = []
+    try:
+        items = iter(ops)
+    except TypeError:
+        raise _misfit(f"invalid type: {type(ops).__name__}, expected a list of ops", "$.ops") from None
+    for op in items:
+        kind = type(op)
+        if kind is Increment or kind is Decrement:
+            # The counter is the op that runs most: exact types need nothing more than this.
+            path, by = op.path, op.by  # type: ignore[attr-defined]  # mypy does not narrow by `type(op) is`
+            if type(path) is str and path.isascii() and type(by) is int and I64_MIN <= by <= I64_MAX:
+                found.append(op)  # type: ignore[arg-type]  # as above
+                continue
+        item = op
+        if kind in _KINDS:
+            struct = cast(UpdateOp, op)
+            item = {"type": kind.__struct_config__.tag, **msgspec.structs.asdict(struct)}
+        found.append(_convert(item, f"$.ops[{len(found)}]", _as_json))
+    return tuple(found)
+
+
+def json_type(value: object) -> str:
+    """Return the JSON name of a plain value's type: `null boolean number string array object`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int | float):
+        return "number"
+    if isinstance(value, str):
+        return "string"
+    if isinstance(value, list | tuple):
+        return "array"
+    if isinstance(value, Mapping):
+        return "object"
+    return type(value).__name__
+
+
+def _convert(item: object, where: str, plain: Callable[[object, str], object]) -> UpdateOp:
+    """Build the op that the object `item` describes; `plain` makes its value JSON data."""
+    if not isinstance(item, dict):
+        raise _misfit(f"invalid type: {json_type(item)}, expected an op: an object with a `type`", where)
+    word = item.get("type", _ABSENT)
+    match word:
+        case "set":
+            return Set(_path(item, where), plain(item.get("value"), f"{where}.value"))
+        case "merge":
+            value = plain(_required(item, "value", where), f"{where}.value")
+            return Merge(value, _merge_path(item, where))
+        case "increment":
+            return Increment(_path(item, where), _by(item, where))
+        case "decrement":
+            return Decrement(_path(item, where), _by(item, where))
+        case "append":
+            return Append(_path(item, where), plain(_required(item, "value", where), f"{where}.value"))
+        case "remove":
+            return Remove(_path(item, where))
+        case str():
+            raise _misfit(f"unknown variant `{word}`, expected one of {_WORDS}", f"{where}.type")
+        case _:
+            _required(item, "type", where)
+            raise _misfit(f"invalid type: {json_type(word)}, expected one of {_WORDS}", f"{where}.type")
+
+
+def _required(item: Mapping[str, object], name: str, where: str) -> object:
+    value = item.get(name, _ABSENT)
+    if value is _ABSENT:
+        raise _misfit(f"missing field `{name}`", f"{where}.{name}")
+    return value
+
+
+def _path(item: Mapping[str, object], where: str) -> str:
+    return _text(_required(item, "path", where), f"{where}.path")
+
+
+def _merge_path(item: Mapping[str, object], where: str) -> str | list[str] | None:
+    path = item.get("path")
+    if path is None:
+        return None
+    if isinstance(path, list | tuple):
+        return [_text(segment, f"{where}.path[{index}]") for index, segment in enumerate(path)]
+    return _text(path, f"{where}.path", "a string, an array of strings or null")
+
+
+def _text(value: object, where: str, expected: str = "a string") -> str:
+    if not isinstance(value, str):
+        raise _misfit(f"invalid type: {json_type(value)}, expected {expected}", where)
+    if type(value) is str and value.isascii():
+        return value
+    return cast(str, values.normalise(value, where))
+
+
+def _by(item: Mapping[str, object], where: str) -> int:
+    by = _required(item, "by", where)
+    if isinstance(by, bool) or not isinstance(by, int):
+        found = "floating point number" if isinstance(by, float) else json_type(by)
+        raise _misfit(f"invalid type: {found}, expected a whole number within 64 bits", f"{where}.by")
+    if not I64_MIN <= by <= I64_MAX:
+        raise _misfit(f"invalid value: expected a whole number from {I64_MIN} to {I64_MAX}", f"{where}.by")
+    return int(by)
+
+
+def _as_is(value: object, where: str) -> object:
+    """For data that came out of JSON: nothing to check, nothing to copy."""
+    return value
+
+
+def _as_json(value: object, where: str) -> object:
+    """Return what JSON would hold for `value`, sharing nothing mutable with it."""
+    try:
+        return values.decode(values.encode(value))
+    except InvalidValue as error:
+        raise InvalidValue(where + error.path.removeprefix("$"), error.problem) from None
+
+
+def _misfit(problem: str, where: str) -> DeserializationError:
+    return DeserializationError(f"{problem} - at `{where}`")

@@ -1,0 +1,400 @@
+"""Values as JSON bytes: what encode, normalise and parse accept, change and refuse (SEMANTICS 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import math
+from collections import OrderedDict, UserDict, deque
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from enum import Enum, IntEnum
+from fractions import Fraction
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import msgspec
+import pytest
+from conformance import same
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scopestate.errors import DeserializationError, InvalidValue
+from scopestate.ops import values
+
+
+def nested(levels: int, innermost: object = 1) -> Any:
+    """Lists and objects in turn, `levels` of them around `innermost`."""
+    for level in range(levels):
+        innermost = [innermost] if level % 2 else {"k": innermost}
+    return innermost
+
+
+class Colour(Enum):
+    RED = "red"
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.value == other)
+
+    __hash__ = Enum.__hash__
+
+
+class Level(IntEnum):
+    HIGH = 3
+
+
+class Word(str, Enum):  # noqa: UP042  # the older spelling: its str() is `Word.YES`, its text is not
+    YES = "yes"
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Whole(int):
+    pass
+
+
+class Real(float):
+    pass
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+class Lying(dict[str, Any]):
+    def items(self) -> Any:
+        return [("made up", math.nan)]
+
+
+class LyingList(list[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([math.nan])
+
+
+@dataclasses.dataclass
+class Account:
+    name: str = "Ada"
+
+
+class Row(msgspec.Struct):
+    name: str = "Ada"
+
+
+class Opaque:
+    pass
+
+
+ACCEPTED: list[tuple[object, bytes]] = [
+    (None, b"null"),
+    (True, b"true"),
+    (0, b"0"),
+    (-(2**63), b"-9223372036854775808"),
+    (2**64 - 1, b"18446744073709551615"),
+    (2.0, b"2.0"),
+    (-0.0, b"-0.0"),
+    (5e-324, b"5e-324"),
+    ("é✓𝄞\x00", '"é✓𝄞\\u0000"'.encode()),
+    ("null", b'"null"'),
+    ({"": None, "a b": [1, 1.0, True]}, b'{"":null,"a b":[1,1.0,true]}'),
+    ([], b"[]"),
+    ({}, b"{}"),
+    ({"a": {"b": [{"c": []}]}}, b'{"a":{"b":[{"c":[]}]}}'),
+]
+
+
+@pytest.mark.parametrize(("value", "data"), ACCEPTED)
+def test_plain_data_is_written_compactly_and_comes_back_as_it_was(value: object, data: bytes) -> None:
+    assert values.encode(value) == data
+    assert same(values.decode(data), value)
+    assert same(values.normalise(value), value)
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        ((1, (2,)), [1, [2]]),
+        (Point(1, 2), [1, 2]),
+        (OrderedDict(a=1), {"a": 1}),
+        (Level.HIGH, 3),
+        (Word.YES, "yes"),
+        (Text("t"), "t"),
+        (Whole(7), 7),
+        (Real(2.0), 2.0),
+        (Whole(2**64), 2.0**64),
+        ({Word.YES: Text("t")}, {"yes": "t"}),
+        (Lying(a=1), {"a": 1}),
+        (LyingList([1]), [1]),
+        ({"deep": [Whole(7), {"t": (Real(0.5),)}]}, {"deep": [7, {"t": [0.5]}]}),
+    ],
+)
+def test_subclasses_become_the_plain_json_they_hold(value: object, plain: object) -> None:
+    assert same(values.normalise(value), plain)
+    assert same(values.decode(values.encode(value)), plain)
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**25, -(10**308)])
+@pytest.mark.parametrize("wrap", [lambda n: n, lambda n: {"n": n}, lambda n: [[n]]])
+def test_an_integer_beyond_64_bits_becomes_a_float(number: int, wrap: Any) -> None:
+    assert same(values.decode(values.encode(wrap(number))), wrap(float(number)))
+
+
+NOT_JSON: list[tuple[object, str]] = [
+    (math.nan, "nan is not a JSON number"),
+    (math.inf, "inf is not a JSON number"),
+    (-math.inf, "-inf is not a JSON number"),
+    (Real(math.nan), "nan is not a JSON number"),
+    ("\ud800", "lone surrogate"),
+    ("a\udfffb", "lone surrogate"),
+    (10**400, "overflows a 64-bit float"),
+    (-(10**5000), "overflows a 64-bit float"),
+    (dt.datetime(2026, 1, 1, tzinfo=dt.UTC), "datetime is not JSON; store value.isoformat()"),
+    (dt.date(2026, 1, 1), "date is not JSON; store value.isoformat()"),
+    (dt.timedelta(1), "timedelta is not JSON; store value.total_seconds()"),
+    (Decimal("1.5"), "Decimal is not JSON; store str(value)"),
+    (Fraction(1, 2), "Fraction is not JSON; store str(value)"),
+    (UUID(int=1), "UUID is not JSON; store str(value)"),
+    (b"bytes", "bytes is not JSON; store base64"),
+    (bytearray(b"b"), "bytearray is not JSON; store base64"),
+    ({1, 2}, "set is not JSON; store sorted(value)"),
+    (frozenset(), "frozenset is not JSON; store sorted(value)"),
+    (Colour.RED, "Colour is not JSON; store value.value"),
+    (Account(), "Account is not JSON; store msgspec.to_builtins(value)"),
+    (Row(), "Row is not JSON; store msgspec.to_builtins(value)"),
+    (msgspec.Raw(b"1"), "Raw is not JSON; store msgspec.json.decode(value)"),
+    (UserDict(a=1), "UserDict is not JSON; store dict(value)"),
+    (deque([1]), "deque is not JSON; store list(value)"),
+    (Opaque(), "Opaque is not JSON; store what describes it"),
+    (msgspec.UNSET, "UnsetType is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("value", "problem"), NOT_JSON, ids=lambda item: type(item).__name__)
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [
+        (lambda v: v, "$"),
+        (lambda v: {"name": "Ada", "score": v}, "$.score"),
+        (lambda v: {"users": [0, {}, (), {"score": v}]}, "$.users[3].score"),
+        (lambda v: [[v]], "$[0][0]"),
+        (lambda v: {"odd key": {"": [v]}}, '$["odd key"][""][0]'),
+        (lambda v: {"é": {'a"b': {"0": v}}}, '$.é["a\\"b"]["0"]'),
+    ],
+)
+def test_what_json_cannot_hold_is_refused_with_its_place(value: object, problem: str, wrap: Any, path: str) -> None:
+    for check in (values.encode, values.normalise):
+        with pytest.raises(InvalidValue) as caught:
+            check(wrap(value))
+        assert caught.value.path == path
+        assert problem in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "problem"),
+    [
+        ({1: "a"}, "$", "strings, found 1 (int); use str(key)"),
+        ({"a": [{None: 1}]}, "$.a[0]", "found None (NoneType)"),
+        ({"a": {True: 1}}, "$.a", "found True (bool)"),
+        ({Level.HIGH: 1}, "$", "found a key of type Level"),
+        ({10**5000: 1}, "$", "found a key of type int"),
+        ({"ok": 1, "a\ud800": 1}, '$["a\\ud800"]', "a key with a lone surrogate"),
+        ([{"\udc00": {}}], '$[0]["\\udc00"]', "a key with a lone surrogate"),
+    ],
+)
+def test_a_key_that_is_not_unicode_text_is_refused_not_turned_into_text(value: object, path: str, problem: str) -> None:
+    for check in (values.encode, values.normalise):
+        with pytest.raises(InvalidValue) as caught:
+            check(value)
+        assert caught.value.path == path
+        assert problem in caught.value.problem
+
+
+@pytest.mark.parametrize("innermost", [1, "x", Whole(1), {}, []])
+def test_128_levels_are_accepted_and_129_refused(innermost: object) -> None:
+    own = 1 if isinstance(innermost, dict | list) else 0
+
+    assert same(
+        values.decode(values.encode(nested(128 - own, innermost))), values.normalise(nested(128 - own, innermost))
+    )
+
+    with pytest.raises(InvalidValue, match="more than 128 nested levels"):
+        values.encode(nested(129 - own, innermost))
+
+
+@pytest.mark.parametrize("levels", [129, 5_000, 100_000])
+def test_too_deep_is_refused_however_deep(levels: int) -> None:
+    with pytest.raises(InvalidValue, match="more than 128 nested levels"):
+        values.encode(nested(levels))
+
+
+def test_a_value_that_contains_itself_is_refused() -> None:
+    ring: dict[str, Any] = {}
+    ring["a"] = ring
+    ring["b"] = [ring]
+
+    with pytest.raises(InvalidValue, match="contains itself") as caught:
+        values.encode(ring)
+
+    assert caught.value.path == "$" + ".a" * 128
+
+
+def test_the_text_of_the_error_names_problem_and_place() -> None:
+    with pytest.raises(InvalidValue) as caught:
+        values.normalise([math.nan], "$.value")
+
+    assert str(caught.value) == "nan is not a JSON number; store None or a string - at `$.value[0]`"
+
+
+def test_normalise_shares_no_container_with_its_argument() -> None:
+    value: dict[str, Any] = {"a": [{"b": []}]}
+
+    plain = values.normalise(value)
+    plain["a"][0]["b"].append(1)
+
+    assert value == {"a": [{"b": []}]}
+
+
+# --- the fast check and the exact one agree ---------------------------------------------------------------------------
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(min_value=-(2**70), max_value=2**70),
+    st.sampled_from([-(2**63) - 1, -(2**63), 2**64 - 1, 2**64, 10**309]),
+    st.floats(),
+    st.text(),
+)
+ODD = st.sampled_from(
+    ["\ud800", Colour.RED, Level.HIGH, Word.YES, Text("t"), Whole(2**64), Real(math.inf), b"x", {1}, Row(), Account()]
+)
+KEYS = st.one_of(st.text(max_size=4), st.sampled_from([1, None, True, "\udc00", Word.YES, Text("k"), Level.HIGH]))
+ANYTHING = st.recursive(
+    st.one_of(SCALARS, ODD),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.text(max_size=4), inner, max_size=4),
+        st.dictionaries(KEYS, inner, max_size=3),
+    ),
+    max_leaves=12,
+)
+PLAIN = st.recursive(
+    SCALARS, lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)), max_leaves=12
+)
+
+
+@given(ANYTHING)
+def test_encode_accepts_and_refuses_exactly_what_the_slow_check_does(value: object) -> None:
+    def outcome(check: Callable[[object], object]) -> tuple[str, object]:
+        try:
+            return "accepted", check(value)
+        except InvalidValue as error:
+            return "refused", str(error)
+
+    fast_verdict, fast = outcome(lambda given: values.decode(values.encode(given)))
+    slow_verdict, slow = outcome(values.normalise)
+
+    assert fast_verdict == slow_verdict
+    assert same(fast, slow)
+
+
+@given(ANYTHING)
+def test_encoding_what_was_normalised_is_the_same_text(value: object) -> None:
+    try:
+        plain = values.normalise(value)
+    except InvalidValue:
+        return
+    assert values.encode(plain) == values.encode(value)
+    assert same(values.normalise(plain), plain)
+
+
+@given(PLAIN)
+def test_parsing_what_was_encoded_changes_nothing(value: object) -> None:
+    try:
+        data = values.encode(value)
+    except InvalidValue:
+        return
+    assert values.parse(data) == data
+    assert values.parse(data.decode()) == data
+    assert same(values.decode(data), json.loads(data))
+
+
+# --- text from outside ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        (' { "a" : [ 1 ,\t2.0 ] }\r\n', b'{"a":[1,2.0]}'),
+        ("-0", b"-0.0"),
+        ("[-0, -0.0, 0, 1e-0]", b"[-0.0,-0.0,0,1.0]"),
+        ('{"day": "2026-01-02", "-0": -0}', b'{"day":"2026-01-02","-0":-0.0}'),
+        ("[-0,18446744073709551616]", b"[-0.0,18446744073709552000.0]"),
+        ("18446744073709551615", b"18446744073709551615"),
+        ("-9223372036854775808", b"-9223372036854775808"),
+        ("-9223372036854775809", None),
+        ("1" + "0" * 308, b"1e308"),
+        ("1e5", b"100000.0"),
+        ("1E4", b"10000.0"),
+        ('{"a":1,"b":2,"a":3}', b'{"a":3,"b":2}'),
+        ('{"a":-0,"b":2,"a":3}', b'{"a":3,"b":2}'),
+        ('"\\ud834\\udd1e\\u00e9\\/"', '"𝄞é/"'.encode()),
+        ("1e-400", b"0.0"),
+    ],
+)
+def test_text_from_outside_becomes_the_text_we_would_write(text: str, data: bytes | None) -> None:
+    expected = data if data is not None else values.encode(float(text))
+
+    for given_text in (text, text.encode()):
+        parsed = values.parse(given_text)
+        assert same(values.decode(parsed), values.decode(expected))
+        assert parsed == values.encode(values.decode(parsed))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "  ",
+        "nul",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "[-0, NaN]",
+        "1e400",
+        "-1e400",
+        "1" + "0" * 309,
+        "1" + "0" * 5000,
+        '"\\ud800"',
+        '"\\udc00 tail"',
+        '{"\\ud800 tail": 1}',
+        "\ud800",
+        '"\ud800"',
+        "01",
+        "-00",
+        "1 2",
+        "[1,]",
+        "{'a': 1}",
+        "\ufeff1",
+        "[" * 129 + "]" * 129,
+        "[" * 129 + "-0" + "]" * 129,
+        "[" * 100_000,
+        "[" * 100_000 + "]" * 100_000,
+        b'"\xff"',
+        b'"\xed\xa0\x80"',
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_text_that_is_not_json_for_us_is_a_deserialization_error(text: str | bytes) -> None:
+    with pytest.raises(DeserializationError):
+        values.parse(text)
+
+
+def test_128_levels_of_text_are_read() -> None:
+    text = "[" * 128 + "]" * 128
+
+    assert values.parse(text) == text.encode()
