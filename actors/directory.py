@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from scopestate.actors.scope import ScopeActor, checked_name, event_depth
@@ -10,23 +11,45 @@ from scopestate.actors.scope import ScopeActor, checked_name, event_depth
 class Directory(dict[str, ScopeActor]):
     """Scope name -> its actor. Looking up a scope that is not in memory makes its actor.
 
-    Thread rules: look-ups and `setdefault` are single dict operations; of two threads that make the same actor at once,
-    one wins and both get the winner.
+    Thread rules: a look-up is a single dict operation. Making an actor and letting one go exclude each other: an actor
+    takes its table of triggers along from the router, which forgets the table when the scope leaves memory.
     """
 
     def __init__(self, make: Callable[[str], ScopeActor]) -> None:
         super().__init__()
         self._make = make
+        # Reentrant: a signal handler may call the engine while its thread is in here.
+        self._guard = threading.RLock()
         self._refusal: Callable[[], Exception] | None = None
         self._handlers_may = False
 
     def __missing__(self, scope: object) -> ScopeActor:
-        if self._refusal is not None and not (self._handlers_may and event_depth.get()):
-            raise self._refusal()
         name = checked_name("scope", scope)
-        return self.setdefault(name, self._make(name))
+        with self._guard:
+            if self._refusal is not None and not (self._handlers_may and event_depth.get()):
+                raise self._refusal()
+            return self.get(name) or self.setdefault(name, self._make(name))
+
+    def let_go(self, actor: ScopeActor, forget: Callable[[str], object]) -> bool:
+        """Take `actor` out, and call `forget(scope)` before anybody can make its successor. False: it was not in."""
+        with self._guard:
+            if self.get(actor.scope) is not actor:
+                return False
+            forget(actor.scope)
+            del self[actor.scope]
+            return True
 
     def refuse(self, refusal: Callable[[], Exception], *, handlers_may: bool = False) -> None:
-        """Make no more actors: raise `refusal()` instead. `handlers_may`: code that runs in handlers still gets them."""
-        self._handlers_may = handlers_may
-        self._refusal = refusal
+        """Make no more actors: raise `refusal()` instead. `handlers_may`: code that runs in handlers still gets them.
+
+        On return every actor that was made is in the directory, where a closing engine finds it.
+        """
+        with self._guard:
+            self._handlers_may = handlers_may
+            self._refusal = refusal
+
+    def disown(self, refusal: Callable[[], Exception]) -> None:
+        """In a forked child: forget every actor, and refuse. The guard may be held by a thread that is not here."""
+        self._guard = threading.RLock()
+        self.clear()
+        self.refuse(refusal)

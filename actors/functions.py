@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from scopestate.errors import FunctionNotFound, InvalidRegistration
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Function(msgspec.Struct, frozen=True):
@@ -22,11 +25,8 @@ class Function(msgspec.Struct, frozen=True):
     """The event loop that its coroutines run on: the one running at registration; None: the engine's own."""
     description: str | None = None
     builtin: bool = False
-
-    @property
-    def is_async(self) -> bool:
-        """True if calling it makes a coroutine."""
-        return is_async(self.target)
+    is_async: bool = False
+    """True if calling it makes a coroutine; found out at registration."""
 
 
 class Functions:
@@ -45,7 +45,7 @@ class Functions:
         known = self._by_id.get(function_id)
         if known is not None and known.builtin:
             raise InvalidRegistration(f"{function_id!r} is built in and cannot be replaced: choose another id")
-        self._by_id[function_id] = function
+        self._by_id[function_id] = msgspec.structs.replace(function, is_async=is_async(function.target))
 
     def remove(self, function_id: str) -> None:
         """Unregister. Raises FunctionNotFound, and InvalidRegistration for a built-in."""
@@ -75,7 +75,5 @@ def is_async(target: Callable[..., Any]) -> bool:
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
     """The event loop that is running on this thread, if any."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+    module = sys.modules.get("asyncio")  # not imported, no loop: it takes 20 ms that many programs need not spend
+    return None if module is None else module._get_running_loop()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 
 import msgspec
 
 from scopestate.actors.functions import Functions
 from scopestate.actors.limits import Limits
-from scopestate.actors.loops import Continue, LoopThread, OnLoop, Pending
 from scopestate.actors.reply import Reply
 from scopestate.actors.results import StateEvent
 from scopestate.actors.scope import event_depth
@@ -23,6 +21,8 @@ from scopestate.errors import EventNotDelivered, HandlerTimeout
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher
+    from scopestate.actors.loop_thread import LoopThread
+    from scopestate.actors.loops import Continue, Pending
 
 log = logging.getLogger("scopestate.triggers")
 
@@ -35,13 +35,19 @@ LONGEST_BACKOFF_S: Final = 60.0
 class Trigger(msgspec.Struct, frozen=True):
     """What a trigger watches and calls. Source: reference, "Trigger Type: state"."""
 
+    json_fields: ClassVar[tuple[str, ...]] = ("scope", "key", "condition_function_id")
+    """What a registration's `config` object has."""
+
     trigger_id: str
     function_id: str
-    scope: str | None = None
+    # The `Meta` notes are the API reference's: `engine.trigger_types()` is made from them.
+    scope: Annotated[str | None, msgspec.Meta(description="State scope to watch (exact match filter)")] = None
     """Exact scope; None: every scope."""
-    key: str | None = None
+    key: Annotated[str | None, msgspec.Meta(description="State key to watch (exact match filter)")] = None
     """Exact key; None: every key."""
-    condition_function_id: str | None = None
+    condition_function_id: Annotated[
+        str | None, msgspec.Meta(description="Optional function ID to evaluate before invoking handler")
+    ] = None
     """Asked first, with the event; only `false` skips the handler."""
 
 
@@ -125,7 +131,7 @@ class HandlerActor(TurnActor):
         """False once unregistered: events that wait are dropped."""
         self.delivered = self.skipped = self.failed = self.retried = self.dropped = self.timeouts = 0
         self.current: StateEvent | None = None
-        """The event being delivered."""
+        """The event being delivered; None between deliveries."""
 
     @property
     def name(self) -> str:
@@ -162,9 +168,12 @@ class HandlerActor(TurnActor):
     def on_receive(self, message: Any) -> Any:
         raise TypeError(f"a handler takes events from its router, not {message!r:.80}")
 
-    def _drain(self, delivery: Coroutine[Pending, Any, None] | None = None, value: Any = None, error: Any = None) -> None:
+    def _drain(
+        self, delivery: Coroutine[Pending, Any, None] | None = None, value: Any = None, error: Any = None
+    ) -> None:
         """Deliver what waits, a batch at most; runs claimed, and keeps the claim while a delivery is pending."""
         mailbox = self._mailbox
+        depth = -1  # what event_depth holds: setting it costs as much as a small handler
         for _ in range(BATCH):
             if delivery is None:
                 try:
@@ -178,10 +187,11 @@ class HandlerActor(TurnActor):
                     self.dropped += 1
                     continue
                 self.current = item
-                event_depth.set(item.depth + 1)
                 delivery = self._deliver(item)
-            else:
-                event_depth.set(self.current.depth + 1 if self.current else 0)
+            current: StateEvent = self.current  # type: ignore[assignment]  # set as long as there is a delivery
+            if depth != current.depth:
+                depth = current.depth
+                event_depth.set(depth + 1)
             try:
                 pending = delivery.send(value) if error is None else delivery.throw(error)
             except StopIteration:
@@ -207,42 +217,56 @@ class HandlerActor(TurnActor):
     async def _deliver(self, event: StateEvent) -> None:
         """Condition, then handler, with retries. A hand-driven coroutine: awaits Pending things only, never raises."""
         trigger, limits = self.trigger, self._services.limits
-        if trigger.condition_function_id is not None:
+        condition = trigger.condition_function_id
+        if condition is not None:
             try:
-                verdict = await self._call(trigger.condition_function_id, event)
+                verdict = self._call(condition, event)
+                if hasattr(verdict, "__await__"):
+                    verdict = await self._on_loop(condition, verdict)
             except BaseException as error:
-                self._report(trigger.condition_function_id, event, error, attempt=1, final=True)
+                self._report(condition, event, error, attempt=1, final=True)
                 return
             if verdict is False:
                 self.skipped += 1
                 return
-        for attempt in itertools.count(1):
+        attempt = 1
+        while True:
             try:
-                await self._call(trigger.function_id, event)
+                result = self._call(trigger.function_id, event)
+                if result is not None and hasattr(result, "__await__"):
+                    await self._on_loop(trigger.function_id, result)
+                self.delivered += 1
+                return
             except BaseException as error:
                 final = attempt >= limits.handler_attempts or isinstance(error, HandlerTimeout) or not self.active
                 self._report(trigger.function_id, event, error, attempt=attempt, final=final)
                 if final:
                     return
-                self.retried += 1
-                await _Later(self._dispatcher, min(limits.handler_backoff_s * 2 ** (attempt - 1), LONGEST_BACKOFF_S))
-            else:
-                self.delivered += 1
-                return
+            self.retried += 1
+            await _Later(self._dispatcher, min(limits.handler_backoff_s * 2.0 ** (attempt - 1), LONGEST_BACKOFF_S))
+            attempt += 1
 
-    async def _call(self, function_id: str, event: StateEvent) -> Any:
+    def _call(self, function_id: str, event: StateEvent) -> Any:
+        """Call a function; what a coroutine function gives is still to be awaited."""
         services = self._services
         function = services.functions.get(function_id)
         timeout_s = services.limits.handler_timeout_s
         if timeout_s and not function.is_async:
-            result = self._call_watched(function.target, function_id, event, timeout_s)
-        else:
-            result = function.target(event)
-        if result is None or not hasattr(result, "__await__"):
-            return result
+            return self._call_watched(function.target, function_id, event, timeout_s)
+        return function.target(event)
+
+    async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
+        """Await what a function gave, on the event loop that it belongs to."""
+        from scopestate.actors.loops import OnLoop  # noqa: PLC0415 - asyncio takes 20 ms to import
+
+        services = self._services
+        function = services.functions.get(function_id)
+        timeout_s = services.limits.handler_timeout_s
         try:
             return await OnLoop(result, function.loop or services.loop_thread.get(), timeout_s)
         except TimeoutError as error:
+            if not timeout_s:
+                raise
             self.timeouts += 1
             raise HandlerTimeout(function_id, timeout_s) from error
 
@@ -300,7 +324,9 @@ class HandlerActor(TurnActor):
             except IndexError:
                 return
             if type(item) is not Barrier:
-                self._drop(item, "newer events came while its handler's mailbox was full (handler_when_full: drop_oldest)")
+                self._drop(
+                    item, "newer events came while its handler's mailbox was full (handler_when_full: drop_oldest)"
+                )
                 return
             mailbox += (item,)
 

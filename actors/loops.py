@@ -1,10 +1,9 @@
-"""Event loops: the engine's own, and calls onto loops from other threads."""
+"""What a handler waits for without a thread: calls onto event loops from other threads."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import threading
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Protocol
 
@@ -59,50 +58,3 @@ class OnLoop:
                 go_on(task.result(), None)
 
         task.add_done_callback(finished)
-
-
-class LoopThread:
-    """An event loop on a thread of its own, for coroutine functions registered outside any loop."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._guard = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def get(self) -> asyncio.AbstractEventLoop:
-        """Return the loop; the first call starts its thread."""
-        with self._guard:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, args=(self._loop,), name=self._name, daemon=True)
-                self._thread.start()
-            return self._loop
-
-    def owns_this_thread(self) -> bool:
-        """True on the loop's own thread."""
-        return threading.current_thread() is self._thread
-
-    def close(self) -> None:
-        """Cancel what still runs there, end the thread and close the loop. Idempotent."""
-        with self._guard:
-            loop, thread = self._loop, self._thread
-            self._loop = self._thread = None
-        if loop is None or thread is None:
-            return
-        loop.call_soon_threadsafe(loop.stop)
-        if thread is not threading.current_thread():
-            thread.join(timeout=5.0)
-
-    @staticmethod
-    def _run(loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        try:
-            loop.run_forever()
-            left = asyncio.all_tasks(loop)
-            for task in left:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            loop.run_until_complete(loop.shutdown_asyncgens())
-        finally:
-            loop.close()

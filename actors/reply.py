@@ -1,15 +1,17 @@
-"""Replies to messages: one kind that threads wait for, one that an event loop waits for."""
+"""Replies to messages, as threads wait for them; `loop_reply` has the kind that event loops wait for."""
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pykka
+
+if TYPE_CHECKING:
+    from scopestate.actors.loop_reply import LoopReply
 
 T = TypeVar("T")
 _ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
@@ -18,8 +20,9 @@ _ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType
 class ReplyTo(Protocol):
     """Where an answer goes. Both methods may be called from any thread, one of them, once."""
 
-    abandoned: bool
-    """True if nobody waits any more: a message whose turn has not begun is then skipped."""
+    @property
+    def abandoned(self) -> bool:
+        """True if nobody waits any more: a message whose turn has not begun is then skipped."""
 
     def set(self, value: Any = None) -> None:
         """Deliver the answer."""
@@ -27,12 +30,28 @@ class ReplyTo(Protocol):
     def fail(self, error: BaseException) -> None:
         """Deliver an error instead."""
 
+    @property
+    def loop_reply(self) -> LoopReply | None:
+        """This reply, if it is one that an event loop waits for: those are delivered many at a time."""
+
+
+class Envelope:
+    """A message with the place where its answer goes."""
+
+    __slots__ = ("message", "reply_to")
+
+    def __init__(self, message: Any, reply_to: ReplyTo) -> None:
+        self.message = message
+        self.reply_to = reply_to
+
 
 class Reply(pykka.Future[T]):
     """A Pykka future for threads to wait on; every method may be called from any thread.
 
     Unlike Pykka's own, awaiting one suspends the task instead of blocking the event loop (DESIGN, section 2).
     """
+
+    loop_reply = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +64,7 @@ class Reply(pykka.Future[T]):
         self._error: BaseException | None = None
         self.done = False
         """True once the outcome is there; it never turns back."""
-        self.abandoned = False
+        self.abandoned: bool = False
 
     def __repr__(self) -> str:
         return f"<scopestate reply, {'arrived' if self.done else 'not yet here'}>"
@@ -93,6 +112,8 @@ class Reply(pykka.Future[T]):
     def __await__(self) -> Generator[Any, None, T]:
         """Suspend the running task until the outcome is there."""
         if not self.done and self._get_hook is None:
+            from scopestate.actors.loop_reply import LoopReply  # noqa: PLC0415 - asyncio takes 20 ms to import
+
             waiter = LoopReply()
             self.add_done_callback(lambda _: waiter.set())
             yield from waiter.future.__await__()
@@ -113,63 +134,19 @@ class Reply(pykka.Future[T]):
             callback(self)
 
 
-class LoopReply:
-    """A reply for a task: made on its event loop, delivered from any thread, awaited as `future`.
-
-    A task that is cancelled while it waits abandons its message.
-    """
-
-    __slots__ = ("expired", "future", "loop")
-
-    def __init__(self) -> None:
-        self.expired = False
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Any] = self.loop.create_future()
-
-    @property
-    def abandoned(self) -> bool:
-        return self.future.cancelled()
-
-    def expire(self) -> None:
-        """The task has waited long enough: cancel its wait. On the loop's thread."""
-        if not self.future.done():
-            self.expired = True
-            self.future.cancel()
-
-    def set(self, value: Any = None) -> None:
-        """Deliver the answer; the task goes on in a later round of its loop."""
-        deliver([(self, value, None)])
-
-    def fail(self, error: BaseException) -> None:
-        """Deliver an error instead."""
-        deliver([(self, None, error)])
-
-
 def deliver(outcomes: Iterable[tuple[ReplyTo, Any, BaseException | None]]) -> None:
     """Deliver many (reply, value, error) at once, waking each event loop one time only.
 
     Waking a loop is a system call, half the price of an asyncio writer's turn when 512 of them share a commit.
     """
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any, BaseException | None]]] = {}
+    for_loops: list[tuple[LoopReply, Any, BaseException | None]] = []
     for reply, value, error in outcomes:
-        if isinstance(reply, LoopReply):
-            by_loop.setdefault(reply.loop, []).append((reply.future, value, error))
+        waiter = reply.loop_reply
+        if waiter is not None:
+            for_loops.append((waiter, value, error))
         elif error is None:
             reply.set(value)
         else:
             reply.fail(error)
-    for loop, settled in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_settle, settled)
-        except RuntimeError:
-            continue  # the loop was closed: no task is left there to wake
-
-
-def _settle(settled: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
-    for future, value, error in settled:
-        if future.done():
-            continue  # cancelled meanwhile
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error)
+    if for_loops:
+        for_loops[0][0].deliver_all(for_loops)

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict
 
 import msgspec
 
 from scopestate.ops import OpError
 from scopestate.ops.values import decode
 
-EventType = Literal["state:created", "state:updated", "state:deleted"]
+# The `Meta` notes are the API reference's: `engine.functions()` and `engine.trigger_types()` are made from them.
+OPTIONAL: Final = {"required": False}
+"""`Meta(extra=OPTIONAL)`: the reference does not list the field as required, although it is always there."""
+
+EventType = Annotated[Literal["state:created", "state:updated", "state:deleted"], msgspec.Meta(title="StateEventType")]
+OldValue = Annotated[
+    Any, msgspec.Meta(description="The value before the update (None if key didn't exist)", extra=OPTIONAL)
+]
+NewValue = Annotated[Any, msgspec.Meta(description="The value after the update")]
 
 _UNREAD: Final = object()
 
 
+class ListGroupsResult(TypedDict):
+    """Result of `state::list_groups`."""
+
+    groups: list[str]
+
+
 class SetResult(msgspec.Struct, frozen=True, eq=False):
     """Result of `set`. Reference: `old_value`, `new_value`."""
+
+    json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value")
 
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist."""
@@ -24,12 +40,12 @@ class SetResult(msgspec.Struct, frozen=True, eq=False):
     """The new value as JSON."""
 
     @property
-    def old_value(self) -> Any:
+    def old_value(self) -> OldValue:
         """The previous value, a fresh copy at each reading; None if the key did not exist or held null."""
         return None if self.old_json is None else decode(self.old_json)
 
     @property
-    def new_value(self) -> Any:
+    def new_value(self) -> NewValue:
         """The new value, a fresh copy at each reading."""
         return decode(self.new_json)
 
@@ -43,7 +59,7 @@ class SetResult(msgspec.Struct, frozen=True, eq=False):
         return {"old_value": self.old_value, "new_value": self.new_value}
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.to_json() == other.to_json()  # type: ignore[attr-defined]
+        return type(other) is type(self) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash((self.old_json, self.new_json))
@@ -56,7 +72,23 @@ class SetResult(msgspec.Struct, frozen=True, eq=False):
 class UpdateResult(SetResult, frozen=True, eq=False):
     """Result of `update`. Reference: `old_value`, `new_value`, `errors`."""
 
-    errors: tuple[OpError, ...] = ()
+    json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value", "errors")
+
+    errors: Annotated[
+        tuple[
+            Annotated[
+                OpError,
+                msgspec.Meta(title="UpdateOpError", description="Per-op error reported by an atomic update operation."),
+            ],
+            ...,
+        ],
+        msgspec.Meta(
+            description=(
+                "Errors encountered while applying ops. Successfully applied ops are still reflected in `new_value`. "
+                "Field is omitted from JSON when empty for backward compatibility."
+            )
+        ),
+    ] = ()
     """One entry for each op that was refused; the others are applied all the same (SEMANTICS, section 3)."""
 
     def to_json(self) -> dict[str, Any]:
@@ -73,10 +105,12 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True):
     Source: reference, "State Event Payload". `sequence`, `existed` and `depth` are attributes beside the six.
     """
 
-    event_type: EventType
+    json_fields: ClassVar[tuple[str, ...]] = ("type", "event_type", "scope", "key", "old_value", "new_value")
+
+    event_type: Annotated[EventType, msgspec.Meta(description="Type of state change")]
     """What happened. A delete of a missing key is `state:deleted` too (SEMANTICS, section 2): see `existed`."""
-    scope: str
-    key: str
+    scope: Annotated[str, msgspec.Meta(description="State scope")]
+    key: Annotated[str, msgspec.Meta(description="State key")]
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist."""
     new_json: bytes | None
@@ -89,19 +123,21 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True):
     _new: Any = _UNREAD
 
     @property
-    def type(self) -> Literal["state"]:
+    def type(self) -> Annotated[str, msgspec.Meta(description='Always "state"')]:
         """Always "state"."""
         return "state"
 
     @property
-    def old_value(self) -> Any:
+    def old_value(
+        self,
+    ) -> Annotated[Any, msgspec.Meta(description="Previous value (null for created events)", extra=OPTIONAL)]:
         """The previous value, or None if there was none."""
         if self._old is _UNREAD:
             self._old = None if self.old_json is None else decode(self.old_json)
         return self._old
 
     @property
-    def new_value(self) -> Any:
+    def new_value(self) -> Annotated[Any, msgspec.Meta(description="New value")]:
         """The new value; None for a delete."""
         if self._new is _UNREAD:
             self._new = None if self.new_json is None else decode(self.new_json)
@@ -144,6 +180,6 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True):
     __hash__ = None  # type: ignore[assignment]  # equal to a dict, so as unhashable as one
 
 
-_EVENT_FIELDS: Final = ("type", "event_type", "scope", "key", "old_value", "new_value")
+_EVENT_FIELDS: Final = StateEvent.json_fields
 
 Mapping.register(StateEvent)

@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from scopestate.actors.handler import Barrier, DeliveryFailure, HandlerActor, HandlerServices, Trigger
 from scopestate.actors.results import StateEvent
@@ -18,8 +18,37 @@ log = logging.getLogger("scopestate.triggers")
 BATCH = 256
 """Events routed before the worker thread looks after other actors."""
 
-Bucket = dict[int, HandlerActor]
-"""Handlers with the same filters, by number of registration."""
+class Bucket:
+    """The handlers with one pair of filters, in order of registration."""
+
+    __slots__ = ("_all", "members")
+
+    def __init__(self) -> None:
+        self.members: dict[int, HandlerActor] = {}
+        """Number of registration -> handler."""
+        self._all: tuple[HandlerActor, ...] | None = None
+
+    def add(self, number: int, handler: HandlerActor) -> None:
+        """Add a handler, under the router's guard."""
+        self.members[number] = handler
+        self._all = None
+
+    def remove(self, number: int) -> None:
+        """Take a handler out, under the router's guard."""
+        del self.members[number]
+        self._all = None
+
+    def all(self) -> tuple[HandlerActor, ...]:
+        """Return the handlers; made once, not at each of 100,000 registrations. Read without the guard."""
+        handlers = self._all
+        if handlers is None:
+            handlers = tuple(self.members.values())
+            self._all = handlers
+        return handlers
+
+
+Watchers = dict[str | None, Bucket]
+"""Key filter (None: every key) -> handlers."""
 
 
 class HandlerFull(Exception):
@@ -45,8 +74,8 @@ class TriggerRouter(TurnActor):
         self._guard = threading.Lock()
         self._numbers = itertools.count(1)
         self._by_id: dict[str, tuple[int, HandlerActor]] = {}
-        self._by_scope: dict[str, dict[str | None, Bucket]] = {}
-        self.anywhere: dict[str | None, Bucket] = {}
+        self._by_scope: dict[str, Watchers] = {}
+        self.anywhere: Watchers = {}
         """Key filter (None: every key) -> handlers of the triggers without a scope filter."""
         self._waiting_for_room: list[Callable[[], object]] = []
         self.routed = 0
@@ -70,7 +99,7 @@ class TriggerRouter(TurnActor):
             number = next(self._numbers)
             handler = HandlerActor(trigger, self._services)
             self._by_id[trigger.trigger_id] = (number, handler)
-            self._buckets(trigger).setdefault(trigger.key, {})[number] = handler
+            self._watchers(trigger).setdefault(trigger.key, Bucket()).add(number, handler)
             return handler
 
     def unregister(self, trigger_id: str) -> None:
@@ -86,7 +115,7 @@ class TriggerRouter(TurnActor):
         with self._guard:
             return [handler for _, handler in sorted(self._by_id.values(), key=lambda entry: entry[0])]
 
-    def watchers_of(self, scope: str) -> dict[str | None, Bucket]:
+    def watchers_of(self, scope: str) -> Watchers:
         """Return the live table of triggers on `scope`: key filter (None: every key) -> handlers."""
         with self._guard:
             return self._by_scope.setdefault(scope, {})
@@ -97,49 +126,51 @@ class TriggerRouter(TurnActor):
             if not self._by_scope.get(scope, True):
                 del self._by_scope[scope]
 
-    def _buckets(self, trigger: Trigger) -> dict[str | None, Bucket]:
+    def _watchers(self, trigger: Trigger) -> Watchers:
         return self.anywhere if trigger.scope is None else self._by_scope.setdefault(trigger.scope, {})
 
     def _remove(self, number: int, handler: HandlerActor) -> None:
         handler.active = False
-        buckets = self._buckets(handler.trigger)
-        bucket = buckets[handler.trigger.key]
-        del bucket[number]
-        if not bucket:
-            del buckets[handler.trigger.key]
+        watchers = self._watchers(handler.trigger)
+        bucket = watchers[handler.trigger.key]
+        bucket.remove(number)
+        if not bucket.members:
+            del watchers[handler.trigger.key]
         self._retired.add(handler)
 
     # -------------------------------------------------------------------------------------------------- matching
 
-    def targets(self, scope: str, key: str, depth: int) -> tuple[HandlerActor, ...]:
-        """Return the handlers for a write, in order of registration. Called within the scope's turn.
+    def targets(self, scope: str, watch: Watchers, key: str, depth: int) -> tuple[HandlerActor, ...]:
+        """Return the handlers for a write to `scope`, whose own watchers are `watch`, in order of registration.
 
-        Raises HandlerFull if one of them must catch up first, and Overloaded if it is a handler that writes: it might
-        be waiting for itself.
+        Called within the scope's turn. Raises HandlerFull if one of them must catch up first, and Overloaded if it is a
+        handler that writes, `depth` handlers deep: it might be waiting for itself.
         """
-        found: list[Bucket] = []
-        for table in (self._by_scope.get(scope), self.anywhere):
-            if table:
-                found += [bucket for bucket in (table.get(key), table.get(None)) if bucket]
+        found = [bucket for bucket in (watch.get(key), watch.get(None)) if bucket is not None]
+        if self.anywhere:
+            found += [bucket for bucket in (self.anywhere.get(key), self.anywhere.get(None)) if bucket is not None]
         if len(found) == 1:
-            handlers = tuple(found[0].values())
+            handlers = found[0].all()
         else:
-            merged = {number: handler for bucket in found for number, handler in list(bucket.items())}
-            handlers = tuple(merged[number] for number in sorted(merged))
+            numbered = {number: handler for bucket in found for number, handler in list(bucket.members.items())}
+            handlers = tuple(numbered[number] for number in sorted(numbered))
         limits = self._services.limits
-        waiting = len(self._mailbox)
-        bound = limits.handler_mailbox
-        deepest = max(map(_depth, handlers), default=0) if limits.handler_when_full == "block" else 0
-        if waiting + deepest >= bound:
-            if depth:
-                raise Overloaded(
-                    f"a handler's mailbox holds {bound} events, and this write to scope {scope!r} comes from a handler; "
-                    "nothing was written: it would have to wait for itself"
-                )
-            raise HandlerFull
+        room = limits.handler_mailbox - len(self._mailbox)
+        if room <= 0 or limits.handler_when_full == "block":
+            for handler in handlers:
+                if len(handler._mailbox) >= room:
+                    self._refuse(scope, depth)
         if depth:
             next(self._cascades)  # before the event is in the mailbox, or `drain` could miss it
         return handlers
+
+    def _refuse(self, scope: str, depth: int) -> NoReturn:
+        if depth:
+            raise Overloaded(
+                f"a handler's mailbox is full, and this write to scope {scope!r} comes from a handler; nothing was written: "
+                "waiting might be waiting for itself"
+            )
+        raise HandlerFull
 
     def fired_by_handlers(self) -> int:
         """How many events handlers have fired, or are about to have fired."""
@@ -178,10 +209,10 @@ class TriggerRouter(TurnActor):
         if event.depth > self._services.limits.max_event_depth:
             self._cut_loop(handlers, event)
             return
-        for handler in handlers[1:]:
-            handler.offer(event.copy())
-        if handlers:
-            handlers[0].offer(event)
+        own = event
+        for handler in handlers:
+            handler.offer(own)
+            own = event.copy() if len(handlers) > 1 else event
 
     def _cut_loop(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
         self.loops_cut += 1
@@ -209,8 +240,9 @@ class TriggerRouter(TurnActor):
     def counts(self) -> _Counts:
         """Return what all handlers did so far, unregistered ones included."""
         total = _Counts()
-        for source in (self._retired, *self.handlers()):
-            total.add(source)
+        total.add(self._retired)
+        for handler in self.handlers():
+            total.add(handler)
         return total
 
 
@@ -227,7 +259,3 @@ class _Counts:
         self.retried += other.retried
         self.dropped += other.dropped
         self.timeouts += other.timeouts
-
-
-def _depth(handler: HandlerActor) -> int:
-    return len(handler._mailbox)

@@ -13,7 +13,8 @@ import pykka
 
 from scopestate.actors import messages
 from scopestate.actors.results import EventType, SetResult, StateEvent, UpdateResult
-from scopestate.actors.turn import Envelope, TurnActor
+from scopestate.actors.reply import Envelope
+from scopestate.actors.turn import TurnActor
 from scopestate.errors import (
     DeserializationError,
     EngineClosed,
@@ -22,10 +23,11 @@ from scopestate.errors import (
     ValueTooLarge,
 )
 from scopestate.ops import MISSING, UpdateOp, apply, checked
-from scopestate.ops.values import decode, encode
+from scopestate.ops.values import decode, encode, encode_plain
 from scopestate.persistence import Adapter, ScopeChange
 
 if TYPE_CHECKING:
+    from scopestate.actors.directory import Directory
     from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.limits import Limits
     from scopestate.actors.router import TriggerRouter
@@ -116,7 +118,7 @@ class Surroundings:
         limits: Limits,
         router: TriggerRouter,
         snapshot: SnapshotActor,
-        directory: MutableMapping[str, ScopeActor],
+        directory: Directory,
     ) -> None:
         self.dispatcher = dispatcher
         self.adapter = adapter
@@ -144,7 +146,7 @@ class ScopeActor(TurnActor):
         self._outbox: list[Any] = around.router._mailbox
         self._watch = around.router.watchers_of(scope)
         self._anywhere = around.router.anywhere
-        self._registry = around.snapshot.dirty
+        self._registry: MutableMapping[str, Any] = around.snapshot.dirty
         self._sequence = 0
         self._saved = 0
         self._dirty: dict[str, bytes | None] | None = {} if keeps else None
@@ -170,9 +172,10 @@ class ScopeActor(TurnActor):
         """True if a turn needs no disk."""
         return self._values is not None
 
-    def holds_keys(self) -> bool:
-        """True if the scope is in memory and not empty."""
-        return bool(self._values)
+    def holds_keys(self) -> bool | None:
+        """Whether the scope holds a key; None if it is not in memory."""
+        values = self._values
+        return None if values is None else bool(values)
 
     def has_waiting(self) -> bool:
         """True if messages wait or a turn is running."""
@@ -257,11 +260,11 @@ class ScopeActor(TurnActor):
     def _change(self, key: str, ops: tuple[UpdateOp, ...]) -> UpdateResult:
         old = self._values.get(key)  # type: ignore[union-attr]
         after, errors = apply(MISSING if old is None else decode(old), ops)
-        data = encode(after)
+        data = encode_plain(after)
         limit = self._around.limits.max_value_bytes
         if limit and len(data) > limit:
             raise ValueTooLarge(self.scope, key, len(data), limit)
-        result = UpdateResult(old, data, tuple(errors))
+        result = UpdateResult(old, data, tuple(errors) if errors else ())
         self._write(key if old is not None else checked_name("key", key), old, data)
         return result
 
@@ -304,7 +307,7 @@ class ScopeActor(TurnActor):
     def _event(self, key: str, old: bytes | None, new: bytes | None, sequence: int) -> tuple[Any, ...]:
         """Return what to put into the outbox for this change. Raises HandlerFull if a handler must catch up first."""
         depth = event_depth.get()
-        targets = self._router.targets(self.scope, key, depth)
+        targets = self._router.targets(self.scope, self._watch, key, depth)
         kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
         return ((targets, StateEvent(kind, self.scope, key, old, new, sequence, depth)),)
 
@@ -330,17 +333,21 @@ class ScopeActor(TurnActor):
         self._saved = sequence
 
     def _passivate(self) -> bool:
-        if self._dirty is None or self._dirty or self._mailbox or self._saved != self._sequence:
+        if self._mailbox or self._closed or not self._is_saved():
             return False
         # First out of the directory, then empty: whoever still holds this actor finds no values and is sent on to its
         # successor; a reader that already holds the values reads what was current after it began.
-        self._router.forget(self.scope)
-        directory = self._around.directory
-        if directory.get(self.scope) is self:
-            del directory[self.scope]
+        if not self._around.directory.let_go(self, self._router.forget):
+            return False
         self._passivated = True
         self._values = None
         return True
+
+    def _is_saved(self) -> bool:
+        """True if the scope can be made again as it is: from the store, or because it was never written."""
+        if self._dirty is None:
+            return self._sequence == 0
+        return not self._dirty and self._saved == self._sequence
 
     def _arrive(self, message: Any) -> ScopeActor | None:
         """Bring the scope into memory, or return the actor that has replaced this one."""
@@ -376,7 +383,7 @@ class ScopeActor(TurnActor):
 
     # -------------------------------------------------------------------------------------------------- queueing
 
-    def accept(self, envelope: Envelope[Any]) -> None:
+    def accept(self, envelope: Envelope) -> None:
         """Take a message whose sender will not wait here: an event loop's. Never blocks."""
         self.post(envelope)
 
@@ -385,6 +392,12 @@ class ScopeActor(TurnActor):
         super().post(_caused(depth, item) if depth else item)
 
     def _run_queued(self, message: Any) -> Any:
+        if isinstance(message, Housekeeping):
+            # No limit and no timeout: a scope that is overrun, or slow to load, must be saved and closed all the same.
+            self._refuse_own_turn()
+            reply = self._dispatcher.reply()
+            self._enqueue(Envelope(message, reply))
+            return reply.get()
         timeout_s = self._around.limits.call_timeout_s
         try:
             return self.ask(message).get(timeout=timeout_s)

@@ -121,7 +121,7 @@ class SnapshotActor(TurnActor):
                 raise TypeError(f"a snapshot actor does not understand {message!r:.80}")
 
     def _backoff_s(self) -> float:
-        return min(0.1 * 2 ** min(self._failures, 20), LONGEST_BACKOFF_S, max(self._interval_s, 0.1))
+        return min(0.1 * 2.0 ** min(self._failures, 20), LONGEST_BACKOFF_S, max(self._interval_s, 0.1))
 
     def _save_quietly(self) -> None:
         try:

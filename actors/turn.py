@@ -11,14 +11,11 @@ from threading import get_ident
 from typing import Any, ClassVar, Final, Self
 
 import pykka
-from pykka._envelope import Envelope
-from pykka.messages import _ActorStop
+from pykka.messages import ProxyCall, ProxyGetAttr, ProxySetAttr, _ActorStop
 
 from scopestate.actors.dispatcher import Dispatcher
-from scopestate.actors.reply import Reply, ReplyTo
+from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.errors import Overloaded, WouldDeadlock
-
-__all__ = ["Envelope", "TurnActor"]
 
 log = logging.getLogger("scopestate.actors")
 
@@ -30,6 +27,47 @@ WAIT: Final = object()
 
 HOLDER: Final = "holder"
 """The one key of a claim; its value is the id of the thread that runs the turn."""
+
+
+_PYKKAS_OWN: Final = (_ActorStop, ProxyCall, ProxyGetAttr, ProxySetAttr)
+
+
+class _WhenAsked:
+    """An attribute that is made at first sight and then kept in the instance."""
+
+    def __init__(self, make: Callable[[Any], object]) -> None:
+        self._make = make
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, actor: Any, owner: type) -> Any:
+        return self if actor is None else actor.__dict__.setdefault(self._name, self._make(actor))
+
+
+class _Inbox:
+    """The inbox as Pykka's refs see it."""
+
+    def __init__(self, actor: TurnActor) -> None:
+        self._actor = actor
+
+    def put(self, envelope: Any, /) -> None:
+        """Take an envelope of Pykka's; its future is one of ours, from `_create_future`."""
+        reply = envelope.reply_to
+        if reply is None:
+            self._actor.tell(envelope.message)
+        else:
+            self._actor.handle_or_post(Envelope(envelope.message, reply))
+
+    def empty(self) -> bool:
+        return not self._actor._mailbox
+
+
+def _stopped_event(actor: TurnActor) -> threading.Event:
+    event = threading.Event()
+    if actor._dead:
+        event.set()
+    return event
 
 
 class TurnActor(pykka.Actor):
@@ -53,7 +91,8 @@ class TurnActor(pykka.Actor):
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         # Pykka's own __init__ makes a uuid, an Event and a queue: 2 KB and 8 us, too much for each of 100,000 scopes.
-        # What it promises (actor_urn, actor_inbox, actor_stopped, actor_ref) is made when first asked for.
+        # What it promises is made when first asked for, below; not by __getattr__, which would make every attribute of
+        # every actor several times slower to read.
         self._dispatcher = dispatcher
         self._claim: dict[str, int] = {}
         self._mailbox: list[Any] = []
@@ -112,6 +151,11 @@ class TurnActor(pykka.Actor):
                 f"{len(mailbox)} messages already wait for {self.name}, as many as its limit allows; "
                 "nothing was done: slow down, or raise the limit"
             )
+        self._enqueue(item)
+
+    def _enqueue(self, item: Any) -> None:
+        """As `post`, without a limit: for what the engine needs of its own actors."""
+        mailbox = self._mailbox
         try:
             mailbox += (item,)
             self.wake()
@@ -119,7 +163,7 @@ class TurnActor(pykka.Actor):
             certainly(self.wake_anyway)
             raise
 
-    def handle_or_post(self, envelope: Envelope[Any]) -> None:
+    def handle_or_post(self, envelope: Envelope) -> None:
         """Handle the envelope on this thread if the actor is idle; else queue it. The answer goes to its reply."""
         claim = self._claim
         if self.caller_runs and not claim:
@@ -176,7 +220,10 @@ class TurnActor(pykka.Actor):
 
     def _handle(self, item: Any) -> None:
         """Run one turn and deliver its answer, as Pykka's loop does."""
-        message, reply = (item.message, item.reply_to) if type(item) is Envelope else (item, None)
+        message: Any = item
+        reply: ReplyTo | None = None
+        if type(item) is Envelope:
+            message, reply = item.message, item.reply_to
         if reply is not None and reply.abandoned:
             return
         try:
@@ -206,6 +253,11 @@ class TurnActor(pykka.Actor):
 
     # ----------------------------------------------------------------------------------- what Pykka's actors promise
 
+    actor_urn = _WhenAsked(lambda actor: uuid.uuid4().urn)
+    actor_inbox = _WhenAsked(_Inbox)
+    actor_stopped = _WhenAsked(_stopped_event)
+    _actor_ref = _WhenAsked(pykka.ActorRef)
+
     @classmethod
     def start(cls, *args: Any, **kwargs: Any) -> pykka.ActorRef[Self]:
         """Make an actor and return its ref; the arguments are those of the class.
@@ -228,12 +280,6 @@ class TurnActor(pykka.Actor):
     def _create_future() -> Reply[Any]:
         return Reply()
 
-    def __getattr__(self, name: str) -> Any:
-        make = _MADE_WHEN_ASKED.get(name)
-        if make is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-        return self.__dict__.setdefault(name, make(self))
-
     def _stop(self) -> None:
         self._dead = True
         self.actor_stopped.set()
@@ -241,6 +287,10 @@ class TurnActor(pykka.Actor):
             self.on_stop()
         except Exception:
             self._handle_failure(*sys.exc_info())
+
+    def _handle_receive(self, message: Any) -> Any:
+        # One test for Pykka's own messages, where Pykka makes four.
+        return super()._handle_receive(message) if isinstance(message, _PYKKAS_OWN) else self.on_receive(message)
 
     def _fail(self) -> None:
         """Log the exception being handled and stop, which is what becomes of a Pykka actor after a bad `tell`."""
@@ -254,34 +304,6 @@ class TurnActor(pykka.Actor):
         log.error("unhandled exception in %s", self.name, exc_info=(exception_type, exception_value, traceback))
         self._dead = True
         self.actor_stopped.set()
-
-
-class _Inbox:
-    """The inbox as Pykka's refs see it."""
-
-    def __init__(self, actor: TurnActor) -> None:
-        self._actor = actor
-
-    def put(self, envelope: Envelope[Any], /) -> None:
-        self._actor.post(envelope)
-
-    def empty(self) -> bool:
-        return not self._actor._mailbox
-
-
-def _stopped_event(actor: TurnActor) -> threading.Event:
-    event = threading.Event()
-    if actor._dead:
-        event.set()
-    return event
-
-
-_MADE_WHEN_ASKED: dict[str, Callable[[TurnActor], object]] = {
-    "actor_urn": lambda actor: uuid.uuid4().urn,
-    "actor_inbox": _Inbox,
-    "actor_stopped": _stopped_event,
-    "_actor_ref": pykka.ActorRef,
-}
 
 
 def certainly(action: Callable[[], object]) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from scopestate.actors import messages
-from scopestate.actors.reply import LoopReply
+from scopestate.actors.loop_reply import Deadlines, LoopReply
+from scopestate.actors.reply import Envelope
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.scope import Change, Put, Read, ReadAll, Take, Turn, checked_name
-from scopestate.actors.turn import Envelope
+from scopestate.actors.scope import Change, Put, Read, ReadAll, ScopeActor, Take, Turn, checked_name
 from scopestate.asks import no_room
 from scopestate.calls import to_json
 from scopestate.errors import Overloaded, ReplyTimeout, ValueTooLarge
@@ -39,6 +40,7 @@ class AioEngine:
         self._limits = engine._limits
         self._count_set = engine._count_set
         self._count_get = engine._count_get
+        self._deadlines: dict[asyncio.AbstractEventLoop, Deadlines] = {}
 
     async def set(self, scope: str, key: str, value: object) -> SetResult:
         """As `Engine.set`."""
@@ -47,12 +49,7 @@ class AioEngine:
         if limit and len(data) > limit:
             raise ValueTooLarge(scope, key, len(data), limit)
         self._count_set()
-        try:
-            actor = self._scopes[scope]
-            answer = actor.run(Put(key, data), _BUSY) if actor._values is not None else _BUSY
-        except (HandlerFull, TypeError):
-            answer = _BUSY
-        return await self._turn(scope, Put(key, data)) if answer is _BUSY else answer
+        return await self._turn(scope, Put(key, data))  # type: ignore[no-any-return]
 
     async def get(self, scope: str, key: str, default: Any = None) -> Any:
         """As `Engine.get`."""
@@ -76,12 +73,12 @@ class AioEngine:
         self._engine._tally["state::update"].add()
         return await self._turn(scope, Change(key, checked(ops)))  # type: ignore[no-any-return]
 
-    async def list(self, scope: str) -> list[Any]:
+    async def list(self, scope: str) -> builtins.list[Any]:
         """As `Engine.list`."""
         self._engine._tally["state::list"].add()
         return [decode(data) for data in await self._turn(scope, ReadAll())]
 
-    async def list_groups(self) -> list[str]:
+    async def list_groups(self) -> builtins.list[str]:
         """As `Engine.list_groups`."""
         engine = self._engine
         if not engine._parts.adapter.keeps:
@@ -144,36 +141,39 @@ class AioEngine:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
         try:
             actor = self._scopes[scope]
-        except TypeError:
-            checked_name("scope", scope)
-            raise
-        try:
-            answer = actor.run(turn, _BUSY) if actor._values is not None else _BUSY
-            if answer is not _BUSY:
-                return answer
-            return await self._queued(scope, turn)
+            if actor._values is not None:
+                answer = actor.run(turn, _BUSY)
+                if answer is not _BUSY:
+                    return answer
+            return await self._queued(actor, turn)
         except HandlerFull:
             return await self._when_room(scope, turn)
         except TypeError:
+            checked_name("scope", scope)
             checked_name("key", getattr(turn, "key", ""))
             raise
 
-    async def _queued(self, scope: str, turn: Turn) -> Any:
+    async def _queued(self, actor: ScopeActor, turn: Turn) -> Any:
         reply = LoopReply()
-        self._scopes[scope].accept(Envelope(turn, reply))
+        actor.accept(Envelope(turn, reply))
         timeout_s = self._limits.call_timeout_s
         if timeout_s is None:
             return await reply.future
-        # A bare timer, not asyncio.wait_for: that doubles the cost of a commit shared by hundreds of tasks.
-        timer = reply.loop.call_later(timeout_s, reply.expire)
+        deadlines = self._deadlines.get(reply.loop) or self._deadlines_of(reply.loop)
+        deadlines.add(reply, timeout_s)
         try:
             return await reply.future
         except asyncio.CancelledError:
             if reply.expired:
-                raise ReplyTimeout(scope, timeout_s) from None
+                raise ReplyTimeout(actor.scope, timeout_s) from None
             raise
         finally:
-            timer.cancel()
+            deadlines.remove(reply)
+
+    def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
+        for known in [known for known in self._deadlines if known.is_closed()]:
+            self._deadlines.pop(known, None)
+        return self._deadlines.setdefault(loop, Deadlines(loop))
 
     async def _when_room(self, scope: str, turn: Turn) -> Any:
         """A handler must catch up first: wait for it, then try again."""
@@ -184,7 +184,7 @@ class AioEngine:
             room = LoopReply()
             router.when_room(room.set)
             try:
-                return await self._queued(scope, turn)
+                return await self._queued(self._scopes[scope], turn)
             except HandlerFull:
                 left_s = None if deadline is None else deadline - loop.time()
                 try:
@@ -216,6 +216,6 @@ class AioScope:
         """As `Engine.update` on this scope."""
         return await self._engine.update(self.name, key, ops)
 
-    async def list(self) -> list[Any]:
+    async def list(self) -> builtins.list[Any]:
         """As `Engine.list` on this scope."""
         return await self._engine.list(self.name)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from scopestate.actors import messages
 from scopestate.actors.functions import Function, Functions, running_loop
-from scopestate.actors.loops import LoopThread
-from scopestate.actors.reply import LoopReply
 from scopestate.errors import DeserializationError, FunctionFailed, InvalidValue, SerializationError, WouldDeadlock
 from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
+    from scopestate.actors.loop_reply import LoopReply
+    from scopestate.actors.loop_thread import LoopThread
     from scopestate.actors.dispatcher import Dispatcher
 
 
@@ -50,6 +49,8 @@ class Caller:
         """
         data = plain_payload(function.function_id, payload)
         if function.is_async:
+            import asyncio  # noqa: PLC0415 - takes 20 ms, which programs without coroutines need not spend
+
             loop = function.loop or self._loop_thread.get()
             if loop is running_loop():
                 raise WouldDeadlock(
@@ -62,6 +63,10 @@ class Caller:
     async def call_async(self, function: Function, payload: object) -> Any:
         """Call a registered function without blocking this event loop: a plain one runs on a worker thread."""
         data = plain_payload(function.function_id, payload)
+        import asyncio  # noqa: PLC0415 - as above
+
+        from scopestate.actors.loop_reply import LoopReply  # noqa: PLC0415 - as above
+
         here = asyncio.get_running_loop()
         if not function.is_async:
             reply = LoopReply()

@@ -45,6 +45,7 @@ class Closing:
                 return
             self.begun = True
             parts = self._parts
+            parts.housekeeper.end()
             self._refuse(handlers_may=True)
             self._deliver(parts.limits.close_grace_s)
             self._refuse(handlers_may=False)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import pykka
 
 from scopestate import catalogue, lifecycle
 from scopestate.actors import messages
 from scopestate.actors.dispatcher import Dispatcher
-from scopestate.actors.reply import Reply
+from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Change, Put, Take, Turn, answer_of, checked_name, event_depth, turn_of
 from scopestate.actors.snapshot import Flush
-from scopestate.actors.turn import Envelope
-from scopestate.aio import AioEngine
 from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
@@ -34,6 +34,9 @@ from scopestate.parts import Parts
 from scopestate.persistence import Adapter
 from scopestate.reactive import Hook, Reactive
 from scopestate.stats import Health, Stats, check_health, measure
+
+if TYPE_CHECKING:
+    from scopestate.aio import AioEngine
 
 
 class Engine(Reactive):
@@ -72,19 +75,25 @@ class Engine(Reactive):
         self._tally = parts.tally
         self._count_set = parts.tally["state::set"].add
         self._count_get = parts.tally["state::get"].add
+        self._count_update = parts.tally["state::update"].add
         self._hooks: dict[str, Hook | None] = {"error": on_error, "dead letter": on_dead_letter}
         self._caller = Caller(parts.functions, parts.loop_thread, parts.dispatcher)
         self._closing = Closing(parts, self.drain)
         self._watcher: ConfigWatcher | None = None
         self._forked = False
-        self.aio = AioEngine(self)
-        """The same calls as coroutines; they never block the event loop."""
         for function_id in messages.FUNCTION_IDS:
             self._functions.add(catalogue.builtin(function_id, self._call_builtin))
         parts.configure()
         lifecycle.watch_over(self)
         if handle_sigterm and parts.adapter.keeps:
             lifecycle.close_on_sigterm()
+
+    @cached_property
+    def aio(self) -> AioEngine:
+        """The same calls as coroutines; they never block the event loop."""
+        from scopestate.aio import AioEngine  # noqa: PLC0415 - asyncio takes 20 ms to import
+
+        return AioEngine(self)
 
     @classmethod
     def from_config(
@@ -174,14 +183,14 @@ class Engine(Reactive):
         A missing key starts as `{}`. Fires `state:created` or `state:updated`. Raises DeserializationError for what is
         no op, ValueTooLarge if the value grew past the limit, `UPDATE_ERROR`, and what `set` raises.
         """
-        self._tally["state::update"].add()
+        self._count_update()
         turn = Change(key, checked(ops))
         try:
             return self._scopes[scope].run(turn)  # type: ignore[no-any-return]
         except (HandlerFull, TypeError) as error:
             return self._turn(scope, turn, error)  # type: ignore[no-any-return]
 
-    def list(self, scope: str) -> list[Any]:
+    def list(self, scope: str) -> builtins.list[Any]:
         """Return all values of a scope, in the order in which their keys were first set; [] if it has none."""
         self._tally["state::list"].add()
         try:
@@ -191,17 +200,18 @@ class Engine(Reactive):
             raise
         return [decode(data) for data in everything]
 
-    def list_groups(self) -> list[str]:
+    def list_groups(self) -> builtins.list[str]:
         """Return the names of the scopes that hold at least one key, sorted by bytes."""
         self._tally["state::list_groups"].add()
         parts = self._parts
         self._refuse_if_closed()
         # Memory first, then the store: a scope that leaves memory in between is in the store by then.
-        in_memory = [(actor.scope, actor.holds_keys()) for actor in list(parts.directory.values()) if actor.loaded]
-        groups = {scope for scope, holds in in_memory if holds}
+        in_memory = {actor.scope: actor.holds_keys() for actor in list(parts.directory.values())}
+        groups = {scope for scope, holds in in_memory.items() if holds}
         if parts.adapter.keeps:
+            known = (scope for scope, holds in in_memory.items() if holds is not None)
             try:
-                groups.update(set(parts.adapter.scopes()).difference(scope for scope, _ in in_memory))
+                groups.update(set(parts.adapter.scopes()).difference(known))
             except StorageError as error:
                 raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from error
         return sorted(groups)
@@ -342,8 +352,7 @@ class Engine(Reactive):
     def disown(self) -> None:
         """In a forked child: refuse every call. The store and the threads belong to the parent."""
         self._forked = True
-        self._scopes.clear()
-        self._scopes.refuse(forked)
+        self._scopes.disown(forked)
 
     def _refuse_if_closed(self) -> None:
         if self._forked:

@@ -12,8 +12,9 @@ from scopestate.actors.directory import Directory
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.functions import Function, Functions
 from scopestate.actors.handler import DeliveryFailure, HandlerServices, Trigger
+from scopestate.actors.housekeeping import Housekeeper
 from scopestate.actors.limits import Limits
-from scopestate.actors.loops import LoopThread
+from scopestate.actors.loop_thread import LoopThread
 from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.actors.router import TriggerRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
@@ -49,6 +50,7 @@ class Parts:
         self._around = Surroundings(
             self.dispatcher, self.adapter, self.limits, self.router, self.snapshot, self.directory
         )
+        self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self._rules = config.scopes
         self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}
 
@@ -66,6 +68,7 @@ class Parts:
         self._apply_functions(())
         self._apply_triggers(None)
         self.snapshot.start_interval()
+        self.housekeeper.arm()
 
     # ---------------------------------------------------------------------------------------------------- reload
 
@@ -81,6 +84,8 @@ class Parts:
         set_limits(self.limits, config.limits)
         if config.adapter.config.save_interval_ms != before.adapter.config.save_interval_ms:
             self.snapshot.set_interval(config.adapter.config.save_interval_ms / 1000)
+        if config.limits.passivate_after_ms != before.limits.passivate_after_ms:
+            self.housekeeper.arm()
         self.config = config
         self._apply_functions(before.functions.keys() - config.functions.keys())
         self._apply_triggers(before)

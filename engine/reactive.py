@@ -101,12 +101,12 @@ class Reactive:
 
         def register(handler: F) -> F:
             name = function_id or catalogue.made_id(handler, self._functions)
-            asked = condition
-            if callable(asked):
-                asked = f"{name}::condition"
-                self.register_function(asked, condition)
+            condition_id = condition if isinstance(condition, str) else None
+            if callable(condition):
+                condition_id = f"{name}::condition"
+                self.register_function(condition_id, condition)
             self.register_function(name, handler)
-            self.register_trigger(function_id=name, scope=scope, key=key, condition_function_id=asked)
+            self.register_trigger(function_id=name, scope=scope, key=key, condition_function_id=condition_id)
             return handler
 
         return register
