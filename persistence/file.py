@@ -1,0 +1,288 @@
+"""The adapter that keeps scopes in a directory: one SQLite database, one lock file.
+
+Why SQLite, and what is promised: DESIGN, section 6. What goes wrong elsewhere and must not here: SEMANTICS 8, points 16
+to 27.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from scopestate.errors import StorageError, StoreCorrupt
+from scopestate.persistence.adapter import ScopeChange, ScopeState
+from scopestate.persistence.lock import StoreLock
+from scopestate.persistence.opening import copy_database, open_directory, open_store, publish
+from scopestate.persistence.rows import PAGE_LIMIT, read_names, read_scope, write_batch
+from scopestate.persistence.schema import find_problems
+from scopestate.persistence.sqlite import (
+    LIBRARY_ERRORS,
+    Connect,
+    abandon,
+    connect,
+    database_uri,
+    is_corruption,
+    storage_error,
+)
+
+log = logging.getLogger("scopestate.persistence.file")
+
+_IDLE_READERS = 4
+"""Connections kept open for the next loads; more are opened while more loads run, and closed after."""
+
+
+class FileAdapter:
+    """Keeps scopes in `directory`. Any thread may call anything; loads run beside each other and beside a save."""
+
+    keeps = True
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        connect: Connect = connect,
+        busy_timeout_ms: int = 5000,
+    ) -> None:
+        """Open the store, creating the directory and the database if they are missing; takes constant time.
+
+        `busy_timeout_ms`: how long to wait for another process (a sqlite3 tool) that holds the database.
+        Raises `StoreLocked`, `StoreUnusable`, `StoreCorrupt` (the files were set aside), or `StorageError`.
+        """
+        self._pid = os.getpid()
+        self.directory = open_directory(directory)
+        self.path = os.path.join(self.directory, "state.db")
+        self._connect = connect
+        self._busy_timeout_ms = busy_timeout_ms
+        self._closed = False
+        self._damage = ""
+        self._saving = threading.Lock()
+        self._readers = threading.Condition()
+        self._idle: list[sqlite3.Connection] = []
+        self._lent = 0
+        self._writer: sqlite3.Connection | None
+        self._lock, self._writer, self._identity = open_store(self.directory, self.path, self._open)
+        _opened.add(self)
+
+    def load(self, scope: str) -> ScopeState:
+        """Return what was saved for `scope`, in insertion order; raises `StorageError` for a row that is not JSON."""
+        with self._reader(f"load scope {scope!r}") as connection:
+            return read_scope(connection, scope)
+
+    def scopes(self) -> list[str]:
+        """Return the names of the scopes that hold at least one saved key."""
+        with self._reader("list the scopes") as connection:
+            return read_names(connection)
+
+    def save(self, batch: Sequence[ScopeChange]) -> None:
+        """Write the batch as one transaction, synced to the disk; after any raise the next call may succeed.
+
+        Raises `StoreCorrupt` once damage was seen: nothing is written to a damaged database.
+        """
+        doing = f"save {len(batch)} changed scopes"
+        with self._saving:
+            self._check_usable(doing)
+            if self._damage:
+                raise StoreCorrupt(self._damage)
+            self._secure_place(doing)
+            try:
+                connection = self._writer = self._writer or self._open(database_uri(self.path, "rw"))
+                self._write(connection, batch)
+            except LIBRARY_ERRORS as error:
+                raise self._translate(error, doing) from error
+            # Again: a database that lost its name while we wrote takes the batch with it.
+            self._check_place(doing)
+
+    def size_bytes(self) -> int:
+        """Return how much the database takes on the disk, its write-ahead log included."""
+        total = 0
+        for suffix in ("", "-wal"):
+            try:
+                total += os.stat(self.path + suffix).st_size
+            except OSError:
+                # The log comes and goes; a missing database is for `save` and `load` to report.
+                continue
+        return total
+
+    def check(self) -> list[str]:
+        """Read the whole database and return what is wrong with it; empty if it is sound. Slow: for tests and tools."""
+        with self._reader("check the store") as connection:
+            before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 0x7FFFFFFF)
+            try:
+                return find_problems(connection)
+            finally:
+                connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the database and release the lock. Idempotent; waits for running calls.
+
+        In a forked child it does nothing: the connections and the lock are the parent's.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._saving, self._readers:
+            if self._closed:
+                return
+            self._closed = True
+            self._readers.wait_for(lambda: not self._lent)
+            connections = [*self._idle, *([self._writer] if self._writer else [])]
+            self._idle, self._writer = [], None
+            # Also when another database took our place: SQLite notices the move and leaves that one's log alone.
+            self._close_connections(connections)
+            self._lock.release()
+        _opened.discard(self)
+
+    def _open(self, uri: str) -> sqlite3.Connection:
+        connection = self._connect(uri)
+        try:
+            connection.execute(f"PRAGMA busy_timeout = {self._busy_timeout_ms:d}")
+            # FULL: each commit is synced, and so is the directory when the log is created.
+            connection.execute("PRAGMA synchronous = FULL")
+            # A log that one huge save blew up shrinks again at the next checkpoint.
+            connection.execute("PRAGMA journal_size_limit = 67108864")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _write(self, connection: sqlite3.Connection, batch: Sequence[ScopeChange]) -> None:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            write_batch(connection, batch)
+            connection.execute("COMMIT")
+        except BaseException:
+            # Also for KeyboardInterrupt, and for a COMMIT that failed: SQLite leaves that transaction open.
+            try:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                log.warning("rolling back in %s failed, reopening the database: %s", self.path, error)
+                self._writer = None
+                connection.close()
+            raise
+
+    def _open_reader(self) -> sqlite3.Connection:
+        # `rw`, not `rwc`: SQLite would create an empty database if ours was just removed.
+        connection = self._open(database_uri(self.path, "rw"))
+        connection.execute("PRAGMA query_only = 1")
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, PAGE_LIMIT)
+        return connection
+
+    @contextmanager
+    def _reader(self, doing: str) -> Iterator[sqlite3.Connection]:
+        """Lend a connection that sees committed data only. Library errors inside become ours."""
+        self._check_usable(doing)
+        if not self._in_place():
+            with self._saving:
+                self._check_usable(doing)
+                self._secure_place(doing)
+        with self._readers:
+            self._check_usable(doing)
+            connection = self._idle.pop() if self._idle else None
+            self._lent += 1
+        try:
+            connection = connection or self._open_reader()
+            # After opening: it may have found another database that was just put in our place.
+            self._check_place(doing)
+            yield connection
+        except LIBRARY_ERRORS as error:
+            raise self._translate(error, doing) from error
+        finally:
+            with self._readers:
+                # One that is still in a transaction would show old data and keep the log from shrinking.
+                if connection is not None:
+                    if len(self._idle) < _IDLE_READERS and not connection.in_transaction:
+                        self._idle.append(connection)
+                    else:
+                        connection.close()
+                self._lent -= 1
+                self._readers.notify_all()
+
+    def _translate(self, error: BaseException, doing: str) -> StorageError:
+        translated = storage_error(error, doing, self.path)
+        if is_corruption(error):
+            log.error("%s", translated)
+            self._damage = str(translated)
+        return translated
+
+    def _check_usable(self, doing: str) -> None:
+        if os.getpid() != self._pid:
+            raise StorageError(
+                f"cannot {doing}: the store {self.directory} belongs to process {self._pid}, of which this is a fork; "
+                "open a store of its own here"
+            )
+        if self._closed:
+            raise StorageError(f"cannot {doing}: the store {self.directory} is closed")
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), self._identity)
+        except OSError:
+            return False
+
+    def _check_place(self, doing: str) -> None:
+        if not self._in_place():
+            raise StorageError(
+                f"cannot {doing}: the store vanished: {self.path} was removed or replaced while the engine runs. Put "
+                f"the file back, or create the directory {self.directory} again, empty: its content is then written "
+                "there again and saving resumes"
+            )
+
+    def _secure_place(self, doing: str) -> None:
+        """Make sure that the database and the lock are still the files in the directory; caller holds `_saving`.
+
+        The open connection still reaches a removed database, so its content returns as soon as the directory does.
+        Refused: going on with an empty database, which would silently lose all that was saved before.
+        """
+        vanished = not self._in_place()
+        if vanished and (not os.path.isdir(self.directory) or os.path.lexists(self.path) or self._writer is None):
+            self._check_place(doing)
+        if not self._lock.held():
+            earlier, self._lock = self._lock, StoreLock(self._lock.path, created=self._lock.created)
+            earlier.abandon()
+        if vanished and self._writer is not None:
+            self._put_back(self._writer, doing)
+
+    def _put_back(self, writer: sqlite3.Connection, doing: str) -> None:
+        try:
+            copy = copy_database(writer, self.path)
+            with self._readers:
+                # All of them: a connection that stays would go on reading the database that has no name any more.
+                self._readers.wait_for(lambda: not self._lent)
+                self._close_connections([*self._idle, writer])
+                self._idle, self._writer = [], None
+                self._identity = publish(copy, self.path)
+        except LIBRARY_ERRORS as error:
+            raise self._translate(error, doing) from error
+        except OSError as error:
+            raise StorageError(f"cannot {doing}: putting {self.path} back failed: {error}") from error
+        log.warning("%s had vanished; its content was put back", self.path)
+
+    def _close_connections(self, connections: list[sqlite3.Connection]) -> None:
+        for connection in connections:
+            try:
+                connection.close()
+            except sqlite3.Error as error:
+                # What was saved is safe in the log; the next opening folds it in.
+                log.warning("closing %s: %s", self.path, error)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: let go of what belongs to the parent, without touching it."""
+        abandon([*self._idle, *([self._writer] if self._writer else [])])
+        self._lock.abandon()
+
+
+_opened: weakref.WeakSet[FileAdapter] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for adapter in list(_opened):
+        adapter.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,147 @@
+"""One engine per directory: a lock that the operating system gives back when its holder dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from io import FileIO
+
+from scopestate.errors import StoreLocked, StoreUnusable
+
+if sys.platform == "win32":  # pragma: no cover - the tests run on POSIX
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        # One byte far behind the content, so that others can still read who holds it.
+        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+    def _unlock(descriptor: int) -> None:
+        os.lseek(descriptor, 1 << 20, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        # flock belongs to the open file, so a second engine in this very process is refused as well.
+        # Refused: lockf/fcntl locks, which a process never holds against itself and loses on any close of the file.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+_FACTS_BYTES = 64 * 1024
+
+
+class StoreLock:
+    """Holds `state.lock` of a directory from construction to `release()`. Not inherited through exec."""
+
+    created: str
+    """When the store in this directory was created, as noted by its earlier holders; "" if never."""
+
+    def __init__(self, path: str, *, created: str = "") -> None:
+        """Take the lock. Raises `StoreLocked`, naming the holder, or `StoreUnusable` if the file cannot be written."""
+        self.path = path
+        self._file = _take(path)
+        earlier = _facts(self._file.fileno())
+        self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        try:
+            self.note(created=str(earlier.get("created", created)))
+        except StoreUnusable:
+            self._file.close()
+            raise
+
+    def note(self, *, created: str) -> None:
+        """Write down who holds the store and when it was created. Raises `StoreUnusable`."""
+        self.created = created
+        self._write(
+            {
+                "created": created,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "command": " ".join(sys.orig_argv)[:1000],
+                "since": self._since,
+            }
+        )
+
+    def held(self) -> bool:
+        """Tell whether the file at `path` is still the one that is locked: it may have been deleted or replaced."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self._file.fileno()))
+
+    def release(self) -> None:
+        """Give the lock back. Idempotent."""
+        if self._file.closed:
+            return
+        # The note serves people only, so it may fail.
+        with contextlib.suppress(StoreUnusable):
+            self._write({"created": self.created})
+        # Not left to the closing: a process being started shares the descriptor until it is closed by exec, which
+        # can be after its start has returned (seen on Linux: the directory then looks in use for a moment longer).
+        _unlock(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close the descriptor only: in a forked child, where the parent's keeps the lock, or when the file is gone."""
+        self._file.close()
+
+    def _write(self, facts: dict[str, str | int]) -> None:
+        descriptor = self._file.fileno()
+        content = json.dumps(facts).encode() + b"\n"
+        try:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, content)
+            os.ftruncate(descriptor, len(content))
+        except OSError as error:
+            raise StoreUnusable(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+def _take(path: str) -> FileIO:
+    while True:
+        try:
+            file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644), "r+")
+        except OSError as error:
+            raise StoreUnusable(
+                f"cannot write in {os.path.dirname(path)}: {error.strerror or error}. Make the directory writable for "
+                "this process, or choose another one"
+            ) from error
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            facts = _facts(file.fileno())
+            file.close()
+            raise StoreLocked(_held_by(path, facts)) from error
+        # The file may have been removed between open and lock; a lock on a file without a name keeps nobody out.
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            return file
+        file.close()
+
+
+def _facts(descriptor: int) -> dict[str, object]:
+    """Read what the holder wrote; empty if that is unreadable or only half there."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        found = json.loads(os.read(descriptor, _FACTS_BYTES))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _held_by(path: str, facts: dict[str, object]) -> str:
+    directory = os.path.dirname(path)
+    if "pid" not in facts:
+        return f"the store {directory} is in use by another process (its lock {path} names none). Stop it first"
+    this = " (this very process)" if facts["pid"] == os.getpid() else ""
+    return (
+        f"the store {directory} is in use by process {facts['pid']}{this} on {facts.get('host')} since "
+        f"{facts.get('since')}: {facts.get('command')}. Stop it first, or choose another directory"
+    )

@@ -1,0 +1,278 @@
+"""Moving rows between Python and SQLite in a few large steps.
+
+Each `sqlite3` call gives up the interpreter and takes it back, and each taking back waits up to 5 ms (the switch
+interval) while another thread is CPU-bound. Row by row, 100,000 rows would then take minutes. So rows travel in chunks:
+several hundred per INSERT, and a whole page of a scope as one JSON text. The chunks are bounded in rows and bytes, so
+that nobody else waits for more than about a millisecond while one is prepared.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from scopestate.errors import StorageError
+from scopestate.persistence.adapter import ScopeChange, ScopeState
+from scopestate.persistence.sqlite import primary_code
+
+_CHUNK_ROWS = (256, 32, 4, 1)
+"""Rows per statement. A fixed ladder, so that the connection's cache finds each statement already compiled."""
+_CHUNK_BYTES = 256 * 1024
+_PAGE_ROWS = 1000
+_PAGE_BYTES = 256 * 1024
+PAGE_LIMIT = 8 * 1024 * 1024
+"""Bytes. Set as SQLite's own length limit: it refuses a page that would grow over this, before it takes the memory."""
+_ROW_OVERHEAD = 1024
+"""Bytes of a row beside its scope, key and value: far above the real record header."""
+
+_Parameter = str | bytes | int
+_Row = tuple[int, int, str, msgspec.Raw]
+"""rowid, position, key, value."""
+
+_decode_page = msgspec.json.Decoder(list[_Row]).decode
+_decode_value = msgspec.json.Decoder(msgspec.Raw).decode
+_decode_names = msgspec.json.Decoder(list[str]).decode
+
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+class _Write:
+    """One kind of write: collects rows and runs them, as many per statement as the ladder allows."""
+
+    def __init__(self, connection: sqlite3.Connection, texts: dict[int, str], width: int) -> None:
+        self._connection = connection
+        self._texts = texts
+        self._width = width
+        self._parameters: list[_Parameter] = []
+        self._bytes = 0
+
+    def add(self, row: tuple[_Parameter, ...], size: int) -> None:
+        """Collect `row`; `size` is about its bytes. Runs what is collected once that is enough for one statement."""
+        self._parameters += row
+        self._bytes += size
+        if self._bytes >= _CHUNK_BYTES or len(self._parameters) >= _CHUNK_ROWS[0] * self._width:
+            self.flush()
+
+    def flush(self) -> None:
+        """Run everything collected."""
+        parameters, self._parameters, self._bytes = self._parameters, [], 0
+        start = 0
+        for rows, text in self._texts.items():
+            step = rows * self._width
+            while len(parameters) - start >= step:
+                self._connection.execute(text, parameters[start : start + step])
+                start += step
+
+
+def _ladder(head: str, row: str, tail: str) -> dict[int, str]:
+    return {rows: f"{head} {','.join([row] * rows)} {tail}" for rows in _CHUNK_ROWS}
+
+
+# The value is bound as bytes and becomes text inside SQLite. Refused: decoding it first, which makes a second copy of
+# every value while other threads wait.
+_STATE_HEAD = "INSERT INTO state (scope, key, position, value) VALUES"
+_STATE_ROW = "(?, ?, ?, CAST(? AS TEXT))"
+_CREATE = _ladder(
+    _STATE_HEAD,
+    _STATE_ROW,
+    "ON CONFLICT (scope, key) DO UPDATE SET position = excluded.position, value = excluded.value",
+)
+# Not one statement with a CASE: SQLite rewrites an index entry whenever its column is assigned, even to the same value.
+_OVERWRITE = _ladder(_STATE_HEAD, _STATE_ROW, "ON CONFLICT (scope, key) DO UPDATE SET value = excluded.value")
+# The join names rows by number. Refused: `WHERE (scope, key) IN (VALUES ...)`, for which SQLite scans the whole table.
+_DELETE = _ladder(
+    "WITH gone (scope, key) AS (VALUES",
+    "(?, ?)",
+    ") DELETE FROM state WHERE rowid IN (SELECT state.rowid FROM gone CROSS JOIN state USING (scope, key))",
+)
+_SEQUENCE = _ladder(
+    "INSERT INTO scopes (scope, sequence) VALUES",
+    "(?, ?)",
+    "ON CONFLICT (scope) DO UPDATE SET sequence = max(sequence, excluded.sequence)",
+)
+
+
+def write_batch(connection: sqlite3.Connection, batch: Sequence[ScopeChange]) -> None:
+    """Write the batch inside the caller's transaction.
+
+    Raises `StorageError` for a value too large for SQLite, naming its key, and lets library errors through.
+    """
+    created = _Write(connection, _CREATE, 4)
+    overwritten = _Write(connection, _OVERWRITE, 4)
+    deleted = _Write(connection, _DELETE, 2)
+    sequences = _Write(connection, _SEQUENCE, 2)
+    writes = (created, overwritten, deleted, sequences)
+    room = connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
+    seen: set[str] = set()
+    for change in batch:
+        scope, sequence, positions = change.scope, change.sequence, change.positions
+        if scope in seen:
+            # The same key may be collected in two kinds of writes; only what is already run has an order.
+            for write in writes:
+                write.flush()
+            seen.clear()
+        seen.add(scope)
+        sequences.add((scope, sequence), len(scope))
+        for key, value in change.values.items():
+            if value is None:
+                deleted.add((scope, key), len(scope) + len(key))
+                continue
+            size = len(scope) + len(key) + len(value)
+            # Names are counted at four bytes a character, the most that UTF-8 takes.
+            if size + 3 * (len(scope) + len(key)) > room:
+                raise StorageError(
+                    f"the value for key {key!r} of scope {scope!r} takes {len(value)} bytes as JSON; together with its "
+                    f"names that is more than a row can hold ({room} bytes). Split it over several keys"
+                )
+            position = positions.get(key)
+            if position is None:
+                # The rank counts only if the key is not in the store after all.
+                overwritten.add((scope, key, sequence, value), size)
+            else:
+                created.add((scope, key, position, value), size)
+    for write in writes:
+        write.flush()
+
+
+_FIRST = "scope = ?1"
+_NEXT = "scope = ?1 AND position >= ?3 AND (position, rowid) > (?3, ?4)"
+_ORDERED = "FROM state WHERE {where} ORDER BY position, rowid LIMIT ?2"
+# The page arrives as the text of a JSON array, so one decode both takes it apart and proves each value to be JSON.
+# Refused: rows with json_valid(value), which needs up to 40 times the size of a value in memory.
+_PAGE = (
+    "SELECT (SELECT sequence FROM scopes WHERE scope = ?1), count(*), CAST('[' || group_concat("  # noqa: S608 - constants
+    "'[' || rowid || ',' || position || ',' || json_quote(key) || ',' || value || ']') || ']' AS BLOB) "
+    f"FROM (SELECT rowid, position, key, value {_ORDERED})"
+)
+_PLAIN = f"SELECT rowid, position, CAST(key AS BLOB), CAST(value AS BLOB) {_ORDERED}"
+_PAGE_FIRST, _PAGE_NEXT = _PAGE.format(where=_FIRST), _PAGE.format(where=_NEXT)
+_PLAIN_FIRST, _PLAIN_NEXT = _PLAIN.format(where=_FIRST), _PLAIN.format(where=_NEXT)
+
+_Place = tuple[int, int] | None
+"""position and rowid of the last row read; None before the first."""
+
+
+def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
+    """Read one scope as of one moment. Memory: the values themselves and one page.
+
+    Raises `StorageError` for a row that is not JSON, naming it, and lets library errors through.
+    """
+    try:
+        sequence, rows = _read_page(connection, scope, None, _PAGE_ROWS)
+        if len(rows) < _PAGE_ROWS:
+            return ScopeState(values={key: bytes(value) for _, _, key, value in rows}, sequence=sequence)
+    except sqlite3.DataError as error:
+        if primary_code(error) != sqlite3.SQLITE_TOOBIG:
+            raise
+    # Only a scope of several pages needs a transaction to stay one moment; it costs two more turns for the interpreter.
+    connection.execute("BEGIN")
+    try:
+        values: dict[str, bytes] = {}
+        for key, value in _read_pages(connection, scope):
+            values[key] = bytes(value)
+        found = connection.execute("SELECT sequence FROM scopes WHERE scope = ?", (scope,)).fetchall()
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+    return ScopeState(values=values, sequence=found[0][0] if found else 0)
+
+
+def _read_pages(connection: sqlite3.Connection, scope: str) -> Iterator[tuple[str, msgspec.Raw]]:
+    """Yield keys and values in order, in pages of about `_PAGE_BYTES`."""
+    place: _Place = None
+    limit = _PAGE_ROWS
+    while True:
+        try:
+            _, rows = _read_page(connection, scope, place, limit)
+        except sqlite3.DataError as error:
+            if primary_code(error) != sqlite3.SQLITE_TOOBIG:
+                raise
+            if limit > 1:
+                limit = max(1, limit // 8)
+                continue
+            rows = list(_read_plain(connection, scope, place, 1))
+        for _, _, key, value in rows:
+            yield key, value
+        if len(rows) < limit:
+            return
+        place = (rows[-1][1], rows[-1][0])
+        size = sum(memoryview(value).nbytes for _, _, _, value in rows)
+        limit = max(1, min(_PAGE_ROWS, len(rows) * _PAGE_BYTES // max(size, 1)))
+
+
+def _read_page(connection: sqlite3.Connection, scope: str, place: _Place, limit: int) -> tuple[int, list[_Row]]:
+    """Read up to `limit` rows after `place` with one statement; also the scope's sequence."""
+    if place is None:
+        found = connection.execute(_PAGE_FIRST, (scope, limit))
+    else:
+        found = connection.execute(_PAGE_NEXT, (scope, limit, *place))
+    ((sequence, count, text),) = found.fetchall()
+    if not count:
+        return sequence or 0, []
+    try:
+        rows = _decode_page(_utf8(text))
+        whole = len(rows) == count
+    except _NOT_JSON:
+        whole = False
+    if not whole:
+        # One bad value spoils the page: look at its rows one by one, and name the bad one.
+        rows = list(_read_plain(connection, scope, place, limit))
+    return sequence or 0, rows
+
+
+def _read_plain(connection: sqlite3.Connection, scope: str, place: _Place, limit: int) -> Iterator[_Row]:
+    """Yield rows one at a time, however large. Raises `StorageError` for a row that is not JSON."""
+    before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 0x7FFFFFFF)
+    try:
+        if place is None:
+            found = connection.execute(_PLAIN_FIRST, (scope, limit))
+        else:
+            found = connection.execute(_PLAIN_NEXT, (scope, limit, *place))
+        try:
+            for rowid, position, key, value in found:
+                yield rowid, position, *_decoded(scope, key, value)
+        finally:
+            found.close()
+    finally:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
+
+
+def _decoded(scope: str, key: bytes, value: bytes) -> tuple[str, msgspec.Raw]:
+    try:
+        return key.decode(), _decode_value(_utf8(value))
+    except _NOT_JSON as error:
+        raise StorageError(
+            f"the row for key {key.decode(errors='replace')!r} of scope {scope!r} does not hold JSON ({error}); was "
+            "the database edited? Correct that row with the sqlite3 tool (table `state`) and try again"
+        ) from error
+
+
+def _utf8(text: bytes) -> bytes:
+    """Return `text`; raises `UnicodeDecodeError` if it is not UTF-8, which neither SQLite nor the decoder check."""
+    if not text.isascii():
+        text.decode()
+    return text
+
+
+_NAMES = (
+    "SELECT json_group_array(scope) FROM (SELECT scope FROM scopes WHERE scope {after} ?1"
+    " AND EXISTS (SELECT 1 FROM state WHERE state.scope = scopes.scope) ORDER BY scope LIMIT ?2)"
+)
+_NAMES_FIRST, _NAMES_NEXT = _NAMES.format(after=">="), _NAMES.format(after=">")
+
+
+def read_names(connection: sqlite3.Connection) -> list[str]:
+    """Return the scopes that hold a key, a page at a time."""
+    names: list[str] = []
+    page = _page_of_names(connection, _NAMES_FIRST, "")
+    while page:
+        names += page
+        page = _page_of_names(connection, _NAMES_NEXT, page[-1])
+    return names
+
+
+def _page_of_names(connection: sqlite3.Connection, statement: str, after: str) -> list[str]:
+    ((text,),) = connection.execute(statement, (after, _PAGE_ROWS)).fetchall()
+    return _decode_names(text)

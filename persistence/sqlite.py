@@ -1,0 +1,76 @@
+"""The edge to SQLite: how connections are opened, and what its errors mean in our own tree."""
+
+from __future__ import annotations
+
+import ctypes
+import sqlite3
+from collections.abc import Callable, Iterable
+from urllib.parse import quote
+
+from scopestate.errors import StorageError, StoreCorrupt
+
+Connect = Callable[[str], sqlite3.Connection]
+"""How the file adapter opens a database: takes a `file:` URI. Tests pass one that injects faults."""
+
+LIBRARY_ERRORS = (sqlite3.Error, OverflowError, UnicodeError)
+"""What the sqlite3 module raises: its own tree, ints over 64 bits, and text that is not UTF-8 (lone surrogates)."""
+
+_CACHED_STATEMENTS = 64
+_CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+_CAUSES = {
+    sqlite3.SQLITE_FULL: "the disk is full or the database reached its largest allowed size; free some space",
+    sqlite3.SQLITE_BUSY: "another process holds the database (a sqlite3 tool with an open transaction?); end that",
+    sqlite3.SQLITE_LOCKED: "another connection holds the database; end its transaction",
+    sqlite3.SQLITE_READONLY: "the database may not be written; check its permissions and whether the disk is read-only",
+    sqlite3.SQLITE_IOERR: "the disk reported an input/output error; check the disk",
+    sqlite3.SQLITE_CANTOPEN: "a file of the store cannot be opened; check the directory and its permissions",
+    sqlite3.SQLITE_TOOBIG: "a row is larger than SQLite can hold",
+}
+
+
+def connect(uri: str) -> sqlite3.Connection:
+    """Open `uri` (`file:` form) with explicit transactions, for use from any one thread at a time."""
+    return sqlite3.connect(
+        uri, uri=True, isolation_level=None, check_same_thread=False, cached_statements=_CACHED_STATEMENTS
+    )
+
+
+def database_uri(path: str, mode: str) -> str:
+    """Name the file for SQLite. `mode`: `ro`, `rw` (never creates it) or `rwc`."""
+    return f"file:{quote(path)}?mode={mode}"
+
+
+def primary_code(error: BaseException) -> int:
+    """Return SQLite's primary result code, or -1 if the error did not come from the library itself."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code & 0xFF if isinstance(code, int) else -1
+
+
+def is_corruption(error: BaseException) -> bool:
+    """Tell whether SQLite found the file damaged, or not a database at all."""
+    return primary_code(error) in _CORRUPT
+
+
+def storage_error(error: BaseException, doing: str, path: str) -> StorageError:
+    """Translate a library error. `doing` completes "cannot ...": `save 3 scopes`."""
+    if is_corruption(error):
+        return StoreCorrupt(
+            f"cannot {doing}: the database {path} is damaged ({error}). Nothing is overwritten and saving "
+            "has stopped. Close the engine, then repair a copy (sqlite3's `.recover`) or restore a backup"
+        )
+    cause = _CAUSES.get(primary_code(error))
+    detail = f"{cause} ({error})" if cause else str(error)
+    return StorageError(f"cannot {doing} in {path}: {detail}")
+
+
+def abandon(connections: Iterable[sqlite3.Connection]) -> None:
+    """Make sure that these connections are never closed, not even when the interpreter ends.
+
+    For a forked child. Closing is what harms: the last connection to close folds the write-ahead log into the file and
+    deletes it, from a view of both that is as old as the fork (https://sqlite.org/howtocorrupt.html, section 2.6).
+    Refused: keeping them in a module-level list, which the interpreter empties on its way out. The cost is a few open
+    descriptors until the child ends.
+    """
+    for connection in connections:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))

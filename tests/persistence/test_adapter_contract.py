@@ -1,0 +1,352 @@
+"""What every adapter that keeps scopes promises (scopestate.persistence.adapter)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pytest
+
+from scopestate.errors import StorageError
+from scopestate.persistence import Adapter, MemoryAdapter, ScopeChange, ScopeState
+
+
+class Store(Protocol):
+    """The `store` fixture of conftest.py."""
+
+    adapter: Adapter
+
+    def reopen(self) -> Adapter: ...
+
+
+HOSTILE_NAMES = {
+    "empty": "",
+    "climbing path": "../../etc/passwd",
+    "NUL inside": "a\x00b",
+    "only NUL": "\x00",
+    "control characters": "\x01\n\r\t\x1f\x7f",
+    "quotes": "'; DROP TABLE state; --\"`[]",
+    "SQL wildcard": "%_*?",
+    "ten thousand characters": "n" * 10_000,
+    "not ASCII": "Grüße",
+    "beyond 16 bits": "\U0001f600\U0010ffff",
+    "noncharacters": "\ufffe\uffff",
+    "combining": "e\u0301",
+    "precomposed": "\u00e9",
+    "upper case": "USERS",
+    "lower case": "users",
+    "prototype": "__proto__",
+    "space": " ",
+    "looks like a number": "007",
+    "byte order mark": "\ufeff",
+}
+
+
+def created(scope: str, sequence: int, values: dict[str, bytes], first: int = 1) -> ScopeChange:
+    """A change that creates all its keys, ranked in the order given."""
+    return ScopeChange(scope, sequence, dict(values), {key: first + place for place, key in enumerate(values)})
+
+
+def ordered(state: ScopeState) -> list[tuple[str, bytes]]:
+    return list(state.values.items())
+
+
+def test_a_scope_never_saved_is_empty_with_sequence_0(store: Store) -> None:
+    state = store.adapter.load("nobody")
+
+    assert state == ScopeState(values={}, sequence=0)
+    assert store.adapter.scopes() == []
+
+
+def test_a_keeping_adapter_says_so(store: Store) -> None:
+    assert store.adapter.keeps is True
+
+
+def test_what_was_saved_is_loaded_with_its_sequence(store: Store) -> None:
+    store.adapter.save([created("users", 7, {"ada": b'{"age":36}', "bob": b"null"})])
+
+    assert store.adapter.load("users") == ScopeState(values={"ada": b'{"age":36}', "bob": b"null"}, sequence=7)
+
+
+def test_what_was_saved_is_there_after_a_restart(store: Store) -> None:
+    store.adapter.save([created("users", 7, {"ada": b"1"})])
+
+    adapter = store.reopen()
+
+    assert adapter.load("users") == ScopeState(values={"ada": b"1"}, sequence=7)
+    assert adapter.scopes() == ["users"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"null", b"true", b"false", b"0", b"-0.0", b"1", b"1.0", b"1e300", b"-9223372036854775808",
+        b"18446744073709551615", b'""', b'"\\u0000"', b'"\xc3\xa9\xf0\x9f\x98\x80"', b"[]", b"{}", b'{"":{"":[]}}',
+        b'{"b":1,"a":2}', b'"],[1,1,\\"x\\",1"',
+    ],
+)  # fmt: skip
+def test_a_value_comes_back_byte_for_byte(store: Store, value: bytes) -> None:
+    store.adapter.save([created("s", 1, {"k": value})])
+
+    (loaded,) = store.reopen().load("s").values.values()
+
+    assert loaded == value
+    assert type(loaded) is bytes
+
+
+def test_integers_floats_and_booleans_stay_different(store: Store) -> None:
+    store.adapter.save([created("s", 3, {"int": b"1", "float": b"1.0", "bool": b"true"})])
+
+    assert ordered(store.reopen().load("s")) == [("int", b"1"), ("float", b"1.0"), ("bool", b"true")]
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_keys_come_back_in_the_order_of_their_ranks_not_of_their_names(store: Store) -> None:
+    store.adapter.save([ScopeChange("s", 3, {"a": b"1", "b": b"2", "c": b"3"}, {"c": 1, "a": 2, "b": 3})])
+
+    assert list(store.adapter.load("s").values) == ["c", "a", "b"]
+    assert list(store.reopen().load("s").values) == ["c", "a", "b"]
+
+
+def test_a_key_without_a_rank_keeps_the_one_it_has(store: Store) -> None:
+    store.adapter.save([created("s", 3, {"a": b"1", "b": b"2", "c": b"3"})])
+    store.adapter.save([ScopeChange("s", 4, {"a": b"9"}, {})])
+
+    assert ordered(store.reopen().load("s")) == [("a", b"9"), ("b", b"2"), ("c", b"3")]
+
+
+def test_a_key_deleted_and_created_again_between_two_saves_goes_to_the_end(store: Store) -> None:
+    store.adapter.save([created("s", 3, {"a": b"1", "b": b"2", "c": b"3"})])
+    store.adapter.save([ScopeChange("s", 5, {"a": b"9"}, {"a": 5})])
+
+    assert ordered(store.reopen().load("s")) == [("b", b"2"), ("c", b"3"), ("a", b"9")]
+
+
+def test_a_key_deleted_in_one_save_and_created_in_the_next_goes_to_the_end(store: Store) -> None:
+    store.adapter.save([created("s", 2, {"a": b"1", "b": b"2"})])
+    store.adapter.save([ScopeChange("s", 3, {"a": None}, {})])
+    store.adapter.save([ScopeChange("s", 4, {"a": b"9"}, {"a": 4})])
+
+    assert ordered(store.reopen().load("s")) == [("b", b"2"), ("a", b"9")]
+
+
+def test_ranks_use_64_bits(store: Store) -> None:
+    top = 2**63 - 1
+    store.adapter.save([ScopeChange("s", top, {"a": b"1", "b": b"2", "c": b"3"}, {"a": top, "b": top - 1, "c": 2**40})])
+
+    state = store.reopen().load("s")
+
+    assert list(state.values) == ["c", "b", "a"]
+    assert state.sequence == top
+
+
+def test_an_unranked_key_that_is_not_stored_goes_to_the_end(store: Store) -> None:
+    store.adapter.save([created("s", 2, {"z": b"1", "y": b"2"})])
+    store.adapter.save([ScopeChange("s", 3, {"a": b"3"}, {})])
+
+    assert list(store.reopen().load("s").values) == ["z", "y", "a"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 31, 33, 255, 256, 257, 999, 1000, 1001, 2500])
+def test_any_number_of_keys_is_saved_overwritten_and_deleted(store: Store, count: int) -> None:
+    names = [f"k{number * 7919 % count}" for number in range(count)]
+    values = {name: b"[%d]" % place for place, name in enumerate(names)}
+    store.adapter.save([created("s", count, values), created("t", 1, {"only": b"1"})])
+    assert ordered(store.reopen().load("s")) == list(values.items())
+
+    doubled = {name: b"[%s]" % value for name, value in values.items()}
+    store.adapter.save([ScopeChange("s", count + 1, dict(reversed(doubled.items())), {})])
+    assert ordered(store.reopen().load("s")) == list(doubled.items())
+
+    store.adapter.save([ScopeChange("s", count + 2, dict.fromkeys(names[1:]), {})])
+    assert ordered(store.reopen().load("s")) == [(names[0], doubled[names[0]])]
+    assert ordered(store.adapter.load("t")) == [("only", b"1")]
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES.keys())
+def test_any_text_is_a_scope_name(store: Store, name: str) -> None:
+    store.adapter.save([created(name, 1, {"k": b"1"})])
+
+    adapter = store.reopen()
+
+    assert adapter.scopes() == [name]
+    assert ordered(adapter.load(name)) == [("k", b"1")]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES.keys())
+def test_any_text_is_a_key(store: Store, name: str) -> None:
+    store.adapter.save([created("s", 2, {name: b"1", name + "2": b"2"})])
+    store.adapter.save([ScopeChange("s", 3, {name: b"3"}, {})])
+    assert ordered(store.reopen().load("s")) == [(name, b"3"), (name + "2", b"2")]
+
+    store.adapter.save([ScopeChange("s", 4, {name: None}, {})])
+    assert ordered(store.reopen().load("s")) == [(name + "2", b"2")]
+
+
+def test_names_that_look_alike_stay_apart(store: Store) -> None:
+    """SEMANTICS 8.20 to 8.22: no name is lost, cut or mixed up with another."""
+    names = list(HOSTILE_NAMES.values())
+    store.adapter.save([created(name, 1, {"k": str(place).encode()}) for place, name in enumerate(names)])
+
+    adapter = store.reopen()
+
+    assert sorted(adapter.scopes()) == sorted(names)
+    assert {name: adapter.load(name).values["k"] for name in names} == {
+        name: str(place).encode() for place, name in enumerate(names)
+    }
+
+
+@pytest.mark.parametrize("where", ["scope", "key"])
+def test_a_name_that_is_not_text_is_refused_and_nothing_is_written(store: Store, where: str) -> None:
+    surrogate = "\ud800"
+    bad = created(surrogate, 1, {"k": b"1"}) if where == "scope" else created("s", 1, {surrogate: b"1"})
+
+    with pytest.raises(StorageError):
+        store.adapter.save([created("good", 1, {"k": b"1"}), bad])
+
+    assert store.reopen().scopes() == []
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mebibytes", [1, 9, 64])
+def test_large_values_are_kept(store: Store, mebibytes: int) -> None:
+    value = b'"' + b"x" * (mebibytes << 20) + b'"'
+    store.adapter.save([created("s", 3, {"before": b"1", "large": value, "after": b"2"})])
+
+    state = store.reopen().load("s")
+
+    assert list(state.values) == ["before", "large", "after"]
+    assert state.values["large"] == value
+    assert (state.values["before"], state.values["after"]) == (b"1", b"2")
+
+
+def test_many_middle_sized_values_are_kept_in_order(store: Store) -> None:
+    values = {f"k{number}": b'"' + bytes([65 + number % 26]) * 400_000 + b'"' for number in range(60)}
+    store.adapter.save([created("s", 60, values)])
+
+    assert ordered(store.reopen().load("s")) == list(values.items())
+
+
+def test_small_and_large_values_mix(store: Store) -> None:
+    sizes = [10, 9_000_000, 10, 300_000, 1, 5_000_000, 9_000_000, 0] + [20] * 1500
+    values = {f"k{place}": b'"' + b"x" * size + b'"' for place, size in enumerate(sizes)}
+    store.adapter.save([created("s", len(values), values)])
+
+    assert ordered(store.reopen().load("s")) == list(values.items())
+
+
+# --- scopes and sequences --------------------------------------------------------------------------------------------
+
+
+def test_an_emptied_scope_is_not_listed_and_keeps_its_sequence(store: Store) -> None:
+    store.adapter.save([created("s", 1, {"k": b"1"}), created("t", 1, {"k": b"1"})])
+    store.adapter.save([ScopeChange("s", 2, {"k": None}, {})])
+
+    adapter = store.reopen()
+
+    assert adapter.scopes() == ["t"]
+    assert adapter.load("s") == ScopeState(values={}, sequence=2)
+
+
+def test_the_sequence_never_goes_back(store: Store) -> None:
+    store.adapter.save([created("s", 9, {"k": b"1"})])
+    store.adapter.save([ScopeChange("s", 5, {"k": b"2"}, {})])
+
+    assert store.reopen().load("s").sequence == 9
+
+
+def test_a_change_without_values_saves_the_sequence_only(store: Store) -> None:
+    store.adapter.save([ScopeChange("s", 4, {}, {})])
+
+    adapter = store.reopen()
+
+    assert adapter.load("s") == ScopeState(values={}, sequence=4)
+    assert adapter.scopes() == []
+
+
+def test_deleting_a_key_that_is_not_there_is_no_error(store: Store) -> None:
+    store.adapter.save([ScopeChange("s", 1, {"ghost": None}, {})])
+
+    assert store.adapter.load("s") == ScopeState(values={}, sequence=1)
+
+
+def test_an_empty_batch_changes_nothing(store: Store) -> None:
+    store.adapter.save([])
+
+    assert store.adapter.scopes() == []
+
+
+def test_thousands_of_scopes_are_listed(store: Store) -> None:
+    names = [f"scope-{number}" for number in range(2500)]
+    store.adapter.save([created(name, 1, {"k": b"1"}) for name in names])
+
+    assert sorted(store.reopen().scopes()) == sorted(names)
+
+
+def test_a_scope_twice_in_a_batch_the_later_change_wins(store: Store) -> None:
+    store.adapter.save(
+        [
+            created("s", 2, {"a": b"1", "b": b"2"}),
+            created("t", 1, {"k": b"1"}),
+            ScopeChange("s", 4, {"a": None, "b": b"3"}, {}),
+            ScopeChange("s", 5, {"a": b"4"}, {"a": 5}),
+        ]
+    )
+
+    assert ordered(store.adapter.load("s")) == [("b", b"3"), ("a", b"4")]
+    assert store.reopen().load("s").sequence == 5
+
+
+def test_in_one_batch_a_create_before_a_delete_ends_deleted(store: Store) -> None:
+    store.adapter.save([created("s", 1, {"a": b"1"}), ScopeChange("s", 2, {"a": None}, {})])
+
+    assert store.reopen().load("s") == ScopeState(values={}, sequence=2)
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1])
+def test_a_number_over_64_bits_is_refused_and_nothing_is_written(store: Store, number: int) -> None:
+    with pytest.raises(StorageError):
+        store.adapter.save([created("good", 1, {"k": b"1"}), ScopeChange("s", number, {"k": b"1"}, {"k": 1})])
+
+    assert store.reopen().scopes() == []
+
+
+# --- closing ---------------------------------------------------------------------------------------------------------
+
+
+def test_closing_twice_is_harmless(store: Store) -> None:
+    store.adapter.close()
+    store.adapter.close()
+
+
+@pytest.mark.parametrize("call", ["load", "scopes", "save"])
+def test_a_closed_adapter_refuses(store: Store, call: str) -> None:
+    store.adapter.close()
+    calls = {
+        "load": lambda: store.adapter.load("s"),
+        "scopes": store.adapter.scopes,
+        "save": lambda: store.adapter.save([created("s", 1, {"k": b"1"})]),
+    }
+
+    with pytest.raises(StorageError, match="closed"):
+        calls[call]()
+
+
+# --- the adapter that keeps nothing ----------------------------------------------------------------------------------
+
+
+def test_the_memory_adapter_keeps_nothing() -> None:
+    adapter = MemoryAdapter()
+    adapter.save([created("s", 1, {"k": b"1"})])
+
+    assert adapter.keeps is False
+    assert adapter.load("s") == ScopeState(values={}, sequence=0)
+    assert adapter.scopes() == []
+    adapter.close()
+    adapter.close()

@@ -1,0 +1,134 @@
+"""Random histories of a file store, restarts included, against a plain dict."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from scopestate.persistence import FileAdapter, ScopeChange
+
+names = st.sampled_from(["", "a", "A", "\x00", "../x", "é", "\U0001f600"]) | st.text(
+    st.characters(exclude_categories=["Cs"]), max_size=4
+)
+documents = st.sampled_from([b"null", b"1", b"1.0", b"true", b'""', b"[]", b"{}", b'{"a":[1,"],["]}', b'"\xc3\xa9"'])
+steps = st.lists(st.tuples(names, st.lists(st.tuples(names, st.none() | documents), max_size=8)), max_size=4)
+
+
+class FileStore(RuleBasedStateMachine):
+    """The model is what an engine's memory holds: per scope a dict in order, and the number of the last write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        self.adapter = FileAdapter(self.directory)
+        self.model: dict[str, dict[str, bytes]] = {}
+        self.sequences: dict[str, int] = {}
+
+    @rule(steps=steps)
+    def save(self, steps: list[tuple[str, list[tuple[str, bytes | None]]]]) -> None:
+        """Write as an engine would, key by key, and save what changed per scope as one batch."""
+        batch = []
+        for scope, writes in steps:
+            change = ScopeChange(scope, self.sequences.get(scope, 0), {}, {})
+            values = self.model.setdefault(scope, {})
+            for key, value in writes:
+                change.sequence += 1
+                if value is None:
+                    values.pop(key, None)
+                    change.positions.pop(key, None)
+                else:
+                    if key not in values:
+                        change.positions[key] = change.sequence
+                    values[key] = value
+                change.values[key] = value
+            self.sequences[scope] = change.sequence
+            batch.append(change)
+        self.adapter.save(batch)
+
+    @rule(scope=names, count=st.integers(1, 700), value=documents)
+    def save_many(self, scope: str, count: int, value: bytes) -> None:
+        self.save([(scope, [(f"{number:x}", value) for number in range(count)])])
+
+    @rule(scope=names)
+    def empty(self, scope: str) -> None:
+        self.save([(scope, [(key, None) for key in self.model.get(scope, {})])])
+
+    @rule()
+    def restart(self) -> None:
+        self.adapter.close()
+        self.adapter = FileAdapter(self.directory)
+
+    @invariant()
+    def holds_what_the_model_holds(self) -> None:
+        assert sorted(self.adapter.scopes()) == sorted(scope for scope, values in self.model.items() if values)
+        for scope, values in self.model.items():
+            state = self.adapter.load(scope)
+            assert list(state.values.items()) == list(values.items())
+            assert state.sequence == self.sequences[scope]
+
+    def teardown(self) -> None:
+        assert self.adapter.check() == []
+        self.adapter.close()
+        shutil.rmtree(self.directory)
+
+
+TestFileStore = FileStore.TestCase
+TestFileStore.settings = settings(max_examples=40, stateful_step_count=15, deadline=None, derandomize=True)
+
+
+def test_loads_beside_saves_each_see_one_moment(directory: Path) -> None:
+    """Every save gives all 2,500 keys the same value; a load of several pages must never see two of them."""
+    keys = [f"k{number}" for number in range(2500)]
+    adapter = FileAdapter(directory)
+    adapter.save([ScopeChange("s", 1, dict.fromkeys(keys, b"1"), {key: place for place, key in enumerate(keys)})])
+    done = threading.Event()
+    torn: list[set[bytes]] = []
+    loads = [0, 0, 0]
+
+    def read(number: int) -> None:
+        while not done.is_set() or loads[number] < 3:
+            state = adapter.load("s")
+            loads[number] += 1
+            seen = set(state.values.values())
+            if seen != {b"%d" % state.sequence} or list(state.values) != keys:
+                torn.append(seen)
+
+    readers = [threading.Thread(target=read, args=(number,)) for number in range(3)]
+    for reader in readers:
+        reader.start()
+    for number in range(2, 20):
+        adapter.save([ScopeChange("s", number, dict.fromkeys(keys, b"%d" % number), {})])
+    done.set()
+    for reader in readers:
+        reader.join()
+
+    assert torn == []
+    assert min(loads) >= 3
+    assert adapter.check() == []
+    adapter.close()
+
+
+def test_more_loads_at_once_than_connections_are_kept(directory: Path) -> None:
+    adapter = FileAdapter(directory)
+    adapter.save([ScopeChange("s", 1, {"k": b"1"}, {"k": 1})])
+    gate = threading.Barrier(12)
+    results: list[dict[str, bytes]] = []
+
+    def load() -> None:
+        gate.wait(30)
+        results.extend(adapter.load("s").values for _ in range(20))
+
+    threads = [threading.Thread(target=load) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert results == [{"k": b"1"}] * 240
+    adapter.close()
