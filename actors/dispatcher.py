@@ -38,8 +38,14 @@ class Dispatcher(Protocol):
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
         """Call `callback()` after `delay_s` seconds; it must be quick and must not raise."""
 
+    waiter: Callable[[Reply[Any], float | None], None] | None
+    """How threads wait for a reply, some seconds at most; None: they block."""
+
     def reply(self) -> Reply[Any]:
         """Make a future that threads of this dispatcher can wait for."""
+
+    def claim(self, actor: TurnActor) -> dict[str, int]:
+        """Make the claim of a new actor: an empty dict, into which the thread that runs a turn puts itself."""
 
     def monotonic(self) -> float:
         """Seconds on the clock that `call_later` goes by."""
@@ -48,7 +54,7 @@ class Dispatcher(Protocol):
         """Threads alive now, without the timer's."""
 
     def close(self) -> None:
-        """End every thread once it is done with its turn; scheduled turns that have not begun are dropped."""
+        """End every thread once it is done with what is scheduled; what comes later runs on the thread that brings it."""
 
 
 class ThreadDispatcher:
@@ -66,7 +72,7 @@ class ThreadDispatcher:
     MOST = 512
     """Workers at most; more are never started, and that is logged."""
 
-    threaded = True
+    waiter = None
 
     def __init__(self, name: str = "scopestate") -> None:
         self._name = name
@@ -80,9 +86,7 @@ class ThreadDispatcher:
         self._timer = _TimerThread(f"{name}-timer")
 
     def schedule(self, actor: TurnActor) -> None:
-        self._ready.put(actor.run_batch)
-        if not self._idle:
-            self._look_after_queue()
+        self.submit(actor.run_batch)
 
     def submit(self, work: Callable[[], object]) -> None:
         self._ready.put(work)
@@ -94,6 +98,9 @@ class ThreadDispatcher:
 
     def reply(self) -> Reply[Any]:
         return Reply()
+
+    def claim(self, actor: TurnActor) -> dict[str, int]:  # noqa: ARG002 - all claims are alike here
+        return {}
 
     def monotonic(self) -> float:
         return time.monotonic()
@@ -111,7 +118,9 @@ class ThreadDispatcher:
 
     def _look_after_queue(self) -> None:
         """Nobody is idle: start the first worker at once, and see in a moment whether one more is needed."""
-        if self._workers == 0:
+        if self._closed:
+            self._run_left_over()
+        elif self._workers == 0:
             self._add_worker()
         elif not self._watched:
             self._watched = True
@@ -123,6 +132,23 @@ class ThreadDispatcher:
             return
         self._add_worker()
         self._look_after_queue()
+
+    def _run_left_over(self) -> None:
+        """No worker will come any more: what is scheduled now runs here, so that nobody waits for ever.
+
+        These are messages that crossed with the engine's end; their actors refuse them.
+        """
+        ends = 0
+        try:
+            while True:
+                work = self._ready.get_nowait()
+                if work is None:
+                    ends += 1
+                else:
+                    work()
+        except queue.Empty:
+            for _ in range(ends):
+                self._ready.put(None)  # for the workers that are still in a turn
 
     def _add_worker(self) -> None:
         with self._guard:

@@ -16,7 +16,7 @@ from scopestate.actors.limits import Limits
 from scopestate.actors.reply import Reply
 from scopestate.actors.results import StateEvent
 from scopestate.actors.scope import event_depth
-from scopestate.actors.turn import BATCH, HOLDER, TurnActor
+from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventNotDelivered, HandlerTimeout
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class HandlerActor(TurnActor):
         """Deliver what waits, a batch at most; runs claimed, and keeps the claim while a delivery is pending."""
         mailbox = self._mailbox
         depth = -1  # what event_depth holds: setting it costs as much as a small handler
-        for _ in range(BATCH):
+        for _ in range(self.batch):
             if delivery is None:
                 try:
                     item = mailbox.popleft()

@@ -53,6 +53,9 @@ class Reply(pykka.Future[T]):
 
     loop_reply = None
 
+    waiter: Callable[[Reply[T], float | None], None] | None = None
+    """How to wait instead of blocking, on a dispatcher that runs everything in turn (see `deterministic`)."""
+
     def __init__(self) -> None:
         super().__init__()
         # A bare lock, held until the outcome is there: a threading.Event costs ten times as much to make.
@@ -120,7 +123,9 @@ class Reply(pykka.Future[T]):
         return self.get()
 
     def _wait(self, timeout: float | None) -> None:
-        if self._arrival.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
+        if self.waiter is not None:
+            self.waiter(self, timeout)
+        elif self._arrival.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
             self._arrival.release()  # the next one who waits gets through too
 
     def _arrive(self) -> None:

@@ -95,7 +95,7 @@ class UpdateResult(SetResult, frozen=True, eq=False):
         """The result as `call` returns it; `errors` is left out when there are none."""
         plain = {"old_value": self.old_value, "new_value": self.new_value}
         if self.errors:
-            plain["errors"] = msgspec.to_builtins(self.errors)
+            plain["errors"] = msgspec.to_builtins(list(self.errors))
         return plain
 
 

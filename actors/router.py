@@ -15,9 +15,6 @@ from scopestate.errors import EventLoopDetected, InvalidRegistration, Overloaded
 
 log = logging.getLogger("scopestate.triggers")
 
-BATCH = 256
-"""Events routed before the worker thread looks after other actors."""
-
 class Bucket:
     """The handlers with one pair of filters, in order of registration."""
 
@@ -66,6 +63,8 @@ class TriggerRouter(TurnActor):
     A write that matches nothing costs that look-up and no more. What matches is left in this actor's mailbox in the
     order of the scope's writes, and its turns, on worker threads, fan it out to the handlers.
     """
+
+    batch = 256
 
     def __init__(self, services: HandlerServices) -> None:
         super().__init__(services.dispatcher)
@@ -195,8 +194,9 @@ class TriggerRouter(TurnActor):
 
     def _drain_mailbox(self) -> None:
         mailbox = self._mailbox
-        batch = mailbox[:BATCH]
-        del mailbox[:BATCH]
+        batch = mailbox[: self.batch]
+        # As many as were taken: more may have come meanwhile.
+        del mailbox[: len(batch)]
         for item in batch:
             if type(item) is tuple:
                 self._route(*item)

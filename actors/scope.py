@@ -77,6 +77,10 @@ class Collect(Housekeeping, frozen=True):
     """Hand over what changed since the last Collect. Answer: ScopeChange, or None. For the snapshot actor."""
 
 
+class Ping(Housekeeping, frozen=True):
+    """Answer: None, when every message that came before has had its turn."""
+
+
 class Passivate(Housekeeping, frozen=True):
     """Leave memory, if everything is saved and nobody waits. Answer: whether it did."""
 
@@ -243,13 +247,18 @@ class ScopeActor(TurnActor):
         match message:
             case Collect():
                 return self._collect()
+            case Ping():
+                return None
             case Passivate():
                 return self._passivate()
             case Close(handlers_may=handlers_may):
                 return self._close(handlers_may)
             case _:
                 # Through a Pykka ref: the public messages, with Python values.
-                return answer_of(message, self.on_receive(turn_of(message, self._around.limits.max_value_bytes)))
+                turn = turn_of(message, self._around.limits.max_value_bytes)
+                if message.scope != self.scope:
+                    raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
+                return answer_of(message, self.on_receive(turn))
 
     def _put(self, key: str, data: bytes) -> SetResult:
         old = self._values.get(key)  # type: ignore[union-attr]
@@ -437,13 +446,13 @@ def turn_of(message: object, max_value_bytes: int) -> Turn:
             data = encode(value)
             if max_value_bytes and len(data) > max_value_bytes:
                 raise ValueTooLarge(scope, key, len(data), max_value_bytes)
-            return Put(key, data)
+            return Put(checked_name("key", key), data)
         case messages.Update(key=key, ops=ops):
-            return Change(key, checked(ops))
+            return Change(checked_name("key", key), checked(ops))
         case messages.Delete(key=key):
-            return Take(key)
+            return Take(checked_name("key", key))
         case messages.Get(key=key):
-            return Read(key)
+            return Read(checked_name("key", key))
         case messages.List():
             return ReadAll()
     raise DeserializationError(f"{type(message).__name__} is not a message that a scope understands: {message!r:.80}")

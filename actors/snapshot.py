@@ -49,7 +49,7 @@ class SnapshotActor(TurnActor):
         self._adapter = adapter
         self._interval_s = interval_s
         self._timer: Timer | None = None
-        self._backlog: list[tuple[ScopeActor, ScopeChange]] = []
+        self._backlog: dict[str, tuple[ScopeActor, ScopeChange]] = {}
         self._failures = 0
         self._commit_asked = False
         self._stopped = False
@@ -65,7 +65,7 @@ class SnapshotActor(TurnActor):
 
     def waiting_scopes(self) -> int:
         """Scopes with changes that are not on disk."""
-        return len(self.dirty) + len({actor.scope for actor, _ in self._backlog})
+        return len(self.dirty.keys() | self._backlog.keys())
 
     # ---------------------------------------------------------------------------------------------------- timing
 
@@ -109,11 +109,13 @@ class SnapshotActor(TurnActor):
                 self._commit()
             case Tick():
                 began = self._dispatcher.monotonic()
-                self._save_quietly()
-                if not self._stopped:
-                    took_s = self._dispatcher.monotonic() - began
-                    pause_s = self._interval_s - took_s if self.failing is None else self._backoff_s()
-                    self._arm(max(pause_s, 0.001))
+                try:
+                    self._save_quietly()
+                finally:
+                    if not self._stopped:
+                        took_s = self._dispatcher.monotonic() - began
+                        pause_s = self._interval_s - took_s if self.failing is None else self._backoff_s()
+                        self._arm(max(pause_s, 0.001))
             case Flush():
                 self._commit()
                 self._save()
@@ -129,6 +131,10 @@ class SnapshotActor(TurnActor):
         except StorageError:
             log.debug("save failed; it is tried again", exc_info=True)  # logged at ERROR where it began
 
+    def _fail(self) -> None:
+        """A bug in a turn: the log has it, and saving goes on."""
+        log.exception("a turn of the snapshot actor failed")
+
     def _save(self) -> None:
         """Save what is dirty, behind what earlier saves left. Raises StorageError, and keeps it all, on failure."""
         dirty = self.dirty
@@ -136,15 +142,17 @@ class SnapshotActor(TurnActor):
             # Out of the table before it is collected: a write that comes in between puts it in again.
             actor = dirty.pop(scope, None)
             change = actor.run(Collect()) if actor is not None else None
-            if actor is not None and change is not None:
-                self._backlog.append((actor, change))
+            if actor is None or change is None:
+                continue
+            _, waiting = self._backlog.get(scope, (actor, None))
+            self._backlog[scope] = (actor, change if waiting is None else merged(waiting, change))
         if not self._backlog:
             self.failing = None
             return
         began = time.perf_counter()
-        self._write([change for _, change in self._backlog])
+        self._write([change for _, change in self._backlog.values()])
         self.last_save_s = time.perf_counter() - began
-        for actor, change in self._backlog:
+        for actor, change in self._backlog.values():
             actor.saved(change.sequence)
         self._backlog.clear()
 
@@ -169,13 +177,15 @@ class SnapshotActor(TurnActor):
     def _write(self, changes: list[ScopeChange]) -> None:
         try:
             self._adapter.save(changes)
-        except StorageError as error:
+        except Exception as problem:
+            # An adapter promises StorageError; whatever else one raises must not stop the saving for good either.
+            error = problem if isinstance(problem, StorageError) else StorageError(f"the adapter failed: {problem!r}")
             self.failed_saves += 1
             self._failures += 1
             if self.failing is None or str(self.failing) != str(error):
                 log.error("saving failed, the data stays in memory and is saved later: %s", error)
             self.failing = error
-            raise
+            raise error from (None if error is problem else problem)
         self.saves += 1
         self.saved_keys += sum(len(change.values) for change in changes)
         self._note_success()
@@ -185,3 +195,10 @@ class SnapshotActor(TurnActor):
             log.warning("saving works again after %d failed attempts", self._failures)
         self.failing = None
         self._failures = 0
+
+
+def merged(older: ScopeChange, newer: ScopeChange) -> ScopeChange:
+    """Return one change for two of the same scope: while saving fails, memory grows with the keys, not with the tries."""
+    values = {**older.values, **newer.values}
+    positions = {key: rank for key, rank in older.positions.items() if values[key] is not None}
+    return ScopeChange(newer.scope, newer.sequence, values, {**positions, **newer.positions})

@@ -19,9 +19,6 @@ from scopestate.errors import Overloaded, WouldDeadlock
 
 log = logging.getLogger("scopestate.actors")
 
-BATCH = 64
-"""Messages that a worker thread handles for one actor before it looks after the others."""
-
 WAIT: Final = object()
 """Default of `run`: wait for a busy actor."""
 
@@ -57,6 +54,7 @@ class _Inbox:
         if reply is None:
             self._actor.tell(envelope.message)
         else:
+            reply.waiter = self._actor._dispatcher.waiter
             self._actor.handle_or_post(Envelope(envelope.message, reply))
 
     def empty(self) -> bool:
@@ -87,6 +85,9 @@ class TurnActor(pykka.Actor):
     mailbox_limit = sys.maxsize
     """Messages that may wait; one more is refused with `Overloaded`."""
 
+    batch = 64
+    """Messages that a worker thread handles for this actor before it looks after the others."""
+
     _dead = False
 
     def __init__(self, dispatcher: Dispatcher) -> None:
@@ -94,7 +95,7 @@ class TurnActor(pykka.Actor):
         # What it promises is made when first asked for, below; not by __getattr__, which would make every attribute of
         # every actor several times slower to read.
         self._dispatcher = dispatcher
-        self._claim: dict[str, int] = {}
+        self._claim = dispatcher.claim(self)
         self._mailbox: list[Any] = []
         self._scheduled = False
 
@@ -194,7 +195,7 @@ class TurnActor(pykka.Actor):
     # ------------------------------------------------------------------------------------------------- running
 
     def run_batch(self) -> None:
-        """Handle waiting messages, `BATCH` at most. For the dispatcher."""
+        """Handle waiting messages, `batch` at most. For the dispatcher."""
         # Cleared before the mailbox is read: whoever posts from here on schedules anew.
         self._scheduled = False
         me = get_ident()
@@ -209,8 +210,9 @@ class TurnActor(pykka.Actor):
 
     def _drain_mailbox(self) -> None:
         mailbox = self._mailbox
-        batch = mailbox[:BATCH]
-        del mailbox[:BATCH]
+        batch = mailbox[: self.batch]
+        # As many as were taken: more may have come meanwhile.
+        del mailbox[: len(batch)]
         for item in batch:
             self._handle(item)
 

@@ -85,7 +85,13 @@ class Closing:
                         f"the last save failed, {snapshot.waiting_scopes()} scopes are not on disk: {error}; they are kept "
                         "in memory: mend the cause and call close() again"
                     ) from error
-                threading.Event().wait(0.05 * attempt)
+                self._pause(0.05 * attempt)
+
+    def _pause(self, delay_s: float) -> None:
+        dispatcher = self._parts.dispatcher
+        over = dispatcher.reply()
+        dispatcher.call_later(delay_s, over.set)
+        over.get()
 
 
 def forked() -> EngineForked:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pykka
 
 from scopestate.actors.handler import Barrier
-from scopestate.actors.scope import ReadAll, event_depth
+from scopestate.actors.reply import Envelope
+from scopestate.actors.scope import Ping, event_depth
 from scopestate.actors.snapshot import Commit
 from scopestate.errors import ReplyTimeout, WouldDeadlock
 
@@ -25,7 +25,7 @@ def drain(parts: Parts, timeout: float | None) -> None:
     """
     if event_depth.get():
         raise WouldDeadlock("drain() in a handler would wait for that very handler to end")
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = None if timeout is None else parts.dispatcher.monotonic() + timeout
     quiet_rounds = 0
     while quiet_rounds < 2:
         fired = parts.router.fired_by_handlers()
@@ -37,7 +37,7 @@ def drain(parts: Parts, timeout: float | None) -> None:
         barrier = Barrier(handlers, reply)
         parts.router.tell(barrier)
         try:
-            reply.get(timeout=_left(deadline))
+            reply.get(timeout=_left(parts, deadline))
         except pykka.Timeout as error:
             behind = ", ".join(barrier.missing()[:10])
             raise ReplyTimeout("", timeout or 0.0, behind) from error
@@ -48,13 +48,16 @@ def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -
     """Let messages that were told, not asked, run, and commits that hold events back come through."""
     for actor in list(parts.directory.values()):
         if actor.has_waiting():
+            reply = parts.dispatcher.reply()
+            # Not a read: a closing scope refuses those, and a full mailbox is the more reason to wait.
+            actor._enqueue(Envelope(Ping(), reply))
             try:
-                actor.ask(ReadAll()).get(timeout=_left(deadline))
+                reply.get(timeout=_left(parts, deadline))
             except pykka.Timeout as error:
                 raise ReplyTimeout(actor.scope, timeout or 0.0) from error
     if parts.snapshot.committing:
-        parts.snapshot.ask(Commit()).get(timeout=_left(deadline))
+        parts.snapshot.ask(Commit()).get(timeout=_left(parts, deadline))
 
 
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
+def _left(parts: Parts, deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - parts.dispatcher.monotonic(), 0.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import os
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from types import TracebackType
@@ -385,15 +384,22 @@ class Engine(Reactive):
             checked_name("key", turn.key)
         if isinstance(error, TypeError):
             raise error
-        timeout_s = self._limits.call_timeout_s
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        dispatcher = self._parts.dispatcher
+        deadline: float | None = None
+        room: Reply[Any] | None = None
         while True:
-            room = threading.Event()
             if error is not None:
+                room = dispatcher.reply()
                 self._router.when_room(room.set)
             try:
                 return self._scopes[scope].run(turn)
             except HandlerFull as full:
-                if error is not None and not room.wait(None if deadline is None else deadline - time.monotonic()):
-                    raise Overloaded(no_room(scope)) from full
+                timeout_s = self._limits.call_timeout_s
+                if deadline is None and timeout_s is not None:
+                    deadline = dispatcher.monotonic() + timeout_s
+                if room is not None:
+                    try:
+                        room.get(timeout=None if deadline is None else deadline - dispatcher.monotonic())
+                    except pykka.Timeout:
+                        raise Overloaded(no_room(scope)) from full
                 error = full

@@ -21,7 +21,7 @@ from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
 from scopestate.config import AdapterConfig, Config, LimitsConfig, ScopeRule, TriggerConfig
 from scopestate.errors import ConfigError
-from scopestate.persistence import Adapter, FileAdapter, MemoryAdapter
+from scopestate.persistence import Adapter, MemoryAdapter
 from scopestate.stats import Tally
 
 log = logging.getLogger("scopestate.engine")
@@ -35,7 +35,8 @@ class Parts:
     """What one engine consists of, wired up."""
 
     def __init__(self, config: Config, adapter: Adapter | None, dispatcher: Dispatcher | None, report: Report) -> None:
-        """Raises StorageError if the configured store cannot be opened."""
+        """Raises ConfigError for a function that cannot be registered, StorageError if the store cannot be opened."""
+        check_functions(config)  # before the store is opened, which would stay locked
         self.config = config
         self.limits = Limits()
         set_limits(self.limits, config.limits)
@@ -63,8 +64,7 @@ class Parts:
         return ScopeActor(scope, self._around, keeps=durability != "memory")
 
     def configure(self) -> None:
-        """Register the configured functions and triggers, and begin to save. Raises ConfigError."""
-        check_functions(self.config)
+        """Register the configured functions and triggers, and begin to save."""
         self._apply_functions(())
         self._apply_triggers(None)
         self.snapshot.start_interval()
@@ -158,4 +158,6 @@ def set_limits(limits: Limits, config: LimitsConfig) -> None:
 def _open_adapter(config: AdapterConfig) -> Adapter:
     if config.config.store_method == "in_memory":
         return MemoryAdapter()
+    from scopestate.persistence.file import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
+
     return FileAdapter(config.config.file_path)

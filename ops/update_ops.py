@@ -7,7 +7,7 @@ shape only (SEMANTICS 3, "Op shape rules"): whether an op fits the value it meet
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, cast
+from typing import Annotated, Any, Final, cast
 
 import msgspec
 
@@ -17,72 +17,121 @@ from scopestate.ops import values
 I64_MIN: Final = -(2**63)
 I64_MAX: Final = 2**63 - 1
 
+# The `Meta` notes and the first sentence of each op's docstring are the API reference's: schemas are made from them.
+FieldPath = Annotated[str, msgspec.Meta(title="FieldPath", description="Represents a path to a field in a JSON object")]
+"""One literal top-level field name; "" is the value itself. Dots do not split."""
+
+MergePath = Annotated[
+    str | list[str],
+    msgspec.Meta(
+        title="MergePath",
+        description=(
+            "Path target of a merge: one string, a literal first-level field, or an array of literal segments to walk. "
+            'Absent, "" and [] are the root. Dots do not split.'
+        ),
+    ),
+]
+"""One literal field name, or a list of names to walk; "" and [] are the value itself."""
+
+Int64 = Annotated[int, msgspec.Meta(extra_json_schema={"format": "int64"})]
+
 
 class Set(msgspec.Struct, frozen=True, tag_field="type", tag="set"):
-    """Replace the value, or one field of it, by `value`."""
+    """Set a value at path (overwrite).
 
-    path: str
+    Replaces the value, or one field of it, by `value`.
+    """
+
+    path: FieldPath
     """One literal top-level field name; "" is the value itself. Dots do not split."""
     value: Any = None
     """Any JSON value; left out means null."""
 
 
 class Merge(msgspec.Struct, frozen=True, tag_field="type", tag="merge"):
-    """Overwrite the top-level fields of an object by those of `value`; `null` is stored, it does not delete."""
+    """Merge object into existing value (object-only). Path may be omitted (root merge), a single first-level key, or
+    an array of literal segments for nested merge. See [`MergePath`].
+
+    Overwrites the top-level fields of an object by those of `value`; `null` is stored, it does not delete.
+    """
 
     value: Any
     """An object of at most 1024 fields and 16 levels; `apply` refuses anything else."""
-    path: str | list[str] | None = None
+    path: MergePath | None = None
     """Where: one literal field name, or a list of names to walk; None, "" and [] are the value itself."""
 
 
 class Increment(msgspec.Struct, frozen=True, tag_field="type", tag="increment"):
-    """Add `by` to a number; an absent field counts as 0."""
+    """Increment numeric value.
 
-    path: str
+    Adds `by` to a number; an absent field counts as 0.
+    """
+
+    path: FieldPath
     """One literal top-level field name; "" is the value itself. Dots do not split."""
-    by: int
+    by: Int64
     """A whole number within 64 bits; may be negative."""
 
 
 class Decrement(msgspec.Struct, frozen=True, tag_field="type", tag="decrement"):
-    """Subtract `by` from a number; an absent field counts as 0."""
+    """Decrement numeric value.
 
-    path: str
+    Subtracts `by` from a number; an absent field counts as 0.
+    """
+
+    path: FieldPath
     """One literal top-level field name; "" is the value itself. Dots do not split."""
-    by: int
+    by: Int64
     """A whole number within 64 bits; may be negative."""
 
 
 class Append(msgspec.Struct, frozen=True, tag_field="type", tag="append"):
-    """Push `value` onto an array as one element, or add text to a string; an absent target is started."""
+    """Append an element to an array or concatenate a string.
 
-    path: str
+    An array gets `value` as one element; an absent target is started.
+    """
+
+    path: FieldPath
     """One literal top-level field name; "" is the value itself. Dots do not split."""
     value: Any
     """Any JSON value; an array is pushed as one element, not spread."""
 
 
 class Remove(msgspec.Struct, frozen=True, tag_field="type", tag="remove"):
-    """Take one field out of an object; at the root, leave null. An absent field is no error."""
+    """Remove a field.
 
-    path: str
+    An absent field is no error; at the root, null is left.
+    """
+
+    path: FieldPath
     """One literal top-level field name; "" is the value itself, which becomes null."""
 
 
-UpdateOp = Set | Merge | Increment | Decrement | Append | Remove
+UpdateOp = Annotated[
+    Set | Merge | Increment | Decrement | Append | Remove,
+    msgspec.Meta(title="UpdateOp", description="Operations that can be performed atomically on a stream value"),
+]
 
 
 class OpError(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why one op was skipped. The ops after it still ran."""
 
-    op_index: int
+    op_index: Annotated[
+        int,
+        msgspec.Meta(
+            ge=0,
+            description="Index of the offending op within the original `ops` array.",
+            extra_json_schema={"format": "uint"},
+        ),
+    ]
     """Place of the op in the update, from 0."""
-    code: str
+    code: Annotated[str, msgspec.Meta(description='Stable error code, e.g. `"merge.path.too_deep"`.')]
     """Stable word, `<op>.<reason>`: what clients compare. All of them are in SEMANTICS 3.4."""
-    message: str
+    message: Annotated[
+        str, msgspec.Meta(description="Human-readable description with concrete numbers when applicable.")
+    ]
     """For people: where, what was found, and for a bound both numbers. Wording may change."""
-    doc_url: str | None = None
+    doc_url: Annotated[str | None, msgspec.Meta(description="Optional documentation URL for this error class.")] = None
     """A page about the code; left out of the JSON when there is none."""
 
 

@@ -1,0 +1,40 @@
+"""Configuration: typed structs, the YAML file, hot reload.
+
+`load` reads a file and `ConfigWatcher` follows it. `DEFAULT_FILE` is the commented default that ships with the package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scopestate.config.loader import check, from_mapping, load, loads, validate
+from scopestate.config.schema import (
+    AdapterConfig,
+    Config,
+    FunctionRef,
+    KvConfig,
+    LimitsConfig,
+    ScopeRule,
+    TriggerConfig,
+)
+from scopestate.config.watch import ConfigWatcher
+
+DEFAULT_FILE = Path(__file__).with_name("engine.yaml")
+"""Every option with its default, in comments; a file_based store under `./data`."""
+
+__all__ = [
+    "DEFAULT_FILE",
+    "AdapterConfig",
+    "Config",
+    "ConfigWatcher",
+    "FunctionRef",
+    "KvConfig",
+    "LimitsConfig",
+    "ScopeRule",
+    "TriggerConfig",
+    "check",
+    "from_mapping",
+    "load",
+    "loads",
+    "validate",
+]

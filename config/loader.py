@@ -1,0 +1,139 @@
+"""Configuration from a file, from text or from Python data.
+
+`load` stops at the first mistake, `check` returns them all. Each is a `ConfigError` that names file, line and key.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from scopestate.config.schema import Config
+from scopestate.errors import ConfigError
+
+# `documents` (and with it PyYAML, difflib, ...) loads with the first configuration that is read: an engine in memory
+# needs none, and `import scopestate` must stay quick.
+
+MAX_FILE_BYTES = 1024 * 1024
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read a configuration file.
+
+    `${VAR:default}` is expanded from the environment and the targets of `functions:` are imported. A relative
+    `file_path` is taken from the current folder, not from the file's, as iii does.
+
+    Raises:
+        ConfigError: the first mistake in the file, or why it cannot be read.
+    """
+    return load_bytes(read_bytes(path), path)
+
+
+def load_bytes(content: bytes, path: str | os.PathLike[str]) -> Config:
+    """Like `load`, for the content of `path` as it was read before."""
+    file = os.fspath(path)
+    config, errors = _read_text(_decode(content, file), file, os.path.abspath(file))
+    return _first(config, errors)
+
+
+def loads(text: str, *, file: str = "<string>") -> Config:
+    """Read a configuration from text; errors name it `file`.
+
+    Raises:
+        ConfigError: the first mistake in it.
+    """
+    return _first(*_read_text(text, file, None))
+
+
+def from_mapping(mapping: Mapping[str, object] | Sequence[object]) -> Config:
+    """Read a configuration from Python data of the same shape as the file, or from the bare list of workers.
+
+    Values are taken as they are: nothing is expanded. `functions` may hold callables themselves beside targets.
+
+    Raises:
+        ConfigError: the first mistake; it has a `key`, but no file and line.
+    """
+    from scopestate.config.documents import read_python  # noqa: PLC0415 # brings PyYAML; see above
+
+    if isinstance(mapping, str | bytes):
+        raise ConfigError("expected a mapping, found text; use `loads` for YAML text and `load` for a path")
+    return _first(*read_python(mapping))
+
+
+def check(path: str | os.PathLike[str]) -> list[ConfigError]:
+    """Return every mistake in a file, by line; an empty list if `load` would succeed. Imports `functions:` as well."""
+    file = os.fspath(path)
+    try:
+        text = _decode(read_bytes(path), file)
+    except ConfigError as error:
+        return [error]
+    return _read_text(text, file, file)[1]
+
+
+def validate(config: Config) -> None:
+    """Check a `Config` that was built by code, which msgspec takes unchecked.
+
+    Raises:
+        ConfigError: the first field that a file could not hold either.
+    """
+    data: dict[str, object] = {
+        "workers": [{"name": "iii-state", "config": {"adapter": _plain(config.adapter)}}],
+        "functions": {function_id: getattr(ref, "callable", ref) for function_id, ref in config.functions.items()},
+        "triggers": _plain(config.triggers),
+        "scopes": _plain(config.scopes),
+        "limits": _plain(config.limits),
+    }
+    from_mapping(data)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Read the file whole.
+
+    Raises:
+        ConfigError: there is no such file, it is a directory, larger than 1 MiB, or cannot be read.
+    """
+    file = os.fspath(path)
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise ConfigError("there is no such file", file=file) from error
+    except IsADirectoryError as error:
+        raise ConfigError("this is a directory; name the file in it", file=file) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"the file cannot be read: {reason}", file=file) from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"the file is larger than {MAX_FILE_BYTES} bytes; this is no configuration", file=file)
+    return content
+
+
+def _decode(content: bytes, file: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = content[error.start]
+        raise ConfigError(f"not UTF-8 text: byte 0x{byte:02x} at offset {error.start}", file=file, line=line) from error
+
+
+def _read_text(text: str, file: str, source: str | None) -> tuple[Config | None, list[ConfigError]]:
+    from scopestate.config.documents import read_text  # noqa: PLC0415 # brings PyYAML; see above
+
+    if len(text) > MAX_FILE_BYTES:
+        return None, [ConfigError(f"longer than {MAX_FILE_BYTES} characters; this is no configuration", file=file)]
+    return read_text(text, file, source)
+
+
+def _first(config: Config | None, errors: list[ConfigError]) -> Config:
+    if config is None or errors:
+        raise errors[0]
+    return config
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, msgspec.Struct):
+        return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,192 @@
+"""What one scalar means: `${VAR:default}` expansion, then its type. Pure, but for reading the environment.
+
+Expansion happens after parsing, one scalar at a time, so a variable may change the type of a scalar but never the
+structure of the file (SEMANTICS 5 and 8.39: upstream expands the raw text).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import yaml
+from yaml.resolver import Resolver
+
+Kind = Literal["string", "integer", "float", "boolean", "null", "ambiguous", "other"]
+Style = Literal["plain", "quoted", "native"]
+
+_NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
+_BOOLEAN = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
+_INTEGER = re.compile(r"[-+]?[0-9]+\Z")
+_BASED_INTEGER = re.compile(r"0(?:o[0-7]+|x[0-9a-fA-F]+)\Z")
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"
+)
+_OCTAL_OR_NOT = re.compile(r"[-+]?0[0-9]+\Z")
+# Longer digits mean no option of ours; Python refuses to convert more than 4300.
+_MAX_DIGITS = 40
+
+_YAML_1_1 = Resolver()
+_YAML_1_1_KINDS: dict[str, Kind] = {
+    "tag:yaml.org,2002:str": "string",
+    "tag:yaml.org,2002:int": "integer",
+    "tag:yaml.org,2002:float": "float",
+    "tag:yaml.org,2002:bool": "boolean",
+    "tag:yaml.org,2002:null": "null",
+}
+_YAML_1_1_WORDS = {
+    "tag:yaml.org,2002:str": "text",
+    "tag:yaml.org,2002:int": "a number",
+    "tag:yaml.org,2002:float": "a number",
+    "tag:yaml.org,2002:bool": "a boolean",
+    "tag:yaml.org,2002:timestamp": "a date",
+    "tag:yaml.org,2002:merge": "a merge key",
+    "tag:yaml.org,2002:value": "a default key",
+}
+
+
+@dataclass(slots=True, frozen=True)
+class Value:
+    """A scalar with its type. `text` is its source; `found` names it in an error."""
+
+    kind: Kind
+    value: object
+    text: str
+    found: str
+
+
+class VariableError(Exception):
+    """`${NAME}` without a default, and NAME is not set (or cannot be read as UTF-8)."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(name, problem)
+        self.name = name
+        self.problem = problem
+
+
+def expand(text: str) -> str:
+    """Replace each `${NAME}` and `${NAME:default}` in `text`, once. A variable set to "" counts as set.
+
+    An unclosed `${`, `${}` and a bare `$NAME` are left as they are.
+
+    Raises:
+        VariableError: a variable is not set and has no default, or its value is not UTF-8.
+    """
+    return replace_placeholders(text, _lookup)
+
+
+def replace_placeholders(text: str, replacement: Callable[[str, str | None], str]) -> str:
+    """Replace each `${NAME}` and `${NAME:default}` by `replacement(name, default)`, from left to right, once.
+
+    NAME is one or more characters but `}` and `:`, not trimmed; the default is all up to the next `}`, or None.
+    Refused: a regular expression, whose time is quadratic in the number of unclosed `${`.
+    """
+    parts: list[str] = []
+    done, end = 0, -1
+    start = text.find("${")
+    while start != -1:
+        if end < start + 2:
+            end = text.find("}", start + 2)
+        if end == -1:
+            break
+        if text[start + 2] in "}:":
+            start = text.find("${", start + 2)
+            continue
+        name, colon, default = text[start + 2 : end].partition(":")
+        parts += text[done:start], replacement(name, default if colon else None)
+        done = end + 1
+        start = text.find("${", done)
+    return "".join([*parts, text[done:]])
+
+
+def _lookup(name: str, default: str | None) -> str:
+    value = os.environ.get(name) if "\0" not in name and is_utf8(name) else None
+    if value is None:
+        if default is None:
+            raise VariableError(
+                name, f"environment variable {name!r} is not set; set it, or write `${{{name}:default}}`"
+            )
+        return default
+    if not is_utf8(value):
+        # Refused: upstream's way, which takes the default as if nothing were set; a mistake would go unseen.
+        raise VariableError(name, f"environment variable {name!r} is not valid UTF-8")
+    return value
+
+
+def is_utf8(text: str) -> bool:
+    """Tell whether `text` can be written as UTF-8, that is, holds no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def resolve_text(text: str, style: Style) -> Value:
+    """Type a scalar after expansion: a quoted one is a string; a plain one follows the YAML 1.2 core schema.
+
+    Where YAML 1.1 reads a plain scalar otherwise (`on`, `1:30`, `010`, `2026-01-31`) the kind is "ambiguous": no field
+    takes it, because people and tools differ about it.
+    """
+    if style == "quoted":
+        return Value("string", text, text, f"the string {shorten(text)}")
+    text = text.strip()
+    tag = _yaml_1_1_tag(text)
+    kind, value = _core_value(text)
+    if _YAML_1_1_KINDS.get(tag) != kind or (kind == "integer" and _OCTAL_OR_NOT.match(text)):
+        reading = "an octal number" if _OCTAL_OR_NOT.match(text) else _YAML_1_1_WORDS[tag]
+        return Value("ambiguous", text, text, f"`{shorten(text, quote=False)}`, which YAML 1.1 reads as {reading}")
+    found = {
+        "null": "null",
+        "string": f"the string {shorten(text)}",
+        "boolean": f"the boolean {text.lower()}",
+    }.get(kind, f"the {'integer' if kind == 'integer' else 'number'} {shorten(text, quote=False)}")
+    return Value(kind, value, text, found)
+
+
+def resolve_native(value: object) -> Value:
+    """Type a Python value of `from_mapping`. Strings stay strings; nothing is expanded."""
+    if value is None:
+        return Value("null", None, "null", "null")
+    if isinstance(value, bool):
+        return Value("boolean", value, str(value), f"the boolean {str(value).lower()}")
+    if isinstance(value, int):
+        return Value("integer", value, "a number", f"the integer {shorten(_digits(value), quote=False)}")
+    if isinstance(value, float):
+        return Value("float", value, repr(value), f"the number {value!r}")
+    if isinstance(value, str):
+        return Value("string", value, value, f"the string {shorten(value)}")
+    return Value("other", value, "", f"a Python {type(value).__name__}")
+
+
+def shorten(text: str, *, quote: bool = True) -> str:
+    """Cut `text` for an error message; with `quote` as a Python literal, so that blanks and controls show."""
+    cut = text if len(text) <= 60 else text[:57] + "..."
+    return repr(cut) if quote else cut
+
+
+def _digits(value: int) -> str:
+    return str(value) if value.bit_length() < 200 else f"of {value.bit_length()} bits"
+
+
+def _core_value(text: str) -> tuple[Kind, object]:
+    if _NULL.match(text):
+        return "null", None
+    if _BOOLEAN.match(text):
+        return "boolean", text.lower() == "true"
+    if _INTEGER.match(text):
+        # A longer number is cut: it stays far outside of every bound.
+        return "integer", int(text[:_MAX_DIGITS])
+    if _BASED_INTEGER.match(text):
+        return "integer", int(text[:_MAX_DIGITS], 0)
+    if _FLOAT.match(text):
+        return "float", text
+    return "string", text
+
+
+def _yaml_1_1_tag(text: str) -> str:
+    tag = _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call] # stubs
+    return str(tag)

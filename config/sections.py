@@ -1,0 +1,321 @@
+"""From nodes to `Config`: which keys there are, where, and of what type. Collects every mistake.
+
+The file's shape is iii's (SEMANTICS 5); `functions`, `triggers`, `scopes` and `limits` beside `workers` are ours.
+Where iii ignores an unknown key or a wrong type inside the adapter's `config`, we refuse: a typo must not lose data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from scopestate.config.fields import did_you_mean, misfit, misfit_shape, nearest
+from scopestate.config.functions import TargetError, import_function, reference
+from scopestate.config.nodes import Mapping, Node, Problems, Scalar, Sequence, join
+from scopestate.config.scalars import Value, VariableError, expand, resolve_native, resolve_text, shorten
+from scopestate.config.schema import (
+    AdapterConfig,
+    Config,
+    FunctionRef,
+    KvConfig,
+    LimitsConfig,
+    ScopeRule,
+    TriggerConfig,
+)
+
+log = logging.getLogger("scopestate.config")
+
+WORKER = "iii-state"
+ADAPTERS = ("kv",)
+_TOP_KEYS = ("workers", "modules", "functions", "triggers", "scopes", "limits")
+_ENTRY_KEYS = ("name", "image", "config")
+_MAX_HINTS = 100
+_NAME = str
+_OPTIONAL = str | None
+
+_S = TypeVar("_S", bound=msgspec.Struct)
+
+
+class Place(NamedTuple):
+    """A node, and where it stands: the line of its key (or of itself in a list) and its path."""
+
+    node: Node
+    line: int | None
+    path: str
+
+
+class SectionReader:
+    """Reads one configuration; mistakes go to `problems`, and what is returned counts only if there are none."""
+
+    def __init__(self, problems: Problems) -> None:
+        self._problems = problems
+        self._file = problems.file or "configuration"
+        self._worker: Place | None = None
+        self._ignored: list[str] = []
+
+    def read(self, root: Node, source: str | None) -> Config:
+        """Read the whole file. A bare list is the list of workers, as in the reference's sample."""
+        top = Place(root, root.line, "")
+        if isinstance(root, Sequence):
+            sections = {}
+            adapter = self._workers([top])
+        else:
+            sections = self._fields(top, _TOP_KEYS, what="a mapping with `workers:`, or a list of workers")
+            adapter = self._workers([sections[name] for name in ("workers", "modules") if name in sections])
+        return Config(
+            adapter=adapter,
+            functions=self._functions(sections.get("functions")),
+            triggers=self._triggers(sections.get("triggers")),
+            scopes=self._scopes(sections.get("scopes")),
+            limits=self._limits(sections.get("limits")),
+            source=source,
+        )
+
+    # The list of workers: one of them is ours.
+
+    def _workers(self, lists: Iterable[Place]) -> AdapterConfig:
+        adapter = AdapterConfig("kv")
+        for place in lists:
+            for entry in self._items(place):
+                adapter = self._entry(entry) or adapter
+        if self._ignored:
+            log.info("%s: ignored workers that are not %s: %s", self._file, WORKER, ", ".join(self._ignored))
+            if self._worker is None:
+                log.warning("%s: has no %s among its workers; state is kept in memory only", self._file, WORKER)
+        return adapter
+
+    def _entry(self, entry: Place) -> AdapterConfig | None:
+        """Read one worker; None if it is somebody else's, whose keys and values then do not matter."""
+        if not isinstance(entry.node, Mapping):
+            self._misshapen(entry, "a mapping with `name` and `config`")
+            return None
+        found = {
+            str(item.key.content): Place(item.value, item.line, join(entry.path, str(item.key.content)))
+            for item in entry.node.entries
+        }
+        if "name" not in found and set(found) == {"adapter"}:
+            # The registry's install snippet is the bare configuration of the worker.
+            return self._own(entry, entry)
+        if "name" not in found:
+            self._problems.add("this entry has no `name`", entry.line, join(entry.path, "name"))
+            return None
+        name = self._typed(found["name"], _NAME)
+        if name is None:
+            return None
+        if name != WORKER:
+            if str(name).lower().replace("_", "-") == WORKER:
+                self._problems.add(f"write `{WORKER}`, found {name!r}", found["name"].line, found["name"].path)
+            self._ignored.append(str(name))
+            return None
+        for key, place in found.items():
+            if key not in _ENTRY_KEYS:
+                # iii ignores any other key; one that looks like a misspelt `config` would silently mean in_memory.
+                if nearest(key, _ENTRY_KEYS, cutoff=0.8):
+                    self._unknown(place, key, _ENTRY_KEYS)
+                else:
+                    log.info("%s: key `%s` of %s is not known and was ignored", self._file, place.path, WORKER)
+        return self._own(entry, found.get("config"))
+
+    def _own(self, entry: Place, config: Place | None) -> AdapterConfig | None:
+        if self._worker is not None:
+            line = f" on line {self._worker.line}" if self._worker.line else f" at `{self._worker.path}`"
+            self._problems.add(f"a second {WORKER} entry; the first is{line}, keep one", entry.line, entry.path)
+            return None
+        self._worker = entry
+        if config is None or self._is_null(config):
+            return None
+        adapter = self._fields(config, ("adapter",)).get("adapter")
+        return None if adapter is None or self._is_null(adapter) else self._adapter(adapter)
+
+    def _adapter(self, adapter: Place) -> AdapterConfig | None:
+        if not isinstance(adapter.node, Mapping):
+            self._misshapen(adapter, "a mapping with `name` and `config`")
+            return None
+        fields = self._fields(adapter, ("name", "config"))
+        if "name" not in fields:
+            self._problems.add("the adapter has no `name`; write `name: kv`", adapter.line, join(adapter.path, "name"))
+            return None
+        name = self._typed(fields["name"], _NAME)
+        if name is None:
+            return None
+        if name not in ADAPTERS:
+            hint = did_you_mean(str(name), ADAPTERS)
+            self._problems.add(
+                f"there is no adapter {name!r}{hint}; this version has: {', '.join(ADAPTERS)}",
+                fields["name"].line,
+                fields["name"].path,
+            )
+            return None
+        config = fields.get("config")
+        if config is None or self._is_null(config):
+            return AdapterConfig("kv")
+        return AdapterConfig("kv", self._struct(config, KvConfig) or KvConfig())
+
+    # The sections beside `workers`, which are ours.
+
+    def _functions(self, place: Place | None) -> dict[str, FunctionRef]:
+        functions: dict[str, FunctionRef] = {}
+        for function_id, target in self._fields(place, None).items():
+            node = target.node
+            if isinstance(node, Scalar) and node.style == "native" and callable(node.content):
+                functions[function_id] = reference(node.content)
+                continue
+            text = self._typed(target, _NAME)
+            if text is None:
+                continue
+            try:
+                functions[function_id] = import_function(str(text))
+            except TargetError as error:
+                failure = self._problems.error(str(error), target.line, target.path)
+                failure.__cause__ = error.__cause__
+                self._problems.errors.append(failure)
+        return functions
+
+    def _triggers(self, place: Place | None) -> tuple[TriggerConfig, ...]:
+        triggers: list[TriggerConfig] = []
+        seen: dict[object, Place] = {}
+        for item in self._items(place):
+            trigger = self._struct(item, TriggerConfig, aliases={"condition": "condition_function_id"})
+            if trigger is None:
+                continue
+            twin = seen.setdefault(trigger if trigger.id is None else trigger.id, item)
+            if twin is not item:
+                what = "this trigger" if trigger.id is None else f"trigger id {trigger.id!r}"
+                where = f"on line {twin.line}" if twin.line else f"at `{twin.path}`"
+                self._problems.add(
+                    f"{what} stands {where} already; remove one or give it another id", item.line, item.path
+                )
+            triggers.append(trigger)
+        return tuple(triggers)
+
+    def _scopes(self, place: Place | None) -> tuple[ScopeRule, ...]:
+        rules: list[ScopeRule] = []
+        for item in self._items(place):
+            rule = self._struct(item, ScopeRule)
+            if rule is None:
+                continue
+            if (rule.name is None) == (rule.prefix is None):
+                found = "neither" if rule.name is None else "both"
+                self._problems.add(f"give either `name` or `prefix`, found {found}", item.line, item.path)
+            rules.append(rule)
+        return tuple(rules)
+
+    def _limits(self, place: Place | None) -> LimitsConfig:
+        if place is None or self._is_null(place):
+            return LimitsConfig()
+        return self._struct(place, LimitsConfig) or LimitsConfig()
+
+    # Shapes and types.
+
+    def _struct(self, place: Place, cls: type[_S], aliases: dict[str, str] | None = None) -> _S | None:
+        """Read a mapping of scalars into `cls`; None if any part of it is wrong."""
+        aliases = aliases or {}
+        errors_before = len(self._problems.errors)
+        declared = {field.encode_name: field for field in msgspec.structs.fields(cls)}
+        values: dict[str, object] = {}
+        for key, at in self._fields(place, (*declared, *aliases)).items():
+            name = aliases.get(key, key)
+            if name in values:
+                both = sorted({name, *(alias for alias, meant in aliases.items() if meant == name)})
+                self._problems.add(f"`{both[0]}` and `{both[1]}` mean the same; keep one of them", at.line, at.path)
+                continue
+            values[name] = self._typed(at, declared[name].type)
+        if isinstance(place.node, Mapping) or self._is_null(place):
+            for name, field in declared.items():
+                if field.required and name not in values:
+                    self._problems.add(f"`{name}` is missing", place.line, join(place.path, name))
+        return None if len(self._problems.errors) > errors_before else cls(**values)
+
+    def _typed(self, place: Place, wanted: object) -> object:
+        """Return the scalar's value if it is of the type `wanted`; else report it and return None."""
+        if not isinstance(place.node, Scalar):
+            self._problems.add(misfit_shape(wanted, _shape(place.node)), place.line, place.path)
+            return None
+        value = self._value(place, place.node)
+        if value is None:
+            return None
+        problem = misfit(wanted, value)
+        if problem is not None:
+            self._problems.add(problem, place.line, place.path)
+            return None
+        return value.value
+
+    def _value(self, place: Place, scalar: Scalar) -> Value | None:
+        if scalar.style == "native":
+            return resolve_native(scalar.content)
+        try:
+            return resolve_text(expand(scalar.content), scalar.style)
+        except VariableError as error:
+            self._problems.add(error.problem, place.line, place.path)
+            return None
+
+    def _is_null(self, place: Place) -> bool:
+        """Tell whether a section is left empty; a scalar of any other kind is reported by whoever reads it next."""
+        if not isinstance(place.node, Scalar) or place.node.style == "quoted":
+            return False
+        if place.node.style == "native":
+            return place.node.content is None
+        try:
+            return resolve_text(expand(place.node.content), "plain").kind == "null"
+        except VariableError:
+            return False
+
+    def _fields(self, place: Place | None, known: Iterable[str] | None, what: str = "a mapping") -> dict[str, Place]:
+        """Return the mapping's keys and values; those that are not `known` are reported. Nothing there: no fields."""
+        if place is None or (place.path and self._is_null(place)):
+            return {}
+        if not isinstance(place.node, Mapping):
+            self._misshapen(place, what)
+            return {}
+        fields: dict[str, Place] = {}
+        for entry in place.node.entries:
+            key = str(entry.key.content)
+            at = Place(entry.value, entry.line, join(place.path, key))
+            if known is not None and key not in known:
+                self._unknown(at, key, known)
+            elif known is None and (problem := misfit(_NAME, _key_value(entry.key))) is not None:
+                self._problems.add(problem, at.line, at.path)
+            else:
+                fields[key] = at
+        return fields
+
+    def _items(self, place: Place | None) -> list[Place]:
+        if place is None or self._is_null(place):
+            return []
+        if not isinstance(place.node, Sequence):
+            self._misshapen(place, "a list")
+            return []
+        return [Place(item, item.line, f"{place.path}[{i}]") for i, item in enumerate(place.node.items)]
+
+    def _misshapen(self, place: Place, what: str) -> None:
+        """Report a node that is of another shape than `what`."""
+        if isinstance(place.node, Scalar):
+            value = self._value(place, place.node)
+            if value is None:
+                return
+            found = value.found
+        else:
+            found = _shape(place.node)
+        self._problems.add(f"expected {what}, found {found}", place.line, place.path or None)
+
+    def _unknown(self, place: Place, key: str, known: Iterable[str]) -> None:
+        if key == "<<":
+            problem = "YAML merge keys are not read here; write the keys out"
+        else:
+            known = list(known)
+            # The search for a near word is slow next to all else: a file with so many mistakes does without.
+            few = len(self._problems.errors) < _MAX_HINTS
+            hint = (few and did_you_mean(key, known)) or f"; known here: {', '.join(known)}"
+            problem = f"unknown key `{shorten(key, quote=False)}`{hint}"
+        self._problems.add(problem, place.line, place.path)
+
+
+def _key_value(key: Scalar) -> Value:
+    return resolve_native(key.content) if key.style == "native" else resolve_text(key.content, key.style)
+
+
+def _shape(node: Mapping | Sequence) -> str:
+    return "a mapping" if isinstance(node, Mapping) else "a list"

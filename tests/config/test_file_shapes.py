@@ -1,0 +1,327 @@
+"""Which files load, and what they mean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from scopestate import config
+from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig, ScopeRule, TriggerConfig
+from scopestate.errors import ConfigError
+
+REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "spec" / "iii-state-0.11.6-reference.txt"
+IN_MEMORY = AdapterConfig("kv", KvConfig())
+
+FULL = """\
+workers:
+  - name: iii-state
+    config:
+      adapter:
+        name: kv
+        config:
+          store_method: file_based
+          file_path: ./data/state_store
+          save_interval_ms: 250
+          durability: commit
+functions:
+  app::parse: json:loads
+  app::join: "os:path.join"
+triggers:
+  - function_id: app::parse
+    scope: users
+    key: profile
+    condition_function_id: app::is_adult
+    id: greet
+  - {function_id: app::later}
+scopes:
+  - {name: orders, durability: commit}
+  - {prefix: "session:", durability: memory}
+limits:
+  max_value_bytes: 1048576
+  handler_when_full: drop_oldest
+"""
+
+
+def test_a_full_file_gives_every_field() -> None:
+    loaded = config.loads(FULL)
+
+    assert loaded.adapter == AdapterConfig(
+        "kv",
+        KvConfig(store_method="file_based", file_path="./data/state_store", save_interval_ms=250, durability="commit"),
+    )
+    assert {name: (ref.target, ref.callable) for name, ref in loaded.functions.items()} == {
+        "app::parse": ("json:loads", json.loads),
+        "app::join": ("os:path.join", os.path.join),
+    }
+    assert loaded.triggers == (
+        TriggerConfig("app::parse", "users", "profile", "app::is_adult", "greet"),
+        TriggerConfig("app::later"),
+    )
+    assert loaded.scopes == (
+        ScopeRule(name="orders", durability="commit"),
+        ScopeRule(prefix="session:", durability="memory"),
+    )
+    assert loaded.limits == LimitsConfig(max_value_bytes=1048576, handler_when_full="drop_oldest")
+    assert loaded.source is None
+
+
+def test_functions_keep_the_order_of_the_file() -> None:
+    text = "functions:\n  z: json:loads\n  a: json:dumps\n  m: json:load\n"
+
+    assert list(config.loads(text).functions) == ["z", "a", "m"]
+
+
+SAMPLE = """\
+- name: iii-state
+  config:
+    adapter:
+      name: kv
+      config:
+        store_method: file_based
+        file_path: ./data/state_store
+        save_interval_ms: 5000
+"""
+
+INSTALL_SNIPPET = """\
+- adapter:
+    config:
+      file_path: ./data/state_store.db
+      store_method: file_based
+    name: kv
+"""
+
+
+@pytest.mark.parametrize("sample", [SAMPLE, INSTALL_SNIPPET], ids=["sample", "install"])
+def test_our_copy_of_a_sample_is_the_references_own(sample: str) -> None:
+    # The reference lost its indentation; apart from that the lines are the same.
+    assert "\n".join(line.strip() for line in sample.splitlines()) in REFERENCE.read_text()
+
+
+def test_the_references_sample_pasted_alone_loads() -> None:
+    assert config.loads(SAMPLE).adapter == AdapterConfig(
+        "kv", KvConfig(store_method="file_based", file_path="./data/state_store", save_interval_ms=5000)
+    )
+
+
+def test_the_references_install_snippet_pasted_alone_loads() -> None:
+    assert config.loads(INSTALL_SNIPPET).adapter == AdapterConfig(
+        "kv", KvConfig(store_method="file_based", file_path="./data/state_store.db")
+    )
+
+
+def test_an_entry_with_only_an_adapter_counts_as_iii_state() -> None:
+    with pytest.raises(ConfigError, match="a second iii-state entry; the first is on line 1") as caught:
+        config.loads(INSTALL_SNIPPET + SAMPLE)
+
+    assert (caught.value.line, caught.value.key) == (6, "[1]")
+
+
+@pytest.mark.parametrize("section", ["workers", "modules"])
+def test_both_lists_of_iii_load(section: str) -> None:
+    text = f"{section}:\n- name: iii-state\n  config: {{adapter: {{name: kv, config: {{save_interval_ms: 7}}}}}}\n"
+
+    assert config.loads(text).adapter.config.save_interval_ms == 7
+
+
+def test_modules_and_workers_together_are_one_list() -> None:
+    text = "modules: [{name: iii-http}]\nworkers: [{name: iii-state}]\n"
+
+    assert config.loads(text).adapter == IN_MEMORY
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "workers:",
+        "workers: []",
+        "- name: iii-state",
+        "- name: iii-state\n  config:",
+        "- name: iii-state\n  config: {}",
+        "- name: iii-state\n  config: {adapter: null}",
+        "- name: iii-state\n  config: {adapter: {name: kv}}",
+        "- name: iii-state\n  config: {adapter: {name: kv, config: null}}",
+        "- name: iii-state\n  config: {adapter: {name: kv, config: {}}}",
+        "functions:\ntriggers: ~\nscopes: null\nlimits:\n",
+    ],
+)
+def test_what_is_left_out_or_null_means_kv_in_memory(text: str) -> None:
+    assert config.loads(text) == Config(adapter=IN_MEMORY)
+
+
+UPSTREAM = """\
+workers:
+  - name: iii-worker-manager
+    config: {port: 49134}
+  - name: iii-http
+    image: ghcr.io/iii/http
+    config:
+      cors: {allowed_origins: ["*"]}
+      url: ${NO_SUCH_VARIABLE_HERE}
+      on: yes
+  - name: iii-stream
+    config: [anything, {at: all}]
+  - name: iii-state
+    image: ghcr.io/iii/state
+    replicas: 3
+    config: {adapter: {name: kv, config: {save_interval_ms: 9}}}
+  - name: queue
+"""
+
+
+def test_other_workers_load_and_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "scopestate.config"):
+        loaded = config.loads(UPSTREAM, file="iii.yaml")
+
+    assert loaded.adapter.config.save_interval_ms == 9
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "iii.yaml: key `workers[3].replicas` of iii-state is not known and was ignored"),
+        ("INFO", "iii.yaml: ignored workers that are not iii-state: iii-worker-manager, iii-http, iii-stream, queue"),
+    ]
+
+
+def test_a_file_with_only_other_workers_warns_that_nothing_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    assert config.loads("- name: iii-http") == Config()
+
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["<string>: has no iii-state among its workers; state is kept in memory only"]
+
+
+def test_condition_is_an_alias() -> None:
+    assert config.loads("triggers: [{function_id: a, condition: b}]").triggers == (
+        TriggerConfig("a", condition_function_id="b"),
+    )
+
+
+def test_a_null_filter_matches_everything_and_an_empty_one_is_a_filter() -> None:
+    (trigger,) = config.loads('triggers: [{function_id: a, scope: null, key: ""}]').triggers
+
+    assert (trigger.scope, trigger.key) == (None, "")
+
+
+def test_anchors_and_aliases_stand_for_their_value() -> None:
+    text = "triggers:\n- &t {function_id: &f a, scope: s1}\n- {function_id: *f, scope: s2}\n"
+
+    assert config.loads(text).triggers == (TriggerConfig("a", "s1"), TriggerConfig("a", "s2"))
+
+
+def test_core_tags_are_taken() -> None:
+    text = 'triggers: !!seq [!!map {function_id: !!str 12, scope: ! on}]\nlimits: {scope_mailbox: !!int "7"}\n'
+    loaded = config.loads(text)
+
+    assert loaded.triggers == (TriggerConfig("12", "on"),)
+    assert loaded.limits.scope_mailbox == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("12", 12), ("+12", 12), ("0x10", 16), (str(10**9), 10**9), ('!!int "5"', 5)]
+)
+def test_whole_numbers(text: str, number: int) -> None:
+    assert config.loads(f"limits: {{scope_mailbox: {text}}}").limits.scope_mailbox == number
+
+
+def test_load_remembers_the_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "engine.yaml").write_text(FULL)
+    monkeypatch.chdir(tmp_path)
+
+    loaded = config.load("engine.yaml")
+
+    assert loaded.source == str(tmp_path / "engine.yaml")
+    assert msgspec.structs.replace(loaded, source=None) == config.loads(FULL)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "engine.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + FULL.replace("\n", "\r\n").encode())
+
+    assert msgspec.structs.replace(config.load(path), source=None) == config.loads(FULL)
+
+
+class TestDefaultFile:
+    def test_it_loads_as_file_based(self) -> None:
+        loaded = config.load(config.DEFAULT_FILE)
+
+        assert loaded == Config(
+            adapter=AdapterConfig("kv", KvConfig(store_method="file_based", file_path="./data/state_store")),
+            source=str(config.DEFAULT_FILE),
+        )
+        assert config.check(config.DEFAULT_FILE) == []
+
+    def test_it_shows_every_option_at_its_default(self) -> None:
+        text = config.DEFAULT_FILE.read_text()
+        shown = dict(re.findall(r"^ +# (\w+): (\S+)$", text, flags=re.MULTILINE))
+        shown_set = dict(re.findall(r"^ +(\w+): (\S+)$", text, flags=re.MULTILINE))
+
+        for default in (KvConfig(), LimitsConfig()):
+            for name in default.__struct_fields__:
+                if name not in ("store_method", "file_path"):
+                    assert shown.get(name) == str(getattr(default, name)), name
+        assert set(shown_set) == {"name", "store_method", "file_path"}
+
+    def test_its_examples_are_valid(self) -> None:
+        uncommented = re.sub(
+            r"^(?:functions|triggers|scopes): .*\n", "", config.DEFAULT_FILE.read_text(), flags=re.MULTILINE
+        )
+        uncommented = re.sub(r"^# ((?:functions|triggers|scopes):|  .*)$", r"\1", uncommented, flags=re.MULTILINE)
+        uncommented = re.sub(r"^( +)# (\w+: \S+)$", r"\1\2", uncommented, flags=re.MULTILINE)
+        uncommented = re.sub(r"app\.handlers:\w+", "json:loads", uncommented)
+        loaded = config.loads(uncommented)
+
+        assert list(loaded.functions) == ["app::greet", "app::is_adult"]
+        assert loaded.triggers == (TriggerConfig("app::greet", "users", "profile", "app::is_adult", "greet-adults"),)
+        assert [(rule.name, rule.prefix, rule.durability) for rule in loaded.scopes] == [
+            ("orders", None, "commit"),
+            (None, "session:", "memory"),
+        ]
+        assert loaded.limits == LimitsConfig()
+
+
+class TestFromMapping:
+    def test_the_same_shape_as_the_file(self) -> None:
+        mapping = {
+            "workers": [
+                {"name": "iii-state", "config": {"adapter": {"name": "kv", "config": {"save_interval_ms": 3}}}}
+            ],
+            "functions": {"f": "json:loads", "g": print},
+            "triggers": ({"function_id": "f", "scope": None, "condition": "g"},),
+            "limits": {"max_value_bytes": 2**63 - 1},
+        }
+        loaded = config.from_mapping(mapping)
+
+        assert loaded.adapter.config.save_interval_ms == 3
+        assert loaded.functions["f"].callable is json.loads
+        assert (loaded.functions["g"].target, loaded.functions["g"].callable) == ("builtins:print", print)
+        assert loaded.triggers == (TriggerConfig("f", condition_function_id="g"),)
+        assert loaded.limits.max_value_bytes == 2**63 - 1
+        assert loaded.source is None
+
+    def test_a_bare_list_of_workers(self) -> None:
+        assert config.from_mapping([{"name": "iii-state"}]) == Config()
+
+    def test_a_callable_object_is_named_by_its_class(self) -> None:
+        class Greeter:
+            def __call__(self, event: object) -> None: ...
+
+        greeter = Greeter()
+        ref = config.from_mapping({"functions": {"g": greeter}}).functions["g"]
+
+        assert ref.callable is greeter
+        assert ref.target.endswith("Greeter")
+
+    def test_text_is_taken_as_it_is(self) -> None:
+        (trigger,) = config.from_mapping(
+            {"triggers": [{"function_id": "${HOME}", "scope": "on", "key": "12"}]}
+        ).triggers
+
+        assert trigger == TriggerConfig("${HOME}", "on", "12")
+
+    def test_a_config_built_by_code_can_be_validated(self) -> None:
+        config.validate(config.loads(FULL))
+        config.validate(Config())
