@@ -176,8 +176,8 @@ class CommitScopeActor(ScopeActor):
     def _announce(self) -> None:
         """Events wait for the commit."""
 
-    def _recover(self) -> None:
-        super()._recover()
+    def _tell_again(self) -> None:
+        super()._tell_again()
         self._around.snapshot.commit_anyway()
 
     # -------------------------------------------------------------------------------------------------- commits

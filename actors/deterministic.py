@@ -125,6 +125,9 @@ class DeterministicDispatcher:
         actor.batch = 1
         self._add(actor.name, actor.run_batch)
 
+    def schedule_next(self, actor: TurnActor) -> None:
+        self.schedule(actor)
+
     def submit(self, work: Callable[[], object]) -> None:
         """Have `work()` called in some later step. It may wait for replies."""
         self._add(getattr(work, "__qualname__", "work"), work)
@@ -155,7 +158,13 @@ class DeterministicDispatcher:
         return len(self._workers)
 
     def close(self) -> None:
-        """Drop what is ready, and end what has begun: each wait raises an error that only BaseException catches."""
+        """Run what is ready, then end the rest as `kill` does. What comes later runs on the thread that brings it."""
+        if get_ident() == self._owner:
+            self.run_until_idle()
+        self.kill()
+
+    def kill(self) -> None:
+        """End everything where it is, as when the process dies: a wait raises what only `except BaseException` catches."""
         self._closed = True
         self._ready.clear()
         self._timers.clear()
@@ -172,6 +181,8 @@ class DeterministicDispatcher:
     def _add(self, label: str, work: Callable[[], object]) -> None:
         if not self._closed:
             self._ready.append((label, work))
+        elif get_ident() not in self._workers:
+            work()
 
     def _step(self, latest: float) -> bool:
         """Run one turn; to have one, let time pass up to `latest`. False if there is none until then."""

@@ -18,6 +18,7 @@ from scopestate.actors.turn import TurnActor
 from scopestate.errors import (
     DeserializationError,
     EngineClosed,
+    Overloaded,
     ReplyTimeout,
     StorageError,
     ValueTooLarge,
@@ -324,8 +325,7 @@ class ScopeActor(TurnActor):
         """Events are in the outbox: see that somebody fetches them."""
         self._router.wake()
 
-    def _recover(self) -> None:
-        super()._recover()
+    def _tell_again(self) -> None:
         self._router.wake_anyway()
 
     # ---------------------------------------------------------------------------------------- saving and leaving
@@ -398,7 +398,11 @@ class ScopeActor(TurnActor):
 
     def post(self, item: Any) -> None:
         depth = event_depth.get()
-        super().post(_caused(depth, item) if depth else item)
+        try:
+            super().post(_caused(depth, item) if depth else item)
+        except Overloaded:
+            self._router.count_refusal()
+            raise
 
     def _run_queued(self, message: Any) -> Any:
         if isinstance(message, Housekeeping):

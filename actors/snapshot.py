@@ -49,6 +49,7 @@ class SnapshotActor(TurnActor):
         self._adapter = adapter
         self._interval_s = interval_s
         self._timer: Timer | None = None
+        self._began_s = 0.0
         self._backlog: dict[str, tuple[ScopeActor, ScopeChange]] = {}
         self._failures = 0
         self._commit_asked = False
@@ -67,17 +68,24 @@ class SnapshotActor(TurnActor):
         """Scopes with changes that are not on disk."""
         return len(self.dirty.keys() | self._backlog.keys())
 
+    def has_open_commits(self) -> bool:
+        """True if a commit is under way or on its way: then it may hold events back."""
+        return bool(self.committing or self._commit_asked or self._claim)
+
     # ---------------------------------------------------------------------------------------------------- timing
 
     def start_interval(self) -> None:
         """Begin to save every interval."""
         if self._adapter.keeps and not self._stopped:
+            self._began_s = self._dispatcher.monotonic()
             self._arm(self._interval_s)
 
     def set_interval(self, interval_s: float) -> None:
-        """Change the interval, from now on. From any thread."""
+        """Change the interval, the one that runs now included. From any thread."""
         self._interval_s = interval_s
-        self.start_interval()
+        if self._adapter.keeps and not self._stopped:
+            # From the last save on, not from now: else what is dirty would wait for parts of both intervals.
+            self._arm(max(self._began_s + interval_s - self._dispatcher.monotonic(), 0.001))
 
     def stop_interval(self) -> None:
         """Save no more by itself; `Flush` still does."""
@@ -108,7 +116,7 @@ class SnapshotActor(TurnActor):
             case Commit():
                 self._commit()
             case Tick():
-                began = self._dispatcher.monotonic()
+                self._began_s = began = self._dispatcher.monotonic()
                 try:
                     self._save_quietly()
                 finally:

@@ -233,6 +233,8 @@ class TurnActor(pykka.Actor):
                 raise pykka.ActorDeadError(f"{self} stopped before handling the message")
             answer = self._handle_receive(message)
         except Exception as error:
+            # It may be a signal handler's, raised after the write and before everybody was told.
+            certainly(self._tell_again)
             if reply is not None:
                 reply.fail(error)
             else:
@@ -252,6 +254,10 @@ class TurnActor(pykka.Actor):
             del claim[HOLDER]
         if self._mailbox:
             self.wake_anyway()
+        self._tell_again()
+
+    def _tell_again(self) -> None:
+        """Tell those who depend on this actor that it has work for them; for when a turn was cut short."""
 
     # ----------------------------------------------------------------------------------- what Pykka's actors promise
 

@@ -109,6 +109,7 @@ class AioEngine:
         """As `Engine.call`. A plain function runs on a worker thread, a coroutine function on its event loop."""
         function = self._engine._functions.get(function_id)
         if not function.builtin:
+            self._engine._refuse_if_closed()
             return await self._engine._caller.call_async(function, payload)
         message = messages.from_payload(function_id, payload)
         return to_json(message, await self.ask(message))
@@ -124,7 +125,7 @@ class AioEngine:
     async def close(self) -> None:
         """As `Engine.close`; handlers on this event loop go on meanwhile."""
         # Not on one of the engine's own workers, which end when it closes.
-        await asyncio.get_running_loop().run_in_executor(None, self._engine.close)
+        await self._on_worker(self._engine.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -135,7 +136,8 @@ class AioEngine:
         await self.close()
 
     async def _on_worker(self, work: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(None, work)
+        # In this context: what runs in a handler must know it, or drain() would wait for its own handler.
+        return await asyncio.to_thread(work)
 
     async def _turn(self, scope: str, turn: Turn) -> Any:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
@@ -190,6 +192,8 @@ class AioEngine:
                 try:
                     await asyncio.wait_for(room.future, left_s)
                 except TimeoutError as error:
+                    router.stop_waiting(room.set)
+                    router.count_refusal()
                     raise Overloaded(no_room(scope)) from error
 
 

@@ -30,7 +30,7 @@ def drain(parts: Parts, timeout: float | None) -> None:
     while quiet_rounds < 2:
         fired = parts.router.fired_by_handlers()
         _finish_turns(parts, deadline, timeout)
-        handlers = parts.router.handlers()
+        handlers = parts.router.working()
         if not handlers:
             return
         reply = parts.dispatcher.reply()
@@ -55,8 +55,11 @@ def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -
                 reply.get(timeout=_left(parts, deadline))
             except pykka.Timeout as error:
                 raise ReplyTimeout(actor.scope, timeout or 0.0) from error
-    if parts.snapshot.committing:
-        parts.snapshot.ask(Commit()).get(timeout=_left(parts, deadline))
+    if parts.snapshot.has_open_commits():
+        try:
+            parts.snapshot.ask(Commit()).get(timeout=_left(parts, deadline))
+        except pykka.Timeout as error:
+            raise ReplyTimeout("", timeout or 0.0, behind="(all: a commit is still under way)") from error
 
 
 def _left(parts: Parts, deadline: float | None) -> float | None:

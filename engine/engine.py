@@ -250,10 +250,14 @@ class Engine(Reactive):
             raise ReplyTimeout(getattr(message, "scope", ""), timeout_s or 0.0) from error
 
     def tell(self, message: messages.Message) -> None:
-        """Send a message and go on; a refusal is logged. Raises at once for what is no message or no JSON value."""
+        """Send a message and go on; a refusal is logged.
+
+        Raises at once for what is no message or no JSON value, and if the engine is closed.
+        """
         self._send(message, Told)
 
     def _send(self, message: messages.Message, kind: type[PatientReply]) -> PatientReply:
+        self._refuse_if_closed()
         turn = turn_of(message, self._limits.max_value_bytes)
         self._tally[catalogue.function_id_of(message)].add()
         scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
@@ -284,6 +288,7 @@ class Engine(Reactive):
         function = self._functions.get(function_id)
         if function.builtin:
             return function.target(payload)
+        self._refuse_if_closed()
         return self._caller.call(function, payload)
 
     def _call_builtin(self, function_id: str, payload: object) -> Any:
@@ -405,5 +410,7 @@ class Engine(Reactive):
                     try:
                         room.get(timeout=None if deadline is None else deadline - dispatcher.monotonic())
                     except pykka.Timeout:
+                        self._router.stop_waiting(room.set)
+                        self._router.count_refusal()
                         raise Overloaded(no_room(scope)) from full
                 error = full
