@@ -92,7 +92,7 @@ class CommitScopeActor(ScopeActor):
 
     def peek(self, key: str) -> bytes | None:
         values = self._values
-        if values is None:
+        if values is None or not self._direct:
             return None
         data = values.get(key)
         # Looked at after the value was read. If all is settled now and the scope was not loaded anew meanwhile, then
@@ -104,7 +104,7 @@ class CommitScopeActor(ScopeActor):
 
     def read_all(self) -> list[bytes]:
         values = self._values
-        if values is not None:
+        if values is not None and self._direct:
             everything = list(values.values())
             if not self._unsettled and values is self._values:
                 self.touched = True

@@ -40,7 +40,7 @@ class DeterministicDispatcher:
     Time passes when nothing else is left to run, or by `advance`.
 
     What other threads could do meanwhile is drawn from the seed too. With probability `switch`, the running code gives
-    way where it looks at, takes or gives back an actor's claim, and where a fake under test calls `give_way`; with
+    way where it takes or gives back an actor's claim, and where a fake under test calls `give_way`; with
     probability `busy` an idle scope counts as busy, so that the message goes through its mailbox.
 
     A turn that waits keeps its stack, so turns run on threads of their own, but never two at once: each hands over and
@@ -306,7 +306,7 @@ class _Entry:
 
 
 class _Claim(dict[str, int]):
-    """An actor's claim, at whose every use other threads may go first, as on real threads."""
+    """An actor's claim, around whose taking and giving back other threads may go first, as on real threads."""
 
     __slots__ = ("_actor", "_dispatcher")
 
@@ -316,14 +316,13 @@ class _Claim(dict[str, int]):
         self._dispatcher = dispatcher
 
     def __bool__(self) -> bool:
-        self._dispatcher.give_way()
+        # Nobody goes first here: it is also read under locks, with which a turn must not stop.
         if self._actor.caller_runs and not len(self):
             self._dispatcher._seem_busy(self, self._actor)
-        claimed = len(self) > 0
-        self._dispatcher.give_way()  # what was seen may be out of date when it is used
-        return claimed
+        return len(self) > 0
 
     def setdefault(self, key: str, default: int, /) -> int:  # type: ignore[override]  # always with a default
+        self._dispatcher.give_way()  # what `bool` said may be out of date by now
         holder = super().setdefault(key, default)
         self._dispatcher.give_way()
         return holder

@@ -51,5 +51,7 @@ class Directory(dict[str, ScopeActor]):
     def disown(self, refusal: Callable[[], Exception]) -> None:
         """In a forked child: forget every actor, and refuse. The guard may be held by a thread that is not here."""
         self._guard = threading.RLock()
+        for actor in list(self.values()):
+            actor.disown(refusal)
         self.clear()
         self.refuse(refusal)

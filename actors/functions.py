@@ -56,9 +56,13 @@ class Functions:
 
     def get(self, function_id: str) -> Function:
         """Return the function. Raises FunctionNotFound."""
+        if type(function_id) is not str:
+            # Whatever it is, its own hooks (hash, repr) are not asked: they may do anything.
+            text = str.__str__(function_id) if isinstance(function_id, str) else f"<{type(function_id).__name__}>"
+            return self.get(text)
         try:
             return self._by_id[function_id]
-        except (KeyError, TypeError):
+        except KeyError:
             raise FunctionNotFound(function_id) from None
 
     def all(self) -> list[Function]:

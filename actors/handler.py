@@ -364,6 +364,18 @@ class HandlerActor(TurnActor):
                 self._drop(item, reason)
 
 
+    def abandon_current(self) -> None:
+        """Report the event whose delivery has begun and not ended. For a closing engine, when its grace is over."""
+        event = self.current
+        if event is None or self._overdue:
+            return  # what is overdue was reported then
+        error = EventNotDelivered(
+            f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was still being handled when the engine "
+            "closed: its handler may or may not have done its work"
+        )
+        self._report(self.trigger.function_id, event, error, attempt=1, final=True)
+
+
 class _Later:
     """A pause without a thread."""
 

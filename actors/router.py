@@ -167,6 +167,10 @@ class TriggerRouter(TurnActor):
             self._retiring = busy
             self._most_retiring = 2 * len(busy) + 64
 
+    def disown(self) -> None:
+        """In a forked child: the guard may be held by a thread that is not here."""
+        self._guard = threading.RLock()
+
     # -------------------------------------------------------------------------------------------------- matching
 
     def targets(self, scope: str, watch: Watchers, key: str, depth: int) -> tuple[HandlerActor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
@@ -104,11 +104,11 @@ Turn = Put | Change | Take | Read | ReadAll
 """What a scope does for callers."""
 
 FAILURES: Final[dict[type[Any], tuple[str, str]]] = {
-    Put: ("SET_ERROR", "Failed to set value"),
-    Change: ("UPDATE_ERROR", "Failed to update value"),
-    Take: ("DELETE_ERROR", "Failed to delete value"),
-    Read: ("GET_ERROR", "Failed to get value"),
-    ReadAll: ("LIST_ERROR", "Failed to list values"),
+    **dict.fromkeys((Put, messages.Set), ("SET_ERROR", "Failed to set value")),
+    **dict.fromkeys((Change, messages.Update), ("UPDATE_ERROR", "Failed to update value")),
+    **dict.fromkeys((Take, messages.Delete), ("DELETE_ERROR", "Failed to delete value")),
+    **dict.fromkeys((Read, messages.Get), ("GET_ERROR", "Failed to get value")),
+    **dict.fromkeys((ReadAll, messages.List), ("LIST_ERROR", "Failed to list values")),
 }
 """Code and prefix when the store fails under a turn (PROTOCOL, section 4.4)."""
 
@@ -161,6 +161,7 @@ class ScopeActor(TurnActor):
         self._shut = False
         self._left: dict[str, bytes] | None = None
         self._passivated = False
+        self._refusal: Callable[[], Exception] = EngineClosed
         self.touched = True
         """Set by every call; the passivation sweep clears it and takes scopes that it still finds cleared."""
 
@@ -195,7 +196,7 @@ class ScopeActor(TurnActor):
     def read(self, key: str) -> bytes | None:
         """Return the key's JSON, or None if it does not exist. No turn if the scope is in memory."""
         values = self._values
-        if values is None:
+        if values is None or not self._direct:
             return self.run(Read(key))  # type: ignore[no-any-return]
         self.touched = True
         return values.get(key)
@@ -203,7 +204,7 @@ class ScopeActor(TurnActor):
     def peek(self, key: str) -> bytes | None:
         """As `read` if the answer is at hand; None also if it takes a turn to know. Never waits."""
         values = self._values
-        if values is None:
+        if values is None or not self._direct:
             return None
         self.touched = True
         return values.get(key)
@@ -211,7 +212,7 @@ class ScopeActor(TurnActor):
     def read_all(self) -> list[bytes]:
         """Return all values as JSON, in insertion order."""
         values = self._values
-        if values is None:
+        if values is None or not self._direct:
             return self.run(ReadAll())  # type: ignore[no-any-return]
         self.touched = True
         return list(values.values())
@@ -261,13 +262,19 @@ class ScopeActor(TurnActor):
                     raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
                 return answer_of(message, self.on_receive(turn))
 
+    # A key of somebody's own class could run code in the middle of a write: it becomes plain text first.
+
     def _put(self, key: str, data: bytes) -> SetResult:
+        if type(key) is not str:
+            key = checked_name("key", key)
         old = self._values.get(key)  # type: ignore[union-attr]
         result = SetResult(old, data)
         self._write(key if old is not None else checked_name("key", key), old, data)
         return result
 
     def _change(self, key: str, ops: tuple[UpdateOp, ...]) -> UpdateResult:
+        if type(key) is not str:
+            key = checked_name("key", key)
         old = self._values.get(key)  # type: ignore[union-attr]
         after, errors = apply(MISSING if old is None else decode(old), ops)
         data = encode_plain(after)
@@ -279,6 +286,8 @@ class ScopeActor(TurnActor):
         return result
 
     def _take(self, key: str) -> bytes | None:
+        if type(key) is not str:
+            key = checked_name("key", key)
         old = self._values.get(key)  # type: ignore[union-attr]
         self._write(key if old is not None else checked_name("key", key), old, None)
         return old
@@ -377,11 +386,18 @@ class ScopeActor(TurnActor):
         self._shut = not handlers_may
         self._values = None  # what every caller looks at first
 
+    def disown(self, refusal: Callable[[], Exception]) -> None:
+        """In a forked child: refuse whoever holds this actor. Its turn may belong to a thread that is not here."""
+        self._refusal = refusal
+        self._values = self._left = None
+        self._closed = self._shut = self._direct = True
+        self._claim = {}
+
     def _serve_handler(self, message: Any) -> Any:
         """A turn of a closed scope: none for callers; for a handler, as if it were open, until the engine is drained."""
         depth = message.depth if type(message) is Caused else event_depth.get()
         if not depth or self._shut:
-            raise EngineClosed()
+            raise self._refusal()
         self._values = self._left
         if self._values is None:
             self._arrive(message)
@@ -417,6 +433,10 @@ class ScopeActor(TurnActor):
         except pykka.Timeout as error:
             raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
 
+    def _stop(self) -> None:
+        """`stop()` through a Pykka ref: a scope ends with its engine, and callers count on it until then."""
+        log.warning("stop() of scope %r is ignored: close the engine instead", self.scope)
+
     def _fail(self) -> None:
         """A `tell` that was refused: nobody waits for the reason, so it is logged. The scope lives on."""
         error = sys.exc_info()[1]
@@ -429,7 +449,9 @@ def checked_name(what: str, name: object) -> str:
     Raises DeserializationError if it is not a string, or has lone surrogates, which UTF-8 cannot hold.
     """
     if not isinstance(name, str):
-        raise DeserializationError(f"a {what} is a string, not {type(name).__name__}: {name!r:.80}")
+        raise DeserializationError(f"a {what} is a string, not {type(name).__name__}")
+    # A subclass may override anything; what is asked here is what it holds.
+    name = str.__str__(name)
     if not name.isascii():
         try:
             name.encode()
@@ -437,7 +459,7 @@ def checked_name(what: str, name: object) -> str:
             raise DeserializationError(
                 f"the {what} {name!r:.80} has half of a surrogate pair at index {error.start}, which is no character"
             ) from error
-    return str(name) if type(name) is not str else name
+    return name
 
 
 def turn_of(message: object, max_value_bytes: int) -> Turn:

@@ -109,6 +109,12 @@ class SnapshotActor(TurnActor):
         self._commit_asked = True
         self.tell(Commit())
 
+    def refuse_in_turns(self) -> None:
+        """Raise WouldDeadlock if this thread is in the middle of a turn that a save must wait for."""
+        for table in (self.dirty, self.committing):
+            for actor in list(table.values()):
+                actor._refuse_own_turn()
+
     # ----------------------------------------------------------------------------------------------------- turns
 
     def on_receive(self, message: Any) -> Any:

@@ -50,12 +50,13 @@ class _Inbox:
 
     def put(self, envelope: Any, /) -> None:
         """Take an envelope of Pykka's; its future is one of ours, from `_create_future`."""
-        reply = envelope.reply_to
+        actor, reply = self._actor, envelope.reply_to
         if reply is None:
-            self._actor.tell(envelope.message)
+            actor.tell(envelope.message)
         else:
-            reply.waiter = self._actor._dispatcher.waiter
-            self._actor.handle_or_post(Envelope(envelope.message, reply))
+            reply.waiter = actor._dispatcher.waiter
+            actor.handle_or_post(Envelope(envelope.message, reply))
+            actor.keep_order()
 
     def empty(self) -> bool:
         return not self._actor._mailbox
@@ -98,6 +99,8 @@ class TurnActor(pykka.Actor):
         self._claim = dispatcher.claim(self)
         self._mailbox: list[Any] = []
         self._scheduled = False
+        self._direct = self.caller_runs
+        """Whether callers may run their turn now: not while a message waits whose sender went on."""
 
     @property
     def name(self) -> str:
@@ -113,7 +116,7 @@ class TurnActor(pykka.Actor):
         not sent and `otherwise` is returned.
         """
         claim = self._claim
-        if self.caller_runs and not claim:
+        if self._direct and not claim:
             me = get_ident()
             try:
                 if claim.setdefault(HOLDER, me) == me:
@@ -143,6 +146,16 @@ class TurnActor(pykka.Actor):
     def tell(self, message: Any) -> None:
         """Queue `message`; nobody waits for an answer. Raises `Overloaded` if the mailbox is full."""
         self.post(message)
+        self.keep_order()
+
+    def keep_order(self) -> None:
+        """Let callers queue behind what waits now: its sender went on, and its later calls must not overtake it.
+
+        Called by the sender, behind its message. Refused: that callers always queue behind a mailbox that is not empty.
+        Under contention all of them would then wait for a worker, at ten times the price.
+        """
+        if self._mailbox:
+            self._direct = False
 
     def post(self, item: Any) -> None:
         """Queue an envelope or a bare message, and make sure that somebody handles it."""
@@ -167,7 +180,7 @@ class TurnActor(pykka.Actor):
     def handle_or_post(self, envelope: Envelope) -> None:
         """Handle the envelope on this thread if the actor is idle; else queue it. The answer goes to its reply."""
         claim = self._claim
-        if self.caller_runs and not claim:
+        if self._direct and not claim:
             me = get_ident()
             try:
                 if claim.setdefault(HOLDER, me) == me:
@@ -210,9 +223,14 @@ class TurnActor(pykka.Actor):
 
     def _drain_mailbox(self) -> None:
         mailbox = self._mailbox
+        # Before the mailbox is read: a sender that keeps order from here on has its message behind this batch.
+        ordered = self._direct != self.caller_runs
+        self._direct = self.caller_runs
         batch = mailbox[: self.batch]
         # As many as were taken: more may have come meanwhile.
         del mailbox[: len(batch)]
+        if ordered and mailbox:
+            self._direct = False
         for item in batch:
             self._handle(item)
 

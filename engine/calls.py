@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from scopestate.actors import messages
 from scopestate.actors.functions import Function, Functions, running_loop
+from scopestate.actors.results import ListGroupsResult
 from scopestate.errors import DeserializationError, FunctionFailed, InvalidValue, SerializationError, WouldDeadlock
 from scopestate.ops.values import decode, encode
 
@@ -100,7 +101,7 @@ def to_json(message: messages.Message, answer: Any) -> Any:
         case messages.Set() | messages.Update():
             return answer.to_json()
         case messages.ListGroups():
-            return {"groups": answer}
+            return ListGroupsResult(groups=answer)
         case _:
             return answer
 

@@ -48,6 +48,7 @@ def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -
     """Let messages that were told, not asked, run, and commits that hold events back come through."""
     for actor in list(parts.directory.values()):
         if actor.has_waiting():
+            actor._refuse_own_turn()
             reply = parts.dispatcher.reply()
             # Not a read: a closing scope refuses those, and a full mailbox is the more reason to wait.
             actor._enqueue(Envelope(Ping(), reply))

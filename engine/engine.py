@@ -15,6 +15,7 @@ import pykka
 from scopestate import catalogue, lifecycle
 from scopestate.actors import messages
 from scopestate.actors.dispatcher import Dispatcher
+from scopestate.actors.functions import running_loop
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
@@ -25,7 +26,7 @@ from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
 from scopestate.config import Config, ConfigWatcher, from_mapping, load, validate
 from scopestate.draining import drain
-from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError, ValueTooLarge
+from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError, ValueTooLarge, WouldDeadlock
 from scopestate.handle import Scope
 from scopestate.ops import checked
 from scopestate.ops.values import decode, encode
@@ -239,7 +240,7 @@ class Engine(Reactive):
         """
         if isinstance(message, messages.ListGroups):
             return self._settled(self.list_groups()) if not block else self.list_groups()
-        reply = self._send(message, PatientReply)
+        reply = self._send(message, PatientReply, waits=block)
         if not block:
             return reply
         timeout_s = self._limits.call_timeout_s if timeout is None else timeout
@@ -254,9 +255,9 @@ class Engine(Reactive):
 
         Raises at once for what is no message or no JSON value, and if the engine is closed.
         """
-        self._send(message, Told)
+        self._send(message, Told, waits=False)
 
-    def _send(self, message: messages.Message, kind: type[PatientReply]) -> PatientReply:
+    def _send(self, message: messages.Message, kind: type[PatientReply], *, waits: bool) -> PatientReply:
         self._refuse_if_closed()
         turn = turn_of(message, self._limits.max_value_bytes)
         self._tally[catalogue.function_id_of(message)].add()
@@ -268,6 +269,8 @@ class Engine(Reactive):
             actor.handle_or_post(Envelope(turn, reply))
         else:
             actor.post(Envelope(turn, reply))
+        if not waits:
+            actor.keep_order()
         return reply
 
     @staticmethod
@@ -312,14 +315,23 @@ class Engine(Reactive):
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every event fired so far has been handled, and every event that those handlers fired.
 
-        `timeout` in seconds. Raises ReplyTimeout, naming the triggers that are behind, and WouldDeadlock in a handler,
-        which would wait for itself.
+        `timeout` in seconds. Raises ReplyTimeout, naming the triggers that are behind, and WouldDeadlock where it would
+        wait for itself: in a handler, and on an event loop that runs handlers (there: `await engine.aio.drain()`).
         """
+        if self._forked:
+            raise forked()
+        if self._closing.done:
+            raise EngineClosed()
+        self._refuse_on_handlers_loop("drain")
         drain(self._parts, timeout)
 
     def flush(self) -> None:
-        """Wait until everything acknowledged so far is on disk. Raises StorageError if it cannot be saved now."""
+        """Wait until everything acknowledged so far is on disk. Raises StorageError if it cannot be saved now.
+
+        Raises WouldDeadlock in a signal handler that has interrupted a turn whose write it would wait for.
+        """
         self._refuse_if_closed()
+        self._snapshot.refuse_in_turns()
         self._snapshot.ask(Flush()).get()
 
     def stats(self) -> Stats:
@@ -341,15 +353,38 @@ class Engine(Reactive):
         """End the engine: refuse callers, deliver events for `close_grace_ms` at most, save, release the store.
 
         Idempotent; a second thread waits for the first. From a handler it returns at once, and the engine closes
-        when that handler has ended. Raises StorageError if the last save failed: everything is still in memory then,
-        and `close()` can be called again. In a forked child it does nothing.
+        when that handler has ended; so it does from a signal handler that has interrupted a call of this engine.
+        Raises StorageError if the last save failed: everything is still in memory then, and `close()` can be called
+        again. Raises WouldDeadlock on an event loop that runs handlers: `await engine.aio.close()` there.
+        In a forked child it does nothing.
         """
         if self._forked or self._closing.done:
             return
         if event_depth.get():
-            threading.Thread(target=self._close_now, name="scopestate-close", daemon=True).start()
-        else:
+            self._close_behind_this()
+            return
+        self._refuse_on_handlers_loop("close")
+        try:
             self._close_now()
+        except WouldDeadlock:
+            self._close_behind_this()
+
+    def _close_behind_this(self) -> None:
+        """Close on another thread, which waits for what this one is in the middle of."""
+        threading.Thread(target=self._close_now, name="scopestate-close", daemon=True).start()
+
+    def _refuse_on_handlers_loop(self, name: str) -> None:
+        loop = running_loop()
+        if loop is None:
+            return
+        here = {function.function_id for function in self._functions.all() if function.is_async and function.loop is loop}
+        for handler in self._router.handlers() if here else ():
+            trigger = handler.trigger
+            if trigger.function_id in here or trigger.condition_function_id in here:
+                raise WouldDeadlock(
+                    f"the handler of trigger {trigger.trigger_id!r} runs on the event loop of this very thread, which "
+                    f"{name}() would block while it waits for that handler: use `await engine.aio.{name}()` here"
+                )
 
     def _close_now(self) -> None:
         if self._watcher is not None:
@@ -361,6 +396,7 @@ class Engine(Reactive):
         """In a forked child: refuse every call. The store and the threads belong to the parent."""
         self._forked = True
         self._scopes.disown(forked)
+        self._router.disown()
 
     def _refuse_if_closed(self) -> None:
         if self._forked:
