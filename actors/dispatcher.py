@@ -58,7 +58,7 @@ class Dispatcher(Protocol):
         """Threads alive now, without the timer's."""
 
     def close(self) -> None:
-        """End every thread once it is done with what is scheduled; what comes later runs on the thread that brings it."""
+        """End every thread once it is done with what is scheduled; what comes later runs on whoever brings it."""
 
 
 class ThreadDispatcher:
@@ -76,7 +76,7 @@ class ThreadDispatcher:
     MOST = 512
     """Workers at most; more are never started, and that is logged."""
 
-    waiter = None
+    waiter: Callable[[Reply[Any], float | None], None] | None = None
 
     def __init__(self, name: str = "scopestate") -> None:
         self._name = name
@@ -113,7 +113,7 @@ class ThreadDispatcher:
     def reply(self) -> Reply[Any]:
         return Reply()
 
-    def claim(self, actor: TurnActor) -> dict[str, int]:  # noqa: ARG002 - all claims are alike here
+    def claim(self, actor: TurnActor) -> dict[str, int]:
         return {}
 
     def monotonic(self) -> float:
@@ -186,7 +186,7 @@ class ThreadDispatcher:
         except RuntimeError as error:
             with self._guard:
                 self._workers -= 1
-            log.error("no worker thread can be started: %s", error)
+            log.error("no worker thread can be started: %s", error)  # noqa: TRY400 - it says all
             self._run_left_over()
 
     def _work(self) -> None:

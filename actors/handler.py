@@ -230,7 +230,7 @@ class HandlerActor(TurnActor):
                 verdict = self._call(condition, event)
                 if hasattr(verdict, "__await__"):
                     verdict = await self._on_loop(condition, verdict)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - user code may raise anything; a worker thread outlives it
                 self._report(condition, event, error, attempt=1, final=True)
                 return
             if verdict is False:
@@ -247,7 +247,7 @@ class HandlerActor(TurnActor):
                     await self._on_loop(trigger.function_id, result)
                 self.delivered += 1
                 return
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - as above
                 final = attempt >= limits.handler_attempts or isinstance(error, HandlerTimeout) or not self.active
                 self._report(trigger.function_id, event, error, attempt=attempt, final=final)
                 if final:
@@ -363,15 +363,14 @@ class HandlerActor(TurnActor):
                 abandoned += 1
                 self._drop(item, reason)
 
-
     def abandon_current(self) -> None:
         """Report the event whose delivery has begun and not ended. For a closing engine, when its grace is over."""
         event = self.current
         if event is None or self._overdue:
             return  # what is overdue was reported then
         error = EventNotDelivered(
-            f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was still being handled when the engine "
-            "closed: its handler may or may not have done its work"
+            f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
+            "engine closed: its handler may or may not have done its work"
         )
         self._report(self.trigger.function_id, event, error, attempt=1, final=True)
 

@@ -202,8 +202,8 @@ class TriggerRouter(TurnActor):
         if depth:
             self.count_refusal()
             raise Overloaded(
-                f"a handler's mailbox is full, and this write to scope {scope!r} comes from a handler; nothing was written: "
-                "waiting might be waiting for itself"
+                f"a handler's mailbox is full, and this write to scope {scope!r} comes from a handler; nothing was "
+                "written: waiting might be waiting for itself"
             )
         next(self._blocked)
         raise HandlerFull(progress)
@@ -287,9 +287,9 @@ class TriggerRouter(TurnActor):
         for handler in handlers:
             trigger = handler.trigger
             error = EventLoopDetected(
-                f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was caused by a chain of {event.depth} "
-                f"handlers, more than max_event_depth = {self._services.limits.max_event_depth}: it was not delivered to "
-                f"{trigger.function_id!r}; does a handler write what fires it?"
+                f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was caused by a chain of "
+                f"{event.depth} handlers, more than max_event_depth = {self._services.limits.max_event_depth}: it was "
+                f"not delivered to {trigger.function_id!r}; does a handler write what fires it?"
             )
             handler.failed += 1
             self._services.report(

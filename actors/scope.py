@@ -12,8 +12,8 @@ import msgspec
 import pykka
 
 from scopestate.actors import messages
-from scopestate.actors.results import EventType, SetResult, StateEvent, UpdateResult
 from scopestate.actors.reply import Envelope
+from scopestate.actors.results import EventType, SetResult, StateEvent, UpdateResult
 from scopestate.actors.turn import TurnActor
 from scopestate.errors import (
     DeserializationError,
@@ -259,7 +259,9 @@ class ScopeActor(TurnActor):
                 # Through a Pykka ref: the public messages, with Python values.
                 turn = turn_of(message, self._around.limits.max_value_bytes)
                 if message.scope != self.scope:
-                    raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
+                    raise DeserializationError(
+                        f"a message for scope {message.scope!r} was sent to scope {self.scope!r}"
+                    )
                 return answer_of(message, self.on_receive(turn))
 
     # A key of somebody's own class could run code in the middle of a write: it becomes plain text first.
@@ -394,7 +396,7 @@ class ScopeActor(TurnActor):
         self._claim = {}
 
     def _serve_handler(self, message: Any) -> Any:
-        """A turn of a closed scope: none for callers; for a handler, as if it were open, until the engine is drained."""
+        """A turn of a closed scope: none for callers; for a handler, as if it were open, until all is drained."""
         depth = message.depth if type(message) is Caused else event_depth.get()
         if not depth or self._shut:
             raise self._refusal()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -147,7 +148,7 @@ class SnapshotActor(TurnActor):
 
     def _fail(self) -> None:
         """A bug in a turn: the log has it, and saving goes on."""
-        log.exception("a turn of the snapshot actor failed")
+        log.error("a turn of the snapshot actor failed", exc_info=sys.exc_info()[1])
 
     def _save(self) -> None:
         """Save what is dirty, behind what earlier saves left. Raises StorageError, and keeps it all, on failure."""
@@ -191,13 +192,13 @@ class SnapshotActor(TurnActor):
     def _write(self, changes: list[ScopeChange]) -> None:
         try:
             self._adapter.save(changes)
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 - said below
             # An adapter promises StorageError; whatever else one raises must not stop the saving for good either.
             error = problem if isinstance(problem, StorageError) else StorageError(f"the adapter failed: {problem!r}")
             self.failed_saves += 1
             self._failures += 1
             if self.failing is None or str(self.failing) != str(error):
-                log.error("saving failed, the data stays in memory and is saved later: %s", error)
+                log.error("saving failed, the data stays in memory and is saved later: %s", error)  # noqa: TRY400 - it says all
             self.failing = error
             raise error from (None if error is problem else problem)
         self.saves += 1
@@ -212,7 +213,7 @@ class SnapshotActor(TurnActor):
 
 
 def merged(older: ScopeChange, newer: ScopeChange) -> ScopeChange:
-    """Return one change for two of the same scope: while saving fails, memory grows with the keys, not with the tries."""
+    """Return one change for two of one scope: while saving fails, memory grows with the keys, not with the tries."""
     values = {**older.values, **newer.values}
     positions = {key: rank for key, rank in older.positions.items() if values[key] is not None}
     return ScopeChange(newer.scope, newer.sequence, values, {**positions, **newer.positions})

@@ -236,7 +236,9 @@ class TurnActor(pykka.Actor):
 
     def _refuse_own_turn(self) -> None:
         if self._claim.get(HOLDER) == get_ident():
-            raise WouldDeadlock(f"this thread is in the middle of a turn of {self.name}; waiting for another never ends")
+            raise WouldDeadlock(
+                f"this thread is in the middle of a turn of {self.name}; waiting for another never ends"
+            )
 
     def _handle(self, item: Any) -> None:
         """Run one turn and deliver its answer, as Pykka's loop does."""
@@ -250,7 +252,7 @@ class TurnActor(pykka.Actor):
             if self._dead and not isinstance(message, _ActorStop):
                 raise pykka.ActorDeadError(f"{self} stopped before handling the message")
             answer = self._handle_receive(message)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the sender gets it
             # It may be a signal handler's, raised after the write and before everybody was told.
             certainly(self._tell_again)
             if reply is not None:
@@ -311,7 +313,7 @@ class TurnActor(pykka.Actor):
         self.actor_stopped.set()
         try:
             self.on_stop()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, as Pykka does
             self._handle_failure(*sys.exc_info())
 
     def _handle_receive(self, message: Any) -> Any:
@@ -323,7 +325,7 @@ class TurnActor(pykka.Actor):
         self._handle_failure(*sys.exc_info())
         try:
             self.on_failure(*sys.exc_info())
-        except Exception:
+        except Exception:  # noqa: BLE001 - as above
             self._handle_failure(*sys.exc_info())
 
     def _handle_failure(self, exception_type: Any, exception_value: Any, traceback: Any) -> None:

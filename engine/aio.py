@@ -114,7 +114,7 @@ class AioEngine:
         message = messages.from_payload(function_id, payload)
         return to_json(message, await self.ask(message))
 
-    async def drain(self, timeout: float | None = None) -> None:
+    async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as the engine's own
         """As `Engine.drain`."""
         await self._on_worker(lambda: self._engine.drain(timeout))
 

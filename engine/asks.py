@@ -33,7 +33,9 @@ class PatientReply(Reply[Any]):
                 self._router.when_room(self._send_again, error)
             else:
                 self._router.count_refusal()
-                self.fail(Overloaded("nothing was written: a handler is behind, and too many messages wait for it already"))
+                self.fail(
+                    Overloaded("nothing was written: a handler is behind, and too many messages wait for it already")
+                )
         else:
             super().fail(error)
 
@@ -61,6 +63,7 @@ class Told(PatientReply):
 def no_room(scope: str) -> str:
     """What to say when a handler did not make room in time."""
     return (
-        f"nothing was written to scope {scope!r}: a handler that must see this write is behind by a full mailbox and did not "
-        "catch up within call_timeout_ms; see handler_mailbox, handler_when_full and handler_timeout_ms under `limits`"
+        f"nothing was written to scope {scope!r}: a handler that must see this write is behind by a full mailbox and "
+        "did not catch up within call_timeout_ms; see handler_mailbox, handler_when_full and handler_timeout_ms under "
+        "`limits`"
     )

@@ -13,9 +13,9 @@ from scopestate.errors import DeserializationError, FunctionFailed, InvalidValue
 from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.loop_reply import LoopReply
     from scopestate.actors.loop_thread import LoopThread
-    from scopestate.actors.dispatcher import Dispatcher
 
 
 def plain_payload(function_id: str, payload: object) -> Any:
@@ -55,10 +55,12 @@ class Caller:
             loop = function.loop or self._loop_thread.get()
             if loop is running_loop():
                 raise WouldDeadlock(
-                    f"function {function.function_id!r} runs on the event loop of this very thread, which would be blocked "
-                    "until it ends: use `await engine.aio.call(...)` here"
+                    f"function {function.function_id!r} runs on the event loop of this very thread, which would be "
+                    "blocked until it ends: use `await engine.aio.call(...)` here"
                 )
-            return self._finish(function, lambda: asyncio.run_coroutine_threadsafe(function.target(data), loop).result())
+            return self._finish(
+                function, lambda: asyncio.run_coroutine_threadsafe(function.target(data), loop).result()
+            )
         return self._finish(function, lambda: function.target(data))
 
     async def call_async(self, function: Function, payload: object) -> Any:
@@ -109,7 +111,7 @@ def to_json(message: messages.Message, answer: Any) -> Any:
 def _answer(reply: LoopReply, work: Callable[[], Any]) -> None:
     try:
         result = work()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the task that waits gets it
         reply.fail(error)
     else:
         reply.set(result)

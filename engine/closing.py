@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from threading import get_ident
 from typing import TYPE_CHECKING
-
-import pykka
 
 from scopestate.actors.scope import Close
 from scopestate.actors.snapshot import Flush
@@ -83,7 +80,7 @@ class Closing:
         try:
             self._drain(grace_s)
         except ReplyTimeout as error:
-            log.error("closing without waiting any longer for handlers: %s", error)
+            log.error("closing without waiting any longer for handlers: %s", error)  # noqa: TRY400 - it says all
         handlers = self._parts.router.working()
         abandoned = sum(handler.abandon("the engine closed before its turn came") for handler in handlers)
         if abandoned:
@@ -100,8 +97,8 @@ class Closing:
             except StorageError as error:
                 if attempt == LAST_SAVE_TRIES:
                     raise StorageError(
-                        f"the last save failed, {snapshot.waiting_scopes()} scopes are not on disk: {error}; they are kept "
-                        "in memory: mend the cause and call close() again"
+                        f"the last save failed, {snapshot.waiting_scopes()} scopes are not on disk: {error}; they are "
+                        "kept in memory: mend the cause and call close() again"
                     ) from error
                 self._pause(0.05 * attempt)
 

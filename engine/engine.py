@@ -59,9 +59,9 @@ class Engine(Reactive):
         """Open an engine; without a config it keeps everything in memory only.
 
         `on_error` is called with a DeliveryFailure for each event that failed at a handler, at each attempt, or reached
-        none; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and `dispatcher` take the place of the configured ones.
-        `handle_sigterm`: if the store keeps anything and the program has no handler of its own, SIGTERM closes the
-        engine before it ends the process.
+        none; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and `dispatcher`
+        take the place of the configured ones. `handle_sigterm`: if the store keeps anything and the program has no
+        handler of its own, SIGTERM closes the engine before it ends the process.
 
         Raises ConfigError, and StorageError if the store cannot be opened.
         """
@@ -255,7 +255,7 @@ class Engine(Reactive):
 
         Raises at once for what is no message or no JSON value, and if the engine is closed.
         """
-        self._send(message, Told, waits=False)
+        _ = self._send(message, Told, waits=False)  # an answer nobody reads
 
     def _send(self, message: messages.Message, kind: type[PatientReply], *, waits: bool) -> PatientReply:
         self._refuse_if_closed()
@@ -321,7 +321,7 @@ class Engine(Reactive):
         if self._forked:
             raise forked()
         if self._closing.done:
-            raise EngineClosed()
+            raise EngineClosed
         self._refuse_on_handlers_loop("drain")
         drain(self._parts, timeout)
 
@@ -377,7 +377,9 @@ class Engine(Reactive):
         loop = running_loop()
         if loop is None:
             return
-        here = {function.function_id for function in self._functions.all() if function.is_async and function.loop is loop}
+        here = {
+            function.function_id for function in self._functions.all() if function.is_async and function.loop is loop
+        }
         for handler in self._router.handlers() if here else ():
             trigger = handler.trigger
             if trigger.function_id in here or trigger.condition_function_id in here:
@@ -402,7 +404,7 @@ class Engine(Reactive):
         if self._forked:
             raise forked()
         if self._closing.done or (self._closing.begun and not event_depth.get()):
-            raise EngineClosed()
+            raise EngineClosed
 
     def __enter__(self) -> Self:
         return self

@@ -116,7 +116,9 @@ class ConfigError(ScopestateError):
 
     code = "CONFIG_ERROR"
 
-    def __init__(self, problem: str, *, file: str | None = None, line: int | None = None, key: str | None = None) -> None:
+    def __init__(
+        self, problem: str, *, file: str | None = None, line: int | None = None, key: str | None = None
+    ) -> None:
         super().__init__(problem)
         self.problem = problem
         self.file = file

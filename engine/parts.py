@@ -98,7 +98,9 @@ class Parts:
 
     def _apply_triggers(self, before: Config | None) -> None:
         """Register what is new, unregister what only `before` has. Unchanged triggers keep the events that wait."""
-        old = {} if before is None else {trigger.trigger_id: trigger for trigger in configured_triggers(before.triggers)}
+        old = (
+            {} if before is None else {trigger.trigger_id: trigger for trigger in configured_triggers(before.triggers)}
+        )
         new = {trigger.trigger_id: trigger for trigger in configured_triggers(self.config.triggers)}
         for trigger_id, trigger in new.items():
             if old.get(trigger_id) != trigger:

@@ -62,7 +62,9 @@ def read_trigger(
     if trigger_id is not None and (not isinstance(trigger_id, str) or not str.__len__(trigger_id)):
         raise InvalidRegistration(f"a trigger_id is a non-empty string, not {_shown(trigger_id)}")
     if not isinstance(config, Mapping):
-        raise InvalidRegistration(f"a trigger's config is an object, not {type(config).__name__}; for no filters pass {{}}")
+        raise InvalidRegistration(
+            f"a trigger's config is an object, not {type(config).__name__}; for no filters pass {{}}"
+        )
     try:
         given = {str.__str__(name) if isinstance(name, str) else f"{name!r:.80}": config[name] for name in config}
     except Exception as error:

@@ -72,7 +72,7 @@ class FileAdapter:
         self._damage = ""
         self._saving = threading.Lock()
         # A bare lock for `with`: a Condition's own methods are Python code, where a KeyboardInterrupt can come between
-        # taking the lock and noting that it was taken. Reentrant, for a signal handler that reads while a read is begun.
+        # taking the lock and noting that it was taken. Reentrant, for a signal handler that reads while one is begun.
         self._guard = threading.RLock()
         self._given_back = threading.Condition(self._guard)
         self._idle: list[sqlite3.Connection] = []
