@@ -45,7 +45,7 @@ class DeterministicDispatcher:
 
     A turn that waits keeps its stack, so turns run on threads of their own, but never two at once: each hands over and
     stops. Refused: to run other turns on top of the stack of the one that waits. It cannot go on before they end, which
-    is a deadlock that the engine does not have, and `threading.get_ident` and context variables would be those of another turn.
+    is a deadlock that the engine does not have, and thread ids and context variables would be those of another turn.
 
     Coroutine handlers and `engine.aio` belong to event loops, which keep their own order: test those on real threads.
     """
@@ -54,7 +54,7 @@ class DeterministicDispatcher:
         self.seed = seed
         self.history: list[tuple[float, str]] = []
         """(virtual seconds, what) of every turn that was begun or gone on with, in order."""
-        self.waiter = self._wait
+        self.waiter: Callable[[Reply[Any], float | None], None] | None = self._wait
         self._switch = switch
         self._busy = busy
         self._random = random.Random(seed)
@@ -164,7 +164,7 @@ class DeterministicDispatcher:
         self.kill()
 
     def kill(self) -> None:
-        """End everything where it is, as when the process dies: a wait raises what only `except BaseException` catches."""
+        """End everything where it is, as when the process dies: a wait raises what no `except Exception` catches."""
         self._closed = True
         self._ready.clear()
         self._timers.clear()
@@ -274,7 +274,7 @@ class DeterministicDispatcher:
     def _refuse_others(self) -> None:
         if get_ident() != self._owner:
             raise RuntimeError(
-                "only the thread that made a DeterministicDispatcher drives it or waits in it: turns and other threads may not"
+                "only the thread that made this dispatcher drives it or waits in it: no turn, no other thread"
             )
 
     def _seem_busy(self, claim: _Claim, actor: TurnActor) -> None:
@@ -284,13 +284,14 @@ class DeterministicDispatcher:
 
             def let_go() -> None:
                 del claim[HOLDER]
-                actor.wake()
+                if actor._mailbox:
+                    actor.wake_anyway()  # `wake` might find it busy again, for ever if `busy` is 1
 
             self._add(f"somebody in {actor.name}", let_go)
 
 
 class _Ended(BaseException):
-    """Raised where a turn waits when its dispatcher is closed. No Exception: code under test must not go on after it."""
+    """Raised where a turn waits when its dispatcher ends. No Exception: code under test must not go on after it."""
 
 
 class _Entry:
@@ -321,7 +322,7 @@ class _Claim(dict[str, int]):
             self._dispatcher._seem_busy(self, self._actor)
         return len(self) > 0
 
-    def setdefault(self, key: str, default: int, /) -> int:  # type: ignore[override]  # always with a default
+    def setdefault(self, key: str, default: int, /) -> int:
         self._dispatcher.give_way()  # what `bool` said may be out of date by now
         holder = super().setdefault(key, default)
         self._dispatcher.give_way()

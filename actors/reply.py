@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
@@ -12,6 +13,8 @@ import pykka
 
 if TYPE_CHECKING:
     from scopestate.actors.loop_reply import LoopReply
+
+log = logging.getLogger("scopestate.actors")
 
 T = TypeVar("T")
 _ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
@@ -135,7 +138,11 @@ class Reply(pykka.Future[T]):
             callbacks, self._callbacks = self._callbacks, []
         self._arrival.release()
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:
+                # It runs in the middle of somebody else's turn, with other callers' answers still to deliver.
+                log.exception("a callback of a reply failed")
 
 
 def deliver(outcomes: Iterable[tuple[ReplyTo, Any, BaseException | None]]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pykka
 
+from scopestate.actors.functions import running_loop
 from scopestate.actors.handler import Barrier
 from scopestate.actors.reply import Envelope
 from scopestate.actors.scope import Ping, event_depth
@@ -42,6 +43,21 @@ def drain(parts: Parts, timeout: float | None) -> None:
             behind = ", ".join(barrier.missing()[:10])
             raise ReplyTimeout("", timeout or 0.0, behind) from error
         quiet_rounds = quiet_rounds + 1 if parts.router.fired_by_handlers() == fired else 0
+
+
+def refuse_on_loop_of_handlers(parts: Parts, name: str) -> None:
+    """Raise WouldDeadlock if this thread runs an event loop that some handler needs, and `name()` would block it."""
+    loop = running_loop()
+    if loop is None:
+        return
+    here = {function.function_id for function in parts.functions.all() if function.is_async and function.loop is loop}
+    for handler in parts.router.handlers() if here else ():
+        trigger = handler.trigger
+        if trigger.function_id in here or trigger.condition_function_id in here:
+            raise WouldDeadlock(
+                f"the handler of trigger {trigger.trigger_id!r} runs on the event loop of this very thread, which "
+                f"{name}() would block while it waits for that handler: use `await engine.aio.{name}()` here"
+            )
 
 
 def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -> None:

@@ -15,7 +15,6 @@ import pykka
 from scopestate import catalogue, lifecycle
 from scopestate.actors import messages
 from scopestate.actors.dispatcher import Dispatcher
-from scopestate.actors.functions import running_loop
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
@@ -25,7 +24,7 @@ from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
 from scopestate.config import Config, ConfigWatcher, from_mapping, load, validate
-from scopestate.draining import drain
+from scopestate.draining import drain, refuse_on_loop_of_handlers
 from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError, ValueTooLarge, WouldDeadlock
 from scopestate.handle import Scope
 from scopestate.ops import checked
@@ -322,7 +321,7 @@ class Engine(Reactive):
             raise forked()
         if self._closing.done:
             raise EngineClosed
-        self._refuse_on_handlers_loop("drain")
+        refuse_on_loop_of_handlers(self._parts, "drain")
         drain(self._parts, timeout)
 
     def flush(self) -> None:
@@ -363,7 +362,7 @@ class Engine(Reactive):
         if event_depth.get():
             self._close_behind_this()
             return
-        self._refuse_on_handlers_loop("close")
+        refuse_on_loop_of_handlers(self._parts, "close")
         try:
             self._close_now()
         except WouldDeadlock:
@@ -372,21 +371,6 @@ class Engine(Reactive):
     def _close_behind_this(self) -> None:
         """Close on another thread, which waits for what this one is in the middle of."""
         threading.Thread(target=self._close_now, name="scopestate-close", daemon=True).start()
-
-    def _refuse_on_handlers_loop(self, name: str) -> None:
-        loop = running_loop()
-        if loop is None:
-            return
-        here = {
-            function.function_id for function in self._functions.all() if function.is_async and function.loop is loop
-        }
-        for handler in self._router.handlers() if here else ():
-            trigger = handler.trigger
-            if trigger.function_id in here or trigger.condition_function_id in here:
-                raise WouldDeadlock(
-                    f"the handler of trigger {trigger.trigger_id!r} runs on the event loop of this very thread, which "
-                    f"{name}() would block while it waits for that handler: use `await engine.aio.{name}()` here"
-                )
 
     def _close_now(self) -> None:
         if self._watcher is not None:
