@@ -1,4 +1,4 @@
-# run, test, check, bench, simulate, clean. Needs Python 3.11 or newer, pip and make; everything else is installed into $(VENV).
+# run, test, check, bench, simulate, reliability, clean. Needs Python 3.11 or newer, pip and make; everything else is installed into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ READY_DEV := $(VENV)/.ready-dev
 READY_RUN := $(if $(wildcard $(READY_DEV)),$(READY_DEV),$(VENV)/.ready-run)
 
 .DELETE_ON_ERROR:
-.PHONY: run test check bench simulate clean FORCE
+.PHONY: run test check bench simulate reliability clean FORCE
 
 run: $(READY_RUN)
 	@$(BIN)/python $(EXAMPLE)
@@ -41,6 +41,12 @@ bench: $(READY_DEV)
 
 simulate: $(READY_DEV)
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST)
+
+# The tests that record figures, then docs/reliability.md from what they recorded.
+reliability: $(READY_DEV)
+	$(BIN)/python -m pytest --no-cov -q tests/reliability tests/simulation tests/linearizability tests/load tests/hostile \
+		tests/faults tests/persistence
+	@$(BIN)/python -m tests.reliability.report
 
 clean:
 	rm -rf .venv .make build dist bench-results *.egg-info .coverage .coverage.*

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.figures import record
 from tests.simulation.__main__ import main
 from tests.simulation.simulator import World, observed, simulate
 
@@ -24,6 +25,7 @@ def test_nothing_is_lost_or_wrong_in_any_seed(first: int) -> None:
     failures = [failure for seed in range(first, first + SEEDS_PER_TEST) if (failure := simulate(seed)) is not None]
 
     assert failures == []
+    record(f"simulation: seeds from {first}", seeds=SEEDS_PER_TEST, failures=0)
 
 
 def test_nothing_is_lost_or_wrong_on_real_files(tmp_path: Path) -> None:
