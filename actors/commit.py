@@ -10,19 +10,9 @@ import pykka
 
 from scopestate.actors import messages
 from scopestate.actors.reply import Envelope, ReplyTo
-from scopestate.actors.scope import (
-    Caused,
-    Change,
-    Housekeeping,
-    Put,
-    Read,
-    ReadAll,
-    ScopeActor,
-    Surroundings,
-    Take,
-    as_failure_of,
-)
+from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.turn import WAIT
+from scopestate.actors.turns import Caused, Change, Housekeeping, Put, Read, ReadAll, Take, as_failure_of
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.persistence import ScopeChange
 

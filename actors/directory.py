@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from scopestate.actors.scope import ScopeActor, checked_name, event_depth
+from scopestate.actors.scope import ScopeActor
+from scopestate.actors.turns import checked_name, event_depth
 
 
 class Directory(dict[str, ScopeActor]):

@@ -15,8 +15,8 @@ from scopestate.actors.functions import Functions
 from scopestate.actors.limits import Limits
 from scopestate.actors.reply import Reply
 from scopestate.actors.results import StateEvent
-from scopestate.actors.scope import event_depth
 from scopestate.actors.turn import HOLDER, TurnActor
+from scopestate.actors.turns import event_depth
 from scopestate.errors import EventNotDelivered, HandlerTimeout
 
 if TYPE_CHECKING:

@@ -45,14 +45,16 @@ Watchers = dict[str | None, Bucket]
 """Key filter (None: every key) -> handlers."""
 
 
-class HandlerFull(Exception):
+class HandlerFull(Overloaded):
     """A handler must catch up before this write: wait for `TriggerRouter.when_room`, then try again.
 
-    It never leaves the engine.
+    The engine's own calls do so; only who asks a scope through its Pykka ref gets to see it.
     """
 
-    def __init__(self, progress: int) -> None:
-        super().__init__()
+    def __init__(self, scope: str, progress: int) -> None:
+        super().__init__(
+            f"a handler that must see this write to scope {scope!r} is full; nothing was written: try again"
+        )
         self.progress = progress
         """`TriggerRouter.progress` before the handler was found full."""
 
@@ -206,7 +208,7 @@ class TriggerRouter(TurnActor):
                 "written: waiting might be waiting for itself"
             )
         next(self._blocked)
-        raise HandlerFull(progress)
+        raise HandlerFull(scope, progress)
 
     def count_refusal(self) -> None:
         """Note that a call was refused because a mailbox was full. From any thread."""

@@ -11,8 +11,9 @@ import msgspec
 
 from scopestate.actors.commit import Batch, CommitScopeActor, TakeBatch
 from scopestate.actors.reply import deliver
-from scopestate.actors.scope import Collect, ScopeActor
+from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor
+from scopestate.actors.turns import Collect
 from scopestate.errors import StorageError
 from scopestate.persistence import Adapter, ScopeChange
 
@@ -162,8 +163,7 @@ class SnapshotActor(TurnActor):
             _, waiting = self._backlog.get(scope, (actor, None))
             self._backlog[scope] = (actor, change if waiting is None else merged(waiting, change))
         if not self._backlog:
-            self.failing = None
-            return
+            return  # `failing` stays: that there is nothing to save does not mean that it could be saved
         began = time.perf_counter()
         self._write([change for _, change in self._backlog.values()])
         self.last_save_s = time.perf_counter() - began

@@ -13,7 +13,8 @@ from scopestate.actors.loop_reply import Deadlines, LoopReply
 from scopestate.actors.reply import Envelope
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.scope import Change, Put, Read, ReadAll, ScopeActor, Take, Turn, checked_name
+from scopestate.actors.scope import ScopeActor
+from scopestate.actors.turns import Change, Put, Read, ReadAll, Take, Turn, checked_name
 from scopestate.asks import no_room
 from scopestate.calls import to_json
 from scopestate.errors import Overloaded, ReplyTimeout, ValueTooLarge

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import TYPE_CHECKING
 
-from scopestate.actors.scope import Close
 from scopestate.actors.snapshot import Flush
+from scopestate.actors.turns import Close
 from scopestate.errors import EngineClosed, EngineForked, ReplyTimeout, StorageError, WouldDeadlock
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import pykka
 from scopestate.actors.functions import running_loop
 from scopestate.actors.handler import Barrier
 from scopestate.actors.reply import Envelope
-from scopestate.actors.scope import Ping, event_depth
 from scopestate.actors.snapshot import Commit
+from scopestate.actors.turns import Ping, event_depth
 from scopestate.errors import ReplyTimeout, WouldDeadlock
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.scope import Change, Put, Take, Turn, answer_of, checked_name, event_depth, turn_of
 from scopestate.actors.snapshot import Flush
+from scopestate.actors.turns import Change, Put, Take, Turn, answer_of, checked_name, event_depth, turn_of
 from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
@@ -214,7 +214,7 @@ class Engine(Reactive):
         if parts.adapter.keeps:
             known = (scope for scope, holds in in_memory.items() if holds is not None)
             try:
-                groups.update(set(parts.adapter.scopes()).difference(known))
+                groups.update(filter(parts.is_kept, set(parts.adapter.scopes()).difference(known)))
             except StorageError as error:
                 raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from error
         return sorted(groups)

@@ -55,6 +55,10 @@ class Parts:
         self._rules = config.scopes
         self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}
 
+    def is_kept(self, scope: str) -> bool:
+        """False if the rules say `memory`: what the store has of such a scope is from before the rule."""
+        return durability_of(scope, self._rules, "interval") != "memory"
+
     def _make_scope(self, scope: str) -> ScopeActor:
         if not self.adapter.keeps:
             return ScopeActor(scope, self._around, keeps=False)

@@ -12,7 +12,7 @@ from reliability.living import InThread
 from scopestate import Engine
 from scopestate.actors.commit import CommitScopeActor, TakeBatch
 from scopestate.actors.reply import Envelope, Reply, deliver
-from scopestate.actors.scope import Passivate, Put, Read
+from scopestate.actors.turns import Passivate, Put, Read
 from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig
 from scopestate.errors import EngineClosed, Overloaded, StorageError
 

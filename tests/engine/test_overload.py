@@ -206,3 +206,23 @@ def test_a_scopes_full_mailbox_refuses_the_next_message_and_keeps_the_others(ope
     for reply in replies:
         reply.get(timeout=PATIENCE_S)
     assert engine.list("s") == [0, 1, 2, 3]
+
+
+def test_who_asks_through_a_ref_is_refused_with_an_error_of_our_tree(open_engine: Any) -> None:
+    engine = open_engine(limits={"handler_mailbox": 1})
+    entered, leave = threading.Event(), threading.Event()
+
+    @engine.on_change(scope="s")
+    def slow(event: Any) -> None:
+        entered.set()
+        assert leave.wait(PATIENCE_S)
+
+    ref = engine.scope("s").actor_ref
+    ref.ask(messages.Set("s", "k", 1))
+    assert entered.wait(PATIENCE_S)
+    try:
+        ref.ask(messages.Set("s", "k", 2))
+        with pytest.raises(Overloaded, match="try again"):
+            ref.ask(messages.Set("s", "k", 3))
+    finally:
+        leave.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -192,3 +193,41 @@ def test_looking_stops_nobody(engine: Engine) -> None:
     looking()
 
     assert engine.stats().deliveries == 300
+
+
+def test_health_stays_bad_after_a_failed_commit_until_something_is_saved_again(
+    open_engine: Any, tmp_path: Path
+) -> None:
+    engine = open_engine(
+        adapter={"store_method": "file_based", "file_path": str(tmp_path / "store"), "durability": "commit"}
+    )
+    adapter = engine._parts.adapter
+    save = adapter.save
+
+    def refuse(batch: Any) -> None:
+        raise StorageError("the disk is gone")
+
+    adapter.save = refuse
+    with pytest.raises(StorageError, match="the disk is gone"):
+        engine.set("s", "k", 1)
+    engine.flush()  # nothing is left to save, which proves nothing
+
+    assert not engine.health().ok
+    assert "the disk is gone" in engine.health().problems[0]
+
+    adapter.save = save
+    engine.set("s", "k", 2)
+
+    assert engine.health().ok
+
+
+def test_scopes_that_a_rule_moved_to_memory_are_no_groups_of_the_store(open_engine: Any, tmp_path: Path) -> None:
+    store = {"store_method": "file_based", "file_path": str(tmp_path / "store")}
+    with open_engine(adapter=store) as engine:
+        engine.set("sessions", "k", 1)
+        engine.set("orders", "k", 1)
+
+    engine = open_engine(adapter=store, scopes=[{"name": "sessions", "durability": "memory"}])
+
+    assert engine.list_groups() == ["orders"]
+    assert engine.get("sessions", "k") is None

@@ -15,7 +15,8 @@ import msgspec
 from scopestate import Engine, StateEvent, lifecycle
 from scopestate.actors.commit import CommitScopeActor
 from scopestate.actors.deterministic import DeterministicDispatcher
-from scopestate.actors.scope import Passivate, ScopeActor
+from scopestate.actors.scope import ScopeActor
+from scopestate.actors.turns import Passivate
 from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig, ScopeRule
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.parts import durability_of
