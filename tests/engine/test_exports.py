@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-PACKAGES = ["scopestate", "scopestate.ops", "scopestate.persistence", "scopestate.config"]
+PACKAGES = ["scopestate", "scopestate.actors", "scopestate.ops", "scopestate.persistence", "scopestate.config"]
 
 LATE = ["yaml", "watchdog", "sqlite3", "scopestate.schemas", "redis", "websockets"]
 """What only some programs need; a plain import must not pay for it."""
