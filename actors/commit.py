@@ -108,6 +108,7 @@ class CommitScopeActor(ScopeActor):
             return super().run(message, otherwise)
         if otherwise is not WAIT:
             return otherwise  # no answer is ready before its commit
+        self._around.snapshot._refuse_own_turn()  # a finalizer may run anywhere, in the middle of a commit too
         timeout_s = self._around.limits.call_timeout_s
         reply = self._dispatcher.reply()
         self.accept(Envelope(message, reply))
@@ -137,7 +138,9 @@ class CommitScopeActor(ScopeActor):
 
     def _answer(self, message: Any, reply: ReplyTo, answer: Any) -> None:
         inner = message.message if type(message) is Caused else message
-        if type(inner) in _WRITES or (self._unsettled and self._is_open(inner)):
+        if type(inner) in _WRITES:
+            self._waiting += ((inner, reply, answer),)  # `_write` has asked for the commit
+        elif self._unsettled and self._is_open(inner):
             self._waiting += ((inner, reply, answer),)
             self._registry[self.scope] = self
             self._around.snapshot.commit_soon()

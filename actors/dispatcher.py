@@ -171,23 +171,25 @@ class ThreadDispatcher:
                 self._ready.put(None)  # for the workers that are still in a turn
 
     def _add_first_worker(self) -> None:
-        if self._workers == 0:
-            self._add_worker()
+        self._add_worker(only_first=True)
 
-    def _add_worker(self) -> None:
+    def _add_worker(self, *, only_first: bool = False) -> None:
+        worker = threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True)
+        # The guard is kept while the thread starts: once `close` has had it, no thread of ours is about to appear.
         with self._guard:
-            if self._closed or self._workers >= self.MOST:
+            if self._closed or self._workers >= (1 if only_first else self.MOST):
                 return
             self._workers += 1
-            if self._workers == self.MOST:
-                log.error("all %d worker threads are blocked in handlers; events now wait for one to end", self.MOST)
-        try:
-            threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True).start()
-        except RuntimeError as error:
-            with self._guard:
+            try:
+                worker.start()
+            except RuntimeError as error:
                 self._workers -= 1
-            log.error("no worker thread can be started: %s", error)  # noqa: TRY400 - it says all
-            self._run_left_over()
+                log.error("no worker thread can be started: %s", error)  # noqa: TRY400 - it says all
+            else:
+                if self._workers == self.MOST:
+                    log.error("all %d worker threads are blocked in handlers; events now wait for one to end", self.MOST)
+                return
+        self._run_left_over()
 
     def _work(self) -> None:
         ready, idle, mine = self._ready, self._idle, self._mine
@@ -237,6 +239,7 @@ class _TimerThread:
         self._new: queue.SimpleQueue[tuple[float, int, _Scheduled] | None] = queue.SimpleQueue()
         self._order = itertools.count()
         self._runs: dict[str, int] = {}
+        self._guard = threading.Lock()
         self._closed = False
 
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
@@ -250,11 +253,18 @@ class _TimerThread:
         return entry
 
     def close(self) -> None:
-        self._closed = True
+        with self._guard:
+            self._closed = True
         self._new.put(None)
 
     def _begin(self) -> None:
-        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        with self._guard:
+            if not self._closed and not self._runs:
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    log.debug("no timer thread can be started: %s", error)  # the interpreter exits
 
     def _run(self) -> None:
         me = _thread.get_ident()
