@@ -1,0 +1,116 @@
+"""Lives and dies for test_crash.py: a process that has imported scopestate forks one child per line of its input.
+
+Input, a line per life: JSON of [directory, interval in ms, {scope: number of its last saved write}]. Each child opens
+its own engine and writes from several threads until it is killed. Everything goes to descriptor 1, a line per `write`,
+so that no line is torn and what is there was said before the death:
+
+    begin PID               the child lives
+    open NS                 its engine is open
+    try SCOPE N NS          write number N is about to be made
+    ack SCOPE N NS          ... is acknowledged
+    event SCOPE N NS        ... was delivered to a handler
+    save NS / saved NS      a save of the interval scopes begins / is done
+    end STATUS              the child is gone
+
+NS is CLOCK_MONOTONIC in nanoseconds, the same clock in all processes of a machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+
+from reliability.history import COMMIT_PREFIX, KEYS, SHARED, operation
+from reliability.living import settings
+
+from scopestate import Engine, StateEvent
+from scopestate.config import from_mapping
+from scopestate.persistence import FileAdapter
+
+
+def say(*words: object) -> None:
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+class TellingAdapter(FileAdapter):
+    """Says when it saves the scopes of durability `interval`."""
+
+    def save(self, batch: object) -> None:
+        told = any(not change.scope.startswith(COMMIT_PREFIX) for change in batch)  # type: ignore[attr-defined]
+        if told:
+            say("save", time.monotonic_ns())
+        super().save(batch)  # type: ignore[arg-type]
+        if told:
+            say("saved", time.monotonic_ns())
+
+
+def hear(event: StateEvent) -> None:
+    say("event", event.scope, event.sequence, time.monotonic_ns())
+
+
+def write_alone(engine: Engine, scope: str, last: int) -> None:
+    """Write the scope's history on from `last`: nobody else writes to it, so N is the number of the write."""
+    number = last
+    while True:
+        number += 1
+        key, value = operation(number)
+        say("try", scope, number, time.monotonic_ns())
+        if value is None:
+            engine.delete(scope, key)
+        else:
+            engine.set(scope, key, value)
+        say("ack", scope, number, time.monotonic_ns())
+
+
+def write_shared(engine: Engine, scope: str, key: str, last: int) -> None:
+    """Count up one key of a scope in which others count theirs: N is the key's value."""
+    number = last
+    while True:
+        number += 1
+        say("try", f"{scope}/{key}", number, time.monotonic_ns())
+        engine.set(scope, key, number)
+        say("ack", f"{scope}/{key}", number, time.monotonic_ns())
+
+
+def live(directory: str, interval_ms: int, last: dict[str, int]) -> None:
+    rules = [{"prefix": COMMIT_PREFIX, "durability": "commit"}, {"prefix": "session:", "durability": "memory"}]
+    config = from_mapping(settings("interval", directory, save_interval_ms=interval_ms, scopes=rules))
+    engine = Engine(config, adapter=TellingAdapter(directory))
+    say("open", time.monotonic_ns())
+    engine.register_function("hear", hear)
+    for scope in (scope for scope in last if "/" not in scope):
+        engine.register_trigger(function_id="hear", scope=scope)
+    writers = [
+        threading.Thread(target=write_alone, args=(engine, scope, number))
+        for scope, number in last.items()
+        if "/" not in scope and not scope.endswith(SHARED)
+    ]
+    for name, number in last.items():
+        scope, _, key = name.partition("/")
+        if key in KEYS:
+            writers.append(threading.Thread(target=write_shared, args=(engine, scope, key, number)))
+    engine.set("session:child", "pid", os.getpid())
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+
+
+def main() -> None:
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            say("begin", os.getpid())
+            try:
+                live(*json.loads(line))
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        say("end", status)
+
+
+if __name__ == "__main__":
+    main()

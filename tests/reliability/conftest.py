@@ -1,0 +1,54 @@
+"""Engines for the reliability tests: closed at the end, and nothing may be left of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reliability.living import PATIENCE_S, settings
+from reliability.slow import SlowDisk
+
+from scopestate import Engine, lifecycle
+from scopestate.config import from_mapping
+
+OpenEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fail if an engine or one of its threads outlives its test."""
+    before = set(threading.enumerate())
+    yield
+    assert [engine for engine in list(lifecycle._live) if not engine.closed] == []
+    ours = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("scopestate")]
+    for thread in ours:
+        thread.join(PATIENCE_S)
+    assert [thread.name for thread in ours if thread.is_alive()] == []
+
+
+@pytest.fixture
+def open_engine(nothing_left: None, tmp_path: Path) -> Iterator[OpenEngine]:
+    """Open engines by durability: `open_engine("commit", limits={...})`; the ones not closed yet are, at the end."""
+    opened: list[Engine] = []
+
+    def open_(durability: str = "memory", *, folder: str = "store", **sections: Any) -> Engine:
+        hooks = {name: sections.pop(name) for name in ("on_error", "on_dead_letter") if name in sections}
+        engine = Engine.from_config(settings(durability, tmp_path / folder, **sections), **hooks)
+        opened.append(engine)
+        return engine
+
+    yield open_
+    for engine in reversed(opened):
+        engine.close()
+
+
+@pytest.fixture
+def slow_disk(nothing_left: None, tmp_path: Path) -> Iterator[tuple[Engine, SlowDisk]]:
+    """An engine on commit."""
+    disk = SlowDisk(tmp_path / "store")
+    engine = Engine(from_mapping(settings("commit", tmp_path / "store")), adapter=disk)
+    yield engine, disk
+    engine.close()

@@ -1,0 +1,74 @@
+"""Scopes and stores that are held up, for calls that are given up meanwhile, and the check that all agrees later."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from reliability.living import PATIENCE_S, InThread, Seen, in_a_turn
+
+from scopestate import Engine
+from scopestate.persistence import FileAdapter, ScopeChange, ScopeState
+
+
+def watched(engine: Engine) -> Seen:
+    seen = Seen()
+    engine.register_function("watch", seen)
+    engine.register_trigger(function_id="watch")
+    return seen
+
+
+class Gate:
+    """Holds up whoever comes until it is opened; says that somebody came."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self) -> None:
+        self.reached.set()
+        assert self._open.wait(PATIENCE_S), "nobody opened the gate"
+
+    def open(self) -> None:
+        self._open.set()
+
+
+class SlowDisk(FileAdapter):
+    """A store whose disk waits at gates."""
+
+    at_load: Callable[[], object] = staticmethod(lambda: None)
+    at_save: Callable[[], object] = staticmethod(lambda: None)
+
+    def load(self, scope: str) -> ScopeState:
+        self.at_load()
+        return super().load(scope)
+
+    def save(self, batch: Sequence[ScopeChange]) -> None:
+        self.at_save()
+        super().save(batch)
+
+
+def busy(engine: Engine) -> tuple[Gate, InThread]:
+    """Hold scope "s" in a turn of another thread's."""
+    gate = Gate()
+    holder = InThread(lambda: in_a_turn(engine, gate))
+    assert gate.reached.wait(PATIENCE_S)
+    return gate, holder
+
+
+def check_agreement(engine: Engine, seen: Seen) -> None:
+    """Sequence, events and memory say the same, and nothing is held or stuck."""
+    engine.drain(PATIENCE_S)
+    actor = engine._scopes["s"]
+    mine = [event for event in seen.wait_for(actor._sequence) if event.scope == "s"]
+    assert [event.sequence for event in mine] == list(range(1, actor._sequence + 1))
+    state: dict[str, bytes] = {}
+    for event in mine:
+        assert event.old_json == state.get(event.key)
+        if event.new_json is None:
+            state.pop(event.key, None)
+        else:
+            state[event.key] = event.new_json
+    assert state == actor._values
+    assert not actor._claim
+    assert not actor._mailbox

@@ -1,0 +1,239 @@
+"""Real processes, killed with SIGKILL under load again and again: what was promised is there after each death."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import selectors
+import signal
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from reliability.figures import record
+from reliability.history import COMMIT_PREFIX, KEYS, Replay
+from reliability.living import PATIENCE_S, start_child
+
+from scopestate.ops.values import decode
+from scopestate.persistence import FileAdapter, ScopeState
+
+KILLS = 200
+LONG_LIVES = 4
+INTERVAL_MS = 30
+SLACK_S = 1.0
+"""How much later than its time a save may begin on a busy machine."""
+
+ALONE = ("orders-1", "notes-1")
+SHARED = ("orders-shared", "notes-shared")
+NAMES = (*ALONE, *SHARED, *(f"{scope}/{key}" for scope in SHARED for key in KEYS))
+
+
+class Life:
+    """What one child said between its begin and its end."""
+
+    def __init__(self) -> None:
+        self.opened = False
+        self.tried: dict[str, int] = defaultdict(int)
+        self.acknowledged: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        """Name -> (number, NS) of each acknowledged write, in order."""
+        self.events: dict[str, list[int]] = defaultdict(list)
+        self.last_save_begun = 0
+        self.last_save_done = 0
+        self.safe_before = 0
+        """Whatever was acknowledged before this time is in a save that is done: the one before it had ended by then."""
+        self.killed_at = 0
+
+    def hear(self, words: list[str]) -> None:
+        match words:
+            case ["open", ns]:
+                self.opened = True
+                self.last_save_begun = self.last_save_done = int(ns)
+            case ["try", name, number, _]:
+                self.tried[name] = int(number)
+            case ["ack", name, number, ns]:
+                self.acknowledged[name].append((int(number), int(ns)))
+            case ["event", scope, number, _]:
+                self.events[scope].append(int(number))
+            case ["save", ns]:
+                self.last_save_begun = int(ns)
+            case ["saved", ns]:
+                self.safe_before, self.last_save_done = self.last_save_done, int(ns)
+            case _:
+                raise AssertionError(f"the child said {words}")
+
+    def last_acknowledged(self, name: str, *, before: int | None = None) -> int:
+        """Number of the last acknowledged write; with `before`, of those acknowledged before that time. 0 if none."""
+        numbers = (number for number, ns in self.acknowledged[name] if before is None or ns < before)
+        return max(numbers, default=0)
+
+
+class Mortal:
+    """The process that forks a child per life, and kills them."""
+
+    def __init__(self) -> None:
+        self.process = start_child("crash")
+        assert self.process.stdout is not None
+        self._pipe = self.process.stdout.fileno()
+        os.set_blocking(self._pipe, False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._pipe, selectors.EVENT_READ)
+        self._rest = b""
+
+    def live(self, directory: Path, last: dict[str, int], span_s: float, *, after_open: bool) -> Life:
+        """Let a child live for `span_s` seconds, from its start or from its engine's opening, and kill it."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([str(directory), INTERVAL_MS, last]).encode() + b"\n")
+        self.process.stdin.flush()
+        life, pid = Life(), 0
+        deadline: float | None = None
+        patience = time.monotonic() + PATIENCE_S
+        while True:
+            now = time.monotonic()
+            assert now < patience, "the child does not live or die"
+            if deadline is not None and now >= deadline:
+                life.killed_at = time.monotonic_ns()
+                os.kill(pid, signal.SIGKILL)
+                deadline = None
+            for words in self._lines(0.5 if deadline is None else deadline - now):
+                match words:
+                    case ["begin", number]:
+                        pid = int(number)
+                        deadline = None if after_open else time.monotonic() + span_s
+                    case ["end", status]:
+                        assert os.waitstatus_to_exitcode(int(status)) == -signal.SIGKILL
+                        return life
+                    case _:
+                        life.hear(words)
+                        if after_open and words[0] == "open":
+                            deadline = time.monotonic() + span_s
+
+    def _lines(self, wait_s: float) -> list[list[str]]:
+        self._selector.select(max(wait_s, 0.0))
+        try:
+            data = os.read(self._pipe, 1 << 20)
+        except BlockingIOError:
+            return []
+        assert data, self.process.stderr.read().decode() if self.process.stderr else ""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [line.decode().split() for line in lines]
+
+    def end(self) -> None:
+        self._selector.close()
+        os.set_blocking(self._pipe, True)
+        self.process.communicate(timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def mortal() -> Iterator[Mortal]:
+    started = Mortal()
+    yield started
+    try:
+        started.end()
+    except subprocess.TimeoutExpired:
+        started.process.kill()
+        started.process.communicate()
+
+
+def open_after_death(directory: Path) -> dict[str, ScopeState]:
+    """The store always opens, and is sound."""
+    adapter = FileAdapter(directory)
+    try:
+        assert adapter.check() == []
+        assert "session:child" not in adapter.scopes()
+        return {scope: adapter.load(scope) for scope in (*ALONE, *SHARED)}
+    finally:
+        adapter.close()
+
+
+def numbers_on_disk(states: dict[str, ScopeState]) -> dict[str, int]:
+    """Name -> number of the last write that is on disk: of each scope, and of each key of the shared ones."""
+    found = {scope: state.sequence for scope, state in states.items()}
+    for scope in SHARED:
+        for key in KEYS:
+            found[f"{scope}/{key}"] = int(states[scope].values.get(key, b"0"))
+    return found
+
+
+def check_whole_prefix(states: dict[str, ScopeState], replays: dict[str, Replay]) -> None:
+    """Memory as it was after some write, no more and no less: keys, values and their order."""
+    for scope in ALONE:
+        expected = replays[scope].at(states[scope].sequence)
+        assert [(key, decode(data)) for key, data in states[scope].values.items()] == list(expected.items())
+    for scope in SHARED:
+        # Each write adds one to one key, so this is true after every write and after nothing else.
+        assert sum(int(data) for data in states[scope].values.values()) == states[scope].sequence
+
+
+def check_life(life: Life, before: dict[str, int], disk: dict[str, int]) -> float:
+    """Hold one life against what is on disk; return the age in seconds of the oldest write that was lost."""
+    oldest = 0.0
+    for name in NAMES:
+        tried = max(life.tried[name], before[name]) if name not in SHARED else None
+        assert disk[name] >= before[name], f"{name}: what was on disk before is gone"
+        if tried is not None:
+            assert disk[name] <= tried, f"{name}: more than was written"
+        if name in SHARED:
+            continue
+        if name.startswith(COMMIT_PREFIX):
+            assert disk[name] >= life.last_acknowledged(name), f"{name}: an acknowledged write is lost"
+            continue
+        assert disk[name] >= life.last_acknowledged(name, before=life.safe_before), f"{name}: a finished save lost it"
+        lost = [ns for number, ns in life.acknowledged[name] if number > disk[name]]
+        if lost:
+            oldest = max(oldest, (life.killed_at - lost[0]) / 1e9)
+    for scope, numbers in life.events.items():
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), f"{scope}: events out of order"
+        assert numbers[0] == before[scope] + 1, f"{scope}: the first event is missing"
+        if scope.startswith(COMMIT_PREFIX):
+            assert numbers[-1] <= disk[scope], f"{scope}: the event of a lost write was delivered"
+    return oldest
+
+
+def test_200_kills_under_load_lose_nothing_that_was_promised(mortal: Mortal, tmp_path: Path) -> None:
+    directory = tmp_path / "store"
+    moments = random.Random(20250301)
+    replays = {scope: Replay() for scope in ALONE}
+    disk = dict.fromkeys(NAMES, 0)
+    acknowledged = events = lost = opened = 0
+    oldest_s, longest_without_save_s = 0.0, 0.0
+    for kill in range(KILLS):
+        if kill % (KILLS // LONG_LIVES) == 1:
+            life = mortal.live(directory, disk, moments.uniform(0.4, 0.6), after_open=True)
+        elif kill % 10 == 0:
+            life = mortal.live(directory, disk, moments.uniform(0.0, 0.02), after_open=False)
+        else:
+            life = mortal.live(directory, disk, moments.uniform(0.0, 0.08), after_open=True)
+        states = open_after_death(directory)
+        before, disk = disk, numbers_on_disk(states)
+        check_whole_prefix(states, replays)
+        oldest_s = max(oldest_s, check_life(life, before, disk))
+        if life.opened:
+            longest_without_save_s = max(longest_without_save_s, (life.killed_at - life.last_save_begun) / 1e9)
+        opened += life.opened
+        acknowledged += sum(len(writes) for writes in life.acknowledged.values())
+        events += sum(len(numbers) for numbers in life.events.values())
+        lost += sum(max(life.last_acknowledged(name) - disk[name], 0) for name in NAMES if name not in SHARED)
+
+    interval_s = INTERVAL_MS / 1000
+    # A write is saved at the latest by the save that begins one interval after it; a kill may come into that save.
+    assert longest_without_save_s <= interval_s + SLACK_S
+    assert oldest_s <= 2 * interval_s + SLACK_S
+    # The test has seen what it is about: many writes, lost ones among them, and children killed before they were open.
+    assert acknowledged > 5 * KILLS
+    assert lost > 0
+    assert KILLS // 2 < opened < KILLS
+    assert all(disk[name] > 0 for name in NAMES)
+    record(
+        "SIGKILL under load",
+        kills=KILLS,
+        acknowledged=acknowledged,
+        events_delivered=events,
+        commit_writes_lost=0,
+        interval_writes_lost=lost,
+        oldest_lost_write_ms=round(oldest_s * 1000, 1),
+        save_interval_ms=INTERVAL_MS,
+    )
