@@ -7,6 +7,7 @@
     |-- SerializationError              a function returned what JSON cannot hold: `serialization_error`
     |-- FunctionNotFound                nobody registered that function id: `function_not_found`
     |-- FunctionFailed                  a registered function raised: `invocation_failed`
+    |   `-- RemoteFailure               a function of a worker or a remote engine failed: the code is the one it sent
     |-- InvalidRegistration             a function or trigger that cannot be registered: `registration_error`
     |-- ConfigError                     the configuration is wrong: `CONFIG_ERROR`; names file, line and key
     |-- StorageError                    the store failed: `SET_ERROR`, `GET_ERROR`, ... or `STORAGE_ERROR`
@@ -103,6 +104,20 @@ class FunctionFailed(ScopestateError):
 
     def __str__(self) -> str:
         return f"function {self.function_id!r} failed: {self.problem}"
+
+
+class RemoteFailure(FunctionFailed):
+    """A function that runs in a worker, or in a remote engine, answered with an error: `code` and text are its own."""
+
+    def __init__(self, function_id: str, code: str, message: str, stacktrace: str | None = None) -> None:
+        super().__init__(function_id, message)
+        self.args = (function_id, code, message, stacktrace)  # what pickle and copy make it from
+        self.code = code
+        self.message = message
+        self.stacktrace = stacktrace
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class InvalidRegistration(ScopestateError):
