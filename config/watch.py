@@ -81,6 +81,7 @@ class ConfigWatcher:
         self._paths: frozenset[str] = frozenset()
         self._seen: bytes | str | None = None
         self._signature: tuple[int, ...] | None = None
+        self._calm = True  # the last wait for quiet found it
         # Guards the rest. Never held while something else is called.
         self._changed = threading.Condition()
         self._changes = 0
@@ -125,10 +126,11 @@ class ConfigWatcher:
 
     def _run(self) -> None:
         try:
-            while self._wait_for_change() and self._wait_for_quiet():
+            while self._wait_for_change():
                 # A file that is wrong may be one that somebody is not done writing: the next quiet period decides.
-                if not self._look(last_try=False) and self._wait_for_quiet():
-                    self._look(last_try=True)
+                retried = False
+                while self._wait_for_quiet() and not self._look(last_try=retried and self._calm):
+                    retried = True
         finally:
             self._observer.stop()
             self._observer.join()
@@ -158,6 +160,7 @@ class ConfigWatcher:
                 noisy = self._changed.wait_for(
                     lambda: self._stopping or self._changes != self._handled, timeout=self._quiet_s
                 )
+            self._calm = not noisy
             return not self._stopping
 
     def _look(self, *, last_try: bool) -> bool:

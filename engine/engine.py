@@ -23,7 +23,7 @@ from scopestate.actors.snapshot import Flush
 from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
-from scopestate.config import Config, ConfigWatcher, from_mapping, load
+from scopestate.config import Config, ConfigWatcher, from_mapping, load, validate
 from scopestate.draining import drain
 from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError, ValueTooLarge
 from scopestate.handle import Scope
@@ -109,8 +109,11 @@ class Engine(Reactive):
         A file is watched, unless `watch` is false: a valid change applies live, an invalid one is logged and leaves the
         running configuration alone. Raises ConfigError (file, line, key) and StorageError.
         """
-        if source is None or isinstance(source, Config):
-            config = source
+        if isinstance(source, Config):
+            validate(source)
+            config: Config | None = source
+        elif source is None:
+            config = None
         elif isinstance(source, (str, os.PathLike)):
             config = load(source)
         else:
@@ -121,7 +124,8 @@ class Engine(Reactive):
         return engine
 
     def _watch(self, path: str | os.PathLike[str]) -> None:
-        self._watcher = ConfigWatcher(path, self.reconfigure, lambda _: None)  # the watcher logs what it reports
+        ignore = lambda _: None  # noqa: E731 - the watcher logs what it reports
+        self._watcher = ConfigWatcher(path, self.reconfigure, ignore, running=self._parts.config)
         self._watcher.start()
 
     def reconfigure(self, config: Config) -> None:

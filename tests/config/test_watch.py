@@ -30,7 +30,7 @@ class Watched:
     """A watcher whose callbacks fill one queue: `applied` numbers and `reported` errors, in order."""
 
     def __init__(
-        self, path: Path, *, recheck_s: float = 600, running: Config | None = None, quiet_s: float = 0.03
+        self, path: Path, *, recheck_s: float = 600, running: Config | None = None, quiet_s: float = 0.05
     ) -> None:
         self.seen: queue.Queue[int | ConfigError] = queue.Queue()
         self.on_apply: Callable[[Config], None] = lambda _: None
@@ -254,7 +254,7 @@ class TestWhatIsNoChange:
         assert not watched.looks.acquire(blocking=False)
 
     def test_a_burst_of_writes_ends_with_the_last(self, path: Path, watch: Watch) -> None:
-        watched = watch(path)
+        watched = watch(path, quiet_s=0.1)
 
         for number in range(2, 500):
             path.write_text(text(number))
@@ -285,6 +285,38 @@ class TestWhatIsNoChange:
             writer.join()
         watched.watcher.stop()
         watched.seen.queue.clear()
+
+    def test_a_file_that_is_wrong_while_it_is_written_without_a_pause_is_not_reported(
+        self, path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Each reading finds it wrong, and the next change comes before the pause is over.
+        watched = watch(path, quiet_s=0.3)
+        look, looks = watched.watcher._look, 0
+
+        def look_and_go_on_writing(*, last_try: bool) -> bool:
+            nonlocal looks
+            looks += 1
+            if looks == 3:
+                done.set()
+                writer.join()
+                path.write_text(text(2))
+            return look(last_try=last_try)
+
+        watched.watcher._look = look_and_go_on_writing  # type: ignore[method-assign]
+        monkeypatch.setattr("scopestate.config.watch._MAX_QUIET_PERIODS", 1)
+        done = threading.Event()
+
+        def scribble() -> None:
+            while not done.wait(0.02):
+                path.write_text("a: [")
+
+        writer = threading.Thread(target=scribble)
+        writer.start()
+        try:
+            assert watched.next() == 2
+        finally:
+            done.set()
+            writer.join()
 
     def test_a_file_written_in_two_steps_is_read_when_it_is_whole(self, path: Path, watch: Watch) -> None:
         watched = watch(path)

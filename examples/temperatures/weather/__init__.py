@@ -1,0 +1,1 @@
+"""The parts of the temperatures example; `run.py` puts them together."""
