@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from scopestate.actors import messages
 from scopestate.actors.functions import Function, Functions, running_loop
-from scopestate.errors import DeserializationError, FunctionFailed, InvalidValue, SerializationError, WouldDeadlock
+from scopestate.errors import (
+    DeserializationError,
+    FunctionFailed,
+    InvalidValue,
+    RemoteFailure,
+    SerializationError,
+    WouldDeadlock,
+)
 from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.loop_reply import LoopReply
     from scopestate.actors.loop_thread import LoopThread
-    from scopestate.actors.dispatcher import Dispatcher
 
 
 def plain_payload(function_id: str, payload: object) -> Any:
@@ -57,7 +64,9 @@ class Caller:
                     f"function {function.function_id!r} runs on the event loop of this very thread, which would be blocked "
                     "until it ends: use `await engine.aio.call(...)` here"
                 )
-            return self._finish(function, lambda: asyncio.run_coroutine_threadsafe(function.target(data), loop).result())
+            return self._finish(
+                function, lambda: asyncio.run_coroutine_threadsafe(function.target(data), loop).result()
+            )
         return self._finish(function, lambda: function.target(data))
 
     async def call_async(self, function: Function, payload: object) -> Any:
@@ -115,4 +124,6 @@ def _answer(reply: LoopReply, work: Callable[[], Any]) -> None:
 
 
 def _failure(function: Function, error: BaseException) -> FunctionFailed:
+    if isinstance(error, RemoteFailure) and error.function_id == function.function_id:
+        return error  # it ran elsewhere and failed there: the code is the one that was sent
     return FunctionFailed(function.function_id, f"{type(error).__name__}: {error}")

@@ -1,7 +1,7 @@
 """The messages of the iii worker protocol, one tagged union each way (PROTOCOL, section 2).
 
-One message is one JSON object with a `type`. Values (`data`, `result`, `config`, ...) stay `msgspec.Raw`, JSON text that
-is neither decoded nor encoded on its way through: `ABSENT` is a field that is not there, `b"null"` one that is null.
+One message is one JSON object with a `type`. Values (`data`, `result`, `config`, ...) stay `msgspec.Raw`, JSON text
+that is neither decoded nor encoded on its way through: `ABSENT` is a field that is not there, `b"null"` one that is null.
 """
 
 from __future__ import annotations
@@ -205,12 +205,14 @@ _from_server: Final[Callable[[bytes], FromServer]] = msgspec.json.Decoder(FromSe
 
 def decode_from_worker(message: bytes) -> FromWorker:
     """Read one message of a worker. Raises DeserializationError for what is none; see `FromWorker`."""
-    return _decoded(_from_worker, message)
+    frame: FromWorker = _decoded(_from_worker, message)
+    return frame
 
 
 def decode_from_server(message: bytes) -> FromServer:
     """Read one message of a server. Raises DeserializationError for what is none; see `FromServer`."""
-    return _decoded(_from_server, message)
+    frame: FromServer = _decoded(_from_server, message)
+    return frame
 
 
 def _decoded(decode: Callable[[bytes], Any], message: bytes) -> Any:
@@ -226,5 +228,3 @@ def _decoded(decode: Callable[[bytes], Any], message: bytes) -> Any:
         raise DeserializationError(f"not UTF-8: {error}") from error
     except RecursionError as error:
         raise DeserializationError("nested too deep") from error
-
-
