@@ -17,6 +17,7 @@ from scopestate.actors.scope import (
     Put,
     Read,
     ReadAll,
+    ReadItems,
     ScopeActor,
     Surroundings,
     Take,
@@ -166,7 +167,7 @@ class CommitScopeActor(ScopeActor):
         """True if a read touches what is not on disk yet."""
         if isinstance(message, (Read, messages.Get)):
             return message.key in (self._dirty or ()) or message.key in self._flying
-        return isinstance(message, (ReadAll, messages.List))
+        return isinstance(message, (ReadAll, ReadItems, messages.List))
 
     def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
         self._unsettled = True

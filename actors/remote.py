@@ -23,6 +23,7 @@ from scopestate.actors.scope import (
     Put,
     Read,
     ReadAll,
+    ReadItems,
     ScopeActor,
     Surroundings,
     Take,
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("scopestate.scope")
 
 _WRITES: Final = frozenset({Put, Change, Take})
+_WHOLE: Final = frozenset({ReadAll, ReadItems})
+"""Calls on no key in particular."""
 
 
 class _Open:
@@ -198,7 +201,7 @@ class RemoteScopeActor(ScopeActor):
             return
         self.touched = True
         self._open.add(call)
-        if type(call.turn) is ReadAll:
+        if type(call.turn) in _WHOLE:
             writes = {other for other in self._open if type(other.turn) in _WRITES}
             self._after(writes, lambda: self._send(call))
             return
@@ -217,13 +220,13 @@ class RemoteScopeActor(ScopeActor):
                 "done: slow down, or raise the limit"
             )
         turn, convert = message, None
-        if not isinstance(message, (Put, Change, Take, Read, ReadAll)):
+        if not isinstance(message, (Put, Change, Take, Read, ReadAll, ReadItems)):
             # Through a Pykka ref: the public messages, with Python values.
             turn = turn_of(message, self._around.limits.max_value_bytes)
             if message.scope != self.scope:
                 raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
             convert = lambda answer: answer_of(message, answer)  # noqa: E731 - belongs to this message
-        if type(turn) is not ReadAll:
+        if type(turn) not in _WHOLE:
             checked_name("key", turn.key)
         if type(turn) in _WRITES and self._watched(turn.key):
             # Before anything is sent: a full handler must stop the write, not lose its event.
@@ -275,7 +278,7 @@ class RemoteScopeActor(ScopeActor):
             answer = outcome.answer if outcome is not None else None
             call.reply.set(answer if call.convert is None else call.convert(answer))
         self._closed_call(call)
-        if type(turn) is not ReadAll:
+        if type(turn) not in _WHOLE:
             lane = self._lanes[turn.key]
             if type(turn) in _WRITES:
                 lane.writing = False
@@ -383,4 +386,5 @@ _VERBS: Final[dict[type[Any], str]] = {
     Take: "Failed to delete value",
     Read: "Failed to get value",
     ReadAll: "Failed to list values",
+    ReadItems: "Failed to list values",
 }

@@ -7,10 +7,11 @@ from typing import Any, Final
 import msgspec
 
 from scopestate.actors.results import SetResult, UpdateResult
-from scopestate.actors.scope import Change, Put, Read, ReadAll, Take
+from scopestate.actors.scope import Change, Put, Read, ReadAll, ReadItems, Take
 from scopestate.errors import DeserializationError, RemoteFailure
 from scopestate.ops import OpError
 from scopestate.ops.values import parse
+from scopestate.persistence.remote import read_keyed
 
 _NULL: Final = b"null"
 
@@ -24,6 +25,8 @@ class _Call(msgspec.Struct, omit_defaults=True):
     ops: tuple[Any, ...] | msgspec.UnsetType = msgspec.UNSET
     tell_existed: bool = msgspec.field(default=False, name="_existed")
     """Asks for `existed` in the result; an engine that does not know it ignores it (SEMANTICS, section 2)."""
+    tell_keys: bool = msgspec.field(default=False, name="_keys")
+    """Asks `state::list` for the keys too."""
 
 
 class _Written(msgspec.Struct):
@@ -63,6 +66,8 @@ def request(scope: str, turn: Any) -> tuple[str, bytes]:
             return "state::get", _encode(_Call(scope, key))
         case ReadAll():
             return "state::list", _encode(_Call(scope))
+        case ReadItems():
+            return "state::list", _encode(_Call(scope, tell_keys=True))
     raise TypeError(f"no call of a remote stands for {turn!r:.80}")
 
 
@@ -83,6 +88,8 @@ def read_answer(turn: Any, result: bytes | None) -> Outcome:
                 return Outcome(taken, (taken, None))
             case Read():
                 return Outcome(None if result is None else parse(result))
+            case ReadItems():
+                return Outcome(read_keyed(result))
             case _:
                 return Outcome([parse(bytes(value)) for value in _decode_list(result or b"[]")])
     except (msgspec.DecodeError, DeserializationError) as error:

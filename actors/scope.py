@@ -69,6 +69,10 @@ class ReadAll(msgspec.Struct, frozen=True):
     """Answer: all values as JSON bytes, in insertion order."""
 
 
+class ReadItems(msgspec.Struct, frozen=True):
+    """Answer: all (key, value as JSON bytes), in insertion order."""
+
+
 class Housekeeping(msgspec.Struct, frozen=True):
     """What the engine itself asks of a scope; needs no values in memory."""
 
@@ -99,7 +103,7 @@ class Caused(msgspec.Struct, frozen=True):
     message: Any
 
 
-Turn = Put | Change | Take | Read | ReadAll
+Turn = Put | Change | Take | Read | ReadAll | ReadItems
 """What a scope does for callers."""
 
 FAILURES: Final[dict[type[Any], tuple[str, str]]] = {
@@ -108,6 +112,7 @@ FAILURES: Final[dict[type[Any], tuple[str, str]]] = {
     Take: ("DELETE_ERROR", "Failed to delete value"),
     Read: ("GET_ERROR", "Failed to get value"),
     ReadAll: ("LIST_ERROR", "Failed to list values"),
+    ReadItems: ("LIST_ERROR", "Failed to list values"),
 }
 """Code and prefix when the store fails under a turn (PROTOCOL, section 4.4)."""
 
@@ -245,6 +250,8 @@ class ScopeActor(TurnActor):
 
     def _on_rare(self, message: Any) -> Any:
         match message:
+            case ReadItems():
+                return list(self._values.items())  # type: ignore[union-attr]  # _arrive has loaded it
             case Collect():
                 return self._collect()
             case Ping():

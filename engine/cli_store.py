@@ -19,11 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from scopestate.cli_common import AsJson, CaFile, Exit, Token, errors_to_exit_codes, out, standard_error
-from scopestate.config import KvConfig, load
+from scopestate.config import BridgeConfig, KvConfig, load
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
 from scopestate.persistence import Adapter
 from scopestate.persistence.reading import StoreReader
-from scopestate.transfer import Entry, export_lines, import_lines, read_lines
+from scopestate.transfer import Entry, Reader, RemoteReader, export_lines, import_lines, read_lines
 
 app = typer.Typer(no_args_is_help=True, help="Look into a store, check it, copy it as JSON lines.")
 
@@ -76,23 +76,32 @@ def verify(where: Where, as_json: AsJson = False) -> None:
 
 @app.command()
 def export(
-    where: Where,
+    where: Target,
     to: Annotated[str, typer.Argument(metavar="FILE", help="File to write; `-`: standard output.")] = "-",
+    token: Token = None,
+    ca_file: CaFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a store as JSON lines: one moment of it, also while an engine uses it.
+    """Write a store as JSON lines, also while an engine uses it.
 
-    A file is complete or not there: it gets its name at the end.
+    A directory is exported as of one moment; through a running engine (ws://...), each scope is. A file is complete or
+    not there: it gets its name at the end.
     """
-    with errors_to_exit_codes(as_json=as_json), _reader(where) as reader, _output(to) as stream:
-        total = sum(one.keys for one in reader.sizes())
+    with errors_to_exit_codes(as_json=as_json), ExitStack() as stack:
+        reader: Reader
+        total: int | None = None
+        if _is_bridge(where):
+            adapter = _open_target(where, token, ca_file)
+            stack.callback(adapter.close)
+            reader = RemoteReader(adapter)
+        else:
+            reader = stack.enter_context(_reader(where))
+            total = sum(one.keys for one in reader.sizes())
+        stream = stack.enter_context(_output(to))
         with _progress("exporting", total) as advance:
-            for done, line in enumerate(export_lines(reader)):
+            for line in export_lines(reader, advance):
                 stream.write(line)
-                if done % 1000 == 0:
-                    advance(min(done, total))
-            advance(total)
-    _report("exported", total, to, as_json=as_json)
+    _report("exported", advance.done, to, as_json=as_json)
 
 
 @app.command("import")
@@ -127,17 +136,24 @@ def import_(
 
 
 def _reader(where: str) -> StoreReader:
-    if where.startswith(("ws://", "wss://")):
-        raise StoreUnusable(
-            f"{where} is a running engine, whose functions name no keys: only `store import` can use one; give the "
-            "directory of its store instead"
-        )
+    if _is_bridge(where):
+        raise StoreUnusable(f"{where} is a running engine, not a store; give the directory of its store")
     return StoreReader(_directory(where))
+
+
+def _is_bridge(where: str) -> bool:
+    if where.startswith(("ws://", "wss://")):
+        return True
+    return _is_config(where) and isinstance(load(where).adapter.config, BridgeConfig)
+
+
+def _is_config(where: str) -> bool:
+    return where.endswith((".yaml", ".yml")) and not os.path.isdir(where)
 
 
 def _directory(where: str) -> str:
     """Return the directory that an argument names. Raises ConfigError."""
-    if not where.endswith((".yaml", ".yml")) or os.path.isdir(where):
+    if not _is_config(where):
         return where
     config = load(where).adapter.config
     if not isinstance(config, KvConfig) or config.store_method != "file_based":
@@ -147,14 +163,13 @@ def _directory(where: str) -> str:
 
 def _open_target(target: str, token: str | None, ca_file: str | None) -> Adapter:
     from scopestate.bridging import open_bridge  # noqa: PLC0415 - not needed for most commands
-    from scopestate.config import BridgeConfig  # noqa: PLC0415 - as above
     from scopestate.persistence.file import FileAdapter  # noqa: PLC0415 - as above
 
     if target.startswith(("ws://", "wss://")):
         return open_bridge(BridgeConfig(target, token, ca_file))
-    if target.endswith((".yaml", ".yml")) and not os.path.isdir(target):
+    if _is_config(target):
         config = load(target).adapter.config
-        if not isinstance(config, KvConfig):
+        if isinstance(config, BridgeConfig):
             return open_bridge(config)
     return FileAdapter(_directory(target))
 
@@ -203,17 +218,19 @@ def _input(source: str) -> Iterator[IO[bytes]]:
 class _Advance:
     """Moves a progress bar; nothing without one."""
 
-    def __init__(self, bar: Progress | None, total: int, doing: str) -> None:
+    def __init__(self, bar: Progress | None, total: int | None, doing: str) -> None:
+        self.done = 0
         self._bar = bar
         self._task = bar.add_task(doing, total=total) if bar is not None else None
 
     def __call__(self, done: int) -> None:
+        self.done = done
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done)
 
 
 @contextmanager
-def _progress(doing: str, total: int) -> Iterator[_Advance]:
+def _progress(doing: str, total: int | None) -> Iterator[_Advance]:
     """Show a bar on standard error, if that is a terminal."""
     console = standard_error()
     if not console.is_terminal:

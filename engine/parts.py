@@ -169,8 +169,10 @@ def set_limits(limits: Limits, config: LimitsConfig) -> None:
 
 def _open_adapter(config: AdapterConfig) -> Adapter:
     if isinstance(config.config, BridgeConfig):
-        from scopestate.bridging import open_bridge  # noqa: PLC0415 - brings asyncio and a WebSocket library
-
+        try:
+            from scopestate.bridging import open_bridge  # noqa: PLC0415 - brings asyncio and a WebSocket library
+        except ImportError as error:
+            raise ConfigError(str(error), key="adapter.name") from error
         return open_bridge(config.config)
     if config.config.store_method == "in_memory":
         return MemoryAdapter()

@@ -12,7 +12,7 @@ file with the first and without the last was cut off. So any list of `scope`, `k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 from msgspec import Raw
@@ -20,11 +20,42 @@ from msgspec import Raw
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import parse
 from scopestate.persistence import Adapter, ScopeChange, ScopeState
-from scopestate.persistence.reading import StoreReader
 
 FORMAT: Final = 1
 BATCH_KEYS: Final = 1000
 BATCH_BYTES: Final = 4 * 1024 * 1024
+
+
+class Reader(Protocol):
+    """What can be exported: a `StoreReader`, or a `RemoteReader`."""
+
+    def scopes(self) -> list[str]:
+        """Return the scopes that hold a key."""
+
+    def sequence(self, scope: str) -> int:
+        """Return the number of a scope's last write; 0 if that is not known."""
+
+    def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
+        """Yield keys and values, as JSON, in insertion order."""
+
+
+class RemoteReader:
+    """Reads a running engine through a bridge: each scope as of the moment at which it is read."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def scopes(self) -> list[str]:
+        """Return the scopes that hold a key."""
+        return self._adapter.scopes()
+
+    def sequence(self, scope: str) -> int:
+        """Return 0: an engine does not tell."""
+        return 0
+
+    def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
+        """Yield keys and values, as JSON, in insertion order."""
+        yield from self._adapter.load(scope).values.items()
 
 
 class _Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -57,17 +88,20 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(_Line).decode
 
 
-def export_lines(reader: StoreReader) -> Iterator[bytes]:
-    """Yield a store as lines, each with its line end. As of the moment at which the reader was opened."""
+def export_lines(reader: Reader, progress: Callable[[int], object] = lambda keys: None) -> Iterator[bytes]:
+    """Yield a store as lines, each with its line end. `progress(keys)` is called now and then, and at the end."""
     yield _encode(_Line(scopestate_export=FORMAT)) + b"\n"
     keys = scopes = 0
-    for size in reader.sizes():
+    for scope in reader.scopes():
         scopes += 1
-        yield _encode(_Line(scope=size.scope, sequence=size.sequence)) + b"\n"
-        for key, value in reader.items(size.scope):
+        yield _encode(_Line(scope=scope, sequence=reader.sequence(scope))) + b"\n"
+        for key, value in reader.items(scope):
             keys += 1
             # A newline inside a string is escaped in JSON; between tokens it is just space.
-            yield _encode(_Line(scope=size.scope, key=key, value=Raw(value.replace(b"\n", b" ")))) + b"\n"
+            yield _encode(_Line(scope=scope, key=key, value=Raw(value.replace(b"\n", b" ")))) + b"\n"
+            if keys % BATCH_KEYS == 0:
+                progress(keys)
+    progress(keys)
     yield _encode(_Line(end=True, scopes=scopes, keys=keys)) + b"\n"
 
 

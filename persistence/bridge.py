@@ -16,7 +16,7 @@ import msgspec
 from scopestate.errors import ConfigError, DeserializationError, EngineClosed, ScopestateError, StorageError
 from scopestate.ops.values import parse
 from scopestate.persistence.adapter import ScopeChange, ScopeState
-from scopestate.persistence.remote import Done
+from scopestate.persistence.remote import Done, read_keyed
 from scopestate.wire.client import Client
 from scopestate.wire.options import DEFAULT_URL, ClientOptions
 
@@ -132,10 +132,15 @@ class BridgeAdapter:
             raise StorageError(f"Failed to list groups via bridge: {error}") from error
 
     def load(self, scope: str) -> ScopeState:
-        """Refuse: `state::list` has values without their keys, so a remote scope cannot be copied whole."""
-        raise StorageError(
-            f"scope {scope!r} cannot be loaded through a bridge: state::list names no keys; call the remote engine"
-        )
+        """Return a copy of a scope as it is now; its sequence is not known, and 0.
+
+        Raises StorageError if the remote is another engine than scopestate: `state::list` of theirs names no keys.
+        """
+        try:
+            result = self.call_and_wait("state::list", msgspec.json.encode({"scope": scope, "_keys": True}))
+            return ScopeState(dict(read_keyed(result)), 0)
+        except ScopestateError as error:
+            raise StorageError(f"scope {scope!r} cannot be loaded via bridge: {error}") from error
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
         """Write the changes to the remote, key by key, and wait for its answers.
@@ -150,8 +155,11 @@ class BridgeAdapter:
                     payload["value"] = msgspec.Raw(value)
                 waiter = _Waiter()
                 function_id = "state::delete" if value is None else "state::set"
-                self.call(function_id, msgspec.json.encode(payload), waiter.done)
                 waiting.append((change.scope, key, waiter))
+                try:
+                    self.call(function_id, msgspec.json.encode(payload), waiter.done)
+                except EngineClosed as error:
+                    waiter.done(None, error)
         for scope, key, waiter in waiting:
             try:
                 waiter.get()

@@ -81,6 +81,12 @@ class StoreReader:
         with self._translated("list the scopes"):
             return read_names(self._connection)
 
+    def sequence(self, scope: str) -> int:
+        """Return the number of a scope's last write."""
+        with self._translated(f"read scope {scope!r}"):
+            found = self._connection.execute("SELECT sequence FROM scopes WHERE scope = ?", (scope,)).fetchall()
+            return int(found[0][0]) if found else 0
+
     def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
         """Yield keys and values, as JSON, in insertion order. Raises StorageError for a row that is not JSON."""
         with self._translated(f"read scope {scope!r}"):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from scopestate.errors import ScopestateError
+import msgspec
+
+from scopestate.errors import DeserializationError, ScopestateError
+from scopestate.ops.values import parse
 
 Done = Callable[[bytes | None, ScopestateError | None], object]
 """Takes the outcome of a call: the result as JSON (None: no value), or an error."""
@@ -27,3 +30,19 @@ class Remote(Protocol):
         `done` is called exactly once, later and on another thread, never before `call` returns; it must not block.
         Raises EngineClosed, and calls nothing, if the connection was closed for good.
         """
+
+
+class _Keyed(msgspec.Struct):
+    """Result of `state::list` with `_keys`, which scopestate engines understand."""
+
+    keys: list[str]
+    values: list[msgspec.Raw]
+
+
+def read_keyed(result: bytes | None) -> list[tuple[str, bytes]]:
+    """Read the keys and values of a scope. Raises DeserializationError if the engine named no keys."""
+    try:
+        keyed = msgspec.json.decode(result or b"null", type=_Keyed)
+    except msgspec.DecodeError as error:
+        raise DeserializationError("that engine does not name the keys of a scope; it is no scopestate") from error
+    return [(key, parse(bytes(value))) for key, value in zip(keyed.keys, keyed.values, strict=True)]

@@ -15,9 +15,6 @@ from typing import Any, Final, Self
 
 import msgspec
 from msgspec import Raw
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
-
 from scopestate.errors import (
     ConnectionLost,
     DeserializationError,
@@ -30,6 +27,12 @@ from scopestate.ops.values import encode as encode_value
 from scopestate.wire import frames
 from scopestate.wire.options import DEFAULT_URL, ClientOptions, checked_url, request_headers, tls_context
 from scopestate.wire.pending import Done, PendingCall, PendingCalls
+
+try:
+    from websockets.asyncio.client import ClientConnection, connect
+    from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
+except ImportError as error:  # pragma: no cover - the extra is installed where tests run
+    raise ImportError("a client or bridge needs the extra `wire`: pip install 'scopestate[wire]'") from error
 
 log = logging.getLogger("scopestate.wire.client")
 

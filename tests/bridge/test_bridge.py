@@ -445,4 +445,5 @@ def test_a_bridge_to_a_bridge(remote: RemoteProcess, open_bridge: OpenBridge) ->
         assert engine.get("s", "none", "missing") == "missing"
         assert engine.list("s") == [1]
         assert engine.list_groups() == ["s"]
+        assert engine._parts.adapter.load("s").values == {"k": b"1"}
         engine.close()
