@@ -11,7 +11,7 @@ from msgspec import Raw
 from scopestate.actors import messages
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.scope import Change, Put, Read, ReadAll, Take, Turn
+from scopestate.actors.scope import Change, Put, Read, ReadAll, ReadItems, Take, Turn
 from scopestate.errors import DeserializationError, ValueTooLarge
 from scopestate.ops import convert_ops
 from scopestate.ops.values import decode, encode_plain, parse
@@ -38,6 +38,8 @@ class _Place(msgspec.Struct):
 
 class _Scope(msgspec.Struct):
     scope: str
+    tell_keys: Raw = msgspec.field(default=_ABSENT, name="_keys")
+    """`true`: a bridge or a tool asks for the keys too: `{"keys": [...], "values": [...]}`."""
 
 
 class _Write(msgspec.Struct):
@@ -74,8 +76,11 @@ class BuiltinCalls:
         self._engine = engine
         self._scopes = engine._scopes
         self._limits = engine._limits
+        self._router = engine._router
         self._turn_later = engine.aio._turn
         self._count = {function_id: tally.add for function_id, tally in engine._tally.items()}
+        self._count_get = self._count["state::get"]
+        self._count_set = self._count["state::set"]
         self.by_id: dict[str, Callable[[Raw, Access | None], Outcome]] = {
             "state::get": self._get,
             "state::set": self._set,
@@ -119,7 +124,7 @@ class BuiltinCalls:
         limit = self._limits.max_value_bytes
         if limit and len(text) > limit:
             raise ValueTooLarge(scope, key, len(text), limit)
-        self._count["state::set"]()
+        self._count_set()
         return self._run(scope, Put(key, text), _set_result_existed if fields.tell_existed == _TRUE else _set_result)
 
     def _delete(self, data: Raw, access: Access | None) -> Outcome:
@@ -149,12 +154,15 @@ class BuiltinCalls:
 
     def _list(self, data: Raw, access: Access | None) -> Outcome:
         try:
-            scope = _scope(data).scope
+            fields = _scope(data)
         except _BAD:
-            scope = _misfit("state::list", data).scope
+            fields = _misfit("state::list", data)
+        scope = fields.scope
         if access is not None:
             access.check_read(scope)
         self._count["state::list"]()
+        if fields.tell_keys == _TRUE:
+            return self._run(scope, ReadItems(), _keyed)
         return self._run(scope, ReadAll(), _array)
 
     async def _list_groups(self, data: Raw, access: Access | None) -> Result:
@@ -164,14 +172,23 @@ class BuiltinCalls:
 
     def _run(self, scope: str, turn: Turn, convert: Callable[[Any], Result]) -> Outcome:
         """Run a turn at once if the scope is idle and in memory; else return the coroutine that waits for it."""
+        router = self._router
+        # "Somebody will run the router's turn": this thread, below. A hand-off to a worker thread, and the way back to
+        # this loop for a handler in a worker, would take longer than all the rest.
+        router._scheduled = True
         try:
             actor = self._scopes[scope]
-            if actor.loaded:
+            if actor._values is not None:
                 answer = actor.run(turn, _BUSY)
                 if answer is not _BUSY:
                     return convert(answer)
         except HandlerFull:
             pass
+        finally:
+            # In this order: whoever posts an event between the two lines is seen by the second one.
+            router._scheduled = False
+            if router._mailbox:
+                router.run_batch()
         return self._finish(scope, turn, convert)
 
     async def _finish(self, scope: str, turn: Turn, convert: Callable[[Any], Result]) -> Result:
@@ -184,6 +201,11 @@ def _as_it_is(text: bytes | None) -> Result:
 
 def _array(texts: list[bytes]) -> bytes:
     return b"[%b]" % b",".join(texts)
+
+
+def _keyed(items: list[tuple[str, bytes]]) -> bytes:
+    keys = msgspec.json.encode([key for key, _ in items])
+    return b'{"keys":%b,"values":%b}' % (keys, _array([value for _, value in items]))
 
 
 def _set_result(result: SetResult) -> bytes:

@@ -10,7 +10,7 @@ import uuid
 from collections import deque
 from typing import Final
 
-from scopestate.connections import BINARY, GOING, NORMAL, TEXT, Batches, Connection
+from scopestate.connections import BINARY, GOING, INVALID_TEXT, NORMAL, TEXT, Batches, Connection, is_text
 from scopestate.errors import Overloaded
 
 log = logging.getLogger("scopestate.server")
@@ -126,12 +126,16 @@ class WriterEnd(Connection):
         self._channel.writer = self
 
     def on_message(self, message: bytes, text: bool) -> None:
-        self._channel.put(message, text)
+        if text and not is_text(message):
+            self.close(INVALID_TEXT, "a text message that is not UTF-8")
+        else:
+            self._channel.put(message, text)
 
     def hold(self, held: bool) -> None:
         """Read no more from it, or go on."""
         if held != self._full:
             self._full = held
+            self._look_if_plain()
             if held:
                 self._pause()
             else:

@@ -36,7 +36,7 @@ TOO_BIG: Final = 1009
 
 CLOSE_GRACE_S: Final = 2.0
 """How long the other side may take to answer a close frame before the connection is cut."""
-TURN: Final = 64
+TURN: Final = 128
 """Messages of one connection that are handled in a row; then the others get their turn, and other threads the GIL."""
 HIGH_WATER: Final = 1024 * 1024
 """Unsent bytes from which on nothing more is read from that worker."""
@@ -104,6 +104,8 @@ class Connection(picows.WSListener):
         self._transport: picows.WSTransport | None = None
         self._socket: Any = None
         self._closing = False
+        self._plain = True
+        """Whether a whole text message can be handled at once: nothing waits, nothing is in pieces, all is well."""
         self._fragments: list[bytes] = []
         self._fragment_bytes = 0
         self._fragments_text: bool | None = None
@@ -126,7 +128,7 @@ class Connection(picows.WSListener):
         """The connection stands."""
 
     def on_message(self, message: bytes, text: bool) -> None:
-        """Take one whole message; text is valid UTF-8 only as far as `frames` looks at it."""
+        """Take one whole message. Nobody has looked yet whether text is UTF-8."""
 
     def on_lost(self) -> None:
         """The connection is gone; called once."""
@@ -165,7 +167,7 @@ class Connection(picows.WSListener):
         if self._closing or self._transport is None:
             return
         self.flush()
-        self._closing = True
+        self._closing, self._plain = True, False
         self._backlog.clear()
         # At most 123 bytes, and not half a character.
         self._transport.send_close(code, reason.encode()[:123].decode(errors="ignore").encode())  # type: ignore[arg-type]
@@ -175,7 +177,7 @@ class Connection(picows.WSListener):
     def abort(self) -> None:
         """Cut the connection."""
         if self._transport is not None:
-            self._closing = True
+            self._closing, self._plain = True, False
             self._transport.disconnect(graceful=False)
 
     def look_for_progress(self) -> None:
@@ -203,27 +205,28 @@ class Connection(picows.WSListener):
         self.on_open()
 
     def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
-        if not self._closing:
-            kind = frame.msg_type
-            if kind == TEXT and frame.fin and self._fragments_text is None:
-                if frame.rsv1 or frame.rsv2 or frame.rsv3:
-                    self.close(PROTOCOL_ERROR, "a reserved bit is set, but no extension was agreed on")
-                else:
-                    if not frame.last_in_buffer:
-                        self._batches.open = True
-                    self._take(frame.get_payload_as_bytes(), True)
-            else:
-                self._take_rare(transport, frame)
-        elif frame.msg_type == CLOSE:
-            transport.disconnect()
-        if frame.last_in_buffer:
+        last = frame.last_in_buffer
+        if (
+            self._plain
+            and frame.msg_type == TEXT
+            and frame.fin
+            and not (frame.rsv1 or frame.rsv2 or frame.rsv3)
+            and self._turn
+        ):
+            if not last:
+                self._batches.open = True
+            self._turn -= 1
+            self.on_message(frame.get_payload_as_bytes(), True)
+        else:
+            self._take_rare(transport, frame)
+        if last:
             self._turn = TURN
             if self._batches.open:
                 self._batches.finish()
 
     def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
         self._registry.remove(self)
-        self._closing = True
+        self._closing, self._plain = True, False
         self._transport = None
         self._backlog.clear()
         self._fragments.clear()
@@ -231,7 +234,7 @@ class Connection(picows.WSListener):
         self.on_lost()
 
     def pause_writing(self) -> None:
-        self._full = True
+        self._full, self._plain = True, False
         self._pause()
 
     def resume_writing(self) -> None:
@@ -241,14 +244,17 @@ class Connection(picows.WSListener):
     # ---------------------------------------------------------------------------------------------------- receiving
 
     def _take_rare(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
-        """Everything but a whole text message."""
+        """Everything but a whole text message whose turn it is."""
         kind = frame.msg_type
-        if frame.rsv1 or frame.rsv2 or frame.rsv3:
+        if self._closing:
+            if kind == CLOSE:
+                transport.disconnect()
+        elif frame.rsv1 or frame.rsv2 or frame.rsv3:
             self.close(PROTOCOL_ERROR, "a reserved bit is set, but no extension was agreed on")
         elif kind == PING:
             transport.send_pong(frame.get_payload_as_bytes())
         elif kind == CLOSE:
-            self._closing = True
+            self._closing, self._plain = True, False
             code = int(frame.get_close_code())  # type: ignore[call-overload]  # the C enum is a number
             transport.send_close(code or NORMAL)  # type: ignore[arg-type]
             transport.disconnect()
@@ -264,7 +270,7 @@ class Connection(picows.WSListener):
             elif frame.fin:
                 self._take(frame.get_payload_as_bytes(), kind == TEXT)
             else:
-                self._fragments_text = kind == TEXT
+                self._fragments_text, self._plain = kind == TEXT, False
                 self._take_fragment(frame)
 
     def _take_fragment(self, frame: picows.WSFrame) -> None:
@@ -279,26 +285,22 @@ class Connection(picows.WSListener):
             message, text = b"".join(self._fragments), bool(self._fragments_text)
             self._fragments.clear()
             self._fragment_bytes, self._fragments_text = 0, None
+            self._look_if_plain()
             self._take(message, text)
 
     def _take(self, message: bytes, text: bool) -> None:
         """Handle a message now, or later if this connection has had its turn."""
         if self._turn and not self._backlog and not self._full:
             self._turn -= 1
-            self._handle(message, text)
+            self.on_message(message, text)
         else:
+            self._plain = False
             self._backlog.append((message, text))
             self._pause()
             self._schedule()
 
-    def _handle(self, message: bytes, text: bool) -> None:
-        if text and not message.isascii():
-            try:
-                message.decode()
-            except UnicodeDecodeError:
-                self.close(INVALID_TEXT, "a text message that is not UTF-8")
-                return
-        self.on_message(message, text)
+    def _look_if_plain(self) -> None:
+        self._plain = not (self._closing or self._full or self._backlog) and self._fragments_text is None
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -313,7 +315,7 @@ class Connection(picows.WSListener):
         for _ in range(min(TURN, len(backlog))):
             if self._full or not backlog:
                 break
-            self._handle(*backlog.popleft())
+            self.on_message(*backlog.popleft())
         if self._batches.open:
             self._batches.finish()
         if self._full or self._closing:
@@ -321,6 +323,7 @@ class Connection(picows.WSListener):
         if backlog:
             self._schedule()
         else:
+            self._look_if_plain()
             self._resume()
 
     def _pause(self) -> None:
@@ -352,7 +355,7 @@ class WorkerConnection(Connection):
         self._receive = self._worker.session.receive
 
     def on_message(self, message: bytes, text: bool) -> None:
-        action = self._receive(message, text=text)
+        action = self._receive(message, text)
         if action is not None:
             self._hub.act(self._worker, action)  # type: ignore[arg-type]  # set by on_open
 
@@ -384,6 +387,14 @@ class Refusing(Connection):
 
     def __str__(self) -> str:
         return "a connection without a valid token"
+
+
+def is_text(message: bytes) -> bool:
+    """Whether a message is UTF-8, as text has to be."""
+    try:
+        return message.isascii() or message.decode() is not None
+    except UnicodeDecodeError:
+        return False
 
 
 def _header(size: int) -> bytes:

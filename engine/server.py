@@ -207,7 +207,7 @@ class Server:
 
     def _run(self) -> None:
         try:
-            loop = _new_loop()
+            loop = new_loop()
             asyncio.set_event_loop(loop)
             try:
                 loop.run_until_complete(self.serve())
@@ -385,7 +385,7 @@ def _tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     return context
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
+def new_loop() -> asyncio.AbstractEventLoop:
     """An event loop of uvloop's where it exists, else of asyncio's."""
     try:
         import uvloop  # noqa: PLC0415 - not on every platform

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from scopestate.actors.handler import HandlerActor
+from scopestate.actors.handler import HandlerActor, HandlerServices, Trigger
 from scopestate.errors import DeserializationError, InvalidRegistration, ScopestateError
 from scopestate.ops.values import decode, parse
 from scopestate.triggers import read_trigger
 from scopestate.wire.frames import RegisterTrigger, RegisterTriggerType, UnregisterTrigger, encode
 from scopestate.wire.session import POLICY
+from scopestate.worker_handlers import LoopDispatcher, WorkerHandler
 
 if TYPE_CHECKING:
     from scopestate.workers import Hub, Worker
@@ -51,6 +52,7 @@ class WorkerTriggers:
         self._hub = hub
         self._router = hub.engine._router
         self._max_waiting = max_waiting_events
+        self.dispatcher = LoopDispatcher(hub.loop, hub.engine._parts.dispatcher)
         self._by_id: dict[str, Registered] = {}
         self.types: dict[str, ProvidedType] = {}
         self._handlers: dict[str, HandlerActor] = {}
@@ -101,7 +103,14 @@ class WorkerTriggers:
             access.check_watch(trigger.scope)
             if trigger.condition_function_id is not None:
                 access.check_call(trigger.condition_function_id)
-        self._handlers[frame.id] = self._router.register(trigger)
+        self._handlers[frame.id] = self._router.register(trigger, self._make_handler)
+
+    def _make_handler(self, trigger: Trigger, services: HandlerServices) -> HandlerActor:
+        own = HandlerServices(
+            self.dispatcher, services.functions, services.limits, services.loop_thread, services.report
+        )
+        own.made_room = services.made_room
+        return WorkerHandler(trigger, own, self._hub, services.dispatcher)
 
     def unregister(self, worker: Worker, trigger_id: str) -> None:
         """Remove a trigger of any worker (PROTOCOL, section 2.1: no owner check); not one of the program itself."""
@@ -126,6 +135,12 @@ class WorkerTriggers:
         provided = self.types.get(frame.trigger_type)
         if provided is not None:
             provided.owner.send(encode(UnregisterTrigger(frame.id, frame.trigger_type)))
+
+    def silence(self, worker: Worker) -> None:
+        """Begin no more deliveries for the triggers of a worker that is gone: each would fail for want of its function."""
+        for trigger_id, handler in self._handlers.items():
+            if self._by_id[trigger_id].owner is worker:
+                handler.active = False
 
     def remove_all_of(self, worker: Worker) -> None:
         """A worker is gone: remove the trigger types that it provides, then its triggers."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Raw
 
 from scopestate.actors.functions import Function
-from scopestate.actors.results import StateEvent
 from scopestate.builtin_calls import BuiltinCalls, Result
 from scopestate.connections import GOING
 from scopestate.errors import (
@@ -28,6 +26,7 @@ from scopestate.ops.values import decode, encode, parse
 from scopestate.wire.frames import (
     ErrorBody,
     InvocationResult,
+    InvokeFunction,
     RegisterFunction,
     RegisterTrigger,
     RegisterTriggerType,
@@ -40,7 +39,6 @@ from scopestate.wire.frames import encode as encode_frame
 from scopestate.wire.session import (
     Action,
     Answered,
-    Call,
     Close,
     Execution,
     Send,
@@ -48,8 +46,9 @@ from scopestate.wire.session import (
     Settle,
     WorkerSession,
     stopped,
-    value_of,
+    with_caller,
 )
+from scopestate.worker import Worker, WorkerFunction
 from scopestate.worker_triggers import WorkerTriggers
 
 if TYPE_CHECKING:
@@ -58,70 +57,6 @@ if TYPE_CHECKING:
     from scopestate.engine import Engine
 
 log = logging.getLogger("scopestate.server")
-
-
-class Worker:
-    """One connected worker."""
-
-    def __init__(
-        self,
-        session: WorkerSession,
-        access: Access | None,
-        address: str | None,
-        send: Callable[[bytes], object],
-        close: Callable[[int, str], object],
-    ) -> None:
-        self.session = session
-        self.worker_id = session.worker_id
-        self.access = access
-        """None: it may do everything."""
-        self.address = address
-        self.send = send
-        self.close = close
-        self.connected_at_ms = time.time_ns() // 1_000_000
-        self.metadata: dict[str, Any] = {}
-        """What it said of itself with `engine::workers::register`."""
-        self.functions: dict[str, WorkerFunction] = {}
-        self.issued: dict[Execution, None] = {}
-        """Calls of this worker that other workers execute."""
-
-    def answer(self, call: Call, result: bytes | Raw | None = None, error: ErrorBody | None = None) -> None:
-        """Send the outcome of one of its calls, if it waits for it."""
-        message = self.session.answer(call, result, error)
-        if message is not None:
-            self.send(message)
-
-
-class WorkerFunction:
-    """A function that a worker executes, as the engine calls it: for triggers and for the embedding program."""
-
-    def __init__(self, hub: Hub, worker: Worker, frame: RegisterFunction) -> None:
-        self.hub = hub
-        self.worker = worker
-        self.frame = frame
-
-    async def __call__(self, payload: object) -> Any:
-        """Have the worker execute it. On the server's event loop. Raises RemoteFailure with the worker's error."""
-        event = type(payload) is StateEvent
-        data = Raw(event_json(payload) if event else encode(payload))  # type: ignore[arg-type]  # `event` says so
-        future: asyncio.Future[InvocationResult] = asyncio.get_running_loop().create_future()
-
-        def settle(outcome: InvocationResult) -> None:
-            if not future.done():
-                future.set_result(outcome)
-
-        execution = self.hub.execute(self, data, settle)
-        try:
-            outcome = await future
-        finally:
-            self.hub.drop(execution)
-        error = outcome.error
-        if error is not None:
-            raise RemoteFailure(self.frame.id, error.code, error.message, error.stacktrace)
-        result = bytes(value_of(outcome))
-        if event:  # only a condition's literal `false` means anything
-            return False if result == b"false" else None
-        return decode(parse(result)) if result else None
 
 
 class Hub:
@@ -174,6 +109,7 @@ class Hub:
             return
         for function in list(worker.functions.values()):
             self._withdraw(function)
+        self.triggers.silence(worker)
         for execution in worker.session.end():
             self._deadlines.pop(execution, None)
             execution.settle(stopped(execution))
@@ -191,6 +127,7 @@ class Hub:
             self.disconnect(worker)
         for function in self._introspection.functions():
             self.functions.discard(function.function_id, function.target)
+        self.triggers.dispatcher.close()
         if self._timer is not None:
             self._timer.cancel()
         for task in list(self._tasks):
@@ -201,13 +138,27 @@ class Hub:
 
     def act(self, worker: Worker, action: Action) -> None:
         """Do what a worker's conversation asks for."""
-        kind = type(action)
-        if kind is Call:
-            self._call(worker, action)  # type: ignore[arg-type]  # `kind` says so; the rare ones are matched below
-        elif kind is Answered:
-            execution = action.execution  # type: ignore[union-attr]
-            self._deadlines.pop(execution, None)
-            execution.settle(action.frame)  # type: ignore[union-attr]
+        if type(action) is InvokeFunction:
+            self.calls += 1
+            builtin = self._state.get(action.function_id)
+            if builtin is not None and worker.access is None:
+                # The state functions without anything in between: this is what most messages are.
+                try:
+                    outcome = builtin(action.data, None)
+                except Exception as error:
+                    worker.answer(action, error=failure(action, error))
+                    return
+                if outcome is None or type(outcome) is bytes:
+                    message = worker.session.answer(action, outcome)
+                    if message is not None:
+                        worker.send(message)
+                else:
+                    self._later(worker, action, outcome)  # type: ignore[arg-type]  # a coroutine, then
+            else:
+                self._call(worker, action)
+        elif type(action) is Answered:
+            self._deadlines.pop(action.execution, None)
+            action.execution.settle(action.frame)
         else:
             self._act_rarely(worker, action)
 
@@ -280,8 +231,7 @@ class Hub:
 
     # --------------------------------------------------------------------------------------------------------- calls
 
-    def _call(self, worker: Worker, call: Call) -> None:
-        self.calls += 1
+    def _call(self, worker: Worker, call: InvokeFunction) -> None:
         function_id, access = call.function_id, worker.access
         try:
             if access is not None:
@@ -305,14 +255,11 @@ class Hub:
             if own is not None and function.builtin:
                 worker.answer(call, own(worker, call.data))
             else:
-                self._later(worker, call, self._call_program(call))
-        except ScopestateError as error:
-            worker.answer(call, error=error_body(error))
+                self._later(worker, call, self._call_program(worker, call))
         except Exception as error:
-            log.exception("a call of %r failed inside the server", function_id)
-            worker.answer(call, error=_bug(error))
+            worker.answer(call, error=failure(call, error))
 
-    def _forward(self, caller: Worker, call: Call, target: WorkerFunction) -> None:
+    def _forward(self, caller: Worker, call: InvokeFunction, target: WorkerFunction) -> None:
         """Have another worker execute a call, with the caller's id; its answer goes back unparsed."""
 
         def settle(outcome: InvocationResult) -> None:
@@ -321,10 +268,12 @@ class Hub:
             if message is not None:
                 caller.send(message)
 
-        execution = self.execute(target, call.data_for_function(), settle, call)
+        execution = self.execute(target, with_caller(call.data, caller.worker_id), settle, call)
         caller.issued[execution] = None
 
-    def execute(self, target: WorkerFunction, data: Raw, settle: Settle, call: Call | None = None) -> Execution:
+    def execute(
+        self, target: WorkerFunction, data: Raw, settle: Settle, call: InvokeFunction | None = None
+    ) -> Execution:
         """Send a call to the worker of `target`; `settle` gets the outcome: an answer, a loss or a timeout.
 
         Raises Overloaded if the worker has too many calls in progress, and RemoteFailure if it is gone.
@@ -375,16 +324,16 @@ class Hub:
         self._deadlines.pop(execution, None)
         return execution.forget()
 
-    async def _call_program(self, call: Call) -> Result:
+    async def _call_program(self, worker: Worker, call: InvokeFunction) -> Result:
         """Call a function that the embedding program registered."""
         try:
-            payload = decode(parse(bytes(call.data_for_function()) or b"null"))
+            payload = decode(parse(bytes(with_caller(call.data, worker.worker_id)) or b"null"))
         except DeserializationError as error:
             raise DeserializationError(f"Failed to deserialize input for {call.function_id}: {error}") from error
         result = await self.engine.aio.call(call.function_id, payload)
         return None if result is None else encode(result)
 
-    def _later(self, worker: Worker, call: Call, outcome: Coroutine[Any, Any, Result]) -> None:
+    def _later(self, worker: Worker, call: InvokeFunction, outcome: Coroutine[Any, Any, Result]) -> None:
         self.spawn(self._answer_later(worker, call, outcome))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -393,34 +342,18 @@ class Hub:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer_later(self, worker: Worker, call: Call, outcome: Coroutine[Any, Any, Result]) -> None:
+    async def _answer_later(self, worker: Worker, call: InvokeFunction, outcome: Coroutine[Any, Any, Result]) -> None:
         try:
             result = await outcome
-        except ScopestateError as error:
-            worker.answer(call, error=error_body(error))
         except Exception as error:
-            log.exception("a call of %r failed inside the server", call.function_id)
-            worker.answer(call, error=_bug(error))
+            worker.answer(call, error=failure(call, error))
         else:
             worker.answer(call, result)
 
 
-def event_json(event: StateEvent) -> bytes:
-    """The event as handlers get it (PROTOCOL, section 5); its values go in unparsed."""
-    return b'{"type":"state","event_type":"%b","scope":%b,"key":%b,"old_value":%b,"new_value":%b}' % (
-        event.event_type.encode(),
-        encode(event.scope),
-        encode(event.key),
-        b"null" if event.old_json is None else event.old_json,
-        b"null" if event.new_json is None else event.new_json,
-    )
-
-
-def _bug(error: Exception) -> ErrorBody:
-    """What to answer when the server itself failed."""
+def failure(call: InvokeFunction, error: Exception) -> ErrorBody:
+    """An error as it goes over the wire (PROTOCOL, section 4.4). One that is none of ours is a bug, and logged."""
+    if isinstance(error, ScopestateError):
+        return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None))
+    log.error("a call of %r failed inside the server", call.function_id, exc_info=error)
     return ErrorBody("invocation_error", f"{type(error).__name__}: {error}")
-
-
-def error_body(error: ScopestateError) -> ErrorBody:
-    """An error as it goes over the wire (PROTOCOL, section 4.4)."""
-    return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None))

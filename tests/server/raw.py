@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import uuid
+from contextlib import ExitStack
 from typing import Any
 
 from websockets.exceptions import ConnectionClosed
@@ -19,7 +21,9 @@ class RawWorker:
 
     def __init__(self, url: str, *, path: str = "/", greeted: bool = True, **options: Any) -> None:
         options.setdefault("max_size", None)
-        self.socket: Connection = connect(url + path, compression=None, open_timeout=PATIENCE_S, **options)
+        self._open = ExitStack()
+        opening = connect(url + path, compression=None, open_timeout=PATIENCE_S, **options)
+        self.socket: Connection = self._open.enter_context(opening)
         self.worker_id: str | None = None
         if greeted:
             first = self.receive()
@@ -117,8 +121,8 @@ class RawWorker:
 
     def close(self) -> None:
         """Go away properly."""
-        self.socket.close()
+        self._open.close()
 
     def cut(self) -> None:
         """Go away without a word."""
-        self.socket.socket.close()
+        self.socket.socket.shutdown(socket.SHUT_RDWR)
