@@ -269,8 +269,18 @@ class RemoteScopeActor(ScopeActor):
             outcome = read_answer(turn, result)
         except ScopestateError as problem:
             failure = _via_bridge(turn, problem)
+        except Exception as problem:
+            log.exception("%s: reading the answer to a call failed", self.name)  # a bug, which must not hang the caller
+            failure = _via_bridge(turn, problem)
         if outcome is not None and outcome.change is not None and not self._remote.reports_changes:
-            self._fire(turn.key, *outcome.change, call.depth)
+            if self._shut:
+                log.error(
+                    "%s: a write of key %r was answered after the engine closed; its event is not delivered",
+                    self.name,
+                    turn.key,
+                )
+            else:
+                self._fire(turn.key, *outcome.change, call.depth)
         # Events before answers: who has the answer may call drain() and count on the event.
         if failure is not None:
             call.reply.fail(failure)
@@ -309,14 +319,16 @@ class RemoteScopeActor(ScopeActor):
         return any(key in table or None in table for table in (self._watch, self._anywhere) if table)
 
     def _report_change(self, change: RemoteChange) -> None:
-        if self._passivated:
-            self._around.directory[self.scope].take_in(change)  # type: ignore[attr-defined]  # scopes here are alike
-            return
         try:
+            if self._closed:
+                raise EngineClosed
+            if self._passivated:
+                self._around.directory[self.scope].post(change)
+                return
             if self._watched(change.key):
                 self._router.targets(self.scope, self._watch, change.key, 0)
-        except HandlerFull as full:
-            change.reply.fail(full)
+        except (ScopestateError, HandlerFull) as error:
+            change.reply.fail(error)
             return
         self.touched = True
         self._fire(change.key, change.old, change.new, 0)
@@ -372,7 +384,7 @@ class _Told(Reply[Any]):
         log.error("a message told to a scope was refused: %s", error, exc_info=error)
 
 
-def _via_bridge(turn: Any, error: ScopestateError) -> StorageError:
+def _via_bridge(turn: Any, error: Exception) -> StorageError:
     """The local error for a remote failure (PROTOCOL, section 13.7)."""
     cause = f"remote error ({error.code}): {error}" if isinstance(error, RemoteFailure) else str(error)
     failure = as_failure_of(turn, StorageError(f"{_VERBS[type(turn)]} via bridge: {cause}"))

@@ -137,6 +137,7 @@ def with_client(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     ca_file: str | None = None,
     on_change: Callable[[bool, str], object] | None = None,
+    on_trigger_refused: Callable[[ScopestateError], object] | None = None,
 ) -> T:
     """Connect, do `work`, disconnect; errors end the program, and so do SIGINT and SIGTERM."""
     options = ClientOptions(
@@ -148,7 +149,7 @@ def with_client(
     )
 
     async def run() -> T:
-        async with Client(url, options, on_change=on_change) as client:
+        async with Client(url, options, on_change=on_change, on_trigger_refused=on_trigger_refused) as client:
             return await work(client)
 
     with errors_to_exit_codes(as_json=as_json):

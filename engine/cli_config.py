@@ -94,10 +94,10 @@ def _plain(value: object, name: str = "") -> Any:
         return {key: _plain(item, str(key)) for key, item in value.items()}
     if value is not None and not isinstance(value, bool) and name in _SECRET:
         return MASK
-    return _without_password(value) if isinstance(value, str) else value
+    return without_password(value) if isinstance(value, str) else value
 
 
-def _without_password(text: str) -> str:
+def without_password(text: str) -> str:
     """Mask the password of an address, as in `redis://:secret@host`."""
     if "://" not in text or "@" not in text:
         return text

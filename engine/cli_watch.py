@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from functools import cached_property
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from scopestate.cli_common import FOREVER_S, AsJson, CaFile, Token, Url, out, standard_error, with_client
+from scopestate.errors import ScopestateError
 from scopestate.wire.client import Client
 from scopestate.wire.options import DEFAULT_URL
 
@@ -38,20 +40,16 @@ def watch(
     notes = standard_error()
     filters = {name: value for name, value in (("scope", scope), ("key", key)) if value is not None}
 
-    async def follow(client: Client) -> None:
-        enough = asyncio.Event()
-        seen = 0
+    seen = _Seen(count)
 
+    async def follow(client: Client) -> None:
         async def on_event(payload: bytes) -> bytes | None:
-            nonlocal seen
-            if not enough.is_set():
-                seen += 1
+            if not seen.enough.done():
                 if readable:
-                    console.print(_line(msgspec.json.decode(payload)))
+                    console.print(event_line(msgspec.json.decode(payload)))
                 else:
                     out(payload.decode())
-                if seen == count:
-                    enough.set()
+                seen.one_more()
             return None
 
         function_id = f"scopestate::watch::{os.urandom(8).hex()}"
@@ -59,21 +57,55 @@ def watch(
         client.register_trigger("state", function_id, filters)
         # Once this is answered, the trigger is in place (PROTOCOL, section 1, "Order").
         await client.call_raw("engine::functions::list", b"{}")
-        notes.print(f"watching {client.url}", markup=False, style="dim")
-        await enough.wait()
+        if not seen.enough.done():
+            notes.print(f"watching {client.url}", markup=False, style="dim")
+        await seen.enough
 
     def on_change(connected: bool, reason: str) -> None:
-        if not connected and reason != "this client is closed":
+        if connected:
+            seen.connections += 1
+            if seen.connections > 1:
+                notes.print("connected again", markup=False, style="green")
+        elif seen.connections and reason != "this client is closed":
             notes.print(f"{reason}; connecting again", markup=False, style="red")
-        elif connected and on_change.once:  # type: ignore[attr-defined]
-            notes.print("connected again", markup=False, style="green")
-        on_change.once = True  # type: ignore[attr-defined]
 
-    on_change.once = False  # type: ignore[attr-defined]
-    with_client(url, token, follow, as_json=as_json, timeout_s=FOREVER_S, ca_file=ca_file, on_change=on_change)
+    with_client(
+        url,
+        token,
+        follow,
+        as_json=as_json,
+        timeout_s=FOREVER_S,
+        ca_file=ca_file,
+        on_change=on_change,
+        on_trigger_refused=seen.refused,
+    )
 
 
-def _line(event: dict[str, Any]) -> Text:
+class _Seen:
+    """How many events came, and the end of the watch: enough of them, or a refusal."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._came = 0
+        self.connections = 0
+
+    @cached_property
+    def enough(self) -> asyncio.Future[None]:
+        """Done when the watch is over. Made on the event loop."""
+        return asyncio.get_running_loop().create_future()
+
+    def one_more(self) -> None:
+        self._came += 1
+        if self._came == self._wanted:
+            self.enough.set_result(None)
+
+    def refused(self, error: ScopestateError) -> None:
+        if not self.enough.done():
+            self.enough.set_exception(error)
+
+
+def event_line(event: dict[str, Any]) -> Text:
+    """Return an event as a line for people."""
     kind = str(event.get("event_type"))
     line = Text()
     line.append(kind.removeprefix("state:").ljust(8), style=_COLOURS.get(kind, ""))

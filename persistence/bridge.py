@@ -66,7 +66,8 @@ class BridgeAdapter:
         self._closed = False
         self._guard = threading.Lock()
         options = options or ClientOptions(name=f"scopestate-bridge:{self._pid}")
-        self._client = Client(url, options, on_change=self._note_connection)
+        self._refusal = ""
+        self._client = Client(url, options, on_change=self._note_connection, on_trigger_refused=self._note_refusal)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="scopestate-bridge", daemon=True)
         self._thread.start()
@@ -83,6 +84,13 @@ class BridgeAdapter:
     def connected(self) -> bool:
         """True while there is a connection."""
         return self._client.connected
+
+    def problem(self) -> str | None:
+        """Return what is wrong now, in words; None if all is well."""
+        why_not = self._client.why_not
+        if why_not is not None:
+            return f"the bridge has no connection: {why_not}; calls wait for one"
+        return self._refusal or None
 
     def call(self, function_id: str, payload: bytes, done: Done) -> None:
         """As `Remote.call`: send and return at once."""
@@ -191,7 +199,15 @@ class BridgeAdapter:
         finally:
             self._loop.close()
 
+    def _note_refusal(self, error: ScopestateError) -> None:
+        self._refusal = (
+            f"the remote reports no changes to the bridge: {error} ({error.code}); local triggers hear of none"
+        )
+        log.error("bridge to %s: %s", self.url, self._refusal)
+
     def _note_connection(self, connected: bool, reason: str) -> None:
+        if connected:
+            self._refusal = ""
         if connected and self._client.connections == 1:
             log.info("bridge to %s: connected", self.url)
         elif connected:

@@ -45,4 +45,6 @@ def read_keyed(result: bytes | None) -> list[tuple[str, bytes]]:
         keyed = msgspec.json.decode(result or b"null", type=_Keyed)
     except msgspec.DecodeError as error:
         raise DeserializationError("that engine does not name the keys of a scope; it is no scopestate") from error
+    if len(keyed.keys) != len(keyed.values):
+        raise DeserializationError(f"{len(keyed.keys)} keys with {len(keyed.values)} values")
     return [(key, parse(bytes(value))) for key, value in zip(keyed.keys, keyed.values, strict=True)]

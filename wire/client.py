@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 
 import msgspec
 from msgspec import Raw
+
 from scopestate.errors import (
     ConnectionLost,
     DeserializationError,
@@ -62,13 +63,19 @@ class Client:
         options: ClientOptions | None = None,
         *,
         on_change: Callable[[bool, str], object] | None = None,
+        on_trigger_refused: Callable[[ScopestateError], object] | None = None,
     ) -> None:
-        """`on_change(connected, reason)` is called at each change. Raises ConfigError for what cannot be an address."""
+        """`on_change(connected, reason)` is called at each change, and when the first attempt to connect fails.
+
+        `on_trigger_refused(error)` is called when the server does not take a trigger. Raises ConfigError for what
+        cannot be an address.
+        """
         self.url = checked_url(url)
         self.options = options or ClientOptions()
         self._headers = request_headers(self.options)
         self._tls = tls_context(url, self.options)
         self._on_change = on_change or (lambda connected, reason: None)
+        self._on_trigger_refused = on_trigger_refused or (lambda error: None)
         self._functions: dict[str, _Function] = {}
         self._triggers: dict[str, frames.RegisterTrigger] = {}
         self._notes: deque[bytes] = deque()
@@ -80,6 +87,7 @@ class Client:
         self._why_not: str | None = f"not connected to {self.url} yet"
         self._refused = False
         self._closed = False
+        self._told: bool | None = None
         self.worker_id: str | None = None
         """The id that the server gave this connection; None without one."""
         self.connections = 0
@@ -117,6 +125,11 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def why_not(self) -> str | None:
+        """Why there is no connection; None if there is one."""
+        return self._why_not
 
     @property
     def connected(self) -> bool:
@@ -340,7 +353,7 @@ class Client:
     def _change(self, why_not: str | None) -> None:
         if self._closed and why_not is None:
             return
-        was_up, self._why_not = self.connected, why_not
+        self._why_not = why_not
         if why_not is None:
             self.connections += 1
             self._goodbye = ""
@@ -348,7 +361,8 @@ class Client:
             self._wake.set()
         else:
             self._up.clear()
-        if was_up != self.connected:
+        if self._told != self.connected:
+            self._told = self.connected
             self._on_change(self.connected, why_not or "")
         elif why_not is not None:
             log.debug("%s", why_not)
@@ -386,7 +400,8 @@ class Client:
             case frames.WorkerRegistered(worker_id=worker_id):
                 self.worker_id = worker_id
             case frames.TriggerRegistrationResult(error=frames.ErrorBody(code=code, message=text)):
-                log.error("%s refused a trigger for %s: %s (%s)", self.url, frame.function_id, text, code)
+                log.warning("%s refused a trigger for %s: %s (%s)", self.url, frame.function_id, text, code)
+                self._on_trigger_refused(RemoteFailure(frame.function_id, code, text))
             case frames.Error(error=frames.ErrorBody(code=code, message=text)):
                 self._goodbye = f"the server refused this client: {text} ({code})"
                 self._refused = code in {"AUTH_ERROR", "FORBIDDEN"}

@@ -21,6 +21,7 @@ from scopestate.errors import (
     NotConnected,
     Overloaded,
     RemoteFailure,
+    ReplyTimeout,
     StorageError,
     ValueTooLarge,
 )
@@ -361,6 +362,80 @@ def test_a_message_through_a_pykka_ref(remote: RemoteProcess, open_bridge: OpenB
     assert ref.ask(messages.List("s")) == [{"a": 1}]
     with pytest.raises(DeserializationError):
         ref.ask(messages.Get("other", "k"))
+
+
+def test_a_message_told_through_a_pykka_ref_is_carried_out_and_a_refusal_logged(
+    remote: RemoteProcess, open_bridge: OpenBridge, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = open_bridge(remote.url)
+    ref = engine.scope("s").actor_ref
+
+    ref.tell(messages.Set("s", "k", 1))
+    ref.tell(messages.Set("other", "k", 1))
+
+    assert ref.ask(messages.Get("s", "k")) == 1
+    assert "a message told to a scope was refused" in caplog.text
+
+
+def test_what_a_cancelled_task_had_waiting_is_never_sent(open_bridge: OpenBridge) -> None:
+    with Engine() as far, Server(far, port=0) as server:
+        engine = open_bridge(server.url)
+
+        async def scene() -> None:
+            # The far scope is busy, so the first write is not answered, and the second waits here for it.
+            actor = far._scopes["s"]
+            actor._claim["holder"] = -1
+            first = asyncio.ensure_future(engine.aio.set("s", "k", 1))
+            second = asyncio.ensure_future(engine.aio.set("s", "k", 2))
+            third = asyncio.ensure_future(engine.aio.set("s", "k", 3))
+            await asyncio.sleep(0)  # each task begins, and its turn runs on this thread
+            assert len(engine._scopes["s"]._open) == 3  # type: ignore[attr-defined]
+            second.cancel()
+            await asyncio.gather(second, return_exceptions=True)
+            del actor._claim["holder"]
+            actor.wake_anyway()
+            await asyncio.gather(first, third)
+
+        asyncio.run(scene())
+        assert far.get("s", "k") == 3
+        assert far.stats().calls["state::set"] == 2
+        engine.drain(PATIENCE_S)
+        assert not engine._scopes["s"]._open  # type: ignore[attr-defined]
+        engine.close()
+
+
+def test_a_caller_waits_for_call_timeout_at_most(open_bridge: OpenBridge) -> None:
+    engine = open_bridge(
+        "ws://127.0.0.1:9", connect_wait_ms=60_000, limits={"call_timeout_ms": 50, "close_grace_ms": 0}
+    )
+
+    with pytest.raises(ReplyTimeout, match="a write may still be applied"):
+        engine.set("s", "k", 1)
+
+
+def test_health_says_whether_there_is_a_connection(remote: RemoteProcess, open_bridge: OpenBridge) -> None:
+    away, there = open_bridge("ws://127.0.0.1:9", connect_wait_ms=50), open_bridge(remote.url)
+    there.list_groups()
+    with pytest.raises(StorageError):
+        away.list_groups()
+
+    assert there.health().ok
+    (problem,) = away.health().problems
+    assert problem.startswith("the bridge has no connection: cannot connect: ")
+
+
+def test_a_remote_that_does_not_let_the_bridge_watch_shows_in_health(open_bridge: OpenBridge) -> None:
+    token = {"token": "t", "read": ["mine"], "write": ["*"]}
+    manager = {"name": "iii-worker-manager", "config": {"port": 0, "auth": {"tokens": [token]}}}
+    config = from_mapping({"workers": [manager]})
+    with Engine(config) as far, Server(far, config=config.server) as server:
+        engine = open_bridge(server.url, events="remote", token="t")
+        engine.set("mine", "k", 1)
+        (problem,) = engine.health().problems
+        engine.close()
+
+    assert problem.startswith("the remote reports no changes to the bridge: ")
+    assert "FORBIDDEN" in problem or "trigger_registration_failed" in problem
 
 
 # ------------------------------------------------------------------------------------------------------------- config

@@ -49,7 +49,7 @@ class Program:
 
     def __init__(self, *arguments: str, cwd: Path | None = None, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "scopestate.cli", *arguments],
+            [sys.executable, "-m", "scopestate", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from commands import Run
 
+from scopestate.cli_config import without_password
 from scopestate.config import DEFAULT_FILE, loads
 
 WRONG = """\
@@ -111,3 +112,18 @@ def test_secrets_are_masked(cli: Run, tmp_path: Path) -> None:
         assert secret not in result.out
     assert "bridge_url: ws://far:1" in result.out
     assert "TOKEN_OF_A_TEST" in result.out
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("redis://:pw@host:1/0", "redis://:***@host:1/0"),
+        ("redis://me:p@w@host", "redis://me:***@host"),
+        ("redis://me@host", "redis://me@host"),
+        ("ws://host:1", "ws://host:1"),
+        ("not://an address with @", "not://an address with @"),
+        ("me@example.org", "me@example.org"),
+    ],
+)
+def test_a_password_in_an_address_is_masked(text: str, shown: str) -> None:
+    assert without_password(text) == shown

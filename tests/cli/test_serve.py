@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from commands import PATIENCE_S, Program, Run
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from scopestate import Engine
 from scopestate.cli_serve import StatusLine, describe_adapter
@@ -46,6 +48,19 @@ def test_a_signal_ends_it_with_everything_saved(number: int, program: type[Progr
     assert "Traceback" not in ended.err
     exported = cli("store", "export", str(tmp_path / "store")).out
     assert '{"scope":"users","key":"k","value":{"n":1}}' in exported
+
+
+def test_workers_are_told_to_come_back(program: type[Program]) -> None:
+    served = program("serve", "--port", "0", "--json")
+    with connect(json.loads(served.line())["url"]) as worker:
+        assert json.loads(worker.recv(PATIENCE_S))["type"] == "workerregistered"
+        assert served.signal(signal.SIGTERM).code == 0
+        with pytest.raises(ConnectionClosed) as closed:
+            worker.recv(PATIENCE_S)
+
+    # Not 1000 or 1001, after which a Python SDK never reconnects (PROTOCOL, section 9).
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1012
 
 
 def test_without_a_file_state_is_in_memory(program: type[Program], cli: Run) -> None:
@@ -121,7 +136,7 @@ def test_a_bridge_to_its_own_address_is_refused(program: type[Program], tmp_path
 def test_at_a_terminal_it_shows_a_status_line(tmp_path: Path) -> None:
     main_end, program_end = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "scopestate.cli", "serve", "--port", "0"],
+        [sys.executable, "-m", "scopestate", "serve", "--port", "0"],
         stderr=program_end,
         stdout=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,

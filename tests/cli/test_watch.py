@@ -6,9 +6,11 @@ import json
 import signal
 
 import pytest
-from commands import Program
+from commands import Program, Run
 
 from scopestate import Engine
+from scopestate.cli_watch import event_line
+from scopestate.config import from_mapping
 from scopestate.server import Server
 
 
@@ -69,3 +71,35 @@ def test_a_lost_connection_is_told_and_made_again(program: type[Program], engine
         engine.set("s", "k", 1)
         assert json.loads(watch.line())["key"] == "k"
         assert watch.wait().code == 0
+
+
+def test_a_watch_that_is_not_allowed_ends_with_the_reason(cli: Run) -> None:
+    token = {"token": "t", "read": ["mine"]}
+    manager = {"name": "iii-worker-manager", "config": {"port": 0, "auth": {"tokens": [token]}}}
+    config = from_mapping({"workers": [manager]})
+    with Engine(config) as engine, Server(engine, config=config.server) as server:
+        result = cli("watch", "--scope", "theirs", "--url", server.url, "--token", "t")
+
+    assert (result.code, result.out) == (1, "")
+    assert "theirs" in result.err
+
+
+@pytest.mark.parametrize(
+    ("event_type", "old", "new", "line"),
+    [
+        ("state:created", None, {"a": 1}, 'created users / k  {"a":1}'),
+        ("state:updated", 1, "x", 'updated users / k  1 -> "x"'),
+        ("state:deleted", [1], None, "deleted users / k  [1]"),
+    ],
+)
+def test_a_line_for_people(event_type: str, old: object, new: object, line: str) -> None:
+    event = {"event_type": event_type, "scope": "users", "key": "k", "old_value": old, "new_value": new}
+
+    assert event_line(event).plain == line
+
+
+def test_a_long_value_is_cut_in_a_line_for_people() -> None:
+    event = {"event_type": "state:created", "scope": "s", "key": "k", "old_value": None, "new_value": "x" * 1000}
+
+    assert event_line(event).plain.endswith("xxx...")
+    assert len(event_line(event).plain) < 250

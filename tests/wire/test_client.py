@@ -262,6 +262,29 @@ async def test_what_a_function_raises_goes_back_as_an_error() -> None:
     assert answer.error == frames.ErrorBody("invocation_failed", "ValueError: too bad")
 
 
+async def test_an_answer_does_not_go_to_a_connection_that_did_not_ask() -> None:
+    begun, gate = asyncio.Event(), asyncio.Event()
+
+    async def slow(_: bytes) -> bytes | None:
+        begun.set()
+        await gate.wait()
+        return b"1"
+
+    async with played_server() as server, Client(server.url, quick()) as client:
+        client.register_function("f", slow)
+        peer = await server.next_peer()
+        await peer.send(frames.InvokeFunction("f", Raw(b"{}"), "00000000-0000-4000-8000-000000000001"))
+        await asyncio.wait_for(begun.wait(), PATIENCE_S)
+        peer.drop()
+        peer = await server.next_peer()
+        await client.wait_connected(PATIENCE_S)
+        gate.set()
+        await peer.send(frames.InvokeFunction("nobody", Raw(b"{}"), "00000000-0000-4000-8000-000000000002"))
+        answer = await peer.next(frames.InvocationResult)
+
+    assert answer.function_id == "nobody"
+
+
 async def test_an_ordered_function_takes_its_calls_one_after_another() -> None:
     seen: list[bytes] = []
     begun, gate = asyncio.Event(), asyncio.Event()
