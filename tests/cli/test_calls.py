@@ -147,3 +147,15 @@ def test_as_a_program(program: type[Program], server: Server) -> None:
     done = program("set", "s", "k", "1").wait()
 
     assert (done.code, done.out, done.err) == (0, '{"old_value":null,"new_value":1}\n', "")
+
+
+def test_over_tls(cli: Run) -> None:
+    files = Path(__file__).parents[1] / "server" / "tls"
+    tls = {"certfile": str(files / "cert.pem"), "keyfile": str(files / "key.pem")}
+    config = from_mapping({"workers": [{"name": "iii-worker-manager", "config": {"port": 0, "tls": tls}}]})
+    with Engine(config) as engine, Server(engine, config=config.server) as server:
+        assert cli("list-groups", "-u", server.url, "--ca-file", str(files / "cert.pem")).json == {"groups": []}
+        refused = cli("list-groups", "-u", server.url, "--timeout", "0.5")
+
+    assert refused.code == 5
+    assert "certificate verify failed" in refused.err
