@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.logging import RichHandler
-from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from scopestate.cli_common import AsJson, errors_to_exit_codes, out, standard_error
 from scopestate.cli_config import import_from_here
@@ -51,10 +52,9 @@ def serve(
     The file is watched while it runs. With --json one line of JSON on standard output says where it listens.
     """
     console = standard_error()
-    _log_to(console, log_level)
     import_from_here()
     signals = _Signals()
-    with errors_to_exit_codes(as_json=as_json), signals.caught():
+    with _logs_to(console, log_level), errors_to_exit_codes(as_json=as_json), signals.caught():
         server = Server.from_config(config, host=host, port=port, handle_sigterm=False)
         try:
             try:
@@ -100,18 +100,19 @@ def _wait(server: Server, signals: _Signals, console: Console) -> None:
         signals.came.get()
         return
     line = StatusLine(server)
-    with Status(line.text(), console=console, spinner="dots") as status:
+    # No spinner: it would draw many times a second, which a server has better uses for.
+    with Live(line.text(), console=console, auto_refresh=False, transient=True) as live:
         while True:
+            live.update(line.text(), refresh=True)
             try:
                 signals.came.get(timeout=LOOK_S)
             except queue.Empty:
-                status.update(line.text())
-            else:
-                return
+                continue
+            return
 
 
 class StatusLine:
-    """One line on what a server is doing: `3 workers | 1,200 calls/s | ...`."""
+    """One line on what a server is doing: `up 0:02:10 | 3 workers | 1,200 calls/s | ...`; what is wrong comes first."""
 
     def __init__(self, server: Server, clock: Any = time.monotonic) -> None:
         self._server = server
@@ -119,7 +120,7 @@ class StatusLine:
         self._began = self._looked = clock()
         self._calls = 0
 
-    def text(self) -> str:
+    def text(self) -> Text:
         """Return the line for this moment; the rate is that since the last one."""
         now, status, stats = self._clock(), self._server.status(), self._server.engine.stats()
         calls = status.calls + sum(stats.calls.values())
@@ -127,18 +128,20 @@ class StatusLine:
         self._calls, self._looked = calls, now
         minutes, seconds = divmod(int(now - self._began), 60)
         parts = [
+            f"up {minutes // 60}:{minutes % 60:02}:{seconds:02}",
             f"{status.workers} workers",
+            f"{rate:,.0f} calls/s",
             f"{status.functions} functions",
             f"{status.triggers} triggers",
-            f"{rate:,.0f} calls/s",
             f"{stats.scopes:,} scopes, {stats.keys:,} keys in memory",
-            f"up {minutes // 60}:{minutes % 60:02}:{seconds:02}",
         ]
         if stats.unsaved_scopes:
             parts.append(f"{stats.unsaved_scopes} scopes to save")
-        line = " | ".join(parts)
-        health = self._server.engine.health()
-        return line if health.ok else f"{line} | [bold red]{'; '.join(health.problems)}[/]".replace("\n", " ")
+        line = Text(no_wrap=True, overflow="ellipsis")
+        problems = self._server.engine.health().problems
+        if problems:
+            line.append(f"{'; '.join(problems)} | ", style="bold red")
+        return line.append(" | ".join(parts))
 
 
 def _announce(server: Server, console: Console, *, as_json: bool) -> None:
@@ -193,7 +196,9 @@ def _keeps(server: Server) -> bool:
     return bool(server.engine._parts.adapter.keeps)
 
 
-def _log_to(console: Console, level: str) -> None:
+@contextmanager
+def _logs_to(console: Console, level: str) -> Iterator[None]:
+    """Show the log on standard error while the block runs."""
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, markup=False)
@@ -201,5 +206,14 @@ def _log_to(console: Console, level: str) -> None:
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("websockets").setLevel(logging.WARNING)
+    root, websockets = logging.getLogger(), logging.getLogger("websockets")
+    before = root.level, websockets.level
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    websockets.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before[0])
+        websockets.setLevel(before[1])

@@ -164,7 +164,7 @@ def test_the_status_line_counts_by_the_clock(engine: Engine) -> None:
         now[0] += 2.0
         for _ in range(10):
             engine.get("s", "k")
-        text = line.text()
+        text = line.text().plain
 
     assert "| 5 calls/s |" in text
     assert "1 scopes, 1 keys in memory" in text
