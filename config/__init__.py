@@ -10,6 +10,7 @@ from pathlib import Path
 from scopestate.config.loader import check, from_mapping, load, loads, validate
 from scopestate.config.schema import (
     AdapterConfig,
+    AuthConfig,
     BridgeConfig,
     Config,
     FunctionRef,

@@ -31,18 +31,18 @@ _TRUE: Final = Raw(b"true")
 _BUSY: Final = object()
 
 
-class _Place(msgspec.Struct):
+class _Place(msgspec.Struct, gc=False):
     scope: str
     key: str
 
 
-class _Scope(msgspec.Struct):
+class _Scope(msgspec.Struct, gc=False):
     scope: str
     tell_keys: Raw = msgspec.field(default=_ABSENT, name="_keys")
     """`true`: a bridge or a tool asks for the keys too: `{"keys": [...], "values": [...]}`."""
 
 
-class _Write(msgspec.Struct):
+class _Write(msgspec.Struct, gc=False):
     scope: str
     key: str
     value: Raw = _ABSENT
@@ -51,7 +51,7 @@ class _Write(msgspec.Struct):
     """`true`: a bridge asks for `existed` in the result, which tells a stored null from a missing key."""
 
 
-class _Ops(msgspec.Struct):
+class _Ops(msgspec.Struct, gc=False):
     scope: str
     key: str
     ops: Raw

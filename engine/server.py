@@ -259,6 +259,7 @@ class Server:
             ssl=self._tls,
             backlog=1024,
             enable_auto_pong=False,
+            use_aiofastnet=False,
             max_frame_size=self.config.max_message_bytes,
             read_buffer_init_size=4096,
             websocket_handshake_timeout=10,

@@ -199,7 +199,4 @@ class WorkerTriggers:
                 target = self._hub.functions.find(registered.frame.function_id)
                 # Whoever is slow: the worker with the function, which need not be the one with the trigger.
                 worker = getattr(getattr(target, "target", None), "worker", registered.owner)
-                reason = f"{waiting} events wait for its function {registered.frame.function_id!r}"
-                log.warning("worker %s: closing its connection: %s", worker.worker_id, reason)
-                worker.close(POLICY, reason)
-                handler.abandon("its worker's connection was closed: too many events waited for it")
+                worker.close(POLICY, f"{waiting} events wait for its function {registered.frame.function_id!r}")

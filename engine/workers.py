@@ -167,7 +167,6 @@ class Hub:
             case Send(message=message):
                 worker.send(message)
             case Close(code=code, reason=reason):
-                log.warning("worker %s: closing its connection: %s", worker.worker_id, reason)
                 worker.close(code, reason)
             case RegisterFunction():
                 self._register(worker, action)

@@ -134,6 +134,7 @@ class WorkerSession:
     def __init__(self, worker_id: str, limits: SessionLimits = SessionLimits()) -> None:  # noqa: B008 - immutable
         self.worker_id = worker_id
         self.limits = limits
+        self._max_calls = limits.calls
         self.closed = False
         """True once nothing more is taken from the worker."""
         self.executing: dict[str, Execution] = {}
@@ -179,7 +180,7 @@ class WorkerSession:
             invocation_id = frame.invocation_id
             if invocation_id is None or frame.action is not None:
                 return self._invoked_rarely(frame, message)
-            if not_in_uuid(invocation_id) is None and self.waiting < self.limits.calls:
+            if not_in_uuid(invocation_id) is None and self.waiting < self._max_calls:
                 self.waiting += 1
                 return frame
             return self._refused(frame, message)

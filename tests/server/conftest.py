@@ -73,12 +73,12 @@ def server(open_server: OpenServer) -> Server:
 
 
 @pytest.fixture
-def connect(server: Server) -> Iterator[OpenRaw]:
+def connect(request: pytest.FixtureRequest) -> Iterator[OpenRaw]:
     """Connect raw workers: `connect()` to the server of this test, `connect(other_server)` to another one."""
     opened: list[RawWorker] = []
 
     def open_(to: Server | None = None, **options: Any) -> RawWorker:
-        worker = RawWorker((to or server).url, **options)
+        worker = RawWorker((to or request.getfixturevalue("server")).url, **options)
         opened.append(worker)
         return worker
 
@@ -88,12 +88,12 @@ def connect(server: Server) -> Iterator[OpenRaw]:
 
 
 @pytest.fixture
-def start_sdk(server: Server) -> Iterator[OpenSdk]:
+def start_sdk(request: pytest.FixtureRequest) -> Iterator[OpenSdk]:
     """Start workers on the official SDKs: `start_sdk("node-0.11.6")`."""
     started: list[SdkWorker] = []
 
     def start(sdk: str, to: Server | None = None, **options: Any) -> SdkWorker:
-        worker = SdkWorker(sdk, (to or server).url, **options)
+        worker = SdkWorker(sdk, (to or request.getfixturevalue("server")).url, **options)
         started.append(worker)
         return worker
 

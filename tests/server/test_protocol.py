@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import socket
 import urllib.error
 import urllib.request
 import uuid
@@ -398,6 +399,22 @@ def wait_until_gone(worker: RawWorker, engine: Engine) -> None:
         if not engine.triggers():
             return
         worker.settle()
+
+
+@pytest.mark.parametrize("how", ["close", "cut"])
+def test_what_a_worker_said_before_it_left_is_done(connect: OpenRaw, server: Server, engine: Engine, how: str) -> None:
+    leaving, other = connect(), connect()
+    for number in range(2_000):
+        leaving.invoke("state::set", {"scope": "s", "key": "k", "value": number}, action={"type": "void"})
+
+    if how == "close":
+        leaving.close()
+    else:
+        leaving.socket.socket.shutdown(socket.SHUT_WR)  # everything sent arrives, and then nothing more
+    while server.status().workers > 1:
+        other.settle()
+
+    assert engine.get("s", "k") == 1_999
 
 
 # ----------------------------------------------------------------------------------------------------------- triggers

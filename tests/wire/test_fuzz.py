@@ -156,7 +156,6 @@ def test_the_server_stands_a_hundred_thousand_hostile_messages(
 
     async def play() -> tuple[int, int]:
         sent = 0
-        closes: list[str] = []
 
         def count(message: bytes) -> None:
             nonlocal sent
@@ -164,7 +163,7 @@ def test_the_server_stands_a_hundred_thousand_hostile_messages(
             json.loads(message)
 
         def connect() -> Any:
-            return made.connect(None, "127.0.0.1", count, lambda code, reason: closes.append(reason))
+            return made.connect(None, "127.0.0.1", count, lambda code, reason: None)
 
         workers = [connect() for _ in range(4)]
         sizes: list[int] = []
@@ -192,7 +191,7 @@ def test_the_server_stands_a_hundred_thousand_hostile_messages(
         logging.disable(logging.NOTSET)
 
     assert sent > MESSAGES // 10  # it did answer
-    assert grown < 5_000  # blocks of memory, of which a message that is kept takes several
+    assert grown < 1_000  # blocks of memory, of which a message that is kept takes several
     assert made.workers == {}
     assert len(made.triggers) == 0
     assert bugs == []
