@@ -1,9 +1,11 @@
-# run, test, check, bench, clean. Needs Python 3.11 or newer, pip and make; everything else is installed into $(VENV).
+# run, test, check, bench, simulate, reliability, clean. Needs Python 3.11 or newer, pip and make; everything else is installed into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SEEDS ?= 10000
+FIRST ?= 0
 EXAMPLE := examples/temperatures/run.py
 
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ READY_DEV := $(VENV)/.ready-dev
 READY_RUN := $(if $(wildcard $(READY_DEV)),$(READY_DEV),$(VENV)/.ready-run)
 
 .DELETE_ON_ERROR:
-.PHONY: run test check bench clean FORCE
+.PHONY: run test check bench simulate reliability clean FORCE
 
 run: $(READY_RUN)
 	@$(BIN)/python $(EXAMPLE)
@@ -36,6 +38,15 @@ check: $(READY_DEV)
 
 bench: $(READY_DEV)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+simulate: $(READY_DEV)
+	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST)
+
+# The tests that record figures, then docs/reliability.md from what they recorded.
+reliability: $(READY_DEV)
+	$(BIN)/python -m pytest --no-cov -q tests/reliability tests/simulation tests/linearizability tests/load tests/hostile \
+		tests/faults tests/persistence
+	@$(BIN)/python -m tests.reliability.report
 
 clean:
 	rm -rf .venv .make build dist bench-results *.egg-info .coverage .coverage.*

@@ -1,0 +1,14 @@
+"""The actors that an engine consists of, and the messages that they take.
+
+`TurnActor` is a Pykka actor without a thread of its own; the others are made by an engine. For tests of your own,
+`scopestate.actors.deterministic` has a dispatcher that replays any order of turns from a seed.
+"""
+
+from scopestate.actors import messages
+from scopestate.actors.handler import HandlerActor
+from scopestate.actors.router import TriggerRouter
+from scopestate.actors.scope import ScopeActor
+from scopestate.actors.snapshot import SnapshotActor
+from scopestate.actors.turn import TurnActor
+
+__all__ = ["HandlerActor", "ScopeActor", "SnapshotActor", "TriggerRouter", "TurnActor", "messages"]

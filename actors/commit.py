@@ -10,20 +10,9 @@ import pykka
 
 from scopestate.actors import messages
 from scopestate.actors.reply import Envelope, ReplyTo
-from scopestate.actors.scope import (
-    Caused,
-    Change,
-    Housekeeping,
-    Put,
-    Read,
-    ReadAll,
-    ReadItems,
-    ScopeActor,
-    Surroundings,
-    Take,
-    as_failure_of,
-)
+from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.turn import WAIT
+from scopestate.actors.turns import Caused, Change, Housekeeping, Put, Read, ReadAll, ReadItems, Take, as_failure_of
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.persistence import ScopeChange
 
@@ -93,7 +82,7 @@ class CommitScopeActor(ScopeActor):
 
     def peek(self, key: str) -> bytes | None:
         values = self._values
-        if values is None:
+        if values is None or not self._direct:
             return None
         data = values.get(key)
         # Looked at after the value was read. If all is settled now and the scope was not loaded anew meanwhile, then
@@ -105,7 +94,7 @@ class CommitScopeActor(ScopeActor):
 
     def read_all(self) -> list[bytes]:
         values = self._values
-        if values is not None:
+        if values is not None and self._direct:
             everything = list(values.values())
             if not self._unsettled and values is self._values:
                 self.touched = True
@@ -119,6 +108,7 @@ class CommitScopeActor(ScopeActor):
             return super().run(message, otherwise)
         if otherwise is not WAIT:
             return otherwise  # no answer is ready before its commit
+        self._around.snapshot._refuse_own_turn()  # a finalizer may run anywhere, in the middle of a commit too
         timeout_s = self._around.limits.call_timeout_s
         reply = self._dispatcher.reply()
         self.accept(Envelope(message, reply))
@@ -148,7 +138,9 @@ class CommitScopeActor(ScopeActor):
 
     def _answer(self, message: Any, reply: ReplyTo, answer: Any) -> None:
         inner = message.message if type(message) is Caused else message
-        if type(inner) in _WRITES or (self._unsettled and self._is_open(inner)):
+        if type(inner) in _WRITES:
+            self._waiting += ((inner, reply, answer),)  # `_write` has asked for the commit
+        elif self._unsettled and self._is_open(inner):
             self._waiting += ((inner, reply, answer),)
             self._registry[self.scope] = self
             self._around.snapshot.commit_soon()
@@ -177,8 +169,8 @@ class CommitScopeActor(ScopeActor):
     def _announce(self) -> None:
         """Events wait for the commit."""
 
-    def _recover(self) -> None:
-        super()._recover()
+    def _tell_again(self) -> None:
+        super()._tell_again()
         self._around.snapshot.commit_anyway()
 
     # -------------------------------------------------------------------------------------------------- commits

@@ -40,12 +40,12 @@ class DeterministicDispatcher:
     Time passes when nothing else is left to run, or by `advance`.
 
     What other threads could do meanwhile is drawn from the seed too. With probability `switch`, the running code gives
-    way where it looks at, takes or gives back an actor's claim, and where a fake under test calls `give_way`; with
+    way where it takes or gives back an actor's claim, and where a fake under test calls `give_way`; with
     probability `busy` an idle scope counts as busy, so that the message goes through its mailbox.
 
     A turn that waits keeps its stack, so turns run on threads of their own, but never two at once: each hands over and
     stops. Refused: to run other turns on top of the stack of the one that waits. It cannot go on before they end, which
-    is a deadlock that the engine does not have, and `threading.get_ident` and context variables would be those of another turn.
+    is a deadlock that the engine does not have, and thread ids and context variables would be those of another turn.
 
     Coroutine handlers and `engine.aio` belong to event loops, which keep their own order: test those on real threads.
     """
@@ -54,7 +54,7 @@ class DeterministicDispatcher:
         self.seed = seed
         self.history: list[tuple[float, str]] = []
         """(virtual seconds, what) of every turn that was begun or gone on with, in order."""
-        self.waiter = self._wait
+        self.waiter: Callable[[Reply[Any], float | None], None] | None = self._wait
         self._switch = switch
         self._busy = busy
         self._random = random.Random(seed)
@@ -125,6 +125,9 @@ class DeterministicDispatcher:
         actor.batch = 1
         self._add(actor.name, actor.run_batch)
 
+    def schedule_next(self, actor: TurnActor) -> None:
+        self.schedule(actor)
+
     def submit(self, work: Callable[[], object]) -> None:
         """Have `work()` called in some later step. It may wait for replies."""
         self._add(getattr(work, "__qualname__", "work"), work)
@@ -155,7 +158,13 @@ class DeterministicDispatcher:
         return len(self._workers)
 
     def close(self) -> None:
-        """Drop what is ready, and end what has begun: each wait raises an error that only BaseException catches."""
+        """Run what is ready, then end the rest as `kill` does. What comes later runs on the thread that brings it."""
+        if get_ident() == self._owner:
+            self.run_until_idle()
+        self.kill()
+
+    def kill(self) -> None:
+        """End everything where it is, as when the process dies: a wait raises what no `except Exception` catches."""
         self._closed = True
         self._ready.clear()
         self._timers.clear()
@@ -172,6 +181,8 @@ class DeterministicDispatcher:
     def _add(self, label: str, work: Callable[[], object]) -> None:
         if not self._closed:
             self._ready.append((label, work))
+        elif get_ident() not in self._workers:
+            work()
 
     def _step(self, latest: float) -> bool:
         """Run one turn; to have one, let time pass up to `latest`. False if there is none until then."""
@@ -263,7 +274,7 @@ class DeterministicDispatcher:
     def _refuse_others(self) -> None:
         if get_ident() != self._owner:
             raise RuntimeError(
-                "only the thread that made a DeterministicDispatcher drives it or waits in it: turns and other threads may not"
+                "only the thread that made this dispatcher drives it or waits in it: no turn, no other thread"
             )
 
     def _seem_busy(self, claim: _Claim, actor: TurnActor) -> None:
@@ -273,13 +284,14 @@ class DeterministicDispatcher:
 
             def let_go() -> None:
                 del claim[HOLDER]
-                actor.wake()
+                if actor._mailbox:
+                    actor.wake_anyway()  # `wake` might find it busy again, for ever if `busy` is 1
 
             self._add(f"somebody in {actor.name}", let_go)
 
 
 class _Ended(BaseException):
-    """Raised where a turn waits when its dispatcher is closed. No Exception: code under test must not go on after it."""
+    """Raised where a turn waits when its dispatcher ends. No Exception: code under test must not go on after it."""
 
 
 class _Entry:
@@ -295,7 +307,7 @@ class _Entry:
 
 
 class _Claim(dict[str, int]):
-    """An actor's claim, at whose every use other threads may go first, as on real threads."""
+    """An actor's claim, around whose taking and giving back other threads may go first, as on real threads."""
 
     __slots__ = ("_actor", "_dispatcher")
 
@@ -305,14 +317,13 @@ class _Claim(dict[str, int]):
         self._dispatcher = dispatcher
 
     def __bool__(self) -> bool:
-        self._dispatcher.give_way()
+        # Nobody goes first here: it is also read under locks, with which a turn must not stop.
         if self._actor.caller_runs and not len(self):
             self._dispatcher._seem_busy(self, self._actor)
-        claimed = len(self) > 0
-        self._dispatcher.give_way()  # what was seen may be out of date when it is used
-        return claimed
+        return len(self) > 0
 
-    def setdefault(self, key: str, default: int, /) -> int:  # type: ignore[override]  # always with a default
+    def setdefault(self, key: str, default: int, /) -> int:
+        self._dispatcher.give_way()  # what `bool` said may be out of date by now
         holder = super().setdefault(key, default)
         self._dispatcher.give_way()
         return holder

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from scopestate.actors.scope import ScopeActor, checked_name, event_depth
+from scopestate.actors.scope import ScopeActor
+from scopestate.actors.turns import checked_name, event_depth
 
 
 class Directory(dict[str, ScopeActor]):
@@ -51,5 +52,7 @@ class Directory(dict[str, ScopeActor]):
     def disown(self, refusal: Callable[[], Exception]) -> None:
         """In a forked child: forget every actor, and refuse. The guard may be held by a thread that is not here."""
         self._guard = threading.RLock()
+        for actor in list(self.values()):
+            actor.disown(refusal)
         self.clear()
         self.refuse(refusal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import heapq
 import itertools
 import logging
@@ -32,6 +33,9 @@ class Dispatcher(Protocol):
     def schedule(self, actor: TurnActor) -> None:
         """Have `actor.run_batch()` called soon, on a thread where no signal handler runs."""
 
+    def schedule_next(self, actor: TurnActor) -> None:
+        """As `schedule`, for a short turn that is about to end: this worker may run `actor` itself, right after it."""
+
     def submit(self, work: Callable[[], object]) -> None:
         """Call `work()` soon on a worker thread, where it may block."""
 
@@ -54,7 +58,7 @@ class Dispatcher(Protocol):
         """Threads alive now, without the timer's."""
 
     def close(self) -> None:
-        """End every thread once it is done with what is scheduled; what comes later runs on the thread that brings it."""
+        """End every thread once it is done with what is scheduled; what comes later runs on whoever brings it."""
 
 
 class ThreadDispatcher:
@@ -72,7 +76,7 @@ class ThreadDispatcher:
     MOST = 512
     """Workers at most; more are never started, and that is logged."""
 
-    waiter = None
+    waiter: Callable[[Reply[Any], float | None], None] | None = None
 
     def __init__(self, name: str = "scopestate") -> None:
         self._name = name
@@ -81,12 +85,22 @@ class ThreadDispatcher:
         self._workers = 0
         self._guard = threading.Lock()
         self._numbers = itertools.count(1)
-        self._watched = False
+        self._looks = 0
+        self._look_asked = -1
         self._closed = False
+        self._mine = threading.local()
         self._timer = _TimerThread(f"{name}-timer")
 
     def schedule(self, actor: TurnActor) -> None:
         self.submit(actor.run_batch)
+
+    def schedule_next(self, actor: TurnActor) -> None:
+        # Waking a second worker for it costs 20 us: the two then fight for the interpreter.
+        mine = self._mine
+        if getattr(mine, "is_worker", False) and mine.next is None:
+            mine.next = actor.run_batch
+        else:
+            self.schedule(actor)
 
     def submit(self, work: Callable[[], object]) -> None:
         self._ready.put(work)
@@ -99,7 +113,7 @@ class ThreadDispatcher:
     def reply(self) -> Reply[Any]:
         return Reply()
 
-    def claim(self, actor: TurnActor) -> dict[str, int]:  # noqa: ARG002 - all claims are alike here
+    def claim(self, actor: TurnActor) -> dict[str, int]:
         return {}
 
     def monotonic(self) -> float:
@@ -118,16 +132,21 @@ class ThreadDispatcher:
 
     def _look_after_queue(self) -> None:
         """Nobody is idle: start the first worker at once, and see in a moment whether one more is needed."""
+        look = self._looks
         if self._closed:
             self._run_left_over()
         elif self._workers == 0:
-            self._add_worker()
-        elif not self._watched:
-            self._watched = True
-            self._timer.call_later(self.STALL_S, self._relieve)
+            if not start_thread(self._add_first_worker):
+                self._run_left_over()
+        elif self._look_asked != look:
+            # Noted by number, and last: if a signal cuts this short, the next one who comes here asks again.
+            self._timer.call_later(self.STALL_S, lambda: self._relieve(look))
+            self._look_asked = look
 
-    def _relieve(self) -> None:
-        self._watched = False
+    def _relieve(self, look: int) -> None:
+        if look != self._looks:
+            return  # two had asked at once
+        self._looks += 1
         if self._idle or self._ready.empty() or self._closed:
             return
         self._add_worker()
@@ -136,7 +155,8 @@ class ThreadDispatcher:
     def _run_left_over(self) -> None:
         """No worker will come any more: what is scheduled now runs here, so that nobody waits for ever.
 
-        These are messages that crossed with the engine's end; their actors refuse them.
+        These are messages that crossed with the engine's end, which their actors refuse; or the interpreter exits and
+        starts no threads any more (3.12), and the exit hook closes the engine with the thread that it has.
         """
         ends = 0
         try:
@@ -150,17 +170,30 @@ class ThreadDispatcher:
             for _ in range(ends):
                 self._ready.put(None)  # for the workers that are still in a turn
 
-    def _add_worker(self) -> None:
+    def _add_first_worker(self) -> None:
+        self._add_worker(only_first=True)
+
+    def _add_worker(self, *, only_first: bool = False) -> None:
+        worker = threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True)
+        # The guard is kept while the thread starts: once `close` has had it, no thread of ours is about to appear.
         with self._guard:
-            if self._closed or self._workers >= self.MOST:
+            if self._closed or self._workers >= (1 if only_first else self.MOST):
                 return
             self._workers += 1
-            if self._workers == self.MOST:
-                log.error("all %d worker threads are blocked in handlers; events now wait for one to end", self.MOST)
-        threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True).start()
+            try:
+                worker.start()
+            except RuntimeError as error:
+                self._workers -= 1
+                log.error("no worker thread can be started: %s", error)  # noqa: TRY400 - it says all
+            else:
+                if self._workers == self.MOST:
+                    log.error("all %d worker threads are blocked in handlers; events now wait for one to end", self.MOST)
+                return
+        self._run_left_over()
 
     def _work(self) -> None:
-        ready, idle = self._ready, self._idle
+        ready, idle, mine = self._ready, self._idle, self._mine
+        mine.is_worker, mine.next = True, None
         while True:
             idle.append(None)
             try:
@@ -173,13 +206,16 @@ class ThreadDispatcher:
             if not idle and not ready.empty():
                 # Whoever scheduled those may have counted on this worker.
                 self._look_after_queue()
-            try:
-                work()
-            except Exception:
-                log.exception("a turn failed outside its actor")
+            while work is not None:
+                try:
+                    work()
+                except Exception:
+                    log.exception("a turn failed outside its actor")
+                work, mine.next = mine.next, None
         with self._guard:
             self._workers -= 1
-        if not self._closed and not ready.empty():
+        if not ready.empty():
+            # Also when closed: whoever came behind the end in the queue still saw this worker idle and left.
             self._look_after_queue()
 
 
@@ -200,45 +236,67 @@ class _TimerThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._heap: list[tuple[float, int, _Scheduled]] = []
+        self._new: queue.SimpleQueue[tuple[float, int, _Scheduled] | None] = queue.SimpleQueue()
         self._order = itertools.count()
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._runs: dict[str, int] = {}
+        self._guard = threading.Lock()
         self._closed = False
 
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
         entry = _Scheduled(callback)
-        due = time.monotonic() + delay_s
-        with self._changed:
-            if self._closed:
-                return entry
-            heapq.heappush(self._heap, (due, next(self._order), entry))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-            elif self._heap[0][2] is entry:
-                self._changed.notify()
+        if not self._closed:
+            # One C call, which no signal can cut in two. Refused: a Condition around the heap, whose methods are Python
+            # code: a KeyboardInterrupt inside could leave its lock taken for ever.
+            self._new.put((time.monotonic() + delay_s, next(self._order), entry))
+            if not self._runs:
+                start_thread(self._begin)
         return entry
 
     def close(self) -> None:
-        with self._changed:
+        with self._guard:
             self._closed = True
-            self._heap.clear()
-            self._changed.notify()
+        self._new.put(None)
+
+    def _begin(self) -> None:
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        with self._guard:
+            if not self._closed and not self._runs:
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    log.debug("no timer thread can be started: %s", error)  # the interpreter exits
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while True:
-                    if self._closed:
-                        return
-                    wait_s = self._heap[0][0] - time.monotonic() if self._heap else None
-                    if wait_s is not None and wait_s <= 0:
-                        break
-                    self._changed.wait(wait_s)
-                callback = heapq.heappop(self._heap)[2].callback
+        me = _thread.get_ident()
+        if self._runs.setdefault("thread", me) != me:
+            return  # two were started at once
+        new, heap = self._new, list[tuple[float, int, _Scheduled]]()
+        while not self._closed:
+            wait_s = heap[0][0] - time.monotonic() if heap else None
+            if wait_s is None or wait_s > 0:
+                try:
+                    item = new.get(timeout=wait_s)
+                except queue.Empty:
+                    continue
+                if item is not None:
+                    heapq.heappush(heap, item)
+                continue
+            callback = heapq.heappop(heap)[2].callback
             if callback is not None:
                 try:
                     callback()
                 except Exception:
                     log.exception("a timer's callback failed")
+
+
+def start_thread(target: Callable[[], object]) -> bool:
+    """Call `target()`, which is short, on a thread of its own. Returns False if the interpreter starts none any more.
+
+    One C call: `Thread.start()` is Python code that waits for the new thread, and a KeyboardInterrupt that comes into
+    it can leave that thread waiting for ever. On the new thread no signal arrives, so it may start a real one.
+    """
+    try:
+        _thread.start_new_thread(target, ())
+    except RuntimeError:
+        return False
+    return True

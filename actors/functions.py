@@ -39,12 +39,13 @@ class Functions:
 
     def add(self, function: Function) -> None:
         """Register; the same id again replaces. Raises InvalidRegistration for a built-in id or a bad target."""
-        function_id = function.function_id
+        function_id: object = function.function_id  # whatever the program passed: structs are not checked
         if not isinstance(function_id, str) or not function_id:
             raise InvalidRegistration(f"a function id is a non-empty string, not {function_id!r:.80}")
-        if not callable(function.target):
-            raise InvalidRegistration(f"function {function_id!r} is not callable: {function.target!r:.80}")
-        entry = msgspec.structs.replace(function, is_async=is_async(function.target))
+        target: object = function.target
+        if not callable(target):
+            raise InvalidRegistration(f"function {function_id!r} is not callable: {target!r:.80}")
+        entry = msgspec.structs.replace(function, is_async=is_async(target))
         with self._guard:
             known = self._by_id.get(function_id)
             if known is not None and known.builtin:
@@ -71,9 +72,14 @@ class Functions:
 
     def get(self, function_id: str) -> Function:
         """Return the function. Raises FunctionNotFound."""
+        given: object = function_id
+        if type(given) is not str:
+            # Whatever it is, its own hooks (hash, repr) are not asked: they may do anything.
+            text = str.__str__(given) if isinstance(given, str) else f"<{type(given).__name__}>"
+            return self.get(text)
         try:
             return self._by_id[function_id]
-        except (KeyError, TypeError):
+        except KeyError:
             raise FunctionNotFound(function_id) from None
 
     def all(self) -> list[Function]:
@@ -85,7 +91,9 @@ def is_async(target: Callable[..., Any]) -> bool:
     """True if calling `target` makes a coroutine: an `async def`, a partial of one, an object with an async call."""
     while isinstance(target, functools.partial):
         target = target.func
-    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None))
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(
+        getattr(target, "__call__", None)  # noqa: B004 - whether it is callable is known, what is asked is how
+    )
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

@@ -15,8 +15,8 @@ from scopestate.actors.functions import Functions
 from scopestate.actors.limits import Limits
 from scopestate.actors.reply import Reply
 from scopestate.actors.results import StateEvent
-from scopestate.actors.scope import event_depth
 from scopestate.actors.turn import HOLDER, TurnActor
+from scopestate.actors.turns import event_depth
 from scopestate.errors import EventNotDelivered, HandlerTimeout
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class HandlerActor(TurnActor):
         self._mailbox: deque[Any] = deque()  # type: ignore[assignment]
         self._services = services
         self._deadline: float | None = None
+        self._running_id = ""
         self._watched = False
         self._overdue = False
         self.trigger = trigger
@@ -141,6 +142,10 @@ class HandlerActor(TurnActor):
         """Events that wait."""
         return len(self._mailbox)
 
+    def is_busy(self) -> bool:
+        """True if events wait or one is being delivered."""
+        return bool(self._mailbox or self._claim)
+
     def is_overdue(self) -> bool:
         """True while a plain function runs past its time limit."""
         return self._overdue and self._deadline is not None
@@ -155,7 +160,9 @@ class HandlerActor(TurnActor):
             if limits.handler_when_full == "drop_oldest":
                 self._drop_oldest()
         mailbox += (event,)
-        self.wake()
+        if not self._scheduled and not self._claim:
+            self._scheduled = True
+            self._dispatcher.schedule_next(self)
 
     # -------------------------------------------------------------------------------------------------- delivery
 
@@ -197,9 +204,9 @@ class HandlerActor(TurnActor):
             except StopIteration:
                 delivery = value = error = self.current = None
                 continue
-            event_depth.set(0)
             self._claim[HOLDER] = NOBODY
-            pending.start(self._continuation(delivery))
+            pending.start(self._continuation(delivery))  # with the depth still set: code on a loop runs in this context
+            event_depth.set(0)
             return
         event_depth.set(0)
         del self._claim[HOLDER]
@@ -223,20 +230,23 @@ class HandlerActor(TurnActor):
                 verdict = self._call(condition, event)
                 if hasattr(verdict, "__await__"):
                     verdict = await self._on_loop(condition, verdict)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - user code may raise anything; a worker thread outlives it
                 self._report(condition, event, error, attempt=1, final=True)
                 return
             if verdict is False:
                 self.skipped += 1
                 return
         while True:
+            if not self.active:  # unregistered while the condition ran, or a pause
+                self.dropped += 1
+                return
             try:
                 result = self._call(trigger.function_id, event)
                 if result is not None and hasattr(result, "__await__"):
                     await self._on_loop(trigger.function_id, result)
                 self.delivered += 1
                 return
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - as above
                 final = attempt >= limits.handler_attempts or isinstance(error, HandlerTimeout) or not self.active
                 self._report(trigger.function_id, event, error, attempt=attempt, final=final)
                 if final:
@@ -260,16 +270,15 @@ class HandlerActor(TurnActor):
 
     async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
         """Await what a function gave, on the event loop that it belongs to."""
-        from scopestate.actors.loops import OnLoop  # noqa: PLC0415 - asyncio takes 20 ms to import
+        from scopestate.actors.loops import OnLoop, Overdue  # noqa: PLC0415 - asyncio takes 20 ms to import
 
         services = self._services
         function = services.functions.get(function_id)
         timeout_s = services.limits.handler_timeout_s
+        self._overdue = False
         try:
             return await OnLoop(result, function.loop or services.loop_thread.get(), timeout_s)
-        except TimeoutError as error:
-            if not timeout_s:
-                raise
+        except Overdue as error:
             self.timeouts += 1
             raise HandlerTimeout(function_id, timeout_s) from error
 
@@ -285,6 +294,7 @@ class HandlerActor(TurnActor):
     def _call_watched(self, target: Callable[[Any], Any], function_id: str, event: StateEvent, timeout_s: float) -> Any:
         """Call a plain function that nothing can stop: if it is overdue that is reported at once, while it runs on."""
         self._overdue = False
+        self._running_id = function_id
         self._deadline = self._dispatcher.monotonic() + timeout_s
         if not self._watched:
             # One timer per handler follows the deadline, instead of one per event.
@@ -313,8 +323,8 @@ class HandlerActor(TurnActor):
             return
         self._watched = False
         self.timeouts += 1
-        error = HandlerTimeout(self.trigger.function_id, self._services.limits.handler_timeout_s)
-        self._report(self.trigger.function_id, event, error, attempt=1, final=True)
+        error = HandlerTimeout(self._running_id, self._services.limits.handler_timeout_s)
+        self._report(self._running_id, event, error, attempt=1, final=True)
         self._overdue = True
 
     # ---------------------------------------------------------------------------------------------- events not tried
@@ -355,6 +365,17 @@ class HandlerActor(TurnActor):
             elif self.active:
                 abandoned += 1
                 self._drop(item, reason)
+
+    def abandon_current(self) -> None:
+        """Report the event whose delivery has begun and not ended. For a closing engine, when its grace is over."""
+        event = self.current
+        if event is None or self._overdue:
+            return  # what is overdue was reported then
+        error = EventNotDelivered(
+            f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
+            "engine closed: its handler may or may not have done its work"
+        )
+        self._report(self.trigger.function_id, event, error, attempt=1, final=True)
 
 
 class _Later:

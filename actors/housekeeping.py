@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from scopestate.actors.scope import Passivate, ScopeActor
+from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor
+from scopestate.actors.turns import Passivate
 
 if TYPE_CHECKING:
     from scopestate.actors.directory import Directory

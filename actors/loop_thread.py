@@ -24,9 +24,11 @@ class LoopThread:
 
         with self._guard:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, args=(self._loop,), name=self._name, daemon=True)
-                self._thread.start()
+                loop = asyncio.new_event_loop()
+                thread = threading.Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
+                thread.start()
+                # Only now: a start that was interrupted is done again.
+                self._loop, self._thread = loop, thread
             return self._loop
 
     def owns_this_thread(self) -> bool:
@@ -37,10 +39,11 @@ class LoopThread:
         """Cancel what still runs there, end the thread and close the loop. Idempotent."""
         with self._guard:
             loop, thread = self._loop, self._thread
+            if loop is None or thread is None:
+                return
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(loop.stop)
             self._loop = self._thread = None
-        if loop is None or thread is None:
-            return
-        loop.call_soon_threadsafe(loop.stop)
         if thread is not threading.current_thread():
             thread.join(timeout=5.0)
 

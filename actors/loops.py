@@ -18,6 +18,10 @@ class Pending(Protocol):
         """Begin; call `go_on` once, from any thread, with the outcome."""
 
 
+class Overdue(Exception):
+    """The awaitable took longer than its time limit. Not TimeoutError, which it may raise by itself."""
+
+
 class OnLoop:
     """An awaitable that runs on an event loop while the actor that awaits it keeps no thread."""
 
@@ -46,11 +50,24 @@ class OnLoop:
             go_on(None, RuntimeError(f"the event loop it belongs to is closed: {error}"))
 
     def _begin(self, go_on: Continue) -> None:
-        awaitable = asyncio.wait_for(self._awaitable, self._timeout_s) if self._timeout_s else self._awaitable
-        task = asyncio.ensure_future(awaitable)
+        task = asyncio.ensure_future(self._awaitable)
+        overdue = False
+
+        def expire() -> None:
+            nonlocal overdue
+            overdue = True
+            task.cancel()
+
+        timer = self._loop.call_later(self._timeout_s, expire) if self._timeout_s else None
 
         def finished(task: asyncio.Future[Any]) -> None:
-            if task.cancelled():
+            if timer is not None:
+                timer.cancel()
+            if overdue:
+                if not task.cancelled():
+                    task.exception()  # whatever it made of the cancellation, asyncio need not complain about it
+                go_on(None, Overdue(f"not done within {self._timeout_s:g} s"))
+            elif task.cancelled():
                 go_on(None, asyncio.CancelledError("the task was cancelled"))
             elif (error := task.exception()) is not None:
                 go_on(None, error)

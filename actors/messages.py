@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from scopestate.errors import DeserializationError
+from scopestate.errors import DeserializationError, ScopestateError
 from scopestate.ops import UpdateOp, convert_ops
 
 
@@ -76,9 +76,18 @@ def from_payload(function_id: str, payload: object) -> Message:
     Raises DeserializationError, worded as upstream's, if a field is missing or has the wrong type; nothing has
     happened then. `function_id` must be one of FUNCTION_IDS.
     """
+    try:
+        return _read(function_id, FUNCTION_IDS[function_id], payload)
+    except ScopestateError:
+        raise
+    except Exception as error:
+        # A mapping, text or op of somebody's own class, whose hooks raise.
+        raise misfit(function_id, f"reading the input failed with {type(error).__name__}") from error
+
+
+def _read(function_id: str, kind: type[Message], payload: object) -> Message:
     if not isinstance(payload, Mapping):
         raise misfit(function_id, f"expected an object, got {type(payload).__name__}")
-    kind = FUNCTION_IDS[function_id]
     if kind is ListGroups:
         return ListGroups()
     scope = _text(function_id, payload, "scope")
@@ -108,7 +117,7 @@ def _text(function_id: str, payload: Mapping[str, Any], field: str) -> str:
     text = payload[field]
     if not isinstance(text, str):
         raise misfit(function_id, f"invalid type: expected a string, got {type(text).__name__} - at `$.{field}`")
-    return text
+    return str.__str__(text)  # of a subclass, what it holds
 
 
 def _value(function_id: str, payload: Mapping[str, Any]) -> Any:

@@ -13,7 +13,9 @@ from scopestate.actors.remote_calls import Outcome, read_answer, request
 from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.actors.results import EventType, StateEvent
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.scope import (
+from scopestate.actors.scope import ScopeActor, Surroundings
+from scopestate.actors.turn import WAIT
+from scopestate.actors.turns import (
     Caused,
     Change,
     Close,
@@ -24,8 +26,6 @@ from scopestate.actors.scope import (
     Read,
     ReadAll,
     ReadItems,
-    ScopeActor,
-    Surroundings,
     Take,
     answer_of,
     as_failure_of,
@@ -33,7 +33,6 @@ from scopestate.actors.scope import (
     event_depth,
     turn_of,
 )
-from scopestate.actors.turn import WAIT
 from scopestate.errors import (
     DeserializationError,
     EngineClosed,

@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from scopestate.actors.results import SetResult, UpdateResult
-from scopestate.actors.scope import Change, Put, Read, ReadAll, ReadItems, Take
+from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take
 from scopestate.errors import DeserializationError, RemoteFailure
 from scopestate.ops import OpError
 from scopestate.ops.values import parse

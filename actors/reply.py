@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
@@ -12,6 +13,8 @@ import pykka
 
 if TYPE_CHECKING:
     from scopestate.actors.loop_reply import LoopReply
+
+log = logging.getLogger("scopestate.actors")
 
 T = TypeVar("T")
 _ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
@@ -89,13 +92,11 @@ class Reply(pykka.Future[T]):
 
     def set(self, value: T | None = None) -> None:
         """Deliver the value and wake everybody who waits."""
-        self._value = value
-        self._arrive()
+        self._arrive(value, None)
 
     def fail(self, error: BaseException) -> None:
         """Deliver an error and wake everybody who waits."""
-        self._error = error
-        self._arrive()
+        self._arrive(None, error)
 
     def set_exception(self, exc_info: _ExcInfo | None = None) -> None:
         """Deliver an exception as Pykka does: the given one, else the one being handled."""
@@ -128,15 +129,20 @@ class Reply(pykka.Future[T]):
         elif self._arrival.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
             self._arrival.release()  # the next one who waits gets through too
 
-    def _arrive(self) -> None:
+    def _arrive(self, value: T | None, error: BaseException | None) -> None:
         with self._guard:
             if self.done:
                 raise RuntimeError("a reply was delivered twice")
+            self._value, self._error = value, error
             self.done = True
             callbacks, self._callbacks = self._callbacks, []
         self._arrival.release()
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:
+                # It runs in the middle of somebody else's turn, with other callers' answers still to deliver.
+                log.exception("a callback of a reply failed")
 
 
 def deliver(outcomes: Iterable[tuple[ReplyTo, Any, BaseException | None]]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,32 +17,27 @@ from scopestate.errors import EventLoopDetected, InvalidRegistration, Overloaded
 
 log = logging.getLogger("scopestate.triggers")
 
+
 class Bucket:
     """The handlers with one pair of filters, in order of registration."""
 
-    __slots__ = ("_all", "members")
+    __slots__ = ("_all", "changes", "members")
 
     def __init__(self) -> None:
         self.members: dict[int, HandlerActor] = {}
         """Number of registration -> handler."""
-        self._all: tuple[HandlerActor, ...] | None = None
-
-    def add(self, number: int, handler: HandlerActor) -> None:
-        """Add a handler, under the router's guard."""
-        self.members[number] = handler
-        self._all = None
-
-    def remove(self, number: int) -> None:
-        """Take a handler out, under the router's guard."""
-        del self.members[number]
-        self._all = None
+        self.changes = 0
+        """How often `members` was changed, under the router's guard."""
+        self._all: tuple[int, tuple[HandlerActor, ...]] = (0, ())
 
     def all(self) -> tuple[HandlerActor, ...]:
         """Return the handlers; made once, not at each of 100,000 registrations. Read without the guard."""
-        handlers = self._all
-        if handlers is None:
+        changes, handlers = self._all
+        if changes != self.changes:
+            # Kept with the number of changes that it knows of: a registration meanwhile makes it out of date.
+            changes = self.changes
             handlers = tuple(self.members.values())
-            self._all = handlers
+            self._all = (changes, handlers)
         return handlers
 
 
@@ -48,11 +45,18 @@ Watchers = dict[str | None, Bucket]
 """Key filter (None: every key) -> handlers."""
 
 
-class HandlerFull(Exception):
+class HandlerFull(Overloaded):
     """A handler must catch up before this write: wait for `TriggerRouter.when_room`, then try again.
 
-    It never leaves the engine.
+    The engine's own calls do so; only who asks a scope through its Pykka ref gets to see it.
     """
+
+    def __init__(self, scope: str, progress: int) -> None:
+        super().__init__(
+            f"a handler that must see this write to scope {scope!r} is full; nothing was written: try again"
+        )
+        self.progress = progress
+        """`TriggerRouter.progress` before the handler was found full."""
 
 
 class TriggerRouter(TurnActor):
@@ -70,18 +74,25 @@ class TriggerRouter(TurnActor):
         super().__init__(services.dispatcher)
         self._services = services
         services.made_room = self.made_room
-        self._guard = threading.Lock()
+        # Reentrant: a signal handler may write to a new scope while this thread is making one.
+        self._guard = threading.RLock()
         self._numbers = itertools.count(1)
         self._by_id: dict[str, tuple[int, HandlerActor]] = {}
         self._by_scope: dict[str, Watchers] = {}
         self.anywhere: Watchers = {}
         """Key filter (None: every key) -> handlers of the triggers without a scope filter."""
-        self._waiting_for_room: list[Callable[[], object]] = []
+        self._waiting_for_room: deque[Callable[[], object]] = deque()
+        self.progress = 0
+        """Changes whenever handlers have made progress."""
         self.routed = 0
         """Events that had at least one trigger."""
         self.loops_cut = 0
         self._cascades = itertools.count()
+        self._blocked = itertools.count()
+        self._refused = itertools.count()
         self._retired = _Counts()
+        self._retiring: list[HandlerActor] = []
+        self._most_retiring = 64
 
     # ---------------------------------------------------------------------------------------------- registration
 
@@ -99,14 +110,18 @@ class TriggerRouter(TurnActor):
                 self._remove(*known)
             number = next(self._numbers)
             handler = make(trigger, self._services)
-            self._by_id[trigger.trigger_id] = (number, handler)
-            self._watchers(trigger).setdefault(trigger.key, Bucket()).add(number, handler)
+            bucket = self._watchers(trigger).setdefault(trigger.key, Bucket())
+            trigger_id, entry = trigger.trigger_id, (number, handler)
+            # No call or loop between these lines, as in `ScopeActor._write`: a trigger that is listed also fires.
+            bucket.members[number] = handler
+            bucket.changes += 1
+            self._by_id[trigger_id] = entry
             return handler
 
     def unregister(self, trigger_id: str) -> None:
         """Remove the trigger: no delivery begins after this has returned. Raises InvalidRegistration if unknown."""
         with self._guard:
-            known = self._by_id.pop(trigger_id, None)
+            known = self._by_id.get(trigger_id)
             if known is None:
                 raise InvalidRegistration(f"no trigger has the id {trigger_id!r}; it may have been unregistered before")
             self._remove(*known)
@@ -115,6 +130,12 @@ class TriggerRouter(TurnActor):
         """Return the handlers of all triggers, in order of registration."""
         with self._guard:
             return [handler for _, handler in sorted(self._by_id.values(), key=lambda entry: entry[0])]
+
+    def working(self) -> list[HandlerActor]:
+        """Return the handlers of all triggers and of unregistered ones that are not done yet, in no order."""
+        with self._guard:
+            retiring = [handler for handler in self._retiring if handler.is_busy()]
+            return [handler for _, handler in self._by_id.values()] + retiring
 
     def watchers_of(self, scope: str) -> Watchers:
         """Return the live table of triggers on `scope`: key filter (None: every key) -> handlers."""
@@ -131,13 +152,28 @@ class TriggerRouter(TurnActor):
         return self.anywhere if trigger.scope is None else self._by_scope.setdefault(trigger.scope, {})
 
     def _remove(self, number: int, handler: HandlerActor) -> None:
-        handler.active = False
         watchers = self._watchers(handler.trigger)
-        bucket = watchers[handler.trigger.key]
-        bucket.remove(number)
+        trigger_id, key = handler.trigger.trigger_id, handler.trigger.key
+        bucket = watchers[key]
+        # No call or loop between these lines, as above.
+        handler.active = False
+        del bucket.members[number]
+        bucket.changes += 1
+        del self._by_id[trigger_id]
+        # What it is doing now still counts, and so do the events that it drops from here on.
+        self._retiring += (handler,)
         if not bucket.members:
-            del watchers[handler.trigger.key]
-        self._retired.add(handler)
+            del watchers[key]
+        if len(self._retiring) > self._most_retiring:
+            busy = [handler for handler in self._retiring if handler.is_busy()]
+            for done in set(self._retiring).difference(busy):
+                self._retired.add(done)
+            self._retiring = busy
+            self._most_retiring = 2 * len(busy) + 64
+
+    def disown(self) -> None:
+        """In a forked child: the guard may be held by a thread that is not here."""
+        self._guard = threading.RLock()
 
     # -------------------------------------------------------------------------------------------------- matching
 
@@ -156,38 +192,70 @@ class TriggerRouter(TurnActor):
             numbered = {number: handler for bucket in found for number, handler in list(bucket.members.items())}
             handlers = tuple(numbered[number] for number in sorted(numbered))
         limits = self._services.limits
+        progress = self.progress
         room = limits.handler_mailbox - len(self._mailbox)
         if room <= 0 or limits.handler_when_full == "block":
             for handler in handlers:
                 if len(handler._mailbox) >= room:
-                    self._refuse(scope, depth)
+                    self._refuse(scope, depth, progress)
         if depth:
             next(self._cascades)  # before the event is in the mailbox, or `drain` could miss it
         return handlers
 
-    def _refuse(self, scope: str, depth: int) -> NoReturn:
+    def _refuse(self, scope: str, depth: int, progress: int) -> NoReturn:
         if depth:
+            self.count_refusal()
             raise Overloaded(
-                f"a handler's mailbox is full, and this write to scope {scope!r} comes from a handler; nothing was written: "
-                "waiting might be waiting for itself"
+                f"a handler's mailbox is full, and this write to scope {scope!r} comes from a handler; nothing was "
+                "written: waiting might be waiting for itself"
             )
-        raise HandlerFull
+        next(self._blocked)
+        raise HandlerFull(scope, progress)
+
+    def count_refusal(self) -> None:
+        """Note that a call was refused because a mailbox was full. From any thread."""
+        next(self._refused)
+
+    def refused(self) -> int:
+        """How many calls were refused because a mailbox was full."""
+        return _value(self._refused)
+
+    def blocked(self) -> int:
+        """How often a write found a handler's mailbox full and had to wait."""
+        return _value(self._blocked)
 
     def fired_by_handlers(self) -> int:
         """How many events handlers have fired, or are about to have fired."""
-        return int(repr(self._cascades)[len("count(") : -1])
+        return _value(self._cascades)
 
-    def when_room(self, callback: Callable[[], object]) -> None:
-        """Call `callback()`, on any thread, after some handler has made progress."""
+    def when_room(self, callback: Callable[[], object], full: HandlerFull | None = None) -> None:
+        """Call `callback()`, on any thread, after some handler has made progress.
+
+        `full`: progress since then counts too, for callers who did not come here before they tried.
+        """
         self._waiting_for_room.append(callback)
+        if full is not None and full.progress != self.progress:
+            # The progress that was waited for came before the callback was on the list: no other may follow.
+            self._dispatcher.submit(self.made_room)
+
+    def has_waiting_room(self) -> bool:
+        """False if so many wait for room already that a sender who does not wait himself must be refused."""
+        return len(self._waiting_for_room) < self._services.limits.scope_mailbox
+
+    def stop_waiting(self, callback: Callable[[], object]) -> None:
+        """Forget a callback given to `when_room`, if it is still there: whoever waited has given up."""
+        with contextlib.suppress(ValueError):
+            self._waiting_for_room.remove(callback)
 
     def made_room(self) -> None:
         """Some handler has made progress: tell those who wait."""
-        # Always the same list, one atomic pop at a time: a callback added meanwhile is never on a list left behind.
+        self.progress += 1
+        # Always the same queue, one atomic pop at a time: a callback added meanwhile is never on one left behind.
+        # Those that are here now, once each: one that finds its handler still full comes back, to the end.
         waiting = self._waiting_for_room
-        while waiting:
+        for _ in range(len(waiting)):
             try:
-                callback = waiting.pop()
+                callback = waiting.popleft()
             except IndexError:
                 return
             callback()
@@ -204,7 +272,9 @@ class TriggerRouter(TurnActor):
                 self._route(*item)
             else:
                 self._handle(item)
-        self.made_room()
+        if batch:
+            # Not for nothing: a writer that finds its handler still full wakes this actor, and would be told at once.
+            self.made_room()
 
     def _route(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
         self.routed += 1
@@ -221,9 +291,9 @@ class TriggerRouter(TurnActor):
         for handler in handlers:
             trigger = handler.trigger
             error = EventLoopDetected(
-                f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was caused by a chain of {event.depth} "
-                f"handlers, more than max_event_depth = {self._services.limits.max_event_depth}: it was not delivered to "
-                f"{trigger.function_id!r}; does a handler write what fires it?"
+                f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was caused by a chain of "
+                f"{event.depth} handlers, more than max_event_depth = {self._services.limits.max_event_depth}: it was "
+                f"not delivered to {trigger.function_id!r}; does a handler write what fires it?"
             )
             handler.failed += 1
             self._services.report(
@@ -242,9 +312,10 @@ class TriggerRouter(TurnActor):
     def counts(self) -> _Counts:
         """Return what all handlers did so far, unregistered ones included."""
         total = _Counts()
-        total.add(self._retired)
-        for handler in self.handlers():
-            total.add(handler)
+        with self._guard:
+            total.add(self._retired)
+            for handler in [*(handler for _, handler in self._by_id.values()), *self._retiring]:
+                total.add(handler)
         return total
 
 
@@ -261,3 +332,8 @@ class _Counts:
         self.retried += other.retried
         self.dropped += other.dropped
         self.timeouts += other.timeouts
+
+
+def _value(counter: itertools.count[int]) -> int:
+    """What an `itertools.count` will give next. It is advanced in C, in one step; `+= 1` on an attribute is several."""
+    return int(repr(counter)[len("count(") : -1])

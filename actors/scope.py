@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import MutableMapping
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import pykka
 
-from scopestate.actors import messages
-from scopestate.actors.results import EventType, SetResult, StateEvent, UpdateResult
 from scopestate.actors.reply import Envelope
+from scopestate.actors.results import EventType, SetResult, StateEvent, UpdateResult
 from scopestate.actors.turn import TurnActor
+from scopestate.actors.turns import (
+    Caused,
+    Change,
+    Close,
+    Collect,
+    Housekeeping,
+    Passivate,
+    Ping,
+    Put,
+    Read,
+    ReadAll,
+    ReadItems,
+    Take,
+    answer_of,
+    as_failure_of,
+    caused,
+    checked_name,
+    event_depth,
+    turn_of,
+)
 from scopestate.errors import (
     DeserializationError,
     EngineClosed,
+    Overloaded,
     ReplyTimeout,
     StorageError,
     ValueTooLarge,
 )
-from scopestate.ops import MISSING, UpdateOp, apply, checked
-from scopestate.ops.values import decode, encode, encode_plain
+from scopestate.ops import MISSING, UpdateOp, apply
+from scopestate.ops.values import decode, encode_plain
 from scopestate.persistence import Adapter, ScopeChange
 
 if TYPE_CHECKING:
@@ -34,87 +52,6 @@ if TYPE_CHECKING:
     from scopestate.actors.snapshot import SnapshotActor
 
 log = logging.getLogger("scopestate.scope")
-
-event_depth: ContextVar[int] = ContextVar("scopestate_event_depth", default=0)
-"""How many handlers deep the running code is: 0 outside, 1 in a handler of a write from outside, ..."""
-
-
-class Put(msgspec.Struct, frozen=True):
-    """Set a key to JSON bytes. Answer: SetResult."""
-
-    key: str
-    data: bytes
-
-
-class Change(msgspec.Struct, frozen=True):
-    """Apply checked ops to a key. Answer: UpdateResult."""
-
-    key: str
-    ops: tuple[UpdateOp, ...]
-
-
-class Take(msgspec.Struct, frozen=True):
-    """Remove a key. Answer: its JSON bytes, or None if it did not exist."""
-
-    key: str
-
-
-class Read(msgspec.Struct, frozen=True):
-    """Answer: the key's JSON bytes, or None if it does not exist."""
-
-    key: str
-
-
-class ReadAll(msgspec.Struct, frozen=True):
-    """Answer: all values as JSON bytes, in insertion order."""
-
-
-class ReadItems(msgspec.Struct, frozen=True):
-    """Answer: all (key, value as JSON bytes), in insertion order."""
-
-
-class Housekeeping(msgspec.Struct, frozen=True):
-    """What the engine itself asks of a scope; needs no values in memory."""
-
-
-class Collect(Housekeeping, frozen=True):
-    """Hand over what changed since the last Collect. Answer: ScopeChange, or None. For the snapshot actor."""
-
-
-class Ping(Housekeeping, frozen=True):
-    """Answer: None, when every message that came before has had its turn."""
-
-
-class Passivate(Housekeeping, frozen=True):
-    """Leave memory, if everything is saved and nobody waits. Answer: whether it did."""
-
-
-class Close(Housekeeping, frozen=True):
-    """Refuse callers from now on; what is dirty can still be collected."""
-
-    handlers_may: bool
-    """True: code that runs in handlers is still served, so that events already fired can do their work."""
-
-
-class Caused(msgspec.Struct, frozen=True):
-    """A message sent by code that runs `depth` handlers deep, for when its turn runs on another thread."""
-
-    depth: int
-    message: Any
-
-
-Turn = Put | Change | Take | Read | ReadAll | ReadItems
-"""What a scope does for callers."""
-
-FAILURES: Final[dict[type[Any], tuple[str, str]]] = {
-    Put: ("SET_ERROR", "Failed to set value"),
-    Change: ("UPDATE_ERROR", "Failed to update value"),
-    Take: ("DELETE_ERROR", "Failed to delete value"),
-    Read: ("GET_ERROR", "Failed to get value"),
-    ReadAll: ("LIST_ERROR", "Failed to list values"),
-    ReadItems: ("LIST_ERROR", "Failed to list values"),
-}
-"""Code and prefix when the store fails under a turn (PROTOCOL, section 4.4)."""
 
 
 class Surroundings:
@@ -165,6 +102,7 @@ class ScopeActor(TurnActor):
         self._shut = False
         self._left: dict[str, bytes] | None = None
         self._passivated = False
+        self._refusal: Callable[[], Exception] = EngineClosed
         self.touched = True
         """Set by every call; the passivation sweep clears it and takes scopes that it still finds cleared."""
 
@@ -199,7 +137,7 @@ class ScopeActor(TurnActor):
     def read(self, key: str) -> bytes | None:
         """Return the key's JSON, or None if it does not exist. No turn if the scope is in memory."""
         values = self._values
-        if values is None:
+        if values is None or not self._direct:
             return self.run(Read(key))  # type: ignore[no-any-return]
         self.touched = True
         return values.get(key)
@@ -207,7 +145,7 @@ class ScopeActor(TurnActor):
     def peek(self, key: str) -> bytes | None:
         """As `read` if the answer is at hand; None also if it takes a turn to know. Never waits."""
         values = self._values
-        if values is None:
+        if values is None or not self._direct:
             return None
         self.touched = True
         return values.get(key)
@@ -215,7 +153,7 @@ class ScopeActor(TurnActor):
     def read_all(self) -> list[bytes]:
         """Return all values as JSON, in insertion order."""
         values = self._values
-        if values is None:
+        if values is None or not self._direct:
             return self.run(ReadAll())  # type: ignore[no-any-return]
         self.touched = True
         return list(values.values())
@@ -264,16 +202,24 @@ class ScopeActor(TurnActor):
                 # Through a Pykka ref: the public messages, with Python values.
                 turn = turn_of(message, self._around.limits.max_value_bytes)
                 if message.scope != self.scope:
-                    raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
+                    raise DeserializationError(
+                        f"a message for scope {message.scope!r} was sent to scope {self.scope!r}"
+                    )
                 return answer_of(message, self.on_receive(turn))
 
+    # A key of somebody's own class could run code in the middle of a write: it becomes plain text first.
+
     def _put(self, key: str, data: bytes) -> SetResult:
+        if type(key) is not str:
+            key = checked_name("key", key)
         old = self._values.get(key)  # type: ignore[union-attr]
         result = SetResult(old, data)
         self._write(key if old is not None else checked_name("key", key), old, data)
         return result
 
     def _change(self, key: str, ops: tuple[UpdateOp, ...]) -> UpdateResult:
+        if type(key) is not str:
+            key = checked_name("key", key)
         old = self._values.get(key)  # type: ignore[union-attr]
         after, errors = apply(MISSING if old is None else decode(old), ops)
         data = encode_plain(after)
@@ -285,6 +231,8 @@ class ScopeActor(TurnActor):
         return result
 
     def _take(self, key: str) -> bytes | None:
+        if type(key) is not str:
+            key = checked_name("key", key)
         old = self._values.get(key)  # type: ignore[union-attr]
         self._write(key if old is not None else checked_name("key", key), old, None)
         return old
@@ -331,8 +279,7 @@ class ScopeActor(TurnActor):
         """Events are in the outbox: see that somebody fetches them."""
         self._router.wake()
 
-    def _recover(self) -> None:
-        super()._recover()
+    def _tell_again(self) -> None:
         self._router.wake_anyway()
 
     # ---------------------------------------------------------------------------------------- saving and leaving
@@ -384,11 +331,18 @@ class ScopeActor(TurnActor):
         self._shut = not handlers_may
         self._values = None  # what every caller looks at first
 
+    def disown(self, refusal: Callable[[], Exception]) -> None:
+        """In a forked child: refuse whoever holds this actor. Its turn may belong to a thread that is not here."""
+        self._refusal = refusal
+        self._values = self._left = None
+        self._closed = self._shut = self._direct = True
+        self._claim = {}
+
     def _serve_handler(self, message: Any) -> Any:
-        """A turn of a closed scope: none for callers; for a handler, as if it were open, until the engine is drained."""
+        """A turn of a closed scope: none for callers; for a handler, as if it were open, until all is drained."""
         depth = message.depth if type(message) is Caused else event_depth.get()
         if not depth or self._shut:
-            raise EngineClosed()
+            raise self._refusal()
         self._values = self._left
         if self._values is None:
             self._arrive(message)
@@ -405,7 +359,11 @@ class ScopeActor(TurnActor):
 
     def post(self, item: Any) -> None:
         depth = event_depth.get()
-        super().post(_caused(depth, item) if depth else item)
+        try:
+            super().post(caused(depth, item) if depth else item)
+        except Overloaded:
+            self._router.count_refusal()
+            raise
 
     def _run_queued(self, message: Any) -> Any:
         if isinstance(message, Housekeeping):
@@ -420,70 +378,11 @@ class ScopeActor(TurnActor):
         except pykka.Timeout as error:
             raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
 
+    def _stop(self) -> None:
+        """`stop()` through a Pykka ref: a scope ends with its engine, and callers count on it until then."""
+        log.warning("stop() of scope %r is ignored: close the engine instead", self.scope)
+
     def _fail(self) -> None:
         """A `tell` that was refused: nobody waits for the reason, so it is logged. The scope lives on."""
         error = sys.exc_info()[1]
         log.error("a message told to scope %r was refused: %s", self.scope, error, exc_info=error)
-
-
-def checked_name(what: str, name: object) -> str:
-    """Return `name` as a plain string that every store can hold. `what` is "scope" or "key".
-
-    Raises DeserializationError if it is not a string, or has lone surrogates, which UTF-8 cannot hold.
-    """
-    if not isinstance(name, str):
-        raise DeserializationError(f"a {what} is a string, not {type(name).__name__}: {name!r:.80}")
-    if not name.isascii():
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise DeserializationError(
-                f"the {what} {name!r:.80} has half of a surrogate pair at index {error.start}, which is no character"
-            ) from error
-    return str(name) if type(name) is not str else name
-
-
-def turn_of(message: object, max_value_bytes: int) -> Turn:
-    """Return what a scope does for a public message. Encodes the value: call it before the scope is claimed.
-
-    Raises InvalidValue, ValueTooLarge, and DeserializationError for what is no message of a scope.
-    """
-    match message:
-        case messages.Set(scope=scope, key=key, value=value):
-            data = encode(value)
-            if max_value_bytes and len(data) > max_value_bytes:
-                raise ValueTooLarge(scope, key, len(data), max_value_bytes)
-            return Put(checked_name("key", key), data)
-        case messages.Update(key=key, ops=ops):
-            return Change(checked_name("key", key), checked(ops))
-        case messages.Delete(key=key):
-            return Take(checked_name("key", key))
-        case messages.Get(key=key):
-            return Read(checked_name("key", key))
-        case messages.List():
-            return ReadAll()
-    raise DeserializationError(f"{type(message).__name__} is not a message that a scope understands: {message!r:.80}")
-
-
-def answer_of(message: object, answer: Any) -> Any:
-    """Return the answer to a public message: results stay as they are, JSON bytes become values."""
-    match message:
-        case messages.Set() | messages.Update():
-            return answer
-        case messages.List():
-            return [decode(data) for data in answer]
-        case _:
-            return None if answer is None else decode(answer)
-
-
-def as_failure_of(message: Any, error: StorageError) -> StorageError:
-    """Return `error` as the failure of the call that `message` stands for, with its code and wording."""
-    inner = message.message if isinstance(message, Caused) else message
-    code, prefix = FAILURES.get(type(inner), ("STORAGE_ERROR", "The store failed"))
-    return StorageError(f"{prefix}: {error}", code=code)
-
-
-def _caused(depth: int, item: Any) -> Any:
-    if type(item) is Envelope:
-        return Envelope(Caused(depth, item.message), item.reply_to)
-    return Caused(depth, item)

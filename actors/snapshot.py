@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,8 +11,9 @@ import msgspec
 
 from scopestate.actors.commit import Batch, CommitScopeActor, TakeBatch
 from scopestate.actors.reply import deliver
-from scopestate.actors.scope import Collect, ScopeActor
+from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor
+from scopestate.actors.turns import Collect
 from scopestate.errors import StorageError
 from scopestate.persistence import Adapter, ScopeChange
 
@@ -49,6 +51,7 @@ class SnapshotActor(TurnActor):
         self._adapter = adapter
         self._interval_s = interval_s
         self._timer: Timer | None = None
+        self._began_s = 0.0
         self._backlog: dict[str, tuple[ScopeActor, ScopeChange]] = {}
         self._failures = 0
         self._commit_asked = False
@@ -67,17 +70,24 @@ class SnapshotActor(TurnActor):
         """Scopes with changes that are not on disk."""
         return len(self.dirty.keys() | self._backlog.keys())
 
+    def has_open_commits(self) -> bool:
+        """True if a commit is under way or on its way: then it may hold events back."""
+        return bool(self.committing or self._commit_asked or self._claim)
+
     # ---------------------------------------------------------------------------------------------------- timing
 
     def start_interval(self) -> None:
         """Begin to save every interval."""
         if self._adapter.keeps and not self._stopped:
+            self._began_s = self._dispatcher.monotonic()
             self._arm(self._interval_s)
 
     def set_interval(self, interval_s: float) -> None:
-        """Change the interval, from now on. From any thread."""
+        """Change the interval, the one that runs now included. From any thread."""
         self._interval_s = interval_s
-        self.start_interval()
+        if self._adapter.keeps and not self._stopped:
+            # From the last save on, not from now: else what is dirty would wait for parts of both intervals.
+            self._arm(max(self._began_s + interval_s - self._dispatcher.monotonic(), 0.001))
 
     def stop_interval(self) -> None:
         """Save no more by itself; `Flush` still does."""
@@ -101,6 +111,12 @@ class SnapshotActor(TurnActor):
         self._commit_asked = True
         self.tell(Commit())
 
+    def refuse_in_turns(self) -> None:
+        """Raise WouldDeadlock if this thread is in the middle of a turn that a save must wait for."""
+        for table in (self.dirty, self.committing):
+            for actor in list(table.values()):
+                actor._refuse_own_turn()
+
     # ----------------------------------------------------------------------------------------------------- turns
 
     def on_receive(self, message: Any) -> Any:
@@ -108,7 +124,7 @@ class SnapshotActor(TurnActor):
             case Commit():
                 self._commit()
             case Tick():
-                began = self._dispatcher.monotonic()
+                self._began_s = began = self._dispatcher.monotonic()
                 try:
                     self._save_quietly()
                 finally:
@@ -133,7 +149,7 @@ class SnapshotActor(TurnActor):
 
     def _fail(self) -> None:
         """A bug in a turn: the log has it, and saving goes on."""
-        log.exception("a turn of the snapshot actor failed")
+        log.error("a turn of the snapshot actor failed", exc_info=sys.exc_info()[1])
 
     def _save(self) -> None:
         """Save what is dirty, behind what earlier saves left. Raises StorageError, and keeps it all, on failure."""
@@ -147,8 +163,7 @@ class SnapshotActor(TurnActor):
             _, waiting = self._backlog.get(scope, (actor, None))
             self._backlog[scope] = (actor, change if waiting is None else merged(waiting, change))
         if not self._backlog:
-            self.failing = None
-            return
+            return  # `failing` stays: that there is nothing to save does not mean that it could be saved
         began = time.perf_counter()
         self._write([change for _, change in self._backlog.values()])
         self.last_save_s = time.perf_counter() - began
@@ -177,13 +192,13 @@ class SnapshotActor(TurnActor):
     def _write(self, changes: list[ScopeChange]) -> None:
         try:
             self._adapter.save(changes)
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001 - said below
             # An adapter promises StorageError; whatever else one raises must not stop the saving for good either.
             error = problem if isinstance(problem, StorageError) else StorageError(f"the adapter failed: {problem!r}")
             self.failed_saves += 1
             self._failures += 1
             if self.failing is None or str(self.failing) != str(error):
-                log.error("saving failed, the data stays in memory and is saved later: %s", error)
+                log.error("saving failed, the data stays in memory and is saved later: %s", error)  # noqa: TRY400 - it says all
             self.failing = error
             raise error from (None if error is problem else problem)
         self.saves += 1
@@ -198,7 +213,7 @@ class SnapshotActor(TurnActor):
 
 
 def merged(older: ScopeChange, newer: ScopeChange) -> ScopeChange:
-    """Return one change for two of the same scope: while saving fails, memory grows with the keys, not with the tries."""
+    """Return one change for two of one scope: while saving fails, memory grows with the keys, not with the tries."""
     values = {**older.values, **newer.values}
     positions = {key: rank for key, rank in older.positions.items() if values[key] is not None}
     return ScopeChange(newer.scope, newer.sequence, values, {**positions, **newer.positions})

@@ -50,12 +50,13 @@ class _Inbox:
 
     def put(self, envelope: Any, /) -> None:
         """Take an envelope of Pykka's; its future is one of ours, from `_create_future`."""
-        reply = envelope.reply_to
+        actor, reply = self._actor, envelope.reply_to
         if reply is None:
-            self._actor.tell(envelope.message)
+            actor.tell(envelope.message)
         else:
-            reply.waiter = self._actor._dispatcher.waiter
-            self._actor.handle_or_post(Envelope(envelope.message, reply))
+            reply.waiter = actor._dispatcher.waiter
+            actor.handle_or_post(Envelope(envelope.message, reply))
+            actor.keep_order()
 
     def empty(self) -> bool:
         return not self._actor._mailbox
@@ -98,6 +99,8 @@ class TurnActor(pykka.Actor):
         self._claim = dispatcher.claim(self)
         self._mailbox: list[Any] = []
         self._scheduled = False
+        self._direct = self.caller_runs
+        """Whether callers may run their turn now: not while a message waits whose sender went on."""
 
     @property
     def name(self) -> str:
@@ -113,7 +116,7 @@ class TurnActor(pykka.Actor):
         not sent and `otherwise` is returned.
         """
         claim = self._claim
-        if self.caller_runs and not claim:
+        if self._direct and not claim:
             me = get_ident()
             try:
                 if claim.setdefault(HOLDER, me) == me:
@@ -143,6 +146,16 @@ class TurnActor(pykka.Actor):
     def tell(self, message: Any) -> None:
         """Queue `message`; nobody waits for an answer. Raises `Overloaded` if the mailbox is full."""
         self.post(message)
+        self.keep_order()
+
+    def keep_order(self) -> None:
+        """Let callers queue behind what waits now: its sender went on, and its later calls must not overtake it.
+
+        Called by the sender, behind its message. Refused: that callers always queue behind a mailbox that is not empty.
+        Under contention all of them would then wait for a worker, at ten times the price.
+        """
+        if self._mailbox:
+            self._direct = False
 
     def post(self, item: Any) -> None:
         """Queue an envelope or a bare message, and make sure that somebody handles it."""
@@ -167,7 +180,7 @@ class TurnActor(pykka.Actor):
     def handle_or_post(self, envelope: Envelope) -> None:
         """Handle the envelope on this thread if the actor is idle; else queue it. The answer goes to its reply."""
         claim = self._claim
-        if self.caller_runs and not claim:
+        if self._direct and not claim:
             me = get_ident()
             try:
                 if claim.setdefault(HOLDER, me) == me:
@@ -210,15 +223,22 @@ class TurnActor(pykka.Actor):
 
     def _drain_mailbox(self) -> None:
         mailbox = self._mailbox
+        # Before the mailbox is read: a sender that keeps order from here on has its message behind this batch.
+        ordered = self._direct != self.caller_runs
+        self._direct = self.caller_runs
         batch = mailbox[: self.batch]
         # As many as were taken: more may have come meanwhile.
         del mailbox[: len(batch)]
+        if ordered and mailbox:
+            self._direct = False
         for item in batch:
             self._handle(item)
 
     def _refuse_own_turn(self) -> None:
         if self._claim.get(HOLDER) == get_ident():
-            raise WouldDeadlock(f"this thread is in the middle of a turn of {self.name}; waiting for another never ends")
+            raise WouldDeadlock(
+                f"this thread is in the middle of a turn of {self.name}; waiting for another never ends"
+            )
 
     def _handle(self, item: Any) -> None:
         """Run one turn and deliver its answer, as Pykka's loop does."""
@@ -232,7 +252,9 @@ class TurnActor(pykka.Actor):
             if self._dead and not isinstance(message, _ActorStop):
                 raise pykka.ActorDeadError(f"{self} stopped before handling the message")
             answer = self._handle_receive(message)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the sender gets it
+            # It may be a signal handler's, raised after the write and before everybody was told.
+            certainly(self._tell_again)
             if reply is not None:
                 reply.fail(error)
             else:
@@ -252,6 +274,10 @@ class TurnActor(pykka.Actor):
             del claim[HOLDER]
         if self._mailbox:
             self.wake_anyway()
+        self._tell_again()
+
+    def _tell_again(self) -> None:
+        """Tell those who depend on this actor that it has work for them; for when a turn was cut short."""
 
     # ----------------------------------------------------------------------------------- what Pykka's actors promise
 
@@ -287,7 +313,7 @@ class TurnActor(pykka.Actor):
         self.actor_stopped.set()
         try:
             self.on_stop()
-        except Exception:
+        except Exception:  # noqa: BLE001 - logged, as Pykka does
             self._handle_failure(*sys.exc_info())
 
     def _handle_receive(self, message: Any) -> Any:
@@ -299,7 +325,7 @@ class TurnActor(pykka.Actor):
         self._handle_failure(*sys.exc_info())
         try:
             self.on_failure(*sys.exc_info())
-        except Exception:
+        except Exception:  # noqa: BLE001 - as above
             self._handle_failure(*sys.exc_info())
 
     def _handle_failure(self, exception_type: Any, exception_value: Any, traceback: Any) -> None:

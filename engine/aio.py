@@ -13,7 +13,8 @@ from scopestate.actors.loop_reply import Deadlines, LoopReply
 from scopestate.actors.reply import Envelope
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.scope import Change, Put, Read, ReadAll, ScopeActor, Take, Turn, checked_name
+from scopestate.actors.scope import ScopeActor
+from scopestate.actors.turns import Change, Put, Read, ReadAll, Take, Turn, checked_name
 from scopestate.asks import no_room
 from scopestate.calls import to_json
 from scopestate.errors import Overloaded, ReplyTimeout, ValueTooLarge
@@ -109,11 +110,12 @@ class AioEngine:
         """As `Engine.call`. A plain function runs on a worker thread, a coroutine function on its event loop."""
         function = self._engine._functions.get(function_id)
         if not function.builtin or function.is_async:
+            self._engine._refuse_if_closed()
             return await self._engine._caller.call_async(function, payload)
         message = messages.from_payload(function_id, payload)
         return to_json(message, await self.ask(message))
 
-    async def drain(self, timeout: float | None = None) -> None:
+    async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as the engine's own
         """As `Engine.drain`."""
         await self._on_worker(lambda: self._engine.drain(timeout))
 
@@ -124,7 +126,7 @@ class AioEngine:
     async def close(self) -> None:
         """As `Engine.close`; handlers on this event loop go on meanwhile."""
         # Not on one of the engine's own workers, which end when it closes.
-        await asyncio.get_running_loop().run_in_executor(None, self._engine.close)
+        await self._on_worker(self._engine.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -135,7 +137,8 @@ class AioEngine:
         await self.close()
 
     async def _on_worker(self, work: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(None, work)
+        # In this context: what runs in a handler must know it, or drain() would wait for its own handler.
+        return await asyncio.to_thread(work)
 
     async def _turn(self, scope: str, turn: Turn) -> Any:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
@@ -190,6 +193,8 @@ class AioEngine:
                 try:
                     await asyncio.wait_for(room.future, left_s)
                 except TimeoutError as error:
+                    router.stop_waiting(room.set)
+                    router.count_refusal()
                     raise Overloaded(no_room(scope)) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from scopestate.actors.reply import Reply
 from scopestate.actors.router import HandlerFull, TriggerRouter
+from scopestate.errors import Overloaded, ScopestateError
 
 log = logging.getLogger("scopestate.engine")
 
@@ -28,9 +29,22 @@ class PatientReply(Reply[Any]):
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, HandlerFull):
-            self._router.when_room(self.send)
+            if self._router.has_waiting_room():
+                self._router.when_room(self._send_again, error)
+            else:
+                self._router.count_refusal()
+                self.fail(
+                    Overloaded("nothing was written: a handler is behind, and too many messages wait for it already")
+                )
         else:
             super().fail(error)
+
+    def _send_again(self) -> None:
+        # Called for one sender after the other: a refusal is this one's answer, and must not keep the others waiting.
+        try:
+            self.send()
+        except ScopestateError as error:
+            self.fail(error)
 
 
 class Told(PatientReply):
@@ -49,6 +63,7 @@ class Told(PatientReply):
 def no_room(scope: str) -> str:
     """What to say when a handler did not make room in time."""
     return (
-        f"nothing was written to scope {scope!r}: a handler that must see this write is behind by a full mailbox and did not "
-        "catch up within call_timeout_ms; see handler_mailbox, handler_when_full and handler_timeout_ms under `limits`"
+        f"nothing was written to scope {scope!r}: a handler that must see this write is behind by a full mailbox and "
+        "did not catch up within call_timeout_ms; see handler_mailbox, handler_when_full and handler_timeout_ms under "
+        "`limits`"
     )

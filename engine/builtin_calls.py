@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -11,7 +11,7 @@ from msgspec import Raw
 from scopestate.actors import messages
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.scope import Change, Put, Read, ReadAll, ReadItems, Take, Turn
+from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take, Turn
 from scopestate.errors import DeserializationError, ValueTooLarge
 from scopestate.ops import convert_ops
 from scopestate.ops.values import decode, encode_plain, parse
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Result = bytes | None
 """JSON text, or None for "no value"."""
-Outcome = Result | Coroutine[Any, Any, Result]
-"""A result that was at hand, or a coroutine that waits for it without blocking the event loop."""
+Outcome = Result | Awaitable[Result]
+"""A result that was at hand, or what waits for it without blocking the event loop. Await it once."""
 
 _ABSENT: Final = Raw()
 _BAD: Final = (msgspec.DecodeError, RecursionError)
@@ -98,11 +98,11 @@ class BuiltinCalls:
         scope, key = place.scope, place.key
         if access is not None:
             access.check_read(scope)
-        self._count["state::get"]()
+        self._count_get()
         actor = self._scopes[scope]
         # None: missing, or it takes a turn to know; only the turn can tell.
         text = actor.peek(key)
-        return self._finish(scope, Read(key), _as_it_is) if text is None else text
+        return self._run(scope, Read(key), _as_it_is) if text is None else text
 
     def _set(self, data: Raw, access: Access | None) -> Outcome:
         try:
@@ -189,10 +189,42 @@ class BuiltinCalls:
             router._scheduled = False
             if router._mailbox:
                 router.run_batch()
-        return self._finish(scope, turn, convert)
+        outcome = _begun(self._finish(scope, turn, convert))
+        # The message is in the scope's mailbox now; what this connection asks next must not overtake it.
+        self._scopes[scope].keep_order()
+        return outcome
 
     async def _finish(self, scope: str, turn: Turn, convert: Callable[[Any], Result]) -> Result:
         return convert(await self._turn_later(scope, turn))
+
+
+class _Begun:
+    """A coroutine that was begun before anybody awaits it: the rest of it."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Result], waits_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, Result]:
+        coroutine, waits_for = self._coroutine, self._waits_for
+        try:
+            while True:
+                try:
+                    value = yield waits_for
+                except BaseException as error:  # noqa: BLE001 - the coroutine gets what its task gets
+                    waits_for = coroutine.throw(error)
+                else:
+                    waits_for = coroutine.send(value)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+def _begun(coroutine: Coroutine[Any, Any, Result]) -> Outcome:
+    """Run a coroutine up to where it waits. A task would begin it in a later round, behind messages that came later."""
+    try:
+        return _Begun(coroutine, coroutine.send(None))
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
 
 
 def _as_it_is(text: bytes | None) -> Result:

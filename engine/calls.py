@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from scopestate.actors import messages
 from scopestate.actors.functions import Function, Functions, running_loop
+from scopestate.actors.results import ListGroupsResult
 from scopestate.errors import (
     DeserializationError,
     FunctionFailed,
@@ -61,8 +62,8 @@ class Caller:
             loop = function.loop or self._loop_thread.get()
             if loop is running_loop():
                 raise WouldDeadlock(
-                    f"function {function.function_id!r} runs on the event loop of this very thread, which would be blocked "
-                    "until it ends: use `await engine.aio.call(...)` here"
+                    f"function {function.function_id!r} runs on the event loop of this very thread, which would be "
+                    "blocked until it ends: use `await engine.aio.call(...)` here"
                 )
             return self._finish(
                 function, lambda: asyncio.run_coroutine_threadsafe(function.target(data), loop).result()
@@ -109,7 +110,7 @@ def to_json(message: messages.Message, answer: Any) -> Any:
         case messages.Set() | messages.Update():
             return answer.to_json()
         case messages.ListGroups():
-            return {"groups": answer}
+            return ListGroupsResult(groups=answer)
         case _:
             return answer
 
@@ -117,7 +118,7 @@ def to_json(message: messages.Message, answer: Any) -> Any:
 def _answer(reply: LoopReply, work: Callable[[], Any]) -> None:
     try:
         result = work()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the task that waits gets it
         reply.fail(error)
     else:
         reply.set(result)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
+from threading import get_ident
 from typing import TYPE_CHECKING
 
-import pykka
-
-from scopestate.actors.scope import Close
 from scopestate.actors.snapshot import Flush
-from scopestate.errors import EngineClosed, EngineForked, ReplyTimeout, StorageError
+from scopestate.actors.turns import Close
+from scopestate.errors import EngineClosed, EngineForked, ReplyTimeout, StorageError, WouldDeadlock
 
 if TYPE_CHECKING:
     from scopestate.parts import Parts
@@ -35,26 +33,42 @@ class Closing:
         self._parts = parts
         self._drain = drain
         self._turn = threading.Lock()
+        self._closer = 0
+        self._delivered = False
         self.begun = False
         self.done = False
 
     def close(self) -> None:
-        """Close, or wait for the thread that does. Raises StorageError if the last save fails; then call it again."""
+        """Close, or wait for the thread that does. Raises StorageError if the last save fails; then call it again.
+
+        Raises WouldDeadlock if this thread was interrupted in the middle of a turn, or of this very function.
+        """
+        if self._closer == get_ident():
+            raise WouldDeadlock("this thread is closing the engine already, and was interrupted by a signal")
         with self._turn:
-            if self.done:
-                return
-            self.begun = True
-            parts = self._parts
-            parts.housekeeper.end()
+            try:
+                self._closer = get_ident()
+                if not self.done:
+                    self._close()
+            finally:
+                self._closer = 0
+
+    def _close(self) -> None:
+        """Every step may be repeated: an interrupted close() is called again."""
+        parts = self._parts
+        self.begun = True
+        parts.housekeeper.end()
+        if not self._delivered:
             self._refuse(handlers_may=True)
             self._deliver(parts.limits.close_grace_s)
-            self._refuse(handlers_may=False)
-            parts.snapshot.stop_interval()
-            self._save()
-            self.done = True
-            parts.loop_thread.close()
-            parts.dispatcher.close()
-            parts.adapter.close()
+            self._delivered = True
+        self._refuse(handlers_may=False)
+        parts.snapshot.stop_interval()
+        self._save()
+        parts.loop_thread.close()
+        parts.dispatcher.close()
+        parts.adapter.close()
+        self.done = True
 
     def _refuse(self, *, handlers_may: bool) -> None:
         directory = self._parts.directory
@@ -66,12 +80,13 @@ class Closing:
         try:
             self._drain(grace_s)
         except ReplyTimeout as error:
-            log.error("closing without waiting any longer for handlers: %s", error)
-        abandoned = sum(
-            handler.abandon("the engine closed before its turn came") for handler in self._parts.router.handlers()
-        )
+            log.error("closing without waiting any longer for handlers: %s", error)  # noqa: TRY400 - it says all
+        handlers = self._parts.router.working()
+        abandoned = sum(handler.abandon("the engine closed before its turn came") for handler in handlers)
         if abandoned:
             log.error("%d events were not delivered before the engine closed; each was reported", abandoned)
+        for handler in handlers:
+            handler.abandon_current()
 
     def _save(self) -> None:
         snapshot = self._parts.snapshot
@@ -82,8 +97,8 @@ class Closing:
             except StorageError as error:
                 if attempt == LAST_SAVE_TRIES:
                     raise StorageError(
-                        f"the last save failed, {snapshot.waiting_scopes()} scopes are not on disk: {error}; they are kept "
-                        "in memory: mend the cause and call close() again"
+                        f"the last save failed, {snapshot.waiting_scopes()} scopes are not on disk: {error}; they are "
+                        "kept in memory: mend the cause and call close() again"
                     ) from error
                 self._pause(0.05 * attempt)
 

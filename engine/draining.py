@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import pykka
 
+from scopestate.actors.functions import running_loop
 from scopestate.actors.handler import Barrier
 from scopestate.actors.reply import Envelope
-from scopestate.actors.scope import Ping, event_depth
 from scopestate.actors.snapshot import Commit
+from scopestate.actors.turns import Ping, event_depth
 from scopestate.errors import ReplyTimeout, WouldDeadlock
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def drain(parts: Parts, timeout: float | None) -> None:
     while quiet_rounds < 2:
         fired = parts.router.fired_by_handlers()
         _finish_turns(parts, deadline, timeout)
-        handlers = parts.router.handlers()
+        handlers = parts.router.working()
         if not handlers:
             return
         reply = parts.dispatcher.reply()
@@ -44,10 +45,26 @@ def drain(parts: Parts, timeout: float | None) -> None:
         quiet_rounds = quiet_rounds + 1 if parts.router.fired_by_handlers() == fired else 0
 
 
+def refuse_on_loop_of_handlers(parts: Parts, name: str) -> None:
+    """Raise WouldDeadlock if this thread runs an event loop that some handler needs, and `name()` would block it."""
+    loop = running_loop()
+    if loop is None:
+        return
+    here = {function.function_id for function in parts.functions.all() if function.is_async and function.loop is loop}
+    for handler in parts.router.handlers() if here else ():
+        trigger = handler.trigger
+        if trigger.function_id in here or trigger.condition_function_id in here:
+            raise WouldDeadlock(
+                f"the handler of trigger {trigger.trigger_id!r} runs on the event loop of this very thread, which "
+                f"{name}() would block while it waits for that handler: use `await engine.aio.{name}()` here"
+            )
+
+
 def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -> None:
     """Let messages that were told, not asked, run, and commits that hold events back come through."""
     for actor in list(parts.directory.values()):
         if actor.has_waiting():
+            actor._refuse_own_turn()
             reply = parts.dispatcher.reply()
             # Not a read: a closing scope refuses those, and a full mailbox is the more reason to wait.
             actor._enqueue(Envelope(Ping(), reply))
@@ -55,8 +72,11 @@ def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -
                 reply.get(timeout=_left(parts, deadline))
             except pykka.Timeout as error:
                 raise ReplyTimeout(actor.scope, timeout or 0.0) from error
-    if parts.snapshot.committing:
-        parts.snapshot.ask(Commit()).get(timeout=_left(parts, deadline))
+    if parts.snapshot.has_open_commits():
+        try:
+            parts.snapshot.ask(Commit()).get(timeout=_left(parts, deadline))
+        except pykka.Timeout as error:
+            raise ReplyTimeout("", timeout or 0.0, behind="(all: a commit is still under way)") from error
 
 
 def _left(parts: Parts, deadline: float | None) -> float | None:

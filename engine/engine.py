@@ -18,14 +18,14 @@ from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.scope import Change, Put, Take, Turn, answer_of, checked_name, event_depth, turn_of
 from scopestate.actors.snapshot import Flush
+from scopestate.actors.turns import Change, Put, Take, Turn, answer_of, checked_name, event_depth, turn_of
 from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
 from scopestate.config import Config, ConfigWatcher, from_mapping, load, validate
-from scopestate.draining import drain
-from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError, ValueTooLarge
+from scopestate.draining import drain, refuse_on_loop_of_handlers
+from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError, ValueTooLarge, WouldDeadlock
 from scopestate.handle import Scope
 from scopestate.ops import checked
 from scopestate.ops.values import decode, encode
@@ -58,9 +58,9 @@ class Engine(Reactive):
         """Open an engine; without a config it keeps everything in memory only.
 
         `on_error` is called with a DeliveryFailure for each event that failed at a handler, at each attempt, or reached
-        none; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and `dispatcher` take the place of the configured ones.
-        `handle_sigterm`: if the store keeps anything and the program has no handler of its own, SIGTERM closes the
-        engine before it ends the process.
+        none; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and `dispatcher`
+        take the place of the configured ones. `handle_sigterm`: if the store keeps anything and the program has no
+        handler of its own, SIGTERM closes the engine before it ends the process.
 
         Raises ConfigError, and StorageError if the store cannot be opened.
         """
@@ -214,7 +214,7 @@ class Engine(Reactive):
         if parts.adapter.keeps:
             known = (scope for scope, holds in in_memory.items() if holds is not None)
             try:
-                groups.update(set(parts.adapter.scopes()).difference(known))
+                groups.update(filter(parts.is_kept, set(parts.adapter.scopes()).difference(known)))
             except StorageError as error:
                 raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from error
         return sorted(groups)
@@ -239,7 +239,7 @@ class Engine(Reactive):
         """
         if isinstance(message, messages.ListGroups):
             return self._settled(self.list_groups()) if not block else self.list_groups()
-        reply = self._send(message, PatientReply)
+        reply = self._send(message, PatientReply, waits=block)
         if not block:
             return reply
         timeout_s = self._limits.call_timeout_s if timeout is None else timeout
@@ -250,10 +250,14 @@ class Engine(Reactive):
             raise ReplyTimeout(getattr(message, "scope", ""), timeout_s or 0.0) from error
 
     def tell(self, message: messages.Message) -> None:
-        """Send a message and go on; a refusal is logged. Raises at once for what is no message or no JSON value."""
-        self._send(message, Told)
+        """Send a message and go on; a refusal is logged.
 
-    def _send(self, message: messages.Message, kind: type[PatientReply]) -> PatientReply:
+        Raises at once for what is no message or no JSON value, and if the engine is closed.
+        """
+        _ = self._send(message, Told, waits=False)  # an answer nobody reads
+
+    def _send(self, message: messages.Message, kind: type[PatientReply], *, waits: bool) -> PatientReply:
+        self._refuse_if_closed()
         turn = turn_of(message, self._limits.max_value_bytes)
         self._tally[catalogue.function_id_of(message)].add()
         scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
@@ -264,6 +268,8 @@ class Engine(Reactive):
             actor.handle_or_post(Envelope(turn, reply))
         else:
             actor.post(Envelope(turn, reply))
+        if not waits:
+            actor.keep_order()
         return reply
 
     @staticmethod
@@ -284,6 +290,7 @@ class Engine(Reactive):
         function = self._functions.get(function_id)
         if function.builtin and not function.is_async:  # a server's `engine::*` functions run on its event loop
             return function.target(payload)
+        self._refuse_if_closed()
         return self._caller.call(function, payload)
 
     def _call_builtin(self, function_id: str, payload: object) -> Any:
@@ -307,14 +314,23 @@ class Engine(Reactive):
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every event fired so far has been handled, and every event that those handlers fired.
 
-        `timeout` in seconds. Raises ReplyTimeout, naming the triggers that are behind, and WouldDeadlock in a handler,
-        which would wait for itself.
+        `timeout` in seconds. Raises ReplyTimeout, naming the triggers that are behind, and WouldDeadlock where it would
+        wait for itself: in a handler, and on an event loop that runs handlers (there: `await engine.aio.drain()`).
         """
+        if self._forked:
+            raise forked()
+        if self._closing.done:
+            raise EngineClosed
+        refuse_on_loop_of_handlers(self._parts, "drain")
         drain(self._parts, timeout)
 
     def flush(self) -> None:
-        """Wait until everything acknowledged so far is on disk. Raises StorageError if it cannot be saved now."""
+        """Wait until everything acknowledged so far is on disk. Raises StorageError if it cannot be saved now.
+
+        Raises WouldDeadlock in a signal handler that has interrupted a turn whose write it would wait for.
+        """
         self._refuse_if_closed()
+        self._snapshot.refuse_in_turns()
         self._snapshot.ask(Flush()).get()
 
     def stats(self) -> Stats:
@@ -336,15 +352,25 @@ class Engine(Reactive):
         """End the engine: refuse callers, deliver events for `close_grace_ms` at most, save, release the store.
 
         Idempotent; a second thread waits for the first. From a handler it returns at once, and the engine closes
-        when that handler has ended. Raises StorageError if the last save failed: everything is still in memory then,
-        and `close()` can be called again. In a forked child it does nothing.
+        when that handler has ended; so it does from a signal handler that has interrupted a call of this engine.
+        Raises StorageError if the last save failed: everything is still in memory then, and `close()` can be called
+        again. Raises WouldDeadlock on an event loop that runs handlers: `await engine.aio.close()` there.
+        In a forked child it does nothing.
         """
         if self._forked or self._closing.done:
             return
         if event_depth.get():
-            threading.Thread(target=self._close_now, name="scopestate-close", daemon=True).start()
-        else:
+            self._close_behind_this()
+            return
+        refuse_on_loop_of_handlers(self._parts, "close")
+        try:
             self._close_now()
+        except WouldDeadlock:
+            self._close_behind_this()
+
+    def _close_behind_this(self) -> None:
+        """Close on another thread, which waits for what this one is in the middle of."""
+        threading.Thread(target=self._close_now, name="scopestate-close", daemon=True).start()
 
     def _close_now(self) -> None:
         if self._watcher is not None:
@@ -356,12 +382,13 @@ class Engine(Reactive):
         """In a forked child: refuse every call. The store and the threads belong to the parent."""
         self._forked = True
         self._scopes.disown(forked)
+        self._router.disown()
 
     def _refuse_if_closed(self) -> None:
         if self._forked:
             raise forked()
         if self._closing.done or (self._closing.begun and not event_depth.get()):
-            raise EngineClosed()
+            raise EngineClosed
 
     def __enter__(self) -> Self:
         return self
@@ -405,5 +432,7 @@ class Engine(Reactive):
                     try:
                         room.get(timeout=None if deadline is None else deadline - dispatcher.monotonic())
                     except pykka.Timeout:
+                        self._router.stop_waiting(room.set)
+                        self._router.count_refusal()
                         raise Overloaded(no_room(scope)) from full
                 error = full

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("scopestate.engine")
 
 _live: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
-_guard = threading.Lock()
+_guard = threading.RLock()  # reentrant: a signal handler may open or close an engine in the middle of another opening
 _hooked = False
 
 LAST_RESORT_S: Final = 1.0
@@ -89,7 +89,10 @@ def _close_all(why: str) -> None:
 
 def _after_fork() -> None:
     global _guard  # noqa: PLW0603 - another thread may have held it at the fork: the child starts with a free one
-    _guard = threading.Lock()
+    _guard = threading.RLock()
+    if isinstance(signal.getsignal(signal.SIGTERM), _Termination):
+        # The child ends as it would have: it has no engine to close, and its parent may have been closing one.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for engine in list(_live):
         engine.disown()
     _live.clear()

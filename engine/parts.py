@@ -59,6 +59,10 @@ class Parts:
         self._rules = config.scopes
         self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}
 
+    def is_kept(self, scope: str) -> bool:
+        """False if the rules say `memory`: what the store has of such a scope is from before the rule."""
+        return durability_of(scope, self._rules, "interval") != "memory"
+
     def _make_scope(self, scope: str) -> ScopeActor:
         if self._remote is not None:
             return self._remote.make_scope(scope, self._around)

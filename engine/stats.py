@@ -41,6 +41,10 @@ class Stats(msgspec.Struct, frozen=True):
     timeouts: int
     dropped: int
     """Events that reached no handler: full mailbox, unregistered trigger, or closed engine."""
+    blocked: int
+    """How often a write found a handler's mailbox full and had to wait (`handler_when_full: block`)."""
+    refused: int
+    """Calls refused with `OVERLOADED`: a mailbox was full."""
     loops_cut: int
     saves: int
     """Transactions written."""
@@ -99,6 +103,8 @@ def measure(parts: Parts) -> Stats:
         retries=counts.retried,
         timeouts=counts.timeouts,
         dropped=counts.dropped,
+        blocked=parts.router.blocked(),
+        refused=parts.router.refused(),
         loops_cut=parts.router.loops_cut,
         saves=snapshot.saves,
         saved_keys=snapshot.saved_keys,

@@ -57,17 +57,25 @@ def read_trigger(
     "matches everything"; other fields are ignored with a warning, because a misspelt one makes a catch-all trigger.
     Raises InvalidRegistration for anything else; nothing is registered then.
     """
-    if not isinstance(function_id, str) or not function_id:
-        raise InvalidRegistration(f"a trigger needs a function_id, a non-empty string, not {function_id!r:.80}")
-    if trigger_id is not None and (not isinstance(trigger_id, str) or not trigger_id):
-        raise InvalidRegistration(f"a trigger_id is a non-empty string, not {trigger_id!r:.80}")
+    if not isinstance(function_id, str) or not str.__len__(function_id):
+        raise InvalidRegistration(f"a trigger needs a function_id, a non-empty string, not {_shown(function_id)}")
+    if trigger_id is not None and (not isinstance(trigger_id, str) or not str.__len__(trigger_id)):
+        raise InvalidRegistration(f"a trigger_id is a non-empty string, not {_shown(trigger_id)}")
     if not isinstance(config, Mapping):
-        raise InvalidRegistration(f"a trigger's config is an object, not {type(config).__name__}; for no filters pass {{}}")
-    fields: dict[str, Any] = {name: config.get(name) for name in _FILTERS}
+        raise InvalidRegistration(
+            f"a trigger's config is an object, not {type(config).__name__}; for no filters pass {{}}"
+        )
+    try:
+        given = {str.__str__(name) if isinstance(name, str) else f"{name!r:.80}": config[name] for name in config}
+    except Exception as error:
+        # A mapping of somebody's own class, whose hooks raise.
+        raise InvalidRegistration(f"reading a trigger's config failed with {type(error).__name__}") from error
+    fields: dict[str, Any] = {name: given.get(name) for name in _FILTERS}
     for name, value in fields.items():
         if value is not None and not isinstance(value, str):
-            raise InvalidRegistration(f"`{name}` of a trigger is a string or null, not {type(value).__name__}: {value!r:.80}")
-    unknown = sorted(str(name) for name in config if name not in _FILTERS)
+            raise InvalidRegistration(f"`{name}` of a trigger is a string or null, not {type(value).__name__}")
+        fields[name] = value if value is None else str.__str__(value)  # of a subclass, what it holds
+    unknown = sorted(name for name in given if name not in _FILTERS)
     if unknown:
         log.warning(
             "trigger for function %r: field(s) %s are not known and ignored; known are %s",
@@ -75,4 +83,10 @@ def read_trigger(
             ", ".join(unknown),
             ", ".join(_FILTERS),
         )
-    return Trigger(trigger_id or str(uuid.uuid4()), function_id, **fields)
+    made_id = str.__str__(trigger_id) if trigger_id is not None else str(uuid.uuid4())
+    return Trigger(made_id, str.__str__(function_id), **fields)
+
+
+def _shown(name: object) -> str:
+    """What was given instead of a name; the `repr` of an unknown object is not asked, it may do anything."""
+    return '""' if isinstance(name, str) else f"one of type {type(name).__name__}"

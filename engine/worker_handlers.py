@@ -44,6 +44,9 @@ class LoopDispatcher:
     def schedule(self, actor: TurnActor) -> None:
         self.submit(actor.run_batch)
 
+    def schedule_next(self, actor: TurnActor) -> None:
+        self.submit(actor.run_batch)
+
     def submit(self, work: Callable[[], object]) -> None:
         if self._closed:
             self._behind.submit(work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
@@ -153,7 +153,7 @@ class Hub:
                     if message is not None:
                         worker.send(message)
                 else:
-                    self._later(worker, action, outcome)  # type: ignore[arg-type]  # a coroutine, then
+                    self._later(worker, action, outcome)  # type: ignore[arg-type]  # it waits, then
             else:
                 self._call(worker, action)
         elif type(action) is Answered:
@@ -241,7 +241,7 @@ class Hub:
                 if outcome is None or type(outcome) is bytes:
                     worker.answer(call, outcome)
                 else:
-                    self._later(worker, call, outcome)  # type: ignore[arg-type]  # a coroutine, then
+                    self._later(worker, call, outcome)  # type: ignore[arg-type]  # it waits, then
                 return
             function = self.functions.find(function_id)
             if function is None:
@@ -332,7 +332,7 @@ class Hub:
         result = await self.engine.aio.call(call.function_id, payload)
         return None if result is None else encode(result)
 
-    def _later(self, worker: Worker, call: InvokeFunction, outcome: Coroutine[Any, Any, Result]) -> None:
+    def _later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
         self.spawn(self._answer_later(worker, call, outcome))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -341,7 +341,7 @@ class Hub:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer_later(self, worker: Worker, call: InvokeFunction, outcome: Coroutine[Any, Any, Result]) -> None:
+    async def _answer_later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
         try:
             result = await outcome
         except Exception as error:

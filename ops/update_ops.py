@@ -215,7 +215,7 @@ def _convert(item: object, where: str, plain: Callable[[object, str], object]) -
         case "remove":
             return Remove(_path(item, where))
         case str():
-            raise _misfit(f"unknown variant `{word}`, expected one of {_WORDS}", f"{where}.type")
+            raise _misfit(f"unknown variant `{str.__str__(word)[:80]}`, expected one of {_WORDS}", f"{where}.type")
         case _:
             _required(item, "type", where)
             raise _misfit(f"invalid type: {json_type(word)}, expected one of {_WORDS}", f"{where}.type")

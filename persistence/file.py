@@ -11,8 +11,8 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from scopestate.errors import StorageError, StoreCorrupt
 from scopestate.persistence.adapter import ScopeChange, ScopeState
@@ -34,6 +34,18 @@ log = logging.getLogger("scopestate.persistence.file")
 
 _IDLE_READERS = 4
 """Connections kept open for the next loads; more are opened while more loads run, and closed after."""
+
+_FORK_PATIENCE_S = 2.0
+"""How long a fork waits for a save or load that is under way."""
+
+_T = TypeVar("_T")
+
+
+class _Loan:
+    """A connection for one read."""
+
+    connection: sqlite3.Connection | None = None
+    ended_well = False
 
 
 class FileAdapter:
@@ -59,24 +71,27 @@ class FileAdapter:
         self._connect = connect
         self._busy_timeout_ms = busy_timeout_ms
         self._closed = False
+        self._released = False
+        self._held = False
         self._damage = ""
         self._saving = threading.Lock()
-        self._readers = threading.Condition()
+        # A bare lock for `with`: a Condition's own methods are Python code, where a KeyboardInterrupt can come between
+        # taking the lock and noting that it was taken. Reentrant, for a signal handler that reads while one is begun.
+        self._guard = threading.RLock()
+        self._given_back = threading.Condition(self._guard)
         self._idle: list[sqlite3.Connection] = []
-        self._lent = 0
+        self._lent: dict[_Loan, None] = {}
         self._writer: sqlite3.Connection | None
         self._lock, self._writer, self._identity = open_store(self.directory, self.path, self._open)
         _opened.add(self)
 
     def load(self, scope: str) -> ScopeState:
         """Return what was saved for `scope`, in insertion order; raises `StorageError` for a row that is not JSON."""
-        with self._reader(f"load scope {scope!r}") as connection:
-            return read_scope(connection, scope)
+        return self._read(f"load scope {scope!r}", lambda connection: read_scope(connection, scope))
 
     def scopes(self) -> list[str]:
         """Return the names of the scopes that hold at least one saved key."""
-        with self._reader("list the scopes") as connection:
-            return read_names(connection)
+        return self._read("list the scopes", read_names)
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
         """Write the batch as one transaction, synced to the disk; after any raise the next call may succeed.
@@ -110,12 +125,15 @@ class FileAdapter:
 
     def check(self) -> list[str]:
         """Read the whole database and return what is wrong with it; empty if it is sound. Slow: for tests and tools."""
-        with self._reader("check the store") as connection:
+
+        def look(connection: sqlite3.Connection) -> list[str]:
             before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 0x7FFFFFFF)
             try:
                 return find_problems(connection)
             finally:
                 connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
+
+        return self._read("check the store", look)
 
     def close(self) -> None:
         """Fold the write-ahead log into the database and release the lock. Idempotent; waits for running calls.
@@ -124,16 +142,17 @@ class FileAdapter:
         """
         if os.getpid() != self._pid:
             return
-        with self._saving, self._readers:
-            if self._closed:
+        with self._saving, self._guard:
+            if self._released:
                 return
             self._closed = True
-            self._readers.wait_for(lambda: not self._lent)
+            self._given_back.wait_for(lambda: not self._lent)
             connections = [*self._idle, *([self._writer] if self._writer else [])]
             self._idle, self._writer = [], None
             # Also when another database took our place: SQLite notices the move and leaves that one's log alone.
             self._close_connections(connections)
             self._lock.release()
+            self._released = True
         _opened.discard(self)
 
     def _open(self, uri: str) -> sqlite3.Connection:
@@ -172,35 +191,49 @@ class FileAdapter:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, PAGE_LIMIT)
         return connection
 
-    @contextmanager
-    def _reader(self, doing: str) -> Iterator[sqlite3.Connection]:
-        """Lend a connection that sees committed data only. Library errors inside become ours."""
+    def _read(self, doing: str, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Call `work` with a connection that sees committed data only. Library errors inside become ours."""
         self._check_usable(doing)
         if not self._in_place():
             with self._saving:
                 self._check_usable(doing)
                 self._secure_place(doing)
-        with self._readers:
-            self._check_usable(doing)
-            connection = self._idle.pop() if self._idle else None
-            self._lent += 1
+        loan = _Loan()
         try:
-            connection = connection or self._open_reader()
-            # After opening: it may have found another database that was just put in our place.
-            self._check_place(doing)
-            yield connection
-        except LIBRARY_ERRORS as error:
-            raise self._translate(error, doing) from error
-        finally:
-            with self._readers:
+            try:
+                with self._guard:
+                    self._check_usable(doing)
+                    self._lent[loan] = None
+                    if self._idle:
+                        loan.connection = self._idle.pop()
+                if loan.connection is None:
+                    loan.connection = self._open_reader()
+                # After opening: it may have found another database that was just put in our place.
+                self._check_place(doing)
+                result = work(loan.connection)
+                loan.ended_well = True
+            except LIBRARY_ERRORS as error:
+                raise self._translate(error, doing) from error
+            finally:
+                self._give_back(loan)
+        except BaseException:
+            # Again, in case a KeyboardInterrupt came into the first time: `close` waits for every loan.
+            self._give_back(loan)
+            raise
+        return result
+
+    def _give_back(self, loan: _Loan) -> None:
+        """End a loan. Idempotent."""
+        with self._guard:
+            connection, loan.connection = loan.connection, None
+            if connection is not None:
                 # One that is still in a transaction would show old data and keep the log from shrinking.
-                if connection is not None:
-                    if len(self._idle) < _IDLE_READERS and not connection.in_transaction:
-                        self._idle.append(connection)
-                    else:
-                        connection.close()
-                self._lent -= 1
-                self._readers.notify_all()
+                if loan.ended_well and len(self._idle) < _IDLE_READERS and not connection.in_transaction:
+                    self._idle.append(connection)
+                else:
+                    connection.close()
+            self._lent.pop(loan, None)
+            self._given_back.notify_all()
 
     def _translate(self, error: BaseException, doing: str) -> StorageError:
         translated = storage_error(error, doing, self.path)
@@ -250,9 +283,9 @@ class FileAdapter:
     def _put_back(self, writer: sqlite3.Connection, doing: str) -> None:
         try:
             copy = copy_database(writer, self.path)
-            with self._readers:
+            with self._guard:
                 # All of them: a connection that stays would go on reading the database that has no name any more.
-                self._readers.wait_for(lambda: not self._lent)
+                self._given_back.wait_for(lambda: not self._lent)
                 self._close_connections([*self._idle, writer])
                 self._idle, self._writer = [], None
                 self._identity = publish(copy, self.path)
@@ -270,6 +303,18 @@ class FileAdapter:
                 # What was saved is safe in the log; the next opening folds it in.
                 log.warning("closing %s: %s", self.path, error)
 
+    def hold_still(self) -> None:
+        """Before a fork: wait until no thread is inside SQLite. Bounded, as this very thread may be in a call."""
+        self._held = self._saving.acquire(timeout=_FORK_PATIENCE_S)
+        self._guard.acquire()
+        self._given_back.wait_for(lambda: not self._lent, timeout=_FORK_PATIENCE_S)
+
+    def go_on(self) -> None:
+        """After a fork, in both processes."""
+        self._guard.release()
+        if self._held:
+            self._saving.release()
+
     def leave_to_parent(self) -> None:
         """In a forked child: let go of what belongs to the parent, without touching it."""
         abandon([*self._idle, *([self._writer] if self._writer else [])])
@@ -279,10 +324,30 @@ class FileAdapter:
 _opened: weakref.WeakSet[FileAdapter] = weakref.WeakSet()
 
 
+_forking = threading.RLock()
+_still: list[FileAdapter] = []
+
+
+def _before_fork() -> None:
+    # A thread that is inside SQLite may hold one of its process-wide mutexes. The child would inherit that taken, with
+    # nobody to give it back, and hang at the first use of any database (seen once in 500 forks under load).
+    _forking.acquire()
+    _still.extend(_opened)
+    for adapter in _still:
+        adapter.hold_still()
+
+
+def _after_fork() -> None:
+    while _still:
+        _still.pop().go_on()
+    _forking.release()
+
+
 def _after_fork_in_child() -> None:
+    _after_fork()
     for adapter in list(_opened):
         adapter.leave_to_parent()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

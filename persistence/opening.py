@@ -88,6 +88,9 @@ def _open_locked(path: str, lock: StoreLock, open_: Open) -> sqlite3.Connection:
         return connection
     except schema.DamagedError as error:
         raise _quarantined(path, lock, str(error)) from error
+    except UnicodeDecodeError as error:
+        # SQLite's complaint about a damaged schema quotes it, and what it quotes is no text.
+        raise _quarantined(path, lock, f"its schema is not UTF-8: {error}") from error
     except sqlite3.Error as error:
         if is_corruption(error):
             raise _quarantined(path, lock, str(error)) from error

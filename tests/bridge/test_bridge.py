@@ -12,14 +12,13 @@ import pytest
 from second_engine import PATIENCE_S, OpenBridge, RemoteProcess, Seen, bridge_config
 
 from scopestate import Engine, messages
-from scopestate.actors.scope import Passivate
+from scopestate.actors.turns import Passivate
 from scopestate.config import from_mapping, loads
 from scopestate.errors import (
     ConfigError,
     DeserializationError,
     EngineClosed,
     NotConnected,
-    Overloaded,
     RemoteFailure,
     ReplyTimeout,
     StorageError,
@@ -200,20 +199,6 @@ def test_what_the_remote_refuses_comes_back_under_the_local_code(open_bridge: Op
     assert caught.value.code == "SET_ERROR"
     assert "via bridge: remote error (VALUE_TOO_LARGE): " in str(caught.value)
     assert isinstance(caught.value.__cause__, RemoteFailure)
-
-
-def test_more_calls_than_the_limit_are_refused(open_bridge: OpenBridge) -> None:
-    engine = open_bridge("ws://127.0.0.1:9", limits={"scope_mailbox": 3})
-    waiting = [engine.ask(messages.Set("s", "k", n), block=False) for n in range(3)]
-
-    with pytest.raises(Overloaded, match="scope_mailbox"):
-        engine.ask(messages.Set("s", "k", 4), block=False).get(timeout=PATIENCE_S)
-    engine._parts.limits.close_grace_s = 0.0
-    engine.close()
-
-    for reply in waiting:
-        with pytest.raises(StorageError, match="closed"):
-            reply.get(timeout=PATIENCE_S)
 
 
 def test_a_closed_engine_refuses(remote: RemoteProcess, open_bridge: OpenBridge) -> None:

@@ -10,7 +10,7 @@ from conformance import load, same
 
 from scopestate.actors.remote_calls import Outcome, read_answer, request
 from scopestate.actors.results import SetResult, UpdateResult
-from scopestate.actors.scope import Change, Put, Read, ReadAll, ReadItems, Take
+from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take
 from scopestate.errors import RemoteFailure
 from scopestate.ops import checked
 from scopestate.persistence.bridge import _read_event

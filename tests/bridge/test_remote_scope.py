@@ -197,6 +197,18 @@ def test_answers_get_in_however_full_the_mailbox_is(engine: Engine, remote: Play
     assert [reply.get(timeout=PATIENCE_S) for reply in waiting] == [None] * 4
 
 
+def test_more_calls_under_way_than_the_limit_are_refused(engine: Engine, remote: PlayedRemote) -> None:
+    replies = [begin(engine, messages.Set("s", key, 1)) for key in "abcde"]
+    remote.sent("set a", "set b", "set c", "set d", "set e")
+
+    with pytest.raises(Overloaded, match="as many as scope_mailbox allows; nothing was done"):
+        begin(engine, messages.Set("s", "f", 1)).get(timeout=PATIENCE_S)
+
+    for label in list(remote.open):
+        remote.answer(label, WRITTEN)
+    assert all(reply.get(timeout=PATIENCE_S).created for reply in replies)
+
+
 def test_a_connection_closed_for_good_fails_the_call(engine: Engine, remote: PlayedRemote) -> None:
     remote.close()
 

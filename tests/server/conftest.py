@@ -12,12 +12,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import raw, sdks`
 
+from raw import PATIENCE_S, RawWorker
+from sdks import SdkWorker
+
 from scopestate import Engine, lifecycle
 from scopestate.config import ServerConfig, from_mapping
 from scopestate.server import Server
-
-from raw import PATIENCE_S, RawWorker
-from sdks import SdkWorker
 
 OpenServer = Callable[..., Server]
 OpenRaw = Callable[..., RawWorker]

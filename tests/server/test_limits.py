@@ -12,15 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import OpenRaw, server_config
+from raw import PATIENCE_S
 from websockets.exceptions import InvalidStatus
 
 from scopestate import Engine
 from scopestate.config import ServerConfig
 from scopestate.errors import RemoteFailure
 from scopestate.server import Server
-
-from conftest import OpenRaw, server_config
-from raw import PATIENCE_S
 
 MEBIBYTE = 1024 * 1024
 

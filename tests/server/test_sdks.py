@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from scopestate import Engine
-from scopestate.server import Server
-
 from conftest import OpenSdk, OpenServer
 from raw import PATIENCE_S
 from sdks import HERE, SDKS, installed
+
+from scopestate import Engine
+from scopestate.server import Server
 
 pytestmark = pytest.mark.timeout(600)  # the first use of an SDK installs it
 

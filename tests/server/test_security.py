@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import OpenRaw, OpenServer, server_config
+from raw import PATIENCE_S, RawWorker
 from websockets.exceptions import InvalidStatus
 
 from scopestate import Engine
@@ -18,9 +20,6 @@ from scopestate.access import Gate, is_loopback
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig, from_mapping, loads
 from scopestate.errors import ConfigError
 from scopestate.server import Server
-
-from conftest import OpenRaw, OpenServer, server_config
-from raw import PATIENCE_S, RawWorker
 
 TLS = Path(__file__).parent / "tls"
 ADMIN = "admin-token-0001"

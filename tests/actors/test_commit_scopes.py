@@ -1,0 +1,133 @@
+"""Scopes with commit durability, step by step: what may happen between a write, its commit and its answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from reliability.living import InThread
+
+from scopestate import Engine
+from scopestate.actors.commit import CommitScopeActor, TakeBatch
+from scopestate.actors.reply import Envelope, Reply, deliver
+from scopestate.actors.turns import Passivate, Put, Read
+from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig
+from scopestate.errors import EngineClosed, Overloaded, StorageError
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    kv = KvConfig("file_based", str(tmp_path / "store"), 3_600_000, "commit")
+    with Engine(Config(AdapterConfig("kv", kv), limits=LimitsConfig(scope_mailbox=5))) as engine:
+        yield engine
+
+
+@pytest.fixture
+def actor(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> CommitScopeActor:
+    """A scope with one saved key; from here on nothing is committed unless the test does it."""
+    engine.set("s", "k", 1)
+    actor = engine._scopes["s"]
+    assert isinstance(actor, CommitScopeActor)
+    monkeypatch.setattr(engine._snapshot, "commit_soon", lambda: None)
+    return actor
+
+
+def send(actor: CommitScopeActor, message: object) -> Reply[object]:
+    reply: Reply[object] = Reply()
+    actor.handle_or_post(Envelope(message, reply))
+    return reply
+
+
+def test_a_scope_stays_while_a_read_waits_for_a_commit(
+    engine: Engine, actor: CommitScopeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its successor would take its place in the registry of scopes to commit, and the read would wait for ever."""
+    written = send(actor, Put("k", b"2"))
+    batch = actor.run(TakeBatch())
+    read = send(actor, Read("k"))
+    engine._parts.adapter.save([batch.change])
+    deliver(batch.settle())
+    assert written.done
+    assert not read.done
+
+    assert actor.run(Passivate()) is False
+
+    monkeypatch.undo()
+    engine.set("s", "other", 1)
+    assert read.get(timeout=10) == b"2"
+    assert actor.run(Passivate()) is True
+
+
+def test_a_scope_stays_while_a_write_waits_for_its_commit(actor: CommitScopeActor) -> None:
+    send(actor, Put("k", b"2"))
+    assert actor.run(Passivate()) is False
+
+    batch = actor.run(TakeBatch())
+    assert actor.run(Passivate()) is False
+    deliver(batch.roll_back(StorageError("no")))
+
+
+def test_the_groups_wait_for_a_commit_that_decides_about_them(engine: Engine, actor: CommitScopeActor) -> None:
+    other = engine._scopes["new"]
+    assert isinstance(other, CommitScopeActor)
+    assert other.run(TakeBatch()).change is None
+    send(actor, Put("k", b"2"))
+    reading = Reply[object]()
+    other.post(Envelope(Read("k"), reading))
+    assert reading.get(timeout=10) is None
+    send(other, Put("k", b"1"))
+
+    groups = InThread(engine.list_groups)
+    pause = threading.Event()
+    while len(actor._waiting) < 2 and len(other._waiting) < 2:
+        pause.wait(0.002)
+    for each in (actor, other):
+        deliver(each.run(TakeBatch()).roll_back(StorageError("no")))
+    while groups.thread.is_alive():
+        for each in (actor, other):
+            deliver(each.run(TakeBatch()).settle())
+        pause.wait(0.002)
+
+    assert groups.result() == ["s"]
+
+
+def test_a_roll_back_answers_everybody_even_if_the_mailbox_is_full(engine: Engine, actor: CommitScopeActor) -> None:
+    written = send(actor, Put("k", b"2"))
+    reads = [send(actor, Read("k")) for _ in range(20)]
+    batch = actor.run(TakeBatch())
+
+    actor._claim["holder"] = -1  # so that what is sent again has to wait, and there is room for five
+    outcomes = actor._roll_back(batch, StorageError("the disk is full"))
+    del actor._claim["holder"]
+    deliver(outcomes)
+    actor.wake()
+
+    with pytest.raises(StorageError, match="the disk is full"):
+        written.get(timeout=10)
+    answers: list[object] = []
+    for read in reads:
+        try:
+            answers.append(read.get(timeout=10))
+        except Overloaded as error:
+            answers.append(type(error))
+    assert answers == [b"1"] * 5 + [Overloaded] * 15
+
+
+def test_messages_that_reach_a_scope_that_left_are_passed_on_and_each_is_answered(
+    engine: Engine, actor: CommitScopeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert actor.run(Passivate()) is True
+    reads = [send(actor, Read("k")) for _ in range(3)]
+    assert [read.get(timeout=10) for read in reads] == [b"1"] * 3
+
+    monkeypatch.undo()
+    engine.close()
+    reads = [Reply() for _ in range(3)]
+    actor._mailbox += [Envelope(Read("k"), read) for read in reads]
+    actor.run_batch()
+
+    for read in reads:
+        with pytest.raises(EngineClosed):
+            read.get(timeout=10)

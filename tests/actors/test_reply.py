@@ -1,0 +1,151 @@
+"""Replies: delivered once, waited for by any number of threads and tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pykka
+import pytest
+
+from scopestate.actors.loop_reply import LoopReply
+from scopestate.actors.reply import Reply, deliver
+
+PATIENCE_S = 20.0
+
+
+def test_a_value_or_an_error_comes_out_as_often_as_it_is_asked_for() -> None:
+    good, bad = Reply[int](), Reply[int]()
+    good.set(1)
+    bad.fail(ZeroDivisionError("no"))
+
+    for _ in range(2):
+        assert good.get() == 1
+        with pytest.raises(ZeroDivisionError):
+            bad.get()
+
+
+def test_waiting_ends_after_the_timeout_and_the_reply_may_still_come() -> None:
+    reply = Reply[int]()
+
+    for timeout in (0, -1.0, 0.001):
+        with pytest.raises(pykka.Timeout):
+            reply.get(timeout=timeout)
+    reply.set(1)
+    assert reply.get(timeout=0) == 1
+
+
+def test_every_thread_that_waits_gets_it() -> None:
+    reply = Reply[str]()
+    got: list[str] = []
+    waiters = [threading.Thread(target=lambda: got.append(reply.get(timeout=PATIENCE_S))) for _ in range(8)]
+    for waiter in waiters:
+        waiter.start()
+    reply.set("here")
+    for waiter in waiters:
+        waiter.join(PATIENCE_S)
+
+    assert got == ["here"] * 8
+
+
+def test_a_second_delivery_is_a_bug_that_says_so() -> None:
+    reply = Reply[int]()
+    reply.set(1)
+
+    with pytest.raises(RuntimeError, match="delivered twice"):
+        reply.set(2)
+    assert reply.get() == 1
+
+
+def test_callbacks_run_once_before_and_after_delivery() -> None:
+    reply = Reply[int]()
+    called: list[int] = []
+    reply.add_done_callback(lambda reply: called.append(reply.get()))
+    assert called == []
+    reply.set(1)
+    assert called == [1]
+    reply.add_done_callback(lambda reply: called.append(reply.get() + 1))
+    assert called == [1, 2]
+
+
+def test_a_callback_that_fails_keeps_nobody_elses_answer_back(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Reply[int](), Reply[int]()
+    called: list[str] = []
+    first.add_done_callback(lambda _: 1 // 0)
+    first.add_done_callback(lambda _: called.append("the next one"))
+
+    deliver([(first, 1, None), (second, 2, None)])
+
+    assert called == ["the next one"]
+    assert (first.get(timeout=0), second.get(timeout=0)) == (1, 2)
+    assert "a callback of a reply failed" in caplog.text
+
+
+def test_set_exception_takes_the_exception_being_handled_as_pykkas_futures_do() -> None:
+    reply = Reply[int]()
+    with pytest.raises(ValueError, match="needs an exception"):
+        reply.set_exception()
+    try:
+        raise KeyError("k")
+    except KeyError:
+        reply.set_exception()
+    with pytest.raises(KeyError):
+        reply.get()
+
+
+def test_pykkas_ways_to_combine_futures_work() -> None:
+    one, two = Reply[int](), Reply[int]()
+    both = pykka.get_all([one, two.map(lambda value: value * 10)]) if one.done else None
+    assert both is None
+    one.set(1)
+    two.set(2)
+
+    assert pykka.get_all([one, two.map(lambda value: value * 10)]) == [1, 20]
+
+
+@pytest.mark.asyncio
+async def test_a_task_that_awaits_suspends_instead_of_blocking_its_loop() -> None:
+    reply = Reply[int]()
+    order: list[str] = []
+
+    async def wait() -> None:
+        order.append(f"got {await reply}")
+
+    task = asyncio.ensure_future(wait())
+    await asyncio.sleep(0)
+    order.append("the loop goes on")
+    threading.Thread(target=reply.set, args=(1,)).start()
+    await asyncio.wait_for(task, PATIENCE_S)
+
+    assert order == ["the loop goes on", "got 1"]
+    assert await reply == 1
+
+
+@pytest.mark.asyncio
+async def test_many_tasks_are_answered_at_once_each_with_its_own_outcome() -> None:
+    replies = [LoopReply() for _ in range(3)]
+    thread_reply = Reply[str]()
+    outcomes = [(replies[0], "a", None), (replies[1], None, KeyError("b")), (thread_reply, "c", None)]
+    replies[2].future.cancel()
+
+    threading.Thread(target=deliver, args=([*outcomes, (replies[2], "late", None)],)).start()
+
+    assert await asyncio.wait_for(replies[0].future, PATIENCE_S) == "a"
+    with pytest.raises(KeyError):
+        await asyncio.wait_for(replies[1].future, PATIENCE_S)
+    assert thread_reply.get(timeout=PATIENCE_S) == "c"
+    assert replies[2].abandoned
+
+
+def test_a_reply_to_a_loop_that_was_closed_is_dropped_and_the_others_arrive() -> None:
+    async def make() -> LoopReply:
+        return LoopReply()
+
+    loop = asyncio.new_event_loop()
+    gone = loop.run_until_complete(make())
+    loop.close()
+    other = Reply[int]()
+
+    deliver([(gone, 1, None), (other, 2, None)])
+
+    assert other.get(timeout=0) == 2

@@ -1,0 +1,348 @@
+"""How an engine ends: callers are refused, events delivered or reported, everything acknowledged saved."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from watching import PATIENCE_S, Failures, Gate, GatedStore, LoopThread, Seen, broken, in_thread
+
+from scopestate import Engine, StateEvent, StorageError, messages
+from scopestate.errors import EngineClosed, EventNotDelivered
+
+CALLS: dict[str, Callable[[Engine], Any]] = {
+    "set": lambda engine: engine.set("s", "k", 1),
+    "set, new scope": lambda engine: engine.set("new", "k", 1),
+    "get": lambda engine: engine.get("s", "k"),
+    "delete": lambda engine: engine.delete("s", "k"),
+    "update": lambda engine: engine.update("s", "k", []),
+    "list": lambda engine: engine.list("s"),
+    "list_groups": lambda engine: engine.list_groups(),
+    "call": lambda engine: engine.call("state::get", {"scope": "s", "key": "k"}),
+    "call list_groups": lambda engine: engine.call("state::list_groups", {}),
+    "ask": lambda engine: engine.ask(messages.Get("s", "k")),
+    "ask, block=False": lambda engine: engine.ask(messages.Get("s", "k"), block=False).get(timeout=PATIENCE_S),
+    "ask list_groups": lambda engine: engine.ask(messages.ListGroups()),
+    "tell": lambda engine: engine.tell(messages.Set("s", "k", 2)),
+    "tell, new scope": lambda engine: engine.tell(messages.Set("new", "k", 2)),
+    "call of a registered function": lambda engine: engine.call("app::f"),
+    "aio.call of a registered function": lambda engine: asyncio.run(engine.aio.call("app::f")),
+    "ref": lambda engine: engine.scope("s").actor_ref.ask(messages.Get("s", "k")),
+    "handle": lambda engine: engine.scope("s").get("k"),
+    "flush": lambda engine: engine.flush(),
+    "aio.set": lambda engine: asyncio.run(engine.aio.set("s", "k", 1)),
+    "aio.set, new scope": lambda engine: asyncio.run(engine.aio.set("new", "k", 1)),
+    "aio.get": lambda engine: asyncio.run(engine.aio.get("s", "k")),
+    "aio.delete": lambda engine: asyncio.run(engine.aio.delete("s", "k")),
+    "aio.update": lambda engine: asyncio.run(engine.aio.update("s", "k", [])),
+    "aio.list": lambda engine: asyncio.run(engine.aio.list("s")),
+    "aio.list_groups": lambda engine: asyncio.run(engine.aio.list_groups()),
+    "aio.call": lambda engine: asyncio.run(engine.aio.call("state::get", {"scope": "s", "key": "k"})),
+    "drain": lambda engine: engine.drain(),
+    "aio.drain": lambda engine: asyncio.run(engine.aio.drain()),
+    "aio.flush": lambda engine: asyncio.run(engine.aio.flush()),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_closed_engine_refuses_every_call(call: Callable[[Engine], Any], open_store: Any) -> None:
+    engine = open_store()
+    engine.on_change()(Seen())
+    engine.register_function("app::f", print)
+    engine.set("s", "k", 1)
+    engine.close()
+
+    with pytest.raises(EngineClosed) as refused:
+        call(engine)
+
+    assert refused.value.code == "ENGINE_CLOSED"
+    assert engine.closed
+
+
+def test_what_only_looks_still_works_on_a_closed_engine(engine: Engine) -> None:
+    engine.on_change()(Seen())
+    engine.set("s", "k", 1)
+    engine.close()
+    engine.close()
+
+    assert engine.stats().calls["state::set"] == 1
+    assert engine.health().problems == ("the engine is closed",)
+    assert len(engine.functions()) == 7
+    assert len(engine.triggers()) == 1
+
+
+def test_with_closes(tmp_path: Any) -> None:
+    with Engine() as engine:
+        engine.set("s", "k", 1)
+
+    async def main() -> Engine:
+        async with Engine() as other:
+            await other.aio.set("s", "k", 1)
+        async with Engine().aio as calls:
+            await calls.set("s", "k", 1)
+        with pytest.raises(EngineClosed):
+            await calls.set("s", "k", 1)
+        return other
+
+    assert engine.closed
+    assert asyncio.run(main()).closed
+
+
+def test_two_engines_in_one_process_know_nothing_of_each_other(open_engine: Any) -> None:
+    one, other = open_engine(), open_engine()
+    seen = Seen()
+    other.on_change()(seen)
+    one.set("s", "k", 1)
+    one.close()
+    other.set("s", "k", 2)
+
+    assert other.get("s", "k") == 2
+    assert [event.new_value for event in seen.wait_for(1)] == [2]
+
+
+# ---------------------------------------------------------------------------------------------------------- the events
+
+
+def test_close_delivers_the_events_that_wait(engine: Engine) -> None:
+    gate, seen = Gate(), Seen()
+    engine.on_change()(lambda event: (gate(), seen(event)))
+    for number in range(100):
+        engine.set("s", str(number), number)
+    gate.wait_until_reached()
+
+    closed = in_thread(engine.close)
+    gate.open()
+    closed()
+
+    assert len(seen.events) == 100
+    assert engine.stats().dropped == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "coroutine"])
+def test_handlers_may_write_while_the_engine_closes_and_it_is_saved(kind: str, open_file_store: Any) -> None:
+    engine = open_file_store()
+    gate = Gate()
+
+    def plain(event: StateEvent) -> None:
+        gate()
+        engine.set("derived", event.key, event.new_value)
+        engine.set("new scope", event.key, engine.get("source", event.key))
+
+    async def coroutine(event: StateEvent) -> None:
+        await asyncio.to_thread(gate)
+        await engine.aio.set("derived", event.key, event.new_value)
+        await engine.aio.set("new scope", event.key, await engine.aio.get("source", event.key))
+
+    engine.on_change(scope="source")(plain if kind == "plain" else coroutine)
+    for number in range(3):
+        engine.set("source", str(number), number)
+    gate.wait_until_reached()
+    closed = in_thread(engine.close)
+    gate.open()
+    closed()
+
+    reopened = open_file_store()
+    assert reopened.list("derived") == [0, 1, 2]
+    assert reopened.list("new scope") == [0, 1, 2]
+
+
+def test_callers_are_refused_while_handlers_still_finish(engine: Engine) -> None:
+    gate = Gate()
+    engine.set("s", "k", 1)
+    engine.on_change()(gate)
+    engine.set("s", "k", 2)
+    gate.wait_until_reached()
+    begun = threading.Event()
+    refuse = engine._scopes.refuse
+    engine._scopes.refuse = lambda *args, **options: (refuse(*args, **options), begun.set())  # type: ignore[method-assign]
+
+    closed = in_thread(engine.close)
+    assert begun.wait(PATIENCE_S)
+    with pytest.raises(EngineClosed):
+        engine.set("new", "k", 1)
+    gate.open()
+    closed()
+
+
+def test_events_that_outlast_the_grace_are_reported_one_by_one(open_engine: Any) -> None:
+    dead, gate = Failures(), Gate()
+    refused: list[BaseException] = []
+    ended = threading.Event()
+    engine = open_engine(on_dead_letter=dead, limits={"close_grace_ms": 50})
+
+    def handler(event: StateEvent) -> None:
+        gate()
+        try:
+            engine.set("late", "k", 1)
+        except EngineClosed as error:
+            refused.append(error)
+        ended.set()
+
+    engine.on_change(function_id="app::hung")(handler)
+    for number in range(4):
+        engine.set("s", str(number), number)
+    gate.wait_until_reached()
+
+    engine.close()
+
+    assert engine.closed
+    assert [failure.event.key for failure in dead.all] == ["1", "2", "3", "0"]
+    assert all(isinstance(failure.error, EventNotDelivered) for failure in dead.all)
+    assert all("closed before its turn came" in str(failure.error) for failure in dead.all[:3])
+    assert "still being handled" in str(dead.all[3].error)
+    assert engine.stats().dropped == 3
+    gate.open()
+    assert ended.wait(PATIENCE_S)
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "coroutine", "coroutine, aio"])
+def test_closing_from_a_handler_returns_at_once_and_happens_when_it_has_ended(kind: str, engine: Engine) -> None:
+    after: list[bool] = []
+    ended = threading.Event()
+
+    def plain(event: StateEvent) -> None:
+        engine.close()
+        engine.set("s", "last words", 1)  # still served
+        after.append(True)
+        ended.set()
+
+    async def coroutine(event: StateEvent) -> None:
+        plain(event)
+
+    async def through_aio(event: StateEvent) -> None:
+        await engine.aio.close()
+        await engine.aio.set("t", "last words", 1)
+        after.append(True)
+        ended.set()
+
+    engine.on_change(scope="s", key="k")({"plain": plain, "coroutine": coroutine}.get(kind, through_aio))
+    engine.set("s", "k", 1)
+
+    assert ended.wait(PATIENCE_S)
+    engine.close()  # waits for the other one
+    assert engine.closed
+    assert after == [True]
+    assert engine.stats().failures == 0
+
+
+def test_aio_close_lets_handlers_on_the_same_loop_go_on(engine: Engine) -> None:
+    seen = Seen()
+
+    async def main() -> None:
+        async def handler(event: StateEvent) -> None:
+            await asyncio.sleep(0)
+            seen(event)
+
+        engine.on_change()(handler)
+        for number in range(10):
+            await engine.aio.set("s", str(number), number)
+        await engine.aio.close()
+
+    asyncio.run(main())
+
+    assert len(seen.events) == 10
+
+
+def test_several_threads_may_close_at_once(engine: Engine) -> None:
+    start = threading.Barrier(8)
+
+    def close() -> bool:
+        start.wait(PATIENCE_S)
+        engine.close()
+        return engine.health().ok
+
+    assert [wait() for wait in [in_thread(close) for _ in range(8)]] == [False] * 8
+
+
+def test_a_coroutine_handler_that_hangs_on_the_engines_own_loop_is_cancelled_in_the_end(open_engine: Any) -> None:
+    cancelled, reached = threading.Event(), threading.Event()
+    engine = open_engine(limits={"close_grace_ms": 20})
+
+    async def hang(event: StateEvent) -> None:
+        reached.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    engine.on_change()(hang)
+    engine.set("s", "k", 1)
+    assert reached.wait(PATIENCE_S)
+
+    engine.close()
+
+    assert cancelled.wait(PATIENCE_S)
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def test_closing_while_16_threads_write_keeps_every_acknowledged_write(open_file_store: Any) -> None:
+    engine = open_file_store()
+    started = threading.Barrier(17)
+
+    def write(name: str) -> int:
+        started.wait(PATIENCE_S)
+        acknowledged = 0
+        try:
+            while True:
+                engine.set(name, "k", acknowledged + 1)
+                acknowledged += 1
+        except EngineClosed:
+            return acknowledged
+
+    results = {f"scope {number % 8}/{number}": None for number in range(16)}
+    waits = {name: in_thread(lambda name=name: write(name)) for name in results}
+    started.wait(PATIENCE_S)
+    engine.close()
+    acknowledged = {name: wait() for name, wait in waits.items()}
+
+    reopened = open_file_store()
+    assert {name: reopened.get(name, "k", 0) for name in results} == acknowledged
+
+
+def test_a_last_save_that_fails_keeps_everything_and_can_be_tried_again(open_engine: Any) -> None:
+    store = GatedStore()
+    engine = open_engine(store=store)
+    engine.set("s", "k", 1)
+    store.at_save = broken
+
+    with pytest.raises(StorageError, match=r"the disk is on fire.*close\(\) again"):
+        engine.close()
+
+    assert engine.closed
+    assert not store.closed
+    with pytest.raises(EngineClosed):
+        engine.set("s", "k", 2)
+    assert any("saving fails" in problem for problem in engine.health().problems)
+
+    store.at_save = lambda: None
+    engine.close()
+
+    assert store.states["s"].values == {"k": b"1"}
+    assert store.closed
+    assert engine.health().unsaved_scopes == 0
+
+
+def test_tasks_on_another_loop_are_answered_by_a_closing_engine(engine: Engine, loop_thread: LoopThread) -> None:
+    async def write() -> int:
+        count = 0
+        try:
+            while True:
+                await engine.aio.set("s", "k", count)
+                count += 1
+                await asyncio.sleep(0)
+        except EngineClosed:
+            return count
+
+    tasks = loop_thread.do(lambda: [asyncio.ensure_future(write()) for _ in range(10)])
+    engine.close()
+
+    async def results() -> list[int]:
+        return [await task for task in tasks]
+
+    assert len(loop_thread.do(results)) == 10

@@ -1,0 +1,85 @@
+"""The public face: `__all__` says what is there, and a plain import loads no more than it needs."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+PACKAGES = ["scopestate", "scopestate.actors", "scopestate.ops", "scopestate.persistence", "scopestate.config"]
+
+LATE = ["yaml", "watchdog", "sqlite3", "scopestate.schemas", "redis", "websockets"]
+"""What only some programs need; a plain import must not pay for it."""
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_everything_in_all_can_be_imported_and_is_listed_once_in_order(name: str) -> None:
+    package = importlib.import_module(name)
+
+    assert [entry for entry in package.__all__ if not hasattr(package, entry)] == []
+    assert len(set(package.__all__)) == len(package.__all__)
+    assert package.__doc__
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_public_name_of_a_package_is_in_its_all(name: str) -> None:
+    package = importlib.import_module(name)
+
+    unlisted = [
+        entry
+        for entry, value in vars(package).items()
+        if not entry.startswith("_")
+        and not isinstance(value, types.ModuleType)
+        and getattr(value, "__module__", "").startswith("scopestate")
+        and entry not in package.__all__
+    ]
+    assert unlisted == []
+
+
+def test_the_names_that_programs_need_are_at_the_top() -> None:
+    import scopestate
+
+    assert scopestate.__all__ == [
+        "DeliveryFailure",
+        "Engine",
+        "ScopestateError",
+        "SetResult",
+        "StateEvent",
+        "StorageError",
+        "UpdateResult",
+        "messages",
+        "ops",
+    ]
+
+
+def test_a_star_import_gives_exactly_that() -> None:
+    import scopestate
+
+    names: dict[str, object] = {}
+    exec("from scopestate import *", names)
+
+    assert names.keys() - {"__builtins__"} == set(scopestate.__all__)
+
+
+@pytest.mark.parametrize("late", LATE)
+def test_a_plain_import_does_not_load(late: str) -> None:
+    code = f"import scopestate, sys; sys.exit({late!r} in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_engine_in_memory_needs_none_of_it_either() -> None:
+    code = (
+        "import scopestate, sys\n"
+        "with scopestate.Engine() as engine:\n"
+        "    engine.on_change(scope='s')(lambda event: None)\n"
+        "    engine.set('s', 'k', 1)\n"
+        "    engine.drain()\n"
+        f"sys.exit(repr([name for name in {LATE!r} + ['asyncio'] if name in sys.modules] or '') if 0 else "
+        f"any(name in sys.modules for name in {LATE!r} + ['asyncio']))"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

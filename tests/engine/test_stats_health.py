@@ -1,0 +1,233 @@
+"""What an engine tells about itself: figures that add up, and problems in words."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from watching import PATIENCE_S, Gate, GatedStore, Seen, broken, in_thread
+
+from scopestate import Engine, StateEvent, StorageError, messages, ops
+from scopestate.errors import DeserializationError, ScopestateError
+
+
+def test_a_new_engine_has_done_nothing_and_is_well(engine: Engine) -> None:
+    stats, health = engine.stats(), engine.health()
+
+    assert set(stats.calls) == {entry["name"] for entry in engine.functions()}
+    assert set(stats.calls.values()) == {0}
+    assert (stats.events, stats.deliveries, stats.failures, stats.dropped) == (0, 0, 0, 0)
+    assert (stats.scopes, stats.keys, stats.saves, stats.threads) == (0, 0, 0, 0)
+    assert (health.ok, health.problems, health.unsaved_scopes) == (True, (), 0)
+
+
+def test_calls_are_counted_whichever_way_they_are_made(engine: Engine) -> None:
+    async def main() -> None:
+        await engine.aio.set("s", "k", 1)
+        await engine.aio.get("s", "k")
+        await engine.aio.delete("s", "k")
+        await engine.aio.update("s", "k", [])
+        await engine.aio.list("s")
+        await engine.aio.list_groups()
+        await engine.aio.ask(messages.Set("s", "k", 1))
+        await engine.aio.call("state::get", {"scope": "s", "key": "k"})
+
+    engine.set("s", "k", 1)
+    engine.get("s", "k")
+    engine.delete("s", "k")
+    engine.update("s", "k", [])
+    engine.list("s")
+    engine.list_groups()
+    engine.call("state::set", {"scope": "s", "key": "k", "value": 1})
+    engine.ask(messages.Get("s", "k"))
+    engine.tell(messages.Delete("s", "k"))
+    engine.scope("s").update("k", [])
+    asyncio.run(main())
+
+    assert engine.stats().calls == {
+        "state::set": 4,
+        "state::get": 4,
+        "state::delete": 3,
+        "state::update": 3,
+        "state::list": 2,
+        "state::list_groups": 2,
+    }
+
+
+def test_no_call_is_lost_from_the_count_when_threads_make_them(engine: Engine) -> None:
+    def work() -> None:
+        for number in range(500):
+            engine.set("s", "k", number)
+
+    for wait in [in_thread(work) for _ in range(8)]:
+        wait()
+
+    assert engine.stats().calls["state::set"] == 4000
+
+
+def test_what_is_no_call_at_all_is_not_counted(engine: Engine) -> None:
+    for bad in ({"scope": "s"}, None):
+        with pytest.raises(DeserializationError):
+            engine.call("state::set", bad)
+    with pytest.raises(ScopestateError):
+        engine.set("s", "k", object())
+
+    assert engine.stats().calls["state::set"] == 0
+
+
+def test_sizes_are_those_of_now(engine: Engine) -> None:
+    for scope in ("a", "b"):
+        for key in ("x", "y", "z"):
+            engine.set(scope, key, 1)
+    engine.delete("a", "x")
+
+    assert (engine.stats().scopes, engine.stats().keys) == (2, 5)
+
+
+def test_events_and_what_became_of_them_add_up(open_engine: Any) -> None:
+    engine = open_engine(limits={"handler_attempts": 2, "handler_backoff_ms": 1})
+
+    def handler(event: StateEvent) -> None:
+        if event.new_value == "fail":
+            raise ValueError
+
+    engine.on_change(scope="s", condition=lambda event: event.new_value != "skip")(handler)
+    for number, value in enumerate(["good", "skip", "fail", "good", "fail"]):
+        engine.set("s", str(number), value)
+    engine.set("nobody listens", "k", 1)
+    engine.drain(timeout=PATIENCE_S)
+
+    stats = engine.stats()
+    assert (stats.events, stats.deliveries, stats.skipped, stats.failures, stats.retries) == (5, 2, 1, 2, 2)
+    assert stats.events == stats.deliveries + stats.skipped + stats.failures + stats.dropped
+
+
+def test_mailboxes_show_what_waits(open_engine: Any) -> None:
+    store, load, handle = GatedStore(), Gate(), Gate()
+    engine = open_engine(store=store)
+    engine.on_change(scope="s")(handle)
+    for number in range(4):
+        engine.set("s", str(number), number)
+    handle.wait_until_reached()
+    store.at_load = load
+    replies = [engine.ask(messages.Get("slow", "k"), block=False)]
+    load.wait_until_reached()
+    replies += [engine.ask(messages.Get("slow", "k"), block=False) for _ in range(2)]
+
+    boxes = engine.stats().mailboxes
+    assert (boxes.scopes, boxes.deepest_scope) == (2, 2)
+    assert boxes.router + boxes.handlers == 3
+    assert engine.stats().threads >= 2
+    load.open()
+    handle.open()
+    for reply in replies:
+        reply.get(timeout=PATIENCE_S)
+    engine.drain(timeout=PATIENCE_S)
+    assert engine.stats().mailboxes.handlers == 0
+
+
+def test_saves_are_counted_and_timed(open_engine: Any) -> None:
+    engine = open_engine(store=GatedStore())
+    for scope in ("a", "b"):
+        for key in ("x", "y"):
+            engine.set(scope, key, 1)
+    assert engine.stats().unsaved_scopes == engine.health().unsaved_scopes == 2
+
+    engine.flush()
+
+    stats = engine.stats()
+    assert (stats.saves, stats.saved_keys, stats.failed_saves, stats.unsaved_scopes) == (1, 4, 0, 0)
+    assert engine.health().last_save_ms > 0
+    engine.flush()
+    assert engine.stats().saves == 1
+
+
+def test_a_store_that_fails_shows_in_health_until_it_works_again(open_engine: Any) -> None:
+    store = GatedStore()
+    engine = open_engine(store=store)
+    engine.set("s", "k", 1)
+    store.at_save = broken
+
+    with pytest.raises(StorageError, match="on fire"):
+        engine.flush()
+
+    health = engine.health()
+    assert not health.ok
+    assert health.unsaved_scopes == 1
+    assert any("saving fails" in problem and "on fire" in problem for problem in health.problems)
+    assert engine.stats().failed_saves == 1
+    assert engine.set("s", "k", 2).old_value == 1
+
+    store.at_save = lambda: None
+    engine.flush()
+    assert engine.health().ok
+    assert store.states["s"].values == {"k": b"2"}
+
+
+def test_figures_can_be_written_as_json(engine: Engine) -> None:
+    engine.update("s", "k", [ops.Increment("n", 1)])
+
+    for figures in (engine.stats(), engine.health()):
+        json.dumps(msgspec.to_builtins(figures))
+
+
+def test_looking_stops_nobody(engine: Engine) -> None:
+    seen, stop = Seen(), []
+    engine.on_change()(seen)
+
+    def look() -> None:
+        while not stop:
+            engine.stats()
+            engine.health()
+
+    looking = in_thread(look)
+    for number in range(300):
+        engine.set(f"s{number}", "k", number)
+        engine.register_trigger(function_id="h", scope=str(number)).unregister()
+    engine.drain(timeout=PATIENCE_S)
+    stop.append(True)
+    looking()
+
+    assert engine.stats().deliveries == 300
+
+
+def test_health_stays_bad_after_a_failed_commit_until_something_is_saved_again(
+    open_engine: Any, tmp_path: Path
+) -> None:
+    engine = open_engine(
+        adapter={"store_method": "file_based", "file_path": str(tmp_path / "store"), "durability": "commit"}
+    )
+    adapter = engine._parts.adapter
+    save = adapter.save
+
+    def refuse(batch: Any) -> None:
+        raise StorageError("the disk is gone")
+
+    adapter.save = refuse
+    with pytest.raises(StorageError, match="the disk is gone"):
+        engine.set("s", "k", 1)
+    engine.flush()  # nothing is left to save, which proves nothing
+
+    assert not engine.health().ok
+    assert "the disk is gone" in engine.health().problems[0]
+
+    adapter.save = save
+    engine.set("s", "k", 2)
+
+    assert engine.health().ok
+
+
+def test_scopes_that_a_rule_moved_to_memory_are_no_groups_of_the_store(open_engine: Any, tmp_path: Path) -> None:
+    store = {"store_method": "file_based", "file_path": str(tmp_path / "store")}
+    with open_engine(adapter=store) as engine:
+        engine.set("sessions", "k", 1)
+        engine.set("orders", "k", 1)
+
+    engine = open_engine(adapter=store, scopes=[{"name": "sessions", "durability": "memory"}])
+
+    assert engine.list_groups() == ["orders"]
+    assert engine.get("sessions", "k") is None

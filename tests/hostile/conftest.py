@@ -1,0 +1,7 @@
+"""Engines for the hostile input tests."""
+
+from __future__ import annotations
+
+from load.engines import nothing_left, open_engine
+
+__all__ = ["nothing_left", "open_engine"]

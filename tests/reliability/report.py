@@ -1,0 +1,171 @@
+"""Writes docs/reliability.md from the figures that the last run of the tests left: `make reliability`.
+
+Each row names the fault, the promise, and the tests that show it; a test checks that every named test exists.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from tests.reliability import figures
+
+ROOT: Final = Path(__file__).parents[2]
+PAGE: Final = ROOT / "docs" / "reliability.md"
+
+
+class Row(NamedTuple):
+    """One fault."""
+
+    fault: str
+    promise: str
+    tests: tuple[str, ...]
+    """Paths below tests/, each a file or `file::test`."""
+    figures: tuple[str, ...] = ()
+    """Names under which the tests record their figures; a `*` at the end stands for any rest."""
+
+
+ROWS: Final = (
+    Row(
+        "The process is killed (SIGKILL)",
+        "`commit`: every acknowledged write is there, and no event of a lost write was delivered. `interval`: exactly "
+        "a prefix of each scope's history, at most `save_interval_ms` old. The store opens.",
+        (
+            "reliability/test_crash.py::test_200_kills_under_load_lose_nothing_that_was_promised",
+            "persistence/test_file_crash.py",
+        ),
+        ("SIGKILL under load",),
+    ),
+    Row(
+        "SIGTERM, SIGINT, exit without close",
+        "Nothing acknowledged is lost; events are delivered or reported within `close_grace_ms`; the process ends with "
+        "the signal's status.",
+        ("reliability/test_shutdown.py",),
+        ("SIGTERM under load*",),
+    ),
+    Row(
+        "`close()` twice, from a handler, beside 16 writers, with a hung handler",
+        "Each write is on disk or was refused with EngineClosed; close ends within its grace time.",
+        ("reliability/test_closing.py", "engine/test_close.py"),
+    ),
+    Row(
+        "The disk is full, read-only, limited, or fails",
+        "`commit`: the call fails with its code, and memory, disk and events agree. `interval`: the data stays queued, "
+        "`health()` says why, saving resumes by itself.",
+        ("faults/test_disk_faults.py", "persistence/test_file_faults.py"),
+    ),
+    Row(
+        "The directory is removed while the engine runs",
+        "Calls that need the disk fail clearly; once the directory is back, the whole content is.",
+        (
+            "persistence/test_file_faults.py::test_a_removed_directory_that_is_made_again_gets_all_its_content_back",
+            "faults/test_disk_faults.py",
+        ),
+    ),
+    Row(
+        "The database is damaged, foreign or newer",
+        "Set aside under a new name or left alone, named in the error, never overwritten.",
+        ("persistence/test_file_opening.py", "hostile/test_stores.py"),
+        ("mutated databases",),
+    ),
+    Row(
+        "A second process opens the store",
+        "Refused with the holder's process, host, command and time; a killed holder blocks nobody.",
+        ("persistence/test_file_lock.py",),
+    ),
+    Row(
+        "KeyboardInterrupt, exceptions from signal handlers",
+        "A write has wholly happened, with its event, or not at all; no message is stuck.",
+        ("reliability/test_interruption.py",),
+        ("interrupted at each opcode*", "signals at random*", "exceptions put into threads*"),
+    ),
+    Row(
+        "A task is cancelled, a call times out, a thread dies",
+        "The scope goes on; the error says whether the write may still apply.",
+        ("reliability/test_cancellation.py", "reliability/test_callers.py"),
+        ("tasks cancelled*",),
+    ),
+    Row(
+        "The process forks",
+        "The child is refused, the parent and its store are unharmed.",
+        ("reliability/test_fork.py",),
+        ("fork under load*",),
+    ),
+    Row(
+        "Any order of turns, saves, crashes, faults and reloads",
+        "All of the above and the order of events, checked after every step against a model.",
+        ("simulation/test_simulation.py",),
+        ("simulation*",),
+    ),
+    Row(
+        "Threads and tasks race on the same keys",
+        "Every history is linearizable, on every adapter.",
+        ("linearizability/test_histories.py", "linearizability/test_checker.py"),
+        ("linearizability",),
+    ),
+    Row(
+        "Slow, hung and looping handlers; more load than fits",
+        "Memory is bounded; what is dropped or refused is counted and reported.",
+        ("load/test_limits.py", "load/test_sizes.py"),
+        ("load: *",),
+    ),
+    Row(
+        "Hostile input: calls, names, values, files",
+        "An error of our tree, and no half-applied write.",
+        ("hostile/test_calls.py", "config/test_hostile_text.py"),
+        ("hostile input",),
+    ),
+)
+
+
+def page() -> str:
+    """Return the page, with the figures of the last run."""
+    kept = figures.read()
+    lines = [
+        "# Reliability",
+        "",
+        "What can go wrong, what is promised then, and the tests that show it. Written by `make reliability` from the",
+        "figures of its run. The weak points of the reference have a test each in `tests/test_known_weaknesses.py`.",
+        "",
+        "| what goes wrong | what is promised | shown by | last run |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in ROWS:
+        tests = "<br>".join(f"`tests/{test}`" for test in row.tests)
+        lines.append(f"| {row.fault} | {row.promise} | {tests} | {_figures(row, kept)} |")
+    return "\n".join([*lines, ""])
+
+
+def _figures(row: Row, kept: dict[str, dict[str, float | str]]) -> str:
+    found: list[str] = []
+    for wanted in row.figures:
+        for name, values in sorted(kept.items()):
+            if name == wanted or (wanted.endswith("*") and name.startswith(wanted[:-1])):
+                facts = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in values.items())
+                found.append(f"{name}: {facts}")
+    return "<br>".join(found) or ("no figures: it holds or fails" if not row.figures else "not run yet")
+
+
+def _number(value: float | str) -> str:
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
+
+def missing_tests() -> list[str]:
+    """Return what the rows name and the tree does not have."""
+    missing: list[str] = []
+    for row in ROWS:
+        for test in row.tests:
+            file, _, name = test.partition("::")
+            path = ROOT / "tests" / file
+            if not path.is_file() or (name and not re.search(rf"^def {name}\(", path.read_text(), re.MULTILINE)):
+                missing.append(test)
+    return missing
+
+
+if __name__ == "__main__":
+    if gone := missing_tests():
+        sys.exit(f"docs/reliability.md names tests that do not exist: {', '.join(gone)}")
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.relative_to(ROOT)}")  # noqa: T201 - the command's output

@@ -1,0 +1,47 @@
+"""Simulate whole engines: `python -m tests.simulation --seeds 1000`."""
+
+# ruff: noqa: T201 - a command talks to its user
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.simulation.simulator import observed, simulate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the seeds; return 1 if any of them failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1000, metavar="N", help="how many seeds to run (default: 1000)")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first of them (default: 0)")
+    parser.add_argument("--seed", type=int, metavar="SEED", help="run this seed alone and print what happens in it")
+    parser.add_argument("--file", action="store_true", help="on real files instead of a disk in memory")
+    parser.add_argument("--most", type=int, default=10, metavar="N", help="stop after so many failures (default: 10)")
+    options = parser.parse_args(arguments)
+    seeds = range(options.first, options.first + options.seeds) if options.seed is None else [options.seed]
+    began = time.perf_counter()
+    done = failures = 0
+    with observed():
+        for seed in seeds:
+            with tempfile.TemporaryDirectory(prefix="scopestate-simulation-") as directory:
+                path = str(Path(directory) / "store") if options.file else None
+                failure = simulate(seed, path=path, trace=options.seed is not None)
+            done += 1
+            if failure is None:
+                continue
+            failures += 1
+            print(*failure.trace, sep="\n", end="\n" if failure.trace else "")
+            print(f"seed {seed}: {failure.problem}")
+            print(f"  again: python -m tests.simulation --seed {seed}{' --file' if options.file else ''}")
+            if failures == options.most:
+                break
+    print(f"{done} seeds run, {failures} failures, {time.perf_counter() - began:.1f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The disk under a simulated engine: what is durable, how slow it is, and how it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from scopestate.actors.deterministic import DeterministicDispatcher
+from scopestate.errors import StorageError
+from scopestate.persistence import Adapter, FileAdapter, ScopeChange, ScopeState
+from tests.simulation.model import Items, Model, Violation
+
+
+class Stored(msgspec.Struct):
+    """One scope on the disk."""
+
+    values: dict[str, bytes]
+    ranks: dict[str, int]
+    sequence: int = 0
+
+    def items(self) -> Items:
+        """Keys and values in order of their ranks."""
+        return tuple((key, self.values[key]) for key in sorted(self.values, key=self.ranks.__getitem__))
+
+
+class Disk:
+    """Outlives the engines that write to it. With `path`, a real store beside the model has to agree with it."""
+
+    def __init__(self, path: str | None = None) -> None:
+        self.stored: dict[str, Stored] = {}
+        self.path = path
+        self.failing_saves = 0
+        """So many of the next saves fail."""
+        self.failing_loads = 0
+        self.slow_s = self.slowest_s = 0.0
+        """How long a save takes, in virtual seconds, now and at most so far."""
+        self.saves = self.failed = 0
+
+    def heal(self) -> None:
+        """Work from now on."""
+        self.failing_saves = self.failing_loads = 0
+
+    def sequence(self, scope: str) -> int:
+        """Number of the last write of `scope` that is durable."""
+        stored = self.stored.get(scope)
+        return 0 if stored is None else stored.sequence
+
+    def items(self, scope: str) -> Items:
+        """What is durable of `scope`, in order."""
+        stored = self.stored.get(scope)
+        return () if stored is None else stored.items()
+
+    def write(self, change: ScopeChange) -> None:
+        """Make one change durable, by the adapter's contract."""
+        stored = self.stored.setdefault(change.scope, Stored({}, {}))
+        if change.sequence < stored.sequence:
+            raise Violation(f"{change.scope}: write {change.sequence} is saved over the newer write {stored.sequence}")
+        stored.sequence = change.sequence
+        for key, data in change.values.items():
+            if data is None:
+                stored.values.pop(key, None)
+                stored.ranks.pop(key, None)
+            else:
+                stored.values[key] = data
+                stored.ranks[key] = change.positions.get(key, stored.ranks.get(key, 0))
+                if not stored.ranks[key]:
+                    raise Violation(f"{change.scope}: new key {key!r} is saved without its position")
+
+
+class DiskAdapter:
+    """The disk as one engine sees it; useless once that engine has crashed."""
+
+    keeps = True
+
+    def __init__(self, disk: Disk, dispatcher: DeterministicDispatcher, model: Model) -> None:
+        self._disk = disk
+        self._dispatcher = dispatcher
+        self.model = model
+        self._real: Adapter | None = None if disk.path is None else FileAdapter(disk.path)
+        self.crashed = False
+
+    def load(self, scope: str) -> ScopeState:
+        """Load a scope; it must be what the model says, or somebody's write is gone."""
+        self._dispatcher.give_way()
+        disk = self._disk
+        if self.crashed or disk.failing_loads > 0:
+            disk.failing_loads -= 1
+            self.model.note_failed_load()
+            raise StorageError("the simulated disk cannot be read")
+        items, sequence = disk.items(scope), disk.sequence(scope)
+        with self.model.watching():
+            if self._real is not None:
+                state = self._real.load(scope)
+                if (tuple(state.values.items()), state.sequence) != (items, sequence):
+                    raise Violation(f"{scope}: the store holds {state}, saved was {items} at {sequence}")
+            self.model.check_load(scope, items, sequence)
+        self._dispatcher.give_way()
+        return ScopeState(dict(items), sequence)
+
+    def scopes(self) -> list[str]:
+        """Names of the scopes that hold a saved key."""
+        return [scope for scope, stored in self._disk.stored.items() if stored.values]
+
+    def save(self, batch: Sequence[ScopeChange]) -> None:
+        """Save all or nothing; callers go on meanwhile."""
+        disk = self._disk
+        self._dispatcher.give_way()
+        if disk.slow_s:
+            self._dispatcher.sleep(disk.slow_s)
+        if self.crashed or disk.failing_saves > 0:
+            disk.failing_saves -= 1
+            disk.failed += 1
+            self.model.note_failed_save()
+            self._dispatcher.give_way()
+            raise StorageError("the simulated disk is full")
+        if self._real is not None:
+            self._real.save(batch)
+        disk.saves += 1
+        with self.model.watching():
+            for change in batch:
+                disk.write(change)
+                self.model.check_saved(change.scope, disk.items(change.scope), disk.sequence(change.scope))
+        self._dispatcher.give_way()
+
+    def close(self) -> None:
+        """Release the store."""
+        if self._real is not None:
+            self._real.close()

@@ -1,0 +1,205 @@
+"""The simulation finds bugs: each of these, planted in the engine, is caught by one of the first seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from threading import get_ident
+from typing import Any
+
+import msgspec
+import pytest
+
+from scopestate.actors import snapshot
+from scopestate.actors.commit import CommitScopeActor
+from scopestate.actors.handler import HandlerActor
+from scopestate.actors.results import SetResult
+from scopestate.actors.scope import ScopeActor
+from scopestate.actors.snapshot import SnapshotActor
+from scopestate.actors.turn import HOLDER, WAIT, TurnActor
+from scopestate.closing import Closing
+from scopestate.errors import StorageError
+from scopestate.persistence import ScopeChange
+from tests.simulation.__main__ import main
+from tests.simulation.simulator import Failure, observed, simulate
+
+ENOUGH_SEEDS = 300
+
+Patch = pytest.MonkeyPatch
+
+
+def events_of_a_commit_scope_leave_before_the_commit(patch: Patch) -> None:
+    made = CommitScopeActor.__init__
+
+    def make(self: CommitScopeActor, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self._outbox = self._router._mailbox
+
+    patch.setattr(CommitScopeActor, "__init__", make)
+    patch.setattr(CommitScopeActor, "_announce", ScopeActor._announce)
+
+
+def a_commit_scope_answers_before_the_commit(patch: Patch) -> None:
+    patch.setattr(CommitScopeActor, "_answer", TurnActor._answer)
+
+
+def a_reader_sees_what_is_not_committed(patch: Patch) -> None:
+    patch.setattr(CommitScopeActor, "peek", ScopeActor.peek)
+
+
+def a_failed_commit_leaves_memory_as_it_is(patch: Patch) -> None:
+    roll_back = CommitScopeActor._roll_back
+
+    def keep(self: CommitScopeActor, batch: Any, error: StorageError) -> Any:
+        values = self._values
+        outcomes = roll_back(self, batch, error)
+        self._values = values
+        return outcomes
+
+    patch.setattr(CommitScopeActor, "_roll_back", keep)
+
+
+def a_failed_save_forgets_its_batch(patch: Patch) -> None:
+    save = SnapshotActor._save
+
+    def forget(self: SnapshotActor) -> None:
+        try:
+            save(self)
+        except StorageError:
+            self._backlog.clear()
+            raise
+
+    patch.setattr(SnapshotActor, "_save", forget)
+
+
+def a_retried_save_writes_older_over_newer(patch: Patch) -> None:
+    merged = snapshot.merged
+    patch.setattr(
+        snapshot,
+        "merged",
+        lambda older, newer: msgspec.structs.replace(
+            merged(older, newer),
+            values={**newer.values, **older.values},
+            positions={**newer.positions, **older.positions},
+        ),
+    )
+
+
+def a_dirty_scope_is_passivated(patch: Patch) -> None:
+    passivate = ScopeActor._passivate
+
+    def leave(self: ScopeActor) -> bool:
+        if self._dirty is not None:
+            self._dirty, self._saved = {}, self._sequence
+        return passivate(self)
+
+    patch.setattr(ScopeActor, "_passivate", leave)
+
+
+def new_keys_are_saved_in_reverse(patch: Patch) -> None:
+    collect = ScopeActor._collect
+
+    def misplace(self: ScopeActor) -> ScopeChange | None:
+        change = collect(self)
+        if change is None:
+            return None
+        return msgspec.structs.replace(change, positions={key: 1000 - rank for key, rank in change.positions.items()})
+
+    patch.setattr(ScopeActor, "_collect", misplace)
+
+
+def a_wake_up_is_lost_when_a_turn_ends(patch: Patch) -> None:
+    def run(self: ScopeActor, message: Any, otherwise: Any = WAIT) -> Any:
+        claim, me = self._claim, get_ident()
+        if not claim and claim.setdefault(HOLDER, me) == me:
+            try:
+                return self.on_receive(message)
+            finally:
+                del claim[HOLDER]
+        return self._run_queued(message) if otherwise is WAIT else otherwise
+
+    patch.setattr(ScopeActor, "run", run)
+
+
+def two_threads_run_one_scope(patch: Patch) -> None:
+    def put(self: ScopeActor, key: str, data: bytes) -> SetResult:
+        values = self._values
+        assert values is not None
+        old = values.get(key)
+        self._dispatcher.give_way()  # type: ignore[attr-defined]  # as a thread may be stopped anywhere
+        self._write(key, old, data)
+        return SetResult(old, data)
+
+    patch.setattr(ScopeActor, "_put", put)
+    patch.setattr(ScopeActor, "run", lambda self, message, otherwise=WAIT: self.on_receive(message))
+
+
+def two_threads_run_one_handler(patch: Patch) -> None:
+    def run_batch(self: HandlerActor) -> None:
+        self._scheduled = False
+        self._claim.setdefault(HOLDER, get_ident())
+        self._drain()
+
+    patch.setattr(HandlerActor, "run_batch", run_batch)
+
+
+def closing_does_not_save(patch: Patch) -> None:
+    patch.setattr(Closing, "_save", lambda self: None)
+
+
+def the_interval_is_not_kept(patch: Patch) -> None:
+    arm = SnapshotActor._arm
+    patch.setattr(SnapshotActor, "_arm", lambda self, delay_s: arm(self, delay_s * 2))
+
+
+def a_sender_overtakes_itself(patch: Patch) -> None:
+    patch.setattr(ScopeActor, "keep_order", lambda self: None)
+
+
+BUGS: list[Callable[[Patch], None]] = [
+    events_of_a_commit_scope_leave_before_the_commit,
+    a_commit_scope_answers_before_the_commit,
+    a_reader_sees_what_is_not_committed,
+    a_failed_commit_leaves_memory_as_it_is,
+    a_failed_save_forgets_its_batch,
+    a_retried_save_writes_older_over_newer,
+    a_dirty_scope_is_passivated,
+    new_keys_are_saved_in_reverse,
+    a_wake_up_is_lost_when_a_turn_ends,
+    two_threads_run_one_scope,
+    two_threads_run_one_handler,
+    closing_does_not_save,
+    the_interval_is_not_kept,
+    a_sender_overtakes_itself,
+]
+
+
+@pytest.fixture(params=BUGS, ids=lambda bug: bug.__name__)
+def _bug(request: pytest.FixtureRequest, monkeypatch: Patch) -> Iterator[None]:
+    request.param(monkeypatch)
+    with observed():
+        yield
+
+
+def first_failure() -> Failure | None:
+    return next((failure for seed in range(ENOUGH_SEEDS) if (failure := simulate(seed)) is not None), None)
+
+
+@pytest.mark.usefixtures("_bug")
+def test_it_is_caught() -> None:
+    assert first_failure() is not None
+
+
+def test_a_failing_seed_prints_its_trace_and_the_command_that_replays_it(
+    monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_failed_save_forgets_its_batch(monkeypatch)
+    with observed():
+        failure = first_failure()
+        assert failure is not None
+
+        assert main(["--seed", str(failure.seed)]) == 1
+
+    printed = capsys.readouterr().out
+    assert "an engine starts" in printed
+    assert f"seed {failure.seed}: {failure.problem}" in printed
+    assert f"python -m tests.simulation --seed {failure.seed}" in printed

@@ -1,0 +1,81 @@
+"""Whole engines under simulation: many seeds, no violation of anything that scopestate promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.figures import record
+from tests.simulation.__main__ import main
+from tests.simulation.simulator import World, observed, simulate
+
+SEEDS_PER_TEST = 400
+
+
+@pytest.fixture(autouse=True)
+def _observed() -> Iterator[None]:
+    with observed():
+        yield
+
+
+@pytest.mark.parametrize("first", range(0, 2000, SEEDS_PER_TEST))
+def test_nothing_is_lost_or_wrong_in_any_seed(first: int) -> None:
+    failures = [failure for seed in range(first, first + SEEDS_PER_TEST) if (failure := simulate(seed)) is not None]
+
+    assert failures == []
+    record(f"simulation: seeds from {first}", seeds=SEEDS_PER_TEST, failures=0)
+
+
+def test_nothing_is_lost_or_wrong_on_real_files(tmp_path: Path) -> None:
+    failures = [
+        failure for seed in range(60) if (failure := simulate(seed, path=str(tmp_path / f"store-{seed}"))) is not None
+    ]
+
+    assert failures == []
+
+
+def test_a_seed_replays_to_the_letter() -> None:
+    for seed in range(20):
+        first, second = World(seed, trace=True), World(seed, trace=True)
+        first.run()
+        second.run()
+
+        assert first.trace == second.trace
+        assert first.trace
+
+
+def test_the_seeds_reach_what_they_are_there_for() -> None:
+    lines: list[str] = []
+    for seed in range(100):
+        world = World(seed, trace=True)
+        world.run()
+        lines += world.trace or []
+
+    trace = "\n".join(lines)
+    for wanted in (
+        "crash",
+        "closed",
+        "reload: ",
+        "passivate commit-0",
+        "passivate interval-0",
+        "the next load will fail",
+        "the extra trigger goes",
+        "a save takes 0.1 s",
+        "flush -> StorageError",
+        "drain is done",
+        "StorageError('Failed to set value: the simulated disk is full')",
+        "already wait for scope",
+        "EngineClosed()",
+        "odd ones is called",
+        "extra is called",
+        "deriving too is called",
+    ):
+        assert wanted in trace
+
+
+def test_the_command_says_how_many_seeds_it_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "3", "--first", "100"]) == 0
+
+    assert capsys.readouterr().out.startswith("3 seeds run, 0 failures, ")
