@@ -9,7 +9,7 @@ import platform
 import random
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -26,6 +26,7 @@ from scopestate.errors import (
 )
 from scopestate.ops.values import encode as encode_value
 from scopestate.wire import frames
+from scopestate.wire.offered import Handler, OfferedFunctions
 from scopestate.wire.options import DEFAULT_URL, ClientOptions, checked_url, request_headers, tls_context
 from scopestate.wire.pending import Done, PendingCall, PendingCalls
 
@@ -36,9 +37,6 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
     raise ImportError("a client or bridge needs the extra `wire`: pip install 'scopestate[wire]'") from error
 
 log = logging.getLogger("scopestate.wire.client")
-
-Handler = Callable[[bytes], Awaitable[bytes | None]]
-"""A function that this client offers: takes JSON, returns JSON or None for "no value"."""
 
 _REFUSALS: Final = frozenset({401, 403, 404})
 """HTTP statuses that waiting does not mend."""
@@ -76,14 +74,13 @@ class Client:
         self._tls = tls_context(url, self.options)
         self._on_change = on_change or (lambda connected, reason: None)
         self._on_trigger_refused = on_trigger_refused or (lambda error: None)
-        self._functions: dict[str, _Function] = {}
+        self._functions = OfferedFunctions()
         self._triggers: dict[str, frames.RegisterTrigger] = {}
         self._notes: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self._up = asyncio.Event()
         self._calls: PendingCalls | None = None
         self._task: asyncio.Task[None] | None = None
-        self._running: set[asyncio.Task[None]] = set()
         self._why_not: str | None = f"not connected to {self.url} yet"
         self._refused = False
         self._closed = False
@@ -110,10 +107,7 @@ class Client:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        for task in list(self._running):
-            task.cancel()
-        for function in self._functions.values():
-            function.stop()
+        self._functions.close()
         if self._calls is not None:
             self._calls.fail_unsent(self._not_connected)
 
@@ -212,18 +206,11 @@ class Client:
 
         `ordered`: its calls run one after another, in the order in which they came; else beside each other.
         """
-        frame = frames.encode(frames.RegisterFunction(function_id, description))
-        known = self._functions.get(function_id)
-        if known is not None:
-            known.stop()
-        self._functions[function_id] = _Function(frame, handler, ordered=ordered)
-        self._note(frame)
+        self._note(self._functions.add(function_id, handler, description, ordered=ordered))
 
     def unregister_function(self, function_id: str) -> None:
         """Withdraw a function."""
-        known = self._functions.pop(function_id, None)
-        if known is not None:
-            known.stop()
+        if self._functions.remove(function_id):
             self._note(frames.encode(frames.UnregisterFunction(function_id)))
 
     def register_trigger(
@@ -247,6 +234,11 @@ class Client:
         if self.connected:
             self._notes.append(frame)
             self._wake.set()
+
+    def _note_on(self, connection: int, frame: bytes) -> None:
+        """Send an answer, unless another connection came meanwhile: its server does not know the call."""
+        if connection == self.connections:
+            self._note(frame)
 
     # --------------------------------------------------------------------------------------------------- connection
 
@@ -296,7 +288,7 @@ class Client:
             return f"the connection failed: {error!r}"
 
     async def _serve(self, socket: ClientConnection) -> str:
-        self._notes.extend(function.frame for function in self._functions.values())
+        self._notes.extend(self._functions.registrations())
         self._notes.extend(frames.encode(trigger) for trigger in self._triggers.values())
         self._notes.append(self._introduction())
         self._refused = False
@@ -394,7 +386,8 @@ class Client:
             case frames.InvocationResult():
                 self._pending().answer(frame)
             case frames.InvokeFunction():
-                self._invoked(frame)
+                connection = self.connections
+                self._functions.invoke(frame, lambda answer: self._note_on(connection, answer))
             case frames.Ping():
                 self._note(frames.encode(frames.Pong()))
             case frames.WorkerRegistered(worker_id=worker_id):
@@ -407,66 +400,3 @@ class Client:
                 self._refused = code in {"AUTH_ERROR", "FORBIDDEN"}
             case _:
                 pass  # pong, and what only a provider of trigger types needs
-
-    def _invoked(self, frame: frames.InvokeFunction) -> None:
-        function = self._functions.get(frame.function_id)
-        if function is None:
-            problem = frames.ErrorBody("function_not_found", f"Function {frame.function_id} not found")
-            self._answer(frame, None, problem)
-        elif function.ordered is not None:
-            function.ordered.append(frame)
-            if not function.runs:
-                function.runs = True
-                self._spawn(self._run_in_order(function))
-        else:
-            self._spawn(self._run(function, frame))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-
-    async def _run_in_order(self, function: _Function) -> None:
-        while function.ordered:
-            await self._run(function, function.ordered.popleft())
-        function.runs = False
-
-    async def _run(self, function: _Function, frame: frames.InvokeFunction) -> None:
-        connection = self.connections
-        result: bytes | None = None
-        problem: frames.ErrorBody | None = None
-        try:
-            result = await function.handler(bytes(frame.data) or b"null")
-        except RemoteFailure as error:
-            problem = frames.ErrorBody(error.code, error.message, error.stacktrace)
-        except Exception as error:
-            log.warning("function %s failed: %s", frame.function_id, error, exc_info=error)
-            problem = frames.ErrorBody("invocation_failed", f"{type(error).__name__}: {error}")
-        # On another connection the server does not know the call any more.
-        if connection == self.connections:
-            self._answer(frame, result, problem)
-
-    def _answer(self, frame: frames.InvokeFunction, result: bytes | None, problem: frames.ErrorBody | None) -> None:
-        if frame.invocation_id is None:
-            return
-        raw = frames.ABSENT if result is None or problem is not None else Raw(result)
-        answer = frames.InvocationResult(frame.invocation_id, frame.function_id, raw, problem, frame.traceparent)
-        self._note(frames.encode(answer))
-
-
-class _Function:
-    """A function on offer."""
-
-    __slots__ = ("frame", "handler", "ordered", "runs")
-
-    def __init__(self, frame: bytes, handler: Handler, *, ordered: bool) -> None:
-        self.frame = frame
-        self.handler = handler
-        self.ordered: deque[frames.InvokeFunction] | None = deque() if ordered else None
-        self.runs = False
-        """True while a task works through `ordered`."""
-
-    def stop(self) -> None:
-        """Begin no further call of it."""
-        if self.ordered is not None:
-            self.ordered.clear()

@@ -262,6 +262,31 @@ async def test_what_a_function_raises_goes_back_as_an_error() -> None:
     assert answer.error == frames.ErrorBody("invocation_failed", "ValueError: too bad")
 
 
+async def test_a_function_or_trigger_that_is_withdrawn_is_not_registered_again() -> None:
+    async def handler(data: bytes) -> bytes | None:
+        return data
+
+    async with played_server() as server, Client(server.url, quick()) as client:
+        peer = await server.next_peer()
+        await client.wait_connected(PATIENCE_S)
+        client.register_function("f", handler)
+        client.register_function("stays", handler)
+        trigger_id = client.register_trigger("state", "f", {})
+        client.unregister_trigger(trigger_id)
+        client.unregister_trigger("unknown")
+        client.unregister_function("f")
+        client.unregister_function("unknown")
+        assert (await peer.next(frames.UnregisterTrigger)).id == trigger_id
+        assert (await peer.next(frames.UnregisterFunction)).id == "f"
+
+        peer.drop()
+        peer = await server.next_peer()
+        await peer.next(frames.InvokeFunction)  # the introduction, behind all registrations
+
+    registered = [data for data in peer.raw if b'"registerfunction"' in data or b'"registertrigger"' in data]
+    assert [b'"stays"' in data for data in registered] == [True]
+
+
 async def test_an_answer_does_not_go_to_a_connection_that_did_not_ask() -> None:
     begun, gate = asyncio.Event(), asyncio.Event()
 
