@@ -37,7 +37,7 @@ class Client(picows.WSListener):
         self.on_message: Callable[[bytes], object] = lambda _: None
         self.transport: picows.WSTransport | None = None
 
-    def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:  # noqa: ARG002 - picows's
+    def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
         message = frame.get_payload_as_bytes()
         if not message.startswith(b'{"type":"workerregistered"'):
             self.on_message(message)

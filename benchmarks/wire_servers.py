@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import sys
 from typing import Any
 
 import picows
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 
 from scopestate import Engine
 from scopestate.server import Server, new_loop
@@ -26,8 +27,9 @@ class Echo(picows.WSListener):
 
 
 async def _echo(connection: ServerConnection) -> None:
-    async for message in connection:
-        await connection.send(message)
+    with contextlib.suppress(ConnectionClosed):
+        async for message in connection:
+            await connection.send(message)
 
 
 async def _start(kind: str) -> int:

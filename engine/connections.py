@@ -15,7 +15,8 @@ import picows
 
 if TYPE_CHECKING:
     from scopestate.access import Access
-    from scopestate.workers import Hub, Worker
+    from scopestate.worker import Worker
+    from scopestate.workers import Hub
 
 log = logging.getLogger("scopestate.server")
 

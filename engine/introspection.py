@@ -17,7 +17,8 @@ from scopestate.worker_triggers import ENGINE_TYPES, STATE, WORKERS_AVAILABLE
 
 if TYPE_CHECKING:
     from scopestate.channels import Channels
-    from scopestate.workers import Hub, Worker
+    from scopestate.worker import Worker
+    from scopestate.workers import Hub
 
 _to_json: Final = msgspec.json.Encoder().encode
 _INTERNAL: Final = "engine::"

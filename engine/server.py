@@ -40,8 +40,9 @@ from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
 from scopestate.wire.frames import Error, ErrorBody, encode
 from scopestate.wire.session import SessionLimits
+from scopestate.worker import Worker
 from scopestate.worker_triggers import FUNCTIONS_AVAILABLE
-from scopestate.workers import Hub, Worker
+from scopestate.workers import Hub
 
 try:
     import picows

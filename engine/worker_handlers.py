@@ -181,7 +181,8 @@ class _InWorker:
 
     def start(self, go_on: Continue) -> None:
         """Send the event, and go on with the outcome."""
-        function, timer = self._function, None
+        function = self._function
+        timer: asyncio.TimerHandle | None = None
 
         def settle(outcome: InvocationResult) -> None:
             if timer is not None:

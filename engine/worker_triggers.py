@@ -17,7 +17,8 @@ from scopestate.wire.session import POLICY
 from scopestate.worker_handlers import LoopDispatcher, WorkerHandler
 
 if TYPE_CHECKING:
-    from scopestate.workers import Hub, Worker
+    from scopestate.worker import Worker
+    from scopestate.workers import Hub
 
 log = logging.getLogger("scopestate.server")
 
@@ -137,7 +138,7 @@ class WorkerTriggers:
             provided.owner.send(encode(UnregisterTrigger(frame.id, frame.trigger_type)))
 
     def silence(self, worker: Worker) -> None:
-        """Begin no more deliveries for the triggers of a worker that is gone: each would fail for want of its function."""
+        """Begin no more deliveries for the triggers of a worker that is gone: its functions are gone, too."""
         for trigger_id, handler in self._handlers.items():
             if self._by_id[trigger_id].owner is worker:
                 handler.active = False

@@ -145,7 +145,7 @@ class Hub:
                 # The state functions without anything in between: this is what most messages are.
                 try:
                     outcome = builtin(action.data, None)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - answered; what is a bug is logged as well
                     worker.answer(action, error=failure(action, error))
                     return
                 if outcome is None or type(outcome) is bytes:
@@ -255,7 +255,7 @@ class Hub:
                 worker.answer(call, own(worker, call.data))
             else:
                 self._later(worker, call, self._call_program(worker, call))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as above
             worker.answer(call, error=failure(call, error))
 
     def _forward(self, caller: Worker, call: InvokeFunction, target: WorkerFunction) -> None:
@@ -344,7 +344,7 @@ class Hub:
     async def _answer_later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
         try:
             result = await outcome
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as above
             worker.answer(call, error=failure(call, error))
         else:
             worker.answer(call, result)

@@ -1,7 +1,7 @@
 """The messages of the iii worker protocol, one tagged union each way (PROTOCOL, section 2).
 
 One message is one JSON object with a `type`. Values (`data`, `result`, `config`, ...) stay `msgspec.Raw`, JSON text
-that is neither decoded nor encoded on its way through: `ABSENT` is a field that is not there, `b"null"` one that is null.
+that is neither decoded nor encoded on its way through: `ABSENT` is a field that is not there, `NULL` one that is null.
 """
 
 from __future__ import annotations

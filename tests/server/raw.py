@@ -112,12 +112,15 @@ class RawWorker:
 
     def closed_with(self) -> tuple[int, str]:
         """Wait until the server closes the connection; return its code and reason."""
-        try:
-            while True:
+        received = None
+        while received is None:
+            try:
                 self.socket.recv(timeout=PATIENCE_S)
-        except ConnectionClosed as closed:
-            assert closed.rcvd is not None, "the connection was cut without a close frame"
-            return closed.rcvd.code, closed.rcvd.reason
+            except ConnectionClosed as closed:
+                received = closed.rcvd
+                if received is None:
+                    raise AssertionError("the connection was cut without a close frame") from closed
+        return received.code, received.reason
 
     def close(self) -> None:
         """Go away properly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import socket
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from conftest import OpenRaw, server_config
 from raw import PATIENCE_S
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine
 from scopestate.config import ServerConfig
@@ -54,6 +55,11 @@ class Deaf:
         invocation_id = str(uuid.uuid4())
         self.send({"type": "invokefunction", "invocation_id": invocation_id, "function_id": function_id, "data": data})
 
+    def invoke_for_ever(self, function_id: str, data: Any) -> None:
+        """Send calls until nobody takes them."""
+        while True:
+            self.invoke(function_id, data)
+
 
 @pytest.fixture
 def deaf(server: Server) -> Iterator[Deaf]:
@@ -69,8 +75,7 @@ def test_nothing_more_is_read_from_a_worker_that_does_not_read(deaf: Deaf, conne
 
     deaf.socket.settimeout(0.5)
     with pytest.raises(TimeoutError):  # the server stops reading, so in the end sending waits
-        for _ in range(1_000_000):
-            deaf.invoke("state::get", {"scope": "s", "key": "big"})
+        deaf.invoke_for_ever("state::get", {"scope": "s", "key": "big"})
 
     assert memory() - before < 64 * MEBIBYTE
     assert other.call("state::get", {"scope": "s", "key": "none"}) is None
@@ -152,11 +157,9 @@ def test_a_flood_of_registrations_is_closed_with_the_reason(connect: OpenRaw) ->
 def test_a_flood_of_garbage_is_closed_with_the_reason(connect: OpenRaw) -> None:
     flooding, other = connect(), connect()
 
-    try:
+    with contextlib.suppress(ConnectionClosed):  # it may be told while it is still sending
         for _ in range(5_000):
             flooding.send("garbage")
-    except Exception as error:  # noqa: BLE001 - closed while it was still sending
-        assert "1008" in str(error)
 
     assert flooding.closed_with() == (1008, "more than 1000 messages that are none")
     assert other.call("state::list_groups", {}) == {"groups": []}

@@ -257,7 +257,7 @@ def test_the_program_calls_a_workers_function(connect: OpenRaw, engine: Engine) 
     executor = connect()
     executor.register("math.add", description="adds")
     answers: queue.Queue[Any] = queue.Queue()
-    with _thread(lambda: answers.put(engine.call("math.add", {"a": 1}))):
+    with Beside(lambda: answers.put(engine.call("math.add", {"a": 1}))):
         call = executor.take("math.add")
         assert call["data"] == {"a": 1}
         executor.answer(call, result={"sum": 3})
@@ -276,7 +276,7 @@ def test_a_workers_error_reaches_the_program_unchanged(connect: OpenRaw, engine:
         except RemoteFailure as error:
             errors.put(error)
 
-    with _thread(call):
+    with Beside(call):
         executor.answer(
             executor.take("math.fail"), error={"code": "MY_CODE", "message": "no such number", "stacktrace": "line 1"}
         )
@@ -463,8 +463,14 @@ def test_events_of_one_trigger_come_one_after_another(connect: OpenRaw, engine: 
 
 @pytest.mark.parametrize(
     ("verdict", "proceeds"),
-    [({"result": False}, False), ({"result": True}, True), ({"result": 0}, True), ({"result": None}, True), ({}, True)]
-    + [({"error": {"code": "c", "message": "m"}}, False)],
+    [
+        ({"result": False}, False),
+        ({"result": True}, True),
+        ({"result": 0}, True),
+        ({"result": None}, True),
+        ({}, True),
+        ({"error": {"code": "c", "message": "m"}}, False),
+    ],
 )
 def test_only_a_literal_false_or_an_error_blocks(
     connect: OpenRaw, engine: Engine, verdict: dict[str, Any], *, proceeds: bool
@@ -737,7 +743,7 @@ def test_the_ends_of_a_channel_are_taken_once_and_with_the_right_key(connect: Op
 def test_a_writer_is_held_back_while_nobody_reads(connect: OpenRaw) -> None:
     refs = connect().call("engine::channels::create", {"buffer_size": 4})
     writer = end(connect, refs["writer"])
-    with _thread(lambda: [writer.socket.send(b"x" * 100_000) for _ in range(200)]):
+    with Beside(lambda: [writer.socket.send(b"x" * 100_000) for _ in range(200)]):
         reader = end(connect, refs["reader"])
         received = [len(reader.socket.recv(timeout=PATIENCE_S)) for _ in range(200)]
     assert received == [100_000] * 200
@@ -801,7 +807,7 @@ def test_a_server_on_the_programs_own_event_loop(engine: Engine) -> None:
     asyncio.run(_serve(Server(engine, port=0)))
 
 
-class _thread:
+class Beside:
     """Run something beside the block, and wait for its end."""
 
     def __init__(self, work: Any) -> None:

@@ -26,7 +26,13 @@ MESSAGES = 100_000
 SEED = 4
 
 IDS = [str(uuid.UUID(int=number)) for number in range(20)]
-FUNCTIONS = ["state::set", "state::get", "state::update", "state::list", "state::delete", "state::list_groups"] + [
+FUNCTIONS = [
+    "state::set",
+    "state::get",
+    "state::update",
+    "state::list",
+    "state::delete",
+    "state::list_groups",
     "engine::functions::list",
     "engine::workers::list",
     "engine::workers::register",
@@ -35,7 +41,7 @@ FUNCTIONS = ["state::set", "state::get", "state::update", "state::list", "state:
     "fuzz.b",
     "nobody",
     "",
-    "x" * 5_000,
+    "x" * 5000,
 ]
 TYPES = [
     "invokefunction",

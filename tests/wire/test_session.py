@@ -78,7 +78,7 @@ def test_a_json_ping_is_answered() -> None:
         '{"type": "invokefunction", "function_id": "f", "data": {}, "action": {"type": "enqueue"}}',
         '{"type": "invokefunction", "function_id": "f", "data": {}, "action": "void"}',
         '{"type": "invokefunction", "function_id": "f", "data": {}, "invocation_id": "1"}',
-        '{"type": "invokefunction", "function_id": "f", "data": {}, "invocation_id": "zzzzzzzz-zzzz-zzzz-zzzz-zzzzzzzzzzzz"}',
+        '{"type": "invokefunction", "function_id": "f", "invocation_id": "zzzzzzzz-zzzz-zzzz-zzzz-zzzzzzzzzzzz"}',
         '{"type": "invokefunction", "function_id": "f", "data": {}',
         '{"type": "invokefunction", "function_id": "f", "data": 01}',
         '{"type": "registertrigger", "id": "t", "trigger_type": "state", "function_id": "f"}',
