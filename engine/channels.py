@@ -135,7 +135,7 @@ class WriterEnd(Connection):
         """Read no more from it, or go on."""
         if held != self._full:
             self._full = held
-            self._look_if_plain()
+            self._look()
             if held:
                 self._pause()
             else:

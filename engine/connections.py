@@ -37,7 +37,7 @@ TOO_BIG: Final = 1009
 
 CLOSE_GRACE_S: Final = 2.0
 """How long the other side may take to answer a close frame before the connection is cut."""
-TURN: Final = 128
+TURN: Final = 256
 """Messages of one connection that are handled in a row; then the others get their turn, and other threads the GIL."""
 HIGH_WATER: Final = 1024 * 1024
 """Unsent bytes from which on nothing more is read from that worker."""
@@ -107,6 +107,8 @@ class Connection(picows.WSListener):
         self._closing = False
         self._plain = True
         """Whether a whole text message can be handled at once: nothing waits, nothing is in pieces, all is well."""
+        self._deferring = False
+        """Whether it has to wait behind others."""
         self._fragments: list[bytes] = []
         self._fragment_bytes = 0
         self._fragments_text: bool | None = None
@@ -168,7 +170,8 @@ class Connection(picows.WSListener):
         if self._closing or self._transport is None:
             return
         self.flush()
-        self._closing, self._plain = True, False
+        self._closing = True
+        self._look()
         self._backlog.clear()
         if code not in (NORMAL, GOING):
             log.warning("%s: closing its connection with code %d: %s", self, code, reason)
@@ -180,7 +183,8 @@ class Connection(picows.WSListener):
     def abort(self) -> None:
         """Cut the connection."""
         if self._transport is not None:
-            self._closing, self._plain = True, False
+            self._closing = True
+            self._look()
             self._transport.disconnect(graceful=False)
 
     def look_for_progress(self) -> None:
@@ -208,17 +212,16 @@ class Connection(picows.WSListener):
 
     def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
         last = frame.last_in_buffer
-        if (
-            self._plain
-            and frame.msg_type == TEXT
-            and frame.fin
-            and not (frame.rsv1 or frame.rsv2 or frame.rsv3)
-            and self._turn
-        ):
-            if not last:
-                self._batches.open = True
-            self._turn -= 1
-            self.on_message(frame.get_payload_as_bytes(), True)
+        if frame.msg_type == TEXT and frame.fin and not (frame.rsv1 or frame.rsv2 or frame.rsv3):
+            if self._plain and self._turn:
+                if not last:
+                    self._batches.open = True
+                self._turn -= 1
+                self.on_message(frame.get_payload_as_bytes(), True)
+            elif self._deferring:  # the rest of a long pipeline
+                self._backlog.append((frame.get_payload_as_bytes(), True))
+            else:
+                self._take_rare(transport, frame)
         else:
             self._take_rare(transport, frame)
         if last:
@@ -230,7 +233,8 @@ class Connection(picows.WSListener):
         self._registry.remove(self)
         if not self._closing:
             self._work_off_all()
-        self._closing, self._plain = True, False
+        self._closing = True
+        self._look()
         self._transport = None
         self._backlog.clear()
         self._fragments.clear()
@@ -238,7 +242,8 @@ class Connection(picows.WSListener):
         self.on_lost()
 
     def pause_writing(self) -> None:
-        self._full, self._plain = True, False
+        self._full = True
+        self._look()
         self._pause()
 
     def resume_writing(self) -> None:
@@ -250,15 +255,7 @@ class Connection(picows.WSListener):
     def _take_rare(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
         """Everything but a whole text message whose turn it is."""
         kind = frame.msg_type
-        if (
-            self._backlog  # the rest of a long pipeline; first, because there may be thousands of them
-            and kind == TEXT
-            and frame.fin
-            and self._fragments_text is None
-            and not (frame.rsv1 or frame.rsv2 or frame.rsv3)
-        ):
-            self._backlog.append((frame.get_payload_as_bytes(), True))
-        elif self._closing:
+        if self._closing:
             if kind == CLOSE:
                 transport.disconnect()
         elif frame.rsv1 or frame.rsv2 or frame.rsv3:
@@ -267,7 +264,8 @@ class Connection(picows.WSListener):
             transport.send_pong(frame.get_payload_as_bytes())
         elif kind == CLOSE:
             self._work_off_all()
-            self._closing, self._plain = True, False
+            self._closing = True
+            self._look()
             code = int(frame.get_close_code())  # type: ignore[call-overload]  # the C enum is a number
             transport.send_close(code or NORMAL)  # type: ignore[arg-type]
             transport.disconnect()
@@ -283,7 +281,8 @@ class Connection(picows.WSListener):
             elif frame.fin:
                 self._take(frame.get_payload_as_bytes(), kind == TEXT)
             else:
-                self._fragments_text, self._plain = kind == TEXT, False
+                self._fragments_text = kind == TEXT
+                self._look()
                 self._take_fragment(frame)
 
     def _take_fragment(self, frame: picows.WSFrame) -> None:
@@ -298,7 +297,7 @@ class Connection(picows.WSListener):
             message, text = b"".join(self._fragments), bool(self._fragments_text)
             self._fragments.clear()
             self._fragment_bytes, self._fragments_text = 0, None
-            self._look_if_plain()
+            self._look()
             self._take(message, text)
 
     def _take(self, message: bytes, text: bool) -> None:
@@ -307,13 +306,17 @@ class Connection(picows.WSListener):
             self._turn -= 1
             self.on_message(message, text)
         else:
-            self._plain = False
             self._backlog.append((message, text))
+            self._look()
             self._pause()
             self._schedule()
 
-    def _look_if_plain(self) -> None:
-        self._plain = not (self._closing or self._full or self._backlog) and self._fragments_text is None
+    def _look(self) -> None:
+        """Find out anew what may be done with the next whole text message."""
+        in_order = not self._closing and self._fragments_text is None
+        waiting = bool(self._backlog)
+        self._plain = in_order and not waiting and not self._full
+        self._deferring = in_order and waiting
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -336,13 +339,14 @@ class Connection(picows.WSListener):
         if backlog:
             self._schedule()
         else:
-            self._look_if_plain()
+            self._look()
             self._resume()
 
     def _work_off_all(self) -> None:
         """The worker leaves: what it said before is done all the same, as far as it has been read."""
         while self._backlog and not self._closing:
             self.on_message(*self._backlog.popleft())
+        self._look()
 
     def _pause(self) -> None:
         if self._reading and self._socket is not None and not self._closing:
@@ -381,19 +385,18 @@ class WorkerConnection(Connection):
     def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
         # The base class's method with `on_message` written out: two calls less in the path that every message takes.
         last = frame.last_in_buffer
-        if (
-            self._plain
-            and frame.msg_type == TEXT
-            and frame.fin
-            and not (frame.rsv1 or frame.rsv2 or frame.rsv3)
-            and self._turn
-        ):
-            if not last:
-                self._batches.open = True
-            self._turn -= 1
-            action = self._receive(frame.get_payload_as_bytes(), True)
-            if action is not None:
-                self._act(self._worker, action)  # type: ignore[arg-type]  # set by on_open
+        if frame.msg_type == TEXT and frame.fin and not (frame.rsv1 or frame.rsv2 or frame.rsv3):
+            if self._plain and self._turn:
+                if not last:
+                    self._batches.open = True
+                self._turn -= 1
+                action = self._receive(frame.get_payload_as_bytes(), True)
+                if action is not None:
+                    self._act(self._worker, action)  # type: ignore[arg-type]  # set by on_open
+            elif self._deferring:  # the rest of a long pipeline
+                self._backlog.append((frame.get_payload_as_bytes(), True))
+            else:
+                self._take_rare(transport, frame)
         else:
             self._take_rare(transport, frame)
         if last:

@@ -379,13 +379,13 @@ def with_caller(data: Raw, worker_id: str) -> Raw:
     return Raw(encode(members))
 
 
-_prefix: Final = os.urandom(8).hex()
+_prefix: Final = "{:.8}-{:.4}-4{:.3}-8000-".format(*(os.urandom(4).hex() for _ in range(3)))
 _numbers: Final = itertools.count(int.from_bytes(os.urandom(4), "big"))
 
 
 def fresh_id() -> str:
     """Return a UUID that no other call has: a random part per process, and a number. Ten times as fast as `uuid4`."""
-    return f"{_prefix[:8]}-{_prefix[8:12]}-4{_prefix[13:]}-8000-{next(_numbers):012x}"
+    return f"{_prefix}{next(_numbers):012x}"
 
 
 def _place(frame: _Register | _Unregister) -> tuple[str, str]:
