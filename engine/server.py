@@ -27,20 +27,13 @@ import msgspec
 from scopestate.access import Gate
 from scopestate.channels import Channels
 from scopestate.config import Config, ServerConfig
-from scopestate.connections import (
-    GOING,
-    Batches,
-    Connection,
-    Discarding,
-    Refusing,
-    Registry,
-    WorkerConnection,
-)
+from scopestate.connections import GOING, Batches, Connection, Registry
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
 from scopestate.wire.frames import Error, ErrorBody, encode
 from scopestate.wire.session import SessionLimits
 from scopestate.worker import Worker
+from scopestate.worker_connections import Discarding, Refusing, WorkerConnection
 from scopestate.worker_triggers import FUNCTIONS_AVAILABLE
 from scopestate.workers import Hub
 
