@@ -12,7 +12,7 @@ from scopestate.actors import messages
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.turn import WAIT
-from scopestate.actors.turns import Caused, Change, Housekeeping, Put, Read, ReadAll, Take, as_failure_of
+from scopestate.actors.turns import Caused, Change, Housekeeping, Put, Read, ReadAll, ReadItems, Take, as_failure_of
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.persistence import ScopeChange
 
@@ -159,7 +159,7 @@ class CommitScopeActor(ScopeActor):
         """True if a read touches what is not on disk yet."""
         if isinstance(message, (Read, messages.Get)):
             return message.key in (self._dirty or ()) or message.key in self._flying
-        return isinstance(message, (ReadAll, messages.List))
+        return isinstance(message, (ReadAll, ReadItems, messages.List))
 
     def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
         self._unsettled = True

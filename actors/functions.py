@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ class Functions:
 
     def __init__(self) -> None:
         self._by_id: dict[str, Function] = {}
+        self._guard = threading.Lock()
 
     def add(self, function: Function) -> None:
         """Register; the same id again replaces. Raises InvalidRegistration for a built-in id or a bad target."""
@@ -43,10 +45,12 @@ class Functions:
         target: object = function.target
         if not callable(target):
             raise InvalidRegistration(f"function {function_id!r} is not callable: {target!r:.80}")
-        known = self._by_id.get(function_id)
-        if known is not None and known.builtin:
-            raise InvalidRegistration(f"{function_id!r} is built in and cannot be replaced: choose another id")
-        self._by_id[function_id] = msgspec.structs.replace(function, is_async=is_async(target))
+        entry = msgspec.structs.replace(function, is_async=is_async(target))
+        with self._guard:
+            known = self._by_id.get(function_id)
+            if known is not None and known.builtin:
+                raise InvalidRegistration(f"{function_id!r} is built in and cannot be replaced: choose another id")
+            self._by_id[function_id] = entry
 
     def remove(self, function_id: str) -> None:
         """Unregister. Raises FunctionNotFound, and InvalidRegistration for a built-in."""
@@ -54,6 +58,17 @@ class Functions:
             raise InvalidRegistration(f"{function_id!r} is built in and cannot be unregistered")
         if self._by_id.pop(function_id, None) is None:
             raise FunctionNotFound(function_id)
+
+    def find(self, function_id: str) -> Function | None:
+        """Return the function, or None if there is none."""
+        return self._by_id.get(function_id)
+
+    def discard(self, function_id: str, target: Callable[[Any], Any]) -> None:
+        """Forget the function, built-in or not, if `target` is still what is registered under its id."""
+        with self._guard:
+            known = self._by_id.get(function_id)
+            if known is not None and known.target is target:
+                del self._by_id[function_id]
 
     def get(self, function_id: str) -> Function:
         """Return the function. Raises FunctionNotFound."""

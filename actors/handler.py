@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scopestate.triggers")
 
-_NOBODY: Final = -1
+NOBODY: Final = -1
 """Stands in the claim while a delivery waits without a thread; no thread has this id."""
 
 LONGEST_BACKOFF_S: Final = 60.0
@@ -204,7 +204,7 @@ class HandlerActor(TurnActor):
             except StopIteration:
                 delivery = value = error = self.current = None
                 continue
-            self._claim[HOLDER] = _NOBODY
+            self._claim[HOLDER] = NOBODY
             pending.start(self._continuation(delivery))  # with the depth still set: code on a loop runs in this context
             event_depth.set(0)
             return
@@ -221,7 +221,7 @@ class HandlerActor(TurnActor):
         # The outcome comes on an event loop's or the timer's thread, which must not run user code.
         return lambda value, error: self._dispatcher.submit(lambda: go_on_here(value, error))
 
-    async def _deliver(self, event: StateEvent) -> None:
+    async def _deliver(self, event: StateEvent, attempt: int = 1) -> None:
         """Condition, then handler, with retries. A hand-driven coroutine: awaits Pending things only, never raises."""
         trigger, limits = self.trigger, self._services.limits
         condition = trigger.condition_function_id
@@ -236,7 +236,6 @@ class HandlerActor(TurnActor):
             if verdict is False:
                 self.skipped += 1
                 return
-        attempt = 1
         while True:
             if not self.active:  # unregistered while the condition ran, or a pause
                 self.dropped += 1
@@ -253,8 +252,12 @@ class HandlerActor(TurnActor):
                 if final:
                     return
             self.retried += 1
-            await _Later(self._dispatcher, min(limits.handler_backoff_s * 2.0 ** (attempt - 1), LONGEST_BACKOFF_S))
+            await self.later(min(limits.handler_backoff_s * 2.0 ** (attempt - 1), LONGEST_BACKOFF_S))
             attempt += 1
+
+    def later(self, delay_s: float) -> Awaitable[None]:
+        """What a delivery awaits to pause, without a thread."""
+        return _Later(self._dispatcher, delay_s)
 
     def _call(self, function_id: str, event: StateEvent) -> Any:
         """Call a function; what a coroutine function gives is still to be awaited."""

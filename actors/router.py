@@ -96,8 +96,10 @@ class TriggerRouter(TurnActor):
 
     # ---------------------------------------------------------------------------------------------- registration
 
-    def register(self, trigger: Trigger) -> HandlerActor:
-        """Add the trigger; one with the same id is replaced. From any thread."""
+    def register(
+        self, trigger: Trigger, make: Callable[[Trigger, HandlerServices], HandlerActor] = HandlerActor
+    ) -> HandlerActor:
+        """Add the trigger; one with the same id is replaced. From any thread. `make` makes the actor that delivers."""
         with self._guard:
             known = self._by_id.get(trigger.trigger_id)
             if known is not None:
@@ -107,7 +109,7 @@ class TriggerRouter(TurnActor):
                     return handler
                 self._remove(*known)
             number = next(self._numbers)
-            handler = HandlerActor(trigger, self._services)
+            handler = make(trigger, self._services)
             bucket = self._watchers(trigger).setdefault(trigger.key, Bucket())
             trigger_id, entry = trigger.trigger_id, (number, handler)
             # No call or loop between these lines, as in `ScopeActor._write`: a trigger that is listed also fires.

@@ -23,6 +23,7 @@ from scopestate.actors.turns import (
     Put,
     Read,
     ReadAll,
+    ReadItems,
     Take,
     answer_of,
     as_failure_of,
@@ -187,6 +188,8 @@ class ScopeActor(TurnActor):
 
     def _on_rare(self, message: Any) -> Any:
         match message:
+            case ReadItems():
+                return list(self._values.items())  # type: ignore[union-attr]  # _arrive has loaded it
             case Collect():
                 return self._collect()
             case Ping():

@@ -47,6 +47,10 @@ class ReadAll(msgspec.Struct, frozen=True):
     """Answer: all values as JSON bytes, in insertion order."""
 
 
+class ReadItems(msgspec.Struct, frozen=True):
+    """Answer: all (key, value as JSON bytes), in insertion order."""
+
+
 class Housekeeping(msgspec.Struct, frozen=True):
     """What the engine itself asks of a scope; needs no values in memory."""
 
@@ -77,7 +81,7 @@ class Caused(msgspec.Struct, frozen=True):
     message: Any
 
 
-Turn = Put | Change | Take | Read | ReadAll
+Turn = Put | Change | Take | Read | ReadAll | ReadItems
 """What a scope does for callers."""
 
 FAILURES: Final[dict[type[Any], tuple[str, str]]] = {
@@ -85,7 +89,7 @@ FAILURES: Final[dict[type[Any], tuple[str, str]]] = {
     **dict.fromkeys((Change, messages.Update), ("UPDATE_ERROR", "Failed to update value")),
     **dict.fromkeys((Take, messages.Delete), ("DELETE_ERROR", "Failed to delete value")),
     **dict.fromkeys((Read, messages.Get), ("GET_ERROR", "Failed to get value")),
-    **dict.fromkeys((ReadAll, messages.List), ("LIST_ERROR", "Failed to list values")),
+    **dict.fromkeys((ReadAll, ReadItems, messages.List), ("LIST_ERROR", "Failed to list values")),
 }
 """Code and prefix when the store fails under a turn (PROTOCOL, section 4.4)."""
 

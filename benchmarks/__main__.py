@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import measures_calls, measures_events, measures_size, measures_storage, measures_threads
+from benchmarks import measures_calls, measures_events, measures_size, measures_storage, measures_threads, measures_wire
 from benchmarks.harness import FULL, QUICK, Measure, Row
 from benchmarks.report import environment, summary, table, write_json, write_svg
 
@@ -18,6 +18,7 @@ MEASURES: dict[str, Measure] = {
     **measures_events.MEASURES,
     **measures_storage.MEASURES,
     **measures_size.MEASURES,
+    **measures_wire.MEASURES,
 }
 RESULTS = Path("bench-results")
 

@@ -10,11 +10,16 @@ from pathlib import Path
 from scopestate.config.loader import check, from_mapping, load, loads, validate
 from scopestate.config.schema import (
     AdapterConfig,
+    AuthConfig,
+    BridgeConfig,
     Config,
     FunctionRef,
     KvConfig,
     LimitsConfig,
     ScopeRule,
+    ServerConfig,
+    TlsConfig,
+    TokenConfig,
     TriggerConfig,
 )
 from scopestate.config.watch import ConfigWatcher
@@ -25,12 +30,17 @@ DEFAULT_FILE = Path(__file__).with_name("engine.yaml")
 __all__ = [
     "DEFAULT_FILE",
     "AdapterConfig",
+    "AuthConfig",
+    "BridgeConfig",
     "Config",
     "ConfigWatcher",
     "FunctionRef",
     "KvConfig",
     "LimitsConfig",
     "ScopeRule",
+    "ServerConfig",
+    "TlsConfig",
+    "TokenConfig",
     "TriggerConfig",
     "check",
     "from_mapping",

@@ -60,6 +60,8 @@ def _fits(info: msgspec.inspect.Type, value: Value) -> bool:
             return value.kind == "string" and value.value in values
         case msgspec.inspect.StrType():
             return value.kind == "string"
+        case msgspec.inspect.BoolType():
+            return value.kind == "boolean"
         case _:  # NoneType; the fields of the schema have no other type, which the tests of each of them show
             return value.kind == "null"
 
@@ -75,6 +77,8 @@ def _words(info: msgspec.inspect.Type) -> str:
             return f"{', '.join(front)} or {last}"
         case msgspec.inspect.NoneType():
             return "null"
+        case msgspec.inspect.BoolType():
+            return "true or false"
         case _:
             return "a string"
 

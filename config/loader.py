@@ -78,8 +78,11 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first field that a file could not hold either.
     """
+    workers: list[object] = [{"name": "iii-state", "config": {"adapter": _plain(config.adapter)}}]
+    if config.server is not None:
+        workers.append({"name": "iii-worker-manager", "config": _plain(config.server)})
     data: dict[str, object] = {
-        "workers": [{"name": "iii-state", "config": {"adapter": _plain(config.adapter)}}],
+        "workers": workers,
         "functions": {function_id: getattr(ref, "callable", ref) for function_id, ref in config.functions.items()},
         "triggers": _plain(config.triggers),
         "scopes": _plain(config.scopes),

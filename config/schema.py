@@ -26,11 +26,41 @@ class KvConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`interval`: a write is acknowledged from memory. `commit`: when it is on disk. A reload does not change it."""
 
 
+class BridgeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`adapter: {name: bridge, config: ...}`: every scope lives in another engine. A reload changes none of it."""
+
+    bridge_url: str = "ws://localhost:49134"
+    """Address of the other engine, `ws://` or `wss://`."""
+    token: str | None = None
+    """Bearer token, best as `${VARIABLE}`; never logged."""
+    tls_ca_file: str | None = None
+    """PEM file of the authorities to trust for `wss://`; left out: the system's."""
+    tls_verify: bool = True
+    """`false`: take any certificate, so anybody may be at the other end."""
+    connect_wait_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)] = 5_000
+    """How long a call waits for a connection before it fails with nothing sent."""
+    call_timeout_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)] = 20_000
+    """How long a call waits for the answer once it was sent."""
+    events: Literal["local", "remote"] = "local"
+    """`local`: triggers hear of what goes through this engine. `remote`: of every change, whoever made it."""
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__}
+        if self.token is not None:
+            shown["token"] = "***"
+        return f"BridgeConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
 class AdapterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`adapter:` of the `iii-state` worker."""
 
-    name: Literal["kv"]
-    config: KvConfig = KvConfig()
+    name: Literal["kv", "bridge"]
+    config: KvConfig | BridgeConfig = KvConfig()
+
+    @property
+    def kv(self) -> KvConfig:
+        """The options of a kv adapter; for another one, the defaults, which do nothing there."""
+        return self.config if isinstance(self.config, KvConfig) else KvConfig()
 
 
 class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -85,6 +115,77 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Trigger id; left out: made from the entry's content."""
 
 
+class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """An entry of `auth.tokens`: where the token comes from, and what its bearer may do. A string is just the token.
+
+    A pattern is a name in which `*` stands for any characters, `?` for one. Left out: everything.
+    """
+
+    token: str | None = None
+    """The token itself, best as `${VARIABLE}`. Give one of `token`, `env` and `file`."""
+    env: str | None = None
+    """The environment variable that holds it."""
+    file: str | None = None
+    """The file that holds it; white space around it does not count."""
+    functions: tuple[str, ...] = ("*",)
+    """Ids of functions that it may call, also through a trigger."""
+    registers: tuple[str, ...] = ("*",)
+    """Ids of functions that it may register."""
+    read: tuple[str, ...] = ("*",)
+    """Scopes that it may read and watch."""
+    write: tuple[str, ...] = ("*",)
+    """Scopes that it may write. A write answers with the old value."""
+
+    def __repr__(self) -> str:
+        token = None if self.token is None else "***"
+        return f"TokenConfig(token={token}, env={self.env!r}, file={self.file!r}, functions={self.functions!r}, ...)"
+
+
+class AuthConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`auth:` of the `iii-worker-manager`."""
+
+    tokens: tuple[TokenConfig, ...] = ()
+    """Who may connect, with `Authorization: Bearer TOKEN`; empty: everybody."""
+
+
+class TlsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`tls:` of the `iii-worker-manager`: with it the server speaks `wss://` and `https://` only."""
+
+    certfile: str
+    """Certificate chain, PEM."""
+    keyfile: str | None = None
+    """Private key, PEM; left out: it is in `certfile`."""
+
+
+class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`config:` of the `iii-worker-manager` worker. A reload does not change it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but a loopback address needs `auth.tokens`, or `insecure: true`."""
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 49134
+    """0: a free one."""
+    auth: AuthConfig = AuthConfig()
+    insecure: bool = False
+    """True: listen on other than loopback addresses without any token."""
+    tls: TlsConfig | None = None
+    origins: tuple[str, ...] = ()
+    """Web pages that may connect, as `https://host:port`, or "*". Browsers with any other page are refused."""
+    call_timeout_ms: Milliseconds = 30_000
+    """How long a worker may take to answer a call; then the caller gets `TIMEOUT`. 0 means for ever."""
+    max_connections: Count = 10_000
+    """Connections at a time; one more is answered with HTTP 503."""
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1_073_741_824)] = 67_108_864
+    """Largest message taken from a worker; a larger one closes the connection with code 1009."""
+    max_unsent_bytes: Annotated[int, msgspec.Meta(ge=65_536, le=4_294_967_296)] = 67_108_864
+    """What may wait for a worker that reads slowly, before its connection is closed with code 1008."""
+    max_registrations: Count = 10_000
+    """Functions, triggers and trigger types of one worker; one more closes its connection with code 1008."""
+    max_calls: Count = 10_000
+    """Calls in progress per worker, as caller and as executor; one more is answered `OVERLOADED`."""
+    max_waiting_events: Count = 50_000
+    """Events that may wait for one trigger of a worker; then its connection is closed with code 1008."""
+
+
 class FunctionRef(msgspec.Struct, frozen=True):
     """A value of `functions:`, resolved."""
 
@@ -102,5 +203,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     triggers: tuple[TriggerConfig, ...] = ()
     scopes: tuple[ScopeRule, ...] = ()
     limits: LimitsConfig = LimitsConfig()
+    server: ServerConfig | None = None
+    """The `iii-worker-manager` entry; None: there is none."""
     source: str | None = None
     """Absolute path of the file, not resolved through symlinks; None if it came from text or a mapping."""

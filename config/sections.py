@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -18,18 +18,23 @@ from scopestate.config.nodes import Mapping, Node, Problems, Scalar, Sequence, j
 from scopestate.config.scalars import Value, VariableError, expand, resolve_native, resolve_text, shorten
 from scopestate.config.schema import (
     AdapterConfig,
+    BridgeConfig,
     Config,
     FunctionRef,
     KvConfig,
     LimitsConfig,
     ScopeRule,
+    ServerConfig,
+    TokenConfig,
     TriggerConfig,
 )
+from scopestate.errors import ConfigError
 
 log = logging.getLogger("scopestate.config")
 
 WORKER = "iii-state"
-ADAPTERS = ("kv",)
+SERVER = "iii-worker-manager"
+ADAPTERS = ("kv", "bridge")
 _TOP_KEYS = ("workers", "modules", "functions", "triggers", "scopes", "limits")
 _ENTRY_KEYS = ("name", "image", "config")
 _MAX_HINTS = 100
@@ -55,6 +60,8 @@ class SectionReader:
         self._file = problems.file or "configuration"
         self._worker: Place | None = None
         self._ignored: list[str] = []
+        self._server: ServerConfig | None = None
+        self._server_entry: Place | None = None
 
     def read(self, root: Node, source: str | None) -> Config:
         """Read the whole file. A bare list is the list of workers, as in the reference's sample."""
@@ -71,6 +78,7 @@ class SectionReader:
             triggers=self._triggers(sections.get("triggers")),
             scopes=self._scopes(sections.get("scopes")),
             limits=self._limits(sections.get("limits")),
+            server=self._server,
             source=source,
         )
 
@@ -105,6 +113,9 @@ class SectionReader:
         name = self._typed(found["name"], _NAME)
         if name is None:
             return None
+        if name == SERVER:
+            self._read_server(entry, found.get("config"))
+            return None
         if name != WORKER:
             if str(name).lower().replace("_", "-") == WORKER:
                 self._problems.add(f"write `{WORKER}`, found {name!r}", found["name"].line, found["name"].path)
@@ -118,6 +129,14 @@ class SectionReader:
                 else:
                     log.info("%s: key `%s` of %s is not known and was ignored", self._file, place.path, WORKER)
         return self._own(entry, found.get("config"))
+
+    def _read_server(self, entry: Place, config: Place | None) -> None:
+        if self._server_entry is not None:
+            self._problems.add(f"a second {SERVER} entry; keep one", entry.line, entry.path)
+            return
+        self._server_entry = entry
+        empty = config is None or self._is_null(config)
+        self._server = ServerConfig() if empty else self._struct(config, ServerConfig)  # type: ignore[arg-type]
 
     def _own(self, entry: Place, config: Place | None) -> AdapterConfig | None:
         if self._worker is not None:
@@ -150,9 +169,34 @@ class SectionReader:
             )
             return None
         config = fields.get("config")
-        if config is None or self._is_null(config):
-            return AdapterConfig("kv")
-        return AdapterConfig("kv", self._struct(config, KvConfig) or KvConfig())
+        if config is not None and self._is_null(config):
+            config = None
+        if name == "bridge":
+            return AdapterConfig("bridge", self._bridge(config))
+        return (
+            AdapterConfig("kv") if config is None else AdapterConfig("kv", self._struct(config, KvConfig) or KvConfig())
+        )
+
+    def _bridge(self, config: Place | None) -> BridgeConfig:
+        bridge = None if config is None else self._struct(config, BridgeConfig)
+        if config is None or bridge is None:
+            return BridgeConfig()
+        from scopestate.wire.options import ClientOptions, checked_url, request_headers  # noqa: PLC0415 - brings ssl
+
+        for key, check in (
+            ("bridge_url", lambda: checked_url(bridge.bridge_url)),
+            ("token", lambda: request_headers(ClientOptions(token=bridge.token))),
+        ):
+            try:
+                check()
+            except ConfigError as error:
+                self._problems.add(error.problem, self._line_of(config, key), join(config.path, key))
+        return bridge
+
+    def _line_of(self, place: Place, key: str) -> int | None:
+        """Return the line of a key of a mapping; the mapping's own if it has no such key."""
+        entries = place.node.entries if isinstance(place.node, Mapping) else ()
+        return next((entry.line for entry in entries if entry.key.content == key), place.line)
 
     # The sections beside `workers`, which are ours.
 
@@ -222,12 +266,39 @@ class SectionReader:
                 both = sorted({name, *(alias for alias, meant in aliases.items() if meant == name)})
                 self._problems.add(f"`{both[0]}` and `{both[1]}` mean the same; keep one of them", at.line, at.path)
                 continue
-            values[name] = self._typed(at, declared[name].type)
+            values[name] = self._part(at, declared[name].type)
         if isinstance(place.node, Mapping) or self._is_null(place):
             for name, field in declared.items():
                 if field.required and name not in values:
                     self._problems.add(f"`{name}` is missing", place.line, join(place.path, name))
         return None if len(self._problems.errors) > errors_before else cls(**values)
+
+    def _part(self, place: Place, wanted: Any) -> object:
+        """Return the value of a field: a scalar, a mapping with fields of its own, or a list of either."""
+        if get_origin(wanted) is tuple:
+            return tuple(self._part(item, get_args(wanted)[0]) for item in self._items(place))
+        if wanted is TokenConfig:
+            return self._token(place)
+        for kind in (wanted, *get_args(wanted)):
+            if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+                optional = kind is not wanted
+                return None if optional and self._is_null(place) else self._struct(place, kind)
+        return self._typed(place, wanted)
+
+    def _token(self, place: Place) -> TokenConfig | None:
+        """Read one token. What is wrong is said without showing it."""
+        if isinstance(place.node, Scalar):
+            value = self._value(place, place.node)
+            token = TokenConfig(token=str(value.value)) if value is not None and value.kind == "string" else None
+            if value is not None and token is None:
+                self._problems.add("a token is a string: put it in quotes", place.line, place.path)
+        else:
+            token = self._struct(place, TokenConfig)
+        if token is not None and [token.token, token.env, token.file].count(None) != 2:
+            self._problems.add("give one of `token`, `env` and `file`", place.line, place.path)
+        elif token is not None and token.token is not None and not token.token.strip():
+            self._problems.add("the token is empty", place.line, place.path)
+        return token
 
     def _typed(self, place: Place, wanted: object) -> object:
         """Return the scalar's value if it is of the type `wanted`; else report it and return None."""

@@ -109,7 +109,7 @@ class AioEngine:
     async def call(self, function_id: str, payload: object = None) -> Any:
         """As `Engine.call`. A plain function runs on a worker thread, a coroutine function on its event loop."""
         function = self._engine._functions.get(function_id)
-        if not function.builtin:
+        if not function.builtin or function.is_async:
             self._engine._refuse_if_closed()
             return await self._engine._caller.call_async(function, payload)
         message = messages.from_payload(function_id, payload)

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from scopestate.actors import messages
 from scopestate.actors.functions import Function, Functions, running_loop
 from scopestate.actors.results import ListGroupsResult
-from scopestate.errors import DeserializationError, FunctionFailed, InvalidValue, SerializationError, WouldDeadlock
+from scopestate.errors import (
+    DeserializationError,
+    FunctionFailed,
+    InvalidValue,
+    RemoteFailure,
+    SerializationError,
+    WouldDeadlock,
+)
 from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
@@ -118,4 +125,6 @@ def _answer(reply: LoopReply, work: Callable[[], Any]) -> None:
 
 
 def _failure(function: Function, error: BaseException) -> FunctionFailed:
+    if isinstance(error, RemoteFailure) and error.function_id == function.function_id:
+        return error  # it ran elsewhere and failed there: the code is the one that was sent
     return FunctionFailed(function.function_id, f"{type(error).__name__}: {error}")

@@ -288,7 +288,7 @@ class Engine(Reactive):
         and for the built-in ones what the method of the same name raises.
         """
         function = self._functions.get(function_id)
-        if function.builtin:
+        if function.builtin and not function.is_async:  # a server's `engine::*` functions run on its event loop
             return function.target(payload)
         self._refuse_if_closed()
         return self._caller.call(function, payload)

@@ -7,12 +7,17 @@
     |-- SerializationError              a function returned what JSON cannot hold: `serialization_error`
     |-- FunctionNotFound                nobody registered that function id: `function_not_found`
     |-- FunctionFailed                  a registered function raised: `invocation_failed`
+    |   `-- RemoteFailure               a function of a worker or a remote engine failed: the code is the one it sent
+    |-- Forbidden                       the token of a connection does not allow that: `FORBIDDEN`
     |-- InvalidRegistration             a function or trigger that cannot be registered: `registration_error`
     |-- ConfigError                     the configuration is wrong: `CONFIG_ERROR`; names file, line and key
     |-- StorageError                    the store failed: `SET_ERROR`, `GET_ERROR`, ... or `STORAGE_ERROR`
     |   |-- StoreLocked                 another process holds the store
     |   |-- StoreUnusable               the directory cannot be used: unwritable, not a directory, someone else's
     |   `-- StoreCorrupt                the database is damaged; it was set aside, never overwritten
+    |-- NotConnected                    no connection in time; nothing was sent: `NOT_CONNECTED`
+    |-- ConnectionLost                  the connection broke before the answer came: `CONNECTION_LOST`
+    |-- CallTimeout                     no answer from the other side in time: `TIMEOUT`
     |-- Overloaded                      a bounded mailbox is full: `OVERLOADED`
     |-- ReplyTimeout                    no reply in time; the write may still be applied: `TIMEOUT`
     |-- WouldDeadlock                   the call could only wait for itself: `DEADLOCK`
@@ -105,6 +110,26 @@ class FunctionFailed(ScopestateError):
         return f"function {self.function_id!r} failed: {self.problem}"
 
 
+class RemoteFailure(FunctionFailed):
+    """A function that runs in a worker, or in a remote engine, answered with an error: `code` and text are its own."""
+
+    def __init__(self, function_id: str, code: str, message: str, stacktrace: str | None = None) -> None:
+        super().__init__(function_id, message)
+        self.args = (function_id, code, message, stacktrace)  # what pickle and copy make it from
+        self.code = code
+        self.message = message
+        self.stacktrace = stacktrace
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Forbidden(ScopestateError):
+    """The token of a connection does not allow what it asked for; nothing was done."""
+
+    code = "FORBIDDEN"
+
+
 class InvalidRegistration(ScopestateError):
     """A function or trigger that cannot be registered; nothing was registered."""
 
@@ -159,6 +184,50 @@ class StoreCorrupt(StorageError):
     def __init__(self, problem: str, *, quarantined: str | None = None) -> None:
         super().__init__(problem)
         self.quarantined = quarantined
+
+
+class NotConnected(ScopestateError):
+    """There was no connection to send on; nothing was sent, so nothing was written."""
+
+    code = "NOT_CONNECTED"
+
+
+class ConnectionLost(ScopestateError):
+    """The connection broke after the call was sent and before its answer came: a write may have been applied."""
+
+    code = "CONNECTION_LOST"
+
+    def __init__(self, function_id: str, url: str, problem: str) -> None:
+        super().__init__(function_id, url, problem)
+        self.function_id = function_id
+        self.url = url
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return (
+            f"the connection to {self.url} was lost while {self.function_id} was under way ({self.problem}); "
+            "a write may have been applied: read the key before retrying"
+        )
+
+
+class CallTimeout(ScopestateError):
+    """The other side sent no answer in time. `sent` is false if the call never left; else a write may be applied."""
+
+    code = "TIMEOUT"
+
+    def __init__(self, function_id: str, waited_s: float, *, sent: bool) -> None:
+        super().__init__(function_id, waited_s, sent)
+        self.function_id = function_id
+        self.waited_s = waited_s
+        self.sent = sent
+
+    def __str__(self) -> str:
+        if not self.sent:
+            return f"invocation timed out: {self.function_id} could not be sent within {self.waited_s:g} s; nothing was sent"
+        return (
+            f"invocation timed out: no answer to {self.function_id} within {self.waited_s:g} s; "
+            "a write may have been applied: read the key before retrying"
+        )
 
 
 class Overloaded(ScopestateError):

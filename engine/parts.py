@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from scopestate.actors.commit import CommitScopeActor
 from scopestate.actors.directory import Directory
@@ -19,10 +19,13 @@ from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.actors.router import TriggerRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
-from scopestate.config import AdapterConfig, Config, LimitsConfig, ScopeRule, TriggerConfig
+from scopestate.config import AdapterConfig, BridgeConfig, Config, LimitsConfig, ScopeRule, TriggerConfig
 from scopestate.errors import ConfigError
 from scopestate.persistence import Adapter, MemoryAdapter
 from scopestate.stats import Tally
+
+if TYPE_CHECKING:
+    from scopestate.bridging import RemoteScopes
 
 log = logging.getLogger("scopestate.engine")
 
@@ -46,11 +49,12 @@ class Parts:
         self.loop_thread = LoopThread("scopestate-loop")
         services = HandlerServices(self.dispatcher, self.functions, self.limits, self.loop_thread, report)
         self.router = TriggerRouter(services)
-        self.snapshot = SnapshotActor(self.dispatcher, self.adapter, config.adapter.config.save_interval_ms / 1000)
+        self.snapshot = SnapshotActor(self.dispatcher, self.adapter, config.adapter.kv.save_interval_ms / 1000)
         self.directory = Directory(self._make_scope)
         self._around = Surroundings(
             self.dispatcher, self.adapter, self.limits, self.router, self.snapshot, self.directory
         )
+        self._remote = _remote_scopes(self.adapter, self.directory, self.router)
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self._rules = config.scopes
         self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}
@@ -60,9 +64,11 @@ class Parts:
         return durability_of(scope, self._rules, "interval") != "memory"
 
     def _make_scope(self, scope: str) -> ScopeActor:
+        if self._remote is not None:
+            return self._remote.make_scope(scope, self._around)
         if not self.adapter.keeps:
             return ScopeActor(scope, self._around, keeps=False)
-        durability = durability_of(scope, self._rules, self.config.adapter.config.durability)
+        durability = durability_of(scope, self._rules, self.config.adapter.kv.durability)
         if durability == "commit":
             return CommitScopeActor(scope, self._around, keeps=True)
         return ScopeActor(scope, self._around, keeps=durability != "memory")
@@ -80,14 +86,18 @@ class Parts:
         """Apply what can change live: functions, triggers, limits, the save interval. Raises ConfigError, unchanged."""
         before = self.config
         check_functions(config)
+        if before.adapter.name != config.adapter.name or (
+            config.adapter.name == "bridge" and before.adapter != config.adapter
+        ):
+            log.warning("the new `adapter:` is used from the next start: a running engine cannot change it")
         for name in _RESTART_ONLY:
-            if getattr(before.adapter.config, name) != getattr(config.adapter.config, name):
+            if getattr(before.adapter.kv, name) != getattr(config.adapter.kv, name):
                 log.warning("the new value of `%s` is used from the next start: a running store cannot change it", name)
         if before.scopes != config.scopes:
             log.warning("the new `scopes:` rules are used from the next start")
         set_limits(self.limits, config.limits)
-        if config.adapter.config.save_interval_ms != before.adapter.config.save_interval_ms:
-            self.snapshot.set_interval(config.adapter.config.save_interval_ms / 1000)
+        if config.adapter.kv.save_interval_ms != before.adapter.kv.save_interval_ms:
+            self.snapshot.set_interval(config.adapter.kv.save_interval_ms / 1000)
         if config.limits.passivate_after_ms != before.limits.passivate_after_ms:
             self.housekeeper.arm()
         self.config = config
@@ -162,8 +172,23 @@ def set_limits(limits: Limits, config: LimitsConfig) -> None:
 
 
 def _open_adapter(config: AdapterConfig) -> Adapter:
+    if isinstance(config.config, BridgeConfig):
+        try:
+            from scopestate.bridging import open_bridge  # noqa: PLC0415 - brings asyncio and a WebSocket library
+        except ImportError as error:
+            raise ConfigError(str(error), key="adapter.name") from error
+        return open_bridge(config.config)
     if config.config.store_method == "in_memory":
         return MemoryAdapter()
     from scopestate.persistence.file import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
 
     return FileAdapter(config.config.file_path)
+
+
+def _remote_scopes(adapter: Adapter, directory: Directory, router: TriggerRouter) -> RemoteScopes | None:
+    """Return what makes the scopes if `adapter` keeps them in another engine; else None."""
+    if not hasattr(adapter, "sequence_floor"):
+        return None
+    from scopestate.bridging import RemoteScopes  # noqa: PLC0415 - as above
+
+    return RemoteScopes(adapter, directory, router)

@@ -132,6 +132,9 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
         problems.append("the engine is closed")
     if snapshot.failing is not None:
         problems.append(f"saving fails: {snapshot.failing}; what changed since stays in memory and is saved later")
+    bridge_problem = getattr(parts.adapter, "problem", None)
+    if bridge_problem is not None and (problem := bridge_problem()) is not None:
+        problems.append(problem)
     problems += [
         f"the handler {handler.trigger.function_id!r} of trigger {handler.trigger.trigger_id!r} is overdue"
         for handler in parts.router.handlers()

@@ -36,6 +36,12 @@ JUDGED = {
     "scopes_closed": {"at_most": 3},
     "scopes_threads": {"at_most": 16},
     "import_time": {"at_most": 100},
+    "wire_get": {"at_most": 1.6},
+    "wire_pipelined": {"at_least": 0.6},
+    "wire_fifty": {"at_least": 0.8},
+    "wire_delivery": {"at_most": 2.5},
+    "wire_idle": {"at_most": 50_000_000},
+    "wire_embedding": {"at_most": 1.0},
 }
 SHOWN = {
     "set_beside_cpu_p99",
@@ -47,6 +53,8 @@ SHOWN = {
     "get_vs_sqlitedict",
     "scopes_created_on_disk",
     "scopes_closed_on_disk",
+    "websockets_round_trip",
+    "websockets_pipelined",
 }
 
 

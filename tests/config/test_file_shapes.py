@@ -181,9 +181,10 @@ def test_other_workers_load_and_are_reported_once(caplog: pytest.LogCaptureFixtu
         loaded = config.loads(UPSTREAM, file="iii.yaml")
 
     assert loaded.adapter.config.save_interval_ms == 9
+    assert loaded.server == config.ServerConfig(port=49134)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("INFO", "iii.yaml: key `workers[3].replicas` of iii-state is not known and was ignored"),
-        ("INFO", "iii.yaml: ignored workers that are not iii-state: iii-worker-manager, iii-http, iii-stream, queue"),
+        ("INFO", "iii.yaml: ignored workers that are not iii-state: iii-http, iii-stream, queue"),
     ]
 
 

@@ -141,19 +141,19 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
         "- name: iii-state\n  config:\n    adapter:\n      name: redis",
         4,
         "[0].config.adapter.name",
-        "there is no adapter 'redis'; this version has: kv",
+        "there is no adapter 'redis'; this version has: kv, bridge",
     ),
     (
-        "- name: iii-state\n  config: {adapter: {name: bridge}}",
+        "- name: iii-state\n  config: {adapter: {name: brigde}}",
         2,
         "[0].config.adapter.name",
-        "there is no adapter 'bridge'; this version has: kv",
+        "there is no adapter 'brigde', did you mean `bridge`?; this version has: kv, bridge",
     ),
     (
         "- name: iii-state\n  config: {adapter: {name: KV}}",
         2,
         "[0].config.adapter.name",
-        "there is no adapter 'KV', did you mean `kv`?; this version has: kv",
+        "there is no adapter 'KV', did you mean `kv`?; this version has: kv, bridge",
     ),
     (
         "- name: iii-state\n  config: {adapter: {name: ~}}",

@@ -1,0 +1,401 @@
+"""Scopes that live in another engine: the turns of this one only send, receive, and tell local triggers."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import pykka
+
+from scopestate.actors.remote_calls import Outcome, read_answer, request
+from scopestate.actors.reply import Envelope, Reply, ReplyTo
+from scopestate.actors.results import EventType, StateEvent
+from scopestate.actors.router import HandlerFull
+from scopestate.actors.scope import ScopeActor, Surroundings
+from scopestate.actors.turn import WAIT
+from scopestate.actors.turns import (
+    Caused,
+    Change,
+    Close,
+    Housekeeping,
+    Passivate,
+    Ping,
+    Put,
+    Read,
+    ReadAll,
+    ReadItems,
+    Take,
+    answer_of,
+    as_failure_of,
+    checked_name,
+    event_depth,
+    turn_of,
+)
+from scopestate.errors import (
+    DeserializationError,
+    EngineClosed,
+    Overloaded,
+    RemoteFailure,
+    ReplyTimeout,
+    ScopestateError,
+    StorageError,
+)
+from scopestate.persistence.remote import Remote
+
+if TYPE_CHECKING:
+    from scopestate.actors.handler import HandlerActor
+
+log = logging.getLogger("scopestate.scope")
+
+_WRITES: Final = frozenset({Put, Change, Take})
+_WHOLE: Final = frozenset({ReadAll, ReadItems})
+"""Calls on no key in particular."""
+
+
+class _Open:
+    """One call from its arrival to its answer."""
+
+    __slots__ = ("convert", "depth", "reply", "turn")
+
+    def __init__(self, turn: Any, reply: ReplyTo, depth: int, convert: Callable[[Any], Any] | None) -> None:
+        self.turn = turn
+        self.reply = reply
+        self.depth = depth
+        self.convert = convert
+        """Makes a Python value of the answer, for a public message; None for a turn."""
+
+
+class _Answered:
+    """The remote's answer to a call, as a message to the scope."""
+
+    __slots__ = ("error", "open", "result")
+
+    def __init__(self, call: _Open, result: bytes | None, error: ScopestateError | None) -> None:
+        self.open = call
+        self.result = result
+        self.error = error
+
+
+class RemoteChange:
+    """A change that the remote reported, as a message to the scope: local triggers hear of it."""
+
+    __slots__ = ("key", "new", "old", "reply")
+
+    def __init__(self, key: str, old: bytes | None, new: bytes | None, reply: ReplyTo) -> None:
+        self.key = key
+        self.old = old
+        self.new = new
+        self.reply = reply
+
+
+class _Lane:
+    """The calls on one key: reads together, a write alone, in the order in which they came."""
+
+    __slots__ = ("reads", "waiting", "writing")
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.writing = False
+        self.waiting: deque[_Open] = deque()
+
+
+class RemoteScopeActor(ScopeActor):
+    """One scope of a remote engine.
+
+    A turn never waits: it sends, or takes in an answer. So it may run on any thread, event loops included; who waits is
+    the caller, at his reply. The remote may run two calls of one connection in either order (PROTOCOL, section 1), so a
+    key has one write on its way at a time; calls on different keys are on their way together. Local events are fired in
+    the order of the answers, which for one key is the order of its writes.
+
+    `_values` stays None: whoever looks there first goes on to `run`, `post` or `accept`.
+    """
+
+    def __init__(self, scope: str, around: Surroundings, remote: Remote) -> None:
+        super().__init__(scope, around, keeps=True)
+        self._remote = remote
+        self._sequence = remote.sequence_floor
+        self._lanes: dict[str, _Lane] = {}
+        self._open: set[_Open] = set()
+        self._barriers: list[tuple[set[_Open], Callable[[], object]]] = []
+
+    # --------------------------------------------------------------------------------------- what others ask of it
+
+    def has_waiting(self) -> bool:
+        return bool(self._open) or super().has_waiting()
+
+    def read(self, key: str) -> bytes | None:
+        return self.run(Read(key))  # type: ignore[no-any-return]
+
+    def read_all(self) -> list[bytes]:
+        return self.run(ReadAll())  # type: ignore[no-any-return]
+
+    def run(self, message: Any, otherwise: Any = WAIT) -> Any:
+        if isinstance(message, Housekeeping):
+            return super().run(message, otherwise)
+        if otherwise is not WAIT:
+            return otherwise
+        timeout_s = self._around.limits.call_timeout_s
+        reply = self._dispatcher.reply()
+        self.accept(Envelope(message, reply))
+        try:
+            return reply.get(timeout=timeout_s)
+        except pykka.Timeout as error:
+            reply.abandoned = True
+            raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
+
+    def accept(self, envelope: Envelope) -> None:
+        self.handle_or_post(envelope)
+
+    def handle_or_post(self, envelope: Envelope) -> None:
+        # Behind what waits: calls of one thread keep their order even if it does not wait for the first.
+        if self._mailbox:
+            self.post(envelope)
+        else:
+            super().handle_or_post(envelope)
+
+    def post(self, item: Any) -> None:
+        # An answer must get in however full the mailbox is: it is what empties it.
+        if type(item) is _Answered or type(item) is RemoteChange:
+            self._enqueue(item)
+        else:
+            super().post(item)
+
+    def take_in(self, item: _Answered | RemoteChange) -> None:
+        """Take an answer, or a change, from the connection's thread. Never blocks."""
+        self.handle_or_post(item)  # type: ignore[arg-type]  # `_handle` and `post` know these two
+
+    # ------------------------------------------------------------------------------------------------------- turns
+
+    def _handle(self, item: Any) -> None:
+        kind = type(item)
+        if kind is _Answered:
+            self._finish(item.open, item.result, item.error)
+        elif kind is RemoteChange:
+            self._report_change(item)
+        elif kind is Envelope:
+            message, depth = item.message, event_depth.get()
+            if type(message) is Caused:
+                message, depth = message.message, message.depth
+            if isinstance(message, Ping):
+                self._after(set(self._open), item.reply_to.set)
+            elif isinstance(message, Housekeeping):
+                super()._handle(item)
+            else:
+                self._admit(message, item.reply_to, depth)
+        else:
+            # Through a Pykka ref's `tell`: nobody waits, so a refusal is logged.
+            self._handle(Envelope(item, _Told()))
+
+    def _admit(self, message: Any, reply: ReplyTo, depth: int) -> None:
+        """Send a call, or have it wait for those that came before; a refusal is its answer."""
+        try:
+            if self._passivated:
+                self._around.directory[self.scope].post(Envelope(Caused(depth, message) if depth else message, reply))
+                return
+            call = self._checked(message, reply, depth)
+        except (ScopestateError, HandlerFull) as error:
+            reply.fail(error)
+            return
+        self.touched = True
+        self._open.add(call)
+        if type(call.turn) in _WHOLE:
+            writes = {other for other in self._open if type(other.turn) in _WRITES}
+            self._after(writes, lambda: self._send(call))
+            return
+        lane = self._lanes.get(call.turn.key)
+        if lane is None:
+            lane = self._lanes[call.turn.key] = _Lane()
+        lane.waiting.append(call)
+        self._advance(call.turn.key, lane)
+
+    def _checked(self, message: Any, reply: ReplyTo, depth: int) -> _Open:
+        if self._closed and (self._shut or not depth):
+            raise EngineClosed
+        if len(self._open) >= self.mailbox_limit:
+            raise Overloaded(
+                f"{len(self._open)} calls on {self.name} are under way, as many as scope_mailbox allows; nothing was "
+                "done: slow down, or raise the limit"
+            )
+        turn, convert = message, None
+        if not isinstance(message, (Put, Change, Take, Read, ReadAll, ReadItems)):
+            # Through a Pykka ref: the public messages, with Python values.
+            turn = turn_of(message, self._around.limits.max_value_bytes)
+            if message.scope != self.scope:
+                raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
+            convert = lambda answer: answer_of(message, answer)  # noqa: E731 - belongs to this message
+        if type(turn) not in _WHOLE:
+            checked_name("key", turn.key)
+        if type(turn) in _WRITES and self._watched(turn.key):
+            # Before anything is sent: a full handler must stop the write, not lose its event.
+            self._router.targets(self.scope, self._watch, turn.key, depth)
+        return _Open(turn, reply, depth, convert)
+
+    def _advance(self, key: str, lane: _Lane) -> None:
+        """Send what may go now: the next write, or all reads up to it."""
+        waiting = lane.waiting
+        while waiting and not lane.writing:
+            writes = type(waiting[0].turn) in _WRITES
+            if writes and lane.reads:
+                return
+            call = waiting.popleft()
+            if call.reply.abandoned:
+                self._closed_call(call)
+                continue
+            if writes:
+                lane.writing = True
+            else:
+                lane.reads += 1
+            self._send(call)
+        if not waiting and not lane.writing and not lane.reads:
+            self._lanes.pop(key, None)
+
+    def _send(self, call: _Open) -> None:
+        function_id, payload = request(self.scope, call.turn)
+        try:
+            self._remote.call(function_id, payload, lambda result, error: self.take_in(_Answered(call, result, error)))
+        except ScopestateError as error:
+            self._enqueue(_Answered(call, None, error))
+
+    def _finish(self, call: _Open, result: bytes | None, error: ScopestateError | None) -> None:
+        turn = call.turn
+        outcome: Outcome | None = None
+        failure: Exception | None = None
+        try:
+            if error is not None:
+                raise error
+            outcome = read_answer(turn, result)
+        except ScopestateError as problem:
+            failure = _via_bridge(turn, problem)
+        except Exception as problem:
+            log.exception("%s: reading the answer to a call failed", self.name)  # a bug, which must not hang the caller
+            failure = _via_bridge(turn, problem)
+        if outcome is not None and outcome.change is not None and not self._remote.reports_changes:
+            if self._shut:
+                log.error(
+                    "%s: a write of key %r was answered after the engine closed; its event is not delivered",
+                    self.name,
+                    turn.key,
+                )
+            else:
+                self._fire(turn.key, *outcome.change, call.depth)
+        # Events before answers: who has the answer may call drain() and count on the event.
+        if failure is not None:
+            call.reply.fail(failure)
+        else:
+            answer = outcome.answer if outcome is not None else None
+            call.reply.set(answer if call.convert is None else call.convert(answer))
+        self._closed_call(call)
+        if type(turn) not in _WHOLE:
+            lane = self._lanes[turn.key]
+            if type(turn) in _WRITES:
+                lane.writing = False
+            else:
+                lane.reads -= 1
+            self._advance(turn.key, lane)
+
+    def _closed_call(self, call: _Open) -> None:
+        self._open.discard(call)
+        for waiting, _ in self._barriers:
+            waiting.discard(call)
+        if self._barriers:
+            ready = [action for waiting, action in self._barriers if not waiting]
+            self._barriers = [entry for entry in self._barriers if entry[0]]
+            for action in ready:
+                action()
+
+    def _after(self, calls: set[_Open], action: Callable[[], object]) -> None:
+        """Do `action` once all of `calls` have their answers: in the turn that takes in the last of them."""
+        if calls:
+            self._barriers.append((calls, action))
+        else:
+            action()
+
+    # ------------------------------------------------------------------------------------------------------ events
+
+    def _watched(self, key: str) -> bool:
+        return any(key in table or None in table for table in (self._watch, self._anywhere) if table)
+
+    def _report_change(self, change: RemoteChange) -> None:
+        try:
+            if self._closed:
+                raise EngineClosed
+            if self._passivated:
+                self._around.directory[self.scope].post(change)
+                return
+            if self._watched(change.key):
+                self._router.targets(self.scope, self._watch, change.key, 0)
+        except (ScopestateError, HandlerFull) as error:
+            change.reply.fail(error)
+            return
+        self.touched = True
+        self._fire(change.key, change.old, change.new, 0)
+        change.reply.set()
+
+    def _fire(self, key: str, old: bytes | None, new: bytes | None, depth: int) -> None:
+        """Hand the event of one change to the router. The change has happened, so no limit stands in its way."""
+        self._sequence += 1
+        handlers = self._handlers(key)
+        if handlers:
+            kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
+            event = StateEvent(kind, self.scope, key, old, new, self._sequence, depth)
+            outbox = self._router._mailbox
+            outbox += ((handlers, event),)
+            self._router.wake()
+
+    def _handlers(self, key: str) -> tuple[HandlerActor, ...]:
+        numbered: dict[int, HandlerActor] = {}
+        for table in (self._watch, self._anywhere):
+            for name in (key, None):
+                bucket = table.get(name)
+                if bucket is not None:
+                    numbered.update(list(bucket.members.items()))
+        return tuple(numbered[number] for number in sorted(numbered))
+
+    # ----------------------------------------------------------------------------------------------------- leaving
+
+    def _on_rare(self, message: Any) -> Any:
+        match message:
+            case Passivate():
+                return self._leave()
+            case Close(handlers_may=handlers_may):
+                self._closed = True
+                self._shut = not handlers_may
+                return None
+            case _:
+                return None  # Collect: nothing of this scope is kept here
+
+    def _leave(self) -> bool:
+        if self._mailbox or self._closed or self._open:
+            return False
+        if not self._around.directory.let_go(self, self._router.forget):
+            return False
+        self._passivated = True
+        self._remote.sequence_floor = max(self._remote.sequence_floor, self._sequence)
+        return True
+
+
+class _Told(Reply[Any]):
+    """The reply to a `tell`: nobody reads it, so a refusal is logged."""
+
+    def fail(self, error: BaseException) -> None:
+        log.error("a message told to a scope was refused: %s", error, exc_info=error)
+
+
+def _via_bridge(turn: Any, error: Exception) -> StorageError:
+    """The local error for a remote failure (PROTOCOL, section 13.7)."""
+    cause = f"remote error ({error.code}): {error}" if isinstance(error, RemoteFailure) else str(error)
+    failure = as_failure_of(turn, StorageError(f"{_VERBS[type(turn)]} via bridge: {cause}"))
+    failure.__cause__ = error
+    return failure
+
+
+_VERBS: Final[dict[type[Any], str]] = {
+    Put: "Failed to set value",
+    Change: "Failed to update value",
+    Take: "Failed to delete value",
+    Read: "Failed to get value",
+    ReadAll: "Failed to list values",
+    ReadItems: "Failed to list values",
+}

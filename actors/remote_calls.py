@@ -1,0 +1,104 @@
+"""A scope's turns as calls of a remote engine, and its answers as results. Pure functions (PROTOCOL, section 5)."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from scopestate.actors.results import SetResult, UpdateResult
+from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take
+from scopestate.errors import DeserializationError, RemoteFailure
+from scopestate.ops import OpError
+from scopestate.ops.values import parse
+from scopestate.persistence.remote import read_keyed
+
+_NULL: Final = b"null"
+
+
+class _Call(msgspec.Struct, omit_defaults=True):
+    """Input of any of the five functions that name a scope."""
+
+    scope: str
+    key: str | msgspec.UnsetType = msgspec.UNSET
+    value: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    ops: tuple[Any, ...] | msgspec.UnsetType = msgspec.UNSET
+    tell_existed: bool = msgspec.field(default=False, name="_existed")
+    """Asks for `existed` in the result; an engine that does not know it ignores it (SEMANTICS, section 2)."""
+    tell_keys: bool = msgspec.field(default=False, name="_keys")
+    """Asks `state::list` for the keys too."""
+
+
+class _Written(msgspec.Struct):
+    """Result of `state::set` and `state::update`."""
+
+    new_value: msgspec.Raw
+    old_value: msgspec.Raw = msgspec.Raw(_NULL)
+    errors: tuple[OpError, ...] = ()
+    existed: bool | None = None
+    """Whether the key existed before. Only a scopestate engine says so; else a stored null looks like a missing key."""
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What an answer means to the scope."""
+
+    answer: Any
+    """What the turn answers: SetResult, UpdateResult, JSON bytes, a list of them, or None."""
+    change: tuple[bytes | None, bytes | None] | None = None
+    """(old, new) as JSON of the write that was made; None inside it: no value."""
+
+
+_encode = msgspec.json.Encoder().encode
+_decode_written = msgspec.json.Decoder(_Written).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+def request(scope: str, turn: Any) -> tuple[str, bytes]:
+    """Return the function id and the input, as JSON, that do `turn` on the remote."""
+    match turn:
+        case Put(key=key, data=data):
+            return "state::set", _encode(_Call(scope, key, msgspec.Raw(data), tell_existed=True))
+        case Change(key=key, ops=ops):
+            return "state::update", _encode(_Call(scope, key, ops=ops, tell_existed=True))
+        case Take(key=key):
+            return "state::delete", _encode(_Call(scope, key))
+        case Read(key=key):
+            return "state::get", _encode(_Call(scope, key))
+        case ReadAll():
+            return "state::list", _encode(_Call(scope))
+        case ReadItems():
+            return "state::list", _encode(_Call(scope, tell_keys=True))
+    raise TypeError(f"no call of a remote stands for {turn!r:.80}")
+
+
+def read_answer(turn: Any, result: bytes | None) -> Outcome:
+    """Read the remote's result for `turn`. Raises RemoteFailure (`serialization_error`) if it has another shape."""
+    try:
+        match turn:
+            case Put(data=data):
+                written = _decode_written(result or _NULL)
+                old = _old(written)
+                return Outcome(SetResult(old, data), (old, data))
+            case Change():
+                written = _decode_written(result or _NULL)
+                old, new = _old(written), parse(bytes(written.new_value))
+                return Outcome(UpdateResult(old, new, written.errors), (old, new))
+            case Take():
+                taken = None if result is None else parse(result)
+                return Outcome(taken, (taken, None))
+            case Read():
+                return Outcome(None if result is None else parse(result))
+            case ReadItems():
+                return Outcome(read_keyed(result))
+            case _:
+                return Outcome([parse(bytes(value)) for value in _decode_list(result or b"[]")])
+    except (msgspec.DecodeError, DeserializationError) as error:
+        function_id, _ = request("", turn)
+        raise RemoteFailure(
+            function_id, "serialization_error", f"its result is not what {function_id} returns: {error}"
+        ) from error
+
+
+def _old(written: _Written) -> bytes | None:
+    old = parse(bytes(written.old_value))
+    return old if (old != _NULL if written.existed is None else written.existed) else None

@@ -1,0 +1,136 @@
+"""Who may connect to a server, and what they may do there."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import translate
+from pathlib import Path
+from typing import Final
+
+from scopestate.config import ServerConfig, TokenConfig
+from scopestate.errors import ConfigError, Forbidden
+
+ALWAYS_ALLOWED: Final = ("engine::channels::create", "engine::workers::register", "engine::log::*")
+"""What every worker may call (PROTOCOL, section 12)."""
+
+MAX_TOKEN_BYTES: Final = 8_192
+
+
+class Access:
+    """What the bearer of one token may do. Patterns: `*` is any characters, `?` is one."""
+
+    def __init__(self, config: TokenConfig) -> None:
+        self._functions = _matcher((*config.functions, *ALWAYS_ALLOWED))
+        self._registers = _matcher(config.registers)
+        self._read = _matcher(config.read)
+        self._write = _matcher(config.write)
+        self.reads_everything = "*" in config.read
+
+    def check_call(self, function_id: str) -> None:
+        """Raise Forbidden if this function may not be called."""
+        if not self._functions(function_id):
+            raise Forbidden(f"the token of this connection does not allow to call {function_id!r}")
+
+    def check_register(self, function_id: str) -> None:
+        """Raise Forbidden if a function of this id may not be registered."""
+        if not self._registers(function_id):
+            raise Forbidden(f"the token of this connection does not allow to register function {function_id!r}")
+
+    def check_read(self, scope: str) -> None:
+        """Raise Forbidden if this scope may not be read."""
+        if not self._read(scope):
+            raise Forbidden(f"the token of this connection does not allow to read scope {scope!r}")
+
+    def check_write(self, scope: str) -> None:
+        """Raise Forbidden if this scope may not be written."""
+        if not self._write(scope):
+            raise Forbidden(f"the token of this connection does not allow to write scope {scope!r}")
+
+    def check_watch(self, scope: str | None) -> None:
+        """Raise Forbidden if a trigger may not watch this scope; None: every scope."""
+        if scope is not None:
+            self.check_read(scope)
+        elif not self.reads_everything:
+            raise Forbidden("the token of this connection does not allow a trigger on every scope: name one")
+
+    def readable(self, scopes: Iterable[str]) -> list[str]:
+        """Return the scopes that may be read."""
+        return [scope for scope in scopes if self._read(scope)]
+
+
+class Gate:
+    """Decides at the handshake who may connect."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Raises ConfigError if a token cannot be had, or if the address needs one and there is none."""
+        self._accesses = [(_digest(token_of(token)), Access(token)) for token in config.auth.tokens]
+        self._origins = frozenset(origin.lower().rstrip("/") for origin in config.origins)
+        if not self._accesses and not config.insecure and not is_loopback(config.host):
+            raise ConfigError(
+                f"{config.host!r} can be reached from other machines, where anybody could read and write everything: "
+                "give `auth.tokens`, listen on 127.0.0.1, or say `insecure: true`",
+                key="iii-worker-manager.config.host",
+            )
+
+    def admits(self, authorization: str | None) -> tuple[bool, Access | None]:
+        """Return whether the bearer may connect, and its restrictions; without tokens everybody may do everything."""
+        if not self._accesses:
+            return True, None
+        scheme, _, token = (authorization or "").partition(" ")
+        found: Access | None = None
+        if scheme.lower() == "bearer" and len(token) <= MAX_TOKEN_BYTES:
+            given = _digest(token.strip())
+            # All of them, whichever fits: how long this takes says nothing about the tokens.
+            for digest, access in self._accesses:
+                if hmac.compare_digest(digest, given):
+                    found = access
+        return found is not None, found
+
+    def admits_origin(self, origin: str | None) -> bool:
+        """Return whether a page of this origin may connect. Browsers always send the header."""
+        return origin is None or "*" in self._origins or origin.lower().rstrip("/") in self._origins
+
+
+def token_of(config: TokenConfig) -> str:
+    """Return a configured token. Raises ConfigError, which does not show it."""
+    if config.env is not None:
+        token, where = os.environ.get(config.env, ""), f"environment variable {config.env}"
+    elif config.file is not None:
+        where = f"file {config.file}"
+        try:
+            token = Path(config.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read a token from {where}: {error}", key="auth.tokens") from error
+    else:
+        token, where = config.token or "", "`token`"
+    token = token.strip()
+    if not token:
+        raise ConfigError(f"there is no token in {where}", key="auth.tokens")
+    if not token.isascii() or not token.isprintable() or " " in token or len(token) > MAX_TOKEN_BYTES:
+        raise ConfigError(f"the token in {where} has characters that a header cannot carry", key="auth.tokens")
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach `host`."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _digest(token: str) -> bytes:
+    # Tokens of different lengths compare in the same time, and the tokens themselves are not kept.
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str], object]:
+    # `fnmatch` also knows `[...]`; in a name a bracket is just a bracket.
+    return re.compile("|".join(translate(pattern.replace("[", "[[]")) for pattern in patterns) or r"(?!)").match

@@ -1,0 +1,63 @@
+"""An engine whose scopes live in another one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from scopestate.actors.directory import Directory
+from scopestate.actors.loop_reply import LoopReply
+from scopestate.actors.remote import RemoteChange, RemoteScopeActor
+from scopestate.actors.router import HandlerFull, TriggerRouter
+from scopestate.actors.scope import ScopeActor, Surroundings
+from scopestate.config import BridgeConfig
+from scopestate.errors import EngineClosed
+from scopestate.persistence.bridge import BridgeAdapter, Change
+from scopestate.wire.options import ClientOptions
+
+
+def open_bridge(config: BridgeConfig) -> BridgeAdapter:
+    """Open the adapter; it connects in the background. Raises ConfigError."""
+    options = ClientOptions(
+        token=config.token,
+        tls_ca_file=config.tls_ca_file,
+        tls_verify=config.tls_verify,
+        connect_wait_s=config.connect_wait_ms / 1000,
+        call_timeout_s=config.call_timeout_ms / 1000,
+        name=f"scopestate-bridge:{os.getpid()}",
+    )
+    return BridgeAdapter(config.bridge_url, options, remote_events=config.events == "remote")
+
+
+class RemoteScopes:
+    """Makes the scopes of a bridged engine, and brings them the changes that the remote reports."""
+
+    def __init__(self, adapter: Any, directory: Directory, router: TriggerRouter) -> None:
+        self._remote = adapter
+        self._directory = directory
+        self._router = router
+        if adapter.reports_changes:
+            adapter.watch(self._report)
+
+    def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
+        """Make the actor of one scope."""
+        return RemoteScopeActor(scope, around, self._remote)
+
+    async def _report(self, change: Change) -> None:
+        """Fire the local triggers of one change. While a handler must catch up it waits, and so does the remote."""
+        scope, key, old, new = change
+        room: LoopReply | None = None
+        while True:
+            told = LoopReply()
+            try:
+                self._directory[scope].take_in(RemoteChange(key, old, new, told))  # type: ignore[attr-defined]
+                await told.future
+                return
+            except EngineClosed:
+                return
+            except HandlerFull:
+                # Asked for before the next attempt, so that room made in between is not missed.
+                if room is not None:
+                    await room.future
+                room = LoopReply()
+                self._router.when_room(room.set)

@@ -1,0 +1,272 @@
+"""The six state functions on JSON text: what a server calls, so that values pass through unparsed."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from scopestate.actors import messages
+from scopestate.actors.results import SetResult, UpdateResult
+from scopestate.actors.router import HandlerFull
+from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take, Turn
+from scopestate.errors import DeserializationError, ValueTooLarge
+from scopestate.ops import convert_ops
+from scopestate.ops.values import decode, encode_plain, parse
+
+if TYPE_CHECKING:
+    from scopestate.access import Access
+    from scopestate.engine import Engine
+
+Result = bytes | None
+"""JSON text, or None for "no value"."""
+Outcome = Result | Awaitable[Result]
+"""A result that was at hand, or what waits for it without blocking the event loop. Await it once."""
+
+_ABSENT: Final = Raw()
+_BAD: Final = (msgspec.DecodeError, RecursionError)
+_TRUE: Final = Raw(b"true")
+_BUSY: Final = object()
+
+
+class _Place(msgspec.Struct, gc=False):
+    scope: str
+    key: str
+
+
+class _Scope(msgspec.Struct, gc=False):
+    scope: str
+    tell_keys: Raw = msgspec.field(default=_ABSENT, name="_keys")
+    """`true`: a bridge or a tool asks for the keys too: `{"keys": [...], "values": [...]}`."""
+
+
+class _Write(msgspec.Struct, gc=False):
+    scope: str
+    key: str
+    value: Raw = _ABSENT
+    data: Raw = _ABSENT
+    tell_existed: Raw = msgspec.field(default=_ABSENT, name="_existed")
+    """`true`: a bridge asks for `existed` in the result, which tells a stored null from a missing key."""
+
+
+class _Ops(msgspec.Struct, gc=False):
+    scope: str
+    key: str
+    ops: Raw
+    tell_existed: Raw = msgspec.field(default=_ABSENT, name="_existed")
+    """As in `_Write`."""
+
+
+_place: Final = msgspec.json.Decoder(_Place).decode
+_scope: Final = msgspec.json.Decoder(_Scope).decode
+_write: Final = msgspec.json.Decoder(_Write).decode
+_ops: Final = msgspec.json.Decoder(_Ops).decode
+
+
+class BuiltinCalls:
+    """Function id -> the function. For one event loop, which it never blocks.
+
+    Each raises what the engine's method of the same name raises, worded as `Engine.call` words it, and Forbidden where
+    `access` says so.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._scopes = engine._scopes
+        self._limits = engine._limits
+        self._router = engine._router
+        self._turn_later = engine.aio._turn
+        self._count = {function_id: tally.add for function_id, tally in engine._tally.items()}
+        self._count_get = self._count["state::get"]
+        self._count_set = self._count["state::set"]
+        self.by_id: dict[str, Callable[[Raw, Access | None], Outcome]] = {
+            "state::get": self._get,
+            "state::set": self._set,
+            "state::delete": self._delete,
+            "state::update": self._update,
+            "state::list": self._list,
+            "state::list_groups": self._list_groups,
+        }
+
+    def _get(self, data: Raw, access: Access | None) -> Outcome:
+        try:
+            place = _place(data)
+        except _BAD:
+            place = _misfit("state::get", data)
+        scope, key = place.scope, place.key
+        if access is not None:
+            access.check_read(scope)
+        self._count_get()
+        actor = self._scopes[scope]
+        # None: missing, or it takes a turn to know; only the turn can tell.
+        text = actor.peek(key)
+        return self._run(scope, Read(key), _as_it_is) if text is None else text
+
+    def _set(self, data: Raw, access: Access | None) -> Outcome:
+        try:
+            fields = _write(data)
+        except _BAD:
+            fields = _misfit("state::set", data)
+        value = fields.value
+        if not value:
+            value = fields.data
+        if not value or (fields.value and fields.data):
+            _misfit("state::set", data)
+        scope, key = fields.scope, fields.key
+        if access is not None:
+            access.check_write(scope)
+        try:
+            text = parse(bytes(value))
+        except DeserializationError as error:
+            raise messages.misfit("state::set", str(error)) from error
+        limit = self._limits.max_value_bytes
+        if limit and len(text) > limit:
+            raise ValueTooLarge(scope, key, len(text), limit)
+        self._count_set()
+        return self._run(scope, Put(key, text), _set_result_existed if fields.tell_existed == _TRUE else _set_result)
+
+    def _delete(self, data: Raw, access: Access | None) -> Outcome:
+        try:
+            place = _place(data)
+        except _BAD:
+            place = _misfit("state::delete", data)
+        if access is not None:
+            access.check_write(place.scope)
+        self._count["state::delete"]()
+        return self._run(place.scope, Take(place.key), _as_it_is)
+
+    def _update(self, data: Raw, access: Access | None) -> Outcome:
+        try:
+            fields = _ops(data)
+        except _BAD:
+            fields = _misfit("state::update", data)
+        if access is not None:
+            access.check_write(fields.scope)
+        try:
+            ops = convert_ops(decode(parse(bytes(fields.ops))))
+        except DeserializationError as error:
+            raise messages.misfit("state::update", str(error)) from error
+        self._count["state::update"]()
+        convert = _update_result_existed if fields.tell_existed == _TRUE else _update_result
+        return self._run(fields.scope, Change(fields.key, ops), convert)
+
+    def _list(self, data: Raw, access: Access | None) -> Outcome:
+        try:
+            fields = _scope(data)
+        except _BAD:
+            fields = _misfit("state::list", data)
+        scope = fields.scope
+        if access is not None:
+            access.check_read(scope)
+        self._count["state::list"]()
+        if fields.tell_keys == _TRUE:
+            return self._run(scope, ReadItems(), _keyed)
+        return self._run(scope, ReadAll(), _array)
+
+    async def _list_groups(self, data: Raw, access: Access | None) -> Result:
+        messages.from_payload("state::list_groups", _decoded("state::list_groups", data))
+        groups = await self._engine.aio.list_groups()
+        return encode_plain({"groups": groups if access is None else access.readable(groups)})
+
+    def _run(self, scope: str, turn: Turn, convert: Callable[[Any], Result]) -> Outcome:
+        """Run a turn at once if the scope is idle and in memory; else return the coroutine that waits for it."""
+        router = self._router
+        # "Somebody will run the router's turn": this thread, below. A hand-off to a worker thread, and the way back to
+        # this loop for a handler in a worker, would take longer than all the rest.
+        router._scheduled = True
+        try:
+            actor = self._scopes[scope]
+            if actor._values is not None:
+                answer = actor.run(turn, _BUSY)
+                if answer is not _BUSY:
+                    return convert(answer)
+        except HandlerFull:
+            pass
+        finally:
+            # In this order: whoever posts an event between the two lines is seen by the second one.
+            router._scheduled = False
+            if router._mailbox:
+                router.run_batch()
+        outcome = _begun(self._finish(scope, turn, convert))
+        # The message is in the scope's mailbox now; what this connection asks next must not overtake it.
+        self._scopes[scope].keep_order()
+        return outcome
+
+    async def _finish(self, scope: str, turn: Turn, convert: Callable[[Any], Result]) -> Result:
+        return convert(await self._turn_later(scope, turn))
+
+
+class _Begun:
+    """A coroutine that was begun before anybody awaits it: the rest of it."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Result], waits_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, Result]:
+        coroutine, waits_for = self._coroutine, self._waits_for
+        try:
+            while True:
+                try:
+                    value = yield waits_for
+                except BaseException as error:  # noqa: BLE001 - the coroutine gets what its task gets
+                    waits_for = coroutine.throw(error)
+                else:
+                    waits_for = coroutine.send(value)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+def _begun(coroutine: Coroutine[Any, Any, Result]) -> Outcome:
+    """Run a coroutine up to where it waits. A task would begin it in a later round, behind messages that came later."""
+    try:
+        return _Begun(coroutine, coroutine.send(None))
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+
+
+def _as_it_is(text: bytes | None) -> Result:
+    return text
+
+
+def _array(texts: list[bytes]) -> bytes:
+    return b"[%b]" % b",".join(texts)
+
+
+def _keyed(items: list[tuple[str, bytes]]) -> bytes:
+    keys = msgspec.json.encode([key for key, _ in items])
+    return b'{"keys":%b,"values":%b}' % (keys, _array([value for _, value in items]))
+
+
+def _set_result(result: SetResult) -> bytes:
+    old = result.old_json
+    return b'{"old_value":%b,"new_value":%b}' % (b"null" if old is None else old, result.new_json)
+
+
+def _update_result(result: UpdateResult) -> bytes:
+    if not result.errors:
+        return _set_result(result)
+    return b'%b,"errors":%b}' % (_set_result(result)[:-1], msgspec.json.encode(result.errors))
+
+
+def _set_result_existed(result: SetResult) -> bytes:
+    return b'%b,"existed":%b}' % (_set_result(result)[:-1], b"false" if result.created else b"true")
+
+
+def _update_result_existed(result: UpdateResult) -> bytes:
+    return b'%b,"existed":%b}' % (_update_result(result)[:-1], b"false" if result.created else b"true")
+
+
+def _decoded(function_id: str, data: Raw) -> Any:
+    try:
+        return decode(parse(bytes(data) or b"null"))
+    except DeserializationError as error:
+        raise messages.misfit(function_id, str(error)) from error
+
+
+def _misfit(function_id: str, data: Raw) -> Any:
+    """Raise what `Engine.call` raises for this input: its words are the ones that clients know."""
+    messages.from_payload(function_id, _decoded(function_id, data))
+    raise messages.misfit(function_id, "the input does not fit")  # pragma: no cover - the line before has raised

@@ -1,0 +1,109 @@
+"""`scopestate config`: check a file, show what it means."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+import typer
+import yaml
+from rich.markup import escape
+
+from scopestate.cli_common import AsJson, Exit, errors_to_exit_codes, out, standard_error
+from scopestate.config import Config, check, load
+from scopestate.config.schema import FunctionRef
+
+app = typer.Typer(no_args_is_help=True, help="Check a configuration file, or show what it means.")
+
+_SECRET = {"token", "tokens", "password", "secret"}
+MASK = "***"
+
+
+@app.command("check")
+def check_(
+    file: Annotated[Path, typer.Argument(help="The YAML file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Report every mistake of a file, with line and key. Exit code 3 if there is one.
+
+    The functions that the file names are imported, from this folder too.
+    """
+    import_from_here()
+    errors = check(file)
+    if as_json:
+        found = [{"file": e.file, "line": e.line, "key": e.key, "problem": e.problem} for e in errors]
+        out(msgspec.json.encode({"ok": not errors, "errors": found}).decode())
+    elif errors:
+        console = standard_error()
+        for error in errors:
+            place = ":".join(str(part) for part in (error.file, error.line) if part is not None)
+            key = f" [bold]{escape(error.key)}[/]:" if error.key else ""
+            console.print(f"[cyan]{escape(place)}[/]:{key} {escape(error.problem)}")
+        console.print(f"[red]{len(errors)} mistake{'s' if len(errors) > 1 else ''}[/] in {escape(str(file))}")
+    else:
+        out(f"{file}: ok")
+    if errors:
+        raise typer.Exit(Exit.CONFIG)
+
+
+@app.command()
+def show(
+    file: Annotated[Path | None, typer.Argument(help="The YAML file; left out: the built-in defaults.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print a configuration as an engine sees it: variables expanded, defaults filled in, secrets masked."""
+    import_from_here()
+    with errors_to_exit_codes(as_json=as_json):
+        config = Config() if file is None else load(file)
+    plain = as_mapping(config)
+    out(msgspec.json.encode(plain).decode() if as_json else yaml.safe_dump(plain, sort_keys=False).rstrip())
+
+
+def import_from_here() -> None:
+    """Let `functions:` name modules of the current folder, as `python -m` does; a console script does not by itself."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def as_mapping(config: Config) -> dict[str, Any]:
+    """Return a configuration in the shape of its file, with every default, and without secrets."""
+    workers: list[dict[str, Any]] = [{"name": "iii-state", "config": {"adapter": _plain(config.adapter)}}]
+    if config.server is not None:
+        workers.append({"name": "iii-worker-manager", "config": _plain(config.server)})
+    return {
+        "workers": workers,
+        "functions": {function_id: reference.target for function_id, reference in config.functions.items()},
+        "triggers": _plain(config.triggers),
+        "scopes": _plain(config.scopes),
+        "limits": _plain(config.limits),
+    }
+
+
+def _plain(value: object, name: str = "") -> Any:
+    if isinstance(value, FunctionRef):
+        return value.target
+    if isinstance(value, msgspec.Struct):
+        return {field: _plain(getattr(value, field), field) for field in value.__struct_fields__}
+    if isinstance(value, tuple | list):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, str(key)) for key, item in value.items()}
+    if value is not None and not isinstance(value, bool) and name in _SECRET:
+        return MASK
+    return without_password(value) if isinstance(value, str) else value
+
+
+def without_password(text: str) -> str:
+    """Mask the password of an address, as in `redis://:secret@host`."""
+    if "://" not in text or "@" not in text:
+        return text
+    parts = urlsplit(text)
+    credentials, _, place = parts.netloc.rpartition("@")
+    if not credentials:
+        return text
+    user, colon, _ = credentials.partition(":")
+    return urlunsplit(parts._replace(netloc=f"{user}{colon and ':' + MASK}@{place}"))

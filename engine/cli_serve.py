@@ -1,0 +1,219 @@
+"""`scopestate serve`: an engine with its server, until a signal ends it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+
+from scopestate.cli_common import AsJson, errors_to_exit_codes, out, standard_error
+from scopestate.cli_config import import_from_here
+from scopestate.config import AdapterConfig, BridgeConfig, Config
+from scopestate.errors import ConfigError
+from scopestate.server import Server
+
+log = logging.getLogger("scopestate.cli")
+
+LOOK_S = 1.0
+
+Level = Literal["debug", "info", "warning", "error"]
+
+
+def serve(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file; left out: state in memory, default address.")
+    ] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on, instead of the file's.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", "-p", min=0, max=65535, help="Port, instead of the file's; 0: a free one.")
+    ] = None,
+    log_level: Annotated[Level, typer.Option("--log-level", help="What to log on standard error.")] = "info",
+    as_json: AsJson = False,
+) -> None:
+    """Serve an engine to workers and bridges, until SIGINT or SIGTERM.
+
+    Ends gracefully: events already fired reach their handlers, everything is saved; a second signal ends it at once.
+    The file is watched while it runs. With --json one line of JSON on standard output says where it listens.
+    """
+    console = standard_error()
+    import_from_here()
+    signals = _Signals()
+    with _logs_to(console, log_level), errors_to_exit_codes(as_json=as_json), signals.caught():
+        server = Server.from_config(config, host=host, port=port, handle_sigterm=False)
+        try:
+            try:
+                server.start()
+            except OSError as error:
+                raise ConfigError(f"{error.strerror or error}; is another engine running there?") from error
+            _announce(server, console, as_json=as_json)
+            _wait(server, signals, console)
+            console.print("stopping: events are delivered, then everything is saved", style="dim")
+        finally:
+            server.stop()
+        console.print("stopped, everything is saved" if _keeps(server) else "stopped", style="dim")
+
+
+class _Signals:
+    """The signals that end the program, in a queue that a handler may put into at any moment."""
+
+    def __init__(self) -> None:
+        # A SimpleQueue, not an Event: its `put` may interrupt its own `get` (Python's documentation of `queue`).
+        self.came: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._count = 0
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM while the block runs."""
+        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count > 1:
+            os._exit(128 + number)
+        self.came.put(number)
+
+
+def _wait(server: Server, signals: _Signals, console: Console) -> None:
+    """Wait for a signal; at a terminal, show what goes on meanwhile."""
+    if not console.is_terminal:
+        signals.came.get()
+        return
+    line = StatusLine(server)
+    # No spinner: it would draw many times a second, which a server has better uses for.
+    with Live(line.text(), console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            live.update(line.text(), refresh=True)
+            try:
+                signals.came.get(timeout=LOOK_S)
+            except queue.Empty:
+                continue
+            return
+
+
+class StatusLine:
+    """One line on what a server is doing: `up 0:02:10 | 3 workers | 1,200 calls/s | ...`; what is wrong comes first."""
+
+    def __init__(self, server: Server, clock: Any = time.monotonic) -> None:
+        self._server = server
+        self._clock = clock
+        self._began = self._looked = clock()
+        self._calls = 0
+
+    def text(self) -> Text:
+        """Return the line for this moment; the rate is that since the last one."""
+        now, status, stats = self._clock(), self._server.status(), self._server.engine.stats()
+        calls = status.calls + sum(stats.calls.values())
+        rate = (calls - self._calls) / (now - self._looked) if now > self._looked else 0.0
+        self._calls, self._looked = calls, now
+        minutes, seconds = divmod(int(now - self._began), 60)
+        parts = [
+            f"up {minutes // 60}:{minutes % 60:02}:{seconds:02}",
+            f"{status.workers} workers",
+            f"{rate:,.0f} calls/s",
+            f"{status.functions} functions",
+            f"{status.triggers} triggers",
+            f"{stats.scopes:,} scopes, {stats.keys:,} keys in memory",
+        ]
+        if stats.unsaved_scopes:
+            parts.append(f"{stats.unsaved_scopes} scopes to save")
+        line = Text(no_wrap=True, overflow="ellipsis")
+        problems = self._server.engine.health().problems
+        if problems:
+            line.append(f"{'; '.join(problems)} | ", style="bold red")
+        return line.append(" | ".join(parts))
+
+
+def _announce(server: Server, console: Console, *, as_json: bool) -> None:
+    config = server.engine._parts.config
+    if as_json:
+        facts = {
+            "url": server.url,
+            "pid": os.getpid(),
+            "config": config.source,
+            "state": describe_adapter(config.adapter),
+        }
+        out(msgspec.json.encode(facts).decode())
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_row("[bold]scopestate[/]", f"[bold green]{server.url}[/]")
+    for name, text in (
+        ("config", config.source or "none: defaults"),
+        ("state", describe_adapter(config.adapter)),
+        ("functions", _count(config)),
+        ("access", describe_access(server)),
+        ("process", f"{os.getpid()}; Ctrl-C or SIGTERM stops it"),
+    ):
+        table.add_row(f"[dim]{name}[/]", console.render_str(text, markup=False))
+    console.print(table)
+
+
+def describe_adapter(adapter: AdapterConfig) -> str:
+    """Say where the state is."""
+    config = adapter.config
+    if isinstance(config, BridgeConfig):
+        return f"bridge to {config.bridge_url}, {config.events} events"
+    if config.store_method == "in_memory":
+        return "in memory: gone when this ends"
+    when = "on each write" if config.durability == "commit" else f"every {config.save_interval_ms} ms"
+    return f"{os.path.abspath(config.file_path)}, saved {when}"
+
+
+def describe_access(server: Server) -> str:
+    """Say who may connect."""
+    config = server.config
+    who = (
+        f"bearers of {len(config.auth.tokens)} token(s)" if config.auth.tokens else "everybody who reaches the address"
+    )
+    return f"{who}, {'TLS' if config.tls else 'no TLS'}"
+
+
+def _count(config: Config) -> str:
+    return f"{len(config.functions)} configured, {len(config.triggers)} triggers"
+
+
+def _keeps(server: Server) -> bool:
+    return bool(server.engine._parts.adapter.keeps)
+
+
+@contextmanager
+def _logs_to(console: Console, level: str) -> Iterator[None]:
+    """Show the log on standard error while the block runs."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s", "[%X]"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    root, websockets = logging.getLogger(), logging.getLogger("websockets")
+    before = root.level, websockets.level
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    websockets.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before[0])
+        websockets.setLevel(before[1])

@@ -1,0 +1,124 @@
+"""`scopestate watch`: changes as they happen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from functools import cached_property
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from scopestate.cli_common import FOREVER_S, AsJson, CaFile, Token, Url, out, standard_error, with_client
+from scopestate.errors import ScopestateError
+from scopestate.wire.client import Client
+from scopestate.wire.options import DEFAULT_URL
+
+_COLOURS: Final = {"state:created": "green", "state:updated": "yellow", "state:deleted": "red"}
+
+
+def watch(
+    scope: Annotated[str | None, typer.Option("--scope", "-s", help="Only this scope.")] = None,
+    key: Annotated[str | None, typer.Option("--key", "-k", help="Only this key.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after so many events; 0: never.")] = 0,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    ca_file: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print every change as it happens, one line each, until interrupted.
+
+    At a terminal the lines are for people; in a pipe, or with --json, each is the event as JSON. A lost connection is
+    made again, which standard error tells: changes in between are not shown.
+    """
+    readable = sys.stdout.isatty() and not as_json
+    console = Console(highlight=False, soft_wrap=True)
+    notes = standard_error()
+    filters = {name: value for name, value in (("scope", scope), ("key", key)) if value is not None}
+
+    seen = _Seen(count)
+
+    async def follow(client: Client) -> None:
+        async def on_event(payload: bytes) -> bytes | None:
+            if not seen.enough.done():
+                if readable:
+                    console.print(event_line(msgspec.json.decode(payload)))
+                else:
+                    out(payload.decode())
+                seen.one_more()
+            return None
+
+        function_id = f"scopestate::watch::{os.urandom(8).hex()}"
+        client.register_function(function_id, on_event, description="scopestate watch", ordered=True)
+        client.register_trigger("state", function_id, filters)
+        # Once this is answered, the trigger is in place (PROTOCOL, section 1, "Order").
+        await client.call_raw("engine::functions::list", b"{}")
+        if not seen.enough.done():
+            notes.print(f"watching {client.url}", markup=False, style="dim")
+        await seen.enough
+
+    def on_change(connected: bool, reason: str) -> None:
+        if connected:
+            seen.connections += 1
+            if seen.connections > 1:
+                notes.print("connected again", markup=False, style="green")
+        elif seen.connections and reason != "this client is closed":
+            notes.print(f"{reason}; connecting again", markup=False, style="red")
+
+    with_client(
+        url,
+        token,
+        follow,
+        as_json=as_json,
+        timeout_s=FOREVER_S,
+        ca_file=ca_file,
+        on_change=on_change,
+        on_trigger_refused=seen.refused,
+    )
+
+
+class _Seen:
+    """How many events came, and the end of the watch: enough of them, or a refusal."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._came = 0
+        self.connections = 0
+
+    @cached_property
+    def enough(self) -> asyncio.Future[None]:
+        """Done when the watch is over. Made on the event loop."""
+        return asyncio.get_running_loop().create_future()
+
+    def one_more(self) -> None:
+        self._came += 1
+        if self._came == self._wanted:
+            self.enough.set_result(None)
+
+    def refused(self, error: ScopestateError) -> None:
+        if not self.enough.done():
+            self.enough.set_exception(error)
+
+
+def event_line(event: dict[str, Any]) -> Text:
+    """Return an event as a line for people."""
+    kind = str(event.get("event_type"))
+    line = Text()
+    line.append(kind.removeprefix("state:").ljust(8), style=_COLOURS.get(kind, ""))
+    line.append(f"{event.get('scope')} / {event.get('key')}  ", style="bold")
+    if kind != "state:created":
+        line.append(_short(event.get("old_value")), style="dim")
+    if kind == "state:updated":
+        line.append(" -> ")
+    if kind != "state:deleted":
+        line.append(_short(event.get("new_value")))
+    return line
+
+
+def _short(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,369 @@
+"""WebSocket connections on picows: whole messages in, messages out, within bounds (docs/design/0020-websockets.md).
+
+picows parses frames and leaves the rules between them to its listeners: fragments, UTF-8, close handshakes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections import deque
+from typing import Any, Final
+
+import picows
+
+log = logging.getLogger("scopestate.server")
+
+TEXT: Final = picows.WSMsgType.TEXT
+BINARY: Final = picows.WSMsgType.BINARY
+CONTINUATION: Final = picows.WSMsgType.CONTINUATION
+PING: Final = picows.WSMsgType.PING
+PONG: Final = picows.WSMsgType.PONG
+CLOSE: Final = picows.WSMsgType.CLOSE
+
+NORMAL: Final = 1000
+GOING: Final = 1012
+"""A server that stops: the Python SDK 0.11.6 never reconnects after 1000 or 1001 (PROTOCOL, section 9)."""
+PROTOCOL_ERROR: Final = 1002
+INVALID_TEXT: Final = 1007
+POLICY: Final = 1008
+TOO_BIG: Final = 1009
+
+CLOSE_GRACE_S: Final = 2.0
+"""How long the other side may take to answer a close frame before the connection is cut."""
+TURN: Final = 256
+"""Messages of one connection that are handled in a row; then the others get their turn, and other threads the GIL."""
+HIGH_WATER: Final = 1024 * 1024
+"""Unsent bytes from which on nothing more is read from that worker."""
+
+
+class Batches:
+    """Gathers what is sent while many messages are handled in a row, so that each connection is written to once."""
+
+    __slots__ = ("_dirty", "open")
+
+    def __init__(self) -> None:
+        self.open = False
+        self._dirty: list[Connection] = []
+
+    def add(self, connection: Connection) -> None:
+        """Note that this connection has gathered something."""
+        self._dirty.append(connection)
+
+    def finish(self) -> None:
+        """Write what was gathered."""
+        self.open = False
+        dirty, self._dirty = self._dirty, []
+        for connection in dirty:
+            connection.flush()
+
+
+class Registry:
+    """The connections that stand."""
+
+    def __init__(self) -> None:
+        self._standing: dict[Connection, None] = {}
+        self._emptied: asyncio.Event | None = None
+
+    def __len__(self) -> int:
+        return len(self._standing)
+
+    def all(self) -> list[Connection]:
+        """Return them, in order of their opening."""
+        return list(self._standing)
+
+    def add(self, connection: Connection) -> None:
+        """A connection stands."""
+        self._standing[connection] = None
+
+    def remove(self, connection: Connection) -> None:
+        """A connection is gone."""
+        self._standing.pop(connection, None)
+        if self._emptied is not None and not self._standing:
+            self._emptied.set()
+
+    async def wait_until_empty(self) -> None:
+        """Wait until none is left."""
+        self._emptied = asyncio.Event()
+        if self._standing:
+            await self._emptied.wait()
+
+
+class Connection(picows.WSListener):
+    """Messages over one connection. Subclasses take them in `on_message`. On the server's event loop only."""
+
+    def __init__(self, batches: Batches, max_message_bytes: int, max_unsent_bytes: int) -> None:
+        self._batches = batches
+        self._max_message_bytes = max_message_bytes
+        self._max_unsent_bytes = max_unsent_bytes
+        self._transport: picows.WSTransport | None = None
+        self._socket: Any = None
+        self._closing = False
+        self._plain = True
+        """Whether a whole text message can be handled at once: nothing waits, nothing is in pieces, all is well."""
+        self._deferring = False
+        """Whether it has to wait behind others."""
+        self._fragments: list[bytes] = []
+        self._fragment_bytes = 0
+        self._fragments_text: bool | None = None
+        self._turn = TURN
+        self._backlog: deque[tuple[bytes, bool]] = deque()
+        self._scheduled = False
+        self._reading = True
+        self._full = False
+        self._unsent_seen = 0
+        self._gathered: list[bytes] = []
+        self._registry = Registry()
+
+    def belong_to(self, registry: Registry) -> None:
+        """Be in `registry` as long as the connection stands."""
+        self._registry = registry
+
+    # --------------------------------------------------------------------------------------------- for subclasses
+
+    def on_open(self) -> None:
+        """The connection stands."""
+
+    def on_message(self, message: bytes, text: bool) -> None:
+        """Take one whole message. Nobody has looked yet whether text is UTF-8."""
+
+    def on_lost(self) -> None:
+        """The connection is gone; called once."""
+
+    # ----------------------------------------------------------------------------------------------------- sending
+
+    def send(self, message: bytes) -> None:
+        """Send a text message. A worker that lets too much wait is cut off."""
+        if self._closing:
+            return
+        if self._full and self._socket.get_write_buffer_size() > self._max_unsent_bytes:
+            self.close(POLICY, f"it reads too slowly: more than {self._max_unsent_bytes} bytes wait for it")
+            return
+        if self._batches.open:
+            if not self._gathered:
+                self._batches.add(self)
+            self._gathered.append(message)
+        else:
+            self._transport.send(TEXT, message)  # type: ignore[union-attr]  # set as long as it is not closing
+
+    def flush(self) -> None:
+        """Write what was gathered, in one system call."""
+        gathered, self._gathered = self._gathered, []
+        if self._closing or not gathered:
+            return
+        if len(gathered) == 1:
+            self._transport.send(TEXT, gathered[0])  # type: ignore[union-attr]
+            return
+        framed: list[bytes] = []
+        for message in gathered:
+            framed += (_header(len(message)), message)
+        self._socket.write(b"".join(framed))
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Send a close frame and take no more; cut the connection if the other side does not answer it soon."""
+        if self._closing or self._transport is None:
+            return
+        self.flush()
+        self._closing = True
+        self._look()
+        self._backlog.clear()
+        if code not in (NORMAL, GOING):
+            log.warning("%s: closing its connection with code %d: %s", self, code, reason)
+        # At most 123 bytes, and not half a character.
+        self._transport.send_close(code, reason.encode()[:123].decode(errors="ignore").encode())  # type: ignore[arg-type]
+        self._resume()  # to see the answer
+        asyncio.get_running_loop().call_later(CLOSE_GRACE_S, self.abort)
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        if self._transport is not None:
+            self._closing = True
+            self._look()
+            self._transport.disconnect(graceful=False)
+
+    def look_for_progress(self) -> None:
+        """Cut off a worker that has read nothing since the last look. For a timer."""
+        if self._transport is not None and self._transport.is_close_frame_sent and not self._closing:
+            self.abort()  # picows closed it for a broken frame and waits for the rest to be read
+            return
+        if not self._full:
+            self._unsent_seen = 0
+            return
+        unsent = self._socket.get_write_buffer_size()
+        if unsent and unsent == self._unsent_seen:
+            self.close(POLICY, f"it reads nothing, although {unsent} bytes wait for it")
+            self.abort()
+        self._unsent_seen = unsent
+
+    # --------------------------------------------------------------------------------------------- picows calls these
+
+    def on_ws_connected(self, transport: picows.WSTransport) -> None:
+        self._transport = transport
+        self._socket = transport.underlying_transport
+        self._socket.set_write_buffer_limits(high=HIGH_WATER)
+        self._registry.add(self)
+        self.on_open()
+
+    def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
+        last = frame.last_in_buffer
+        if frame.msg_type == TEXT and frame.fin and not (frame.rsv1 or frame.rsv2 or frame.rsv3):
+            if self._plain and self._turn:
+                if not last:
+                    self._batches.open = True
+                self._turn -= 1
+                self.on_message(frame.get_payload_as_bytes(), True)
+            elif self._deferring:  # the rest of a long pipeline
+                self._backlog.append((frame.get_payload_as_bytes(), True))
+            else:
+                self._take_rare(transport, frame)
+        else:
+            self._take_rare(transport, frame)
+        if last:
+            self._turn = TURN
+            if self._batches.open:
+                self._batches.finish()
+
+    def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
+        self._registry.remove(self)
+        if not self._closing:
+            self._work_off_all()
+        self._closing = True
+        self._look()
+        self._transport = None
+        self._backlog.clear()
+        self._fragments.clear()
+        self._gathered.clear()
+        self.on_lost()
+
+    def pause_writing(self) -> None:
+        self._full = True
+        self._look()
+        self._pause()
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._schedule()
+
+    # ---------------------------------------------------------------------------------------------------- receiving
+
+    def _take_rare(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
+        """Everything but a whole text message whose turn it is."""
+        kind = frame.msg_type
+        if self._closing:
+            if kind == CLOSE:
+                transport.disconnect()
+        elif frame.rsv1 or frame.rsv2 or frame.rsv3:
+            self.close(PROTOCOL_ERROR, "a reserved bit is set, but no extension was agreed on")
+        elif kind == PING:
+            transport.send_pong(frame.get_payload_as_bytes())
+        elif kind == CLOSE:
+            self._work_off_all()
+            self._closing = True
+            self._look()
+            code = int(frame.get_close_code())  # type: ignore[call-overload]  # the C enum is a number
+            transport.send_close(code or NORMAL)  # type: ignore[arg-type]
+            transport.disconnect()
+            asyncio.get_running_loop().call_later(CLOSE_GRACE_S, self.abort)
+        elif kind == CONTINUATION:
+            if self._fragments_text is None:
+                self.close(PROTOCOL_ERROR, "a continuation of nothing")
+            else:
+                self._take_fragment(frame)
+        elif kind in (TEXT, BINARY):
+            if self._fragments_text is not None:
+                self.close(PROTOCOL_ERROR, "a new message began before the last one had ended")
+            elif frame.fin:
+                self._take(frame.get_payload_as_bytes(), kind == TEXT)
+            else:
+                self._fragments_text = kind == TEXT
+                self._look()
+                self._take_fragment(frame)
+
+    def _take_fragment(self, frame: picows.WSFrame) -> None:
+        payload = frame.get_payload_as_bytes()
+        self._fragment_bytes += len(payload)
+        # 100 bytes for what each piece costs beside its payload: empty ones must not be free.
+        if self._fragment_bytes + 100 * len(self._fragments) > self._max_message_bytes:
+            self.close(TOO_BIG, f"a message of more than {self._max_message_bytes} bytes")
+            return
+        self._fragments.append(payload)
+        if frame.fin:
+            message, text = b"".join(self._fragments), bool(self._fragments_text)
+            self._fragments.clear()
+            self._fragment_bytes, self._fragments_text = 0, None
+            self._look()
+            self._take(message, text)
+
+    def _take(self, message: bytes, text: bool) -> None:
+        """Handle a message now, or later if this connection has had its turn."""
+        if self._turn and not self._backlog and not self._full:
+            self._turn -= 1
+            self.on_message(message, text)
+        else:
+            self._backlog.append((message, text))
+            self._look()
+            self._pause()
+            self._schedule()
+
+    def _look(self) -> None:
+        """Find out anew what may be done with the next whole text message."""
+        in_order = not self._closing and self._fragments_text is None
+        waiting = bool(self._backlog)
+        self._plain = in_order and not waiting and not self._full
+        self._deferring = in_order and waiting
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._work_off)
+
+    def _work_off(self) -> None:
+        """Handle what had to wait, one turn of it."""
+        self._scheduled = False
+        backlog = self._backlog
+        self._batches.open = len(backlog) > 1
+        for _ in range(min(TURN, len(backlog))):
+            if self._full or not backlog:
+                break
+            self.on_message(*backlog.popleft())
+        if self._batches.open:
+            self._batches.finish()
+        if self._full or self._closing:
+            return
+        if backlog:
+            self._schedule()
+        else:
+            self._look()
+            self._resume()
+
+    def _work_off_all(self) -> None:
+        """The worker leaves: what it said before is done all the same, as far as it has been read."""
+        while self._backlog and not self._closing:
+            self.on_message(*self._backlog.popleft())
+        self._look()
+
+    def _pause(self) -> None:
+        if self._reading and self._socket is not None and not self._closing:
+            self._reading = False
+            self._socket.pause_reading()
+
+    def _resume(self) -> None:
+        if not self._reading and self._transport is not None and not self._socket.is_closing():
+            self._reading = True
+            self._socket.resume_reading()
+
+
+def is_text(message: bytes) -> bool:
+    """Whether a message is UTF-8, as text has to be."""
+    try:
+        return message.isascii() or message.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def _header(size: int) -> bytes:
+    """The frame header of a whole text message, from server to client (RFC 6455, section 5.2)."""
+    if size < 126:
+        return b"\x81" + size.to_bytes(1, "big")
+    return struct.pack("!BBH", 0x81, 126, size) if size < 65536 else struct.pack("!BBQ", 0x81, 127, size)

@@ -1,0 +1,224 @@
+"""The `engine::*` functions of a server: who is connected, and what they have registered (PROTOCOL, section 7)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from scopestate import catalogue
+from scopestate.actors.functions import Function
+from scopestate.errors import DeserializationError
+from scopestate.ops.values import encode
+from scopestate.worker_triggers import ENGINE_TYPES, STATE, WORKERS_AVAILABLE
+
+if TYPE_CHECKING:
+    from scopestate.channels import Channels
+    from scopestate.worker import Worker
+    from scopestate.workers import Hub
+
+_to_json: Final = msgspec.json.Encoder().encode
+_INTERNAL: Final = "engine::"
+
+
+class _Listing(msgspec.Struct):
+    include_internal: bool | None = None
+    worker_id: str | None = None
+
+
+class _ChannelOptions(msgspec.Struct):
+    buffer_size: int | None = None
+
+
+_Words = Annotated[str, msgspec.Meta(max_length=1_000)]
+
+
+class _Metadata(msgspec.Struct):
+    """What a worker says of itself; everything is optional, and what has the wrong type is refused."""
+
+    name: _Words | None = None
+    runtime: _Words | None = None
+    version: _Words | None = None
+    os: _Words | None = None
+    pid: int | None = None
+    isolation: _Words | None = None
+
+
+class Introspection:
+    """Function id -> function of (calling worker, data). On the server's event loop only."""
+
+    def __init__(self, hub: Hub, channels: Channels) -> None:
+        self._hub = hub
+        self._channels = channels
+        self.by_id: dict[str, Callable[[Worker | None, Raw], bytes]] = {
+            "engine::channels::create": self._create_channel,
+            "engine::functions::list": self._list_functions,
+            "engine::trigger-types::list": self._list_trigger_types,
+            "engine::triggers::list": self._list_triggers,
+            "engine::workers::list": self._list_workers,
+            "engine::workers::register": self._register_worker,
+        }
+        self._functions = [
+            Function(function_id, _for_program(function), hub.loop, builtin=True)
+            for function_id, function in self.by_id.items()
+        ]
+
+    def functions(self) -> list[Function]:
+        """The same functions for the embedding program, which has no worker id."""
+        return self._functions
+
+    def _register_worker(self, worker: Worker | None, data: Raw) -> bytes:
+        metadata = _read("engine::workers::register", data, _Metadata)
+        if worker is not None:
+            worker.metadata = msgspec.to_builtins(metadata)
+            event = {"event": "worker_metadata_updated", "worker_id": worker.worker_id}
+            self._hub.triggers.fire(WORKERS_AVAILABLE, event)
+        return b'{"success":true}'
+
+    def _list_functions(self, worker: Worker | None, data: Raw) -> bytes:
+        options = _read("engine::functions::list", data, _Listing)
+        return _to_json({"functions": self.function_infos(internal=bool(options.include_internal))})
+
+    def function_infos(self, *, internal: bool) -> list[dict[str, Any]]:
+        """Describe every function; `internal`: the server's own as well."""
+        builtin = {entry["name"]: entry for entry in catalogue.functions(self._hub.functions)}
+        infos = []
+        for function in self._hub.functions.all():
+            function_id = function.function_id
+            if function_id.startswith(_INTERNAL) and not internal:
+                continue
+            frame = getattr(function.target, "frame", None)
+            described = builtin.get(function_id, {})
+            infos.append(
+                {
+                    "function_id": function_id,
+                    "description": function.description or described.get("description"),
+                    "request_format": _shown(frame and frame.request_format) or described.get("request_schema") or None,
+                    "response_format": _shown(frame and frame.response_format)
+                    or described.get("response_schema")
+                    or None,
+                    "metadata": _shown(frame and frame.metadata),
+                }
+            )
+        return infos
+
+    def _list_workers(self, worker: Worker | None, data: Raw) -> bytes:
+        wanted = _read("engine::workers::list", data, _Listing).worker_id
+        infos = [
+            _worker_info(known)
+            for known in list(self._hub.workers.values())
+            if (known.metadata.get("pid") is not None if wanted is None else known.worker_id == wanted)
+        ]
+        infos.sort(key=lambda info: (info["name"] or "", info["id"]))
+        return _to_json({"workers": infos, "timestamp": time.time_ns() // 1_000_000})
+
+    def _list_triggers(self, worker: Worker | None, data: Raw) -> bytes:
+        internal = bool(_read("engine::triggers::list", data, _Listing).include_internal)
+        infos: list[dict[str, Any]] = []
+        of_workers = self._hub.triggers.all()
+        for registered in of_workers:
+            frame = registered.frame
+            info = {
+                "id": frame.id,
+                "trigger_type": frame.trigger_type,
+                "function_id": frame.function_id,
+                "config": frame.config,
+            }
+            if frame.metadata:
+                info["metadata"] = frame.metadata
+            infos.append(info)
+        theirs = {registered.frame.id for registered in of_workers}
+        for handle in self._hub.engine.triggers():
+            if handle.trigger_id not in theirs:
+                trigger = handle.trigger
+                config = {
+                    name: getattr(trigger, name) for name in trigger.json_fields if getattr(trigger, name) is not None
+                }
+                infos.append(
+                    {
+                        "id": handle.trigger_id,
+                        "trigger_type": STATE,
+                        "function_id": trigger.function_id,
+                        "config": config,
+                    }
+                )
+        shown = [info for info in infos if internal or not info["function_id"].startswith(_INTERNAL)]
+        return _to_json({"triggers": shown})
+
+    def _list_trigger_types(self, worker: Worker | None, data: Raw) -> bytes:
+        internal = bool(_read("engine::trigger-types::list", data, _Listing).include_internal)
+        types: list[dict[str, Any]] = [
+            {
+                "id": entry["name"],
+                "description": entry["description"],
+                "trigger_request_format": entry["invocation_schema"],
+                "call_request_format": entry["return_schema"],
+            }
+            for entry in catalogue.trigger_types()
+        ]
+        if internal:
+            types += [{"id": type_id, "description": words} for type_id, words in ENGINE_TYPES.items()]
+        for provided in list(self._hub.triggers.types.values()):
+            frame = provided.frame
+            info: dict[str, Any] = {"id": frame.id, "description": frame.description}
+            if frame.trigger_request_format:
+                info["trigger_request_format"] = frame.trigger_request_format
+            if frame.call_request_format:
+                info["call_request_format"] = frame.call_request_format
+            types.append(info)
+        return _to_json({"trigger_types": types})
+
+    def _create_channel(self, worker: Worker | None, data: Raw) -> bytes:
+        options = _read("engine::channels::create", data, _ChannelOptions)
+        channel = self._channels.create(None if worker is None else worker.worker_id, options.buffer_size)
+        return _to_json(
+            {
+                "writer": {"channel_id": channel.channel_id, "access_key": channel.write_key, "direction": "write"},
+                "reader": {"channel_id": channel.channel_id, "access_key": channel.read_key, "direction": "read"},
+            }
+        )
+
+
+def _worker_info(worker: Worker) -> dict[str, Any]:
+    metadata = worker.metadata
+    info = {
+        "id": worker.worker_id,
+        "name": metadata.get("name"),
+        "runtime": metadata.get("runtime"),
+        "version": metadata.get("version"),
+        "os": metadata.get("os"),
+        "ip_address": worker.address,
+        "internal": False,
+        "status": "connected",
+        "connected_at_ms": worker.connected_at_ms,
+        "function_count": len(worker.functions),
+        "functions": list(worker.functions),
+        "active_invocations": len(worker.session.executing),
+        "latest_metrics": None,
+    }
+    for optional in ("pid", "isolation"):
+        if metadata.get(optional) is not None:
+            info[optional] = metadata[optional]
+    return info
+
+
+def _read(function_id: str, data: Raw, kind: type[Any]) -> Any:
+    """Read the input of one of these functions; absent and null are `{}`. Raises DeserializationError."""
+    try:
+        return kind() if not data or data == Raw(b"null") else msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DeserializationError(f"Failed to deserialize input for {function_id}: {error}") from error
+
+
+def _shown(value: Raw | None) -> Raw | None:
+    return value or None
+
+
+def _for_program(function: Callable[[Worker | None, Raw], bytes]) -> Callable[[Any], Any]:
+    async def call(payload: object) -> Any:
+        return msgspec.json.decode(function(None, Raw(encode(payload))))
+
+    return call

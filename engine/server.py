@@ -1,0 +1,389 @@
+"""A server for iii workers: the engine's functions, triggers and events over WebSocket (PROTOCOL).
+
+    with Engine.from_config("engine.yaml") as engine, Server(engine, port=49134) as server:
+        ...                                   # on a thread and an event loop of its own
+    await Server(engine).serve()              # on the loop that is running
+
+Needs the extra `wire`. Paths: `/` for workers, `/otel` for telemetry, `/ws/channels/{id}`, `/healthz`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Mapping
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import parse_qs
+
+import msgspec
+
+from scopestate.access import Gate
+from scopestate.channels import Channels
+from scopestate.config import Config, ServerConfig
+from scopestate.connections import GOING, Batches, Connection, Registry
+from scopestate.engine import Engine
+from scopestate.errors import ConfigError, ScopestateError
+from scopestate.wire.frames import Error, ErrorBody, encode
+from scopestate.wire.session import SessionLimits
+from scopestate.worker import Worker
+from scopestate.worker_connections import Discarding, Refusing, WorkerConnection
+from scopestate.worker_triggers import FUNCTIONS_AVAILABLE
+from scopestate.workers import Hub
+
+try:
+    import picows
+except ImportError as error:  # pragma: no cover - the extra is installed where tests run
+    raise ImportError("a server needs the extra `wire`: pip install 'scopestate[wire]'") from error
+
+log = logging.getLogger("scopestate.server")
+
+# picows reports every broken frame as an error with a traceback; the listeners say what matters.
+logging.getLogger("picows").setLevel(logging.CRITICAL)
+
+LOOK_S: Final = 1.0
+"""How often overrun workers are looked for."""
+PROGRESS_LOOKS: Final = 15
+"""A worker that reads nothing for as many looks, while much waits for it, is cut off."""
+FUNCTIONS_LOOKS: Final = 5
+"""How often `engine::functions-available` looks whether the functions have changed."""
+RECEIVE_BUFFER: Final = 256 * 1024
+"""What the kernel holds per connection: it also bounds how much one connection can have handled at once."""
+START_TIMEOUT_S: Final = 30.0
+CLOSE_WAIT_S: Final = 1.0
+"""How long a server that stops waits for the answers to its close frames."""
+
+_UNAUTHORISED: Final = encode(
+    Error(ErrorBody("AUTH_ERROR", "this server wants `Authorization: Bearer TOKEN` with a token it knows"))
+)
+
+
+class ServerStatus(msgspec.Struct, frozen=True):
+    """What a server is doing now."""
+
+    url: str
+    workers: int
+    connections: int
+    """Workers and all others: telemetry, channels."""
+    functions: int
+    """Functions that workers have registered."""
+    triggers: int
+    """Triggers that workers have registered."""
+    calls: int
+    """Calls that workers made since the start."""
+
+
+class Server:
+    """Serves one engine. `start` and `stop` may be called from any thread; `serve` on any event loop, once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        host: str | None = None,
+        port: int | None = None,
+        *,
+        config: ServerConfig | None = None,
+        owns_engine: bool = False,
+    ) -> None:
+        """`host` and `port` take the place of the config's; `owns_engine`: stopping also closes the engine.
+
+        Raises ConfigError: a token that cannot be had, an address that needs one, a certificate that cannot be read.
+        """
+        given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        self.config = msgspec.structs.replace(config or ServerConfig(), **given)
+        self.engine = engine
+        refuse = getattr(engine._parts.adapter, "refuse_server", None)
+        if refuse is not None:
+            refuse(self.config.host, self.config.port)
+        self._owns_engine = owns_engine
+        self._gate = Gate(self.config)
+        self._tls = _tls_context(self.config)
+        self._batches = Batches()
+        self._connections = Registry()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._hub: Hub | None = None
+        self._channels: Channels | None = None
+        self._thread: threading.Thread | None = None
+        self._listening = threading.Event()
+        self._failure: BaseException | None = None
+        self._stop: asyncio.Event | None = None
+        self._guard = threading.Lock()
+        self._looks = 0
+        self.host = self.config.host
+        self.port = self.config.port
+        """The port that it listens on, once it does."""
+
+    @classmethod
+    def from_config(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any] | Config | None = None,
+        *,
+        host: str | None = None,
+        port: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Open an engine as `Engine.from_config` does, and make the server of its `iii-worker-manager` entry.
+
+        Stopping the server closes that engine. Raises ConfigError and StorageError.
+        """
+        engine = Engine.from_config(source, **options)
+        try:
+            return cls(engine, host, port, config=engine._parts.config.server, owns_engine=True)
+        except BaseException:
+            engine.close()
+            raise
+
+    @property
+    def url(self) -> str:
+        """Where workers connect to."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'wss' if self._tls else 'ws'}://{host}:{self.port}"
+
+    def status(self) -> ServerStatus:
+        """Return what it is doing now. From any thread."""
+        hub = self._hub
+        workers: list[Worker] = [] if hub is None else list(hub.workers.values())
+        return ServerStatus(
+            self.url,
+            len(workers),
+            len(self._connections),
+            sum(len(worker.functions) for worker in workers),
+            0 if hub is None else len(hub.triggers),
+            0 if hub is None else hub.calls,
+        )
+
+    # ------------------------------------------------------------------------------------------- starting, stopping
+
+    def start(self) -> Self:
+        """Serve on a thread of its own; return once it listens. Raises OSError if it cannot, as for a port in use."""
+        with self._guard:
+            if self._thread is not None:
+                return self
+            self._thread = threading.Thread(target=self._run, name="scopestate-server", daemon=True)
+            self._thread.start()
+        if not self._listening.wait(START_TIMEOUT_S):
+            raise ScopestateError("the server did not start in time")
+        if self._failure is not None:
+            self._thread.join()
+            self._thread = None
+            self._listening.clear()
+            failure, self._failure = self._failure, None
+            raise failure
+        return self
+
+    def stop(self) -> None:
+        """Close every connection with code 1012, end the thread; close the engine if it is the server's. Idempotent."""
+        with self._guard:
+            loop = self._loop
+            if loop is not None:
+                with contextlib.suppress(RuntimeError):  # it has ended already
+                    loop.call_soon_threadsafe(self._ask_to_stop)
+            if self._thread is not None:
+                self._thread.join()
+            self._thread = None
+            self._listening.clear()
+        if self._owns_engine:
+            self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        try:
+            loop = new_loop()
+            asyncio.set_event_loop(loop)
+            try:
+                loop.run_until_complete(self.serve())
+            finally:
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.close()
+        except BaseException as error:
+            self._failure = error
+            if self._listening.is_set():
+                log.exception("the server has failed")
+        finally:
+            self._listening.set()
+
+    def _ask_to_stop(self) -> None:
+        if self._stop is not None:
+            self._stop.set()
+
+    async def serve(self) -> None:
+        """Serve on the running event loop until cancelled, or until `stop` is called on another thread's behalf.
+
+        Raises OSError if it cannot listen.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        config = self.config
+        self._channels = Channels(self._batches, config.max_message_bytes, config.max_unsent_bytes)
+        limits = SessionLimits(registrations=config.max_registrations, calls=config.max_calls)
+        timeout_s = config.call_timeout_ms / 1000
+        self._hub = Hub(self.engine, self._channels, limits, timeout_s, config.max_waiting_events)
+        listeners: list[asyncio.Server] = []
+        look = asyncio.create_task(self._look_after_workers())
+        try:
+            for bound in _bind(config.host, config.port):
+                listeners.append(await self._listen(bound))
+                self.port = bound.getsockname()[1]
+            log.info("serving workers on %s", self.url)
+            self._listening.set()
+            await self._stop.wait()
+        finally:
+            look.cancel()
+            for listener in listeners:
+                listener.close()
+            await self._close_connections()
+
+    async def _listen(self, bound: socket.socket) -> asyncio.Server:
+        return await picows.ws_create_server(
+            self._admit,
+            sock=bound,
+            ssl=self._tls,
+            backlog=1024,
+            enable_auto_pong=False,
+            use_aiofastnet=False,
+            max_frame_size=self.config.max_message_bytes,
+            read_buffer_init_size=4096,
+            websocket_handshake_timeout=10,
+        )
+
+    async def _close_connections(self) -> None:
+        if self._owns_engine:
+            # While the workers are still there: handlers of events already fired run in them.
+            await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+        if self._hub is not None:
+            await self._hub.close("the server stops")
+        if self._channels is not None:
+            self._channels.close(GOING, "the server stops")
+        for connection in self._connections.all():
+            connection.close(GOING, "the server stops")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._connections.wait_until_empty(), CLOSE_WAIT_S)
+        for connection in self._connections.all():
+            connection.abort()
+        await asyncio.sleep(0)
+        self._hub = self._channels = self._loop = None
+
+    # ---------------------------------------------------------------------------------------------------- admission
+
+    def _admit(self, request: picows.WSUpgradeRequest) -> Any:
+        """Choose what a connection is for, by its path; or refuse it."""
+        path, _, query = request.path.decode("latin-1").partition("?")
+        headers = request.headers
+        if path == "/healthz":
+            return self._health()
+        if len(self._connections) >= self.config.max_connections:
+            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
+        if not self._gate.admits_origin(headers.get("Origin")):
+            return _refusal(HTTPStatus.FORBIDDEN, "web pages of this origin may not connect: see `origins`")
+        config, hub, channels = self.config, self._hub, self._channels
+        if hub is None or channels is None:
+            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the server stops")
+        connection: Connection | None
+        if path == "/":
+            admitted, access = self._gate.admits(headers.get("Authorization"))
+            connection = (
+                WorkerConnection(hub, access, self._batches, config.max_message_bytes, config.max_unsent_bytes)
+                if admitted
+                else Refusing(_UNAUTHORISED, self._batches)
+            )
+        elif path == "/otel":
+            connection = Discarding(self._batches, config.max_message_bytes, config.max_unsent_bytes)
+        elif path.startswith("/ws/channels/"):
+            fields = parse_qs(query)
+            key, direction = fields.get("key", [""])[0], fields.get("dir", [""])[0]
+            connection = channels.take(path.removeprefix("/ws/channels/"), key, direction)
+        else:
+            connection = None
+        if connection is not None:
+            connection.belong_to(self._connections)
+        return connection  # None is answered 404
+
+    def _health(self) -> picows.WSUpgradeResponseWithListener:
+        health = self.engine.health()
+        status = HTTPStatus.OK if health.ok else HTTPStatus.SERVICE_UNAVAILABLE
+        body = msgspec.json.encode({"status": "ok" if health.ok else "failing", "health": health})
+        response = picows.WSUpgradeResponse.create_ok_response(body, {"Content-Type": "application/json"})
+        response.status = status
+        return picows.WSUpgradeResponseWithListener(response, None)
+
+    async def _look_after_workers(self) -> None:
+        """Once a second: find workers that let too much wait, tell those who ask of new functions."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            hub = self._hub
+            if hub is None:
+                return
+            self._looks += 1
+            hub.triggers.close_overrun()
+            if self._looks % PROGRESS_LOOKS == 0:
+                for connection in self._connections.all():
+                    connection.look_for_progress()
+            if self._looks % FUNCTIONS_LOOKS == 0 and hub.triggers.watches(FUNCTIONS_AVAILABLE):
+                hub.tell_changed_functions()
+
+
+def _refusal(status: HTTPStatus, reason: str) -> picows.WSUpgradeResponseWithListener:
+    response = picows.WSUpgradeResponse.create_error_response(status, reason.encode())
+    return picows.WSUpgradeResponseWithListener(response, None)
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Bind to every address of `host`. With port 0 all get the port that the first was given."""
+    bound: list[socket.socket] = []
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            listener = socket.socket(family, kind, protocol)
+            bound.append(listener)
+            listener.setblocking(False)
+            if os.name == "posix":
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # Accepted sockets inherit these. A peer that is gone without a word is noticed by keep-alive probes.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+            listener.bind((address[0], bound[0].getsockname()[1], *address[2:]) if len(bound) > 1 else address)
+    except OSError as error:
+        for listener in bound:
+            listener.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return bound
+
+
+def _tls_context(config: ServerConfig) -> ssl.SSLContext | None:
+    if config.tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.tls.certfile, config.tls.keyfile)
+    except (OSError, ssl.SSLError) as error:
+        files = " and ".join(file for file in (config.tls.certfile, config.tls.keyfile) if file)
+        raise ConfigError(f"cannot use {files}: {error}", key="iii-worker-manager.config.tls") from error
+    return context
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """An event loop of uvloop's where it exists, else of asyncio's."""
+    try:
+        import uvloop  # noqa: PLC0415 - not on every platform
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

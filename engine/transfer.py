@@ -1,0 +1,211 @@
+"""State as JSON lines, to move it between stores of any kind.
+
+    {"scopestate_export":1}
+    {"scope":"users","sequence":12}
+    {"scope":"users","key":"profile","value":{"name":"Ada"}}
+    {"end":true,"scopes":1,"keys":1}
+
+The keys of a scope come in the order in which they were first set. The first line and the last are optional together: a
+file with the first and without the last was cut off. So any list of `scope`, `key`, `value` objects can be imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, Protocol
+
+import msgspec
+from msgspec import Raw
+
+from scopestate.errors import DeserializationError
+from scopestate.ops.values import parse
+from scopestate.persistence import Adapter, ScopeChange, ScopeState
+
+FORMAT: Final = 1
+BATCH_KEYS: Final = 1000
+BATCH_BYTES: Final = 4 * 1024 * 1024
+
+
+class Reader(Protocol):
+    """What can be exported: a `StoreReader`, or a `RemoteReader`."""
+
+    def scopes(self) -> list[str]:
+        """Return the scopes that hold a key."""
+
+    def sequence(self, scope: str) -> int:
+        """Return the number of a scope's last write; 0 if that is not known."""
+
+    def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
+        """Yield keys and values, as JSON, in insertion order."""
+
+
+class RemoteReader:
+    """Reads a running engine through a bridge: each scope as of the moment at which it is read."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def scopes(self) -> list[str]:
+        """Return the scopes that hold a key."""
+        return self._adapter.scopes()
+
+    def sequence(self, scope: str) -> int:
+        """Return 0: an engine does not tell."""
+        return 0
+
+    def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
+        """Yield keys and values, as JSON, in insertion order."""
+        yield from self._adapter.load(scope).values.items()
+
+
+class _Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    scopestate_export: int | None = None
+    scope: str | None = None
+    key: str | None = None
+    value: Raw = Raw()
+    sequence: int | None = None
+    end: bool = False
+    scopes: int | None = None
+    keys: int | None = None
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One key of an export."""
+
+    scope: str
+    key: str
+    value: bytes
+
+
+class Scope(msgspec.Struct, frozen=True):
+    """The number of a scope's last write, before its keys."""
+
+    scope: str
+    sequence: int
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(_Line).decode
+
+
+def export_lines(reader: Reader, progress: Callable[[int], object] = lambda keys: None) -> Iterator[bytes]:
+    """Yield a store as lines, each with its line end. `progress(keys)` is called now and then, and at the end."""
+    yield _encode(_Line(scopestate_export=FORMAT)) + b"\n"
+    keys = scopes = 0
+    for scope in reader.scopes():
+        scopes += 1
+        yield _encode(_Line(scope=scope, sequence=reader.sequence(scope))) + b"\n"
+        for key, value in reader.items(scope):
+            keys += 1
+            # A newline inside a string is escaped in JSON; between tokens it is just space.
+            yield _encode(_Line(scope=scope, key=key, value=Raw(value.replace(b"\n", b" ")))) + b"\n"
+            if keys % BATCH_KEYS == 0:
+                progress(keys)
+    progress(keys)
+    yield _encode(_Line(end=True, scopes=scopes, keys=keys)) + b"\n"
+
+
+def read_lines(lines: Iterable[bytes]) -> Iterator[Entry | Scope]:
+    """Read an export. Raises DeserializationError, which names the line, for what is none or is cut off."""
+    number = keys = 0
+    begun = ended = False
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            if ended:
+                raise DeserializationError("there is more after the last line")
+            line = _decode(text)
+            if line.scopestate_export is not None:
+                begun = True
+                _check_format(line.scopestate_export)
+            elif line.end:
+                ended = True
+                if line.keys != keys:
+                    raise DeserializationError(
+                        f"the export should have {line.keys} keys, but {keys} came before this line"
+                    )
+            elif line.scope is not None and line.key is not None and line.value:
+                keys += 1
+                yield Entry(line.scope, line.key, parse(bytes(line.value)))
+            elif line.scope is not None and line.sequence is not None and line.key is None:
+                yield Scope(line.scope, line.sequence)
+            else:
+                raise DeserializationError("expected an object with `scope`, `key` and `value`")
+        except (msgspec.DecodeError, DeserializationError) as error:
+            raise DeserializationError(f"line {number}: {error}") from error
+    if begun and not ended:
+        raise DeserializationError(
+            f"the export is cut off after line {number}: its last line is missing; nothing to trust"
+        )
+
+
+def _check_format(found: int) -> None:
+    if found != FORMAT:
+        raise DeserializationError(f"this is an export of format {found}, and this version reads format {FORMAT}")
+
+
+def import_lines(
+    lines: Iterable[bytes], adapter: Adapter, progress: Callable[[int], object] = lambda keys: None
+) -> int:
+    """Write an export into a store and return the number of keys; existing keys are overwritten and keep their place.
+
+    `progress(keys)` is called after each batch. Raises DeserializationError for a bad line, StorageError for a store
+    that fails; the batches before are written then.
+    """
+    writer = _Writer(adapter, progress)
+    for item in read_lines(lines):
+        writer.add(item)
+    writer.flush()
+    return writer.keys
+
+
+class _Writer:
+    """Collects entries into batches for an adapter."""
+
+    def __init__(self, adapter: Adapter, progress: Callable[[int], object]) -> None:
+        self._adapter = adapter
+        self._progress = progress
+        # A remote engine numbers and orders its keys itself, and cannot be asked for them.
+        self._loads = not hasattr(adapter, "sequence_floor")
+        self._known: dict[str, set[str]] = {}
+        self._sequences: dict[str, int] = {}
+        self._writes: dict[str, int] = {}
+        """Rank of the last key written: at most the sequence, which an export carries on from its own store."""
+        self._batch: dict[str, ScopeChange] = {}
+        self._size = self._count = 0
+        self.keys = 0
+
+    def add(self, item: Entry | Scope) -> None:
+        scope = item.scope
+        change = self._batch.get(scope) or self._begin(scope)
+        if isinstance(item, Scope):
+            change.sequence = self._sequences[scope] = max(self._sequences[scope], item.sequence)
+            return
+        self._writes[scope] += 1
+        change.sequence = self._sequences[scope] = max(self._sequences[scope], self._writes[scope])
+        if item.key not in self._known[scope]:
+            self._known[scope].add(item.key)
+            change.positions[item.key] = self._writes[scope]
+        change.values[item.key] = item.value
+        self.keys += 1
+        self._count += 1
+        self._size += len(item.value)
+        if self._count >= BATCH_KEYS or self._size >= BATCH_BYTES:
+            self.flush()
+
+    def _begin(self, scope: str) -> ScopeChange:
+        if scope not in self._known:
+            state = self._adapter.load(scope) if self._loads else ScopeState({}, 0)
+            self._known[scope] = set(state.values)
+            self._sequences[scope] = self._writes[scope] = state.sequence
+        change = self._batch[scope] = ScopeChange(scope, self._sequences[scope], {}, {})
+        return change
+
+    def flush(self) -> None:
+        """Write what is collected."""
+        if self._batch:
+            self._adapter.save(list(self._batch.values()))
+        self._batch = {}
+        self._size = self._count = 0
+        self._progress(self.keys)

@@ -1,0 +1,108 @@
+"""One connected worker, and the functions that it executes, as the engine sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Raw
+
+from scopestate.actors.results import StateEvent
+from scopestate.errors import RemoteFailure
+from scopestate.ops.values import decode, encode, parse
+from scopestate.wire.session import value_of
+
+if TYPE_CHECKING:
+    from scopestate.access import Access
+    from scopestate.wire.frames import ErrorBody, InvocationResult, InvokeFunction, RegisterFunction
+    from scopestate.wire.session import Execution, Settle, WorkerSession
+    from scopestate.workers import Hub
+
+
+class Worker:
+    """One connected worker."""
+
+    def __init__(
+        self,
+        session: WorkerSession,
+        access: Access | None,
+        address: str | None,
+        send: Callable[[bytes], object],
+        close: Callable[[int, str], object],
+    ) -> None:
+        self.session = session
+        self.worker_id = session.worker_id
+        self.access = access
+        """None: it may do everything."""
+        self.address = address
+        self.send = send
+        self.close = close
+        self.connected_at_ms = time.time_ns() // 1_000_000
+        self.metadata: dict[str, Any] = {}
+        """What it said of itself with `engine::workers::register`."""
+        self.functions: dict[str, WorkerFunction] = {}
+        self.issued: dict[Execution, None] = {}
+        """Calls of this worker that other workers execute."""
+
+    def answer(self, call: InvokeFunction, result: bytes | None = None, error: ErrorBody | None = None) -> None:
+        """Send the outcome of one of its calls, if it waits for it."""
+        message = self.session.answer(call, result, error)
+        if message is not None:
+            self.send(message)
+
+
+class WorkerFunction:
+    """A function that a worker executes, as the engine calls it: for triggers and for the embedding program."""
+
+    def __init__(self, hub: Hub, worker: Worker, frame: RegisterFunction) -> None:
+        self.hub = hub
+        self.worker = worker
+        self.frame = frame
+
+    async def __call__(self, payload: object) -> Any:
+        """Have the worker execute it. On the server's event loop. Raises RemoteFailure with the worker's error."""
+        future: asyncio.Future[InvocationResult] = asyncio.get_running_loop().create_future()
+
+        def settle(outcome: InvocationResult) -> None:
+            if not future.done():
+                future.set_result(outcome)
+
+        if isinstance(payload, StateEvent):
+            execution = self.send_event(payload, settle)
+        else:
+            execution = self.hub.execute(self, Raw(encode(payload)), settle)
+        try:
+            outcome = await future
+        finally:
+            self.hub.drop(execution)
+        if isinstance(payload, StateEvent):
+            return self.result_for_event(outcome)
+        result = self._checked(outcome)
+        return decode(parse(result)) if result else None
+
+    def send_event(self, event: StateEvent, settle: Settle) -> Execution:
+        """Send an event to the worker. As `Hub.execute`."""
+        return self.hub.execute(self, Raw(event_json(event)), settle)
+
+    def result_for_event(self, outcome: InvocationResult) -> bool | None:
+        """Return what counts in the answer to an event: False if it is a literal `false`, as a condition may say."""
+        return False if self._checked(outcome) == b"false" else None
+
+    def _checked(self, outcome: InvocationResult) -> bytes:
+        error = outcome.error
+        if error is not None:
+            raise RemoteFailure(self.frame.id, error.code, error.message, error.stacktrace)
+        return bytes(value_of(outcome))
+
+
+def event_json(event: StateEvent) -> bytes:
+    """The event as handlers get it (PROTOCOL, section 5); its values go in unparsed."""
+    return b'{"type":"state","event_type":"%b","scope":%b,"key":%b,"old_value":%b,"new_value":%b}' % (
+        event.event_type.encode(),
+        encode(event.scope),
+        encode(event.key),
+        b"null" if event.old_json is None else event.old_json,
+        b"null" if event.new_json is None else event.new_json,
+    )

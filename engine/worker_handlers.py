@@ -1,0 +1,228 @@
+"""Deliveries to workers: on the server's event loop, without a thread in between.
+
+A handler in this process may block, so its deliveries run on worker threads. One in a worker only has a message sent to
+it: two hand-offs between threads would take five times as long as the delivery itself (docs/design/0021-deliveries.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable, Generator
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices, Trigger
+from scopestate.actors.results import StateEvent
+from scopestate.actors.turn import HOLDER
+from scopestate.errors import HandlerTimeout, RemoteFailure
+from scopestate.worker import WorkerFunction
+
+if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher, Timer
+    from scopestate.actors.loops import Continue
+    from scopestate.actors.reply import Reply
+    from scopestate.actors.turn import TurnActor
+    from scopestate.wire.frames import InvocationResult
+    from scopestate.workers import Hub
+
+
+class LoopDispatcher:
+    """Gives actors the thread of one event loop; time and replies come from the engine's own dispatcher.
+
+    Code of the program must not run in these turns: it would hold up every connection.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, behind: Dispatcher) -> None:
+        self._loop = loop
+        self._behind = behind
+        self._thread = get_ident()
+        self._running = False
+        self._closed = False
+        self.waiter = behind.waiter
+
+    def schedule(self, actor: TurnActor) -> None:
+        self.submit(actor.run_batch)
+
+    def schedule_next(self, actor: TurnActor) -> None:
+        self.submit(actor.run_batch)
+
+    def submit(self, work: Callable[[], object]) -> None:
+        if self._closed:
+            self._behind.submit(work)
+        elif get_ident() != self._thread:
+            try:
+                self._loop.call_soon_threadsafe(work)
+            except RuntimeError:  # closed at this very moment
+                self._behind.submit(work)
+        elif self._running:
+            self._loop.call_soon(work)  # not deeper and deeper
+        else:
+            self._running = True
+            try:
+                work()
+            finally:
+                self._running = False
+
+    def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
+        return self._behind.call_later(delay_s, callback)
+
+    def reply(self) -> Reply[Any]:
+        return self._behind.reply()
+
+    def claim(self, actor: TurnActor) -> dict[str, int]:
+        return self._behind.claim(actor)
+
+    def monotonic(self) -> float:
+        return self._behind.monotonic()
+
+    def threads(self) -> int:
+        return self._behind.threads()
+
+    def close(self) -> None:
+        """The loop ends: what comes from now on runs on the engine's own threads."""
+        self._closed = True
+
+
+class WorkerHandler(HandlerActor):
+    """Delivers one trigger's events to a function that, as a rule, runs in a worker. Turns run on the event loop."""
+
+    def __init__(self, trigger: Trigger, services: HandlerServices, hub: Hub, threads: Dispatcher) -> None:
+        super().__init__(trigger, services)
+        self._hub = hub
+        self._threads = threads
+
+    def _call(self, function_id: str, event: StateEvent) -> Any:
+        function = self._services.functions.get(function_id)
+        target = function.target
+        if type(target) is WorkerFunction and target.hub is self._hub:
+            return _InWorker(target, event, self._services.limits.handler_timeout_s)
+        if function.is_async:
+            return target(event)
+        return _OnThread(target, event, self._threads)
+
+    # The short way: a function in a worker, no condition, no time limit. What is out of the ordinary goes the long way,
+    # which is the base class's; it drives a coroutine per event, and that takes as long as all the rest of a delivery.
+
+    def run_batch(self) -> None:
+        self._scheduled = False
+        me = get_ident()
+        if self._claim.setdefault(HOLDER, me) == me:
+            self._next()
+
+    def _next(self) -> None:
+        """Deliver what waits, up to the first event whose outcome has to be waited for; runs claimed."""
+        services, trigger = self._services, self.trigger
+        if trigger.condition_function_id is not None or services.limits.handler_timeout_s:
+            self._drain()
+            return
+        mailbox = self._mailbox
+        while mailbox:
+            function = services.functions.find(trigger.function_id)
+            target = None if function is None else function.target
+            if type(target) is not WorkerFunction or type(mailbox[0]) is not StateEvent or not self.active:
+                self._drain()
+                return
+            event: StateEvent = mailbox.popleft()
+            self.current = event
+            self._claim[HOLDER] = NOBODY
+            try:
+                target.send_event(event, self._settled)
+            except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
+                self._claim[HOLDER] = get_ident()
+                self._drain(self._failed(event, error))
+            return
+        del self._claim[HOLDER]
+        self.wake()
+        services.made_room()
+
+    def _settled(self, outcome: InvocationResult) -> None:
+        event: StateEvent = self.current  # type: ignore[assignment]  # set as long as it is pending
+        self._claim[HOLDER] = get_ident()
+        error = outcome.error
+        if error is not None:
+            failure = RemoteFailure(self.trigger.function_id, error.code, error.message, error.stacktrace)
+            self._drain(self._failed(event, failure))
+            return
+        self.delivered += 1
+        self.current = None
+        self._next()
+
+    async def _failed(self, event: StateEvent, error: Exception) -> None:
+        """The first attempt went the short way and failed: report it, and try again as often as the limits say."""
+        limits, function_id = self._services.limits, self.trigger.function_id
+        final = limits.handler_attempts <= 1 or not self.active
+        self._report(function_id, event, error, attempt=1, final=final)
+        if not final:
+            self.retried += 1
+            await self.later(limits.handler_backoff_s)
+            await self._deliver(event, attempt=2)
+
+    async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
+        if not isinstance(result, (_InWorker, _OnThread)):
+            return await super()._on_loop(function_id, result)
+        try:
+            return await result
+        except HandlerTimeout:
+            self.timeouts += 1
+            raise
+
+
+class _InWorker:
+    """What a delivery waits for while a worker executes its function."""
+
+    def __init__(self, function: WorkerFunction, event: StateEvent, timeout_s: float) -> None:
+        self._function = function
+        self._event = event
+        self._timeout_s = timeout_s
+
+    def __await__(self) -> Generator[_InWorker, Any, Any]:
+        return self._function.result_for_event((yield self))
+
+    def start(self, go_on: Continue) -> None:
+        """Send the event, and go on with the outcome."""
+        function = self._function
+        timer: asyncio.TimerHandle | None = None
+
+        def settle(outcome: InvocationResult) -> None:
+            if timer is not None:
+                timer.cancel()
+            go_on(outcome, None)
+
+        def expire() -> None:
+            if function.hub.drop(execution):
+                go_on(None, HandlerTimeout(function.frame.id, self._timeout_s))
+
+        try:
+            execution = function.send_event(self._event, settle)
+        except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
+            go_on(None, error)
+            return
+        if self._timeout_s:
+            timer = function.hub.loop.call_later(self._timeout_s, expire)
+
+
+class _OnThread:
+    """What a delivery waits for while a plain function of the program runs on a worker thread."""
+
+    def __init__(self, target: Callable[[Any], Any], event: StateEvent, threads: Dispatcher) -> None:
+        self._target = target
+        self._event = event
+        self._threads = threads
+
+    def __await__(self) -> Generator[_OnThread, Any, Any]:
+        return (yield self)
+
+    def start(self, go_on: Continue) -> None:
+        """Run it there; the context says how deep in events it is."""
+        context = contextvars.copy_context()
+
+        def run() -> None:
+            try:
+                result = context.run(self._target, self._event)
+            except BaseException as error:  # noqa: BLE001 - goes to the delivery, which reports it
+                go_on(None, error)
+            else:
+                go_on(result, None)
+
+        self._threads.submit(run)

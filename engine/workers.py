@@ -1,0 +1,358 @@
+"""The workers of a server and what they share: one table of functions, calls between them, and the end of each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Raw
+
+from scopestate.actors.functions import Function
+from scopestate.builtin_calls import BuiltinCalls, Result
+from scopestate.connections import GOING
+from scopestate.errors import (
+    DeserializationError,
+    FunctionNotFound,
+    InvalidRegistration,
+    Overloaded,
+    RemoteFailure,
+    ScopestateError,
+)
+from scopestate.introspection import Introspection
+from scopestate.ops.values import decode, encode, parse
+from scopestate.wire.frames import (
+    ErrorBody,
+    InvocationResult,
+    InvokeFunction,
+    RegisterFunction,
+    RegisterTrigger,
+    RegisterTriggerType,
+    TriggerRegistrationResult,
+    UnregisterFunction,
+    UnregisterTrigger,
+    UnregisterTriggerType,
+)
+from scopestate.wire.frames import encode as encode_frame
+from scopestate.wire.session import (
+    Action,
+    Answered,
+    Close,
+    Execution,
+    Send,
+    SessionLimits,
+    Settle,
+    WorkerSession,
+    stopped,
+    with_caller,
+)
+from scopestate.worker import Worker, WorkerFunction
+from scopestate.worker_triggers import WorkerTriggers
+
+if TYPE_CHECKING:
+    from scopestate.access import Access
+    from scopestate.channels import Channels
+    from scopestate.engine import Engine
+
+log = logging.getLogger("scopestate.server")
+
+
+class Hub:
+    """Knows every worker and does what their conversations ask for. On one event loop's thread only."""
+
+    def __init__(
+        self, engine: Engine, channels: Channels, limits: SessionLimits, call_timeout_s: float, max_waiting_events: int
+    ) -> None:
+        """Raises InvalidRegistration if the engine has a server already."""
+        self.engine = engine
+        self.loop = asyncio.get_running_loop()
+        self.workers: dict[str, Worker] = {}
+        self.functions = engine._functions
+        self.calls = 0
+        """Calls that workers made so far."""
+        self._limits = limits
+        self._timeout_s = call_timeout_s
+        self._deadlines: dict[Execution, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._state = BuiltinCalls(engine).by_id
+        self._functions_seen = b""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.triggers = WorkerTriggers(self, max_waiting_events)
+        self._introspection = Introspection(self, channels)
+        if self.functions.find("engine::functions::list") is not None:
+            raise InvalidRegistration("this engine has a server already: stop that one first")
+        for function in self._introspection.functions():
+            self.functions.add(function)
+
+    # ---------------------------------------------------------------------------------------------- coming and going
+
+    def connect(
+        self,
+        access: Access | None,
+        address: str | None,
+        send: Callable[[bytes], object],
+        close: Callable[[int, str], object],
+    ) -> Worker:
+        """Take a new worker in; its greeting is sent first of all."""
+        session = WorkerSession(str(uuid.uuid4()), self._limits)
+        worker = Worker(session, access, address, send, close)
+        self.workers[session.worker_id] = worker
+        send(session.greeting())
+        self.triggers.fire("engine::workers-available", {"event": "worker_connected", "worker_id": worker.worker_id})
+        return worker
+
+    def disconnect(self, worker: Worker) -> None:
+        """Clean up after a worker, in the order of PROTOCOL section 8."""
+        if self.workers.get(worker.worker_id) is not worker:
+            return
+        for function in list(worker.functions.values()):
+            self._withdraw(function)
+        self.triggers.silence(worker)
+        for execution in worker.session.end():
+            self._deadlines.pop(execution, None)
+            execution.settle(stopped(execution))
+        for execution in list(worker.issued):
+            self.drop(execution)
+        worker.issued.clear()
+        self.triggers.remove_all_of(worker)
+        del self.workers[worker.worker_id]
+        self.triggers.fire("engine::workers-available", {"event": "worker_disconnected", "worker_id": worker.worker_id})
+
+    async def close(self, reason: str) -> None:
+        """Let go of every worker and of the engine; calls in progress end with `invocation_stopped`."""
+        for worker in list(self.workers.values()):
+            worker.close(GOING, reason)
+            self.disconnect(worker)
+        for function in self._introspection.functions():
+            self.functions.discard(function.function_id, function.target)
+        self.triggers.dispatcher.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ------------------------------------------------------------------------------------------------------- actions
+
+    def act(self, worker: Worker, action: Action) -> None:
+        """Do what a worker's conversation asks for."""
+        if type(action) is InvokeFunction:
+            self.calls += 1
+            builtin = self._state.get(action.function_id)
+            if builtin is not None and worker.access is None:
+                # The state functions without anything in between: this is what most messages are.
+                try:
+                    outcome = builtin(action.data, None)
+                except Exception as error:  # noqa: BLE001 - answered; what is a bug is logged as well
+                    worker.answer(action, error=failure(action, error))
+                    return
+                if outcome is None or type(outcome) is bytes:
+                    message = worker.session.answer(action, outcome)
+                    if message is not None:
+                        worker.send(message)
+                else:
+                    self._later(worker, action, outcome)  # type: ignore[arg-type]  # it waits, then
+            else:
+                self._call(worker, action)
+        elif type(action) is Answered:
+            self._deadlines.pop(action.execution, None)
+            action.execution.settle(action.frame)
+        else:
+            self._act_rarely(worker, action)
+
+    def _act_rarely(self, worker: Worker, action: Action) -> None:
+        match action:
+            case Send(message=message):
+                worker.send(message)
+            case Close(code=code, reason=reason):
+                worker.close(code, reason)
+            case RegisterFunction():
+                self._register(worker, action)
+            case UnregisterFunction(id=function_id):
+                function = worker.functions.get(function_id)
+                if function is not None:
+                    self._withdraw(function)
+            case RegisterTrigger():
+                self._register_trigger(worker, action)
+            case UnregisterTrigger(id=trigger_id):
+                self.triggers.unregister(worker, trigger_id)
+            case RegisterTriggerType():
+                self.triggers.register_type(worker, action)
+            case UnregisterTriggerType(id=type_id):
+                self.triggers.unregister_type(worker, type_id)
+            case TriggerRegistrationResult(error=error):
+                if error is not None:
+                    log.warning("trigger %r of type %r failed: %s", action.id, action.trigger_type, error.message)
+
+    # ----------------------------------------------------------------------------------------------------- functions
+
+    def tell_changed_functions(self) -> None:
+        """Fire `engine::functions-available` if the functions have changed since the last time."""
+        infos = self._introspection.function_infos(internal=True)
+        seen = encode_frame(infos)
+        if seen != self._functions_seen:
+            self._functions_seen = seen
+            event = {"event": "functions_changed", "functions": decode(seen)}
+            self.triggers.fire("engine::functions-available", event)
+
+    def _register(self, worker: Worker, frame: RegisterFunction) -> None:
+        function = WorkerFunction(self, worker, frame)
+        try:
+            if worker.access is not None:
+                worker.access.check_register(frame.id)
+            known = self.functions.find(frame.id)
+            if known is not None and not known.builtin and type(known.target) is not WorkerFunction:
+                raise InvalidRegistration(f"{frame.id!r} is a function of the program itself: choose another id")
+            self.functions.add(Function(frame.id, function, self.loop, frame.description))
+        except ScopestateError as error:
+            worker.session.forget(frame)
+            log.warning("worker %s: a function was not registered: %s", worker.worker_id, error)
+            return
+        # The last registration wins; the loser keeps its entry and loses nothing more by withdrawing it.
+        worker.functions[frame.id] = function
+
+    def _withdraw(self, function: WorkerFunction) -> None:
+        function.worker.functions.pop(function.frame.id, None)
+        self.functions.discard(function.frame.id, function)
+
+    def _register_trigger(self, worker: Worker, frame: RegisterTrigger) -> None:
+        try:
+            self.triggers.register(worker, frame)
+        except ScopestateError as error:
+            worker.session.forget(frame)
+            log.warning("worker %s: trigger %r was not registered: %s", worker.worker_id, frame.id, error)
+            refusal = ErrorBody("trigger_registration_failed", str(error))
+            worker.send(
+                encode_frame(TriggerRegistrationResult(frame.id, frame.trigger_type, frame.function_id, refusal))
+            )
+
+    # --------------------------------------------------------------------------------------------------------- calls
+
+    def _call(self, worker: Worker, call: InvokeFunction) -> None:
+        function_id, access = call.function_id, worker.access
+        try:
+            if access is not None:
+                access.check_call(function_id)
+            builtin = self._state.get(function_id)
+            if builtin is not None:
+                outcome = builtin(call.data, access)
+                if outcome is None or type(outcome) is bytes:
+                    worker.answer(call, outcome)
+                else:
+                    self._later(worker, call, outcome)  # type: ignore[arg-type]  # it waits, then
+                return
+            function = self.functions.find(function_id)
+            if function is None:
+                raise FunctionNotFound(function_id)
+            target = function.target
+            if type(target) is WorkerFunction:
+                self._forward(worker, call, target)
+                return
+            own = self._introspection.by_id.get(function_id)
+            if own is not None and function.builtin:
+                worker.answer(call, own(worker, call.data))
+            else:
+                self._later(worker, call, self._call_program(worker, call))
+        except Exception as error:  # noqa: BLE001 - as above
+            worker.answer(call, error=failure(call, error))
+
+    def _forward(self, caller: Worker, call: InvokeFunction, target: WorkerFunction) -> None:
+        """Have another worker execute a call, with the caller's id; its answer goes back unparsed."""
+
+        def settle(outcome: InvocationResult) -> None:
+            caller.issued.pop(execution, None)
+            message = caller.session.pass_on(call, outcome)
+            if message is not None:
+                caller.send(message)
+
+        execution = self.execute(target, with_caller(call.data, caller.worker_id), settle, call)
+        caller.issued[execution] = None
+
+    def execute(
+        self, target: WorkerFunction, data: Raw, settle: Settle, call: InvokeFunction | None = None
+    ) -> Execution:
+        """Send a call to the worker of `target`; `settle` gets the outcome: an answer, a loss or a timeout.
+
+        Raises Overloaded if the worker has too many calls in progress, and RemoteFailure if it is gone.
+        """
+        worker = target.worker
+        if worker.session.closed:
+            raise RemoteFailure(target.frame.id, "invocation_stopped", "Invocation stopped")
+        if call is None:
+            started = worker.session.execute(target.frame.id, data, settle)
+        else:
+            started = worker.session.execute(
+                target.frame.id,
+                data,
+                settle,
+                invocation_id=call.invocation_id,
+                traceparent=call.traceparent,
+                baggage=call.baggage,
+                metadata=call.metadata,
+            )
+        if started is None:
+            raise Overloaded(
+                f"the worker of {target.frame.id!r} executes {len(worker.session.executing)} calls; try again later"
+            )
+        execution, message = started
+        if self._timeout_s:
+            self._deadlines[execution] = self.loop.time() + self._timeout_s
+            if self._timer is None:
+                self._timer = self.loop.call_later(self._timeout_s, self._expire)
+        worker.send(message)
+        return execution
+
+    def _expire(self) -> None:
+        """Answer `TIMEOUT` for calls that took too long. All wait equally long, so the oldest come first."""
+        self._timer = None
+        now = self.loop.time()
+        for execution, due in list(self._deadlines.items()):
+            if due > now:
+                self._timer = self.loop.call_later(due - now, self._expire)
+                return
+            if self.drop(execution):
+                text = f"function {execution.function_id!r} did not answer within {self._timeout_s:g} s"
+                execution.settle(
+                    InvocationResult(execution.invocation_id, execution.function_id, error=ErrorBody("TIMEOUT", text))
+                )
+
+    def drop(self, execution: Execution) -> bool:
+        """Wait no longer for a call; False: it was over already."""
+        self._deadlines.pop(execution, None)
+        return execution.forget()
+
+    async def _call_program(self, worker: Worker, call: InvokeFunction) -> Result:
+        """Call a function that the embedding program registered."""
+        try:
+            payload = decode(parse(bytes(with_caller(call.data, worker.worker_id)) or b"null"))
+        except DeserializationError as error:
+            raise DeserializationError(f"Failed to deserialize input for {call.function_id}: {error}") from error
+        result = await self.engine.aio.call(call.function_id, payload)
+        return None if result is None else encode(result)
+
+    def _later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
+        self.spawn(self._answer_later(worker, call, outcome))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine beside everything else, until the server stops."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer_later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
+        try:
+            result = await outcome
+        except Exception as error:  # noqa: BLE001 - as above
+            worker.answer(call, error=failure(call, error))
+        else:
+            worker.answer(call, result)
+
+
+def failure(call: InvokeFunction, error: Exception) -> ErrorBody:
+    """An error as it goes over the wire (PROTOCOL, section 4.4). One that is none of ours is a bug, and logged."""
+    if isinstance(error, ScopestateError):
+        return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None))
+    log.error("a call of %r failed inside the server", call.function_id, exc_info=error)
+    return ErrorBody("invocation_error", f"{type(error).__name__}: {error}")

@@ -1,0 +1,277 @@
+"""The adapter that keeps nothing here: every scope lives in a remote engine (PROTOCOL, section 13)."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from scopestate.errors import ConfigError, DeserializationError, EngineClosed, ScopestateError, StorageError
+from scopestate.ops.values import parse
+from scopestate.persistence.adapter import ScopeChange, ScopeState
+from scopestate.persistence.remote import Done, read_keyed
+from scopestate.wire.client import Client
+from scopestate.wire.options import DEFAULT_URL, ClientOptions
+
+log = logging.getLogger("scopestate.persistence.bridge")
+
+DEFAULT_PORT: Final = 49134
+_ANYWHERE: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
+
+Change = tuple[str, str, bytes | None, bytes | None]
+"""scope, key, old and new value as JSON; None: no value."""
+Sink = Callable[[Change], Awaitable[None]]
+
+
+class _Event(msgspec.Struct):
+    """What a `state` trigger's function is given (PROTOCOL, section 5)."""
+
+    event_type: str
+    scope: str
+    key: str
+    old_value: msgspec.Raw = msgspec.Raw(b"null")
+    new_value: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Groups(msgspec.Struct):
+    groups: list[str]
+
+
+class BridgeAdapter:
+    """A connection to a remote engine, on a thread with an event loop of its own.
+
+    It connects in the background: opening one succeeds while the remote is down, and calls wait for it,
+    `connect_wait_s` at most. Scopes are not loaded and saved through it but called (`persistence.remote.Remote`):
+    others may change them at the same time, so there is nothing to keep here.
+    """
+
+    keeps = True
+    """Kept, though not by us: idle scopes may leave memory."""
+
+    def __init__(
+        self, url: str = DEFAULT_URL, options: ClientOptions | None = None, *, remote_events: bool = False
+    ) -> None:
+        """`remote_events`: have the remote report every change. Raises ConfigError: address, token, TLS file."""
+        self.url = url
+        self.sequence_floor = 0
+        self._remote_events = remote_events
+        self._pid = os.getpid()
+        self._closed = False
+        self._guard = threading.Lock()
+        options = options or ClientOptions(name=f"scopestate-bridge:{self._pid}")
+        self._refusal = ""
+        self._client = Client(url, options, on_change=self._note_connection, on_trigger_refused=self._note_refusal)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="scopestate-bridge", daemon=True)
+        self._thread.start()
+        self._loop.call_soon_threadsafe(self._client.start)
+
+    # ------------------------------------------------------------------------------------------------------- calls
+
+    @property
+    def reports_changes(self) -> bool:
+        """True if local triggers hear of changes from the remote alone (`events: remote`)."""
+        return self._remote_events
+
+    @property
+    def connected(self) -> bool:
+        """True while there is a connection."""
+        return self._client.connected
+
+    def problem(self) -> str | None:
+        """Return what is wrong now, in words; None if all is well."""
+        why_not = self._client.why_not
+        if why_not is not None:
+            return f"the bridge has no connection: {why_not}; calls wait for one"
+        return self._refusal or None
+
+    def call(self, function_id: str, payload: bytes, done: Done) -> None:
+        """As `Remote.call`: send and return at once."""
+        if self._closed or os.getpid() != self._pid:
+            raise EngineClosed("the bridge is closed")
+        try:
+            self._loop.call_soon_threadsafe(self._client.post, function_id, payload, done)
+        except RuntimeError as error:
+            raise EngineClosed("the bridge is closed") from error
+
+    def call_and_wait(self, function_id: str, payload: bytes) -> bytes | None:
+        """Call and wait for the result; not on an event loop's thread. Raises what remote or connection say."""
+        waiter = _Waiter()
+        self.call(function_id, payload, waiter.done)
+        return waiter.get()
+
+    def watch(self, sink: Sink) -> None:
+        """Have `sink` awaited, on the bridge's thread, with each change that the remote reports, one after another.
+
+        The remote reports those made through this bridge too. What changes without a connection is not reported.
+        """
+
+        async def on_event(payload: bytes) -> bytes | None:
+            await sink(_read_event(payload))
+            return None
+
+        function_id = f"scopestate::bridge::{os.urandom(8).hex()}"
+
+        def register() -> None:
+            self._client.register_function(
+                function_id, on_event, description="changes for a scopestate bridge", ordered=True
+            )
+            self._client.register_trigger("state", function_id, {})
+
+        self._loop.call_soon_threadsafe(register)
+
+    # -------------------------------------------------------------------------------------- the adapter's promises
+
+    def scopes(self) -> list[str]:
+        """Return the names of the remote's scopes that hold a key."""
+        try:
+            result = self.call_and_wait("state::list_groups", b"{}")
+            return msgspec.json.decode(result or b"null", type=_Groups).groups
+        except msgspec.DecodeError as error:
+            raise StorageError(f"Failed to list groups via bridge: the result has no groups: {error}") from error
+        except ScopestateError as error:
+            raise StorageError(f"Failed to list groups via bridge: {error}") from error
+
+    def load(self, scope: str) -> ScopeState:
+        """Return a copy of a scope as it is now; its sequence is not known, and 0.
+
+        Raises StorageError if the remote is another engine than scopestate: `state::list` of theirs names no keys.
+        """
+        try:
+            result = self.call_and_wait("state::list", msgspec.json.encode({"scope": scope, "_keys": True}))
+            return ScopeState(dict(read_keyed(result)), 0)
+        except ScopestateError as error:
+            raise StorageError(f"scope {scope!r} cannot be loaded via bridge: {error}") from error
+
+    def save(self, batch: Sequence[ScopeChange]) -> None:
+        """Write the changes to the remote, key by key, and wait for its answers.
+
+        Not one transaction: the protocol has none. On a raise, some of the keys may be written.
+        """
+        waiting: list[tuple[str, str, _Waiter]] = []
+        for change in batch:
+            for key, value in change.values.items():
+                payload: dict[str, Any] = {"scope": change.scope, "key": key}
+                if value is not None:
+                    payload["value"] = msgspec.Raw(value)
+                waiter = _Waiter()
+                function_id = "state::delete" if value is None else "state::set"
+                waiting.append((change.scope, key, waiter))
+                try:
+                    self.call(function_id, msgspec.json.encode(payload), waiter.done)
+                except EngineClosed as error:
+                    waiter.done(None, error)
+        for scope, key, waiter in waiting:
+            try:
+                waiter.get()
+            except ScopestateError as error:
+                raise StorageError(f"key {key!r} of scope {scope!r} was not written: {error}") from error
+
+    def close(self) -> None:
+        """Close the connection; calls under way fail. Idempotent. In a forked child it does nothing."""
+        if os.getpid() != self._pid:
+            return
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def refuse_server(self, host: str, port: int) -> None:
+        """Raise ConfigError if a server of this very engine would listen where the bridge goes."""
+        refuse_own_server(self.url, host, port)
+
+    # --------------------------------------------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def _note_refusal(self, error: ScopestateError) -> None:
+        self._refusal = (
+            f"the remote reports no changes to the bridge: {error} ({error.code}); local triggers hear of none"
+        )
+        log.error("bridge to %s: %s", self.url, self._refusal)
+
+    def _note_connection(self, connected: bool, reason: str) -> None:
+        if connected:
+            self._refusal = ""
+        if connected and self._client.connections == 1:
+            log.info("bridge to %s: connected", self.url)
+        elif connected:
+            missed = "; changes that others made meanwhile fired no local trigger" if self._remote_events else ""
+            log.warning("bridge to %s: connected again%s", self.url, missed)
+        elif not self._closed:
+            log.warning("bridge: %s; calls wait for it and it is tried again", reason)
+
+
+class _Waiter:
+    """The outcome of one call, for a thread to wait for."""
+
+    def __init__(self) -> None:
+        self._arrived = threading.Event()
+        self._result: bytes | None = None
+        self._error: ScopestateError | None = None
+
+    def done(self, result: bytes | None, error: ScopestateError | None) -> None:
+        self._result, self._error = result, error
+        self._arrived.set()
+
+    def get(self) -> bytes | None:
+        """Wait; every call has a deadline, so this ends."""
+        self._arrived.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def refuse_own_server(url: str, host: str, port: int) -> None:
+    """Raise ConfigError if `url` is the server that listens at `host` and `port` of this very engine.
+
+    iii's default address of a bridge is the default address of the engine itself, which would forward to itself until
+    time-outs end it (SEMANTICS, section 8.37).
+    """
+    parts = urlsplit(url)
+    target = parts.hostname or ""
+    if (parts.port or {"ws": 80, "wss": 443}.get(parts.scheme)) != port:
+        return
+    here = _is_loopback(target) and (host in _ANYWHERE or _is_loopback(host))
+    if here or target == host.lower():
+        raise ConfigError(
+            f"bridge_url {url} is the address on which this engine itself listens ({host}:{port}): every call would "
+            "come back to it; name another engine, or let this one listen on another port",
+            key="bridge_url",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read_event(payload: bytes) -> Change:
+    """Read an event of the remote. Raises DeserializationError for what is none."""
+    try:
+        event = msgspec.json.decode(payload, type=_Event)
+    except msgspec.DecodeError as error:
+        raise DeserializationError(f"not a state event: {error}") from error
+    old, new = parse(bytes(event.old_value)), parse(bytes(event.new_value))
+    # The event type tells a stored null from a missing key, except for a delete, where both look alike.
+    had = event.event_type == "state:updated" or old != b"null"
+    return event.scope, event.key, old if had else None, None if event.event_type == "state:deleted" else new

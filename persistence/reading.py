@@ -1,0 +1,124 @@
+"""Looking into a file store without opening it: for tools, also while an engine uses it."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from scopestate.errors import StoreCorrupt, StoreUnusable
+from scopestate.persistence.rows import _read_pages, read_names
+from scopestate.persistence.schema import DamagedError, check_header, find_problems, probe
+from scopestate.persistence.sqlite import LIBRARY_ERRORS, connect, database_uri, storage_error
+
+
+class ScopeSize(msgspec.Struct, frozen=True):
+    """What one scope holds."""
+
+    scope: str
+    keys: int
+    bytes: int
+    """Of all its values, as JSON."""
+    sequence: int
+    """The number of its last write."""
+
+
+class StoreReader:
+    """Reads what is committed in a store's directory, as of the moment of opening. Takes no lock and writes nothing.
+
+    Unlike opening the store it also never sets a damaged database aside.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Raises StoreUnusable if there is no store of ours, StoreCorrupt if it is damaged, else StorageError."""
+        self.directory = os.path.realpath(directory)
+        self.path = os.path.join(self.directory, "state.db")
+        try:
+            size = os.stat(self.path).st_size
+            with open(self.path, "rb") as file:
+                header = file.read(100)
+        except OSError as error:
+            raise StoreUnusable(
+                f"there is no store in {self.directory}: {self.path}: {error.strerror or error}"
+            ) from error
+        try:
+            check_header(header, size, self.path, logged=os.path.exists(self.path + "-wal"))
+        except DamagedError as error:
+            raise StoreCorrupt(f"the database {self.path} is damaged: {error}; nothing was changed") from error
+        with self._translated("open the database"):
+            self._connection = connect(database_uri(self.path, "ro"))
+        try:
+            with self._translated("read the database"):
+                self._connection.execute("PRAGMA query_only = 1")
+                self._connection.execute("BEGIN")
+                probe(self._connection)
+        except DamagedError as error:
+            self.close()
+            raise StoreCorrupt(f"the database {self.path} is damaged: {error}; nothing was changed") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def sizes(self) -> list[ScopeSize]:
+        """Return what each scope that holds a key holds, by name. Reads every row's length."""
+        with self._translated("measure the scopes"):
+            return [
+                ScopeSize(*row)
+                for row in self._connection.execute(
+                    "SELECT scope, count(*), sum(length(CAST(value AS BLOB))),"
+                    " coalesce((SELECT sequence FROM scopes WHERE scopes.scope = state.scope), 0)"
+                    " FROM state GROUP BY scope ORDER BY scope"
+                )
+            ]
+
+    def scopes(self) -> list[str]:
+        """Return the scopes that hold a key, by name."""
+        with self._translated("list the scopes"):
+            return read_names(self._connection)
+
+    def sequence(self, scope: str) -> int:
+        """Return the number of a scope's last write."""
+        with self._translated(f"read scope {scope!r}"):
+            found = self._connection.execute("SELECT sequence FROM scopes WHERE scope = ?", (scope,)).fetchall()
+            return int(found[0][0]) if found else 0
+
+    def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
+        """Yield keys and values, as JSON, in insertion order. Raises StorageError for a row that is not JSON."""
+        with self._translated(f"read scope {scope!r}"):
+            for key, value in _read_pages(self._connection, scope):
+                yield key, bytes(value)
+
+    def size_bytes(self) -> int:
+        """Return how much the database takes on the disk, its write-ahead log included."""
+        return sum(os.stat(path).st_size for path in (self.path, self.path + "-wal") if os.path.exists(path))
+
+    def problems(self) -> list[str]:
+        """Read the whole database and return what is wrong with it, in words; empty if it is sound."""
+        with self._translated("check the database"):
+            return find_problems(self._connection)
+
+    def close(self) -> None:
+        """Let go of the file. Idempotent."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except LIBRARY_ERRORS as error:
+            if isinstance(error, sqlite3.DatabaseError) and "malformed" in str(error):
+                raise StoreCorrupt(f"cannot {doing}: the database {self.path} is damaged: {error}") from error
+            raise storage_error(error, doing, self.path) from error

@@ -1,0 +1,58 @@
+"""Engines that are bridges to a second scopestate process."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from second_engine import PATIENCE_S, OpenBridge, RemoteProcess, bridge_config
+
+from scopestate import Engine, lifecycle
+
+
+@pytest.fixture(scope="session")
+def shared_remote() -> Iterator[RemoteProcess]:
+    remote = RemoteProcess()
+    yield remote
+    remote.stop()
+
+
+@pytest.fixture
+def remote(shared_remote: RemoteProcess) -> RemoteProcess:
+    """A second process with an empty engine."""
+    shared_remote.fresh()
+    return shared_remote
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail if an engine or one of its threads outlives its test."""
+    before = set(threading.enumerate())
+    yield
+    assert [engine for engine in list(lifecycle._live) if not engine.closed] == []
+    ours = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("scopestate")]
+    for thread in ours:
+        thread.join(PATIENCE_S)
+    assert [thread.name for thread in ours if thread.is_alive()] == []
+
+
+@pytest.fixture
+def open_bridge(nothing_left_behind: None) -> Iterator[OpenBridge]:
+    """Open bridges: `open_bridge(url, events="remote", ...)`; closed at the end."""
+    opened: list[Engine] = []
+
+    def open_(url: str, **options: Any) -> Engine:
+        engine = Engine.from_config(bridge_config(url, **options))
+        opened.append(engine)
+        return engine
+
+    yield open_
+    for engine in reversed(opened):
+        engine.close()

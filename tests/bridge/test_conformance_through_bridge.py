@@ -1,0 +1,120 @@
+"""The conformance cases through a bridge, against a second scopestate process."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conformance import load, same
+from second_engine import OpenBridge, RemoteProcess, Seen
+
+from scopestate import Engine, ScopestateError
+
+VECTORS: list[dict[str, Any]] = load("vectors.json")
+SCENARIOS: list[dict[str, Any]] = load("scenarios.json")["scenarios"]
+TRIGGER_CASES: list[dict[str, Any]] = load("scenarios.json")["trigger_cases"]
+
+
+def complaints_about(engine: Engine, vector: dict[str, Any]) -> list[str]:
+    result = engine.call("state::update", {"scope": "vectors", "key": vector["name"], "ops": vector["ops"]})
+    errors = result.get("errors", [])
+    found = []
+    if not same(result["new_value"], vector["new"]) or not same(result["old_value"], vector.get("old")):
+        found.append(f"{vector['name']}: {result!r:.300}")
+    if [(e["op_index"], e["code"]) for e in errors] != [(e["op_index"], e["code"]) for e in vector["errors"]]:
+        found.append(f"{vector['name']}: {errors!r:.300}")
+    found += [
+        f"{vector['name']}: {error['message']!r} does not mention {fact!r}"
+        for error, wanted in zip(errors, vector["errors"], strict=False)
+        for fact in wanted["mentions"]
+        if str(fact) not in error["message"]
+    ]
+    return found
+
+
+def test_every_vector_holds_through_a_bridge(remote: RemoteProcess, open_bridge: OpenBridge) -> None:
+    engine = open_bridge(remote.url)
+
+    def run(vector: dict[str, Any]) -> list[str]:
+        if "old" in vector:
+            engine.set("vectors", vector["name"], vector["old"])
+        complaints = complaints_about(engine, vector)
+        if not same(engine.get("vectors", vector["name"], "lost"), vector["new"]):
+            complaints.append(f"{vector['name']}: reads otherwise")
+        return complaints
+
+    with ThreadPoolExecutor(16) as pool:
+        complaints = [line for lines in pool.map(run, VECTORS) for line in lines]
+
+    assert complaints == []
+
+
+def check_step(engine: Engine, step: dict[str, Any]) -> None:
+    if "error_code" in step:
+        with pytest.raises(ScopestateError) as refusal:
+            engine.call(step["call"], step["input"])
+        assert refusal.value.code == step["error_code"]
+        return
+    result = engine.call(step["call"], step["input"])
+    wanted = step["result"]
+    if isinstance(wanted, dict) and isinstance(wanted.get("errors"), list):
+        result = {**result, "errors": [{"op_index": e["op_index"], "code": e["code"]} for e in result["errors"]]}
+    assert same(result, wanted), f"{step} gave {result!r}"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario["name"])
+def test_every_scenario_holds_and_fires_from_the_answers(
+    scenario: dict[str, Any], remote: RemoteProcess, open_bridge: OpenBridge
+) -> None:
+    engine, seen = open_bridge(remote.url), Seen()
+    engine.on_change()(seen)
+
+    for step in scenario["steps"]:
+        check_step(engine, step)
+        engine.drain(timeout=20)
+        assert same(seen.take(), [] if step["event"] is None else [step["event"]]), step
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario["name"])
+def test_every_scenario_holds_and_fires_from_the_remotes_events(
+    scenario: dict[str, Any], remote: RemoteProcess, open_bridge: OpenBridge
+) -> None:
+    engine, seen = open_bridge(remote.url, events="remote"), Seen()
+    engine.on_change()(seen)
+    expected: list[Any] = []
+
+    for step in scenario["steps"]:
+        check_step(engine, step)
+        expected += [] if step["event"] is None else [step["event"]]
+    engine.delete("after all", "that")  # its event comes last, and it leaves nothing behind
+
+    events = [event.to_json() for event in seen.wait_for(len(expected) + 1)]
+    assert same(events[:-1], expected)
+    assert events[-1]["scope"] == "after all"
+
+
+@pytest.mark.parametrize("case", TRIGGER_CASES, ids=lambda case: case["name"])
+def test_every_trigger_case_holds(case: dict[str, Any], remote: RemoteProcess, open_bridge: OpenBridge) -> None:
+    engine, handled, asked = open_bridge(remote.url), Seen(), Seen()
+    condition = case.get("condition", {})
+
+    def decide(event: Any) -> Any:
+        asked(event)
+        if condition.get("fails"):
+            raise RuntimeError("the condition fails")
+        return condition.get("returns")
+
+    if not condition.get("unregistered"):
+        engine.register_function("c::f", decide)
+    engine.register_function("h", handled)
+    if not case["registers"]:
+        with pytest.raises(ScopestateError):
+            engine.register_trigger(function_id="h", config=case["config"])
+        return
+    engine.register_trigger(function_id="h", config=case["config"])
+
+    engine.set(case["event"]["scope"], case["event"]["key"], {"a": 1})
+    engine.drain(timeout=20)
+
+    assert len(handled.events) == (1 if case["handler_runs"] else 0)

@@ -1,0 +1,118 @@
+"""A scope's turns as calls, and answers as results: also those of an engine that is not scopestate."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from conformance import load, same
+
+from scopestate.actors.remote_calls import Outcome, read_answer, request
+from scopestate.actors.results import SetResult, UpdateResult
+from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take
+from scopestate.errors import RemoteFailure
+from scopestate.ops import checked
+from scopestate.persistence.bridge import _read_event
+
+VECTORS: list[dict[str, Any]] = load("vectors.json")
+
+
+@pytest.mark.parametrize(
+    ("turn", "function_id", "payload"),
+    [
+        (Put("k", b'{"a":[1.0]}'), "state::set", {"scope": "s", "key": "k", "value": {"a": [1.0]}, "_existed": True}),
+        (Put("k", b"null"), "state::set", {"scope": "s", "key": "k", "value": None, "_existed": True}),
+        (Take("k"), "state::delete", {"scope": "s", "key": "k"}),
+        (Read(""), "state::get", {"scope": "s", "key": ""}),
+        (ReadAll(), "state::list", {"scope": "s"}),
+        (ReadItems(), "state::list", {"scope": "s", "_keys": True}),
+    ],
+)
+def test_a_turn_as_a_call(turn: Any, function_id: str, payload: dict[str, Any]) -> None:
+    asked, data = request("s", turn)
+
+    assert asked == function_id
+    assert same(json.loads(data), payload)
+
+
+def test_ops_go_out_in_the_form_in_which_they_came_in() -> None:
+    for vector in VECTORS:
+        ops = checked(vector["ops"])
+        _, data = request("s", Change("k", ops))
+        assert checked(json.loads(data)["ops"]) == ops, vector["name"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "result", "answer", "change"),
+    [
+        # Another engine does not say `existed`: there a stored null looks like a missing key (PROTOCOL, section 13.4).
+        (Put("k", b"1"), b'{"old_value":null,"new_value":1}', SetResult(None, b"1"), (None, b"1")),
+        (Put("k", b"1"), b'{"old_value":0,"new_value":1}', SetResult(b"0", b"1"), (b"0", b"1")),
+        (Put("k", b"1"), b'{"old_value":null,"new_value":1,"existed":true}', SetResult(b"null", b"1"), (b"null", b"1")),
+        (Put("k", b"1"), b'{"old_value":null,"new_value":1,"existed":false}', SetResult(None, b"1"), (None, b"1")),
+        (Put("k", b"1"), b'{"new_value":1,"more":2}', SetResult(None, b"1"), (None, b"1")),
+        (Change("k", ()), b'{"old_value":{ },"new_value":-0}', UpdateResult(b"{}", b"-0.0"), (b"{}", b"-0.0")),
+        (Take("k"), None, None, (None, None)),
+        (Take("k"), b"null", b"null", (b"null", None)),
+        (Read("k"), None, None, None),
+        (Read("k"), b"null", b"null", None),
+        (Read("k"), b'{ "a" : 1 }', b'{"a":1}', None),
+        (ReadAll(), b"[1, null]", [b"1", b"null"], None),
+        (ReadAll(), None, [], None),
+        (ReadItems(), b'{"keys":["b","a"],"values":[1, {}]}', [("b", b"1"), ("a", b"{}")], None),
+    ],
+)
+def test_a_result_as_an_answer(turn: Any, result: bytes | None, answer: Any, change: Any) -> None:
+    outcome = read_answer(turn, result)
+
+    assert isinstance(outcome, Outcome)
+    assert (outcome.answer, outcome.change) == (answer, change)
+    if isinstance(answer, SetResult):
+        assert (outcome.answer.old_json, outcome.answer.new_json) == (answer.old_json, answer.new_json)
+
+
+def test_refused_ops_come_through() -> None:
+    result = b'{"old_value":1,"new_value":1,"errors":[{"op_index":0,"code":"c","message":"m","doc_url":"u"}]}'
+
+    (error,) = read_answer(Change("k", ()), result).answer.errors
+
+    assert (error.op_index, error.code, error.message, error.doc_url) == (0, "c", "m", "u")
+
+
+@pytest.mark.parametrize(
+    ("turn", "result"),
+    [
+        (Put("k", b"1"), None),
+        (Put("k", b"1"), b"[]"),
+        (Change("k", ()), b'{"old_value":null}'),
+        (Change("k", ()), b'{"old_value":null,"new_value":1e999}'),
+        (Read("k"), b'"\\ud800"'),
+        (ReadAll(), b"{}"),
+        (ReadItems(), b"[1]"),
+        (ReadItems(), b'{"keys":["a"],"values":[]}'),
+    ],
+)
+def test_a_result_of_another_shape_is_an_error_and_not_an_answer(turn: Any, result: bytes | None) -> None:
+    with pytest.raises(RemoteFailure) as caught:
+        read_answer(turn, result)
+
+    assert caught.value.code == "serialization_error"
+    assert "state::" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "expected"),
+    [
+        ("state:created", "null", "1", (None, b"1")),
+        ("state:created", "null", "null", (None, b"null")),
+        ("state:updated", "null", "1", (b"null", b"1")),
+        ("state:updated", "2", "null", (b"2", b"null")),
+        ("state:deleted", "2", "null", (b"2", None)),
+        ("state:deleted", "null", "null", (None, None)),
+    ],
+)
+def test_an_event_of_the_remote(kind: str, old: str, new: str, expected: tuple[bytes | None, bytes | None]) -> None:
+    event = f'{{"type":"state","event_type":"{kind}","scope":"s","key":"k","old_value":{old},"new_value":{new}}}'
+
+    assert _read_event(event.encode()) == ("s", "k", *expected)

@@ -1,0 +1,247 @@
+"""A scope of a remote engine, over a connection that the test plays: what is sent when, what follows from answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from second_engine import PATIENCE_S, Seen
+
+from scopestate import Engine, messages
+from scopestate.config import from_mapping
+from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeout, StorageError
+from scopestate.persistence import ScopeChange, ScopeState
+from scopestate.persistence.remote import Done
+
+
+class PlayedRemote:
+    """A connection to an engine that answers when the test says so."""
+
+    keeps = True
+    reports_changes = False
+
+    def __init__(self) -> None:
+        self.sequence_floor = 0
+        self.open: dict[str, Done] = {}
+        """Label -> what takes the answer; a label is `set k`, `get k`, `list`, with ` 2`, ... for the next alike."""
+        self._sent = threading.Condition()
+        self.closed = False
+
+    def call(self, function_id: str, payload: bytes, done: Done) -> None:
+        if self.closed:
+            raise EngineClosed("the connection is closed")
+        fields = json.loads(payload)
+        label = " ".join([function_id.removeprefix("state::"), *([fields["key"]] if "key" in fields else [])])
+        with self._sent:
+            number = 1
+            while f"{label} {number}" in self.open or (number == 1 and label in self.open):
+                number += 1
+            self.open[label if number == 1 else f"{label} {number}"] = done
+            self._sent.notify_all()
+
+    def sent(self, *labels: str) -> None:
+        """Wait until exactly these calls are under way."""
+        with self._sent:
+            assert self._sent.wait_for(lambda: set(self.open) >= set(labels), PATIENCE_S), self.open.keys()
+            assert set(self.open) == set(labels)
+
+    def answer(self, label: str, result: Any = ..., error: Any = None) -> None:
+        """Answer a call, on this thread; `...` is no value."""
+        with self._sent:
+            done = self.open.pop(label)
+        done(None if result is ... else json.dumps(result).encode(), error)
+
+    def scopes(self) -> list[str]:
+        return []
+
+    def load(self, scope: str) -> ScopeState:
+        raise AssertionError("nothing is loaded through a connection")
+
+    def save(self, batch: Sequence[ScopeChange]) -> None:
+        raise AssertionError("nothing is saved through a connection")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+WRITTEN = {"old_value": None, "new_value": 1, "existed": False}
+
+
+@pytest.fixture
+def remote() -> PlayedRemote:
+    return PlayedRemote()
+
+
+@pytest.fixture
+def engine(remote: PlayedRemote) -> Iterator[Engine]:
+    config = from_mapping({"limits": {"scope_mailbox": 5, "close_grace_ms": 0}})
+    with Engine(config, adapter=remote) as engine:
+        yield engine
+
+
+def begin(engine: Engine, message: messages.Message) -> Any:
+    """Send a message without waiting; return the reply."""
+    return engine.ask(message, block=False)
+
+
+def test_calls_on_different_keys_are_under_way_together(engine: Engine, remote: PlayedRemote) -> None:
+    replies = [begin(engine, messages.Set("s", key, 1)) for key in "abc"]
+    remote.sent("set a", "set b", "set c")
+
+    for key in "bca":
+        remote.answer(f"set {key}", WRITTEN)
+
+    assert all(reply.get(timeout=PATIENCE_S).created for reply in replies)
+
+
+def test_a_write_waits_for_the_reads_and_writes_of_its_key_that_came_before(
+    engine: Engine, remote: PlayedRemote
+) -> None:
+    first, second = begin(engine, messages.Get("s", "k")), begin(engine, messages.Get("s", "k"))
+    write, other = begin(engine, messages.Set("s", "k", 1)), begin(engine, messages.Set("s", "k", 2))
+    last = begin(engine, messages.Get("s", "k"))
+    remote.sent("get k", "get k 2")
+
+    remote.answer("get k", 10)
+    remote.sent("get k 2")
+    remote.answer("get k 2", 10)
+    remote.sent("set k")
+    remote.answer("set k", WRITTEN)
+    remote.sent("set k")
+    remote.answer("set k", {"old_value": 1, "new_value": 2, "existed": True})
+    remote.sent("get k")
+    remote.answer("get k", 2)
+
+    assert [reply.get(timeout=PATIENCE_S) for reply in (first, second, last)] == [10, 10, 2]
+    assert (write.get(timeout=PATIENCE_S).created, other.get(timeout=PATIENCE_S).created) == (True, False)
+
+
+def test_a_list_waits_for_the_writes_before_it_and_not_for_later_ones(engine: Engine, remote: PlayedRemote) -> None:
+    begin(engine, messages.Set("s", "a", 1))
+    begin(engine, messages.Get("s", "b"))
+    listed = begin(engine, messages.List("s"))
+    begin(engine, messages.Set("s", "c", 1))
+    remote.sent("set a", "get b", "set c")
+
+    remote.answer("set a", WRITTEN)
+    remote.sent("get b", "set c", "list")
+    remote.answer("list", [1])
+
+    assert listed.get(timeout=PATIENCE_S) == [1]
+    remote.answer("get b")
+    remote.answer("set c", WRITTEN)
+
+
+def test_events_come_in_the_order_of_the_answers_and_before_them(engine: Engine, remote: PlayedRemote) -> None:
+    seen = Seen()
+    engine.on_change()(seen)
+    replies = {key: begin(engine, messages.Set("s", key, 1)) for key in "abc"}
+    remote.sent("set a", "set b", "set c")
+
+    remote.answer("set c", WRITTEN)
+    remote.answer("set a", error=NotConnected("nothing was sent"))
+    remote.answer("set b", WRITTEN)
+    replies["b"].get(timeout=PATIENCE_S)
+    engine.drain(PATIENCE_S)
+
+    assert [(event.key, event.sequence) for event in seen.events] == [("c", 1), ("b", 2)]
+    with pytest.raises(StorageError, match="nothing was sent"):
+        replies["a"].get(timeout=PATIENCE_S)
+
+
+def test_a_trigger_that_comes_between_call_and_answer_sees_the_change(engine: Engine, remote: PlayedRemote) -> None:
+    begin(engine, messages.Set("s", "k", 1))
+    remote.sent("set k")
+    seen = Seen()
+    engine.on_change(scope="s", key="k")(seen)
+
+    remote.answer("set k", WRITTEN)
+
+    assert [event.new_value for event in seen.wait_for(1)] == [1]
+
+
+def test_drain_waits_for_calls_that_are_under_way(engine: Engine, remote: PlayedRemote) -> None:
+    engine.on_change()(Seen())
+    begin(engine, messages.Set("s", "k", 1))
+    remote.sent("set k")
+
+    with pytest.raises(ReplyTimeout):
+        engine.drain(0.02)
+    remote.answer("set k", WRITTEN)
+    engine.drain(PATIENCE_S)
+
+
+def test_answers_get_in_however_full_the_mailbox_is(engine: Engine, remote: PlayedRemote) -> None:
+    under_way = begin(engine, messages.Set("s", "k", 1))
+    remote.sent("set k")
+    actor = engine._scopes["s"]
+    actor._claim["holder"] = -1  # as if its turn ran on some other thread
+    waiting = [begin(engine, messages.Get("s", "other")) for _ in range(5)]
+    with pytest.raises(Overloaded):
+        begin(engine, messages.Get("s", "other"))
+
+    remote.answer("set k", WRITTEN)
+    del actor._claim["holder"]
+    actor.wake()
+
+    assert under_way.get(timeout=PATIENCE_S).created
+    # Taken in before the answer, while the write still counted: one call too many.
+    with pytest.raises(Overloaded, match="as many as scope_mailbox allows"):
+        waiting.pop().get(timeout=PATIENCE_S)
+    remote.sent("get other", "get other 2", "get other 3", "get other 4")
+    for label in list(remote.open):
+        remote.answer(label)
+    assert [reply.get(timeout=PATIENCE_S) for reply in waiting] == [None] * 4
+
+
+def test_more_calls_under_way_than_the_limit_are_refused(engine: Engine, remote: PlayedRemote) -> None:
+    replies = [begin(engine, messages.Set("s", key, 1)) for key in "abcde"]
+    remote.sent("set a", "set b", "set c", "set d", "set e")
+
+    with pytest.raises(Overloaded, match="as many as scope_mailbox allows; nothing was done"):
+        begin(engine, messages.Set("s", "f", 1)).get(timeout=PATIENCE_S)
+
+    for label in list(remote.open):
+        remote.answer(label, WRITTEN)
+    assert all(reply.get(timeout=PATIENCE_S).created for reply in replies)
+
+
+def test_a_connection_closed_for_good_fails_the_call(engine: Engine, remote: PlayedRemote) -> None:
+    remote.close()
+
+    with pytest.raises(StorageError, match="the connection is closed"):
+        engine.set("s", "k", 1)
+
+
+def test_an_answer_after_the_engine_closed_reaches_its_caller_and_fires_nothing(
+    engine: Engine, remote: PlayedRemote, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = Seen()
+    engine.on_change()(seen)
+    reply = begin(engine, messages.Set("s", "k", 1))
+    remote.sent("set k")
+    engine.close()
+
+    remote.answer("set k", WRITTEN)
+
+    assert reply.get(timeout=PATIENCE_S).created
+    assert seen.events == []
+    assert "its event is not delivered" in caplog.text
+
+
+def test_a_bug_in_reading_an_answer_hangs_nobody(
+    engine: Engine, remote: PlayedRemote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("scopestate.actors.remote.read_answer", broken)
+    reply = begin(engine, messages.Get("s", "k"))
+    remote.sent("get k")
+    remote.answer("get k", 1)
+
+    with pytest.raises(StorageError, match="a bug"):
+        reply.get(timeout=PATIENCE_S)

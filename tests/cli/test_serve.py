@@ -1,0 +1,183 @@
+"""`serve`: an engine with its server as a program, ended by signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import PATIENCE_S, Program, Run
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from scopestate import Engine
+from scopestate.cli_serve import StatusLine, describe_adapter
+from scopestate.config import AdapterConfig, BridgeConfig, KvConfig
+from scopestate.server import Server
+
+
+def config_file(folder: Path, more: str = "") -> Path:
+    file = folder / "engine.yaml"
+    file.write_text(
+        "workers:\n"
+        f"- {{name: iii-state, config: {{adapter: {{name: kv, config: {{store_method: file_based,"
+        f" file_path: {folder}/store, save_interval_ms: 86400000}}}}}}}}\n"
+        "- {name: iii-worker-manager, config: {port: 0}}\n" + more
+    )
+    return file
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_everything_saved(number: int, program: type[Program], cli: Run, tmp_path: Path) -> None:
+    served = program("serve", str(config_file(tmp_path)), "--json")
+    facts = json.loads(served.line())
+    assert facts["pid"] == served.process.pid
+    assert facts["state"] == f"{tmp_path}/store, saved every 86400000 ms"
+
+    assert cli("set", "users", "k", '{"n": 1}', "--url", facts["url"]).code == 0
+    ended = served.signal(number)
+
+    assert ended.code == 0
+    assert "stopped, everything is saved" in ended.err
+    assert "Traceback" not in ended.err
+    exported = cli("store", "export", str(tmp_path / "store")).out
+    assert '{"scope":"users","key":"k","value":{"n":1}}' in exported
+
+
+def test_workers_are_told_to_come_back(program: type[Program]) -> None:
+    served = program("serve", "--port", "0", "--json")
+    with connect(json.loads(served.line())["url"]) as worker:
+        assert json.loads(worker.recv(PATIENCE_S))["type"] == "workerregistered"
+        assert served.signal(signal.SIGTERM).code == 0
+        with pytest.raises(ConnectionClosed) as closed:
+            worker.recv(PATIENCE_S)
+
+    # Not 1000 or 1001, after which a Python SDK never reconnects (PROTOCOL, section 9).
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1012
+
+
+def test_without_a_file_state_is_in_memory(program: type[Program], cli: Run) -> None:
+    served = program("serve", "--port", "0", "--json")
+    facts = json.loads(served.line())
+
+    assert facts["state"] == "in memory: gone when this ends"
+    assert cli("set", "s", "k", "1", "--url", facts["url"]).code == 0
+    assert served.signal(signal.SIGTERM).code == 0
+
+
+def test_the_banner_says_where_and_how(program: type[Program], tmp_path: Path) -> None:
+    served = program("serve", str(config_file(tmp_path)))
+    lines: list[str] = []
+    while not any(line.startswith("process") for line in lines):
+        lines.append(served.error_line())
+        assert len(lines) < 50, lines
+    served.signal(signal.SIGTERM)
+
+    banner = "\n".join(lines)
+    for words in ("ws://127.0.0.1:", str(tmp_path / "engine.yaml"), f"{tmp_path}/store", "no TLS", "Ctrl-C"):
+        assert words in banner
+
+
+def test_configured_functions_of_the_current_folder_run(program: type[Program], cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "served_handlers.py").write_text("def double(data): return data['n'] * 2\n")
+    config_file(tmp_path, "functions: {app::double: 'served_handlers:double'}\n")
+    served = program("serve", "engine.yaml", "--json", cwd=tmp_path)
+    url = json.loads(served.line())["url"]
+
+    assert cli("call", "app::double", '{"n": 4}', "--url", url).json == 8
+    assert served.signal(signal.SIGTERM).code == 0
+
+
+def test_mistakes_in_the_file_stop_it_before_it_begins(cli: Run, tmp_path: Path) -> None:
+    file = config_file(tmp_path, "limits: {scope_mailbox: none}\n")
+
+    result = cli("serve", str(file))
+
+    assert result.code == 3
+    assert "engine.yaml:4" in result.err
+
+
+def test_a_port_in_use_is_named(program: type[Program], server: Server) -> None:
+    result = program("serve", "--port", str(server.port)).wait()
+
+    assert result.code == 3
+    assert f"cannot listen on 127.0.0.1:{server.port}" in result.err
+
+
+def test_a_store_in_use_is_named(program: type[Program], tmp_path: Path) -> None:
+    file = config_file(tmp_path)
+    first = program("serve", str(file), "--json")
+    first.line()
+
+    second = program("serve", str(file)).wait()
+
+    assert second.code == 4
+    assert f"process {first.process.pid}" in second.err
+    assert first.signal(signal.SIGTERM).code == 0
+
+
+def test_a_bridge_to_its_own_address_is_refused(program: type[Program], tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text("workers:\n- {name: iii-state, config: {adapter: {name: bridge}}}\n")
+
+    result = program("serve", str(file)).wait()
+
+    assert result.code == 3
+    assert "on which this engine itself listens" in result.err
+
+
+def test_at_a_terminal_it_shows_a_status_line(tmp_path: Path) -> None:
+    main_end, program_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scopestate", "serve", "--port", "0"],
+        stderr=program_end,
+        stdout=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},
+    )
+    os.close(program_end)
+    shown = b""
+    while b"calls/s" not in shown:
+        shown += os.read(main_end, 4096)
+    process.send_signal(signal.SIGINT)
+    while b"stopped" not in shown:
+        shown += os.read(main_end, 4096)
+    assert process.wait(PATIENCE_S) == 0
+    os.close(main_end)
+
+    assert b"0 workers" in shown
+
+
+def test_the_status_line_counts_by_the_clock(engine: Engine) -> None:
+    now = [100.0]
+    with Server(engine, port=0) as server:
+        line = StatusLine(server, clock=lambda: now[0])
+        engine.set("s", "k", 1)
+        line.text()
+        now[0] += 2.0
+        for _ in range(10):
+            engine.get("s", "k")
+        text = line.text().plain
+
+    assert "| 5 calls/s |" in text
+    assert "1 scopes, 1 keys in memory" in text
+    assert "up 0:00:02" in text
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        (AdapterConfig("kv"), "in memory: gone when this ends"),
+        (AdapterConfig("kv", KvConfig("file_based", "/data", durability="commit")), "/data, saved on each write"),
+        (AdapterConfig("bridge", BridgeConfig("ws://far:1", token="s3cret")), "bridge to ws://far:1, local events"),
+    ],
+)
+def test_where_the_state_is_in_words(adapter: Any, words: str) -> None:
+    assert describe_adapter(adapter) == words

@@ -1,0 +1,103 @@
+"""Servers for the tests: on a free port, on a thread of their own, and nothing may be left of them."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import raw, sdks`
+
+from raw import PATIENCE_S, RawWorker
+from sdks import SdkWorker
+
+from scopestate import Engine, lifecycle
+from scopestate.config import ServerConfig, from_mapping
+from scopestate.server import Server
+
+OpenServer = Callable[..., Server]
+OpenRaw = Callable[..., RawWorker]
+OpenSdk = Callable[..., SdkWorker]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail if an engine, or a thread of an engine or a server, outlives its test."""
+    before = set(threading.enumerate())
+    yield
+    assert [engine for engine in list(lifecycle._live) if not engine.closed] == []
+    ours = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("scopestate")]
+    for thread in ours:
+        thread.join(PATIENCE_S)
+    assert [thread.name for thread in ours if thread.is_alive()] == []
+
+
+@pytest.fixture
+def engine(nothing_left_behind: None) -> Iterator[Engine]:
+    """An engine in memory."""
+    with Engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def open_server(engine: Engine) -> Iterator[OpenServer]:
+    """Start servers: `open_server(call_timeout_ms=100, ...)` as in the `iii-worker-manager` entry."""
+    opened: list[Server] = []
+
+    def open_(**config: Any) -> Server:
+        config.setdefault("port", 0)
+        server = Server(config.pop("engine", engine), config=server_config(config)).start()
+        opened.append(server)
+        return server
+
+    yield open_
+    for server in reversed(opened):
+        server.stop()
+
+
+def server_config(config: dict[str, Any]) -> ServerConfig:
+    """Read the `config:` of an `iii-worker-manager` entry."""
+    read = from_mapping([{"name": "iii-worker-manager", "config": config}]).server
+    assert read is not None
+    return read
+
+
+@pytest.fixture
+def server(open_server: OpenServer) -> Server:
+    """A server on a free port of this machine."""
+    return open_server()
+
+
+@pytest.fixture
+def connect(request: pytest.FixtureRequest) -> Iterator[OpenRaw]:
+    """Connect raw workers: `connect()` to the server of this test, `connect(other_server)` to another one."""
+    opened: list[RawWorker] = []
+
+    def open_(to: Server | None = None, **options: Any) -> RawWorker:
+        worker = RawWorker((to or request.getfixturevalue("server")).url, **options)
+        opened.append(worker)
+        return worker
+
+    yield open_
+    for worker in opened:
+        worker.close()
+
+
+@pytest.fixture
+def start_sdk(request: pytest.FixtureRequest) -> Iterator[OpenSdk]:
+    """Start workers on the official SDKs: `start_sdk("node-0.11.6")`."""
+    started: list[SdkWorker] = []
+
+    def start(sdk: str, to: Server | None = None, **options: Any) -> SdkWorker:
+        worker = SdkWorker(sdk, (to or request.getfixturevalue("server")).url, **options)
+        started.append(worker)
+        return worker
+
+    yield start
+    for worker in started:
+        if worker.process.poll() is None:
+            worker.kill()

@@ -1,0 +1,280 @@
+"""Slow readers, workers that never answer, floods, crowds: memory stays bounded and nobody else is harmed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from conftest import OpenRaw, server_config
+from raw import PATIENCE_S
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from scopestate import Engine
+from scopestate.config import ServerConfig
+from scopestate.errors import RemoteFailure
+from scopestate.server import Server
+
+MEBIBYTE = 1024 * 1024
+
+
+def memory() -> int:
+    return psutil.Process().memory_info().rss
+
+
+class Deaf:
+    """A worker that sends and never reads: a bare socket."""
+
+    def __init__(self, server: Server) -> None:
+        self.socket = socket.create_connection((server.host, server.port), timeout=PATIENCE_S)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        )
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += self.socket.recv(1)
+
+    def send(self, message: dict[str, Any] | bytes, opcode: int = 0x81) -> None:
+        """Send one frame, masked with zeros."""
+        payload = message if isinstance(message, bytes) else json.dumps(message).encode()
+        size = len(payload)
+        head = bytes([opcode, 0x80 | size]) if size < 126 else bytes([opcode, 0xFE]) + size.to_bytes(2, "big")
+        self.socket.sendall(head + bytes(4) + payload)
+
+    def invoke(self, function_id: str, data: Any) -> None:
+        """Send a call."""
+        invocation_id = str(uuid.uuid4())
+        self.send({"type": "invokefunction", "invocation_id": invocation_id, "function_id": function_id, "data": data})
+
+    def invoke_for_ever(self, function_id: str, data: Any) -> None:
+        """Send calls until nobody takes them."""
+        while True:
+            self.invoke(function_id, data)
+
+
+@pytest.fixture
+def deaf(server: Server) -> Iterator[Deaf]:
+    worker = Deaf(server)
+    yield worker
+    worker.socket.close()
+
+
+def test_nothing_more_is_read_from_a_worker_that_does_not_read(deaf: Deaf, connect: OpenRaw, engine: Engine) -> None:
+    engine.set("s", "big", "x" * MEBIBYTE)
+    other = connect()
+    before = memory()
+
+    deaf.socket.settimeout(0.5)
+    with pytest.raises(TimeoutError):  # the server stops reading, so in the end sending waits
+        deaf.invoke_for_ever("state::get", {"scope": "s", "key": "big"})
+
+    assert memory() - before < 64 * MEBIBYTE
+    assert other.call("state::get", {"scope": "s", "key": "none"}) is None
+
+
+def test_a_worker_that_lets_too_much_wait_is_cut_off(connect: OpenRaw, caplog: pytest.LogCaptureFixture) -> None:
+    with Engine() as engine, Server(engine, config=small(max_unsent_bytes=2 * MEBIBYTE)) as tight:
+        deaf, caller, other = Deaf(tight), connect(tight), connect(tight)
+        deaf.send({"type": "registerfunction", "id": "deaf.f"})
+        while "deaf.f" not in {entry["name"] for entry in engine.functions()}:
+            other.settle()
+
+        before = memory()
+        for _ in range(40):
+            caller.invoke("deaf.f", "x" * MEBIBYTE)
+        codes = {caller.receive()["error"]["code"] for _ in range(40)}
+
+        assert codes <= {"invocation_stopped", "function_not_found"}
+        assert "invocation_stopped" in codes
+        assert memory() - before < 64 * MEBIBYTE
+        assert other.call("state::list_groups", {}) == {"groups": []}
+        assert "it reads too slowly" in caplog.text
+        deaf.socket.close()
+
+
+def small(**config: Any) -> ServerConfig:
+    return server_config({"port": 0, **config})
+
+
+def test_a_worker_that_never_answers_gets_its_callers_a_timeout(connect: OpenRaw) -> None:
+    with Engine() as engine, Server(engine, config=small(call_timeout_ms=200)) as hasty:
+        silent, caller = connect(hasty), connect(hasty)
+        silent.register("silent.f")
+
+        error = caller.ask("silent.f", {})["error"]
+        assert error == {"code": "TIMEOUT", "message": "function 'silent.f' did not answer within 0.2 s"}
+        with pytest.raises(RemoteFailure) as caught:
+            engine.call("silent.f", {})
+        assert caught.value.code == "TIMEOUT"
+
+        late = silent.take("silent.f")
+        silent.answer(late, result="too late")
+        silent.take("silent.f")
+        silent.settle()
+        assert caller.ask("state::list_groups", {})["result"] == {"groups": []}
+
+
+def test_a_handler_that_never_answers_holds_up_nobody_else(connect: OpenRaw) -> None:
+    with Engine() as engine, Server(engine, config=small(max_waiting_events=1_000)) as strict:
+        silent, busy = connect(strict), connect(strict)
+        silent.register("silent.on")
+        silent.trigger("silent.on", {"scope": "s"})
+        busy.register("busy.on")
+        busy.trigger("busy.on", {"scope": "s", "key": "last"})
+
+        for number in range(2_000):
+            engine.set("s", "k", number)
+        engine.set("s", "last", 1)
+
+        busy.answer(busy.take("busy.on"))
+        code, reason = silent.closed_with()
+        assert code == 1008
+        assert "events wait for its function 'silent.on'" in reason
+        engine.drain(timeout=PATIENCE_S)
+
+
+def test_a_flood_of_registrations_is_closed_with_the_reason(connect: OpenRaw) -> None:
+    with Engine() as engine, Server(engine, config=small(max_registrations=100)) as strict:
+        flooding, other = connect(strict), connect(strict)
+        for number in range(101):
+            flooding.send({"type": "registerfunction", "id": f"f{number}"})
+
+        assert flooding.closed_with() == (1008, "more than 100 functions and triggers registered")
+        assert other.call("state::list_groups", {}) == {"groups": []}
+        while len(engine.functions()) > 6:
+            other.settle()
+
+
+def test_a_flood_of_garbage_is_closed_with_the_reason(connect: OpenRaw) -> None:
+    flooding, other = connect(), connect()
+
+    with contextlib.suppress(ConnectionClosed):  # it may be told while it is still sending
+        for _ in range(5_000):
+            flooding.send("garbage")
+
+    assert flooding.closed_with() == (1008, "more than 1000 messages that are none")
+    assert other.call("state::list_groups", {}) == {"groups": []}
+
+
+def test_a_flood_of_calls_leaves_the_others_their_turn(server: Server, connect: OpenRaw, engine: Engine) -> None:
+    engine.set("s", "k", 1)
+    flooding, other = connect(), connect()
+    stop = threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            for _ in range(500):
+                flooding.invoke("state::get", {"scope": "s", "key": "k"})
+            for _ in range(500):
+                flooding.receive()
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        for _ in range(200):
+            assert other.call("state::get", {"scope": "s", "key": "k"}) == 1
+    finally:
+        stop.set()
+        thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+def test_a_thousand_idle_connections(server: Server, connect: OpenRaw, engine: Engine) -> None:
+    crowd = [Deaf(server) for _ in range(1_000)]
+    worker = connect()
+    worker.register("on")
+    worker.trigger("on", {"scope": "s"})
+
+    engine.set("s", "k", 1)
+    worker.answer(worker.take("on"))
+    assert server.status().workers == 1_001
+
+    for idle in crowd:
+        idle.socket.close()
+    while server.status().workers > 1:
+        worker.settle()
+
+
+def test_more_connections_than_allowed_are_answered_503(connect: OpenRaw) -> None:
+    with Engine() as engine, Server(engine, config=small(max_connections=2)) as strict:
+        first, _ = connect(strict), connect(strict)
+        with pytest.raises(InvalidStatus, match="503"):
+            connect(strict)
+        assert first.call("state::list_groups", {}) == {"groups": []}
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        ([(0xC1, b"{}")], 1002),  # a reserved bit
+        ([(0x80, b"{}")], 1002),  # a continuation of nothing
+        ([(0x01, b"{"), (0x81, b"}")], 1002),  # a message within a message
+        ([(0x83, b"")], 1002),  # an opcode that does not exist
+        ([(0x09, b"")], 1002),  # a ping in pieces
+        ([(0x81, b"\xff")], 1007),
+        ([(0x01, b"\xc3"), (0x80, b"\x28")], 1007),
+    ],
+)
+def test_broken_frames_close_with_the_code_that_the_rfc_names(
+    server: Server, connect: OpenRaw, frames: list[tuple[int, bytes]], code: int
+) -> None:
+    broken, other = Deaf(server), connect()
+
+    for opcode, payload in frames:
+        broken.send(payload, opcode)
+
+    assert closing_code(broken.socket) == code
+    assert other.call("state::list_groups", {}) == {"groups": []}
+    broken.socket.close()
+
+
+def closing_code(from_server: socket.socket) -> int:
+    """Read frames until the close frame; return its code."""
+    stream = from_server.makefile("rb")
+    while True:
+        opcode, size = stream.read(2)
+        if size == 126:
+            size = int.from_bytes(stream.read(2), "big")
+        payload = stream.read(size)
+        if opcode == 0x88:
+            return int.from_bytes(payload[:2], "big")
+
+
+def test_a_character_in_two_fragments_is_text(server: Server) -> None:
+    split = Deaf(server)
+    ping = '{"type":"ping","é":1}'.encode()
+    where = ping.index("é".encode()) + 1
+
+    split.send(ping[:where], 0x01)
+    split.send(ping[where:], 0x80)
+
+    stream = split.socket.makefile("rb")
+    messages = [stream.read(stream.read(2)[1]) for _ in range(2)]
+    assert messages[1] == b'{"type":"pong"}'
+    split.socket.close()
+
+
+def test_calls_wait_for_a_store_without_holding_up_others(connect: OpenRaw, tmp_path: Any) -> None:
+    store = {"name": "kv", "config": {"store_method": "file_based", "file_path": str(tmp_path), "durability": "commit"}}
+    config = {"workers": [{"name": "iii-state", "config": {"adapter": store}}]}
+    with Engine.from_config(config) as engine, Server(engine, port=0) as server:
+        worker = connect(server)
+        events: queue.Queue[Any] = queue.Queue()
+        engine.on_change(scope="s")(events.put)
+
+        ids = [worker.invoke("state::set", {"scope": "s", "key": f"k{n}", "value": n}) for n in range(100)]
+        answers = {answer["invocation_id"]: answer for answer in (worker.receive() for _ in ids)}
+
+        assert set(answers) == set(ids)
+        assert all("error" not in answer for answer in answers.values())
+        assert worker.call("state::list", {"scope": "s"}) == list(range(100))
+        assert [events.get(timeout=PATIENCE_S).new_value for _ in range(100)] == list(range(100))

@@ -1,0 +1,405 @@
+"""One worker's conversation without a socket: PROTOCOL sections 1 to 4, and the limits."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from msgspec import Raw
+
+from scopestate.wire.frames import InvocationResult, InvokeFunction, RegisterFunction, RegisterTrigger
+from scopestate.wire.session import (
+    Answered,
+    Close,
+    Send,
+    SessionLimits,
+    WorkerSession,
+    fresh_id,
+    stopped,
+    with_caller,
+)
+
+ID = "0b0a1111-2222-4333-8444-555566667777"
+OTHER_ID = "1c1b1111-2222-4333-8444-555566667777"
+
+
+def session(**limits: int) -> WorkerSession:
+    return WorkerSession("worker-1", SessionLimits(**limits))
+
+
+def say(to: WorkerSession, message: dict[str, Any] | str | bytes, *, text: bool = True) -> Any:
+    if isinstance(message, dict):
+        message = json.dumps(message)
+    return to.receive(message.encode() if isinstance(message, str) else message, text)
+
+
+def invoke(function_id: str = "f", **fields: Any) -> dict[str, Any]:
+    return {"type": "invokefunction", "function_id": function_id, "invocation_id": ID, "data": {}, **fields}
+
+
+def sent(message: bytes | None) -> Any:
+    assert message is not None
+    return json.loads(message)
+
+
+def test_the_greeting_names_the_worker() -> None:
+    assert sent(session().greeting()) == {"type": "workerregistered", "worker_id": "worker-1"}
+
+
+def test_a_json_ping_is_answered() -> None:
+    action = say(session(), {"type": "ping"})
+
+    assert isinstance(action, Send)
+    assert sent(action.message) == {"type": "pong"}
+
+
+# ------------------------------------------------------------------------------------------------- what is dropped
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "",
+        "   \n",
+        "nonsense",
+        "[]",
+        "null",
+        '"text"',
+        "{}",
+        '{"type": null}',
+        '{"type": "InvokeFunction", "function_id": "f", "data": {}}',
+        '{"type": "reattach", "previous_worker_id": "w"}',
+        '{"type": "workerregistered", "worker_id": "me"}',
+        '{"type": "invokefunction", "data": {}}',
+        '{"type": "invokefunction", "function_id": 1, "data": {}}',
+        '{"type": "invokefunction", "function_id": "f", "data": {}, "action": {"type": "later"}}',
+        '{"type": "invokefunction", "function_id": "f", "data": {}, "action": {"type": "enqueue"}}',
+        '{"type": "invokefunction", "function_id": "f", "data": {}, "action": "void"}',
+        '{"type": "invokefunction", "function_id": "f", "data": {}, "invocation_id": "1"}',
+        '{"type": "invokefunction", "function_id": "f", "invocation_id": "zzzzzzzz-zzzz-zzzz-zzzz-zzzzzzzzzzzz"}',
+        '{"type": "invokefunction", "function_id": "f", "data": {}',
+        '{"type": "invokefunction", "function_id": "f", "data": 01}',
+        '{"type": "registertrigger", "id": "t", "trigger_type": "state", "function_id": "f"}',
+        '{"type": "registertriggertype", "id": "t"}',
+        '{"type": "invocationresult", "function_id": "f"}',
+        '{"type": "registerservice", "id": "s", "name": "x"}',
+        '{"type": "pong"}',
+        "[" * 100_000,
+        '{"type": "invokefunction", "function_id": "f", "data": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    ],
+)
+def test_what_is_no_message_is_dropped_without_a_reply(message: str) -> None:
+    worker = session()
+
+    assert say(worker, message) is None
+    assert worker.closed is False
+    assert isinstance(say(worker, {"type": "ping"}), Send)
+
+
+def test_dropped_messages_are_logged_ten_times_at_most(caplog: pytest.LogCaptureFixture) -> None:
+    worker = session()
+
+    with caplog.at_level(logging.WARNING, "scopestate.wire"):
+        for _ in range(100):
+            say(worker, "nonsense")
+
+    assert len(caplog.records) == 10
+    assert "worker-1" in caplog.text
+
+
+def test_too_many_messages_that_are_none_close_the_connection() -> None:
+    worker = session(faults=20)
+    for _ in range(20):
+        assert say(worker, "nonsense") is None
+
+    closing = say(worker, "nonsense")
+
+    assert closing == Close(1008, "more than 20 messages that are none")
+    assert say(worker, {"type": "ping"}) is None
+
+
+def test_good_messages_make_up_for_bad_ones() -> None:
+    worker = session(faults=2)
+
+    for _ in range(50):
+        assert say(worker, "nonsense") is None
+        assert isinstance(say(worker, {"type": "ping"}), Send)
+
+
+def test_text_that_is_not_utf8_closes_with_1007_and_binary_is_dropped() -> None:
+    bad = b'{"type":"invokefunction","function_id":"f","data":"\xff"}'
+
+    assert say(session(), bad, text=False) is None
+    closing = say(session(), bad)
+    assert isinstance(closing, Close)
+    assert closing.code == 1007
+
+
+@pytest.mark.parametrize("start", [b"OTLP", b"MTRC", b"LOGS"])
+def test_binary_telemetry_is_thrown_away_and_other_binary_is_json(start: bytes) -> None:
+    worker = session(faults=1)
+
+    for _ in range(10):
+        assert say(worker, start + b"{}", text=False) is None
+    assert isinstance(say(worker, b'{"type":"ping"}', text=False), Send)
+
+
+def test_unknown_fields_are_ignored() -> None:
+    call = say(session(), invoke(message_type="invokefunction", namespace="default", caller=None, observe_depth=3))
+
+    assert isinstance(call, InvokeFunction)
+
+
+# --------------------------------------------------------------------------------------------------------- calls
+
+
+def test_a_call_is_answered_with_its_id_function_and_trace() -> None:
+    worker = session()
+    call = say(worker, invoke("state::get", traceparent="00-a-b-01", baggage="k=v"))
+
+    assert sent(worker.answer(call, b'{"n":1}')) == {
+        "type": "invocationresult",
+        "invocation_id": ID,
+        "function_id": "state::get",
+        "result": {"n": 1},
+        "traceparent": "00-a-b-01",
+        "baggage": "k=v",
+    }
+
+
+def test_no_value_has_neither_result_nor_error_and_null_is_a_value() -> None:
+    worker = session()
+
+    nothing = sent(worker.answer(say(worker, invoke("state::get"))))
+    null = sent(worker.answer(say(worker, invoke("state::get")), b"null"))
+
+    assert nothing == {"type": "invocationresult", "invocation_id": ID, "function_id": "state::get"}
+    assert null == {**nothing, "result": None}
+
+
+def test_an_odd_function_id_is_quoted_in_the_answer() -> None:
+    worker = session()
+    odd = 'a"b\\c\u2028é'
+
+    assert sent(worker.answer(say(worker, invoke(odd)), b"1"))["function_id"] == odd
+
+
+@pytest.mark.parametrize("fields", [{"invocation_id": None}, {"action": {"type": "void"}}])
+def test_nobody_waits_for_a_call_without_an_id_or_with_void(fields: dict[str, Any]) -> None:
+    worker = session()
+    call = say(worker, invoke(**fields))
+
+    assert isinstance(call, InvokeFunction)
+    assert worker.answer(call, b"1") is None
+
+
+def test_an_enqueued_call_is_refused_if_anybody_waits() -> None:
+    action = {"type": "enqueue", "queue": "default"}
+
+    refused = say(session(), invoke(action=action))
+
+    assert sent(refused.message)["error"] == {"code": "enqueue_error", "message": "QueueModule not loaded"}
+    assert say(session(), invoke(action=action, invocation_id=None)) is None
+
+
+def test_absent_data_is_taken_as_null() -> None:
+    worker = session()
+    call = say(worker, {"type": "invokefunction", "function_id": "f", "invocation_id": ID})
+
+    started = worker.execute("f", call.data, lambda _: None)
+
+    assert started is not None
+    assert sent(started[1])["data"] is None
+
+
+def test_too_many_calls_in_progress_are_answered_overloaded() -> None:
+    worker = session(calls=2)
+    first = say(worker, invoke())
+    say(worker, invoke())
+
+    refused = say(worker, invoke())
+
+    assert sent(refused.message)["error"]["code"] == "OVERLOADED"
+    worker.answer(first)
+    assert isinstance(say(worker, invoke()), InvokeFunction)
+
+
+# ----------------------------------------------------------------------------------------- the caller's id in the data
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("{}", {"_caller_worker_id": "w"}),
+        ('{ "a" : 1 }', {"a": 1, "_caller_worker_id": "w"}),
+        ('{"_caller_worker_id":"forged"}', {"_caller_worker_id": "w"}),
+        ('{"\\u005fcaller_worker_id":"forged","b":2}', {"_caller_worker_id": "w", "b": 2}),
+        ('{"text":"_caller_worker_id"}', {"text": "_caller_worker_id", "_caller_worker_id": "w"}),
+        ("[1]", [1]),
+        ("1", 1),
+        ('"{}"', "{}"),
+        ("null", None),
+    ],
+)
+def test_the_caller_is_named_in_objects_only(data: str, expected: Any) -> None:
+    named = bytes(with_caller(Raw(data.encode()), "w"))
+
+    assert json.loads(named) == expected
+    assert b"forged" not in named
+
+
+# ------------------------------------------------------------------------------------------------- executing calls
+
+
+def answer(invocation_id: str, **outcome: Any) -> dict[str, Any]:
+    return {"type": "invocationresult", "invocation_id": invocation_id, "function_id": "f", **outcome}
+
+
+def test_an_executed_call_keeps_the_callers_id_and_its_answer_is_passed_on() -> None:
+    caller, executor = session(), session()
+    call = say(caller, invoke("f", traceparent="tp"))
+    started = executor.execute("f", call.data, lambda _: None, invocation_id=call.invocation_id, traceparent="tp")
+    assert started is not None
+    assert sent(started[1]) == {
+        "type": "invokefunction",
+        "invocation_id": ID,
+        "function_id": "f",
+        "data": {},
+        "traceparent": "tp",
+    }
+
+    answered = say(executor, answer(ID, result={"ok": True}))
+
+    assert isinstance(answered, Answered)
+    assert answered.execution is started[0]
+    assert sent(caller.pass_on(call, answered.frame)) == {
+        "type": "invocationresult",
+        "invocation_id": ID,
+        "function_id": "f",
+        "result": {"ok": True},
+        "traceparent": "tp",
+    }
+
+
+@pytest.mark.parametrize("outcome", [{}, {"result": None}, {"result": None, "error": None}])
+def test_an_answer_of_null_or_nothing_is_no_value(outcome: dict[str, Any]) -> None:
+    caller, executor = session(), session()
+    call = say(caller, invoke())
+    executor.execute("f", call.data, lambda _: None, invocation_id=ID)
+
+    passed = sent(caller.pass_on(call, say(executor, answer(ID, **outcome)).frame))
+
+    assert passed == {"type": "invocationresult", "invocation_id": ID, "function_id": "f"}
+
+
+def test_an_error_wins_over_a_result_and_is_passed_on_unchanged() -> None:
+    caller, executor = session(), session()
+    call = say(caller, invoke())
+    executor.execute("f", call.data, lambda _: None, invocation_id=ID)
+    error = {"code": "invocation_failed", "message": "no", "stacktrace": "line 1"}
+
+    passed = sent(caller.pass_on(call, say(executor, answer(ID, result=1, error=error)).frame))
+
+    assert passed == {"type": "invocationresult", "invocation_id": ID, "function_id": "f", "error": error}
+
+
+def test_late_unknown_and_second_answers_are_ignored() -> None:
+    executor = session()
+    started = executor.execute("f", Raw(b"{}"), lambda _: None, invocation_id=ID)
+    assert started is not None
+
+    assert say(executor, answer(OTHER_ID, result=1)) is None
+    assert isinstance(say(executor, answer(ID, result=1)), Answered)
+    assert say(executor, answer(ID, result=1)) is None
+    assert started[0].forget() is False
+
+
+def test_an_id_that_is_in_use_is_replaced_by_a_fresh_one() -> None:
+    executor = session()
+    first = executor.execute("f", Raw(b"{}"), lambda _: None, invocation_id=ID)
+    second = executor.execute("f", Raw(b"{}"), lambda _: None, invocation_id=ID)
+
+    assert first is not None
+    assert second is not None
+    assert first[0].invocation_id == ID
+    assert second[0].invocation_id != ID
+    assert first[0].forget() is True
+    assert list(executor.executing.values()) == [second[0]]
+
+
+def test_a_worker_executes_no_more_than_its_limit() -> None:
+    executor = session(calls=1)
+
+    assert executor.execute("f", Raw(b"{}"), lambda _: None) is not None
+    assert executor.execute("f", Raw(b"{}"), lambda _: None) is None
+
+
+def test_the_end_gives_back_every_call_and_takes_nothing_more() -> None:
+    executor = session()
+    outcomes: list[InvocationResult] = []
+    for _ in range(3):
+        executor.execute("f", Raw(b"{}"), outcomes.append)
+
+    for execution in executor.end():
+        execution.settle(stopped(execution))
+
+    assert [outcome.error.code for outcome in outcomes if outcome.error] == ["invocation_stopped"] * 3
+    assert say(executor, {"type": "ping"}) is None
+
+
+def test_fresh_ids_are_uuids_and_differ() -> None:
+    import uuid
+
+    ids = [fresh_id() for _ in range(1_000)]
+
+    assert len(set(ids)) == 1_000
+    assert all(str(uuid.UUID(made)) == made for made in ids)
+
+
+# --------------------------------------------------------------------------------------------------- registrations
+
+
+def test_registrations_are_passed_on_as_they_came() -> None:
+    worker = session()
+
+    function = say(worker, {"type": "registerfunction", "id": "f", "metadata": {"team": "x"}})
+    trigger = say(
+        worker, {"type": "registertrigger", "id": "t", "trigger_type": "state", "function_id": "f", "config": {"a": 1}}
+    )
+
+    assert isinstance(function, RegisterFunction)
+    assert bytes(function.metadata) == b'{"team": "x"}'
+    assert isinstance(trigger, RegisterTrigger)
+    assert bytes(trigger.config) == b'{"a": 1}'
+
+
+def test_a_function_called_over_http_is_not_registered() -> None:
+    worker = session()
+
+    assert say(worker, {"type": "registerfunction", "id": "f", "invocation": {"url": "http://x"}}) is None
+    assert say(worker, {"type": "registerfunction", "id": "f", "invocation": None}) is not None
+
+
+def test_too_many_registrations_close_the_connection_and_repeats_do_not_count() -> None:
+    worker = session(registrations=3)
+    for _ in range(10):
+        for name in ("a", "b", "c"):
+            assert isinstance(say(worker, {"type": "registerfunction", "id": name}), RegisterFunction)
+
+    say(worker, {"type": "unregisterfunction", "id": "a"})
+    assert isinstance(say(worker, {"type": "registerfunction", "id": "d"}), RegisterFunction)
+    closing = say(worker, {"type": "registerfunction", "id": "e"})
+
+    assert closing == Close(1008, "more than 3 functions and triggers registered")
+
+
+def test_registrations_of_too_many_bytes_close_the_connection() -> None:
+    worker = session(registration_bytes=1_000)
+    for _ in range(10):
+        assert isinstance(say(worker, {"type": "registerfunction", "id": "f", "metadata": "x" * 800}), RegisterFunction)
+
+    closing = say(worker, {"type": "registerfunction", "id": "g", "metadata": "x" * 800})
+
+    assert closing == Close(1008, "functions and triggers of more than 1000 bytes registered")

@@ -1,0 +1,1 @@
+"""The iii worker protocol: messages, a worker's conversation without a socket, and a client."""

@@ -1,0 +1,402 @@
+"""An asyncio client of the worker protocol: calls, functions and triggers over one connection that comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import random
+import uuid
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Self
+
+import msgspec
+from msgspec import Raw
+
+from scopestate.errors import (
+    ConnectionLost,
+    DeserializationError,
+    NotConnected,
+    Overloaded,
+    RemoteFailure,
+    ScopestateError,
+)
+from scopestate.ops.values import encode as encode_value
+from scopestate.wire import frames
+from scopestate.wire.offered import Handler, OfferedFunctions
+from scopestate.wire.options import DEFAULT_URL, ClientOptions, checked_url, request_headers, tls_context
+from scopestate.wire.pending import Done, PendingCall, PendingCalls
+
+try:
+    from websockets.asyncio.client import ClientConnection, connect
+    from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
+except ImportError as error:  # pragma: no cover - the extra is installed where tests run
+    raise ImportError("a client or bridge needs the extra `wire`: pip install 'scopestate[wire]'") from error
+
+log = logging.getLogger("scopestate.wire.client")
+
+_REFUSALS: Final = frozenset({401, 403, 404})
+"""HTTP statuses that waiting does not mend."""
+
+_FRAME_ROOM: Final = 4096
+"""Bytes of a message beside its payload, generously."""
+
+
+class Client:
+    """One worker: many calls at once over one connection, told apart by their ids.
+
+    It connects in the background and reconnects for ever, with growing pauses; functions and triggers are registered
+    again each time. A call made while there is no connection waits for one; a call that was sent when the connection
+    broke fails with ConnectionLost. Calls are sent in the order in which they are made.
+
+    Thread rules: every method belongs to the event loop on which `start` was called.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        options: ClientOptions | None = None,
+        *,
+        on_change: Callable[[bool, str], object] | None = None,
+        on_trigger_refused: Callable[[ScopestateError], object] | None = None,
+    ) -> None:
+        """`on_change(connected, reason)` is called at each change, and when the first attempt to connect fails.
+
+        `on_trigger_refused(error)` is called when the server does not take a trigger. Raises ConfigError for what
+        cannot be an address.
+        """
+        self.url = checked_url(url)
+        self.options = options or ClientOptions()
+        self._headers = request_headers(self.options)
+        self._tls = tls_context(url, self.options)
+        self._on_change = on_change or (lambda connected, reason: None)
+        self._on_trigger_refused = on_trigger_refused or (lambda error: None)
+        self._functions = OfferedFunctions()
+        self._triggers: dict[str, frames.RegisterTrigger] = {}
+        self._notes: deque[bytes] = deque()
+        self._wake = asyncio.Event()
+        self._up = asyncio.Event()
+        self._calls: PendingCalls | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._why_not: str | None = f"not connected to {self.url} yet"
+        self._refused = False
+        self._closed = False
+        self._told: bool | None = None
+        self.worker_id: str | None = None
+        """The id that the server gave this connection; None without one."""
+        self.connections = 0
+        """How often a connection was made."""
+
+    # ------------------------------------------------------------------------------------------------------- life
+
+    def start(self) -> None:
+        """Begin to connect. In a running event loop."""
+        loop = asyncio.get_running_loop()
+        self._calls = PendingCalls(loop)
+        self._task = loop.create_task(self._keep_connected(), name="scopestate-client")
+
+    async def close(self) -> None:
+        """Close the connection; calls under way fail. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._change("this client is closed")
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._functions.close()
+        if self._calls is not None:
+            self._calls.fail_unsent(self._not_connected)
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def why_not(self) -> str | None:
+        """Why there is no connection; None if there is one."""
+        return self._why_not
+
+    @property
+    def connected(self) -> bool:
+        """True while there is a connection."""
+        return self._why_not is None
+
+    async def wait_connected(self, timeout_s: float | None = None) -> None:
+        """Wait for a connection. Raises NotConnected, which says what went wrong, after `timeout_s`."""
+        try:
+            await asyncio.wait_for(self._up.wait(), timeout_s)
+        except TimeoutError:
+            raise self._not_connected() from None
+
+    # ------------------------------------------------------------------------------------------------------ calling
+
+    def post(self, function_id: str, payload: bytes, done: Done, *, timeout_s: float | None = None) -> PendingCall:
+        """Send a call whose input is the JSON `payload`; `done(result, error)` is called once, after this returns."""
+        calls = self._calls
+        if calls is None:
+            raise RuntimeError("start the client first")
+        options = self.options
+        call = PendingCall(function_id, payload, done, options.call_timeout_s if timeout_s is None else timeout_s)
+        refusal = self._refusal(len(payload))
+        if refusal is not None:
+            asyncio.get_running_loop().call_soon(calls.settle, call, None, refusal)
+            return call
+        wait_s = call.timeout_s if self._why_not is None else options.connect_wait_s
+        calls.add(call, wait_s, lambda: self._why_not)
+        self._wake.set()
+        return call
+
+    def _refusal(self, size: int) -> ScopestateError | None:
+        if self._closed or self._refused:
+            return self._not_connected()
+        if size > self.options.max_message_bytes - _FRAME_ROOM:
+            return DeserializationError(
+                f"the input takes {size} bytes, a message may have {self.options.max_message_bytes}; nothing was sent"
+            )
+        if self._calls is not None and len(self._calls) >= self.options.max_pending:
+            return Overloaded(
+                f"{self.options.max_pending} calls to {self.url} are under way; nothing was sent: slow down"
+            )
+        return None
+
+    async def call_raw(self, function_id: str, payload: bytes, *, timeout_s: float | None = None) -> bytes | None:
+        """Call a function with JSON and return JSON; None for "no value", which is not the same as `null`.
+
+        Raises RemoteFailure (the other side's error), NotConnected (nothing was sent), ConnectionLost and CallTimeout
+        (it may have been carried out).
+        """
+        future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+
+        def done(result: bytes | None, error: ScopestateError | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        call = self.post(function_id, payload, done, timeout_s=timeout_s)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if self._calls is not None:
+                self._calls.forget(call)
+            raise
+
+    async def call(self, function_id: str, data: object = None, *, timeout_s: float | None = None) -> Any:
+        """As `call_raw`, with Python values: "no value" is None."""
+        result = await self.call_raw(function_id, encode_value(data), timeout_s=timeout_s)
+        return None if result is None else msgspec.json.decode(result)
+
+    # ---------------------------------------------------------------------------------------- functions and triggers
+
+    def register_function(
+        self, function_id: str, handler: Handler, *, description: str | None = None, ordered: bool = False
+    ) -> None:
+        """Offer a function, now and on every later connection; the same id again replaces it.
+
+        `ordered`: its calls run one after another, in the order in which they came; else beside each other.
+        """
+        self._note(self._functions.add(function_id, handler, description, ordered=ordered))
+
+    def unregister_function(self, function_id: str) -> None:
+        """Withdraw a function."""
+        if self._functions.remove(function_id):
+            self._note(frames.encode(frames.UnregisterFunction(function_id)))
+
+    def register_trigger(
+        self, trigger_type: str, function_id: str, config: object, *, trigger_id: str | None = None
+    ) -> str:
+        """Bind a function to a trigger, now and on every later connection. Returns the trigger's id."""
+        trigger_id = trigger_id or str(uuid.uuid4())
+        frame = frames.RegisterTrigger(trigger_id, trigger_type, function_id, Raw(encode_value(config)))
+        self._triggers[trigger_id] = frame
+        self._note(frames.encode(frame))
+        return trigger_id
+
+    def unregister_trigger(self, trigger_id: str) -> None:
+        """Take a trigger away."""
+        known = self._triggers.pop(trigger_id, None)
+        if known is not None:
+            self._note(frames.encode(frames.UnregisterTrigger(trigger_id, known.trigger_type)))
+
+    def _note(self, frame: bytes) -> None:
+        """Send a message of this connection; without one it is dropped, and the next connection's replay has it."""
+        if self.connected:
+            self._notes.append(frame)
+            self._wake.set()
+
+    def _note_on(self, connection: int, frame: bytes) -> None:
+        """Send an answer, unless another connection came meanwhile: its server does not know the call."""
+        if connection == self.connections:
+            self._note(frame)
+
+    # --------------------------------------------------------------------------------------------------- connection
+
+    async def _keep_connected(self) -> None:
+        options = self.options
+        delay_s = options.backoff_first_s
+        while not self._closed:
+            before = self.connections
+            reason = await self._connect_once()
+            self._change(f"{reason} ({self.url})")
+            if self._refused:
+                self._pending().fail_unsent(self._not_connected)
+                delay_s = options.backoff_most_s
+            elif self.connections > before:
+                delay_s = options.backoff_first_s
+            await asyncio.sleep(delay_s * random.uniform(0.7, 1.3))
+            delay_s = min(2 * delay_s, options.backoff_most_s)
+
+    async def _connect_once(self) -> str:
+        """Connect and serve the connection until it ends; return why it ended."""
+        try:
+            async with connect(
+                self.url,
+                additional_headers=self._headers,
+                ssl=self._tls,
+                compression=None,
+                proxy=None,
+                max_size=self.options.max_message_bytes,
+                open_timeout=10,
+                close_timeout=2,
+            ) as socket:
+                return await self._serve(socket)
+        except InvalidStatus as error:
+            status = error.response.status_code
+            self._refused = status in _REFUSALS
+            hint = "; is the token right?" if status in {401, 403} else ""
+            return f"the server refused the connection: HTTP {status}{hint}"
+        except InvalidURI as error:
+            self._refused = True
+            return f"not an address: {error}"
+        except (OSError, WebSocketException, EOFError) as error:
+            # OSError: nobody listens, no such host, TLS, and TimeoutError.
+            return f"cannot connect: {str(error) or type(error).__name__}"
+        except Exception as error:
+            # A bug must not end the reconnecting: calls would hang until their deadlines for ever after.
+            log.exception("the connection to %s failed in an unforeseen way", self.url)
+            return f"the connection failed: {error!r}"
+
+    async def _serve(self, socket: ClientConnection) -> str:
+        self._notes.extend(self._functions.registrations())
+        self._notes.extend(frames.encode(trigger) for trigger in self._triggers.values())
+        self._notes.append(self._introduction())
+        self._refused = False
+        self._change(None)
+        sender = asyncio.create_task(self._send(socket), name="scopestate-client-sender")
+        reason = "the connection was lost"
+        try:
+            while True:
+                self._receive(await socket.recv(decode=False))
+        except WebSocketException as error:
+            reason = f"the connection was lost: {error}"
+        finally:
+            sender.cancel()
+            self.worker_id = None
+            self._notes.clear()
+            reason = "this client is closed" if self._closed else self._goodbye or reason
+            self._change(reason)
+            self._pending().fail_sent(lambda call: self._lost(call, reason))
+            if self._closed:
+                await socket.close()  # else the context manager closes with 1011, "internal error"
+        return reason
+
+    async def _send(self, socket: ClientConnection) -> None:
+        calls, notes, wake = self._pending(), self._notes, self._wake
+        try:
+            while True:
+                while notes:
+                    await socket.send(notes.popleft(), text=True)
+                call = calls.next_to_send()
+                if call is not None:
+                    await socket.send(call.frame, text=True)
+                elif not notes:
+                    wake.clear()
+                    await wake.wait()
+        except WebSocketException:
+            return  # whoever receives sees it too, and says why
+
+    def _introduction(self) -> bytes:
+        """What every worker calls first, without waiting for an answer (PROTOCOL, section 3.1)."""
+        about = {
+            "runtime": "python",
+            "version": platform.python_version(),
+            "name": self.options.name,
+            "os": f"{platform.system()} {platform.release()} ({platform.machine()})",
+            "pid": os.getpid(),
+        }
+        return frames.encode(
+            frames.InvokeFunction("engine::workers::register", Raw(encode_value(about)), action=frames.Void())
+        )
+
+    _goodbye = ""
+    """Why the server said it would close the connection."""
+
+    def _change(self, why_not: str | None) -> None:
+        if self._closed and why_not is None:
+            return
+        self._why_not = why_not
+        if why_not is None:
+            self.connections += 1
+            self._goodbye = ""
+            self._up.set()
+            self._wake.set()
+        else:
+            self._up.clear()
+        if self._told != self.connected:
+            self._told = self.connected
+            self._on_change(self.connected, why_not or "")
+        elif why_not is not None:
+            log.debug("%s", why_not)
+
+    def _lost(self, call: PendingCall, reason: str) -> ScopestateError:
+        # A server that refuses a client has not carried out its calls.
+        return self._not_connected() if self._refused else ConnectionLost(call.function_id, self.url, reason)
+
+    def _pending(self) -> PendingCalls:
+        if self._calls is None:
+            raise RuntimeError("start the client first")
+        return self._calls
+
+    def _not_connected(self) -> NotConnected:
+        return NotConnected(f"{self._why_not or self.url}; nothing was sent")
+
+    # ------------------------------------------------------------------------------------------------------ receiving
+
+    def _receive(self, message: bytes | str) -> None:
+        data = message if isinstance(message, bytes) else message.encode()
+        if not data.strip():
+            return
+        try:
+            frame = frames.decode_from_server(data)
+        except DeserializationError as error:
+            log.debug("a message from %s was dropped: %s", self.url, error)
+            return
+        match frame:
+            case frames.InvocationResult():
+                self._pending().answer(frame)
+            case frames.InvokeFunction():
+                connection = self.connections
+                self._functions.invoke(frame, lambda answer: self._note_on(connection, answer))
+            case frames.Ping():
+                self._note(frames.encode(frames.Pong()))
+            case frames.WorkerRegistered(worker_id=worker_id):
+                self.worker_id = worker_id
+            case frames.TriggerRegistrationResult(error=frames.ErrorBody(code=code, message=text)):
+                log.warning("%s refused a trigger for %s: %s (%s)", self.url, frame.function_id, text, code)
+                self._on_trigger_refused(RemoteFailure(frame.function_id, code, text))
+            case frames.Error(error=frames.ErrorBody(code=code, message=text)):
+                self._goodbye = f"the server refused this client: {text} ({code})"
+                self._refused = code in {"AUTH_ERROR", "FORBIDDEN"}
+            case _:
+                pass  # pong, and what only a provider of trigger types needs

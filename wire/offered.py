@@ -1,0 +1,123 @@
+"""The functions that a client offers, and the calls of them that come in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from msgspec import Raw
+
+from scopestate.errors import RemoteFailure
+from scopestate.wire import frames
+
+log = logging.getLogger("scopestate.wire.client")
+
+Handler = Callable[[bytes], Awaitable[bytes | None]]
+"""A function on offer: takes JSON, returns JSON or None for "no value"."""
+Answer = Callable[[bytes], object]
+"""Takes an encoded answer, and sends it if the connection that asked is still there."""
+
+
+class OfferedFunctions:
+    """Function id -> function. On the event loop's thread only."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, _Function] = {}
+        self._running: set[asyncio.Task[None]] = set()
+
+    def registrations(self) -> list[bytes]:
+        """Return the messages that register every function."""
+        return [function.registration for function in self._by_id.values()]
+
+    def add(self, function_id: str, handler: Handler, description: str | None, *, ordered: bool) -> bytes:
+        """Offer a function, in place of one with the same id; return the message that registers it."""
+        registration = frames.encode(frames.RegisterFunction(function_id, description))
+        self.remove(function_id)
+        self._by_id[function_id] = _Function(registration, handler, ordered=ordered)
+        return registration
+
+    def remove(self, function_id: str) -> bool:
+        """Withdraw a function; calls of it that wait are dropped. False: it was not there."""
+        function = self._by_id.pop(function_id, None)
+        if function is None:
+            return False
+        function.stop()
+        return True
+
+    def invoke(self, frame: frames.InvokeFunction, answer: Answer) -> None:
+        """Run the function that was called, and answer."""
+        function = self._by_id.get(frame.function_id)
+        if function is None:
+            problem = frames.ErrorBody("function_not_found", f"Function {frame.function_id} not found")
+            _reply(frame, None, problem, answer)
+        elif function.waiting is not None:
+            function.waiting.append((frame, answer))
+            if not function.runs:
+                function.runs = True
+                self._spawn(_run_in_order(function))
+        else:
+            self._spawn(_run(function, frame, answer))
+
+    def close(self) -> None:
+        """Cancel every call that runs, and begin no more."""
+        for task in list(self._running):
+            task.cancel()
+        for function in self._by_id.values():
+            function.stop()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+
+class _Function:
+    """A function on offer."""
+
+    __slots__ = ("handler", "registration", "runs", "waiting")
+
+    def __init__(self, registration: bytes, handler: Handler, *, ordered: bool) -> None:
+        self.registration = registration
+        self.handler = handler
+        self.waiting: deque[tuple[frames.InvokeFunction, Answer]] | None = deque() if ordered else None
+        """Calls that wait for the one before them; None if they run beside each other."""
+        self.runs = False
+        """True while a task works through `waiting`."""
+
+    def stop(self) -> None:
+        """Begin no further call of it."""
+        if self.waiting is not None:
+            self.waiting.clear()
+
+
+async def _run_in_order(function: _Function) -> None:
+    while function.waiting:
+        await _run(function, *function.waiting.popleft())
+    function.runs = False
+
+
+async def _run(function: _Function, frame: frames.InvokeFunction, answer: Answer) -> None:
+    result: bytes | None = None
+    problem: frames.ErrorBody | None = None
+    try:
+        result = await function.handler(bytes(frame.data) or b"null")
+    except RemoteFailure as error:
+        problem = frames.ErrorBody(error.code, error.message, error.stacktrace)
+    except Exception as error:
+        log.warning("function %s failed: %s", frame.function_id, error, exc_info=error)
+        problem = frames.ErrorBody("invocation_failed", f"{type(error).__name__}: {error}")
+    _reply(frame, result, problem, answer)
+
+
+def _reply(
+    frame: frames.InvokeFunction, result: bytes | None, problem: frames.ErrorBody | None, answer: Answer
+) -> None:
+    if frame.invocation_id is None:
+        return  # nobody waits
+    raw = frames.ABSENT if result is None or problem is not None else Raw(result)
+    answer(
+        frames.encode(frames.InvocationResult(frame.invocation_id, frame.function_id, raw, problem, frame.traceparent))
+    )

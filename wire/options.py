@@ -1,0 +1,82 @@
+"""How a client reaches its server: address, token, TLS, and how long it waits."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+import msgspec
+
+from scopestate.errors import ConfigError
+
+DEFAULT_URL = "ws://localhost:49134"
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Largest message either way, as upstream has it (PROTOCOL, section 1)."""
+
+
+class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything about a client that is not its address."""
+
+    token: str | None = None
+    """Sent as `Authorization: Bearer ...`; never logged."""
+    headers: Mapping[str, str] = {}
+    """More HTTP headers for the upgrade request."""
+    tls_ca_file: str | None = None
+    """PEM file of the authorities to trust for `wss://`, instead of the system's."""
+    tls_verify: bool = True
+    """False: take any certificate. Encrypted, but anybody may be at the other end."""
+    name: str = "scopestate"
+    """How the server's list of workers calls this client."""
+    connect_wait_s: float = 30.0
+    """How long a call waits for a connection before it fails with nothing sent."""
+    call_timeout_s: float = 30.0
+    """How long a call waits for its answer once it was sent."""
+    backoff_first_s: float = 0.1
+    """Pause before the first attempt to reconnect; doubles with each further one, give or take 30 %."""
+    backoff_most_s: float = 10.0
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_pending: int = 100_000
+    """Calls under way; one more is refused with `OVERLOADED`."""
+
+
+def checked_url(url: str) -> str:
+    """Return `url` if it is the address of a WebSocket server. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is not an address: {error}") from error
+    if parts.scheme not in {"ws", "wss"} or not parts.hostname:
+        raise ConfigError(f"{url!r} is not the address of an engine; write ws://host:port, or wss://host:port for TLS")
+    if parts.username or parts.password:
+        raise ConfigError("the address has a user name or password in it; use the token option instead")
+    if port == 0:
+        raise ConfigError(f"{url!r} has port 0, on which nobody listens")
+    return url
+
+
+def tls_context(url: str, options: ClientOptions) -> ssl.SSLContext | None:
+    """Return what `wss://` needs, None for `ws://`. Raises ConfigError if the authorities cannot be read."""
+    if not url.startswith("wss:"):
+        return None
+    try:
+        context = ssl.create_default_context(cafile=options.tls_ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"the file of TLS authorities {options.tls_ca_file!r} cannot be read: {error}") from error
+    if not options.tls_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def request_headers(options: ClientOptions) -> dict[str, str]:
+    """Return the headers of the upgrade request. Raises ConfigError for a token that no header can hold."""
+    headers = dict(options.headers)
+    if options.token is not None:
+        if not options.token or not options.token.isascii() or not options.token.isprintable() or " " in options.token:
+            raise ConfigError(
+                "a token is printable ASCII text without spaces; the one given is not (it is not shown here)"
+            )
+        headers["Authorization"] = f"Bearer {options.token}"
+    return headers

@@ -1,0 +1,392 @@
+"""One worker's conversation: messages in, what to send and what to do out. No socket, no clock, no threads.
+
+The server moves the bytes and does what is asked for; most of the protocol's rules live here, and most of its tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from scopestate.errors import DeserializationError
+from scopestate.wire.frames import (
+    ABSENT,
+    NULL,
+    TELEMETRY,
+    Enqueue,
+    ErrorBody,
+    FromWorker,
+    InvocationResult,
+    InvokeFunction,
+    Ping,
+    Pong,
+    RegisterFunction,
+    RegisterTrigger,
+    RegisterTriggerType,
+    TriggerRegistrationResult,
+    UnregisterFunction,
+    UnregisterTrigger,
+    UnregisterTriggerType,
+    WorkerRegistered,
+    encode,
+    not_in_uuid,
+    read_from_worker,
+)
+
+log = logging.getLogger("scopestate.wire")
+
+STOPPED: Final = ErrorBody("invocation_stopped", "Invocation stopped")
+"""A call whose caller's or executor's connection went away (PROTOCOL, section 4.4)."""
+
+NO_QUEUE: Final = ErrorBody("enqueue_error", "QueueModule not loaded")
+
+INVALID: Final = 1007
+"""Close code for text that is no text (RFC 6455, section 8.1)."""
+POLICY: Final = 1008
+"""Close code for a worker that broke a limit. Both SDKs reconnect after it."""
+
+_PONG: Final = encode(Pong())
+_CALLER: Final = b"_caller_worker_id"
+_as_members = msgspec.json.Decoder(dict[str, Raw]).decode
+_LOGGED_FAULTS: Final = 10
+
+
+class SessionLimits(msgspec.Struct, frozen=True):
+    """What one worker may have. Beyond `faults` and what it may register, its connection is closed with the reason."""
+
+    registrations: int = 10_000
+    """Functions, triggers and trigger types together."""
+    registration_bytes: int = 16 * 1024 * 1024
+    """Bytes of the messages that registered them."""
+    calls: int = 10_000
+    """Calls in progress: as many that it waits for, and as many that it executes. One more is answered `OVERLOADED`."""
+    faults: int = 1_000
+    """Messages that are none, in excess of good ones."""
+
+
+class Send(msgspec.Struct):
+    """To do: send this message to the worker."""
+
+    message: bytes
+
+
+class Close(msgspec.Struct):
+    """To do: close the connection and say why. Nothing more is taken from the worker."""
+
+    code: int
+    reason: str
+
+
+class Answered(msgspec.Struct):
+    """To do: a call that this worker executed is over; give the outcome to whoever asked."""
+
+    execution: Execution
+    frame: InvocationResult
+
+
+class Execution:
+    """A call that a worker executes. `settle` takes its outcome, once."""
+
+    __slots__ = ("executor", "function_id", "invocation_id", "settle")
+
+    def __init__(self, executor: WorkerSession, function_id: str, invocation_id: str, settle: Settle) -> None:
+        self.executor = executor
+        self.function_id = function_id
+        self.invocation_id = invocation_id
+        self.settle = settle
+
+    def forget(self) -> bool:
+        """Give up waiting; a late answer will be ignored. False: it was over already."""
+        executing = self.executor.executing
+        if executing.get(self.invocation_id) is not self:
+            return False
+        del executing[self.invocation_id]
+        return True
+
+
+Settle = Callable[[InvocationResult], object]
+Registration = (
+    RegisterFunction
+    | UnregisterFunction
+    | RegisterTrigger
+    | UnregisterTrigger
+    | RegisterTriggerType
+    | UnregisterTriggerType
+    | TriggerRegistrationResult
+)
+"""To do: what the worker declares; it has passed the limits."""
+Action = InvokeFunction | Send | Close | Answered | Registration
+"""`InvokeFunction`, to do: run a function and give its outcome to `answer`; without an id nobody waits for it."""
+
+_Register = RegisterFunction | RegisterTrigger | RegisterTriggerType
+_Unregister = UnregisterFunction | UnregisterTrigger | UnregisterTriggerType
+
+
+class WorkerSession:
+    """The conversation with one worker, from its connection to its loss. Not for several threads at once."""
+
+    def __init__(self, worker_id: str, limits: SessionLimits = SessionLimits()) -> None:  # noqa: B008 - immutable
+        self.worker_id = worker_id
+        self.limits = limits
+        self._max_calls = limits.calls
+        self.closed = False
+        """True once nothing more is taken from the worker."""
+        self.executing: dict[str, Execution] = {}
+        """Invocation id, as the worker knows it -> call that it executes."""
+        self.waiting = 0
+        """Calls that the worker waits for."""
+        self._sizes: dict[tuple[str, str], int] = {}
+        self._registered_bytes = 0
+        self._faults = 0
+        self._logged = 0
+
+    def greeting(self) -> bytes:
+        """The first message to the worker."""
+        return encode(WorkerRegistered(self.worker_id))
+
+    # ------------------------------------------------------------------------------------------- from the worker
+
+    def receive(self, message: bytes, text: bool = True) -> Action | None:
+        """Take one message and return what is to be done; None: nothing.
+
+        What is no message is logged and dropped, without a reply (PROTOCOL, section 1), until there is too much of it.
+        Never raises.
+        """
+        if self.closed or (not text and message[:4] in TELEMETRY):
+            return None
+        try:
+            # `Raw` does not look into the strings that it skips; passed on, bytes that are no text would break the
+            # connection of whoever receives them. `isascii` is the quick test that nearly every message passes.
+            if not message.isascii():
+                message.decode()
+            frame = read_from_worker(message)
+        except UnicodeDecodeError as error:
+            return (
+                self.close(f"a text message that is not UTF-8: {error}", INVALID)
+                if text
+                else self._fault(message, error)
+            )
+        except (msgspec.DecodeError, RecursionError) as error:
+            return None if not message or message.isspace() else self._fault(message, error)
+        if self._faults:
+            self._faults -= 1
+        if type(frame) is InvokeFunction:
+            invocation_id = frame.invocation_id
+            if invocation_id is None or frame.action is not None:
+                return self._invoked_rarely(frame, message)
+            if not_in_uuid(invocation_id) is None and self.waiting < self._max_calls:
+                self.waiting += 1
+                return frame
+            return self._refused(frame, message)
+        return self._receive_rare(frame, message)
+
+    def _receive_rare(self, frame: FromWorker, message: bytes) -> Action | None:
+        match frame:
+            case InvocationResult(invocation_id=invocation_id):
+                execution = self.executing.pop(invocation_id, None)
+                return None if execution is None else Answered(execution, frame)
+            case RegisterFunction() | RegisterTrigger() | RegisterTriggerType():
+                return self._register(frame, len(message))
+            case UnregisterFunction() | UnregisterTrigger() | UnregisterTriggerType():
+                self.forget(frame)
+                return frame
+            case Ping():
+                return Send(_PONG)
+            case TriggerRegistrationResult():
+                return frame
+            case _:  # RegisterService, Pong: of no effect
+                return None
+
+    def _refused(self, frame: InvokeFunction, message: bytes) -> Action | None:
+        if not_in_uuid(frame.invocation_id or ""):
+            return self._fault(message, DeserializationError(f"`invocation_id` is no UUID: {frame.invocation_id!r}"))
+        problem = f"{self.waiting} calls of this worker are in progress; wait for some of them"
+        return Send(self._result(frame, ErrorBody("OVERLOADED", problem)))
+
+    def _invoked_rarely(self, frame: InvokeFunction, message: bytes) -> Action | None:
+        """A call that nobody waits for, or with an `action`."""
+        invocation_id = frame.invocation_id
+        if invocation_id is not None and not_in_uuid(invocation_id):
+            return self._refused(frame, message)
+        if type(frame.action) is not Enqueue:  # Void, or no id
+            frame.invocation_id = None
+            return frame
+        return None if invocation_id is None else Send(self._result(frame, NO_QUEUE))
+
+    def _register(self, frame: _Register, size: int) -> Action | None:
+        if isinstance(frame, RegisterFunction) and frame.invocation not in (ABSENT, NULL):
+            log.warning(
+                "worker %s: function %r is one called over HTTP; it was not registered", self.worker_id, frame.id
+            )
+            return None
+        place = _place(frame)
+        self._registered_bytes += size - self._sizes.get(place, 0)
+        self._sizes[place] = size
+        limits = self.limits
+        if len(self._sizes) > limits.registrations:
+            return self.close(f"more than {limits.registrations} functions and triggers registered")
+        if self._registered_bytes > limits.registration_bytes:
+            return self.close(f"functions and triggers of more than {limits.registration_bytes} bytes registered")
+        return frame
+
+    def forget(self, frame: _Register | _Unregister) -> None:
+        """What it registers or unregisters no longer counts: it was withdrawn, or refused."""
+        self._registered_bytes -= self._sizes.pop(_place(frame), 0)
+
+    def _fault(self, message: bytes, error: Exception) -> Action | None:
+        self._faults += 1
+        if self._faults > self.limits.faults:
+            return self.close(f"more than {self.limits.faults} messages that are none")
+        if self._logged < _LOGGED_FAULTS:
+            self._logged += 1
+            last = "; what follows is not logged" if self._logged == _LOGGED_FAULTS else ""
+            log.warning("worker %s: a message of %d bytes was dropped: %s%s", self.worker_id, len(message), error, last)
+        return None
+
+    def close(self, reason: str, code: int = POLICY) -> Close:
+        """Take no more; return what to close the connection with."""
+        self.closed = True
+        return Close(code, reason)
+
+    # --------------------------------------------------------------------------------------------- to the worker
+
+    def answer(self, call: InvokeFunction, result: bytes | None = None, error: ErrorBody | None = None) -> bytes | None:
+        """Return the message with the outcome of a call of this worker; None: nobody waits for it.
+
+        `result` None is "no value": a message without `result`. Call it once per call.
+        """
+        invocation_id = call.invocation_id
+        if invocation_id is None:
+            return None
+        self.waiting -= 1
+        if error is None and call.traceparent is None and call.baggage is None:
+            head = _answer_heads.get(call.function_id) or _head(_answer_heads, "invocationresult", call.function_id)
+            if result is None:
+                return b'%b%b"}' % (head, invocation_id.encode())
+            return b"".join((head, invocation_id.encode(), b'","result":', result, b"}"))
+        return encode(
+            InvocationResult(
+                invocation_id,
+                call.function_id,
+                ABSENT if result is None else Raw(result),
+                error,
+                call.traceparent,
+                call.baggage,
+            )
+        )
+
+    def pass_on(self, call: InvokeFunction, outcome: InvocationResult) -> bytes | None:
+        """As `answer`, with what another worker answered: its error or value unchanged, null as "no value"."""
+        if call.invocation_id is None:
+            return None
+        self.waiting -= 1
+        return encode(
+            InvocationResult(
+                call.invocation_id,
+                call.function_id,
+                ABSENT if outcome.error is not None else value_of(outcome),
+                outcome.error,
+                outcome.traceparent or call.traceparent,
+                outcome.baggage or call.baggage,
+            )
+        )
+
+    def execute(
+        self,
+        function_id: str,
+        data: Raw,
+        settle: Settle,
+        *,
+        invocation_id: str | None = None,
+        traceparent: str | None = None,
+        baggage: str | None = None,
+        metadata: Raw = ABSENT,
+    ) -> tuple[Execution, bytes] | None:
+        """Have the worker execute a function: return the call's record and the message to send.
+
+        None if it has too many in progress. A message always has an id, so that the worker always answers; the caller's
+        unless the worker is executing one with the same id.
+        """
+        executing = self.executing
+        if len(executing) >= self.limits.calls:
+            return None
+        if invocation_id is None or invocation_id in executing:
+            invocation_id = fresh_id()
+        execution = Execution(self, function_id, invocation_id, settle)
+        executing[invocation_id] = execution
+        if traceparent is None and baggage is None and not metadata:
+            head = _call_heads.get(function_id) or _head(_call_heads, "invokefunction", function_id)
+            return execution, b"".join((head, invocation_id.encode(), b'","data":', data or NULL, b"}"))
+        call = InvokeFunction(function_id, data or NULL, invocation_id, None, traceparent, baggage, metadata)
+        return execution, encode(call)
+
+    def end(self) -> Iterator[Execution]:
+        """The connection is gone: yield every call that the worker was executing, each of which has to be settled."""
+        self.closed = True
+        while self.executing:
+            yield self.executing.popitem()[1]
+
+    @staticmethod
+    def _result(frame: InvokeFunction, error: ErrorBody) -> bytes:
+        return encode(
+            InvocationResult(
+                frame.invocation_id or "", frame.function_id, ABSENT, error, frame.traceparent, frame.baggage
+            )
+        )
+
+
+_answer_heads: Final[dict[str, bytes]] = {}
+_call_heads: Final[dict[str, bytes]] = {}
+_MOST_HEADS: Final = 1_000
+
+
+def _head(heads: dict[str, bytes], kind: str, function_id: str) -> bytes:
+    """Return how a message begins, up to its invocation id: encoding that anew takes half of the message's time."""
+    head = b'{"type":"%b","function_id":%b,"invocation_id":"' % (kind.encode(), encode(function_id))
+    if len(heads) < _MOST_HEADS:
+        heads[function_id] = head
+    return head
+
+
+def stopped(execution: Execution) -> InvocationResult:
+    """The outcome of a call whose worker is gone."""
+    return InvocationResult(execution.invocation_id, execution.function_id, error=STOPPED)
+
+
+def value_of(outcome: InvocationResult) -> Raw:
+    """The value of an answer; absent and null are both "no value" (PROTOCOL, section 4.2)."""
+    return ABSENT if outcome.result == NULL else outcome.result
+
+
+def with_caller(data: Raw, worker_id: str) -> Raw:
+    """Return `data` with the member `_caller_worker_id`, if it is an object; else as it is."""
+    text = bytes(data)
+    if not text.startswith(b"{"):
+        return data
+    caller = b'"%b":%b' % (_CALLER, encode(worker_id))
+    if _CALLER not in text and b"\\" not in text:
+        inside = text[1:-1]
+        return Raw(b"{%b%b%b}" % (inside, b"," if inside.strip() else b"", caller))
+    # It may be there already, even with an escape in its name: a second one would leave it to the reader which counts.
+    members: dict[str, Any] = _as_members(text)
+    members[_CALLER.decode()] = worker_id
+    return Raw(encode(members))
+
+
+_prefix: Final = "{:.8}-{:.4}-4{:.3}-8000-".format(*(os.urandom(4).hex() for _ in range(3)))
+_numbers: Final = itertools.count(int.from_bytes(os.urandom(4), "big"))
+
+
+def fresh_id() -> str:
+    """Return a UUID that no other call has: a random part per process, and a number. Ten times as fast as `uuid4`."""
+    return f"{_prefix}{next(_numbers):012x}"
+
+
+def _place(frame: _Register | _Unregister) -> tuple[str, str]:
+    return type(frame).__name__.lower().removeprefix("un").removeprefix("register"), frame.id
