@@ -223,7 +223,10 @@ class CallTimeout(ScopestateError):
 
     def __str__(self) -> str:
         if not self.sent:
-            return f"invocation timed out: {self.function_id} could not be sent within {self.waited_s:g} s; nothing was sent"
+            return (
+                f"invocation timed out: {self.function_id} could not be sent within {self.waited_s:g} s; "
+                "nothing was sent"
+            )
         return (
             f"invocation timed out: no answer to {self.function_id} within {self.waited_s:g} s; "
             "a write may have been applied: read the key before retrying"
