@@ -187,7 +187,9 @@ class ThreadDispatcher:
                 log.error("no worker thread can be started: %s", error)  # noqa: TRY400 - it says all
             else:
                 if self._workers == self.MOST:
-                    log.error("all %d worker threads are blocked in handlers; events now wait for one to end", self.MOST)
+                    log.error(
+                        "all %d worker threads are blocked in handlers; events now wait for one to end", self.MOST
+                    )
                 return
         self._run_left_over()
 
