@@ -156,8 +156,11 @@ class Connection(picows.WSListener):
             self._transport.send(TEXT, gathered[0])  # type: ignore[union-attr]
             return
         framed: list[bytes] = []
+        add, header_of = framed.append, _headers.get
         for message in gathered:
-            framed += (_header(len(message)), message)
+            size = len(message)
+            add(header_of(size) or _header(size))
+            add(message)
         self._socket.write(b"".join(framed))
 
     def close(self, code: int, reason: str = "") -> None:
@@ -321,12 +324,13 @@ class Connection(picows.WSListener):
     def _work_off(self) -> None:
         """Handle what had to wait, one turn of it."""
         self._scheduled = False
-        backlog = self._backlog
+        backlog, take, on_message = self._backlog, self._backlog.popleft, self.on_message
         self._batches.open = len(backlog) > 1
         for _ in range(min(TURN, len(backlog))):
             if self._full or not backlog:
                 break
-            self.on_message(*backlog.popleft())
+            message, text = take()
+            on_message(message, text)
         if self._batches.open:
             self._batches.finish()
         if self._full or self._closing:
@@ -362,8 +366,18 @@ def is_text(message: bytes) -> bool:
         return False
 
 
+_headers: Final[dict[int, bytes]] = {}
+"""Size of a message -> its frame header; answers come in few sizes."""
+
+
 def _header(size: int) -> bytes:
     """The frame header of a whole text message, from server to client (RFC 6455, section 5.2)."""
     if size < 126:
-        return b"\x81" + size.to_bytes(1, "big")
-    return struct.pack("!BBH", 0x81, 126, size) if size < 65536 else struct.pack("!BBQ", 0x81, 127, size)
+        header = struct.pack("!BB", 0x81, size)
+    elif size < 65536:
+        header = struct.pack("!BBH", 0x81, 126, size)
+    else:
+        return struct.pack("!BBQ", 0x81, 127, size)
+    if size < 1024:
+        _headers[size] = header
+    return header

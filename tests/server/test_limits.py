@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine
 from scopestate.config import ServerConfig
-from scopestate.errors import RemoteFailure
+from scopestate.errors import HandlerTimeout, RemoteFailure
 from scopestate.server import Server
 
 MEBIBYTE = 1024 * 1024
@@ -278,3 +278,110 @@ def test_calls_wait_for_a_store_without_holding_up_others(connect: OpenRaw, tmp_
         assert all("error" not in answer for answer in answers.values())
         assert worker.call("state::list", {"scope": "s"}) == list(range(100))
         assert [events.get(timeout=PATIENCE_S).new_value for _ in range(100)] == list(range(100))
+
+
+def test_a_worker_that_reads_nothing_is_cut_off_in_the_end(
+    server: Server, deaf: Deaf, connect: OpenRaw, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.set("s", "big", "x" * 3 * MEBIBYTE)
+    other = connect()
+    for _ in range(3):
+        deaf.invoke("state::get", {"scope": "s", "key": "big"})
+    looked = threading.Event()
+
+    def look() -> None:
+        for connection in server._connections.all():
+            connection.look_for_progress()
+        looked.set()
+
+    assert server._loop is not None
+    while server.status().workers > 1:  # what a timer does every 15 seconds
+        other.settle()
+        looked.clear()
+        server._loop.call_soon_threadsafe(look)
+        assert looked.wait(PATIENCE_S)
+
+    assert "it reads nothing, although" in caplog.text
+    assert other.call("state::list_groups", {}) == {"groups": ["s"]}
+
+
+def test_a_failed_delivery_to_a_worker_is_reported_and_tried_again(connect: OpenRaw) -> None:
+    reports: queue.Queue[Any] = queue.Queue()
+    config = {"limits": {"handler_attempts": 3, "handler_backoff_ms": 1}}
+    with Engine.from_config(config, on_error=reports.put) as engine, Server(engine, port=0) as server:
+        worker = connect(server)
+        worker.register("on")
+        worker.trigger("on", {})
+        engine.set("s", "k", 1)
+        engine.set("s", "k", 2)
+
+        for attempt in (1, 2):
+            worker.answer(worker.take("on"), error={"code": "MY_CODE", "message": "not yet"})
+            report = reports.get(timeout=PATIENCE_S)
+            assert (report.attempt, report.final, report.error.code) == (attempt, False, "MY_CODE")
+        for value in (1, 2):
+            call = worker.take("on")
+            assert call["data"]["new_value"] == value
+            worker.answer(call)
+
+        engine.drain(timeout=PATIENCE_S)
+        assert engine.stats().deliveries == 2
+        assert engine.stats().retries == 2
+
+
+def test_a_handler_in_a_worker_that_runs_too_long_is_reported(connect: OpenRaw) -> None:
+    reports: queue.Queue[Any] = queue.Queue()
+    with (
+        Engine.from_config({"limits": {"handler_timeout_ms": 50}}, on_error=reports.put) as engine,
+        Server(engine, port=0) as server,
+    ):
+        worker = connect(server)
+        worker.register("on")
+        worker.trigger("on", {})
+        engine.set("s", "k", 1)
+        worker.take("on")
+
+        report = reports.get(timeout=PATIENCE_S)
+        assert isinstance(report.error, HandlerTimeout)
+        engine.set("s", "k", 2)
+        call = worker.take("on")
+        assert call["data"]["new_value"] == 2
+        worker.answer(call)
+        engine.drain(timeout=PATIENCE_S)
+        assert engine.stats().timeouts == 1
+
+
+def test_functions_of_the_program_behind_a_workers_trigger_may_block_and_fail(connect: OpenRaw) -> None:
+    reports: queue.Queue[Any] = queue.Queue()
+    handled: queue.Queue[Any] = queue.Queue()
+    entered, go_on = threading.Event(), threading.Event()
+    with Engine(on_error=reports.put) as engine, Server(engine, port=0) as server:
+
+        @engine.register_function("app.slow")
+        def slow(event: Any) -> None:
+            entered.set()
+            assert go_on.wait(PATIENCE_S)
+            handled.put(event["key"])
+
+        @engine.register_function("app.async")
+        async def later(event: Any) -> None:
+            handled.put(event["key"])
+
+        @engine.register_function("app.fails")
+        def fails(event: Any) -> None:
+            raise ValueError(event["key"])
+
+        worker = connect(server)
+        worker.trigger("app.slow", {"key": "slow"})
+        worker.trigger("app.async", {"key": "async"})
+        worker.trigger("app.fails", {"key": "fails"})
+
+        engine.set("s", "slow", 1)
+        assert entered.wait(PATIENCE_S)
+        assert worker.call("state::get", {"scope": "s", "key": "slow"}) == 1  # the event loop is free
+        engine.set("s", "async", 1)
+        assert handled.get(timeout=PATIENCE_S) == "async"
+        go_on.set()
+        assert handled.get(timeout=PATIENCE_S) == "slow"
+        worker.call("state::set", {"scope": "s", "key": "fails", "value": 1})
+        assert isinstance(reports.get(timeout=PATIENCE_S).error, ValueError)

@@ -95,8 +95,8 @@ def test_a_message_of_64_mebibytes_and_not_a_byte_more(connect: OpenRaw) -> None
     worker.socket.send(message.decode())
     assert worker.receive() == {"type": "pong"}
 
-    with contextlib.suppress(ConnectionClosed):  # it may be told while it is still sending
-        worker.socket.send((message + b" ").decode())
+    # The head of a frame is enough; who closes while more comes in resets the connection, close frame and all.
+    worker.socket.socket.sendall(b"\x81\xff" + (limit + 1).to_bytes(8, "big") + bytes(4))
     assert worker.closed_with()[0] == 1009
 
 
@@ -702,6 +702,23 @@ def test_connections_and_losses_are_events(connect: OpenRaw) -> None:
 
     assert watcher.take("on")["data"] == {"event": "worker_connected", "worker_id": worker.worker_id}
     assert watcher.take("on")["data"] == {"event": "worker_disconnected", "worker_id": worker.worker_id}
+
+
+def test_changed_functions_are_an_event(connect: OpenRaw, server: Server) -> None:
+    watcher = connect()
+    watcher.register("on")
+    watcher.trigger("on", {}, "engine::functions-available")
+    assert server._loop is not None
+    assert server._hub is not None
+
+    server._loop.call_soon_threadsafe(server._hub.tell_changed_functions)  # what a timer does every five seconds
+
+    call = watcher.take("on")
+    assert call["data"]["event"] == "functions_changed"
+    assert {"on", "engine::functions::list"} <= {entry["function_id"] for entry in call["data"]["functions"]}
+    watcher.answer(call)
+    server._loop.call_soon_threadsafe(server._hub.tell_changed_functions)
+    watcher.settle()  # nothing has changed since
 
 
 # ------------------------------------------------------------------------------------------------------------- channels
