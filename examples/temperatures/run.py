@@ -35,7 +35,7 @@ def main() -> int:
 
 def run(readings: Sequence[data.Reading]) -> int:
     """Replay, check, close, open again, check again."""
-    store = load(CONFIG).adapter.config.file_path
+    store = load(CONFIG).adapter.kv.file_path
     print(f"{len(readings):,} readings, written by {writers.THREADS} threads and {writers.TASKS} asyncio tasks")
     print(f"configuration: {CONFIG.name}, store: {store}")
     make_fresh(store)

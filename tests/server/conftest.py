@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `import raw, sdks`
+sys.path.insert(0, str(Path(__file__).parent))  # for `import raw, sdks, serving`
 
 from raw import PATIENCE_S, RawWorker
 from sdks import SdkWorker
+from serving import OpenRaw, OpenSdk, OpenServer, server_config
 
 from scopestate import Engine, lifecycle
-from scopestate.config import ServerConfig, from_mapping
 from scopestate.server import Server
-
-OpenServer = Callable[..., Server]
-OpenRaw = Callable[..., RawWorker]
-OpenSdk = Callable[..., SdkWorker]
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +53,6 @@ def open_server(engine: Engine) -> Iterator[OpenServer]:
     yield open_
     for server in reversed(opened):
         server.stop()
-
-
-def server_config(config: dict[str, Any]) -> ServerConfig:
-    """Read the `config:` of an `iii-worker-manager` entry."""
-    read = from_mapping([{"name": "iii-worker-manager", "config": config}]).server
-    assert read is not None
-    return read
 
 
 @pytest.fixture

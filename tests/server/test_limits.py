@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import OpenRaw, server_config
 from raw import PATIENCE_S
+from serving import OpenRaw, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine

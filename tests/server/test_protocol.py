@@ -13,8 +13,8 @@ from itertools import chain
 from typing import Any
 
 import pytest
-from conftest import OpenRaw, server_config
 from raw import PATIENCE_S, RawWorker
+from serving import OpenRaw, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine

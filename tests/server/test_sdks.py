@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OpenSdk, OpenServer
 from raw import PATIENCE_S
 from sdks import HERE, SDKS, installed
+from serving import OpenSdk, OpenServer
 
 from scopestate import Engine
 from scopestate.server import Server

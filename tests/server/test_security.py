@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OpenRaw, OpenServer, server_config
 from raw import PATIENCE_S, RawWorker
+from serving import OpenRaw, OpenServer, server_config
 from websockets.exceptions import InvalidStatus
 
 from scopestate import Engine

@@ -1,0 +1,23 @@
+"""What the server tests share beside fixtures: types of fixtures, and a server's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from raw import RawWorker
+from sdks import SdkWorker
+
+from scopestate.config import ServerConfig, from_mapping
+from scopestate.server import Server
+
+OpenServer = Callable[..., Server]
+OpenRaw = Callable[..., RawWorker]
+OpenSdk = Callable[..., SdkWorker]
+
+
+def server_config(config: dict[str, Any]) -> ServerConfig:
+    """Read the `config:` of an `iii-worker-manager` entry."""
+    read = from_mapping([{"name": "iii-worker-manager", "config": config}]).server
+    assert read is not None
+    return read
