@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import types
@@ -10,6 +11,9 @@ import types
 import pytest
 
 PACKAGES = ["scopestate", "scopestate.actors", "scopestate.ops", "scopestate.persistence", "scopestate.config"]
+
+UNTRACED = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+"""Without what makes a child measure coverage, which itself imports much."""
 
 LATE = ["yaml", "watchdog", "sqlite3", "scopestate.schemas", "redis", "websockets"]
 """What only some programs need; a plain import must not pay for it."""
@@ -64,11 +68,23 @@ def test_a_star_import_gives_exactly_that() -> None:
     assert names.keys() - {"__builtins__"} == set(scopestate.__all__)
 
 
+@pytest.mark.parametrize(
+    ("module", "library"), [("server", "picows"), ("wire.client", "websockets"), ("__main__", "typer")]
+)
+def test_without_its_extra_a_part_says_what_to_install(module: str, library: str) -> None:
+    code = f"import sys; sys.modules[{library!r}] = None; import scopestate.{module} as part; part.main()"
+
+    done = subprocess.run([sys.executable, "-c", code], env=UNTRACED, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "pip install 'scopestate[" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("late", LATE)
 def test_a_plain_import_does_not_load(late: str) -> None:
     code = f"import scopestate, sys; sys.exit({late!r} in sys.modules)"
 
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=UNTRACED, check=False).returncode == 0
 
 
 def test_an_engine_in_memory_needs_none_of_it_either() -> None:
@@ -82,4 +98,4 @@ def test_an_engine_in_memory_needs_none_of_it_either() -> None:
         f"any(name in sys.modules for name in {LATE!r} + ['asyncio']))"
     )
 
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=UNTRACED, check=False).returncode == 0

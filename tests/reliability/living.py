@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,15 @@ class InThread:
         if self._error is not None:
             raise self._error
         return self._value
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what no event announces."""
+    pause = threading.Event()
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        pause.wait(0.0005)
 
 
 def in_a_turn(engine: Engine, action: Callable[[], Any]) -> Any:

@@ -20,7 +20,7 @@ import pytest
 from reliability.conftest import OpenEngine
 from reliability.figures import record
 from reliability.interrupting import Interruption, interrupt_at
-from reliability.living import PATIENCE_S, InThread, Seen, saved
+from reliability.living import PATIENCE_S, InThread, Seen, saved, until
 
 from scopestate import Engine, messages
 from scopestate.actors.commit import CommitScopeActor
@@ -66,15 +66,6 @@ def replay(events: list[Any], state: dict[str, Any]) -> dict[str, Any]:
         else:
             state[event.key] = event.new_value
     return state
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for what no event announces."""
-    pause = threading.Event()
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        pause.wait(0.0005)
 
 
 def watched(engine: Engine, scope: str | None = "s") -> Seen:
@@ -325,8 +316,13 @@ def any_call(engine: Engine, draw: random.Random, number: int) -> None:
 
 
 @pytest.fixture
-def untraced() -> Iterator[None]:
-    """Without coverage's tracer: it has a lock that a signal in the middle of it leaves taken for ever."""
+def untraced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without coverage's tracer: it has a lock that a signal in the middle of it leaves taken for ever.
+
+    And without pytest's hook for what is raised where nobody can catch it, such as the callback that hypothesis gives
+    the garbage collector: there too a signal comes now and then.
+    """
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     tracer, for_threads = sys.gettrace(), threading.gettrace()
     sys.settrace(None)
     threading.settrace(None)  # type: ignore[arg-type]  # None takes it away, as for sys.settrace
