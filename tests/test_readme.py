@@ -12,8 +12,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import typer
+from typer.core import TyperGroup
 
 from scopestate import errors
+from scopestate.cli import app
 from scopestate.config import LimitsConfig
 
 ROOT = Path(__file__).parents[1]
@@ -68,11 +71,24 @@ def test_example_runs_without_error_or_warning(source: str, tmp_path: Path) -> N
 
 def test_each_logger_of_the_source_has_its_line_and_no_other() -> None:
     used = set()
-    for package in ("actors", "config", "engine", "ops", "persistence"):
+    for package in ("actors", "config", "engine", "ops", "persistence", "wire"):
         for file in (ROOT / package).rglob("*.py"):
-            used.update(re.findall(r'getLogger\("([^"]+)"\)', file.read_text(encoding="utf-8")))
+            used.update(re.findall(r'getLogger\("(scopestate[^"]*)"\)', file.read_text(encoding="utf-8")))
 
     assert set(_first_cells(_section("Health, counts, logs"))) == used
+
+
+def test_each_command_has_its_place_and_no_other() -> None:
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    groups = {"config", "store"}
+    real = {name for name in command.commands if name not in groups}
+    for name in groups:
+        group = command.commands[name]
+        assert isinstance(group, TyperGroup)
+        real.update(f"{name} {inner}" for inner in group.commands)
+
+    assert {re.split(r" [A-Z[]", cell)[0] for cell in _first_cells(_section("Command line"))} == real
 
 
 def test_each_limit_has_its_line_and_no_other() -> None:
