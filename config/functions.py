@@ -5,7 +5,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+from scopestate.actors.functions import is_generator
+from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.config.schema import FunctionRef
+
+
+def misfit_id(function_id: object) -> str | None:
+    """Return why no function can be registered under this id, None if one can."""
+    if not isinstance(function_id, str) or not function_id:
+        return f"a function id is a non-empty string, not {function_id!r:.80}"
+    if function_id in FUNCTION_IDS:
+        return "this function is built in and cannot be replaced: choose another id"
+    return None
 
 
 class TargetError(Exception):
@@ -47,6 +58,8 @@ def import_function(target: str) -> FunctionRef:
         walked = f"{walked}.{name}" if walked != module_name else f"{module_name}:{name}"
     if not callable(found):
         raise TargetError(f"{target!r} is a {type(found).__name__}, which cannot be called")
+    if is_generator(found):
+        raise TargetError(f"{target!r} has a `yield` in it: nobody would run what it makes")
     return FunctionRef(target=target, callable=found)
 
 

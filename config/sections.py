@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 import msgspec
 
 from scopestate.config.fields import did_you_mean, misfit, misfit_shape, nearest
-from scopestate.config.functions import TargetError, import_function, reference
+from scopestate.config.functions import TargetError, import_function, misfit_id, reference
 from scopestate.config.nodes import Mapping, Node, Problems, Scalar, Sequence, join
 from scopestate.config.scalars import Value, VariableError, expand, resolve_native, resolve_text, shorten
 from scopestate.config.schema import (
@@ -39,7 +39,6 @@ _TOP_KEYS = ("workers", "modules", "functions", "triggers", "scopes", "limits")
 _ENTRY_KEYS = ("name", "image", "config")
 _MAX_HINTS = 100
 _NAME = str
-_OPTIONAL = str | None
 
 _S = TypeVar("_S", bound=msgspec.Struct)
 
@@ -92,7 +91,10 @@ class SectionReader:
         if self._ignored:
             log.info("%s: ignored workers that are not %s: %s", self._file, WORKER, ", ".join(self._ignored))
             if self._worker is None:
-                log.warning("%s: has no %s among its workers; state is kept in memory only", self._file, WORKER)
+                meant = next((f" (is `{name}` meant?)" for name in self._ignored if nearest(name, [WORKER], 0.75)), "")
+                log.warning(
+                    "%s: has no %s among its workers%s; state is kept in memory only", self._file, WORKER, meant
+                )
         return adapter
 
     def _entry(self, entry: Place) -> AdapterConfig | None:
@@ -204,6 +206,10 @@ class SectionReader:
         functions: dict[str, FunctionRef] = {}
         for function_id, target in self._fields(place, None).items():
             node = target.node
+            misfit_of_id = misfit_id(function_id)
+            if misfit_of_id is not None:
+                self._problems.add(misfit_of_id, target.line, target.path)
+                continue
             if isinstance(node, Scalar) and node.style == "native" and callable(node.content):
                 functions[function_id] = reference(node.content)
                 continue
@@ -225,6 +231,10 @@ class SectionReader:
             trigger = self._struct(item, TriggerConfig, aliases={"condition": "condition_function_id"})
             if trigger is None:
                 continue
+            for name in ("function_id", "id"):
+                if getattr(trigger, name) == "":
+                    key = join(item.path, name)
+                    self._problems.add("expected a non-empty string", self._line_of(item, name), key)
             twin = seen.setdefault(trigger if trigger.id is None else trigger.id, item)
             if twin is not item:
                 what = "this trigger" if trigger.id is None else f"trigger id {trigger.id!r}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from scopestate.actors.commit import CommitScopeActor
@@ -19,8 +21,9 @@ from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.actors.router import TriggerRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
-from scopestate.config import AdapterConfig, BridgeConfig, Config, LimitsConfig, ScopeRule, TriggerConfig
-from scopestate.errors import ConfigError
+from scopestate.config import AdapterConfig, BridgeConfig, Config, FunctionRef, LimitsConfig, ScopeRule, TriggerConfig
+from scopestate.config.functions import misfit_id
+from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.persistence import Adapter, MemoryAdapter
 from scopestate.stats import Tally
 
@@ -40,7 +43,7 @@ class Parts:
     def __init__(self, config: Config, adapter: Adapter | None, dispatcher: Dispatcher | None, report: Report) -> None:
         """Raises ConfigError for a function that cannot be registered, StorageError if the store cannot be opened."""
         check_functions(config)  # before the store is opened, which would stay locked
-        self.config = config
+        self.config = self._started = config
         self.limits = Limits()
         set_limits(self.limits, config.limits)
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
@@ -75,7 +78,7 @@ class Parts:
 
     def configure(self) -> None:
         """Register the configured functions and triggers, and begin to save."""
-        self._apply_functions(())
+        self._apply_functions({})
         self._apply_triggers(None)
         self.snapshot.start_interval()
         self.housekeeper.arm()
@@ -86,29 +89,37 @@ class Parts:
         """Apply what can change live: functions, triggers, limits, the save interval. Raises ConfigError, unchanged."""
         before = self.config
         check_functions(config)
-        if before.adapter.name != config.adapter.name or (
-            config.adapter.name == "bridge" and before.adapter != config.adapter
-        ):
-            log.warning("the new `adapter:` is used from the next start: a running engine cannot change it")
-        for name in _RESTART_ONLY:
-            if getattr(before.adapter.kv, name) != getattr(config.adapter.kv, name):
-                log.warning("the new value of `%s` is used from the next start: a running store cannot change it", name)
-        if before.scopes != config.scopes:
-            log.warning("the new `scopes:` rules are used from the next start")
+        self._log_what_waits(before, config)
         set_limits(self.limits, config.limits)
         if config.adapter.kv.save_interval_ms != before.adapter.kv.save_interval_ms:
             self.snapshot.set_interval(config.adapter.kv.save_interval_ms / 1000)
         if config.limits.passivate_after_ms != before.limits.passivate_after_ms:
             self.housekeeper.arm()
         self.config = config
-        self._apply_functions(before.functions.keys() - config.functions.keys())
+        self._apply_functions(before.functions)
         self._apply_triggers(before)
 
-    def _apply_functions(self, gone: Iterable[str]) -> None:
+    def _log_what_waits(self, before: Config, config: Config) -> None:
+        """Log what differs from the last file and from what runs: it is used from the next start."""
+
+        def waits(read: Callable[[Config], object]) -> bool:
+            return read(config) != read(before) and read(config) != read(self._started)
+
+        if waits(lambda one: one.adapter.name if one.adapter.name != "bridge" else one.adapter):
+            log.warning("the new `adapter:` is used from the next start: a running engine cannot change it")
+        for name in _RESTART_ONLY:
+            if waits(attrgetter(f"adapter.kv.{name}")):
+                log.warning("the new value of `%s` is used from the next start: a running store cannot change it", name)
+        if waits(attrgetter("scopes")):
+            log.warning("the new `scopes:` rules are used from the next start")
+        if waits(attrgetter("server")):
+            log.warning("the new options of `iii-worker-manager` are used from the next start")
+
+    def _apply_functions(self, before: Mapping[str, FunctionRef]) -> None:
         for function_id, reference in self.config.functions.items():
             self.functions.add(Function(function_id, reference.callable))
-        for function_id in gone:
-            self.functions.remove(function_id)
+        for function_id in before.keys() - self.config.functions.keys():
+            self.functions.discard(function_id, before[function_id].callable)
 
     def _apply_triggers(self, before: Config | None) -> None:
         """Register what is new, unregister what only `before` has. Unchanged triggers keep the events that wait."""
@@ -119,19 +130,31 @@ class Parts:
         for trigger_id, trigger in new.items():
             if old.get(trigger_id) != trigger:
                 self.router.register(trigger)
+                self._warn_of_unknown_functions(trigger)
+        # What the program has unregistered or replaced by now is its own.
+        running = {handler.trigger.trigger_id: handler.trigger for handler in self.router.handlers()}
         for trigger_id in old.keys() - new.keys():
-            self.router.unregister(trigger_id)
+            if running.get(trigger_id) == old[trigger_id]:
+                with suppress(InvalidRegistration):  # at this very moment
+                    self.router.unregister(trigger_id)
+
+    def _warn_of_unknown_functions(self, trigger: Trigger) -> None:
+        """Log a trigger that names no function; that is allowed, code or a worker may register it later."""
+        for function_id in (trigger.function_id, trigger.condition_function_id):
+            if function_id is not None and self.functions.find(function_id) is None:
+                log.warning(
+                    "trigger %r names the function %r, which is not registered yet: until it is, its events fail",
+                    trigger.trigger_id,
+                    function_id,
+                )
 
 
 def check_functions(config: Config) -> None:
-    """Raise ConfigError if a configured function would take the place of a built-in one."""
+    """Raise ConfigError for a function that cannot be registered, as one that would replace a built-in one."""
     for function_id in config.functions:
-        if function_id in FUNCTION_IDS:
-            raise ConfigError(
-                "this function is built in and cannot be replaced: choose another id",
-                file=config.source,
-                key=f"functions.{function_id}",
-            )
+        misfit = misfit_id(function_id)
+        if misfit is not None:
+            raise ConfigError(misfit, file=config.source, key=f"functions.{function_id}")
 
 
 def configured_triggers(entries: Iterable[TriggerConfig]) -> list[Trigger]:

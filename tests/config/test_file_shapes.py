@@ -195,6 +195,13 @@ def test_a_file_with_only_other_workers_warns_that_nothing_is_kept(caplog: pytes
     assert warnings == ["<string>: has no iii-state among its workers; state is kept in memory only"]
 
 
+def test_a_worker_that_is_nearly_ours_is_named_in_that_warning(caplog: pytest.LogCaptureFixture) -> None:
+    config.loads("[{name: iii-stream}, {name: iii-stat}]")
+
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "has no iii-state among its workers (is `iii-stat` meant?)" in warning
+
+
 def test_condition_is_an_alias() -> None:
     assert config.loads("triggers: [{function_id: a, condition: b}]").triggers == (
         TriggerConfig("a", condition_function_id="b"),

@@ -128,6 +128,7 @@ def test_an_interrupt_during_an_import_is_not_swallowed(module: Module) -> None:
         ("shop:Handlers.nosuch", "'shop:Handlers' has no attribute 'nosuch'"),
         ("shop:Handlers.inner.nosuch", "'shop:Handlers.inner' has no attribute 'nosuch'"),
         ("shop:number", "'shop:number' is a int, which cannot be called"),
+        ("shop:parts", "'shop:parts' has a `yield` in it: nobody would run what it makes"),
         ("shop:bad.x", "reading 'x' of 'shop:bad' raised ValueError: no luck"),
     ],
 )
@@ -135,6 +136,7 @@ def test_an_attribute_that_does_not_serve(module: Module, target: str, problem: 
     module(
         "shop",
         "number = 5\n"
+        "def parts(event): yield event\n"
         "class Handlers:\n    inner = 5\n"
         "class Bad:\n    def __getattr__(self, name): raise ValueError('no luck')\n"
         "bad = Bad()\n",

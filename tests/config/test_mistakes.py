@@ -17,6 +17,7 @@ from scopestate.errors import ConfigError
 WHOLE = "expected a whole number from 1 to 1000000000"
 KV = "workers:\n- name: iii-state\n  config:\n    adapter:\n      name: kv\n      config:\n        "
 AT = "workers[0].config.adapter.config"
+BUILT_IN = "this function is built in and cannot be replaced: choose another id"
 LIST = "a mapping with `workers:`, or a list of workers"
 
 
@@ -100,6 +101,10 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
     ("workers: [5]", 1, "workers[0]", "expected a mapping with `name` and `config`, found the integer 5"),
     ("workers: [[]]", 1, "workers[0]", "expected a mapping with `name` and `config`, found a list"),
     ("functions: []", 1, "functions", "expected a mapping, found a list"),
+    ("functions:\n  '': json:loads", 2, "functions.", "a function id is a non-empty string, not ''"),
+    ("triggers:\n  - scope: a\n    function_id: ''", 3, "triggers[0].function_id", "expected a non-empty string"),
+    ("triggers:\n  - function_id: f\n    id: ''", 3, "triggers[0].id", "expected a non-empty string"),
+    ("functions:\n  state::set: json:loads", 2, "functions.state::set", BUILT_IN),
     ("functions: {f: [a]}", 1, "functions.f", "expected a string, found a list"),
     ("triggers: {}", 1, "triggers", "expected a list, found a mapping"),
     ("triggers: [a]", 1, "triggers[0]", "expected a mapping, found the string 'a'"),
