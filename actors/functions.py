@@ -45,6 +45,8 @@ class Functions:
         target: object = function.target
         if not callable(target):
             raise InvalidRegistration(f"function {function_id!r} is not callable: {target!r:.80}")
+        if is_generator(target):
+            raise InvalidRegistration(f"function {function_id!r} has a `yield` in it: nobody would run what it makes")
         entry = msgspec.structs.replace(function, is_async=is_async(target))
         with self._guard:
             known = self._by_id.get(function_id)
@@ -85,6 +87,11 @@ class Functions:
     def all(self) -> list[Function]:
         """Return every function, built-in ones first, in order of registration."""
         return list(self._by_id.values())
+
+
+def is_generator(target: object) -> bool:
+    """True if calling `target` only makes a generator: nothing of it would run."""
+    return inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target)
 
 
 def is_async(target: Callable[..., Any]) -> bool:

@@ -85,9 +85,10 @@ class Barrier:
         self._reply.set()
 
     def missing(self) -> list[str]:
-        """Ids of the triggers whose handlers have not let it through yet."""
+        """The triggers whose handlers have not let it through yet, each as `id (function id)`."""
         with self._guard:
-            return [handler.trigger.trigger_id for handler in self._waiting]
+            triggers = [handler.trigger for handler in self._waiting]
+        return [f"{trigger.trigger_id} ({trigger.function_id})" for trigger in triggers]
 
 
 class HandlerServices:
@@ -252,8 +253,13 @@ class HandlerActor(TurnActor):
                 if final:
                     return
             self.retried += 1
-            await self.later(min(limits.handler_backoff_s * 2.0 ** (attempt - 1), LONGEST_BACKOFF_S))
+            await self.pause_after(attempt)
             attempt += 1
+
+    def pause_after(self, attempt: int) -> Awaitable[None]:
+        """What a delivery awaits between a failed attempt and the next."""
+        doublings = min(attempt - 1, 64)  # far more than LONGEST_BACKOFF_S needs; 2.0**1024 would raise
+        return self.later(min(self._services.limits.handler_backoff_s * 2.0**doublings, LONGEST_BACKOFF_S))
 
     def later(self, delay_s: float) -> Awaitable[None]:
         """What a delivery awaits to pause, without a thread."""
@@ -313,15 +319,16 @@ class HandlerActor(TurnActor):
         return result
 
     def _look_at_deadline(self) -> None:
+        # First this, then the look: a call that begins meanwhile is seen here, or sees that it must have a timer.
+        self._watched = False
         deadline, event = self._deadline, self.current
-        if deadline is None or event is None:
-            self._watched = False
+        if deadline is None or event is None or self._overdue:
             return
         left_s = deadline - self._dispatcher.monotonic()
         if left_s > 0:
+            self._watched = True
             self._dispatcher.call_later(left_s, self._look_at_deadline)
             return
-        self._watched = False
         self.timeouts += 1
         error = HandlerTimeout(self._running_id, self._services.limits.handler_timeout_s)
         self._report(self._running_id, event, error, attempt=1, final=True)

@@ -31,10 +31,6 @@ class LoopThread:
                 self._loop, self._thread = loop, thread
             return self._loop
 
-    def owns_this_thread(self) -> bool:
-        """True on the loop's own thread."""
-        return threading.current_thread() is self._thread
-
     def close(self) -> None:
         """Cancel what still runs there, end the thread and close the loop. Idempotent."""
         with self._guard:

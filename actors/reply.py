@@ -126,7 +126,10 @@ class Reply(pykka.Future[T]):
     def _wait(self, timeout: float | None) -> None:
         if self.waiter is not None:
             self.waiter(self, timeout)
-        elif self._arrival.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
+            return
+        # A lock takes no more than TIMEOUT_MAX, some 290 years: `float("inf")` means it too.
+        timeout_s = -1 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)
+        if self._arrival.acquire(timeout=timeout_s):
             self._arrival.release()  # the next one who waits gets through too
 
     def _arrive(self, value: T | None, error: BaseException | None) -> None:

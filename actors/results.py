@@ -61,8 +61,7 @@ class SetResult(msgspec.Struct, frozen=True, eq=False):
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.to_json() == other.to_json()
 
-    def __hash__(self) -> int:
-        return hash((self.old_json, self.new_json))
+    __hash__ = None  # type: ignore[assignment]  # equal by values such as dicts, so as unhashable as they are
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self.to_json().items())

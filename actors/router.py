@@ -281,10 +281,12 @@ class TriggerRouter(TurnActor):
         if event.depth > self._services.limits.max_event_depth:
             self._cut_loop(handlers, event)
             return
-        own = event
-        for handler in handlers:
+        if len(handlers) == 1:
+            handlers[0].offer(event)
+            return
+        # All copied before the first handler gets its own: what one does to its event reaches no other.
+        for handler, own in zip(handlers, [event.copy() for _ in handlers], strict=True):
             handler.offer(own)
-            own = event.copy() if len(handlers) > 1 else event
 
     def _cut_loop(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
         self.loops_cut += 1

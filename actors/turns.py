@@ -132,7 +132,12 @@ def turn_of(message: object, max_value_bytes: int) -> Turn:
             return Read(checked_name("key", key))
         case messages.List():
             return ReadAll()
-    raise DeserializationError(f"{type(message).__name__} is not a message that a scope understands: {message!r:.80}")
+    raise no_message(message)
+
+
+def no_message(found: object) -> DeserializationError:
+    """Return the error for what is no message."""
+    return DeserializationError(f"{type(found).__name__} is not a message that a scope understands: {found!r:.80}")
 
 
 def answer_of(message: object, answer: Any) -> Any:

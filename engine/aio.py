@@ -14,7 +14,7 @@ from scopestate.actors.reply import Envelope
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import ScopeActor
-from scopestate.actors.turns import Change, Put, Read, ReadAll, Take, Turn, checked_name
+from scopestate.actors.turns import Change, Put, Read, ReadAll, Take, Turn, checked_name, no_message
 from scopestate.asks import no_room
 from scopestate.calls import to_json
 from scopestate.errors import Overloaded, ReplyTimeout, ValueTooLarge
@@ -105,6 +105,7 @@ class AioEngine:
                 return await self.list(scope)
             case messages.ListGroups():
                 return await self.list_groups()
+        raise no_message(message)
 
     async def call(self, function_id: str, payload: object = None) -> Any:
         """As `Engine.call`. A plain function runs on a worker thread, a coroutine function on its event loop."""

@@ -28,17 +28,19 @@ _ENGINE = "A running engine"
 _FILES = "Files"
 
 app.command("serve")(serve)
-for _name, _function in (
-    ("get", cli_calls.get),
-    ("set", cli_calls.set_),
-    ("delete", cli_calls.delete),
-    ("update", cli_calls.update),
-    ("list", cli_calls.list_),
-    ("list-groups", cli_calls.list_groups),
-    ("call", cli_calls.call),
-    ("watch", watch),
+_NEGATIVE = {"ignore_unknown_options": True}
+"""For commands that take JSON: -5 is a number there, not an option."""
+for _name, _function, _settings in (
+    ("get", cli_calls.get, {}),
+    ("set", cli_calls.set_, _NEGATIVE),
+    ("delete", cli_calls.delete, {}),
+    ("update", cli_calls.update, {}),
+    ("list", cli_calls.list_, {}),
+    ("list-groups", cli_calls.list_groups, {}),
+    ("call", cli_calls.call, _NEGATIVE),
+    ("watch", watch, {}),
 ):
-    app.command(_name, rich_help_panel=_ENGINE, epilog=EXIT_CODES)(_function)
+    app.command(_name, rich_help_panel=_ENGINE, epilog=EXIT_CODES, context_settings=_settings)(_function)
 app.add_typer(cli_config.app, name="config", rich_help_panel=_FILES)
 app.add_typer(cli_store.app, name="store", rich_help_panel=_FILES)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
@@ -24,6 +24,8 @@ from scopestate.wire.options import DEFAULT_URL
 
 Scope = Annotated[str, typer.Argument(help="Name of the scope.")]
 Key = Annotated[str, typer.Argument(help="Name of the key.")]
+
+_AN_OP: Final = """'{"type": "increment", "path": "logins", "by": 1}'"""
 
 
 def call(
@@ -111,7 +113,7 @@ def update(
 
     Example: scopestate update users profile '{"type": "increment", "path": "logins", "by": 1}'
     """
-    given = read_json(ops, "the ops")
+    given = read_json(ops, "OPS", hint=f"; an op looks like {_AN_OP}")
     payload = _input(scope, key, ops=msgspec.Raw(given if given.startswith(b"[") else b"[%b]" % given))
     result = _call("state::update", payload, url, token, ca_file, timeout, as_json=as_json)
     if result and msgspec.json.decode(result, type=_Errors).errors:

@@ -86,13 +86,17 @@ def print_json(data: bytes, *, as_json: bool) -> None:
         out(data.decode())
 
 
-def read_json(text: str, what: str) -> bytes:
-    """Return the JSON that an argument holds; `-` reads standard input. Ends the program if it is no JSON."""
+def read_json(text: str, what: str, hint: str = "") -> bytes:
+    """Return the JSON that an argument holds; `-` reads standard input. Ends the program if it is no JSON.
+
+    `hint` is what to write instead; left out, for a bare word that is the word in quotes.
+    """
     given = sys.stdin.buffer.read() if text == "-" else text.encode(errors="surrogateescape")
     try:
         return parse(given)
     except DeserializationError as error:
-        hint = f"""; text needs quotes of its own: '"{text}"'""" if text.isidentifier() else ""
+        if not hint and text.isidentifier():
+            hint = f"""; text needs quotes of its own: '"{text}"'"""
         raise typer.BadParameter(f"{what} is not JSON: {error}{hint}") from error
 
 

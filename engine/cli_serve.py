@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -28,9 +29,13 @@ from scopestate.config import AdapterConfig, BridgeConfig, Config
 from scopestate.errors import ConfigError
 from scopestate.server import Server
 
-log = logging.getLogger("scopestate.cli")
-
 LOOK_S = 1.0
+
+_LISTEN_HINTS = {
+    errno.EADDRINUSE: "; is another engine running there? `--port 0` takes a free port",
+    errno.EACCES: "; ports below 1024 are for root, choose a higher one",
+    errno.EADDRNOTAVAIL: "; this machine has no such address",
+}
 
 Level = Literal["debug", "info", "warning", "error"]
 
@@ -60,10 +65,13 @@ def serve(
             try:
                 server.start()
             except OSError as error:
-                raise ConfigError(f"{error.strerror or error}; is another engine running there?") from error
+                hint = _LISTEN_HINTS.get(error.errno or 0, "")
+                raise ConfigError(f"{error.strerror or error}{hint}") from error
             _announce(server, console, as_json=as_json)
             _wait(server, signals, console)
-            console.print("stopping: events are delivered, then everything is saved", style="dim")
+            console.print(
+                f"stopping: events are delivered{', then everything is saved' if _keeps(server) else ''}", style="dim"
+            )
         finally:
             server.stop()
         console.print("stopped, everything is saved" if _keeps(server) else "stopped", style="dim")

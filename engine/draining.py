@@ -55,8 +55,9 @@ def refuse_on_loop_of_handlers(parts: Parts, name: str) -> None:
         trigger = handler.trigger
         if trigger.function_id in here or trigger.condition_function_id in here:
             raise WouldDeadlock(
-                f"the handler of trigger {trigger.trigger_id!r} runs on the event loop of this very thread, which "
-                f"{name}() would block while it waits for that handler: use `await engine.aio.{name}()` here"
+                f"the handler {trigger.function_id!r} of trigger {trigger.trigger_id!r} runs on the event loop of this "
+                f"very thread, which {name}() would block while it waits for that handler: "
+                f"use `await engine.aio.{name}()` here"
             )
 
 

@@ -25,7 +25,15 @@ from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
 from scopestate.config import Config, ConfigWatcher, from_mapping, load, validate
 from scopestate.draining import drain, refuse_on_loop_of_handlers
-from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError, ValueTooLarge, WouldDeadlock
+from scopestate.errors import (
+    ConfigError,
+    EngineClosed,
+    Overloaded,
+    ReplyTimeout,
+    StorageError,
+    ValueTooLarge,
+    WouldDeadlock,
+)
 from scopestate.handle import Scope
 from scopestate.ops import checked
 from scopestate.ops.values import decode, encode
@@ -60,10 +68,16 @@ class Engine(Reactive):
         `on_error` is called with a DeliveryFailure for each event that failed at a handler, at each attempt, or reached
         none; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and `dispatcher`
         take the place of the configured ones. `handle_sigterm`: if the store keeps anything and the program has no
-        handler of its own, SIGTERM closes the engine before it ends the process.
+        handler of its own, SIGTERM closes the engine (opened on the main thread) before it ends the process.
 
         Raises ConfigError, and StorageError if the store cannot be opened.
         """
+        given: object = config  # whatever the program passed
+        if given is not None and not isinstance(given, Config):
+            raise ConfigError(
+                f"Engine() takes a Config, not {type(given).__name__}: for a file or a mapping there is "
+                "Engine.from_config(...)"
+            )
         parts = Parts(config or Config(), adapter, dispatcher, self._report)
         self._parts = parts
         self._limits = parts.limits
@@ -124,16 +138,15 @@ class Engine(Reactive):
         return engine
 
     def _watch(self, path: str | os.PathLike[str]) -> None:
-        ignore = lambda _: None  # noqa: E731 - the watcher logs what it reports
-        self._watcher = ConfigWatcher(path, self.reconfigure, ignore, running=self._parts.config)
+        self._watcher = ConfigWatcher(path, self.reconfigure, lambda _: None, running=self._parts.config)  # it logs
         self._watcher.start()
 
     def reconfigure(self, config: Config) -> None:
         """Apply to the running engine what can change live: functions, triggers, limits, `save_interval_ms`.
 
-        Raises ConfigError and changes nothing if a configured function would replace a built-in one. What needs a
-        restart is logged.
+        Raises EngineClosed, and ConfigError if a function would replace a built-in one. What needs a restart is logged.
         """
+        self._refuse_if_closed()
         self._parts.reconfigure(config)
 
     # --------------------------------------------------------------------------------------------- the functions
@@ -238,7 +251,12 @@ class Engine(Reactive):
         may still be applied.
         """
         if isinstance(message, messages.ListGroups):
-            return self._settled(self.list_groups()) if not block else self.list_groups()
+            groups = self.list_groups()
+            if block:
+                return groups
+            settled: Reply[Any] = Reply()
+            settled.set(groups)
+            return settled
         reply = self._send(message, PatientReply, waits=block)
         if not block:
             return reply
@@ -270,12 +288,6 @@ class Engine(Reactive):
             actor.post(Envelope(turn, reply))
         if not waits:
             actor.keep_order()
-        return reply
-
-    @staticmethod
-    def _settled(value: Any) -> Reply[Any]:
-        reply: Reply[Any] = Reply()
-        reply.set(value)
         return reply
 
     # ------------------------------------------------------------------------------------------------- functions

@@ -249,7 +249,7 @@ class ReplyTimeout(ScopestateError):
         self.scope = scope
         self.waited_s = waited_s
         self.behind = behind
-        """Ids of the triggers that `drain` waited for in vain; empty for a call."""
+        """The triggers that `drain` waited for in vain, each as `id (function id)`; empty for a call."""
 
     def __str__(self) -> str:
         if self.behind:

@@ -46,12 +46,17 @@ def close_on_sigterm() -> None:
 
     By default SIGTERM ends a process on the spot, with no exit hooks: up to `save_interval_ms` of acknowledged writes
     would be lost. The process still ends by the signal, with the status that supervisors expect. Works from the main
-    thread only, as Python's signals do; elsewhere nothing changes.
+    thread only, as Python's signals do; elsewhere nothing changes, which is logged.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         return
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _Termination())
+    else:
+        log.warning(
+            "an engine was opened off the main thread, where Python sets no signal handler: SIGTERM would end the "
+            "process without saving; open the first engine on the main thread, or handle SIGTERM yourself"
+        )
 
 
 class _Termination:

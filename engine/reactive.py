@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import Any, Never, TypeVar, overload
 
 from scopestate import catalogue
 from scopestate.actors.functions import Function, Functions, running_loop
@@ -87,7 +87,7 @@ class Reactive:
 
     def on_change(
         self,
-        *,
+        *misplaced: Never,
         scope: str | None = None,
         key: str | None = None,
         condition: str | Callable[..., Any] | None = None,
@@ -96,8 +96,13 @@ class Reactive:
         """Decorate a handler: registers the function and a trigger for it, and returns the function unchanged.
 
         `condition` is a function, or the id of one; only `False` skips the handler. The function id is made from the
-        module and name, unless given.
+        module and name, unless given. Raises InvalidRegistration for `@on_change` without parentheses.
         """
+        if misplaced:
+            raise InvalidRegistration(
+                "on_change takes its filters by name: write `@engine.on_change(scope=..., key=...)`, "
+                "or `@engine.on_change()` to hear of every change"
+            )
 
         def register(handler: F) -> F:
             name = function_id or catalogue.made_id(handler, self._functions)

@@ -24,6 +24,11 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+try:  # before the modules that import it without a word
+    import picows
+except ImportError as error:  # pragma: no cover - the extra is installed where tests run
+    raise ImportError("a server needs the extra `wire`: pip install 'scopestate[wire]'") from error
+
 from scopestate.access import Gate
 from scopestate.channels import Channels
 from scopestate.config import Config, ServerConfig
@@ -36,11 +41,6 @@ from scopestate.worker import Worker
 from scopestate.worker_connections import Discarding, Refusing, WorkerConnection
 from scopestate.worker_triggers import FUNCTIONS_AVAILABLE
 from scopestate.workers import Hub
-
-try:
-    import picows
-except ImportError as error:  # pragma: no cover - the extra is installed where tests run
-    raise ImportError("a server needs the extra `wire`: pip install 'scopestate[wire]'") from error
 
 log = logging.getLogger("scopestate.server")
 
@@ -98,6 +98,12 @@ class Server:
         given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         self.config = msgspec.structs.replace(config or ServerConfig(), **given)
         self.engine = engine
+        given_engine: object = engine  # whatever the program passed
+        if not isinstance(given_engine, Engine):
+            raise ConfigError(
+                f"Server() takes an Engine, not {type(given_engine).__name__}: for a file or a mapping there is "
+                "Server.from_config(...)"
+            )
         refuse = getattr(engine._parts.adapter, "refuse_server", None)
         if refuse is not None:
             refuse(self.config.host, self.config.port)

@@ -42,7 +42,7 @@ class Stats(msgspec.Struct, frozen=True):
     dropped: int
     """Events that reached no handler: full mailbox, unregistered trigger, or closed engine."""
     blocked: int
-    """How often a write found a handler's mailbox full and had to wait (`handler_when_full: block`)."""
+    """How often a write found a mailbox on its way full, at each attempt (`handler_when_full: block`)."""
     refused: int
     """Calls refused with `OVERLOADED`: a mailbox was full."""
     loops_cut: int

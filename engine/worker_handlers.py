@@ -155,7 +155,7 @@ class WorkerHandler(HandlerActor):
         self._report(function_id, event, error, attempt=1, final=final)
         if not final:
             self.retried += 1
-            await self.later(limits.handler_backoff_s)
+            await self.pause_after(1)
             await self._deliver(event, attempt=2)
 
     async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:

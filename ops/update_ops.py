@@ -146,7 +146,7 @@ def convert_ops(payload: object) -> tuple[UpdateOp, ...]:
     The ops share `value` with `payload`. Raises DeserializationError, naming the place (`$.ops[1].by`), for every
     shape that SEMANTICS 3 refuses; unknown fields are ignored.
     """
-    if not isinstance(payload, list):
+    if not isinstance(payload, list | tuple):
         raise _misfit(f"invalid type: {json_type(payload)}, expected an array of ops", "$.ops")
     return tuple([_convert(item, f"$.ops[{index}]", _as_is) for index, item in enumerate(payload)])
 

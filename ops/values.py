@@ -246,6 +246,8 @@ _ADVICE: Final = {
 def _advice(value: object) -> str:
     """Say what `value` is and what to store instead: a type changed in silence would come back as another one."""
     kind = type(value)
+    if isinstance(value, Mapping):  # before its bases: an event of ours is a struct too, with other fields
+        return f"{kind.__name__} is not JSON; store dict(value)"
     for base in kind.__mro__:
         advice = _ADVICE.get(f"{base.__module__}.{base.__qualname__}")
         if advice is not None:
@@ -253,8 +255,6 @@ def _advice(value: object) -> str:
     else:
         if dataclasses.is_dataclass(kind):
             advice = "store msgspec.to_builtins(value)"
-        elif isinstance(value, Mapping):
-            advice = "store dict(value)"
         elif isinstance(value, Iterable):
             advice = "store list(value)"
         else:

@@ -35,6 +35,16 @@ def test_waiting_ends_after_the_timeout_and_the_reply_may_still_come() -> None:
     assert reply.get(timeout=0) == 1
 
 
+@pytest.mark.parametrize("timeout", [1e10, float("inf")])
+def test_a_timeout_longer_than_a_lock_takes_is_a_long_one(timeout: float) -> None:
+    reply = Reply[int]()
+    later = threading.Timer(0.02, reply.set, [1])
+    later.start()
+
+    assert reply.get(timeout=timeout) == 1
+    later.join(PATIENCE_S)
+
+
 def test_every_thread_that_waits_gets_it() -> None:
     reply = Reply[str]()
     got: list[str] = []

@@ -116,6 +116,8 @@ def test_refusals_are_those_of_the_plain_calls(open_engine: Any) -> None:
             await engine.aio.set("s", "k", {"a": float("nan")})
         with pytest.raises(DeserializationError, match=r"\$\.ops"):
             await engine.aio.update("s", "k", 5)  # type: ignore[arg-type]
+        with pytest.raises(DeserializationError, match="str is not a message"):
+            await engine.aio.ask("set")  # type: ignore[arg-type]
 
     asyncio.run(main())
 

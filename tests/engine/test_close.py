@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +90,23 @@ def test_with_closes(tmp_path: Any) -> None:
 
     assert engine.closed
     assert asyncio.run(main()).closed
+
+
+def test_an_engine_opened_off_the_main_thread_says_that_sigterm_would_not_close_it(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    section = {"name": "kv", "config": {"store_method": "file_based", "file_path": str(tmp_path / "store")}}
+    settings = {"workers": [{"name": "iii-state", "config": {"adapter": section}}]}
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        for handle in (False, True):
+            asyncio.run(
+                asyncio.to_thread(lambda handle=handle: Engine.from_config(settings, handle_sigterm=handle).close())
+            )
+            assert ("SIGTERM would end the process without saving" in caplog.text) is handle
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_two_engines_in_one_process_know_nothing_of_each_other(open_engine: Any) -> None:

@@ -264,6 +264,17 @@ def test_a_retry_holds_up_no_other_handler_and_the_pause_is_bounded() -> None:
         assert 0 < max(clock.pauses[-1:]) <= 60
 
 
+def test_more_attempts_than_a_float_has_powers_of_two_end_like_fewer(open_engine: Any) -> None:
+    failures, dead = Failures(), Failures()
+    engine = open_engine(on_error=failures, limits={"handler_attempts": 1030, "handler_backoff_ms": 0})
+    engine.on_dead_letter(dead)
+    engine.on_change()(fails_until(2000, Seen()))
+    engine.set("s", "a", 1)
+
+    assert dead.wait_for(1)[0].attempt == 1030
+    engine.drain(timeout=PATIENCE_S)
+
+
 def test_an_event_that_waits_for_its_retry_is_dropped_when_its_trigger_goes() -> None:
     clock, failures, seen = Clock(), Failures(), Seen()
     with engine_on(clock, handler_attempts=2) as engine:

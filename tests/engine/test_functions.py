@@ -165,10 +165,30 @@ def test_a_configured_function_cannot_take_a_built_in_id_and_the_store_is_free_a
     Engine.from_config({"workers": workers}).close()
 
 
+@pytest.mark.parametrize("config", ["engine.yaml", {}, Path("engine.yaml")], ids=repr)
+def test_a_file_or_a_mapping_is_for_from_config(config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"there is Engine\.from_config\(\.\.\.\)"):
+        Engine(config)
+
+
 @pytest.mark.parametrize("function_id", ["", None, 5, b"f"], ids=repr)
 def test_an_id_is_a_text_that_is_not_empty(function_id: Any, engine: Engine) -> None:
     with pytest.raises(InvalidRegistration, match="non-empty string"):
         engine.register_function(function_id, double)
+
+
+async def _async_generator(payload: Any) -> Any:
+    yield payload
+
+
+def _generator(payload: Any) -> Any:
+    yield payload
+
+
+@pytest.mark.parametrize("target", [_generator, _async_generator, functools.partial(_generator, 1)])
+def test_a_generator_is_refused_because_calling_it_runs_nothing(target: Any, engine: Engine) -> None:
+    with pytest.raises(InvalidRegistration, match="has a `yield` in it"):
+        engine.register_function("app::f", target)
 
 
 @pytest.mark.parametrize("target", [5, "double", {"a": 1}], ids=repr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 
 from scopestate import Engine
-from scopestate.config import Config, FunctionRef
-from scopestate.errors import ConfigError, ValueTooLarge
+from scopestate.config import Config, FunctionRef, from_mapping
+from scopestate.errors import ConfigError, EngineClosed, ValueTooLarge
 
 PATIENCE_S = 30.0
 
@@ -94,6 +95,20 @@ def test_a_new_function_and_trigger_apply_live(file: Path, start: Callable[[str]
     assert seen == ["late"]
 
 
+def test_a_configured_trigger_of_a_function_that_is_not_there_is_logged(
+    start: Callable[[str], WatchedEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    start(
+        "functions: {app::note: 'reload_functions:note'}\n"
+        "triggers: [{function_id: app::notes, id: t}, {function_id: app::note, condition_function_id: app::is_big}]\n"
+    )
+
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert warnings[0].startswith("trigger 't' names the function 'app::notes', which is not registered yet")
+    assert "names the function 'app::is_big'" in warnings[1]
+
+
 def test_a_function_that_points_elsewhere_is_used_from_the_next_event(
     file: Path, start: Callable[[str], WatchedEngine]
 ) -> None:
@@ -125,6 +140,27 @@ def test_what_left_the_file_leaves_the_engine_and_what_code_registered_stays(
     assert seen == []
     assert by_code == ["k"]
     assert "app::note" not in {function["name"] for function in engine.functions()}
+
+
+@pytest.mark.parametrize("ending", ["unregistered", "replaced"])
+def test_what_code_has_unregistered_or_replaced_is_not_missed_when_it_leaves_the_file(
+    ending: str, file: Path, start: Callable[[str], WatchedEngine]
+) -> None:
+    engine = start(WITH_TRIGGER.format(target="reload_functions:note"))
+    trigger = engine.triggers()[0]
+    if ending == "unregistered":
+        engine.unregister_function("app::note")
+        trigger.unregister()
+    else:
+        engine.register_function("app::note", note_loudly)
+        engine.register_trigger(function_id="app::note", scope="own", trigger_id=trigger.trigger_id)
+
+    engine.reconfigure(Config())
+    engine.set("users", "k", 1)
+    engine.set("own", "k", 1)
+    engine.drain(PATIENCE_S)
+
+    assert seen == ([] if ending == "unregistered" else ["K"])
 
 
 def test_limits_apply_live(file: Path, start: Callable[[str], WatchedEngine]) -> None:
@@ -181,6 +217,39 @@ def test_a_bad_file_leaves_everything_as_it_was_and_says_why(
     assert seen == ["k"]
     assert "max_value_byts" in caplog.text
     assert "max_value_bytes" in caplog.text
+
+
+def test_what_waits_for_the_next_start_is_logged_once_and_not_when_it_is_taken_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def stored(method: str, port: int) -> Config:
+        adapter = {"name": "kv", "config": {"store_method": method}}
+        workers = [
+            {"name": "iii-state", "config": {"adapter": adapter}},
+            {"name": "iii-worker-manager", "config": {"port": port}},
+        ]
+        return from_mapping({"workers": workers})
+
+    with Engine(stored("in_memory", 1)) as engine:
+        engine.reconfigure(stored("file_based", 2))
+        engine.reconfigure(stored("file_based", 2))
+        assert [re.split(" (?:is|are) used", record.getMessage())[0] for record in caplog.records] == [
+            "the new value of `store_method`",
+            "the new options of `iii-worker-manager`",
+        ]
+        caplog.clear()
+
+        engine.reconfigure(stored("in_memory", 1))
+        assert caplog.records == []
+
+
+def test_a_closed_engine_is_not_configured_again(tmp_path: Path) -> None:
+    engine = Engine()
+    engine.close()
+
+    with pytest.raises(EngineClosed):
+        engine.reconfigure(Config(functions={"app::note": FunctionRef("reload_functions:note", note)}))
+    assert "app::note" not in {function["name"] for function in engine.functions()}
 
 
 def test_a_configuration_that_would_replace_a_built_in_function_changes_nothing(

@@ -248,6 +248,14 @@ def test_on_change_returns_the_function_itself(engine: Engine) -> None:
     assert [entry["name"] for entry in engine.functions()[6:]] == [f"{__name__}::{handler.__qualname__}"]
 
 
+@pytest.mark.parametrize("misplaced", ["users", lambda event: None], ids=["a scope", "without parentheses"])
+def test_on_change_says_how_it_is_written(misplaced: Any, engine: Engine) -> None:
+    with pytest.raises(InvalidRegistration, match=r"write `@engine\.on_change\(scope=\.\.\., key=\.\.\.\)`"):
+        engine.on_change(misplaced)
+
+    assert engine.triggers() == []
+
+
 def test_handlers_with_the_same_name_do_not_replace_each_other(engine: Engine) -> None:
     seen = [Seen(), Seen(), Seen()]
     for one in seen:

@@ -130,6 +130,10 @@ def test_no_ops_is_a_valid_update() -> None:
     assert checked(iter([])) == ()
 
 
+def test_a_tuple_of_ops_counts_as_an_array_as_it_does_in_values() -> None:
+    assert convert_ops(({"type": "remove", "path": "a"},)) == (Remove("a"),)
+
+
 @pytest.mark.parametrize("single", [Increment("n", 1), 5, None])
 def test_one_op_instead_of_a_list_of_ops_is_named_as_the_mistake(single: Any) -> None:
     with pytest.raises(DeserializationError, match=r"expected a list of ops - at `\$\.ops`"):

@@ -7,7 +7,7 @@ import datetime as dt
 import json
 import math
 from collections import OrderedDict, UserDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from enum import Enum, IntEnum
 from fractions import Fraction
@@ -82,6 +82,11 @@ class Account:
 
 class Row(msgspec.Struct):
     name: str = "Ada"
+
+
+@Mapping.register
+class Fields(msgspec.Struct):
+    """A struct that is also a mapping, as an event of the engine is."""
 
 
 class Opaque:
@@ -165,6 +170,7 @@ NOT_JSON: list[tuple[object, str]] = [
     (Account(), "Account is not JSON; store msgspec.to_builtins(value)"),
     (Row(), "Row is not JSON; store msgspec.to_builtins(value)"),
     (msgspec.Raw(b"1"), "Raw is not JSON; store msgspec.json.decode(value)"),
+    (Fields(), "Fields is not JSON; store dict(value)"),
     (UserDict(a=1), "UserDict is not JSON; store dict(value)"),
     (deque([1]), "deque is not JSON; store list(value)"),
     (Opaque(), "Opaque is not JSON; store what describes it"),
