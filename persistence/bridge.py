@@ -22,7 +22,6 @@ from scopestate.wire.options import DEFAULT_URL, ClientOptions
 
 log = logging.getLogger("scopestate.persistence.bridge")
 
-DEFAULT_PORT: Final = 49134
 _ANYWHERE: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 
 Change = tuple[str, str, bytes | None, bytes | None]

@@ -28,6 +28,8 @@ def open_directory(directory: str | os.PathLike[str]) -> str:
         _create_directory(path)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileExistsError):
+            problem = "a file has this name"
         raise StoreUnusable(
             f"the directory {given!r} cannot be used as a store: {problem}. Choose a path where this process may "
             "create and write files"

@@ -1,8 +1,7 @@
 """What goes wrong elsewhere and must not here: one test per point of SEMANTICS section 8, by its number.
 
-Left out, because an engine in one process has no such part: 33 to 36 (Redis), 37 and 38 (bridge). 13 and 30 name
-functions that do not exist here either (compare-and-set, transactions, TTL, paged lists): what there is instead is
-tested.
+Left out: 33 to 36 are Redis's, which is no adapter here; 37 and 38 are the bridge's (tests/bridge). 13 and 30 name
+functions that do not exist here (compare-and-set, transactions, TTL, paged lists): what there is instead is tested.
 """
 
 from __future__ import annotations

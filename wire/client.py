@@ -204,6 +204,7 @@ class Client:
     ) -> None:
         """Offer a function, now and on every later connection; the same id again replaces it.
 
+        `handler` is an `async` function from JSON to JSON, both as bytes; what it returns as None is "no value".
         `ordered`: its calls run one after another, in the order in which they came; else beside each other.
         """
         self._note(self._functions.add(function_id, handler, description, ordered=ordered))

@@ -31,6 +31,15 @@ def test_numbers_keep_their_kind(cli: Run, server: Server) -> None:
     assert cli("get", "s", "k").out == "[1,1.0,true,18446744073709551615]\n"
 
 
+@pytest.mark.parametrize("number", ["-5", "-1.5e3", "-0.0"])
+def test_a_negative_number_is_a_value_and_no_option(number: str, cli: Run, server: Server) -> None:
+    server.engine.register_function("app::same", lambda data: data)
+
+    assert cli("set", "s", "k", number).json["new_value"] == float(number)
+    assert cli("call", "app::same", number).json == float(number)
+    assert cli("set", "s", "k", "--urll", number).code == 2
+
+
 def test_a_missing_key_and_a_stored_null_differ(cli: Run, server: Server) -> None:
     cli("set", "s", "null", "null")
 
@@ -64,6 +73,15 @@ def test_text_without_quotes_is_explained(cli: Run, server: Server) -> None:
     assert result.code == 2
     assert "the value is not JSON" in result.err
     assert """'"hello"'""" in result.err
+
+
+def test_ops_that_are_no_json_are_explained_by_an_op(cli: Run, server: Server) -> None:
+    result = cli("update", "s", "k", "increment")
+
+    assert result.code == 2
+    assert "OPS is not JSON" in result.err
+    assert '"type": "increment"' in result.err
+    assert """'"increment"'""" not in result.err
 
 
 @pytest.mark.parametrize(

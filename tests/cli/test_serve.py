@@ -109,6 +109,18 @@ def test_a_port_in_use_is_named(program: type[Program], server: Server) -> None:
 
     assert result.code == 3
     assert f"cannot listen on 127.0.0.1:{server.port}" in result.err
+    assert "is another engine running there?" in result.err
+
+
+def test_an_address_of_another_machine_is_not_taken_for_one_in_use(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text("- {name: iii-worker-manager, config: {insecure: true}}\n")
+
+    result = cli("serve", str(file), "--host", "192.0.2.1", "--port", "0")  # an address for documentation, RFC 5737
+
+    assert result.code == 3
+    assert "this machine has no such address" in result.err
+    assert "another engine" not in result.err
 
 
 def test_a_store_in_use_is_named(program: type[Program], tmp_path: Path) -> None:

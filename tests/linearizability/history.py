@@ -47,6 +47,10 @@ class History:
     def __len__(self) -> int:
         return len(self._calls)
 
+    def note_into(self, other: History) -> None:
+        """Be part of another history, of other clients of the same state, from now on."""
+        self._now, self._calls = other._now, other._calls
+
     def check(self) -> None:
         """Raise NotLinearizable unless each scope's calls can be put in order."""
         for scope in self.scopes:

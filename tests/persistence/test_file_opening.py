@@ -183,7 +183,7 @@ def test_files_of_iii_are_left_alone_and_named_once(
 def test_a_file_in_place_of_the_directory(open_file: Open, directory: Path) -> None:
     directory.write_text("mine")
 
-    with pytest.raises(StoreUnusable, match="cannot be used as a store: File exists"):
+    with pytest.raises(StoreUnusable, match="cannot be used as a store: a file has this name"):
         open_file()
 
     assert directory.read_text() == "mine"
@@ -192,7 +192,7 @@ def test_a_file_in_place_of_the_directory(open_file: Open, directory: Path) -> N
 def test_a_file_above_the_directory(open_file: Open, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
 
-    with pytest.raises(StoreUnusable, match=r"cannot be used as a store: (Not a directory|File exists)"):
+    with pytest.raises(StoreUnusable, match=r"cannot be used as a store: (Not a directory|a file has this name)"):
         open_file(tmp_path / "file" / "store")
 
 

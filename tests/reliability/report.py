@@ -102,7 +102,7 @@ ROWS: Final = (
     Row(
         "Threads and tasks race on the same keys",
         "Every history is linearizable, on every adapter.",
-        ("linearizability/test_histories.py", "linearizability/test_checker.py"),
+        ("linearizability/test_histories.py", "linearizability/test_checker.py", "bridge/test_linearizability.py"),
         ("linearizability",),
     ),
     Row(

@@ -197,6 +197,12 @@ def test_a_certificate_that_cannot_be_read_is_an_error(engine: Engine, tmp_path:
             Server(engine, config=server_config({"tls": {"certfile": str(tmp_path / name)}}))
 
 
+def test_a_file_is_for_from_config() -> None:
+    wrong: Any = "engine.yaml"
+    with pytest.raises(ConfigError, match=r"there is Server\.from_config\(\.\.\.\)"):
+        Server(wrong)
+
+
 def test_a_plain_request_that_is_no_websocket_is_refused(server: Server) -> None:
     with socket.create_connection((server.host, server.port), timeout=PATIENCE_S) as plain:
         plain.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
