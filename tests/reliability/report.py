@@ -120,6 +120,21 @@ ROWS: Final = (
 )
 
 
+LIMITS: Final = """\
+## What is not promised
+
+- Events live in memory: a crash loses those that no handler has seen yet. None is delivered before its `commit` write
+  is on disk.
+- SIGKILL shows the order of commit, answer and event. That a commit survives a power cut rests on SQLite's
+  `synchronous=FULL` and on the disk keeping its word.
+- Python sets signal handlers on the main thread only. If no engine was opened there, SIGTERM ends the process at once
+  (a warning is logged); and a main thread that is just about to wait without a time limit may take the signal only when
+  something else wakes it.
+- A plain function that never returns cannot be stopped: it is reported, and keeps one thread.
+- A handler that starts threads or tasks of its own takes them out of `drain()` and out of the bound on event depth.
+"""
+
+
 def page() -> str:
     """Return the page, with the figures of the last run."""
     kept = figures.read()
@@ -135,7 +150,7 @@ def page() -> str:
     for row in ROWS:
         tests = "<br>".join(f"`tests/{test}`" for test in row.tests)
         lines.append(f"| {row.fault} | {row.promise} | {tests} | {_figures(row, kept)} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", LIMITS])
 
 
 def _figures(row: Row, kept: dict[str, dict[str, float | str]]) -> str:
