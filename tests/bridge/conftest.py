@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from leftovers import no_leftovers
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from second_engine import PATIENCE_S, OpenBridge, RemoteProcess, bridge_config
+from second_engine import OpenBridge, RemoteProcess, bridge_config
 
-from scopestate import Engine, lifecycle
+from scopestate import Engine
 
 
 @pytest.fixture(scope="session")
@@ -34,13 +34,8 @@ def remote(shared_remote: RemoteProcess) -> RemoteProcess:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail if an engine or one of its threads outlives its test."""
-    before = set(threading.enumerate())
-    yield
-    assert [engine for engine in list(lifecycle._live) if not engine.closed] == []
-    ours = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("scopestate")]
-    for thread in ours:
-        thread.join(PATIENCE_S)
-    assert [thread.name for thread in ours if thread.is_alive()] == []
+    with no_leftovers():
+        yield
 
 
 @pytest.fixture

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from leftovers import no_leftovers
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import watching`, as tests/conftest.py does for its own folder
 
-from watching import PATIENCE_S, LoopThread
+from watching import LoopThread
 
-from scopestate import Engine, lifecycle
+from scopestate import Engine
 
 OpenEngine = Callable[..., Engine]
 
@@ -22,14 +22,8 @@ OpenEngine = Callable[..., Engine]
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail if an engine or one of its threads outlives its test."""
-    before = set(threading.enumerate())
-    yield
-    assert [engine for engine in list(lifecycle._live) if not engine.closed] == []
-    ours = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("scopestate")]
-    for thread in ours:
-        assert thread._started.wait(PATIENCE_S)  # type: ignore[attr-defined]  # or there is nothing to join yet
-        thread.join(PATIENCE_S)
-    assert [thread.name for thread in ours if thread.is_alive()] == []
+    with no_leftovers():
+        yield
 
 
 @pytest.fixture

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability.living import PATIENCE_S, settings
+from leftovers import no_leftovers
+from reliability.living import settings
 
-from scopestate import Engine, lifecycle
+from scopestate import Engine
 from scopestate.config import from_mapping
 
 OpenEngine = Callable[..., Engine]
@@ -19,17 +19,8 @@ OpenEngine = Callable[..., Engine]
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """Fail if an engine or one of its threads outlives its test."""
-    before = set(threading.enumerate())
-    yield
-    assert [engine for engine in list(lifecycle._live) if not engine.closed] == []
-    pause = threading.Event()
-    for _ in range(int(PATIENCE_S * 100)):
-        # Looked at again and again, not joined: one that is about to start cannot be joined yet.
-        left = [t.name for t in threading.enumerate() if t not in before and t.name.startswith("scopestate")]
-        if not left:
-            return
-        pause.wait(0.01)
-    raise AssertionError(f"threads are left: {left}")
+    with no_leftovers():
+        yield
 
 
 @pytest.fixture

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability.living import PATIENCE_S, settings
+from leftovers import no_leftovers
+from reliability.living import settings
 from reliability.slow import SlowDisk
 
-from scopestate import Engine, lifecycle
+from scopestate import Engine
 from scopestate.config import from_mapping
 
 OpenEngine = Callable[..., Engine]
@@ -20,13 +20,8 @@ OpenEngine = Callable[..., Engine]
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """Fail if an engine or one of its threads outlives its test."""
-    before = set(threading.enumerate())
-    yield
-    assert [engine for engine in list(lifecycle._live) if not engine.closed] == []
-    ours = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("scopestate")]
-    for thread in ours:
-        thread.join(PATIENCE_S)
-    assert [thread.name for thread in ours if thread.is_alive()] == []
+    with no_leftovers():
+        yield
 
 
 @pytest.fixture

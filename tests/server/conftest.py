@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from leftovers import no_leftovers
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import raw, sdks, serving`
 
-from raw import PATIENCE_S, RawWorker
+from raw import RawWorker
 from sdks import SdkWorker
 from serving import OpenRaw, OpenSdk, OpenServer, server_config
 
-from scopestate import Engine, lifecycle
+from scopestate import Engine
 from scopestate.server import Server
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail if an engine, or a thread of an engine or a server, outlives its test."""
-    before = set(threading.enumerate())
-    yield
-    assert [engine for engine in list(lifecycle._live) if not engine.closed] == []
-    ours = [thread for thread in threading.enumerate() if thread not in before and thread.name.startswith("scopestate")]
-    for thread in ours:
-        thread.join(PATIENCE_S)
-    assert [thread.name for thread in ours if thread.is_alive()] == []
+    with no_leftovers():
+        yield
 
 
 @pytest.fixture
