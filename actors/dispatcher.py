@@ -64,7 +64,7 @@ class Dispatcher(Protocol):
 class ThreadDispatcher:
     """Worker threads fed by one queue of ready actors, and a timer thread; all started when first needed.
 
-    The pool grows when every worker is busy and actors wait, because a handler may block for as long as it likes and
+    The pool grows when every worker is blocked and actors wait, because a handler may block for as long as it likes and
     must not delay the others; it shrinks again after ten idle seconds. Threads are daemons: the engine's exit hook
     saves before they die.
     """
@@ -72,7 +72,7 @@ class ThreadDispatcher:
     IDLE_S = 10.0
     """A worker that had nothing to do for this long ends."""
     STALL_S = 0.005
-    """Actors that wait this long while no worker is idle get one more worker."""
+    """Actors that wait this long while every worker is blocked get one more worker."""
     MOST = 512
     """Workers at most; more are never started, and that is logged."""
 
@@ -85,6 +85,8 @@ class ThreadDispatcher:
         self._workers = 0
         self._guard = threading.Lock()
         self._numbers = itertools.count(1)
+        self._taken = 0
+        """Changes whenever a worker takes something from the queue."""
         self._looks = 0
         self._look_asked = -1
         self._closed = False
@@ -140,16 +142,19 @@ class ThreadDispatcher:
                 self._run_left_over()
         elif self._look_asked != look:
             # Noted by number, and last: if a signal cuts this short, the next one who comes here asks again.
-            self._timer.call_later(self.STALL_S, lambda: self._relieve(look))
+            taken = self._taken
+            self._timer.call_later(self.STALL_S, lambda: self._relieve(look, taken))
             self._look_asked = look
 
-    def _relieve(self, look: int) -> None:
+    def _relieve(self, look: int, taken: int) -> None:
         if look != self._looks:
             return  # two had asked at once
         self._looks += 1
         if self._idle or self._ready.empty() or self._closed:
             return
-        self._add_worker()
+        if taken == self._taken:
+            # Nobody has come back for more: they are blocked. Workers that are busy computing get no help from more.
+            self._add_worker()
         self._look_after_queue()
 
     def _run_left_over(self) -> None:
@@ -203,6 +208,7 @@ class ThreadDispatcher:
             except queue.Empty:
                 work = None
             idle.pop()
+            self._taken += 1
             if work is None:
                 break
             if not idle and not ready.empty():
