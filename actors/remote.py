@@ -5,36 +5,30 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pykka
 
+from scopestate.actors.elsewhere import WHOLE, WRITES, Converter, ScopeElsewhere, Told
 from scopestate.actors.remote_calls import Outcome, read_answer, request
-from scopestate.actors.reply import Envelope, Reply, ReplyTo
-from scopestate.actors.results import EventType, StateEvent
+from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.scope import ScopeActor, Surroundings
+from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import WAIT
 from scopestate.actors.turns import (
     Caused,
     Change,
-    Close,
     Housekeeping,
-    Passivate,
     Ping,
     Put,
     Read,
     ReadAll,
     ReadItems,
     Take,
-    answer_of,
     as_failure_of,
-    checked_name,
     event_depth,
-    turn_of,
 )
 from scopestate.errors import (
-    DeserializationError,
     EngineClosed,
     Overloaded,
     RemoteFailure,
@@ -44,14 +38,7 @@ from scopestate.errors import (
 )
 from scopestate.persistence.remote import Remote
 
-if TYPE_CHECKING:
-    from scopestate.actors.handler import HandlerActor
-
 log = logging.getLogger("scopestate.scope")
-
-_WRITES: Final = frozenset({Put, Change, Take})
-_WHOLE: Final = frozenset({ReadAll, ReadItems})
-"""Calls on no key in particular."""
 
 
 class _Open:
@@ -59,7 +46,7 @@ class _Open:
 
     __slots__ = ("convert", "depth", "reply", "turn")
 
-    def __init__(self, turn: Any, reply: ReplyTo, depth: int, convert: Callable[[Any], Any] | None) -> None:
+    def __init__(self, turn: Any, reply: ReplyTo, depth: int, convert: Converter | None) -> None:
         self.turn = turn
         self.reply = reply
         self.depth = depth
@@ -101,15 +88,13 @@ class _Lane:
         self.waiting: deque[_Open] = deque()
 
 
-class RemoteScopeActor(ScopeActor):
+class RemoteScopeActor(ScopeElsewhere):
     """One scope of a remote engine.
 
     A turn never waits: it sends, or takes in an answer. So it may run on any thread, event loops included; who waits is
     the caller, at his reply. The remote may run two calls of one connection in either order (PROTOCOL, section 1), so a
     key has one write on its way at a time; calls on different keys are on their way together. Local events are fired in
     the order of the answers, which for one key is the order of its writes.
-
-    `_values` stays None: whoever looks there first goes on to `run`, `post` or `accept`.
     """
 
     def __init__(self, scope: str, around: Surroundings, remote: Remote) -> None:
@@ -124,12 +109,6 @@ class RemoteScopeActor(ScopeActor):
 
     def has_waiting(self) -> bool:
         return bool(self._open) or super().has_waiting()
-
-    def read(self, key: str) -> bytes | None:
-        return self.run(Read(key))  # type: ignore[no-any-return]
-
-    def read_all(self) -> list[bytes]:
-        return self.run(ReadAll())  # type: ignore[no-any-return]
 
     def run(self, message: Any, otherwise: Any = WAIT) -> Any:
         if isinstance(message, Housekeeping):
@@ -186,7 +165,7 @@ class RemoteScopeActor(ScopeActor):
                 self._admit(message, item.reply_to, depth)
         else:
             # Through a Pykka ref's `tell`: nobody waits, so a refusal is logged.
-            self._handle(Envelope(item, _Told()))
+            self._handle(Envelope(item, Told()))
 
     def _admit(self, message: Any, reply: ReplyTo, depth: int) -> None:
         """Send a call, or have it wait for those that came before; a refusal is its answer."""
@@ -200,8 +179,8 @@ class RemoteScopeActor(ScopeActor):
             return
         self.touched = True
         self._open.add(call)
-        if type(call.turn) in _WHOLE:
-            writes = {other for other in self._open if type(other.turn) in _WRITES}
+        if type(call.turn) in WHOLE:
+            writes = {other for other in self._open if type(other.turn) in WRITES}
             self._after(writes, lambda: self._send(call))
             return
         lane = self._lanes.get(call.turn.key)
@@ -211,32 +190,21 @@ class RemoteScopeActor(ScopeActor):
         self._advance(call.turn.key, lane)
 
     def _checked(self, message: Any, reply: ReplyTo, depth: int) -> _Open:
-        if self._closed and (self._shut or not depth):
-            raise EngineClosed
+        turn, convert = self._turn_for(message, depth)
         if len(self._open) >= self.mailbox_limit:
             raise Overloaded(
                 f"{len(self._open)} calls on {self.name} are under way, as many as scope_mailbox allows; nothing was "
                 "done: slow down, or raise the limit"
             )
-        turn, convert = message, None
-        if not isinstance(message, (Put, Change, Take, Read, ReadAll, ReadItems)):
-            # Through a Pykka ref: the public messages, with Python values.
-            turn = turn_of(message, self._around.limits.max_value_bytes)
-            if message.scope != self.scope:
-                raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
-            convert = lambda answer: answer_of(message, answer)  # noqa: E731 - belongs to this message
-        if type(turn) not in _WHOLE:
-            checked_name("key", turn.key)
-        if type(turn) in _WRITES and self._watched(turn.key):
-            # Before anything is sent: a full handler must stop the write, not lose its event.
-            self._router.targets(self.scope, self._watch, turn.key, depth)
+        if type(turn) in WRITES:
+            self._make_sure_of_room(turn.key, depth)
         return _Open(turn, reply, depth, convert)
 
     def _advance(self, key: str, lane: _Lane) -> None:
         """Send what may go now: the next write, or all reads up to it."""
         waiting = lane.waiting
         while waiting and not lane.writing:
-            writes = type(waiting[0].turn) in _WRITES
+            writes = type(waiting[0].turn) in WRITES
             if writes and lane.reads:
                 return
             call = waiting.popleft()
@@ -287,9 +255,9 @@ class RemoteScopeActor(ScopeActor):
             answer = outcome.answer if outcome is not None else None
             call.reply.set(answer if call.convert is None else call.convert(answer))
         self._closed_call(call)
-        if type(turn) not in _WHOLE:
+        if type(turn) not in WHOLE:
             lane = self._lanes[turn.key]
-            if type(turn) in _WRITES:
+            if type(turn) in WRITES:
                 lane.writing = False
             else:
                 lane.reads -= 1
@@ -314,9 +282,6 @@ class RemoteScopeActor(ScopeActor):
 
     # ------------------------------------------------------------------------------------------------------ events
 
-    def _watched(self, key: str) -> bool:
-        return any(key in table or None in table for table in (self._watch, self._anywhere) if table)
-
     def _report_change(self, change: RemoteChange) -> None:
         try:
             if self._closed:
@@ -324,8 +289,7 @@ class RemoteScopeActor(ScopeActor):
             if self._passivated:
                 self._around.directory[self.scope].post(change)
                 return
-            if self._watched(change.key):
-                self._router.targets(self.scope, self._watch, change.key, 0)
+            self._make_sure_of_room(change.key, 0)
         except (ScopestateError, HandlerFull) as error:
             change.reply.fail(error)
             return
@@ -333,54 +297,13 @@ class RemoteScopeActor(ScopeActor):
         self._fire(change.key, change.old, change.new, 0)
         change.reply.set()
 
-    def _fire(self, key: str, old: bytes | None, new: bytes | None, depth: int) -> None:
-        """Hand the event of one change to the router. The change has happened, so no limit stands in its way."""
-        self._sequence += 1
-        handlers = self._handlers(key)
-        if handlers:
-            kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
-            event = StateEvent(kind, self.scope, key, old, new, self._sequence, depth)
-            outbox = self._router._mailbox
-            outbox += ((handlers, event),)
-            self._router.wake()
-
-    def _handlers(self, key: str) -> tuple[HandlerActor, ...]:
-        numbered: dict[int, HandlerActor] = {}
-        for table in (self._watch, self._anywhere):
-            for name in (key, None):
-                bucket = table.get(name)
-                if bucket is not None:
-                    numbered.update(list(bucket.members.items()))
-        return tuple(numbered[number] for number in sorted(numbered))
-
     # ----------------------------------------------------------------------------------------------------- leaving
 
-    def _on_rare(self, message: Any) -> Any:
-        match message:
-            case Passivate():
-                return self._leave()
-            case Close(handlers_may=handlers_may):
-                self._closed = True
-                self._shut = not handlers_may
-                return None
-            case _:
-                return None  # Collect: nothing of this scope is kept here
+    def _is_needed(self) -> bool:
+        return bool(self._open) or super()._is_needed()
 
-    def _leave(self) -> bool:
-        if self._mailbox or self._closed or self._open:
-            return False
-        if not self._around.directory.let_go(self, self._router.forget):
-            return False
-        self._passivated = True
+    def _note_leaving(self) -> None:
         self._remote.sequence_floor = max(self._remote.sequence_floor, self._sequence)
-        return True
-
-
-class _Told(Reply[Any]):
-    """The reply to a `tell`: nobody reads it, so a refusal is logged."""
-
-    def fail(self, error: BaseException) -> None:
-        log.error("a message told to a scope was refused: %s", error, exc_info=error)
 
 
 def _via_bridge(turn: Any, error: Exception) -> StorageError:

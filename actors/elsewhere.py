@@ -1,0 +1,142 @@
+"""What scopes have in common that are kept by somebody else: another engine, or Redis."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from scopestate.actors.reply import Reply
+from scopestate.actors.results import EventType, StateEvent
+from scopestate.actors.scope import ScopeActor
+from scopestate.actors.turns import (
+    Change,
+    Close,
+    Housekeeping,
+    Passivate,
+    Put,
+    Read,
+    ReadAll,
+    ReadItems,
+    Take,
+    answer_of,
+    checked_name,
+    turn_of,
+)
+from scopestate.errors import DeserializationError
+
+if TYPE_CHECKING:
+    from scopestate.actors.handler import HandlerActor
+
+log = logging.getLogger("scopestate.scope")
+
+WRITES: Final = frozenset({Put, Change, Take})
+WHOLE: Final = frozenset({ReadAll, ReadItems})
+"""Calls on no key in particular."""
+
+Converter = Callable[[Any], Any]
+"""Makes a Python value of a turn's answer."""
+
+
+class ScopeElsewhere(ScopeActor):
+    """A scope whose values are not here. What it has of its own is who waits, and which triggers hear of it.
+
+    `_values` stays None: whoever looks there first goes on to `run`, `post` or `accept`.
+    """
+
+    def read(self, key: str) -> bytes | None:
+        return self.run(Read(key))  # type: ignore[no-any-return]
+
+    def read_all(self) -> list[bytes]:
+        return self.run(ReadAll())  # type: ignore[no-any-return]
+
+    def _turn_for(self, message: Any, depth: int) -> tuple[Any, Converter | None]:
+        """Return the turn that a message stands for, and for a public one what makes a Python value of the answer.
+
+        Raises what a closed scope, or one that does not understand it, answers.
+        """
+        if self._closed and (self._shut or not depth):
+            raise self._refusal()
+        kind = type(message)
+        if kind is Put or kind is Change or kind is Take or kind is Read:
+            if type(message.key) is not str or not message.key.isascii():
+                checked_name("key", message.key)
+            return message, None
+        if kind in WHOLE:
+            return message, None
+        # Through a Pykka ref: the public messages, with Python values.
+        turn = turn_of(message, self._around.limits.max_value_bytes)
+        if message.scope != self.scope:
+            raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
+        return turn, lambda answer: answer_of(message, answer)
+
+    # ------------------------------------------------------------------------------------------------------ events
+
+    def _watched(self, key: str) -> bool:
+        watch, anywhere = self._watch, self._anywhere
+        return bool((watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)))
+
+    def _make_sure_of_room(self, key: str, depth: int) -> None:
+        """Before anything is sent: a full handler must stop the write, not lose its event. Raises HandlerFull."""
+        if self._watched(key):
+            self._router.targets(self.scope, self._watch, key, depth)
+
+    def _fire(self, key: str, old: bytes | None, new: bytes | None, depth: int) -> None:
+        """Hand the event of one change to the router. The change has happened, so no limit stands in its way."""
+        self._sequence += 1
+        if not self._watched(key):
+            return
+        handlers = self._handlers(key)
+        if handlers:
+            kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
+            event = StateEvent(kind, self.scope, key, old, new, self._sequence, depth)
+            outbox = self._router._mailbox
+            outbox += ((handlers, event),)
+            self._router.wake()
+
+    def _handlers(self, key: str) -> tuple[HandlerActor, ...]:
+        numbered: dict[int, HandlerActor] = {}
+        for table in (self._watch, self._anywhere):
+            for name in (key, None):
+                bucket = table.get(name)
+                if bucket is not None:
+                    numbered.update(list(bucket.members.items()))
+        return tuple(numbered[number] for number in sorted(numbered))
+
+    # ----------------------------------------------------------------------------------------------------- leaving
+
+    def _on_rare(self, message: Any) -> Any:
+        match message:
+            case Passivate():
+                return self._leave()
+            case Close(handlers_may=handlers_may):
+                self._closed = True
+                self._shut = not handlers_may
+                return None
+            case Housekeeping():
+                return None  # Collect: nothing of this scope is kept here
+            case _:
+                raise TypeError(f"not housekeeping: {message!r:.80}")
+
+    def _is_needed(self) -> bool:
+        """True while somebody waits for this actor."""
+        return bool(self._mailbox)
+
+    def _note_leaving(self) -> None:
+        """The actor leaves memory: its event numbers must not be given again."""
+
+    def _leave(self) -> bool:
+        if self._closed or self._is_needed():
+            return False
+        if not self._around.directory.let_go(self, self._router.forget):
+            return False
+        self._passivated = True
+        self._note_leaving()
+        return True
+
+
+class Told(Reply[Any]):
+    """The reply to a Pykka ref's `tell`: nobody reads it, so a refusal is logged."""
+
+    def fail(self, error: BaseException) -> None:
+        log.error("a message told to a scope was refused: %s", error, exc_info=error)
