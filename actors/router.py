@@ -199,7 +199,7 @@ class TriggerRouter(TurnActor):
                 if len(handler._mailbox) >= room:
                     self._refuse(scope, depth, progress)
         if depth:
-            next(self._cascades)  # before the event is in the mailbox, or `drain` could miss it
+            self.note_cascade()  # before the event is in the mailbox, or `drain` could miss it
         return handlers
 
     def _refuse(self, scope: str, depth: int, progress: int) -> NoReturn:
@@ -223,6 +223,10 @@ class TriggerRouter(TurnActor):
     def blocked(self) -> int:
         """How often a write found a handler's mailbox full and had to wait."""
         return _value(self._blocked)
+
+    def note_cascade(self) -> None:
+        """Note that a handler is about to fire an event. From any thread."""
+        next(self._cascades)
 
     def fired_by_handlers(self) -> int:
         """How many events handlers have fired, or are about to have fired."""

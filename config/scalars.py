@@ -163,7 +163,13 @@ def resolve_native(value: object) -> Value:
 
 
 def shorten(text: str, *, quote: bool = True) -> str:
-    """Cut `text` for an error message; with `quote` as a Python literal, so that blanks and controls show."""
+    """Cut `text` for an error message; with `quote` as a Python literal, so that blanks and controls show.
+
+    What stands before the `@` of an address may hold a password, and is masked.
+    """
+    start, end = text.find("://"), text.rfind("@")
+    if -1 < start < end:
+        text = f"{text[: start + 3]}***{text[end:]}"
     cut = text if len(text) <= 60 else text[:57] + "..."
     return repr(cut) if quote else cut
 

@@ -7,9 +7,13 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from scopestate.config.redis_urls import MASK, MAX_DATABASE, without_credentials, without_password
+
 # The upper bounds keep a typing slip (or nanoseconds) away from timers and queues, which overflow far above them.
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=31_536_000_000)]
 """0 to one year."""
+_Wait = Annotated[int, msgspec.Meta(ge=1, le=86_400_000)]
+"""Milliseconds, at most one day."""
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
 
 
@@ -51,11 +55,86 @@ class BridgeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return f"BridgeConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
+class RedisConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`adapter: {name: redis, config: ...}`: scopes live in Redis or Valkey, shared by any number of engines.
+
+    A reload changes none of it.
+    """
+
+    redis_url: str = "redis://localhost:6379"
+    """`redis://host:port`, `rediss://host:port` (TLS) or `unix:///path`. `user:password@` may stand before the host or
+    path, percent-encoded; `/2`, for a path `?db=2`, is the database."""
+    username: str | None = None
+    """Goes before the one in `redis_url`."""
+    password: str | None = None
+    """Goes before the one in `redis_url`; best as `${VARIABLE}`; never logged."""
+    database: Annotated[int, msgspec.Meta(ge=0, le=MAX_DATABASE)] | None = None
+    """Goes before the one in `redis_url`; neither: 0."""
+    key_prefix: str = "state:"
+    """A scope is the hash with this and then its name as key. iii's prefix is `state:`."""
+    sentinels: tuple[str, ...] = ()
+    """`host:port` of Redis Sentinels; without a port it is 26379. They name the primary, and the host of `redis_url`
+    does not count; its `rediss://` holds for them too."""
+    sentinel_service: str = "mymaster"
+    """What the Sentinels call the primary."""
+    sentinel_username: str | None = None
+    """As whom to log in at the Sentinels, which do not get `username` and `password`."""
+    sentinel_password: str | None = None
+    """Best as `${VARIABLE}`; never logged."""
+    tls_ca_file: str | None = None
+    """PEM file of the authorities to trust for `rediss://`; left out: the system's."""
+    tls_cert_file: str | None = None
+    """PEM file of the certificate to show to the server; left out: none is shown."""
+    tls_key_file: str | None = None
+    """PEM file of the private key; left out: it is in `tls_cert_file`."""
+    tls_verify: bool = True
+    """`false`: take any certificate, so anybody may be at the other end."""
+    connect_timeout_ms: _Wait = 5_000
+    """The longest that opening the engine, and each later attempt to connect, may take."""
+    connect_wait_ms: _Wait = 5_000
+    """How long a call waits for a connection before it fails with nothing sent."""
+    call_timeout_ms: _Wait = 5_000
+    """How long a call waits for the answer once it was sent."""
+    pool_size: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 8
+    """Connections to each server, at most."""
+    update_attempts: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 100
+    """How often an update is tried against writers of the same key elsewhere before it fails with nothing written."""
+    events: Literal["local", "shared"] = "local"
+    """`local`: triggers hear of what goes through this engine. `shared`: of every write of every engine with
+    `events: shared` on this database and prefix."""
+    delivery: Literal["each", "one"] = "each"
+    """With `events: shared`: `each` engine's triggers fire, or exactly `one` engine's (at least once)."""
+    events_kept: Count = 10_000
+    """With `events: shared`: about how many events the stream keeps. An engine further behind reports the gap."""
+    group: str = "scopestate"
+    """With `delivery: one`: the consumer group. Engines of one group share the events among them."""
+    claim_after_ms: Annotated[int, msgspec.Meta(ge=100, le=86_400_000)] = 30_000
+    """With `delivery: one`: when another engine takes over the events of an engine that shows no life."""
+
+    @property
+    def address(self) -> str:
+        """Where the state is, for messages: without user name and password."""
+        if self.sentinels:
+            # An entry with more than host and port in it is an error; until that is said it may hold a password.
+            named = ", ".join(MASK if "@" in sentinel else sentinel for sentinel in self.sentinels)
+            return f"{self.sentinel_service!r} of the Sentinels {named}"
+        return without_credentials(self.redis_url, self.database)
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__}
+        shown["redis_url"] = without_password(self.redis_url)
+        shown["sentinels"] = tuple(MASK if "@" in sentinel else sentinel for sentinel in self.sentinels)
+        for name in ("password", "sentinel_password"):
+            if shown[name] is not None:
+                shown[name] = MASK
+        return f"RedisConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
 class AdapterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`adapter:` of the `iii-state` worker."""
 
-    name: Literal["kv", "bridge"]
-    config: KvConfig | BridgeConfig = KvConfig()
+    name: Literal["kv", "redis", "bridge"]
+    config: KvConfig | RedisConfig | BridgeConfig = KvConfig()
 
     @property
     def kv(self) -> KvConfig:

@@ -23,6 +23,7 @@ from scopestate.config.schema import (
     FunctionRef,
     KvConfig,
     LimitsConfig,
+    RedisConfig,
     ScopeRule,
     ServerConfig,
     TokenConfig,
@@ -34,7 +35,8 @@ log = logging.getLogger("scopestate.config")
 
 WORKER = "iii-state"
 SERVER = "iii-worker-manager"
-ADAPTERS = ("kv", "bridge")
+ADAPTERS = ("kv", "redis", "bridge")
+_SECRETS = ("token", "password", "sentinel_password")
 _TOP_KEYS = ("workers", "modules", "functions", "triggers", "scopes", "limits")
 _ENTRY_KEYS = ("name", "image", "config")
 _MAX_HINTS = 100
@@ -165,7 +167,7 @@ class SectionReader:
         if name not in ADAPTERS:
             hint = did_you_mean(str(name), ADAPTERS)
             self._problems.add(
-                f"there is no adapter {name!r}{hint}; this version has: {', '.join(ADAPTERS)}",
+                f"there is no adapter {shorten(str(name))}{hint}; this version has: {', '.join(ADAPTERS)}",
                 fields["name"].line,
                 fields["name"].path,
             )
@@ -175,6 +177,8 @@ class SectionReader:
             config = None
         if name == "bridge":
             return AdapterConfig("bridge", self._bridge(config))
+        if name == "redis":
+            return AdapterConfig("redis", self._redis(config))
         return (
             AdapterConfig("kv") if config is None else AdapterConfig("kv", self._struct(config, KvConfig) or KvConfig())
         )
@@ -194,6 +198,18 @@ class SectionReader:
             except ConfigError as error:
                 self._problems.add(error.problem, self._line_of(config, key), join(config.path, key))
         return bridge
+
+    def _redis(self, config: Place | None) -> RedisConfig:
+        redis = None if config is None else self._struct(config, RedisConfig)
+        if config is None or redis is None:
+            return RedisConfig()
+        from scopestate.config.redis_options import mistakes  # noqa: PLC0415 - only for this adapter
+
+        fields = self._fields(config, RedisConfig.__struct_fields__)
+        for key, problem, item in mistakes(redis):
+            place = fields[key] if item is None else self._items(fields[key])[item]
+            self._problems.add(problem, place.line, place.path)
+        return redis
 
     def _line_of(self, place: Place, key: str) -> int | None:
         """Return the line of a key of a mapping; the mapping's own if it has no such key."""
@@ -276,7 +292,8 @@ class SectionReader:
                 both = sorted({name, *(alias for alias, meant in aliases.items() if meant == name)})
                 self._problems.add(f"`{both[0]}` and `{both[1]}` mean the same; keep one of them", at.line, at.path)
                 continue
-            values[name] = self._part(at, declared[name].type)
+            wanted = declared[name].type
+            values[name] = self._secret(at, wanted) if name in _SECRETS else self._part(at, wanted)
         if isinstance(place.node, Mapping) or self._is_null(place):
             for name, field in declared.items():
                 if field.required and name not in values:
@@ -293,6 +310,14 @@ class SectionReader:
             if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
                 optional = kind is not wanted
                 return None if optional and self._is_null(place) else self._struct(place, kind)
+        return self._typed(place, wanted)
+
+    def _secret(self, place: Place, wanted: object) -> object:
+        """Read a password or token; one that looks like a number must not stand in the error about it."""
+        value = self._value(place, place.node) if isinstance(place.node, Scalar) else None
+        if value is not None and value.kind not in ("string", "null"):
+            self._problems.add("expected a string; put it in quotes (it is not shown here)", place.line, place.path)
+            return None
         return self._typed(place, wanted)
 
     def _token(self, place: Place) -> TokenConfig | None:

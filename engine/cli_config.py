@@ -19,7 +19,7 @@ from scopestate.config.schema import FunctionRef
 
 app = typer.Typer(no_args_is_help=True, help="Check a configuration file, or show what it means.")
 
-_SECRET = {"token", "tokens", "password", "secret"}
+_SECRET = {"token", "tokens", "password", "sentinel_password", "secret"}
 MASK = "***"
 
 

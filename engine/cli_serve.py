@@ -25,7 +25,7 @@ from rich.text import Text
 
 from scopestate.cli_common import AsJson, errors_to_exit_codes, out, standard_error
 from scopestate.cli_config import import_from_here
-from scopestate.config import AdapterConfig, BridgeConfig, Config
+from scopestate.config import AdapterConfig, BridgeConfig, Config, RedisConfig
 from scopestate.errors import ConfigError
 from scopestate.server import Server
 
@@ -181,6 +181,8 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     config = adapter.config
     if isinstance(config, BridgeConfig):
         return f"bridge to {config.bridge_url}, {config.events} events"
+    if isinstance(config, RedisConfig):
+        return f"Redis at {config.address}, {config.events} events"
     if config.store_method == "in_memory":
         return "in memory: gone when this ends"
     when = "on each write" if config.durability == "commit" else f"every {config.save_interval_ms} ms"

@@ -21,7 +21,17 @@ from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.actors.router import TriggerRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
-from scopestate.config import AdapterConfig, BridgeConfig, Config, FunctionRef, LimitsConfig, ScopeRule, TriggerConfig
+from scopestate.config import (
+    AdapterConfig,
+    BridgeConfig,
+    Config,
+    FunctionRef,
+    KvConfig,
+    LimitsConfig,
+    RedisConfig,
+    ScopeRule,
+    TriggerConfig,
+)
 from scopestate.config.functions import misfit_id
 from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.persistence import Adapter, MemoryAdapter
@@ -29,6 +39,7 @@ from scopestate.stats import Tally
 
 if TYPE_CHECKING:
     from scopestate.bridging import RemoteScopes
+    from scopestate.sharing import RedisScopes
 
 log = logging.getLogger("scopestate.engine")
 
@@ -57,7 +68,7 @@ class Parts:
         self._around = Surroundings(
             self.dispatcher, self.adapter, self.limits, self.router, self.snapshot, self.directory
         )
-        self._remote = _remote_scopes(self.adapter, self.directory, self.router)
+        self._elsewhere = _scopes_elsewhere(self.adapter, self.directory, self.router)
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self._rules = config.scopes
         self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}
@@ -67,8 +78,8 @@ class Parts:
         return durability_of(scope, self._rules, "interval") != "memory"
 
     def _make_scope(self, scope: str) -> ScopeActor:
-        if self._remote is not None:
-            return self._remote.make_scope(scope, self._around)
+        if self._elsewhere is not None:
+            return self._elsewhere.make_scope(scope, self._around)
         if not self.adapter.keeps:
             return ScopeActor(scope, self._around, keeps=False)
         durability = durability_of(scope, self._rules, self.config.adapter.kv.durability)
@@ -105,7 +116,7 @@ class Parts:
         def waits(read: Callable[[Config], object]) -> bool:
             return read(config) != read(before) and read(config) != read(self._started)
 
-        if waits(lambda one: one.adapter.name if one.adapter.name != "bridge" else one.adapter):
+        if waits(lambda one: one.adapter.name if one.adapter.name == "kv" else one.adapter):
             log.warning("the new `adapter:` is used from the next start: a running engine cannot change it")
         for name in _RESTART_ONLY:
             if waits(attrgetter(f"adapter.kv.{name}")):
@@ -195,23 +206,40 @@ def set_limits(limits: Limits, config: LimitsConfig) -> None:
 
 
 def _open_adapter(config: AdapterConfig) -> Adapter:
-    if isinstance(config.config, BridgeConfig):
-        try:
-            from scopestate.bridging import open_bridge  # noqa: PLC0415 - brings asyncio and a WebSocket library
-        except ImportError as error:
-            raise ConfigError(str(error), key="adapter.name") from error
-        return open_bridge(config.config)
-    if config.config.store_method == "in_memory":
-        return MemoryAdapter()
-    from scopestate.persistence.file import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
+    match config.config:
+        case BridgeConfig() as bridge:
+            try:
+                from scopestate.bridging import open_bridge  # noqa: PLC0415 - brings asyncio and a WebSocket library
+            except ImportError as error:
+                raise ConfigError(str(error), key="adapter.name") from error
+            return open_bridge(bridge)
+        case RedisConfig() as redis:
+            try:
+                from scopestate.sharing import open_redis  # noqa: PLC0415 - brings redis-py, which takes 100 ms
+            except ImportError as error:
+                raise ConfigError(
+                    f"the redis adapter needs redis-py and hiredis ({error}): pip install 'scopestate[redis]'",
+                    key="adapter.name",
+                ) from error
+            return open_redis(redis)
+        case KvConfig() as kv if kv.store_method == "file_based":
+            from scopestate.persistence.file import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
 
-    return FileAdapter(config.config.file_path)
+            return FileAdapter(kv.file_path)
+        case _:
+            return MemoryAdapter()
 
 
-def _remote_scopes(adapter: Adapter, directory: Directory, router: TriggerRouter) -> RemoteScopes | None:
-    """Return what makes the scopes if `adapter` keeps them in another engine; else None."""
-    if not hasattr(adapter, "sequence_floor"):
-        return None
-    from scopestate.bridging import RemoteScopes  # noqa: PLC0415 - as above
+def _scopes_elsewhere(
+    adapter: Adapter, directory: Directory, router: TriggerRouter
+) -> RemoteScopes | RedisScopes | None:
+    """Return what makes the scopes if `adapter` does not give them to this engine alone; else None."""
+    if hasattr(adapter, "bulk_link"):
+        from scopestate.sharing import RedisScopes  # noqa: PLC0415 - as above
 
-    return RemoteScopes(adapter, directory, router)
+        return RedisScopes(adapter)
+    if hasattr(adapter, "sequence_floor"):
+        from scopestate.bridging import RemoteScopes  # noqa: PLC0415 - as above
+
+        return RemoteScopes(adapter, directory, router)
+    return None

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from scopestate import config
-from scopestate.config import AdapterConfig, Config, FunctionRef, KvConfig, LimitsConfig, ScopeRule, TriggerConfig
+from scopestate.config import (
+    AdapterConfig,
+    Config,
+    FunctionRef,
+    KvConfig,
+    LimitsConfig,
+    RedisConfig,
+    ScopeRule,
+    TriggerConfig,
+)
 from scopestate.errors import ConfigError
 
 WHOLE = "expected a whole number from 1 to 1000000000"
@@ -143,22 +152,22 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
         "the adapter has no `name`; write `name: kv`",
     ),
     (
-        "- name: iii-state\n  config:\n    adapter:\n      name: redis",
+        "- name: iii-state\n  config:\n    adapter:\n      name: etcd",
         4,
         "[0].config.adapter.name",
-        "there is no adapter 'redis'; this version has: kv, bridge",
+        "there is no adapter 'etcd'; this version has: kv, redis, bridge",
     ),
     (
         "- name: iii-state\n  config: {adapter: {name: brigde}}",
         2,
         "[0].config.adapter.name",
-        "there is no adapter 'brigde', did you mean `bridge`?; this version has: kv, bridge",
+        "there is no adapter 'brigde', did you mean `bridge`?; this version has: kv, redis, bridge",
     ),
     (
         "- name: iii-state\n  config: {adapter: {name: KV}}",
         2,
         "[0].config.adapter.name",
-        "there is no adapter 'KV', did you mean `kv`?; this version has: kv, bridge",
+        "there is no adapter 'KV', did you mean `kv`?; this version has: kv, redis, bridge",
     ),
     (
         "- name: iii-state\n  config: {adapter: {name: ~}}",
@@ -306,7 +315,7 @@ def test_check_returns_every_mistake_in_the_order_of_the_lines(write: Callable[[
         "limits: {scope_mailbox: 0}\n"
         "workers:\n"
         "- name: iii-state\n"
-        "  config: {adapter: {name: redis}}\n"
+        "  config: {adapter: {name: etcd}}\n"
         "functions: {a: 'json:nope', b: no.such.module.at:all}\n"
         "triggers: [{key: 12}]\n"
         "limits: {}\n"
@@ -466,7 +475,10 @@ class TestFromMapping:
     ("built", "key"),
     [
         (Config(adapter=AdapterConfig("kv", KvConfig(save_interval_ms=0))), f"{AT}.save_interval_ms"),
-        (Config(adapter=AdapterConfig("redis")), "workers[0].config.adapter.name"),  # type: ignore[arg-type]
+        (Config(adapter=AdapterConfig("etcd")), "workers[0].config.adapter.name"),  # type: ignore[arg-type]
+        (Config(adapter=AdapterConfig("redis")), f"{AT}.store_method"),
+        (Config(adapter=AdapterConfig("redis", RedisConfig(group=""))), f"{AT}.group"),
+        (Config(adapter=AdapterConfig("redis", RedisConfig(sentinels=("a", "b:c")))), f"{AT}.sentinels[1]"),
         (Config(limits=LimitsConfig(handler_attempts=0)), "limits.handler_attempts"),
         (Config(scopes=(ScopeRule("commit"),)), "scopes[0]"),
         (Config(triggers=(TriggerConfig(5),)), "triggers[0].function_id"),  # type: ignore[arg-type]

@@ -1,0 +1,109 @@
+"""The calls on a scope in Redis: what each of them waits for, and how it ends."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Final
+
+from scopestate.actors import messages
+from scopestate.actors.elsewhere import WRITES, Converter
+from scopestate.actors.reply import Envelope, ReplyTo
+from scopestate.actors.turns import Caused, Change, Put, ReadAll, Take, as_failure_of
+from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, ScopestateError, StorageError
+
+NEVER: Final = float("inf")
+
+Known = tuple[bytes | None, bytes | None]
+"""What a key held: as it is in Redis, and as we would write it, which is the same unless somebody else wrote it."""
+NOTHING: Final[Known] = (None, None)
+
+Outcome = tuple[ReplyTo, Any, BaseException | None]
+"""What `reply.deliver` takes."""
+
+_FUNCTION_IDS: Final[dict[type[Any], str]] = {Put: "state::set", Change: "state::update", Take: "state::delete"}
+
+
+class Call:
+    """One call from its admission to its answer."""
+
+    __slots__ = ("after", "answer", "before", "convert", "depth", "done", "error", "problems", "reply", "tries", "turn")
+
+    def __init__(self, turn: Any, reply: ReplyTo | None, depth: int, convert: Converter | None) -> None:
+        self.turn = turn
+        self.reply = reply
+        """None: its caller runs the turn himself, or has his answer."""
+        self.depth = depth
+        self.convert = convert
+        self.done = False
+        self.answer: Any = None
+        self.error: Exception | None = None
+        self.tries = 0
+        """Attempts that failed because the key was changed elsewhere."""
+        self.before: bytes | None = None
+        self.after: bytes | None = None
+        """What an update found, and made of it; `after` is None while it only looks."""
+        self.problems: tuple[Any, ...] = ()
+
+    def fail(self, error: ScopestateError) -> None:
+        """End it with an error, worded for what it wanted."""
+        turn = self.turn
+        if isinstance(error, ConnectionLost):
+            if type(turn) in WRITES and not (type(turn) is Change and self.after is None):
+                worded: ScopestateError = ConnectionLost(_FUNCTION_IDS[type(turn)], error.url, error.problem)
+            else:
+                worded = StorageError(f"the connection to {error.url} was lost ({error.problem}); nothing was changed")
+            worded.__cause__ = error.__cause__
+            error = worded
+        if isinstance(error, (ConnectionLost, NotConnected, StorageError, DeserializationError)):
+            failure = as_failure_of(turn, StorageError(str(error)))
+            failure.__cause__ = error
+            error = failure
+        self.error = error
+        self.done = True
+
+
+class Lane:
+    """The calls on one key that wait behind an update which looks first, or must be tried again."""
+
+    __slots__ = ("calls", "due", "known")
+
+    def __init__(self, due: float) -> None:
+        self.calls: deque[Call] = deque()
+        self.due = due
+        """When they may go, in seconds on the monotonic clock."""
+        self.known: Known | None = None
+        """What the key holds, if that was seen a moment ago."""
+
+
+def tell(calls: Iterable[Call], outcomes: list[Outcome]) -> None:
+    """Add the answers of those calls that are done to the outcomes."""
+    for call in calls:
+        reply = call.reply
+        if reply is not None and call.done:
+            call.reply = None
+            answer = call.answer
+            if call.convert is not None and call.error is None:
+                answer = call.convert(answer)
+            outcomes.append((reply, answer, call.error))
+
+
+def kind_of(item: Any) -> type[Any]:
+    """Return the type of the message in a mailbox item; for one through a Pykka ref, of the turn it may not share."""
+    message = item
+    if type(message) is Envelope:
+        message = message.message
+    if type(message) is Caused:
+        message = message.message
+    elif type(message) is Call:
+        message = message.turn
+    kind = type(message)
+    return ReadAll if kind is messages.List else kind
+
+
+def contended(scope: str, key: str, tries: int) -> StorageError:
+    """Return the error of an update that always found the key changed."""
+    return StorageError(
+        f"key {key!r} of scope {scope!r} was changed elsewhere during each of {tries} attempts to update it; nothing "
+        "was written: try again, or raise update_attempts"
+    )

@@ -1,0 +1,270 @@
+"""What goes to Redis for the calls on a scope, and what its replies mean to them. No threads and no sockets."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+from scopestate.actors.elsewhere import WHOLE, WRITES
+from scopestate.actors.limits import Limits
+from scopestate.actors.redis_calls import NEVER, NOTHING, Call, Known, Lane, contended
+from scopestate.actors.redis_seen import BULKY, Seen
+from scopestate.actors.results import SetResult, UpdateResult
+from scopestate.actors.turns import Change, Put, Read, ReadItems, Take
+from scopestate.errors import DeserializationError, ScopestateError, ValueTooLarge
+from scopestate.ops import MISSING, apply
+from scopestate.ops.values import decode, encode_plain
+from scopestate.persistence.redis.connection import Refusal
+from scopestate.persistence.redis.flight import Flight
+from scopestate.persistence.redis.link import Link
+from scopestate.persistence.redis.refusals import explain
+from scopestate.persistence.redis.script import DONE, SKIPPED, Shape
+
+log = logging.getLogger("scopestate.scope")
+
+_PAUSE_S: Final = (0.001, 0.064)
+"""Longest pause after the first conflict of an update, and after any; it is drawn at random from zero up."""
+
+
+class Store(Protocol):
+    """What scopes need of the Redis adapter. From any thread; never blocks."""
+
+    shape: Shape
+    update_attempts: int
+    sequence_floor: int
+    """Where a scope's event numbers begin here, so that they never go back when a scope leaves memory and returns."""
+    shares_events: bool
+    """True if Redis reports every change, those made through here included: then answers fire no events."""
+
+    def link(self, hash_key: bytes) -> Link:
+        """By which the commands of a hash go."""
+
+    def bulk_link(self, hash_key: bytes) -> Link:
+        """By which its large ones go."""
+
+    def recover(self) -> None:
+        """Let go of every link that this thread holds."""
+
+    def note_attempt(self) -> object:
+        """Count an attempt to publish an update."""
+
+    def note_conflict(self) -> object:
+        """Count an attempt that found the key changed by somebody else."""
+
+    def note_published(self, number: int) -> None:
+        """Note the number of an event that this engine has published."""
+
+    def note_misfit(self, scope: str, key: str, problem: str) -> None:
+        """Note something in Redis that is no key and value of ours."""
+
+
+class RedisFlights:
+    """Makes the commands of one scope and takes their replies in. Used within the scope's turn.
+
+    An update is computed here, from what its key held when it was last seen, and stored if the key still holds that. If
+    not, it goes into a lane, to be tried again after a random pause; later calls on that key wait behind it.
+    """
+
+    def __init__(
+        self,
+        scope: str,
+        store: Store,
+        limits: Limits,
+        landed: Callable[[Flight, list[Any]], None],
+        changed: Callable[[Call, bytes | None, bytes | None], None],
+    ) -> None:
+        """`landed`: what a flight calls. `changed(call, old, new)` is called for each write, in their order."""
+        self.hash_key = store.shape.key_of(scope)
+        self.link = store.link(self.hash_key)
+        self.lanes: dict[str, Lane] = {}
+        """Key -> the calls on it that wait."""
+        self._scope = scope
+        self._store = store
+        self._limits = limits
+        self._landed = landed
+        self._changed = changed
+        self._seen = Seen(scope, store.note_misfit)
+
+    def take_from_lanes(self, calls: list[Call], known: dict[str, Known]) -> None:
+        """Move the calls of the lanes that are due to `calls`, and what was just seen of their keys to `known`."""
+        now = time.monotonic()
+        for key, lane in [(key, lane) for key, lane in self.lanes.items() if lane.due <= now]:
+            del self.lanes[key]
+            if lane.known is not None:
+                known[key] = lane.known
+            calls += [call for call in lane.calls if call.reply is None or not call.reply.abandoned]
+
+    def make(self, calls: list[Call], known: dict[str, Known]) -> Flight | None:
+        """Make the command for calls that go together; None if each of them has failed before it could be sent.
+
+        `calls`: reads of the whole scope only, or none of those. `known`: what keys held a moment ago, for updates.
+        """
+        store, hash_key = self._store, self.hash_key
+        turn = calls[0].turn
+        kind = type(turn)
+        if kind in WHOLE:
+            return Flight(("HGETALL", hash_key), store.bulk_link(hash_key), self._landed, calls)
+        link = store.bulk_link(hash_key) if self._seen.bulky else self.link
+        if kind is Read and len(calls) == 1:
+            return Flight(("HGET", hash_key, turn.key), link, self._landed, calls)
+        entries: list[Any] = []
+        flying: list[Call] = []
+        depth = 0
+        for call in calls:
+            turn = call.turn
+            kind, key = type(turn), turn.key
+            if self.lanes and key in self.lanes:
+                self.lanes[key].calls.append(call)  # behind an update that looks first
+                continue
+            if call.depth != depth and store.shares_events:
+                depth = call.depth
+                entries += ("p", depth)
+            if kind is Put:
+                entries += ("s", key, turn.data)
+                known[key] = (turn.data, turn.data)
+            elif kind is Change:
+                if not self._enter_update(call, entries, known):
+                    continue
+            elif kind is Take:
+                entries += ("d", key)
+                known[key] = NOTHING
+            else:
+                entries += ("g", key)
+            flying.append(call)
+        if not flying:
+            return None
+        flight = Flight(store.shape.write(hash_key, self._scope, entries), link, self._landed, flying)
+        if len(flight.command) > BULKY:
+            flight.link = store.bulk_link(hash_key)
+        return flight
+
+    def _enter_update(self, call: Call, entries: list[Any], known: dict[str, Known]) -> bool:
+        """Add an update: what the ops make of the value, or a look if that is not known. False: it failed."""
+        key = call.turn.key
+        before = known.get(key) or self._seen.get(key)
+        if before is None:
+            entries += ("g", key)
+            self.lanes[key] = Lane(due=NEVER)  # until the look is back
+            call.after = None
+            return True
+        raw, call.before = before
+        try:
+            value, problems = apply(MISSING if call.before is None else decode(call.before), call.turn.ops)
+            data = encode_plain(value)
+            limit = self._limits.max_value_bytes
+            if limit and len(data) > limit:
+                raise ValueTooLarge(self._scope, key, len(data), limit)
+        except ScopestateError as error:
+            call.fail(error)
+            return False
+        call.after, call.problems = data, tuple(problems) if problems else ()
+        entries += ("n", key, data) if raw is None else ("c", key, raw, data)
+        known[key] = (data, data)
+        return True
+
+    # ----------------------------------------------------------------------------------------------- taking replies in
+
+    def take_in(self, flight: Flight) -> None:
+        """Give every call of the flight its answer, or put it into its lane, to be tried again."""
+        calls: list[Call] = flight.calls
+        reply = flight.reply
+        flight.told = True
+        if flight.error is not None:
+            self.give_up(calls, flight.error)
+        elif type(reply) is Refusal:
+            self.give_up(calls, explain(reply, flight.link.address, self.hash_key))
+        elif type(calls[0].turn) in WHOLE:
+            self._finish_whole(calls, reply)
+        elif type(reply) is list:
+            for call, found in zip(calls, reply, strict=False):
+                self._finish(call, found)
+            if len(reply) > len(calls) and reply[-1]:
+                self._store.note_published(reply[-1])
+        else:
+            self._finish(calls[0], reply)  # HGET
+
+    def give_up(self, calls: Iterable[Call], error: ScopestateError) -> None:
+        """Fail the calls."""
+        for call in calls:
+            turn = call.turn
+            call.fail(error)
+            if type(turn) in WRITES:
+                self._seen.forget(turn.key)
+                lane = self.lanes.get(turn.key)
+                if lane is not None and lane.due == NEVER:
+                    lane.due = 0.0  # those behind it look for themselves
+
+    def _finish(self, call: Call, found: Any) -> None:
+        """Take in what the script, or HGET, says of one call."""
+        turn = call.turn
+        kind, key = type(turn), turn.key
+        if type(found) is int and found == SKIPPED:
+            self.lanes[key].calls.append(call)  # behind the update that failed
+        elif kind is Put:
+            # A value that is not JSON reads as null here, and is gone: SEMANTICS, section 7.
+            old = None if found is None else self._seen.valid(key, found, otherwise=b"null")
+            self._seen.remember(key, (turn.data, turn.data))
+            call.answer = SetResult(old, turn.data)
+            call.done = True
+            self._changed(call, old, turn.data)
+        elif kind is Change:
+            self._finish_update(call, found)
+        elif kind is Take:
+            call.answer = old = None if found is None else self._seen.valid(key, found, otherwise=b"null")
+            self._seen.remember(key, NOTHING)
+            call.done = True
+            self._changed(call, old, None)
+        else:
+            try:
+                call.answer = self._seen.look(key, found)[1]
+                call.done = True
+            except DeserializationError as error:
+                call.fail(error)
+
+    def _finish_update(self, call: Call, found: Any) -> None:
+        key = call.turn.key
+        if call.after is None:
+            lane = self.lanes[key]
+            lane.due = 0.0
+            try:
+                lane.known = self._seen.look(key, found)
+                lane.calls.appendleft(call)
+            except DeserializationError as error:
+                call.fail(error)
+            return
+        self._store.note_attempt()
+        if type(found) is int and found == DONE:
+            self._seen.remember(key, (call.after, call.after))
+            call.answer = UpdateResult(call.before, call.after, call.problems)
+            call.done = True
+            self._changed(call, call.before, call.after)
+            return
+        self._store.note_conflict()
+        self._seen.forget(key)
+        call.tries += 1
+        longest_s = min(_PAUSE_S[0] * 2.0 ** min(call.tries - 1, 32), _PAUSE_S[1])
+        # Later calls on this key were skipped, and follow into the same lane.
+        lane = self.lanes[key] = Lane(due=time.monotonic() + random.uniform(0, longest_s))
+        if call.tries < self._store.update_attempts:
+            lane.calls.append(call)
+        else:
+            call.fail(contended(self._scope, key, call.tries))
+
+    def _finish_whole(self, calls: list[Call], reply: list[bytes]) -> None:
+        items: list[tuple[str, bytes]] = []
+        for field, raw in zip(reply[::2], reply[1::2], strict=True):
+            try:
+                key = field.decode()
+                items.append((key, self._seen.valid(key, raw)))
+            except UnicodeDecodeError:
+                self._store.note_misfit(self._scope, repr(field), "the key is not UTF-8")
+            except DeserializationError as error:
+                log.error("a list of scope %r leaves a key out: %s", self._scope, error)  # noqa: TRY400 - it says all
+        # By key, in the order of its UTF-8 bytes, which is that of code points: Redis keeps no order of its own.
+        items.sort()
+        for call in calls:
+            call.answer = list(items) if type(call.turn) is ReadItems else [value for _, value in items]
+            call.done = True

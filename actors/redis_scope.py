@@ -1,0 +1,326 @@
+"""Scopes that live in Redis, where other engines write them too."""
+
+from __future__ import annotations
+
+import logging
+import time
+from threading import get_ident
+from typing import Any, Final
+
+import pykka
+
+from scopestate.actors.elsewhere import WHOLE, WRITES, ScopeElsewhere, Told
+from scopestate.actors.handler import NOBODY
+from scopestate.actors.redis_calls import NEVER, Call, Known, kind_of, tell
+from scopestate.actors.redis_flights import RedisFlights, Store
+from scopestate.actors.reply import Envelope, Reply, ReplyTo
+from scopestate.actors.router import HandlerFull
+from scopestate.actors.scope import Surroundings
+from scopestate.actors.turn import HOLDER, WAIT
+from scopestate.actors.turns import Caused, Housekeeping, Ping, Put, event_depth
+from scopestate.errors import ReplyTimeout, ScopestateError
+from scopestate.persistence.redis.flight import Flight
+
+log = logging.getLogger("scopestate.scope")
+
+_FLIGHT_BYTES: Final = 1 << 18
+"""Values in one command, about, at most: it runs in Redis as one step, which holds up everybody else there."""
+
+
+class _Parked:
+    """The answer of a turn that could not end on its caller's thread: he waits for this reply."""
+
+    __slots__ = ("reply",)
+
+    def __init__(self, reply: Reply[Any]) -> None:
+        self.reply = reply
+
+
+class RedisScopeActor(ScopeElsewhere):
+    """One scope in Redis (docs/design/0030-redis.md).
+
+    It has one command on its way at a time, and what comes meanwhile goes out as the next one, all together: so calls
+    take effect in the order in which they came, and many callers cost few round trips. A caller who finds the scope
+    idle sends and waits on his own thread; for everybody else the link's thread does it, where a turn only makes a
+    command or takes a reply in. The claim stays taken while a command is on its way.
+    """
+
+    batch = 256
+
+    def __init__(self, scope: str, around: Surroundings, store: Store) -> None:
+        super().__init__(scope, around, keeps=True)
+        self._store = store
+        self._sequence = store.sequence_floor
+        self._flights = RedisFlights(scope, store, around.limits, self._landed, self._changed)
+        self._lanes = self._flights.lanes
+        self._link = self._flights.link
+        self._own: Flight | None = None
+        """The flight of the caller who runs a turn now."""
+        self.since = 0.0
+        """When the oldest of those who wait came, about. For the link."""
+
+    def has_waiting(self) -> bool:
+        return bool(self._lanes) or super().has_waiting()
+
+    # ---------------------------------------------------------------------------------------------- the caller's turn
+
+    def run(self, message: Any, otherwise: Any = WAIT) -> Any:
+        if isinstance(message, Housekeeping):
+            return super().run(message, otherwise)
+        if otherwise is not WAIT:
+            return otherwise  # it would have to wait for Redis
+        if self._lanes:
+            return self._run_queued(message)
+        answer = super().run(message)
+        if type(answer) is _Parked:
+            return self._wait_for(answer.reply)
+        return answer
+
+    def on_receive(self, message: Any) -> Any:
+        """A turn on the thread of a caller, who waits here for Redis."""
+        if isinstance(message, Housekeeping):
+            return self._on_rare(message)
+        if self._passivated:
+            return self._around.directory[self.scope].run(message)
+        call = self._admitted(message, None, event_depth.get())
+        if self._lanes:  # since `run` has looked
+            call.reply = reply = self._dispatcher.reply()
+            self._mailbox += (call,)
+            return _Parked(reply)
+        self.touched = True
+        self._fly(call)
+        if call.error is not None:
+            raise call.error
+        if not call.done:
+            call.reply = reply = self._dispatcher.reply()
+            self._arrange_lanes()
+            return _Parked(reply)
+        return call.answer if call.convert is None else call.convert(call.answer)
+
+    def _fly(self, call: Call) -> None:
+        """Send a call and wait until it is done, or must be tried again later."""
+        timeout_s = self._around.limits.call_timeout_s
+        known: dict[str, Known] = {}
+        while True:
+            flight = self._flights.make([call], known)
+            if flight is None:
+                return
+            self._own = flight
+            if not flight.link.fly(flight, timeout_s):
+                raise ReplyTimeout(self.scope, timeout_s or 0.0)
+            self._flights.take_in(flight)
+            self._own = None
+            if call.done:
+                return
+            lane = self._lanes[call.turn.key]
+            if lane.due > 0.0:
+                return
+            # It has looked, and knows now what to work on.
+            del self._lanes[call.turn.key]
+            known = {call.turn.key: lane.known} if lane.known is not None else {}
+
+    def _wait_for(self, reply: Reply[Any]) -> Any:
+        timeout_s = self._around.limits.call_timeout_s
+        try:
+            return reply.get(timeout=timeout_s)
+        except pykka.Timeout as error:
+            reply.abandoned = True
+            raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
+
+    def _recover(self) -> None:
+        """A caller's turn was cut short, maybe while its command was on the way."""
+        self._store.recover()
+        flight = self._own
+        if flight is not None and self._claim.get(HOLDER) == get_ident():
+            if flight.leave():
+                # Still on its way, and the claim stays with it: the link's thread takes the reply in.
+                self._claim[HOLDER] = NOBODY
+                self._own = None
+                return
+            if not flight.told and (flight.reply is not None or flight.error is not None):
+                self._mailbox += (flight,)
+            self._own = None
+        super()._recover()
+
+    # ------------------------------------------------------------------------------------------------------ queueing
+
+    def accept(self, envelope: Envelope) -> None:
+        self.post(envelope)
+
+    def handle_or_post(self, envelope: Envelope) -> None:
+        # Always queued: whoever sends an envelope may be an event loop's thread, which must not wait for Redis.
+        self._refuse_own_turn()
+        self.post(envelope)
+
+    def wake_anyway(self) -> None:
+        self._scheduled = True
+        self.since = time.monotonic()
+        self._link.put(self)
+
+    # --------------------------------------------------------------------------------------------- on a link's thread
+
+    def board(self, outcomes: list[Any]) -> Flight | None:
+        """Make the next command of what waits."""
+        # Cleared before the mailbox is read: whoever posts from here on schedules anew.
+        self._scheduled = False
+        claim = self._claim
+        me = get_ident()
+        if claim.setdefault(HOLDER, me) != me:
+            return None  # the holder looks into the mailbox when it is done
+        flight = None
+        try:
+            flight = self._next_flight(outcomes)
+        finally:
+            if flight is None:
+                del claim[HOLDER]
+                if not self._lanes:
+                    self.wake()
+            else:
+                claim[HOLDER] = NOBODY
+        return flight
+
+    def _landed(self, flight: Flight, outcomes: list[Any]) -> None:
+        """A flight that nobody waits for has landed."""
+        self._claim[HOLDER] = get_ident()
+        try:
+            self._flights.take_in(flight)
+            tell(flight.calls, outcomes)
+            if self._lanes:
+                self._arrange_lanes()
+        finally:
+            del self._claim[HOLDER]
+            self.wake()
+
+    def refuse(self, error: ScopestateError, outcomes: list[Any]) -> None:
+        """There is no connection: fail everybody who waits."""
+        self._scheduled = False
+        claim = self._claim
+        me = get_ident()
+        if claim.setdefault(HOLDER, me) != me:
+            return
+        try:
+            calls = [call for lane in self._lanes.values() for call in lane.calls]
+            self._lanes.clear()
+            mailbox = self._mailbox
+            waiting = mailbox[:]
+            del mailbox[: len(waiting)]
+            calls += [call for call in (self._call_of(item, outcomes) for item in waiting) if call is not None]
+            self._flights.give_up(calls, error)
+            tell(calls, outcomes)
+        finally:
+            del claim[HOLDER]
+            self.wake()
+
+    def _next_flight(self, outcomes: list[Any]) -> Flight | None:
+        """Take from the lanes that are due, and from the mailbox, what goes together, and make its command."""
+        calls: list[Call] = []
+        known: dict[str, Known] = {}
+        lanes, mailbox = self._lanes, self._mailbox
+        if lanes:
+            self._flights.take_from_lanes(calls, known)
+        whole = False
+        taken = size = 0
+        for item in mailbox:
+            kind = kind_of(item)
+            if kind is Ping or kind in WHOLE:
+                # Behind everything that came before, on whatever key.
+                if lanes or (calls and not (whole and kind is not Ping)):
+                    break
+            elif whole or len(calls) >= self.batch or size >= _FLIGHT_BYTES:
+                break
+            taken += 1
+            call = self._call_of(item, outcomes)
+            if call is None:
+                continue
+            if kind in WHOLE:
+                whole = True
+            elif lanes and call.turn.key in lanes:
+                lanes[call.turn.key].calls.append(call)
+                continue
+            elif type(call.turn) is Put:
+                size += len(call.turn.data)
+            calls.append(call)
+        del mailbox[:taken]
+        if not mailbox:
+            self._direct = True
+        if not calls:
+            return None
+        self.touched = True
+        flight = self._flights.make(calls, known)
+        if flight is None or len(flight.calls) != len(calls):
+            tell(calls, outcomes)  # some have failed already
+        return flight
+
+    def _call_of(self, item: Any, outcomes: list[Any]) -> Call | None:
+        """Return the call that a mailbox item stands for; None if it is refused, over, or none."""
+        kind = type(item)
+        if kind is Call:
+            return item  # type: ignore[no-any-return]
+        if kind is Flight:
+            # Its caller was interrupted before he had taken it in.
+            self._flights.take_in(item)
+            tell(item.calls, outcomes)
+            return None
+        if kind is not Envelope:
+            # Through a Pykka ref's `tell`: nobody waits, so a refusal is logged.
+            item = Envelope(item, Told())
+        message, reply, depth = item.message, item.reply_to, 0
+        if reply.abandoned:
+            return None
+        if type(message) is Caused:
+            message, depth = message.message, message.depth
+        try:
+            if isinstance(message, Housekeeping):
+                reply.set(self._on_rare(message))
+            elif self._passivated:
+                self._around.directory[self.scope].post(Envelope(Caused(depth, message) if depth else message, reply))
+            else:
+                return self._admitted(message, reply, depth)
+        except (ScopestateError, HandlerFull) as error:
+            reply.fail(error)
+        except Exception as error:
+            log.exception("%s could not take a message", self.name)  # a bug, which must not hang its sender
+            reply.fail(error)
+        return None
+
+    # ------------------------------------------------------------------------------------------------ within the turn
+
+    def _admitted(self, message: Any, reply: ReplyTo | None, depth: int) -> Call:
+        """Check a message. Raises what refuses it: nothing was sent then."""
+        turn, convert = self._turn_for(message, depth)
+        if type(turn) in WRITES:
+            if not self._store.shares_events:
+                self._make_sure_of_room(turn.key, depth)
+            elif depth:
+                self._router.note_cascade()
+        return Call(turn, reply, depth, convert)
+
+    def _changed(self, call: Call, old: bytes | None, new: bytes | None) -> None:
+        """Fire the event of a write, unless it comes from Redis."""
+        if self._store.shares_events:
+            return
+        if self._shut:
+            log.error(
+                "%s: a write of key %r was answered after the engine closed; its event is not delivered",
+                self.name,
+                call.turn.key,
+            )
+        else:
+            self._fire(call.turn.key, old, new, call.depth)
+
+    def _arrange_lanes(self) -> None:
+        """See that somebody comes when a lane is due."""
+        due = min(lane.due for lane in self._lanes.values())
+        pause_s = due - time.monotonic()
+        if pause_s <= 0:
+            self.wake_anyway()
+        elif due != NEVER:
+            self._dispatcher.call_later(pause_s, self.wake_anyway)
+
+    # --------------------------------------------------------------------------------------------------------- leaving
+
+    def _is_needed(self) -> bool:
+        return bool(self._lanes) or super()._is_needed()
+
+    def _note_leaving(self) -> None:
+        self._store.sequence_floor = max(self._store.sequence_floor, self._sequence)

@@ -1,0 +1,201 @@
+"""The adapter that keeps scopes in Redis or Valkey, where other engines use them too."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+from scopestate.errors import DeserializationError, NotConnected, StorageError
+from scopestate.ops.values import parse
+from scopestate.persistence.adapter import ScopeChange, ScopeState
+from scopestate.persistence.redis.connection import Broken, Connection, Refusal
+from scopestate.persistence.redis.dialling import Server
+from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.refusals import explain
+from scopestate.persistence.redis.script import Shape, with_source
+from scopestate.persistence.redis.servers import Deliver, find_servers
+
+log = logging.getLogger("scopestate.persistence.redis")
+
+_SCAN_COUNT: Final = 1000
+"""Keys that Redis looks at in one step of a scan: well under a millisecond, so that it holds nobody up."""
+_MOST_MISFITS: Final = 100
+
+
+class RedisAdapter:
+    """Scopes as hashes `KEY_PREFIX + scope`, field = key, value = JSON text: the layout that iii uses.
+
+    Scopes are not loaded and saved through it but called (`actors.redis_scope`): others may change them at the same
+    time, so there is nothing to keep here.
+    """
+
+    keeps = True
+    """Kept, though not by us: idle scopes may leave memory."""
+
+    def __init__(self, options: RedisOptions, deliver: Deliver) -> None:
+        """Connect. `deliver` gives callers their answers.
+
+        Raises StorageError, which names the address, if there is no connection within `connect_timeout_s`.
+        """
+        self.shape = Shape(options.key_prefix, events_kept=options.events_kept)
+        self.update_attempts = options.update_attempts
+        self.sequence_floor = 0
+        self.shares_events = bool(options.events_kept)
+        self.published = 0
+        """Number of the newest event that this engine has published."""
+        self._options = options
+        self._pid = os.getpid()
+        self._attempts = itertools.count()
+        self._conflicts = itertools.count()
+        self.note_attempt = self._attempts.__next__
+        """Count an attempt to publish an update."""
+        self.note_conflict = self._conflicts.__next__
+        """Count an attempt that found the key changed by somebody else."""
+        self._misfits: dict[tuple[str, str], str] = {}
+        try:
+            self._servers = find_servers(options, deliver)
+        except NotConnected as error:
+            raise StorageError(str(error)) from error
+        self.link = self._servers.link
+        self.bulk_link = self._servers.bulk_link
+
+    # ------------------------------------------------------------------------------------------------- for the scopes
+
+    def recover(self) -> None:
+        """Let go of every link that this thread holds."""
+        for link in self._servers.links():
+            link.recover()
+
+    def note_published(self, number: int) -> None:
+        """Note the number of an event that this engine has published."""
+        self.published = max(self.published, number)
+
+    def note_misfit(self, scope: str, key: str, problem: str) -> None:
+        """Note something in Redis that is no key and value of ours."""
+        if (scope, key) not in self._misfits and len(self._misfits) < _MOST_MISFITS:
+            log.error("what Redis holds for key %r of scope %r is not JSON: %s", key, scope, problem)
+            self._misfits[(scope, key)] = problem
+
+    def note_fit(self, scope: str, key: str) -> None:
+        """Note that a key holds JSON again."""
+        if self._misfits:
+            self._misfits.pop((scope, key), None)
+
+    # ---------------------------------------------------------------------------------------- what it tells of itself
+
+    def problem(self) -> str | None:
+        """Return what is wrong now, in words; None if all is well."""
+        for link in self._servers.links():
+            if link.why_not is not None:
+                return f"{link.why_not}; calls wait for a connection"
+        for (scope, key), problem in list(self._misfits.items()):
+            return f"what Redis holds for key {key!r} of scope {scope!r} is not JSON: {problem}; set or delete the key"
+        return None
+
+    def counts(self) -> dict[str, int]:
+        """Return how often updates were published, and met a change made elsewhere; and connections made."""
+        return {
+            "update_attempts": _value(self._attempts),
+            "update_conflicts": _value(self._conflicts),
+            "connects": sum(link.connects for link in self._servers.links()),
+        }
+
+    # -------------------------------------------------------------------------------------- the adapter's promises
+
+    def scopes(self) -> list[str]:
+        """Return the scopes that hold a key. It scans in small steps, so a scope made or emptied meanwhile may or may
+        not be in it.
+        """
+        prefix = self.shape.key_prefix
+        pattern = "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in prefix) + "*"
+        found: set[bytes] = set()
+        for server in self._servers.primaries():
+            with _Visit(server) as connection:
+                cursor: Any = 0
+                while True:
+                    cursor, keys = connection.call(
+                        "SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT, "TYPE", "hash"
+                    )
+                    found.update(keys)
+                    if int(cursor) == 0:
+                        break
+        scopes: list[str] = []
+        for key in found:
+            try:
+                scopes.append(key.decode()[len(prefix) :])
+            except UnicodeDecodeError:
+                log.warning("%r in Redis is no scope: its name is not UTF-8", key)
+        return scopes
+
+    def load(self, scope: str) -> ScopeState:
+        """Return a copy of a scope as it is now, by key; its sequence is not known, and 0.
+
+        Raises StorageError, naming the key, if a value is not JSON.
+        """
+        with _Visit(self._server_of(scope)) as connection:
+            reply = connection.call("HGETALL", self.shape.key_of(scope))
+        values: dict[str, bytes] = {}
+        for field, raw in sorted(zip(reply[::2], reply[1::2], strict=True)):
+            try:
+                values[field.decode()] = parse(raw)
+            except (DeserializationError, UnicodeDecodeError) as error:
+                raise StorageError(f"key {field!r} of scope {scope!r} in Redis cannot be read: {error}") from error
+        return ScopeState(values, 0)
+
+    def save(self, batch: Sequence[ScopeChange]) -> None:
+        """Write the changes, each scope as one step.
+
+        Not one transaction over several scopes, which may be on different servers; on a raise, some may be written.
+        """
+        for change in batch:
+            entries: list[Any] = []
+            for key, value in change.values.items():
+                entries += ("d", key) if value is None else ("s", key, value)
+            if not entries:
+                continue
+            hash_key = self.shape.key_of(change.scope)
+            with _Visit(self._server_of(change.scope)) as connection:
+                parts = self.shape.write(hash_key, change.scope, entries)
+                try:
+                    connection.call(*parts)
+                except Refusal as refusal:
+                    if refusal.word != "NOSCRIPT":
+                        raise
+                    connection.call(*with_source(parts))
+
+    def close(self) -> None:
+        """Close every connection. Idempotent. In a forked child it does nothing."""
+        if os.getpid() == self._pid:
+            self._servers.close()
+
+    def _server_of(self, scope: str) -> Server:
+        return self._servers.server_of(self.shape.key_of(scope))
+
+
+class _Visit:
+    """A connection of its own, for work that is not a scope's."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def __enter__(self) -> Connection:
+        try:
+            self._connection = self._server.dial()
+        except NotConnected as error:
+            raise StorageError(str(error)) from error
+        return self._connection
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._connection.close()
+        if isinstance(error, Refusal):
+            raise explain(error, self._server.address, b"") from error
+        if isinstance(error, Broken):
+            raise StorageError(f"the connection to Redis at {self._server.address} was lost: {error}") from error
+
+
+def _value(counter: itertools.count[int]) -> int:
+    """What an `itertools.count` will give next: it is advanced in C, in one step, from any thread."""
+    return int(repr(counter)[len("count(") : -1])

@@ -1,0 +1,144 @@
+"""One connection to a Redis server: redis-py makes it, after that commands and replies go over its socket directly."""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+import hiredis
+from redis.connection import AbstractConnection
+from redis.exceptions import RedisError
+
+_CHUNK: Final = 1 << 16
+
+NOT_ALL: Final = object()
+"""What `Connection.next_reply` gives while a reply is not all there."""
+
+
+class Refusal(Exception):
+    """An error reply of the server: a value like any other until somebody decides what it means."""
+
+    @property
+    def text(self) -> str:
+        """What the server said."""
+        return str(self.args[0])
+
+    @property
+    def word(self) -> str:
+        """The first word, which names the kind: `WRONGTYPE`, `MOVED`, ..."""
+        return self.text.split(" ", 1)[0]
+
+
+class Broken(Exception):
+    """The connection failed: no answer in time, reset, or talk that is not Redis's. It is closed by now."""
+
+
+pack: Final[Callable[[tuple[Any, ...]], bytes]] = hiredis.pack_command
+"""A command as the bytes to send. Parts are str, bytes, int or float."""
+
+
+class Target(Protocol):
+    """A server that can be dialled. Methods from any thread."""
+
+    @property
+    def address(self) -> str:
+        """For messages: host and port, or the path; never a password."""
+
+    def dial(self) -> Connection:
+        """Make a connection that is ready for commands. Raises NotConnected, which says why, within its time limit."""
+
+
+class Connection:
+    """A connection that is ready for commands. One thread at a time uses it; `close` may come from any."""
+
+    def __init__(self, dialled: AbstractConnection, address: str, timeout_s: float) -> None:
+        """`timeout_s`: longest wait for the server, at each step of sending and receiving."""
+        self.address = address
+        self.timeout_s = timeout_s
+        self._dialled = dialled  # keeps the socket open
+        sock: Any = dialled._get_socket()
+        self._sock = sock
+        sock.settimeout(timeout_s)
+        self._send = sock.sendall
+        self._receive = sock.recv
+        self._reader = hiredis.Reader(protocolError=Broken, replyError=Refusal, notEnoughData=NOT_ALL)
+        self.next_reply: Callable[[], Any] = self._reader.gets
+        """The next reply that is all there, else NOT_ALL. Values are bytes, int, None, list, Refusal."""
+
+    def send(self, data: bytes) -> None:
+        """Send commands. Raises Broken; then some of them may have arrived."""
+        try:
+            self._send(data)
+        except OSError as error:
+            raise self._broken(error) from error
+
+    def receive(self) -> None:
+        """Wait for bytes and take them in; then ask `next_reply`. Raises Broken."""
+        try:
+            data = self._receive(_CHUNK)
+        except OSError as error:
+            raise self._broken(error) from error
+        if not data:
+            self.close()
+            raise Broken("the server closed the connection")
+        self._reader.feed(data)
+
+    def exchange(self, command: bytes) -> Any:
+        """Send one command and wait for its reply, which may be a Refusal. Raises Broken."""
+        # As `send` and `receive`, written out: this is the way of a single caller, and the calls show there.
+        try:
+            self._send(command)
+            next_reply, feed, receive = self.next_reply, self._reader.feed, self._receive
+            while True:
+                data = receive(_CHUNK)
+                if not data:
+                    self.close()
+                    raise Broken("the server closed the connection")
+                feed(data)
+                reply = next_reply()
+                if reply is not NOT_ALL:
+                    return reply
+        except OSError as error:
+            raise self._broken(error) from error
+
+    def call(self, *parts: Any) -> Any:
+        """Send a command and return its reply. Raises Refusal and Broken."""
+        reply = self.exchange(pack(parts))
+        if isinstance(reply, Refusal):
+            raise reply
+        return reply
+
+    def wait_at_most(self, timeout_s: float) -> None:
+        """Change the longest wait from now on, as a blocking command needs."""
+        self.timeout_s = timeout_s
+        self._sock.settimeout(timeout_s)
+
+    def is_stale(self) -> bool:
+        """True if the server has closed the connection, or said what nobody asked for; ask while nothing is awaited."""
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            return True
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def close(self) -> None:
+        """Close it. Idempotent; a thread that waits in it gets Broken."""
+        try:
+            self._dialled.disconnect()  # type: ignore[no-untyped-call]
+        except (OSError, RedisError):
+            self._sock.close()
+
+    def shut(self) -> None:
+        """Have a thread that waits in it, now or later, get Broken; it closes the connection then."""
+        with suppress(OSError):  # it is gone already
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _broken(self, error: OSError) -> Broken:
+        self.close()
+        if isinstance(error, TimeoutError):
+            return Broken(f"no answer within {self.timeout_s:g} s")
+        return Broken(str(error) or type(error).__name__)

@@ -1,0 +1,463 @@
+"""A connection that many scopes share: who finds it idle drives it, else a thread does that for everybody."""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any, Final, Protocol
+
+from scopestate.errors import ConnectionLost, EngineClosed, NotConnected, ScopestateError
+from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
+from scopestate.persistence.redis.flight import Flight
+from scopestate.persistence.redis.script import with_source
+
+log = logging.getLogger("scopestate.persistence.redis")
+
+_HOLDER: Final = "holder"
+_IDLE_S: Final = 1.0
+"""A connection unused for this long is looked at before it is trusted with a write."""
+_BACKOFF_S: Final = (0.05, 1.0)
+"""Shortest and longest pause between attempts to connect; a quarter of it is random, so that engines spread out."""
+_AGAIN_S: Final = 0.05
+"""Pause before a command that the server could not take just now is sent again."""
+_ROUND_BYTES: Final = 1 << 20
+"""What is put on the way in one piece before anybody looks for replies."""
+
+PASSING: Final = frozenset({"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN"})
+"""Refusals of a server that will take the command later. It has not begun it."""
+
+
+class Passenger(Protocol):
+    """Who may have a command to send. The link's thread calls both methods."""
+
+    since: float
+    """When it began to wait for the link. Seconds on the monotonic clock."""
+
+    def board(self, outcomes: list[Any]) -> Flight | None:
+        """Return the next command, if there is one. `outcomes` takes answers that are there already."""
+
+    def refuse(self, error: ScopestateError, outcomes: list[Any]) -> None:
+        """There is no connection: fail what waits, into `outcomes`."""
+
+
+class Link:
+    """A connection to one server. Every method may be called from any thread; none but `fly` and `close` blocks.
+
+    `fly` on an idle link sends and waits on the caller's own thread: no hand-over, which would cost more than the round
+    trip. When somebody else is at it, what comes goes into a queue, and the link's thread sends all that waits together
+    and tells everyone who has a reply. Replies come in the order of the commands, so a queue is all it needs to know.
+
+    A command is sent once. It is sent again only if the server said that it has not begun it.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        call_timeout_s: float,
+        connect_wait_s: float,
+        deliver: Callable[[list[Any]], None],
+        redirect: Callable[[Flight, Refusal], Link] | None = None,
+        fails_over: bool = False,
+        name: str = "scopestate-redis",
+    ) -> None:
+        """`deliver` takes the outcomes that passengers leave, many at once. `redirect` says by which link a command
+        goes whose key the server does not own. `fails_over`: another server may become the primary, so a read-only one
+        is left and the target dialled anew.
+        """
+        self._target = target
+        self._call_timeout_s = call_timeout_s
+        self._connect_wait_s = connect_wait_s
+        self._deliver = deliver
+        self._redirect = redirect
+        self._fails_over = fails_over
+        self._name = name
+        self._claim: dict[str, int] = {}
+        self._ready: queue.SimpleQueue[Passenger | None] = queue.SimpleQueue()
+        self._wanted = False
+        self._boarding: deque[Passenger] = deque()
+        self._under_way: deque[Flight] = deque()
+        self._later: list[Flight] = []
+        self._outcomes: list[Any] = []
+        self._connection: Connection | None = None
+        self._used = 0.0
+        self._leaving = False
+        self._failures = 0
+        self._next_attempt = 0.0
+        self._thread: dict[str, threading.Thread] = {}
+        self._begun = False
+        self._ended = False
+        self.connects = 0
+        """Connections made so far."""
+        self.why_not: str | None = None
+        """Why there is no connection, if the last attempt failed."""
+
+    @property
+    def address(self) -> str:
+        """For messages."""
+        return self._target.address
+
+    def load(self) -> int:
+        """About how much it has to do: 0 if nothing."""
+        return len(self._under_way) + len(self._boarding) + self._ready.qsize() + len(self._claim)
+
+    # ----------------------------------------------------------------------------------------------------- callers
+
+    def connect(self) -> None:
+        """Connect now, on this thread. Raises NotConnected. For the start: nobody else uses the link yet."""
+        self._connection = self._dialled()
+
+    def put(self, passenger: Passenger) -> None:
+        """Have the passenger asked for its command soon, on the link's thread. Never blocks."""
+        self._ready.put(passenger)
+        if not self._begun:
+            # One C call, as in `actors.dispatcher.start_thread`: a signal cannot cut it in two.
+            _thread.start_new_thread(self._begin, ())
+            self._begun = True
+
+    def fly(self, flight: Flight, timeout_s: float | None) -> bool:
+        """Send the flight and wait until it has landed; False if that took longer than `timeout_s`.
+
+        Blocks, so not on an event loop's thread.
+        """
+        claim = self._claim
+        goes_on_by = self
+        if not claim:
+            me = get_ident()
+            if self._connection is not None and claim.setdefault(_HOLDER, me) == me:
+                sent_again_by = self._fly_alone(flight)
+                del claim[_HOLDER]
+                if self._wanted:
+                    self._ready.put(None)
+                if sent_again_by is None:
+                    return True
+                goes_on_by = sent_again_by
+        elif claim.get(_HOLDER) == get_ident():
+            # A signal handler has interrupted this very thread at the link, which nobody can drive until it returns.
+            self._fly_apart(flight)
+            return True
+        flight.expect()
+        flight.since = time.monotonic()
+        goes_on_by.put(flight)
+        return flight.wait(timeout_s)
+
+    def recover(self) -> None:
+        """After an exception has come through `fly` from outside: let go of the link if this thread holds it."""
+        if self._claim.get(_HOLDER) == get_ident():
+            # A reply may still be on its way, which the next one would take for its own.
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+            self._claim.pop(_HOLDER, None)
+            self._ready.put(None)
+
+    def close(self) -> None:
+        """End the link; what still waits is refused. Idempotent."""
+        self._ended = True
+        connection = self._connection
+        if connection is not None:
+            connection.shut()
+        thread = self._thread.get("thread")
+        if thread is not None:
+            self._ready.put(None)
+            thread.join()
+        else:
+            self._refuse_all()
+        if connection is not None:
+            connection.close()
+
+    # ----------------------------------------------------------------------------------------- on the caller's thread
+
+    def _fly_alone(self, flight: Flight) -> Link | None:
+        """Send and receive; if it must go through a queue, return the link that has it."""
+        connection = self._connection
+        if connection is None or not self._is_usable(connection):
+            return self
+        try:
+            reply = connection.exchange(flight.command)
+        except Broken as error:
+            self._lose(connection, error)
+            flight.error = self._lost(error)
+            return None
+        self._used = time.monotonic()
+        if type(reply) is Refusal:
+            goes_on_by = self._sends_again(flight, reply)
+            if goes_on_by is not None:
+                return goes_on_by
+        flight.reply = reply
+        return None
+
+    def _fly_apart(self, flight: Flight) -> None:
+        try:
+            connection = self._dialled()
+        except NotConnected as error:
+            flight.error = error
+            return
+        try:
+            reply = connection.exchange(flight.command)
+            if type(reply) is Refusal and reply.word == "NOSCRIPT":
+                reply = connection.exchange(pack(with_source(flight.parts)))
+            flight.reply = reply
+        except Broken as error:
+            flight.error = self._lost(error)
+        finally:
+            connection.close()
+
+    # ---------------------------------------------------------------------------------------------- the link's thread
+
+    def _begin(self) -> None:
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        if self._thread.setdefault("thread", thread) is thread:
+            thread.start()
+
+    def _run(self) -> None:
+        me = get_ident()
+        taken = False
+        while not self._ended:
+            self._wait_for_work(taken)
+            # First this, then the look: who lets go of the link meanwhile sees that it is wanted.
+            self._wanted = True
+            taken = self._claim.setdefault(_HOLDER, me) != me
+            if taken:
+                continue
+            self._wanted = False
+            try:
+                self._drive()
+            except Exception:
+                log.exception("the link to Redis at %s failed", self._target.address)
+            finally:
+                del self._claim[_HOLDER]
+        self._refuse_all()
+
+    def _wait_for_work(self, taken: bool) -> None:
+        """Wait until somebody comes, or something is due; while the link is taken, until it is free."""
+        waits: list[float] = []
+        if not taken:
+            now = time.monotonic()
+            waits = [flight.not_before - now for flight in self._later]
+            if self._boarding:
+                waits.append(self._next_attempt - now)
+        try:
+            passenger = self._ready.get(timeout=max(min(waits), 0.0) if waits else None)
+        except queue.Empty:
+            return
+        if passenger is not None:
+            self._boarding.append(passenger)
+
+    def _drive(self) -> None:
+        """Send what waits and take replies in, until nothing is left or there is no connection."""
+        ready, boarding, under_way = self._ready, self._boarding, self._under_way
+        while not self._ended:
+            while not ready.empty():
+                passenger = ready.get_nowait()
+                if passenger is not None:
+                    boarding.append(passenger)
+            if self._later:
+                self._call_those_due()
+            if not boarding and not under_way:
+                return
+            connection = self._connection
+            if not under_way and (connection is None or self._leaving or not self._is_usable(connection)):
+                connection = self._reconnected()
+                if connection is None:
+                    return
+            assert connection is not None
+            try:
+                if boarding and not self._leaving:
+                    self._send_round(connection)
+                if under_way:
+                    connection.receive()
+                    self._used = time.monotonic()
+                    self._take_replies(connection)
+            except Broken as error:
+                self._lose(connection, error)
+                self._fail_under_way(error)
+            if self._outcomes:
+                self._hand_out()
+
+    def _send_round(self, connection: Connection) -> None:
+        boarding, under_way = self._boarding, self._under_way
+        commands: list[bytes] = []
+        size = 0
+        now = time.monotonic()
+        while boarding and size < _ROUND_BYTES:
+            passenger = boarding.popleft()
+            try:
+                flight = passenger.board(self._outcomes)
+            except Exception:
+                log.exception("a scope failed to say what it wants of Redis")  # a bug, which must not stop the others
+                continue
+            if flight is None:
+                continue
+            if flight.link is not self:
+                flight.link.put(flight)
+                continue
+            if flight.not_before > now:
+                self._later.append(flight)
+                continue
+            if not flight.deadline:
+                flight.deadline = now + self._call_timeout_s
+            if flight.prefix:
+                flight.skips = 1
+                commands.append(flight.prefix)
+            commands.append(flight.command)
+            size += len(flight.command)
+            under_way.append(flight)
+        if commands:
+            connection.send(commands[0] if len(commands) == 1 else b"".join(commands))
+
+    def _take_replies(self, connection: Connection) -> None:
+        under_way, next_reply = self._under_way, connection.next_reply
+        while under_way:
+            reply = next_reply()
+            if reply is NOT_ALL:
+                return
+            flight = under_way[0]
+            if flight.skips:
+                flight.skips -= 1
+                continue
+            under_way.popleft()
+            if type(reply) is Refusal:
+                goes_on_by = self._sends_again(flight, reply)
+                if goes_on_by is not None:
+                    goes_on_by.put(flight)
+                    continue
+            flight.reply = reply
+            self._tell(flight)
+
+    def _tell(self, flight: Flight) -> None:
+        try:
+            flight.arrive(self._outcomes)
+        except Exception:
+            log.exception("a scope failed to take in what Redis answered")  # a bug, which must not stop the others
+
+    def _hand_out(self) -> None:
+        """Deliver what the passengers left, each event loop being woken one time only."""
+        outcomes, self._outcomes = self._outcomes, []
+        try:
+            self._deliver(outcomes)
+        except Exception:
+            log.exception("answers from Redis could not be delivered")  # a bug, which must not stop the others
+
+    def _call_those_due(self) -> None:
+        now = time.monotonic()
+        due = [flight for flight in self._later if flight.not_before <= now]
+        if due:
+            self._later = [flight for flight in self._later if flight.not_before > now]
+            self._boarding.extendleft(reversed(due))
+
+    # ----------------------------------------------------------------------------------------------------- refusals
+
+    def _sends_again(self, flight: Flight, refusal: Refusal) -> Link | None:
+        """Deal with the refusal of a command that the server has not begun: return the link by which it goes again."""
+        word = refusal.word
+        now = time.monotonic()
+        if not flight.deadline:
+            flight.deadline = now + self._call_timeout_s
+        if word == "NOSCRIPT":
+            flight.command = pack(with_source(flight.parts))
+            return self
+        if now >= flight.deadline:
+            return None
+        if self._redirect is not None and word in ("MOVED", "ASK"):
+            return self._redirect(flight, refusal)
+        if self._fails_over and word in ("READONLY", "MASTERDOWN"):
+            self._leaving = True
+        elif word not in PASSING:
+            return None
+        flight.not_before = now + _AGAIN_S
+        return self
+
+    # --------------------------------------------------------------------------------------------------- connections
+
+    def _is_usable(self, connection: Connection) -> bool:
+        if self._leaving:
+            return False
+        if time.monotonic() - self._used < _IDLE_S or not connection.is_stale():
+            return True
+        # The server has closed it while nobody used it: nothing was under way, so nothing is lost.
+        log.info("Redis at %s had closed an idle connection", self._target.address)
+        connection.close()
+        self._connection = None
+        return False
+
+    def _reconnected(self) -> Connection | None:
+        """Connect; if that fails, refuse those who have waited long enough and note when to try again."""
+        self._leaving = False
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+        now = time.monotonic()
+        if now >= self._next_attempt:
+            try:
+                self._connection = connection = self._dialled()
+            except NotConnected as error:
+                self._note_failure(error)
+            else:
+                return connection
+        self._refuse_waiting(NotConnected(f"{self.why_not}; nothing was sent"), time.monotonic() - self._connect_wait_s)
+        return None
+
+    def _dialled(self) -> Connection:
+        connection = self._target.dial()
+        self._used = time.monotonic()
+        if self._failures:
+            log.warning("connected to Redis at %s again", connection.address)
+        self.connects += 1
+        self._failures, self._next_attempt, self.why_not = 0, 0.0, None
+        return connection
+
+    def _note_failure(self, error: NotConnected) -> None:
+        self.why_not = str(error)
+        if not self._failures:
+            log.warning("%s; calls wait for it and it is tried again", error)
+        pause = min(_BACKOFF_S[0] * 2**self._failures, _BACKOFF_S[1])
+        self._failures = min(self._failures + 1, 16)
+        self._next_attempt = time.monotonic() + pause * random.uniform(0.75, 1.0)
+
+    def _lose(self, connection: Connection, error: Broken) -> None:
+        log.warning("lost the connection to Redis at %s: %s", connection.address, error)
+        connection.close()
+        self._connection = None
+
+    def _lost(self, error: Broken) -> ConnectionLost:
+        lost = ConnectionLost("a call", f"Redis at {self._target.address}", str(error))
+        lost.__cause__ = error
+        return lost
+
+    def _fail_under_way(self, error: Broken) -> None:
+        lost = self._lost(error)
+        while self._under_way:
+            flight = self._under_way.popleft()
+            flight.error = lost
+            self._tell(flight)
+
+    def _refuse_waiting(self, error: ScopestateError, before: float) -> None:
+        """Refuse those who have waited since `before` or longer."""
+        waiting, self._boarding = self._boarding, deque()
+        for passenger in waiting:
+            if passenger.since > before:
+                self._boarding.append(passenger)
+                continue
+            try:
+                passenger.refuse(error, self._outcomes)
+            except Exception:
+                log.exception("a scope failed to take in that there is no connection to Redis")
+        self._hand_out()
+
+    def _refuse_all(self) -> None:
+        self._fail_under_way(Broken("the engine was closed"))
+        while not self._ready.empty():
+            passenger = self._ready.get_nowait()
+            if passenger is not None:
+                self._boarding.append(passenger)
+        self._boarding.extend(self._later)
+        self._later = []
+        self._refuse_waiting(EngineClosed("the engine is closed"), float("inf"))

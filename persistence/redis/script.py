@@ -1,0 +1,116 @@
+"""Reads and writes of one scope as one command of Redis.
+
+The pure Python ops compute every value; the script only compares and stores (DESIGN, section 6). It looks before it
+writes: whatever can fail (a key of another type, no memory, a read-only server) fails before the first change, so a
+flight is done whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Final
+
+# KEYS: the hash; with shared events also the stream and the counter of its events.
+# ARGV: with shared events first how many are kept and the scope; then the entries:
+#   g field                   read
+#   s field value             set
+#   d field                   delete
+#   n field value             set if there is no value
+#   c field expected value    set if the value is the expected one
+#   p depth                   how many handlers deep what follows was caused; 0 until then; has no reply
+# Replies, one for each entry: the value that was there; for `n` and `c` DONE if it was as expected.
+# Once an `n` or `c` of a field has failed, later entries of that field are left undone and answered SKIPPED: they were
+# made behind it. Last, with shared events, the number of the newest event.
+SOURCE: Final = b"""
+local hash, stream, counter = KEYS[1], KEYS[2], KEYS[3]
+local i = stream and 3 or 1
+local replies, count, failed, last, depth = {}, 0, nil, 0, nil
+
+local function store(field, old, new)
+  if stream then
+    last = redis.call('INCR', counter)
+    local event = {'n', last, 's', ARGV[2], 'k', field}
+    local size = 6
+    if old then event[size + 1], event[size + 2], size = 'o', old, size + 2 end
+    if new then event[size + 1], event[size + 2], size = 'v', new, size + 2 end
+    if depth then event[size + 1], event[size + 2] = 'd', depth end
+    redis.call('XADD', stream, 'MAXLEN', '~', ARGV[1], '*', unpack(event))
+  end
+  if new then
+    redis.call('HSET', hash, field, new)
+  elseif old then
+    redis.call('HDEL', hash, field)
+  end
+end
+
+while ARGV[i] do
+  local kind, field, value = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  if kind == 'p' then
+    depth = field ~= '0' and field or nil
+    i = i + 2
+  else
+    local old = redis.call('HGET', hash, field)
+    local reply, size = old, 3
+    if failed and failed[field] then
+      reply = 2
+      if kind == 'c' then size = 4 elseif kind == 'g' or kind == 'd' then size = 2 end
+    elseif kind == 's' then
+      store(field, old, value)
+    elseif kind == 'd' then
+      store(field, old, nil)
+      size = 2
+    elseif kind == 'g' then
+      size = 2
+    else
+      local fits = not old
+      if kind == 'c' then fits, value, size = (old == value), ARGV[i + 3], 4 end
+      if fits then
+        store(field, old, value)
+        reply = 1
+      else
+        failed = failed or {}
+        failed[field] = true
+      end
+    end
+    count = count + 1
+    replies[count] = reply
+    i = i + size
+  end
+end
+if stream then replies[count + 1] = last end
+return replies
+"""
+
+DIGEST: Final = hashlib.sha1(SOURCE).hexdigest()  # noqa: S324 - the name that Redis gives a script
+
+DONE: Final = 1
+SKIPPED: Final = 2
+
+
+class Shape:
+    """How the commands of one adapter are made: names of keys, and whether events are published."""
+
+    def __init__(self, key_prefix: str, *, events_kept: int = 0) -> None:
+        """`events_kept`: how many the stream keeps; 0: none are published."""
+        self.key_prefix = key_prefix
+        self.stream = f"scopestate:events:{key_prefix}"
+        """The stream of events: field `n` number, `s` scope, `k` key, `o` old and `v` new value if any, `d` depth."""
+        self.counter = f"scopestate:count:{key_prefix}"
+        self.publishes = bool(events_kept)
+        self._kept = events_kept
+
+    def key_of(self, scope: str) -> bytes:
+        """The key of a scope's hash."""
+        return (self.key_prefix + scope).encode()
+
+    def write(self, hash_key: bytes, scope: str, entries: list[Any]) -> tuple[Any, ...]:
+        """Return the parts of the command that does the entries."""
+        if self.publishes:
+            kept = self._kept
+            return ("EVALSHA", DIGEST, 3, hash_key, self.stream, self.counter, kept, scope, *entries)
+        return ("EVALSHA", DIGEST, 1, hash_key, *entries)
+
+
+def with_source(parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the command for a server that does not have the script; it does afterwards."""
+    return ("EVAL", SOURCE, *parts[2:])
