@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Final
 
 import msgspec
 import typer
@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from scopestate.cli_common import AsJson, CaFile, Exit, Token, errors_to_exit_codes, out, standard_error
-from scopestate.config import BridgeConfig, KvConfig, load
+from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, RedisConfig, load, validate
+from scopestate.config.redis_urls import without_credentials
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
 from scopestate.persistence import Adapter
 from scopestate.persistence.reading import StoreReader
@@ -27,13 +28,18 @@ from scopestate.transfer import Entry, Reader, RemoteReader, export_lines, impor
 
 app = typer.Typer(no_args_is_help=True, help="Look into a store, check it, copy it as JSON lines.")
 
+_ENGINE: Final = ("ws://", "wss://")
+_REDIS: Final = ("redis://", "rediss://", "unix://")
+
 Where = Annotated[
     str, typer.Argument(metavar="STORE", help="Directory of the store, or a configuration file (.yaml) that names it.")
 ]
 Target = Annotated[
     str,
     typer.Argument(
-        metavar="STORE", help="Directory, configuration file (.yaml), or the address of a running engine (ws://...)."
+        metavar="STORE",
+        help="Directory, configuration file (.yaml), or the address of a running engine (ws://...) or of Redis "
+        "(redis://...; with a password, better a configuration file).",
     ),
 ]
 
@@ -84,13 +90,13 @@ def export(
 ) -> None:
     """Write a store as JSON lines, also while an engine uses it.
 
-    A directory is exported as of one moment; through a running engine (ws://...), each scope is. A file is complete or
-    not there: it gets its name at the end.
+    A directory is exported as of one moment; from Redis, or through a running engine (ws://...), each scope is. A file
+    is complete or not there: it gets its name at the end.
     """
     with errors_to_exit_codes(as_json=as_json), ExitStack() as stack:
         reader: Reader
         total: int | None = None
-        if _is_bridge(where):
+        if _is_elsewhere(where):
             adapter = _open_target(where, token, ca_file)
             stack.callback(adapter.close)
             reader = RemoteReader(adapter)
@@ -117,7 +123,7 @@ def import_(
 ) -> None:
     """Read JSON lines into a store. The whole file is checked before anything is written.
 
-    Between stores of any kind: scopestate store export ./data/old | scopestate store import ws://localhost:49134
+    Between stores of any kind: scopestate store export ./data/old | scopestate store import redis://localhost:6379
     """
     with errors_to_exit_codes(as_json=as_json), ExitStack() as stack:
         stream = stack.enter_context(_input(source))
@@ -126,25 +132,34 @@ def import_(
         adapter = _open_target(target, token, ca_file)
         stack.callback(adapter.close)
         if not merge and adapter.scopes():
-            raise StoreUnusable(f"{target} holds keys already; use --merge to add to them, or choose an empty one")
+            raise StoreUnusable(
+                f"{_shown(target)} holds keys already; use --merge to add to them, or choose an empty one"
+            )
         with _progress("importing", total) as advance:
             import_lines(stream, adapter, advance)
-    _report("imported", total, target, as_json=as_json)
+    _report("imported", total, _shown(target), as_json=as_json)
 
 
 # ------------------------------------------------------------------------------------------------------------ places
 
 
 def _reader(where: str) -> StoreReader:
-    if _is_bridge(where):
-        raise StoreUnusable(f"{where} is a running engine, not a store; give the directory of its store")
+    if _is_elsewhere(where):
+        raise StoreUnusable(
+            f"{_shown(where)} is not a store on this disk; give the directory of one, or use `store export`"
+        )
     return StoreReader(_directory(where))
 
 
-def _is_bridge(where: str) -> bool:
-    if where.startswith(("ws://", "wss://")):
+def _is_elsewhere(where: str) -> bool:
+    """Tell whether the state is in another engine, or in Redis."""
+    if where.startswith((*_ENGINE, *_REDIS)):
         return True
-    return _is_config(where) and isinstance(load(where).adapter.config, BridgeConfig)
+    return _is_config(where) and isinstance(load(where).adapter.config, (BridgeConfig, RedisConfig))
+
+
+def _shown(where: str) -> str:
+    return without_credentials(where) if where.startswith(_REDIS) else where
 
 
 def _is_config(where: str) -> bool:
@@ -162,16 +177,18 @@ def _directory(where: str) -> str:
 
 
 def _open_target(target: str, token: str | None, ca_file: str | None) -> Adapter:
-    from scopestate.bridging import open_bridge  # noqa: PLC0415 - not needed for most commands
-    from scopestate.persistence.file import FileAdapter  # noqa: PLC0415 - as above
+    from scopestate.parts import open_adapter  # noqa: PLC0415 - not needed for most commands
 
-    if target.startswith(("ws://", "wss://")):
-        return open_bridge(BridgeConfig(target, token, ca_file))
-    if _is_config(target):
-        config = load(target).adapter.config
-        if isinstance(config, BridgeConfig):
-            return open_bridge(config)
-    return FileAdapter(_directory(target))
+    if target.startswith(_ENGINE):
+        config = AdapterConfig("bridge", BridgeConfig(target, token, ca_file))
+    elif target.startswith(_REDIS):
+        config = AdapterConfig("redis", RedisConfig(target, tls_ca_file=ca_file))
+        validate(Config(config))
+    elif _is_config(target) and _is_elsewhere(target):
+        config = load(target).adapter
+    else:
+        config = AdapterConfig("kv", KvConfig("file_based", _directory(target)))
+    return open_adapter(config)
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -58,7 +58,7 @@ class Parts:
         self.limits = Limits()
         set_limits(self.limits, config.limits)
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
-        self.adapter: Adapter = adapter or _open_adapter(config.adapter)
+        self.adapter: Adapter = adapter or open_adapter(config.adapter)
         self.functions = Functions()
         self.loop_thread = LoopThread("scopestate-loop")
         services = HandlerServices(self.dispatcher, self.functions, self.limits, self.loop_thread, report)
@@ -205,7 +205,8 @@ def set_limits(limits: Limits, config: LimitsConfig) -> None:
     limits.passivate_after_s = config.passivate_after_ms / 1000
 
 
-def _open_adapter(config: AdapterConfig) -> Adapter:
+def open_adapter(config: AdapterConfig) -> Adapter:
+    """Open what keeps the state. Raises ConfigError, and StorageError if it cannot be opened."""
     match config.config:
         case BridgeConfig() as bridge:
             try:

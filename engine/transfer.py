@@ -40,7 +40,7 @@ class Reader(Protocol):
 
 
 class RemoteReader:
-    """Reads a running engine through a bridge: each scope as of the moment at which it is read."""
+    """Reads Redis, or a running engine through a bridge: each scope as of the moment at which it is read."""
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
@@ -50,11 +50,11 @@ class RemoteReader:
         return self._adapter.scopes()
 
     def sequence(self, scope: str) -> int:
-        """Return 0: an engine does not tell."""
+        """Return 0: neither tells."""
         return 0
 
     def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
-        """Yield keys and values, as JSON, in insertion order."""
+        """Yield keys and values, as JSON: in insertion order, or of Redis in that of the keys."""
         yield from self._adapter.load(scope).values.items()
 
 
@@ -166,7 +166,7 @@ class _Writer:
     def __init__(self, adapter: Adapter, progress: Callable[[int], object]) -> None:
         self._adapter = adapter
         self._progress = progress
-        # A remote engine numbers and orders its keys itself, and cannot be asked for them.
+        # A remote engine, and Redis, number and order their keys themselves, or not at all.
         self._loads = not hasattr(adapter, "sequence_floor")
         self._known: dict[str, set[str]] = {}
         self._sequences: dict[str, int] = {}

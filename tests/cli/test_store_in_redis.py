@@ -1,0 +1,92 @@
+"""`store export|import` with Redis at one end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import Run
+
+from scopestate import Engine
+from scopestate.config import from_mapping
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "redis"))
+
+from servers import Server
+
+CONTENT = {"": {"": None, "k": [1, 1.0, True]}, "users": {"b": {"text": "two\nlines"}, "a": "é", "c": 2**64 - 1}}
+
+
+@pytest.fixture
+def redis() -> Iterator[Server]:
+    with Server(password="open@sesame") as server:
+        yield server
+
+
+@pytest.fixture
+def config(redis: Server, tmp_path: Path) -> Path:
+    file = tmp_path / "redis.yaml"
+    file.write_text(
+        "workers: [{name: iii-state, config: {adapter: {name: redis, config: "
+        f"{{redis_url: 'redis://localhost:{redis.port}', password: open@sesame}}}}}}}}]\n"
+    )
+    return file
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    folder = tmp_path / "store"
+    kv = {"store_method": "file_based", "file_path": str(folder)}
+    entry = {"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}
+    with Engine(from_mapping({"workers": [entry]})) as engine:
+        for scope, values in CONTENT.items():
+            for key, value in values.items():
+                engine.set(scope, key, value)
+    return folder
+
+
+def test_a_store_moves_into_redis_and_back(cli: Run, store: Path, config: Path, tmp_path: Path) -> None:
+    file = tmp_path / "all.jsonl"
+    cli("store", "export", str(store), str(file))
+
+    imported = cli("store", "import", str(config), str(file))
+
+    assert (imported.code, "imported 5 keys" in imported.err) == (0, True), imported.err
+    with Engine.from_config(config, watch=False) as engine:
+        assert engine.list_groups() == sorted(CONTENT)
+        assert engine.get("users", "b") == {"text": "two\nlines"}
+    back = cli("store", "export", str(config))
+    assert "exported 5 keys" in back.err
+    copy = cli("store", "import", str(tmp_path / "copy"), "-", stdin=back.out)
+    assert "imported 5 keys" in copy.err
+
+
+def test_a_redis_that_holds_scopes_is_not_added_to_unasked(cli: Run, store: Path, config: Path) -> None:
+    text = cli("store", "export", str(store)).out
+    with Engine.from_config(config, watch=False) as engine:
+        engine.set("users", "z", 1)
+
+    refused = cli("store", "import", str(config), "-", stdin=text)
+    merged = cli("store", "import", str(config), "-", "--merge", stdin=text)
+
+    assert (refused.code, "--merge" in refused.err) == (4, True)
+    assert merged.code == 0, merged.err
+    with Engine.from_config(config, watch=False) as engine:
+        assert engine.list("users") == ["é", {"text": "two\nlines"}, 2**64 - 1, 1]
+
+
+def test_by_address_the_password_is_not_shown(cli: Run, redis: Server) -> None:
+    url = f"redis://:open%40sesame@localhost:{redis.port}"
+
+    exported, info = cli("store", "export", url), cli("store", "info", url)
+
+    assert (exported.code, "exported 0 keys" in exported.err) == (0, True), exported.err
+    assert (info.code, "sesame" in info.err, f"localhost:{redis.port}" in info.err) == (4, False, True), info.err
+
+
+def test_no_server_there(cli: Run) -> None:
+    refused = cli("store", "export", "redis://:hidden@localhost:1")
+
+    assert (refused.code, "localhost:1" in refused.err, "hidden" in refused.err) == (4, True, False), refused.err
