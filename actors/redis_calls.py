@@ -27,7 +27,17 @@ _FUNCTION_IDS: Final[dict[type[Any], str]] = {Put: "state::set", Change: "state:
 class Call:
     """One call from its admission to its answer."""
 
-    __slots__ = ("after", "answer", "before", "convert", "depth", "done", "error", "problems", "reply", "tries", "turn")
+    # Defaults of the class, not of each instance: most calls need none of them.
+
+    done = False
+    answer: Any = None
+    error: Exception | None = None
+    tries = 0
+    """Attempts that failed because the key was changed elsewhere."""
+    before: bytes | None = None
+    after: bytes | None = None
+    """What an update found, and made of it; `after` is None while it only looks."""
+    problems: tuple[Any, ...] = ()
 
     def __init__(self, turn: Any, reply: ReplyTo | None, depth: int, convert: Converter | None) -> None:
         self.turn = turn
@@ -35,15 +45,6 @@ class Call:
         """None: its caller runs the turn himself, or has his answer."""
         self.depth = depth
         self.convert = convert
-        self.done = False
-        self.answer: Any = None
-        self.error: Exception | None = None
-        self.tries = 0
-        """Attempts that failed because the key was changed elsewhere."""
-        self.before: bytes | None = None
-        self.after: bytes | None = None
-        """What an update found, and made of it; `after` is None while it only looks."""
-        self.problems: tuple[Any, ...] = ()
 
     def fail(self, error: ScopestateError) -> None:
         """End it with an error, worded for what it wanted."""

@@ -69,7 +69,9 @@ class RedisScopeActor(ScopeElsewhere):
             return super().run(message, otherwise)
         if otherwise is not WAIT:
             return otherwise  # it would have to wait for Redis
-        if self._lanes:
+        if self._lanes or self._mailbox:
+            # With those who wait: all of them go out together. A caller who took every turn that he finds free would
+            # keep the link's thread from it, since he has the interpreter already.
             return self._run_queued(message)
         answer = super().run(message)
         if type(answer) is _Parked:
@@ -136,6 +138,7 @@ class RedisScopeActor(ScopeElsewhere):
                 # Still on its way, and the claim stays with it: the link's thread takes the reply in.
                 self._claim[HOLDER] = NOBODY
                 self._own = None
+                flight.link.put(flight)  # in case that was cut short
                 return
             if not flight.told and (flight.reply is not None or flight.error is not None):
                 self._mailbox += (flight,)
@@ -218,6 +221,31 @@ class RedisScopeActor(ScopeElsewhere):
         lanes, mailbox = self._lanes, self._mailbox
         if lanes:
             self._flights.take_from_lanes(calls, known)
+        if len(mailbox) == 1 and not calls and not lanes:
+            self._take_one(calls, outcomes)
+        else:
+            self._take_many(calls, outcomes)
+        if not mailbox:
+            self._direct = True
+        if not calls:
+            return None
+        self.touched = True
+        flight = self._flights.make(calls, known)
+        if flight is None or len(flight.calls) != len(calls):
+            tell(calls, outcomes)  # some have failed already
+        return flight
+
+    def _take_one(self, calls: list[Call], outcomes: list[Any]) -> None:
+        """Take the only message: under load from many scopes, that is how most are."""
+        item = self._mailbox[0]
+        del self._mailbox[:1]
+        call = self._call_of(item, outcomes)
+        if call is not None:
+            calls.append(call)
+
+    def _take_many(self, calls: list[Call], outcomes: list[Any]) -> None:
+        """Take from the mailbox what goes together with `calls`."""
+        lanes, mailbox = self._lanes, self._mailbox
         whole = False
         taken = size = 0
         for item in mailbox:
@@ -241,15 +269,6 @@ class RedisScopeActor(ScopeElsewhere):
                 size += len(call.turn.data)
             calls.append(call)
         del mailbox[:taken]
-        if not mailbox:
-            self._direct = True
-        if not calls:
-            return None
-        self.touched = True
-        flight = self._flights.make(calls, known)
-        if flight is None or len(flight.calls) != len(calls):
-            tell(calls, outcomes)  # some have failed already
-        return flight
 
     def _call_of(self, item: Any, outcomes: list[Any]) -> Call | None:
         """Return the call that a mailbox item stands for; None if it is refused, over, or none."""

@@ -19,23 +19,28 @@ class Flight:
     Whoever made it may wait for it (`expect`, `wait`); if nobody does, `landed` is called on the link's thread.
     """
 
-    __slots__ = (
-        "_arrival",
-        "_owner",
-        "calls",
-        "command",
-        "deadline",
-        "error",
-        "landed",
-        "link",
-        "not_before",
-        "parts",
-        "prefix",
-        "reply",
-        "since",
-        "skips",
-        "told",
-    )
+    # Defaults of the class, not of each instance: most flights need none of them.
+
+    reply: Any = None
+    """What Redis answered, a Refusal included."""
+    error: ScopestateError | None = None
+    """Why there is no reply: NotConnected (nothing was sent), ConnectionLost (it may have been done)."""
+    away = False
+    """True from its boarding on. A maker who was interrupted does not know if the link has it, and puts it again."""
+    told = False
+    """True once its maker has taken the reply in."""
+    deadline = 0.0
+    """When the link gives up sending it again; set when it is sent first. Seconds on the monotonic clock."""
+    not_before = 0.0
+    """When it may be sent again."""
+    since = 0.0
+    """When it began to wait for a link."""
+    prefix = b""
+    """A command that must come right before it: `ASKING`, after a redirection."""
+    skips = 0
+    """Replies to that which are still to come."""
+    _arrival: threading.Lock | None = None
+    _owner: list[None] | tuple[()] = ()
 
     def __init__(
         self, parts: tuple[Any, ...], link: Link, landed: Callable[[Flight, list[Any]], object], calls: Any
@@ -47,27 +52,12 @@ class Flight:
         self.landed = landed
         self.calls = calls
         """What its maker wants to remember with it."""
-        self.reply: Any = None
-        """What Redis answered, a Refusal included."""
-        self.error: ScopestateError | None = None
-        """Why there is no reply: NotConnected (nothing was sent), ConnectionLost (it may have been done)."""
-        self.told = False
-        """True once its maker has taken the reply in."""
-        self.deadline = 0.0
-        """When the link gives up sending it again; set when it is sent first. Seconds on the monotonic clock."""
-        self.not_before = 0.0
-        """When it may be sent again."""
-        self.since = 0.0
-        """When it began to wait for a link."""
-        self.prefix = b""
-        """A command that must come right before it: `ASKING`, after a redirection."""
-        self.skips = 0
-        """Replies to that which are still to come."""
-        self._owner: list[None] = []
-        self._arrival: threading.Lock | None = None
 
-    def board(self, outcomes: list[Any]) -> Flight:
-        """It is ready to be sent: see `link.Passenger`."""
+    def board(self, outcomes: list[Any]) -> Flight | None:
+        """It is ready to be sent, once: see `link.Passenger`. The link must be given it again for another time."""
+        if self.away:
+            return None
+        self.away = True
         return self
 
     def refuse(self, error: ScopestateError, outcomes: list[Any]) -> None:
@@ -88,17 +78,18 @@ class Flight:
 
     def arrive(self, outcomes: list[Any]) -> None:
         """Reply or error is there: tell who waits. Called by the link, once; `outcomes` is what it delivers later."""
-        try:
-            self._owner.pop()
-        except IndexError:
-            self.landed(self, outcomes)
-        else:
+        if self.leave():
             self._arrival.release()  # type: ignore[union-attr]  # who owns it waits for it
+        else:
+            self.landed(self, outcomes)
 
     def leave(self) -> bool:
-        """Who waited goes away. True: `landed` will be called. False: it has landed already."""
+        """Who waited goes away. True: `landed` will be called. False: it has landed already, or nobody waited."""
+        owner = self._owner
+        if not owner:
+            return False
         try:
-            self._owner.pop()
+            owner.pop()  # one step, also for two threads
         except IndexError:
             return False
         return True

@@ -131,7 +131,8 @@ class Link:
         goes_on_by = self
         if not claim:
             me = get_ident()
-            if self._connection is not None and claim.setdefault(_HOLDER, me) == me:
+            # Not if the link's thread waits for it: who has the interpreter already would take it away each time.
+            if self._connection is not None and not self._wanted and claim.setdefault(_HOLDER, me) == me:
                 sent_again_by = self._fly_alone(flight)
                 del claim[_HOLDER]
                 if self._wanted:
@@ -297,9 +298,11 @@ class Link:
             if flight is None:
                 continue
             if flight.link is not self:
+                flight.away = False
                 flight.link.put(flight)
                 continue
             if flight.not_before > now:
+                flight.away = False
                 self._later.append(flight)
                 continue
             if not flight.deadline:
@@ -327,6 +330,7 @@ class Link:
             if type(reply) is Refusal:
                 goes_on_by = self._sends_again(flight, reply)
                 if goes_on_by is not None:
+                    flight.away = False
                     goes_on_by.put(flight)
                     continue
             flight.reply = reply
