@@ -59,6 +59,8 @@ class Stats(msgspec.Struct, frozen=True):
     mailboxes: Mailboxes
     threads: int
     """Worker threads alive."""
+    store: dict[str, int] = {}
+    """What the adapter counts of its own, as Redis does attempts to update and conflicts; empty for kv and bridge."""
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -121,6 +123,7 @@ def measure(parts: Parts) -> Stats:
             snapshot=len(snapshot._mailbox),
         ),
         threads=parts.dispatcher.threads(),
+        store=counts_of_store() if (counts_of_store := getattr(parts.adapter, "counts", None)) is not None else {},
     )
 
 
@@ -132,8 +135,9 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
         problems.append("the engine is closed")
     if snapshot.failing is not None:
         problems.append(f"saving fails: {snapshot.failing}; what changed since stays in memory and is saved later")
-    bridge_problem = getattr(parts.adapter, "problem", None)
-    if bridge_problem is not None and (problem := bridge_problem()) is not None:
+    # Of adapters whose scopes live elsewhere; what can fail here, the snapshot actor knows.
+    problem_of_store = getattr(parts.adapter, "problem", None)
+    if problem_of_store is not None and (problem := problem_of_store()) is not None:
         problems.append(problem)
     problems += [
         f"the handler {handler.trigger.function_id!r} of trigger {handler.trigger.trigger_id!r} is overdue"

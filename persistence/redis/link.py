@@ -132,7 +132,8 @@ class Link:
         if not claim:
             me = get_ident()
             # Not if the link's thread waits for it: who has the interpreter already would take it away each time.
-            if self._connection is not None and not self._wanted and claim.setdefault(_HOLDER, me) == me:
+            wanted = self._wanted
+            if self._connection is not None and not wanted and claim.setdefault(_HOLDER, me) == me:
                 sent_again_by = self._fly_alone(flight)
                 del claim[_HOLDER]
                 if self._wanted:
