@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from threading import get_ident
 from typing import Any, Final
@@ -16,9 +17,9 @@ from scopestate.actors.redis_flights import RedisFlights, Store
 from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
-from scopestate.actors.turn import HOLDER, WAIT
-from scopestate.actors.turns import Caused, Housekeeping, Ping, Put, event_depth
-from scopestate.errors import ReplyTimeout, ScopestateError
+from scopestate.actors.turn import HOLDER, WAIT, certainly
+from scopestate.actors.turns import Caused, Close, Housekeeping, Ping, Put, event_depth
+from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
 from scopestate.persistence.redis.flight import Flight
 
 log = logging.getLogger("scopestate.scope")
@@ -53,9 +54,10 @@ class RedisScopeActor(ScopeElsewhere):
         self._sequence = store.sequence_floor
         self._flights = RedisFlights(scope, store, around.limits, self._landed, self._changed)
         self._lanes = self._flights.lanes
-        self._link = self._flights.link
         self._own: Flight | None = None
         """The flight of the caller who runs a turn now."""
+        self._alarm = 0.0
+        """When the link's thread is next called because a lane is due. Seconds on the monotonic clock."""
         self.since = 0.0
         """When the oldest of those who wait came, about. For the link."""
 
@@ -65,6 +67,9 @@ class RedisScopeActor(ScopeElsewhere):
     # ---------------------------------------------------------------------------------------------- the caller's turn
 
     def run(self, message: Any, otherwise: Any = WAIT) -> Any:
+        if isinstance(message, Close):
+            # It sets two flags. Behind a call that waits for Redis, close() would wait for Redis too.
+            return self._on_rare(message)
         if isinstance(message, Housekeeping):
             return super().run(message, otherwise)
         if otherwise is not WAIT:
@@ -74,9 +79,19 @@ class RedisScopeActor(ScopeElsewhere):
             # keep the link's thread from it, since he has the interpreter already.
             return self._run_queued(message)
         answer = super().run(message)
+        if self._lanes:
+            try:
+                self.wake_anyway()  # only now that the turn is over: it would be turned away before
+            except BaseException:
+                certainly(self.wake_anyway)
+                raise
         if type(answer) is _Parked:
             return self._wait_for(answer.reply)
         return answer
+
+    def _run_queued(self, message: Any) -> Any:
+        self._refuse_within_a_call()
+        return super()._run_queued(message)
 
     def on_receive(self, message: Any) -> Any:
         """A turn on the thread of a caller, who waits here for Redis."""
@@ -95,7 +110,6 @@ class RedisScopeActor(ScopeElsewhere):
             raise call.error
         if not call.done:
             call.reply = reply = self._dispatcher.reply()
-            self._arrange_lanes()
             return _Parked(reply)
         return call.answer if call.convert is None else call.convert(call.answer)
 
@@ -124,26 +138,45 @@ class RedisScopeActor(ScopeElsewhere):
     def _wait_for(self, reply: Reply[Any]) -> Any:
         timeout_s = self._around.limits.call_timeout_s
         try:
+            self._refuse_within_a_call()
             return reply.get(timeout=timeout_s)
         except pykka.Timeout as error:
             reply.abandoned = True
             raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
+        except WouldDeadlock:
+            reply.abandoned = True
+            raise
+
+    def _refuse_within_a_call(self) -> None:
+        """For a signal handler: it has interrupted its thread at a connection, and what waits here may need that.
+
+        Only the main thread handles signals.
+        """
+        if get_ident() == threading.main_thread().ident and self._store.is_at_a_link():
+            raise WouldDeadlock(
+                f"a signal handler has interrupted a call to Redis, and {self.name} is busy: waiting for it here might "
+                "never end; nothing was done: let the handler set a flag, or leave the call to another thread"
+            )
 
     def _recover(self) -> None:
         """A caller's turn was cut short, maybe while its command was on the way."""
         self._store.recover()
-        flight = self._own
-        if flight is not None and self._claim.get(HOLDER) == get_ident():
-            if flight.leave():
+        if self._claim.get(HOLDER) == get_ident():
+            flight = self._own
+            if flight is not None and flight.leave():
                 # Still on its way, and the claim stays with it: the link's thread takes the reply in.
                 self._claim[HOLDER] = NOBODY
                 self._own = None
                 flight.link.put(flight)  # in case that was cut short
                 return
-            if not flight.told and (flight.reply is not None or flight.error is not None):
-                self._mailbox += (flight,)
             self._own = None
+            if flight is not None and not flight.told and (flight.reply is not None or flight.error is not None):
+                self._mailbox += (flight,)
+            else:
+                self._flights.end_looks()
         super()._recover()
+        if self._lanes:
+            self.wake_anyway()
 
     # ------------------------------------------------------------------------------------------------------ queueing
 
@@ -158,7 +191,7 @@ class RedisScopeActor(ScopeElsewhere):
     def wake_anyway(self) -> None:
         self._scheduled = True
         self.since = time.monotonic()
-        self._link.put(self)
+        self._store.link(self._flights.hash_key).put(self)
 
     # --------------------------------------------------------------------------------------------- on a link's thread
 
@@ -175,9 +208,13 @@ class RedisScopeActor(ScopeElsewhere):
             flight = self._next_flight(outcomes)
         finally:
             if flight is None:
+                if self._lanes:
+                    self._arrange_lanes()
                 del claim[HOLDER]
                 if not self._lanes:
                     self.wake()
+                elif self._alarm <= time.monotonic():
+                    self.wake_anyway()  # the alarm may have come to another thread, which was turned away
             else:
                 claim[HOLDER] = NOBODY
         return flight
@@ -188,11 +225,12 @@ class RedisScopeActor(ScopeElsewhere):
         try:
             self._flights.take_in(flight)
             tell(flight.calls, outcomes)
-            if self._lanes:
-                self._arrange_lanes()
         finally:
             del self._claim[HOLDER]
-            self.wake()
+            if self._lanes:
+                self.wake_anyway()
+            else:
+                self.wake()
 
     def refuse(self, error: ScopestateError, outcomes: list[Any]) -> None:
         """There is no connection: fail everybody who waits."""
@@ -328,13 +366,17 @@ class RedisScopeActor(ScopeElsewhere):
             self._fire(call.turn.key, old, new, call.depth)
 
     def _arrange_lanes(self) -> None:
-        """See that somebody comes when a lane is due."""
+        """See that the link's thread comes back when a lane is due.
+
+        Called there alone, so nobody is told to come while somebody else has the turn, who would not look at lanes.
+        """
         due = min(lane.due for lane in self._lanes.values())
-        pause_s = due - time.monotonic()
-        if pause_s <= 0:
+        now = time.monotonic()
+        if due <= now:
             self.wake_anyway()
-        elif due != NEVER:
-            self._dispatcher.call_later(pause_s, self.wake_anyway)
+        elif due != NEVER and not now < self._alarm <= due:
+            self._alarm = due
+            self._dispatcher.call_later(due - now, self.wake_anyway)
 
     # --------------------------------------------------------------------------------------------------------- leaving
 

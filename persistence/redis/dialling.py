@@ -22,25 +22,29 @@ class Server:
 
     def __init__(self, make: Callable[[], AbstractConnection], address: str, options: RedisOptions) -> None:
         """`make` makes a connection that is not connected yet."""
-        self._make = make
+        self.make = make
         self._options = options
         self.address = address
 
     def dial(self) -> connection.Connection:
         """Make a connection that is ready for commands. Raises NotConnected, within `connect_timeout_s`."""
-        dialled: Any = self._make()
+        dialled: Any = self.make()
         # The time limits of redis-py are for each step (connect, TLS, each answer); this one is for all of them.
         overdue = threading.Timer(self._options.connect_timeout_s, lambda: _cut(dialled))
         overdue.daemon = True
         overdue.start()
         try:
             dialled.connect()
-            return connection.Connection(dialled, self.address, self._options.call_timeout_s)
+            return self.wrapped(dialled)
         except (RedisError, OSError, ValueError) as error:
             dialled.disconnect()
             raise NotConnected(f"no connection to Redis at {self.address}: {error}") from error
         finally:
             overdue.cancel()
+
+    def wrapped(self, dialled: AbstractConnection) -> connection.Connection:
+        """Return the connection that is made of a library's."""
+        return connection.Connection(dialled, self.address, self._options.call_timeout_s)
 
 
 def server(options: RedisOptions, host: str = "", port: int = 0) -> Server:
@@ -64,6 +68,22 @@ def server(options: RedisOptions, host: str = "", port: int = 0) -> Server:
         if options.tls:
             common |= tls_options(options)
     return Server(lambda: kind(**common), f"{host}:{port}" if host else options.address, options)
+
+
+def traits(opened: connection.Connection) -> dict[bytes, Any]:
+    """Return what a server says of itself: `mode` is b"standalone" or b"cluster", `role` b"master" or b"replica".
+
+    Empty if it keeps that to itself, as a proxy does. Raises NotConnected, and closes the connection.
+
+    Refused: INFO and ROLE, which some users may not call. HELLO without arguments changes nothing.
+    """
+    try:
+        said = opened.call("HELLO")
+    except connection.Refusal:
+        return {}
+    except connection.Broken as error:
+        raise NotConnected(f"no connection to Redis at {opened.address}: {error}") from error
+    return dict(zip(said[::2], said[1::2], strict=False))
 
 
 def tls_options(options: RedisOptions) -> dict[str, Any]:

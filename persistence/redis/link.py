@@ -5,46 +5,32 @@ from __future__ import annotations
 import _thread
 import logging
 import queue
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from scopestate.errors import ConnectionLost, EngineClosed, NotConnected, ScopestateError
+from scopestate.persistence.redis.attempts import Attempts
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
+from scopestate.persistence.redis.desk import Desk, Passenger
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.script import with_source
 
 log = logging.getLogger("scopestate.persistence.redis")
 
 _HOLDER: Final = "holder"
-_IDLE_S: Final = 1.0
-"""A connection unused for this long is looked at before it is trusted with a write."""
-_BACKOFF_S: Final = (0.05, 1.0)
-"""Shortest and longest pause between attempts to connect; a quarter of it is random, so that engines spread out."""
 _AGAIN_S: Final = 0.05
 """Pause before a command that the server could not take just now is sent again."""
 _ROUND_BYTES: Final = 1 << 20
 """What is put on the way in one piece before anybody looks for replies."""
 
+_CLOSED: Final = "the engine is closed"
+
 PASSING: Final = frozenset({"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN"})
 """Refusals of a server that will take the command later. It has not begun it."""
-
-
-class Passenger(Protocol):
-    """Who may have a command to send. The link's thread calls both methods."""
-
-    since: float
-    """When it began to wait for the link. Seconds on the monotonic clock."""
-
-    def board(self, outcomes: list[Any]) -> Flight | None:
-        """Return the next command, if there is one. `outcomes` takes answers that are there already."""
-
-    def refuse(self, error: ScopestateError, outcomes: list[Any]) -> None:
-        """There is no connection: fail what waits, into `outcomes`."""
 
 
 class Link:
@@ -64,45 +50,51 @@ class Link:
         call_timeout_s: float,
         connect_wait_s: float,
         deliver: Callable[[list[Any]], None],
-        redirect: Callable[[Flight, Refusal], Link] | None = None,
+        redirect: Callable[[Flight, Refusal | None], Link] | None = None,
         fails_over: bool = False,
         name: str = "scopestate-redis",
     ) -> None:
         """`deliver` takes the outcomes that passengers leave, many at once. `redirect` says by which link a command
-        goes whose key the server does not own. `fails_over`: another server may become the primary, so a read-only one
+        goes that the server refuses because of its key; or, without a refusal, while the server cannot be reached. It
+        sets `flight.link` too. `fails_over`: another server may become the primary, so a read-only one
         is left and the target dialled anew.
         """
         self._target = target
         self._call_timeout_s = call_timeout_s
         self._connect_wait_s = connect_wait_s
-        self._deliver = deliver
+        self._desk = desk = Desk(deliver)
         self._redirect = redirect
         self._fails_over = fails_over
         self._name = name
         self._claim: dict[str, int] = {}
-        self._ready: queue.SimpleQueue[Passenger | None] = queue.SimpleQueue()
+        self._ready = desk.ready
         self._wanted = False
         self._boarding: deque[Passenger] = deque()
         self._under_way: deque[Flight] = deque()
         self._later: list[Flight] = []
-        self._outcomes: list[Any] = []
         self._connection: Connection | None = None
-        self._used = 0.0
         self._leaving = False
-        self._failures = 0
-        self._next_attempt = 0.0
+        self._attempts = Attempts(target)
         self._thread: dict[str, threading.Thread] = {}
         self._begun = False
         self._ended = False
-        self.connects = 0
-        """Connections made so far."""
-        self.why_not: str | None = None
-        """Why there is no connection, if the last attempt failed."""
+        self.serves = True
+        """False: nobody needs its server any more, and it is no problem that it cannot be reached."""
 
     @property
     def address(self) -> str:
         """For messages."""
         return self._target.address
+
+    @property
+    def connects(self) -> int:
+        """Connections made so far."""
+        return self._attempts.successes
+
+    @property
+    def why_not(self) -> str | None:
+        """Why there is no connection, if the last attempt failed."""
+        return self._attempts.why_not if self.serves else None
 
     def load(self) -> int:
         """About how much it has to do: 0 if nothing."""
@@ -112,7 +104,7 @@ class Link:
 
     def connect(self) -> None:
         """Connect now, on this thread. Raises NotConnected. For the start: nobody else uses the link yet."""
-        self._connection = self._dialled()
+        self._connection = self._attempts.connect()
 
     def put(self, passenger: Passenger) -> None:
         """Have the passenger asked for its command soon, on the link's thread. Never blocks."""
@@ -121,6 +113,8 @@ class Link:
             # One C call, as in `actors.dispatcher.start_thread`: a signal cannot cut it in two.
             _thread.start_new_thread(self._begin, ())
             self._begun = True
+        if self._ended:
+            self._desk.refuse_late(EngineClosed(_CLOSED))
 
     def fly(self, flight: Flight, timeout_s: float | None) -> bool:
         """Send the flight and wait until it has landed; False if that took longer than `timeout_s`.
@@ -129,7 +123,8 @@ class Link:
         """
         claim = self._claim
         goes_on_by = self
-        if not claim:
+        # Who cannot wait as long as the connection does must not be the one that waits at it.
+        if not claim and (timeout_s is None or timeout_s >= self._call_timeout_s):
             me = get_ident()
             # Not if the link's thread waits for it: who has the interpreter already would take it away each time.
             wanted = self._wanted
@@ -141,7 +136,7 @@ class Link:
                 if sent_again_by is None:
                     return True
                 goes_on_by = sent_again_by
-        elif claim.get(_HOLDER) == get_ident():
+        elif claim and claim.get(_HOLDER) == get_ident():
             # A signal handler has interrupted this very thread at the link, which nobody can drive until it returns.
             self._fly_apart(flight)
             return True
@@ -149,6 +144,10 @@ class Link:
         flight.since = time.monotonic()
         goes_on_by.put(flight)
         return flight.wait(timeout_s)
+
+    def leave(self) -> None:
+        """Dial anew before the next command, once the replies that are under way are here. Never blocks."""
+        self._leaving = True
 
     def recover(self) -> None:
         """After an exception has come through `fly` from outside: let go of the link if this thread holds it."""
@@ -160,18 +159,25 @@ class Link:
             self._claim.pop(_HOLDER, None)
             self._ready.put(None)
 
+    def is_held_here(self) -> bool:
+        """True if this thread holds the link."""
+        return self._claim.get(_HOLDER) == get_ident()
+
+    def end(self) -> None:
+        """Take nothing new, and have whoever waits for the server wait no longer; `close` waits for them."""
+        self._ended = True
+        if (connection := self._connection) is not None:
+            connection.shut()
+
     def close(self) -> None:
         """End the link; what still waits is refused. Idempotent."""
-        self._ended = True
+        self.end()
         connection = self._connection
-        if connection is not None:
-            connection.shut()
         thread = self._thread.get("thread")
         if thread is not None:
             self._ready.put(None)
             thread.join()
-        else:
-            self._refuse_all()
+        self._refuse_all()
         if connection is not None:
             connection.close()
 
@@ -188,7 +194,6 @@ class Link:
             self._lose(connection, error)
             flight.error = self._lost(error)
             return None
-        self._used = time.monotonic()
         if type(reply) is Refusal:
             goes_on_by = self._sends_again(flight, reply)
             if goes_on_by is not None:
@@ -198,7 +203,7 @@ class Link:
 
     def _fly_apart(self, flight: Flight) -> None:
         try:
-            connection = self._dialled()
+            connection = self._attempts.connect()
         except NotConnected as error:
             flight.error = error
             return
@@ -245,7 +250,7 @@ class Link:
             now = time.monotonic()
             waits = [flight.not_before - now for flight in self._later]
             if self._boarding:
-                waits.append(self._next_attempt - now)
+                waits.append(self._attempts.due - now)
         try:
             passenger = self._ready.get(timeout=max(min(waits), 0.0) if waits else None)
         except queue.Empty:
@@ -255,12 +260,10 @@ class Link:
 
     def _drive(self) -> None:
         """Send what waits and take replies in, until nothing is left or there is no connection."""
-        ready, boarding, under_way = self._ready, self._boarding, self._under_way
+        desk, ready, boarding, under_way = self._desk, self._ready, self._boarding, self._under_way
         while not self._ended:
-            while not ready.empty():
-                passenger = ready.get_nowait()
-                if passenger is not None:
-                    boarding.append(passenger)
+            if not ready.empty():
+                desk.collect(boarding)
             if self._later:
                 self._call_those_due()
             if not boarding and not under_way:
@@ -276,13 +279,12 @@ class Link:
                     self._send_round(connection)
                 if under_way:
                     connection.receive()
-                    self._used = time.monotonic()
                     self._take_replies(connection)
             except Broken as error:
                 self._lose(connection, error)
                 self._fail_under_way(error)
-            if self._outcomes:
-                self._hand_out()
+            if desk.outcomes:
+                desk.hand_out()
 
     def _send_round(self, connection: Connection) -> None:
         boarding, under_way = self._boarding, self._under_way
@@ -291,16 +293,11 @@ class Link:
         now = time.monotonic()
         while boarding and size < _ROUND_BYTES:
             passenger = boarding.popleft()
-            try:
-                flight = passenger.board(self._outcomes)
-            except Exception:
-                log.exception("a scope failed to say what it wants of Redis")  # a bug, which must not stop the others
-                continue
+            flight = self._desk.board(passenger)
             if flight is None:
                 continue
             if flight.link is not self:
-                flight.away = False
-                flight.link.put(flight)
+                self._hand_on(flight, flight.link)
                 continue
             if flight.not_before > now:
                 flight.away = False
@@ -331,25 +328,15 @@ class Link:
             if type(reply) is Refusal:
                 goes_on_by = self._sends_again(flight, reply)
                 if goes_on_by is not None:
-                    flight.away = False
-                    goes_on_by.put(flight)
+                    self._hand_on(flight, goes_on_by)
                     continue
             flight.reply = reply
-            self._tell(flight)
+            self._desk.tell(flight)
 
-    def _tell(self, flight: Flight) -> None:
-        try:
-            flight.arrive(self._outcomes)
-        except Exception:
-            log.exception("a scope failed to take in what Redis answered")  # a bug, which must not stop the others
-
-    def _hand_out(self) -> None:
-        """Deliver what the passengers left, each event loop being woken one time only."""
-        outcomes, self._outcomes = self._outcomes, []
-        try:
-            self._deliver(outcomes)
-        except Exception:
-            log.exception("answers from Redis could not be delivered")  # a bug, which must not stop the others
+    def _hand_on(self, flight: Flight, link: Link) -> None:
+        flight.away = False
+        flight.since = flight.since or time.monotonic()  # one that was made right here has not waited yet
+        link.put(flight)
 
     def _call_those_due(self) -> None:
         now = time.monotonic()
@@ -372,6 +359,8 @@ class Link:
         if now >= flight.deadline:
             return None
         if self._redirect is not None and word in ("MOVED", "ASK"):
+            # At once the first time. But two servers that take each other for the owner must not keep us busy.
+            flight.not_before = now + _AGAIN_S if flight.not_before else now
             return self._redirect(flight, refusal)
         if self._fails_over and word in ("READONLY", "MASTERDOWN"):
             self._leaving = True
@@ -385,7 +374,9 @@ class Link:
     def _is_usable(self, connection: Connection) -> bool:
         if self._leaving:
             return False
-        if time.monotonic() - self._used < _IDLE_S or not connection.is_stale():
+        # Looked at each time, for half a microsecond: of a write that goes into a dead connection nobody can say if it
+        # was applied.
+        if not connection.is_stale():
             return True
         # The server has closed it while nobody used it: nothing was under way, so nothing is lost.
         log.info("Redis at %s had closed an idle connection", self._target.address)
@@ -399,33 +390,28 @@ class Link:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-        now = time.monotonic()
-        if now >= self._next_attempt:
+        if time.monotonic() >= self._attempts.due:
             try:
-                self._connection = connection = self._dialled()
+                self._connection = connection = self._attempts.connect()
             except NotConnected as error:
-                self._note_failure(error)
+                self._attempts.note_failure(error)
+                if self._redirect is not None:
+                    self._go_elsewhere(self._redirect)
             else:
                 return connection
-        self._refuse_waiting(NotConnected(f"{self.why_not}; nothing was sent"), time.monotonic() - self._connect_wait_s)
+        refused = NotConnected(f"{self._attempts.why_not}; nothing was sent")
+        self._refuse_waiting(refused, time.monotonic() - self._connect_wait_s)
         return None
 
-    def _dialled(self) -> Connection:
-        connection = self._target.dial()
-        self._used = time.monotonic()
-        if self._failures:
-            log.warning("connected to Redis at %s again", connection.address)
-        self.connects += 1
-        self._failures, self._next_attempt, self.why_not = 0, 0.0, None
-        return connection
-
-    def _note_failure(self, error: NotConnected) -> None:
-        self.why_not = str(error)
-        if not self._failures:
-            log.warning("%s; calls wait for it and it is tried again", error)
-        pause = min(_BACKOFF_S[0] * 2**self._failures, _BACKOFF_S[1])
-        self._failures = min(self._failures + 1, 16)
-        self._next_attempt = time.monotonic() + pause * random.uniform(0.75, 1.0)
+    def _go_elsewhere(self, redirect: Callable[[Flight, Refusal | None], Link]) -> None:
+        """Have those go by other links whose keys other servers have by now; the others wait on."""
+        waiting, self._boarding = self._boarding, deque()
+        for passenger in waiting:
+            since = passenger.since
+            flight = self._desk.board(passenger)
+            if flight is not None:
+                flight.since, flight.deadline = since, 0.0
+                self._hand_on(flight, redirect(flight, None))
 
     def _lose(self, connection: Connection, error: Broken) -> None:
         log.warning("lost the connection to Redis at %s: %s", connection.address, error)
@@ -442,7 +428,7 @@ class Link:
         while self._under_way:
             flight = self._under_way.popleft()
             flight.error = lost
-            self._tell(flight)
+            self._desk.tell(flight)
 
     def _refuse_waiting(self, error: ScopestateError, before: float) -> None:
         """Refuse those who have waited since `before` or longer."""
@@ -451,18 +437,12 @@ class Link:
             if passenger.since > before:
                 self._boarding.append(passenger)
                 continue
-            try:
-                passenger.refuse(error, self._outcomes)
-            except Exception:
-                log.exception("a scope failed to take in that there is no connection to Redis")
-        self._hand_out()
+            self._desk.refuse(passenger, error)
+        self._desk.hand_out()
 
     def _refuse_all(self) -> None:
         self._fail_under_way(Broken("the engine was closed"))
-        while not self._ready.empty():
-            passenger = self._ready.get_nowait()
-            if passenger is not None:
-                self._boarding.append(passenger)
+        self._desk.collect(self._boarding)
         self._boarding.extend(self._later)
         self._later = []
-        self._refuse_waiting(EngineClosed("the engine is closed"), float("inf"))
+        self._refuse_waiting(EngineClosed(_CLOSED), float("inf"))

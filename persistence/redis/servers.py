@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Final, Protocol
 
-from scopestate.persistence.redis.dialling import Server, server
+import msgspec
+
+from scopestate.errors import ConfigError, NotConnected
+from scopestate.persistence.redis.cluster import Clustered, slots_of
+from scopestate.persistence.redis.dialling import Server, server, traits
+from scopestate.persistence.redis.lines import Deliver, Single
 from scopestate.persistence.redis.link import Link
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.sentinel import Watched
 
-Deliver = Callable[[list[Any]], None]
-"""Takes the outcomes of many calls at once."""
+__all__ = ["Deliver", "Servers", "find_servers"]
+
+_NO_DATABASES: Final = "a cluster has only database 0, and {address} is in one; leave the database out"
+_NO_EVENTS: Final = (
+    "{address} is in a cluster: its keys live on different servers, so a write and its event cannot be one step; use "
+    "one server or Sentinels, or `events: local`"
+)
 
 
 class Servers(Protocol):
@@ -38,67 +49,42 @@ class Servers(Protocol):
         """Close every connection. Idempotent."""
 
 
-class Lines:
-    """The links to one server: one that all scopes share, and some for what is large."""
-
-    def __init__(self, target: Server, options: RedisOptions, deliver: Deliver, **how: object) -> None:
-        """`how`: see `Link`."""
-        self.target = target
-        self._links = [
-            Link(
-                target,
-                call_timeout_s=options.call_timeout_s,
-                connect_wait_s=options.connect_wait_s,
-                deliver=deliver,
-                **how,  # type: ignore[arg-type]  # passed on as it came
-            )
-            for _ in range(options.pool_size)
-        ]
-        self.express = self._links[0]
-
-    def bulk(self) -> Link:
-        """Return the link for something large: the one with the least to do."""
-        return min(self._links[1:], key=Link.load, default=self.express)
-
-    def __iter__(self) -> Iterator[Link]:
-        return iter(self._links)
-
-    def close(self) -> None:
-        """Close every connection. Idempotent."""
-        for link in self._links:
-            link.close()
-
-
-class Single:
-    """One server; or a primary that Sentinels name, which `target.dial` asks for."""
-
-    def __init__(self, target: Server, options: RedisOptions, deliver: Deliver, *, fails_over: bool = False) -> None:
-        self._lines = Lines(target, options, deliver, fails_over=fails_over)
-
-    def connect(self) -> None:
-        self._lines.express.connect()
-
-    def link(self, hash_key: bytes) -> Link:
-        return self._lines.express
-
-    def bulk_link(self, hash_key: bytes) -> Link:
-        return self._lines.bulk()
-
-    def server_of(self, hash_key: bytes) -> Server:
-        return self._lines.target
-
-    def primaries(self) -> list[Server]:
-        return [self._lines.target]
-
-    def links(self) -> Iterator[Link]:
-        return iter(self._lines)
-
-    def close(self) -> None:
-        self._lines.close()
-
-
 def find_servers(options: RedisOptions, deliver: Deliver) -> Servers:
-    """Return the servers that the options name, connected. Raises NotConnected, ConfigError."""
-    servers = Single(server(options), options, deliver)
-    servers.connect()
+    """Return the servers that the options name, connected; whether they are a cluster, the server itself says.
+
+    Raises:
+        NotConnected: there is no connection within `connect_timeout_s`, or to none that keeps data; the text names the
+            address.
+        ConfigError: the servers are a cluster, and the options ask for what a cluster cannot do.
+    """
+    servers: Servers
+    mode = b"" if options.sentinels else _mode_of(options)
+    if options.sentinels:
+        servers = Watched(options, deliver)
+    elif mode == b"sentinel":
+        raise NotConnected(f"Redis at {options.address} is a Sentinel and keeps no data; name it in `sentinels`")
+    elif mode == b"cluster":
+        if options.database:
+            raise ConfigError(_NO_DATABASES.format(address=options.address), key="adapter.config.database")
+        if options.events_kept:
+            raise ConfigError(_NO_EVENTS.format(address=options.address), key="adapter.config.events")
+        servers = Clustered(options, deliver, slots_of(options))
+    else:
+        servers = Single(server(options), options, deliver)
+    try:
+        servers.connect()
+    except BaseException:
+        servers.close()
+        raise
     return servers
+
+
+def _mode_of(options: RedisOptions) -> bytes:
+    """Return what the server says it is: b"standalone", b"cluster" or b"sentinel"; b"" if it does not say."""
+    # Of a cluster no other database can be chosen, and the error of that would not say why.
+    connection = server(msgspec.structs.replace(options, database=0)).dial()
+    try:
+        connection.wait_at_most(options.connect_timeout_s)
+        return bytes(traits(connection).get(b"mode", b""))
+    finally:
+        connection.close()

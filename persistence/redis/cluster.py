@@ -1,0 +1,283 @@
+"""A Redis Cluster: each key has a slot, each slot an owner, and owners change."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+from redis.connection import AbstractConnection
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
+
+from scopestate.errors import NotConnected
+from scopestate.persistence.redis.connection import Broken, Connection, Refusal, pack
+from scopestate.persistence.redis.dialling import Server, server
+from scopestate.persistence.redis.flight import Flight
+from scopestate.persistence.redis.lines import Deliver, Lines
+from scopestate.persistence.redis.link import Link
+from scopestate.persistence.redis.options import RedisOptions
+
+log = logging.getLogger("scopestate.persistence.redis")
+
+_ASKING: Final = pack(("ASKING",))
+_REDIRECTIONS: Final = 5
+"""How often a command outside of the links follows the word of one server to the next."""
+
+Where = tuple[str, int]
+"""Host and port."""
+
+
+class Clustered:
+    """The servers of a cluster. Scripts have one key each, so every slot can be anywhere.
+
+    The map of the slots comes from any node that answers. It is read again when a server cannot be reached; a server
+    that says MOVED corrects it for that slot, so a stale map costs one more round trip for each slot, and no more.
+
+    Refused: redis-py's cluster client. Its commands wait on the caller's thread for their own connection, while the
+    links here send what many callers want together; what is left of it, the map, is one command.
+    """
+
+    def __init__(self, options: RedisOptions, deliver: Deliver, rows: list[Any]) -> None:
+        """`rows`: what the server of the options answered to CLUSTER SLOTS; no slots raise NotConnected."""
+        self._seed = options
+        self._options = msgspec.structs.replace(options, unix_path=None)
+        self._deliver = deliver
+        self._lines: dict[Where, Lines] = {}
+        """Of every server that owns slots, or did. They stay: a server may get slots again."""
+        self._slots: list[Lines] = []
+        self._nodes: list[Where] = []
+        """All servers of the cluster, replicas included, as of the last map."""
+        self._reading = threading.Lock()
+        """Held by whoever asks the servers for the map, which may take long."""
+        self._lock = threading.Lock()
+        """Held by whoever changes the map here."""
+        self._version = 0
+        self._started = self._closed = False
+        self._take(rows, options.host)
+        if not self._slots:
+            raise NotConnected(f"Redis at {options.address} is in a cluster in which nobody serves any slots yet")
+
+    def connect(self) -> None:
+        """Connect to a primary. Raises NotConnected if none can be reached; one is enough to start with."""
+        problems: list[str] = []
+        deadline = time.monotonic() + self._options.connect_timeout_s
+        for lines in self._owners():
+            if problems and time.monotonic() > deadline:
+                break
+            try:
+                lines.express.connect()
+            except NotConnected as error:
+                problems.append(str(error))
+            else:
+                self._started = True
+                return
+        raise NotConnected(f"no server of the cluster at {self._seed.address} can be reached: {'; '.join(problems)}")
+
+    def link(self, hash_key: bytes) -> Link:
+        return self._slots[key_slot(hash_key)].express
+
+    def bulk_link(self, hash_key: bytes) -> Link:
+        return self._slots[key_slot(hash_key)].bulk()
+
+    def server_of(self, hash_key: bytes) -> Server:
+        return self._slots[key_slot(hash_key)].target
+
+    def primaries(self) -> list[Server]:
+        """The owners of slots as they are now. A key whose slot moves while they are visited may be seen twice."""
+        self.refresh()
+        return [lines.target for lines in self._owners()]
+
+    def links(self) -> Iterator[Link]:
+        for lines in list(self._lines.values()):
+            yield from lines
+
+    def close(self) -> None:
+        self._closed = True
+        # Twice: what one link has handed to another that was closed before it is refused in the second round.
+        for lines in list(self._lines.values()) * 2:
+            lines.close()
+
+    # ---------------------------------------------------------------------------------------------------- redirections
+
+    def redirect(self, flight: Flight, refusal: Refusal | None) -> Link:
+        """Return the link by which a command goes that this server does not serve, or cannot be reached for.
+
+        Never blocks: a link's thread calls it, or that of a caller who holds a link.
+        """
+        bulk = all(flight.link is not lines.express for lines in list(self._lines.values()))
+        if refusal is None or self._closed:
+            lines = self._slots[key_slot(_hash_key(flight))]
+            if flight.link in list(lines):
+                return flight.link
+        else:
+            lines = self._named_by(refusal, flight.link.address)
+            flight.prefix = _ASKING if refusal.word == "ASK" else b""
+        flight.link = link = lines.bulk() if bulk else lines.express
+        return link
+
+    def follow(self, refusal: Refusal, said_by: str) -> Connection:
+        """Return a connection to the server that a refusal names, ready for the command. Raises NotConnected."""
+        connection = self._named_by(refusal, said_by).target.dial()
+        if refusal.word == "ASK":
+            try:
+                connection.call("ASKING")
+            except (Refusal, Broken) as error:
+                connection.close()
+                raise NotConnected(f"Redis at {connection.address} refused ASKING: {error}") from error
+        return connection
+
+    def _named_by(self, refusal: Refusal, said_by: str) -> Lines:
+        """Return the lines to the server that MOVED or ASK names; MOVED says so for good."""
+        word, slot, address = refusal.text.split(" ")[:3]
+        host, _, port = address.rpartition(":")
+        if host in {"", "?"}:
+            host = said_by.rpartition(":")[0]  # it does not know its own name: the one by which it was reached will do
+        with self._lock:
+            lines = self._lines_to((host, int(port)))
+            if word == "MOVED":
+                self._slots[int(slot)] = lines
+                self._mark()
+        return lines
+
+    # ------------------------------------------------------------------------------------------------------- the map
+
+    def refresh(self, but: Where | None = None) -> None:
+        """Read the map again, from anybody but `but`. If nobody answers within `connect_timeout_s`, the old one stays.
+
+        Blocks. Who comes while somebody else reads it waits for that.
+        """
+        version = self._version
+        with self._reading:
+            if not self._started or self._closed or self._version != version:
+                return
+            deadline = time.monotonic() + self._options.connect_timeout_s
+            nodes = [where for where in self._nodes if where != but]
+            asked: list[tuple[RedisOptions, Where | tuple[()]]] = [(self._options, where) for where in nodes]
+            asked.append((self._seed, ()))
+            for at, (options, where) in enumerate(asked):
+                left_s = (deadline - time.monotonic()) / (len(asked) - at)
+                try:
+                    rows = slots_of(msgspec.structs.replace(options, connect_timeout_s=max(left_s, 0.05)), *where)
+                except NotConnected as error:
+                    log.info("the map of the cluster cannot be read: %s", error)
+                    continue
+                if rows:
+                    before = self._owners()
+                    with self._lock:
+                        self._take(rows, where[0] if where else options.host)
+                    if set(before) != set(self._owners()):
+                        names = ", ".join(lines.target.address for lines in self._owners())
+                        log.warning("the slots of the Redis cluster are served by %s now", names)
+                    return
+
+    def _take(self, rows: list[Any], host: str) -> None:
+        """Take in what CLUSTER SLOTS answered; `host` is that of who answered."""
+        slots: list[Lines | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        nodes: dict[Where, None] = {}
+        for first, last, *servers in rows:
+            named = [_where(one, host) for one in servers]
+            nodes |= dict.fromkeys(named)
+            slots[first : last + 1] = [self._lines_to(named[0])] * (last + 1 - first)
+        anybody = next((lines for lines in slots if lines is not None), None)
+        if anybody is not None:
+            # A slot that nobody serves goes to anybody: the server says so better than we could.
+            self._slots = [lines or anybody for lines in slots]
+            self._nodes = list(nodes)
+            self._version += 1
+            self._mark()
+
+    def _lines_to(self, where: Where) -> Lines:
+        lines = self._lines.get(where)
+        if lines is None:
+            node = _Node(self, self._options, where)
+            lines = self._lines[where] = Lines(node, self._options, self._deliver, redirect=self.redirect)
+        return lines
+
+    def _mark(self) -> None:
+        owners = self._owners()
+        for lines in self._lines.values():
+            for link in lines:
+                link.serves = lines in owners
+
+    def _owners(self) -> list[Lines]:
+        return list(dict.fromkeys(self._slots))
+
+
+class _Node(Server):
+    """One server of a cluster."""
+
+    def __init__(self, cluster: Clustered, options: RedisOptions, where: Where) -> None:
+        host, port = where
+        super().__init__(server(options, host, port).make, f"{host}:{port}", options)
+        self._cluster = cluster
+        self._where = where
+
+    def dial(self) -> Connection:
+        """As of `Server`; if that fails, the map is read again, since another server may have taken its place."""
+        try:
+            return super().dial()
+        except NotConnected:
+            self._cluster.refresh(but=self._where)
+            raise
+
+    def wrapped(self, dialled: AbstractConnection) -> Connection:
+        return _Guided(self._cluster, dialled, self.address, self._options.call_timeout_s)
+
+
+class _Guided(Connection):
+    """A connection whose `call` follows redirections. Links use `exchange`, and see to that themselves."""
+
+    def __init__(self, cluster: Clustered, dialled: AbstractConnection, address: str, timeout_s: float) -> None:
+        super().__init__(dialled, address, timeout_s)
+        self._cluster = cluster
+
+    def call(self, *parts: Any) -> Any:
+        reply = self.exchange(pack(parts))
+        said_by = self.address
+        for _ in range(_REDIRECTIONS):
+            if not isinstance(reply, Refusal) or reply.word not in ("MOVED", "ASK"):
+                break
+            try:
+                other = self._cluster.follow(reply, said_by)
+            except NotConnected as error:
+                raise Broken(str(error)) from error
+            try:
+                reply = other.exchange(pack(parts))
+            finally:
+                other.close()
+            said_by = other.address
+        if isinstance(reply, Refusal):
+            raise reply
+        return reply
+
+
+def slots_of(options: RedisOptions, host: str = "", port: int = 0) -> list[Any]:
+    """Return what a server answers to CLUSTER SLOTS: rows of first slot, last slot, primary, replicas.
+
+    Raises NotConnected, which says why there is no answer.
+    """
+    connection = server(options, host, port).dial()
+    try:
+        connection.wait_at_most(options.connect_timeout_s)
+        rows: list[Any] = connection.call("CLUSTER", "SLOTS")
+    except (Refusal, Broken) as error:
+        raise NotConnected(f"Redis at {connection.address} did not say where the slots are: {error}") from error
+    finally:
+        connection.close()
+    return rows
+
+
+def _where(named: list[Any], host: str) -> Where:
+    """Return host and port of a server in CLUSTER SLOTS; who does not know its own name has that of who answered."""
+    name = named[0].decode() if named[0] else ""
+    return (host if name in {"", "?"} else name), int(named[1])
+
+
+def _hash_key(flight: Flight) -> bytes:
+    """Return the key of a command: of a script or of a read."""
+    parts = flight.parts
+    key: bytes = parts[3] if parts[0] == "EVALSHA" else parts[1]
+    return key

@@ -1,0 +1,199 @@
+"""The primary that Sentinels name."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from typing import Final
+
+import msgspec
+
+from scopestate.errors import NotConnected
+from scopestate.persistence.redis.connection import Broken, Connection, Refusal
+from scopestate.persistence.redis.dialling import Server, server, traits
+from scopestate.persistence.redis.lines import Deliver, Single
+from scopestate.persistence.redis.options import RedisOptions
+
+log = logging.getLogger("scopestate.persistence.redis")
+
+_LEAST_S: Final = 0.05
+"""With less time left nobody is asked any more."""
+
+
+_LOOK_EVERY_S: Final = 0.2
+"""How often a Sentinel is asked whether the primary is another one now."""
+_LOOK_S: Final = 1.0
+"""Longest wait for its answer."""
+
+Where = tuple[str, int]
+"""Host and port."""
+
+
+class Primary(Server):
+    """The primary of a service: whichever server that is when it is dialled. From any thread.
+
+    Refused: redis-py's own `Sentinel`, which has one time limit for each Sentinel, not one for all of them together,
+    and keeps a pool of connections that are needed once in a fail-over.
+    """
+
+    def __init__(self, options: RedisOptions) -> None:
+        names = ", ".join(f"{host}:{port}" for host, port in options.sentinels)
+        super().__init__(server(options).make, f"service {options.sentinel_service!r} of Sentinels {names}", options)
+        self._service = options.sentinel_service
+        self._sentinels = options.sentinels
+        """As configured, but the one that was right last comes first."""
+        self._epoch = 0
+        """Number of the newest fail-over that a Sentinel has told of."""
+        self._lock = threading.Lock()
+        self._dialled: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+    def dial(self) -> Connection:
+        """Ask one Sentinel after the other until one names a server that calls itself the primary; connect there.
+
+        A Sentinel may know less than the others, or the server it names less than the Sentinel: what neither confirms
+        is not believed. `address` is that of the primary from then on.
+
+        Raises:
+            NotConnected: none did, within `connect_timeout_s`; the text names the service and what each of them said.
+        """
+        deadline = time.monotonic() + self._options.connect_timeout_s
+        problems: list[str] = []
+        tried: dict[Where, str] = {}
+        asked = self._sentinels
+        for at, sentinel in enumerate(asked):
+            # Those that follow get their share of the time, and so does the server that this one names.
+            share = 1 / (len(asked) - at + 1)
+            try:
+                named = self.ask(sentinel, (deadline - time.monotonic()) * share)
+                if named in tried:
+                    raise NotConnected(tried[named])
+                try:
+                    connection = self._connect(named, (deadline - time.monotonic()) * max(share, 0.5))
+                except NotConnected as error:
+                    tried[named] = str(error)
+                    raise
+            except NotConnected as error:
+                problems.append(f"Sentinel {sentinel[0]}:{sentinel[1]}: {error}")
+                continue
+            self._sentinels = (sentinel, *(other for other in asked if other != sentinel))
+            self.address = _text(named)
+            with self._lock:
+                self._dialled.add(connection)
+            return connection
+        # They may all have been set up anew, and count from zero.
+        self._epoch = 0
+        raise NotConnected(f"no primary of service {self._service!r} in Redis: {'; '.join(problems)}")
+
+    def ask(self, sentinel: Where, patience_s: float) -> Where:
+        """Return host and port of what a Sentinel calls the primary.
+
+        Raises NotConnected, also if others have known of a later fail-over.
+        """
+        options = msgspec.structs.replace(
+            self._options,
+            username=self._options.sentinel_username,
+            password=self._options.sentinel_password,
+            database=0,
+            connect_timeout_s=max(patience_s, _LEAST_S),
+        )
+        connection = server(options, *sentinel).dial()
+        try:
+            connection.wait_at_most(options.connect_timeout_s)
+            epoch = _epoch_of(connection, self._service)  # first: so the name is not older than the number
+            found = connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
+        except (Refusal, Broken) as error:
+            raise NotConnected(f"it did not say where the primary is: {error}") from error
+        finally:
+            connection.close()
+        if found is None:
+            raise NotConnected(f"it does not know the service {self._service!r}; see `sentinel_service`")
+        if epoch < self._epoch:
+            raise NotConnected("it does not know of the last fail-over yet")
+        self._epoch = epoch
+        return found[0].decode(), int(found[1])
+
+    def cut(self) -> None:
+        """Break every connection that was made here and is still open."""
+        with self._lock:
+            opened = list(self._dialled)
+        for connection in opened:
+            connection.shut()
+
+    def _connect(self, named: Where, patience_s: float) -> Connection:
+        """Connect to the server that a Sentinel named, if that is a primary. Raises NotConnected."""
+        options = msgspec.structs.replace(self._options, connect_timeout_s=max(patience_s, _LEAST_S))
+        connection = server(options, *named).dial()
+        connection.wait_at_most(options.connect_timeout_s)
+        role = traits(connection).get(b"role", b"master")
+        if role != b"master":
+            connection.close()
+            raise NotConnected(f"it named {named[0]}:{named[1]}, which is a {role.decode()} now")
+        connection.wait_at_most(self._options.call_timeout_s)
+        return connection
+
+
+class Watched(Single):
+    """The primary, left as soon as a Sentinel names another one.
+
+    A fail-over that somebody has asked for leaves the old primary as it is for ten seconds or more. It accepts writes
+    all the time, and forgets them when it becomes a replica; so to wait until it refuses them is too late.
+    """
+
+    def __init__(self, options: RedisOptions, deliver: Deliver) -> None:
+        self._primary = Primary(options)
+        super().__init__(self._primary, options, deliver, fails_over=True)
+        self._visited = Primary(options)
+        """For whoever makes connections of his own, and may wait in them for something that comes no more."""
+        self._sentinels = options.sentinels
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def connect(self) -> None:
+        super().connect()
+        self._thread = threading.Thread(target=self._watch, name="scopestate-redis-sentinels", daemon=True)
+        self._thread.start()
+
+    def server_of(self, hash_key: bytes) -> Server:
+        return self._visited
+
+    def primaries(self) -> list[Server]:
+        return [self._visited]
+
+    def close(self) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        super().close()
+
+    def _watch(self) -> None:
+        # Refused: to subscribe to +switch-master. A Sentinel may die, or hang, and what it says meanwhile is not said
+        # again: one would have to ask too.
+        at, known = 0, self._primary.address
+        while not self._over.wait(_LOOK_EVERY_S):
+            at = (at + 1) % len(self._sentinels)
+            try:
+                named = _text(self._primary.ask(self._sentinels[at], _LOOK_S))
+            except NotConnected as error:
+                log.debug("Sentinel %s was of no use: %s", _text(self._sentinels[at]), error)
+                continue
+            if named != known:
+                log.warning("the primary of Redis is %s now, no longer %s", named, known)
+                known = named
+                for link in self.links():
+                    link.leave()
+                self._visited.cut()
+
+
+def _epoch_of(connection: Connection, service: str) -> int:
+    """Return the number of the fail-over that a Sentinel's word is of; 0 if it does not say."""
+    try:
+        said = connection.call("SENTINEL", "MASTER", service)
+    except Refusal:
+        return 0
+    return int(dict(zip(said[::2], said[1::2], strict=False)).get(b"config-epoch", 0))
+
+
+def _text(where: Where) -> str:
+    return f"{where[0]}:{where[1]}"

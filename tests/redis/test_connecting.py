@@ -1,0 +1,176 @@
+"""Opening an engine at one real server: by every kind of address, and what is said if that fails."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+import pytest
+from one_server import CERT, HOST, KEY, free_port
+from opening import open_at
+from servers import BINARIES, VALKEY, Binary, Sentinel, Server, StartServer
+
+from scopestate.config import RedisConfig
+from scopestate.errors import StorageError
+
+
+def _refusal(url: str, within_s: float, **redis: Any) -> str:
+    """Return what is said of an address that is no good; fail if that takes longer, or names a secret."""
+    begun = time.monotonic()
+    with pytest.raises(StorageError) as refused:
+        open_at(url, **redis)
+    took_s = time.monotonic() - begun
+
+    assert took_s < within_s, f"it took {took_s:.1f} s"
+    error: BaseException | None = refused.value
+    while error is not None:
+        for secret in ("sesame", "wrong-1"):
+            assert secret not in str(error)
+            assert secret not in repr(error)
+        error = error.__cause__
+    return str(refused.value)
+
+
+def _works(url: str, **redis: Any) -> None:
+    with open_at(url, **redis) as engine:
+        engine.set("s", "k", 1)
+        assert engine.get("s", "k") == 1
+        assert engine.list_groups() == ["s"]
+
+
+# --------------------------------------------------------------------------------------------------------- addresses
+
+
+def test_a_socket_of_this_machine(start_server: StartServer, server_binary: Binary) -> None:
+    server = start_server(server_binary, unix_socket=True, password="sesame7/@")
+
+    _works(server.socket_url)
+
+    assert server.ask("HGET", "state:s", "k") == "1"
+
+
+def test_a_password_with_characters_that_an_address_has_to_encode(start_server: StartServer) -> None:
+    _works(start_server(password="sesame@:/?#[]%20\u00fc").url)
+
+
+def test_a_user_who_may_only_touch_the_state(start_server: StartServer, server_binary: Binary) -> None:
+    """The least that an engine needs, events not being shared."""
+    rules = ">sesame-7 ~state:* +@read +@write +@scripting +@connection +scan"
+    server = start_server(server_binary, users={"app": rules})
+
+    _works(server.url_for(user="app", password="sesame-7"))
+
+
+def test_a_database_by_its_number(start_server: StartServer) -> None:
+    server = start_server()
+
+    _works(server.url_for(database=3))
+    _works(server.url, database=4)
+
+    assert [server.client(db=number).exists("state:s") for number in range(5)] == [0, 0, 0, 1, 1]
+
+
+def _with_tls() -> list[Binary]:
+    return [binary for binary in BINARIES if binary.tls]
+
+
+def test_tls_with_the_server_s_certificate_looked_at(start_server: StartServer) -> None:
+    for binary in _with_tls():
+        server = start_server(binary, tls=True, password="sesame-7")
+
+        _works(server.url, tls_ca_file=str(CERT))
+        _works(server.url, tls_verify=False)
+        unknown = _refusal(server.url, 5.0)
+
+        assert "certificate verify failed" in unknown
+        assert f"{HOST}:{server.port}" in unknown
+
+
+def test_tls_with_a_certificate_of_ours(start_server: StartServer) -> None:
+    for binary in _with_tls():
+        server = start_server(binary, tls=True, client_certificates=True)
+
+        _works(server.url, tls_ca_file=str(CERT), tls_cert_file=str(CERT), tls_key_file=str(KEY))
+        refused = _refusal(server.url, 5.0, tls_ca_file=str(CERT), connect_timeout_ms=700)
+
+        assert f"{HOST}:{server.port}" in refused
+
+
+def test_tls_where_the_server_speaks_none(redis_server: Server) -> None:
+    assert f"{HOST}:{redis_server.port}" in _refusal(
+        f"rediss://{HOST}:{redis_server.port}", 2.5, connect_timeout_ms=700
+    )
+
+
+def test_no_tls_where_the_server_speaks_nothing_else(start_server: StartServer) -> None:
+    for binary in _with_tls():
+        server = start_server(binary, tls=True)
+
+        assert f"{HOST}:{server.port}" in _refusal(f"redis://{HOST}:{server.port}", 2.5, connect_timeout_ms=700)
+
+
+# ----------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_port_where_nobody_listens() -> None:
+    port = free_port()
+
+    text = _refusal(f"redis://app:sesame-7@{HOST}:{port}", 5.0)
+
+    assert f"redis://{HOST}:{port}" in text
+    assert "refused" in text
+
+
+def test_a_socket_that_is_not_there(tmp_path: Any) -> None:
+    path = tmp_path / "none.sock"
+
+    assert f"unix://{path}" in _refusal(f"unix://:sesame-7@{path}", 5.0)
+
+
+@pytest.mark.parametrize("login", ["wrong-1", None])
+def test_a_wrong_password_or_none(start_server: StartServer, server_binary: Binary, login: str | None) -> None:
+    server = start_server(server_binary, password="sesame-7")
+
+    text = _refusal(server.url_for(password=login), 5.0)
+
+    assert f"redis://{HOST}:{server.port}" in text
+    assert "password" in text.lower() or "authentication" in text.lower()
+
+
+def test_a_user_who_is_not_there(start_server: StartServer) -> None:
+    server = start_server(users={"app": ">sesame-7 ~* +@all"})
+
+    assert f"redis://{HOST}:{server.port}" in _refusal(server.url_for(user="nobody", password="sesame-7"), 5.0)
+
+
+def test_a_database_that_the_server_does_not_have(start_server: StartServer) -> None:
+    server = start_server(extra=["databases 2"])
+
+    text = _refusal(server.url_for(database=2), 5.0)
+
+    assert f"redis://{HOST}:{server.port}/2" in text
+    assert "DB index is out of range" in text
+
+
+def test_a_server_that_does_not_answer_is_given_up_in_time(start_server: StartServer) -> None:
+    server = start_server()
+    server.pause()
+
+    text = _refusal(server.url_for(password="sesame-7"), 2.5, connect_timeout_ms=700)
+
+    assert f"redis://{HOST}:{server.port}" in text
+    assert RedisConfig().connect_timeout_ms == 5000
+
+
+def test_somebody_who_answers_and_is_no_redis() -> None:
+    with socket.create_server((HOST, 0)) as listener:
+        port = listener.getsockname()[1]
+        # Nobody accepts: the kernel takes the connection, and no more comes.
+        assert f"redis://{HOST}:{port}" in _refusal(f"redis://{HOST}:{port}", 2.5, connect_timeout_ms=700)
+
+
+def test_a_sentinel_in_the_place_of_a_server(start_server: StartServer) -> None:
+    with Sentinel(VALKEY, "svc", start_server(), quorum=1, down_after_ms=60_000) as sentinel:
+        assert f"redis://{HOST}:{sentinel.port}" in (text := _refusal(f"redis://{HOST}:{sentinel.port}", 5.0))
+        assert "name it in `sentinels`" in text
