@@ -115,7 +115,10 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True):
     new_json: bytes | None
     """The new value as JSON, or None for a delete."""
     sequence: int
-    """Number of this write in its scope: 1, 2, 3, ... It does not go back over a restart of a store."""
+    """Number of this write in its scope: 1, 2, 3, ... It does not go back over a restart of a store.
+
+    With `events: shared` the number over all scopes of that Redis, the same in every engine.
+    """
     depth: int = 0
     """0 for a write from outside; 1 for a write made by a handler of such an event, and so on."""
     _old: Any = _UNREAD

@@ -77,16 +77,29 @@ class Closing:
             actor.run(Close(handlers_may))
 
     def _deliver(self, grace_s: float) -> None:
-        try:
-            self._drain(grace_s)
-        except ReplyTimeout as error:
-            log.error("closing without waiting any longer for handlers: %s", error)  # noqa: TRY400 - it says all
-        handlers = self._parts.router.working()
+        parts = self._parts
+        ends = parts.dispatcher.monotonic() + grace_s
+        drained = self._drained(grace_s)
+        if parts.arrivals is not None:
+            parts.arrivals.stop()
+            if drained:
+                # What came from other engines since then: there is an end to it now.
+                self._drained(max(ends - parts.dispatcher.monotonic(), 0.0))
+            parts.arrivals.end()
+        handlers = parts.router.working()
         abandoned = sum(handler.abandon("the engine closed before its turn came") for handler in handlers)
         if abandoned:
             log.error("%d events were not delivered before the engine closed; each was reported", abandoned)
         for handler in handlers:
             handler.abandon_current()
+
+    def _drained(self, grace_s: float) -> bool:
+        try:
+            self._drain(grace_s)
+        except ReplyTimeout as error:
+            log.error("closing without waiting any longer for handlers: %s", error)  # noqa: TRY400 - it says all
+            return False
+        return True
 
     def _save(self) -> None:
         snapshot = self._parts.snapshot

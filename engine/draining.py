@@ -22,7 +22,8 @@ def drain(parts: Parts, timeout: float | None) -> None:
 
     A barrier goes through the router and every handler, behind the events that are there. A handler that fires an event
     may put it behind the barrier, so rounds go on until two in a row saw no handler fire: the second one is behind
-    whatever a handler had begun to fire when the first one started.
+    whatever a handler had begun to fire when the first one started. Events that come by way of Redis are waited for
+    first, those of this engine's own writes.
     """
     if event_depth.get():
         raise WouldDeadlock("drain() in a handler would wait for that very handler to end")
@@ -31,6 +32,8 @@ def drain(parts: Parts, timeout: float | None) -> None:
     while quiet_rounds < 2:
         fired = parts.router.fired_by_handlers()
         _finish_turns(parts, deadline, timeout)
+        if parts.arrivals is not None and not parts.arrivals.catch_up(_left(parts, deadline)):
+            raise ReplyTimeout("", timeout or 0.0, behind="(all: events of this engine have not come back from Redis)")
         handlers = parts.router.working()
         if not handlers:
             return

@@ -39,7 +39,7 @@ from scopestate.stats import Tally
 
 if TYPE_CHECKING:
     from scopestate.bridging import RemoteScopes
-    from scopestate.sharing import RedisScopes
+    from scopestate.sharing import Arrivals, RedisScopes
 
 log = logging.getLogger("scopestate.engine")
 
@@ -68,7 +68,9 @@ class Parts:
         self._around = Surroundings(
             self.dispatcher, self.adapter, self.limits, self.router, self.snapshot, self.directory
         )
-        self._elsewhere = _scopes_elsewhere(self.adapter, self.directory, self.router)
+        self._elsewhere = _scopes_elsewhere(self.adapter, self.directory, self.router, self.dispatcher)
+        self.arrivals: Arrivals | None = getattr(self._elsewhere, "arrivals", None)
+        """What brings events that other engines fire too; None if all are fired here."""
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self._rules = config.scopes
         self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}
@@ -91,6 +93,8 @@ class Parts:
         """Register the configured functions and triggers, and begin to save."""
         self._apply_functions({})
         self._apply_triggers(None)
+        if self.arrivals is not None:
+            self.arrivals.start()
         self.snapshot.start_interval()
         self.housekeeper.arm()
 
@@ -232,13 +236,13 @@ def open_adapter(config: AdapterConfig) -> Adapter:
 
 
 def _scopes_elsewhere(
-    adapter: Adapter, directory: Directory, router: TriggerRouter
+    adapter: Adapter, directory: Directory, router: TriggerRouter, dispatcher: Dispatcher
 ) -> RemoteScopes | RedisScopes | None:
     """Return what makes the scopes if `adapter` does not give them to this engine alone; else None."""
     if hasattr(adapter, "bulk_link"):
         from scopestate.sharing import RedisScopes  # noqa: PLC0415 - as above
 
-        return RedisScopes(adapter)
+        return RedisScopes(adapter, router, dispatcher)
     if hasattr(adapter, "sequence_floor"):
         from scopestate.bridging import RemoteScopes  # noqa: PLC0415 - as above
 

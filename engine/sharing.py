@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from scopestate.actors.dispatcher import Dispatcher
+from scopestate.actors.handler import Barrier, HandlerActor
 from scopestate.actors.redis_scope import RedisScopeActor
 from scopestate.actors.reply import deliver
+from scopestate.actors.router import HandlerFull, TriggerRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.config import RedisConfig
 from scopestate.config.redis_options import server_address
 from scopestate.config.redis_urls import parse_sentinel
 from scopestate.persistence.redis.adapter import RedisAdapter
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.reading import Event
 
 
 def options_of(config: RedisConfig) -> RedisOptions:
@@ -41,6 +48,9 @@ def options_of(config: RedisConfig) -> RedisOptions:
         key_prefix=config.key_prefix,
         update_attempts=config.update_attempts,
         events_kept=config.events_kept if config.events == "shared" else 0,
+        delivery=config.delivery,
+        group=config.group,
+        claim_after_s=config.claim_after_ms / 1000,
     )
 
 
@@ -49,11 +59,96 @@ def open_redis(config: RedisConfig) -> RedisAdapter:
     return RedisAdapter(options_of(config), deliver)
 
 
+class Arrivals:
+    """Brings the events that engines publish in Redis to the triggers of this one: the outlet of the reader."""
+
+    def __init__(self, adapter: RedisAdapter, router: TriggerRouter, dispatcher: Dispatcher) -> None:
+        self._adapter = adapter
+        self._router = router
+        self._dispatcher = dispatcher
+        self._room: threading.Event | None = None
+        self._interrupted = False
+
+    # ------------------------------------------------------------------------------------------- the engine's side
+
+    def start(self) -> None:
+        """Begin to read: the configured triggers are there."""
+        if self._adapter.reader is not None:
+            self._adapter.reader.start(self)
+
+    def catch_up(self, timeout_s: float | None) -> bool:
+        """Wait until the events of this engine's own writes are here; False if that took longer than `timeout_s`."""
+        adapter, reader = self._adapter, self._adapter.reader
+        if reader is None:
+            return True
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            number = adapter.published
+            left_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            if not reader.catch_up(number, left_s):
+                return False
+            if adapter.published >= number:
+                return True
+            # A flush of Redis has made the numbers begin anew.
+
+    def stop(self) -> None:
+        """Take no more events; what is here may still be handled and acknowledged. Idempotent."""
+        if self._adapter.reader is not None:
+            self._adapter.reader.stop()
+
+    def end(self) -> None:
+        """Acknowledge no more: what is not handled by now is left to other engines. Idempotent."""
+        if self._adapter.reader is not None:
+            self._adapter.reader.end()
+
+    # ------------------------------------------------------------------------------------------ the reader's thread
+
+    def publish(self, event: Event, *, here: bool) -> tuple[tuple[HandlerActor, ...], HandlerActor | None] | None:
+        """Fire the triggers of one event, as `TriggerRouter.publish`; while a handler must catch up it waits.
+
+        None if that was interrupted.
+        """
+        while not self._interrupted:
+            try:
+                return self._router.publish(*event, here=here)
+            except HandlerFull as full:
+                room = self._room = threading.Event()
+                self._router.when_room(room.set, full)
+                # Looked at behind the assignment: who interrupts either sees the event, or is seen here.
+                if not self._interrupted:
+                    room.wait()
+                self._router.stop_waiting(room.set)
+        return None
+
+    def when_handled(self, handlers: Iterable[HandlerActor], callback: Callable[[], object]) -> None:
+        """Call `callback()` when these handlers are done with what was published so far, retries included."""
+        behind = list(handlers)
+        if not behind:
+            callback()
+            return
+        reply = self._dispatcher.reply()
+        reply.add_done_callback(lambda _: callback())
+        self._router.tell(Barrier(behind, reply))
+
+    def has_triggers(self) -> bool:
+        """False if nobody could hear of an event."""
+        return self._router.has_triggers()
+
+    def interrupt(self) -> None:
+        """Let `publish` wait no more."""
+        self._interrupted = True
+        room = self._room
+        if room is not None:
+            room.set()
+
+
 class RedisScopes:
     """Makes the scopes of an engine whose state is in Redis."""
 
-    def __init__(self, adapter: Any) -> None:
+    def __init__(self, adapter: Any, router: TriggerRouter, dispatcher: Dispatcher) -> None:
         self._store = adapter
+        self.arrivals = Arrivals(adapter, router, dispatcher) if adapter.shares_events else None
+        """What brings the events of all engines; None if they are not shared."""
 
     def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
         """Make the actor of one scope."""

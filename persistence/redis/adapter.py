@@ -13,7 +13,10 @@ from scopestate.ops.values import parse
 from scopestate.persistence.adapter import ScopeChange, ScopeState
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
 from scopestate.persistence.redis.dialling import Server
+from scopestate.persistence.redis.events import EachReader
+from scopestate.persistence.redis.group import GroupReader
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.reading import Reader
 from scopestate.persistence.redis.refusals import explain
 from scopestate.persistence.redis.script import Shape, with_source
 from scopestate.persistence.redis.servers import Deliver, find_servers
@@ -61,6 +64,8 @@ class RedisAdapter:
             raise StorageError(str(error)) from error
         self.link = self._servers.link
         self.bulk_link = self._servers.bulk_link
+        self.reader = self._open_reader(options) if self.shares_events else None
+        """Reads the events of all engines; None if they are not shared. Whoever has triggers starts it."""
 
     # ------------------------------------------------------------------------------------------------- for the scopes
 
@@ -68,6 +73,10 @@ class RedisAdapter:
         """Let go of every link that this thread holds."""
         for link in self._servers.links():
             link.recover()
+
+    def is_at_a_link(self) -> bool:
+        """True if this thread holds a link."""
+        return any(link.is_held_here() for link in self._servers.links())
 
     def note_published(self, number: int) -> None:
         """Note the number of an event that this engine has published."""
@@ -91,23 +100,29 @@ class RedisAdapter:
         for link in self._servers.links():
             if link.why_not is not None:
                 return f"{link.why_not}; calls wait for a connection"
+        if self.reader is not None and (problem := self.reader.problem()) is not None:
+            return problem
         for (scope, key), problem in list(self._misfits.items()):
             return f"what Redis holds for key {key!r} of scope {scope!r} is not JSON: {problem}; set or delete the key"
         return None
 
     def counts(self) -> dict[str, int]:
-        """Return how often updates were published, and met a change made elsewhere; and connections made."""
+        """Return how often updates were published, and met a change made elsewhere; connections made; and how many
+        events of other engines are known to be lost to this one.
+        """
         return {
             "update_attempts": _value(self._attempts),
             "update_conflicts": _value(self._conflicts),
             "connects": sum(link.connects for link in self._servers.links()),
+            "events_missed": 0 if self.reader is None else self.reader.missed,
         }
 
     # -------------------------------------------------------------------------------------- the adapter's promises
 
     def scopes(self) -> list[str]:
-        """Return the scopes that hold a key. It scans in small steps, so a scope made or emptied meanwhile may or may
-        not be in it.
+        """Return the scopes that hold a key.
+
+        It scans in small steps, so a scope that is made, emptied, or moved to another server meanwhile may be left out.
         """
         prefix = self.shape.key_prefix
         pattern = "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in prefix) + "*"
@@ -169,7 +184,30 @@ class RedisAdapter:
     def close(self) -> None:
         """Close every connection. Idempotent. In a forked child it does nothing."""
         if os.getpid() == self._pid:
+            if self.reader is not None:
+                self.reader.end()
             self._servers.close()
+
+    def _open_reader(self, options: RedisOptions) -> Reader:
+        target = self._servers.primaries()[0]
+        reader: Reader
+        if options.delivery == "one":
+            reader = GroupReader(target, options, self.shape)
+        else:
+            reader = EachReader(target, options, self.shape, self._note_restart)
+        try:
+            reader.open()
+        except NotConnected as error:
+            self._servers.close()
+            raise StorageError(str(error)) from error
+        except StorageError:
+            self._servers.close()
+            raise
+        return reader
+
+    def _note_restart(self, number: int) -> None:
+        """The numbers of the events have gone back: what was published before does not count."""
+        self.published = number
 
     def _server_of(self, scope: str) -> Server:
         return self._servers.server_of(self.shape.key_of(scope))

@@ -37,8 +37,14 @@ class Broken(Exception):
     """The connection failed: no answer in time, reset, or talk that is not Redis's. It is closed by now."""
 
 
-pack: Final[Callable[[tuple[Any, ...]], bytes]] = hiredis.pack_command
-"""A command as the bytes to send. Parts are str, bytes, int or float."""
+def pack(parts: tuple[Any, ...]) -> bytes:
+    """Return a command as the bytes to send. Parts are str, bytes or int."""
+    if int in map(type, parts):
+        # hiredis (3.5) turns numbers into text in a way that looks for signals, and does not expect a handler that
+        # raises: Ctrl-C at that moment would be a segmentation fault.
+        parts = tuple([str(part) if type(part) is int else part for part in parts])
+    packed: bytes = hiredis.pack_command(parts)
+    return packed
 
 
 class Target(Protocol):
@@ -63,6 +69,11 @@ class Connection:
         sock: Any = dialled._get_socket()
         self._sock = sock
         sock.settimeout(timeout_s)
+        # What says at once whether there is something to receive: looked at before every write that goes out alone.
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        self._poll = poll.poll
+        self._decrypted: Callable[[], int] | None = sock.pending if isinstance(sock, ssl.SSLSocket) else None
         self._send = sock.sendall
         self._receive = sock.recv
         self._reader = hiredis.Reader(protocolError=Broken, replyError=Refusal, notEnoughData=NOT_ALL)
@@ -119,11 +130,7 @@ class Connection:
 
     def is_stale(self) -> bool:
         """True if the server has closed the connection, or said what nobody asked for; ask while nothing is awaited."""
-        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
-            return True
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(self._poll(0)) or (self._decrypted is not None and self._decrypted() > 0)
 
     def close(self) -> None:
         """Close it. Idempotent; a thread that waits in it gets Broken."""

@@ -35,3 +35,11 @@ class RedisOptions(msgspec.Struct, frozen=True):
     update_attempts: int = 100
     events_kept: int = 0
     """How many events the stream keeps; 0: events are not shared."""
+    delivery: str = "each"
+    """`each`: every engine gets every event; `one`: one engine of the group does."""
+    group: str = "scopestate"
+    claim_after_s: float = 30.0
+    """When the events of an engine that shows no life go to another one of its group."""
+
+    def __repr__(self) -> str:
+        return f"RedisOptions({self.address})"  # the fields include passwords

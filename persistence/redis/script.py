@@ -97,7 +97,7 @@ class Shape:
         """The stream of events: field `n` number, `s` scope, `k` key, `o` old and `v` new value if any, `d` depth."""
         self.counter = f"scopestate:count:{key_prefix}"
         self.publishes = bool(events_kept)
-        self._kept = events_kept
+        self._kept = str(events_kept)
 
     def key_of(self, scope: str) -> bytes:
         """The key of a scope's hash."""
@@ -107,8 +107,8 @@ class Shape:
         """Return the parts of the command that does the entries."""
         if self.publishes:
             kept = self._kept
-            return ("EVALSHA", DIGEST, 3, hash_key, self.stream, self.counter, kept, scope, *entries)
-        return ("EVALSHA", DIGEST, 1, hash_key, *entries)
+            return ("EVALSHA", DIGEST, "3", hash_key, self.stream, self.counter, kept, scope, *entries)
+        return ("EVALSHA", DIGEST, "1", hash_key, *entries)
 
 
 def with_source(parts: tuple[Any, ...]) -> tuple[Any, ...]:

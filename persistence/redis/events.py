@@ -1,0 +1,184 @@
+"""Events for each engine: every one that is published, once and in order."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from scopestate.persistence.redis.connection import Connection, Refusal, Target, pack
+from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.reading import BLOCK_S, Handler, Reader, event_of
+from scopestate.persistence.redis.script import Shape
+
+log = logging.getLogger("scopestate.persistence.redis")
+
+_COUNT: Final = 100
+"""Entries in one reply, at most."""
+_BEGINNING: Final = b"0-0"
+_REMEMBERED: Final = 1000
+"""Entries that are known again after a fail-over: a replica lags behind by less, or the gap is reported."""
+
+
+class EachReader(Reader):
+    """Reads on from its own position, which is in this process alone.
+
+    The numbers of the events tell whether it saw all of them: each is one more than the one before. Source: the script
+    counts and publishes in one step.
+    """
+
+    def __init__(
+        self, target: Target, options: RedisOptions, shape: Shape, note_restart: Callable[[int], object]
+    ) -> None:
+        """`note_restart` is told the newest number when the numbers have gone back."""
+        super().__init__(target, options, shape)
+        self._note_restart = note_restart
+        self._id = _BEGINNING
+        self._number = 0
+        self._recent: deque[tuple[bytes, int]] = deque(maxlen=_REMEMBERED)
+        self._waiting: list[tuple[int, threading.Event]] = []
+
+    def catch_up(self, number: int, timeout_s: float | None) -> bool:
+        if self._has(number):
+            return True
+        entry = (number, threading.Event())
+        self._waiting.append(entry)
+        try:
+            # Looked at again: it may have come before the entry was on the list.
+            return self._has(number) or entry[1].wait(timeout_s)
+        finally:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+
+    def stop(self) -> None:
+        super().stop()
+        for _, there in list(self._waiting):
+            there.set()
+
+    def _has(self, number: int) -> bool:
+        return self._number >= number or self._stopped.is_set()
+
+    # ------------------------------------------------------------------------------------------ the reader's thread
+
+    def _begin(self, connection: Connection) -> None:
+        stream = self._shape.stream
+        # Counted first: what comes between the two looks is in the second one.
+        self._number = self._counted(connection)
+        for entry_id, fields in connection.call("XREVRANGE", stream, "+", "-", "COUNT", 1):
+            self._id = entry_id
+            number = _number_of(fields)
+            if number is not None:
+                self._number = number
+                self._recent.append((entry_id, number))
+
+    def _resume(self, connection: Connection) -> None:
+        self._look(connection)
+
+    def _take(self, connection: Connection) -> Handler | None:
+        reply = connection.exchange(
+            pack(("XREAD", "COUNT", _COUNT, "BLOCK", int(BLOCK_S * 1000), "STREAMS", self._shape.stream, self._id))
+        )
+        if reply is None:
+            self._look(connection)
+            return None
+        if type(reply) is Refusal:
+            raise reply
+        publish, entries = self._outlet.publish, reply[0][1]
+        here = len(entries) == 1 and not self._is_away
+        handler: Handler | None = None
+        for entry_id, fields in entries:
+            try:
+                event = event_of(fields)
+            except (ValueError, IndexError) as error:
+                log.error("entry %r of stream %r is no event: %s", entry_id, self._shape.stream, error)  # noqa: TRY400
+                self._id = entry_id
+                continue
+            number = event.number
+            if number != self._number + 1:
+                self._mend(connection, number)
+            published = publish(event, here=here)
+            if published is None:
+                break
+            handler = published[1]
+            self._id, self._number = entry_id, number
+            self._recent.append((entry_id, number))
+            if self._waiting:
+                self._tell()
+        return handler
+
+    def _tell(self) -> None:
+        for number, there in list(self._waiting):
+            if number <= self._number:
+                there.set()
+
+    # -------------------------------------------------------------------------------------------------------- losses
+
+    def _mend(self, connection: Connection, number: int) -> None:
+        """The next event is not the one after the last: say what is missing."""
+        expected = self._number + 1
+        where = f"the stream {self._shape.stream!r} of Redis at {self._target.address}"
+        if number > expected:
+            count = number - expected
+            self.note_loss(
+                count,
+                f"{count} events ({expected} to {number - 1}) were trimmed from {where} before this engine had read "
+                "them: its triggers have not seen them; raise events_kept, or make the handlers faster",
+            )
+        elif self._recent and number > self._recent[0][1]:
+            self._restart(connection, number - 1, f"{where} lost its end")
+        else:
+            self._restart(connection, number - 1, f"{where} has begun anew", missed=number - 1)
+
+    def _look(self, connection: Connection) -> None:
+        """See whether the last entry that was read is there still; if not, find where to go on."""
+        stream = self._shape.stream
+        counted = self._counted(connection)
+        before = connection.call("XREVRANGE", stream, self._id, "-", "COUNT", 1)
+        where = f"the stream {stream!r} of Redis at {self._target.address}"
+        if not before:
+            # Trimmed behind us, which the next number tells; or it is another stream.
+            if counted < self._number:
+                self._restart(connection, 0, f"{where} has begun anew")
+                self._id = _BEGINNING
+            return
+        if before[0][0] == self._id and _number_of(before[0][1]) in (self._number, None):
+            return
+        # A fail-over: the new primary had not got all that we have read, and may have given its ids anew since.
+        known = dict(self._recent)
+        while before:
+            for entry_id, fields in before:
+                number = _number_of(fields)
+                if number is not None and known.get(entry_id) == number:
+                    self._restart(connection, number, f"{where} lost its end")
+                    self._id = entry_id
+                    return
+            before = connection.call("XREVRANGE", stream, b"(" + before[-1][0], "-", "COUNT", _COUNT)
+        self._restart(connection, 0, f"{where} has begun anew")
+        self._id = _BEGINNING
+
+    def _restart(self, connection: Connection, number: int, what: str, *, missed: int = 0) -> None:
+        """Go on behind the event of this number, which is before those that were read."""
+        last, self._number = self._number, number
+        self._note_restart(self._counted(connection))
+        while self._recent and self._recent[-1][1] > number:
+            self._recent.pop()
+        self.note_loss(
+            missed,
+            f"{what} after event {last} (it was flushed, or a fail-over lost what was newest): this engine goes on "
+            f"with event {number + 1}; what was published in between may be missing",
+        )
+        for _, there in list(self._waiting):
+            there.set()
+
+    def _counted(self, connection: Connection) -> int:
+        return int(connection.call("GET", self._shape.counter) or 0)
+
+
+def _number_of(fields: list[bytes]) -> int | None:
+    """Return the number of a stream entry; None if it is none of ours."""
+    try:
+        return event_of(fields).number
+    except (ValueError, IndexError):
+        return None

@@ -1,0 +1,223 @@
+"""Events for one engine of a group: each goes to one of them, and to another one if that engine dies with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from typing import Any, Final
+
+from scopestate.errors import StorageError
+from scopestate.persistence.redis.connection import Connection, Refusal, Target
+from scopestate.persistence.redis.keeper import Group, Keeper
+from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.reading import BLOCK_S, Event, Handler, Outlet, Reader, event_of
+from scopestate.persistence.redis.script import Shape
+
+log = logging.getLogger("scopestate.persistence.redis")
+
+_COUNT: Final = 32
+"""Entries taken at a time, and acknowledged together."""
+_MOST_HELD: Final = 64
+"""Entries that an engine holds, about: with more, others of the group would be idle while this one has a backlog."""
+_NOBODY_LISTENS_S: Final = 0.05
+"""Pause of an engine without a trigger, which takes nothing away from the others."""
+_FAR_AWAY_MS: Final = 10**12
+
+# KEYS: the stream, its counter, the ends (see `keeper.Group`). ARGV: the group, and where it begins.
+_CREATE: Final = b"""
+local made = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREAM')
+if made.err then return made end
+local before = redis.call('GET', KEYS[2]) or 0
+if ARGV[2] == '0' then
+  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+  if first then before = tonumber(first[2][2]) - 1 end
+end
+redis.call('DEL', KEYS[3])
+redis.call('ZADD', KEYS[3], before, before)
+return made
+"""
+
+
+class GroupReader(Reader):
+    """Reads as a consumer of the group. An entry is acknowledged when every handler that got it is done with it.
+
+    So an event is handled at least once: an engine that dies between the handler's end and the acknowledgement leaves
+    it to be handled again. Source: Redis, "Introduction to Redis Streams", consumer groups.
+    """
+
+    def __init__(self, target: Target, options: RedisOptions, shape: Shape) -> None:
+        super().__init__(target, options, shape)
+        self._group = Group(
+            shape.stream,
+            options.group,
+            f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}",
+            f"scopestate:ends:{shape.key_prefix}:{options.group}",
+        )
+        self._claim_after_s = options.claim_after_s
+        # Four times within the time limit: one beat that is late must not cost an event.
+        beat_s = options.claim_after_s / 4
+        self._keeper = Keeper(target, self._group, options.claim_after_s, beat_s, self.note_loss)
+        self._claim_every_s = min(beat_s, BLOCK_S)
+        self._next_claim = 0.0
+
+    def start(self, outlet: Outlet) -> None:
+        self._keeper.start()
+        super().start(outlet)
+
+    def problem(self) -> str | None:
+        return super().problem() or self._keeper.problem()
+
+    def end(self) -> None:
+        """Acknowledge what is handled by now, and no more: what is not goes to others of the group in time."""
+        super().end()
+        self._keeper.end()
+
+    # ------------------------------------------------------------------------------------------ the reader's thread
+
+    def _begin(self, connection: Connection) -> None:
+        self._create(connection, b"$")
+        group = self._group
+        try:
+            connection.call("XAUTOCLAIM", group.stream, group.name, group.me, _FAR_AWAY_MS, "0", "COUNT", 1, "JUSTID")
+        except Refusal as refusal:
+            if "unknown command" not in refusal.text:
+                raise
+            connection.close()
+            raise StorageError(
+                f"`delivery: one` needs XAUTOCLAIM, which Redis at {self._target.address} does not have: use Redis 6.2 "
+                "or later, or Valkey"
+            ) from refusal
+
+    def _create(self, connection: Connection, begin: bytes) -> bool:
+        """Create the group; False if it is there already."""
+        group = self._group
+        try:
+            connection.call("EVAL", _CREATE, 3, group.stream, self._shape.counter, group.ends, group.name, begin)
+        except Refusal as refusal:
+            if "BUSYGROUP" not in refusal.text:
+                raise
+            return False
+        return True
+
+    def _resume(self, connection: Connection) -> None:
+        """Publish what was on its way when the connection broke."""
+        cursor: Any = "0"
+        while not self._stopped.is_set():
+            group = self._group
+            reply = connection.call(
+                "XREADGROUP", "GROUP", group.name, group.me, "COUNT", _COUNT, "STREAMS", group.stream, cursor
+            )
+            entries = reply[0][1] if reply else []
+            if not entries:
+                return
+            cursor = entries[-1][0]
+            self._pass_on([entry for entry in entries if entry[0] not in self._keeper.held])
+
+    def _take(self, connection: Connection) -> Handler | None:
+        if not self._outlet.has_triggers():
+            self._stopped.wait(_NOBODY_LISTENS_S)
+            return None
+        if not self._keeper.has_room(_MOST_HELD, self._stopped):
+            return None
+        if time.monotonic() >= self._next_claim:
+            self._claim(connection)
+        wait_ms = max(int((self._next_claim - time.monotonic()) * 1000), 1)
+        group = self._group
+        reply = connection.call(
+            "XREADGROUP", "GROUP", group.name, group.me, "COUNT", _COUNT, "BLOCK", wait_ms, "STREAMS", group.stream, ">"
+        )
+        return None if reply is None else self._pass_on(reply[0][1], are_new=True)
+
+    def _claim(self, connection: Connection) -> None:
+        """Take over what engines hold that show no life."""
+        group, held, cursor = self._group, self._keeper.held, b"0-0"
+        while not self._stopped.is_set():
+            reply = connection.call(
+                "XAUTOCLAIM", group.stream, group.name, group.me, int(self._claim_after_s * 1000), cursor,
+                "COUNT", _COUNT,
+            )  # fmt: skip
+            cursor, entries = reply[0], reply[1]
+            if len(reply) > 2 and reply[2]:
+                self._report_trimmed(len(reply[2]))
+            if None in entries:  # Redis 6.2 does not say which were trimmed; the list of what is ours now does
+                self._resume(connection)
+                entries = [entry for entry in entries if entry is not None]
+            claimed = [entry for entry in entries if entry[0] not in held]
+            if claimed:
+                log.warning("took over %d events of engines that showed no life", len(claimed))
+                self._pass_on(claimed)
+            if cursor == b"0-0":
+                break
+            if not self._keeper.has_room(_MOST_HELD, self._stopped):
+                return  # and come back for the rest
+        self._next_claim = time.monotonic() + self._claim_every_s
+
+    def _pass_on(self, entries: list[Any], *, are_new: bool = False) -> Handler | None:
+        """Publish entries, and have them acknowledged when they are handled; as `_take` if `are_new`."""
+        ids: list[bytes] = []
+        gone: list[bytes] = []
+        handlers: dict[Any, None] = {}
+        first = last = 0
+        keeper = self._keeper
+        keeper.hold(entry[0] for entry in entries)
+        here = are_new and len(entries) == 1 and not self._is_away
+        handler: Handler | None = None
+        interrupted = False
+        for entry_id, fields in entries:
+            event = self._event_of(entry_id, fields)
+            if event is None:
+                gone.append(entry_id)
+                continue
+            first, last = first or event.number, event.number
+            published = None if interrupted else self._outlet.publish(event, here=here)
+            if published is None:
+                interrupted = True
+                continue
+            concerned, handler = published
+            handlers.update(dict.fromkeys(concerned))
+            ids.append(entry_id)
+        if are_new and last:
+            keeper.note(first, last)
+        if ids:
+            self._outlet.when_handled(handlers, lambda: keeper.acknowledge(ids))
+        if gone:
+            keeper.acknowledge(gone)
+        return handler
+
+    def _event_of(self, entry_id: bytes, fields: list[bytes] | None) -> Event | None:
+        if fields is None:
+            self._report_trimmed(1)
+            return None
+        try:
+            return event_of(fields)
+        except (ValueError, IndexError) as error:
+            log.error("entry %r of stream %r is no event: %s", entry_id, self._group.stream, error)  # noqa: TRY400
+            return None
+
+    def _report_trimmed(self, count: int) -> None:
+        self.note_loss(
+            count,
+            f"{count} events were trimmed from the stream {self._group.stream!r} of Redis at {self._target.address} "
+            "before the engine that had taken them was done: they may not have been handled; raise events_kept",
+        )
+
+    def _is_mended(self, refusal: Refusal) -> bool:
+        """Create the group anew if somebody has flushed it."""
+        connection = self._connection
+        if refusal.word not in ("NOGROUP", "UNBLOCKED") or connection is None:
+            return False
+        try:
+            made = self._create(connection, b"0")
+        except Refusal:
+            return False
+        if made:
+            self.note_loss(
+                0,
+                f"the group {self._group.name!r} of the stream {self._group.stream!r} of Redis at "
+                f"{self._target.address} was gone (flushed, or not in the copy of a fail-over) and is made anew from "
+                "what the stream has: events from before may be missing, or handled again",
+            )
+        return True

@@ -1,0 +1,442 @@
+"""`events: shared`: every engine's triggers see every write of every engine, once and in order, or somebody is told."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from event_engines import COUNTER, STREAM, Engines, Seen, problems, set_patiently
+from servers import SentinelSetup, Server, StartServer, wait_until
+
+from scopestate import DeliveryFailure, Engine
+from scopestate.errors import EventLoopDetected, ReplyTimeout, StorageError
+
+SMALL_NODES = ("stream-node-max-entries 4",)
+"""Redis trims whole nodes of a stream."""
+
+
+@pytest.fixture
+def engines(nothing_left_behind: None) -> Iterator[Engines]:
+    with Engines() as opened:
+        yield opened
+
+
+def missed(engine: Engine) -> int:
+    count: int = engine._parts.adapter.counts()["events_missed"]  # type: ignore[attr-defined]
+    return count
+
+
+def now_ms(server: Server) -> int:
+    seconds, microseconds = server.ask("TIME")
+    return int(seconds) * 1000 + int(microseconds) // 1000
+
+
+def kill_connections(server: Server) -> None:
+    server.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+# ------------------------------------------------------------------------------------------------- each, once, in order
+
+
+def test_an_event_tells_every_engine_what_changed(redis_server: Server, engines: Engines) -> None:
+    writer, other = engines.open(redis_server), engines.open(redis_server)
+    seen = [Seen(writer), Seen(other)]
+    writer.set("orders", "a", 1)
+    writer.set("orders", "a", {"x": 2})
+    other.delete("orders", "a")
+    other.delete("orders", "a")
+    for one in seen:
+        events = one.wait_for_count(4)
+        assert [(event.sequence, event.event_type, event.old_value, event.new_value) for event in events] == [
+            (1, "state:created", None, 1),
+            (2, "state:updated", 1, {"x": 2}),
+            (3, "state:deleted", {"x": 2}, None),
+            (4, "state:deleted", None, None),
+        ]
+        assert [event.existed for event in events] == [False, True, True, False]
+        assert {(event.scope, event.key, event.depth) for event in events} == {("orders", "a", 0)}
+
+
+def test_many_writers_in_two_processes_and_every_engine_sees_each_write_once_in_the_same_order(
+    redis_server: Server, engines: Engines
+) -> None:
+    here = [engines.open(redis_server) for _ in range(2)]
+    there = engines.process(redis_server)
+    seen = [Seen(engine) for engine in here]
+
+    def write(engine: Engine, scope: str) -> None:
+        for number in range(1, 101):
+            engine.set(scope, "k", number)
+
+    threads = [threading.Thread(target=write, args=(engine, scope)) for engine in here for scope in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    there.write("c", 100)
+    for thread in threads:
+        thread.join()
+    told = [there.read() for _ in range(500)]
+    for one in seen:
+        events = one.wait_for_count(500)
+        assert [event.sequence for event in events] == list(range(1, 501))
+        assert [[event.sequence, event.scope, event.key, event.new_value] for event in events] == told
+        assert [event.new_value for event in events if event.scope == "c"] == list(range(1, 101))
+        for scope in ("a", "b"):
+            # Each event's old value is the one before it: the order of the events is that of the writes.
+            values = [(event.old_value, event.new_value) for event in events if event.scope == scope]
+            assert [old for old, _ in values] == [None, *(new for _, new in values[:-1])]
+
+
+def test_an_engine_hears_of_what_is_written_after_it_has_opened_and_of_nothing_before(
+    valkey: Server, engines: Engines
+) -> None:
+    first = engines.open(valkey)
+    first.set("s", "k", "before")
+    second = engines.open(valkey)
+    first.set("s", "k", "after")
+    seen = Seen(second)
+    first.set("s", "k", "last")
+    events = seen.wait_for_value("last")
+    assert "before" not in [event.new_value for event in events]
+    assert seen.numbers[-1] == 3
+
+
+def test_only_the_triggers_that_match_see_an_event(valkey: Server, engines: Engines) -> None:
+    writer = engines.open(valkey)
+    reader = engines.open(valkey)
+    seen = Seen(reader, scope="watched", key="k")
+    for scope, key in (("other", "k"), ("watched", "other"), ("watched", "k")):
+        writer.set(scope, key, 1)
+    assert [(event.scope, event.key) for event in seen.wait_for_count(1)] == [("watched", "k")]
+    assert seen.numbers == [3]
+
+
+def test_engines_of_another_prefix_hear_nothing(valkey: Server, engines: Engines) -> None:
+    writer, stranger = engines.open(valkey), engines.open(valkey, key_prefix="other:")
+    seen = Seen(stranger)
+    writer.set("s", "k", "theirs")
+    stranger.set("s", "k", "own")
+    assert [event.new_value for event in seen.wait_for_count(1)] == ["own"]
+
+
+# --------------------------------------------------------------------------------------------------- handlers that wait
+
+
+def test_a_full_handler_holds_the_reader_up_and_loses_nothing(valkey: Server, engines: Engines) -> None:
+    writer = engines.open(valkey)
+    seen = Seen(engines.open(valkey, limits={"handler_mailbox": 2}))
+    seen.gate.clear()
+    for number in range(1, 301):
+        writer.set("s", "k", number)
+    seen.gate.set()
+    assert [event.new_value for event in seen.wait_for_count(300)] == list(range(1, 301))
+
+
+def test_an_engine_whose_reader_waits_for_a_full_handler_can_be_closed(valkey: Server, engines: Engines) -> None:
+    reports: list[DeliveryFailure] = []
+    writer = engines.open(valkey)
+    reader = engines.open(
+        valkey, limits={"handler_mailbox": 1, "close_grace_ms": 50}, hooks={"on_dead_letter": reports.append}
+    )
+    seen = Seen(reader)
+    seen.gate.clear()
+    for number in range(1, 11):
+        writer.set("s", "k", number)
+    assert seen.entered.wait(10)
+    blocked = reader._parts.router.blocked
+    wait_until(lambda: blocked() > 0, "a reader that waits for room")
+    reader.close()
+    seen.gate.set()
+    assert [report.event.new_value for report in reports] == [2, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- lost and found
+
+
+def test_a_killed_connection_costs_no_event_and_doubles_none(redis_server: Server, engines: Engines) -> None:
+    writer, reader = engines.open(redis_server), engines.open(redis_server)
+    seen = Seen(reader)
+    for number in range(200):
+        if number % 40 == 20:
+            kill_connections(redis_server)
+        set_patiently(writer, "s", "k", number)
+    set_patiently(writer, "s", "k", "last")
+    seen.wait_for_value("last")
+    assert seen.numbers == list(range(1, int(redis_server.ask("GET", COUNTER)) + 1))
+    assert missed(reader) == 0
+
+
+def test_a_server_that_keeps_its_data_over_a_crash_costs_no_event(start_server: StartServer, engines: Engines) -> None:
+    server = start_server(persistent=True)
+    writer, reader = engines.open(server), engines.open(server)
+    seen = Seen(reader)
+    for number in range(20):
+        writer.set("s", "k", number)
+    server.kill()
+    wait_until(lambda: "events of other engines do not arrive" in problems(reader), "a problem")
+    server.start()
+    for number in range(20, 40):
+        set_patiently(writer, "s", "k", number)
+    set_patiently(writer, "s", "k", "last")
+    seen.wait_for_value("last")
+    assert seen.numbers == list(range(1, int(server.ask("GET", COUNTER)) + 1))
+    wait_until(lambda: reader.health().ok, lambda: problems(reader))
+    assert missed(reader) == 0
+
+
+def test_a_server_that_forgets_everything_is_reported_and_later_events_arrive(
+    start_server: StartServer, engines: Engines
+) -> None:
+    server = start_server()
+    writer, reader = engines.open(server), engines.open(server)
+    seen = Seen(reader)
+    for number in range(5):
+        writer.set("s", "k", number)
+    seen.wait_for_count(5)
+    server.kill()
+    server.start()
+    set_patiently(writer, "s", "k", "new")
+    seen.wait_for_value("new")
+    assert "has begun anew after event 5" in problems(reader)
+
+
+def test_a_flush_is_reported_and_later_events_arrive_and_drain_ends(
+    redis_server: Server, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer, reader = engines.open(redis_server), engines.open(redis_server)
+    seen, own = Seen(reader), Seen(writer)
+    for number in range(5):
+        writer.set("s", "k", number)
+    seen.wait_for_count(5)
+    with caplog.at_level(logging.ERROR):
+        redis_server.ask("FLUSHALL")
+        writer.set("s", "k", "new")
+        seen.wait_for_value("new")
+        writer.drain(20)
+    assert own.events[-1].new_value == "new"
+    assert seen.numbers == [1, 2, 3, 4, 5, 1]
+    assert "has begun anew after event 5" in problems(reader)
+    assert "has begun anew after event 5" in caplog.text
+
+
+def test_a_flush_without_any_later_write_is_noticed(valkey: Server, engines: Engines) -> None:
+    reader = engines.open(valkey)
+    seen = Seen(reader)
+    reader.set("s", "k", 1)
+    seen.wait_for_count(1)
+    valkey.ask("FLUSHALL")
+    wait_until(lambda: "has begun anew after event 1" in problems(reader), "a report")
+
+
+def test_events_that_are_trimmed_before_they_were_read_are_counted_and_named(
+    start_server: StartServer, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server(extra=SMALL_NODES)
+    writer = engines.open(server, events_kept=20)
+    reader = engines.open(server, events_kept=20, limits={"handler_mailbox": 1})
+    seen = Seen(reader)
+    seen.gate.clear()
+    for number in range(1, 401):
+        writer.set("s", "k", number)
+    with caplog.at_level(logging.ERROR):
+        seen.gate.set()
+        seen.wait_for_value(400)
+    assert missed(reader) > 0
+    assert len(seen.numbers) + missed(reader) == 400
+    assert seen.numbers == sorted(set(seen.numbers))
+    gap = next(number for number in range(1, 401) if number not in seen.numbers)
+    text = f"{missed(reader)} events ({gap} to {gap + missed(reader) - 1}) were trimmed from the stream {STREAM!r}"
+    assert text in caplog.text
+    assert text in problems(reader)
+    assert not reader.health().ok
+
+
+def test_after_a_fail_over_that_lost_the_end_of_the_stream_it_goes_on_where_the_new_primary_does(
+    valkey: Server, engines: Engines
+) -> None:
+    writer, reader = engines.open(valkey), engines.open(valkey)
+    seen = Seen(reader)
+    for number in range(1, 9):
+        writer.set("s", "k", number)
+    milliseconds = int(valkey.ask("XREVRANGE", STREAM, "+", "-", "COUNT", 1)[0][0].split("-")[0])
+    wait_until(lambda: now_ms(valkey) > milliseconds + 1, "a later time of the server")
+    for number in (9, 10):
+        writer.set("s", "k", number)
+    seen.wait_for_count(10)
+    entries = valkey.ask("XRANGE", STREAM, "-", "+")
+    # The new primary has got eight of the ten; its clock is behind, so what it adds comes before the ninth.
+    client = valkey.client()
+    with client.pipeline() as step:
+        step.delete(STREAM)
+        for entry_id, fields in entries[:8]:
+            step.xadd(STREAM, fields, id=entry_id)
+        step.xadd(STREAM, {"n": 9, "s": "s", "k": "k", "v": '"new"'}, id=f"{milliseconds + 1}-0")
+        step.set(COUNTER, 9)
+        step.execute()
+    kill_connections(valkey)
+    set_patiently(writer, "s", "k", "newer")
+    seen.wait_for_value("newer")
+    assert seen.numbers == [*range(1, 11), 9, *range(10, seen.numbers[-1] + 1)]
+    assert [event.new_value for event in seen.events[10:12]] == ["new", "newer"]
+    assert "lost its end after event 10" in problems(reader)
+
+
+def test_a_fail_over_to_a_replica_that_is_in_step_costs_no_event(engines: Engines) -> None:
+    with SentinelSetup(sentinels=1) as setup:
+        names = [f"{host}:{port}" for host, port in setup.addresses]
+        writer, reader = (engines.open(setup.primary(), sentinels=names, sentinel_service=setup.name) for _ in range(2))
+        seen = Seen(reader)
+        for number in range(1, 21):
+            writer.set("s", "k", number)
+        replica = setup.replica()
+        wait_until(lambda: replica.ask("GET", COUNTER) == "20", "a replica in step")
+        primary = setup.kill_primary()
+        for number in range(21, 41):
+            set_patiently(writer, "s", "k", number)
+        set_patiently(writer, "s", "k", "last")
+        seen.wait_for_value("last")
+        assert seen.numbers == list(range(1, int(primary.ask("GET", COUNTER)) + 1))
+        assert missed(reader) == 0
+        reader.close()
+        writer.close()
+
+
+def test_what_somebody_else_put_into_the_stream_is_logged_and_passed_over(
+    valkey: Server, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = engines.open(valkey)
+    seen = Seen(reader)
+    with caplog.at_level(logging.ERROR):
+        reader.set("s", "k", 1)
+        valkey.ask("XADD", STREAM, "*", "foreign", "entry")
+        valkey.ask("XADD", STREAM, "*", "n", "x", "s", "s", "k", "k")
+        reader.set("s", "k", 2)
+        seen.wait_for_count(2)
+    assert seen.numbers == [1, 2]
+    assert caplog.text.count("is no event") == 2
+    late = Seen(engines.open(valkey))
+    reader.set("s", "k", 3)
+    assert [event.sequence for event in late.wait_for_count(1)] == [3]
+
+
+def test_a_key_of_the_stream_that_is_none_fails_at_the_start(valkey: Server, engines: Engines) -> None:
+    valkey.ask("SET", STREAM, "text")
+    with pytest.raises(StorageError, match="is not what scopestate keeps there"):
+        engines.open(valkey)
+
+
+# ------------------------------------------------------------------------------------------------------------- cascades
+
+
+def test_a_chain_of_handlers_through_two_engines_is_cut_at_the_same_depth(valkey: Server, engines: Engines) -> None:
+    cut = threading.Event()
+    reports: list[DeliveryFailure] = []
+
+    def report(failure: DeliveryFailure) -> None:
+        reports.append(failure)
+        cut.set()
+
+    limits = {"max_event_depth": 10}
+    opened = [engines.open(valkey, limits=limits, hooks={"on_error": report}) for _ in range(2)]
+    depths: list[int] = []
+
+    def pass_on(engine: Engine, scope: str, other: str) -> None:
+        def handler(event: Any) -> None:
+            depths.append(event.depth)
+            engine.set(other, "k", event.new_value + 1)
+
+        engine.register_function("pass_on", handler)
+        engine.register_trigger(function_id="pass_on", scope=scope)
+
+    pass_on(opened[0], "ping", "pong")
+    pass_on(opened[1], "pong", "ping")
+    opened[0].set("ping", "k", 0)
+    assert cut.wait(20)
+    assert depths == list(range(11))
+    assert [(type(report.error), report.event.depth) for report in reports] == [(EventLoopDetected, 11)]
+
+
+# ------------------------------------------------------------------------------------------------------ drain and close
+
+
+def test_drain_waits_until_the_events_of_own_writes_have_come_and_are_handled(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey)
+    seen = Seen(engine, scope="s")
+    for number in range(1, 201):
+        engine.set("s", "k", number)
+        if number % 20 == 0:
+            engine.drain(20)
+            assert len(seen.events) == number
+
+
+def test_drain_waits_for_what_handlers_cause(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey)
+    seen = Seen(engine, scope="end")
+
+    def pass_on(event: Any) -> None:
+        if event.new_value < 10:
+            engine.set("chain", "k", event.new_value + 1)
+        else:
+            engine.set("end", "k", "reached")
+
+    engine.register_function("pass_on", pass_on)
+    engine.register_trigger(function_id="pass_on", scope="chain")
+    for _ in range(20):
+        seen.events.clear()
+        engine.set("chain", "k", 0)
+        engine.drain(20)
+        assert [event.new_value for event in seen.events] == ["reached"]
+
+
+def test_drain_gives_up_when_its_time_is_over(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey, limits={"handler_mailbox": 1})
+    seen = Seen(engine)
+    seen.gate.clear()
+    for number in range(5):
+        engine.set("s", "k", number)
+    with pytest.raises(ReplyTimeout, match=r"not drained within 0\.2 s: .*have not come back from Redis"):
+        engine.drain(0.2)
+    seen.gate.set()
+    engine.drain(20)
+    assert len(seen.events) == 5
+
+
+def test_close_first_delivers_the_events_of_own_writes(valkey: Server, engines: Engines) -> None:
+    for _ in range(20):
+        engine = engines.open(valkey)
+        seen = Seen(engine)
+        engine.set("s", "k", 1)
+        engine.set("s", "k", 2)
+        engine.close()
+        assert [event.new_value for event in seen.events] == [1, 2]
+
+
+def test_close_ends_while_another_engine_writes_on_and_everything_taken_is_handled(
+    valkey: Server, engines: Engines
+) -> None:
+    writer = engines.open(valkey)
+    ended = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not ended.is_set():
+            writer.set("s", "k", number)
+            number += 1
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    reports: list[DeliveryFailure] = []
+    try:
+        for _ in range(5):
+            # The mailbox is full all the time, also when the reader stops.
+            reader = engines.open(valkey, limits={"handler_mailbox": 5}, hooks={"on_error": reports.append})
+            seen = Seen(reader, lasts_s=0.001)
+            seen.wait_for_count(20)
+            reader.close()
+            assert seen.numbers == list(range(seen.numbers[0], seen.numbers[-1] + 1))
+    finally:
+        ended.set()
+        thread.join()
+    assert reports == []
