@@ -8,7 +8,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import measures_calls, measures_events, measures_size, measures_storage, measures_threads, measures_wire
+from benchmarks import (
+    measures_calls,
+    measures_events,
+    measures_redis,
+    measures_size,
+    measures_storage,
+    measures_threads,
+    measures_wire,
+)
 from benchmarks.harness import FULL, QUICK, Measure, Row
 from benchmarks.report import environment, summary, table, write_json, write_svg
 
@@ -19,6 +27,7 @@ MEASURES: dict[str, Measure] = {
     **measures_storage.MEASURES,
     **measures_size.MEASURES,
     **measures_wire.MEASURES,
+    **measures_redis.MEASURES,
 }
 RESULTS = Path("bench-results")
 

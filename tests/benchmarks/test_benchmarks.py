@@ -42,6 +42,15 @@ JUDGED = {
     "wire_delivery": {"at_most": 2.5},
     "wire_idle": {"at_most": 50_000_000},
     "wire_embedding": {"at_most": 1.0},
+    "redis_set": {"at_most": 1.4},
+    "redis_update": {"at_most": 1.6},
+    "redis_tasks_scopes": {"at_least": 3},
+    "redis_tasks_one_scope": {"at_least": 5},
+    "redis_threads_scopes": {"at_least": 3},
+    "redis_threads_one_scope": {"at_least": 5},
+    "redis_event": {"at_most": 4},
+    "redis_conflicts": {"at_most": 0.25},
+    "redis_lost": {"at_most": 0},
 }
 SHOWN = {
     "set_beside_cpu_p99",
@@ -84,7 +93,7 @@ def test_the_json_says_where_it_was_measured(quick: tuple[str, dict[str, Any], P
     where = quick[1]["environment"]
 
     assert where["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert set(where["versions"]) == {"pykka", "msgspec", "diskcache", "sqlitedict", "burner-redis"}
+    assert set(where["versions"]) == {"pykka", "msgspec", "diskcache", "sqlitedict", "burner-redis", "redis"}
 
 
 def test_the_table_has_a_line_for_each_row(quick: tuple[str, dict[str, Any], Path]) -> None:

@@ -1,0 +1,235 @@
+"""What Redis costs through an engine, beside redis-py on the same server.
+
+redis-py sends values that are JSON already, and with hiredis parses as quickly as we do: its share is the round trip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import redis
+import redis.asyncio
+
+from benchmarks.harness import Measure, Row, Sizes, Value, in_threads, latencies, make_pairs, percentile
+from benchmarks.redis_load import config, line, redis_server, say, started
+from scopestate import Engine, ops
+
+CALLERS = 64
+PROCESSES = 4
+
+Loader = Callable[[Callable[[int], str]], float]
+"""Makes the calls of all callers, each on the scope that its number stands for; returns the seconds."""
+
+
+def _p50(call: Callable[[str, Value], object], count: int) -> float:
+    return percentile(latencies(call, make_pairs(count)), 0.5)
+
+
+def _beside_hset(name: str, what: str, limit: float, ours: Callable[[Engine], Any], sizes: Sizes) -> list[Row]:
+    """The p50 of a call of ours as a multiple of that of redis-py's HSET, measured in turn."""
+    texts = {key: json.dumps(value) for key, value in make_pairs(sizes.slow_calls)}
+    with redis_server() as url, redis.Redis.from_url(url) as client, Engine.from_config(config(url)) as engine:
+        call = ours(engine)
+
+        def hset(key: str, _: Value) -> object:
+            return client.hset("state:theirs", key, texts[key])
+
+        _p50(call, sizes.slow_calls), _p50(hset, sizes.slow_calls)
+        samples = [(_p50(call, sizes.slow_calls), _p50(hset, sizes.slow_calls)) for _ in range(sizes.repeats)]
+    figures = {
+        "ours_us": statistics.median(mine for mine, _ in samples) * 1e6,
+        "hset_us": statistics.median(theirs for _, theirs in samples) * 1e6,
+    }
+    ratio = statistics.median(mine / theirs for mine, theirs in samples)
+    return [Row(name, what, ratio, "x", limit, figures=figures)]
+
+
+def redis_set(sizes: Sizes) -> list[Row]:
+    """One caller sets."""
+
+    def setter(engine: Engine) -> Any:
+        return lambda key, value: engine.set("ours", key, value)
+
+    return _beside_hset("redis_set", "redis: set, one caller, p50 / redis-py HSET", 1.4, setter, sizes)
+
+
+def redis_update(sizes: Sizes) -> list[Row]:
+    """One caller increments, and nobody else writes the key."""
+    add = [ops.Increment("", 1)]
+
+    def adder(engine: Engine) -> Any:
+        return lambda key, _: engine.update("ours", key, add)
+
+    return _beside_hset("redis_update", "redis: increment, one caller, p50 / redis-py HSET", 1.6, adder, sizes)
+
+
+def _together(name: str, callers: str, loaders: Callable[[], tuple[Loader, Loader]], sizes: Sizes) -> list[Row]:
+    """Calls per second of many callers, theirs and ours in turn: on a scope each, and all on one."""
+    rows = []
+    scopes: dict[str, tuple[str, float, Callable[[int], str]]] = {
+        "scopes": (f"{CALLERS} scopes", 3, str),
+        "one_scope": ("one scope", 5, lambda _: "one"),
+    }
+    ours, theirs = loaders()
+    for ending, (words, limit, scope_of) in scopes.items():
+        calls = _each(sizes) * CALLERS
+        ours(scope_of), theirs(scope_of)
+        samples = [
+            (calls / _without_gc(ours, scope_of), calls / _without_gc(theirs, scope_of)) for _ in range(sizes.repeats)
+        ]
+        figures = {
+            "ours_per_s": statistics.median(mine for mine, _ in samples),
+            "redis_py_per_s": statistics.median(peer for _, peer in samples),
+        }
+        ratio = statistics.median(mine / peer for mine, peer in samples)
+        what = f"redis: {CALLERS} {callers}, {words}: sets / redis-py HSETs, per second"
+        rows.append(Row(f"{name}_{ending}", what, ratio, "x", limit, at_least=True, figures=figures))
+    return rows
+
+
+def _each(sizes: Sizes) -> int:
+    """Calls of one caller."""
+    return max(1, sizes.calls // 128)
+
+
+def _without_gc(load: Loader, scope_of: Callable[[int], str]) -> float:
+    """As `harness.seconds_per_call`: garbage is collected before, and not during."""
+    gc.collect()
+    gc.disable()
+    try:
+        return load(scope_of)
+    finally:
+        gc.enable()
+
+
+def redis_tasks(sizes: Sizes) -> list[Row]:
+    """Tasks of one event loop, beside redis.asyncio on a pool with a connection for each of them."""
+    pairs = make_pairs(_each(sizes))
+    texts = [(key, json.dumps(value)) for key, value in pairs]
+    with redis_server() as url, Engine.from_config(config(url)) as engine, asyncio.Runner() as runner:
+        pool = redis.asyncio.BlockingConnectionPool.from_url(url, max_connections=CALLERS)
+        client = redis.asyncio.Redis(connection_pool=pool)
+
+        async def set_all(scope: str) -> None:
+            for key, value in pairs:
+                await engine.aio.set(scope, key, value)
+
+        async def hset_all(scope: str) -> None:
+            for key, text in texts:
+                await client.hset(f"theirs:{scope}", key, text)
+
+        async def timed(caller: Callable[[str], Awaitable[None]], scope_of: Callable[[int], str]) -> float:
+            began = time.perf_counter()
+            await asyncio.gather(*(caller(scope_of(number)) for number in range(CALLERS)))
+            return time.perf_counter() - began
+
+        def loaders() -> tuple[Loader, Loader]:
+            return (
+                lambda scope_of: runner.run(timed(set_all, scope_of)),
+                lambda scope_of: runner.run(timed(hset_all, scope_of)),
+            )
+
+        try:
+            return _together("redis_tasks", "tasks", loaders, sizes)
+        finally:
+            runner.run(client.aclose())
+            runner.run(pool.disconnect())
+
+
+def redis_threads(sizes: Sizes) -> list[Row]:
+    """Threads, beside redis-py on a pool with a connection for each of them."""
+    pairs = make_pairs(_each(sizes))
+    texts = [(key, json.dumps(value)) for key, value in pairs]
+    with redis_server() as url, Engine.from_config(config(url)) as engine:
+        pool = redis.BlockingConnectionPool.from_url(url, max_connections=CALLERS)
+        client = redis.Redis(connection_pool=pool)
+
+        def set_all(scope: str) -> None:
+            for key, value in pairs:
+                engine.set(scope, key, value)
+
+        def hset_all(scope: str) -> None:
+            for key, text in texts:
+                client.hset(f"theirs:{scope}", key, text)
+
+        def timed(caller: Callable[[str], None], scope_of: Callable[[int], str]) -> float:
+            return in_threads([partial(caller, scope_of(number)) for number in range(CALLERS)])
+
+        def loaders() -> tuple[Loader, Loader]:
+            return lambda scope_of: timed(set_all, scope_of), lambda scope_of: timed(hset_all, scope_of)
+
+        try:
+            return _together("redis_threads", "threads", loaders, sizes)
+        finally:
+            pool.disconnect()
+
+
+def redis_event(sizes: Sizes) -> list[Row]:
+    """From a set in one process to the handler in another, both with `events: shared`, beside redis-py's PING."""
+    count = sizes.slow_calls
+    with (
+        redis_server() as url,
+        redis.Redis.from_url(url) as client,
+        Engine.from_config(config(url, events="shared")) as engine,
+        started("watch", url, (sizes.repeats + 1) * count) as (handler,),
+    ):
+
+        def deliveries() -> float:
+            taken = []
+            for _ in range(count):
+                engine.set("watched", "k", time.perf_counter())
+                taken.append(float(line(handler)))
+                say(handler, "next")
+            return percentile(taken, 0.5)
+
+        def pings() -> float:
+            return _p50(lambda _key, _value: client.ping(), count)
+
+        deliveries(), pings()
+        samples = [(deliveries(), pings()) for _ in range(sizes.repeats)]
+    figures = {
+        "event_us": statistics.median(event for event, _ in samples) * 1e6,
+        "ping_us": statistics.median(ping for _, ping in samples) * 1e6,
+    }
+    ratio = statistics.median(event / ping for event, ping in samples)
+    return [Row("redis_event", "redis: set in A to handler in B, p50 / redis-py PING", ratio, "x", 4, figures=figures)]
+
+
+def redis_contention(sizes: Sizes) -> list[Row]:
+    """Processes that all increment one key: none is lost, and few attempts are in vain."""
+    count = sizes.calls // 2
+    shares, lost, rates = [], 0, []
+    with redis_server() as url, redis.Redis.from_url(url, decode_responses=True) as client:
+        for _ in range(max(1, sizes.repeats // 2)):
+            client.delete("state:counters")
+            with started("increment", url, count, PROCESSES) as children:
+                for child in children:
+                    say(child, "go")
+                found: Sequence[dict[str, float]] = [json.loads(line(child)) for child in children]
+            attempts = sum(each["update_attempts"] for each in found)
+            shares.append(sum(each["update_conflicts"] for each in found) / attempts)
+            rates.append(PROCESSES * count / max(each["taken_s"] for each in found))
+            lost += abs(PROCESSES * count - int(str(client.hget("state:counters", "one"))))
+    what = f"redis: {PROCESSES} processes increment one key {count:,} times each"
+    figures = {"all_per_s": statistics.median(rates)}
+    return [
+        Row("redis_conflicts", f"{what}: conflicts / attempts, worst run", max(shares), "", 0.25, figures=figures),
+        Row("redis_lost", f"{what}: increments lost", lost, "", 0),
+    ]
+
+
+MEASURES: dict[str, Measure] = {
+    "redis_set": redis_set,
+    "redis_update": redis_update,
+    "redis_tasks": redis_tasks,
+    "redis_threads": redis_threads,
+    "redis_event": redis_event,
+    "redis_contention": redis_contention,
+}
