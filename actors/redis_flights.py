@@ -14,7 +14,7 @@ from scopestate.actors.redis_calls import NEVER, NOTHING, Call, Known, Lane, con
 from scopestate.actors.redis_seen import BULKY, Seen
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.turns import Change, Put, Read, ReadItems, Take
-from scopestate.errors import DeserializationError, ScopestateError, ValueTooLarge
+from scopestate.errors import DeserializationError, ScopestateError, StorageError, ValueTooLarge
 from scopestate.ops import MISSING, apply
 from scopestate.ops.values import decode, encode_plain
 from scopestate.persistence.redis.connection import Refusal
@@ -27,6 +27,18 @@ log = logging.getLogger("scopestate.scope")
 
 _PAUSE_S: Final = (0.001, 0.064)
 """Longest pause after the first conflict of an update, and after any; it is drawn at random from zero up."""
+_HOLD_S: Final = 0.02
+_REST_S: Final = 0.004
+"""How long an engine goes on updating a key that others update too, and how long it then lets them. Who pauses must
+look before it compares, and what it saw is old by then if another goes on without a rest: it might never come through.
+"""
+_RIVALRY_S: Final = 1.0
+"""How long after its last conflict a key counts as one that others update too."""
+_MOST_RIVALRIES: Final = 1024
+
+_LARGEST_BYTES: Final = 512 << 20
+"""The largest value that a server takes (`proto-max-bulk-len` by default). A larger one would cost the connection, and
+with it the calls of everybody else on it."""
 
 
 class Store(Protocol):
@@ -48,6 +60,9 @@ class Store(Protocol):
     def recover(self) -> None:
         """Let go of every link that this thread holds."""
 
+    def is_at_a_link(self) -> bool:
+        """True if this thread holds a link: then it runs a signal handler, which has interrupted it there."""
+
     def note_attempt(self) -> object:
         """Count an attempt to publish an update."""
 
@@ -59,6 +74,9 @@ class Store(Protocol):
 
     def note_misfit(self, scope: str, key: str, problem: str) -> None:
         """Note something in Redis that is no key and value of ours."""
+
+    def note_fit(self, scope: str, key: str) -> None:
+        """Note that it is gone, or well again."""
 
 
 class RedisFlights:
@@ -78,7 +96,6 @@ class RedisFlights:
     ) -> None:
         """`landed`: what a flight calls. `changed(call, old, new)` is called for each write, in their order."""
         self.hash_key = store.shape.key_of(scope)
-        self.link = store.link(self.hash_key)
         self.lanes: dict[str, Lane] = {}
         """Key -> the calls on it that wait."""
         self._scope = scope
@@ -86,7 +103,9 @@ class RedisFlights:
         self._limits = limits
         self._landed = landed
         self._changed = changed
-        self._seen = Seen(scope, store.note_misfit)
+        self._rivalries: dict[str, tuple[float, float]] = {}
+        """Key that others update too -> when to rest next (0: not set yet), and when it is over."""
+        self._seen = Seen(scope, store.note_misfit, store.note_fit)
 
     def take_from_lanes(self, calls: list[Call], known: dict[str, Known]) -> None:
         """Move the calls of the lanes that are due to `calls`, and what was just seen of their keys to `known`."""
@@ -107,7 +126,7 @@ class RedisFlights:
         kind = type(turn)
         if kind in WHOLE:
             return Flight(("HGETALL", hash_key), store.bulk_link(hash_key), self._landed, calls)
-        link = store.bulk_link(hash_key) if self._seen.bulky else self.link
+        link = store.bulk_link(hash_key) if self._seen.bulky else store.link(hash_key)
         if kind is Read and len(calls) == 1:
             return Flight(("HGET", hash_key, turn.key), link, self._landed, calls)
         entries: list[Any] = []
@@ -123,6 +142,9 @@ class RedisFlights:
                 depth = call.depth
                 entries += ("p", depth)
             if kind is Put:
+                if len(turn.data) > _LARGEST_BYTES:
+                    call.fail(_too_large(key, turn.data))
+                    continue
                 entries += ("s", key, turn.data)
                 known[key] = (turn.data, turn.data)
             elif kind is Change:
@@ -157,6 +179,8 @@ class RedisFlights:
             limit = self._limits.max_value_bytes
             if limit and len(data) > limit:
                 raise ValueTooLarge(self._scope, key, len(data), limit)
+            if len(data) > _LARGEST_BYTES:
+                raise _too_large(key, data)
         except ScopestateError as error:
             call.fail(error)
             return False
@@ -185,6 +209,12 @@ class RedisFlights:
                 self._store.note_published(reply[-1])
         else:
             self._finish(calls[0], reply)  # HGET
+
+    def end_looks(self) -> None:
+        """Those who look at keys were cut short, and nothing is on its way: who waits behind them looks for himself."""
+        for lane in self.lanes.values():
+            if lane.due == NEVER:
+                lane.due = 0.0
 
     def give_up(self, calls: Iterable[Call], error: ScopestateError) -> None:
         """Fail the calls."""
@@ -241,30 +271,60 @@ class RedisFlights:
             call.answer = UpdateResult(call.before, call.after, call.problems)
             call.done = True
             self._changed(call, call.before, call.after)
+            if self._rivalries and key in self._rivalries:
+                self._rest(key)
             return
         self._store.note_conflict()
         self._seen.forget(key)
         call.tries += 1
+        now = time.monotonic()
+        if len(self._rivalries) >= _MOST_RIVALRIES:
+            self._rivalries.clear()
+        self._rivalries[key] = (0.0, now + _RIVALRY_S)
         longest_s = min(_PAUSE_S[0] * 2.0 ** min(call.tries - 1, 32), _PAUSE_S[1])
         # Later calls on this key were skipped, and follow into the same lane.
-        lane = self.lanes[key] = Lane(due=time.monotonic() + random.uniform(0, longest_s))
+        lane = self.lanes[key] = Lane(due=now + random.uniform(0, longest_s))
         if call.tries < self._store.update_attempts:
             lane.calls.append(call)
         else:
             call.fail(contended(self._scope, key, call.tries))
 
+    def _rest(self, key: str) -> None:
+        """After an update of a key that others update too: let them, from time to time."""
+        now = time.monotonic()
+        rest_at, over_at = self._rivalries[key]
+        if now > over_at:
+            del self._rivalries[key]
+        elif rest_at == 0.0:
+            self._rivalries[key] = (now + _HOLD_S, over_at)
+        elif now > rest_at and key not in self.lanes:
+            self._rivalries[key] = (0.0, over_at)
+            self._seen.forget(key)  # it has to look afterwards
+            self.lanes[key] = Lane(due=now + _REST_S)
+
     def _finish_whole(self, calls: list[Call], reply: list[bytes]) -> None:
         items: list[tuple[str, bytes]] = []
+        misfits: list[str] = []
         for field, raw in zip(reply[::2], reply[1::2], strict=True):
             try:
                 key = field.decode()
                 items.append((key, self._seen.valid(key, raw)))
             except UnicodeDecodeError:
-                self._store.note_misfit(self._scope, repr(field), "the key is not UTF-8")
+                misfits.append(repr(field))
+                self._seen.note_misfit(repr(field), "the key is not UTF-8")
             except DeserializationError as error:
+                misfits.append(key)
                 log.error("a list of scope %r leaves a key out: %s", self._scope, error)  # noqa: TRY400 - it says all
         # By key, in the order of its UTF-8 bytes, which is that of code points: Redis keeps no order of its own.
         items.sort()
+        self._seen.note_gone(misfits)
         for call in calls:
             call.answer = list(items) if type(call.turn) is ReadItems else [value for _, value in items]
             call.done = True
+
+
+def _too_large(key: str, data: bytes) -> StorageError:
+    return StorageError(
+        f"the value for key {key!r} takes {len(data)} bytes as JSON, and Redis takes {_LARGEST_BYTES} at most; nothing "
+        "was written: split it over several keys"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from scopestate.actors.redis_calls import NOTHING, Known
@@ -18,9 +18,14 @@ _MOST_BYTES: Final = 1 << 22
 class Seen:
     """Key -> what it held when it was last seen; others may have changed it since. Used within the scope's turn."""
 
-    def __init__(self, scope: str, note_misfit: Callable[[str, str, str], object]) -> None:
+    def __init__(
+        self, scope: str, note_misfit: Callable[[str, str, str], object], note_fit: Callable[[str, str], object]
+    ) -> None:
         self._scope = scope
         self._note_misfit = note_misfit
+        self._note_fit = note_fit
+        self._misfits: set[str] = set()
+        """Names that were reported as none of ours, or holding no JSON, and not yet as well again."""
         self._keys: dict[str, Known] = {}
         self._bytes = 0
         self.bulky = False
@@ -46,7 +51,7 @@ class Seen:
             data = parse(raw)
         except DeserializationError as error:
             self.forget(key)
-            self._note_misfit(self._scope, key, str(error))
+            self.note_misfit(key, str(error))
             if otherwise is not None:
                 return otherwise
             raise DeserializationError(
@@ -58,6 +63,9 @@ class Seen:
     def remember(self, key: str, known: Known) -> None:
         """Note what a key holds."""
         raw, keys = known[0], self._keys
+        if key not in keys:  # what is among them is well
+            self._misfits.discard(key)
+            self._note_fit(self._scope, key)
         size = 0 if raw is None else len(raw)
         if size >= BULKY:
             self.bulky = True
@@ -68,6 +76,17 @@ class Seen:
             self._bytes = size
         if size <= _MOST_BYTES:
             keys[key] = known
+
+    def note_misfit(self, name: str, problem: str) -> None:
+        """Report something in the hash that is no key and value of ours."""
+        self._misfits.add(name)
+        self._note_misfit(self._scope, name, problem)
+
+    def note_gone(self, present: Collection[str]) -> None:
+        """Of what was reported, only that can still be there which is `present`: the names of the whole hash."""
+        for name in self._misfits.difference(present):
+            self._misfits.discard(name)
+            self._note_fit(self._scope, name)
 
     def forget(self, key: str) -> None:
         """A key may hold anything."""
