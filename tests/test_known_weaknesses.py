@@ -1,23 +1,26 @@
 """What goes wrong elsewhere and must not here: one test per point of SEMANTICS section 8, by its number.
 
-Left out: 33 to 36 are Redis's, which is no adapter here; 37 and 38 are the bridge's (tests/bridge). 13 and 30 name
-functions that do not exist here (compare-and-set, transactions, TTL, paged lists): what there is instead is tested.
+Left out: 37 and 38 are the bridge's (tests/bridge). 13 and 30 name functions that do not exist here (compare-and-set,
+transactions, TTL, paged lists): what there is instead is tested.
 """
 
 from __future__ import annotations
 
 import logging
 import sqlite3
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conformance import load, same
 from load.engines import nothing_left, open_engine
 from reliability.living import PATIENCE_S, InThread, Seen, saved, settings
 
 from scopestate import Engine
+from scopestate.actors.messages import from_payload
 from scopestate.config import from_mapping
 from scopestate.errors import (
     ConfigError,
@@ -30,6 +33,10 @@ from scopestate.errors import (
 )
 
 __all__ = ["nothing_left", "open_engine"]
+
+sys.path.insert(0, str(Path(__file__).parent / "redis"))  # for `import one_server`
+
+from one_server import Server
 
 Open = Callable[..., Engine]
 ADD = {"type": "increment", "path": "", "by": 1}
@@ -432,6 +439,126 @@ def test_semantics_8_32_null_and_missing_can_be_told_apart(open_engine: Open) ->
     assert engine.get("s", "missing", "default") == "default"
     assert engine.set("s", "null", 1).created is False
     assert engine.set("s", "missing", 1).created is True
+
+
+@pytest.fixture(scope="module")
+def redis_process() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(redis_process: Server) -> Server:
+    """An empty server."""
+    redis_process.fresh()
+    return redis_process
+
+
+@pytest.fixture
+def open_redis(nothing_left: None, redis_server: Server) -> Iterator[Open]:
+    """Open engines on the server: `open_redis(key_prefix="x:")`; closed at the end."""
+    opened: list[Engine] = []
+
+    def open_(**options: Any) -> Engine:
+        adapter = {"name": "redis", "config": {"redis_url": redis_server.url, **options}}
+        plain = {"workers": [{"name": "iii-state", "config": {"adapter": adapter}}]}
+        opened.append(Engine(from_mapping(plain), handle_sigterm=False))
+        return opened[-1]
+
+    yield open_
+    for engine in opened:
+        engine.close()
+
+
+def test_semantics_8_33_ops_do_in_redis_what_they_do_everywhere(open_redis: Open) -> None:
+    """Numbers keep their kind and size, empty lists stay lists, nested levels and NUL stay: cjson loses all of them."""
+    engine = open_redis()
+    kept: list[Any] = [2**64 - 1, -(2**63), 2**53 + 1, 1.0, -0.0, [], {"a": []}, {"a": {}}, "\x00", None]
+    for value in kept:
+        engine.set("s", "k", {"kept": value, "n": 2**53})
+        result = engine.update("s", "k", [{"type": "increment", "path": "n", "by": 1}])
+        assert same(result.new_value, {"kept": value, "n": 2**53 + 1})
+
+    wrong = []
+    for vector in load("vectors.json"):
+        if "old" in vector:
+            engine.set("vectors", vector["name"], vector["old"])
+        result = engine.update("vectors", vector["name"], vector["ops"])
+        if not same(result.new_value, vector["new"]):
+            wrong.append(vector["name"])
+    assert wrong == []
+
+
+def test_semantics_8_34_lists_have_an_order_and_what_is_none_of_ours_breaks_neither_list_nor_groups(
+    open_redis: Open, redis_server: Server
+) -> None:
+    engine, there = open_redis(), redis_server.client()
+    keys = [f"k{number * 7919 % 1000:03}" for number in range(1000)]  # more than Redis keeps in the order of coming
+    there.hset("state:s", mapping={key: f'"{key}"' for key in keys})
+    there.hset("state:s", "broken", "{")
+    there.set("state:text", "no scope")
+    there.hset("elsewhere", "k", "1")
+
+    assert engine.list("s") == sorted(keys)
+    assert "'broken'" in str(engine.health().problems)
+    assert engine.list_groups() == ["s"]
+    engine.set("s", "broken", "mended")
+    assert engine.health().ok
+
+
+def test_semantics_8_35_callers_who_wait_for_redis_wait_together(open_redis: Open, redis_server: Server) -> None:
+    """Those who come while the server hangs are all answered by a few round trips, not one each."""
+    engine = open_redis()
+    engine.set("s", "n", 0)
+    redis_server.ask("CONFIG", "RESETSTAT")
+    redis_server.pause()
+    try:
+        waiting = [engine.ask(from_payload("state::update", {"scope": "s", "key": "n", "ops": [ADD]}), block=False)]
+        waiting += [
+            engine.ask(
+                from_payload("state::update", {"scope": f"s{number % 10}", "key": "n", "ops": [ADD]}), block=False
+            )
+            for number in range(500)
+        ]
+    finally:
+        redis_server.resume()
+    for reply in waiting:
+        reply.get(timeout=PATIENCE_S)
+
+    assert [engine.get(f"s{number}", "n") for number in range(10)] == [50] * 10
+    stats = redis_server.ask("INFO", "commandstats")
+    sent = sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval"))
+    assert 10 <= sent <= 60, f"{sent} commands for 501 updates of 11 keys"
+
+
+def test_semantics_8_36_a_change_made_through_one_engine_fires_in_the_others_too(open_redis: Open) -> None:
+    writer, other = open_redis(events="shared"), open_redis(events="shared")
+    seen = {engine: Seen() for engine in (writer, other)}
+    for engine, handler in seen.items():
+        engine.on_change(scope="s")(handler)
+    writer.set("s", "k", 1)
+    other.update("s", "k", [ADD])
+
+    for handler in seen.values():
+        events = handler.wait_for(2)
+        assert [(event.event_type, event.old_value, event.new_value) for event in events] == [
+            ("state:created", None, 1),
+            ("state:updated", 1, 2),
+        ]
+
+
+def test_semantics_8_36_of_engines_that_share_the_work_exactly_one_fires(open_redis: Open) -> None:
+    engines = [open_redis(events="shared", delivery="one") for _ in range(2)]
+    seen = Seen()
+    for engine in engines:
+        engine.on_change(scope="s")(seen)
+    for number in range(50):
+        engines[number % 2].set("s", "k", number)
+
+    assert sorted(event.new_value for event in seen.wait_for(50)) == list(range(50))
+    for engine in engines:
+        engine.drain(PATIENCE_S)
+    assert len(seen.events) == 50
 
 
 def test_semantics_8_39_an_unset_variable_names_file_line_and_variable_and_a_value_injects_nothing(

@@ -1,0 +1,137 @@
+"""Many calls go to Redis as one command: they take effect in the order in which they came all the same."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from conformance import same
+from on_redis import OpenRedis, bytes_client, open_redis
+from opening import INCREMENT
+from servers import Server, wait_until
+
+from scopestate import Engine, SetResult, UpdateResult, messages
+from scopestate.actors import redis_flights
+
+__all__ = ["open_redis"]
+
+MISSING = object()
+
+
+def replay(model: Engine, scope: str, function_id: str, payload: dict[str, Any], keys: list[str]) -> Any:
+    """What the call gives in memory, where each is made by itself; a list by key."""
+    if function_id == "state::list":
+        values = [model.get(scope, key, MISSING) for key in sorted(keys)]
+        return [value for value in values if value is not MISSING]
+    return model.call(function_id, payload)
+
+
+def plain(answer: Any) -> Any:
+    """The answer to a message as `call` gives it, without what an op was refused for."""
+    if isinstance(answer, SetResult | UpdateResult):
+        return {"old_value": answer.old_value, "new_value": answer.new_value}
+    if isinstance(answer, dict) and "new_value" in answer:
+        return {"old_value": answer["old_value"], "new_value": answer["new_value"]}
+    return answer
+
+
+@pytest.mark.parametrize("keys", [["k"], ["k", "l", "m", ""]], ids=["one key", "mixed keys"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_hundreds_of_messages_at_once_take_effect_in_their_order(
+    keys: list[str], seed: int, redis_server: Server, open_redis: OpenRedis
+) -> None:
+    draw = random.Random(seed)
+    engine, model = open_redis(redis_server.url), Engine()
+    replies, expected = [], []
+    with model:
+        for number in range(800):
+            key = draw.choice(keys)
+            payload: dict[str, Any] = {"scope": "s", "key": key}
+            match draw.choices(("set", "update", "delete", "get", "list"), weights=(25, 40, 10, 20, 5))[0]:
+                case "set":
+                    function_id, payload = "state::set", {**payload, "value": draw.choice([number, "t", [number]])}
+                case "update":
+                    op = draw.choice([{"type": "append", "path": "", "value": "x"}, INCREMENT[0]])
+                    function_id, payload = "state::update", {**payload, "ops": [op]}
+                case "delete":
+                    function_id = "state::delete"
+                case "get":
+                    function_id = "state::get"
+                case _:
+                    function_id, payload = "state::list", {"scope": "s"}
+            message = messages.from_payload(function_id, payload)
+            wanted = plain(replay(model, "s", function_id, payload, keys))
+            if draw.random() < 0.3:
+                engine.tell(message)
+            else:
+                replies.append(engine.ask(message, block=False))
+                expected.append((number, function_id, wanted))
+    answers = [reply.get(timeout=20) for reply in replies]
+
+    wrong = [
+        (what, plain(answer))
+        for what, answer in zip(expected, answers, strict=True)
+        if not same(plain(answer), what[2])
+    ]
+    assert wrong == []
+
+
+def test_appends_sent_at_once_beside_reads_show_every_state_on_the_way(
+    redis_server: Server, open_redis: OpenRedis
+) -> None:
+    engine = open_redis(redis_server.url)
+    reads, lists = [], []
+    for number in range(500):
+        payload = {"scope": "s", "key": "k", "ops": [{"type": "append", "path": "", "value": number}]}
+        engine.tell(messages.from_payload("state::update", payload))
+        reads.append(engine.ask(messages.Get("s", "k"), block=False))
+        if number % 50 == 0:
+            lists.append((number, engine.ask(messages.List("s"), block=False)))
+
+    for number, read in enumerate(reads):
+        assert read.get(timeout=20) == list(range(number + 1))
+    for number, listed in lists:
+        assert listed.get(timeout=20) == [list(range(number + 1))]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["behind a paused update", "in one command with it"])
+def test_what_comes_behind_an_update_that_must_be_tried_again_stays_behind_it(
+    together: bool, redis_server: Server, open_redis: OpenRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_flights, "_PAUSE_S", (0.3, 0.3))
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    engine, there = open_redis(redis_server.url), bytes_client(redis_server)
+    engine.set("s", "k", [])
+    there.hset("state:s", "k", b"[0]")
+
+    def append(value: int) -> messages.Message:
+        op = {"type": "append", "path": "", "value": value}
+        return messages.from_payload("state::update", {"scope": "s", "key": "k", "ops": [op]})
+
+    adapter: Any = engine._parts.adapter
+    sent = [append(1), messages.Get("s", "k"), append(2), messages.List("s"), messages.Set("s", "a", 1)]
+    sent += [messages.List("s"), append(3), messages.Get("s", "k"), messages.Get("s", "a")]
+    if together:
+        redis_server.pause()
+        try:
+            engine.tell(messages.Get("s", "elsewhere"))
+            replies = [engine.ask(message, block=False) for message in sent]
+        finally:
+            redis_server.resume()
+    else:
+        replies = [engine.ask(sent[0], block=False)]
+        wait_until(lambda: adapter.counts()["update_conflicts"] == 1, "a conflict")
+        replies += [engine.ask(message, block=False) for message in sent[1:]]
+
+    assert [plain(reply.get(timeout=20)) for reply in replies] == [
+        {"old_value": [0], "new_value": [0, 1]},
+        [0, 1],
+        {"old_value": [0, 1], "new_value": [0, 1, 2]},
+        [[0, 1, 2]],
+        {"old_value": None, "new_value": 1},
+        [1, [0, 1, 2]],
+        {"old_value": [0, 1, 2], "new_value": [0, 1, 2, 3]},
+        [0, 1, 2, 3],
+        1,
+    ]

@@ -1,0 +1,359 @@
+"""Whatever a caller does during a call to Redis, the state stays whole and the next call gets its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+from opening import INCREMENT, at_rest, links_of, open_at, start_child
+from reliability.living import InThread, Seen, until
+from servers import Server, StartServer
+
+from scopestate import Engine, StateEvent
+from scopestate.errors import (
+    EngineClosed,
+    Overloaded,
+    ReplyTimeout,
+    ScopestateError,
+    StorageError,
+    ValueTooLarge,
+)
+
+LIMITS = {"call_timeout_ms": 10_000}
+
+
+# --------------------------------------------------------------------------------------------------- cancelled and late
+
+
+def test_cancelled_tasks_leave_the_others_their_own_answers(redis_server: Server) -> None:
+    async def work() -> None:
+        engine = open_at(redis_server.url, LIMITS)
+        draw = random.Random(3)
+
+        async def one(which: int) -> int:
+            done = 0
+            for _ in range(60):
+                number = draw.randrange(10**6)
+                await engine.aio.set("s", f"k{which}", number)
+                assert await engine.aio.get("s", f"k{which}") == number
+                await engine.aio.update("s", "counter", INCREMENT)
+                done += 1
+            return done
+
+        async def cut_short(which: int) -> int:
+            begun = 0
+            for _ in range(60):
+                task = asyncio.create_task(engine.aio.update("s", "counter", INCREMENT))
+                for _ in range(draw.randrange(4)):
+                    await asyncio.sleep(0)
+                begun += 1
+                task.cancel()
+                try:
+                    await task
+                except asyncio.CancelledError:
+                    continue
+            return begun
+
+        *whole, cut = await asyncio.gather(*(one(which) for which in range(5)), cut_short(9))
+        counter = await engine.aio.get("s", "counter")
+        assert sum(whole) == 300
+        assert 300 <= counter <= 300 + cut
+        await engine.aio.close()
+
+    asyncio.run(work())
+
+
+def test_a_call_that_its_caller_gives_up_is_taken_in_later_and_the_scope_goes_on(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url, {"call_timeout_ms": 100}, call_timeout_ms=20_000) as engine:
+        engine.set("s", "k", 0)
+        server.pause()
+        for _ in range(2):  # at the connection, and behind it
+            with pytest.raises(ReplyTimeout, match="may still be applied"):
+                engine.update("s", "k", INCREMENT)
+        server.resume()
+
+        at_rest(engine)
+        # The first one was sent; the second may have been.
+        found = engine.get("s", "k")
+        assert found in (1, 2)
+        assert engine.update("s", "k", INCREMENT).new_value == found + 1
+        assert engine.stats().store["connects"] == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- closing
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "down"])
+def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
+    start_server: StartServer, state: str
+) -> None:
+    server = start_server()
+    engine = open_at(server.url, call_timeout_ms=700, connect_timeout_ms=700, connect_wait_ms=700)
+    for scope in range(8):
+        engine.set(f"s{scope}", "k", 0)
+    outcomes: list[set[str]] = [set() for _ in range(16)]
+    begun = threading.Barrier(17)
+
+    def work(which: int) -> None:
+        begun.wait(10)
+        while True:
+            try:
+                if which % 2:
+                    engine.update(f"s{which % 8}", "k", INCREMENT)
+                else:
+                    engine.list(f"s{which % 8}")
+            except EngineClosed:
+                return
+            except StorageError as error:
+                cause: Any = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                outcomes[which].add(str(cause))
+
+    threads = [InThread(lambda which=which: work(which)) for which in range(16)]  # type: ignore[misc]
+    begun.wait(10)
+    if state == "stopped":
+        server.pause()
+    elif state == "down":
+        server.kill()
+    until(lambda: any(link.load() for link in links_of(engine)), "no call is under way")
+    began = time.monotonic()
+    engine.close()
+    took_s = time.monotonic() - began
+
+    for thread in threads:
+        thread.result()
+    assert took_s < 4 * 0.7, outcomes
+    with pytest.raises(EngineClosed):
+        engine.set("s", "k", 1)
+
+
+def test_closing_while_many_connections_are_being_made_takes_no_longer_than_one(start_server: StartServer) -> None:
+    server = start_server()
+    limits = {"close_grace_ms": 100}
+    engine = open_at(server.url, limits, call_timeout_ms=300, connect_timeout_ms=1000, connect_wait_ms=60_000)
+    engine.set("s", "k", 0)
+    server.pause()
+
+    def ask(scope: str) -> str:
+        try:
+            engine.list(scope)
+        except ScopestateError as error:
+            return type(error).__name__
+        return "answered"
+
+    threads = [InThread(lambda scope=f"s{number}": ask(scope)) for number in range(14)]  # type: ignore[misc]
+    links = links_of(engine)
+    until(lambda: sum(link.load() > 0 for link in links) >= 4, "not many connections are wanted")
+    began = time.monotonic()
+    engine.close()
+
+    assert time.monotonic() - began < 3
+    assert {thread.result() for thread in threads} <= {"StorageError", "EngineClosed"}
+
+
+def test_an_engine_may_be_closed_from_a_handler_of_its_own_event(valkey: Server) -> None:
+    engine = open_at(valkey.url)
+    closed = threading.Event()
+
+    @engine.on_change(scope="s")
+    def hear(event: StateEvent) -> None:
+        engine.close()
+        closed.set()
+
+    engine.set("s", "k", 1)
+    assert closed.wait(10)
+    until(lambda: engine.closed, "the engine does not close")
+
+
+# ------------------------------------------------------------------------------------------- processes and many engines
+
+
+def test_a_forked_child_is_refused_and_its_parent_goes_on(redis_server: Server) -> None:
+    child = start_child("fork", redis_server.url)
+    output, _ = child.communicate(timeout=50)
+    assert child.returncode == 0
+    *children, parent = [json.loads(line) for line in output.splitlines()]
+    assert [facts["answers"] for facts in children] == [[*["EngineForked"] * 3, str(number)] for number in range(6)]
+    assert parent["statuses"] == [0] * 6
+    assert parent["values"] == parent["counts"]
+    assert min(parent["counts"]) > 0
+    # Nothing that a child did, its end included, has cost the parent a connection.
+    assert parent["connects"] == 1
+
+
+def test_engines_that_nobody_closes_lose_nothing_and_do_not_keep_the_process(redis_server: Server) -> None:
+    child = start_child("dropper", redis_server.url, 10)
+    output, _ = child.communicate(timeout=50)
+    assert child.returncode == 0, output
+    assert redis_server.ask("HGET", "state:s", "k") == "10"
+
+
+def test_two_engines_of_one_process_share_what_they_write_and_nothing_else(valkey: Server) -> None:
+    with open_at(valkey.url) as first, open_at(valkey.url) as second:
+        seen = Seen()
+        second.register_function("watch", seen)
+        second.register_trigger(function_id="watch", scope="s")
+
+        def count(engine: Engine) -> None:
+            for _ in range(200):
+                engine.update("s", "k", INCREMENT)
+
+        threads = [InThread(lambda engine=engine: count(engine)) for engine in (first, second)]  # type: ignore[misc]
+        for thread in threads:
+            thread.result()
+
+        assert first.get("s", "k") == second.get("s", "k") == 400
+        events = seen.wait_for(200)  # its own
+        assert [event.sequence for event in events] == list(range(1, 201))
+        first.close()
+        assert second.set("s", "k", 1).old_value == 400
+
+
+# --------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_a_scope_that_leaves_memory_and_returns_gives_no_event_number_twice(valkey: Server) -> None:
+    with open_at(valkey.url, {"passivate_after_ms": 30}) as engine:
+        seen = Seen()
+        engine.register_function("watch", seen)
+        engine.register_trigger(function_id="watch")
+        for number in range(4):
+            engine.set("s", "k", number)
+            engine.update("s", "k", INCREMENT)
+            until(lambda: "s" not in engine._scopes, "the scope stays in memory")
+
+        events = seen.wait_for(8)
+        sequences = [event.sequence for event in events]
+        assert sequences == sorted(set(sequences))
+        assert [(event.old_value, event.new_value) for event in events[2:4]] == [(1, 1), (1, 2)]
+
+
+def test_callers_of_a_scope_that_keeps_leaving_lose_nothing(valkey: Server) -> None:
+    with open_at(valkey.url, {"passivate_after_ms": 1}) as engine:
+        over = threading.Event()
+
+        def count() -> int:
+            done = 0
+            while not over.is_set():
+                engine.update("s", "k", INCREMENT)
+                done += 1
+                over.wait(draw.randrange(30) / 1e4)
+            return done
+
+        draw = random.Random(1)
+        threads = [InThread(count) for _ in range(4)]
+        first = engine._scopes["s"]
+        until(lambda: engine._scopes.get("s", first) is not first, "the scope never leaves")
+        over.set()
+        assert engine.get("s", "k") == sum(thread.result() for thread in threads)
+
+
+def test_a_full_mailbox_refuses_and_nothing_that_was_refused_is_written(start_server: StartServer) -> None:
+    server = start_server()
+
+    async def work() -> None:
+        engine = open_at(server.url, {"scope_mailbox": 10}, call_timeout_ms=20_000)
+        await engine.aio.set("s", "k", 0)
+        server.pause()
+        tasks = [asyncio.create_task(engine.aio.update("s", "k", INCREMENT)) for _ in range(50)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        server.resume()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        refused = [result for result in results if isinstance(result, Overloaded)]
+        written = [result for result in results if not isinstance(result, BaseException)]
+        assert len(refused) + len(written) == 50
+        assert len(refused) >= 50 - 10 - 2
+        assert await engine.aio.get("s", "k") == len(written)
+        assert engine.stats().refused == len(refused)
+        await engine.aio.close()
+
+    asyncio.run(work())
+
+
+def test_a_value_over_the_limit_is_refused_before_anything_is_sent(valkey: Server) -> None:
+    with open_at(valkey.url, {"max_value_bytes": 100}) as engine:
+        engine.set("s", "k", "x" * 98)
+        with pytest.raises(ValueTooLarge, match="nothing was written"):
+            engine.set("s", "k", "x" * 99)
+        with pytest.raises(ValueTooLarge, match="nothing was written"):
+            engine.update("s", "k", [{"type": "set", "path": "", "value": "y" * 99}])
+        assert engine.get("s", "k") == "x" * 98
+
+
+def test_handlers_that_call_the_engine_are_heard_by_others_in_order(valkey: Server) -> None:
+    with open_at(valkey.url) as engine:
+        seen = Seen()
+
+        @engine.on_change(scope="s", key="in")
+        def double(event: StateEvent) -> None:
+            assert engine.get("s", "in") >= event.new_value
+            engine.set("s", "out", event.new_value * 2)
+            engine.update("counts", "heard", INCREMENT)
+            engine.list("s")
+
+        engine.register_function("watch", seen)
+        engine.register_trigger(function_id="watch", scope="s", key="out")
+        for number in range(50):
+            engine.set("s", "in", number)
+
+        assert [event.new_value for event in seen.wait_for(50)] == [number * 2 for number in range(50)]
+        engine.drain(10)
+        assert engine.get("counts", "heard") == 50
+        assert {event.depth for event in seen.events} == {1}
+
+
+def test_writers_wait_for_a_handler_that_is_full_and_their_writes_are_not_lost(valkey: Server) -> None:
+    with open_at(valkey.url, {"handler_mailbox": 2, "handler_when_full": "block"}) as engine:
+        gate, heard = threading.Event(), []
+
+        @engine.on_change(scope="s")
+        def hear(event: StateEvent) -> None:
+            gate.wait(20)
+            heard.append(event.new_value)
+
+        writing = InThread(lambda: [engine.set("s", "k", number) for number in range(30)])
+        until(lambda: engine.stats().blocked > 0, "nobody waits for the handler")
+        assert writing.thread.is_alive()
+        gate.set()
+        writing.result()
+        engine.drain(10)
+
+        assert heard == list(range(30))
+
+
+# ---------------------------------------------------------------------------------------------------------- many of all
+
+
+def test_sixty_four_threads_and_as_many_tasks_get_their_own_answers(redis_server: Server) -> None:
+    with open_at(redis_server.url, {"call_timeout_ms": 30_000}) as engine:
+        rounds = 12
+
+        def on_thread(which: int) -> None:
+            for number in range(rounds):
+                engine.set(f"s{which % 3}", f"t{which}", number)
+                assert engine.get(f"s{which % 3}", f"t{which}") == number
+                engine.update("s0", "counter", INCREMENT)
+
+        async def in_task(which: int) -> None:
+            for number in range(rounds):
+                await engine.aio.set(f"s{which % 3}", f"a{which}", number)
+                assert await engine.aio.get(f"s{which % 3}", f"a{which}") == number
+                await engine.aio.update("s0", "counter", INCREMENT)
+
+        async def tasks() -> None:
+            await asyncio.gather(*(in_task(which) for which in range(64)))
+
+        threads = [InThread(lambda which=which: on_thread(which)) for which in range(64)]  # type: ignore[misc]
+        asyncio.run(tasks())
+        for thread in threads:
+            thread.result()
+
+        assert engine.get("s0", "counter") == 128 * rounds
+        at_rest(engine)

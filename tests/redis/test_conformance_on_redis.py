@@ -1,0 +1,132 @@
+"""The conformance cases through an engine whose scopes are in Redis.
+
+No case asks for an order of keys other than that of their names, which is the order of lists here.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conformance import load, same
+from on_redis import Noted, OpenRedis, open_redis
+from servers import Server
+
+from scopestate import Engine, ScopestateError
+
+__all__ = ["open_redis"]
+
+VECTORS: list[dict[str, Any]] = load("vectors.json")
+SCENARIOS: list[dict[str, Any]] = load("scenarios.json")["scenarios"]
+TRIGGER_CASES: list[dict[str, Any]] = load("scenarios.json")["trigger_cases"]
+
+
+def complaints_about(engine: Engine, vector: dict[str, Any]) -> list[str]:
+    result = engine.call("state::update", {"scope": "vectors", "key": vector["name"], "ops": vector["ops"]})
+    errors = result.get("errors", [])
+    found = []
+    if not same(result["new_value"], vector["new"]) or not same(result["old_value"], vector.get("old")):
+        found.append(f"{vector['name']}: {result!r:.300}")
+    if ("errors" in result) != bool(vector["errors"]):
+        found.append(f"{vector['name']}: `errors` is left out exactly when there are none")
+    if [(e["op_index"], e["code"]) for e in errors] != [(e["op_index"], e["code"]) for e in vector["errors"]]:
+        found.append(f"{vector['name']}: {errors!r:.300}")
+    found += [
+        f"{vector['name']}: {error['message']!r} does not mention {fact!r}"
+        for error, wanted in zip(errors, vector["errors"], strict=False)
+        for fact in wanted["mentions"]
+        if str(fact) not in error["message"]
+    ]
+    return found
+
+
+@pytest.mark.parametrize("written", ["by this engine", "by another program"])
+def test_every_vector_holds_and_its_outcome_is_what_another_engine_reads(
+    redis_server: Server, open_redis: OpenRedis, written: str
+) -> None:
+    engine, other = open_redis(redis_server.url), open_redis(redis_server.url)
+    elsewhere = redis_server.client()
+
+    def run(vector: dict[str, Any]) -> list[str]:
+        if "old" in vector:
+            if written == "by this engine":
+                engine.set("vectors", vector["name"], vector["old"])
+            else:
+                elsewhere.hset("state:vectors", vector["name"], json.dumps(vector["old"], indent=1))
+        complaints = complaints_about(engine, vector)
+        if not same(other.get("vectors", vector["name"], "lost"), vector["new"]):
+            complaints.append(f"{vector['name']}: reads otherwise")
+        return complaints
+
+    with ThreadPoolExecutor(8) as pool:
+        complaints = [line for lines in pool.map(run, VECTORS) for line in lines]
+
+    assert len(VECTORS) > 500
+    assert complaints == []
+
+
+def check_step(engine: Engine, step: dict[str, Any]) -> None:
+    if "error_code" in step:
+        with pytest.raises(ScopestateError) as refusal:
+            engine.call(step["call"], step["input"])
+        assert refusal.value.code == step["error_code"]
+        assert step["call"] in str(refusal.value)
+        return
+    result = engine.call(step["call"], step["input"])
+    wanted = step["result"]
+    if isinstance(wanted, dict) and isinstance(wanted.get("errors"), list):
+        result = {**result, "errors": [{"op_index": e["op_index"], "code": e["code"]} for e in result["errors"]]}
+    assert same(result, wanted), f"{step} gave {result!r}"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario["name"])
+def test_every_scenario_holds_and_fires_its_events(
+    scenario: dict[str, Any], valkey: Server, open_redis: OpenRedis
+) -> None:
+    engine, seen = open_redis(valkey.url), Noted()
+    engine.on_change()(seen)
+
+    for step in scenario["steps"]:
+        check_step(engine, step)
+        engine.drain(timeout=20)
+        assert same(seen.take(), [] if step["event"] is None else [step["event"]]), step
+
+
+def test_every_scenario_holds_when_two_engines_take_turns(redis_server: Server, open_redis: OpenRedis) -> None:
+    """Each call is made by the engine that did not make the last one, and that knows nothing of it."""
+    engines = [open_redis(redis_server.url), open_redis(redis_server.url)]
+    for scenario in SCENARIOS:
+        redis_server.ask("FLUSHALL")
+        for number, step in enumerate(scenario["steps"]):
+            check_step(engines[number % 2], step)
+
+
+@pytest.mark.parametrize("case", TRIGGER_CASES, ids=lambda case: case["name"])
+def test_every_trigger_case_holds(case: dict[str, Any], valkey: Server, open_redis: OpenRedis) -> None:
+    engine, handled, asked = open_redis(valkey.url), Noted(), Noted()
+    condition = case.get("condition", {})
+
+    def decide(event: Any) -> Any:
+        asked(event)
+        if condition.get("fails"):
+            raise RuntimeError("the condition fails")
+        return condition.get("returns")
+
+    if not condition.get("unregistered"):
+        engine.register_function("c::f", decide)
+    engine.register_function("h", handled)
+    if not case["registers"]:
+        with pytest.raises(ScopestateError) as refusal:
+            engine.register_trigger(function_id="h", config=case["config"])
+        assert refusal.value.code == "registration_error"
+        return
+    engine.register_trigger(function_id="h", config=case["config"])
+
+    engine.set(case["event"]["scope"], case["event"]["key"], {"a": 1})
+    engine.drain(timeout=20)
+
+    assert len(handled.events) == (1 if case["handler_runs"] else 0)
+    if "condition" in case and not condition.get("unregistered"):
+        assert len(asked.events) == (0 if condition.get("must_not_be_called") else 1)

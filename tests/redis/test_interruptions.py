@@ -1,0 +1,199 @@
+"""Signal handlers that raise, or call the engine, in the middle of a call to Redis: the next call gets its own answer."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+from opening import INCREMENT, at_rest, links_of, open_at
+from reliability.interrupting import Interruption, interrupt_at
+from reliability.living import InThread, until
+from reliability.test_interruption import alarms, untraced  # noqa: F401 - a fixture
+from servers import Server, StartServer
+
+from scopestate import Engine
+from scopestate.errors import (
+    ScopestateError,
+    WouldDeadlock,
+)
+
+# As in reliability/test_interruption.py: an exception that comes within a weakref callback is dropped with a warning.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+LIMITS = {"call_timeout_ms": 10_000}
+
+
+# -------------------------------------------------------------------------------------------------------- interruptions
+
+INTERRUPTED: dict[str, Callable[[Engine, int], Any]] = {
+    "set": lambda engine, number: engine.set("s", "k", number),
+    "update": lambda engine, number: engine.update("s", "k", INCREMENT),
+    "update of what somebody else wrote": lambda engine, number: engine.update("s", "other", INCREMENT),
+    "update that looks first": lambda engine, number: engine.update("s", f"new-{number}", INCREMENT),
+    "delete": lambda engine, number: engine.delete("s", "k"),
+    "get": lambda engine, number: engine.get("s", "k"),
+    "list": lambda engine, number: engine.list("s"),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Interruption])
+@pytest.mark.parametrize("work", INTERRUPTED)
+def test_a_call_interrupted_at_any_opcode_leaves_the_next_ones_their_own_answers(
+    valkey: Server, work: str, error: type[BaseException]
+) -> None:
+    elsewhere = valkey.client()
+    with open_at(valkey.url, LIMITS) as engine:
+        engine.set("s", "k", 0)
+        step = 2  # the other places in the other variant
+        for place in itertools.count(1 + (error is Interruption), step):
+            elsewhere.hset("state:s", "other", str(place))
+            reached = interrupt_at(place, lambda: INTERRUPTED[work](engine, place), error)  # noqa: B023 - runs at once
+            at_rest(engine)
+            looked = f"new-{place}" if "looks" in work else "new"
+            asked = InThread(lambda: engine.update("s", looked, INCREMENT).new_value)  # noqa: B023
+            assert asked.result() in ((1, 2) if "looks" in work else range(1, 10**6)), f"at opcode {place}"
+            for key in ("k", "other"):
+                engine.set("s", key, {key: place})
+                assert engine.update("s", key, []).old_value == {key: place}, f"at opcode {place}"
+                assert engine.get("s", key) == {key: place}, f"at opcode {place}"
+            if not reached:
+                break
+        assert place > 50
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.timeout(method="thread")  # the other method needs the timer that is used here
+@pytest.mark.parametrize("others", [0, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Interruption])
+def test_signals_at_random_moments_lose_and_mix_up_nothing(
+    redis_server: Server, others: int, error: type[BaseException]
+) -> None:
+    interruptions = 150
+    with open_at(redis_server.url, LIMITS) as engine:
+        over = threading.Event()
+
+        def count() -> int:
+            done = 0
+            while not over.is_set():
+                engine.update("s", "counter", INCREMENT)
+                done += 1
+            return done
+
+        threads = [InThread(count) for _ in range(others)]
+        draw = random.Random(7)
+        mine = 0
+        with alarms(error, seed=others, longest_us=3000) as (set_alarm, came):
+            while (before := len(came)) < interruptions:
+                try:
+                    set_alarm()
+                    while len(came) == before:
+                        match draw.randrange(4):
+                            case 0:
+                                engine.update("s", "counter", INCREMENT)
+                                mine += 1
+                            case 1:
+                                number = draw.randrange(10**6)
+                                engine.set("s", f"k{number % 5}", number)
+                                assert engine.get("s", f"k{number % 5}") == number
+                            case 2:
+                                engine.update("s", f"new-{draw.randrange(10**6)}", INCREMENT)
+                            case _:
+                                assert type(engine.list("s")) is list
+                except error:
+                    continue
+        over.set()
+        acknowledged = mine + sum(thread.result() for thread in threads)
+        at_rest(engine)
+        counter = engine.get("s", "counter", 0)
+        assert acknowledged <= counter <= acknowledged + interruptions
+        assert acknowledged > 20
+
+
+@pytest.mark.timeout(method="thread")  # the other method needs the timer that is used here
+def test_a_signal_handler_may_call_the_engine(valkey: Server) -> None:
+    answers: list[Any] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for scope in ("s", "elsewhere"):
+            try:
+                answers.append(engine.update(scope, "handled", INCREMENT).new_value)
+            except WouldDeadlock as error:
+                answers.append(error)  # in the middle of a turn of that scope
+
+    before = signal.signal(signal.SIGALRM, handle)
+    over = threading.Event()
+    try:
+        with open_at(valkey.url, {"call_timeout_ms": 3000}) as engine:
+
+            def write() -> None:
+                while not over.is_set():
+                    engine.update("s", "theirs", INCREMENT)
+                    engine.update("elsewhere", "theirs", INCREMENT)
+
+            threads = [InThread(write) for _ in range(2)]
+            draw = random.Random(5)
+            number = 0
+            while len(answers) < 300:
+                seen = len(answers)
+                signal.setitimer(signal.ITIMER_REAL, draw.randrange(1, 600) / 1e6)
+                while len(answers) == seen:
+                    number += 1
+                    engine.set("s", "k", number)
+                    assert engine.get("s", "k") == number
+            over.set()
+            for thread in threads:
+                thread.result()
+            done = [answer for answer in answers if type(answer) is int]
+            assert {type(answer) for answer in answers} <= {int, WouldDeadlock}
+            assert len(done) > 50
+            assert engine.get("s", "handled", 0) + engine.get("elsewhere", "handled", 0) == len(done)
+    finally:
+        over.set()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_handler_that_needs_what_the_interrupted_call_holds_is_told_so_at_once(start_server: StartServer) -> None:
+    """Its thread is at the connection that another thread needs to leave the scope that the handler wants."""
+    server = start_server()
+    raised: list[BaseException] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        began = time.monotonic()
+        try:
+            engine.set("theirs", "k", 1)
+        except ScopestateError as error:
+            raised.append(error)
+        assert time.monotonic() - began < 2
+        server.resume()
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with open_at(server.url, {"call_timeout_ms": 30_000}, call_timeout_ms=20_000) as engine:
+            engine.set("theirs", "k", 0)
+            link = links_of(engine)[0]
+            server.pause()
+            others: list[InThread] = []
+
+            def another_comes() -> None:
+                until(lambda: bool(link._claim), "the call is not sent")
+                others.append(InThread(lambda: engine.set("theirs", "k", 2)))
+                until(lambda: bool(engine._scopes["theirs"]._claim), "the other call is not there")
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+            helper = InThread(another_comes)
+            engine.set("mine", "k", 1)
+            helper.result()
+            others[0].result()
+
+            assert [type(error) for error in raised] == [WouldDeadlock]
+            assert engine.get("theirs", "k") == 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
