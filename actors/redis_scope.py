@@ -91,6 +91,9 @@ class RedisScopeActor(ScopeElsewhere):
 
     def _run_queued(self, message: Any) -> Any:
         self._refuse_within_a_call()
+        if self._scheduled and get_ident() == threading.main_thread().ident:
+            # This may be a signal handler, which has interrupted `wake_anyway` before it had called anybody.
+            self.wake_anyway()
         return super()._run_queued(message)
 
     def on_receive(self, message: Any) -> Any:

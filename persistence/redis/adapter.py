@@ -58,6 +58,7 @@ class RedisAdapter:
         self.note_conflict = self._conflicts.__next__
         """Count an attempt that found the key changed by somebody else."""
         self._misfits: dict[tuple[str, str], str] = {}
+        self._closed = False
         try:
             self._servers = find_servers(options, deliver)
         except NotConnected as error:
@@ -128,7 +129,7 @@ class RedisAdapter:
         pattern = "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in prefix) + "*"
         found: set[bytes] = set()
         for server in self._servers.primaries():
-            with _Visit(server) as connection:
+            with self._visit(server) as connection:
                 cursor: Any = 0
                 while True:
                     cursor, keys = connection.call(
@@ -150,8 +151,9 @@ class RedisAdapter:
 
         Raises StorageError, naming the key, if a value is not JSON.
         """
-        with _Visit(self._server_of(scope)) as connection:
-            reply = connection.call("HGETALL", self.shape.key_of(scope))
+        hash_key = self._hash_key(scope)
+        with self._visit(self._servers.server_of(hash_key)) as connection:
+            reply = connection.call("HGETALL", hash_key)
         values: dict[str, bytes] = {}
         for field, raw in sorted(zip(reply[::2], reply[1::2], strict=True)):
             try:
@@ -168,11 +170,12 @@ class RedisAdapter:
         for change in batch:
             entries: list[Any] = []
             for key, value in change.values.items():
-                entries += ("d", key) if value is None else ("s", key, value)
+                checked = _text(key, "key")
+                entries += ("d", checked) if value is None else ("s", checked, value)
             if not entries:
                 continue
-            hash_key = self.shape.key_of(change.scope)
-            with _Visit(self._server_of(change.scope)) as connection:
+            hash_key = self._hash_key(change.scope)
+            with self._visit(self._servers.server_of(hash_key)) as connection:
                 parts = self.shape.write(hash_key, change.scope, entries)
                 try:
                     connection.call(*parts)
@@ -184,6 +187,7 @@ class RedisAdapter:
     def close(self) -> None:
         """Close every connection. Idempotent. In a forked child it does nothing."""
         if os.getpid() == self._pid:
+            self._closed = True
             if self.reader is not None:
                 self.reader.end()
             self._servers.close()
@@ -209,8 +213,13 @@ class RedisAdapter:
         """The numbers of the events have gone back: what was published before does not count."""
         self.published = number
 
-    def _server_of(self, scope: str) -> Server:
-        return self._servers.server_of(self.shape.key_of(scope))
+    def _hash_key(self, scope: str) -> bytes:
+        return self.shape.key_of(_text(scope, "scope"))
+
+    def _visit(self, server: Server) -> _Visit:
+        if self._closed:
+            raise StorageError(f"the connection to Redis at {server.address} is closed")
+        return _Visit(server)
 
 
 class _Visit:
@@ -237,3 +246,11 @@ class _Visit:
 def _value(counter: itertools.count[int]) -> int:
     """What an `itertools.count` will give next: it is advanced in C, in one step, from any thread."""
     return int(repr(counter)[len("count(") : -1])
+
+
+def _text(name: str, what: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise StorageError(f"{what} {name!r} is not Unicode text: {error}") from error
+    return name

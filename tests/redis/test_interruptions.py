@@ -1,4 +1,4 @@
-"""Signal handlers that raise, or call the engine, in the middle of a call to Redis: the next call gets its own answer."""
+"""Signal handlers that raise, or call the engine, during a call to Redis: the next call gets its own answer."""
 
 from __future__ import annotations
 
