@@ -71,6 +71,12 @@ class Parts:
         self._elsewhere = _scopes_elsewhere(self.adapter, self.directory, self.router, self.dispatcher)
         self.arrivals: Arrivals | None = getattr(self._elsewhere, "arrivals", None)
         """What brings events that other engines fire too; None if all are fired here."""
+        if self._elsewhere is not None and config.scopes:
+            log.warning(
+                "the rules under `scopes:` do nothing with the adapter %s: how long a write lasts is decided where the "
+                "state is",
+                config.adapter.name,
+            )
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self._rules = config.scopes
         self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from one_server import CERT, HOST, KEY, free_port
-from opening import open_at
+from opening import config_at, open_at
 from servers import BINARIES, VALKEY, Binary, Sentinel, Server, StartServer
 
+from scopestate import Engine
 from scopestate.config import RedisConfig
 from scopestate.errors import StorageError
 
@@ -37,6 +38,13 @@ def _works(url: str, **redis: Any) -> None:
         engine.set("s", "k", 1)
         assert engine.get("s", "k") == 1
         assert engine.list_groups() == ["s"]
+
+
+def test_rules_for_scopes_are_said_to_do_nothing(valkey: Server, caplog: pytest.LogCaptureFixture) -> None:
+    rules = {"scopes": [{"prefix": "tmp:", "durability": "memory"}]}
+
+    with Engine.from_config(config_at(valkey.url) | rules):
+        assert "the rules under `scopes:` do nothing with the adapter redis" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------------- addresses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections import Counter
@@ -165,6 +166,21 @@ def failure_of(work: Callable[[], Any]) -> StorageError:
     return caught.value
 
 
+def noted_when_sent(engine: Engine) -> threading.Event:
+    """Return what is set once a command has gone into one of the engine's sockets."""
+    sent = threading.Event()
+
+    def noting(send: Callable[[bytes], None], data: bytes) -> None:
+        send(data)
+        sent.set()
+
+    for link in links_of(engine):
+        connection: Any = link._connection
+        if connection is not None:
+            connection._send = functools.partial(noting, connection._send)
+    return sent
+
+
 @pytest.mark.parametrize("code", CALLS)
 def test_a_call_under_way_when_the_server_dies_says_if_it_may_have_been_applied(
     server_binary: Binary, start_server: StartServer, code: str
@@ -173,9 +189,10 @@ def test_a_call_under_way_when_the_server_dies_says_if_it_may_have_been_applied(
     with open_at(server.url, connect_wait_ms=50) as engine:
         engine.set("s", "k", 0)
         engine.list("s")
+        sent = noted_when_sent(engine)
         server.pause()
         call = InThread(lambda: CALLS[code](engine))
-        until(lambda: any(link.load() for link in links_of(engine)), "the call is not sent")
+        assert sent.wait(PATIENCE_S), "the call is not sent"
         server.kill()
 
         error = failure_of(call.result)
