@@ -116,6 +116,7 @@ def test_signals_at_random_moments_lose_and_mix_up_nothing(
         assert acknowledged > 20
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.timeout(method="thread")  # the other method needs the timer that is used here
 def test_a_signal_handler_may_call_the_engine(valkey: Server) -> None:
     answers: list[Any] = []
@@ -160,6 +161,7 @@ def test_a_signal_handler_may_call_the_engine(valkey: Server) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_handler_that_needs_what_the_interrupted_call_holds_is_told_so_at_once(start_server: StartServer) -> None:
     """Its thread is at the connection that another thread needs to leave the scope that the handler wants."""
     server = start_server()
