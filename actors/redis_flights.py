@@ -140,7 +140,7 @@ class RedisFlights:
                 continue
             if call.depth != depth and store.shares_events:
                 depth = call.depth
-                entries += ("p", depth)
+                entries += ("p", str(depth))
             if kind is Put:
                 if len(turn.data) > _LARGEST_BYTES:
                     call.fail(_too_large(key, turn.data))

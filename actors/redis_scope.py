@@ -18,7 +18,7 @@ from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import HOLDER, WAIT, certainly
-from scopestate.actors.turns import Caused, Close, Housekeeping, Ping, Put, event_depth
+from scopestate.actors.turns import Caused, Change, Close, Housekeeping, Ping, Put, Read, Take, event_depth
 from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
 from scopestate.persistence.redis.flight import Flight
 
@@ -26,6 +26,9 @@ log = logging.getLogger("scopestate.scope")
 
 _FLIGHT_BYTES: Final = 1 << 18
 """Values in one command, about, at most: it runs in Redis as one step, which holds up everybody else there."""
+
+
+_PLAIN: Final = frozenset({Put, Change, Take, Read})
 
 
 class _Parked:
@@ -290,7 +293,9 @@ class RedisScopeActor(ScopeElsewhere):
         whole = False
         taken = size = 0
         for item in mailbox:
-            kind = kind_of(item)
+            kind = type(item.message) if type(item) is Envelope else None
+            if kind not in _PLAIN:
+                kind = kind_of(item)
             if kind is Ping or kind in WHOLE:
                 # Behind everything that came before, on whatever key.
                 if lanes or (calls and not (whole and kind is not Ping)):

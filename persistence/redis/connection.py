@@ -37,6 +37,10 @@ class Broken(Exception):
     """The connection failed: no answer in time, reset, or talk that is not Redis's. It is closed by now."""
 
 
+pack_text: Final[Callable[[tuple[Any, ...]], bytes]] = hiredis.pack_command
+"""As `pack`, for parts that are known to hold no number: on the way of each call, where a look at every part shows."""
+
+
 def pack(parts: tuple[Any, ...]) -> bytes:
     """Return a command as the bytes to send. Parts are str, bytes or int."""
     if int in map(type, parts):

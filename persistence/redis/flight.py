@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from scopestate.errors import ScopestateError
-from scopestate.persistence.redis.connection import pack
+from scopestate.persistence.redis.connection import pack_text
 
 if TYPE_CHECKING:
     from scopestate.persistence.redis.link import Link
@@ -46,7 +46,8 @@ class Flight:
         self, parts: tuple[Any, ...], link: Link, landed: Callable[[Flight, list[Any]], object], calls: Any
     ) -> None:
         self.parts = parts
-        self.command = pack(parts)
+        """The command: text, no numbers, which `connection.pack` says why."""
+        self.command = pack_text(parts)
         self.link = link
         """The link that it goes by."""
         self.landed = landed
