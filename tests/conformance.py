@@ -7,8 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from scopestate import ScopestateError
+
+Call = Callable[[str, Any], Any]
+"""Calls a function by its id, with its input; returns its result."""
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CONFORMANCE = SHARED / "conformance"
@@ -31,3 +39,51 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return a == b and math.copysign(1, a) == math.copysign(1, b)
     return a == b
+
+
+VECTORS: list[dict[str, Any]] = load("vectors.json")
+SCENARIOS: list[dict[str, Any]] = load("scenarios.json")["scenarios"]
+TRIGGER_CASES: list[dict[str, Any]] = load("scenarios.json")["trigger_cases"]
+
+
+def complaints_about(vector: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """What is wrong with the result of a vector's ops."""
+    found = []
+    if not same(result["new_value"], vector["new"]):
+        found.append(f"{vector['name']}: {result['new_value']!r:.200} instead of {vector['new']!r:.200}")
+    if not same(result["old_value"], vector.get("old")):
+        found.append(f"{vector['name']}: old value {result['old_value']!r:.200} instead of {vector.get('old')!r:.200}")
+    if ("errors" in result) != bool(vector["errors"]):
+        found.append(f"{vector['name']}: `errors` is left out exactly when there are none")
+    errors = result.get("errors", [])
+    if [(e["op_index"], e["code"]) for e in errors] != [(e["op_index"], e["code"]) for e in vector["errors"]]:
+        found.append(f"{vector['name']}: {errors!r:.300} instead of {vector['errors']!r:.300}")
+    else:
+        found += [
+            f"{vector['name']}: {error['message']!r} does not mention {fact!r}"
+            for error, wanted in zip(errors, vector["errors"], strict=True)
+            for fact in wanted["mentions"]
+            if str(fact) not in error["message"]
+        ]
+    return found
+
+
+def matches(result: Any, wanted: Any) -> bool:
+    """Compare as the conformance cases ask: an engine may add fields to an error of an op."""
+    if isinstance(wanted, dict) and isinstance(wanted.get("errors"), list):
+        assert type(result["errors"]) is list
+        errors = [{"op_index": e["op_index"], "code": e["code"]} for e in result["errors"]]
+        result = {**result, "errors": errors}
+    return same(result, wanted)
+
+
+def run_step(call: Call, step: dict[str, Any]) -> None:
+    """Make one call, and check its result or its error."""
+    if "error_code" in step:
+        with pytest.raises(ScopestateError) as refusal:
+            call(step["call"], step["input"])
+        assert refusal.value.code == step["error_code"]
+        assert step["call"] in str(refusal.value)
+    else:
+        result = call(step["call"], step["input"])
+        assert matches(result, step["result"]), f"{step} gave {result!r}"

@@ -16,12 +16,30 @@ _BACKOFF_S: Final = (0.05, 1.0)
 """Shortest and longest pause between attempts to connect; a quarter of it is random, so that engines spread out."""
 
 
+class Backoff:
+    """How long to pause after one failure and the next."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        """Since the last success."""
+
+    def next_pause_s(self) -> float:
+        """Count a failure, and return the seconds to pause."""
+        pause_s = min(_BACKOFF_S[0] * 2.0**self.failures, _BACKOFF_S[1])
+        self.failures = min(self.failures + 1, 16)
+        return pause_s * random.uniform(0.75, 1.0)
+
+    def reset(self) -> None:
+        """It works again."""
+        self.failures = 0
+
+
 class Attempts:
     """The attempts of one link to reach its server. Used by whoever holds the link."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._failures = 0
+        self._backoff = Backoff()
         self.successes = 0
         """Connections made so far."""
         self.due = 0.0
@@ -32,17 +50,16 @@ class Attempts:
     def connect(self) -> Connection:
         """Try now. Raises NotConnected."""
         connection = self._target.dial()
-        if self._failures:
+        if self._backoff.failures:
             log.warning("connected to Redis at %s again", connection.address)
         self.successes += 1
-        self._failures, self.due, self.why_not = 0, 0.0, None
+        self._backoff.reset()
+        self.due, self.why_not = 0.0, None
         return connection
 
     def note_failure(self, error: NotConnected) -> None:
         """Put the next attempt off, longer each time."""
         self.why_not = str(error)
-        if not self._failures:
+        if not self._backoff.failures:
             log.warning("%s; calls wait for it and it is tried again", error)
-        pause = min(_BACKOFF_S[0] * 2**self._failures, _BACKOFF_S[1])
-        self._failures = min(self._failures + 1, 16)
-        self.due = time.monotonic() + pause * random.uniform(0.75, 1.0)
+        self.due = time.monotonic() + self._backoff.next_pause_s()

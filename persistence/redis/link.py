@@ -52,7 +52,6 @@ class Link:
         deliver: Callable[[list[Any]], None],
         redirect: Callable[[Flight, Refusal | None], Link] | None = None,
         fails_over: bool = False,
-        name: str = "scopestate-redis",
     ) -> None:
         """`deliver` takes the outcomes that passengers leave, many at once. `redirect` says by which link a command
         goes that the server refuses because of its key; or, without a refusal, while the server cannot be reached. It
@@ -65,7 +64,6 @@ class Link:
         self._desk = desk = Desk(deliver)
         self._redirect = redirect
         self._fails_over = fails_over
-        self._name = name
         self._claim: dict[str, int] = {}
         self._ready = desk.ready
         self._wanted = False
@@ -220,7 +218,7 @@ class Link:
     # ---------------------------------------------------------------------------------------------- the link's thread
 
     def _begin(self) -> None:
-        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        thread = threading.Thread(target=self._run, name="scopestate-redis", daemon=True)
         if self._thread.setdefault("thread", thread) is thread:
             thread.start()
 

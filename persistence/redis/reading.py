@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final, NamedTuple, Protocol
 
-from scopestate.errors import NotConnected, StorageError
+from scopestate.errors import DeserializationError, NotConnected, StorageError
+from scopestate.ops.values import parse
+from scopestate.persistence.redis.attempts import Backoff
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.refusals import explain
@@ -19,8 +21,6 @@ log = logging.getLogger("scopestate.persistence.redis")
 
 BLOCK_S: Final = 2.0
 """How long the server may keep a reader waiting; then it looks whether the stream is still the one it knows."""
-_BACKOFF_S: Final = (0.05, 1.0)
-"""Shortest and longest pause between attempts to connect, as a link's."""
 _SHOWN_S: Final = 600.0
 """How long a loss stays in `problem`."""
 
@@ -31,7 +31,7 @@ class Event(NamedTuple):
     scope: str
     key: str
     old: bytes | None
-    """The value as JSON text; None if there was none."""
+    """The value as JSON; None if there was none. Null if it was something else, which somebody else had written."""
     new: bytes | None
     number: int
     """1, 2, 3, ... over all scopes of a database and prefix."""
@@ -52,10 +52,18 @@ def event_of(fields: list[bytes]) -> Event:
         if name == b"v":
             new = fields[i + 1]
         elif name == b"o":
-            old = fields[i + 1]
+            old = _as_json(fields[i + 1])
         elif name == b"d":
             depth = int(fields[i + 1])
     return Event(fields[3].decode(), fields[5].decode(), old, new, int(fields[1]), depth)
+
+
+def _as_json(raw: bytes) -> bytes:
+    """Return a value, which may be another program's, as we would write it; null if it is not JSON (SEMANTICS 7)."""
+    try:
+        return parse(raw)
+    except DeserializationError:
+        return b"null"
 
 
 class Handler(Protocol):
@@ -85,7 +93,7 @@ class Outlet(Protocol):
         """Let `publish` wait no more, now and later."""
 
 
-class Reader:
+class Reader(ABC):
     """Reads the stream, on a connection of its own: `open`, `start`, `stop`, `end`, in this order.
 
     Two threads take turns: one reads, and if what it got concerns one idle handler, it lets the other one read on and
@@ -110,7 +118,7 @@ class Reader:
         self._started = False
         self._ended = threading.Event()
         self._stopped = threading.Event()
-        self._failures = 0
+        self._backoff = Backoff()
         self._why_not: str | None = None
         self._loss: tuple[float, str] | None = None
         self.missed = 0
@@ -206,7 +214,7 @@ class Reader:
                 connection = self._connected()
                 if connection is not None:
                     handler = self._take(connection)
-                    self._failures = 0
+                    self._backoff.reset()
                     if handler is not None:
                         return handler
             except Broken as error:
@@ -223,17 +231,17 @@ class Reader:
             connection.close()
         return None
 
+    @abstractmethod
     def _begin(self, connection: Connection) -> None:
         """Note where reading begins."""
-        raise AssertionError("a subclass has it")
 
+    @abstractmethod
     def _resume(self, connection: Connection) -> None:
         """Go on over a new connection, where the old one ended."""
-        raise AssertionError("a subclass has it")
 
+    @abstractmethod
     def _take(self, connection: Connection) -> Handler | None:
         """Wait for the next entries, at most BLOCK_S, and publish them; return a handler that is to be run here."""
-        raise AssertionError("a subclass has it")
 
     def _is_mended(self, refusal: Refusal) -> bool:
         """Do what a refusal calls for; False if that is to pause and connect anew."""
@@ -271,6 +279,4 @@ class Reader:
             connection.close()
 
     def _pause(self) -> None:
-        pause_s = min(_BACKOFF_S[0] * 2**self._failures, _BACKOFF_S[1])
-        self._failures = min(self._failures + 1, 16)
-        self._stopped.wait(pause_s * random.uniform(0.75, 1.0))
+        self._stopped.wait(self._backoff.next_pause_s())

@@ -36,7 +36,9 @@ def explain(refusal: Refusal, address: str, hash_key: bytes) -> StorageError:
     elif word in _MEANINGS:
         problem = _MEANINGS[word].format(address=address, key=key, text=text)
     else:
-        problem = f"Redis at {address} refused it: {text}; read {key} before retrying a write"
+        problem = f"Redis at {address} refused it: {text}"
+        if hash_key:
+            problem += f"; read {key} before retrying a write"
     error = StorageError(problem)
     error.__cause__ = refusal
     return error

@@ -6,31 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conformance import load, same
+from conformance import SCENARIOS, TRIGGER_CASES, VECTORS, complaints_about, run_step, same
 from second_engine import OpenBridge, RemoteProcess, Seen
 
 from scopestate import Engine, ScopestateError
 
-VECTORS: list[dict[str, Any]] = load("vectors.json")
-SCENARIOS: list[dict[str, Any]] = load("scenarios.json")["scenarios"]
-TRIGGER_CASES: list[dict[str, Any]] = load("scenarios.json")["trigger_cases"]
 
-
-def complaints_about(engine: Engine, vector: dict[str, Any]) -> list[str]:
+def run_vector(engine: Engine, vector: dict[str, Any]) -> list[str]:
     result = engine.call("state::update", {"scope": "vectors", "key": vector["name"], "ops": vector["ops"]})
-    errors = result.get("errors", [])
-    found = []
-    if not same(result["new_value"], vector["new"]) or not same(result["old_value"], vector.get("old")):
-        found.append(f"{vector['name']}: {result!r:.300}")
-    if [(e["op_index"], e["code"]) for e in errors] != [(e["op_index"], e["code"]) for e in vector["errors"]]:
-        found.append(f"{vector['name']}: {errors!r:.300}")
-    found += [
-        f"{vector['name']}: {error['message']!r} does not mention {fact!r}"
-        for error, wanted in zip(errors, vector["errors"], strict=False)
-        for fact in wanted["mentions"]
-        if str(fact) not in error["message"]
-    ]
-    return found
+    return complaints_about(vector, result)
 
 
 def test_every_vector_holds_through_a_bridge(remote: RemoteProcess, open_bridge: OpenBridge) -> None:
@@ -39,7 +23,7 @@ def test_every_vector_holds_through_a_bridge(remote: RemoteProcess, open_bridge:
     def run(vector: dict[str, Any]) -> list[str]:
         if "old" in vector:
             engine.set("vectors", vector["name"], vector["old"])
-        complaints = complaints_about(engine, vector)
+        complaints = run_vector(engine, vector)
         if not same(engine.get("vectors", vector["name"], "lost"), vector["new"]):
             complaints.append(f"{vector['name']}: reads otherwise")
         return complaints
@@ -50,19 +34,6 @@ def test_every_vector_holds_through_a_bridge(remote: RemoteProcess, open_bridge:
     assert complaints == []
 
 
-def check_step(engine: Engine, step: dict[str, Any]) -> None:
-    if "error_code" in step:
-        with pytest.raises(ScopestateError) as refusal:
-            engine.call(step["call"], step["input"])
-        assert refusal.value.code == step["error_code"]
-        return
-    result = engine.call(step["call"], step["input"])
-    wanted = step["result"]
-    if isinstance(wanted, dict) and isinstance(wanted.get("errors"), list):
-        result = {**result, "errors": [{"op_index": e["op_index"], "code": e["code"]} for e in result["errors"]]}
-    assert same(result, wanted), f"{step} gave {result!r}"
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario["name"])
 def test_every_scenario_holds_and_fires_from_the_answers(
     scenario: dict[str, Any], remote: RemoteProcess, open_bridge: OpenBridge
@@ -71,7 +42,7 @@ def test_every_scenario_holds_and_fires_from_the_answers(
     engine.on_change()(seen)
 
     for step in scenario["steps"]:
-        check_step(engine, step)
+        run_step(engine.call, step)
         engine.drain(timeout=20)
         assert same(seen.take(), [] if step["event"] is None else [step["event"]]), step
 
@@ -85,7 +56,7 @@ def test_every_scenario_holds_and_fires_from_the_remotes_events(
     expected: list[Any] = []
 
     for step in scenario["steps"]:
-        check_step(engine, step)
+        run_step(engine.call, step)
         expected += [] if step["event"] is None else [step["event"]]
     engine.delete("after all", "that")  # its event comes last, and it leaves nothing behind
 

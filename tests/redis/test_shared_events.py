@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from conformance import same
 from event_engines import COUNTER, STREAM, Engines, Seen, problems, set_patiently
 from servers import SentinelSetup, Server, StartServer, wait_until
 
@@ -111,6 +112,25 @@ def test_only_the_triggers_that_match_see_an_event(valkey: Server, engines: Engi
         writer.set(scope, key, 1)
     assert [(event.scope, event.key) for event in seen.wait_for_count(1)] == [("watched", "k")]
     assert seen.numbers == [3]
+
+
+@pytest.mark.parametrize("options", [{}, {"delivery": "one"}], ids=["each", "one"])
+def test_an_old_value_that_another_program_wrote_reads_as_it_does_elsewhere(
+    redis_server: Server, engines: Engines, options: dict[str, str]
+) -> None:
+    """What is not JSON reads as null (SEMANTICS, section 7), and other spellings as we would write them."""
+    writer = engines.open(redis_server, **options)
+    seen = Seen(writer)
+    for number, theirs in enumerate(["{nope", " -0 ", '{"a" : 1e2}', "nope"]):
+        redis_server.ask("HSET", "state:s", "k", theirs)
+        if number < 3:
+            writer.set("s", "k", number)
+    writer.delete("s", "k")
+
+    events = [event.to_json() for event in seen.wait_for_count(4)]
+
+    assert same([event["old_value"] for event in events], [None, -0.0, {"a": 100.0}, None])
+    assert [event["event_type"] for event in events] == ["state:updated"] * 3 + ["state:deleted"]
 
 
 def test_engines_of_another_prefix_hear_nothing(valkey: Server, engines: Engines) -> None:
