@@ -121,6 +121,7 @@ class Reader(ABC):
         self._backoff = Backoff()
         self._why_not: str | None = None
         self._loss: tuple[float, str] | None = None
+        self._noting = threading.Lock()
         self.missed = 0
         """Events that were lost to this engine, as far as their number is known."""
 
@@ -185,10 +186,12 @@ class Reader(ABC):
         return None
 
     def note_loss(self, count: int, what: str) -> None:
-        """Report that events did not arrive: `count` of them, 0 if nobody knows."""
-        self.missed += count
-        self._loss = (time.monotonic(), what)
+        """Report that events did not arrive: `count` of them, 0 if nobody knows. Any thread may call it."""
+        # Logged first: who sees the count finds its reason.
         log.error("%s", what)
+        with self._noting:
+            self._loss = (time.monotonic(), what)
+            self.missed += count
 
     # ------------------------------------------------------------------------------------------ the reader's thread
 
