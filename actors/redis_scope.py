@@ -20,13 +20,13 @@ from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import HOLDER, WAIT, certainly
 from scopestate.actors.turns import Caused, Change, Close, Housekeeping, Ping, Put, Read, Take, event_depth
 from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
+from scopestate.persistence.redis.desk import going_now
 from scopestate.persistence.redis.flight import Flight
 
 log = logging.getLogger("scopestate.scope")
 
 _FLIGHT_BYTES: Final = 1 << 18
 """Values in one command, about, at most: it runs in Redis as one step, which holds up everybody else there."""
-
 
 _PLAIN: Final = frozenset({Put, Change, Take, Read})
 
@@ -290,6 +290,7 @@ class RedisScopeActor(ScopeElsewhere):
     def _take_many(self, calls: list[Call], outcomes: list[Any]) -> None:
         """Take from the mailbox what goes together with `calls`."""
         lanes, mailbox = self._lanes, self._mailbox
+        most = min(len(calls) + going_now(len(mailbox)), self.batch)
         whole = False
         taken = size = 0
         for item in mailbox:
@@ -300,7 +301,7 @@ class RedisScopeActor(ScopeElsewhere):
                 # Behind everything that came before, on whatever key.
                 if lanes or (calls and not (whole and kind is not Ping)):
                     break
-            elif whole or len(calls) >= self.batch or size >= _FLIGHT_BYTES:
+            elif whole or len(calls) >= most or size >= _FLIGHT_BYTES:
                 break
             taken += 1
             call = self._call_of(item, outcomes)

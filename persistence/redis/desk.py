@@ -6,12 +6,23 @@ import logging
 import queue
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from scopestate.errors import ScopestateError
 from scopestate.persistence.redis.flight import Flight
 
 log = logging.getLogger("scopestate.persistence.redis")
+
+_MANY: Final = 48
+
+
+def going_now(waiting: int) -> int:
+    """Return how many of those who wait go next.
+
+    Of many one half: while the server does theirs, the others take their answers, and come again to go with the rest.
+    All together they would wait for the server, and it for them (docs/design/0030-redis.md).
+    """
+    return waiting // 2 if waiting >= _MANY else waiting
 
 
 class Passenger(Protocol):
@@ -84,7 +95,9 @@ class Desk:
             log.exception("a scope failed to take in that there is no connection to Redis")
 
     def hand_out(self) -> None:
-        """Deliver what the passengers left, each event loop being woken one time only."""
+        """Deliver what the passengers left, if anything, each event loop being woken one time only."""
+        if not self.outcomes:
+            return
         outcomes, self.outcomes = self.outcomes, []
         try:
             self._deliver(outcomes)

@@ -15,7 +15,7 @@ from typing import Any, Final
 from scopestate.errors import ConnectionLost, EngineClosed, NotConnected, ScopestateError
 from scopestate.persistence.redis.attempts import Attempts
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
-from scopestate.persistence.redis.desk import Desk, Passenger
+from scopestate.persistence.redis.desk import Desk, Passenger, going_now
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.script import with_source
 
@@ -26,6 +26,8 @@ _AGAIN_S: Final = 0.05
 """Pause before a command that the server could not take just now is sent again."""
 _ROUND_BYTES: Final = 1 << 20
 """What is put on the way in one piece before anybody looks for replies."""
+_FITS: Final = 1 << 14
+"""Bytes that a socket takes in without waiting. Answers do not wait for more than that to be sent."""
 
 _CLOSED: Final = "the engine is closed"
 
@@ -238,6 +240,7 @@ class Link:
             except Exception:
                 log.exception("the link to Redis at %s failed", self._target.address)
             finally:
+                self._desk.hand_out()
                 del self._claim[_HOLDER]
         self._refuse_all()
 
@@ -268,6 +271,7 @@ class Link:
                 return
             connection = self._connection
             if not under_way and (connection is None or self._leaving or not self._is_usable(connection)):
+                desk.hand_out()
                 connection = self._reconnected()
                 if connection is None:
                     return
@@ -275,21 +279,22 @@ class Link:
             try:
                 if boarding and not self._leaving:
                     self._send_round(connection)
+                # Only now: the server has work to do while callers take their answers.
+                desk.hand_out()
                 if under_way:
                     connection.receive()
                     self._take_replies(connection)
             except Broken as error:
                 self._lose(connection, error)
                 self._fail_under_way(error)
-            if desk.outcomes:
-                desk.hand_out()
 
     def _send_round(self, connection: Connection) -> None:
         boarding, under_way = self._boarding, self._under_way
         commands: list[bytes] = []
         size = 0
         now = time.monotonic()
-        while boarding and size < _ROUND_BYTES:
+        left = len(boarding) - going_now(len(boarding))
+        while len(boarding) > left and size < _ROUND_BYTES:
             passenger = boarding.popleft()
             flight = self._desk.board(passenger)
             if flight is None:
@@ -309,6 +314,8 @@ class Link:
             commands.append(flight.command)
             size += len(flight.command)
             under_way.append(flight)
+        if size > _FITS:
+            self._desk.hand_out()
         if commands:
             connection.send(commands[0] if len(commands) == 1 else b"".join(commands))
 

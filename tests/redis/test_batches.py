@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from conformance import same
 from on_redis import OpenRedis, bytes_client, open_redis
-from opening import INCREMENT
-from servers import Server, wait_until
+from opening import INCREMENT, open_at
+from servers import Server, StartServer, wait_until
 
 from scopestate import Engine, SetResult, UpdateResult, messages
 from scopestate.actors import redis_flights
+from scopestate.persistence.redis.connection import Connection
 
 __all__ = ["open_redis"]
 
@@ -75,6 +76,34 @@ def test_hundreds_of_messages_at_once_take_effect_in_their_order(
         if not same(plain(answer), what[2])
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("scopes", [1, 64], ids=["one scope", "a scope each"])
+def test_of_many_who_wait_one_half_goes_first_and_then_the_rest(
+    scopes: int, start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    send = Connection.send
+
+    def counting(self: Connection, data: bytes) -> None:
+        sent.append(data.count(b"\r\n$1\r\ns\r\n"))
+        send(self, data)
+
+    server = start_server()
+    with open_at(server.url) as engine:
+        for number in range(scopes):
+            engine.set(str(number), "k", "before")
+        server.pause()
+        monkeypatch.setattr(Connection, "send", counting)
+        replies = [engine.ask(messages.Set("0", "k", 0), block=False)]
+        wait_until(lambda: sent, "a command on its way")
+        replies += [
+            engine.ask(messages.Set(str(number % scopes), f"k{number}", number), block=False) for number in range(1, 64)
+        ]
+        server.resume()
+        for reply in replies:
+            reply.get(timeout=20)
+    assert sent == [1, 31, 32]
 
 
 def test_appends_sent_at_once_beside_reads_show_every_state_on_the_way(

@@ -260,19 +260,19 @@ def test_a_full_mailbox_refuses_and_nothing_that_was_refused_is_written(start_se
 
     async def work() -> None:
         engine = open_at(server.url, {"scope_mailbox": 10}, call_timeout_ms=20_000)
-        await engine.aio.set("s", "k", 0)
-        server.pause()
-        tasks = [asyncio.create_task(engine.aio.update("s", "k", INCREMENT)) for _ in range(50)]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        server.resume()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        refused = [result for result in results if isinstance(result, Overloaded)]
-        written = [result for result in results if not isinstance(result, BaseException)]
-        assert len(refused) + len(written) == 50
-        assert len(refused) >= 50 - 10 - 2
-        assert await engine.aio.get("s", "k") == len(written)
-        assert engine.stats().refused == len(refused)
-        await engine.aio.close()
+        async with engine.aio:
+            await engine.aio.set("s", "k", 0)
+            server.pause()
+            tasks = [asyncio.create_task(engine.aio.update("s", "k", INCREMENT)) for _ in range(50)]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            server.resume()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            refused = [result for result in results if isinstance(result, Overloaded)]
+            written = [result for result in results if not isinstance(result, BaseException)]
+            assert len(refused) + len(written) == 50
+            assert 1 <= len(written) <= 20  # at most ten on their way, and ten behind them
+            assert await engine.aio.get("s", "k") == len(written)
+            assert engine.stats().refused == len(refused)
 
     asyncio.run(work())
 

@@ -14,7 +14,7 @@ from opening import INCREMENT, links_of, open_at
 from reliability.living import InThread, until
 from servers import Binary, Server, StartServer
 
-from scopestate import Engine
+from scopestate import Engine, messages
 from scopestate.actors import redis_flights
 from scopestate.errors import ConnectionLost, NotConnected, StorageError
 
@@ -53,6 +53,25 @@ def test_a_call_to_a_server_that_does_not_answer_ends_in_time_and_the_engine_rec
         until(lambda: server.ask("HGET", "state:s", "k") == "1", "the write that was waiting")
         until(lambda: _set(engine, 3), "the engine does not recover")
         assert engine.get("s", "k") == 3
+
+
+def test_an_answer_does_not_wait_for_the_next_connection(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url, connect_timeout_ms=20_000) as engine:
+        engine.set("s", "k", 0)
+        engine.set("t", "k", 0)
+        server.pause()
+        (link, *_) = links_of(engine)
+        lost = engine.ask(messages.Set("s", "k", 1), block=False)
+        until(lambda: link._under_way, "a command on its way")
+        waiting = engine.ask(messages.Set("t", "k", 1), block=False)
+        assert link._connection is not None
+        link._connection.shut()
+        with pytest.raises(StorageError, match="a write may have been applied"):
+            lost.get(timeout=10)
+        assert not waiting.done
+        server.resume()
+        assert waiting.get(timeout=20).new_value == 1
 
 
 def _set(engine: Engine, value: int) -> bool:
