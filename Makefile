@@ -45,7 +45,7 @@ simulate: $(READY_DEV)
 # The tests that record figures, then docs/reliability.md from what they recorded.
 reliability: $(READY_DEV)
 	$(BIN)/python -m pytest --no-cov -q tests/reliability tests/simulation tests/linearizability tests/load tests/hostile \
-		tests/faults tests/persistence
+		tests/faults tests/persistence tests/redis
 	@$(BIN)/python -m tests.reliability.report
 
 clean:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from opening import INCREMENT, links_of, open_at, start_child
+from reliability.figures import record
 from reliability.living import PATIENCE_S, InThread, until
 from servers import Binary, Server, StartServer
 
@@ -67,8 +68,10 @@ def test_a_killed_process_loses_nothing_acknowledged_leaves_nothing_half_and_oth
         own = mine.result()
 
         assert engine.get("s", "mine") == own
+        counted = engine.get("s", "counter")
+        record("Redis: engines killed", kills=3, acknowledged=len(lines) + own, counted=counted)
         # Of each killed process two increments may have been on their way.
-        assert len(lines) + own <= engine.get("s", "counter") <= len(lines) + own + 3 * 2
+        assert len(lines) + own <= counted <= len(lines) + own + 3 * 2
 
 
 # ------------------------------------------------------------------------------------------------------- the server's
@@ -125,6 +128,12 @@ def test_a_killed_server_that_keeps_its_data_loses_nothing_acknowledged(
         writers.wait_for_more()
         writers.stop()
 
+        record(
+            f"Redis: servers killed: {server_binary.name}",
+            kills=3,
+            acknowledged=sum(map(len, writers.acknowledged)),
+            failed=len(writers.errors),
+        )
         assert [engine.get("s", f"k{which}") for which in range(8)] == [max(told) for told in writers.acknowledged]
         # Those under way when it died; all others waited until it was back.
         assert len(writers.errors) <= 3 * 8

@@ -12,6 +12,7 @@ from linearizability.checker import Call, NotLinearizable, check
 from linearizability.model import ScopeModel, State
 from on_redis import OpenRedis, open_redis
 from opening import INCREMENT
+from reliability.figures import record
 from servers import Server
 from writer_process import run_together
 
@@ -61,6 +62,7 @@ def test_every_history_of_four_processes_is_linearizable(
             one.client[0] != other.client[0] and other.began < (one.ended or 0)
             for one, other in itertools.pairwise(ours)
         )
+    record(f"Redis: processes race, scopes: {len(scopes)}", calls=len(recorded), overlapping=overlaps)
     assert overlaps > 0, "the processes have not met"
 
 
@@ -92,6 +94,7 @@ def test_four_processes_that_increment_one_key_count_to_the_sum(redis_server: Se
     assert redis_server.ask("HGET", "state:s", "n") == str(PROCESSES * calls)
     attempts = sum(outcome["update_attempts"] for outcome in outcomes)
     conflicts = sum(outcome["update_conflicts"] for outcome in outcomes)
+    record(f"Redis: processes race to increment, threads of each: {threads}", counted=len(results), in_vain=conflicts)
     assert attempts == PROCESSES * calls + conflicts
     assert 0 < conflicts <= attempts / 4
 

@@ -106,6 +106,39 @@ ROWS: Final = (
         ("linearizability",),
     ),
     Row(
+        "An engine is killed that shares a Redis with others",
+        "Each write that it acknowledged is there, of those under way all or nothing; the others go on. With "
+        "`delivery: one` the events that it held go to another engine.",
+        (
+            "redis/test_crashes.py::test_a_killed_process_loses_nothing_acknowledged_leaves_nothing_half_and_others_go_on",
+            "redis/test_one_delivery.py",
+        ),
+        ("Redis: engines killed",),
+    ),
+    Row(
+        "Redis is killed, stopped, full, read-only, busy or emptied; connections break",
+        "A call is done, or fails in time, and the error says whether it may have been applied: then it is not sent "
+        "again. The engine connects again by itself. What Redis had saved is there.",
+        ("redis/test_crashes.py", "redis/test_faults.py", "redis/test_callers.py"),
+        ("Redis: servers killed*",),
+    ),
+    Row(
+        "A Redis fails over, or slots of a cluster move",
+        "Engines follow. Writes that Redis had not replicated are gone; shared events report the gap.",
+        ("redis/test_sentinel.py", "redis/test_cluster.py", "redis/test_shared_events.py"),
+    ),
+    Row(
+        "A reader of shared events is away, or their stream is trimmed or flushed",
+        "Each event once for each engine, in order; what is missing is counted, logged and in `health()`.",
+        ("redis/test_shared_events.py", "redis/test_one_delivery.py"),
+    ),
+    Row(
+        "Processes race on the same keys in Redis",
+        "Every history is linearizable, and each increment counts once.",
+        ("redis/test_linearizable.py",),
+        ("Redis: processes race*",),
+    ),
+    Row(
         "Slow, hung and looping handlers; more load than fits",
         "Memory is bounded; what is dropped or refused is counted and reported.",
         ("load/test_limits.py", "load/test_sizes.py"),
@@ -127,6 +160,7 @@ LIMITS: Final = """\
   is on disk.
 - SIGKILL shows the order of commit, answer and event. That a commit survives a power cut rests on SQLite's
   `synchronous=FULL` and on the disk keeping its word.
+- With Redis, durability is the server's: `appendfsync`, and replication, which a fail-over does not wait for.
 - Python sets signal handlers on the main thread only. If no engine was opened there, SIGTERM ends the process at once
   (a warning is logged); and a main thread that is just about to wait without a time limit may take the signal only when
   something else wakes it.
