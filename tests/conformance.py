@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from scopestate import ScopestateError
+from scopestate import Engine, ScopestateError
 
 Call = Callable[[str, Any], Any]
 """Calls a function by its id, with its input; returns its result."""
@@ -87,3 +87,39 @@ def run_step(call: Call, step: dict[str, Any]) -> None:
     else:
         result = call(step["call"], step["input"])
         assert matches(result, step["result"]), f"{step} gave {result!r}"
+
+
+def run_trigger_case(
+    engine: Engine, case: dict[str, Any], made_of: Callable[[Callable[[Any], Any]], Callable[..., Any]] = lambda it: it
+) -> None:
+    """Register what a trigger case has, make its write, and check who was called. `made_of`: wraps the condition."""
+    handled: list[Any] = []
+    asked: list[Any] = []
+    condition = case.get("condition", {})
+
+    def decide(event: Any) -> Any:
+        asked.append(event)
+        if condition.get("fails"):
+            raise RuntimeError("the condition fails")
+        return condition.get("returns")
+
+    def handle(event: Any) -> None:
+        handled.append(event)
+
+    if not condition.get("unregistered"):
+        engine.register_function("c::f", made_of(decide))
+    engine.register_function("h", handle)
+    if not case["registers"]:
+        with pytest.raises(ScopestateError) as refusal:
+            engine.register_trigger(function_id="h", config=case["config"])
+        assert refusal.value.code == "registration_error"
+        assert engine.triggers() == []
+        return
+    engine.register_trigger(function_id="h", config=case["config"])
+
+    engine.set(case["event"]["scope"], case["event"]["key"], {"a": 1})
+    engine.drain(timeout=20)
+
+    assert len(handled) == (1 if case["handler_runs"] else 0)
+    if "condition" in case and not condition.get("unregistered"):
+        assert len(asked) == (0 if condition.get("must_not_be_called") else 1)

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conformance import SCENARIOS, TRIGGER_CASES, VECTORS, complaints_about, run_step, same
+from conformance import SCENARIOS, TRIGGER_CASES, VECTORS, complaints_about, run_step, run_trigger_case, same
 from second_engine import OpenBridge, RemoteProcess, Seen
 
-from scopestate import Engine, ScopestateError
+from scopestate import Engine
 
 
 def run_vector(engine: Engine, vector: dict[str, Any]) -> list[str]:
@@ -67,25 +67,4 @@ def test_every_scenario_holds_and_fires_from_the_remotes_events(
 
 @pytest.mark.parametrize("case", TRIGGER_CASES, ids=lambda case: case["name"])
 def test_every_trigger_case_holds(case: dict[str, Any], remote: RemoteProcess, open_bridge: OpenBridge) -> None:
-    engine, handled, asked = open_bridge(remote.url), Seen(), Seen()
-    condition = case.get("condition", {})
-
-    def decide(event: Any) -> Any:
-        asked(event)
-        if condition.get("fails"):
-            raise RuntimeError("the condition fails")
-        return condition.get("returns")
-
-    if not condition.get("unregistered"):
-        engine.register_function("c::f", decide)
-    engine.register_function("h", handled)
-    if not case["registers"]:
-        with pytest.raises(ScopestateError):
-            engine.register_trigger(function_id="h", config=case["config"])
-        return
-    engine.register_trigger(function_id="h", config=case["config"])
-
-    engine.set(case["event"]["scope"], case["event"]["key"], {"a": 1})
-    engine.drain(timeout=20)
-
-    assert len(handled.events) == (1 if case["handler_runs"] else 0)
+    run_trigger_case(open_bridge(remote.url), case)

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conformance import SCENARIOS, TRIGGER_CASES, VECTORS, Call, complaints_about, run_step, same
+from conformance import SCENARIOS, TRIGGER_CASES, VECTORS, Call, complaints_about, run_step, run_trigger_case, same
 from watching import Seen
 
-from scopestate import Engine, ScopestateError, messages
+from scopestate import Engine, messages
 
 OpenEngine = Callable[..., Engine]
 
@@ -157,43 +157,16 @@ def test_scenarios_hold_on_disk_from_asyncio(scenario: dict[str, Any], open_file
     play(engine, by_aio(engine), scenario)
 
 
-@pytest.fixture(params=["plain condition", "coroutine condition"])
-def make_condition(request: pytest.FixtureRequest) -> Callable[[dict[str, Any], Seen], Callable[..., Any]]:
-    def make(what_it_does: dict[str, Any], asked: Seen) -> Callable[..., Any]:
-        def plain(event: Any) -> Any:
-            asked(event)
-            if what_it_does.get("fails"):
-                raise RuntimeError("the condition fails")
-            return what_it_does.get("returns")
+def as_coroutine(condition: Callable[[Any], Any]) -> Callable[..., Any]:
+    async def coroutine(event: Any) -> Any:
+        return condition(event)
 
-        async def coroutine(event: Any) -> Any:
-            return plain(event)
-
-        return plain if request.param == "plain condition" else coroutine
-
-    return make
+    return coroutine
 
 
+@pytest.mark.parametrize("made_of", [lambda plain: plain, as_coroutine], ids=["plain condition", "coroutine condition"])
 @pytest.mark.parametrize("case", TRIGGER_CASES, ids=lambda case: case["name"])
 def test_every_trigger_case_holds(
-    case: dict[str, Any], engine: Engine, make_condition: Callable[[dict[str, Any], Seen], Callable[..., Any]]
+    case: dict[str, Any], engine: Engine, made_of: Callable[[Callable[[Any], Any]], Callable[..., Any]]
 ) -> None:
-    handled, asked = Seen(), Seen()
-    condition = case.get("condition", {})
-    if not condition.get("unregistered"):
-        engine.register_function("c::f", make_condition(condition, asked))
-    engine.register_function("h", handled)
-
-    if not case["registers"]:
-        with pytest.raises(ScopestateError) as refusal:
-            engine.register_trigger(function_id="h", config=case["config"])
-        assert refusal.value.code == "registration_error"
-        assert engine.triggers() == []
-        return
-    engine.register_trigger(function_id="h", config=case["config"])
-    engine.set(case["event"]["scope"], case["event"]["key"], {"a": 1})
-    engine.drain(timeout=20)
-
-    assert len(handled.events) == (1 if case["handler_runs"] else 0)
-    if "condition" in case and not condition.get("unregistered"):
-        assert len(asked.events) == (0 if condition.get("must_not_be_called") else 1)
+    run_trigger_case(engine, case, made_of)

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conformance import SCENARIOS, TRIGGER_CASES, VECTORS, complaints_about, run_step, same
+from conformance import SCENARIOS, TRIGGER_CASES, VECTORS, complaints_about, run_step, run_trigger_case, same
 from on_redis import Noted, OpenRedis, open_redis
 from servers import Server
 
-from scopestate import Engine, ScopestateError
+from scopestate import Engine
 
 __all__ = ["open_redis"]
 
@@ -73,28 +73,4 @@ def test_every_scenario_holds_when_two_engines_take_turns(redis_server: Server, 
 
 @pytest.mark.parametrize("case", TRIGGER_CASES, ids=lambda case: case["name"])
 def test_every_trigger_case_holds(case: dict[str, Any], valkey: Server, open_redis: OpenRedis) -> None:
-    engine, handled, asked = open_redis(valkey.url), Noted(), Noted()
-    condition = case.get("condition", {})
-
-    def decide(event: Any) -> Any:
-        asked(event)
-        if condition.get("fails"):
-            raise RuntimeError("the condition fails")
-        return condition.get("returns")
-
-    if not condition.get("unregistered"):
-        engine.register_function("c::f", decide)
-    engine.register_function("h", handled)
-    if not case["registers"]:
-        with pytest.raises(ScopestateError) as refusal:
-            engine.register_trigger(function_id="h", config=case["config"])
-        assert refusal.value.code == "registration_error"
-        return
-    engine.register_trigger(function_id="h", config=case["config"])
-
-    engine.set(case["event"]["scope"], case["event"]["key"], {"a": 1})
-    engine.drain(timeout=20)
-
-    assert len(handled.events) == (1 if case["handler_runs"] else 0)
-    if "condition" in case and not condition.get("unregistered"):
-        assert len(asked.events) == (0 if condition.get("must_not_be_called") else 1)
+    run_trigger_case(open_redis(valkey.url), case)
