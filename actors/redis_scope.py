@@ -20,7 +20,6 @@ from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import HOLDER, WAIT, certainly
 from scopestate.actors.turns import Caused, Change, Close, Housekeeping, Ping, Put, Read, Take, event_depth
 from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
-from scopestate.persistence.redis.desk import going_now
 from scopestate.persistence.redis.flight import Flight
 
 log = logging.getLogger("scopestate.scope")
@@ -290,7 +289,8 @@ class RedisScopeActor(ScopeElsewhere):
     def _take_many(self, calls: list[Call], outcomes: list[Any]) -> None:
         """Take from the mailbox what goes together with `calls`."""
         lanes, mailbox = self._lanes, self._mailbox
-        most = min(len(calls) + going_now(len(mailbox)), self.batch)
+        link = self._store.link(self._flights.hash_key)
+        most = min(len(calls) + link.going_now(len(mailbox)), self.batch)
         whole = False
         taken = size = 0
         for item in mailbox:

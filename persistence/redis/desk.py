@@ -6,23 +6,12 @@ import logging
 import queue
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from scopestate.errors import ScopestateError
 from scopestate.persistence.redis.flight import Flight
 
 log = logging.getLogger("scopestate.persistence.redis")
-
-_MANY: Final = 48
-
-
-def going_now(waiting: int) -> int:
-    """Return how many of those who wait go next.
-
-    Of many one half: while the server does theirs, the others take their answers, and come again to go with the rest.
-    All together they would wait for the server, and it for them (docs/design/0030-redis.md).
-    """
-    return waiting // 2 if waiting >= _MANY else waiting
 
 
 class Passenger(Protocol):

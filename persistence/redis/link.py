@@ -15,7 +15,7 @@ from typing import Any, Final
 from scopestate.errors import ConnectionLost, EngineClosed, NotConnected, ScopestateError
 from scopestate.persistence.redis.attempts import Attempts
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
-from scopestate.persistence.redis.desk import Desk, Passenger, going_now
+from scopestate.persistence.redis.desk import Desk, Passenger
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.script import with_source
 
@@ -28,6 +28,10 @@ _ROUND_BYTES: Final = 1 << 20
 """What is put on the way in one piece before anybody looks for replies."""
 _FITS: Final = 1 << 14
 """Bytes that a socket takes in without waiting. Answers do not wait for more than that to be sent."""
+_MANY: Final = 48
+"""Who are fewer go together in any case: two commands for one cost more than the wait."""
+_PACE_S: Final = 5e-6
+"""What a caller needs, about, from his answer to his next call."""
 
 _CLOSED: Final = "the engine is closed"
 
@@ -72,6 +76,9 @@ class Link:
         self._boarding: deque[Passenger] = deque()
         self._under_way: deque[Flight] = deque()
         self._later: list[Flight] = []
+        self._sent_at = 0.0
+        self._trip_s = float("inf")
+        """Shortest time from a sending to a reply on this connection, as far as is known."""
         self._connection: Connection | None = None
         self._leaving = False
         self._attempts = Attempts(target)
@@ -99,6 +106,17 @@ class Link:
     def load(self) -> int:
         """About how much it has to do: 0 if nothing."""
         return len(self._under_way) + len(self._boarding) + self._ready.qsize() + len(self._claim)
+
+    def going_now(self, waiting: int) -> int:
+        """Return how many of those who wait go next.
+
+        Of many one half: while the server does theirs, the others take their answers, and come again to go with the
+        rest. All together they would wait for the server, and it for them. Not if the way to the server is what takes
+        the time: then the other half would wait for it twice (docs/design/0030-redis.md).
+        """
+        if waiting < _MANY or self._trip_s > waiting * _PACE_S:
+            return waiting
+        return waiting // 2
 
     # ----------------------------------------------------------------------------------------------------- callers
 
@@ -276,6 +294,7 @@ class Link:
                 if connection is None:
                     return
             assert connection is not None
+            alone = not under_way
             try:
                 if boarding and not self._leaving:
                     self._send_round(connection)
@@ -283,6 +302,8 @@ class Link:
                 desk.hand_out()
                 if under_way:
                     connection.receive()
+                    if alone:
+                        self._trip_s = min(self._trip_s, time.monotonic() - self._sent_at)
                     self._take_replies(connection)
             except Broken as error:
                 self._lose(connection, error)
@@ -293,7 +314,7 @@ class Link:
         commands: list[bytes] = []
         size = 0
         now = time.monotonic()
-        left = len(boarding) - going_now(len(boarding))
+        left = len(boarding) - self.going_now(len(boarding))
         while len(boarding) > left and size < _ROUND_BYTES:
             passenger = boarding.popleft()
             flight = self._desk.board(passenger)
@@ -317,6 +338,7 @@ class Link:
         if size > _FITS:
             self._desk.hand_out()
         if commands:
+            self._sent_at = time.monotonic()
             connection.send(commands[0] if len(commands) == 1 else b"".join(commands))
 
     def _take_replies(self, connection: Connection) -> None:
@@ -392,6 +414,7 @@ class Link:
     def _reconnected(self) -> Connection | None:
         """Connect; if that fails, refuse those who have waited long enough and note when to try again."""
         self._leaving = False
+        self._trip_s = float("inf")
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
