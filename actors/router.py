@@ -301,10 +301,13 @@ class TriggerRouter(TurnActor):
     def _give_to_idle(self, handler: HandlerActor, event: StateEvent) -> bool:
         """Put the event into the handler's mailbox if neither it nor this router has anything else to do.
 
-        The way through a worker thread costs 30 us, as much as all the rest of a delivery.
+        The way through a worker thread costs 30 us, as much as all the rest of a delivery. Not for a handler whose
+        turns belong to the thread of an event loop.
         """
+        if handler._dispatcher is not self._dispatcher or event.depth > self._services.limits.max_event_depth:
+            return False
         claim, me = self._claim, get_ident()
-        if event.depth > self._services.limits.max_event_depth or claim.setdefault(HOLDER, me) != me:
+        if claim.setdefault(HOLDER, me) != me:
             return False
         try:
             if self._mailbox or handler._mailbox or handler._claim or handler._scheduled:
