@@ -210,6 +210,12 @@ class RedisFlights:
         else:
             self._finish(calls[0], reply)  # HGET
 
+    def end_pauses(self) -> None:
+        """The engine closes, and no timer will tell when a pause is over: whoever pauses goes on at once."""
+        for lane in self.lanes.values():
+            if lane.due != NEVER:
+                lane.due = 0.0
+
     def end_looks(self) -> None:
         """Those who look at keys were cut short, and nothing is on its way: who waits behind them looks for himself."""
         for lane in self.lanes.values():

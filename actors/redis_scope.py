@@ -71,7 +71,10 @@ class RedisScopeActor(ScopeElsewhere):
     def run(self, message: Any, otherwise: Any = WAIT) -> Any:
         if isinstance(message, Close):
             # It sets two flags. Behind a call that waits for Redis, close() would wait for Redis too.
-            return self._on_rare(message)
+            self._on_rare(message)
+            if self._lanes:
+                self.wake_anyway()  # the alarm ends with the engine
+            return None
         if isinstance(message, Housekeeping):
             return super().run(message, otherwise)
         if otherwise is not WAIT:
@@ -166,14 +169,20 @@ class RedisScopeActor(ScopeElsewhere):
     def _recover(self) -> None:
         """A caller's turn was cut short, maybe while its command was on the way."""
         self._store.recover()
-        if self._claim.get(HOLDER) == get_ident():
-            flight = self._own
-            if flight is not None and flight.leave():
-                # Still on its way, and the claim stays with it: the link's thread takes the reply in.
-                self._claim[HOLDER] = NOBODY
-                self._own = None
-                flight.link.put(flight)  # in case that was cut short
+        claim, me, flight = self._claim, get_ident(), self._own
+        if flight is not None and flight.maker == me:
+            # Before it is left: from then on the link's thread may take the reply in, and give the claim back.
+            if claim.get(HOLDER) == me:
+                claim[HOLDER] = NOBODY
+            if flight.leave():
+                if not flight.queued:
+                    flight.link.put(flight)  # in case that was cut short
+                # No call between these lines: somebody else may have the turn by now.
+                if self._own is flight:
+                    self._own = None
                 return
+            claim[HOLDER] = me
+        if claim.get(HOLDER) == me:
             self._own = None
             if flight is not None and not flight.told and (flight.reply is not None or flight.error is not None):
                 self._mailbox += (flight,)
@@ -379,6 +388,8 @@ class RedisScopeActor(ScopeElsewhere):
 
         Called there alone, so nobody is told to come while somebody else has the turn, who would not look at lanes.
         """
+        if self._shut:
+            self._flights.end_pauses()
         due = min(lane.due for lane in self._lanes.values())
         now = time.monotonic()
         if due <= now:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Final
 
 from scopestate.errors import ScopestateError
 from scopestate.persistence.redis.connection import pack_text
 
 if TYPE_CHECKING:
     from scopestate.persistence.redis.link import Link
+
+_BY: Final = "by"
+_MAKER: Final = "maker"
+_LINK: Final = "link"
 
 
 class Flight:
@@ -27,6 +32,12 @@ class Flight:
     """Why there is no reply: NotConnected (nothing was sent), ConnectionLost (it may have been done)."""
     away = False
     """True from its boarding on. A maker who was interrupted does not know if the link has it, and puts it again."""
+    over = False
+    """True once it has arrived. A link that has it a second time lets go of it."""
+    queued = False
+    """True once the link has it for certain."""
+    maker = 0
+    """The thread that waits for it, if one does."""
     told = False
     """True once its maker has taken the reply in."""
     deadline = 0.0
@@ -40,7 +51,7 @@ class Flight:
     skips = 0
     """Replies to that which are still to come."""
     _arrival: threading.Lock | None = None
-    _owner: list[None] | tuple[()] = ()
+    _ending: dict[str, str] | None = None
 
     def __init__(
         self, parts: tuple[Any, ...], link: Link, landed: Callable[[Flight, list[Any]], object], calls: Any
@@ -56,13 +67,15 @@ class Flight:
 
     def board(self, outcomes: list[Any]) -> Flight | None:
         """It is ready to be sent, once: see `link.Passenger`. The link must be given it again for another time."""
-        if self.away:
+        if self.away or self.over:
             return None
         self.away = True
         return self
 
     def refuse(self, error: ScopestateError, outcomes: list[Any]) -> None:
         """It is not sent, for this reason."""
+        if self.away or self.over:
+            return
         self.error = error
         self.arrive(outcomes)
 
@@ -71,7 +84,8 @@ class Flight:
         arrival = threading.Lock()
         arrival.acquire()
         self._arrival = arrival
-        self._owner = [None]
+        self._ending = {}
+        self.maker = get_ident()
 
     def wait(self, timeout_s: float | None) -> bool:
         """Wait until it has landed; False if that took too long."""
@@ -79,18 +93,14 @@ class Flight:
 
     def arrive(self, outcomes: list[Any]) -> None:
         """Reply or error is there: tell who waits. Called by the link, once; `outcomes` is what it delivers later."""
-        if self.leave():
-            self._arrival.release()  # type: ignore[union-attr]  # who owns it waits for it
+        self.over = True
+        ending = self._ending
+        if ending is not None and ending.setdefault(_BY, _LINK) == _LINK:  # one step, also for two threads
+            self._arrival.release()  # type: ignore[union-attr]  # who expects it waits for it
         else:
             self.landed(self, outcomes)
 
     def leave(self) -> bool:
-        """Who waited goes away. True: `landed` will be called. False: it has landed already, or nobody waited."""
-        owner = self._owner
-        if not owner:
-            return False
-        try:
-            owner.pop()  # one step, also for two threads
-        except IndexError:
-            return False
-        return True
+        """Who waits goes away; may be repeated. True: `landed` is called. False: it has landed, or nobody waited."""
+        ending = self._ending
+        return ending is not None and ending.setdefault(_BY, _MAKER) == _MAKER

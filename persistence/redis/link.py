@@ -128,9 +128,13 @@ class Link:
         """Have the passenger asked for its command soon, on the link's thread. Never blocks."""
         self._ready.put(passenger)
         if not self._begun:
-            # One C call, as in `actors.dispatcher.start_thread`: a signal cannot cut it in two.
-            _thread.start_new_thread(self._begin, ())
-            self._begun = True
+            try:
+                # One C call, as in `actors.dispatcher.start_thread`: a signal cannot cut it in two.
+                _thread.start_new_thread(self._begin, ())
+                self._begun = True
+            except RuntimeError as error:
+                text = f"no thread for the link to Redis at {self._target.address}: {error}; nothing was sent"
+                self._desk.refuse_late(NotConnected(text))  # the next one tries again
         if self._ended:
             self._desk.refuse_late(EngineClosed(_CLOSED))
 
@@ -161,6 +165,7 @@ class Link:
         flight.expect()
         flight.since = time.monotonic()
         goes_on_by.put(flight)
+        flight.queued = True
         return flight.wait(timeout_s)
 
     def leave(self) -> None:
@@ -176,6 +181,8 @@ class Link:
                 connection.close()
             self._claim.pop(_HOLDER, None)
             self._ready.put(None)
+        elif self._wanted:
+            self._ready.put(None)  # it may have let go of the link, and told nobody
 
     def is_held_here(self) -> bool:
         """True if this thread holds the link."""
@@ -191,10 +198,13 @@ class Link:
         """End the link; what still waits is refused. Idempotent."""
         self.end()
         connection = self._connection
-        thread = self._thread.get("thread")
-        if thread is not None:
+        while (thread := self._thread.get("thread")) is not None:
             self._ready.put(None)
-            thread.join()
+            try:
+                thread.join()
+                break
+            except RuntimeError:
+                time.sleep(0.001)  # it is about to be started, or to be given up
         self._refuse_all()
         if connection is not None:
             connection.close()
@@ -239,8 +249,17 @@ class Link:
 
     def _begin(self) -> None:
         thread = threading.Thread(target=self._run, name="scopestate-redis", daemon=True)
-        if self._thread.setdefault("thread", thread) is thread:
-            thread.start()
+        if self._thread.setdefault("thread", thread) is not thread:
+            return
+        while not self._ended:
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.error("no thread for the link to Redis at %s: %s", self._target.address, error)  # noqa: TRY400
+                time.sleep(_AGAIN_S)
+            else:
+                return
+        del self._thread["thread"]
 
     def _run(self) -> None:
         me = get_ident()
@@ -257,19 +276,28 @@ class Link:
                 self._drive()
             except Exception:
                 log.exception("the link to Redis at %s failed", self._target.address)
+                # What was on its way may have been sent or not: replies that come now would be taken for others.
+                if (connection := self._connection) is not None:
+                    self._lose(connection, Broken("an error in this engine"))
+                self._fail_under_way(Broken("an error in this engine"))
             finally:
                 self._desk.hand_out()
                 del self._claim[_HOLDER]
         self._refuse_all()
 
     def _wait_for_work(self, taken: bool) -> None:
-        """Wait until somebody comes, or something is due; while the link is taken, until it is free."""
+        """Wait until somebody comes, or something is due; while the link is taken, until it is free.
+
+        Due is what must be sent again, the next attempt to connect, and the refusal of who has waited too long.
+        """
         waits: list[float] = []
         if not taken:
             now = time.monotonic()
             waits = [flight.not_before - now for flight in self._later]
-            if self._boarding:
+            if self._boarding or self.why_not is not None:
                 waits.append(self._attempts.due - now)
+            if self._boarding:
+                waits.append(min(passenger.since for passenger in self._boarding) + self._connect_wait_s - now)
         try:
             passenger = self._ready.get(timeout=max(min(waits), 0.0) if waits else None)
         except queue.Empty:
@@ -285,7 +313,7 @@ class Link:
                 desk.collect(boarding)
             if self._later:
                 self._call_those_due()
-            if not boarding and not under_way:
+            if not boarding and not under_way and self.why_not is None:
                 return
             connection = self._connection
             if not under_way and (connection is None or self._leaving or not self._is_usable(connection)):
@@ -351,12 +379,11 @@ class Link:
             if flight.skips:
                 flight.skips -= 1
                 continue
+            goes_on_by = self._sends_again(flight, reply) if type(reply) is Refusal else None
             under_way.popleft()
-            if type(reply) is Refusal:
-                goes_on_by = self._sends_again(flight, reply)
-                if goes_on_by is not None:
-                    self._hand_on(flight, goes_on_by)
-                    continue
+            if goes_on_by is not None:
+                self._hand_on(flight, goes_on_by)
+                continue
             flight.reply = reply
             self._desk.tell(flight)
 

@@ -14,8 +14,10 @@ from opening import INCREMENT, at_rest, links_of, open_at, start_child
 from reliability.living import InThread, Seen, until
 from servers import Server, StartServer
 
-from scopestate import Engine, StateEvent
+from scopestate import Engine, StateEvent, messages
+from scopestate.actors import redis_flights
 from scopestate.errors import (
+    ConnectionLost,
     EngineClosed,
     Overloaded,
     ReplyTimeout,
@@ -23,6 +25,7 @@ from scopestate.errors import (
     StorageError,
     ValueTooLarge,
 )
+from scopestate.persistence.redis.flight import Flight
 
 LIMITS = {"call_timeout_ms": 10_000}
 
@@ -86,6 +89,34 @@ def test_a_call_that_its_caller_gives_up_is_taken_in_later_and_the_scope_goes_on
         assert engine.stats().store["connects"] == 1
 
 
+def test_a_reply_that_comes_while_its_caller_gives_up_leaves_the_scope_free(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    leave = Flight.leave
+
+    def slowly(self: Flight) -> bool:
+        monkeypatch.setattr(Flight, "leave", leave)
+        left = leave(self)
+        server.resume()
+        until(lambda: self.told, "the reply is not taken in")
+        return left
+
+    with open_at(server.url, {"call_timeout_ms": 100}, call_timeout_ms=20_000) as engine:
+        engine.set("t", "k", 0)
+        engine.ask(messages.Get("t", "k"), block=False).get(timeout=20)  # the link's thread is there
+        engine.set("s", "k", 0)
+        server.pause()
+        held = engine.ask(messages.Set("t", "k", 1), block=False)  # so that the next call has to queue
+        until(lambda: links_of(engine)[0].load() > 0, "nothing is on its way")
+        monkeypatch.setattr(Flight, "leave", slowly)
+        with pytest.raises(ReplyTimeout):
+            engine.set("s", "k", 1)
+        held.get(timeout=20)
+        at_rest(engine)
+        assert engine.set("s", "k", 2).old_value == 1
+
+
 # -------------------------------------------------------------------------------------------------------------- closing
 
 
@@ -132,6 +163,22 @@ def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
     assert took_s < 6 * 0.7, outcomes
     with pytest.raises(EngineClosed):
         engine.set("s", "k", 1)
+
+
+def test_close_does_not_leave_an_update_in_its_pause(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_flights, "_PAUSE_S", (3600.0, 3600.0))
+    monkeypatch.setattr(random, "uniform", lambda _, longest: longest)
+    engine = open_at(valkey.url, {"close_grace_ms": 50})
+    engine.update("s", "k", INCREMENT)
+    valkey.client().hset("state:s", "k", "10")
+    waiting = engine.ask(messages.Update("s", "k", INCREMENT), block=False)
+    until(lambda: engine.stats().store["update_conflicts"] > 0, "no conflict")
+    engine.close()
+    try:
+        assert waiting.get(timeout=20).new_value == 11
+    except (EngineClosed, StorageError) as error:
+        # The engine was closed while the update was on its way, or before.
+        assert isinstance(error, EngineClosed) or type(error.__cause__) is ConnectionLost  # noqa: PT017
 
 
 def test_closing_while_many_connections_are_being_made_takes_no_longer_than_one(start_server: StartServer) -> None:
