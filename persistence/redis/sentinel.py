@@ -31,6 +31,34 @@ Where = tuple[str, int]
 """Host and port."""
 
 
+class FailOvers:
+    """The newest fail-over of a service that a Sentinel has told of, for all who ask for its primary. From any thread.
+
+    A Sentinel may not have heard of it yet; it still names the server that was the primary before.
+    """
+
+    def __init__(self) -> None:
+        self._newest = 0
+        self._lock = threading.Lock()
+
+    def knows(self, number: int) -> bool:
+        """Take in the number of the last fail-over that a Sentinel knows of; False if others know of a later one."""
+        with self._lock:
+            if number < self._newest:
+                return False
+            self._newest = number
+        return True
+
+    def forget(self) -> None:
+        """Believe the next one: the Sentinels have been set up anew, and count from zero."""
+        with self._lock:
+            self._newest = 0
+
+
+class Behind(NotConnected):
+    """A Sentinel does not know of the last fail-over."""
+
+
 class Primary(Server):
     """The primary of a service: whichever server that is when it is dialled. From any thread.
 
@@ -38,14 +66,13 @@ class Primary(Server):
     and keeps a pool of connections that are needed once in a fail-over.
     """
 
-    def __init__(self, options: RedisOptions) -> None:
+    def __init__(self, options: RedisOptions, fail_overs: FailOvers) -> None:
         names = ", ".join(f"{host}:{port}" for host, port in options.sentinels)
         super().__init__(server(options).make, f"service {options.sentinel_service!r} of Sentinels {names}", options)
         self._service = options.sentinel_service
         self._sentinels = options.sentinels
         """As configured, but the one that was right last comes first."""
-        self._epoch = 0
-        """Number of the newest fail-over that a Sentinel has told of."""
+        self._fail_overs = fail_overs
         self._lock = threading.Lock()
         self._dialled: weakref.WeakSet[Connection] = weakref.WeakSet()
 
@@ -61,12 +88,14 @@ class Primary(Server):
         deadline = time.monotonic() + self._options.connect_timeout_s
         problems: list[str] = []
         tried: dict[Where, str] = {}
+        behind = current = 0
         asked = self._sentinels
         for at, sentinel in enumerate(asked):
             # Those that follow get their share of the time, and so does the server that this one names.
             share = 1 / (len(asked) - at + 1)
             try:
                 named = self.ask(sentinel, (deadline - time.monotonic()) * share)
+                current += 1
                 if named in tried:
                     raise NotConnected(tried[named])
                 try:
@@ -75,6 +104,7 @@ class Primary(Server):
                     tried[named] = str(error)
                     raise
             except NotConnected as error:
+                behind += isinstance(error, Behind)
                 problems.append(f"Sentinel {sentinel[0]}:{sentinel[1]}: {error}")
                 continue
             self._sentinels = (sentinel, *(other for other in asked if other != sentinel))
@@ -82,14 +112,14 @@ class Primary(Server):
             with self._lock:
                 self._dialled.add(connection)
             return connection
-        # They may all have been set up anew, and count from zero.
-        self._epoch = 0
+        if behind and not current:
+            self._fail_overs.forget()
         raise NotConnected(f"no primary of service {self._service!r} in Redis: {'; '.join(problems)}")
 
     def ask(self, sentinel: Where, patience_s: float) -> Where:
         """Return host and port of what a Sentinel calls the primary.
 
-        Raises NotConnected, also if others have known of a later fail-over.
+        Raises NotConnected, and Behind if others have known of a later fail-over.
         """
         options = msgspec.structs.replace(
             self._options,
@@ -109,17 +139,17 @@ class Primary(Server):
             connection.close()
         if found is None:
             raise NotConnected(f"it does not know the service {self._service!r}; see `sentinel_service`")
-        if epoch < self._epoch:
-            raise NotConnected("it does not know of the last fail-over yet")
-        self._epoch = epoch
+        if not self._fail_overs.knows(epoch):
+            raise Behind("it does not know of the last fail-over yet")
         return found[0].decode(), int(found[1])
 
-    def cut(self) -> None:
-        """Break every connection that was made here and is still open."""
+    def cut(self, but: str) -> None:
+        """Break every connection that was made here and is still open, but those to the server at `but`."""
         with self._lock:
             opened = list(self._dialled)
         for connection in opened:
-            connection.shut()
+            if connection.address != but:
+                connection.shut()
 
     def _connect(self, named: Where, patience_s: float) -> Connection:
         """Connect to the server that a Sentinel named, if that is a primary. Raises NotConnected."""
@@ -142,9 +172,10 @@ class Watched(Single):
     """
 
     def __init__(self, options: RedisOptions, deliver: Deliver) -> None:
-        self._primary = Primary(options)
+        self._fail_overs = FailOvers()
+        self._primary = Primary(options, self._fail_overs)
         super().__init__(self._primary, options, deliver, fails_over=True)
-        self._visited = Primary(options)
+        self._visited = Primary(options, self._fail_overs)
         """For whoever makes connections of his own, and may wait in them for something that comes no more."""
         self._sentinels = options.sentinels
         self._over = threading.Event()
@@ -170,20 +201,25 @@ class Watched(Single):
     def _watch(self) -> None:
         # Refused: to subscribe to +switch-master. A Sentinel may die, or hang, and what it says meanwhile is not said
         # again: one would have to ask too.
-        at, known = 0, self._primary.address
+        at, known, behind = 0, self._primary.address, 0
         while not self._over.wait(_LOOK_EVERY_S):
             at = (at + 1) % len(self._sentinels)
             try:
                 named = _text(self._primary.ask(self._sentinels[at], _LOOK_S))
             except NotConnected as error:
                 log.debug("Sentinel %s was of no use: %s", _text(self._sentinels[at]), error)
+                behind = behind + 1 if isinstance(error, Behind) else 0
+                if behind >= len(self._sentinels):  # whoever told of the last fail-over is one of them
+                    self._fail_overs.forget()
                 continue
+            behind = 0
             if named != known:
                 log.warning("the primary of Redis is %s now, no longer %s", named, known)
                 known = named
                 for link in self.links():
                     link.leave()
-                self._visited.cut()
+            # Each time: one may have been made meanwhile by the word of a Sentinel that did not know yet.
+            self._visited.cut(but=known)
 
 
 def _epoch_of(connection: Connection, service: str) -> int:

@@ -230,16 +230,40 @@ class Sentinel(ServerProcess):
 
     flags = ("--sentinel",)
 
-    def __init__(self, binary: Binary, name: str, primary: Server, *, quorum: int, down_after_ms: int) -> None:
-        options = [f"sentinel monitor {name} {HOST} {primary.port} {quorum}"]
-        options += [f"sentinel down-after-milliseconds {name} {down_after_ms}"]
+    def __init__(
+        self,
+        binary: Binary,
+        name: str,
+        primary: Server,
+        *,
+        quorum: int,
+        down_after_ms: int,
+        user: str | None = None,
+        epoch: int = 0,
+    ) -> None:
+        """`user`: as whom it logs in at the servers, with the password `pw`; `epoch`: number of the last fail-over."""
+        self._name = name
+        self._quorum = quorum
+        options = [f"sentinel down-after-milliseconds {name} {down_after_ms}"]
         options += [f"sentinel failover-timeout {name} {2 * down_after_ms + 2000}"]
         options += [f"sentinel auth-pass {name} {primary.password}"] if primary.password else []
+        options += [f"sentinel auth-user {name} {user}", f"sentinel auth-pass {name} pw"] if user else []
+        self._options = options
 
         def lines(port: int, folder: Path) -> list[str]:
-            return [f"bind {HOST}", f"port {port}", f"dir {folder}", *options]
+            return self._lines(port, folder, primary, epoch)
 
         super().__init__(binary, lines)
+
+    def watch(self, primary: Server) -> None:
+        """Set it up anew: from its next start on it watches another primary, and knows of no fail-over."""
+        text = "\n".join(self._lines(self.port, self.folder, primary, 0))
+        (self.folder / "server.conf").write_text(text + "\n", encoding="utf-8")
+
+    def _lines(self, port: int, folder: Path, primary: Server, epoch: int) -> list[str]:
+        monitor = f"sentinel monitor {self._name} {HOST} {primary.port} {self._quorum}"
+        where = [f"bind {HOST}", f"port {port}", f"dir {folder}", monitor, *self._options]
+        return [*where, f"sentinel config-epoch {self._name} {epoch}", f"sentinel current-epoch {epoch}"]
 
 
 class SentinelSetup:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from opening import INCREMENT, links_of, open_at
 from reliability.living import InThread, Seen, until
-from servers import VALKEY, Binary, Sentinel, SentinelSetup, Server, StartServer
+from servers import VALKEY, Binary, Sentinel, SentinelSetup, Server, StartServer, wait_until
 
 from scopestate import Engine
 from scopestate.errors import StorageError
+from scopestate.persistence.redis.dialling import server
+from scopestate.persistence.redis.options import RedisOptions
 
 URL = "redis://localhost"
 SCOPES = ("a", "b", "c", "d")
@@ -96,6 +98,16 @@ def _tell_what_happened(errors: list[str]) -> bool:
 def _until_it_writes_to(primary: Server) -> None:
     before = {scope: _value(primary, scope) for scope in SCOPES}
     until(lambda: all(_value(primary, scope) > before[scope] for scope in SCOPES), f"writes on {primary}")
+
+
+_LAME_AT_NEW = {"lame": ">pw ~* &* +@all"}
+_LAME_AT_OLD = {"lame": ">pw ~* &* +@all -replicaof -slaveof"}
+"""A user of a Sentinel that cannot make the old primary a replica: it stays a primary for good."""
+
+
+def _fail_over_to(new: Server, sentinel: Sentinel) -> None:
+    wait_until(lambda: sentinel.ask("SENTINEL FAILOVER", "svc"), lambda: sentinel.log)
+    wait_until(lambda: new.ask("ROLE")[0] == "master", lambda: sentinel.log)
 
 
 # --------------------------------------------------------------------------------------------------------- fail-over
@@ -183,6 +195,70 @@ def test_who_waits_for_events_of_others_is_told_of_a_fail_over_too(setup: Sentin
         # Sooner than the old primary is told that it is none.
         assert time.monotonic() - begun < 5.0
         assert setup.nodes[0].ask("ROLE")[0] == "master"
+
+
+def test_who_waits_for_events_does_not_go_back_by_the_word_of_a_sentinel_that_has_heard_nothing(
+    start_server: StartServer,
+) -> None:
+    # One that may not subscribe hears nothing from the others.
+    deaf_user = {"deaf": ">pw ~* &* +@all -subscribe -psubscribe -publish"}
+    old = start_server(users=_LAME_AT_OLD | deaf_user)
+    new = start_server(users=_LAME_AT_NEW | deaf_user, replica_of=old)
+    with (
+        Sentinel(VALKEY, "svc", old, quorum=1, down_after_ms=60_000, user="deaf") as deaf,
+        Sentinel(VALKEY, "svc", old, quorum=1, down_after_ms=60_000, user="lame") as leader,
+        _open_with([deaf, leader], "svc", events="shared") as there,
+        _open_with([deaf, leader], "svc", events="shared") as here,
+    ):
+        seen = Seen()
+        here.on_change(scope="s")(seen.__call__)
+        there.set("s", "k", 1)
+        seen.wait_for(1)
+
+        _fail_over_to(new, leader)
+        writing = Writing(there)
+        _until_it_writes_to(new)
+        writing.end()
+        there.set("s", "last", 1)
+        until(lambda: any(event.key == "last" for event in seen.wait_for(1)), "the event")
+
+        assert deaf.ask("SENTINEL GET-MASTER-ADDR-BY-NAME", "svc")[1] == old.port
+        assert old.ask("ROLE")[0] == "master"
+
+
+def test_a_connection_that_was_made_to_the_old_primary_too_late_is_cut_too(start_server: StartServer) -> None:
+    old = start_server(users=_LAME_AT_OLD)
+    new = start_server(users=_LAME_AT_NEW, replica_of=old)
+    with (
+        Sentinel(VALKEY, "svc", old, quorum=1, down_after_ms=60_000, user="lame") as leader,
+        _open_with([leader], "svc") as engine,
+    ):
+        adapter: Any = engine._parts.adapter
+        visited = adapter._servers.primaries()[0]
+        before = visited.dial()
+        _fail_over_to(new, leader)
+        until(before.is_stale, "a connection that is cut")
+
+        late = server(RedisOptions(), *old.address).dial()
+        visited._dialled.add(late)
+
+        until(late.is_stale, "a second one that is cut")
+        before.close()
+        late.close()
+
+
+def test_sentinels_that_were_set_up_anew_and_count_from_zero_are_believed(start_server: StartServer) -> None:
+    first, second = start_server(), start_server()
+    with (
+        Sentinel(VALKEY, "svc", first, quorum=1, down_after_ms=60_000, epoch=7) as sentinel,
+        _open_with([sentinel], "svc") as engine,
+    ):
+        engine.set("s", "k", 1)
+
+        sentinel.stop()
+        sentinel.watch(second)
+        sentinel.start()
+        until(lambda: engine.get("s", "k") is None, "the primary that they name now")
 
 
 def test_without_a_primary_calls_fail_in_time_and_say_who_was_asked(setup: SentinelSetup) -> None:
