@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from redis import connection as library
 from redis.connection import AbstractConnection
+from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as NoAnswer
 
 from scopestate.errors import NotConnected
 from scopestate.persistence.redis import connection
 from scopestate.persistence.redis.options import RedisOptions
+
+_LOGIN_REFUSED: Final = (
+    "the server refused the login; what it said is left out, since it shows the password: does it know AUTH?"
+)
+_OURS: Final = (NoConnection, NoAnswer)
+"""What the library says in its own words; they may name a host that is called like the password."""
+_PIECE: Final = 8
+"""Length of a part of a password that tells too much."""
 
 
 class Server:
@@ -37,10 +48,30 @@ class Server:
             dialled.connect()
             return self.wrapped(dialled)
         except (RedisError, OSError, ValueError) as error:
+            is_late = overdue.finished.is_set()
             dialled.disconnect()
-            raise NotConnected(f"no connection to Redis at {self.address}: {error}") from error
+            reason = error
         finally:
             overdue.cancel()
+        problem = f"no connection to Redis at {self.address}: "
+        if _reveals(reason, self._options.password):
+            # Not even chained to it: tracebacks show causes.
+            raise NotConnected(problem + _LOGIN_REFUSED)
+        raise NotConnected(problem + self._why_not(reason, is_late=is_late)) from reason
+
+    def _why_not(self, error: Exception, *, is_late: bool) -> str:
+        """Return in words why it did not work, with what may be behind it if the error does not say that itself."""
+        unusable = _unusable_file(self._options)
+        if unusable is not None:
+            return unusable
+        if is_late or isinstance(error, NoAnswer):
+            hint = "; does the server speak TLS? If not, write redis://" if self._options.tls else ""
+            return f"no answer within {self._options.connect_timeout_s:.2g} s{hint}"
+        text = str(error).removesuffix(".")
+        could_have_tls = self._options.unix_path is None and not self._options.tls
+        if could_have_tls and text.startswith(("Error while reading", "Connection closed by server")):
+            return f"{text}; does the server want TLS? Then write rediss://"
+        return text
 
     def wrapped(self, dialled: AbstractConnection) -> connection.Connection:
         """Return the connection that is made of a library's."""
@@ -95,6 +126,40 @@ def tls_options(options: RedisOptions) -> dict[str, Any]:
         "ssl_cert_reqs": "required" if options.tls_verify else "none",
         "ssl_check_hostname": options.tls_verify,
     }
+
+
+def _reveals(error: Exception, password: str | None) -> bool:
+    """Tell whether an error has the password in it, or a part: a server or proxy that does not know AUTH echoes it."""
+    if not password or type(error) in _OURS:
+        return False
+    text = str(error)
+    if "args beginning with" in text:
+        return True  # Redis and Valkey: cut after a hundred characters or so, and with some of them replaced
+    pieces = {form[i : i + _PIECE] for form in (password, repr(password)[1:-1]) for i in range(len(form))}
+    whole = min(_PIECE, len(password))
+    return any(piece in text for piece in pieces if len(piece) >= whole)
+
+
+def _unusable_file(options: RedisOptions) -> str | None:
+    """Return which of the files for TLS cannot be used, and why; the library names none."""
+    if not options.tls:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    files = [(name, getattr(options, name)) for name in ("tls_ca_file", "tls_cert_file", "tls_key_file")]
+    for name, path in files:
+        if path is not None:
+            try:
+                with open(path, "rb"):
+                    pass
+                if name == "tls_ca_file":
+                    context.load_verify_locations(path)
+                elif name == "tls_cert_file" and options.tls_key_file is None:
+                    context.load_cert_chain(path, password="")
+                elif name == "tls_key_file" and options.tls_cert_file is not None:
+                    context.load_cert_chain(options.tls_cert_file, path, password="")
+            except OSError as error:
+                return f"`{name}` {path} cannot be used: {error.strerror or error}"
+    return None
 
 
 def _cut(dialled: AbstractConnection) -> None:

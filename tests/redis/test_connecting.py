@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +32,7 @@ def _refusal(url: str, within_s: float, **redis: Any) -> str:
         for secret in ("sesame", "wrong-1"):
             assert secret not in str(error)
             assert secret not in repr(error)
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return str(refused.value)
 
 
@@ -106,16 +109,31 @@ def test_tls_with_a_certificate_of_ours(start_server: StartServer) -> None:
 
 
 def test_tls_where_the_server_speaks_none(redis_server: Server) -> None:
-    assert f"{HOST}:{redis_server.port}" in _refusal(
-        f"rediss://{HOST}:{redis_server.port}", 2.5, connect_timeout_ms=700
-    )
+    text = _refusal(f"rediss://{HOST}:{redis_server.port}", 2.5, connect_timeout_ms=700)
+
+    assert f"{HOST}:{redis_server.port}" in text
+    assert "does the server speak TLS? If not, write redis://" in text
+
+
+@pytest.mark.parametrize("what", ["is not there", "is none"])
+@pytest.mark.parametrize("name", ["tls_ca_file", "tls_cert_file", "tls_key_file"])
+def test_a_file_for_tls_that_cannot_be_used_is_named(valkey: Server, tmp_path: Path, name: str, what: str) -> None:
+    path = tmp_path / "some.pem"
+    if what == "is none":
+        path.write_text("no certificate", encoding="utf-8")
+    files = {name: str(path)} | ({"tls_cert_file": str(CERT)} if name == "tls_key_file" else {})
+
+    assert f"`{name}` {path} cannot be used: " in _refusal(f"rediss://{HOST}:{valkey.port}", 5.0, **files)
 
 
 def test_no_tls_where_the_server_speaks_nothing_else(start_server: StartServer) -> None:
     for binary in _with_tls():
         server = start_server(binary, tls=True)
 
-        assert f"{HOST}:{server.port}" in _refusal(f"redis://{HOST}:{server.port}", 2.5, connect_timeout_ms=700)
+        text = _refusal(f"redis://{HOST}:{server.port}", 2.5, connect_timeout_ms=700)
+
+        assert f"{HOST}:{server.port}" in text
+        assert "does the server want TLS? Then write rediss://" in text
 
 
 # ----------------------------------------------------------------------------------------------------- what goes wrong
@@ -144,6 +162,59 @@ def test_a_wrong_password_or_none(start_server: StartServer, server_binary: Bina
 
     assert f"redis://{HOST}:{server.port}" in text
     assert "password" in text.lower() or "authentication" in text.lower()
+
+
+@pytest.mark.parametrize("password", ["sesame-7", "sesame" * 50, "sesame\n'\"\u00fc"])
+def test_a_server_that_echoes_the_password_is_not_quoted(
+    start_server: StartServer, server_binary: Binary, password: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server(server_binary, extra=['rename-command AUTH ""'])
+
+    text = _refusal(server.url, 5.0, username="shop", password=password)
+
+    assert f"redis://{HOST}:{server.port}: the server refused the login" in text
+    assert "sesame" not in caplog.text
+
+
+def test_a_sentinel_that_echoes_its_password_is_not_quoted() -> None:
+    said = b"-ERR what is AUTH sesame-7?\r\n"
+    with socket.create_server((HOST, 0)) as listener, _Echoing(listener, said):
+        name = f"{HOST}:{listener.getsockname()[1]}"
+
+        text = _refusal("redis://localhost", 5.0, sentinels=[name], sentinel_password="sesame-7")
+
+    assert f"{name}: the server refused the login" in text
+
+
+def test_words_that_are_in_the_password_too_are_quoted_if_they_are_not_the_server_s() -> None:
+    text = _refusal(f"redis://{HOST}:{free_port()}", 5.0, password="refused")
+
+    assert "Connection refused" in text
+
+
+class _Echoing:
+    """Somebody who says the same thing to whoever connects."""
+
+    def __init__(self, listener: socket.socket, said: bytes) -> None:
+        self._listener = listener
+        self._said = said
+
+    def __enter__(self) -> None:
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection:
+                    connection.recv(1000)
+                    connection.sendall(self._said)
+                    connection.recv(1000)
 
 
 def test_a_user_who_is_not_there(start_server: StartServer) -> None:
