@@ -54,7 +54,8 @@ class Clustered:
         """Held by whoever asks the servers for the map, which may take long."""
         self._lock = threading.Lock()
         """Held by whoever changes the map here."""
-        self._version = 0
+        self._looks = 0
+        """How often the servers were asked for the map, with success or not."""
         self._started = self._closed = False
         self._take(rows, options.host)
         if not self._slots:
@@ -147,31 +148,37 @@ class Clustered:
     def refresh(self, but: Where | None = None) -> None:
         """Read the map again, from anybody but `but`. If nobody answers within `connect_timeout_s`, the old one stays.
 
-        Blocks. Who comes while somebody else reads it waits for that.
+        Blocks. Who comes while somebody else reads it waits for that, and is content with how it ends.
         """
-        version = self._version
+        looks = self._looks
         with self._reading:
-            if not self._started or self._closed or self._version != version:
+            if not self._started or self._closed or self._looks != looks:
                 return
-            deadline = time.monotonic() + self._options.connect_timeout_s
-            nodes = [where for where in self._nodes if where != but]
-            asked: list[tuple[RedisOptions, Where | tuple[()]]] = [(self._options, where) for where in nodes]
-            asked.append((self._seed, ()))
-            for at, (options, where) in enumerate(asked):
-                left_s = (deadline - time.monotonic()) / (len(asked) - at)
-                try:
-                    rows = slots_of(msgspec.structs.replace(options, connect_timeout_s=max(left_s, 0.05)), *where)
-                except NotConnected as error:
-                    log.info("the map of the cluster cannot be read: %s", error)
-                    continue
-                if rows:
-                    before = self._owners()
-                    with self._lock:
-                        self._take(rows, where[0] if where else options.host)
-                    if set(before) != set(self._owners()):
-                        names = ", ".join(lines.target.address for lines in self._owners())
-                        log.warning("the slots of the Redis cluster are served by %s now", names)
-                    return
+            try:
+                self._look(but)
+            finally:
+                self._looks += 1
+
+    def _look(self, but: Where | None) -> None:
+        deadline = time.monotonic() + self._options.connect_timeout_s
+        nodes = [where for where in self._nodes if where != but]
+        asked: list[tuple[RedisOptions, Where | tuple[()]]] = [(self._options, where) for where in nodes]
+        asked.append((self._seed, ()))
+        for at, (options, where) in enumerate(asked):
+            left_s = (deadline - time.monotonic()) / (len(asked) - at)
+            try:
+                rows = slots_of(msgspec.structs.replace(options, connect_timeout_s=max(left_s, 0.05)), *where)
+            except NotConnected as error:
+                log.info("the map of the cluster cannot be read: %s", error)
+                continue
+            if rows:
+                before = self._owners()
+                with self._lock:
+                    self._take(rows, where[0] if where else options.host)
+                if set(before) != set(self._owners()):
+                    names = ", ".join(lines.target.address for lines in self._owners())
+                    log.warning("the slots of the Redis cluster are served by %s now", names)
+                return
 
     def _take(self, rows: list[Any], host: str) -> None:
         """Take in what CLUSTER SLOTS answered; `host` is that of who answered."""
@@ -186,7 +193,6 @@ class Clustered:
             # A slot that nobody serves goes to anybody: the server says so better than we could.
             self._slots = [lines or anybody for lines in slots]
             self._nodes = list(nodes)
-            self._version += 1
             self._mark()
 
     def _lines_to(self, where: Where) -> Lines:

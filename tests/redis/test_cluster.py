@@ -14,9 +14,10 @@ from reliability.living import InThread, until
 from servers import Binary, Cluster, Server, StartServer
 
 from scopestate import Engine
-from scopestate.errors import ConfigError, EngineClosed, StorageError
+from scopestate.errors import ConfigError, EngineClosed, NotConnected, StorageError
 from scopestate.persistence.adapter import ScopeChange
 from scopestate.persistence.redis.adapter import RedisAdapter
+from scopestate.persistence.redis.options import RedisOptions
 
 
 @pytest.fixture
@@ -355,6 +356,48 @@ def test_a_primary_that_hangs_is_replaced() -> None:
         assert "no answer within 0.5 s" in first
         assert "a write may have been applied" in first
         hung.resume()
+
+
+class _Counted:
+    """A lock that counts who has come to it."""
+
+    def __init__(self) -> None:
+        self.came: list[None] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self.came.append(None)
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_of_many_who_lose_their_server_one_asks_for_the_map_though_nobody_answers(
+    cluster: Cluster, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    answer = threading.Event()
+
+    def ask(_: RedisOptions, *where: Any) -> list[Any]:
+        asked.append(where)
+        assert answer.wait(20.0)
+        raise NotConnected("nobody is there")
+
+    servers: Any = _adapter(engine)._servers
+    reading = servers._reading = _Counted()
+    monkeypatch.setattr("scopestate.persistence.redis.cluster.slots_of", ask)
+
+    waiting = [InThread(servers.refresh) for _ in range(6)]
+    until(lambda: len(reading.came) == len(waiting) and bool(asked), "those who want the map")
+    answer.set()
+    for thread in waiting:
+        thread.result()
+
+    each_node_and_the_address = len(cluster.nodes) + 1
+    assert len(asked) == each_node_and_the_address
+    servers.refresh()
+    assert len(asked) == 2 * each_node_and_the_address
 
 
 def test_closing_ends_the_wait_for_a_dead_primary() -> None:
