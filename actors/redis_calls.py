@@ -9,7 +9,7 @@ from typing import Any, Final
 from scopestate.actors import messages
 from scopestate.actors.elsewhere import WRITES, Converter
 from scopestate.actors.reply import Envelope, ReplyTo
-from scopestate.actors.turns import Caused, Change, Put, ReadAll, Take, as_failure_of
+from scopestate.actors.turns import Caused, Change, Put, Read, ReadAll, ReadItems, Take, as_failure_of
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, ScopestateError, StorageError
 
 NEVER: Final = float("inf")
@@ -21,7 +21,14 @@ NOTHING: Final[Known] = (None, None)
 Outcome = tuple[ReplyTo, Any, BaseException | None]
 """What `reply.deliver` takes."""
 
-_FUNCTION_IDS: Final[dict[type[Any], str]] = {Put: "state::set", Change: "state::update", Take: "state::delete"}
+_FUNCTION_IDS: Final[dict[type[Any], str]] = {
+    Put: "state::set",
+    Change: "state::update",
+    Take: "state::delete",
+    Read: "state::get",
+    ReadAll: "state::list",
+    ReadItems: "state::list",
+}
 
 
 class Call:
@@ -50,10 +57,8 @@ class Call:
         """End it with an error, worded for what it wanted."""
         turn = self.turn
         if isinstance(error, ConnectionLost):
-            if type(turn) in WRITES and not (type(turn) is Change and self.after is None):
-                worded: ScopestateError = ConnectionLost(_FUNCTION_IDS[type(turn)], error.url, error.problem)
-            else:
-                worded = StorageError(f"the connection to {error.url} was lost ({error.problem}); nothing was changed")
+            changes = type(turn) in WRITES and not (type(turn) is Change and self.after is None)
+            worded = ConnectionLost(_FUNCTION_IDS[type(turn)], error.url, error.problem, may_be_applied=changes)
             worded.__cause__ = error.__cause__
             error = worded
         if isinstance(error, (ConnectionLost, NotConnected, StorageError, DeserializationError)):

@@ -21,7 +21,7 @@ from scopestate.persistence.redis.connection import Refusal
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.link import Link
 from scopestate.persistence.redis.refusals import explain
-from scopestate.persistence.redis.script import DONE, SKIPPED, Shape
+from scopestate.persistence.redis.script import DONE, SKIPPED, Shape, keys_of
 
 log = logging.getLogger("scopestate.scope")
 
@@ -199,7 +199,7 @@ class RedisFlights:
         if flight.error is not None:
             self.give_up(calls, flight.error)
         elif type(reply) is Refusal:
-            self.give_up(calls, explain(reply, flight.link.address, self.hash_key))
+            self._refuse(calls, reply, flight)
         elif type(calls[0].turn) in WHOLE:
             self._finish_whole(calls, reply)
         elif type(reply) is list:
@@ -232,6 +232,16 @@ class RedisFlights:
                 lane = self.lanes.get(turn.key)
                 if lane is not None and lane.due == NEVER:
                     lane.due = 0.0  # those behind it look for themselves
+
+    def _refuse(self, calls: list[Call], refusal: Refusal, flight: Flight) -> None:
+        """Fail the calls of a command that the server refuses: reads and writes are told what concerns them."""
+        address, parts = flight.link.address, flight.parts
+        writes = [call for call in calls if type(call.turn) in WRITES]
+        if writes:
+            self.give_up(writes, explain(refusal, address, *keys_of(parts)))
+        if len(writes) < len(calls):
+            reads = [call for call in calls if type(call.turn) not in WRITES]
+            self.give_up(reads, explain(refusal, address, self.hash_key, nothing=""))
 
     def _finish(self, call: Call, found: Any) -> None:
         """Take in what the script, or HGET, says of one call."""

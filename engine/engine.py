@@ -27,7 +27,9 @@ from scopestate.config import Config, ConfigWatcher, from_mapping, load, validat
 from scopestate.draining import drain, refuse_on_loop_of_handlers
 from scopestate.errors import (
     ConfigError,
+    ConnectionLost,
     EngineClosed,
+    NotConnected,
     Overloaded,
     ReplyTimeout,
     StorageError,
@@ -229,7 +231,9 @@ class Engine(Reactive):
             try:
                 groups.update(filter(parts.is_kept, set(parts.adapter.scopes()).difference(known)))
             except StorageError as error:
-                raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from error
+                reason = error.__cause__
+                cause = reason if isinstance(reason, NotConnected | ConnectionLost) else error
+                raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from cause
         return sorted(groups)
 
     def scope(self, scope: str) -> Scope:

@@ -193,20 +193,25 @@ class NotConnected(ScopestateError):
 
 
 class ConnectionLost(ScopestateError):
-    """The connection broke after the call was sent and before its answer came: a write may have been applied."""
+    """The connection broke after the call was sent and before its answer came: a write may have been applied.
+
+    `may_be_applied` is false if the call could not change anything.
+    """
 
     code = "CONNECTION_LOST"
 
-    def __init__(self, function_id: str, url: str, problem: str) -> None:
+    def __init__(self, function_id: str, url: str, problem: str, *, may_be_applied: bool = True) -> None:
         super().__init__(function_id, url, problem)
         self.function_id = function_id
         self.url = url
         self.problem = problem
+        self.may_be_applied = may_be_applied
 
     def __str__(self) -> str:
-        return (
-            f"the connection to {self.url} was lost while {self.function_id} was under way ({self.problem}); "
+        return f"the connection to {self.url} was lost while {self.function_id} was under way ({self.problem}); " + (
             "a write may have been applied: read the key before retrying"
+            if self.may_be_applied
+            else "nothing was changed"
         )
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
-from scopestate.errors import DeserializationError, NotConnected, StorageError
+from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, StorageError
 from scopestate.ops.values import parse
 from scopestate.persistence.adapter import ScopeChange, ScopeState
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
@@ -18,7 +18,7 @@ from scopestate.persistence.redis.group import GroupReader
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.reading import Reader
 from scopestate.persistence.redis.refusals import explain
-from scopestate.persistence.redis.script import Shape, with_source
+from scopestate.persistence.redis.script import Shape, keys_of, with_source
 from scopestate.persistence.redis.servers import Deliver, find_servers
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -26,6 +26,8 @@ log = logging.getLogger("scopestate.persistence.redis")
 _SCAN_COUNT: Final = 1000
 """Keys that Redis looks at in one step of a scan: well under a millisecond, so that it holds nobody up."""
 _MOST_MISFITS: Final = 100
+_NAMED_MISFITS: Final = 5
+"""How many of them `problem` names."""
 
 
 class RedisAdapter:
@@ -103,9 +105,7 @@ class RedisAdapter:
                 return f"{link.why_not}; calls wait for a connection"
         if self.reader is not None and (problem := self.reader.problem()) is not None:
             return problem
-        for (scope, key), problem in list(self._misfits.items()):
-            return f"what Redis holds for key {key!r} of scope {scope!r} is not JSON: {problem}; set or delete the key"
-        return None
+        return self._misfit_problem()
 
     def counts(self) -> dict[str, int]:
         """Return how often updates were published, and met a change made elsewhere; connections made; and how many
@@ -129,7 +129,7 @@ class RedisAdapter:
         pattern = "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in prefix) + "*"
         found: set[bytes] = set()
         for server in self._servers.primaries():
-            with self._visit(server) as connection:
+            with self._visit(server, "state::list_groups") as connection:
                 cursor: Any = 0
                 while True:
                     cursor, keys = connection.call(
@@ -152,21 +152,31 @@ class RedisAdapter:
         Raises StorageError, naming the key, if a value is not JSON.
         """
         hash_key = self._hash_key(scope)
-        with self._visit(self._servers.server_of(hash_key)) as connection:
+        with self._visit(self._servers.server_of(hash_key), "a read", hash_key) as connection:
             reply = connection.call("HGETALL", hash_key)
         values: dict[str, bytes] = {}
         for field, raw in sorted(zip(reply[::2], reply[1::2], strict=True)):
             try:
-                values[field.decode()] = parse(raw)
-            except (DeserializationError, UnicodeDecodeError) as error:
-                raise StorageError(f"key {field!r} of scope {scope!r} in Redis cannot be read: {error}") from error
+                key = field.decode()
+            except UnicodeDecodeError as error:
+                raise StorageError(
+                    f"key {field!r} of scope {scope!r} in Redis is not UTF-8, so it is no key of ours; delete it there"
+                ) from error
+            try:
+                values[key] = parse(raw)
+            except DeserializationError as error:
+                raise StorageError(
+                    f"what Redis holds for key {key!r} of scope {scope!r} is not JSON: {error}; set or delete the key"
+                ) from error
         return ScopeState(values, 0)
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
         """Write the changes, each scope as one step.
 
-        Not one transaction over several scopes, which may be on different servers; on a raise, some may be written.
+        Not one transaction over several scopes, which may be on different servers; on a raise, some may be written:
+        the text says so.
         """
+        written = 0
         for change in batch:
             entries: list[Any] = []
             for key, value in change.values.items():
@@ -175,14 +185,19 @@ class RedisAdapter:
             if not entries:
                 continue
             hash_key = self._hash_key(change.scope)
-            with self._visit(self._servers.server_of(hash_key)) as connection:
-                parts = self.shape.write(hash_key, change.scope, entries)
+            parts = self.shape.write(hash_key, change.scope, entries)
+            nothing = f"nothing of scope {change.scope!r} was written"
+            if written:
+                nothing += f", but the scopes before it are ({written} of {len(batch)})"
+            server = self._servers.server_of(hash_key)
+            with self._visit(server, "a write", *keys_of(parts), nothing=nothing) as connection:
                 try:
                     connection.call(*parts)
                 except Refusal as refusal:
                     if refusal.word != "NOSCRIPT":
                         raise
                     connection.call(*with_source(parts))
+            written += 1
 
     def close(self) -> None:
         """Close every connection. Idempotent. In a forked child it does nothing."""
@@ -191,6 +206,17 @@ class RedisAdapter:
             if self.reader is not None:
                 self.reader.end()
             self._servers.close()
+
+    def _misfit_problem(self) -> str | None:
+        misfits = list(self._misfits.items())
+        if not misfits:
+            return None
+        named = [f"key {key!r} of scope {scope!r} is not JSON: {why}" for (scope, key), why in misfits[:_NAMED_MISFITS]]
+        problem = f"what Redis holds for {', for '.join(named)}"
+        if len(misfits) > _NAMED_MISFITS:
+            problem += f", and {len(misfits) - _NAMED_MISFITS} more"
+            problem += " or yet more" if len(misfits) == _MOST_MISFITS else ""
+        return f"{problem}; set or delete {'the key' if len(misfits) == 1 else 'these keys'}"
 
     def _open_reader(self, options: RedisOptions) -> Reader:
         target = self._servers.primaries()[0]
@@ -216,31 +242,41 @@ class RedisAdapter:
     def _hash_key(self, scope: str) -> bytes:
         return self.shape.key_of(_text(scope, "scope"))
 
-    def _visit(self, server: Server) -> _Visit:
+    def _visit(self, server: Server, doing: str, *keys: bytes | str, nothing: str = "") -> _Visit:
         if self._closed:
             raise StorageError(f"the connection to Redis at {server.address} is closed")
-        return _Visit(server)
+        return _Visit(server, doing, keys, nothing)
 
 
 class _Visit:
-    """A connection of its own, for work that is not a scope's."""
+    """A connection of its own, for work that is not a scope's; what goes wrong with it is a StorageError.
 
-    def __init__(self, server: Server) -> None:
+    The cause of that is NotConnected or ConnectionLost if that is what went wrong.
+    """
+
+    def __init__(self, server: Server, doing: str, keys: Sequence[bytes | str], nothing: str) -> None:
+        """`doing`, `keys`: what, and where; `nothing`: what has not happened if it is refused, "" for a read."""
         self._server = server
+        self._doing = doing
+        self._keys = keys
+        self._nothing = nothing
 
     def __enter__(self) -> Connection:
         try:
             self._connection = self._server.dial()
         except NotConnected as error:
-            raise StorageError(str(error)) from error
+            raise StorageError(f"{error}; {self._nothing}" if self._nothing else str(error)) from error
         return self._connection
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._connection.close()
         if isinstance(error, Refusal):
-            raise explain(error, self._server.address, b"") from error
+            raise explain(error, self._server.address, *self._keys, nothing=self._nothing, waited=False) from error
         if isinstance(error, Broken):
-            raise StorageError(f"the connection to Redis at {self._server.address} was lost: {error}") from error
+            where = f"Redis at {self._server.address}"
+            lost = ConnectionLost(self._doing, where, str(error), may_be_applied=bool(self._nothing))
+            lost.__cause__ = error
+            raise StorageError(str(lost)) from lost
 
 
 def _value(counter: itertools.count[int]) -> int:

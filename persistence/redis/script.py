@@ -111,6 +111,11 @@ class Shape:
         return ("EVALSHA", DIGEST, "1", hash_key, *entries)
 
 
+def keys_of(parts: tuple[Any, ...]) -> tuple[bytes | str, ...]:
+    """Return the keys of a script's command: that of the hash, and those of the events if they are published."""
+    return parts[3 : 3 + int(parts[2])]
+
+
 def with_source(parts: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the command for a server that does not have the script; it does afterwards."""
     return ("EVAL", SOURCE, *parts[2:])

@@ -332,6 +332,20 @@ def test_a_primary_without_a_replica_fails_its_calls_in_time_and_serves_again_wh
         assert engine.health().ok is True
 
 
+def test_a_copy_of_a_scope_from_a_cluster_that_is_down_is_not_called_a_write() -> None:
+    with Cluster() as cluster, open_at(cluster.urls[0]) as engine:
+        scope = _on_each(cluster, 1)[cluster.nodes[0]][0]
+        engine.set(scope, "k", 1)
+        cluster.nodes[2].kill()
+        until(lambda: cluster.nodes[0].ask("CLUSTER INFO")["cluster_state"] == "fail", "a cluster that is down")
+
+        with pytest.raises(StorageError) as failed:
+            _adapter(engine).load(scope)
+
+        assert "was not ready for it (CLUSTERDOWN" in str(failed.value)
+        assert "written" not in str(failed.value)
+
+
 def _error_of(call: Callable[[], Any]) -> str:
     try:
         call()

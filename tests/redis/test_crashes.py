@@ -209,6 +209,7 @@ def test_a_call_under_way_when_the_server_dies_says_if_it_may_have_been_applied(
         assert error.code == code
         assert "was lost" in str(error)
         if code in ("GET_ERROR", "LIST_ERROR"):
+            assert type(error.__cause__) is ConnectionLost
             assert "nothing was changed" in str(error)
         else:
             assert type(error.__cause__) is ConnectionLost

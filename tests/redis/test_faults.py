@@ -17,6 +17,7 @@ from servers import Binary, Server, StartServer
 from scopestate import Engine, messages
 from scopestate.actors import redis_flights
 from scopestate.errors import ConnectionLost, NotConnected, StorageError
+from scopestate.persistence.redis.connection import Broken, Connection
 
 QUICK = {"call_timeout_ms": 200, "connect_timeout_ms": 200, "connect_wait_ms": 200}
 
@@ -53,6 +54,50 @@ def test_a_call_to_a_server_that_does_not_answer_ends_in_time_and_the_engine_rec
         until(lambda: server.ask("HGET", "state:s", "k") == "1", "the write that was waiting")
         until(lambda: _set(engine, 3), "the engine does not recover")
         assert engine.get("s", "k") == 3
+
+
+def test_the_cause_of_a_read_that_failed_says_if_it_was_sent(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    with open_at(server.url, **QUICK) as engine:
+        reads = {
+            "get": lambda: engine.get("s", "k"),
+            "list": lambda: engine.list("s"),
+            "list_groups": engine.list_groups,
+        }
+        for read in reads.values():
+            read()
+
+        server.pause()
+        errors = {name: _error_of(read) for name, read in list(reads.items())[:2]}
+        server.resume()
+        with monkeypatch.context() as patched:
+            patched.setattr("scopestate.persistence.redis.connection.Connection.call", _no_answer)
+            errors["list_groups"] = _error_of(engine.list_groups)
+        for name, error in errors.items():
+            assert type(error.__cause__) is ConnectionLost, name
+            assert f"was lost while state::{name} was under way" in str(error)
+            assert str(error).endswith("; nothing was changed")
+
+        server.kill()
+        for read in reads.values():
+            read_error = _error_of(read)
+            if "was lost" in str(read_error):  # it had a connection, and has none now
+                read_error = _error_of(read)
+            assert type(read_error.__cause__) is NotConnected
+            assert "may have been applied" not in str(read_error)
+
+
+def _error_of(work: Callable[[], Any]) -> StorageError:
+    with pytest.raises(StorageError) as caught:
+        work()
+    return caught.value
+
+
+def _no_answer(connection: Connection, *parts: Any) -> Any:
+    connection.close()
+    raise Broken(f"no answer to {parts[0]}")
 
 
 def test_an_answer_does_not_wait_for_the_next_connection(start_server: StartServer) -> None:
@@ -380,7 +425,8 @@ def test_connections_killed_while_busy_lose_nothing_acknowledged(redis_server: S
                     done += 1
                 except StorageError as error:
                     kinds.add(type(error.__cause__))
-                    unknown += type(error.__cause__) is ConnectionLost
+                    # Else it had only looked.
+                    unknown += isinstance(error.__cause__, ConnectionLost) and error.__cause__.may_be_applied
             return done, unknown
 
         threads = [InThread(count) for _ in range(4)]
@@ -390,7 +436,7 @@ def test_connections_killed_while_busy_lose_nothing_acknowledged(redis_server: S
             until(lambda: engine.stats().store["connects"] > before, "it does not connect again")  # noqa: B023
         over.set()
         counts = [thread.result() for thread in threads]
-        assert kinds <= {ConnectionLost, StorageError}  # the other kind: it had only looked, so nothing was changed
+        assert kinds <= {ConnectionLost}
         done, unknown = (sum(numbers) for numbers in zip(*counts, strict=True))
         assert done > 0
         assert done <= engine.get("s", "k") <= done + unknown

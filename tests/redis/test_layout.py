@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from servers import Server
 
 from scopestate import Engine, messages
 from scopestate.errors import StorageError
+from scopestate.persistence.adapter import ScopeChange
 from scopestate.persistence.redis import adapter as adapter_module
 
 __all__ = ["open_redis"]
@@ -125,6 +127,83 @@ def test_a_value_that_is_not_json_fails_its_own_calls_and_no_others(
     assert engine.update("s", "a", ADD).new_value == 2
     assert not engine.health().ok
     assert "'broken' of scope 's'" in str(engine.health())
+
+
+def test_health_names_some_of_the_values_that_are_not_json_and_counts_the_others(
+    valkey: Server, open_redis: OpenRedis
+) -> None:
+    there, engine = bytes_client(valkey), open_redis(valkey.url)
+    there.hset("state:s", mapping={"a": b"{", "b": b"}"})
+    engine.list("s")
+
+    (two,) = engine.health().problems
+    there.hset("state:t", mapping={f"k{number}": b"nul" for number in range(6)})
+    engine.list("t")
+    (eight,) = engine.health().problems
+
+    assert "'a' of scope 's'" in two
+    assert "'b' of scope 's'" in two
+    assert two.endswith("; set or delete these keys")
+    assert eight.count("of scope") == 5
+    assert ", and 3 more; set or delete these keys" in eight
+
+
+@pytest.mark.parametrize(("key", "text"), [(b"bad", "key 'bad' of scope 's' is not JSON"), (b"\xff", r"key b'\xff'")])
+def test_a_copy_of_a_scope_stops_at_what_is_no_value_and_says_what_to_do(
+    valkey: Server, open_redis: OpenRedis, key: bytes, text: str
+) -> None:
+    bytes_client(valkey).hset("state:s", mapping={b"a": b"1", key: b"{"})
+
+    with pytest.raises(StorageError) as refused:
+        open_redis(valkey.url)._parts.adapter.load("s")
+
+    assert text in str(refused.value)
+    assert "delete" in str(refused.value)
+
+
+def test_of_scopes_that_are_saved_together_those_that_are_written_are_told_from_the_one_that_is_not(
+    valkey: Server, open_redis: OpenRedis
+) -> None:
+    adapter = open_redis(valkey.url)._parts.adapter
+    valkey.ask("SET", "state:b", "text")
+    changes = [ScopeChange(scope, 1, {"k": b"1"}, {}) for scope in "abc"]
+
+    with pytest.raises(StorageError) as second:
+        adapter.save(changes)
+    with pytest.raises(StorageError) as first:
+        adapter.save(changes[1:])
+
+    assert "has at 'state:b' is not what scopestate keeps there" in str(second.value)
+    assert "nothing of scope 'b' was written, but the scopes before it are (1 of 3)" in str(second.value)
+    assert "nothing of scope 'b' was written: " in str(first.value)
+    assert valkey.ask("HGET", "state:a", "k") == "1"
+
+
+def test_a_key_of_another_type_is_named_and_those_of_the_events_only_where_they_are_concerned(
+    valkey: Server, open_redis: OpenRedis
+) -> None:
+    local, shared = open_redis(valkey.url), open_redis(valkey.url, events="shared")
+    valkey.ask("SET", "state:x", "text")
+    stream, counter = "scopestate:events:state:", "scopestate:count:state:"
+    valkey.ask("DEL", stream)
+    valkey.ask("SET", stream, "text")
+
+    def text_of(call: Callable[[], object]) -> str:
+        with pytest.raises(StorageError) as refused:
+            call()
+        return str(refused.value)
+
+    for engine in (local, shared):
+        for call in (lambda: engine.get("x", "k"), lambda: engine.list("x")):  # noqa: B023 - called at once
+            text = text_of(call)
+            assert "has at 'state:x' is not what" in text
+            assert "nothing was written" not in text
+    assert "has at 'state:x' is not what scopestate keeps there; nothing was written" in text_of(
+        lambda: local.set("x", "k", 1)
+    )
+    assert f"has at 'state:o', '{stream}' or '{counter}' is not what scopestate keeps there; nothing was written" in (
+        text_of(lambda: shared.set("o", "k", 1))
+    )
 
 
 def mend_by_set(engine: Engine, server: Server) -> None:
