@@ -314,10 +314,13 @@ class SectionReader:
 
     def _secret(self, place: Place, wanted: object) -> object:
         """Read a password or token; one that looks like a number must not stand in the error about it."""
-        value = self._value(place, place.node) if isinstance(place.node, Scalar) else None
-        if value is not None and value.kind not in ("string", "null"):
-            self._problems.add("expected a string; put it in quotes (it is not shown here)", place.line, place.path)
-            return None
+        if isinstance(place.node, Scalar):
+            value = self._value(place, place.node)
+            if value is None:
+                return None
+            if value.kind not in ("string", "null"):
+                self._problems.add("expected a string; put it in quotes (it is not shown here)", place.line, place.path)
+                return None
         return self._typed(place, wanted)
 
     def _token(self, place: Place) -> TokenConfig | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -30,6 +31,7 @@ app = typer.Typer(no_args_is_help=True, help="Look into a store, check it, copy 
 
 _ENGINE: Final = ("ws://", "wss://")
 _REDIS: Final = ("redis://", "rediss://", "unix://")
+_HOST_AND_PORT: Final = re.compile(r"[A-Za-z0-9_.-]+:[0-9]{1,5}")
 
 Where = Annotated[
     str, typer.Argument(metavar="STORE", help="Directory of the store, or a configuration file (.yaml) that names it.")
@@ -123,6 +125,9 @@ def import_(
 ) -> None:
     """Read JSON lines into a store. The whole file is checked before anything is written.
 
+    No trigger fires: nothing is published where engines share their events. Only a running engine (ws://...) takes each
+    key as an ordinary call, with its events.
+
     Between stores of any kind: scopestate store export ./data/old | scopestate store import redis://localhost:6379
     """
     with errors_to_exit_codes(as_json=as_json), ExitStack() as stack:
@@ -169,6 +174,11 @@ def _is_config(where: str) -> bool:
 def _directory(where: str) -> str:
     """Return the directory that an argument names. Raises ConfigError."""
     if not _is_config(where):
+        if _HOST_AND_PORT.fullmatch(where) and not os.path.exists(where):
+            raise StoreUnusable(
+                f"there is no store in {where}; for Redis write redis://{where}, for a running engine ws://{where}, "
+                f"for a directory ./{where}"
+            )
         return where
     config = load(where).adapter.config
     if not isinstance(config, KvConfig) or config.store_method != "file_based":
@@ -188,6 +198,10 @@ def _open_target(target: str, token: str | None, ca_file: str | None) -> Adapter
         config = load(target).adapter
     else:
         config = AdapterConfig("kv", KvConfig("file_based", _directory(target)))
+    if isinstance(config.config, RedisConfig):
+        # A copy is no change: nothing to publish, and nothing to read of what others publish.
+        options = msgspec.structs.replace(config.config, events="local", delivery="each")
+        config = msgspec.structs.replace(config, config=options)
     return open_adapter(config)
 
 

@@ -6,7 +6,8 @@
     {"end":true,"scopes":1,"keys":1}
 
 The keys of a scope come in the order in which they were first set. The first line and the last are optional together: a
-file with the first and without the last was cut off. So any list of `scope`, `key`, `value` objects can be imported.
+file with the first and without the last was cut off. So any list of `scope`, `key`, `value` objects can be imported; an
+empty one is refused, since that is what a command that failed leaves.
 """
 
 from __future__ import annotations
@@ -109,10 +110,12 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Entry | Scope]:
     """Read an export. Raises DeserializationError, which names the line, for what is none or is cut off."""
     number = keys = 0
     begun = ended = False
+    empty = True
     for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
         try:
+            empty = False
             if ended:
                 raise DeserializationError("there is more after the last line")
             line = _decode(text)
@@ -134,6 +137,10 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Entry | Scope]:
                 raise DeserializationError("expected an object with `scope`, `key` and `value`")
         except (msgspec.DecodeError, DeserializationError) as error:
             raise DeserializationError(f"line {number}: {error}") from error
+    if empty:
+        raise DeserializationError(
+            "the input is empty: did the export that should have filled it fail? That of an empty store has two lines"
+        )
     if begun and not ended:
         raise DeserializationError(
             f"the export is cut off after line {number}: its last line is missing; nothing to trust"

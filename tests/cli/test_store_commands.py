@@ -144,6 +144,8 @@ def test_a_store_that_holds_keys_is_added_to_only_when_told(cli: Run, store: Pat
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
+        ("", "the input is empty: "),
+        ("\n \n", "the input is empty: "),
         ('{"scope":"s","key":"k"}\n', "line 1: expected an object with `scope`, `key` and `value`"),
         ('{"scope":"s","key":"k","value":1}\nnonsense\n', "line 2: JSON is malformed"),
         ('{"scope":"s","key":1,"value":1}\n', "line 1: Expected `str | null`, got `int` - at `$.key`"),
@@ -177,6 +179,19 @@ def test_no_store_there(command: str, cli: Run, tmp_path: Path) -> None:
 
     assert result.code == 4
     assert "there is no store in" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "export", "import"])
+def test_host_and_port_are_no_directory_but_may_be_redis(
+    command: str, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    result = cli("store", command, "localhost:7801", stdin='{"scope":"s","key":"k","value":1}\n')
+
+    assert result.code == 4
+    assert "there is no store in localhost:7801; for Redis write redis://localhost:7801" in result.err
     assert list(tmp_path.iterdir()) == []
 
 

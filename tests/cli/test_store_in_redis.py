@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import Run
 
-from scopestate import Engine
+from scopestate import Engine, StateEvent
 from scopestate.config import from_mapping
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "redis"))
@@ -61,6 +62,42 @@ def test_a_store_moves_into_redis_and_back(cli: Run, store: Path, config: Path, 
     assert "exported 5 keys" in back.err
     copy = cli("store", "import", str(tmp_path / "copy"), "-", stdin=back.out)
     assert "imported 5 keys" in copy.err
+
+
+@pytest.mark.parametrize("delivery", ["each", "one"])
+def test_an_import_publishes_no_events(cli: Run, store: Path, redis: Server, config: Path, delivery: str) -> None:
+    text = cli("store", "export", str(store)).out
+    config.write_text(
+        config.read_text().replace("password:", f"events: shared, delivery: {delivery}, password:"), encoding="utf-8"
+    )
+    with Engine.from_config(config, watch=False) as engine:
+        keys: list[str] = []
+        last = threading.Event()
+
+        @engine.on_change()
+        def note(event: StateEvent) -> None:
+            keys.append(event.key)
+            if event.key == "last":
+                last.set()
+
+        imported = cli("store", "import", str(config), "-", stdin=text)
+        engine.set("s", "last", 1)
+
+        assert (imported.code, "imported 5 keys" in imported.err) == (0, True), imported.err
+        assert last.wait(20.0)
+        assert keys == ["last"]
+        assert engine.get("users", "a") == "é"
+        assert redis.ask("XLEN", "scopestate:events:state:") == 1
+
+
+def test_a_value_that_is_not_json_stops_an_export_which_says_what_to_do(cli: Run, redis: Server, config: Path) -> None:
+    redis.ask("HSET", "state:s", "bad", "{")
+
+    stopped = cli("store", "export", str(config))
+
+    assert stopped.code == 4
+    assert "key 'bad' of scope 's' is not JSON" in stopped.err
+    assert "set or delete the key" in stopped.err
 
 
 def test_a_redis_that_holds_scopes_is_not_added_to_unasked(cli: Run, store: Path, config: Path) -> None:

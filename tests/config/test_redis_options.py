@@ -7,6 +7,7 @@ import re
 import textwrap
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -318,6 +319,17 @@ def test_the_error_stands_at_the_entry_of_a_list() -> None:
     ((line, key, _),) = mistakes_of("pool_size: 2\nsentinels:\n- one\n\n- two:x\n")
 
     assert (line, key) == (11, f"{AT}.sentinels[1]")
+
+
+def test_an_unset_variable_for_a_password_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("UNSET", raising=False)
+    file = tmp_path / "redis.yaml"
+    file.write_text("workers: [{name: iii-state, config: {adapter: {name: redis, config: {password: '${UNSET}'}}}}]\n")
+
+    (error,) = config.check(file)
+
+    assert error.key == "workers[0].config.adapter.config.password"
+    assert "'UNSET' is not set" in error.problem
 
 
 def test_every_mistake_is_found() -> None:
