@@ -66,7 +66,7 @@ class Server:
             return unusable
         if is_late or isinstance(error, NoAnswer):
             hint = "; does the server speak TLS? If not, write redis://" if self._options.tls else ""
-            return f"no answer within {self._options.connect_timeout_s:.2g} s{hint}"
+            return f"no answer within {round(self._options.connect_timeout_s, 2):g} s{hint}"
         text = str(error).removesuffix(".")
         could_have_tls = self._options.unix_path is None and not self._options.tls
         if could_have_tls and text.startswith(("Error while reading", "Connection closed by server")):
@@ -157,8 +157,8 @@ def _unusable_file(options: RedisOptions) -> str | None:
                     context.load_cert_chain(path, password="")
                 elif name == "tls_key_file" and options.tls_cert_file is not None:
                     context.load_cert_chain(options.tls_cert_file, path, password="")
-            except OSError as error:
-                return f"`{name}` {path} cannot be used: {error.strerror or error}"
+            except (OSError, ValueError) as error:
+                return f"`{name}` {path} cannot be used: {getattr(error, 'strerror', None) or error}"
     return None
 
 
