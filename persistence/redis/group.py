@@ -204,16 +204,11 @@ class GroupReader(Reader):
             "before the engine that had taken them was done: they may not have been handled; raise events_kept",
         )
 
-    def _is_mended(self, refusal: Refusal) -> bool:
+    def _is_mended(self, connection: Connection, refusal: Refusal) -> bool:
         """Create the group anew if somebody has flushed it."""
-        connection = self._connection
-        if refusal.word not in ("NOGROUP", "UNBLOCKED") or connection is None:
+        if refusal.word not in ("NOGROUP", "UNBLOCKED"):
             return False
-        try:
-            made = self._create(connection, b"0")
-        except Refusal:
-            return False
-        if made:
+        if self._create(connection, b"0"):
             self.note_loss(
                 0,
                 f"the group {self._group.name!r} of the stream {self._group.stream!r} of Redis at "

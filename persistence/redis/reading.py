@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from scopestate.errors import DeserializationError, NotConnected, StorageError
 from scopestate.ops.values import parse
@@ -18,6 +18,8 @@ from scopestate.persistence.redis.refusals import explain
 from scopestate.persistence.redis.script import Shape
 
 log = logging.getLogger("scopestate.persistence.redis")
+
+_T = TypeVar("_T")
 
 BLOCK_S: Final = 2.0
 """How long the server may keep a reader waiting; then it looks whether the stream is still the one it knows."""
@@ -115,6 +117,8 @@ class Reader(ABC):
         """Held by the thread that reads."""
         self._is_away = False
         """True while one of the two runs a handler."""
+        self._is_proven = True
+        """False while this connection has brought nothing: if it breaks like that, the next one waits."""
         self._started = False
         self._ended = threading.Event()
         self._stopped = threading.Event()
@@ -211,23 +215,26 @@ class Reader(ABC):
 
     def _read(self) -> Handler | None:
         """Read until there is a handler to be run here, or the end: None."""
-        stopped = self._stopped
-        while not stopped.is_set():
+        # Nothing may leave this loop: nobody would read on.
+        while not self._stopped.is_set():
             try:
                 connection = self._connected()
                 if connection is not None:
-                    handler = self._take(connection)
+                    handler = self._try(self._take, connection)
                     self._backoff.reset()
+                    self._is_proven = True
                     if handler is not None:
                         return handler
             except Broken as error:
                 self._lose(f"lost the connection to Redis at {self._target.address}: {error}")
-            except Refusal as refusal:
-                if not self._is_mended(refusal):
-                    self._lose(str(explain(refusal, self._target.address, self._shape.stream.encode())))
+                if not self._is_proven:
                     self._pause()
-            except Exception:
+            except Refusal as refusal:
+                self._lose(str(explain(refusal, self._target.address, self._shape.stream.encode())))
+                self._pause()
+            except Exception as error:
                 log.exception("reading the events of Redis at %s failed", self._target.address)
+                self._lose(f"reading the events of Redis at {self._target.address} failed: {error!r}")
                 self._pause()
         connection = self._connection
         if connection is not None:
@@ -246,9 +253,18 @@ class Reader(ABC):
     def _take(self, connection: Connection) -> Handler | None:
         """Wait for the next entries, at most BLOCK_S, and publish them; return a handler that is to be run here."""
 
-    def _is_mended(self, refusal: Refusal) -> bool:
-        """Do what a refusal calls for; False if that is to pause and connect anew."""
+    def _is_mended(self, connection: Connection, refusal: Refusal) -> bool:
+        """Do what a refusal calls for; False if that is to pause and connect anew. May raise Refusal and Broken."""
         return False
+
+    def _try(self, step: Callable[[Connection], _T], connection: Connection) -> _T | None:
+        """Do a step; None if it was refused and the reason is mended."""
+        try:
+            return step(connection)
+        except Refusal as refusal:
+            if not self._is_mended(connection, refusal):
+                raise
+            return None
 
     def _connected(self) -> Connection | None:
         connection = self._connection
@@ -270,7 +286,8 @@ class Reader(ABC):
         if self._why_not is not None:
             log.warning("reading events of Redis at %s again", connection.address)
         self._why_not = None
-        self._resume(connection)
+        self._is_proven = False
+        self._try(self._resume, connection)
         return connection
 
     def _lose(self, why: str) -> None:

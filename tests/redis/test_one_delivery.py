@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from cutting import Cuts, Proxy
 from event_engines import STREAM, Engines, Seen, problems, set_patiently
 from servers import Server, StartServer, wait_until
 
@@ -307,6 +308,24 @@ def test_a_flush_is_reported_and_later_events_arrive(redis_server: Server, engin
     assert [event.new_value for event in seen.wait_for_count(3)] == [1, 2, 3]
     assert f"the group {GROUP!r} of the stream {STREAM!r}" in problems(reader)
     wait_until(lambda: pending(redis_server) == 0, "acknowledgements")
+
+
+def test_a_connection_that_breaks_while_the_group_is_made_anew_does_not_end_the_reading(
+    valkey: Server, engines: Engines
+) -> None:
+    cuts = Cuts(b"MKSTREAM", most=2)
+    with Proxy(valkey, cut=cuts) as proxy:
+        writer = open_one(engines, valkey, group="other")
+        reader = open_one(engines, proxy)
+        seen = Seen(reader)
+        writer.set("s", "k", 1)
+        seen.wait_for_count(1)
+        cuts.armed = True
+        valkey.ask("FLUSHALL")
+        wait_until(lambda: cuts.count == 2, "the second attempt to make the group cut off")
+        writer.set("s", "k", 2)
+        assert [event.new_value for event in seen.wait_for_count(2)] == [1, 2]
+        reader.close()
 
 
 def test_a_server_that_forgets_everything_is_reported_and_later_events_arrive(

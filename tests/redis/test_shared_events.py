@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from conformance import same
+from cutting import Cuts, Proxy
 from event_engines import COUNTER, STREAM, Engines, Seen, problems, set_patiently
 from servers import SentinelSetup, Server, StartServer, wait_until
 
@@ -186,6 +188,26 @@ def test_a_killed_connection_costs_no_event_and_doubles_none(redis_server: Serve
     seen.wait_for_value("last")
     assert seen.numbers == list(range(1, int(redis_server.ask("GET", COUNTER)) + 1))
     assert missed(reader) == 0
+
+
+def test_connections_that_break_before_they_brought_anything_are_made_with_growing_pauses(
+    valkey: Server, engines: Engines
+) -> None:
+    cuts = Cuts(b"XREAD", most=6)
+    with Proxy(valkey, cut=cuts) as proxy:
+        reader = engines.open(proxy)
+        seen = Seen(reader)
+        reader.set("s", "k", 1)
+        seen.wait_for_count(1)
+        cuts.armed = True
+        wait_until(lambda: cuts.count >= 1, "a connection that breaks")
+        begun = time.monotonic()
+        wait_until(lambda: cuts.count == 6, "six of them")
+        # At least three quarters of 50, 100, 200 and 400 ms.
+        assert time.monotonic() - begun > 0.5
+        reader.set("s", "k", 2)
+        assert [event.new_value for event in seen.wait_for_count(2)] == [1, 2]
+        reader.close()
 
 
 def test_a_server_that_keeps_its_data_over_a_crash_costs_no_event(start_server: StartServer, engines: Engines) -> None:
