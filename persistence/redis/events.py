@@ -10,7 +10,7 @@ from typing import Final
 
 from scopestate.persistence.redis.connection import Connection, Refusal, Target, pack
 from scopestate.persistence.redis.options import RedisOptions
-from scopestate.persistence.redis.reading import BLOCK_S, Handler, Reader, event_of
+from scopestate.persistence.redis.reading import BLOCK_S, Handler, Reader, event_of, number_of
 from scopestate.persistence.redis.script import Shape
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -68,7 +68,7 @@ class EachReader(Reader):
         self._number = self._counted(connection)
         for entry_id, fields in connection.call("XREVRANGE", stream, "+", "-", "COUNT", 1):
             self._id = entry_id
-            number = _number_of(fields)
+            number = number_of(fields)
             if number is not None:
                 self._number = number
                 self._recent.append((entry_id, number))
@@ -143,13 +143,13 @@ class EachReader(Reader):
                 self._restart(connection, 0, f"{where} has begun anew")
                 self._id = _BEGINNING
             return
-        if before[0][0] == self._id and _number_of(before[0][1]) in (self._number, None):
+        if before[0][0] == self._id and number_of(before[0][1]) in (self._number, None):
             return
         # A fail-over: the new primary had not got all that we have read, and may have given its ids anew since.
         known = dict(self._recent)
         while before:
             for entry_id, fields in before:
-                number = _number_of(fields)
+                number = number_of(fields)
                 if number is not None and known.get(entry_id) == number:
                     self._restart(connection, number, f"{where} lost its end")
                     self._id = entry_id
@@ -174,11 +174,3 @@ class EachReader(Reader):
 
     def _counted(self, connection: Connection) -> int:
         return int(connection.call("GET", self._shape.counter) or 0)
-
-
-def _number_of(fields: list[bytes]) -> int | None:
-    """Return the number of a stream entry; None if it is none of ours."""
-    try:
-        return event_of(fields).number
-    except (ValueError, IndexError):
-        return None

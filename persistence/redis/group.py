@@ -32,8 +32,14 @@ local made = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREA
 if made.err then return made end
 local before = redis.call('GET', KEYS[2]) or 0
 if ARGV[2] == '0' then
-  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
-  if first then before = tonumber(first[2][2]) - 1 end
+  -- The oldest one of ours: others may have put in theirs.
+  for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 100)) do
+    local number = entry[2][1] == 'n' and tonumber(entry[2][2])
+    if number then
+      before = number - 1
+      break
+    end
+  end
 end
 redis.call('DEL', KEYS[3])
 redis.call('ZADD', KEYS[3], before, before)
@@ -104,9 +110,15 @@ class GroupReader(Reader):
 
     def _resume(self, connection: Connection) -> None:
         """Publish what was on its way when the connection broke."""
+        self._take_own(connection, check=True)
+
+    def _take_own(self, connection: Connection, *, check: bool) -> None:
+        """Publish what this engine has been given and does not know of. `check`: a gap may be before it."""
         cursor: Any = "0"
         while not self._stopped.is_set():
             group = self._group
+            # Looked at before the call: what is acknowledged while the reply is on its way must not seem new.
+            held = set(self._keeper.held)
             reply = connection.call(
                 "XREADGROUP", "GROUP", group.name, group.me, "COUNT", _COUNT, "STREAMS", group.stream, cursor
             )
@@ -114,7 +126,7 @@ class GroupReader(Reader):
             if not entries:
                 return
             cursor = entries[-1][0]
-            self._pass_on([entry for entry in entries if entry[0] not in self._keeper.held])
+            self._pass_on([entry for entry in entries if entry[0] not in held], check=check)
 
     def _take(self, connection: Connection) -> Handler | None:
         if not self._outlet.has_triggers():
@@ -129,40 +141,45 @@ class GroupReader(Reader):
         reply = connection.call(
             "XREADGROUP", "GROUP", group.name, group.me, "COUNT", _COUNT, "BLOCK", wait_ms, "STREAMS", group.stream, ">"
         )
-        return None if reply is None else self._pass_on(reply[0][1], are_new=True)
+        return None if reply is None else self._pass_on(reply[0][1], check=True, are_new=True)
 
     def _claim(self, connection: Connection) -> None:
         """Take over what engines hold that show no life."""
-        group, held, cursor = self._group, self._keeper.held, b"0-0"
+        group, cursor = self._group, b"0-0"
         while not self._stopped.is_set():
+            held = set(self._keeper.held)  # before the call, as above
             reply = connection.call(
                 "XAUTOCLAIM", group.stream, group.name, group.me, int(self._claim_after_s * 1000), cursor,
                 "COUNT", _COUNT,
             )  # fmt: skip
             cursor, entries = reply[0], reply[1]
-            if len(reply) > 2 and reply[2]:
-                self._report_trimmed(len(reply[2]))
-            if None in entries:  # Redis 6.2 does not say which were trimmed; the list of what is ours now does
-                self._resume(connection)
-                entries = [entry for entry in entries if entry is not None]
-            claimed = [entry for entry in entries if entry[0] not in held]
-            if claimed:
+            # Those that this engine itself holds are among them.
+            trimmed = [entry_id for entry_id in (reply[2] if len(reply) > 2 else ()) if entry_id not in held]
+            if trimmed:
+                self._report_trimmed(len(trimmed))
+            if None in entries:
+                # Redis 6.2 does not say which were trimmed; the list of what is ours now does, and has the others too.
+                self._take_own(connection, check=False)
+            elif claimed := [entry for entry in entries if entry[0] not in held]:
                 log.warning("took over %d events of engines that showed no life", len(claimed))
-                self._pass_on(claimed)
+                self._pass_on(claimed, check=False)
             if cursor == b"0-0":
                 break
             if not self._keeper.has_room(_MOST_HELD, self._stopped):
                 return  # and come back for the rest
         self._next_claim = time.monotonic() + self._claim_every_s
 
-    def _pass_on(self, entries: list[Any], *, are_new: bool = False) -> Handler | None:
-        """Publish entries, and have them acknowledged when they are handled; as `_take` if `are_new`."""
+    def _pass_on(self, entries: list[Any], *, check: bool, are_new: bool = False) -> Handler | None:
+        """Publish entries, and have them acknowledged when they are handled; as `_take` if `are_new`.
+
+        `check`: no engine had them before, so there may be a gap before them.
+        """
         ids: list[bytes] = []
         gone: list[bytes] = []
         handlers: dict[Any, None] = {}
         first = last = 0
         keeper = self._keeper
-        keeper.hold(entry[0] for entry in entries)
+        keeper.hold([entry[0] for entry in entries])
         here = are_new and len(entries) == 1 and not self._is_away
         handler: Handler | None = None
         interrupted = False
@@ -179,8 +196,8 @@ class GroupReader(Reader):
             concerned, handler = published
             handlers.update(dict.fromkeys(concerned))
             ids.append(entry_id)
-        if are_new and last:
-            keeper.note(first, last)
+        if last:
+            keeper.note(last, first=first if check else None)
         if ids:
             self._outlet.when_handled(handlers, lambda: keeper.acknowledge(ids))
         if gone:
@@ -201,14 +218,17 @@ class GroupReader(Reader):
         self.note_loss(
             count,
             f"{count} events were trimmed from the stream {self._group.stream!r} of Redis at {self._target.address} "
-            "before the engine that had taken them was done: they may not have been handled; raise events_kept",
+            "before the engine that had taken them was done: they may not have been handled, or are being handled; "
+            "raise events_kept",
         )
 
     def _is_mended(self, connection: Connection, refusal: Refusal) -> bool:
         """Create the group anew if somebody has flushed it."""
         if refusal.word not in ("NOGROUP", "UNBLOCKED"):
             return False
-        if self._create(connection, b"0"):
+        made = self._create(connection, b"0")
+        self._keeper.forget()
+        if made:
             self.note_loss(
                 0,
                 f"the group {self._group.name!r} of the stream {self._group.stream!r} of Redis at "

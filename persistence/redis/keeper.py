@@ -6,11 +6,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from scopestate.errors import NotConnected
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
+from scopestate.persistence.redis.reading import number_of
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -32,6 +34,13 @@ for _, row in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   end
 end
 """
+
+
+class _Job(NamedTuple):
+    """A command, and what its reply is for."""
+
+    command: tuple[Any, ...]
+    then: Callable[[Any], object]
 
 
 class Group(NamedTuple):
@@ -72,6 +81,10 @@ class Keeper:
         self._done: list[bytes] = []
         self._ends: list[int] = []
         self._checks: list[tuple[float, int]] = []
+        self._dropped: set[bytes] = set()
+        """Of what is held: what the server no longer counts as taken by this engine. Not kept alive."""
+        self._oldest: tuple[bytes, list[bytes]] | None = None
+        """The oldest entry of the stream; None if it is empty. Looked at before every check and beat."""
         self._next_beat = 0.0
         self._connection: Connection | None = None
         self._thread: threading.Thread | None = None
@@ -86,9 +99,10 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="scopestate-redis-keeper", daemon=True)
         self._thread.start()
 
-    def hold(self, ids: Iterable[bytes]) -> None:
+    def hold(self, ids: list[bytes]) -> None:
         """Note what was taken; kept alive from here on."""
         self.held.update(dict.fromkeys(ids))
+        self._dropped.difference_update(ids)
 
     def has_room(self, most: int, stopped: threading.Event) -> bool:
         """Wait a moment until fewer than `most` entries are held; False if they are not."""
@@ -99,13 +113,24 @@ class Keeper:
                 return False
         return not stopped.is_set()
 
-    def note(self, first: int, last: int) -> None:
-        """Note the numbers of a batch of new entries."""
+    def note(self, last: int, *, first: int | None = None) -> None:
+        """Note the number with which a batch ended; `first`: that with which it began, if a gap may be before it."""
 
         def enter() -> None:
             self._ends.append(last)
-            self._checks.append((time.monotonic() + _SETTLED_S, first))
+            if first is not None:
+                self._checks.append((time.monotonic() + _SETTLED_S, first))
 
+        self._queue.put(enter)
+
+    def forget(self) -> None:
+        """The group was made anew: what is known of the old one says nothing of its gaps, and it holds nothing."""
+
+        def enter() -> None:
+            self._ends.clear()
+            self._checks.clear()
+
+        self._dropped.update(list(self.held))
         self._queue.put(enter)
 
     def acknowledge(self, ids: list[bytes]) -> None:
@@ -161,57 +186,94 @@ class Keeper:
             return
 
     def _work(self) -> None:
-        group = self._group
-        commands: list[tuple[Any, ...]] = []
-        now = time.monotonic()
-        done, ends = self._done[:1000], self._ends[:1000]
-        if done:
-            commands.append(("XACK", group.stream, group.name, *done))
-        if ends:
-            commands.append(("ZADD", group.ends, *(number for end in ends for number in (end, end))))
-            commands.append(("ZREMRANGEBYRANK", group.ends, 0, -_ENDS_KEPT - 1))
-        checks = [check for check in self._checks if check[0] <= now or self._ending]
-        commands += [("ZREVRANGEBYSCORE", group.ends, first - 1, "-inf", "LIMIT", 0, 1) for _, first in checks]
-        if now >= self._next_beat:
-            commands += self._beat()
-        if self._ending:
-            commands.append(("EVAL", _REMOVE_IDLE, 1, group.stream, group.name, 0, group.me))
-        if not commands:
+        jobs = self._jobs()
+        if not jobs:
             return
-        replies = self._exchange(commands)
-        refusals = [reply for reply in replies if type(reply) is Refusal and not _is_gone(reply)]
-        if done and replies[0] in refusals:
-            raise refusals[0]
-        del self._done[: len(done)], self._ends[: len(ends)]
+        replies = self._exchange([job.command for job in jobs])
+        for job, reply in zip(jobs, replies, strict=True):
+            if type(reply) is not Refusal:
+                job.then(reply)
+            elif not _is_gone(reply):
+                # What is behind it is done again: no check for gaps without the ends that belong to it.
+                raise reply
+
+    def _jobs(self) -> list[_Job]:
+        """Return what is to be done now."""
+        group, now = self._group, time.monotonic()
+        jobs: list[_Job] = []
+        if done := self._done[:1000]:
+            jobs.append(_Job(("XACK", group.stream, group.name, *done), lambda _: self._acknowledged(done)))
+        if ends := self._ends[:1000]:
+            pairs = [number for end in ends for number in (end, end)]
+            jobs.append(_Job(("ZADD", group.ends, *pairs), lambda _: self._drop_ends(len(ends))))
+            jobs.append(_Job(("ZREMRANGEBYRANK", group.ends, 0, -_ENDS_KEPT - 1), _ignore))
+        checks = [first for due, first in self._checks if due <= now or self._ending]
+        is_beat = now >= self._next_beat
+        if checks or is_beat:
+            jobs.append(_Job(("XRANGE", group.stream, "-", "+", "COUNT", 1), self._note_oldest))
+        for first in checks:
+            command = ("ZREVRANGEBYSCORE", group.ends, first - 1, "-inf", "LIMIT", 0, 1)
+            jobs.append(_Job(command, partial(self._check, first)))
+        if is_beat:
+            jobs += self._beat()
+        if self._ending:
+            jobs.append(_Job(("EVAL", _REMOVE_IDLE, 1, group.stream, group.name, 0, group.me), _ignore))
+        return jobs
+
+    def _acknowledged(self, done: list[bytes]) -> None:
+        del self._done[: len(done)]
         for entry_id in done:
             self.held.pop(entry_id, None)
+        self._dropped.difference_update(done)
         self._room.set()
-        self._checks = self._checks[len(checks) :]
-        for (_, first), found in zip(checks, replies[(1 if done else 0) + (2 if ends else 0) :], strict=False):
-            if type(found) is list:
-                self._check(first, found)
-        if refusals:
-            raise refusals[0]
 
-    def _beat(self) -> list[tuple[Any, ...]]:
+    def _drop_ends(self, count: int) -> None:
+        del self._ends[:count]
+
+    def _beat(self) -> list[_Job]:
         """Show life for what is held, and remove consumers that have shown none for long."""
         self._next_beat = time.monotonic() + self._beat_s
-        group, held = self._group, list(self.held)
-        commands: list[tuple[Any, ...]] = []
-        if held:
-            commands.append(("XCLAIM", group.stream, group.name, group.me, 0, *held, "JUSTID"))
-        commands.append(("EVAL", _REMOVE_IDLE, 1, group.stream, group.name, self._idle_ms, ""))
-        return commands
+        group, handled = self._group, {*self._done, *self._dropped}
+        jobs: list[_Job] = []
+        if held := [entry_id for entry_id in list(self.held) if entry_id not in handled]:
+            command = ("XCLAIM", group.stream, group.name, group.me, 0, *held, "JUSTID")
+            jobs.append(_Job(command, partial(self._note_dropped, held)))
+        jobs.append(_Job(("EVAL", _REMOVE_IDLE, 1, group.stream, group.name, self._idle_ms, ""), _ignore))
+        return jobs
+
+    def _note_oldest(self, entries: list[Any]) -> None:
+        self._oldest = entries[0] if entries else None
+
+    def _note_dropped(self, held: list[bytes], claimed: list[bytes]) -> None:
+        """Report what the server has dropped from the list of what this engine holds, since it has trimmed it."""
+        dropped = set(held).difference(claimed)
+        self._dropped |= dropped
+        # What is in the stream still was acknowledged by another engine, which had taken this one for dead.
+        oldest = None if self._oldest is None else _place(self._oldest[0])
+        trimmed = [entry_id for entry_id in dropped if oldest is None or _place(entry_id) < oldest]
+        if trimmed:
+            self._note_loss(
+                0,
+                f"{len(trimmed)} events were trimmed from the stream {self._group.stream!r} of Redis at "
+                f"{self._target.address}, or it was deleted, while this engine was still handling them: they are lost "
+                "if it dies first; raise events_kept",
+            )
 
     def _check(self, first: int, found: list[bytes]) -> None:
-        """Report a gap before the batch that began with `first`."""
-        if found and int(found[0]) < first - 1:
-            count = first - 1 - int(found[0])
+        """Report a gap before the batch that began with `first`: what no batch ended with, and the stream has not."""
+        del self._checks[0]
+        if not found or self._oldest is None:
+            return
+        # What is in the stream was taken, by an engine that died, or whose connection broke, before it could say so.
+        oldest = number_of(self._oldest[1])
+        before = (first if oldest is None else min(first, oldest)) - 1
+        count = before - int(found[0])
+        if count > 0:
             self._note_loss(
                 count,
-                f"{count} events ({int(found[0]) + 1} to {first - 1}) were trimmed from the stream "
-                f"{self._group.stream!r} of Redis at {self._target.address} before any engine of the group "
-                f"{self._group.name!r} had taken them: no trigger has seen them; raise events_kept",
+                f"{count} events ({int(found[0]) + 1} to {before}) were trimmed from the stream "
+                f"{self._group.stream!r} of Redis at {self._target.address}, or it was deleted, before any engine of "
+                f"the group {self._group.name!r} had taken them: no trigger has seen them; raise events_kept",
             )
 
     def _exchange(self, commands: list[tuple[Any, ...]]) -> list[Any]:
@@ -233,3 +295,13 @@ class Keeper:
 def _is_gone(refusal: Refusal) -> bool:
     """True if the group is gone: the reader makes it anew, and until then there is nothing to acknowledge in it."""
     return "NOGROUP" in refusal.text or "no such key" in refusal.text
+
+
+def _place(entry_id: bytes) -> tuple[int, int]:
+    """Return what the ids of entries are ordered by."""
+    milliseconds, _, sequence = entry_id.partition(b"-")
+    return int(milliseconds), int(sequence)
+
+
+def _ignore(reply: object) -> None:
+    """Nothing depends on the reply."""

@@ -60,6 +60,14 @@ def event_of(fields: list[bytes]) -> Event:
     return Event(fields[3].decode(), fields[5].decode(), old, new, int(fields[1]), depth)
 
 
+def number_of(fields: list[bytes]) -> int | None:
+    """Return the number of a stream entry; None if it is none of ours."""
+    try:
+        return event_of(fields).number
+    except (ValueError, IndexError):
+        return None
+
+
 def _as_json(raw: bytes) -> bytes:
     """Return a value, which may be another program's, as we would write it; null if it is not JSON (SEMANTICS 7)."""
     try:

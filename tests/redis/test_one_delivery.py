@@ -58,6 +58,21 @@ def missed(engine: Engine) -> int:
     return count
 
 
+def lose_a_reply(server: Server, writer: Engine) -> None:
+    """Write an event whose way to the only engine of the group is cut; it takes nothing without a trigger."""
+    writer.set("s", "k", "lost on the way")
+    (consumer,) = server.ask("XINFO", "CONSUMERS", STREAM, GROUP)
+    server.ask("XREADGROUP", "GROUP", GROUP, consumer["name"], "STREAMS", STREAM, ">")
+    assert pending(server) == 1
+    server.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+
+def assert_no_gap(engine: Engine) -> None:
+    """Close an engine, which then looks for gaps before all that it has taken, and see that it found none."""
+    engine.close()
+    assert missed(engine) == 0, engine._parts.adapter.reader.problem()  # type: ignore[attr-defined]
+
+
 # --------------------------------------------------------------------------------------------------------- to one only
 
 
@@ -286,15 +301,41 @@ def test_an_event_that_is_being_handled_when_the_connection_breaks_is_not_handle
 
 def test_what_was_on_its_way_when_the_connection_broke_is_asked_for_again(valkey: Server, engines: Engines) -> None:
     writer, reader = engines.open(valkey), open_one(engines, valkey, claim_after_ms=600_000)
-    writer.set("s", "k", "lost on the way")
-    # The engine, which takes nothing without a trigger, has been given the event, and the reply did not arrive.
-    (consumer,) = valkey.ask("XINFO", "CONSUMERS", STREAM, GROUP)
-    valkey.ask("XREADGROUP", "GROUP", GROUP, consumer["name"], "STREAMS", STREAM, ">")
-    assert pending(valkey) == 1
-    valkey.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    lose_a_reply(valkey, writer)
     seen = Seen(reader)
     assert [event.new_value for event in seen.wait_for_count(1)] == ["lost on the way"]
     wait_until(lambda: pending(valkey) == 0, "an acknowledgement")
+
+
+def test_an_event_that_is_handled_while_the_server_names_what_is_pending_is_not_handled_again(
+    valkey: Server, engines: Engines
+) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def hold(data: bytes) -> None:
+        if taken.is_set() and b"lost?" in data and STREAM.encode() in data:
+            asked.set()
+            assert answer.wait(20)
+
+    taken = threading.Event()
+    with Proxy(valkey, hold=hold) as proxy:
+        writer, reader = open_one(engines, valkey, group="other"), open_one(engines, proxy)
+        seen = Seen(reader)
+        seen.gate.clear()
+        writer.set("s", "k", "lost?")
+        assert seen.entered.wait(20)
+        taken.set()
+        reads = [client for client in valkey.client().client_list() if client["cmd"] == "xreadgroup"]
+        for client in reads:
+            valkey.ask("CLIENT", "KILL", "ID", client["id"])
+        assert asked.wait(20)
+        seen.gate.set()
+        wait_until(lambda: pending(valkey) == 0, "an acknowledgement")
+        answer.set()
+        writer.set("s", "k", "next")
+        seen.wait_for_value("next")
+        reader.close()
+    assert [event.new_value for event in seen.events] == ["lost?", "next"]
 
 
 def test_a_flush_is_reported_and_later_events_arrive(redis_server: Server, engines: Engines) -> None:
@@ -380,6 +421,140 @@ def test_events_that_are_trimmed_while_a_dead_engine_holds_them_are_reported(
     wait_until(lambda: missed(other) == 4, lambda: problems(other))
     assert "before the engine that had taken them was done" in problems(other)
     wait_until(lambda: pending(server) == 0, "nothing pending")
+
+
+def test_what_an_engine_holds_when_it_dies_is_no_gap(valkey: Server, engines: Engines) -> None:
+    writer, reader = open_one(engines, valkey, group="other"), open_one(engines, valkey)
+    writer.set("s", "k", 1)
+    valkey.ask("XREADGROUP", "GROUP", GROUP, "an engine that died", "STREAMS", STREAM, ">")
+    seen = Seen(reader)
+    writer.set("s", "k", 2)
+    seen.wait_for_count(1)
+    assert_no_gap(reader)
+
+
+def test_a_reply_that_was_lost_with_its_connection_is_no_gap(valkey: Server, engines: Engines) -> None:
+    writer, reader = open_one(engines, valkey, group="other"), open_one(engines, valkey)
+    lose_a_reply(valkey, writer)
+    seen = Seen(reader)
+    seen.wait_for_count(1)
+    writer.set("s", "k", 2)
+    seen.wait_for_count(2)
+    valkey.ask("XTRIM", STREAM, "MAXLEN", 1)
+    assert_no_gap(reader)
+
+
+def test_a_gap_before_a_reply_that_was_lost_is_reported(valkey: Server, engines: Engines) -> None:
+    writer, reader = open_one(engines, valkey, group="other"), open_one(engines, valkey)
+    for number in range(3):
+        writer.set("s", "k", number)
+    valkey.ask("XTRIM", STREAM, "MAXLEN", 0)
+    lose_a_reply(valkey, writer)
+    Seen(reader).wait_for_count(1)
+    reader.close()
+    assert missed(reader) == 3
+    assert "3 events (1 to 3) were trimmed" in reader._parts.adapter.reader.problem()  # type: ignore[attr-defined]
+
+
+def test_batches_from_before_a_flush_are_no_gap_after_it(redis_server: Server, engines: Engines) -> None:
+    writer, reader = open_one(engines, redis_server, group="other"), open_one(engines, redis_server)
+    seen = Seen(reader)
+    for number in range(1, 4):
+        writer.set("s", "k", number)
+        seen.wait_for_count(number)
+    redis_server.ask("FLUSHALL")
+    wait_until(lambda: "is made anew" in problems(reader), "a new group")
+    assert_no_gap(reader)
+
+
+def test_a_server_that_forgets_everything_after_a_flush_leaves_no_gap(
+    start_server: StartServer, engines: Engines
+) -> None:
+    server = start_server()
+    reader = open_one(engines, server)
+    seen = Seen(reader)
+    for number in range(1, 6):
+        if number == 4:
+            server.ask("FLUSHALL")
+        reader.set("s", "k", number)
+        seen.wait_for_count(number)
+    wait_until(lambda: pending(server) == 0, "acknowledgements")
+    seen.gate.clear()
+    reader.set("s", "k", "being handled")
+    wait_until(lambda: pending(server) == 1, "an event that was taken")
+    server.kill()
+    server.start()
+    wait_until(lambda: server.ask("XINFO", "GROUPS", STREAM), "a new group")
+    seen.gate.set()
+    wait_until(lambda: "cmdstat_xack" in server.ask("INFO", "commandstats"), "an acknowledgement")
+    assert_no_gap(reader)
+
+
+def test_ends_of_batches_that_a_full_server_refuses_are_told_again(start_server: StartServer, engines: Engines) -> None:
+    server = start_server()
+    writer, reader = open_one(engines, server, group="other"), open_one(engines, server)
+    writer.set("s", "k", 1)
+    server.ask("CONFIG", "SET", "maxmemory", 1)
+    seen = Seen(reader)
+    seen.wait_for_count(1)
+    wait_until(lambda: "cannot be acknowledged: OOM" in problems(reader), "a refusal")
+    server.ask("CONFIG", "SET", "maxmemory", 0)
+    wait_until(lambda: server.ask("ZSCORE", "scopestate:ends:state::scopestate", 1), "the end of the batch")
+    assert_no_gap(reader)
+
+
+def test_a_group_is_made_anew_behind_entries_of_somebody_else(valkey: Server, engines: Engines) -> None:
+    reader = open_one(engines, valkey)
+    seen = Seen(reader)
+    with valkey.client().pipeline() as step:
+        step.delete(STREAM)
+        step.xadd(STREAM, {"foreign": "entry"})
+        step.xadd(STREAM, {"n": 7, "s": "s", "k": "k", "v": "1"})
+        step.execute()
+    assert seen.wait_for_count(1)[0].sequence == 7
+    assert valkey.ask("ZRANGE", "scopestate:ends:state::scopestate", 0, 0) == ["6"]
+    assert_no_gap(reader)
+
+
+def test_events_that_are_trimmed_while_a_living_engine_holds_them_are_reported_once(
+    start_server: StartServer, server_binary: Any, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server(server_binary)
+    engine = open_one(engines, server, claim_after_ms=400)
+    seen = Seen(engine)
+    seen.gate.clear()
+    for number in range(4):
+        engine.set("s", "k", number)
+    wait_until(lambda: pending(server) == 4, "events that were taken")
+    with caplog.at_level(logging.ERROR):
+        server.ask("XTRIM", STREAM, "MAXLEN", 0)
+        wait_until(lambda: "while this engine was still handling them" in problems(engine), "a report")
+        wait_for_claims(server, 5)  # one for each time that it shows that it lives
+    assert caplog.text.count("4 events were trimmed") == 1
+    seen.gate.set()
+    seen.wait_for_count(4)
+    assert missed(engine) == 0
+
+
+def test_events_that_are_trimmed_while_this_engine_holds_them_are_not_taken_for_those_of_a_dead_one(
+    start_server: StartServer, server_binary: Any, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server(server_binary)
+    # It looks for events of dead engines every two seconds, and shows that it lives after minutes.
+    engine = open_one(engines, server, claim_after_ms=600_000)
+    seen = Seen(engine)
+    seen.gate.clear()
+    for number in range(4):
+        engine.set("s", "k", number)
+    wait_until(lambda: pending(server) == 4, "events that were taken")
+    server.ask("XTRIM", STREAM, "MAXLEN", 0)
+    wait_for_claims(server, 1)
+    wait_until(lambda: pending(server) == 0, "events that the server has dropped")
+    seen.gate.set()
+    seen.wait_for_count(4)
+    engine.close()
+    assert "had taken them was done" not in caplog.text
+    assert missed(engine) == 0
 
 
 def test_a_server_that_cannot_give_events_of_dead_engines_away_is_refused_at_the_start(
