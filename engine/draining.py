@@ -23,7 +23,8 @@ def drain(parts: Parts, timeout: float | None) -> None:
     A barrier goes through the router and every handler, behind the events that are there. A handler that fires an event
     may put it behind the barrier, so rounds go on until two in a row saw no handler fire: the second one is behind
     whatever a handler had begun to fire when the first one started. Events that come by way of Redis are waited for
-    first, those of this engine's own writes.
+    first: with `delivery: each` those of this engine's own writes; with `one`, if there is a trigger here, until some
+    engine of the group has taken them, which may still handle them when this one is done.
     """
     if event_depth.get():
         raise WouldDeadlock("drain() in a handler would wait for that very handler to end")

@@ -83,13 +83,14 @@ class Arrivals:
             return True
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            number = adapter.published
+            # In this order: a restart in between is seen below.
+            restarts, number = reader.restarts, adapter.published
             left_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            if not reader.catch_up(number, left_s):
+            if not reader.catch_up(number, restarts, left_s):
                 return False
-            if adapter.published >= number:
+            if reader.restarts == restarts:
                 return True
-            # A flush of Redis has made the numbers begin anew.
+            # A flush of Redis has made the numbers begin anew: the same one is another event now.
 
     def stop(self) -> None:
         """Take no more events; what is here may still be handled and acknowledged. Idempotent."""

@@ -224,7 +224,7 @@ class RedisAdapter:
         if options.delivery == "one":
             reader = GroupReader(target, options, self.shape)
         else:
-            reader = EachReader(target, options, self.shape, self._note_restart)
+            reader = EachReader(target, options, self.shape, lambda: self.published, self._note_restart)
         try:
             reader.open()
         except NotConnected as error:

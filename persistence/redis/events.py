@@ -30,35 +30,47 @@ class EachReader(Reader):
     """
 
     def __init__(
-        self, target: Target, options: RedisOptions, shape: Shape, note_restart: Callable[[int], object]
+        self,
+        target: Target,
+        options: RedisOptions,
+        shape: Shape,
+        published: Callable[[], int],
+        note_restart: Callable[[int], object],
     ) -> None:
-        """`note_restart` is told the newest number when the numbers have gone back."""
+        """`published` says which number of this engine's own is the newest.
+
+        `note_restart` is told the newest number of all when the numbers have gone back.
+        """
         super().__init__(target, options, shape)
+        self._published = published
         self._note_restart = note_restart
         self._id = _BEGINNING
         self._number = 0
         self._recent: deque[tuple[bytes, int]] = deque(maxlen=_REMEMBERED)
         self._waiting: list[tuple[int, threading.Event]] = []
 
-    def catch_up(self, number: int, timeout_s: float | None) -> bool:
-        if self._has(number):
+    def catch_up(self, number: int, restarts: int, timeout_s: float | None) -> bool:
+        if self._has(number, restarts):
             return True
         entry = (number, threading.Event())
         self._waiting.append(entry)
         try:
             # Looked at again: it may have come before the entry was on the list.
-            return self._has(number) or entry[1].wait(timeout_s)
+            return self._has(number, restarts) or entry[1].wait(timeout_s)
         finally:
             if entry in self._waiting:
                 self._waiting.remove(entry)
 
     def stop(self) -> None:
         super().stop()
+        self._tell_all()
+
+    def _has(self, number: int, restarts: int) -> bool:
+        return self._number >= number or self.restarts != restarts or self._stopped.is_set()
+
+    def _tell_all(self) -> None:
         for _, there in list(self._waiting):
             there.set()
-
-    def _has(self, number: int) -> bool:
-        return self._number >= number or self._stopped.is_set()
 
     # ------------------------------------------------------------------------------------------ the reader's thread
 
@@ -123,8 +135,9 @@ class EachReader(Reader):
             count = number - expected
             self.note_loss(
                 count,
-                f"{count} events ({expected} to {number - 1}) were trimmed from {where} before this engine had read "
-                "them: its triggers have not seen them; raise events_kept, or make the handlers faster",
+                f"{count} events ({expected} to {number - 1}) were trimmed from {where}, or it was deleted, before "
+                "this engine had read them: its triggers have not seen them; raise events_kept, or make the handlers "
+                "faster",
             )
         elif self._recent and number > self._recent[0][1]:
             self._restart(connection, number - 1, f"{where} lost its end")
@@ -134,16 +147,18 @@ class EachReader(Reader):
     def _look(self, connection: Connection) -> None:
         """See whether the last entry that was read is there still; if not, find where to go on."""
         stream = self._shape.stream
+        published = self._published()  # before the counter, which cannot be behind it then
         counted = self._counted(connection)
         before = connection.call("XREVRANGE", stream, self._id, "-", "COUNT", 1)
         where = f"the stream {stream!r} of Redis at {self._target.address}"
-        if not before:
-            # Trimmed behind us, which the next number tells; or it is another stream.
-            if counted < self._number:
-                self._restart(connection, 0, f"{where} has begun anew")
-                self._id = _BEGINNING
+        if not before and counted < self._number:
+            self._restart(connection, 0, f"{where} has begun anew")
+            self._id = _BEGINNING
             return
-        if before[0][0] == self._id and number_of(before[0][1]) in (self._number, None):
+        # None before it: it was trimmed, which the next number tells; or it is another stream.
+        if not before or (before[0][0] == self._id and number_of(before[0][1]) in (self._number, None)):
+            if published > counted:
+                self._note_unread(published, counted, where)
             return
         # A fail-over: the new primary had not got all that we have read, and may have given its ids anew since.
         known = dict(self._recent)
@@ -160,8 +175,9 @@ class EachReader(Reader):
 
     def _restart(self, connection: Connection, number: int, what: str, *, missed: int = 0) -> None:
         """Go on behind the event of this number, which is before those that were read."""
+        counted = self._counted(connection)  # first: if the connection breaks here, the next one finds the same
         last, self._number = self._number, number
-        self._note_restart(self._counted(connection))
+        self._begin_anew(counted)
         while self._recent and self._recent[-1][1] > number:
             self._recent.pop()
         self.note_loss(
@@ -169,8 +185,20 @@ class EachReader(Reader):
             f"{what} after event {last} (it was flushed, or a fail-over lost what was newest): this engine goes on "
             f"with event {number + 1}; what was published in between may be missing",
         )
-        for _, there in list(self._waiting):
-            there.set()
+
+    def _note_unread(self, published: int, counted: int, where: str) -> None:
+        """What this engine has published and not read yet is gone, and what it had read is there."""
+        self._begin_anew(counted)
+        self.note_loss(
+            published - counted,
+            f"{where} lost its end (a restart or a fail-over lost what was newest): the events {counted + 1} to "
+            f"{published}, as they were, went to no trigger of this engine",
+        )
+
+    def _begin_anew(self, counted: int) -> None:
+        self._note_restart(counted)
+        self.restarts += 1
+        self._tell_all()
 
     def _counted(self, connection: Connection) -> int:
         return int(connection.call("GET", self._shape.counter) or 0)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from scopestate.errors import StorageError
 from scopestate.persistence.redis.connection import Connection, Refusal, Target
-from scopestate.persistence.redis.keeper import Group, Keeper
+from scopestate.persistence.redis.keeper import Group, Keeper, place_of
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.reading import BLOCK_S, Event, Handler, Outlet, Reader, event_of
 from scopestate.persistence.redis.script import Shape
@@ -25,6 +25,11 @@ _MOST_HELD: Final = 64
 _NOBODY_LISTENS_S: Final = 0.05
 """Pause of an engine without a trigger, which takes nothing away from the others."""
 _FAR_AWAY_MS: Final = 10**12
+_LOOK_AGAIN_S: Final = 0.01
+"""Between looks at how far the group is, while somebody waits for that."""
+_ASK_S: Final = 0.5
+"""Longest wait for an answer to that, before it is seen whether the engine is about to close."""
+_BEGINNING: Final = b"0-0"
 
 # KEYS: the stream, its counter, the ends (see `keeper.Group`). ARGV: the group, and where it begins.
 _CREATE: Final = b"""
@@ -68,10 +73,53 @@ class GroupReader(Reader):
         self._keeper = Keeper(target, self._group, options.claim_after_s, beat_s, self.note_loss)
         self._claim_every_s = min(beat_s, BLOCK_S)
         self._next_claim = 0.0
+        self._passed_on = _BEGINNING
+        """Id of the newest entry that was handed to the handlers here."""
 
     def start(self, outlet: Outlet) -> None:
         self._keeper.start()
         super().start(outlet)
+
+    def catch_up(self, number: int, restarts: int, timeout_s: float | None) -> bool:
+        """Wait until everything that is in the stream now was taken by an engine of the group: see `Reader.catch_up`.
+
+        True at once if there is no trigger here: this engine takes nothing, and perhaps no other one is there.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        group, newest = self._group, None
+        while self._started and not self._stopped.is_set() and self._outlet.has_triggers():
+            wait_s = _ASK_S if deadline is None else min(deadline - time.monotonic(), _ASK_S)
+            if wait_s <= 0:
+                return False
+            replies = self._keeper.ask(
+                [
+                    ("XREVRANGE", group.stream, "+", "-", "COUNT", 1),
+                    ("XINFO", "GROUPS", group.stream),
+                    # What this engine was given and has not handed on: its reply may be on its way.
+                    ("XPENDING", group.stream, group.name, b"(" + self._passed_on, "+", 1, group.me),
+                ],
+                wait_s,
+            )
+            if replies is not None:
+                last, groups, pending = replies
+                if type(last) is list:
+                    now = place_of(last[0][0] if last else _BEGINNING)
+                    # It goes back if the stream was flushed: what was there before need not be waited for.
+                    newest = now if newest is None else min(newest, now)
+                    if not last or self._has_taken(newest, groups, pending):
+                        return True
+            self._stopped.wait(_LOOK_AGAIN_S)
+        return True
+
+    def _has_taken(self, newest: tuple[int, int], groups: Any, pending: Any) -> bool:
+        """True if entries up to `newest` were given to engines, and this one has handed its own on."""
+        if type(groups) is Refusal or type(pending) is Refusal:
+            return False  # the group is gone, and will be made anew
+        if pending and place_of(pending[0][0]) <= newest:
+            return False
+        told = [dict(zip(row[::2], row[1::2], strict=True)) for row in groups]
+        given = [one[b"last-delivered-id"] for one in told if one[b"name"] == self._group.name.encode()]
+        return bool(given) and place_of(given[0]) >= newest
 
     def problem(self) -> str | None:
         return super().problem() or self._keeper.problem()
@@ -145,7 +193,7 @@ class GroupReader(Reader):
 
     def _claim(self, connection: Connection) -> None:
         """Take over what engines hold that show no life."""
-        group, cursor = self._group, b"0-0"
+        group, cursor = self._group, _BEGINNING
         while not self._stopped.is_set():
             held = set(self._keeper.held)  # before the call, as above
             reply = connection.call(
@@ -163,7 +211,7 @@ class GroupReader(Reader):
             elif claimed := [entry for entry in entries if entry[0] not in held]:
                 log.warning("took over %d events of engines that showed no life", len(claimed))
                 self._pass_on(claimed, check=False)
-            if cursor == b"0-0":
+            if cursor == _BEGINNING:
                 break
             if not self._keeper.has_room(_MOST_HELD, self._stopped):
                 return  # and come back for the rest
@@ -196,6 +244,8 @@ class GroupReader(Reader):
             concerned, handler = published
             handlers.update(dict.fromkeys(concerned))
             ids.append(entry_id)
+        if entries and not interrupted:
+            self._passed_on = max(self._passed_on, entries[-1][0], key=place_of)
         if last:
             keeper.note(last, first=first if check else None)
         if ids:
@@ -228,6 +278,7 @@ class GroupReader(Reader):
             return False
         made = self._create(connection, b"0")
         self._keeper.forget()
+        self._passed_on = _BEGINNING
         if made:
             self.note_loss(
                 0,

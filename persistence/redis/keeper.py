@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from scopestate.errors import NotConnected
@@ -41,6 +42,14 @@ class _Job(NamedTuple):
 
     command: tuple[Any, ...]
     then: Callable[[Any], object]
+
+
+class _Question(NamedTuple):
+    """Commands that somebody waits for the replies of."""
+
+    commands: list[tuple[Any, ...]]
+    replies: list[Any]
+    answered: threading.Event
 
 
 class Group(NamedTuple):
@@ -81,6 +90,7 @@ class Keeper:
         self._done: list[bytes] = []
         self._ends: list[int] = []
         self._checks: list[tuple[float, int]] = []
+        self._questions: list[_Question] = []
         self._dropped: set[bytes] = set()
         """Of what is held: what the server no longer counts as taken by this engine. Not kept alive."""
         self._oldest: tuple[bytes, list[bytes]] | None = None
@@ -137,6 +147,12 @@ class Keeper:
         """Tell Redis that these were handled."""
         self._queue.put(lambda: self._done.extend(ids))
 
+    def ask(self, commands: list[tuple[Any, ...]], timeout_s: float) -> list[Any] | None:
+        """Return the replies to commands that change nothing, Refusals among them; None if there are none in time."""
+        question = _Question(commands, [], threading.Event())
+        self._queue.put(lambda: self._questions.append(question))
+        return question.replies if question.answered.wait(timeout_s) else None
+
     def problem(self) -> str | None:
         """Return why handled events cannot be acknowledged now; None if they can."""
         return None if self._why_not is None else f"handled events cannot be acknowledged: {self._why_not}"
@@ -186,10 +202,16 @@ class Keeper:
             return
 
     def _work(self) -> None:
+        # Those who have waited in vain ask again.
+        questions, self._questions = self._questions, []
         jobs = self._jobs()
-        if not jobs:
+        commands = [command for question in questions for command in question.commands]
+        if not jobs and not commands:
             return
-        replies = self._exchange([job.command for job in jobs])
+        replies = iter(self._exchange([*commands, *(job.command for job in jobs)]))
+        for question in questions:
+            question.replies.extend(islice(replies, len(question.commands)))
+            question.answered.set()
         for job, reply in zip(jobs, replies, strict=True):
             if type(reply) is not Refusal:
                 job.then(reply)
@@ -249,8 +271,8 @@ class Keeper:
         dropped = set(held).difference(claimed)
         self._dropped |= dropped
         # What is in the stream still was acknowledged by another engine, which had taken this one for dead.
-        oldest = None if self._oldest is None else _place(self._oldest[0])
-        trimmed = [entry_id for entry_id in dropped if oldest is None or _place(entry_id) < oldest]
+        oldest = None if self._oldest is None else place_of(self._oldest[0])
+        trimmed = [entry_id for entry_id in dropped if oldest is None or place_of(entry_id) < oldest]
         if trimmed:
             self._note_loss(
                 0,
@@ -297,7 +319,7 @@ def _is_gone(refusal: Refusal) -> bool:
     return "NOGROUP" in refusal.text or "no such key" in refusal.text
 
 
-def _place(entry_id: bytes) -> tuple[int, int]:
+def place_of(entry_id: bytes) -> tuple[int, int]:
     """Return what the ids of entries are ordered by."""
     milliseconds, _, sequence = entry_id.partition(b"-")
     return int(milliseconds), int(sequence)

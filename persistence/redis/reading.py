@@ -136,6 +136,8 @@ class Reader(ABC):
         self._noting = threading.Lock()
         self.missed = 0
         """Events that were lost to this engine, as far as their number is known."""
+        self.restarts = 0
+        """How often the numbers of the events have gone back."""
 
     # ------------------------------------------------------------------------------------------- the engine's side
 
@@ -179,12 +181,13 @@ class Reader(ABC):
         """Stop, and let go of everything. Idempotent."""
         self.stop()
 
-    def catch_up(self, number: int, timeout_s: float | None) -> bool:
-        """Wait until the event of this number was published here; False if that took longer than `timeout_s`.
+    @abstractmethod
+    def catch_up(self, number: int, restarts: int, timeout_s: float | None) -> bool:
+        """Wait until the event of this number, which this engine has published, was taken from the stream, and handed
+        to the handlers if it was taken here; False if that took longer than `timeout_s`.
 
-        True at once if it need not come here.
+        True also when the numbers have begun anew since they had done so `restarts` times, and after `stop`.
         """
-        return True
 
     def problem(self) -> str | None:
         """Return what is wrong now, in words, or was lost of late."""

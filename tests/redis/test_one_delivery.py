@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from event_engines import STREAM, Engines, Seen, problems, set_patiently
 from servers import Server, StartServer, wait_until
 
 from scopestate import DeliveryFailure, Engine
-from scopestate.errors import StorageError
+from scopestate.errors import ReplyTimeout, StorageError
 
 GROUP = "scopestate"
 SMALL_NODES = ("stream-node-max-entries 4",)
@@ -586,3 +587,126 @@ def test_drain_waits_for_what_has_arrived_here(valkey: Server, engines: Engines)
     seen.gate.set()
     thread.join()
     assert seen.numbers == [1]
+
+
+def test_drain_waits_until_own_events_are_taken_and_handled(redis_server: Server, engines: Engines) -> None:
+    engine = open_one(engines, redis_server)
+    seen = Seen(engine)
+    for number in range(1, 501):
+        engine.set("s", "k", number)
+        if number % 50 == 0:
+            engine.drain(20)
+            assert len(seen.events) == number
+
+
+def test_drain_waits_for_what_handlers_cause(valkey: Server, engines: Engines) -> None:
+    engine = open_one(engines, valkey)
+    seen = Seen(engine, scope="end")
+
+    def pass_on(event: Any) -> None:
+        if event.new_value < 10:
+            engine.set("chain", "k", event.new_value + 1)
+        else:
+            engine.set("end", "k", "reached")
+
+    engine.register_function("pass_on", pass_on)
+    engine.register_trigger(function_id="pass_on", scope="chain")
+    for _ in range(20):
+        seen.events.clear()
+        engine.set("chain", "k", 0)
+        engine.drain(20)
+        assert [event.new_value for event in seen.events] == ["reached"]
+
+
+def test_drain_waits_for_a_reply_that_was_lost(valkey: Server, engines: Engines) -> None:
+    writer, engine = open_one(engines, valkey, group="other"), open_one(engines, valkey)
+    lose_a_reply(valkey, writer)
+    seen = Seen(engine)
+    engine.drain(20)
+    assert [event.new_value for event in seen.events] == ["lost on the way"]
+
+
+def test_drain_waits_for_what_others_of_the_group_take_and_not_for_their_handlers(
+    valkey: Server, engines: Engines
+) -> None:
+    engine, other = open_one(engines, valkey), open_one(engines, valkey)
+    held_up = Seen(other)
+    held_up.gate.clear()
+    engine.set("s", "k", "theirs")
+    assert held_up.entered.wait(20)
+    seen = Seen(engine)
+    engine.drain(20)
+    assert held_up.events == seen.events == []
+    held_up.gate.set()
+    held_up.wait_for_count(1)
+
+
+def test_drain_without_a_trigger_here_waits_for_nothing(valkey: Server, engines: Engines) -> None:
+    engine = open_one(engines, valkey)
+    engine.set("s", "k", 1)
+    engine.drain(20)
+    assert valkey.ask("XINFO", "GROUPS", STREAM)[0]["last-delivered-id"] == "0-0"
+
+
+def test_drain_gives_up_when_its_time_is_over(valkey: Server, engines: Engines) -> None:
+    # What an engine holds is limited: it does not take the last of these.
+    engine = open_one(engines, valkey, limits={"handler_mailbox": 1})
+    seen = Seen(engine)
+    seen.gate.clear()
+    for number in range(200):
+        engine.set("s", "k", number)
+    with pytest.raises(ReplyTimeout, match=r"not drained within 0\.2 s: .*have not come back from Redis"):
+        engine.drain(0.2)
+    seen.gate.set()
+    engine.drain(20)
+    assert len(seen.events) == 200
+
+
+def test_drain_and_close_end_in_time_while_the_server_does_not_answer(
+    start_server: StartServer, engines: Engines
+) -> None:
+    server = start_server()
+    engine = open_one(engines, server, connect_timeout_ms=300, call_timeout_ms=300, limits={"close_grace_ms": 200})
+    seen = Seen(engine)
+    engine.set("s", "k", 1)
+    seen.wait_for_count(1)
+    server.pause()
+    begun = time.monotonic()
+    with pytest.raises(ReplyTimeout):
+        engine.drain(0.3)
+    assert time.monotonic() - begun < 3.0
+    engine.close()
+    assert time.monotonic() - begun < 10.0
+    server.resume()
+
+
+def test_drain_ends_when_the_stream_was_flushed(valkey: Server, engines: Engines) -> None:
+    engine = open_one(engines, valkey)
+    seen = Seen(engine)
+    seen.gate.clear()
+    engine.set("s", "k", 1)
+    assert seen.entered.wait(20)
+    for number in range(2, 200):
+        engine.set("s", "k", number)
+    drained = threading.Event()
+
+    def drain() -> None:
+        engine.drain(20)
+        drained.set()
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    valkey.ask("FLUSHALL")
+    seen.gate.set()
+    thread.join()
+    assert drained.is_set()
+
+
+def test_close_first_delivers_the_events_of_own_writes(valkey: Server, engines: Engines) -> None:
+    for _ in range(10):
+        engine = open_one(engines, valkey)
+        seen = Seen(engine)
+        engine.set("s", "k", 1)
+        engine.set("s", "k", 2)
+        engine.close()
+        assert [event.new_value for event in seen.events] == [1, 2]

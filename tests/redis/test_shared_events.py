@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from servers import SentinelSetup, Server, StartServer, wait_until
 
 from scopestate import DeliveryFailure, Engine
 from scopestate.errors import EventLoopDetected, ReplyTimeout, StorageError
+from scopestate.sharing import Arrivals
 
 SMALL_NODES = ("stream-node-max-entries 4",)
 """Redis trims whole nodes of a stream."""
@@ -263,6 +265,66 @@ def test_a_flush_is_reported_and_later_events_arrive_and_drain_ends(
     assert "has begun anew after event 5" in caplog.text
 
 
+def test_a_connection_that_breaks_while_a_flush_is_noticed_loses_neither_the_report_nor_the_count(
+    valkey: Server, engines: Engines
+) -> None:
+    cuts = Cuts(b"GET\r\n$%d\r\n%s" % (len(COUNTER), COUNTER.encode()), most=1)
+    with Proxy(valkey, cut=cuts) as proxy:
+        writer, reader = engines.open(valkey), engines.open(proxy)
+        seen = Seen(reader)
+        for number in range(20):
+            reader.set("s", "k", number)
+        seen.wait_for_count(20)
+        cuts.armed = True
+        valkey.ask("FLUSHALL")
+        writer.set("s", "k", "new")
+        seen.wait_for_value("new")
+        assert cuts.count == 1
+        assert "has begun anew after event 20" in problems(reader)
+        reader.drain(20)
+        reader.close()
+
+
+def test_own_events_that_a_restart_lost_before_they_were_read_are_reported_and_drain_ends(
+    start_server: StartServer, engines: Engines
+) -> None:
+    server = start_server()
+    engine = engines.open(server, limits={"handler_mailbox": 1})
+    seen = Seen(engine)
+    seen.gate.clear()
+    for number in range(1, 9):
+        engine.set("s", f"k{number}", number)
+    wait_until(lambda: engine._parts.router.blocked() > 0, "a reader that waits for room")
+    server.ask("SAVE")
+    for number in range(9, 20):
+        engine.set("s", f"k{number}", number)
+    server.kill()
+    server.start()
+    seen.gate.set()
+    engine.drain(20)
+    assert seen.numbers == list(range(1, 9))
+    assert missed(engine) == 11
+    assert "lost its end" in problems(engine)
+    assert "the events 9 to 19, as they were, went to no trigger" in problems(engine)
+    set_patiently(engine, "s", "k", "new")
+    engine.drain(20)
+    assert seen.events[-1].new_value == "new"
+
+
+def test_events_that_are_gone_with_a_deleted_stream_are_not_all_put_down_to_trimming(
+    valkey: Server, engines: Engines
+) -> None:
+    writer = engines.open(valkey)
+    seen = Seen(writer)
+    writer.set("s", "k", 1)
+    seen.wait_for_count(1)
+    valkey.ask("INCR", COUNTER)  # as a write does whose event then finds a stream that is none
+    writer.set("s", "k", 3)
+    assert seen.wait_for_count(2)[1].sequence == 3
+    assert f"1 events (2 to 2) were trimmed from the stream {STREAM!r}" in problems(writer)
+    assert "or it was deleted, before this engine had read them" in problems(writer)
+
+
 def test_a_flush_without_any_later_write_is_noticed(valkey: Server, engines: Engines) -> None:
     reader = engines.open(valkey)
     seen = Seen(reader)
@@ -411,6 +473,23 @@ def test_drain_waits_until_the_events_of_own_writes_have_come_and_are_handled(va
         if number % 20 == 0:
             engine.drain(20)
             assert len(seen.events) == number
+
+
+def test_drain_waits_again_when_the_numbers_have_begun_anew_meanwhile() -> None:
+    """Event 7 from before a flush is another one than event 7 from after it."""
+    waited: list[tuple[int, int]] = []
+    adapter: Any = SimpleNamespace(published=7)
+
+    def catch_up(number: int, restarts: int, timeout_s: float | None) -> bool:
+        waited.append((number, restarts))
+        if len(waited) == 1:
+            adapter.reader.restarts, adapter.published = 1, 9
+        return True
+
+    adapter.reader = SimpleNamespace(restarts=0, catch_up=catch_up)
+    nobody: Any = None
+    assert Arrivals(adapter, nobody, nobody).catch_up(None)
+    assert waited == [(7, 0), (9, 1)]
 
 
 def test_drain_waits_for_what_handlers_cause(valkey: Server, engines: Engines) -> None:
