@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import socket
@@ -27,8 +28,6 @@ _NOBODY_LISTENS_S: Final = 0.05
 _FAR_AWAY_MS: Final = 10**12
 _LOOK_AGAIN_S: Final = 0.01
 """Between looks at how far the group is, while somebody waits for that."""
-_ASK_S: Final = 0.5
-"""Longest wait for an answer to that, before it is seen whether the engine is about to close."""
 _BEGINNING: Final = b"0-0"
 
 # KEYS: the stream, its counter, the ends (see `keeper.Group`). ARGV: the group, and where it begins.
@@ -85,11 +84,10 @@ class GroupReader(Reader):
 
         True at once if there is no trigger here: this engine takes nothing, and perhaps no other one is there.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         group, newest = self._group, None
         while self._started and not self._stopped.is_set() and self._outlet.has_triggers():
-            wait_s = _ASK_S if deadline is None else min(deadline - time.monotonic(), _ASK_S)
-            if wait_s <= 0:
+            if time.monotonic() >= deadline:
                 return False
             replies = self._keeper.ask(
                 [
@@ -98,9 +96,10 @@ class GroupReader(Reader):
                     # What this engine was given and has not handed on: its reply may be on its way.
                     ("XPENDING", group.stream, group.name, b"(" + self._passed_on, "+", 1, group.me),
                 ],
-                wait_s,
+                deadline,
+                self._stopped,
             )
-            if replies is not None:
+            if replies:
                 last, groups, pending = replies
                 if type(last) is list:
                     now = place_of(last[0][0] if last else _BEGINNING)

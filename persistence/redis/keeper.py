@@ -22,6 +22,8 @@ _SETTLED_S: Final = 2.0
 _ENDS_KEPT: Final = 10_000
 _PAUSE_S: Final = 0.5
 """Between attempts to connect."""
+_ASK_S: Final = 0.2
+"""Longest wait for an answer before it is seen whether the engine stops."""
 _DEAD_BEATS: Final = 40
 """A consumer that holds nothing and has not been heard of for so many beats is removed."""
 
@@ -147,11 +149,18 @@ class Keeper:
         """Tell Redis that these were handled."""
         self._queue.put(lambda: self._done.extend(ids))
 
-    def ask(self, commands: list[tuple[Any, ...]], timeout_s: float) -> list[Any] | None:
-        """Return the replies to commands that change nothing, Refusals among them; None if there are none in time."""
+    def ask(self, commands: list[tuple[Any, ...]], deadline: float, stopped: threading.Event) -> list[Any]:
+        """Return the replies to commands that change nothing, Refusals among them.
+
+        Empty if there is no connection, or the engine stops, or at the deadline, in seconds on the monotonic clock.
+        """
         question = _Question(commands, [], threading.Event())
         self._queue.put(lambda: self._questions.append(question))
-        return question.replies if question.answered.wait(timeout_s) else None
+        while (left_s := deadline - time.monotonic()) > 0 and not stopped.is_set():
+            # The pause lets it see the end of the engine, behind which nobody answers.
+            if question.answered.wait(min(left_s, _ASK_S)):
+                return question.replies
+        return []
 
     def problem(self) -> str | None:
         """Return why handled events cannot be acknowledged now; None if they can."""
@@ -202,16 +211,18 @@ class Keeper:
             return
 
     def _work(self) -> None:
-        # Those who have waited in vain ask again.
         questions, self._questions = self._questions, []
         jobs = self._jobs()
         commands = [command for question in questions for command in question.commands]
         if not jobs and not commands:
             return
-        replies = iter(self._exchange([*commands, *(job.command for job in jobs)]))
-        for question in questions:
-            question.replies.extend(islice(replies, len(question.commands)))
-            question.answered.set()
+        try:
+            replies = iter(self._exchange([*commands, *(job.command for job in jobs)]))
+            for question in questions:
+                question.replies.extend(islice(replies, len(question.commands)))
+        finally:
+            for question in questions:
+                question.answered.set()
         for job, reply in zip(jobs, replies, strict=True):
             if type(reply) is not Refusal:
                 job.then(reply)

@@ -641,6 +641,22 @@ def test_drain_waits_for_what_others_of_the_group_take_and_not_for_their_handler
     held_up.wait_for_count(1)
 
 
+def test_drain_ends_over_a_slow_connection(valkey: Server, engines: Engines) -> None:
+    pause = threading.Event()
+
+    def hold(data: bytes) -> None:
+        if b"last-delivered-id" in data:
+            pause.wait(0.5)
+
+    with Proxy(valkey, hold=hold) as proxy:
+        engine = open_one(engines, proxy)
+        seen = Seen(engine)
+        engine.set("s", "k", 1)
+        engine.drain(20)
+        assert len(seen.events) == 1
+        engine.close()
+
+
 def test_drain_without_a_trigger_here_waits_for_nothing(valkey: Server, engines: Engines) -> None:
     engine = open_one(engines, valkey)
     engine.set("s", "k", 1)
