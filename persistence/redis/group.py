@@ -74,6 +74,8 @@ class GroupReader(Reader):
         self._next_claim = 0.0
         self._passed_on = _BEGINNING
         """Id of the newest entry that was handed to the handlers here."""
+        self._taken = 0
+        """Number of the newest event that came here as a new one: what is before it was taken too."""
 
     def start(self, outlet: Outlet) -> None:
         self._keeper.start()
@@ -107,6 +109,9 @@ class GroupReader(Reader):
                     newest = now if newest is None else min(newest, now)
                     if not last or self._has_taken(newest, groups, pending):
                         return True
+            elif number <= self._taken:
+                # There is no answer now, and the last that was known is that nothing is missing.
+                return True
             self._stopped.wait(_LOOK_AGAIN_S)
         return True
 
@@ -245,6 +250,7 @@ class GroupReader(Reader):
             ids.append(entry_id)
         if entries and not interrupted:
             self._passed_on = max(self._passed_on, entries[-1][0], key=place_of)
+            self._taken = last if are_new and last else self._taken
         if last:
             keeper.note(last, first=first if check else None)
         if ids:
@@ -277,7 +283,7 @@ class GroupReader(Reader):
             return False
         made = self._create(connection, b"0")
         self._keeper.forget()
-        self._passed_on = _BEGINNING
+        self._passed_on, self._taken = _BEGINNING, 0
         if made:
             self.note_loss(
                 0,

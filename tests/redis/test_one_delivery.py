@@ -682,10 +682,12 @@ def test_drain_and_close_end_in_time_while_the_server_does_not_answer(
     start_server: StartServer, engines: Engines
 ) -> None:
     server = start_server()
-    engine = open_one(engines, server, connect_timeout_ms=300, call_timeout_ms=300, limits={"close_grace_ms": 200})
+    limits = {"handler_mailbox": 1, "close_grace_ms": 200}
+    engine = open_one(engines, server, connect_timeout_ms=300, call_timeout_ms=300, limits=limits)
     seen = Seen(engine)
-    engine.set("s", "k", 1)
-    seen.wait_for_count(1)
+    seen.gate.clear()
+    for number in range(200):
+        engine.set("s", "k", number)
     server.pause()
     begun = time.monotonic()
     with pytest.raises(ReplyTimeout):
@@ -693,7 +695,22 @@ def test_drain_and_close_end_in_time_while_the_server_does_not_answer(
     assert time.monotonic() - begun < 3.0
     engine.close()
     assert time.monotonic() - begun < 10.0
-    server.resume()
+    seen.gate.set()
+
+
+def test_close_does_not_wait_for_a_server_that_does_not_answer_if_everything_is_handled(
+    start_server: StartServer, engines: Engines
+) -> None:
+    server = start_server()
+    engine = open_one(engines, server, connect_timeout_ms=300, call_timeout_ms=300, limits={"close_grace_ms": 60_000})
+    seen = Seen(engine)
+    for number in range(50):
+        engine.set("s", "k", number)
+    seen.wait_for_count(50)
+    server.pause()
+    begun = time.monotonic()
+    engine.close()
+    assert time.monotonic() - begun < 20.0
 
 
 def test_drain_ends_when_the_stream_was_flushed(valkey: Server, engines: Engines) -> None:
