@@ -344,6 +344,8 @@ def test_events_that_are_trimmed_before_they_were_read_are_counted_and_named(
     seen.gate.clear()
     for number in range(1, 401):
         writer.set("s", "k", number)
+        if number == 5:
+            wait_until(lambda: reader._parts.router.blocked() > 0, "a reader that waits for room")
     with caplog.at_level(logging.ERROR):
         seen.gate.set()
         seen.wait_for_value(400)
