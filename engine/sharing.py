@@ -84,11 +84,13 @@ class Arrivals:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             # In this order: a restart in between is seen below.
-            restarts, number = reader.restarts, adapter.published
+            restarts, latest, number = reader.restarts, adapter.latest, adapter.published
             left_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            if not reader.catch_up(number, restarts, left_s):
+            if not reader.catch_up(number, restarts, left_s, look=latest < number):
                 return False
             if reader.restarts == restarts:
+                if adapter.latest == latest:
+                    adapter.latest = number  # looked at; not once more the next time
                 return True
             # A flush of Redis has made the numbers begin anew: the same one is another event now.
 

@@ -51,6 +51,8 @@ class RedisAdapter:
         self.shares_events = bool(options.events_kept)
         self.published = 0
         """Number of the newest event that this engine has published."""
+        self.latest = 0
+        """That of the last one. If it is less, answers came out of order, or the numbers have begun anew."""
         self._options = options
         self._pid = os.getpid()
         self._attempts = itertools.count()
@@ -84,6 +86,7 @@ class RedisAdapter:
     def note_published(self, number: int) -> None:
         """Note the number of an event that this engine has published."""
         self.published = max(self.published, number)
+        self.latest = number
 
     def note_misfit(self, scope: str, key: str, problem: str) -> None:
         """Note something in Redis that is no key and value of ours."""
@@ -237,7 +240,7 @@ class RedisAdapter:
 
     def _note_restart(self, number: int) -> None:
         """The numbers of the events have gone back: what was published before does not count."""
-        self.published = number
+        self.published = self.latest = number
 
     def _hash_key(self, scope: str) -> bytes:
         return self.shape.key_of(_text(scope, "scope"))

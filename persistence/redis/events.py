@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -48,25 +50,37 @@ class EachReader(Reader):
         self._number = 0
         self._recent: deque[tuple[bytes, int]] = deque(maxlen=_REMEMBERED)
         self._waiting: list[tuple[int, threading.Event]] = []
+        self._wanted = self._looked = 0
+        """Up to which number looks at the stream were wanted, and made with the result that it is still the same."""
 
-    def catch_up(self, number: int, restarts: int, timeout_s: float | None) -> bool:
-        if self._has(number, restarts):
-            return True
-        entry = (number, threading.Event())
+    def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
+        there = threading.Event()
+        entry = (number, there)
+        wanted = 0
+        if look:
+            self._wanted += 1
+            wanted = self._wanted
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         self._waiting.append(entry)
         try:
-            # Looked at again: it may have come before the entry was on the list.
-            return self._has(number, restarts) or entry[1].wait(timeout_s)
+            # Looked at behind the append: what comes after the look sets the flag.
+            while not self._has(number, restarts, wanted):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False
+                there.wait(None if left_s == math.inf else left_s)
+                there.clear()
+            return True
         finally:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
+            self._waiting.remove(entry)
 
     def stop(self) -> None:
         super().stop()
         self._tell_all()
 
-    def _has(self, number: int, restarts: int) -> bool:
-        return self._number >= number or self.restarts != restarts or self._stopped.is_set()
+    def _has(self, number: int, restarts: int, wanted: int) -> bool:
+        is_there = self._number >= number and self._looked >= wanted
+        return is_there or self.restarts != restarts or self._stopped.is_set()
 
     def _tell_all(self) -> None:
         for _, there in list(self._waiting):
@@ -89,6 +103,8 @@ class EachReader(Reader):
         self._look(connection)
 
     def _take(self, connection: Connection) -> Handler | None:
+        if self._looked < self._wanted:
+            self._look(connection)
         reply = connection.exchange(
             pack(("XREAD", "COUNT", _COUNT, "BLOCK", int(BLOCK_S * 1000), "STREAMS", self._shape.stream, self._id))
         )
@@ -146,7 +162,7 @@ class EachReader(Reader):
 
     def _look(self, connection: Connection) -> None:
         """See whether the last entry that was read is there still; if not, find where to go on."""
-        stream = self._shape.stream
+        stream, wanted = self._shape.stream, self._wanted
         published = self._published()  # before the counter, which cannot be behind it then
         counted = self._counted(connection)
         before = connection.call("XREVRANGE", stream, self._id, "-", "COUNT", 1)
@@ -159,6 +175,9 @@ class EachReader(Reader):
         if not before or (before[0][0] == self._id and number_of(before[0][1]) in (self._number, None)):
             if published > counted:
                 self._note_unread(published, counted, where)
+            if before or counted == self._number:
+                self._looked = wanted
+                self._tell_all()
             return
         # A fail-over: the new primary had not got all that we have read, and may have given its ids anew since.
         known = dict(self._recent)

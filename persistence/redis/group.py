@@ -81,7 +81,7 @@ class GroupReader(Reader):
         self._keeper.start()
         super().start(outlet)
 
-    def catch_up(self, number: int, restarts: int, timeout_s: float | None) -> bool:
+    def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
         """Wait until everything that is in the stream now was taken by an engine of the group: see `Reader.catch_up`.
 
         True at once if there is no trigger here: this engine takes nothing, and perhaps no other one is there.

@@ -182,11 +182,12 @@ class Reader(ABC):
         self.stop()
 
     @abstractmethod
-    def catch_up(self, number: int, restarts: int, timeout_s: float | None) -> bool:
+    def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
         """Wait until the event of this number, which this engine has published, was taken from the stream, and handed
         to the handlers if it was taken here; False if that took longer than `timeout_s`.
 
-        True also when the numbers have begun anew since they had done so `restarts` times, and after `stop`.
+        True also when the numbers have begun anew since they had done so `restarts` times, and after `stop`. `look`:
+        they may have, unseen until now, so it must be seen that they have not.
         """
 
     def problem(self) -> str | None:

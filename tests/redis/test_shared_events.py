@@ -477,12 +477,38 @@ def test_drain_waits_until_the_events_of_own_writes_have_come_and_are_handled(va
             assert len(seen.events) == number
 
 
+def test_drain_right_after_a_flush_waits_for_what_was_written_behind_it(valkey: Server, engines: Engines) -> None:
+    armed, answer = threading.Event(), threading.Event()
+
+    def hold(data: bytes) -> None:
+        if armed.is_set() and b"behind it" in data:
+            assert answer.wait(20)
+
+    with Proxy(valkey, hold=hold) as proxy:
+        engine = engines.open(proxy)
+        seen = Seen(engine)
+        for number in range(5):
+            engine.set("s", "k", number)
+        seen.wait_for_count(5)
+        armed.set()
+        valkey.ask("FLUSHALL")
+        engine.set("s", "k", "behind it")
+        thread = threading.Thread(target=engine.drain, args=(20,))
+        thread.start()
+        reader: Any = engine._parts.adapter.reader  # type: ignore[attr-defined]
+        wait_until(lambda: reader._wanted or not thread.is_alive(), "a drain that waits, or does not")
+        answer.set()
+        thread.join()
+        assert seen.events[-1].new_value == "behind it"
+        engine.close()
+
+
 def test_drain_waits_again_when_the_numbers_have_begun_anew_meanwhile() -> None:
     """Event 7 from before a flush is another one than event 7 from after it."""
     waited: list[tuple[int, int]] = []
-    adapter: Any = SimpleNamespace(published=7)
+    adapter: Any = SimpleNamespace(published=7, latest=7)
 
-    def catch_up(number: int, restarts: int, timeout_s: float | None) -> bool:
+    def catch_up(number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
         waited.append((number, restarts))
         if len(waited) == 1:
             adapter.reader.restarts, adapter.published = 1, 9
