@@ -330,6 +330,9 @@ class Engine(Reactive):
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every event fired so far has been handled, and every event that those handlers fired.
 
+        With `events: shared` these are the events of this engine's own writes; with `delivery: one` other engines of
+        the group may have taken some of them, and still be handling those (docs/from-one-process-to-many.md).
+
         `timeout` in seconds. Raises ReplyTimeout, naming the triggers that are behind, and WouldDeadlock where it would
         wait for itself: in a handler, and on an event loop that runs handlers (there: `await engine.aio.drain()`).
         """
