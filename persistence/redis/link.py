@@ -32,6 +32,8 @@ _MANY: Final = 48
 """Who are fewer go together in any case: two commands for one cost more than the wait."""
 _PACE_S: Final = 5e-6
 """What a caller needs, about, from his answer to his next call."""
+_WORK_S: Final = 3e-6
+"""What a server needs for a command, about, or less."""
 
 _CLOSED: Final = "the engine is closed"
 
@@ -78,7 +80,7 @@ class Link:
         self._later: list[Flight] = []
         self._sent_at = 0.0
         self._trip_s = float("inf")
-        """Shortest time from a sending to a reply on this connection, as far as is known."""
+        """Shortest way to the server and back on this connection, as far as is known: without the server's own work."""
         self._connection: Connection | None = None
         self._leaving = False
         self._attempts = Attempts(target)
@@ -331,7 +333,8 @@ class Link:
                 if under_way:
                     connection.receive()
                     if alone:
-                        self._trip_s = min(self._trip_s, time.monotonic() - self._sent_at)
+                        trip_s = time.monotonic() - self._sent_at - len(under_way) * _WORK_S
+                        self._trip_s = min(self._trip_s, trip_s)
                     self._take_replies(connection)
             except Broken as error:
                 self._lose(connection, error)
