@@ -142,3 +142,22 @@ def set_patiently(engine: Engine, scope: str, key: str, value: Any) -> None:
 
 def problems(engine: Engine) -> str:
     return "\n".join(engine.health().problems)
+
+
+def drain_chains(engine: Engine) -> None:
+    """Have a handler cause the next event, ten times in a row, and see that `drain` has waited for the end of it."""
+    seen = Seen(engine, scope="end")
+
+    def pass_on(event: Any) -> None:
+        if event.new_value < 10:
+            engine.set("chain", "k", event.new_value + 1)
+        else:
+            engine.set("end", "k", "reached")
+
+    engine.register_function("pass_on", pass_on)
+    engine.register_trigger(function_id="pass_on", scope="chain")
+    for _ in range(20):
+        seen.events.clear()
+        engine.set("chain", "k", 0)
+        engine.drain(20)
+        assert [event.new_value for event in seen.events] == ["reached"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cutting import Cuts, Proxy
-from event_engines import STREAM, Engines, Seen, problems, set_patiently
+from event_engines import STREAM, Engines, Seen, drain_chains, problems, set_patiently
 from servers import Server, StartServer, wait_until
 
 from scopestate import DeliveryFailure, Engine
@@ -605,22 +605,7 @@ def test_drain_waits_until_own_events_are_taken_and_handled(redis_server: Server
 
 
 def test_drain_waits_for_what_handlers_cause(valkey: Server, engines: Engines) -> None:
-    engine = open_one(engines, valkey)
-    seen = Seen(engine, scope="end")
-
-    def pass_on(event: Any) -> None:
-        if event.new_value < 10:
-            engine.set("chain", "k", event.new_value + 1)
-        else:
-            engine.set("end", "k", "reached")
-
-    engine.register_function("pass_on", pass_on)
-    engine.register_trigger(function_id="pass_on", scope="chain")
-    for _ in range(20):
-        seen.events.clear()
-        engine.set("chain", "k", 0)
-        engine.drain(20)
-        assert [event.new_value for event in seen.events] == ["reached"]
+    drain_chains(open_one(engines, valkey))
 
 
 def test_drain_waits_for_a_reply_that_was_lost(valkey: Server, engines: Engines) -> None:

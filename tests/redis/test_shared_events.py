@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conformance import same
 from cutting import Cuts, Proxy
-from event_engines import COUNTER, STREAM, Engines, Seen, problems, set_patiently
+from event_engines import COUNTER, STREAM, Engines, Seen, drain_chains, problems, set_patiently
 from servers import SentinelSetup, Server, StartServer, wait_until
 
 from scopestate import DeliveryFailure, Engine
@@ -521,22 +521,7 @@ def test_drain_waits_again_when_the_numbers_have_begun_anew_meanwhile() -> None:
 
 
 def test_drain_waits_for_what_handlers_cause(valkey: Server, engines: Engines) -> None:
-    engine = engines.open(valkey)
-    seen = Seen(engine, scope="end")
-
-    def pass_on(event: Any) -> None:
-        if event.new_value < 10:
-            engine.set("chain", "k", event.new_value + 1)
-        else:
-            engine.set("end", "k", "reached")
-
-    engine.register_function("pass_on", pass_on)
-    engine.register_trigger(function_id="pass_on", scope="chain")
-    for _ in range(20):
-        seen.events.clear()
-        engine.set("chain", "k", 0)
-        engine.drain(20)
-        assert [event.new_value for event in seen.events] == ["reached"]
+    drain_chains(engines.open(valkey))
 
 
 def test_drain_gives_up_when_its_time_is_over(valkey: Server, engines: Engines) -> None:
