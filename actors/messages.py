@@ -1,7 +1,7 @@
 """The messages of the six functions, read from Python or from JSON.
 
 One definition serves the actor-message API (`engine.ask(messages.Set(...))`), `engine.call`, the wire, and the
-schemas that `engine.functions()` returns. Source: the API reference, and SEMANTICS section 2 for what is refused.
+schemas that `engine.functions()` returns. Source: the API reference, and docs/semantics.md 2 for what is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Update(msgspec.Struct, frozen=True):
     scope: str
     key: str
     ops: tuple[UpdateOp, ...]
-    """Applied in order to one working copy, then written once (SEMANTICS, section 3)."""
+    """Applied in order to one working copy, then written once (docs/semantics.md, section 3)."""
 
 
 class List(msgspec.Struct, frozen=True):
@@ -107,7 +107,7 @@ def _read(function_id: str, kind: type[Message], payload: object) -> Message:
 
 
 def misfit(function_id: str, problem: str) -> DeserializationError:
-    """The error for input that does not fit `function_id` (PROTOCOL, section 4.4)."""
+    """The error for input that does not fit `function_id` (docs/protocol.md, section 4.4)."""
     return DeserializationError(f"Failed to deserialize input for {function_id}: {problem}")
 
 
@@ -121,7 +121,7 @@ def _text(function_id: str, payload: Mapping[str, Any], field: str) -> str:
 
 
 def _value(function_id: str, payload: Mapping[str, Any]) -> Any:
-    """`value`, or `data` as its alias; both together are a duplicate (SEMANTICS, section 2)."""
+    """`value`, or `data` as its alias; both together are a duplicate (docs/semantics.md, section 2)."""
     if "value" in payload:
         if "data" in payload:
             raise misfit(function_id, "duplicate field `value`: give either `value` or its alias `data`")

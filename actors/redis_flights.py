@@ -250,7 +250,7 @@ class RedisFlights:
         if type(found) is int and found == SKIPPED:
             self.lanes[key].calls.append(call)  # behind the update that failed
         elif kind is Put:
-            # A value that is not JSON reads as null here, and is gone: SEMANTICS, section 7.
+            # A value that is not JSON reads as null here, and is gone: docs/semantics.md, section 7.
             old = None if found is None else self._seen.valid(key, found, otherwise=b"null")
             self._seen.remember(key, (turn.data, turn.data))
             call.answer = SetResult(old, turn.data)

@@ -92,7 +92,7 @@ class RemoteScopeActor(ScopeElsewhere):
     """One scope of a remote engine.
 
     A turn never waits: it sends, or takes in an answer. So it may run on any thread, event loops included; who waits is
-    the caller, at his reply. The remote may run two calls of one connection in either order (PROTOCOL, section 1), so a
+    the caller, at his reply. The remote may run two calls of one connection in either order (docs/protocol.md 1), so a
     key has one write on its way at a time; calls on different keys are on their way together. Local events are fired in
     the order of the answers, which for one key is the order of its writes.
     """
@@ -307,7 +307,7 @@ class RemoteScopeActor(ScopeElsewhere):
 
 
 def _via_bridge(turn: Any, error: Exception) -> StorageError:
-    """The local error for a remote failure (PROTOCOL, section 13.7)."""
+    """The local error for a remote failure (docs/protocol.md, section 13.7)."""
     cause = f"remote error ({error.code}): {error}" if isinstance(error, RemoteFailure) else str(error)
     failure = as_failure_of(turn, StorageError(f"{_VERBS[type(turn)]} via bridge: {cause}"))
     failure.__cause__ = error

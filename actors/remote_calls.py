@@ -1,4 +1,4 @@
-"""A scope's turns as calls of a remote engine, and its answers as results. Pure functions (PROTOCOL, section 5)."""
+"""A scope's turns as calls of a remote engine, and its answers as results. Pure functions (docs/protocol.md 5)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Call(msgspec.Struct, omit_defaults=True):
     value: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     ops: tuple[Any, ...] | msgspec.UnsetType = msgspec.UNSET
     tell_existed: bool = msgspec.field(default=False, name="_existed")
-    """Asks for `existed` in the result; an engine that does not know it ignores it (SEMANTICS, section 2)."""
+    """Asks for `existed` in the result; an engine that does not know it ignores it (docs/semantics.md, section 2)."""
     tell_keys: bool = msgspec.field(default=False, name="_keys")
     """Asks `state::list` for the keys too."""
 

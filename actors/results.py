@@ -88,7 +88,7 @@ class UpdateResult(SetResult, frozen=True, eq=False):
             )
         ),
     ] = ()
-    """One entry for each op that was refused; the others are applied all the same (SEMANTICS, section 3)."""
+    """One entry for each op that was refused; the others are applied all the same (docs/semantics.md, section 3)."""
 
     def to_json(self) -> dict[str, Any]:
         """The result as `call` returns it; `errors` is left out when there are none."""
@@ -107,7 +107,7 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True):
     json_fields: ClassVar[tuple[str, ...]] = ("type", "event_type", "scope", "key", "old_value", "new_value")
 
     event_type: Annotated[EventType, msgspec.Meta(description="Type of state change")]
-    """What happened. A delete of a missing key is `state:deleted` too (SEMANTICS, section 2): see `existed`."""
+    """What happened. A delete of a missing key is `state:deleted` too (docs/semantics.md, section 2): see `existed`."""
     scope: Annotated[str, msgspec.Meta(description="State scope")]
     key: Annotated[str, msgspec.Meta(description="State key")]
     old_json: bytes | None

@@ -64,7 +64,7 @@ class TriggerRouter(TurnActor):
     """Matches scope and key filters, and passes events on to handler actors.
 
     A scope looks up its triggers within the turn that writes, so the point is exact: a trigger sees every write whose
-    turn begins after `register` has returned, and none that begins after `unregister` has (SEMANTICS, section 8.7).
+    turn begins after `register` has returned, and none that begins after `unregister` has (docs/semantics.md 8.7).
     A write that matches nothing costs that look-up and no more. What matches is left in this actor's mailbox in the
     order of the scope's writes, and its turns, on worker threads, fan it out to the handlers.
     """

@@ -91,7 +91,7 @@ FAILURES: Final[dict[type[Any], tuple[str, str]]] = {
     **dict.fromkeys((Read, messages.Get), ("GET_ERROR", "Failed to get value")),
     **dict.fromkeys((ReadAll, ReadItems, messages.List), ("LIST_ERROR", "Failed to list values")),
 }
-"""Code and prefix when the store fails under a turn (PROTOCOL, section 4.4)."""
+"""Code and prefix when the store fails under a turn (docs/protocol.md, section 4.4)."""
 
 
 def checked_name(what: str, name: object) -> str:

@@ -15,7 +15,7 @@ from scopestate.config.scalars import Value, shorten
 def misfit(wanted: object, value: Value) -> str | None:
     """Return what is wrong with `value` for a field of type `wanted`, or None if it fits.
 
-    Types are strict: `true` is not 1, `5.0` is not 5, `"100"` is not 100 (SEMANTICS 8.25: iii falls back silently).
+    Types are strict: `true` is not 1, `5.0` is not 5, `"100"` is not 100 (docs/semantics.md 8.25).
     """
     info = msgspec.inspect.type_info(wanted)
     if _fits(info, value):

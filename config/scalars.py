@@ -1,7 +1,7 @@
 """What one scalar means: `${VAR:default}` expansion, then its type. Pure, but for reading the environment.
 
 Expansion happens after parsing, one scalar at a time, so a variable may change the type of a scalar but never the
-structure of the file (SEMANTICS 5 and 8.39: upstream expands the raw text).
+structure of the file (docs/semantics.md 5 and 8.39: upstream expands the raw text).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from scopestate.config import ServerConfig, TokenConfig
 from scopestate.errors import ConfigError, Forbidden
 
 ALWAYS_ALLOWED: Final = ("engine::channels::create", "engine::workers::register", "engine::log::*")
-"""What every worker may call (PROTOCOL, section 12)."""
+"""What every worker may call (docs/protocol.md, section 12)."""
 
 MAX_TOKEN_BYTES: Final = 8_192
 

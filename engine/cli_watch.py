@@ -55,7 +55,7 @@ def watch(
         function_id = f"scopestate::watch::{os.urandom(8).hex()}"
         client.register_function(function_id, on_event, description="scopestate watch", ordered=True)
         client.register_trigger("state", function_id, filters)
-        # Once this is answered, the trigger is in place (PROTOCOL, section 1, "Order").
+        # Once this is answered, the trigger is in place (docs/protocol.md, section 1, "Order").
         await client.call_raw("engine::functions::list", b"{}")
         if not seen.enough.done():
             notes.print(f"watching {client.url}", markup=False, style="dim")

@@ -197,7 +197,7 @@ class Engine(Reactive):
     def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
         """Apply ops to a value, atomically: structs of `scopestate.ops`, or dicts of the same fields.
 
-        An op that does not fit is skipped and reported in `errors`; the others are applied (SEMANTICS, section 3).
+        An op that does not fit is skipped and reported in `errors`; the others are applied (docs/semantics.md 3).
         A missing key starts as `{}`. Fires `state:created` or `state:updated`. Raises DeserializationError for what is
         no op, ValueTooLarge if the value grew past the limit, `UPDATE_ERROR`, and what `set` raises.
         """

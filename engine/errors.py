@@ -27,7 +27,7 @@
     `-- EngineClosed                    the engine is closed or closing: `ENGINE_CLOSED`
         `-- EngineForked                the engine was inherited through fork: `ENGINE_FORKED`
 
-`code` is the word that goes over the wire (SEMANTICS, section 2; PROTOCOL, section 4.4); clients compare it.
+`code` is the word that goes over the wire (docs/semantics.md 2; docs/protocol.md 4.4); clients compare it.
 The text is for people: it says what was wrong, where, and what to do.
 """
 

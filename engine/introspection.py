@@ -1,4 +1,4 @@
-"""The `engine::*` functions of a server: who is connected, and what they have registered (PROTOCOL, section 7)."""
+"""The `engine::*` functions of a server: who is connected, and what they have registered (docs/protocol.md 7)."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Reactive:
 
         Filters are exact; None matches everything. Instead of them, `config` takes the raw object that the wire has.
         The same `trigger_id` again replaces. The trigger sees every write that begins after this has returned.
-        Raises InvalidRegistration (SEMANTICS, section 4).
+        Raises InvalidRegistration (docs/semantics.md, section 4).
         """
         filters = {"scope": scope, "key": key, "condition_function_id": condition_function_id}
         if config is ...:

@@ -51,7 +51,7 @@ def read_trigger(
     trigger_id: object,
     config: object,
 ) -> Trigger:
-    """Read a trigger from what a caller or the wire gives (SEMANTICS, section 4).
+    """Read a trigger from what a caller or the wire gives (docs/semantics.md, section 4).
 
     `config` is the raw config object: `scope`, `key` and `condition_function_id` are strings, or null or absent for
     "matches everything"; other fields are ignored with a warning, because a misspelt one makes a catch-all trigger.

@@ -98,7 +98,7 @@ class WorkerFunction:
 
 
 def event_json(event: StateEvent) -> bytes:
-    """The event as handlers get it (PROTOCOL, section 5); its values go in unparsed."""
+    """The event as handlers get it (docs/protocol.md, section 5); its values go in unparsed."""
     return b'{"type":"state","event_type":"%b","scope":%b,"key":%b,"old_value":%b,"new_value":%b}' % (
         event.event_type.encode(),
         encode(event.scope),

@@ -76,14 +76,14 @@ class WorkerConnection(Connection):
 
 
 class Discarding(Connection):
-    """The telemetry sink: everything is thrown away, nothing is answered (PROTOCOL, section 11)."""
+    """The telemetry sink: everything is thrown away, nothing is answered (docs/protocol.md, section 11)."""
 
     def __str__(self) -> str:
         return "a telemetry connection"
 
 
 class Refusing(Connection):
-    """A connection without a valid token: it is told so, and closed (PROTOCOL, section 2.2)."""
+    """A connection without a valid token: it is told so, and closed (docs/protocol.md, section 2.2)."""
 
     def __init__(self, message: bytes, batches: Batches) -> None:
         super().__init__(batches, 1024, HIGH_WATER)

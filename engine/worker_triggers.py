@@ -29,7 +29,7 @@ ENGINE_TYPES: Final = {
     WORKERS_AVAILABLE: "Fired when a worker connects, disconnects or describes itself",
     FUNCTIONS_AVAILABLE: "Fired when the set of registered functions has changed",
 }
-"""Trigger types of the server itself (PROTOCOL, section 6.5)."""
+"""Trigger types of the server itself (docs/protocol.md, section 6.5)."""
 
 
 class Registered(msgspec.Struct):
@@ -114,7 +114,7 @@ class WorkerTriggers:
         return WorkerHandler(trigger, own, self._hub, services.dispatcher)
 
     def unregister(self, worker: Worker, trigger_id: str) -> None:
-        """Remove a trigger of any worker (PROTOCOL, section 2.1: no owner check); not one of the program itself."""
+        """Remove a trigger of any worker (docs/protocol.md 2.1: no owner check); not one of the program itself."""
         registered = self._by_id.get(trigger_id)
         if registered is None or not self._may_change(worker, registered):
             return

@@ -104,7 +104,7 @@ class Hub:
         return worker
 
     def disconnect(self, worker: Worker) -> None:
-        """Clean up after a worker, in the order of PROTOCOL section 8."""
+        """Clean up after a worker, in the order of docs/protocol.md section 8."""
         if self.workers.get(worker.worker_id) is not worker:
             return
         for function in list(worker.functions.values()):
@@ -351,7 +351,7 @@ class Hub:
 
 
 def failure(call: InvokeFunction, error: Exception) -> ErrorBody:
-    """An error as it goes over the wire (PROTOCOL, section 4.4). One that is none of ours is a bug, and logged."""
+    """An error as it goes over the wire (docs/protocol.md 4.4). One that is none of ours is a bug, and logged."""
     if isinstance(error, ScopestateError):
         return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None))
     log.error("a call of %r failed inside the server", call.function_id, exc_info=error)

@@ -1,4 +1,4 @@
-"""Apply update ops to a value: pure, no I/O. The rules are SEMANTICS 3; the codes clients compare are in 3.4.
+"""Apply update ops to a value: pure, no I/O. The rules are docs/semantics.md 3; the codes clients compare are in 3.4.
 
 Ops run in order on a working copy. One that does not fit is skipped and reported; the others still run.
 """
@@ -45,7 +45,7 @@ class Missing(Enum):
 
 
 MISSING: Final = Missing.MISSING
-"""The old value of a key that does not exist. Not None: JSON null is a value (SEMANTICS 3.2)."""
+"""The old value of a key that does not exist. Not None: JSON null is a value (docs/semantics.md 3.2)."""
 
 
 class _Working(msgspec.Struct):
@@ -54,7 +54,7 @@ class _Working(msgspec.Struct):
     root: Any
     """The value so far. It may still be the caller's: written to only through `fields()`."""
     fresh: bool
-    """Still as a missing key: no op has succeeded yet, so the root counts as nothing (SEMANTICS 3.2)."""
+    """Still as a missing key: no op has succeeded yet, so the root counts as nothing (docs/semantics.md 3.2)."""
     owned: bool
     """True if `root` is an object made here, which may be written to."""
 
@@ -196,7 +196,7 @@ def _merge(working: _Working, path: str | list[str] | None, value: object) -> _R
     if not segments:
         if isinstance(working.root, dict):
             working.fields().update(value)
-        # Any other root stays and is no error: odd, but what clients of 0.11.6 meet (SEMANTICS 3.3).
+        # Any other root stays and is no error: odd, but what clients of 0.11.6 meet (docs/semantics.md 3.3).
         return None
     if not isinstance(working.root, dict):
         working.replace({})

@@ -1,7 +1,7 @@
 """The six update ops: what they look like, and how they are read from JSON and from Python.
 
 Ops are frozen structs, tagged by `type`, the same in embedding, on the wire and in files. Reading them checks their
-shape only (SEMANTICS 3, "Op shape rules"): whether an op fits the value it meets is decided by `apply`.
+shape only (docs/semantics.md 3, "Op shape rules"): whether an op fits the value it meets is decided by `apply`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class OpError(msgspec.Struct, frozen=True, omit_defaults=True):
     ]
     """Place of the op in the update, from 0."""
     code: Annotated[str, msgspec.Meta(description='Stable error code, e.g. `"merge.path.too_deep"`.')]
-    """Stable word, `<op>.<reason>`: what clients compare. All of them are in SEMANTICS 3.4."""
+    """Stable word, `<op>.<reason>`: what clients compare. All of them are in docs/semantics.md 3.4."""
     message: Annotated[
         str, msgspec.Meta(description="Human-readable description with concrete numbers when applicable.")
     ]
@@ -144,7 +144,7 @@ def convert_ops(payload: object) -> tuple[UpdateOp, ...]:
     """Read the `ops` of a `state::update` call from plain JSON data, as `values.decode` returns it.
 
     The ops share `value` with `payload`. Raises DeserializationError, naming the place (`$.ops[1].by`), for every
-    shape that SEMANTICS 3 refuses; unknown fields are ignored.
+    shape that docs/semantics.md 3 refuses; unknown fields are ignored.
     """
     if not isinstance(payload, list | tuple):
         raise _misfit(f"invalid type: {json_type(payload)}, expected an array of ops", "$.ops")

@@ -1,7 +1,7 @@
 """Values as JSON bytes: encoded once at the boundary, immutable from then on.
 
 Four functions: `encode` and `decode` between Python values and bytes, `parse` for JSON text from outside, `normalise`
-for plain JSON data without the bytes. What they accept and refuse is SEMANTICS 1: text without lone surrogates,
+for plain JSON data without the bytes. What they accept and refuse is docs/semantics.md 1: text without lone surrogates,
 string keys, finite numbers, at most 128 levels; integers from -2^63 to 2^64-1 are exact, larger ones become floats.
 """
 
@@ -129,7 +129,7 @@ def normalise(value: object, path: str = "$") -> Any:
 def parse(text: bytes | str) -> bytes:
     """Return JSON text from a file, the wire or Redis as `encode` would write it.
 
-    Read as SEMANTICS 1 says: integers beyond 64 bits and `-0` are floats, of duplicate keys the last one wins. Raises
+    As docs/semantics.md 1 says: integers beyond 64 bits and `-0` are floats, the last of duplicate keys wins. Raises
     DeserializationError for text that is not JSON, numbers beyond binary64, lone surrogates, more than 128 levels.
     """
     try:

@@ -1,4 +1,4 @@
-"""The adapter that keeps nothing here: every scope lives in a remote engine (PROTOCOL, section 13)."""
+"""The adapter that keeps nothing here: every scope lives in a remote engine (docs/protocol.md, section 13)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Sink = Callable[[Change], Awaitable[None]]
 
 
 class _Event(msgspec.Struct):
-    """What a `state` trigger's function is given (PROTOCOL, section 5)."""
+    """What a `state` trigger's function is given (docs/protocol.md, section 5)."""
 
     event_type: str
     scope: str
@@ -240,7 +240,7 @@ def refuse_own_server(url: str, host: str, port: int) -> None:
     """Raise ConfigError if `url` is the server that listens at `host` and `port` of this very engine.
 
     iii's default address of a bridge is the default address of the engine itself, which would forward to itself until
-    time-outs end it (SEMANTICS, section 8.37).
+    time-outs end it (docs/semantics.md, section 8.37).
     """
     parts = urlsplit(url)
     target = parts.hostname or ""

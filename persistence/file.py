@@ -1,7 +1,7 @@
 """The adapter that keeps scopes in a directory: one SQLite database, one lock file.
 
-Why SQLite, and what is promised: DESIGN, section 6. What goes wrong elsewhere and must not here: SEMANTICS 8, points 16
-to 27.
+Why SQLite, and what is promised: docs/design/0006. What goes wrong elsewhere and must not here: docs/semantics.md 8,
+points 16 to 27.
 """
 
 from __future__ import annotations

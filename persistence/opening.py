@@ -47,7 +47,7 @@ def _create_directory(path: str) -> None:
     except FileExistsError:
         if not os.path.isdir(path):
             raise
-    # The name of a new directory is safe from power loss only once its parent is synced (SEMANTICS 8, point 17).
+    # The name of a new directory survives a power loss only once its parent is synced (docs/semantics.md 8.17).
     _sync_directory(parent)
 
 
@@ -166,7 +166,7 @@ def _quarantined(path: str, lock: StoreLock, reason: str) -> StorageError:
 
 
 def _warn_of_strangers(directory: str) -> None:
-    """iii keeps one `*.bin` file per scope in the same directory (SEMANTICS, section 6); we cannot read them."""
+    """iii keeps one `*.bin` file per scope in the same directory (docs/semantics.md 6); we cannot read them."""
     with os.scandir(directory) as entries:
         count = sum(entry.name.endswith(".bin") for entry in entries)
     if count:

@@ -328,7 +328,7 @@ class Client:
             return  # whoever receives sees it too, and says why
 
     def _introduction(self) -> bytes:
-        """What every worker calls first, without waiting for an answer (PROTOCOL, section 3.1)."""
+        """What every worker calls first, without waiting for an answer (docs/protocol.md, section 3.1)."""
         about = {
             "runtime": "python",
             "version": platform.python_version(),

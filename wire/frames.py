@@ -1,4 +1,4 @@
-"""The messages of the iii worker protocol, one tagged union each way (PROTOCOL, section 2).
+"""The messages of the iii worker protocol, one tagged union each way (docs/protocol.md, section 2).
 
 One message is one JSON object with a `type`. Values (`data`, `result`, `config`, ...) stay `msgspec.Raw`, JSON text
 that is neither decoded nor encoded on its way through: `ABSENT` is a field that is not there, `NULL` one that is null.
@@ -30,7 +30,7 @@ not_in_uuid: Final = re.compile("[^0-9a-fA-F-]").search
 
 
 class ErrorBody(msgspec.Struct, omit_defaults=True, frozen=True):
-    """What went wrong with a call (PROTOCOL, section 4.4)."""
+    """What went wrong with a call (docs/protocol.md, section 4.4)."""
 
     code: str
     message: str
@@ -201,7 +201,7 @@ FromServer = (
 Frame = FromWorker | FromServer
 
 TELEMETRY: Final = (b"OTLP", b"MTRC", b"LOGS")
-"""How binary messages begin that are telemetry, to be thrown away (PROTOCOL, section 11)."""
+"""How binary messages begin that are telemetry, to be thrown away (docs/protocol.md, section 11)."""
 
 encode: Final = msgspec.json.Encoder().encode
 """encode(frame: Frame) -> bytes: one message as JSON."""

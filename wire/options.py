@@ -12,7 +12,7 @@ from scopestate.errors import ConfigError
 
 DEFAULT_URL = "ws://localhost:49134"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""Largest message either way, as upstream has it (PROTOCOL, section 1)."""
+"""Largest message either way, as upstream has it (docs/protocol.md, section 1)."""
 
 
 class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):

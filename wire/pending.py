@@ -78,7 +78,7 @@ class PendingCalls:
         if error is not None:
             self.settle(call, None, RemoteFailure(call.function_id, error.code, error.message, error.stacktrace))
         else:
-            # Absent and null differ: a missing key, and a stored null (PROTOCOL, section 4.2).
+            # Absent and null differ: a missing key, and a stored null (docs/protocol.md, section 4.2).
             self.settle(call, bytes(result.result) or None, None)
 
     def fail_sent(self, error: Callable[[PendingCall], ScopestateError]) -> None:

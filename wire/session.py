@@ -42,7 +42,7 @@ from scopestate.wire.frames import (
 log = logging.getLogger("scopestate.wire")
 
 STOPPED: Final = ErrorBody("invocation_stopped", "Invocation stopped")
-"""A call whose caller's or executor's connection went away (PROTOCOL, section 4.4)."""
+"""A call whose caller's or executor's connection went away (docs/protocol.md, section 4.4)."""
 
 NO_QUEUE: Final = ErrorBody("enqueue_error", "QueueModule not loaded")
 
@@ -155,7 +155,7 @@ class WorkerSession:
     def receive(self, message: bytes, text: bool = True) -> Action | None:
         """Take one message and return what is to be done; None: nothing.
 
-        What is no message is logged and dropped, without a reply (PROTOCOL, section 1), until there is too much of it.
+        What is no message is logged and dropped, without a reply (docs/protocol.md 1), until there is too much of it.
         Never raises.
         """
         if self.closed or (not text and message[:4] in TELEMETRY):
@@ -360,7 +360,7 @@ def stopped(execution: Execution) -> InvocationResult:
 
 
 def value_of(outcome: InvocationResult) -> Raw:
-    """The value of an answer; absent and null are both "no value" (PROTOCOL, section 4.2)."""
+    """The value of an answer; absent and null are both "no value" (docs/protocol.md, section 4.2)."""
     return ABSENT if outcome.result == NULL else outcome.result
 
 

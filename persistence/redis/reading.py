@@ -69,7 +69,7 @@ def number_of(fields: list[bytes]) -> int | None:
 
 
 def _as_json(raw: bytes) -> bytes:
-    """Return a value, which may be another program's, as we would write it; null if it is not JSON (SEMANTICS 7)."""
+    """Return another program's value as we would write it; null if it is not JSON (docs/semantics.md 7)."""
     try:
         return parse(raw)
     except DeserializationError:

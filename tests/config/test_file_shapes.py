@@ -15,7 +15,6 @@ from scopestate import config
 from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig, ScopeRule, TriggerConfig
 from scopestate.errors import ConfigError
 
-REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "spec" / "iii-state-0.11.6-reference.txt"
 IN_MEMORY = AdapterConfig("kv", KvConfig())
 
 FULL = """\
@@ -95,12 +94,6 @@ INSTALL_SNIPPET = """\
       store_method: file_based
     name: kv
 """
-
-
-@pytest.mark.parametrize("sample", [SAMPLE, INSTALL_SNIPPET], ids=["sample", "install"])
-def test_our_copy_of_a_sample_is_the_references_own(sample: str) -> None:
-    # The reference lost its indentation; apart from that the lines are the same.
-    assert "\n".join(line.strip() for line in sample.splitlines()) in REFERENCE.read_text()
 
 
 def test_the_references_sample_pasted_alone_loads() -> None:

@@ -110,7 +110,7 @@ def test_any_number_of_keys_is_saved_overwritten_and_deleted(open_adapter: Open,
 
 
 def test_names_that_look_alike_stay_apart_as_scopes_and_as_keys(open_adapter: Open) -> None:
-    """SEMANTICS 8.20 to 8.22: no name is lost, cut or mixed up with another."""
+    """docs/semantics.md 8.20 to 8.22: no name is lost, cut or mixed up with another."""
     adapter = open_adapter()
     numbers = {name: b"%d" % place for place, name in enumerate(NAMES.values())}
     adapter.save([change(name, {"k": number}) for name, number in numbers.items()])

