@@ -12,6 +12,7 @@ import msgspec
 
 from scopestate.config.schema import Config
 from scopestate.errors import ConfigError
+from scopestate.paths import expand_home
 
 # `documents` (and with it PyYAML, difflib, ...) loads with the first configuration that is read: an engine in memory
 # needs none, and `import scopestate` must stay quick.
@@ -23,7 +24,8 @@ def load(path: str | os.PathLike[str]) -> Config:
     """Read a configuration file.
 
     `${VAR:default}` is expanded from the environment and the targets of `functions:` are imported. A relative
-    `file_path` is taken from the current folder, not from the file's, as iii does.
+    `file_path` is taken from the current folder, not from the file's, as iii does. `~` is the home directory, here and
+    in every path in the file.
 
     Raises:
         ConfigError: the first mistake in the file, or why it cannot be read.
@@ -33,7 +35,7 @@ def load(path: str | os.PathLike[str]) -> Config:
 
 def load_bytes(content: bytes, path: str | os.PathLike[str]) -> Config:
     """Like `load`, for the content of `path` as it was read before."""
-    file = os.fspath(path)
+    file = expand_home(path)
     config, errors = _read_text(_decode(content, file), file, os.path.abspath(file))
     return _first(config, errors)
 
@@ -64,7 +66,7 @@ def from_mapping(mapping: Mapping[str, object] | Sequence[object]) -> Config:
 
 def check(path: str | os.PathLike[str]) -> list[ConfigError]:
     """Return every mistake in a file, by line; an empty list if `load` would succeed. Imports `functions:` as well."""
-    file = os.fspath(path)
+    file = expand_home(path)
     try:
         text = _decode(read_bytes(path), file)
     except ConfigError as error:
@@ -97,7 +99,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     Raises:
         ConfigError: there is no such file, it is a directory, larger than 1 MiB, or cannot be read.
     """
-    file = os.fspath(path)
+    file = expand_home(path)
     try:
         with open(file, "rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from scopestate.config.loader import load_bytes, read_bytes
 from scopestate.config.schema import Config
 from scopestate.errors import ConfigError
+from scopestate.paths import expand_home
 
 if TYPE_CHECKING:
     from watchdog.events import FileSystemEvent
@@ -68,7 +69,7 @@ class ConfigWatcher:
             def on_any_event(self, event: FileSystemEvent) -> None:
                 watcher._on_event(event)
 
-        self._file = os.path.abspath(os.fspath(path))
+        self._file = os.path.abspath(expand_home(path))
         self._apply = apply
         self._report = report
         self._running = running

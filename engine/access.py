@@ -14,6 +14,7 @@ from typing import Final
 
 from scopestate.config import ServerConfig, TokenConfig
 from scopestate.errors import ConfigError, Forbidden
+from scopestate.paths import expand_home
 
 ALWAYS_ALLOWED: Final = ("engine::channels::create", "engine::workers::register", "engine::log::*")
 """What every worker may call (docs/protocol.md, section 12)."""
@@ -103,7 +104,7 @@ def token_of(config: TokenConfig) -> str:
     elif config.file is not None:
         where = f"file {config.file}"
         try:
-            token = Path(config.file).read_text(encoding="utf-8")
+            token = Path(expand_home(config.file)).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read a token from {where}: {error}", key="auth.tokens") from error
     else:

@@ -27,6 +27,7 @@ from scopestate.cli_common import AsJson, errors_to_exit_codes, out, standard_er
 from scopestate.cli_config import import_from_here
 from scopestate.config import AdapterConfig, BridgeConfig, Config, RedisConfig
 from scopestate.errors import ConfigError
+from scopestate.paths import expand_home
 from scopestate.server import Server
 
 LOOK_S = 1.0
@@ -186,7 +187,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     if config.store_method == "in_memory":
         return "in memory: gone when this ends"
     when = "on each write" if config.durability == "commit" else f"every {config.save_interval_ms} ms"
-    return f"{os.path.abspath(config.file_path)}, saved {when}"
+    return f"{os.path.realpath(expand_home(config.file_path))}, saved {when}"
 
 
 def describe_access(server: Server) -> str:

@@ -23,6 +23,7 @@ from scopestate.cli_common import AsJson, CaFile, Exit, Token, errors_to_exit_co
 from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, RedisConfig, load, validate
 from scopestate.config.redis_urls import without_credentials
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
+from scopestate.paths import expand_home
 from scopestate.persistence import Adapter
 from scopestate.persistence.reading import StoreReader
 from scopestate.transfer import Entry, Reader, RemoteReader, export_lines, import_lines, read_lines
@@ -179,7 +180,7 @@ def _directory(where: str) -> str:
                 f"there is no store in {where}; for Redis write redis://{where}, for a running engine ws://{where}, "
                 f"for a directory ./{where}"
             )
-        return where
+        return expand_home(where)
     config = load(where).adapter.config
     if not isinstance(config, KvConfig) or config.store_method != "file_based":
         raise ConfigError("this configuration has no file_based store", file=where)

@@ -35,6 +35,7 @@ from scopestate.config import Config, ServerConfig
 from scopestate.connections import GOING, Batches, Connection, Registry
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
+from scopestate.paths import expand_home
 from scopestate.wire.frames import Error, ErrorBody, encode
 from scopestate.wire.session import SessionLimits
 from scopestate.worker import Worker
@@ -379,7 +380,9 @@ def _tls_context(config: ServerConfig) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(config.tls.certfile, config.tls.keyfile)
+        context.load_cert_chain(
+            expand_home(config.tls.certfile), config.tls.keyfile and expand_home(config.tls.keyfile)
+        )
     except (OSError, ssl.SSLError) as error:
         files = " and ".join(file for file in (config.tls.certfile, config.tls.keyfile) if file)
         raise ConfigError(f"cannot use {files}: {error}", key="iii-worker-manager.config.tls") from error

@@ -16,6 +16,7 @@ from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.config import RedisConfig
 from scopestate.config.redis_options import server_address
 from scopestate.config.redis_urls import parse_sentinel
+from scopestate.paths import expand_home
 from scopestate.persistence.redis.adapter import RedisAdapter
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.reading import Event
@@ -37,9 +38,9 @@ def options_of(config: RedisConfig) -> RedisOptions:
         sentinel_username=config.sentinel_username,
         sentinel_password=config.sentinel_password,
         tls=address.tls,
-        tls_ca_file=config.tls_ca_file,
-        tls_cert_file=config.tls_cert_file,
-        tls_key_file=config.tls_key_file,
+        tls_ca_file=config.tls_ca_file and expand_home(config.tls_ca_file),
+        tls_cert_file=config.tls_cert_file and expand_home(config.tls_cert_file),
+        tls_key_file=config.tls_key_file and expand_home(config.tls_key_file),
         tls_verify=config.tls_verify,
         connect_timeout_s=config.connect_timeout_ms / 1000,
         connect_wait_s=config.connect_wait_ms / 1000,

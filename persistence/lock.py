@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import sys
 import time
 from io import FileIO
 
 from scopestate.errors import StoreLocked, StoreUnusable
+from scopestate.persistence.files import make_private
 
 if sys.platform == "win32":  # pragma: no cover - the tests run on POSIX
     import msvcrt
@@ -37,6 +39,13 @@ else:
 
 
 _FACTS_BYTES = 64 * 1024
+_FLAGS = (
+    os.O_RDWR
+    | os.O_CREAT
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NOFOLLOW", 0)  # what a link names would be overwritten
+    | getattr(os, "O_NONBLOCK", 0)  # a pipe of this name must not keep the opening waiting
+)
 
 
 class StoreLock:
@@ -65,7 +74,8 @@ class StoreLock:
                 "created": created,
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
-                "command": " ".join(sys.orig_argv)[:1000],
+                # Not the command line: its arguments may hold secrets, and this file stays after a crash.
+                "program": os.path.basename(sys.argv[0] if sys.argv else sys.executable)[:200],
                 "since": self._since,
             }
         )
@@ -108,12 +118,20 @@ class StoreLock:
 def _take(path: str) -> FileIO:
     while True:
         try:
-            file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644), "r+")
+            file = FileIO(os.open(path, _FLAGS, 0o600), "r+")
         except OSError as error:
+            if os.path.islink(path):
+                raise StoreUnusable(
+                    f"the lock file {path} is a symbolic link, which is not followed: what it names would be "
+                    "overwritten. Remove the link"
+                ) from error
             raise StoreUnusable(
                 f"cannot write in {os.path.dirname(path)}: {error.strerror or error}. Make the directory writable for "
                 "this process, or choose another one"
             ) from error
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise StoreUnusable(f"the lock file {path} is not a regular file. Remove it")
         try:
             _lock(file.fileno())
         except OSError as error:
@@ -122,6 +140,7 @@ def _take(path: str) -> FileIO:
             raise StoreLocked(_held_by(path, facts)) from error
         # The file may have been removed between open and lock; a lock on a file without a name keeps nobody out.
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            make_private(path)
             return file
         file.close()
 
@@ -140,8 +159,9 @@ def _held_by(path: str, facts: dict[str, object]) -> str:
     directory = os.path.dirname(path)
     if "pid" not in facts:
         return f"the store {directory} is in use by another process (its lock {path} names none). Stop it first"
+    program = facts.get("program")
     this = " (this very process)" if facts["pid"] == os.getpid() else ""
     return (
         f"the store {directory} is in use by process {facts['pid']}{this} on {facts.get('host')} since "
-        f"{facts.get('since')}: {facts.get('command')}. Stop it first, or choose another directory"
+        f"{facts.get('since')}{f': {program}' if program else ''}. Stop it first, or choose another directory"
     )

@@ -7,26 +7,29 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
+from typing import Final
 
-from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
+from scopestate.errors import ConfigError, StorageError, StoreCorrupt, StoreUnusable
+from scopestate.paths import expand_home
 from scopestate.persistence import quarantine, schema
+from scopestate.persistence.files import create_private, make_private
 from scopestate.persistence.lock import StoreLock
-from scopestate.persistence.sqlite import database_uri, is_corruption, storage_error
+from scopestate.persistence.sqlite import LIBRARY_ERRORS, connect, database_uri, is_corruption, storage_error
 
 log = logging.getLogger("scopestate.persistence.file")
 
 Open = Callable[[str], sqlite3.Connection]
 
 
-def open_directory(directory: str | os.PathLike[str]) -> str:
-    """Create the directory if it is missing and return its real path. Raises `StoreUnusable`."""
-    given = os.fspath(directory)
+def open_directory(directory: str | bytes | os.PathLike[str]) -> str:
+    """Create the directory if it is missing and return its real path; `~` is expanded. Raises `StoreUnusable`."""
+    given = os.fsdecode(directory)
     try:
         if not given:
             raise ValueError("its path is empty")
-        path = os.path.realpath(given)
+        path = os.path.realpath(expand_home(given))
         _create_directory(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         problem = getattr(error, "strerror", None) or str(error)
         if isinstance(error, FileExistsError):
             problem = "a file has this name"
@@ -69,7 +72,9 @@ def open_store(directory: str, path: str, open_: Open) -> tuple[StoreLock, sqlit
     lock = StoreLock(os.path.join(directory, "state.lock"))
     try:
         _warn_of_strangers(directory)
+        new = not os.path.lexists(path)
         connection = _open_locked(path, lock, open_)
+        log_opened(connection, directory, new=new)
         return lock, connection, os.stat(path)
     except BaseException:
         lock.release()
@@ -79,6 +84,9 @@ def open_store(directory: str, path: str, open_: Open) -> tuple[StoreLock, sqlit
 def _open_locked(path: str, lock: StoreLock, open_: Open) -> sqlite3.Connection:
     try:
         _check_files(path, lock)
+        create_private(path)
+        for suffix in quarantine.SUFFIXES:
+            make_private(path + suffix)
         connection = open_(database_uri(path, "rwc"))
         try:
             _prepare(connection, path)
@@ -145,6 +153,33 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
     connection.execute("ROLLBACK")
 
 
+_COUNTED: Final = 100_000
+"""Keys are counted up to here, which takes some milliseconds: opening takes the same time for a store of any size."""
+_COUNTS: Final = f"""
+    SELECT (SELECT count(*) FROM (SELECT 1 FROM scopes WHERE EXISTS
+                (SELECT 1 FROM state WHERE state.scope = scopes.scope) LIMIT {_COUNTED + 1})),
+           (SELECT count(*) FROM (SELECT 1 FROM state LIMIT {_COUNTED + 1}))
+"""  # noqa: S608 - a constant
+
+
+def log_opened(connection: sqlite3.Connection, directory: str, *, new: bool) -> None:
+    """Say at INFO which directory was opened, and what it holds: a changed working directory looks like lost data."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    try:
+        ((scopes, keys),) = connection.execute(_COUNTS).fetchall()
+    except LIBRARY_ERRORS as error:
+        log.debug("counting the keys of %r: %s", directory, error)  # whoever needs them gets the error itself
+        log.info("opened the store %r", directory)
+        return
+    what = "which is new" if new else f"which holds {_counted(keys)} keys in {_counted(scopes)} scopes"
+    log.info("opened the store %r, %s", directory, what)
+
+
+def _counted(number: int) -> str:
+    return f"more than {_COUNTED:,}" if number > _COUNTED else f"{number:,}"
+
+
 def _quarantined(path: str, lock: StoreLock, reason: str) -> StorageError:
     try:
         target = quarantine.set_aside(path)
@@ -193,7 +228,8 @@ def copy_database(source: sqlite3.Connection, path: str) -> str:
     if os.path.lexists(copy):
         # Left by a copying that was interrupted, under this same lock.
         os.unlink(copy)
-    target = sqlite3.connect(database_uri(copy, "rwc"), uri=True, isolation_level=None)
+    create_private(copy)
+    target = connect(database_uri(copy, "rw"))
     try:
         target.execute("PRAGMA synchronous = FULL")
         # In steps, so that other threads run between them.

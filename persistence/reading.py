@@ -12,6 +12,7 @@ from typing import Self
 import msgspec
 
 from scopestate.errors import StoreCorrupt, StoreUnusable
+from scopestate.paths import expand_home
 from scopestate.persistence.rows import _read_pages, read_names
 from scopestate.persistence.schema import DamagedError, check_header, find_problems, probe
 from scopestate.persistence.sqlite import LIBRARY_ERRORS, connect, database_uri, storage_error
@@ -36,7 +37,7 @@ class StoreReader:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """Raises StoreUnusable if there is no store of ours, StoreCorrupt if it is damaged, else StorageError."""
-        self.directory = os.path.realpath(directory)
+        self.directory = os.path.realpath(expand_home(directory))
         self.path = os.path.join(self.directory, "state.db")
         try:
             size = os.stat(self.path).st_size

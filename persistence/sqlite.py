@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sqlite3
 from collections.abc import Callable, Iterable
 from urllib.parse import quote
@@ -31,14 +32,21 @@ _CAUSES = {
 
 def connect(uri: str) -> sqlite3.Connection:
     """Open `uri` (`file:` form) with explicit transactions, for use from any one thread at a time."""
-    return sqlite3.connect(
+    connection = sqlite3.connect(
         uri, uri=True, isolation_level=None, check_same_thread=False, cached_statements=_CACHED_STATEMENTS
     )
+    try:
+        # A file system may have no place for temporary files: all of it read-only but for the store's directory.
+        connection.execute("PRAGMA temp_store = MEMORY")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def database_uri(path: str, mode: str) -> str:
     """Name the file for SQLite. `mode`: `ro`, `rw` (never creates it) or `rwc`."""
-    return f"file:{quote(path)}?mode={mode}"
+    return f"file:{quote(os.fsencode(path))}?mode={mode}"
 
 
 def primary_code(error: BaseException) -> int:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from scopestate.errors import ConfigError
+from scopestate.paths import expand_home
 
 DEFAULT_URL = "ws://localhost:49134"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -61,7 +62,7 @@ def tls_context(url: str, options: ClientOptions) -> ssl.SSLContext | None:
     if not url.startswith("wss:"):
         return None
     try:
-        context = ssl.create_default_context(cafile=options.tls_ca_file)
+        context = ssl.create_default_context(cafile=options.tls_ca_file and expand_home(options.tls_ca_file))
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"the file of TLS authorities {options.tls_ca_file!r} cannot be read: {error}") from error
     if not options.tls_verify:
