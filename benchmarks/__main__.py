@@ -1,4 +1,7 @@
-"""Runs the benchmarks: `python -m benchmarks [--quick] [--only NAME ...] [--json FILE] [--svg FILE]`."""
+"""Runs the benchmarks: `python -m benchmarks [--quick] [--only NAME ...] [--json FILE] [--svg FILE]`.
+
+With `--against REV [--rounds N] [--limit X]`: beside a build of that commit, each row as a ratio new / old.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import (
+    against,
     measures_calls,
     measures_events,
     measures_redis,
@@ -17,6 +21,7 @@ from benchmarks import (
     measures_threads,
     measures_wire,
 )
+from benchmarks.builds import BuildError
 from benchmarks.harness import FULL, QUICK, Measure, Row
 from benchmarks.report import environment, summary, table, write_json, write_svg
 
@@ -33,18 +38,36 @@ RESULTS = Path("bench-results")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what was asked for and report it. The exit status says that it ran, not what it reached."""
+    """Run what was asked for and report it.
+
+    The exit status says that it ran, not what it reached; with `--against` it is 1 if a row costs more than the limit.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not how fast it is")
     parser.add_argument("--only", action="append", choices=MEASURES, metavar="NAME", help=", ".join(MEASURES))
-    parser.add_argument("--json", type=Path, default=RESULTS / "benchmarks.json", metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"default: in {RESULTS}/")
     parser.add_argument("--svg", type=Path, default=RESULTS / "benchmarks.svg", metavar="FILE")
+    parser.add_argument("--against", metavar="REV", help="compare the working tree with a build of this commit")
+    parser.add_argument("--rounds", type=_at_least_one, default=5, metavar="N", help="alternations of --against")
+    parser.add_argument(
+        "--limit", type=float, default=1.1, metavar="X", help="--against: ratio above which a row fails"
+    )
     options = parser.parse_args(arguments)
+    measures = {name: MEASURES[name] for name in options.only or MEASURES}
+
+    if options.against is not None:
+        file = options.json or RESULTS / "against.json"
+        try:
+            return against.run(
+                options.against, measures, rounds=options.rounds, limit=options.limit, quick=options.quick, file=file
+            )
+        except BuildError as error:
+            parser.error(str(error))
 
     rows: list[Row] = []
-    for name in options.only or MEASURES:
+    for name, measure in measures.items():
         began = time.perf_counter()
-        rows += MEASURES[name](QUICK if options.quick else FULL)
+        rows += measure(QUICK if options.quick else FULL)
         # On stderr: the table alone is the output.
         print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
 
@@ -53,10 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{where['implementation']} {where['python']}, {where['system']}, {where['cores']} cores; {versions}\n")
     print(table(rows))
     print(f"\n{summary(rows)}")
-    write_json(rows, options.json)
+    file = options.json or RESULTS / "benchmarks.json"
+    write_json(rows, file)
     write_svg(rows, options.svg)
-    print(f"written: {options.json}, {options.svg}")
+    print(f"written: {file}, {options.svg}")
     return 0
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
 
 
 if __name__ == "__main__":

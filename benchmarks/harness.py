@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import threading
 import time
@@ -75,12 +76,44 @@ class Row:
     """Whether more is better; else `limit` is an upper bound."""
     figures: dict[str, float] = field(default_factory=dict)
     """What `value` was computed from; the unit is the end of each name."""
+    own: str = ""
+    """The figure that two commits are compared by: of `figures`, the engine's own one. Empty: `value`.
+
+    A ratio to a peer is not such a figure: where the peer is the engine too, as in `file_set`, a quicker peer makes
+    the ratio worse.
+    """
 
     @property
     def passed(self) -> bool | None:
         if self.limit is None:
             return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    @property
+    def compared(self) -> Compared | None:
+        """What two commits are compared by; None if the row says nothing about the engine alone."""
+        if self.own:
+            return Compared(self.own, self.figures[self.own], more_is_better=self.own.endswith("_per_s"))
+        if self.unit == "x":
+            return None
+        name = f"value_{self.unit.replace(' ', '_')}" if self.unit else "value"
+        return Compared(name, self.value, more_is_better=self.at_least or self.unit == "per s")
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One figure of a row: its name, which ends with its unit, and which way is better."""
+
+    name: str
+    value: float
+    more_is_better: bool
+
+    def cost_against(self, old: Compared) -> float:
+        """Return how many times as much as the old one this costs: 1 is equal, above 1 is worse."""
+        after, before = (old.value, self.value) if self.more_is_better else (self.value, old.value)
+        if after == before:
+            return 1.0
+        return after / before if before > 0 else math.inf
 
 
 Measure = Callable[[Sizes], list[Row]]

@@ -18,7 +18,16 @@ def set_vs_pykka(sizes: Sizes) -> list[Row]:
     with Engine() as engine, peers.plain_pykka() as peer:
         found = compare(set_batch(engine), peer.set, make_pairs(sizes.calls), sizes.repeats)
     return [
-        Row("set_vs_pykka", "set: plain Pykka ask / ours", found.ratio, "x", 8, at_least=True, figures=found.figures)
+        Row(
+            "set_vs_pykka",
+            "set: plain Pykka ask / ours",
+            found.ratio,
+            "x",
+            8,
+            at_least=True,
+            figures=found.figures,
+            own="ours_us",
+        )
     ]
 
 
@@ -26,7 +35,17 @@ def set_vs_floor(sizes: Sizes) -> list[Row]:
     """`engine.set` in memory beside lock + encode + dict."""
     with Engine() as engine, peers.floor() as peer:
         found = compare(set_batch(engine), peer.set, make_pairs(sizes.calls), sizes.repeats)
-    return [Row("set_vs_floor", "set: ours / lock + encode + dict", 1 / found.ratio, "x", 5, figures=found.figures)]
+    return [
+        Row(
+            "set_vs_floor",
+            "set: ours / lock + encode + dict",
+            1 / found.ratio,
+            "x",
+            5,
+            figures=found.figures,
+            own="ours_us",
+        )
+    ]
 
 
 def get_vs_pykka(sizes: Sizes) -> list[Row]:
@@ -37,7 +56,16 @@ def get_vs_pykka(sizes: Sizes) -> list[Row]:
         peer.set(pairs)
         found = compare(get_batch(engine), peer.get, pairs, sizes.repeats)
     return [
-        Row("get_vs_pykka", "get: plain Pykka ask / ours", found.ratio, "x", 10, at_least=True, figures=found.figures)
+        Row(
+            "get_vs_pykka",
+            "get: plain Pykka ask / ours",
+            found.ratio,
+            "x",
+            10,
+            at_least=True,
+            figures=found.figures,
+            own="ours_us",
+        )
     ]
 
 
@@ -48,7 +76,7 @@ def update_vs_pykka(sizes: Sizes) -> list[Row]:
         set_batch(engine)(pairs)
         found = compare(increment_batch(engine), peer.set, pairs, sizes.repeats)
     what = "update, one increment: plain Pykka ask / ours"
-    return [Row("update_vs_pykka", what, found.ratio, "x", 5, at_least=True, figures=found.figures)]
+    return [Row("update_vs_pykka", what, found.ratio, "x", 5, at_least=True, figures=found.figures, own="ours_us")]
 
 
 def aio_set(sizes: Sizes) -> list[Row]:
@@ -84,7 +112,7 @@ def aio_set(sizes: Sizes) -> list[Row]:
         "set_us": statistics.median(plain for _, plain in samples) * 1e6,
     }
     return [
-        Row("aio_set", "await aio.set on an idle scope / set", ratio, "x", 1.5, figures=figures),
+        Row("aio_set", "await aio.set on an idle scope / set", ratio, "x", 1.5, figures=figures, own="aio_us"),
         Row("aio_suspensions", f"suspensions in {len(pairs)} aio.set on an idle scope", suspended, "", 0),
     ]
 
@@ -107,7 +135,7 @@ def peer_calls(sizes: Sizes) -> list[Row]:
                         found = compare(ours, theirs, pairs, sizes.repeats)
                         label = f"{verb}: {name} / ours, {'in memory' if engine is in_memory else 'on disk'}"
                         row_name = f"{verb}_vs_{name.replace('-', '_')}"
-                        rows.append(Row(row_name, label, found.ratio, "x", figures=found.figures))
+                        rows.append(Row(row_name, label, found.ratio, "x", figures=found.figures, own="ours_us"))
     return rows
 
 

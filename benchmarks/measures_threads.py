@@ -57,8 +57,16 @@ def set_beside_cpu(sizes: Sizes) -> list[Row]:
             50,
             at_least=True,
             figures=figures,
+            own="ours_p50_us",
         ),
-        Row("set_beside_cpu_p99", "set beside a CPU-bound thread: Pykka ask p99 / our p99", tail, "x"),
+        Row(
+            "set_beside_cpu_p99",
+            "set beside a CPU-bound thread: Pykka ask p99 / our p99",
+            tail,
+            "x",
+            figures=figures,
+            own="ours_p99_us",
+        ),
     ]
 
 
@@ -82,7 +90,9 @@ def _throughput(sizes: Sizes, name: str, what: str, scope_of: Callable[[int], st
         "one_thread_per_s": statistics.median(one_rates),
         "all_threads_per_s": statistics.median(many_rates),
     }
-    return [Row(name, what, statistics.median(shares), "x", 0.7, at_least=True, figures=figures)]
+    return [
+        Row(name, what, statistics.median(shares), "x", 0.7, at_least=True, figures=figures, own="all_threads_per_s")
+    ]
 
 
 def threads_one_scope(sizes: Sizes) -> list[Row]:

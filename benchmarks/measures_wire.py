@@ -63,7 +63,17 @@ def _micros(medians: dict[str, float]) -> dict[str, float]:
 def wire_get(sizes: Sizes) -> list[Row]:
     """`state::get` of a small value, one request at a time."""
     ratio, medians = compared("round_trips", sizes, sizes.slow_calls)
-    return [Row("wire_get", "state::get, one at a time, p50: ours / echo", ratio, "x", 1.6, figures=_micros(medians))]
+    return [
+        Row(
+            "wire_get",
+            "state::get, one at a time, p50: ours / echo",
+            ratio,
+            "x",
+            1.6,
+            figures=_micros(medians),
+            own="engine_us",
+        )
+    ]
 
 
 def wire_pipelined(sizes: Sizes) -> list[Row]:
@@ -73,15 +83,35 @@ def wire_pipelined(sizes: Sizes) -> list[Row]:
     together, both = compared("fifty", sizes, sizes.calls)
     fifty = {"one_per_s": both["echo"], "fifty_per_s": both["engine"]}
     return [
-        Row("wire_pipelined", "pipelined state::get: ours / echo", ratio, "x", 0.6, at_least=True, figures=figures),
-        Row("wire_fifty", "50 connections / one, pipelined", together, "x", 0.8, at_least=True, figures=fifty),
+        Row(
+            "wire_pipelined",
+            "pipelined state::get: ours / echo",
+            ratio,
+            "x",
+            0.6,
+            at_least=True,
+            figures=figures,
+            own="engine_per_s",
+        ),
+        Row(
+            "wire_fifty",
+            "50 connections / one, pipelined",
+            together,
+            "x",
+            0.8,
+            at_least=True,
+            figures=fifty,
+            own="fifty_per_s",
+        ),
     ]
 
 
 def wire_delivery(sizes: Sizes) -> list[Row]:
     """A set on one connection until the handler's call on another, beside an echo's round trip."""
     ratio, medians = compared("deliveries", sizes, sizes.slow_calls)
-    return [Row("wire_delivery", "set to handler, p50 / echo", ratio, "x", 2.5, figures=_micros(medians))]
+    return [
+        Row("wire_delivery", "set to handler, p50 / echo", ratio, "x", 2.5, figures=_micros(medians), own="engine_us")
+    ]
 
 
 def wire_idle(sizes: Sizes) -> list[Row]:

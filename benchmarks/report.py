@@ -24,7 +24,7 @@ VERDICTS = {True: "pass", False: "MISS", None: ""}
 COLOURS = {True: "#2a7f62", False: "#c0392b", None: "#8a8f98"}
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, thousands grouped."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
@@ -32,13 +32,13 @@ def _number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _figure(name: str, value: float) -> str:
+def figure_text(name: str, value: float) -> str:
     """`ours_us` 2.2 as `ours 2.20 us`; `calls` 7 as `calls 7`."""
     for suffix in UNITS:
         if name.endswith(f"_{suffix}"):
             head = name.removesuffix(f"_{suffix}").replace("_", " ")
-            return f"{head} {_number(value)} {suffix.replace('_', ' ')}"
-    return f"{name.replace('_', ' ')} {_number(value)}"
+            return f"{head} {number(value)} {suffix.replace('_', ' ')}"
+    return f"{name.replace('_', ' ')} {number(value)}"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -46,9 +46,9 @@ def table(rows: Sequence[Row]) -> str:
     cells = [("measure", "reach", "measured", "", "from")]
     for row in rows:
         sign = ">=" if row.at_least else "<="
-        reach = "" if row.limit is None else f"{sign} {_number(row.limit)} {row.unit}".rstrip()
-        measured = f"{_number(row.value)} {row.unit}".rstrip()
-        details = ", ".join(_figure(name, value) for name, value in row.figures.items())
+        reach = "" if row.limit is None else f"{sign} {number(row.limit)} {row.unit}".rstrip()
+        measured = f"{number(row.value)} {row.unit}".rstrip()
+        details = ", ".join(figure_text(name, value) for name, value in row.figures.items())
         cells.append((row.what, reach, measured, VERDICTS[row.passed], details))
     widths = [max(len(line[column]) for line in cells) for column in range(5)]
     lines = []
@@ -89,6 +89,7 @@ def write_json(rows: Sequence[Row], file: Path) -> None:
             "reach": None if row.limit is None else {"at_least" if row.at_least else "at_most": row.limit},
             "passed": row.passed,
             "figures": row.figures,
+            "own": row.own,
         }
         for row in rows
     ]
@@ -134,7 +135,7 @@ def _bars(axes: Any, rows: Sequence[Row], lengths: Sequence[float], label: str) 
     axes.set_xlabel(label)
     for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         axes.annotate(
-            f"{_number(row.value)} {row.unit}".rstrip(),
+            f"{number(row.value)} {row.unit}".rstrip(),
             (max(length, 1), place),
             xytext=(4, 0),
             textcoords="offset points",

@@ -11,6 +11,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from benchmarks.harness import Row
+
 ROOT = Path(__file__).parents[2]
 
 JUDGED = {
@@ -87,6 +89,15 @@ def test_every_target_is_measured_against_its_limit(quick: tuple[str, dict[str, 
     assert {row["name"]: row["reach"] for row in rows if row["reach"]} == JUDGED
     assert {row["name"] for row in rows if not row["reach"]} == SHOWN
     assert len(rows) == len(JUDGED) + len(SHOWN)
+
+
+def test_every_row_has_a_figure_of_the_engine_but_those_of_other_libraries(
+    quick: tuple[str, dict[str, Any], Path],
+) -> None:
+    kept = ("name", "what", "value", "unit", "figures", "own")
+    rows = [Row(**{name: row[name] for name in kept}) for row in quick[1]["rows"]]
+
+    assert {row.name for row in rows if row.compared is None} == {"websockets_round_trip", "websockets_pipelined"}
 
 
 def test_the_json_says_where_it_was_measured(quick: tuple[str, dict[str, Any], Path]) -> None:
