@@ -136,13 +136,14 @@ def write_batch(connection: sqlite3.Connection, batch: Sequence[ScopeChange]) ->
         write.flush()
 
 
-_FIRST = "scope = ?1"
-_NEXT = "scope = ?1 AND position >= ?3 AND (position, rowid) > (?3, ?4)"
-_ORDERED = "FROM state WHERE {where} ORDER BY position, rowid LIMIT ?2"
+# Named placeholders. Refused: `?1`, which CPython 3.12.0 to 3.12.3 deprecate with a sequence (python/cpython#117995).
+_FIRST = "scope = :scope"
+_NEXT = "scope = :scope AND position >= :position AND (position, rowid) > (:position, :rowid)"
+_ORDERED = "FROM state WHERE {where} ORDER BY position, rowid LIMIT :limit"
 # The page arrives as the text of a JSON array, so one decode both takes it apart and proves each value to be JSON.
 # Refused: rows with json_valid(value), which needs up to 40 times the size of a value in memory.
 _PAGE = (
-    "SELECT (SELECT sequence FROM scopes WHERE scope = ?1), count(*), CAST('[' || group_concat("  # noqa: S608 - constants
+    "SELECT (SELECT sequence FROM scopes WHERE scope = :scope), count(*), CAST('[' || group_concat("  # noqa: S608 - constants
     "'[' || rowid || ',' || position || ',' || json_quote(key) || ',' || value || ']') || ']' AS BLOB) "
     f"FROM (SELECT rowid, position, key, value {_ORDERED})"
 )
@@ -204,10 +205,7 @@ def _read_pages(connection: sqlite3.Connection, scope: str) -> Iterator[tuple[st
 
 def _read_page(connection: sqlite3.Connection, scope: str, place: _Place, limit: int) -> tuple[int, list[_Row]]:
     """Read up to `limit` rows after `place` with one statement; also the scope's sequence."""
-    if place is None:
-        found = connection.execute(_PAGE_FIRST, (scope, limit))
-    else:
-        found = connection.execute(_PAGE_NEXT, (scope, limit, *place))
+    found = connection.execute(_PAGE_FIRST if place is None else _PAGE_NEXT, _parameters(scope, place, limit))
     ((sequence, count, text),) = found.fetchall()
     if not count:
         return sequence or 0, []
@@ -226,10 +224,7 @@ def _read_plain(connection: sqlite3.Connection, scope: str, place: _Place, limit
     """Yield rows one at a time, however large. Raises `StorageError` for a row that is not JSON."""
     before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 0x7FFFFFFF)
     try:
-        if place is None:
-            found = connection.execute(_PLAIN_FIRST, (scope, limit))
-        else:
-            found = connection.execute(_PLAIN_NEXT, (scope, limit, *place))
+        found = connection.execute(_PLAIN_FIRST if place is None else _PLAIN_NEXT, _parameters(scope, place, limit))
         try:
             for rowid, position, key, value in found:
                 yield rowid, position, *_decoded(scope, key, value)
@@ -237,6 +232,11 @@ def _read_plain(connection: sqlite3.Connection, scope: str, place: _Place, limit
             found.close()
     finally:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
+
+
+def _parameters(scope: str, place: _Place, limit: int) -> dict[str, str | int]:
+    position, rowid = place or (0, 0)  # the statements of a first page do not name them
+    return {"scope": scope, "limit": limit, "position": position, "rowid": rowid}
 
 
 def _decoded(scope: str, key: bytes, value: bytes) -> tuple[str, msgspec.Raw]:
@@ -257,8 +257,8 @@ def _utf8(text: bytes) -> bytes:
 
 
 _NAMES = (
-    "SELECT json_group_array(scope) FROM (SELECT scope FROM scopes WHERE scope {after} ?1"
-    " AND EXISTS (SELECT 1 FROM state WHERE state.scope = scopes.scope) ORDER BY scope LIMIT ?2)"
+    "SELECT json_group_array(scope) FROM (SELECT scope FROM scopes WHERE scope {after} :after"
+    " AND EXISTS (SELECT 1 FROM state WHERE state.scope = scopes.scope) ORDER BY scope LIMIT :limit)"
 )
 _NAMES_FIRST, _NAMES_NEXT = _NAMES.format(after=">="), _NAMES.format(after=">")
 
@@ -274,5 +274,5 @@ def read_names(connection: sqlite3.Connection) -> list[str]:
 
 
 def _page_of_names(connection: sqlite3.Connection, statement: str, after: str) -> list[str]:
-    ((text,),) = connection.execute(statement, (after, _PAGE_ROWS)).fetchall()
+    ((text,),) = connection.execute(statement, {"after": after, "limit": _PAGE_ROWS}).fetchall()
     return _decode_names(text)
