@@ -6,13 +6,13 @@ import _thread
 import heapq
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from scopestate.actors.reply import Reply
+from scopestate.inbox import Empty, Inbox
 
 if TYPE_CHECKING:
     from scopestate.actors.turn import TurnActor
@@ -80,7 +80,7 @@ class ThreadDispatcher:
 
     def __init__(self, name: str = "scopestate") -> None:
         self._name = name
-        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._ready: Inbox[Any] = Inbox()
         self._idle: list[None] = []
         self._workers = 0
         self._guard = threading.Lock()
@@ -171,7 +171,7 @@ class ThreadDispatcher:
                     ends += 1
                 else:
                     work()
-        except queue.Empty:
+        except Empty:
             for _ in range(ends):
                 self._ready.put(None)  # for the workers that are still in a turn
 
@@ -204,8 +204,8 @@ class ThreadDispatcher:
         while True:
             idle.append(None)
             try:
-                work = ready.get(timeout=self.IDLE_S)
-            except queue.Empty:
+                work = ready.get_or_idle(self.IDLE_S)
+            except Empty:
                 work = None
             idle.pop()
             self._taken += 1
@@ -244,7 +244,7 @@ class _TimerThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._new: queue.SimpleQueue[tuple[float, int, _Scheduled] | None] = queue.SimpleQueue()
+        self._new: Inbox[tuple[float, int, _Scheduled] | None] = Inbox()
         self._order = itertools.count()
         self._runs: dict[str, int] = {}
         self._guard = threading.Lock()
@@ -283,8 +283,8 @@ class _TimerThread:
             wait_s = heap[0][0] - time.monotonic() if heap else None
             if wait_s is None or wait_s > 0:
                 try:
-                    item = new.get(timeout=wait_s)
-                except queue.Empty:
+                    item = new.get_within(wait_s)
+                except Empty:
                     continue
                 if item is not None:
                     heapq.heappush(heap, item)
@@ -293,7 +293,7 @@ class _TimerThread:
             if callback is not None:
                 try:
                     callback()
-                except Exception:
+                except BaseException:
                     log.exception("a timer's callback failed")
 
 

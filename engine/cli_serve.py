@@ -83,7 +83,7 @@ class _Signals:
 
     def __init__(self) -> None:
         # A SimpleQueue, not an Event: its `put` may interrupt its own `get` (Python's documentation of `queue`).
-        self.came: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.came: queue.SimpleQueue[int] = queue.SimpleQueue()  # noqa: TID251 - taken from on the main thread
         self._count = 0
 
     @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import queue
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from scopestate.errors import ScopestateError
+from scopestate.inbox import Empty, Inbox
 from scopestate.persistence.redis.flight import Flight
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -35,7 +35,7 @@ class Desk:
 
     def __init__(self, deliver: Callable[[list[Any]], None]) -> None:
         """`deliver` takes the outcomes that passengers leave, many at once."""
-        self.ready: queue.SimpleQueue[Passenger | None] = queue.SimpleQueue()
+        self.ready: Inbox[Passenger | None] = Inbox()
         """Who has come. Anybody may put a passenger; None only wakes the link's thread."""
         self.outcomes: list[Any] = []
         """What passengers have left since `hand_out`."""
@@ -49,7 +49,7 @@ class Desk:
                 passenger = ready.get_nowait()
                 if passenger is not None:
                     boarding.append(passenger)
-        except queue.Empty:
+        except Empty:
             log.debug("somebody who came too late has been refused elsewhere")
 
     def refuse_late(self, error: ScopestateError) -> None:

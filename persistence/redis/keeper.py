@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from scopestate.errors import NotConnected
+from scopestate.inbox import Empty, Inbox
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
 from scopestate.persistence.redis.reading import number_of
 
@@ -88,7 +88,7 @@ class Keeper:
         self.held: dict[bytes, None] = {}
         """Ids that this engine has taken and not acknowledged yet."""
         self._room = threading.Event()
-        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._queue: Inbox[Callable[[], object] | None] = Inbox()
         self._done: list[bytes] = []
         self._ends: list[int] = []
         self._checks: list[tuple[float, int]] = []
@@ -200,14 +200,14 @@ class Keeper:
             due = min([self._next_beat, *(due for due, _ in self._checks[:1])])
             wait_s = max(due - time.monotonic(), 0.0)
         try:
-            note = self._queue.get(timeout=wait_s)
+            note = self._queue.get_within(wait_s)
             while True:
                 if note is None:
                     self._ending = True
                 else:
                     note()
                 note = self._queue.get_nowait()
-        except queue.Empty:
+        except Empty:
             return
 
     def _work(self) -> None:

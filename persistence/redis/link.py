@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -13,6 +12,7 @@ from threading import get_ident
 from typing import Any, Final
 
 from scopestate.errors import ConnectionLost, EngineClosed, NotConnected, ScopestateError
+from scopestate.inbox import Empty
 from scopestate.persistence.redis.attempts import Attempts
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
 from scopestate.persistence.redis.desk import Desk, Passenger
@@ -301,8 +301,8 @@ class Link:
             if self._boarding:
                 waits.append(min(passenger.since for passenger in self._boarding) + self._connect_wait_s - now)
         try:
-            passenger = self._ready.get(timeout=max(min(waits), 0.0) if waits else None)
-        except queue.Empty:
+            passenger = self._ready.get_within(max(min(waits), 0.0) if waits else None)
+        except Empty:
             return
         if passenger is not None:
             self._boarding.append(passenger)
