@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("scopestate.persistence")
 
 LONGEST_BACKOFF_S: Final = 30.0
+SOONEST_OVERDUE_S: Final = 0.2
+"""A save that is less late than this is not called overdue, however short the interval: a busy machine is enough."""
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -52,6 +54,7 @@ class SnapshotActor(TurnActor):
         self._interval_s = interval_s
         self._timer: Timer | None = None
         self._began_s = 0.0
+        self._fresh_s: float | None = None
         self._backlog: dict[str, tuple[ScopeActor, ScopeChange]] = {}
         self._failures = 0
         self._commit_asked = False
@@ -79,21 +82,36 @@ class SnapshotActor(TurnActor):
     def start_interval(self) -> None:
         """Begin to save every interval."""
         if self._adapter.keeps and not self._stopped:
-            self._began_s = self._dispatcher.monotonic()
+            self._began_s = self._fresh_s = self._dispatcher.monotonic()
             self._arm(self._interval_s)
 
     def set_interval(self, interval_s: float) -> None:
         """Change the interval, the one that runs now included. From any thread."""
         self._interval_s = interval_s
         if self._adapter.keeps and not self._stopped:
+            now_s = self._dispatcher.monotonic()
             # From the last save on, not from now: else what is dirty would wait for parts of both intervals.
-            self._arm(max(self._began_s + interval_s - self._dispatcher.monotonic(), 0.001))
+            self._arm(max(self._began_s + interval_s - now_s, 0.001))
+            if self._fresh_s is not None:
+                self._fresh_s = max(self._fresh_s, now_s - interval_s)  # due now: not late by the shorter interval
 
     def stop_interval(self) -> None:
         """Save no more by itself; `Flush` still does."""
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
+
+    def overdue_s(self) -> float:
+        """Return how many seconds ago the save by interval that is overdue was due; 0.0 if none is. From any thread.
+
+        Overdue is one that has not ended two intervals after it was due, whatever the reason: a timer that does not
+        ring, no thread for it, a disk that hangs. So this looks at the clock, and rests on none of them.
+        """
+        if self._fresh_s is None or self._stopped:
+            return 0.0
+        interval_s = self._interval_s
+        late_s = self._dispatcher.monotonic() - self._fresh_s - interval_s
+        return late_s if late_s > max(2 * interval_s, SOONEST_OVERDUE_S) else 0.0
 
     def _arm(self, delay_s: float) -> None:
         if self._timer is not None:
@@ -126,7 +144,8 @@ class SnapshotActor(TurnActor):
             case Tick():
                 self._began_s = began = self._dispatcher.monotonic()
                 try:
-                    self._save_quietly()
+                    if self._save_quietly():
+                        self._fresh_s = began
                 finally:
                     if not self._stopped:
                         took_s = self._dispatcher.monotonic() - began
@@ -141,11 +160,13 @@ class SnapshotActor(TurnActor):
     def _backoff_s(self) -> float:
         return min(0.1 * 2.0 ** min(self._failures, 20), LONGEST_BACKOFF_S, max(self._interval_s, 0.1))
 
-    def _save_quietly(self) -> None:
+    def _save_quietly(self) -> bool:
         try:
             self._save()
         except StorageError:
             log.debug("save failed; it is tried again", exc_info=True)  # logged at ERROR where it began
+            return False
+        return True
 
     def _fail(self) -> None:
         """A bug in a turn: the log has it, and saving goes on."""

@@ -25,7 +25,8 @@ class KvConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     file_path: str = "kv_store_data.db"
     """The directory of a file_based store, despite the suffix that iii gives it. A reload does not change it."""
     save_interval_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)] = 5000
-    """Milliseconds between saves; with `durability: interval` a crash loses at most this much. Reloads at once."""
+    """Milliseconds between saves; with `durability: interval` a crash loses what was written in the
+    last interval and while its save ran. Reloads at once."""
     durability: Literal["interval", "commit"] = "interval"
     """`interval`: a write is acknowledged from memory. `commit`: when it is on disk. A reload does not change it."""
 

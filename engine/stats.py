@@ -135,6 +135,11 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
         problems.append("the engine is closed")
     if snapshot.failing is not None:
         problems.append(f"saving fails: {snapshot.failing}; what changed since stays in memory and is saved later")
+    elif (late_s := snapshot.overdue_s()) > 0:
+        problems.append(
+            f"the save that was due {late_s:.1f} s ago has not ended: a crash would lose what changed since; the "
+            "disk may hang, or the machine be overloaded"
+        )
     # Of adapters whose scopes live elsewhere; what can fail here, the snapshot actor knows.
     problem_of_store = getattr(parts.adapter, "problem", None)
     if problem_of_store is not None and (problem := problem_of_store()) is not None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,16 @@ import pytest
 from watching import PATIENCE_S, Gate, GatedStore, Seen, broken, in_thread
 
 from scopestate import Engine, StateEvent, StorageError, messages, ops
+from scopestate.actors.deterministic import DeterministicDispatcher
+from scopestate.config import from_mapping
 from scopestate.errors import DeserializationError, ScopestateError
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    while not condition():
+        assert time.monotonic() < until
+        pause.wait(0.01)
 
 
 def test_a_new_engine_has_done_nothing_and_is_well(engine: Engine) -> None:
@@ -219,6 +231,94 @@ def test_health_stays_bad_after_a_failed_commit_until_something_is_saved_again(
     engine.set("s", "k", 2)
 
     assert engine.health().ok
+
+
+@pytest.fixture
+def clock() -> DeterministicDispatcher:
+    """Threads and a clock that only the test moves."""
+    return DeterministicDispatcher(1, switch=0.0, busy=0.0)
+
+
+SAVED_EVERY_5_S = from_mapping({"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": {
+    "store_method": "file_based", "save_interval_ms": 5000}}}}]})  # fmt: skip
+
+
+def test_health_says_that_a_save_hangs_two_intervals_after_it_was_due_and_no_sooner(
+    clock: DeterministicDispatcher,
+) -> None:
+    store = GatedStore()
+    with Engine(SAVED_EVERY_5_S, adapter=store, dispatcher=clock) as engine:
+        engine.set("s", "k", 1)
+        store.at_save = lambda: clock.sleep(100.0)
+        clock.advance(15.0)
+
+        assert engine.health().ok
+
+        clock.advance(1.0)
+        (problem,) = engine.health().problems
+
+        assert "the save that was due 11.0 s ago has not ended" in problem
+
+        store.at_save = lambda: None
+        clock.advance(100.0)
+
+        assert engine.health().ok
+
+
+def test_health_says_that_no_save_begins_any_more(clock: DeterministicDispatcher) -> None:
+    with Engine(SAVED_EVERY_5_S, adapter=GatedStore(), dispatcher=clock) as engine:
+        clock.advance(1000.0)
+
+        assert engine.health().ok
+
+        timer = engine._parts.snapshot._timer
+        assert timer is not None
+        timer.cancel()
+        engine.set("s", "k", 1)
+        clock.advance(16.0)
+
+        assert "has not ended" in engine.health().problems[0]
+
+        engine.flush()  # this saves, but nothing will save what comes after it
+
+        assert not engine.health().ok
+
+
+def test_a_shorter_interval_makes_no_save_overdue_at_once(clock: DeterministicDispatcher) -> None:
+    with Engine(SAVED_EVERY_5_S, adapter=GatedStore(), dispatcher=clock) as engine:
+        clock.advance(4.9)
+        engine._parts.snapshot.set_interval(0.1)
+
+        assert engine.health().ok
+
+        clock.advance(1.0)
+
+        assert engine.health().ok
+
+
+def test_an_engine_that_keeps_nothing_has_no_overdue_save(clock: DeterministicDispatcher) -> None:
+    with Engine(dispatcher=clock) as engine:
+        engine.set("s", "k", 1)
+        clock.advance(1000.0)
+
+        assert engine.health().ok
+
+
+def test_health_says_that_a_save_hangs_while_it_does(open_engine: Any, tmp_path: Path) -> None:
+    engine = open_engine(
+        adapter={"store_method": "file_based", "file_path": str(tmp_path / "store"), "save_interval_ms": 50}
+    )
+    gate = Gate()
+    engine._parts.adapter.save = gate  # a disk that hangs
+    try:
+        engine.set("s", "k", 1)
+        gate.wait_until_reached()
+        wait_until(lambda: not engine.health().ok)
+
+        assert "has not ended" in engine.health().problems[0]
+    finally:
+        gate.open()
+    wait_until(lambda: engine.health().ok)
 
 
 def test_scopes_that_a_rule_moved_to_memory_are_no_groups_of_the_store(open_engine: Any, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ ROWS: Final = (
     Row(
         "The process is killed (SIGKILL)",
         "`commit`: every acknowledged write is there, and no event of a lost write was delivered. `interval`: exactly "
-        "a prefix of each scope's history, at most `save_interval_ms` old. The store opens.",
+        "a prefix of each scope's history, at most `save_interval_ms` and the duration of the save old. The store "
+        "opens.",
         (
             "reliability/test_crash.py::test_200_kills_under_load_lose_nothing_that_was_promised",
             "persistence/test_file_crash.py",
