@@ -14,9 +14,8 @@ import contextlib
 import logging
 import os
 import socket
-import ssl
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, Self
@@ -33,9 +32,9 @@ from scopestate.access import Gate
 from scopestate.channels import Channels
 from scopestate.config import Config, ServerConfig
 from scopestate.connections import GOING, Batches, Connection, Registry
+from scopestate.doorway import Certificates, Doorway, Request, Response
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
-from scopestate.paths import expand_home
 from scopestate.wire.frames import Error, ErrorBody, encode
 from scopestate.wire.session import SessionLimits
 from scopestate.worker import Worker
@@ -44,6 +43,9 @@ from scopestate.worker_triggers import FUNCTIONS_AVAILABLE
 from scopestate.workers import Hub
 
 log = logging.getLogger("scopestate.server")
+
+# What `picows.ws_create_server` makes for each connection; its stubs do not name it.
+_WSProtocol: Final[Callable[..., asyncio.BufferedProtocol]] = picows.picows.WSProtocol  # type: ignore[attr-defined]
 
 # picows reports every broken frame as an error with a traceback; the listeners say what matters.
 logging.getLogger("picows").setLevel(logging.CRITICAL)
@@ -72,6 +74,10 @@ class ServerStatus(msgspec.Struct, frozen=True):
     workers: int
     connections: int
     """Workers and all others: telemetry, channels."""
+    handshakes: int
+    """Connections that were accepted and have not asked for anything yet."""
+    turned_away: int
+    """Connections that were ended since the start to keep descriptors for the engine, or for newer ones."""
     functions: int
     """Functions that workers have registered."""
     triggers: int
@@ -110,7 +116,8 @@ class Server:
             refuse(self.config.host, self.config.port)
         self._owns_engine = owns_engine
         self._gate = Gate(self.config)
-        self._tls = _tls_context(self.config)
+        self._certificates = None if self.config.tls is None else Certificates(self.config.tls)
+        self._doorway = self._make_doorway()
         self._batches = Batches()
         self._connections = Registry()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -150,7 +157,7 @@ class Server:
     def url(self) -> str:
         """Where workers connect to."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'wss' if self._tls else 'ws'}://{host}:{self.port}"
+        return f"{'wss' if self._certificates else 'ws'}://{host}:{self.port}"
 
     def status(self) -> ServerStatus:
         """Return what it is doing now. From any thread."""
@@ -160,6 +167,8 @@ class Server:
             self.url,
             len(workers),
             len(self._connections),
+            len(self._doorway),
+            self._doorway.turned_away,
             sum(len(worker.functions) for worker in workers),
             0 if hub is None else len(hub.triggers),
             0 if hub is None else hub.calls,
@@ -238,33 +247,47 @@ class Server:
         limits = SessionLimits(registrations=config.max_registrations, calls=config.max_calls)
         timeout_s = config.call_timeout_ms / 1000
         self._hub = Hub(self.engine, self._channels, limits, timeout_s, config.max_waiting_events)
-        listeners: list[asyncio.Server] = []
-        look = asyncio.create_task(self._look_after_workers())
+        listeners: list[socket.socket] = []
+        tasks = [asyncio.create_task(self._look_after_workers())]
         try:
-            for bound in _bind(config.host, config.port):
-                listeners.append(await self._listen(bound))
-                self.port = bound.getsockname()[1]
+            listeners += _bind(config.host, config.port)
+            for listener in listeners:
+                listener.listen(1024)
+                self.port = listener.getsockname()[1]
+                tasks.append(asyncio.create_task(self._doorway.accept_from(listener)))
             log.info("serving workers on %s", self.url)
             self._listening.set()
             await self._stop.wait()
         finally:
-            look.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # before the sockets that they wait for are closed
             for listener in listeners:
                 listener.close()
+            self._doorway.close()
             await self._close_connections()
 
-    async def _listen(self, bound: socket.socket) -> asyncio.Server:
-        return await picows.ws_create_server(
-            self._admit,
-            sock=bound,
-            ssl=self._tls,
-            backlog=1024,
-            enable_auto_pong=False,
-            use_aiofastnet=False,
-            max_frame_size=self.config.max_message_bytes,
-            read_buffer_init_size=4096,
-            websocket_handshake_timeout=10,
-        )
+    def _make_doorway(self) -> Doorway:
+        def make_protocol() -> asyncio.BufferedProtocol:
+            return _WSProtocol(
+                None,  # host and port: a client's
+                None,  # path: a client's
+                False,  # it is the server's side
+                self._admit,
+                logging.getLogger("picows.server"),
+                True,  # an exception in a listener ends the connection
+                None,  # the doorway has a time limit of its own
+                False,  # no pings to clients
+                20,
+                20,
+                picows.WSAutoPingStrategy.PING_WHEN_IDLE,
+                False,  # pings of clients are answered by the listeners
+                self.config.max_message_bytes,
+                None,
+                4096,
+            )
+
+        return Doorway(self._respond, make_protocol, self._certificates, self.config.max_connections)
 
     async def _close_connections(self) -> None:
         if self._owns_engine:
@@ -289,8 +312,6 @@ class Server:
         """Choose what a connection is for, by its path; or refuse it."""
         path, _, query = request.path.decode("latin-1").partition("?")
         headers = request.headers
-        if path == "/healthz":
-            return self._health()
         if len(self._connections) >= self.config.max_connections:
             return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
         if not self._gate.admits_origin(headers.get("Origin")):
@@ -318,13 +339,22 @@ class Server:
             connection.belong_to(self._connections)
         return connection  # None is answered 404
 
-    def _health(self) -> picows.WSUpgradeResponseWithListener:
+    def _respond(self, request: Request) -> Response:
+        """Answer a request that asks for no WebSocket."""
+        websocket = request.path in ("/", "/otel") or request.path.startswith("/ws/channels/")
+        if request.path not in ("/healthz", "/healthz/") and not websocket:
+            return Response(HTTPStatus.NOT_FOUND, b"404 Not Found")
+        if request.method not in ("GET", "HEAD"):
+            return Response(HTTPStatus.METHOD_NOT_ALLOWED, b"405 Method Not Allowed", {"Allow": "GET, HEAD"})
+        if websocket:
+            return Response(HTTPStatus.UPGRADE_REQUIRED, b"this path is for WebSockets", {"Upgrade": "websocket"})
+        return self._health()
+
+    def _health(self) -> Response:
         health = self.engine.health()
         status = HTTPStatus.OK if health.ok else HTTPStatus.SERVICE_UNAVAILABLE
         body = msgspec.json.encode({"status": "ok" if health.ok else "failing", "health": health})
-        response = picows.WSUpgradeResponse.create_ok_response(body, {"Content-Type": "application/json"})
-        response.status = status
-        return picows.WSUpgradeResponseWithListener(response, None)
+        return Response(status, body, {"Content-Type": "application/json", "Cache-Control": "no-store"})
 
     async def _look_after_workers(self) -> None:
         """Once a second: find workers that let too much wait, tell those who ask of new functions."""
@@ -373,20 +403,6 @@ def _bind(host: str, port: int) -> list[socket.socket]:
             listener.close()
         raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     return bound
-
-
-def _tls_context(config: ServerConfig) -> ssl.SSLContext | None:
-    if config.tls is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(
-            expand_home(config.tls.certfile), config.tls.keyfile and expand_home(config.tls.keyfile)
-        )
-    except (OSError, ssl.SSLError) as error:
-        files = " and ".join(file for file in (config.tls.certfile, config.tls.keyfile) if file)
-        raise ConfigError(f"cannot use {files}: {error}", key="iii-worker-manager.config.tls") from error
-    return context
 
 
 def new_loop() -> asyncio.AbstractEventLoop:

@@ -206,7 +206,7 @@ def test_a_file_is_for_from_config() -> None:
 def test_a_plain_request_that_is_no_websocket_is_refused(server: Server) -> None:
     with socket.create_connection((server.host, server.port), timeout=PATIENCE_S) as plain:
         plain.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert plain.recv(100).startswith(b"HTTP/1.1 400")
+        assert plain.recv(100).startswith(b"HTTP/1.1 426")
 
 
 # ------------------------------------------------------------------------------------------------------ permissions
