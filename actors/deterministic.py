@@ -287,7 +287,7 @@ class DeterministicDispatcher:
                 if actor._mailbox:
                     actor.wake_anyway()  # `wake` might find it busy again, for ever if `busy` is 1
 
-            self._add(f"somebody in {actor.name}", let_go)
+            self._add(f"another thread in {actor.name}", let_go)
 
 
 class _Ended(BaseException):

@@ -46,7 +46,9 @@ class Functions:
         if not callable(target):
             raise InvalidRegistration(f"function {function_id!r} is not callable: {target!r:.80}")
         if is_generator(target):
-            raise InvalidRegistration(f"function {function_id!r} has a `yield` in it: nobody would run what it makes")
+            raise InvalidRegistration(
+                f"function {function_id!r} has a `yield` in it: a call would return a generator and run nothing"
+            )
         entry = msgspec.structs.replace(function, is_async=is_async(target))
         with self._guard:
             known = self._by_id.get(function_id)

@@ -248,7 +248,7 @@ class TriggerRouter(TurnActor):
         return len(self._waiting_for_room) < self._services.limits.scope_mailbox
 
     def stop_waiting(self, callback: Callable[[], object]) -> None:
-        """Forget a callback given to `when_room`, if it is still there: whoever waited has given up."""
+        """Forget a callback given to `when_room`, if it is still there: the caller that waited has given up."""
         with contextlib.suppress(ValueError):
             self._waiting_for_room.remove(callback)
 

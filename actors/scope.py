@@ -75,7 +75,7 @@ class Surroundings:
 
 
 class ScopeActor(TurnActor):
-    """Owns one scope: whoever runs its turn alone changes `_values`, so no lock guards it.
+    """Owns one scope. Only the thread that runs its turn changes `_values`, so no lock guards it.
 
     Reading a key needs no turn: values are immutable bytes, and a dict lookup sees them before or after a write, never
     between. A write is one stretch of code without a call or a loop, so that no signal handler can cut it in two:
@@ -332,7 +332,7 @@ class ScopeActor(TurnActor):
         self._values = None  # what every caller looks at first
 
     def disown(self, refusal: Callable[[], Exception]) -> None:
-        """In a forked child: refuse whoever holds this actor. Its turn may belong to a thread that is not here."""
+        """In a forked child: refuse every later turn. The claim may belong to a thread that does not exist here."""
         self._refusal = refusal
         self._values = self._left = None
         self._closed = self._shut = self._direct = True

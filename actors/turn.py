@@ -72,7 +72,7 @@ def _stopped_event(actor: TurnActor) -> threading.Event:
 class TurnActor(pykka.Actor):
     """A Pykka actor whose turns run on the thread that claims it: one turn at a time, and no thread of its own.
 
-    Whoever puts its thread id into the claim first runs the turn; everybody else leaves a message in the mailbox and
+    The thread that puts its id into the claim first runs the turn. Every other one leaves a message in the mailbox and
     goes on, or waits for the reply. No lock is held while a turn runs (DESIGN, section 2; docs/design/0003-turns.md).
 
     Thread rules: every public method may be called from any thread; `on_receive` runs with the actor claimed.
@@ -144,7 +144,7 @@ class TurnActor(pykka.Actor):
         return reply
 
     def tell(self, message: Any) -> None:
-        """Queue `message`; nobody waits for an answer. Raises `Overloaded` if the mailbox is full."""
+        """Queue `message`, without a wait for an answer. Raises `Overloaded` if the mailbox is full."""
         self.post(message)
         self.keep_order()
 
@@ -158,7 +158,7 @@ class TurnActor(pykka.Actor):
             self._direct = False
 
     def post(self, item: Any) -> None:
-        """Queue an envelope or a bare message, and make sure that somebody handles it."""
+        """Queue an envelope or a bare message, and make sure that it is handled."""
         mailbox = self._mailbox
         if len(mailbox) >= self.mailbox_limit:
             raise Overloaded(

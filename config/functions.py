@@ -59,7 +59,7 @@ def import_function(target: str) -> FunctionRef:
     if not callable(found):
         raise TargetError(f"{target!r} is a {type(found).__name__}, which cannot be called")
     if is_generator(found):
-        raise TargetError(f"{target!r} has a `yield` in it: nobody would run what it makes")
+        raise TargetError(f"{target!r} has a `yield` in it: a call would return a generator and run nothing")
     return FunctionRef(target=target, callable=found)
 
 

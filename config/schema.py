@@ -41,13 +41,13 @@ class BridgeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tls_ca_file: str | None = None
     """PEM file of the authorities to trust for `wss://`; left out: the system's."""
     tls_verify: bool = True
-    """`false`: take any certificate, so anybody may be at the other end."""
+    """`false`: accept any certificate, so any server may be at the other end."""
     connect_wait_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)] = 5_000
     """How long a call waits for a connection before it fails with nothing sent."""
     call_timeout_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)] = 20_000
     """How long a call waits for the answer once it was sent."""
     events: Literal["local", "remote"] = "local"
-    """`local`: triggers hear of what goes through this engine. `remote`: of every change, whoever made it."""
+    """`local`: triggers hear of what goes through this engine. `remote`: of every change, also those made elsewhere."""
 
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in self.__struct_fields__}
@@ -89,7 +89,7 @@ class RedisConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tls_key_file: str | None = None
     """PEM file of the private key; left out: it is in `tls_cert_file`."""
     tls_verify: bool = True
-    """`false`: take any certificate, so anybody may be at the other end."""
+    """`false`: accept any certificate, so any server may be at the other end."""
     connect_timeout_ms: _Wait = 5_000
     """The longest that opening the engine, and each later attempt to connect, may take."""
     connect_wait_ms: _Wait = 5_000
@@ -225,7 +225,7 @@ class AuthConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`auth:` of the `iii-worker-manager`."""
 
     tokens: tuple[TokenConfig, ...] = ()
-    """Who may connect, with `Authorization: Bearer TOKEN`; empty: everybody."""
+    """Who may connect, with `Authorization: Bearer TOKEN`; empty: every program."""
 
 
 class TlsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

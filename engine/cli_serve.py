@@ -194,7 +194,9 @@ def describe_access(server: Server) -> str:
     """Say who may connect."""
     config = server.config
     who = (
-        f"bearers of {len(config.auth.tokens)} token(s)" if config.auth.tokens else "everybody who reaches the address"
+        f"bearers of {len(config.auth.tokens)} token(s)"
+        if config.auth.tokens
+        else "every program that reaches the address"
     )
     return f"{who}, {'TLS' if config.tls else 'no TLS'}"
 

@@ -53,7 +53,7 @@ def checked_url(url: str) -> str:
     if parts.username or parts.password:
         raise ConfigError("the address has a user name or password in it; use the token option instead")
     if port == 0:
-        raise ConfigError(f"{url!r} has port 0, on which nobody listens")
+        raise ConfigError(f"{url!r} has port 0, on which no server listens")
     return url
 
 

@@ -59,7 +59,7 @@ class Clustered:
         self._started = self._closed = False
         self._take(rows, options.host)
         if not self._slots:
-            raise NotConnected(f"Redis at {options.address} is in a cluster in which nobody serves any slots yet")
+            raise NotConnected(f"Redis at {options.address} is in a cluster in which no server has any slots yet")
 
     def connect(self) -> None:
         """Connect to a primary. Raises NotConnected if none can be reached; one is enough to start with."""

@@ -50,7 +50,7 @@ class Desk:
                 if passenger is not None:
                     boarding.append(passenger)
         except Empty:
-            log.debug("somebody who came too late has been refused elsewhere")
+            log.debug("a command that came too late has been refused already")
 
     def refuse_late(self, error: ScopestateError) -> None:
         """Refuse who has come while the link ended, or later: on any thread, and each of them once."""

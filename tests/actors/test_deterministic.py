@@ -114,7 +114,7 @@ def test_a_call_on_a_busy_scope_runs_what_its_answer_needs() -> None:
     with Engine(dispatcher=dispatcher) as engine:
         assert engine.set("s", "k", 1).new_value == 1
         assert engine.scope("s").actor_ref.ask(messages.Get("s", "k")) == 1
-        assert any(what == "somebody in scope 's'" for _, what in dispatcher.history)
+        assert any(what == "another thread in scope 's'" for _, what in dispatcher.history)
 
 
 def test_turns_that_wait_do_not_hold_up_each_other() -> None:

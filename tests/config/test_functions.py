@@ -128,7 +128,7 @@ def test_an_interrupt_during_an_import_is_not_swallowed(module: Module) -> None:
         ("shop:Handlers.nosuch", "'shop:Handlers' has no attribute 'nosuch'"),
         ("shop:Handlers.inner.nosuch", "'shop:Handlers.inner' has no attribute 'nosuch'"),
         ("shop:number", "'shop:number' is a int, which cannot be called"),
-        ("shop:parts", "'shop:parts' has a `yield` in it: nobody would run what it makes"),
+        ("shop:parts", "'shop:parts' has a `yield` in it: a call would return a generator and run nothing"),
         ("shop:bad.x", "reading 'x' of 'shop:bad' raised ValueError: no luck"),
     ],
 )

@@ -73,7 +73,7 @@ ROWS: Final = (
     ),
     Row(
         "A second process opens the store",
-        "Refused with the holder's process, host, command and time; a killed holder blocks nobody.",
+        "Refused with the holder's process, host, command and time; a killed holder does not block the next.",
         ("persistence/test_file_lock.py",),
     ),
     Row(
