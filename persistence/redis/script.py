@@ -1,8 +1,8 @@
 """Reads and writes of one scope as one command of Redis.
 
-The pure Python ops compute every value; the script only compares and stores (DESIGN, section 6). It looks before it
-writes: whatever can fail (a key of another type, no memory, a read-only server) fails before the first change, so a
-flight is done whole or not at all.
+The pure Python ops compute every value; the script only compares and stores (docs/design/0030-redis.md). It looks
+before it writes: whatever can fail (a key of another type, no memory, a read-only server) fails before the first
+change, so a flight is done whole or not at all.
 """
 
 from __future__ import annotations
