@@ -67,12 +67,21 @@ class Functions:
         """Return the function, or None if there is none."""
         return self._by_id.get(function_id)
 
-    def discard(self, function_id: str, target: Callable[[Any], Any]) -> None:
-        """Forget the function, built-in or not, if `target` is still what is registered under its id."""
+    def discard(self, function_id: str, target: Callable[[Any], Any], instead: Function | None = None) -> None:
+        """Forget the function, built-in or not, if `target` is still what is registered under its id.
+
+        `instead` then takes its place: at no moment is there nothing.
+        """
+        if instead is not None:
+            instead = msgspec.structs.replace(instead, is_async=is_async(instead.target))
         with self._guard:
             known = self._by_id.get(function_id)
-            if known is not None and known.target is target:
+            if known is None or known.target is not target:
+                return
+            if instead is None:
                 del self._by_id[function_id]
+            else:
+                self._by_id[function_id] = instead
 
     def get(self, function_id: str) -> Function:
         """Return the function. Raises FunctionNotFound."""

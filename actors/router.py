@@ -127,6 +127,18 @@ class TriggerRouter(TurnActor):
                 raise InvalidRegistration(f"no trigger has the id {trigger_id!r}; it may have been unregistered before")
             self._remove(*known)
 
+    def discard(self, trigger: Trigger) -> None:
+        """Remove the trigger if it is still this very one that is registered under its id."""
+        with self._guard:
+            known = self._by_id.get(trigger.trigger_id)
+            if known is not None and known[1].trigger is trigger:
+                self._remove(*known)
+
+    def find(self, trigger_id: str) -> Trigger | None:
+        """Return the trigger that is registered under this id; None: there is none."""
+        known = self._by_id.get(trigger_id)
+        return None if known is None else known[1].trigger
+
     def handlers(self) -> list[HandlerActor]:
         """Return the handlers of all triggers, in order of registration."""
         with self._guard:

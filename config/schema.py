@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -195,10 +195,16 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Trigger id; left out: made from the entry's content."""
 
 
-class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """An entry of `auth.tokens`: where the token comes from, and what its bearer may do. A string is just the token.
+EVERYTHING: Final = ("*", "engine::*", "state::*")
+"""The patterns that match every name: `*` alone does not cover the engine's own ids in `registers`."""
 
-    A pattern is a name in which `*` stands for any characters, `?` for one. Left out: everything.
+
+class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """An entry of `auth.tokens`: where the token comes from, and what its bearer may do (docs/rights.md).
+
+    A string instead of the mapping is a token that may do everything (`full_token`). A pattern is a name in which `*`
+    stands for any characters, `?` for one. If none of `functions`, `read` and `write` is given, these three are
+    unlimited; if one of them is given, those that are left out allow nothing.
     """
 
     token: str | None = None
@@ -207,18 +213,24 @@ class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The environment variable that holds it."""
     file: str | None = None
     """The file that holds it; white space around it does not count."""
-    functions: tuple[str, ...] = ("*",)
-    """Ids of functions that it may call, also through a trigger."""
-    registers: tuple[str, ...] = ("*",)
-    """Ids of functions that it may register."""
-    read: tuple[str, ...] = ("*",)
+    functions: tuple[str, ...] | None = None
+    """Ids of functions that it may call, through a trigger too."""
+    registers: tuple[str, ...] = ()
+    """Ids of the functions and trigger types that it may register; left out: none. Only a pattern that begins with
+    `engine::` or `state::` matches an id that does."""
+    read: tuple[str, ...] | None = None
     """Scopes that it may read and watch."""
-    write: tuple[str, ...] = ("*",)
-    """Scopes that it may write. A write answers with the old value."""
+    write: tuple[str, ...] | None = None
+    """Scopes that it may write. A write answers with the old value, so it reads that too."""
 
     def __repr__(self) -> str:
         token = None if self.token is None else "***"
         return f"TokenConfig(token={token}, env={self.env!r}, file={self.file!r}, functions={self.functions!r}, ...)"
+
+
+def full_token(token: str) -> TokenConfig:
+    """Return the entry that a string in `auth.tokens` stands for: a token that may do everything."""
+    return TokenConfig(token=token, functions=EVERYTHING, registers=EVERYTHING, read=EVERYTHING, write=EVERYTHING)
 
 
 class AuthConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

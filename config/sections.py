@@ -28,6 +28,7 @@ from scopestate.config.schema import (
     ServerConfig,
     TokenConfig,
     TriggerConfig,
+    full_token,
 )
 from scopestate.errors import ConfigError
 
@@ -302,8 +303,9 @@ class SectionReader:
 
     def _part(self, place: Place, wanted: Any) -> object:
         """Return the value of a field: a scalar, a mapping with fields of its own, or a list of either."""
-        if get_origin(wanted) is tuple:
-            return tuple(self._part(item, get_args(wanted)[0]) for item in self._items(place))
+        for kind in (wanted, *get_args(wanted)):
+            if get_origin(kind) is tuple:  # a list that is there but empty is an empty list, even if it may be left out
+                return tuple(self._part(item, get_args(kind)[0]) for item in self._items(place))
         if wanted is TokenConfig:
             return self._token(place)
         for kind in (wanted, *get_args(wanted)):
@@ -327,7 +329,7 @@ class SectionReader:
         """Read one token. What is wrong is said without showing it."""
         if isinstance(place.node, Scalar):
             value = self._value(place, place.node)
-            token = TokenConfig(token=str(value.value)) if value is not None and value.kind == "string" else None
+            token = full_token(str(value.value)) if value is not None and value.kind == "string" else None
             if value is not None and token is None:
                 self._problems.add("a token is a string: put it in quotes", place.line, place.path)
         else:

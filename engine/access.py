@@ -7,57 +7,111 @@ import hmac
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import translate
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from scopestate.config import ServerConfig, TokenConfig
+from scopestate.config.schema import EVERYTHING
 from scopestate.errors import ConfigError, Forbidden
 from scopestate.paths import expand_home
 
 ALWAYS_ALLOWED: Final = ("engine::channels::create", "engine::workers::register", "engine::log::*")
 """What every worker may call (docs/protocol.md, section 12)."""
 
+STATE_RIGHTS: Final[Mapping[str, Literal["read", "write", "list"]]] = {
+    "state::get": "read",
+    "state::list": "read",
+    "state::set": "write",
+    "state::delete": "write",
+    "state::update": "write",
+    "state::list_groups": "list",
+}
+"""State function -> the right that it needs on the scope in its input; `list` answers with the readable scopes."""
+
+ENGINE_NAMESPACES: Final = ("engine::", "state::")
+"""Ids that begin like this are the engine's own: a pattern of `registers` matches one only if it begins so too."""
+
 MAX_TOKEN_BYTES: Final = 8_192
 
 
 class Access:
-    """What the bearer of one token may do. Patterns: `*` is any characters, `?` is one."""
+    """What the bearer of one token may do, and the owner of what its workers register (docs/rights.md).
+
+    Patterns: `*` is any characters, `?` is one. Every check raises Forbidden.
+    """
 
     def __init__(self, config: TokenConfig) -> None:
-        self._functions = _matcher((*config.functions, *ALWAYS_ALLOWED))
+        limited = any(names is not None for names in (config.functions, config.read, config.write))
+        left_out = () if limited else EVERYTHING
+        functions, read, write = (
+            left_out if names is None else names for names in (config.functions, config.read, config.write)
+        )
+        self._functions = _matcher((*functions, *ALWAYS_ALLOWED))
         self._registers = _matcher(config.registers)
-        self._read = _matcher(config.read)
-        self._write = _matcher(config.write)
-        self.reads_everything = "*" in config.read
+        self._registers_ours = _matcher(name for name in config.registers if name.startswith(ENGINE_NAMESPACES))
+        self._read = _matcher(read)
+        self._write = _matcher(write)
+        self.reads_everything = "*" in read
+        self.writes_everything = "*" in write
+        self.full = self.reads_everything and self.writes_everything and "*" in functions and "*" in config.registers
+        """Whether it may do everything; then it also sees everything that others have registered."""
+        self.workers = 0
+        """Workers that are connected with it."""
 
     def check_call(self, function_id: str) -> None:
-        """Raise Forbidden if this function may not be called."""
+        """Refuse a function that may not be called."""
         if not self._functions(function_id):
             raise Forbidden(f"the token of this connection does not allow to call {function_id!r}")
 
-    def check_register(self, function_id: str) -> None:
-        """Raise Forbidden if a function of this id may not be registered."""
-        if not self._registers(function_id):
-            raise Forbidden(f"the token of this connection does not allow to register function {function_id!r}")
+    def may_call(self, function_id: str) -> bool:
+        """Return whether this function may be called."""
+        return bool(self._functions(function_id))
+
+    def check_register(self, function_id: str, what: str = "function") -> None:
+        """Refuse the id of a function, or of a trigger type, that may not be registered."""
+        ours = function_id.startswith(ENGINE_NAMESPACES)
+        if not (self._registers_ours if ours else self._registers)(function_id):
+            raise Forbidden(
+                f"the token of this connection does not allow to register {what} {function_id!r}: see its `registers`"
+            )
 
     def check_read(self, scope: str) -> None:
-        """Raise Forbidden if this scope may not be read."""
+        """Refuse a scope that may not be read."""
         if not self._read(scope):
             raise Forbidden(f"the token of this connection does not allow to read scope {scope!r}")
 
     def check_write(self, scope: str) -> None:
-        """Raise Forbidden if this scope may not be written."""
+        """Refuse a scope that may not be written."""
         if not self._write(scope):
             raise Forbidden(f"the token of this connection does not allow to write scope {scope!r}")
 
     def check_watch(self, scope: str | None) -> None:
-        """Raise Forbidden if a trigger may not watch this scope; None: every scope."""
+        """Refuse a trigger on a scope that may not be read; None: on every scope."""
         if scope is not None:
             self.check_read(scope)
         elif not self.reads_everything:
             raise Forbidden("the token of this connection does not allow a trigger on every scope: name one")
+
+    def check_trigger_call(self, function_id: str, scope: str | None) -> None:
+        """Refuse a function that a trigger would call with an event of `scope`; None: with any scope in its input.
+
+        For a state function the token needs the right on that scope too: it would act on the scope of the event.
+        """
+        self.check_call(function_id)
+        right = STATE_RIGHTS.get(function_id)
+        if right == "write" and scope is not None:
+            self.check_write(scope)
+        elif right == "read" and scope is not None:
+            self.check_read(scope)
+        elif (right == "write" and not self.writes_everything) or (right == "read" and not self.reads_everything):
+            raise Forbidden(f"the token of this connection does not allow {function_id!r} on every scope")
+
+    def check_delivery(self, function_id: str, scope: str) -> None:
+        """Refuse to call a function with an event of `scope`: it must be readable, and the function callable."""
+        self.check_read(scope)
+        self.check_trigger_call(function_id, scope)
 
     def readable(self, scopes: Iterable[str]) -> list[str]:
         """Return the scopes that may be read."""
@@ -68,8 +122,10 @@ class Gate:
     """Decides at the handshake who may connect."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Raises ConfigError if a token cannot be had, or if the address needs one and there is none."""
+        """Raises ConfigError if a token cannot be had or stands there twice, or if the address needs one."""
         self._accesses = [(_digest(token_of(token)), Access(token)) for token in config.auth.tokens]
+        if len({digest for digest, _ in self._accesses}) < len(self._accesses):
+            raise ConfigError("two entries are the same token: which of them counts?", key="auth.tokens")
         self._origins = frozenset(origin.lower().rstrip("/") for origin in config.origins)
         if not self._accesses and not config.insecure and not is_loopback(config.host):
             raise ConfigError(
@@ -133,5 +189,8 @@ def _digest(token: str) -> bytes:
 
 
 def _matcher(patterns: Iterable[str]) -> Callable[[str], object]:
+    patterns = tuple(patterns)
+    if "*" in patterns:
+        return lambda name: True
     # `fnmatch` also knows `[...]`; in a name a bracket is just a bracket.
     return re.compile("|".join(translate(pattern.replace("[", "[[]")) for pattern in patterns) or r"(?!)").match

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from scopestate.cli_common import FOREVER_S, AsJson, CaFile, Token, Url, out, standard_error, with_client
-from scopestate.errors import ScopestateError
+from scopestate.errors import Forbidden, RemoteFailure, ScopestateError
 from scopestate.wire.client import Client
 from scopestate.wire.options import DEFAULT_URL
 
@@ -55,8 +55,12 @@ def watch(
         function_id = f"scopestate::watch::{os.urandom(8).hex()}"
         client.register_function(function_id, on_event, description="scopestate watch", ordered=True)
         client.register_trigger("state", function_id, filters)
-        # Once this is answered, the trigger is in place (docs/protocol.md, section 1, "Order").
-        await client.call_raw("engine::functions::list", b"{}")
+        # Once this is answered, be it with a refusal, the trigger is in place (docs/protocol.md, section 1, "Order").
+        try:
+            await client.call_raw("engine::functions::list", b"{}")
+        except RemoteFailure as error:
+            if error.code != Forbidden.code:
+                raise
         if not seen.enough.done():
             notes.print(f"watching {client.url}", markup=False, style="dim")
         await seen.enough

@@ -13,7 +13,7 @@ from scopestate import catalogue
 from scopestate.actors.functions import Function
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import encode
-from scopestate.worker_triggers import ENGINE_TYPES, STATE, WORKERS_AVAILABLE
+from scopestate.worker_triggers import ENGINE_TYPES, STATE
 
 if TYPE_CHECKING:
     from scopestate.channels import Channels
@@ -74,21 +74,25 @@ class Introspection:
         metadata = _read("engine::workers::register", data, _Metadata)
         if worker is not None:
             worker.metadata = msgspec.to_builtins(metadata)
-            event = {"event": "worker_metadata_updated", "worker_id": worker.worker_id}
-            self._hub.triggers.fire(WORKERS_AVAILABLE, event)
+            self._hub.triggers.fire_worker_event("worker_metadata_updated", worker)
         return b'{"success":true}'
 
     def _list_functions(self, worker: Worker | None, data: Raw) -> bytes:
         options = _read("engine::functions::list", data, _Listing)
-        return _to_json({"functions": self.function_infos(internal=bool(options.include_internal))})
+        return _to_json({"functions": self.function_infos(worker, internal=bool(options.include_internal))})
 
-    def function_infos(self, *, internal: bool) -> list[dict[str, Any]]:
-        """Describe every function; `internal`: the server's own as well."""
+    def function_infos(self, worker: Worker | None, *, internal: bool) -> list[dict[str, Any]]:
+        """Describe every function that this worker may know of; None: the program, which may know of all.
+
+        `internal`: the server's own as well.
+        """
         builtin = {entry["name"]: entry for entry in catalogue.functions(self._hub.functions)}
         infos = []
         for function in self._hub.functions.all():
             function_id = function.function_id
             if function_id.startswith(_INTERNAL) and not internal:
+                continue
+            if worker is not None and not self._may_know(worker, function_id):
                 continue
             frame = getattr(function.target, "frame", None)
             described = builtin.get(function_id, {})
@@ -105,12 +109,22 @@ class Introspection:
             )
         return infos
 
+    def _may_know(self, worker: Worker, function_id: str) -> bool:
+        access = worker.access
+        return (
+            access is None
+            or access.full
+            or access.may_call(function_id)
+            or self._hub.offered.belongs_to(function_id, access)
+        )
+
     def _list_workers(self, worker: Worker | None, data: Raw) -> bytes:
         wanted = _read("engine::workers::list", data, _Listing).worker_id
         infos = [
             _worker_info(known)
             for known in list(self._hub.workers.values())
             if (known.metadata.get("pid") is not None if wanted is None else known.worker_id == wanted)
+            and (worker is None or worker.sees(known))
         ]
         infos.sort(key=lambda info: (info["name"] or "", info["id"]))
         return _to_json({"workers": infos, "timestamp": time.time_ns() // 1_000_000})
@@ -120,6 +134,8 @@ class Introspection:
         infos: list[dict[str, Any]] = []
         of_workers = self._hub.triggers.all()
         for registered in of_workers:
+            if worker is not None and not worker.sees(registered.owner):
+                continue
             frame = registered.frame
             info = {
                 "id": frame.id,
@@ -131,7 +147,8 @@ class Introspection:
                 info["metadata"] = frame.metadata
             infos.append(info)
         theirs = {registered.frame.id for registered in of_workers}
-        for handle in self._hub.engine.triggers():
+        everything = worker is None or worker.access is None or worker.access.full
+        for handle in self._hub.engine.triggers() if everything else ():
             if handle.trigger_id not in theirs:
                 trigger = handle.trigger
                 config = {
@@ -161,7 +178,7 @@ class Introspection:
         ]
         if internal:
             types += [{"id": type_id, "description": words} for type_id, words in ENGINE_TYPES.items()]
-        for provided in list(self._hub.triggers.types.values()):
+        for provided in self._hub.triggers.types():
             frame = provided.frame
             info: dict[str, Any] = {"id": frame.id, "description": frame.description}
             if frame.trigger_request_format:

@@ -28,17 +28,18 @@ try:  # before the modules that import it without a word
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError("a server needs the extra `wire`: pip install 'scopestate[wire]'") from error
 
-from scopestate.access import Gate
+from scopestate.access import Access, Gate
 from scopestate.channels import Channels
 from scopestate.config import Config, ServerConfig
 from scopestate.connections import GOING, Batches, Connection, Registry
 from scopestate.doorway import Certificates, Doorway, Request, Response
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
+from scopestate.skipping import Refusing, Telemetry
 from scopestate.wire.frames import Error, ErrorBody, encode
 from scopestate.wire.session import SessionLimits
 from scopestate.worker import Worker
-from scopestate.worker_connections import Discarding, Refusing, WorkerConnection
+from scopestate.worker_connections import WorkerConnection
 from scopestate.worker_triggers import FUNCTIONS_AVAILABLE
 from scopestate.workers import Hub
 
@@ -58,6 +59,10 @@ FUNCTIONS_LOOKS: Final = 5
 """How often `engine::functions-available` looks whether the functions have changed."""
 RECEIVE_BUFFER: Final = 256 * 1024
 """What the kernel holds per connection: it also bounds how much one connection can have handled at once."""
+MAX_REFUSALS: Final = 64
+"""Connections without a valid token that are closed as workers know it, at a time; more are answered with HTTP 401."""
+RESERVED_SHARE: Final = 10
+"""One place in so many (rounded up) is kept for workers whose tokens allow everything."""
 START_TIMEOUT_S: Final = 30.0
 CLOSE_WAIT_S: Final = 1.0
 """How long a server that stops waits for the answers to its close frames."""
@@ -84,6 +89,8 @@ class ServerStatus(msgspec.Struct, frozen=True):
     """Triggers that workers have registered."""
     calls: int
     """Calls that workers made since the start."""
+    refused: int
+    """Connections, calls, registrations and deliveries that were refused since the start for want of a right."""
 
 
 class Server:
@@ -120,6 +127,8 @@ class Server:
         self._doorway = self._make_doorway()
         self._batches = Batches()
         self._connections = Registry()
+        self._telemetry = Registry()
+        self._refusals = Registry()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._hub: Hub | None = None
         self._channels: Channels | None = None
@@ -166,12 +175,13 @@ class Server:
         return ServerStatus(
             self.url,
             len(workers),
-            len(self._connections),
+            len(self._connections) + len(self._telemetry),
             len(self._doorway),
             self._doorway.turned_away,
             sum(len(worker.functions) for worker in workers),
             0 if hub is None else len(hub.triggers),
             0 if hub is None else hub.calls,
+            0 if hub is None else hub.refused,
         )
 
     # ------------------------------------------------------------------------------------------- starting, stopping
@@ -297,14 +307,19 @@ class Server:
             await self._hub.close("the server stops")
         if self._channels is not None:
             self._channels.close(GOING, "the server stops")
-        for connection in self._connections.all():
+        for connection in self._all_connections():
             connection.close(GOING, "the server stops")
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._connections.wait_until_empty(), CLOSE_WAIT_S)
-        for connection in self._connections.all():
+            async with asyncio.timeout(CLOSE_WAIT_S):
+                for registry in (self._connections, self._telemetry, self._refusals):
+                    await registry.wait_until_empty()
+        for connection in self._all_connections():
             connection.abort()
         await asyncio.sleep(0)
         self._hub = self._channels = self._loop = None
+
+    def _all_connections(self) -> list[Connection]:
+        return [*self._connections.all(), *self._telemetry.all(), *self._refusals.all()]
 
     # ---------------------------------------------------------------------------------------------------- admission
 
@@ -312,32 +327,58 @@ class Server:
         """Choose what a connection is for, by its path; or refuse it."""
         path, _, query = request.path.decode("latin-1").partition("?")
         headers = request.headers
-        if len(self._connections) >= self.config.max_connections:
-            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
         if not self._gate.admits_origin(headers.get("Origin")):
             return _refusal(HTTPStatus.FORBIDDEN, "web pages of this origin may not connect: see `origins`")
-        config, hub, channels = self.config, self._hub, self._channels
+        hub, channels = self._hub, self._channels
         if hub is None or channels is None:
             return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the server stops")
-        connection: Connection | None
-        if path == "/":
-            admitted, access = self._gate.admits(headers.get("Authorization"))
-            connection = (
-                WorkerConnection(hub, access, self._batches, config.max_message_bytes, config.max_unsent_bytes)
-                if admitted
-                else Refusing(_UNAUTHORISED, self._batches)
-            )
-        elif path == "/otel":
-            connection = Discarding(self._batches, config.max_message_bytes, config.max_unsent_bytes)
-        elif path.startswith("/ws/channels/"):
+        if path.startswith("/ws/channels/"):
+            # Its key is what it needs. A worker of any token may have made it, so the last places are not for it.
+            if self._is_full(all_places=False):
+                return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
             fields = parse_qs(query)
             key, direction = fields.get("key", [""])[0], fields.get("dir", [""])[0]
-            connection = channels.take(path.removeprefix("/ws/channels/"), key, direction)
-        else:
-            connection = None
-        if connection is not None:
-            connection.belong_to(self._connections)
-        return connection  # None is answered 404
+            end = channels.take(path.removeprefix("/ws/channels/"), key, direction)
+            if end is not None:
+                end.belong_to(self._connections)
+            return end  # None is answered 404
+        if path not in ("/", "/otel"):
+            return None
+        admitted, access = self._gate.admits(headers.get("Authorization"))
+        if not admitted:
+            hub.refused += 1
+            return self._refuse(path)
+        return self._take_in(hub, access, path)
+
+    def _take_in(self, hub: Hub, access: Access | None, path: str) -> Any:
+        config = self.config
+        if path == "/otel":
+            # Counted apart: telemetry takes no worker's place.
+            if len(self._telemetry) >= config.max_connections:
+                return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many telemetry connections")
+            sink = Telemetry(self._batches)
+            sink.belong_to(self._telemetry)
+            return sink
+        if self._is_full(all_places=access is None or access.full):
+            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
+        worker = WorkerConnection(hub, access, self._batches, config.max_message_bytes, config.max_unsent_bytes)
+        worker.belong_to(self._connections)
+        return worker
+
+    def _refuse(self, path: str) -> Any:
+        """Turn a connection without a valid token away: as workers know it, or in HTTP if there are many of them."""
+        if path == "/" and len(self._refusals) < MAX_REFUSALS:
+            refusing = Refusing(_UNAUTHORISED, self._batches)
+            refusing.belong_to(self._refusals)
+            return refusing
+        return _refusal(HTTPStatus.UNAUTHORIZED, "this path wants `Authorization: Bearer TOKEN` with a token it knows")
+
+    def _is_full(self, *, all_places: bool) -> bool:
+        """Return whether there is no place for one more connection; the last ones are for tokens without limits."""
+        most = self.config.max_connections
+        if not all_places and self.config.auth.tokens and most > 1:
+            most -= -(-most // RESERVED_SHARE)
+        return len(self._connections) >= most
 
     def _respond(self, request: Request) -> Response:
         """Answer a request that asks for no WebSocket."""
@@ -348,13 +389,18 @@ class Server:
             return Response(HTTPStatus.METHOD_NOT_ALLOWED, b"405 Method Not Allowed", {"Allow": "GET, HEAD"})
         if websocket:
             return Response(HTTPStatus.UPGRADE_REQUIRED, b"this path is for WebSockets", {"Upgrade": "websocket"})
-        return self._health()
+        return self._health(request.headers.get("authorization"))
 
-    def _health(self) -> Response:
+    def _health(self, authorization: str | None) -> Response:
+        """Say whether all is well; what is not, only to those who may know everything."""
         health = self.engine.health()
         status = HTTPStatus.OK if health.ok else HTTPStatus.SERVICE_UNAVAILABLE
-        body = msgspec.json.encode({"status": "ok" if health.ok else "failing", "health": health})
-        return Response(status, body, {"Content-Type": "application/json", "Cache-Control": "no-store"})
+        told: dict[str, Any] = {"status": "ok" if health.ok else "failing"}
+        admitted, access = self._gate.admits(authorization)
+        if admitted and (access is None or access.full):
+            told["health"] = health
+        headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        return Response(status, msgspec.json.encode(told), headers)
 
     async def _look_after_workers(self) -> None:
         """Once a second: find workers that let too much wait, tell those who ask of new functions."""
@@ -366,7 +412,7 @@ class Server:
             self._looks += 1
             hub.triggers.close_overrun()
             if self._looks % PROGRESS_LOOKS == 0:
-                for connection in self._connections.all():
+                for connection in self._all_connections():
                     connection.look_for_progress()
             if self._looks % FUNCTIONS_LOOKS == 0 and hub.triggers.watches(FUNCTIONS_AVAILABLE):
                 hub.tell_changed_functions()

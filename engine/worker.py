@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Raw
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from scopestate.wire.frames import ErrorBody, InvocationResult, InvokeFunction, RegisterFunction
     from scopestate.wire.session import Execution, Settle, WorkerSession
     from scopestate.workers import Hub
+
+
+_MOST_REFUSED: Final = 100
 
 
 class Worker:
@@ -43,6 +46,8 @@ class Worker:
         self.metadata: dict[str, Any] = {}
         """What it said of itself with `engine::workers::register`."""
         self.functions: dict[str, WorkerFunction] = {}
+        self.refused: dict[str, str] = {}
+        """Function id -> why it was not registered; the last few."""
         self.issued: dict[Execution, None] = {}
         """Calls of this worker that other workers execute."""
 
@@ -51,6 +56,16 @@ class Worker:
         message = self.session.answer(call, result, error)
         if message is not None:
             self.send(message)
+
+    def sees(self, other: Worker) -> bool:
+        """Return whether it may know of another worker: the token is the same, or allows everything."""
+        return self.access is None or self.access is other.access or self.access.full
+
+    def note_refused(self, function_id: str, reason: str) -> None:
+        """Remember why a function was not registered: its trigger will be refused with that reason."""
+        self.refused[function_id] = reason
+        if len(self.refused) > _MOST_REFUSED:
+            del self.refused[next(iter(self.refused))]
 
 
 class WorkerFunction:

@@ -1,4 +1,4 @@
-"""What connections are for: a worker, telemetry, or nothing without a valid token."""
+"""The connection of a worker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import picows
 
-from scopestate.connections import HIGH_WATER, POLICY, TEXT, TURN, Batches, Connection
+from scopestate.connections import TEXT, TURN, Batches, Connection
 
 if TYPE_CHECKING:
     from scopestate.access import Access
@@ -73,25 +73,3 @@ class WorkerConnection(Connection):
 
     def __str__(self) -> str:
         return f"worker {self._worker.worker_id}" if self._worker is not None else "a worker"
-
-
-class Discarding(Connection):
-    """The telemetry sink: everything is thrown away, nothing is answered (docs/protocol.md, section 11)."""
-
-    def __str__(self) -> str:
-        return "a telemetry connection"
-
-
-class Refusing(Connection):
-    """A connection without a valid token: it is told so, and closed (docs/protocol.md, section 2.2)."""
-
-    def __init__(self, message: bytes, batches: Batches) -> None:
-        super().__init__(batches, 1024, HIGH_WATER)
-        self._message = message
-
-    def on_open(self) -> None:
-        self.send(self._message)
-        self.close(POLICY, "authentication failed")
-
-    def __str__(self) -> str:
-        return "a connection without a valid token"

@@ -1,8 +1,7 @@
 """Deliveries to workers: on the server's event loop, without a thread in between.
 
 A handler in this process may block, so its deliveries run on worker threads. One in a worker only has a message sent to
-it: two hand-offs between threads would take five times as long as the delivery itself
-(docs/design/0021-deliveries-to-workers.md).
+it: two hand-offs between threads would take five times as long as the delivery itself (docs/design/0021-deliveries.md).
 """
 
 from __future__ import annotations
@@ -13,18 +12,22 @@ from collections.abc import Awaitable, Callable, Generator
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Raw
+
 from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices, Trigger
 from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER
-from scopestate.errors import HandlerTimeout, RemoteFailure
-from scopestate.worker import WorkerFunction
+from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
+from scopestate.worker import WorkerFunction, event_json
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher, Timer
     from scopestate.actors.loops import Continue
     from scopestate.actors.reply import Reply
     from scopestate.actors.turn import TurnActor
+    from scopestate.builtin_calls import Outcome, Result
     from scopestate.wire.frames import InvocationResult
+    from scopestate.worker import Worker
     from scopestate.workers import Hub
 
 
@@ -94,6 +97,13 @@ class WorkerHandler(HandlerActor):
         self._threads = threads
 
     def _call(self, function_id: str, event: StateEvent) -> Any:
+        """Call a function with the rights that the worker of the trigger has now."""
+        owner = getattr(self.trigger, "owner", None)  # None: the program has replaced the trigger by one of its own
+        if owner is not None:
+            self._check(owner, function_id, event)
+            own = self._hub.own_function(function_id)
+            if own is not None:
+                return _InServer(self._hub, lambda: own(owner, Raw(event_json(event))))
         function = self._services.functions.get(function_id)
         target = function.target
         if type(target) is WorkerFunction and target.hub is self._hub:
@@ -101,6 +111,14 @@ class WorkerHandler(HandlerActor):
         if function.is_async:
             return target(event)
         return _OnThread(target, event, self._threads)
+
+    def _check(self, owner: Worker, function_id: str, event: StateEvent) -> None:
+        if owner.access is not None:
+            try:
+                owner.access.check_delivery(function_id, event.scope)
+            except Forbidden as error:
+                self._hub.note_refusal(error)
+                raise
 
     # The short way: a function in a worker, no condition, no time limit. What is out of the ordinary goes the long way,
     # which is the base class's; it drives a coroutine per event, and that takes as long as all the rest of a delivery.
@@ -128,6 +146,9 @@ class WorkerHandler(HandlerActor):
             self.current = event
             self._claim[HOLDER] = NOBODY
             try:
+                owner = getattr(trigger, "owner", None)
+                if owner is not None and owner.access is not None:
+                    self._check(owner, trigger.function_id, event)
                 target.send_event(event, self._settled)
             except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
                 self._claim[HOLDER] = get_ident()
@@ -160,7 +181,7 @@ class WorkerHandler(HandlerActor):
             await self._deliver(event, attempt=2)
 
     async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
-        if not isinstance(result, (_InWorker, _OnThread)):
+        if not isinstance(result, (_InWorker, _InServer, _OnThread)):
             return await super()._on_loop(function_id, result)
         try:
             return await result
@@ -201,6 +222,50 @@ class _InWorker:
             return
         if self._timeout_s:
             timer = function.hub.loop.call_later(self._timeout_s, expire)
+
+
+class _InServer:
+    """What a delivery waits for while a function of the engine or of the server itself runs."""
+
+    def __init__(self, hub: Hub, run: Callable[[], Outcome]) -> None:
+        self._hub = hub
+        self._run = run
+
+    def __await__(self) -> Generator[_InServer, Any, Any]:
+        return False if (yield self) == b"false" else None
+
+    def start(self, go_on: Continue) -> None:
+        """Run it in a later round of the event loop; the context, which is copied, says how deep in events it is.
+
+        Not here: a write runs the router's turn, and the delivery that is being started may be part of one.
+        """
+        try:
+            self._hub.loop.call_soon_threadsafe(self._run_now, go_on)
+        except RuntimeError as error:  # the loop was closed at this very moment
+            go_on(None, error)
+
+    def _run_now(self, go_on: Continue) -> None:
+        try:
+            outcome = self._run()
+        except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
+            go_on(None, error)
+            return
+        if outcome is None or isinstance(outcome, bytes):
+            go_on(outcome, None)
+        else:
+            self._hub.spawn(self._wait(outcome, go_on))
+
+    @staticmethod
+    async def _wait(outcome: Awaitable[Result], go_on: Continue) -> None:
+        try:
+            result = await outcome
+        except asyncio.CancelledError:
+            go_on(None, RemoteFailure("", "invocation_stopped", "Invocation stopped"))
+            raise
+        except Exception as error:  # noqa: BLE001 - as above
+            go_on(None, error)
+        else:
+            go_on(result, None)
 
 
 class _OnThread:

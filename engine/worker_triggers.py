@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from scopestate.actors.handler import HandlerActor, HandlerServices, Trigger
-from scopestate.errors import DeserializationError, InvalidRegistration, ScopestateError
+from scopestate.claims import Claims
+from scopestate.errors import DeserializationError, Forbidden, InvalidRegistration, ScopestateError
 from scopestate.ops.values import decode, parse
 from scopestate.triggers import read_trigger
 from scopestate.wire.frames import RegisterTrigger, RegisterTriggerType, UnregisterTrigger, encode
@@ -17,6 +18,7 @@ from scopestate.wire.session import POLICY
 from scopestate.worker_handlers import LoopDispatcher, WorkerHandler
 
 if TYPE_CHECKING:
+    from scopestate.access import Access
     from scopestate.worker import Worker
     from scopestate.workers import Hub
 
@@ -32,11 +34,25 @@ ENGINE_TYPES: Final = {
 """Trigger types of the server itself (docs/protocol.md, section 6.5)."""
 
 
+NEEDED_TO_WATCH: Final = {WORKERS_AVAILABLE: "engine::workers::list", FUNCTIONS_AVAILABLE: "engine::functions::list"}
+"""Trigger type of the server -> the function that shows the same: a token needs the right to call it."""
+
+
+class WorkerTrigger(Trigger, frozen=True, kw_only=True):
+    """A `state` trigger of a worker: what it calls is called with the rights of that worker."""
+
+    owner: Worker
+
+
 class Registered(msgspec.Struct):
     """A trigger and the worker with which it goes."""
 
     owner: Worker
     frame: RegisterTrigger
+    trigger: WorkerTrigger | None = None
+    """Of the type `state`: what the engine's router has."""
+    provider: Access | None = None
+    """Of a custom type: the token whose workers provided it. No other provider gets to see its config."""
 
 
 class ProvidedType(msgspec.Struct):
@@ -54,16 +70,20 @@ class WorkerTriggers:
         self._router = hub.engine._router
         self._max_waiting = max_waiting_events
         self.dispatcher = LoopDispatcher(hub.loop, hub.engine._parts.dispatcher)
-        self._by_id: dict[str, Registered] = {}
-        self.types: dict[str, ProvidedType] = {}
+        self._triggers: Claims[Registered] = Claims("trigger")
+        self._types: Claims[ProvidedType] = Claims("trigger type")
         self._handlers: dict[str, HandlerActor] = {}
 
     def all(self) -> list[Registered]:
         """Return the triggers of all workers, in order of registration."""
-        return list(self._by_id.values())
+        return self._triggers.all()
+
+    def types(self) -> list[ProvidedType]:
+        """Return the trigger types that workers provide, in order of registration."""
+        return self._types.all()
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self._triggers)
 
     # ------------------------------------------------------------------------------------------------ registration
 
@@ -73,38 +93,86 @@ class WorkerTriggers:
         Raises InvalidRegistration for an unknown type, a bad config, or the id of a trigger of the program itself, and
         Forbidden.
         """
-        if worker.access is not None:
-            worker.access.check_call(frame.function_id)
-        known = self._by_id.get(frame.id)
-        if known is None and frame.trigger_type == STATE and frame.id in self._router._by_id:
+        self._triggers.check(frame.id, worker.access)
+        if not self._is_ours(frame.id):
             raise InvalidRegistration(f"trigger id {frame.id!r} is one of the program itself: choose another")
-        if known is not None and not self._may_change(worker, known):
-            raise InvalidRegistration(f"trigger id {frame.id!r} is another worker's: choose another")
+        refused = worker.refused.get(frame.function_id)
+        if refused is not None and self._hub.functions.find(frame.function_id) is None:
+            raise Forbidden(f"its function was not registered: {refused}")
+        registered = Registered(worker, frame)
         if frame.trigger_type == STATE:
-            self._register_state(worker, frame)
-        elif frame.trigger_type in ENGINE_TYPES:
-            pass
-        elif frame.trigger_type not in self.types:
-            raise InvalidRegistration(f"there is no trigger type {frame.trigger_type!r}")
-        if known is not None and (known.frame.trigger_type != frame.trigger_type):
-            self._remove(known)
-        self._by_id[frame.id] = Registered(worker, frame)
-        provided = self.types.get(frame.trigger_type)
+            registered.trigger = self._read_state_trigger(worker, frame)
+        else:
+            self._check_other(worker, frame)
+        provided = self._types.serving(frame.trigger_type)
         if provided is not None:
-            provided.owner.send(encode(frame))
+            registered.provider = provided.owner.access
+        known = self._triggers.serving(frame.id)
+        self._begin(registered)
+        if known is not None and known.frame.trigger_type != frame.trigger_type:
+            self._end(known)
+        self._triggers.put(frame.id, worker, registered)
 
-    def _register_state(self, worker: Worker, frame: RegisterTrigger) -> None:
+    def _is_ours(self, trigger_id: str) -> bool:
+        """Return False for the id of a trigger that the program has registered: workers leave it alone."""
+        known = self._router.find(trigger_id)
+        return known is None or type(known) is WorkerTrigger
+
+    def _read_state_trigger(self, worker: Worker, frame: RegisterTrigger) -> WorkerTrigger:
+        access = worker.access
+        if access is not None:
+            access.check_call(frame.function_id)
         try:
             config = decode(parse(bytes(frame.config)))
         except DeserializationError as error:
             raise InvalidRegistration(f"its config is not JSON: {error}") from error
-        trigger = read_trigger(frame.function_id, frame.id, config)
+        read = read_trigger(frame.function_id, frame.id, config)
+        if access is not None:
+            access.check_watch(read.scope)
+            for function_id in (read.function_id, read.condition_function_id):
+                if function_id is not None:
+                    access.check_trigger_call(function_id, read.scope)
+        return WorkerTrigger(**msgspec.structs.asdict(read), owner=worker)
+
+    def _check_other(self, worker: Worker, frame: RegisterTrigger) -> None:
+        """Check a trigger of any type but `state`. What it calls gets an input of which nothing is known here."""
         access = worker.access
         if access is not None:
-            access.check_watch(trigger.scope)
-            if trigger.condition_function_id is not None:
-                access.check_call(trigger.condition_function_id)
-        self._handlers[frame.id] = self._router.register(trigger, self._make_handler)
+            access.check_trigger_call(frame.function_id, None)
+        if frame.trigger_type in ENGINE_TYPES:
+            if access is not None:
+                access.check_call(NEEDED_TO_WATCH[frame.trigger_type])
+            if frame.function_id.startswith("engine::") and self._hub.own_function(frame.function_id) is not None:
+                raise InvalidRegistration(
+                    f"an event of the server cannot call {frame.function_id!r}, a function of the server: it might "
+                    "fire the next event"
+                )
+        elif self._types.serving(frame.trigger_type) is None:
+            raise InvalidRegistration(f"there is no trigger type {frame.trigger_type!r}")
+
+    def _begin(self, registered: Registered) -> None:
+        """Have the router, or the provider of its type, fire a trigger from now on."""
+        trigger = registered.trigger
+        if trigger is not None:
+            self._handlers[trigger.trigger_id] = self._router.register(trigger, self._make_handler)
+        provided = self._provider_of(registered)
+        if provided is not None:
+            provided.owner.send(encode(registered.frame))
+
+    def _end(self, registered: Registered) -> None:
+        """Have nothing fire a trigger any more."""
+        trigger, frame = registered.trigger, registered.frame
+        if trigger is not None:
+            self._handlers.pop(trigger.trigger_id, None)
+            self._router.discard(trigger)
+        provided = self._provider_of(registered)
+        if provided is not None:
+            provided.owner.send(encode(UnregisterTrigger(frame.id, frame.trigger_type)))
+
+    def _provider_of(self, registered: Registered) -> ProvidedType | None:
+        """Return what provides its type; None: nothing does now, or only workers with another token than before."""
+        provided = self._types.serving(registered.frame.trigger_type)
+        return provided if provided is not None and provided.owner.access is registered.provider else None
 
     def _make_handler(self, trigger: Trigger, services: HandlerServices) -> HandlerActor:
         own = HandlerServices(
@@ -114,78 +182,111 @@ class WorkerTriggers:
         return WorkerHandler(trigger, own, self._hub, services.dispatcher)
 
     def unregister(self, worker: Worker, trigger_id: str) -> None:
-        """Remove a trigger of any worker (docs/protocol.md 2.1: no owner check); not one of the program itself."""
-        registered = self._by_id.get(trigger_id)
-        if registered is None or not self._may_change(worker, registered):
-            return
-        del self._by_id[trigger_id]
-        self._remove(registered)
-
-    @staticmethod
-    def _may_change(worker: Worker, registered: Registered) -> bool:
-        return worker.access is None or registered.owner is worker
-
-    def _remove(self, registered: Registered) -> None:
-        frame = registered.frame
-        if frame.trigger_type == STATE:
-            self._handlers.pop(frame.id, None)
-            try:
-                self._router.unregister(frame.id)
-            except InvalidRegistration:
-                log.debug("trigger %r was unregistered by the program already", frame.id)
-        provided = self.types.get(frame.trigger_type)
-        if provided is not None:
-            provided.owner.send(encode(UnregisterTrigger(frame.id, frame.trigger_type)))
+        """Remove a trigger of any worker with the same token (docs/protocol.md 2.1); not one of the program itself."""
+        registered = self._triggers.serving(trigger_id)
+        if registered is not None and self._triggers.belongs_to(trigger_id, worker.access):
+            self._triggers.clear(trigger_id)
+            self._end(registered)
 
     def silence(self, worker: Worker) -> None:
-        """Begin no more deliveries for the triggers of a worker that is gone: its functions are gone, too."""
+        """Begin no more deliveries for the triggers that go with a worker that is lost."""
         for trigger_id, handler in self._handlers.items():
-            if self._by_id[trigger_id].owner is worker:
+            if self._triggers.only_by(trigger_id, worker):
                 handler.active = False
 
     def remove_all_of(self, worker: Worker) -> None:
-        """A worker is gone: remove the trigger types that it provides, then its triggers."""
-        for type_id, provided in list(self.types.items()):
-            if provided.owner is worker:
-                del self.types[type_id]
-        for trigger_id, registered in list(self._by_id.items()):
-            if registered.owner is worker:
-                del self._by_id[trigger_id]
-                self._remove(registered)
+        """A worker is lost: remove the trigger types that it provides, then its triggers.
+
+        What another worker with the same token has registered under the same name stands again.
+        """
+        for type_id in self._types.names():
+            self._remove_type(worker, type_id, lost=True)
+        for registered in self._triggers.all():
+            trigger_id = registered.frame.id
+            if self._triggers.remove(trigger_id, worker, keep=False):
+                before = self._triggers.serving(trigger_id)
+                if before is not None:
+                    self._begin(before)
+                if before is None or before.frame.trigger_type != registered.frame.trigger_type:
+                    self._end(registered)
+
+    def last_worker_left(self, access: Access) -> None:
+        """No worker of this token is connected any more: its trigger types are free."""
+        self._types.last_worker_left(access)
 
     # -------------------------------------------------------------------------------------------------- trigger types
 
     def register_type(self, worker: Worker, frame: RegisterTriggerType) -> None:
         """Note that a worker provides a trigger type, and tell it of the triggers that wait for it."""
-        if frame.id == STATE or frame.id in ENGINE_TYPES:
+        type_id, access = frame.id, worker.access
+        try:
+            if type_id == STATE or type_id in ENGINE_TYPES:
+                raise InvalidRegistration(f"trigger type {type_id!r} is built in and was not replaced")
+            if access is not None:
+                access.check_register(type_id, "trigger type")
+            self._types.check(type_id, access)
+        except ScopestateError as error:
             worker.session.forget(frame)
-            log.warning("worker %s: trigger type %r is built in and was not replaced", worker.worker_id, frame.id)
+            self._hub.note_refusal(error)
+            log.warning("worker %s: a trigger type was not registered: %s", worker.worker_id, error)
             return
-        self.types[frame.id] = ProvidedType(worker, frame)
-        for registered in self._of_type(frame.id):
-            worker.send(encode(registered.frame))
+        self._hand_back(type_id, unless=worker)
+        self._types.put(type_id, worker, ProvidedType(worker, frame))
+        self._hand_over(type_id)
 
     def unregister_type(self, worker: Worker, type_id: str) -> None:
         """Withdraw a type that this worker provides; its triggers are kept for the next provider."""
-        provided = self.types.get(type_id)
-        if provided is not None and provided.owner is worker:
-            del self.types[type_id]
+        self._remove_type(worker, type_id, lost=False)
+
+    def provides(self, worker: Worker, type_id: str) -> bool:
+        """Return whether this worker serves a trigger type."""
+        provided = self._types.serving(type_id)
+        return provided is not None and provided.owner is worker
+
+    def _remove_type(self, worker: Worker, type_id: str, *, lost: bool) -> None:
+        if self._types.remove(type_id, worker, keep=lost):
+            self._hand_over(type_id)
+
+    def _hand_over(self, type_id: str) -> None:
+        """Tell the worker that provides a type now of all its triggers."""
+        for registered in self._of_type(type_id):
+            provided = self._provider_of(registered)
+            if provided is not None:
+                provided.owner.send(encode(registered.frame))
+
+    def _hand_back(self, type_id: str, unless: Worker) -> None:
+        """Tell the worker that provides a type to stop: two of them would fire each trigger twice."""
+        for registered in self._of_type(type_id):
+            provided = self._provider_of(registered)
+            if provided is not None and provided.owner is not unless:
+                provided.owner.send(encode(UnregisterTrigger(registered.frame.id, type_id)))
 
     def _of_type(self, type_id: str) -> Iterator[Registered]:
         return (registered for registered in self.all() if registered.frame.trigger_type == type_id)
 
     # --------------------------------------------------------------------------------------------------------- events
 
-    def fire(self, type_id: str, data: dict[str, Any]) -> None:
-        """Call the functions of all triggers of one of the server's own types, in the background."""
-        for registered in self._of_type(type_id):
-            self._hub.spawn(self._deliver(registered.frame.function_id, data))
+    def fire(self, type_id: str, event_for: Callable[[Worker], dict[str, Any] | None]) -> None:
+        """Call the functions of all triggers of one of the server's own types, in the background.
 
-    async def _deliver(self, function_id: str, data: dict[str, Any]) -> None:
+        `event_for(worker)` returns what a trigger of this worker gets to see of the event; None: nothing.
+        """
+        for registered in self._of_type(type_id):
+            event = event_for(registered.owner)
+            if event is not None:
+                self._hub.spawn(self._deliver(registered, event))
+
+    def fire_worker_event(self, event: str, worker: Worker) -> None:
+        """Fire `engine::workers-available` for something that has happened to a worker."""
+        data = {"event": event, "worker_id": worker.worker_id}
+        self.fire(WORKERS_AVAILABLE, lambda watcher: data if watcher.sees(worker) else None)
+
+    async def _deliver(self, registered: Registered, event: dict[str, Any]) -> None:
         try:
-            await self._hub.engine.aio.call(function_id, data)
+            await self._hub.call_for(registered.owner, registered.frame.function_id, event)
         except ScopestateError as error:
-            log.warning("a server event was not delivered to %r: %s", function_id, error)
+            self._hub.note_refusal(error)
+            log.warning("a server event was not delivered to %r: %s", registered.frame.function_id, error)
 
     def watches(self, type_id: str) -> bool:
         """Return whether any trigger is of this type."""
@@ -195,7 +296,7 @@ class WorkerTriggers:
         """Close the connection of a worker that lets too many events wait: in the end they would hold up writers."""
         for trigger_id, handler in list(self._handlers.items()):
             waiting = handler.depth()
-            registered = self._by_id.get(trigger_id)
+            registered = self._triggers.serving(trigger_id)
             if waiting > self._max_waiting and registered is not None:
                 target = self._hub.functions.find(registered.frame.function_id)
                 # Whoever is slow: the worker with the function, which need not be the one with the trigger.

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Raw
 
 from scopestate.actors.functions import Function
-from scopestate.builtin_calls import BuiltinCalls, Result
+from scopestate.builtin_calls import BuiltinCalls, Outcome, Result
+from scopestate.claims import Claims
 from scopestate.connections import GOING
 from scopestate.errors import (
     DeserializationError,
+    Forbidden,
     FunctionNotFound,
     InvalidRegistration,
     Overloaded,
@@ -49,7 +51,7 @@ from scopestate.wire.session import (
     with_caller,
 )
 from scopestate.worker import Worker, WorkerFunction
-from scopestate.worker_triggers import WorkerTriggers
+from scopestate.worker_triggers import FUNCTIONS_AVAILABLE, WorkerTriggers
 
 if TYPE_CHECKING:
     from scopestate.access import Access
@@ -76,6 +78,9 @@ class Hub:
         self._timeout_s = call_timeout_s
         self._deadlines: dict[Execution, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self.refused = 0
+        """Calls, registrations, deliveries and connections that were refused for want of a right."""
+        self.offered: Claims[WorkerFunction] = Claims("function")
         self._state = BuiltinCalls(engine).by_id
         self._functions_seen = b""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -99,8 +104,10 @@ class Hub:
         session = WorkerSession(str(uuid.uuid4()), self._limits)
         worker = Worker(session, access, address, send, close)
         self.workers[session.worker_id] = worker
+        if access is not None:
+            access.workers += 1
         send(session.greeting())
-        self.triggers.fire("engine::workers-available", {"event": "worker_connected", "worker_id": worker.worker_id})
+        self.triggers.fire_worker_event("worker_connected", worker)
         return worker
 
     def disconnect(self, worker: Worker) -> None:
@@ -108,7 +115,7 @@ class Hub:
         if self.workers.get(worker.worker_id) is not worker:
             return
         for function in list(worker.functions.values()):
-            self._withdraw(function)
+            self._withdraw(function, lost=True)
         self.triggers.silence(worker)
         for execution in worker.session.end():
             self._deadlines.pop(execution, None)
@@ -118,7 +125,13 @@ class Hub:
         worker.issued.clear()
         self.triggers.remove_all_of(worker)
         del self.workers[worker.worker_id]
-        self.triggers.fire("engine::workers-available", {"event": "worker_disconnected", "worker_id": worker.worker_id})
+        access = worker.access
+        if access is not None:
+            access.workers -= 1
+            if not access.workers:
+                self.offered.last_worker_left(access)
+                self.triggers.last_worker_left(access)
+        self.triggers.fire_worker_event("worker_disconnected", worker)
 
     async def close(self, reason: str) -> None:
         """Let go of every worker and of the engine; calls in progress end with `invocation_stopped`."""
@@ -173,7 +186,7 @@ class Hub:
             case UnregisterFunction(id=function_id):
                 function = worker.functions.get(function_id)
                 if function is not None:
-                    self._withdraw(function)
+                    self._withdraw(function, lost=False)
             case RegisterTrigger():
                 self._register_trigger(worker, action)
             case UnregisterTrigger(id=trigger_id):
@@ -183,45 +196,60 @@ class Hub:
             case UnregisterTriggerType(id=type_id):
                 self.triggers.unregister_type(worker, type_id)
             case TriggerRegistrationResult(error=error):
-                if error is not None:
+                if error is not None and self.triggers.provides(worker, action.trigger_type):
                     log.warning("trigger %r of type %r failed: %s", action.id, action.trigger_type, error.message)
 
     # ----------------------------------------------------------------------------------------------------- functions
 
     def tell_changed_functions(self) -> None:
         """Fire `engine::functions-available` if the functions have changed since the last time."""
-        infos = self._introspection.function_infos(internal=True)
+        infos = self._introspection.function_infos(None, internal=True)
         seen = encode_frame(infos)
         if seen != self._functions_seen:
             self._functions_seen = seen
-            event = {"event": "functions_changed", "functions": decode(seen)}
-            self.triggers.fire("engine::functions-available", event)
+            self.triggers.fire(FUNCTIONS_AVAILABLE, self._changed_functions)
+
+    def _changed_functions(self, watcher: Worker) -> dict[str, Any]:
+        seen = encode_frame(self._introspection.function_infos(watcher, internal=True))
+        return {"event": "functions_changed", "functions": decode(seen)}
 
     def _register(self, worker: Worker, frame: RegisterFunction) -> None:
         function = WorkerFunction(self, worker, frame)
         try:
             if worker.access is not None:
                 worker.access.check_register(frame.id)
+            self.offered.check(frame.id, worker.access)
             known = self.functions.find(frame.id)
             if known is not None and not known.builtin and type(known.target) is not WorkerFunction:
                 raise InvalidRegistration(f"{frame.id!r} is a function of the program itself: choose another id")
-            self.functions.add(Function(frame.id, function, self.loop, frame.description))
+            self.functions.add(self._entry(function))
         except ScopestateError as error:
             worker.session.forget(frame)
+            worker.note_refused(frame.id, str(error))
+            self.note_refusal(error)
             log.warning("worker %s: a function was not registered: %s", worker.worker_id, error)
             return
-        # The last registration wins; the loser keeps its entry and loses nothing more by withdrawing it.
+        worker.refused.pop(frame.id, None)
         worker.functions[frame.id] = function
+        self.offered.put(frame.id, worker, function)
 
-    def _withdraw(self, function: WorkerFunction) -> None:
-        function.worker.functions.pop(function.frame.id, None)
-        self.functions.discard(function.frame.id, function)
+    def _entry(self, function: WorkerFunction) -> Function:
+        return Function(function.frame.id, function, self.loop, function.frame.description)
+
+    def _withdraw(self, function: WorkerFunction, *, lost: bool) -> None:
+        """Take a function away; one that another worker of the same token offers under this id serves again."""
+        worker, function_id = function.worker, function.frame.id
+        worker.functions.pop(function_id, None)
+        self.offered.remove(function_id, worker, keep=lost)
+        before = self.offered.serving(function_id)
+        self.functions.discard(function_id, function, None if before is None else self._entry(before))
 
     def _register_trigger(self, worker: Worker, frame: RegisterTrigger) -> None:
         try:
             self.triggers.register(worker, frame)
         except ScopestateError as error:
             worker.session.forget(frame)
+            self.note_refusal(error)
             log.warning("worker %s: trigger %r was not registered: %s", worker.worker_id, frame.id, error)
             refusal = ErrorBody("trigger_registration_failed", str(error))
             worker.send(
@@ -256,7 +284,34 @@ class Hub:
             else:
                 self._later(worker, call, self._call_program(worker, call))
         except Exception as error:  # noqa: BLE001 - as above
+            self.note_refusal(error)
             worker.answer(call, error=failure(call, error))
+
+    def note_refusal(self, error: Exception) -> None:
+        """Count what was refused for want of a right."""
+        if isinstance(error, Forbidden):
+            self.refused += 1
+
+    def own_function(self, function_id: str) -> Callable[[Worker, Raw], Outcome] | None:
+        """Return what runs a function of the engine or of the server itself, with a worker's rights; None: it is
+        neither.
+        """
+        state = self._state.get(function_id)
+        if state is not None:
+            return lambda worker, data: state(data, worker.access)
+        return self._introspection.by_id.get(function_id)
+
+    async def call_for(self, worker: Worker, function_id: str, payload: object) -> None:
+        """Call a function because a trigger of this worker says so: with its rights. Raises what the call raises."""
+        if worker.access is not None:
+            worker.access.check_call(function_id)
+        own = self.own_function(function_id)
+        if own is None:
+            await self.engine.aio.call(function_id, payload)
+            return
+        outcome = own(worker, Raw(encode(payload)))
+        if outcome is not None and not isinstance(outcome, bytes):
+            await outcome
 
     def _forward(self, caller: Worker, call: InvokeFunction, target: WorkerFunction) -> None:
         """Have another worker execute a call, with the caller's id; its answer goes back unparsed."""

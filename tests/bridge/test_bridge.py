@@ -410,7 +410,7 @@ def test_health_says_whether_there_is_a_connection(remote: RemoteProcess, open_b
 
 
 def test_a_remote_that_does_not_let_the_bridge_watch_shows_in_health(open_bridge: OpenBridge) -> None:
-    token = {"token": "t", "read": ["mine"], "write": ["*"]}
+    token = {"token": "t", "functions": ["*"], "registers": ["scopestate::bridge::*"], "read": ["mine"], "write": ["*"]}
     manager = {"name": "iii-worker-manager", "config": {"port": 0, "auth": {"tokens": [token]}}}
     config = from_mapping({"workers": [manager]})
     with Engine(config) as far, Server(far, config=config.server) as server:

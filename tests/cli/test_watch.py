@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from commands import Program, Run
@@ -12,6 +14,9 @@ from scopestate import Engine
 from scopestate.cli_watch import event_line
 from scopestate.config import from_mapping
 from scopestate.server import Server
+
+IDS = "scopestate::watch::*"
+"""The ids of the functions that a watch registers."""
 
 
 def test_each_change_is_one_line_of_json(program: type[Program], server: Server, engine: Engine) -> None:
@@ -73,15 +78,40 @@ def test_a_lost_connection_is_told_and_made_again(program: type[Program], engine
         assert watch.wait().code == 0
 
 
-def test_a_watch_that_is_not_allowed_ends_with_the_reason(cli: Run) -> None:
-    token = {"token": "t", "read": ["mine"]}
+@pytest.mark.parametrize(
+    ("lists", "scope", "reason"),
+    [
+        ({"functions": [IDS], "registers": [IDS]}, "theirs", "theirs"),
+        ({"functions": [IDS]}, "mine", "registers"),
+        ({"registers": [IDS]}, "mine", "does not allow to call"),
+    ],
+)
+def test_a_watch_that_is_not_allowed_ends_with_the_reason(
+    cli: Run, lists: dict[str, list[str]], scope: str, reason: str
+) -> None:
+    with limited(lists) as server:
+        result = cli("watch", "--scope", scope, "--url", server.url, "--token", "t")
+
+    assert (result.code, result.out) == (1, "")
+    assert reason in result.err
+
+
+def test_a_watch_needs_no_more_than_its_own_functions_and_the_scope(program: type[Program]) -> None:
+    with limited({"functions": [IDS], "registers": [IDS]}) as server:
+        watch = program("watch", "-n", "1", "--scope", "mine", "--url", server.url, "--token", "t")
+        watch.error_line()
+        server.engine.set("mine", "k", 1)
+        assert json.loads(watch.line())["key"] == "k"
+        assert watch.wait().code == 0
+
+
+@contextmanager
+def limited(lists: dict[str, list[str]]) -> Iterator[Server]:
+    token = {"token": "t", "read": ["mine"], **lists}
     manager = {"name": "iii-worker-manager", "config": {"port": 0, "auth": {"tokens": [token]}}}
     config = from_mapping({"workers": [manager]})
     with Engine(config) as engine, Server(engine, config=config.server) as server:
-        result = cli("watch", "--scope", "theirs", "--url", server.url, "--token", "t")
-
-    assert (result.code, result.out) == (1, "")
-    assert "theirs" in result.err
+        yield server
 
 
 @pytest.mark.parametrize(
