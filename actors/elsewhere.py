@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from scopestate.actors.reply import Reply
 from scopestate.actors.results import EventType, StateEvent
 from scopestate.actors.scope import ScopeActor
@@ -59,8 +61,11 @@ class ScopeElsewhere(ScopeActor):
             raise self._refusal()
         kind = type(message)
         if kind is Put or kind is Change or kind is Take or kind is Read:
-            if type(message.key) is not str or not message.key.isascii():
-                checked_name("key", message.key)
+            key = message.key
+            if type(key) is not str or not key.isascii():
+                plain = checked_name("key", key)
+                if plain is not key:
+                    message = msgspec.structs.replace(message, key=plain)
             return message, None
         if kind in WHOLE:
             return message, None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from scopestate.errors import FunctionNotFound, InvalidRegistration
+from scopestate.ops.values import json_type
 
 if TYPE_CHECKING:
     import asyncio
@@ -39,9 +40,20 @@ class Functions:
 
     def add(self, function: Function) -> None:
         """Register; the same id again replaces. Raises InvalidRegistration for a built-in id or a bad target."""
-        function_id: object = function.function_id  # whatever the program passed: structs are not checked
-        if not isinstance(function_id, str) or not function_id:
-            raise InvalidRegistration(f"a function id is a non-empty string, not {function_id!r:.80}")
+        # Whatever the program passed: structs are not checked, and a subclass of str may override anything.
+        given: object = function.function_id
+        if not issubclass(type(given), str):
+            raise InvalidRegistration(f"a function id is a non-empty string, not {json_type(given)}")
+        function_id = str.__str__(function.function_id)
+        if not function_id:
+            raise InvalidRegistration('a function id is a non-empty string, not ""')
+        description = function.description
+        if description is not None:
+            if not issubclass(type(description), str):
+                raise InvalidRegistration(
+                    f"the description of function {function_id!r} is a string, not {json_type(description)}"
+                )
+            description = str.__str__(description)
         target: object = function.target
         if not callable(target):
             raise InvalidRegistration(f"function {function_id!r} is not callable: {target!r:.80}")
@@ -49,7 +61,9 @@ class Functions:
             raise InvalidRegistration(
                 f"function {function_id!r} has a `yield` in it: a call would return a generator and run nothing"
             )
-        entry = msgspec.structs.replace(function, is_async=is_async(target))
+        entry = msgspec.structs.replace(
+            function, function_id=function_id, description=description, is_async=is_async(target)
+        )
         with self._guard:
             known = self._by_id.get(function_id)
             if known is not None and known.builtin:
@@ -88,7 +102,7 @@ class Functions:
         given: object = function_id
         if type(given) is not str:
             # Whatever it is, its own hooks (hash, repr) are not asked: they may do anything.
-            text = str.__str__(given) if isinstance(given, str) else f"<{type(given).__name__}>"
+            text = str.__str__(given) if issubclass(type(given), str) else f"<{type(given).__name__}>"
             return self.get(text)
         try:
             return self._by_id[function_id]

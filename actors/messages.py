@@ -13,6 +13,7 @@ import msgspec
 
 from scopestate.errors import DeserializationError, ScopestateError
 from scopestate.ops import UpdateOp, convert_ops
+from scopestate.ops.values import json_type
 
 
 class Set(msgspec.Struct, frozen=True):
@@ -87,7 +88,7 @@ def from_payload(function_id: str, payload: object) -> Message:
 
 def _read(function_id: str, kind: type[Message], payload: object) -> Message:
     if not isinstance(payload, Mapping):
-        raise misfit(function_id, f"expected an object, got {type(payload).__name__}")
+        raise misfit(function_id, f"expected an object, got {json_type(payload)}")
     if kind is ListGroups:
         return ListGroups()
     scope = _text(function_id, payload, "scope")
@@ -115,8 +116,8 @@ def _text(function_id: str, payload: Mapping[str, Any], field: str) -> str:
     if field not in payload:
         raise misfit(function_id, f"missing field `{field}`")
     text = payload[field]
-    if not isinstance(text, str):
-        raise misfit(function_id, f"invalid type: expected a string, got {type(text).__name__} - at `$.{field}`")
+    if not issubclass(type(text), str):  # not isinstance, which believes the `__class__` of a mock
+        raise misfit(function_id, f"invalid type: expected a string, got {json_type(text)} - at `$.{field}`")
     return str.__str__(text)  # of a subclass, what it holds
 
 

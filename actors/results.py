@@ -20,8 +20,6 @@ OldValue = Annotated[
 ]
 NewValue = Annotated[Any, msgspec.Meta(description="The value after the update")]
 
-_UNREAD: Final = object()
-
 
 class ListGroupsResult(TypedDict):
     """Result of `state::list_groups`."""
@@ -59,7 +57,14 @@ class SetResult(msgspec.Struct, frozen=True, eq=False):
         return {"old_value": self.old_value, "new_value": self.new_value}
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.to_json() == other.to_json()
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.to_json() == other.to_json()
+
+    # Written out: the Struct underneath answers `!=` on its own, by identity.
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
 
     __hash__ = None  # type: ignore[assignment]  # equal by values such as dicts, so as unhashable as they are
 
@@ -98,7 +103,7 @@ class UpdateResult(SetResult, frozen=True, eq=False):
         return plain
 
 
-class StateEvent(msgspec.Struct, eq=False, weakref=True):
+class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     """One change, as handlers and conditions receive it: attributes, and a mapping of the reference's six fields.
 
     Source: reference, "State Event Payload". `sequence`, `existed` and `depth` are attributes beside the six.
@@ -121,8 +126,9 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True):
     """
     depth: int = 0
     """0 for a write from outside; 1 for a write made by a handler of such an event, and so on."""
-    _old: Any = _UNREAD
-    _new: Any = _UNREAD
+
+    # A value that was read is kept in `__dict__`, which pickling, copying and `msgspec.structs.replace` leave behind:
+    # the copy decodes its own.
 
     @property
     def type(self) -> Annotated[str, msgspec.Meta(description='Always "state"')]:
@@ -134,16 +140,18 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True):
         self,
     ) -> Annotated[Any, msgspec.Meta(description="Previous value (null for created events)", extra=OPTIONAL)]:
         """The previous value, or None if there was none."""
-        if self._old is _UNREAD:
-            self._old = None if self.old_json is None else decode(self.old_json)
-        return self._old
+        read = self.__dict__
+        if "old_value" not in read:
+            read["old_value"] = None if self.old_json is None else decode(self.old_json)
+        return read["old_value"]
 
     @property
     def new_value(self) -> Annotated[Any, msgspec.Meta(description="New value")]:
         """The new value; None for a delete."""
-        if self._new is _UNREAD:
-            self._new = None if self.new_json is None else decode(self.new_json)
-        return self._new
+        read = self.__dict__
+        if "new_value" not in read:
+            read["new_value"] = None if self.new_json is None else decode(self.new_json)
+        return read["new_value"]
 
     @property
     def existed(self) -> bool:
@@ -174,6 +182,8 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True):
     # The rest of the mapping protocol, from the standard library; a Struct cannot inherit from an ABC.
     __contains__ = Mapping.__contains__
     __eq__ = Mapping.__eq__
+    __ne__ = SetResult.__ne__  # the Struct underneath answers it on its own, by identity
+    __reversed__ = None
     get = Mapping.get
     items = Mapping.items
     keys = Mapping.keys

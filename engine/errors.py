@@ -220,7 +220,7 @@ class CallTimeout(ScopestateError):
 
     code = "TIMEOUT"
 
-    def __init__(self, function_id: str, waited_s: float, *, sent: bool) -> None:
+    def __init__(self, function_id: str, waited_s: float, sent: bool) -> None:
         super().__init__(function_id, waited_s, sent)
         self.function_id = function_id
         self.waited_s = waited_s

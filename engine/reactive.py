@@ -105,7 +105,9 @@ class Reactive:
             )
 
         def register(handler: F) -> F:
-            name = function_id or catalogue.made_id(handler, self._functions)
+            # Of a subclass, what it holds: an Enum's own format differs between versions of Python.
+            given = str.__str__(function_id) if isinstance(function_id, str) else function_id
+            name = given or catalogue.made_id(handler, self._functions)
             condition_id = condition if isinstance(condition, str) else None
             if callable(condition):
                 condition_id = f"{name}::condition"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from scopestate.actors.handler import Trigger
 from scopestate.errors import InvalidRegistration
+from scopestate.ops.values import json_type
 
 if TYPE_CHECKING:
     from scopestate.actors.router import TriggerRouter
@@ -57,14 +58,12 @@ def read_trigger(
     "matches everything"; other fields are ignored with a warning, because a misspelt one makes a catch-all trigger.
     Raises InvalidRegistration for anything else; nothing is registered then.
     """
-    if not isinstance(function_id, str) or not str.__len__(function_id):
+    if not _is_text(function_id) or not str.__len__(function_id):
         raise InvalidRegistration(f"a trigger needs a function_id, a non-empty string, not {_shown(function_id)}")
-    if trigger_id is not None and (not isinstance(trigger_id, str) or not str.__len__(trigger_id)):
+    if trigger_id is not None and (not _is_text(trigger_id) or not str.__len__(trigger_id)):
         raise InvalidRegistration(f"a trigger_id is a non-empty string, not {_shown(trigger_id)}")
     if not isinstance(config, Mapping):
-        raise InvalidRegistration(
-            f"a trigger's config is an object, not {type(config).__name__}; for no filters pass {{}}"
-        )
+        raise InvalidRegistration(f"a trigger's config is an object, not {json_type(config)}; for no filters pass {{}}")
     try:
         given = {str.__str__(name) if isinstance(name, str) else f"{name!r:.80}": config[name] for name in config}
     except Exception as error:
@@ -72,14 +71,14 @@ def read_trigger(
         raise InvalidRegistration(f"reading a trigger's config failed with {type(error).__name__}") from error
     fields: dict[str, Any] = {name: given.get(name) for name in _FILTERS}
     for name, value in fields.items():
-        if value is not None and not isinstance(value, str):
-            raise InvalidRegistration(f"`{name}` of a trigger is a string or null, not {type(value).__name__}")
+        if value is not None and not issubclass(type(value), str):
+            raise InvalidRegistration(f"`{name}` of a trigger is a string or null, not {json_type(value)}")
         fields[name] = value if value is None else str.__str__(value)  # of a subclass, what it holds
     unknown = sorted(name for name in given if name not in _FILTERS)
     if unknown:
         log.warning(
             "trigger for function %r: field(s) %s are not known and ignored; known are %s",
-            function_id,
+            str.__str__(function_id),
             ", ".join(unknown),
             ", ".join(_FILTERS),
         )
@@ -87,6 +86,11 @@ def read_trigger(
     return Trigger(made_id, str.__str__(function_id), **fields)
 
 
+def _is_text(name: object) -> TypeGuard[str]:
+    """Tell whether `name` is a string. Not by isinstance, which believes the `__class__` of a mock."""
+    return issubclass(type(name), str)
+
+
 def _shown(name: object) -> str:
     """What was given instead of a name; the `repr` of an unknown object is not asked, it may do anything."""
-    return '""' if isinstance(name, str) else f"one of type {type(name).__name__}"
+    return '""' if _is_text(name) else json_type(name)

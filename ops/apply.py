@@ -21,8 +21,8 @@ from scopestate.ops.update_ops import (
     Remove,
     Set,
     UpdateOp,
-    json_type,
 )
+from scopestate.ops.values import json_type
 
 MAX_SEGMENTS: Final = 32
 MAX_SEGMENT_BYTES: Final = 256

@@ -13,6 +13,7 @@ import msgspec
 
 from scopestate.errors import DeserializationError, InvalidValue
 from scopestate.ops import values
+from scopestate.ops.values import json_type
 
 I64_MIN: Final = -(2**63)
 I64_MAX: Final = 2**63 - 1
@@ -161,7 +162,7 @@ def checked(ops: Iterable[object]) -> tuple[UpdateOp, ...]:
     try:
         items = iter(ops)
     except TypeError:
-        raise _misfit(f"invalid type: {type(ops).__name__}, expected a list of ops", "$.ops") from None
+        raise _misfit(f"invalid type: {json_type(ops)}, expected a list of ops", "$.ops") from None
     for op in items:
         kind = type(op)
         if kind is Increment or kind is Decrement:
@@ -178,28 +179,13 @@ def checked(ops: Iterable[object]) -> tuple[UpdateOp, ...]:
     return tuple(found)
 
 
-def json_type(value: object) -> str:
-    """Return the JSON name of a plain value's type: `null boolean number string array object`."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, int | float):
-        return "number"
-    if isinstance(value, str):
-        return "string"
-    if isinstance(value, list | tuple):
-        return "array"
-    if isinstance(value, Mapping):
-        return "object"
-    return type(value).__name__
-
-
 def _convert(item: object, where: str, plain: Callable[[object, str], object]) -> UpdateOp:
     """Build the op that the object `item` describes; `plain` makes its value JSON data."""
     if not isinstance(item, dict):
         raise _misfit(f"invalid type: {json_type(item)}, expected an op: an object with a `type`", where)
     word = item.get("type", _ABSENT)
+    if type(word) is not str and issubclass(type(word), str):
+        word = str.__str__(cast(str, word))  # of a subclass, what it holds
     match word:
         case "set":
             return Set(_path(item, where), plain(item.get("value"), f"{where}.value"))
@@ -214,8 +200,8 @@ def _convert(item: object, where: str, plain: Callable[[object, str], object]) -
             return Append(_path(item, where), plain(_required(item, "value", where), f"{where}.value"))
         case "remove":
             return Remove(_path(item, where))
-        case str():
-            raise _misfit(f"unknown variant `{str.__str__(word)[:80]}`, expected one of {_WORDS}", f"{where}.type")
+        case _ if type(word) is str:
+            raise _misfit(f"unknown variant `{word[:80]}`, expected one of {_WORDS}", f"{where}.type")
         case _:
             _required(item, "type", where)
             raise _misfit(f"invalid type: {json_type(word)}, expected one of {_WORDS}", f"{where}.type")
@@ -242,7 +228,7 @@ def _merge_path(item: Mapping[str, object], where: str) -> str | list[str] | Non
 
 
 def _text(value: object, where: str, expected: str = "a string") -> str:
-    if not isinstance(value, str):
+    if not issubclass(type(value), str):  # not isinstance, which believes the `__class__` of a mock
         raise _misfit(f"invalid type: {json_type(value)}, expected {expected}", where)
     if type(value) is str and value.isascii():
         return value
@@ -251,12 +237,14 @@ def _text(value: object, where: str, expected: str = "a string") -> str:
 
 def _by(item: Mapping[str, object], where: str) -> int:
     by = _required(item, "by", where)
-    if isinstance(by, bool) or not isinstance(by, int):
-        found = "floating point number" if isinstance(by, float) else json_type(by)
+    kind = type(by)
+    if kind is bool or not issubclass(kind, int):
+        found = "floating point number" if issubclass(kind, float) else json_type(by)
         raise _misfit(f"invalid type: {found}, expected a whole number within 64 bits", f"{where}.by")
-    if not I64_MIN <= by <= I64_MAX:
+    number = int.__int__(cast(int, by))  # of a subclass, what it holds
+    if not I64_MIN <= number <= I64_MAX:
         raise _misfit(f"invalid value: expected a whole number from {I64_MIN} to {I64_MAX}", f"{where}.by")
-    return int(by)
+    return number
 
 
 def _as_is(value: object, where: str) -> object:

@@ -24,6 +24,9 @@ MAX_LEVELS: Final = 128
 _INT_MIN: Final = -(2**63)
 _INT_MAX: Final = 2**64 - 1
 
+_READINGS: Final = 100
+"""How often a value that other threads change is read, in hope of two readings that are the same."""
+
 _to_json = msgspec.json.Encoder().encode
 
 decode = msgspec.json.Decoder().decode
@@ -34,16 +37,20 @@ def encode(value: Any) -> bytes:
     """Return `value` as compact JSON.
 
     dict, list, tuple, str, int, float, bool, None and their subclasses are accepted. Raises InvalidValue, which names
-    the place in the value, for everything that JSON cannot hold.
+    the place in the value, for everything that JSON cannot hold, and for a value that other threads keep changing.
     """
     # msgspec alone would write NaN as null, the key 1 as "1" and a datetime as text, so the value is looked at first.
+    # What is looked at and encoded is a copy: another thread may change the original between the two. Copying one
+    # dict or list is a single step for other threads.
     # Refused: comparing `decode(data) == value` afterwards. Quicker only for small nested values, it trusts the
     # `__eq__` of any object (an Enum may equal its text) and does not see integers beyond 64 bits.
     try:
         kind = type(value)
         if kind is dict:
-            # The loop of `_are_plain` once more: most values are an object of a few fields, and the call shows there.
-            for key, item in value.items():
+            # The loop of `_copy_of` once more: most values are an object of a few fields, and the call shows there.
+            copy = value.copy()
+            nested = False
+            for key, item in copy.items():
                 if type(key) is not str:
                     break
                 kind = type(item)
@@ -58,15 +65,29 @@ def encode(value: Any) -> bytes:
                 elif kind is float:
                     if item - item == 0.0:  # NaN and the infinities give NaN
                         continue
-                elif _are_plain(item, MAX_LEVELS - 1):
+                elif (inner := _copy_of(item, MAX_LEVELS - 1)) is not None:
+                    copy[key] = inner
+                    nested = True
                     continue
                 break
             else:
-                return _to_json(value)
-        elif kind is str or _are_plain([value], MAX_LEVELS + 1):
+                # Each part was copied at its own moment; if the original equals them now, they are of one moment.
+                if not nested or value == copy:
+                    return _to_json(copy)
+        elif kind is list:
+            copy = _copy_of(value, MAX_LEVELS)
+            if copy is not None and value == copy:
+                return _to_json(copy)
+        elif (
+            kind is str
+            or kind is bool
+            or value is None
+            or (kind is int and _INT_MIN <= value <= _INT_MAX)
+            or (kind is float and value - value == 0.0)
+        ):
             return _to_json(value)
-    except UnicodeEncodeError:
-        pass  # the exact check says in which string the lone surrogate is
+    except (UnicodeEncodeError, RecursionError):
+        pass  # the exact check says where
     return _to_json(normalise(value))
 
 
@@ -83,38 +104,65 @@ def encode_plain(value: Any) -> bytes:
     return data
 
 
-def _are_plain(value: object, levels: int) -> bool:
-    """Say whether msgspec writes the array or object `value` as it is, or raises UnicodeEncodeError.
+def _copy_of(value: object, levels: int) -> Any:
+    """Return a copy of the array or object `value` that msgspec writes as it is, or raises UnicodeEncodeError.
 
-    True only for exact types, at most `levels` deep. False means "not sure": then `normalise` decides.
+    Only exact types, at most `levels` deep. None means "not sure": then `normalise` decides.
     """
     if type(value) is dict:
-        for key in value:
+        if levels == 0:
+            return None
+        fields = value.copy()
+        for key, item in fields.items():
             if type(key) is not str:
-                return False
-        items: Iterable[Any] = value.values()
-    elif type(value) is list:
-        items = value
-    else:
-        return False
-    if levels == 0:
-        return False
-    for item in items:
-        kind = type(item)
-        if kind is str:
-            continue
-        if kind is int:
-            if -0x3FFFFFFF < item < 0x3FFFFFFF or _INT_MIN <= item <= _INT_MAX:
+                return None
+            kind = type(item)
+            if kind is str:
                 continue
-        elif kind is bool or item is None:
-            continue
-        elif kind is float:
-            if item - item == 0.0:
+            if kind is int:
+                if -0x3FFFFFFF < item < 0x3FFFFFFF or _INT_MIN <= item <= _INT_MAX:
+                    continue
+            elif kind is bool or item is None:
                 continue
-        elif _are_plain(item, levels - 1):
-            continue
-        return False
-    return True
+            elif kind is float:
+                if item - item == 0.0:
+                    continue
+            elif (inner := _copy_of(item, levels - 1)) is not None:
+                fields[key] = inner
+                continue
+            return None
+        return fields
+    if type(value) is list:
+        if levels == 0:
+            return None
+        elements = value.copy()
+        for item in elements:
+            # The quick way through a list without lists and objects: no index, and the rare cases wait for the other.
+            kind = type(item)
+            if kind is str or (kind is int and -0x3FFFFFFF < item < 0x3FFFFFFF):
+                continue
+            if kind is float and item - item == 0.0:
+                continue
+            break
+        else:
+            return elements
+        for index, item in enumerate(elements):
+            kind = type(item)
+            if kind is dict or kind is list:
+                inner = _copy_of(item, levels - 1)
+                if inner is None:
+                    return None
+                elements[index] = inner
+            elif not (
+                kind is str
+                or (kind is int and _INT_MIN <= item <= _INT_MAX)
+                or (kind is float and item - item == 0.0)
+                or kind is bool
+                or item is None
+            ):
+                return None
+        return elements
+    return None
 
 
 def normalise(value: object, path: str = "$") -> Any:
@@ -123,7 +171,33 @@ def normalise(value: object, path: str = "$") -> Any:
     Subclasses become plain, tuples become lists, integers beyond 64 bits floats. Raises InvalidValue; `path` is the
     name of `value` in its text.
     """
-    return _plain(value, (path,), 0)
+    for _ in range(_READINGS):
+        read: _Read = []
+        plain = _plain(value, (path,), 0, read)
+        # One container is read in a single step. Several that have not changed since then were of one moment together.
+        if len(read) <= 1 or _is_unchanged(read):
+            return plain
+    raise _refusal((path,), "another thread changed the value each time that it was read; store a copy of it")
+
+
+def json_type(value: object) -> str:
+    """Return the JSON name of a value's type: `null boolean number string array object`; else Python's name."""
+    kind = type(value)
+    if value is None:
+        return "null"
+    for name, kinds in _JSON_TYPES:
+        if issubclass(kind, kinds):
+            return name
+    return kind.__name__
+
+
+_JSON_TYPES: Final[tuple[tuple[str, tuple[type, ...]], ...]] = (
+    ("boolean", (bool,)),
+    ("number", (int, float)),
+    ("string", (str,)),
+    ("array", (list, tuple)),
+    ("object", (Mapping,)),
+)
 
 
 def parse(text: bytes | str) -> bytes:
@@ -158,34 +232,58 @@ _Steps = tuple[Any, ...]
 """(root name,) at the root, (steps of the parent, key or index) below: cheap to grow, read only for an error."""
 
 
-def _plain(value: object, steps: _Steps, level: int) -> Any:
-    match value:
-        case None | bool():
-            return value
-        case str():
-            text = str.__str__(value)
-            if _has_lone_surrogate(text):
-                raise _refusal(steps, "a string with a lone surrogate is not Unicode text; JSON cannot hold it")
-            return text
-        case int():
-            return _number(int.__int__(value), steps)
-        case float():
-            number = float.__float__(value)
-            if not math.isfinite(number):
-                raise _refusal(steps, f"{number} is not a JSON number; store None or a string")
-            return number
-        case dict():
-            level = _deeper(level, steps)
-            return {_key(key, steps): _plain(item, (steps, key), level) for key, item in dict.items(value)}
-        case list() | tuple():
-            level = _deeper(level, steps)
-            return [_plain(item, (steps, index), level) for index, item in enumerate(_elements(value))]
-        case _:
-            raise _refusal(steps, _advice(value))
+_Read = list[tuple[Any, list[Any]]]
+"""Each dict and list that was read, with what it held."""
+
+
+def _is_unchanged(read: _Read) -> bool:
+    try:
+        return all(_content(container) == content for container, content in read)
+    except Exception:  # noqa: BLE001 - a new item's `__eq__` of its own: the old one would have been the same object
+        return False
+
+
+def _content(container: Any) -> list[Any]:
+    """Copy what a dict or list really holds, as msgspec reads it: a subclass may override `items` and `__iter__`."""
+    return [*(dict.items(container) if issubclass(type(container), dict) else list.__iter__(container))]
+
+
+def _plain(value: object, steps: _Steps, level: int, read: _Read) -> Any:
+    # By `type(value)`, never `isinstance`: that believes the `__class__` of proxies and mocks, and runs their code.
+    kind = type(value)
+    if value is None or kind is bool:
+        return value
+    if issubclass(kind, str):
+        text = str.__str__(value)
+        if _has_lone_surrogate(text):
+            raise _refusal(steps, "a string with a lone surrogate is not Unicode text; JSON cannot hold it")
+        return text
+    if issubclass(kind, int):
+        return _number(int.__int__(value), steps)  # type: ignore[arg-type]  # as above
+    if issubclass(kind, float):
+        number = float.__float__(value)  # type: ignore[arg-type]  # as above
+        if not math.isfinite(number):
+            raise _refusal(steps, f"{number} is not a JSON number; store None or a string")
+        return number
+    if issubclass(kind, dict):
+        level = _deeper(level, steps)
+        content = _content(value)
+        read.append((value, content))
+        return {_key(key, steps): _plain(item, (steps, key), level, read) for key, item in content}
+    if issubclass(kind, list):
+        level = _deeper(level, steps)
+        content = _content(value)
+        read.append((value, content))
+        return [_plain(item, (steps, index), level, read) for index, item in enumerate(content)]
+    if issubclass(kind, tuple):
+        level = _deeper(level, steps)
+        elements = tuple.__iter__(value)  # type: ignore[arg-type,var-annotated]  # as above
+        return [_plain(item, (steps, index), level, read) for index, item in enumerate(elements)]
+    raise _refusal(steps, _advice(value))
 
 
 def _key(key: object, steps: _Steps) -> str:
-    if not isinstance(key, str):
+    if not issubclass(type(key), str):
         raise _refusal(steps, f"the keys of a JSON object are strings, found {_named(key)}; use str(key)")
     text = str.__str__(key)
     if _has_lone_surrogate(text):
@@ -209,11 +307,6 @@ def _deeper(level: int, steps: _Steps) -> int:
     return level + 1
 
 
-def _elements(value: list[Any] | tuple[Any, ...]) -> Any:
-    """Iterate what a list or tuple really holds, as msgspec does: a subclass may override `__iter__`."""
-    return list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value)
-
-
 def _has_lone_surrogate(text: str) -> bool:
     try:
         text.encode()
@@ -229,37 +322,73 @@ _ADVICE: Final = {
     "datetime.timedelta": "store value.total_seconds()",
     "decimal.Decimal": "store str(value), or float(value) if rounding is acceptable",
     "fractions.Fraction": "store str(value), or float(value) if rounding is acceptable",
+    "builtins.complex": "store [value.real, value.imag]",
     "uuid.UUID": "store str(value)",
+    "pathlib.PurePath": "store str(value)",
+    "ipaddress._IPAddressBase": "store str(value)",
+    "zoneinfo.ZoneInfo": "store str(value)",
+    "yarl.URL": "store str(value)",
+    "pydantic._BaseUrl": "store str(value)",
+    "pydantic_core.Url": "store str(value)",
+    "collections.UserString": "store str(value)",
+    "builtins.BaseException": "store str(value)",
+    "re.Pattern": "store value.pattern",
     "builtins.bytes": "store base64.b64encode(value).decode()",
     "builtins.bytearray": "store base64.b64encode(value).decode()",
+    "builtins.memoryview": "store base64.b64encode(value).decode()",
     "builtins.set": "store sorted(value)",
     "builtins.frozenset": "store sorted(value)",
+    "builtins.coroutine": "await it, and store its result",
+    "builtins.async_generator": "store [item async for item in value]",
+    "scopestate.SetResult": "store value.to_json()",
     "msgspec.Raw": "store msgspec.json.decode(value)",
     "msgspec.Struct": "store msgspec.to_builtins(value)",
-    "numpy.generic": "store value.tolist()",
+    "numpy.generic": "store value.item()",
     "numpy.ndarray": "store value.tolist()",
+    "pandas.NaTType": "store None",
+    "pandas.NAType": "store None",
+    "pandas.Series": "store value.tolist()",
+    "pandas.Index": "store value.tolist()",
+    "pandas.DataFrame": 'store value.to_dict("records")',
+    "polars.Series": "store value.to_list()",
+    "polars.DataFrame": "store value.to_dicts()",
+    "torch.Tensor": "store value.tolist()",
+    "sqlite3.Row": "store dict(value)",
+    "sqlalchemy.Row": "store value._asdict()",
+    "google.Message": "store google.protobuf.json_format.MessageToDict(value)",
     "enum.Enum": "store value.value",
 }
-"""By name, so that naming a type does not import its module."""
+"""By package and name, so that naming a type does not import its module, and the module may move inside its package."""
 
 
 def _advice(value: object) -> str:
     """Say what `value` is and what to store instead: a type changed in silence would come back as another one."""
     kind = type(value)
-    if isinstance(value, Mapping):  # before its bases: an event of ours is a struct too, with other fields
-        return f"{kind.__name__} is not JSON; store dict(value)"
-    for base in kind.__mro__:
-        advice = _ADVICE.get(f"{base.__module__}.{base.__qualname__}")
-        if advice is not None:
-            break
-    else:
-        if dataclasses.is_dataclass(kind):
-            advice = "store msgspec.to_builtins(value)"
-        elif isinstance(value, Iterable):
-            advice = "store list(value)"
-        else:
-            advice = "store what describes it: dict, list, str, int, float, bool or None"
+    try:
+        advice = _advice_for(kind)
+    except Exception:  # noqa: BLE001 - a metaclass or `__subclasshook__` of its own, which may raise anything
+        advice = _DESCRIBE_IT
     return f"{kind.__name__} is not JSON; {advice}"
+
+
+_DESCRIBE_IT: Final = "store what describes it: dict, list, str, int, float, bool or None"
+
+
+def _advice_for(kind: type) -> str:
+    if issubclass(kind, Mapping):  # before its bases: an event of ours is a struct too, with other fields
+        return "store dict(value)"
+    for base in kind.__mro__:
+        name = f"{base.__module__.partition('.')[0]}.{base.__qualname__}"
+        if name in _ADVICE:
+            return _ADVICE[name]
+        if name == "pydantic.BaseModel":
+            second = hasattr(kind, "model_dump")
+            return 'store value.model_dump(mode="json")' if second else "store json.loads(value.json())"
+    if dataclasses.is_dataclass(kind) or hasattr(kind, "__attrs_attrs__"):
+        return "store msgspec.to_builtins(value)"
+    if issubclass(kind, Iterable):
+        return "store list(value)"
+    return _DESCRIBE_IT
 
 
 def _refusal(steps: _Steps, problem: str) -> InvalidValue:
@@ -279,5 +408,5 @@ def _named(key: Any) -> str:
     """Name a key without asking an object of unknown size or manners for its repr."""
     kind = type(key)
     if key is None or kind is bool or kind is float or (kind is int and _INT_MIN <= key <= _INT_MAX):
-        return f"{key} ({kind.__name__})"
+        return f"{key} ({json_type(key)})"
     return f"a key of type {kind.__name__}"

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
+import functools
+import ipaddress
 import json
 import math
-from collections import OrderedDict, UserDict, deque
-from collections.abc import Callable, Iterator, Mapping
+import re
+import sys
+import types
+import warnings
+from collections import OrderedDict, UserDict, UserString, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from decimal import Decimal
 from enum import Enum, IntEnum
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 from uuid import UUID
 
+import attrs
 import msgspec
+import numpy as np
+import pandas as pd
+import pydantic
 import pytest
 from conformance import same
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scopestate.actors.results import SetResult, StateEvent, UpdateResult
 from scopestate.errors import DeserializationError, InvalidValue
 from scopestate.ops import values
 
@@ -201,9 +215,9 @@ def test_what_json_cannot_hold_is_refused_with_its_place(value: object, problem:
 @pytest.mark.parametrize(
     ("value", "path", "problem"),
     [
-        ({1: "a"}, "$", "strings, found 1 (int); use str(key)"),
-        ({"a": [{None: 1}]}, "$.a[0]", "found None (NoneType)"),
-        ({"a": {True: 1}}, "$.a", "found True (bool)"),
+        ({1: "a"}, "$", "strings, found 1 (number); use str(key)"),
+        ({"a": [{None: 1}]}, "$.a[0]", "found None (null)"),
+        ({"a": {True: 1}}, "$.a", "found True (boolean)"),
         ({Level.HIGH: 1}, "$", "found a key of type Level"),
         ({10**5000: 1}, "$", "found a key of type int"),
         ({"ok": 1, "a\ud800": 1}, '$["a\\ud800"]', "a key with a lone surrogate"),
@@ -216,6 +230,216 @@ def test_a_key_that_is_not_unicode_text_is_refused_not_turned_into_text(value: o
             check(value)
         assert caught.value.path == path
         assert problem in caught.value.problem
+
+
+class Model(pydantic.BaseModel):
+    day: dt.date = dt.date(2026, 1, 1)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Python 3.14, that this old interface is not made for it
+    import pydantic.v1
+
+
+class OldModel(pydantic.v1.BaseModel):
+    name: str = "Ada"
+
+
+@attrs.define
+class Part:
+    name: str = "bolt"
+
+
+async def count_up() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("value", "advice", "stored"),
+    [
+        (Model(), 'store value.model_dump(mode="json")', Model().model_dump(mode="json")),
+        (pydantic.RootModel[list[int]]([1]), 'store value.model_dump(mode="json")', [1]),
+        (OldModel(), "store json.loads(value.json())", json.loads(OldModel().json())),
+        (pydantic.AnyUrl("http://a/"), "store str(value)", "http://a/"),
+        (Part(), "store msgspec.to_builtins(value)", msgspec.to_builtins(Part())),
+        (np.int64(3), "store value.item()", 3),
+        (np.bool_(True), "store value.item()", True),
+        (np.array([1, 2]), "store value.tolist()", [1, 2]),
+        (pd.Series([1, 2]), "store value.tolist()", [1, 2]),
+        (pd.DataFrame({"a": [1]}), 'store value.to_dict("records")', [{"a": 1}]),
+        (pd.Timestamp("2026-01-01"), "store value.isoformat()", "2026-01-01T00:00:00"),
+        (pd.NaT, "store None", None),
+        (pd.NA, "store None", None),
+        (Path("a"), "store str(value)", "a"),
+        (ipaddress.ip_address("::1"), "store str(value)", "::1"),
+        (ipaddress.ip_network("10.0.0.0/31"), "store str(value)", "10.0.0.0/31"),
+        (UserString("x"), "store str(value)", "x"),
+        (ValueError("x"), "store str(value)", "x"),
+        (re.compile("a+"), "store value.pattern", "a+"),
+        (1j, "store [value.real, value.imag]", [0.0, 1.0]),
+        (memoryview(b"a"), "store base64", "YQ=="),
+        (range(2), "store list(value)", [0, 1]),
+        ((n for n in (1, 2)), "store list(value)", [1, 2]),
+        ({"a": 1}.keys(), "store list(value)", ["a"]),
+        (count_up(), "store [item async for item in value]", [1]),
+        (SetResult(None, b"1"), "store value.to_json()", SetResult(None, b"1").to_json()),
+        (UpdateResult(None, b"1"), "store value.to_json()", UpdateResult(None, b"1").to_json()),
+        (StateEvent("state:created", "s", "k", None, b"1", 1), "store dict(value)", {"scope": "s"}),
+    ],
+    ids=lambda item: type(item).__name__ if not isinstance(item, str) else "",
+)
+def test_what_to_store_instead_is_said_and_can_be_stored(value: object, advice: str, stored: object) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        values.encode({"a": value})
+
+    assert f"{type(value).__name__} is not JSON; {advice}" in caught.value.problem
+    assert same(values.decode(values.encode(stored)), stored)
+
+
+def test_a_coroutine_is_to_be_awaited() -> None:
+    async def answer() -> int:
+        return 1
+
+    with contextlib.closing(answer()) as value, pytest.raises(InvalidValue, match="await it, and store its result"):
+        values.encode(value)
+
+
+class Meta(type):
+    """Answers no question about its classes."""
+
+    def __getattr__(cls, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class Unbound:
+    """A proxy of something that is not there: each look at it raises."""
+
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("nothing is bound here")
+
+
+@pytest.mark.parametrize("kind", [str, int, float, dict, list, tuple])
+def test_a_mock_of_a_json_type_is_none(kind: type) -> None:
+    for value in (Mock(spec=kind), {"a": Mock(spec=kind)}):
+        with pytest.raises(InvalidValue, match="Mock is not JSON"):
+            values.encode(value)
+
+
+@pytest.mark.parametrize("make", [Meta("Odd", (), {}), Unbound])
+def test_what_cannot_be_described_is_refused_all_the_same(make: type) -> None:
+    with pytest.raises(InvalidValue, match="store what describes it"):
+        values.encode([make()])
+
+
+# Another thread may run between any two opcodes: a trace function plays it, at each of them in turn.
+
+
+def encode_with_change_at(opcode: int, value: Any, change: Callable[[], object]) -> tuple[bytes | None, bool]:
+    """Encode `value`, calling `change` once before the given opcode. Result: JSON, None if refused; whether called."""
+    left = opcode
+
+    def trace(frame: types.FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != values.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                change()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return values.encode(value), left <= 0
+    except InvalidValue:
+        return None, left <= 0
+    finally:
+        sys.settrace(before)
+
+
+def flat() -> tuple[Any, Any]:
+    value = {"low": 0, "high": 0}
+    return value, value
+
+
+def objects_inside() -> tuple[Any, Any]:
+    inner = {"low": 0}
+    return {"a": [inner], "high": 0}, inner
+
+
+def a_list() -> tuple[Any, Any]:
+    inner = {"low": 0}
+    return [{"high": 0}, inner], inner
+
+
+def with_tuple() -> tuple[Any, Any]:
+    inner = {"low": 0}
+    return {"a": (inner, 1), "high": 0}, inner
+
+
+def with_subclass() -> tuple[Any, Any]:
+    inner = OrderedDict(low=0)
+    return {Text("a"): inner, "high": 0}, inner
+
+
+@pytest.mark.parametrize("shape", [flat, objects_inside, a_list, with_tuple, with_subclass])
+@pytest.mark.parametrize(
+    "bad", [math.nan, {1, 2}, dt.date(2026, 1, 1), {1: 2}, nested(129), 10**400], ids=lambda item: type(item).__name__
+)
+def test_what_another_thread_puts_in_between_is_refused_or_not_stored(
+    shape: Callable[[], tuple[Any, Any]], bad: object
+) -> None:
+    step = 17 if isinstance(bad, dict) and "k" in bad else 1  # the deep one is read for long
+    for change in (lambda inner: inner.update(low=bad), lambda inner: inner.update(new=bad)):
+        came, opcode = True, 0
+        while came:
+            opcode += step
+            value, inner = shape()
+            clean = values.encode(value)
+            stored, came = encode_with_change_at(opcode, value, functools.partial(change, inner))
+            assert stored is None or stored == clean, f"opcode {opcode}"
+        assert opcode > 20
+
+
+@pytest.mark.parametrize("shape", [flat, objects_inside, a_list, with_tuple, with_subclass])
+def test_a_value_that_another_thread_changes_is_stored_as_of_one_moment(shape: Callable[[], tuple[Any, Any]]) -> None:
+    came, opcode = True, 0
+    while came:
+        opcode += 1
+        value, inner = shape()
+        before = values.encode(value)
+
+        def change(value: Any = value, inner: Any = inner) -> None:
+            (value[0] if isinstance(value, list) else value)["high"] = 1
+            inner.update(low=1, new=1)
+
+        stored, came = encode_with_change_at(opcode, value, change)
+        assert stored in (before, values.encode(value)), f"opcode {opcode}: {stored!r}"
+    assert opcode > 20
+
+
+def test_a_value_that_never_stands_still_is_refused() -> None:
+    inner: list[Any] = []
+
+    value = {"a": inner, "b": (inner,)}
+
+    def trace(frame: types.FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_name == "_is_unchanged":
+            inner.append(len(inner))
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(InvalidValue, match="another thread changed the value") as caught:
+            values.encode(value)
+    finally:
+        sys.settrace(before)
+    assert caught.value.path == "$"
 
 
 @pytest.mark.parametrize("innermost", [1, "x", Whole(1), {}, []])
