@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -125,7 +126,8 @@ class HandlerActor(TurnActor):
         self._services = services
         self._deadline: float | None = None
         self._running_id = ""
-        self._watched = False
+        self._looks_s = math.inf
+        """When it is next looked whether the function that runs is overdue; inf if no timer is set for that."""
         self._overdue = False
         self.trigger = trigger
         """May be replaced by one with the same filters; applies from the next event."""
@@ -302,9 +304,10 @@ class HandlerActor(TurnActor):
         self._overdue = False
         self._running_id = function_id
         self._deadline = self._dispatcher.monotonic() + timeout_s
-        if not self._watched:
-            # One timer per handler follows the deadline, instead of one per event.
-            self._watched = True
+        if self._deadline < self._looks_s:
+            # One timer per handler follows the deadline, instead of one per event. One that was set for a longer time
+            # limit, before a reload, would come too late.
+            self._looks_s = self._deadline
             self._dispatcher.call_later(timeout_s, self._look_at_deadline)
         try:
             result = target(event)
@@ -320,13 +323,13 @@ class HandlerActor(TurnActor):
 
     def _look_at_deadline(self) -> None:
         # First this, then the look: a call that begins meanwhile is seen here, or sees that it must have a timer.
-        self._watched = False
+        self._looks_s = math.inf
         deadline, event = self._deadline, self.current
         if deadline is None or event is None or self._overdue:
             return
         left_s = deadline - self._dispatcher.monotonic()
         if left_s > 0:
-            self._watched = True
+            self._looks_s = deadline
             self._dispatcher.call_later(left_s, self._look_at_deadline)
             return
         self.timeouts += 1

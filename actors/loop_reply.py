@@ -58,36 +58,39 @@ class LoopReply:
 class Deadlines:
     """Expires the replies of one event loop that have waited too long. On the loop's thread only.
 
-    One timer for all of them: every wait is as long as the next, so the oldest is due first. A timer each
-    (`call_later`, `asyncio.wait_for`) took a quarter of the time of an asyncio writer that shares a commit.
+    One timer for all waits of one length: of those the oldest is due first. A timer each (`call_later`,
+    `asyncio.wait_for`) took a quarter of the time of an asyncio writer that shares a commit. Usually all waits have one
+    length; a reload of `call_timeout_ms` adds another, until the last wait of the old one is over. Refused: a heap,
+    which would hold each reply until it is due, though nearly all of them are answered long before.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._due: dict[LoopReply, float] = {}
-        self._armed = False
+        self._waits: dict[float, dict[LoopReply, float]] = {}
+        """Length of the wait in seconds -> reply -> when it is due. As long as a length is here, it has a timer."""
 
     def add(self, reply: LoopReply, timeout_s: float) -> None:
         """Expire `reply` in `timeout_s` seconds."""
-        self._due[reply] = self._loop.time() + timeout_s
-        if not self._armed:
-            self._armed = True
-            self._loop.call_later(timeout_s, self._look)
+        waits = self._waits.get(timeout_s)
+        if waits is None:
+            waits = self._waits[timeout_s] = {}
+            self._loop.call_later(timeout_s, self._look, timeout_s)
+        waits[reply] = self._loop.time() + timeout_s
 
     def remove(self, reply: LoopReply) -> None:
         """Let it be: the wait is over."""
-        self._due.pop(reply, None)
+        for waits in self._waits.values():
+            waits.pop(reply, None)
 
-    def _look(self) -> None:
-        self._armed = False
-        now = self._loop.time()
-        for reply, due in list(self._due.items()):
+    def _look(self, timeout_s: float) -> None:
+        now, waits = self._loop.time(), self._waits[timeout_s]
+        for reply, due in list(waits.items()):
             if due > now:
-                self._armed = True
-                self._loop.call_later(due - now, self._look)
+                self._loop.call_later(due - now, self._look, timeout_s)
                 return
-            self.remove(reply)
+            del waits[reply]
             reply.expire()
+        del self._waits[timeout_s]
 
 
 def _settle(settled: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:

@@ -8,7 +8,7 @@ import threading
 import pykka
 import pytest
 
-from scopestate.actors.loop_reply import LoopReply
+from scopestate.actors.loop_reply import Deadlines, LoopReply
 from scopestate.actors.reply import Reply, deliver
 
 PATIENCE_S = 20.0
@@ -159,3 +159,34 @@ def test_a_reply_to_a_loop_that_was_closed_is_dropped_and_the_others_arrive() ->
     deliver([(gone, 1, None), (other, 2, None)])
 
     assert other.get(timeout=0) == 2
+
+
+@pytest.mark.asyncio
+async def test_waits_of_different_lengths_each_end_in_their_own_time() -> None:
+    deadlines = Deadlines(asyncio.get_running_loop())
+    lengths = [60.0, 0.05, 60.0, 0.01, 0.05]
+    replies = [LoopReply() for _ in lengths]
+    for reply, timeout_s in zip(replies, lengths, strict=True):
+        deadlines.add(reply, timeout_s)
+    answered = replies[4]
+    deadlines.remove(answered)
+
+    for reply in (replies[3], replies[1]):
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.shield(reply.future), PATIENCE_S)
+
+    assert [reply.expired for reply in replies] == [False, True, False, True, False]
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_kept_of_waits_that_are_over() -> None:
+    deadlines = Deadlines(asyncio.get_running_loop())
+    for number in range(1, 6):
+        for _ in range(100):
+            reply = LoopReply()
+            deadlines.add(reply, number / 1000)
+            deadlines.remove(reply)
+    until = asyncio.get_running_loop().time() + PATIENCE_S
+    while deadlines._waits:
+        assert asyncio.get_running_loop().time() < until
+        await asyncio.sleep(0.002)

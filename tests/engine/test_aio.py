@@ -12,6 +12,7 @@ from conformance import same
 from watching import PATIENCE_S, Gate, GatedStore, LoopThread, Seen, broken, in_steps, in_thread
 
 from scopestate import Engine, messages, ops
+from scopestate.config.schema import Config, LimitsConfig
 from scopestate.errors import DeserializationError, InvalidValue, ReplyTimeout, StorageError, ValueTooLarge
 
 Call = Callable[[Engine], Awaitable[Any]]
@@ -477,6 +478,28 @@ def test_a_call_that_waits_too_long_says_what_may_still_happen(open_engine: Any)
     gate.open()
     loader()
     assert engine.set("s", "end", 1).created
+
+
+def test_a_time_limit_that_a_reload_lowered_holds_behind_an_older_wait(open_engine: Any) -> None:
+    store, gate = GatedStore(), Gate()
+    store.at_load = gate
+    engine = open_engine(store=store, limits={"call_timeout_ms": 60_000})
+    loader = in_thread(lambda: engine.get("s", "k"))
+    gate.wait_until_reached()
+
+    async def main() -> None:
+        older = asyncio.create_task(engine.aio.set("s", "older", 1))
+        await asyncio.sleep(0)
+        engine.reconfigure(Config(limits=LimitsConfig(call_timeout_ms=30)))
+        with pytest.raises(ReplyTimeout, match=r"within 0\.03 s"):
+            await asyncio.wait_for(engine.aio.set("s", "newer", 1), PATIENCE_S)
+        assert not older.done()
+        engine.reconfigure(Config(limits=LimitsConfig(call_timeout_ms=60_000)))
+        gate.open()
+        assert (await asyncio.wait_for(older, PATIENCE_S)).created
+
+    asyncio.run(main())
+    loader()
 
 
 def test_without_a_timeout_a_call_waits_as_long_as_it_takes(open_engine: Any) -> None:

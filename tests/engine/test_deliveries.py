@@ -369,6 +369,30 @@ def test_a_handler_within_its_time_is_left_alone() -> None:
         assert engine.stats().timeouts == 0
 
 
+def test_a_time_limit_that_a_reload_lowered_holds_for_the_next_event() -> None:
+    clock, gate, failures = Clock(), Gate(), Failures()
+
+    def handler(event: StateEvent) -> None:
+        if event.key == "slow":
+            gate()
+
+    with engine_on(clock, handler_timeout_ms=60_000) as engine:
+        engine.on_error(failures)
+        engine.on_change()(handler)
+        engine.set("s", "quick", 1)
+        engine.drain(timeout=PATIENCE_S)
+        engine._parts.limits.handler_timeout_s = 1.0  # as a reload sets it
+        engine.set("s", "slow", 1)
+        gate.wait_until_reached()
+        clock.advance()
+
+        assert clock.now == 1.0
+        assert [failure.event.key for failure in failures.wait_for(1)] == ["slow"]
+
+        gate.open()
+        engine.drain(timeout=PATIENCE_S)
+
+
 def test_the_watch_follows_to_a_later_handler_that_began_after_it_was_set() -> None:
     clock, gate, failures = Clock(), Gate(), Failures()
 
