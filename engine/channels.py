@@ -22,7 +22,12 @@ BUFFER_BYTES: Final = 16 * 1024 * 1024
 """Bytes from which on nothing more is read from the writer."""
 TTL_S: Final = 300.0
 """How long a channel waits for both of its ends."""
+IDLE_S: Final = 3600.0
+"""A channel through which nothing went for so long is ended."""
 MAX_PER_WORKER: Final = 1_000
+MAX_CHANNELS: Final = 10_000
+OWNER_BYTES: Final = 64 * 1024 * 1024
+"""Bytes in all channels of one worker from which on nothing more is read from those of its writers that wait."""
 
 
 class Channel:
@@ -43,11 +48,14 @@ class Channel:
         self.finished = False
         """True once the writer has gone: what waits is still delivered."""
         self.timer: asyncio.TimerHandle | None = None
+        self.moved = 0.0
+        """When something went through last."""
 
     def put(self, message: bytes, text: bool) -> None:
         """Take a message from the writer."""
         self.waiting.append((message, text))
-        self.waiting_bytes += len(message)
+        self._weigh(len(message))
+        self.moved = asyncio.get_running_loop().time()
         self.pump()
 
     def pump(self) -> None:
@@ -55,17 +63,25 @@ class Channel:
         reader, writer = self.reader, self.writer
         while self.waiting and reader is not None and reader.takes_more():
             message, text = self.waiting.popleft()
-            self.waiting_bytes -= len(message)
+            self._weigh(-len(message))
             reader.relay(message, text)
         if writer is not None:
-            writer.hold(len(self.waiting) >= self.buffer_size or self.waiting_bytes >= BUFFER_BYTES)
+            full = len(self.waiting) >= self.buffer_size or self.waiting_bytes >= BUFFER_BYTES
+            # Only while something waits here: it is this channel's own reader that lets it go on.
+            crowded = bool(self.waiting) and self.channels.bytes_of(self.owner) >= OWNER_BYTES
+            writer.hold(full or crowded)
         if self.finished and not self.waiting and reader is not None:
             reader.close(NORMAL)
+
+    def _weigh(self, size: int) -> None:
+        self.waiting_bytes += size
+        self.channels.weigh(self.owner, size)
 
     def end(self, code: int = NORMAL, reason: str = "") -> None:
         """Close both ends and forget the channel."""
         self.channels.forget(self)
         self.waiting.clear()
+        self._weigh(-self.waiting_bytes)
         for connection in (self.writer, self.reader):
             if connection is not None:
                 connection.close(code, reason)
@@ -76,17 +92,43 @@ class Channels:
 
     def __init__(self, batches: Batches, max_message_bytes: int, max_unsent_bytes: int) -> None:
         self._by_id: dict[str, Channel] = {}
+        self._of_owner: dict[str | None, dict[str, Channel]] = {}
+        self._bytes: dict[str | None, int] = {}
         self._connection = (batches, max_message_bytes, max_unsent_bytes)
 
+    def __len__(self) -> int:
+        return len(self._by_id)
+
     def create(self, owner: str | None, buffer_size: int | None) -> Channel:
-        """Make a channel. Raises Overloaded if this worker has too many that are not finished."""
-        if sum(channel.owner == owner for channel in self._by_id.values()) >= MAX_PER_WORKER:
+        """Make a channel. Raises Overloaded if this worker, or the server, has too many that are not finished."""
+        if len(self._of_owner.get(owner, ())) >= MAX_PER_WORKER:
             raise Overloaded(f"this worker has {MAX_PER_WORKER} channels that are not finished; close some of them")
+        if len(self._by_id) >= MAX_CHANNELS:
+            raise Overloaded(f"the server has {MAX_CHANNELS} channels that are not finished; try again later")
         size = DEFAULT_BUFFER if buffer_size is None else max(1, min(buffer_size, MAX_BUFFER))
         channel = Channel(self, owner, size)
         self._by_id[channel.channel_id] = channel
-        channel.timer = asyncio.get_running_loop().call_later(TTL_S, self._expire, channel)
+        self._of_owner.setdefault(owner, {})[channel.channel_id] = channel
+        channel.timer = asyncio.get_running_loop().call_later(TTL_S, self._look, channel)
         return channel
+
+    def bytes_of(self, owner: str | None) -> int:
+        """Bytes that wait in all channels of a worker."""
+        return self._bytes.get(owner, 0)
+
+    def weigh(self, owner: str | None, size: int) -> None:
+        """So many bytes more wait in the channels of a worker, or fewer."""
+        total = self._bytes.get(owner, 0) + size
+        if total:
+            self._bytes[owner] = total
+        else:
+            self._bytes.pop(owner, None)
+
+    def abandon(self, owner: str) -> None:
+        """A worker is gone: its channels of which no end was taken will not be used."""
+        for channel in list(self._of_owner.get(owner, {}).values()):
+            if not channel.taken:
+                channel.end()
 
     def take(self, channel_id: str, key: str, direction: str) -> Connection | None:
         """Return the connection for one end, once; None for a wrong id or key, or an end that is taken."""
@@ -99,13 +141,25 @@ class Channels:
         channel.taken.add(direction)
         return WriterEnd(channel, *self._connection) if direction == "write" else ReaderEnd(channel, *self._connection)
 
-    def _expire(self, channel: Channel) -> None:
+    def _look(self, channel: Channel) -> None:
+        """End a channel whose other end never came, or that is idle; else look again later."""
+        loop = asyncio.get_running_loop()
         if channel.writer is None or channel.reader is None:
             channel.end(GOING, "its other end never came")
+            return
+        left_s = channel.moved + IDLE_S - loop.time()
+        if left_s <= 0:
+            channel.end(GOING, f"nothing went through it for {IDLE_S:g} s")
+        else:
+            channel.timer = loop.call_later(left_s, self._look, channel)
 
     def forget(self, channel: Channel) -> None:
         """A channel is over."""
-        self._by_id.pop(channel.channel_id, None)
+        if self._by_id.pop(channel.channel_id, None) is not None:
+            of_owner = self._of_owner[channel.owner]
+            del of_owner[channel.channel_id]
+            if not of_owner:
+                del self._of_owner[channel.owner]
         if channel.timer is not None:
             channel.timer.cancel()
 
@@ -124,6 +178,7 @@ class WriterEnd(Connection):
 
     def on_open(self) -> None:
         self._channel.writer = self
+        self._channel.moved = asyncio.get_running_loop().time()
 
     def on_message(self, message: bytes, text: bool) -> None:
         if text and not is_text(message):
@@ -146,7 +201,7 @@ class WriterEnd(Connection):
         channel.writer = None
         channel.finished = True
         if channel.reader is None and "read" in channel.taken:
-            channel.channels.forget(channel)
+            channel.end()
         channel.pump()
 
     def __str__(self) -> str:
@@ -162,6 +217,7 @@ class ReaderEnd(Connection):
 
     def on_open(self) -> None:
         self._channel.reader = self
+        self._channel.moved = asyncio.get_running_loop().time()
         self._channel.pump()
 
     def takes_more(self) -> bool:

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import picows
 
+from scopestate.wire.bounded_log import BoundedLog
+
 log = logging.getLogger("scopestate.server")
 
 TEXT: Final = picows.WSMsgType.TEXT
@@ -38,13 +40,19 @@ HIGH_WATER: Final = 1024 * 1024
 """Unsent bytes from which on nothing more is read from that worker."""
 
 
+GATHERED: Final = 256 * 1024
+"""Bytes of gathered messages from which on they are written: the limits on unsent bytes see only what was written."""
+
+
 class Batches:
     """Gathers what is sent while many messages are handled in a row, so that each connection is written to once."""
 
-    __slots__ = ("_dirty", "open")
+    __slots__ = ("_dirty", "log", "open")
 
     def __init__(self) -> None:
         self.open = False
+        self.log = BoundedLog(log)
+        """For what clients cause; one for all connections of a server, as its bounds are."""
         self._dirty: list[Connection] = []
 
     def add(self, connection: Connection) -> None:
@@ -114,6 +122,7 @@ class Connection(picows.WSListener):
         self._full = False
         self._unsent_seen = 0
         self._gathered: list[bytes] = []
+        self._gathered_bytes = 0
         self._registry = Registry()
 
     def belong_to(self, registry: Registry) -> None:
@@ -144,12 +153,15 @@ class Connection(picows.WSListener):
             if not self._gathered:
                 self._batches.add(self)
             self._gathered.append(message)
+            self._gathered_bytes += len(message)
+            if self._gathered_bytes > GATHERED:
+                self.flush()
         else:
             self._transport.send(TEXT, message)  # type: ignore[union-attr]  # set as long as it is not closing
 
     def flush(self) -> None:
         """Write what was gathered, in one system call."""
-        gathered, self._gathered = self._gathered, []
+        gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         if self._closing or not gathered:
             return
         if len(gathered) == 1:
@@ -172,7 +184,7 @@ class Connection(picows.WSListener):
         self._look()
         self._backlog.clear()
         if code not in (NORMAL, GOING):
-            log.warning("%s: closing its connection with code %d: %s", self, code, reason)
+            self._batches.log.warning("%s: closing its connection with code %d: %s", self, code, reason)
         # At most 123 bytes, and not half a character.
         self._transport.send_close(code, reason.encode()[:123].decode(errors="ignore").encode())  # type: ignore[arg-type]
         self._resume()  # to see the answer

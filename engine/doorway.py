@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
-from scopestate.bounded_log import BoundedLog
 from scopestate.config import TlsConfig
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
+from scopestate.wire.bounded_log import BoundedLog
 
 log = logging.getLogger("scopestate.server")
 

@@ -4,6 +4,7 @@
     |-- DeserializationError            input that does not fit: `deserialization_error`
     |   `-- InvalidValue                a value that JSON cannot hold; names the path inside it
     |-- ValueTooLarge                   encoded value over `max_value_bytes`: `VALUE_TOO_LARGE`
+    |-- MessageTooLarge                 a call or an answer over `max_message_bytes`: `MESSAGE_TOO_LARGE`
     |-- SerializationError              a function returned what JSON cannot hold: `serialization_error`
     |-- FunctionNotFound                nobody registered that function id: `function_not_found`
     |-- FunctionFailed                  a registered function raised: `invocation_failed`
@@ -75,6 +76,12 @@ class ValueTooLarge(ScopestateError):
             f"the value for key {self.key!r} of scope {self.scope!r} takes {self.size} bytes as JSON, "
             f"over the limit max_value_bytes = {self.limit}; nothing was written"
         )
+
+
+class MessageTooLarge(ScopestateError):
+    """A call or an answer does not fit into one message between a server and a worker. The connection is unharmed."""
+
+    code = "MESSAGE_TOO_LARGE"
 
 
 class SerializationError(ScopestateError):

@@ -37,6 +37,7 @@ from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
 from scopestate.skipping import Refusing, Telemetry
 from scopestate.wire.frames import Error, ErrorBody, encode
+from scopestate.wire.options import LIMIT_HEADER, limit_in
 from scopestate.wire.session import SessionLimits
 from scopestate.worker import Worker
 from scopestate.worker_connections import WorkerConnection
@@ -254,7 +255,9 @@ class Server:
         self._stop = asyncio.Event()
         config = self.config
         self._channels = Channels(self._batches, config.max_message_bytes, config.max_unsent_bytes)
-        limits = SessionLimits(registrations=config.max_registrations, calls=config.max_calls)
+        limits = SessionLimits(
+            registrations=config.max_registrations, calls=config.max_calls, message_bytes=config.max_message_bytes
+        )
         timeout_s = config.call_timeout_ms / 1000
         self._hub = Hub(self.engine, self._channels, limits, timeout_s, config.max_waiting_events)
         listeners: list[socket.socket] = []
@@ -348,9 +351,9 @@ class Server:
         if not admitted:
             hub.refused += 1
             return self._refuse(path)
-        return self._take_in(hub, access, path)
+        return self._take_in(hub, access, path, request)
 
-    def _take_in(self, hub: Hub, access: Access | None, path: str) -> Any:
+    def _take_in(self, hub: Hub, access: Access | None, path: str, request: picows.WSUpgradeRequest) -> Any:
         config = self.config
         if path == "/otel":
             # Counted apart: telemetry takes no worker's place.
@@ -361,9 +364,11 @@ class Server:
             return sink
         if self._is_full(all_places=access is None or access.full):
             return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
-        worker = WorkerConnection(hub, access, self._batches, config.max_message_bytes, config.max_unsent_bytes)
+        taken = limit_in(request.headers.get(LIMIT_HEADER), config.max_message_bytes)
+        worker = WorkerConnection(hub, access, self._batches, config.max_message_bytes, config.max_unsent_bytes, taken)
         worker.belong_to(self._connections)
-        return worker
+        response = picows.WSUpgradeResponse.create_101_response({LIMIT_HEADER: str(config.max_message_bytes)})
+        return picows.WSUpgradeResponseWithListener(response, worker)
 
     def _refuse(self, path: str) -> Any:
         """Turn a connection without a valid token away: as workers know it, or in HTTP if there are many of them."""
@@ -382,7 +387,7 @@ class Server:
 
     def _respond(self, request: Request) -> Response:
         """Answer a request that asks for no WebSocket."""
-        websocket = request.path in ("/", "/otel") or request.path.startswith("/ws/channels/")
+        websocket = request.path in ("/", "/otel")
         if request.path not in ("/healthz", "/healthz/") and not websocket:
             return Response(HTTPStatus.NOT_FOUND, b"404 Not Found")
         if request.method not in ("GET", "HEAD"):

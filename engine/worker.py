@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _MOST_REFUSED: Final = 100
+_LONGEST_REFUSED: Final = 200
+"""Characters; what is remembered of a refused function is small, whatever the worker sent."""
 
 
 class Worker:
@@ -63,6 +65,8 @@ class Worker:
 
     def note_refused(self, function_id: str, reason: str) -> None:
         """Remember why a function was not registered: its trigger will be refused with that reason."""
+        if len(function_id) > _LONGEST_REFUSED:
+            return
         self.refused[function_id] = reason
         if len(self.refused) > _MOST_REFUSED:
             del self.refused[next(iter(self.refused))]

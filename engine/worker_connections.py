@@ -19,17 +19,25 @@ class WorkerConnection(Connection):
     """A worker's connection: its conversation decides, the hub does."""
 
     def __init__(
-        self, hub: Hub, access: Access | None, batches: Batches, max_message_bytes: int, max_unsent: int
+        self,
+        hub: Hub,
+        access: Access | None,
+        batches: Batches,
+        max_message_bytes: int,
+        max_unsent: int,
+        max_sent_bytes: int,
     ) -> None:
+        """`max_sent_bytes`: the largest message that the worker takes."""
         super().__init__(batches, max_message_bytes, max_unsent)
         self._hub = hub
         self._access = access
+        self._max_sent_bytes = max_sent_bytes
         self._worker: Worker | None = None
 
     def on_open(self) -> None:
         peer = self._socket.get_extra_info("peername")
         address = peer[0] if isinstance(peer, tuple) else None
-        self._worker = self._hub.connect(self._access, address, self.send, self.close)
+        self._worker = self._hub.connect(self._access, address, self.send, self.close, self._max_sent_bytes)
         self._receive = self._worker.session.receive
         self._act = self._hub.act
 

@@ -226,9 +226,8 @@ class WorkerTriggers:
                 access.check_register(type_id, "trigger type")
             self._types.check(type_id, access)
         except ScopestateError as error:
-            worker.session.forget(frame)
-            self._hub.note_refusal(error)
-            log.warning("worker %s: a trigger type was not registered: %s", worker.worker_id, error)
+            self._hub.log.warning("worker %s: a trigger type was not registered: %s", worker.worker_id, error)
+            self._hub.refuse(worker, frame, error)
             return
         self._hand_back(type_id, unless=worker)
         self._types.put(type_id, worker, ProvidedType(worker, frame))
@@ -286,7 +285,7 @@ class WorkerTriggers:
             await self._hub.call_for(registered.owner, registered.frame.function_id, event)
         except ScopestateError as error:
             self._hub.note_refusal(error)
-            log.warning("a server event was not delivered to %r: %s", registered.frame.function_id, error)
+            self._hub.log.warning("a server event was not delivered to %r: %s", registered.frame.function_id, error)
 
     def watches(self, type_id: str) -> bool:
         """Return whether any trigger is of this type."""

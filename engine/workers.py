@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from msgspec import Raw
 
 from scopestate.actors.functions import Function
@@ -25,6 +26,7 @@ from scopestate.errors import (
 )
 from scopestate.introspection import Introspection
 from scopestate.ops.values import decode, encode, parse
+from scopestate.wire.bounded_log import BoundedLog, shown
 from scopestate.wire.frames import (
     ErrorBody,
     InvocationResult,
@@ -69,6 +71,7 @@ class Hub:
     ) -> None:
         """Raises InvalidRegistration if the engine has a server already."""
         self.engine = engine
+        self.channels = channels
         self.loop = asyncio.get_running_loop()
         self.workers: dict[str, Worker] = {}
         self.functions = engine._functions
@@ -83,6 +86,8 @@ class Hub:
         self.offered: Claims[WorkerFunction] = Claims("function")
         self._state = BuiltinCalls(engine).by_id
         self._functions_seen = b""
+        self.log = BoundedLog(log)
+        """For what workers cause."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.triggers = WorkerTriggers(self, max_waiting_events)
         self._introspection = Introspection(self, channels)
@@ -99,13 +104,18 @@ class Hub:
         address: str | None,
         send: Callable[[bytes], object],
         close: Callable[[int, str], object],
+        message_bytes: int | None = None,
     ) -> Worker:
-        """Take a new worker in; its greeting is sent first of all."""
-        session = WorkerSession(str(uuid.uuid4()), self._limits)
+        """Take a new worker in; its greeting is sent first of all. `message_bytes`: the largest message it takes."""
+        limits = self._limits
+        if message_bytes is not None:
+            limits = msgspec.structs.replace(limits, message_bytes=message_bytes)
+        session = WorkerSession(str(uuid.uuid4()), limits, self.log)
         worker = Worker(session, access, address, send, close)
         self.workers[session.worker_id] = worker
         if access is not None:
             access.workers += 1
+        self.log.info("worker %s connected from %s", worker.worker_id, address)
         send(session.greeting())
         self.triggers.fire_worker_event("worker_connected", worker)
         return worker
@@ -114,6 +124,12 @@ class Hub:
         """Clean up after a worker, in the order of docs/protocol.md section 8."""
         if self.workers.get(worker.worker_id) is not worker:
             return
+        self.log.info(
+            "worker %s left; it had %d functions and %d calls in progress",
+            worker.worker_id,
+            len(worker.functions),
+            worker.session.waiting + len(worker.session.executing),
+        )
         for function in list(worker.functions.values()):
             self._withdraw(function, lost=True)
         self.triggers.silence(worker)
@@ -124,6 +140,7 @@ class Hub:
             self.drop(execution)
         worker.issued.clear()
         self.triggers.remove_all_of(worker)
+        self.channels.abandon(worker.worker_id)
         del self.workers[worker.worker_id]
         access = worker.access
         if access is not None:
@@ -197,7 +214,7 @@ class Hub:
                 self.triggers.unregister_type(worker, type_id)
             case TriggerRegistrationResult(error=error):
                 if error is not None and self.triggers.provides(worker, action.trigger_type):
-                    log.warning("trigger %r of type %r failed: %s", action.id, action.trigger_type, error.message)
+                    self.log.warning("trigger %r of type %r failed: %s", action.id, action.trigger_type, error.message)
 
     # ----------------------------------------------------------------------------------------------------- functions
 
@@ -224,11 +241,11 @@ class Hub:
                 raise InvalidRegistration(f"{frame.id!r} is a function of the program itself: choose another id")
             self.functions.add(self._entry(function))
         except ScopestateError as error:
-            worker.session.forget(frame)
             worker.note_refused(frame.id, str(error))
-            self.note_refusal(error)
-            log.warning("worker %s: a function was not registered: %s", worker.worker_id, error)
+            self.log.warning("worker %s: a function was not registered: %s", worker.worker_id, error)
+            self.refuse(worker, frame, error)
             return
+        self.log.debug("worker %s registered function %r", worker.worker_id, frame.id)
         worker.refused.pop(frame.id, None)
         worker.functions[frame.id] = function
         self.offered.put(frame.id, worker, function)
@@ -248,13 +265,23 @@ class Hub:
         try:
             self.triggers.register(worker, frame)
         except ScopestateError as error:
-            worker.session.forget(frame)
-            self.note_refusal(error)
-            log.warning("worker %s: trigger %r was not registered: %s", worker.worker_id, frame.id, error)
-            refusal = ErrorBody("trigger_registration_failed", str(error))
+            self.log.warning("worker %s: trigger %r was not registered: %s", worker.worker_id, frame.id, error)
+            self.refuse(worker, frame, error)
+            refusal = ErrorBody("trigger_registration_failed", shown(error))
             worker.send(
                 encode_frame(TriggerRegistrationResult(frame.id, frame.trigger_type, frame.function_id, refusal))
             )
+        else:
+            self.log.debug("worker %s registered trigger %r of type %r", worker.worker_id, frame.id, frame.trigger_type)
+
+    def refuse(
+        self, worker: Worker, frame: RegisterFunction | RegisterTrigger | RegisterTriggerType, error: Exception
+    ) -> None:
+        """A registration was refused; a worker that does not stop trying is closed."""
+        self.note_refusal(error)
+        closing = worker.session.refused(frame)
+        if closing is not None:
+            worker.close(closing.code, closing.reason)
 
     # --------------------------------------------------------------------------------------------------------- calls
 
@@ -409,5 +436,5 @@ def failure(call: InvokeFunction, error: Exception) -> ErrorBody:
     """An error as it goes over the wire (docs/protocol.md 4.4). One that is none of ours is a bug, and logged."""
     if isinstance(error, ScopestateError):
         return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None))
-    log.error("a call of %r failed inside the server", call.function_id, exc_info=error)
+    log.error("a call of %r failed inside the server", shown(call.function_id), exc_info=error)
     return ErrorBody("invocation_error", f"{type(error).__name__}: {error}")

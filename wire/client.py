@@ -19,6 +19,7 @@ from msgspec import Raw
 from scopestate.errors import (
     ConnectionLost,
     DeserializationError,
+    MessageTooLarge,
     NotConnected,
     Overloaded,
     RemoteFailure,
@@ -27,7 +28,15 @@ from scopestate.errors import (
 from scopestate.ops.values import encode as encode_value
 from scopestate.wire import frames
 from scopestate.wire.offered import Handler, OfferedFunctions
-from scopestate.wire.options import DEFAULT_URL, ClientOptions, checked_url, request_headers, tls_context
+from scopestate.wire.options import (
+    DEFAULT_URL,
+    LIMIT_HEADER,
+    ClientOptions,
+    checked_url,
+    limit_in,
+    request_headers,
+    tls_context,
+)
 from scopestate.wire.pending import Done, PendingCall, PendingCalls
 
 try:
@@ -85,6 +94,8 @@ class Client:
         self._refused = False
         self._closed = False
         self._told: bool | None = None
+        self._max_bytes = self.options.max_message_bytes
+        """Largest message that the server of this connection takes."""
         self.worker_id: str | None = None
         """The id that the server gave this connection; None without one."""
         self.connections = 0
@@ -158,15 +169,19 @@ class Client:
     def _refusal(self, size: int) -> ScopestateError | None:
         if self._closed or self._refused:
             return self._not_connected()
-        if size > self.options.max_message_bytes - _FRAME_ROOM:
-            return DeserializationError(
-                f"the input takes {size} bytes, a message may have {self.options.max_message_bytes}; nothing was sent"
-            )
+        if size > self._max_bytes - _FRAME_ROOM:
+            return self._too_large(size)
         if self._calls is not None and len(self._calls) >= self.options.max_pending:
             return Overloaded(
                 f"{self.options.max_pending} calls to {self.url} are under way; nothing was sent: slow down"
             )
         return None
+
+    def _too_large(self, size: int) -> MessageTooLarge:
+        return MessageTooLarge(
+            f"the input takes {size} bytes, and a message to {self.url} may have {self._max_bytes}; nothing was sent: "
+            "send less at once, or raise the limit"
+        )
 
     async def call_raw(self, function_id: str, payload: bytes, *, timeout_s: float | None = None) -> bytes | None:
         """Call a function with JSON and return JSON; None for "no value", which is not the same as `null`.
@@ -289,6 +304,8 @@ class Client:
             return f"the connection failed: {error!r}"
 
     async def _serve(self, socket: ClientConnection) -> str:
+        announced = None if socket.response is None else socket.response.headers.get(LIMIT_HEADER)
+        self._max_bytes = limit_in(announced, self.options.max_message_bytes)
         self._notes.extend(self._functions.registrations())
         self._notes.extend(frames.encode(trigger) for trigger in self._triggers.values())
         self._notes.append(self._introduction())
@@ -319,7 +336,9 @@ class Client:
                 while notes:
                     await socket.send(notes.popleft(), text=True)
                 call = calls.next_to_send()
-                if call is not None:
+                if call is not None and len(call.frame) > self._max_bytes:  # accepted before this server was known
+                    calls.settle(call, None, self._too_large(len(call.frame)))
+                elif call is not None:
                     await socket.send(call.frame, text=True)
                 elif not notes:
                     wake.clear()
@@ -388,7 +407,7 @@ class Client:
                 self._pending().answer(frame)
             case frames.InvokeFunction():
                 connection = self.connections
-                self._functions.invoke(frame, lambda answer: self._note_on(connection, answer))
+                self._functions.invoke(frame, lambda answer: self._note_on(connection, answer), self._max_bytes)
             case frames.Ping():
                 self._note(frames.encode(frames.Pong()))
             case frames.WorkerRegistered(worker_id=worker_id):

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Raw
 
-from scopestate.errors import RemoteFailure
+from scopestate.errors import MessageTooLarge, RemoteFailure
 from scopestate.wire import frames
 
 log = logging.getLogger("scopestate.wire.client")
@@ -47,19 +47,19 @@ class OfferedFunctions:
         function.stop()
         return True
 
-    def invoke(self, frame: frames.InvokeFunction, answer: Answer) -> None:
-        """Run the function that was called, and answer."""
+    def invoke(self, frame: frames.InvokeFunction, answer: Answer, max_bytes: int) -> None:
+        """Run the function that was called, and answer with a message of at most `max_bytes`."""
         function = self._by_id.get(frame.function_id)
         if function is None:
             problem = frames.ErrorBody("function_not_found", f"Function {frame.function_id} not found")
-            _reply(frame, None, problem, answer)
+            _reply(frame, None, problem, answer, max_bytes)
         elif function.waiting is not None:
-            function.waiting.append((frame, answer))
+            function.waiting.append((frame, answer, max_bytes))
             if not function.runs:
                 function.runs = True
                 self._spawn(_run_in_order(function))
         else:
-            self._spawn(_run(function, frame, answer))
+            self._spawn(_run(function, frame, answer, max_bytes))
 
     def close(self) -> None:
         """Cancel every call that runs, and begin no more."""
@@ -82,7 +82,7 @@ class _Function:
     def __init__(self, registration: bytes, handler: Handler, *, ordered: bool) -> None:
         self.registration = registration
         self.handler = handler
-        self.waiting: deque[tuple[frames.InvokeFunction, Answer]] | None = deque() if ordered else None
+        self.waiting: deque[tuple[frames.InvokeFunction, Answer, int]] | None = deque() if ordered else None
         """Calls that wait for the one before them; None if they run beside each other."""
         self.runs = False
         """True while a task works through `waiting`."""
@@ -99,7 +99,7 @@ async def _run_in_order(function: _Function) -> None:
     function.runs = False
 
 
-async def _run(function: _Function, frame: frames.InvokeFunction, answer: Answer) -> None:
+async def _run(function: _Function, frame: frames.InvokeFunction, answer: Answer, max_bytes: int) -> None:
     result: bytes | None = None
     problem: frames.ErrorBody | None = None
     try:
@@ -109,15 +109,29 @@ async def _run(function: _Function, frame: frames.InvokeFunction, answer: Answer
     except Exception as error:
         log.warning("function %s failed: %s", frame.function_id, error, exc_info=error)
         problem = frames.ErrorBody("invocation_failed", f"{type(error).__name__}: {error}")
-    _reply(frame, result, problem, answer)
+    _reply(frame, result, problem, answer, max_bytes)
 
 
 def _reply(
-    frame: frames.InvokeFunction, result: bytes | None, problem: frames.ErrorBody | None, answer: Answer
+    frame: frames.InvokeFunction,
+    result: bytes | None,
+    problem: frames.ErrorBody | None,
+    answer: Answer,
+    max_bytes: int,
 ) -> None:
-    if frame.invocation_id is None:
-        return  # nobody waits
-    raw = frames.ABSENT if result is None or problem is not None else Raw(result)
-    answer(
-        frames.encode(frames.InvocationResult(frame.invocation_id, frame.function_id, raw, problem, frame.traceparent))
-    )
+    invocation_id = frame.invocation_id
+    if invocation_id is None:
+        return  # it wants no answer
+
+    def encoded(raw: Raw, problem: frames.ErrorBody | None) -> bytes:
+        return frames.encode(frames.InvocationResult(invocation_id, frame.function_id, raw, problem, frame.traceparent))
+
+    message = encoded(frames.ABSENT if result is None or problem is not None else Raw(result), problem)
+    if len(message) > max_bytes:
+        # The server would close the connection, and every other call on it would fail.
+        error = MessageTooLarge(
+            f"function {frame.function_id} was carried out, but its answer takes {len(message)} bytes and a message "
+            f"may have {max_bytes}: return less at once, or raise `max_message_bytes` on both sides"
+        )
+        message = encoded(frames.ABSENT, frames.ErrorBody(error.code, str(error)))
+    answer(message)

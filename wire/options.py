@@ -16,6 +16,16 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message either way, as upstream has it (docs/protocol.md, section 1)."""
 
 
+LIMIT_HEADER = "Scopestate-Max-Message-Bytes"
+"""HTTP header of the handshake, either way: the largest message that its sender takes. Only scopestate sends it."""
+
+
+def limit_in(header: str | None, otherwise: int) -> int:
+    """Return the limit that the other side announced, `otherwise` at most and if it announced none."""
+    announced = header or ""
+    return min(int(announced), otherwise) if announced.isascii() and announced.isdigit() else otherwise
+
+
 class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about a client that is not its address."""
 
@@ -37,6 +47,7 @@ class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Pause before the first attempt to reconnect; doubles with each further one, give or take 30 %."""
     backoff_most_s: float = 10.0
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    """Largest message either way; the server is told, and a smaller limit of the server's holds for what is sent."""
     max_pending: int = 100_000
     """Calls under way; one more is refused with `OVERLOADED`."""
 
@@ -73,7 +84,7 @@ def tls_context(url: str, options: ClientOptions) -> ssl.SSLContext | None:
 
 def request_headers(options: ClientOptions) -> dict[str, str]:
     """Return the headers of the upgrade request. Raises ConfigError for a token that no header can hold."""
-    headers = dict(options.headers)
+    headers = {**options.headers, LIMIT_HEADER: str(options.max_message_bytes)}
     if options.token is not None:
         if not options.token or not options.token.isascii() or not options.token.isprintable() or " " in options.token:
             raise ConfigError(

@@ -14,7 +14,8 @@ from typing import Any, Final
 import msgspec
 from msgspec import Raw
 
-from scopestate.errors import DeserializationError
+from scopestate.errors import DeserializationError, MessageTooLarge
+from scopestate.wire.bounded_log import BoundedLog
 from scopestate.wire.frames import (
     ABSENT,
     NULL,
@@ -54,7 +55,6 @@ POLICY: Final = 1008
 _PONG: Final = encode(Pong())
 _CALLER: Final = b"_caller_worker_id"
 _as_members = msgspec.json.Decoder(dict[str, Raw]).decode
-_LOGGED_FAULTS: Final = 10
 
 
 class SessionLimits(msgspec.Struct, frozen=True):
@@ -65,9 +65,11 @@ class SessionLimits(msgspec.Struct, frozen=True):
     registration_bytes: int = 16 * 1024 * 1024
     """Bytes of the messages that registered them."""
     calls: int = 10_000
-    """Calls in progress: as many that it waits for, and as many that it executes. One more is answered `OVERLOADED`."""
+    """Calls in progress: as many that it makes, and as many that it executes. One more is answered `OVERLOADED`."""
     faults: int = 1_000
-    """Messages that are none, in excess of good ones."""
+    """Malformed messages and refused registrations, in excess of good messages."""
+    message_bytes: int = 64 * 1024 * 1024
+    """Largest message to the worker. A larger answer is an error for its call."""
 
 
 class Send(msgspec.Struct):
@@ -131,20 +133,26 @@ _Unregister = UnregisterFunction | UnregisterTrigger | UnregisterTriggerType
 class WorkerSession:
     """The conversation with one worker, from its connection to its loss. Not for several threads at once."""
 
-    def __init__(self, worker_id: str, limits: SessionLimits = SessionLimits()) -> None:  # noqa: B008 - immutable
+    def __init__(
+        self,
+        worker_id: str,
+        limits: SessionLimits = SessionLimits(),  # noqa: B008 - immutable
+        bounded_log: BoundedLog | None = None,
+    ) -> None:
         self.worker_id = worker_id
         self.limits = limits
+        self._log = bounded_log or BoundedLog(log)
         self._max_calls = limits.calls
+        self._max_bytes = limits.message_bytes
         self.closed = False
         """True once nothing more is taken from the worker."""
         self.executing: dict[str, Execution] = {}
         """Invocation id, as the worker knows it -> call that it executes."""
         self.waiting = 0
-        """Calls that the worker waits for."""
+        """Calls of the worker that are in progress, whether or not it waits for the result."""
         self._sizes: dict[tuple[str, str], int] = {}
         self._registered_bytes = 0
         self._faults = 0
-        self._logged = 0
 
     def greeting(self) -> bytes:
         """The first message to the worker."""
@@ -215,16 +223,25 @@ class WorkerSession:
         if invocation_id is not None and not_in_uuid(invocation_id):
             return self._refused(frame, message)
         if type(frame.action) is not Enqueue:  # Void, or no id
+            if self.waiting >= self._max_calls:
+                self._log.warning(
+                    "worker %s: a call of %r without an answer was dropped: %d of its calls are in progress",
+                    self.worker_id,
+                    frame.function_id,
+                    self.waiting,
+                )
+                return None
+            self.waiting += 1
             frame.invocation_id = None
             return frame
         return None if invocation_id is None else Send(self._result(frame, NO_QUEUE))
 
     def _register(self, frame: _Register, size: int) -> Action | None:
         if isinstance(frame, RegisterFunction) and frame.invocation not in (ABSENT, NULL):
-            log.warning(
+            self._log.warning(
                 "worker %s: function %r is one called over HTTP; it was not registered", self.worker_id, frame.id
             )
-            return None
+            return self._count_fault(2)
         place = _place(frame)
         self._registered_bytes += size - self._sizes.get(place, 0)
         self._sizes[place] = size
@@ -239,14 +256,19 @@ class WorkerSession:
         """What it registers or unregisters no longer counts: it was withdrawn, or refused."""
         self._registered_bytes -= self._sizes.pop(_place(frame), 0)
 
+    def refused(self, frame: _Register) -> Close | None:
+        """A registration was refused: it no longer counts, but too many of them are a reason to close."""
+        self.forget(frame)
+        return self._count_fault(2)  # one more than a good message, which this one was taken for, makes up for
+
     def _fault(self, message: bytes, error: Exception) -> Action | None:
-        self._faults += 1
+        self._log.warning("worker %s: a message of %d bytes was dropped: %s", self.worker_id, len(message), error)
+        return self._count_fault(1)
+
+    def _count_fault(self, weight: int) -> Close | None:
+        self._faults += weight
         if self._faults > self.limits.faults:
-            return self.close(f"more than {self.limits.faults} messages that are none")
-        if self._logged < _LOGGED_FAULTS:
-            self._logged += 1
-            last = "; what follows is not logged" if self._logged == _LOGGED_FAULTS else ""
-            log.warning("worker %s: a message of %d bytes was dropped: %s%s", self.worker_id, len(message), error, last)
+            return self.close(f"more than {self.limits.faults} malformed or refused messages")
         return None
 
     def close(self, reason: str, code: int = POLICY) -> Close:
@@ -257,20 +279,23 @@ class WorkerSession:
     # --------------------------------------------------------------------------------------------- to the worker
 
     def answer(self, call: InvokeFunction, result: bytes | None = None, error: ErrorBody | None = None) -> bytes | None:
-        """Return the message with the outcome of a call of this worker; None: nobody waits for it.
+        """Return the message with the outcome of a call of this worker; None: it does not wait for one.
 
-        `result` None is "no value": a message without `result`. Call it once per call.
+        `result` None is "no value": a message without `result`. Call it exactly once per call.
         """
+        self.waiting -= 1
         invocation_id = call.invocation_id
         if invocation_id is None:
             return None
-        self.waiting -= 1
         if error is None and call.traceparent is None and call.baggage is None:
             head = _answer_heads.get(call.function_id) or _head(_answer_heads, "invocationresult", call.function_id)
             if result is None:
                 return b'%b%b"}' % (head, invocation_id.encode())
+            if len(result) + len(head) + 100 > self._max_bytes:
+                return self._too_large(call, len(result))
             return b"".join((head, invocation_id.encode(), b'","result":', result, b"}"))
-        return encode(
+        return self._fitting(
+            call,
             InvocationResult(
                 invocation_id,
                 call.function_id,
@@ -278,15 +303,16 @@ class WorkerSession:
                 error,
                 call.traceparent,
                 call.baggage,
-            )
+            ),
         )
 
     def pass_on(self, call: InvokeFunction, outcome: InvocationResult) -> bytes | None:
         """As `answer`, with what another worker answered: its error or value unchanged, null as "no value"."""
+        self.waiting -= 1
         if call.invocation_id is None:
             return None
-        self.waiting -= 1
-        return encode(
+        return self._fitting(
+            call,
             InvocationResult(
                 call.invocation_id,
                 call.function_id,
@@ -294,8 +320,29 @@ class WorkerSession:
                 outcome.error,
                 outcome.traceparent or call.traceparent,
                 outcome.baggage or call.baggage,
-            )
+            ),
         )
+
+    def _fitting(self, call: InvokeFunction, answer: InvocationResult) -> bytes:
+        message = encode(answer)
+        if len(message) <= self._max_bytes:
+            return message
+        error = answer.error
+        if error is not None:
+            error = ErrorBody(error.code[:_LONGEST_NAME], f"{error.message[:_LONGEST_TEXT]}... (cut)")
+        return self._too_large(call, len(message), error)
+
+    def _too_large(self, call: InvokeFunction, size: int, error: ErrorBody | None = None) -> bytes:
+        """What takes the place of an answer that would cost the worker its connection."""
+        if error is None:
+            problem = MessageTooLarge(
+                f"the call was carried out, but its answer takes {size} bytes and a message to this worker may have "
+                f"{self._max_bytes}: read less at once (state::get key by key, smaller values, smaller scopes), or "
+                "raise `max_message_bytes` on both sides"
+            )
+            error = ErrorBody(problem.code, str(problem))
+        # The id alone tells the worker which call this is; the name of the function may be what is too long.
+        return encode(InvocationResult(call.invocation_id or "", call.function_id[:_LONGEST_NAME], error=error))
 
     def execute(
         self,
@@ -311,20 +358,28 @@ class WorkerSession:
         """Have the worker execute a function: return the call's record and the message to send.
 
         None if it has too many in progress. A message always has an id, so that the worker always answers; the caller's
-        unless the worker is executing one with the same id.
+        unless the worker is executing one with the same id. Raises MessageTooLarge.
         """
         executing = self.executing
         if len(executing) >= self.limits.calls:
             return None
         if invocation_id is None or invocation_id in executing:
             invocation_id = fresh_id()
-        execution = Execution(self, function_id, invocation_id, settle)
-        executing[invocation_id] = execution
         if traceparent is None and baggage is None and not metadata:
             head = _call_heads.get(function_id) or _head(_call_heads, "invokefunction", function_id)
-            return execution, b"".join((head, invocation_id.encode(), b'","data":', data or NULL, b"}"))
-        call = InvokeFunction(function_id, data or NULL, invocation_id, None, traceparent, baggage, metadata)
-        return execution, encode(call)
+            message = b"".join((head, invocation_id.encode(), b'","data":', data or NULL, b"}"))
+        else:
+            message = encode(
+                InvokeFunction(function_id, data or NULL, invocation_id, None, traceparent, baggage, metadata)
+            )
+        if len(message) > self._max_bytes:
+            raise MessageTooLarge(
+                f"a call of {function_id[:_LONGEST_NAME]!r} takes {len(message)} bytes, and a message to its worker "
+                f"may have {self._max_bytes}: send less at once, or raise `max_message_bytes` on both sides"
+            )
+        execution = Execution(self, function_id, invocation_id, settle)
+        executing[invocation_id] = execution
+        return execution, message
 
     def end(self) -> Iterator[Execution]:
         """The connection is gone: yield every call that the worker was executing, each of which has to be settled."""
@@ -344,12 +399,17 @@ class WorkerSession:
 _answer_heads: Final[dict[str, bytes]] = {}
 _call_heads: Final[dict[str, bytes]] = {}
 _MOST_HEADS: Final = 1_000
+_LONGEST_NAME: Final = 200
+"""Function ids up to this length have their heads kept, and are named in full in an error."""
+_LONGEST_TEXT: Final = 500
 
 
 def _head(heads: dict[str, bytes], kind: str, function_id: str) -> bytes:
     """Return how a message begins, up to its invocation id: encoding that anew takes half of the message's time."""
     head = b'{"type":"%b","function_id":%b,"invocation_id":"' % (kind.encode(), encode(function_id))
-    if len(heads) < _MOST_HEADS:
+    if len(function_id) <= _LONGEST_NAME:
+        if len(heads) >= _MOST_HEADS:
+            heads.clear()  # functions that are gone make room; those that are called are back at once
         heads[function_id] = head
     return head
 

@@ -13,7 +13,7 @@ import pytest
 from conformance import same
 from second_engine import OpenBridge, RemoteProcess
 
-from scopestate.errors import DeserializationError, StorageError
+from scopestate.errors import MessageTooLarge, StorageError
 from scopestate.persistence import ScopeChange, ScopeState
 from scopestate.persistence.bridge import BridgeAdapter
 
@@ -122,7 +122,7 @@ def test_a_value_larger_than_a_message_is_refused_before_it_is_sent(
     with pytest.raises(StorageError, match="nothing was sent") as caught:
         engine.set("large", "too large", "x" * (64 << 20))
 
-    assert isinstance(caught.value.__cause__, DeserializationError)
+    assert isinstance(caught.value.__cause__, MessageTooLarge)
     assert engine.get("large", "too large") is None
 
 

@@ -129,3 +129,45 @@ class RawWorker:
     def cut(self) -> None:
         """Go away without a word."""
         self.socket.socket.shutdown(socket.SHUT_RDWR)
+
+
+def masked(message: dict[str, Any] | bytes, opcode: int = 0x81) -> bytes:
+    """One frame of a client, masked with zeros."""
+    payload = message if isinstance(message, bytes) else json.dumps(message).encode()
+    size = len(payload)
+    if size < 126:
+        head = bytes([opcode, 0x80 | size])
+    elif size < 65536:
+        head = bytes([opcode, 0xFE]) + size.to_bytes(2, "big")
+    else:
+        head = bytes([opcode, 0xFF]) + size.to_bytes(8, "big")
+    return head + bytes(4) + payload
+
+
+class Deaf:
+    """A worker that sends and never reads: a bare socket."""
+
+    def __init__(self, server: Any) -> None:
+        self.socket = socket.create_connection((server.host, server.port), timeout=PATIENCE_S)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        )
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += self.socket.recv(1)
+
+    def send(self, message: dict[str, Any] | bytes, opcode: int = 0x81) -> None:
+        """Send one frame."""
+        self.socket.sendall(masked(message, opcode))
+
+    def invoke(self, function_id: str, data: Any) -> None:
+        """Send a call."""
+        invocation_id = str(uuid.uuid4())
+        self.send({"type": "invokefunction", "invocation_id": invocation_id, "function_id": function_id, "data": data})
+
+    def invoke_for_ever(self, function_id: str, data: Any) -> None:
+        """Send calls until nobody takes them."""
+        while True:
+            self.invoke(function_id, data)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
 import socket
 import threading
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
-from raw import PATIENCE_S
+from raw import PATIENCE_S, Deaf
 from serving import OpenRaw, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -27,38 +25,6 @@ MEBIBYTE = 1024 * 1024
 
 def memory() -> int:
     return psutil.Process().memory_info().rss
-
-
-class Deaf:
-    """A worker that sends and never reads: a bare socket."""
-
-    def __init__(self, server: Server) -> None:
-        self.socket = socket.create_connection((server.host, server.port), timeout=PATIENCE_S)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        self.socket.sendall(
-            b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-        )
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            head += self.socket.recv(1)
-
-    def send(self, message: dict[str, Any] | bytes, opcode: int = 0x81) -> None:
-        """Send one frame, masked with zeros."""
-        payload = message if isinstance(message, bytes) else json.dumps(message).encode()
-        size = len(payload)
-        head = bytes([opcode, 0x80 | size]) if size < 126 else bytes([opcode, 0xFE]) + size.to_bytes(2, "big")
-        self.socket.sendall(head + bytes(4) + payload)
-
-    def invoke(self, function_id: str, data: Any) -> None:
-        """Send a call."""
-        invocation_id = str(uuid.uuid4())
-        self.send({"type": "invokefunction", "invocation_id": invocation_id, "function_id": function_id, "data": data})
-
-    def invoke_for_ever(self, function_id: str, data: Any) -> None:
-        """Send calls until nobody takes them."""
-        while True:
-            self.invoke(function_id, data)
 
 
 @pytest.fixture
@@ -161,7 +127,7 @@ def test_a_flood_of_garbage_is_closed_with_the_reason(connect: OpenRaw) -> None:
         for _ in range(5_000):
             flooding.send("garbage")
 
-    assert flooding.closed_with() == (1008, "more than 1000 messages that are none")
+    assert flooding.closed_with() == (1008, "more than 1000 malformed or refused messages")
     assert other.call("state::list_groups", {}) == {"groups": []}
 
 

@@ -19,7 +19,7 @@ from scopestate.errors import (
     CallTimeout,
     ConfigError,
     ConnectionLost,
-    DeserializationError,
+    MessageTooLarge,
     NotConnected,
     Overloaded,
     RemoteFailure,
@@ -345,7 +345,7 @@ async def test_big_values_pass_and_too_big_ones_are_refused_before_they_are_sent
         assert await asked == big
 
     async with played_server() as server, Client(server.url, quick(max_message_bytes=10_000)) as client:
-        with pytest.raises(DeserializationError, match="takes 10002 bytes"):
+        with pytest.raises(MessageTooLarge, match="takes 10002 bytes"):
             await client.call_raw("f", b'"%s"' % (b"x" * 10_000))
 
 

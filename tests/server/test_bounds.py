@@ -1,0 +1,412 @@
+"""What one connection can make the server hold, say or do is bounded: in number, in bytes, in log lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+from raw import PATIENCE_S, Deaf, RawWorker, masked
+from serving import OpenRaw, OpenServer
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from scopestate import Engine, channels
+from scopestate.errors import RemoteFailure
+from scopestate.server import Server
+from scopestate.wire import session
+
+MEBIBYTE = 1024 * 1024
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    """Wait for a condition of the server."""
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end, "it never became true"
+        time.sleep(0.005)
+
+
+def only_worker(server: Server) -> Any:
+    (worker,) = server._hub.workers.values()  # type: ignore[union-attr]  # it serves
+    return worker
+
+
+# -------------------------------------------------------------------------------------------------- answers, in bytes
+
+
+def test_pipelined_reads_do_not_gather_more_than_one_connection_may_hold(server: Server, engine: Engine) -> None:
+    engine.set("s", "k", "x" * MEBIBYTE)
+    deaf = Deaf(server)
+    deaf.send(b" " * 200_000)  # the read buffer grows, so that one read brings all that follows
+    wait_until(lambda: server._connections.all()[0]._transport is not None)
+    before = psutil.Process().memory_info().rss
+    call = {"type": "invokefunction", "function_id": "state::get", "data": {"scope": "s", "key": "k"}}
+
+    deaf.socket.sendall(b"".join(masked({**call, "invocation_id": str(uuid.uuid4())}) for _ in range(256)))
+    (connection,) = server._connections.all()
+    wait_until(lambda: connection._full)
+
+    assert connection._socket.get_write_buffer_size() < 8 * MEBIBYTE
+    assert connection._gathered_bytes == 0
+    assert psutil.Process().memory_info().rss - before < 64 * MEBIBYTE
+    deaf.socket.close()
+
+
+def test_failing_calls_are_held_back_like_others(server: Server) -> None:
+    deaf = Deaf(server)
+    deaf.send(b" " * 200_000)
+    name = "f" * 20_000  # an error names the function twice
+    call = {"type": "invokefunction", "function_id": name, "data": {}}
+
+    for _ in range(8):
+        deaf.socket.sendall(b"".join(masked({**call, "invocation_id": str(uuid.uuid4())}) for _ in range(64)))
+    (connection,) = server._connections.all()
+    wait_until(lambda: connection._full)
+
+    assert connection._socket.get_write_buffer_size() < 2 * MEBIBYTE
+    deaf.socket.close()
+
+
+def test_an_answer_that_no_message_can_hold_fails_its_call_alone(open_server: OpenServer, connect: OpenRaw) -> None:
+    server = open_server(max_message_bytes=100_000)
+    worker = connect(server)
+    worker.register("mine")
+    for number in range(3):
+        worker.call("state::set", {"scope": "s", "key": str(number), "value": "x" * 40_000})
+
+    error = worker.ask("state::list", {"scope": "s"})["error"]
+
+    assert error["code"] == "MESSAGE_TOO_LARGE"
+    assert "its answer takes 120010 bytes and a message to this worker may have 100000" in error["message"]
+    assert len(worker.call("state::get", {"scope": "s", "key": "1"})) == 40_000
+    update = {"scope": "s", "key": "1", "ops": [{"type": "append", "path": "", "value": "x" * 40_000}]}
+    error = worker.ask("state::update", update)["error"]
+    assert "the call was carried out" in error["message"]
+    assert len(server.engine.get("s", "1")) == 80_000
+    with pytest.raises(RemoteFailure, match="mine"):  # it is still there: this is its own error
+        fail_mine(server, worker)
+    assert only_worker(server).session.waiting == 0
+
+
+def fail_mine(server: Server, worker: RawWorker) -> None:
+    """Have the engine call the worker's function, which answers with an error of its own."""
+
+    def answer() -> None:
+        worker.answer(worker.take("mine"), error={"code": "MINE", "message": "mine"})
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        server.engine.call("mine", {})
+    finally:
+        thread.join(PATIENCE_S)
+
+
+def test_an_answer_of_exactly_the_limit_is_sent(open_server: OpenServer, connect: OpenRaw) -> None:
+    server = open_server(max_message_bytes=100_000)
+    server.engine.set("s", "k", "")
+    worker = connect(server)
+    frame = len(json.dumps(worker.ask("state::get", {"scope": "s", "key": "k"}), separators=(",", ":")))
+    traced = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    longer = len(json.dumps(worker.ask("state::get", {"scope": "s", "key": "k"}, **traced), separators=(",", ":")))
+
+    for extra, overhead in (({}, frame), (traced, longer)):
+        server.engine.set("s", "k", "x" * (100_000 - overhead))
+        assert "error" not in worker.ask("state::get", {"scope": "s", "key": "k"}, **extra)
+        server.engine.set("s", "k", "x" * (100_001 - overhead))
+        assert worker.ask("state::get", {"scope": "s", "key": "k"}, **extra)["error"]["code"] == "MESSAGE_TOO_LARGE"
+
+
+def test_a_long_error_is_cut_instead_of_costing_the_connection(open_server: OpenServer, connect: OpenRaw) -> None:
+    server = open_server(max_message_bytes=100_000)
+    worker = connect(server)
+    invocation_id = worker.invoke("f" * 80_000, {})
+
+    answer = worker.receive()
+
+    assert answer["invocation_id"] == invocation_id
+    assert answer["error"]["code"] == "function_not_found"
+    assert len(json.dumps(answer)) < 2_000
+
+
+def test_a_worker_is_sent_no_more_than_it_said_it_takes(server: Server, connect: OpenRaw, engine: Engine) -> None:
+    engine.set("s", "k", "x" * 60_000)
+    small = connect(additional_headers={"Scopestate-Max-Message-Bytes": "50000"})
+    other = connect()
+    odd = connect(additional_headers={"Scopestate-Max-Message-Bytes": "a lot"})
+
+    assert small.ask("state::get", {"scope": "s", "key": "k"})["error"]["code"] == "MESSAGE_TOO_LARGE"
+    for worker in (other, odd):
+        assert len(worker.call("state::get", {"scope": "s", "key": "k"})) == 60_000
+        assert worker.socket.response.headers["Scopestate-Max-Message-Bytes"] == str(64 * MEBIBYTE)  # type: ignore[union-attr]
+
+
+def test_a_call_or_an_event_too_large_for_a_worker_fails_alone(connect: OpenRaw) -> None:
+    failures: list[Any] = []
+    with Engine(on_error=failures.append) as engine, Server(engine, port=0) as server:
+        small = connect(server, additional_headers={"Scopestate-Max-Message-Bytes": "50000"})
+        caller = connect(server)
+        small.register("small.f")
+        small.trigger("small.f", {"scope": "s"})
+
+        error = caller.ask("small.f", "x" * 60_000)["error"]
+        engine.set("s", "k", "x" * 60_000)
+        engine.drain(timeout=PATIENCE_S)
+        engine.set("s", "k2", 2)
+
+        assert error["code"] == "MESSAGE_TOO_LARGE"
+        assert small.take("small.f")["data"]["key"] == "k2"
+        assert [failure.error.code for failure in failures] == ["MESSAGE_TOO_LARGE"]
+        assert caller.call("state::list_groups", {}) == {"groups": ["s"]}
+
+
+# ------------------------------------------------------------------------------------------------ calls, and their ends
+
+
+def test_void_calls_count_for_max_calls(open_server: OpenServer, connect: OpenRaw) -> None:
+    server = open_server(max_calls=5)
+    slow, caller = connect(server), connect(server)
+    slow.register("slow.f")
+
+    for _ in range(8):
+        caller.invoke("slow.f", {}, action={"type": "void"})
+    caller.settle()
+    executing = [slow.take("slow.f") for _ in range(5)]
+    slow.settle()  # there is no sixth
+    assert caller.ask("state::list_groups", {})["error"]["code"] == "OVERLOADED"
+    for call in executing:
+        slow.answer(call)
+    slow.settle()
+
+    assert caller.call("state::list_groups", {}) == {"groups": []}
+    sessions = [worker.session for worker in server._hub.workers.values()]  # type: ignore[union-attr]
+    assert [(one.waiting, len(one.executing)) for one in sessions] == [(0, 0)] * 2
+
+
+def test_every_call_gives_its_place_back(open_server: OpenServer, connect: OpenRaw) -> None:
+    server = open_server(max_calls=3, call_timeout_ms=100)
+    caller, other = connect(server), connect(server)
+    other.register("other.f")
+    server.engine.register_function("program.fails", lambda payload: 1 / 0)
+    server.engine.register_function("program.works", lambda payload: 1)
+    place = {"scope": "s", "key": "k"}
+
+    for _ in range(10):
+        caller.ask("state::get", place)
+        caller.ask("state::set", {**place, "value": 1})
+        caller.ask("state::get", {})  # does not fit
+        caller.ask("no such function", {})
+        caller.ask("program.fails", {})
+        caller.ask("program.works", {})
+        caller.ask("engine::workers::list", {})
+        caller.invoke("state::get", place, action={"type": "void"})
+        caller.invoke("no such function", place, action={"type": "void"})
+        caller.invoke("program.fails", place, action={"type": "void"})
+        caller.ask("state::get", place, action={"type": "enqueue", "queue": "q"})
+    caller.ask("other.f", {})  # times out
+    caller.invoke("other.f", {})
+    for _ in range(2):
+        call = other.take("other.f")
+    other.answer(call, result=1)
+    assert caller.receive().get("result") == 1
+
+    assert server.status().calls >= 100
+    for worker in server._hub.workers.values():  # type: ignore[union-attr]
+        wait_until(lambda worker=worker: worker.session.waiting == 0)
+        assert not worker.session.executing
+        assert not worker.issued
+    assert not server._hub._deadlines  # type: ignore[union-attr]
+
+
+def test_a_worker_that_leaves_leaves_no_entry(server: Server, connect: OpenRaw, engine: Engine) -> None:
+    leaving, staying = connect(), connect()
+    leaving.register("f")
+    leaving.trigger("f", {"scope": "s"})
+    leaving.send({"type": "registertriggertype", "id": "mine", "description": "d"})
+    leaving.call("engine::channels::create", {})
+    staying.invoke("f", {})
+    leaving.take("f")
+
+    leaving.cut()
+    assert staying.receive()["error"]["code"] == "invocation_stopped"
+    wait_until(lambda: server.status().workers == 1)
+
+    hub: Any = server._hub
+    assert not hub.triggers.all()
+    assert not hub.triggers.types
+    assert not hub.triggers._handlers
+    assert not hub._deadlines
+    assert len(hub.channels) == 0
+    assert not hub.channels._of_owner
+    (worker,) = hub.workers.values()
+    assert (worker.session.waiting, worker.issued) == (0, {})
+
+
+def test_long_function_ids_are_not_kept(server: Server, connect: OpenRaw) -> None:
+    worker = connect()
+    session._call_heads.clear()
+    session._answer_heads.clear()
+
+    for number in range(20):
+        worker.ask(f"{number}" + "x" * MEBIBYTE, {})
+        worker.ask(f"short {number}", {})
+    for number in range(2 * session._MOST_HEADS):
+        session.WorkerSession("w").execute(f"f{number}", session.NULL, print)
+
+    assert sum(map(len, session._answer_heads)) < 10_000
+    assert len(session._call_heads) <= session._MOST_HEADS
+
+
+# -------------------------------------------------------------------------------------------------------- log lines
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("scopestate")]
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"type": "registerfunction", "id": "x" * 60_000},
+        {"type": "registerfunction", "id": "x" * 60_000, "invocation": {"url": "http://x"}},
+        {"type": "registertrigger", "id": "x" * 300, "trigger_type": "y" * 300, "function_id": "f", "config": {}},
+        {"type": "registertriggertype", "id": "state", "description": "x" * 60_000},
+        {"type": "x" * 60_000},
+    ],
+)
+def test_refused_registrations_fill_no_log_and_end_the_connection(
+    open_server: OpenServer, connect: OpenRaw, caplog: pytest.LogCaptureFixture, refused: dict[str, Any]
+) -> None:
+    tokens = ["admin", {"token": "guest", "functions": [], "registers": [], "read": [], "write": []}]
+    server = open_server(auth={"tokens": tokens})
+    guest = connect(server, additional_headers={"Authorization": "Bearer guest"})
+
+    with contextlib.suppress(ConnectionClosed):
+        for _ in range(1_500):
+            guest.send(refused)
+
+    assert guest.closed_with() == (1008, "more than 1000 malformed or refused messages")
+    lines = lines_of(caplog)
+    assert 0 < len(lines) < 20
+    assert sum(map(len, lines)) < 20_000
+
+
+def test_connections_without_a_token_fill_no_log(open_server: OpenServer, caplog: pytest.LogCaptureFixture) -> None:
+    server = open_server(auth={"tokens": ["admin"]})
+    for _ in range(50):
+        stranger = RawWorker(server.url, greeted=False)
+        assert stranger.closed_with()[0] == 1008
+        stranger.close()
+    assert 0 < len(lines_of(caplog)) < 20
+
+
+def test_workers_that_come_register_and_leave_are_logged(
+    server: Server, connect: OpenRaw, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, "scopestate"):
+        worker = connect()
+        worker.register("f")
+        worker.trigger("f", {"scope": "s"}, id="t1")
+        worker.cut()
+        wait_until(lambda: server.status().workers == 0)
+
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert ("INFO", f"worker {worker.worker_id} connected from 127.0.0.1") in said
+    assert ("DEBUG", f"worker {worker.worker_id} registered function 'f'") in said
+    assert ("DEBUG", f"worker {worker.worker_id} registered trigger 't1' of type 'state'") in said
+    assert ("INFO", f"worker {worker.worker_id} left; it had 1 functions and 0 calls in progress") in said
+
+
+# --------------------------------------------------------------------------------------------------------- channels
+
+
+def end_of(server: Server, ref: dict[str, str]) -> RawWorker:
+    path = f"/ws/channels/{ref['channel_id']}?key={ref['access_key']}&dir={ref['direction']}"
+    return RawWorker(server.url, path=path, greeted=False)
+
+
+def test_a_thousand_channels_are_as_quick_to_make_as_a_few(server: Server, connect: OpenRaw) -> None:
+    workers = [connect() for _ in range(8)]
+    took = []
+    for worker in workers:  # each may have 1,000; the eighth begins with 7,000 in the server's table
+        before = time.thread_time(), time.monotonic()
+        for _ in range(1_000):
+            worker.call("engine::channels::create", {})
+        took.append(time.monotonic() - before[1])
+        assert worker.ask("engine::channels::create", {})["error"]["code"] == "OVERLOADED"
+    assert min(took[4:]) < 5 * min(took[:4])
+    assert len(server._channels) == 8_000  # type: ignore[arg-type]  # it serves
+
+
+def test_the_server_has_a_bound_on_channels(server: Server, connect: OpenRaw, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "MAX_CHANNELS", 3)
+    one, two = connect(), connect()
+    for worker in (one, one, two):
+        worker.call("engine::channels::create", {})
+    assert two.ask("engine::channels::create", {})["error"]["code"] == "OVERLOADED"
+    one.cut()
+    wait_until(lambda: len(server._channels) == 1)  # type: ignore[arg-type]
+    two.call("engine::channels::create", {})
+
+
+def test_the_channels_of_one_worker_share_a_bound_in_bytes(
+    server: Server, connect: OpenRaw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "OWNER_BYTES", MEBIBYTE)
+    owner = connect()
+    refs = [owner.call("engine::channels::create", {"buffer_size": 1_000}) for _ in range(4)]
+    writers = [end_of(server, ref["writer"]) for ref in refs]
+    for writer in writers:
+        writer.send(b"x" * 400_000)
+    wait_until(lambda: server._channels._bytes == {owner.worker_id: 1_600_000})  # type: ignore[union-attr]
+    more = threading_send(writers[0], b"y" * 400_000, 40)  # held back: it ends when the reader has come
+
+    reader = end_of(server, refs[0]["reader"])
+    assert reader.socket.recv(timeout=PATIENCE_S) == b"x" * 400_000
+    for _ in range(40):
+        assert reader.socket.recv(timeout=PATIENCE_S) == b"y" * 400_000
+    more.join(PATIENCE_S)
+    assert server._channels._bytes == {owner.worker_id: 1_200_000}  # type: ignore[union-attr]
+    for end in (*writers, reader):
+        end.close()
+    owner.cut()
+
+
+def threading_send(end: RawWorker, message: bytes, count: int) -> threading.Thread:
+    """Send from another thread: sending waits as soon as the server reads no more."""
+
+    def send() -> None:
+        for _ in range(count):
+            end.send(message)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_a_channel_that_is_idle_or_incomplete_ends(
+    server: Server, connect: OpenRaw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "TTL_S", 0.1)
+    monkeypatch.setattr(channels, "IDLE_S", 0.2)
+    worker = connect()
+    half = end_of(server, worker.call("engine::channels::create", {})["reader"])
+    assert half.closed_with() == (1012, "its other end never came")
+    refs = worker.call("engine::channels::create", {})
+    writer, reader = end_of(server, refs["writer"]), end_of(server, refs["reader"])
+    writer.send("hello")
+    assert reader.socket.recv(timeout=PATIENCE_S) == "hello"
+    assert reader.closed_with() == (1012, "nothing went through it for 0.2 s")
+    assert writer.closed_with()[0] == 1012
+    assert len(server._channels) == 0  # type: ignore[arg-type]
+    with pytest.raises(InvalidStatus, match="404"):
+        end_of(server, refs["reader"])
+    for end in (half, writer, reader):
+        end.close()
