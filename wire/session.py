@@ -291,9 +291,8 @@ class WorkerSession:
             head = _answer_heads.get(call.function_id) or _head(_answer_heads, "invocationresult", call.function_id)
             if result is None:
                 return b'%b%b"}' % (head, invocation_id.encode())
-            if len(result) + len(head) + 100 > self._max_bytes:
-                return self._too_large(call, len(result))
-            return b"".join((head, invocation_id.encode(), b'","result":', result, b"}"))
+            message = b"".join((head, invocation_id.encode(), b'","result":', result, b"}"))
+            return message if len(message) <= self._max_bytes else self._too_large(call, len(message))
         return self._fitting(
             call,
             InvocationResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -18,9 +19,11 @@ from serving import OpenRaw, OpenServer
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine, channels
-from scopestate.errors import RemoteFailure
+from scopestate.errors import MessageTooLarge, RemoteFailure
 from scopestate.server import Server
 from scopestate.wire import session
+from scopestate.wire.client import Client
+from scopestate.wire.options import ClientOptions
 
 MEBIBYTE = 1024 * 1024
 
@@ -63,12 +66,13 @@ def test_failing_calls_are_held_back_like_others(server: Server) -> None:
     deaf = Deaf(server)
     deaf.send(b" " * 200_000)
     name = "f" * 20_000  # an error names the function twice
-    call = {"type": "invokefunction", "function_id": name, "data": {}}
 
-    for _ in range(8):
-        deaf.socket.sendall(b"".join(masked({**call, "invocation_id": str(uuid.uuid4())}) for _ in range(64)))
+    deaf.socket.settimeout(0.5)
+    with pytest.raises(TimeoutError):  # nothing more is read from it
+        deaf.invoke_for_ever(name, {})
     (connection,) = server._connections.all()
-    wait_until(lambda: connection._full)
+
+    assert connection._full
 
     assert connection._socket.get_write_buffer_size() < 2 * MEBIBYTE
     deaf.socket.close()
@@ -84,7 +88,8 @@ def test_an_answer_that_no_message_can_hold_fails_its_call_alone(open_server: Op
     error = worker.ask("state::list", {"scope": "s"})["error"]
 
     assert error["code"] == "MESSAGE_TOO_LARGE"
-    assert "its answer takes 120010 bytes and a message to this worker may have 100000" in error["message"]
+    assert "the call was carried out, but its answer takes 1201" in error["message"]
+    assert "a message to this worker may have 100000: read less at once" in error["message"]
     assert len(worker.call("state::get", {"scope": "s", "key": "1"})) == 40_000
     update = {"scope": "s", "key": "1", "ops": [{"type": "append", "path": "", "value": "x" * 40_000}]}
     error = worker.ask("state::update", update)["error"]
@@ -167,6 +172,52 @@ def test_a_call_or_an_event_too_large_for_a_worker_fails_alone(connect: OpenRaw)
         assert caller.call("state::list_groups", {}) == {"groups": ["s"]}
 
 
+@pytest.mark.asyncio
+async def test_a_function_of_a_client_that_returns_too_much_fails_that_call_alone(open_server: OpenServer) -> None:
+    server = open_server(max_message_bytes=100_000)
+    async with Client(server.url) as client, Client(server.url) as caller:
+
+        async def big(data: bytes) -> bytes:
+            return b'"%b"' % (b"x" * 100_000)
+
+        async def small(data: bytes) -> bytes:
+            return b'"small"'
+
+        client.register_function("big", big)
+        client.register_function("small", small)
+        await client.call("state::list_groups", {})
+
+        with pytest.raises(RemoteFailure, match="was carried out, but its answer takes 100") as caught:
+            await caller.call("big", {})
+        assert caught.value.code == "MESSAGE_TOO_LARGE"
+        assert await caller.call("small", {}) == "small"
+        assert client.connections == 1
+
+
+@pytest.mark.asyncio
+async def test_a_client_sends_no_more_than_its_server_takes(open_server: OpenServer) -> None:
+    server = open_server(max_message_bytes=100_000)
+    async with Client(server.url) as client:
+        early = asyncio.ensure_future(client.call("state::set", {"scope": "s", "key": "k", "value": "x" * 100_000}))
+        with pytest.raises(MessageTooLarge, match="nothing was sent"):  # made before the server's limit was known
+            await early
+        with pytest.raises(MessageTooLarge, match="may have 100000; nothing was sent"):
+            await client.call("state::set", {"scope": "s", "key": "k", "value": "x" * 100_000})
+        await client.call("state::set", {"scope": "s", "key": "k", "value": "x" * 90_000})
+        assert client.connections == 1
+        assert len(client._calls or ()) == 0
+
+
+@pytest.mark.asyncio
+async def test_a_server_sends_no_more_than_a_client_takes(server: Server, engine: Engine) -> None:
+    engine.set("s", "k", "x" * 60_000)
+    async with Client(server.url, ClientOptions(max_message_bytes=50_000)) as client:
+        with pytest.raises(RemoteFailure, match="may have 50000"):
+            await client.call("state::get", {"scope": "s", "key": "k"})
+        assert await client.call("state::list_groups", {}) == {"groups": ["s"]}
+        assert client.connections == 1
+
+
 # ------------------------------------------------------------------------------------------------ calls, and their ends
 
 
@@ -240,7 +291,8 @@ def test_a_worker_that_leaves_leaves_no_entry(server: Server, connect: OpenRaw, 
 
     hub: Any = server._hub
     assert not hub.triggers.all()
-    assert not hub.triggers.types
+    assert hub.triggers.types() == []
+    assert len(hub.offered) == 0
     assert not hub.triggers._handlers
     assert not hub._deadlines
     assert len(hub.channels) == 0
