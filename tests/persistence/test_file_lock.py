@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forking import beside_threads
 
 from scopestate.errors import StorageError, StoreLocked, StoreUnusable
 from scopestate.persistence import FileAdapter, ScopeChange
@@ -199,7 +200,8 @@ def in_forked_child(action: Callable[[], object]) -> list[str]:
             sender.send([str(error)])
 
     child = context.Process(target=run)
-    child.start()
+    with beside_threads():
+        child.start()
     assert receiver.poll(30)
     result: list[str] = receiver.recv()
     child.join(30)
@@ -257,7 +259,8 @@ def test_a_forked_child_never_closes_the_parents_connections(open_file: Open, di
     adapter.save([ScopeChange("s", 1, {"k": b"1"}, {"k": 1})])
     adapter.load("s")
     told, tell = os.pipe()
-    child = os.fork()
+    with beside_threads():
+        child = os.fork()
     if child == 0:
         os.close(tell)
         os.read(told, 1)

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 
+from forking import beside_threads
 from opening import INCREMENT, open_at
 
 from scopestate.errors import ScopestateError
@@ -37,7 +38,8 @@ def main() -> None:
         thread.start()
     statuses = []
     for number in range(6):
-        pid = os.fork()
+        with beside_threads():
+            pid = os.fork()
         if pid == 0:
             signal.alarm(20)  # a hang ends the child, and shows
             answers = []

