@@ -32,7 +32,7 @@ class Slice(msgspec.Struct, frozen=True):
 
 
 class Housekeeper(TurnActor):
-    """Passivates idle scopes (DESIGN, section 2).
+    """Passivates idle scopes (docs/design/0003-turns.md).
 
     Every half of `passivate_after_s` it looks at each scope in memory: one that was touched since the last look is
     marked, one that was not is asked to leave. So a scope leaves between half of that time and all of it after the last

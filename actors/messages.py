@@ -74,7 +74,7 @@ FUNCTION_IDS: Final[dict[str, type[Message]]] = {
 def from_payload(function_id: str, payload: object) -> Message:
     """Read the input of a built-in function. Fields beyond the known ones are ignored.
 
-    Raises DeserializationError, worded as upstream's, if a field is missing or has the wrong type; nothing has
+    Raises DeserializationError, worded as in iii-state, if a field is missing or has the wrong type; nothing has
     happened then. `function_id` must be one of FUNCTION_IDS.
     """
     try:

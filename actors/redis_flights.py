@@ -248,7 +248,7 @@ class RedisFlights:
         turn = call.turn
         kind, key = type(turn), turn.key
         if type(found) is int and found == SKIPPED:
-            self.lanes[key].calls.append(call)  # behind the update that failed
+            self._lane(key, 0.0, keep=True).calls.append(call)  # behind the update that failed
         elif kind is Put:
             # A value that is not JSON reads as null here, and is gone: docs/semantics.md, section 7.
             old = None if found is None else self._seen.valid(key, found, otherwise=b"null")
@@ -273,8 +273,7 @@ class RedisFlights:
     def _finish_update(self, call: Call, found: Any) -> None:
         key = call.turn.key
         if call.after is None:
-            lane = self.lanes[key]
-            lane.due = 0.0
+            lane = self._lane(key, 0.0)
             try:
                 lane.known = self._seen.look(key, found)
                 lane.calls.appendleft(call)
@@ -299,11 +298,20 @@ class RedisFlights:
         self._rivalries[key] = (0.0, now + _RIVALRY_S)
         longest_s = min(_PAUSE_S[0] * 2.0 ** min(call.tries - 1, 32), _PAUSE_S[1])
         # Later calls on this key were skipped, and follow into the same lane.
-        lane = self.lanes[key] = Lane(due=now + random.uniform(0, longest_s))
+        lane = self._lane(key, now + random.uniform(0, longest_s))
         if call.tries < self._store.update_attempts:
-            lane.calls.append(call)
+            lane.calls.appendleft(call)
         else:
             call.fail(contended(self._scope, key, call.tries))
+
+    def _lane(self, key: str, due: float, *, keep: bool = False) -> Lane:
+        """Return the lane of a key, due then; what waits in it stays."""
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes[key] = Lane(due)
+        elif not keep:
+            lane.due = due
+        return lane
 
     def _rest(self, key: str) -> None:
         """After an update of a key that others update too: let them, from time to time."""

@@ -76,7 +76,10 @@ class RedisScopeActor(ScopeElsewhere):
                 self.wake_anyway()  # the alarm ends with the engine
             return None
         if isinstance(message, Housekeeping):
-            return super().run(message, otherwise)
+            answer = super().run(message, otherwise)
+            if self._lanes:
+                self.wake_anyway()  # whoever came because a lane was due has been turned away meanwhile
+            return answer
         if otherwise is not WAIT:
             return otherwise  # it would have to wait for Redis
         if self._lanes or self._mailbox:
@@ -108,7 +111,7 @@ class RedisScopeActor(ScopeElsewhere):
         if self._passivated:
             return self._around.directory[self.scope].run(message)
         call = self._admitted(message, None, event_depth.get())
-        if self._lanes:  # since `run` has looked
+        if self._lanes or self._mailbox:  # since `run` has looked
             call.reply = reply = self._dispatcher.reply()
             self._mailbox += (call,)
             return _Parked(reply)
@@ -185,7 +188,8 @@ class RedisScopeActor(ScopeElsewhere):
         if claim.get(HOLDER) == me:
             self._own = None
             if flight is not None and not flight.told and (flight.reply is not None or flight.error is not None):
-                self._mailbox += (flight,)
+                # In front: what waits may wait for what it says. Only who holds the claim takes from there.
+                self._mailbox[:0] = (flight,)
             else:
                 self._flights.end_looks()
         super()._recover()
@@ -254,17 +258,21 @@ class RedisScopeActor(ScopeElsewhere):
         if claim.setdefault(HOLDER, me) != me:
             return
         try:
-            calls = [call for lane in self._lanes.values() for call in lane.calls]
-            self._lanes.clear()
             mailbox = self._mailbox
             waiting = mailbox[:]
             del mailbox[: len(waiting)]
-            calls += [call for call in (self._call_of(item, outcomes) for item in waiting) if call is not None]
+            calls = [call for call in (self._call_of(item, outcomes) for item in waiting) if call is not None]
+            # Behind the mailbox: a flight in it that has landed puts its calls into lanes.
+            calls = [*(call for lane in self._lanes.values() for call in lane.calls), *calls]
+            self._lanes.clear()
             self._flights.give_up(calls, error)
             tell(calls, outcomes)
         finally:
             del claim[HOLDER]
-            self.wake()
+            if self._lanes:
+                self.wake_anyway()
+            else:
+                self.wake()
 
     def _next_flight(self, outcomes: list[Any]) -> Flight | None:
         """Take from the lanes that are due, and from the mailbox, what goes together, and make its command."""
@@ -391,10 +399,13 @@ class RedisScopeActor(ScopeElsewhere):
         if self._shut:
             self._flights.end_pauses()
         due = min(lane.due for lane in self._lanes.values())
+        if due == NEVER:
+            self._flights.end_looks()  # nothing is on its way, so nobody else would
+            due = 0.0
         now = time.monotonic()
         if due <= now:
             self.wake_anyway()
-        elif due != NEVER and not now < self._alarm <= due:
+        elif not now < self._alarm <= due:
             self._alarm = due
             self._dispatcher.call_later(due - now, self.wake_anyway)
 

@@ -51,7 +51,7 @@ class Envelope:
 class Reply(pykka.Future[T]):
     """A Pykka future for threads to wait on; every method may be called from any thread.
 
-    Unlike Pykka's own, awaiting one suspends the task instead of blocking the event loop (DESIGN, section 2).
+    Unlike Pykka's own, awaiting one suspends the task instead of blocking the event loop (docs/design/0003-turns.md).
     """
 
     loop_reply = None

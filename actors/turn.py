@@ -73,7 +73,7 @@ class TurnActor(pykka.Actor):
     """A Pykka actor whose turns run on the thread that claims it: one turn at a time, and no thread of its own.
 
     The thread that puts its id into the claim first runs the turn. Every other one leaves a message in the mailbox and
-    goes on, or waits for the reply. No lock is held while a turn runs (DESIGN, section 2; docs/design/0003-turns.md).
+    goes on, or waits for the reply. No lock is held while a turn runs (docs/design/0003-turns.md).
 
     Thread rules: every public method may be called from any thread; `on_receive` runs with the actor claimed.
     A turn that is cut short from outside (KeyboardInterrupt, a signal handler that raises) gives the claim back, and
@@ -291,7 +291,7 @@ class TurnActor(pykka.Actor):
         """Make an actor and return its ref; the arguments are those of the class.
 
         It is not entered into `pykka.ActorRegistry`, a list with O(n) removal: the host program's
-        `ActorRegistry.stop_all()` must not stop an engine (DESIGN, section 2).
+        `ActorRegistry.stop_all()` must not stop an engine (docs/functions-and-messages.md).
         """
         actor = cls(*args, **kwargs)
         actor._start_actor_loop()

@@ -1,7 +1,7 @@
 """What one scalar means: `${VAR:default}` expansion, then its type. Pure, but for reading the environment.
 
 Expansion happens after parsing, one scalar at a time, so a variable may change the type of a scalar but never the
-structure of the file (docs/semantics.md 5 and 8.39: upstream expands the raw text).
+structure of the file (docs/semantics.md 5 and 8.39: iii-state expands the raw text).
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _lookup(name: str, default: str | None) -> str:
             )
         return default
     if not is_utf8(value):
-        # Refused: upstream's way, which takes the default as if nothing were set; a mistake would go unseen.
+        # Refused: the way of iii-state, which takes the default as if nothing were set; a mistake would go unseen.
         raise VariableError(name, f"environment variable {name!r} is not valid UTF-8")
     return value
 

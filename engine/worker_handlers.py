@@ -1,7 +1,8 @@
 """Deliveries to workers: on the server's event loop, without a thread in between.
 
 A handler in this process may block, so its deliveries run on worker threads. One in a worker only has a message sent to
-it: two hand-offs between threads would take five times as long as the delivery itself (docs/design/0021-deliveries.md).
+it: two hand-offs between threads would take five times as long as the delivery itself
+(docs/design/0021-deliveries-to-workers.md).
 """
 
 from __future__ import annotations

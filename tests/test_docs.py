@@ -23,6 +23,23 @@ from scopestate.config import LimitsConfig
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("tests/**/*.md"))]
+SOURCES = sorted(
+    file
+    for folder in (
+        "actors",
+        "benchmarks",
+        "config",
+        "docs",
+        "engine",
+        "examples",
+        "ops",
+        "persistence",
+        "tests",
+        "wire",
+    )
+    for file in (ROOT / folder).rglob("*")
+    if file.suffix in {".md", ".py", ".yaml"}
+)
 BLOCK = re.compile(r"^```(?P<language>\w+)(?: (?P<file>\S+))?\n(?P<source>.*?)^```$", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"\s*^```text output\n(?P<printed>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -154,6 +171,42 @@ def test_the_index_lists_every_page_of_the_folder() -> None:
     assert {page.name for page in folder.glob("*.md")} - {"index.md"} == {
         name for name in listed if "/" not in name
     } - {"design"}
+
+
+CITED = re.compile(
+    r"docs/(?P<page>semantics|protocol)\.md"
+    r"(?P<sections>,? (?:sections? )?\d+(?:\.\d+)?(?:(?:,| and| to) \d+(?:\.\d+)?)*)"
+    r"(?P<points>,? points? \d+(?:(?:,| and| to) \d+)*)?"
+)
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def _numbered(page: str) -> set[str]:
+    """Return the numbers of the sections and subsections, and of the points of each section's list: `8.17`."""
+    numbers = set()
+    section = ""
+    for line in _text(page).splitlines():
+        if heading := re.match(r"#+ (\d+)(\.\d+)?\.? ", line):
+            section = heading[1]
+            numbers.add(section + (heading[2] or ""))
+        elif point := re.match(r"(\d+)\. ", line):
+            numbers.add(f"{section}.{point[1]}")
+    return numbers
+
+
+def test_cited_sections_of_semantics_and_protocol_exist() -> None:
+    numbers = {page: _numbered(f"docs/{page}.md") for page in ("semantics", "protocol")}
+    citations = set()
+    for file in SOURCES:
+        # A citation may go on behind a line break, and behind the mark of a comment.
+        for match in CITED.finditer(re.sub(r"\s+(?:# )?", " ", file.read_text(encoding="utf-8"))):
+            cited = NUMBER.findall(match["sections"])
+            points = NUMBER.findall(match["points"] or "")
+            cited += [f"{cited[-1]}.{point}" for point in points]
+            citations.update((file.relative_to(ROOT), match["page"], number) for number in cited)
+
+    assert len(citations) >= 50
+    assert {citation for citation in citations if citation[2] not in numbers[citation[1]]} == set()
 
 
 def test_reading_the_source_names_files_and_functions_that_exist() -> None:

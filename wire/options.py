@@ -13,7 +13,7 @@ from scopestate.paths import expand_home
 
 DEFAULT_URL = "ws://localhost:49134"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""Largest message either way, as upstream has it (docs/protocol.md, section 1)."""
+"""Largest message either way, as in iii 0.11.6 (docs/protocol.md, section 1)."""
 
 
 LIMIT_HEADER = "Scopestate-Max-Message-Bytes"

@@ -36,6 +36,8 @@ def explain(
     if word == "ERR":
         # Redis 6 puts the word of a command that failed within a script further back.
         word = next((known for known in _MEANINGS if f" {known} " in text), word)
+        if "ACL failure in script" in text:
+            word = "NOPERM"
     names = [repr(key if isinstance(key, str) else key.decode(errors="replace")) for key in keys]
     clause = f"; {nothing}" if nothing else ""
     if word in PASSING:

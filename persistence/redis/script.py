@@ -1,8 +1,8 @@
 """Reads and writes of one scope as one command of Redis.
 
-The pure Python ops compute every value; the script only compares and stores (DESIGN, section 6). It looks before it
-writes: whatever can fail (a key of another type, no memory, a read-only server) fails before the first change, so a
-flight is done whole or not at all.
+The pure Python ops compute every value; the script only compares and stores (docs/design/0030-redis.md). It looks
+before it writes: whatever can fail (a key of another type, no memory, a read-only server) fails before the first
+change, so a flight is done whole or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, Final
 #   p depth                   how many handlers deep what follows was caused; 0 until then; has no reply
 # Replies, one for each entry: the value that was there; for `n` and `c` DONE if it was as expected.
 # Once an `n` or `c` of a field has failed, later entries of that field are left undone and answered SKIPPED: they were
-# made behind it. Last, with shared events, the number of the newest event.
+# made behind it. Last, with shared events, the number of the newest event. An event that cannot be appended is not
+# counted: readers would take its number for an event that they have missed.
 SOURCE: Final = b"""
 local hash, stream, counter = KEYS[1], KEYS[2], KEYS[3]
 local i = stream and 3 or 1
@@ -34,7 +35,11 @@ local function store(field, old, new)
     if old then event[size + 1], event[size + 2], size = 'o', old, size + 2 end
     if new then event[size + 1], event[size + 2], size = 'v', new, size + 2 end
     if depth then event[size + 1], event[size + 2] = 'd', depth end
-    redis.call('XADD', stream, 'MAXLEN', '~', ARGV[1], '*', unpack(event))
+    local entry = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[1], '*', unpack(event))
+    if type(entry) == 'table' then
+      redis.call('DECR', counter)
+      return entry
+    end
   end
   if new then
     redis.call('HSET', hash, field, new)
@@ -50,14 +55,14 @@ while ARGV[i] do
     i = i + 2
   else
     local old = redis.call('HGET', hash, field)
-    local reply, size = old, 3
+    local reply, size, failure = old, 3, nil
     if failed and failed[field] then
       reply = 2
       if kind == 'c' then size = 4 elseif kind == 'g' or kind == 'd' then size = 2 end
     elseif kind == 's' then
-      store(field, old, value)
+      failure = store(field, old, value)
     elseif kind == 'd' then
-      store(field, old, nil)
+      failure = store(field, old, nil)
       size = 2
     elseif kind == 'g' then
       size = 2
@@ -65,13 +70,14 @@ while ARGV[i] do
       local fits = not old
       if kind == 'c' then fits, value, size = (old == value), ARGV[i + 3], 4 end
       if fits then
-        store(field, old, value)
+        failure = store(field, old, value)
         reply = 1
       else
         failed = failed or {}
         failed[field] = true
       end
     end
+    if failure then return failure end
     count = count + 1
     replies[count] = reply
     i = i + size

@@ -1,13 +1,14 @@
 """What makes saving and loading fast, as counts instead of seconds.
 
-Each statement gives the interpreter up and waits to get it back, up to 5 ms beside a CPU-bound thread (DESIGN 2).
+Each statement gives the interpreter up and waits to get it back, up to 5 ms beside a CPU-bound thread
+(docs/design/0006-durability.md).
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
@@ -62,12 +63,14 @@ def test_no_statement_scans_a_table(open_file: Open) -> None:
     adapter = open_file()
     adapter.close()
     connection = sqlite3.connect(adapter.path)
-    statements = {
-        rows._PAGE_FIRST: ("s", 1),
-        rows._PAGE_NEXT: ("s", 1, 2, 3),
-        rows._PLAIN_FIRST: ("s", 1),
-        rows._PLAIN_NEXT: ("s", 1, 2, 3),
-        rows._NAMES_NEXT: ("s", 1),
+    first = rows._parameters("s", None, 1)
+    following = rows._parameters("s", (2, 3), 1)
+    statements: dict[str, Any] = {
+        rows._PAGE_FIRST: first,
+        rows._PAGE_NEXT: following,
+        rows._PLAIN_FIRST: first,
+        rows._PLAIN_NEXT: following,
+        rows._NAMES_NEXT: {"after": "s", "limit": 1},
         rows._DELETE[4]: ("a",) * 8,
     }
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conformance import same
 from cutting import Cuts, Proxy
-from event_engines import COUNTER, STREAM, Engines, Seen, drain_chains, problems, set_patiently
+from event_engines import COUNTER, STREAM, Engines, Seen, config, drain_chains, problems, set_patiently
 from servers import SentinelSetup, Server, StartServer, wait_until
 
 from scopestate import DeliveryFailure, Engine
@@ -425,6 +425,49 @@ def test_what_somebody_else_put_into_the_stream_is_logged_and_passed_over(
     late = Seen(engines.open(valkey))
     reader.set("s", "k", 3)
     assert [event.sequence for event in late.wait_for_count(1)] == [3]
+
+
+def test_writes_whose_event_cannot_be_appended_are_refused_and_leave_no_gap(
+    redis_server: Server, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engines.open(redis_server)
+    seen = Seen(engine)
+    engine.set("s", "k", 1)
+    seen.wait_for_value(1)
+    redis_server.ask("RENAME", STREAM, "aside")
+    redis_server.ask("SET", STREAM, "this is no stream")
+    writes: list[Callable[[], object]] = [
+        lambda: engine.set("s", "k", 2),
+        lambda: engine.update("s", "k", [{"type": "increment", "path": "", "by": 1}]),
+        lambda: engine.delete("s", "k"),
+        lambda: engine.set("s", "new", 1),
+    ]
+    for write in writes:
+        with pytest.raises(StorageError, match=r"is not what scopestate keeps there; nothing was written"):
+            write()
+
+    assert redis_server.ask("GET", COUNTER) == "1"
+    assert redis_server.ask("HGETALL", "state:s") == {"k": "1"}
+
+    redis_server.ask("DEL", STREAM)
+    redis_server.ask("RENAME", "aside", STREAM)
+    engine.set("s", "k", 3)
+    seen.wait_for_value(3)
+
+    assert seen.numbers == [1, 2]
+    assert missed(engine) == 0
+    assert "trimmed" not in caplog.text
+
+
+def test_writes_of_a_user_who_may_not_append_events_are_not_counted(start_server: StartServer) -> None:
+    server = start_server(users={"app": ">secret ~* +@all -xadd"})
+    with Engine.from_config(config(server, redis_url=server.url_for(user="app", password="secret"))) as engine:
+        for _ in range(3):
+            with pytest.raises(StorageError, match="may not do that"):
+                engine.set("s", "k", 1)
+
+        assert server.ask("GET", COUNTER) == "0"
+        assert engine.get("s", "k") is None
 
 
 def test_a_key_of_the_stream_that_is_none_fails_at_the_start(valkey: Server, engines: Engines) -> None:

@@ -50,7 +50,7 @@ def test_no_value_and_stored_null(sdk: str, start_sdk: OpenSdk) -> None:
 
     assert missing["result"] is None
     assert null["result"] is None
-    if worker.is_node:  # where `undefined` and null differ, and upstream's own tests want the former
+    if worker.is_node:  # where `undefined` and null differ, and iii's own tests want the former
         assert missing["undefined"] is True
         assert null["undefined"] is False
 

@@ -1,0 +1,192 @@
+"""No call on a scope in Redis is left behind: a thread that finds the scope taken is called again.
+
+The races are forced: a reply that comes while its caller gives up, a server that dies before the scope's next turn, a
+timer that rings while another thread has the scope.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from opening import INCREMENT, at_rest, links_of, open_at
+from reliability.living import InThread, until
+from servers import Server, StartServer
+
+from scopestate import Engine, messages
+from scopestate.actors import redis_flights
+from scopestate.actors.redis_calls import NEVER, Call
+from scopestate.actors.redis_scope import RedisScopeActor
+from scopestate.actors.turns import Change, Housekeeping, Passivate
+from scopestate.errors import ReplyTimeout
+from scopestate.persistence.redis.flight import Flight
+from scopestate.persistence.redis.script import SKIPPED
+
+PATIENCE_S = 20.0
+
+
+class LateReply:
+    """A caller of `s` whose time is over, and whose reply comes just before it says that it leaves."""
+
+    def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch, *, server_dies: bool) -> None:
+        self._server = server
+        self._patch = monkeypatch
+        self._leave = Flight.leave
+        self._dies = server_dies
+
+    def prepare(self, engine: Engine) -> None:
+        """Have the link's thread started, and stop the server."""
+        engine.ask(messages.Get("t", "x"), block=False).get(timeout=PATIENCE_S)
+        at_rest(engine)
+
+        def leave(flight: Flight) -> bool:
+            return self._late(flight)
+
+        self._patch.setattr(Flight, "leave", leave)
+        self._server.pause()
+
+    def _late(self, flight: Flight) -> bool:
+        self._patch.setattr(Flight, "leave", self._leave)
+        self._server.resume()
+        until(lambda: flight.over, "no reply comes")
+        left = self._leave(flight)
+        assert not left
+        if self._dies:
+            self._server.kill()
+        return left
+
+
+def give_up(engine: Engine) -> InThread:
+    def update() -> None:
+        with pytest.raises(ReplyTimeout):
+            engine.update("s", "k", INCREMENT)
+
+    return InThread(update)
+
+
+def actor_of(engine: Engine) -> RedisScopeActor:
+    actor: Any = engine._scopes["s"]
+    return actor
+
+
+def at_rest_without_lanes(engine: Engine) -> None:
+    at_rest(engine)
+    until(lambda: not actor_of(engine)._lanes, "calls are left in a lane")
+
+
+LATE = {"call_timeout_ms": 20_000, "connect_wait_ms": 200}
+
+
+def test_a_list_that_comes_while_an_update_looks_is_answered_though_the_update_is_given_up(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    with open_at(server.url, {"call_timeout_ms": 150}, **LATE) as engine:
+        late = LateReply(server, monkeypatch, server_dies=False)
+        late.prepare(engine)
+        caller = give_up(engine)
+        until(lambda: links_of(engine)[0].load() > 0, "nothing is on its way")
+        listed = engine.ask(messages.List("s"), block=False)
+        caller.result()
+
+        assert listed.get(timeout=PATIENCE_S) in ([], [1])  # the update was given up, but not taken back
+
+        at_rest_without_lanes(engine)
+        assert engine.set("s", "k", 5).old_value in (None, 1)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["it looked", "it found a conflict"])
+def test_a_reply_that_is_taken_in_after_the_server_has_died_leaves_nothing_behind(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, *, known: bool
+) -> None:
+    server = start_server()
+    with open_at(server.url, {"call_timeout_ms": 150}, **LATE) as engine:
+        if known:
+            engine.set("s", "k", 0)
+            server.ask("HSET", "state:s", "k", "10")  # so that the update finds what it does not expect
+        late = LateReply(server, monkeypatch, server_dies=True)
+        late.prepare(engine)
+        caller = give_up(engine)
+        until(lambda: links_of(engine)[0].load() > 0, "nothing is on its way")
+        behind = engine.ask(messages.Set("s", "other", 1), block=False)
+        caller.result()
+        # Longer than those who wait for a connection are kept: they are refused, and the reply is taken in then.
+        with pytest.raises(Exception, match="nothing was sent"):
+            behind.get(timeout=PATIENCE_S)
+        server.start()
+
+        at_rest_without_lanes(engine)
+        assert engine.update("s", "k", INCREMENT).new_value == 1
+
+
+def test_a_conflict_goes_before_the_calls_that_wait_behind_it(valkey: Server) -> None:
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        engine.set("s", "k", 0)
+        flights = actor_of(engine)._flights
+        tried, behind = (Call(Change("k", ()), None, 0, None) for _ in range(2))
+        tried.after = b"1"
+        flights._lane("k", NEVER).calls.append(behind)
+
+        flights._finish_update(tried, b"10")
+
+        assert list(flights.lanes["k"].calls) == [tried, behind]
+        assert flights.lanes["k"].due < NEVER
+        flights.lanes.clear()
+
+
+def test_a_skipped_call_whose_update_is_gone_finds_a_lane_that_is_due(valkey: Server) -> None:
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        engine.set("s", "k", 0)
+        flights = actor_of(engine)._flights
+        skipped = Call(Change("k", ()), None, 0, None)
+
+        flights._finish(skipped, SKIPPED)
+
+        assert list(flights.lanes["k"].calls) == [skipped]
+        assert flights.lanes["k"].due == 0.0
+        flights.lanes.clear()
+
+
+def test_a_housekeeping_turn_that_turns_the_alarm_away_calls_the_link_again(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One alarm alone, and it comes while the housekeeper has the scope.
+    monkeypatch.setattr(redis_flights.random, "uniform", lambda low, high: 0.3)
+    elsewhere = valkey.client()
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        engine.set("s", "k", 0)
+        actor = actor_of(engine)
+        elsewhere.hset("state:s", "k", "10")
+        waiting = engine.ask(messages.Update("s", "k", INCREMENT), block=False)
+        until(lambda: actor._lanes and actor._alarm > time.monotonic(), "no update waits for its alarm")
+        turned_away = threading.Event()
+        board = actor.board
+
+        def watched(outcomes: list[Any]) -> Flight | None:
+            flight = board(outcomes)
+            if flight is None and actor._claim:
+                turned_away.set()
+            return flight
+
+        def keep_house(message: Housekeeping) -> None:
+            assert turned_away.wait(PATIENCE_S)  # within the turn: the claim is taken
+
+        monkeypatch.setattr(actor, "board", watched)
+        monkeypatch.setattr(actor, "_on_rare", keep_house)
+        actor.run(Passivate())
+
+        assert waiting.get(timeout=PATIENCE_S).new_value == 11
+
+
+def test_looks_that_no_command_is_on_its_way_for_are_made_again(valkey: Server) -> None:
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        engine.set("s", "k", 3)
+        actor = actor_of(engine)
+        # As a turn leaves it that was cut short at a bad moment: an update seems to look, and none does.
+        actor._flights._lane("k", NEVER)
+        actor.wake_anyway()
+
+        assert engine.update("s", "k", INCREMENT).new_value == 4
+        at_rest_without_lanes(engine)
