@@ -102,12 +102,15 @@ class HandlerServices:
         limits: Limits,
         loop_thread: LoopThread,
         report: Callable[[DeliveryFailure], None],
+        tell_hooks: Callable[[DeliveryFailure], None] | None = None,
     ) -> None:
         self.dispatcher = dispatcher
         self.functions = functions
         self.limits = limits
         self.loop_thread = loop_thread
         self.report = report
+        self.tell_hooks = tell_hooks or report
+        """As `report`, without a line in the log: for many events at once, which share one."""
         self.made_room: Callable[[], None] = lambda: None
         """Called after each batch of deliveries; set by the router."""
 
@@ -353,31 +356,33 @@ class HandlerActor(TurnActor):
                 return
             mailbox += (item,)
 
-    def _drop(self, event: StateEvent, reason: str) -> None:
+    def _drop(self, event: StateEvent, reason: str, *, logged: bool = True) -> None:
         self.dropped += 1
         error = EventNotDelivered(
             f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} reached no handler: {reason}"
         )
-        self._services.report(
-            DeliveryFailure(self.trigger.trigger_id, self.trigger.function_id, event, error, attempt=0, final=True)
-        )
+        report = self._services.report if logged else self._services.tell_hooks
+        report(DeliveryFailure(self.trigger.trigger_id, self.trigger.function_id, event, error, attempt=0, final=True))
 
-    def abandon(self, reason: str) -> int:
-        """Report every event that still waits as not delivered; return how many. For a closing engine."""
-        mailbox, abandoned = self._mailbox, 0
+    def waiting(self) -> int:
+        """Events that wait for their delivery, as far as can be told while they move."""
+        return sum(type(item) is not Barrier for item in self._mailbox.copy()) if self.active else 0
+
+    def abandon(self, reason: str) -> None:
+        """Tell the hooks of every event that still waits that it is not delivered. A closing engine logs how many."""
+        mailbox = self._mailbox
         while True:
             try:
                 item = mailbox.popleft()
             except IndexError:
-                return abandoned
+                return
             if type(item) is Barrier:
                 item.arrive(self)
             elif self.active:
-                abandoned += 1
-                self._drop(item, reason)
+                self._drop(item, reason, logged=False)
 
     def abandon_current(self) -> None:
-        """Report the event whose delivery has begun and not ended. For a closing engine, when its grace is over."""
+        """Tell the hooks of the event whose delivery has begun and not ended. As `abandon`, when the grace is over."""
         event = self.current
         if event is None or self._overdue:
             return  # what is overdue was reported then
@@ -385,7 +390,11 @@ class HandlerActor(TurnActor):
             f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
             "engine closed: its handler may or may not have done its work"
         )
-        self._report(self.trigger.function_id, event, error, attempt=1, final=True)
+        self.failed += 1
+        trigger = self.trigger
+        self._services.tell_hooks(
+            DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, attempt=1, final=True)
+        )
 
 
 class _Later:

@@ -22,6 +22,6 @@ class Limits(msgspec.Struct):
     max_event_depth: int = 1000
     call_timeout_s: float | None = 30.0
     """None: wait for ever."""
-    close_grace_s: float = 10.0
+    close_grace_s: float = 5.0
     passivate_after_s: float = 300.0
     """0: never."""

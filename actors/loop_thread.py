@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from scopestate.signals import join
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -41,7 +43,7 @@ class LoopThread:
                 loop.call_soon_threadsafe(loop.stop)
             self._loop = self._thread = None
         if thread is not threading.current_thread():
-            thread.join(timeout=5.0)
+            join(thread, 5.0)
 
     @staticmethod
     def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -17,10 +17,11 @@ from scopestate.actors.redis_flights import RedisFlights, Store
 from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
-from scopestate.actors.turn import HOLDER, WAIT, certainly
+from scopestate.actors.turn import HOLDER, WAIT
 from scopestate.actors.turns import Caused, Change, Close, Housekeeping, Ping, Put, Read, Take, event_depth
 from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
 from scopestate.persistence.redis.flight import Flight
+from scopestate.signals import certainly
 
 log = logging.getLogger("scopestate.scope")
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pykka
 
+from scopestate.signals import wait_for
+
 if TYPE_CHECKING:
     from scopestate.actors.loop_reply import LoopReply
 
@@ -64,7 +66,8 @@ class Reply(pykka.Future[T]):
         # A bare lock, held until the outcome is there: a threading.Event costs ten times as much to make.
         self._arrival = threading.Lock()
         self._arrival.acquire()
-        self._guard = threading.Lock()
+        self._open = [None]
+        """Emptied by the one who delivers: `pop` is one step, where a lock could be left taken by an exception."""
         self._callbacks: list[Callable[[Reply[T]], object]] = []
         self._value: T | None = None
         self._error: BaseException | None = None
@@ -107,11 +110,10 @@ class Reply(pykka.Future[T]):
 
     def add_done_callback(self, callback: Callable[[Reply[T]], object]) -> None:
         """Call `callback(self)` when the outcome is there: at once if it is, else on the thread that delivers it."""
-        with self._guard:
-            if not self.done:
-                self._callbacks.append(callback)
-                return
-        callback(self)
+        self._callbacks.append(callback)
+        # Looked at behind that: who delivers meanwhile has seen the callback, or is seen here.
+        if self.done:
+            self._call_back()
 
     def __await__(self) -> Generator[Any, None, T]:
         """Suspend the running task until the outcome is there."""
@@ -127,20 +129,32 @@ class Reply(pykka.Future[T]):
         if self.waiter is not None:
             self.waiter(self, timeout)
             return
-        # A lock takes no more than TIMEOUT_MAX, some 290 years: `float("inf")` means it too.
-        timeout_s = -1 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)
+        wait_for(self._arrived, timeout)
+
+    def _arrived(self, timeout_s: float) -> bool:
         if self._arrival.acquire(timeout=timeout_s):
             self._arrival.release()  # the next one who waits gets through too
+        return self.done
 
     def _arrive(self, value: T | None, error: BaseException | None) -> None:
-        with self._guard:
-            if self.done:
-                raise RuntimeError("a reply was delivered twice")
-            self._value, self._error = value, error
-            self.done = True
-            callbacks, self._callbacks = self._callbacks, []
+        try:
+            self._open.pop()
+        except IndexError:
+            raise RuntimeError("a reply was delivered twice") from None
+        self._value, self._error = value, error
+        self.done = True
         self._arrival.release()
-        for callback in callbacks:
+        if self._callbacks:
+            self._call_back()
+
+    def _call_back(self) -> None:
+        """Call each callback that is there, once: threads may do so at the same time."""
+        callbacks = self._callbacks
+        while callbacks:
+            try:
+                callback = callbacks.pop(0)
+            except IndexError:
+                return
             try:
                 callback(self)
             except Exception:

@@ -46,6 +46,10 @@ Watchers = dict[str | None, Bucket]
 """Key filter (None: every key) -> handlers."""
 
 
+class Routed:
+    """Answered with None when every event that was fired before it is in the mailboxes of its handlers."""
+
+
 class HandlerFull(Overloaded):
     """A handler must catch up before this write: wait for `TriggerRouter.when_room`, then try again.
 
@@ -373,6 +377,8 @@ class TriggerRouter(TurnActor):
             )
 
     def on_receive(self, message: Any) -> Any:
+        if type(message) is Routed:
+            return None
         if type(message) is Barrier:
             for handler in message.handlers:
                 handler.tell(message)

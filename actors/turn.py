@@ -16,6 +16,7 @@ from pykka.messages import ProxyCall, ProxyGetAttr, ProxySetAttr, _ActorStop
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.errors import Overloaded, WouldDeadlock
+from scopestate.signals import certainly
 
 log = logging.getLogger("scopestate.actors")
 
@@ -332,16 +333,3 @@ class TurnActor(pykka.Actor):
         log.error("unhandled exception in %s", self.name, exc_info=(exception_type, exception_value, traceback))
         self._dead = True
         self.actor_stopped.set()
-
-
-def certainly(action: Callable[[], object]) -> None:
-    """Do `action`, again if it is cut short: the first interruption is already on its way to the caller.
-
-    `action` must be harmless to repeat. Bounded, so that an action that always fails does not hang the thread.
-    """
-    for _ in range(1000):
-        try:
-            action()
-        except BaseException:  # noqa: BLE001, S112 - a second Ctrl-C adds nothing to the first
-            continue
-        return

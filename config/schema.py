@@ -164,7 +164,7 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """How deep handlers may fire each other before the chain is cut and reported."""
     call_timeout_ms: Milliseconds = 30_000
     """How long a call waits for a busy scope or a full handler; 0 means for ever."""
-    close_grace_ms: Milliseconds = 10_000
+    close_grace_ms: Milliseconds = 5_000
     """How long `close()` waits for events already fired."""
     passivate_after_ms: Milliseconds = 300_000
     """A saved scope untouched for this long leaves memory; 0 means never."""

@@ -65,6 +65,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON, for prog
 DEFAULT_TIMEOUT_S = 30.0
 CONNECT_WAIT_S = 5.0
 FOREVER_S = 86_400.0 * 365
+_ENDS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
 def standard_error() -> Console:
@@ -167,7 +168,7 @@ def run_until_signal(work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         if task is not None:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _ENDS:
                 try:
                     loop.add_signal_handler(number, task.cancel)
                 except (NotImplementedError, RuntimeError, ValueError):

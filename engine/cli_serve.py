@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import queue
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from scopestate.config import AdapterConfig, BridgeConfig, Config, RedisConfig
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
 from scopestate.server import Server
+from scopestate.signals import SignalPipe
 
 LOOK_S = 1.0
 
@@ -52,7 +52,7 @@ def serve(
     log_level: Annotated[Level, typer.Option("--log-level", help="What to log on standard error.")] = "info",
     as_json: AsJson = False,
 ) -> None:
-    """Serve an engine to workers and bridges, until SIGINT or SIGTERM.
+    """Serve an engine to workers and bridges, until SIGINT, SIGTERM or SIGHUP.
 
     Ends gracefully: events already fired reach their handlers, everything is saved; a second signal ends it at once.
     The file is watched while it runs. With --json one line of JSON on standard output says where it listens.
@@ -79,45 +79,52 @@ def serve(
 
 
 class _Signals:
-    """The signals that end the program, in a queue that a handler may put into at any moment."""
+    """The signals that end the program: the first one gracefully, the second at once."""
 
     def __init__(self) -> None:
-        # A SimpleQueue, not an Event: its `put` may interrupt its own `get` (Python's documentation of `queue`).
-        self.came: queue.SimpleQueue[int] = queue.SimpleQueue()  # noqa: TID251 - taken from on the main thread
+        self._pipe = SignalPipe()
         self._count = 0
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM while the block runs."""
-        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        """Take SIGINT, SIGTERM and SIGHUP while the block runs."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+            numbers.append(hangup)  # ignored: started with `nohup`, to outlive its terminal
+        with self._pipe.open():
+            before = {number: signal.signal(number, self._take) for number in numbers}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def came(self, timeout_s: float | None = None) -> bool:
+        """Wait for a signal, at most `timeout_s` seconds; True if one has come."""
+        if not self._count:
+            self._pipe.wait(timeout_s)
+        return self._count > 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         if self._count > 1:
             os._exit(128 + number)
-        self.came.put(number)
 
 
 def _wait(server: Server, signals: _Signals, console: Console) -> None:
     """Wait for a signal; at a terminal, show what goes on meanwhile."""
     if not console.is_terminal:
-        signals.came.get()
+        while not signals.came():
+            pass
         return
     line = StatusLine(server)
     # No spinner: it would draw many times a second, which a server has better uses for.
     with Live(line.text(), console=console, auto_refresh=False, transient=True) as live:
         while True:
             live.update(line.text(), refresh=True)
-            try:
-                signals.came.get(timeout=LOOK_S)
-            except queue.Empty:
-                continue
-            return
+            if signals.came(LOOK_S):
+                return
 
 
 class StatusLine:

@@ -2,65 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
-from collections.abc import Callable
-from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+import pykka
+
+from scopestate.actors.router import Routed
 from scopestate.actors.snapshot import Flush
 from scopestate.actors.turns import Close
+from scopestate.draining import drain
 from scopestate.errors import EngineClosed, EngineForked, ReplyTimeout, StorageError, WouldDeadlock
+from scopestate.signals import Guard
 
 if TYPE_CHECKING:
     from scopestate.parts import Parts
 
 log = logging.getLogger("scopestate.engine")
 
-LAST_SAVE_TRIES = 3
+LAST_SAVE_TRIES: Final = 3
+HOOKS_S: Final = 1.5
+"""How long the program's hooks may take to hear of the events that were not delivered."""
+LEFT_S: Final = 1.0
+"""Grace time that is left at least, where events were waited for already when the interpreter began to exit."""
+NAMED: Final = 10
+"""Triggers that the log names."""
 
 
 class Closing:
     """The end of one engine, in stages that may be interrupted and begun again.
 
     1. Callers are refused; handlers of events already fired still may call the engine.
-    2. Those events are delivered, for `close_grace_ms` at most; what is left then is reported as not delivered.
-    3. Handlers are refused too, and everything dirty is saved. If that fails, `close()` raises and may be called again.
-    4. Threads end, the store is released.
+    2. Everything is saved: the program may be given only some seconds, and handlers may take all of them.
+    3. Those events are delivered, for `close_grace_ms` at most; what is left then is reported as not delivered.
+    4. Handlers are refused too, and their changes are saved. If that fails, `close()` raises and may be called again.
+    5. Threads end, the store is released.
     """
 
-    def __init__(self, parts: Parts, drain: Callable[[float], None]) -> None:
+    def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._drain = drain
-        self._turn = threading.Lock()
-        self._closer = 0
+        self._turn = Guard()
+        self._spent_s = 0.0
         self._delivered = False
         self.begun = False
         self.done = False
 
-    def close(self) -> None:
+    def close(self, grace_s: float | None = None) -> None:
         """Close, or wait for the thread that does. Raises StorageError if the last save fails; then call it again.
 
-        Raises WouldDeadlock if this thread was interrupted in the middle of a turn, or of this very function.
+        `grace_s`: instead of `close_grace_ms`. Raises WouldDeadlock if this thread was interrupted in the middle of a
+        turn, or of this very function.
         """
-        if self._closer == get_ident():
+        if self._turn.is_mine():
             raise WouldDeadlock("this thread is closing the engine already, and was interrupted by a signal")
-        with self._turn:
-            try:
-                self._closer = get_ident()
-                if not self.done:
-                    self._close()
-            finally:
-                self._closer = 0
+        self._turn.run(self._close, self._parts.limits.close_grace_s if grace_s is None else grace_s)
 
-    def _close(self) -> None:
+    def deliver_early(self) -> None:
+        """Deliver what was fired so far, for as long as `close` would: for what is possible now and not later."""
+        if self.begun:
+            return
+        clock, grace_s = self._parts.dispatcher.monotonic, self._parts.limits.close_grace_s
+        began = clock()
+        try:
+            drain(self._parts, grace_s)
+        except ReplyTimeout as error:
+            log.debug("at the exit of the interpreter: %s", error)  # close() says it
+        self._spent_s = clock() - began
+
+    def _close(self, grace_s: float) -> None:
         """Every step may be repeated: an interrupted close() is called again."""
+        if self.done:
+            return
         parts = self._parts
         self.begun = True
         parts.housekeeper.end()
         if not self._delivered:
             self._refuse(handlers_may=True)
-            self._deliver(parts.limits.close_grace_s)
+            self._save_first()
+            self._deliver(max(grace_s - self._spent_s, min(grace_s, LEFT_S)))
             self._delivered = True
         self._refuse(handlers_may=False)
         parts.snapshot.stop_interval()
@@ -83,23 +102,67 @@ class Closing:
         if parts.arrivals is not None:
             parts.arrivals.stop()
             if drained:
-                # What came from other engines since then: there is an end to it now.
+                # What came from other engines since then: no more can arrive.
                 self._drained(max(ends - parts.dispatcher.monotonic(), 0.0))
             parts.arrivals.end()
-        handlers = parts.router.working()
-        abandoned = sum(handler.abandon("the engine closed before its turn came") for handler in handlers)
-        if abandoned:
-            log.error("%d events were not delivered before the engine closed; each was reported", abandoned)
-        for handler in handlers:
-            handler.abandon_current()
+        self._abandon()
 
     def _drained(self, grace_s: float) -> bool:
         try:
-            self._drain(grace_s)
+            drain(self._parts, grace_s)
         except ReplyTimeout as error:
             log.error("closing without waiting any longer for handlers: %s", error)  # noqa: TRY400 - it says all
             return False
         return True
+
+    def _abandon(self) -> None:
+        """Report what is not delivered: to the hooks one by one, to the log in one line."""
+        # The router may still have events that no handler has seen: many at once, and the grace time is short.
+        with contextlib.suppress(pykka.Timeout):
+            self._parts.router.ask(Routed()).get(timeout=HOOKS_S)
+        handlers = self._parts.router.working()
+        left = {handler: (handler.waiting(), handler.current is not None) for handler in handlers}
+        left = {handler: (waiting, hangs) for handler, (waiting, hangs) in left.items() if waiting or hangs}
+        if not left:
+            return
+        waiting = sum(count for count, _ in left.values())
+        hanging = sum(hangs for _, hangs in left.values())
+        named = ", ".join(
+            f"{handler.trigger.trigger_id} ({handler.trigger.function_id})" for handler in list(left)[:NAMED]
+        )
+        log.error(
+            "the engine closed before %d events were delivered and while %d were being handled; triggers: %s%s",
+            waiting,
+            hanging,
+            named,
+            f" and {len(left) - NAMED} more" if len(left) > NAMED else "",
+        )
+        # On a worker thread and not for ever: a hook is code of the program.
+        dispatcher = self._parts.dispatcher
+        over = dispatcher.reply()
+
+        def report() -> None:
+            try:
+                for handler in handlers:
+                    handler.abandon("the engine closed before its turn came")
+                for handler in handlers:
+                    handler.abandon_current()
+            finally:
+                over.set()
+
+        dispatcher.submit(report)
+        try:
+            over.get(timeout=HOOKS_S)
+        except pykka.Timeout:
+            log.error("the hooks for events that were not delivered did not end in %g s", HOOKS_S)  # noqa: TRY400 - as above
+
+    def _save_first(self) -> None:
+        if not self._parts.adapter.keeps:
+            return
+        try:
+            self._parts.snapshot.ask(Flush()).get()
+        except StorageError as error:
+            log.debug("saving before events are delivered: %s", error)  # tried again below, where it counts
 
     def _save(self) -> None:
         snapshot = self._parts.snapshot

@@ -69,8 +69,9 @@ class Engine(Reactive):
 
         `on_error` is called with a DeliveryFailure for each event that failed at a handler, at each attempt, or reached
         none; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and `dispatcher`
-        take the place of the configured ones. `handle_sigterm`: if the store keeps anything and the program has no
-        handler of its own, SIGTERM closes the engine (opened on the main thread) before it ends the process.
+        take the place of the configured ones. `handle_sigterm`: if the store keeps anything, SIGTERM and SIGHUP close
+        the engine before they end the process; where the program handles SIGTERM itself, everything is saved, and then
+        its handler runs.
 
         Raises ConfigError, and StorageError if the store cannot be opened.
         """
@@ -80,7 +81,7 @@ class Engine(Reactive):
                 f"Engine() takes a Config, not {type(given).__name__}: for a file or a mapping there is "
                 "Engine.from_config(...)"
             )
-        parts = Parts(config or Config(), adapter, dispatcher, self._report)
+        parts = Parts(config or Config(), adapter, dispatcher, self._report, self._tell_hooks)
         self._parts = parts
         self._limits = parts.limits
         self._scopes = parts.directory
@@ -93,7 +94,7 @@ class Engine(Reactive):
         self._count_update = parts.tally["state::update"].add
         self._hooks: dict[str, Hook | None] = {"error": on_error, "dead letter": on_dead_letter}
         self._caller = Caller(parts.functions, parts.loop_thread, parts.dispatcher)
-        self._closing = Closing(parts, self.drain)
+        self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False
         for function_id in messages.FUNCTION_IDS:
@@ -101,7 +102,7 @@ class Engine(Reactive):
         parts.configure()
         lifecycle.watch_over(self)
         if handle_sigterm and parts.adapter.keeps:
-            lifecycle.close_on_sigterm()
+            lifecycle.close_on_signals()
 
     @cached_property
     def aio(self) -> AioEngine:
@@ -368,7 +369,7 @@ class Engine(Reactive):
         return self._closing.begun or self._forked
 
     def close(self) -> None:
-        """End the engine: refuse callers, deliver events for `close_grace_ms` at most, save, release the store.
+        """End the engine: refuse callers, save, deliver events for `close_grace_ms` at most, save, release the store.
 
         Idempotent; a second thread waits for the first. From a handler it returns at once, and the engine closes
         when that handler has ended; so it does from a signal handler that has interrupted a call of this engine.
@@ -376,6 +377,10 @@ class Engine(Reactive):
         again. Raises WouldDeadlock on an event loop that runs handlers: `await engine.aio.close()` there.
         In a forked child it does nothing.
         """
+        self._close(None)
+
+    def _close(self, grace_s: float | None) -> None:
+        """As `close`, with another grace time than the configured one."""
         if self._forked or self._closing.done:
             return
         if event_depth.get():
@@ -383,7 +388,7 @@ class Engine(Reactive):
             return
         refuse_on_loop_of_handlers(self._parts, "close")
         try:
-            self._close_now()
+            self._close_now(grace_s)
         except WouldDeadlock:
             self._close_behind_this()
 
@@ -391,10 +396,10 @@ class Engine(Reactive):
         """Close on another thread, which waits for what this one is in the middle of."""
         threading.Thread(target=self._close_now, name="scopestate-close", daemon=True).start()
 
-    def _close_now(self) -> None:
+    def _close_now(self, grace_s: float | None = None) -> None:
         if self._watcher is not None:
             self._watcher.stop()
-        self._closing.close()
+        self._closing.close(grace_s)
         lifecycle.release(self)
 
     def disown(self) -> None:

@@ -1,103 +1,347 @@
-"""What happens to live engines when the process forks, exits or is told to end."""
+"""What happens to live engines when the process forks, exits or is told to end (docs/design/0011-ends-of-a-process.md).
+
+A process ends in one of these ways, and each has its hook here:
+
+- the main program is over: `threading`'s exit hooks run first (`_before_executors_end`), then non-daemon threads are
+  waited for, then `atexit` hooks run (`_at_exit`);
+- a worker of `multiprocessing` is over, which ends by `os._exit`: its finalizers run (`_at_end_of_worker`);
+- a signal whose default ends the process on the spot: `_Termination` takes the place of the default;
+- a signal that the host program handles while it runs, and gives back at its end: `_Guest` saves before the host's
+  handler runs, and sees that the default does not come back.
+
+SIGKILL, `os._exit` and `os.exec*` of the program's own have none: they lose what `interval` may lose.
+"""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import logging
 import os
 import signal
+import sys
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from scopestate.signals import Guard, join
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
 
 log = logging.getLogger("scopestate.engine")
 
-_live: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
-_guard = threading.RLock()  # reentrant: a signal handler may open or close an engine in the middle of another opening
-_hooked = False
-
 LAST_RESORT_S: Final = 1.0
-"""How long a process whose main thread is stuck outlives its engines after SIGTERM."""
+"""How long a process whose main thread is stuck outlives its engines after a signal that ends it."""
+SAVE_FIRST_S: Final = 1.0
+"""How long a signal handler of the host is kept waiting for what is saved before it."""
+PROMPT_S: Final = 0.02
+"""The interval of saves from then on."""
+SHARE_S: Final = 0.25
+"""Grace time that each engine has at least, where several share one."""
+
+_ENDS: Final = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGBREAK") if hasattr(signal, name)
+)
+"""Signals that end a process in the ordinary course of things: taken if their default action stands."""
+_WORKER_LIBRARIES: Final = ("multiprocessing", "multiprocess", "billiard")
+"""Libraries whose workers end by `os._exit`, after what was registered with their `util.Finalize`."""
+_EXECUTORS: Final = ("concurrent.futures.thread", "concurrent.futures.process")
+
+_live: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
+_exclusive = Guard()
+_hooked = False
+_ahead_of: frozenset[str] = frozenset()
+_finalized: set[str] = set()
+_leaving = False
+"""True once the main program is over."""
+_ended_by: int | None = None
+"""A signal that came when the interpreter was on its way out: it ends the process behind the exit hook."""
+_on_main: list[Any] = []
+_real_signal = signal.signal
+
+
+# -------------------------------------------------------------------------------------------------- opening and closing
 
 
 def watch_over(engine: Engine) -> None:
-    """Close `engine` at interpreter exit if nobody has, and refuse it in forked children."""
+    """Close `engine` at the end of the process if the program does not, and refuse it in forked children."""
+    _exclusive.run(_watch_over, engine)
+
+
+def _watch_over(engine: Engine) -> None:
     global _hooked  # noqa: PLW0603 - hooks are per process
-    with _guard:
-        _live.add(engine)
-        if not _hooked:
-            _hooked = True
-            atexit.register(_close_all, "the interpreter exits")
-            os.register_at_fork(after_in_child=_after_fork)
+    _live.add(engine)
+    if not _hooked:
+        _hooked = True
+        atexit.register(_at_exit)
+        os.register_at_fork(after_in_child=_after_fork)
+    for library in _WORKER_LIBRARIES:
+        util = sys.modules.get(f"{library}.util")
+        if util is not None and library not in _finalized:
+            _finalized.add(library)
+            # The last of all: children have ended by then, and queues are flushed.
+            util.Finalize(None, _at_end_of_worker, exitpriority=-100)
+    stay_ahead_of_executors()
 
 
 def release(engine: Engine) -> None:
     """`engine` is closed: nothing is left to do for it."""
-    with _guard:
-        _live.discard(engine)
+    _exclusive.run(_live.discard, engine)
 
 
-def close_on_sigterm() -> None:
-    """Have SIGTERM close every engine before it ends the process, unless the program has its own handler.
+def stay_ahead_of_executors() -> None:
+    """Have events delivered at exit while executors still take work. Called again when functions are registered.
 
-    By default SIGTERM ends a process on the spot, with no exit hooks: up to `save_interval_ms` of acknowledged writes
-    would be lost. The process still ends by the signal, with the status that supervisors expect. Works from the main
-    thread only, as Python's signals do; elsewhere nothing changes, which is logged.
+    Executors end by `threading._register_atexit`, and so do we: the hooks run last in, first out, so ours must come
+    after theirs. Private, but nothing public comes early enough: `atexit` runs when all executors have ended.
+    Without it, handlers that need an executor fail at exit and are reported, as on CPython 3.12.0 and 3.12.1, which
+    start no threads by then.
     """
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    import concurrent.futures.thread  # noqa: F401, PLC0415 - for its hook; 2 ms that `import scopestate` need not take
+
+    global _ahead_of  # noqa: PLW0603 - hooks are per process
+    loaded = frozenset(name for name in _EXECUTORS if name in sys.modules)
+    if loaded == _ahead_of:
         return
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        with contextlib.suppress(RuntimeError):  # it exits already
+            register(_before_executors_end)
+    _ahead_of = loaded
+
+
+def close_on_signals() -> None:
+    """Have the signals that end a process close every engine first, unless the program handles them itself.
+
+    By default they end a process on the spot, with no exit hooks: up to `save_interval_ms` of acknowledged writes would
+    be lost. The process still ends by the signal, with the status that supervisors expect.
+    """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _Termination())
+        _take_signals()
     else:
-        log.warning(
-            "an engine was opened off the main thread, where Python sets no signal handler: SIGTERM would end the "
-            "process without saving; open the first engine on the main thread, or handle SIGTERM yourself"
-        )
+        _on_main_thread(_take_signals)
+
+
+def _take_signals() -> None:
+    for number in _ENDS:
+        handler = signal.getsignal(number)
+        if handler is signal.SIG_DFL:
+            _real_signal(number, _termination)
+        elif number == signal.SIGTERM and callable(handler) and not isinstance(handler, (_Termination, _Guest)):
+            # SIGTERM only: the others mean other things to other programs (SIGHUP: read your configuration).
+            _real_signal(number, _Guest(handler))
+
+
+# --------------------------------------------------------------------------------------------------------- the hooks
+
+
+def _before_executors_end() -> None:
+    global _leaving  # noqa: PLW0603 - as above
+    _leaving = True
+    for engine in _engines():
+        try:
+            engine._closing.deliver_early()
+        except Exception:
+            log.exception("delivering events before the interpreter exits failed")
+
+
+def _at_exit() -> None:
+    global _leaving  # noqa: PLW0603 - as above
+    _leaving = True
+    _close_all("the interpreter exits")
+    if _ended_by is not None:
+        _end_by(_ended_by)
+
+
+def _at_end_of_worker() -> None:
+    """A worker of `multiprocessing` has done its work: what follows is a wait for its threads, then `os._exit`."""
+    if not _leaving:
+        with contextlib.suppress(RuntimeError):
+            # Not a daemon: that wait is for this thread too, which waits for the others, as they may still write.
+            threading.Thread(target=_close_behind_threads, name="scopestate-close", daemon=False).start()
+            return
+    _close_all("its worker process ends")
+
+
+def _close_behind_threads() -> None:
+    me, main = threading.current_thread(), threading.main_thread()
+    while others := [thread for thread in threading.enumerate() if not thread.daemon and thread not in (me, main)]:
+        others[0].join(0.02)
+    _close_all("its worker process ends")
+
+
+def _engines() -> list[Engine]:
+    return _exclusive.run(lambda: list(_live))
+
+
+def _close_all(why: str) -> None:
+    engines = _engines()
+    # All of them first: a handler of one engine may use up the time that the others have for their saves.
+    for engine in engines if len(engines) > 1 else ():
+        with contextlib.suppress(Exception):  # told when it is closed
+            engine.flush()
+    deadline: float | None = None
+    for engine in engines:
+        # One grace time for all, which run side by side: not one after the other.
+        grace_s = engine._limits.close_grace_s
+        deadline = deadline or time.monotonic() + grace_s
+        left_s = max(deadline - time.monotonic(), SHARE_S)
+        try:
+            engine._close(min(grace_s, left_s))
+        except Exception:
+            log.exception("closing an engine because %s failed", why)
+
+
+# ----------------------------------------------------------------------------------------------------------- signals
 
 
 class _Termination:
-    """The SIGTERM handler: closes on a thread of its own, because the main thread may be in the middle of a turn."""
+    """Handles a signal that ends the process: closes on a thread of its own, as this one may be in a turn."""
 
     def __init__(self) -> None:
         self._closing = False
         self._closed = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        global _ended_by  # noqa: PLW0603 - as above
         if self._closed:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+            _end_by(number)
         elif not self._closing:
             self._closing = True
-            threading.Thread(target=self._close_then_end, name="scopestate-sigterm").start()
+            try:
+                threading.Thread(target=self._close_then_end, args=(number,), name="scopestate-signal").start()
+            except RuntimeError as error:
+                # No thread starts any more. On the way out the exit hook closes; else it must be done here.
+                log.debug("no thread for signal %d: %s", number, error)
+                _ended_by = number
+                if not _leaving:
+                    _at_exit()
 
-    def _close_then_end(self) -> None:
-        _close_all("SIGTERM")
+    def _close_then_end(self, number: int) -> None:
+        _close_all(signal.Signals(number).name)
         self._closed = True
-        os.kill(os.getpid(), signal.SIGTERM)  # handled on the main thread, which then lets the signal through
-        threading.Event().wait(LAST_RESORT_S)
-        os._exit(128 + signal.SIGTERM)
+        ends = time.monotonic() + LAST_RESORT_S
+        while time.monotonic() < ends:
+            # Handled on the main thread, which then lets it through. Again and again: one may fall between the main
+            # thread's last look at its signals and the beginning of a wait.
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        os._exit(128 + number)
 
 
-def _close_all(why: str) -> None:
-    with _guard:
-        engines = list(_live)
-    for engine in engines:
+class _Guest:
+    """Handles SIGTERM where a host program does: saves, calls the host's handler, and keeps the default away.
+
+    Hosts like uvicorn finish their work, give the signal back to whom they took it from, and raise it again. An engine
+    that was opened in between finds the default there, which ends the process on the spot. So from the first SIGTERM on
+    `signal.signal` puts `_termination` where the default is asked for.
+    """
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self.handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        _save_first()
+        signal.signal = _signal  # type: ignore[assignment]  # it takes what the original takes
+        self.handler(number, frame)
+
+
+@functools.wraps(_real_signal)
+def _signal(number: Any, handler: Any) -> Any:
+    if handler == signal.SIG_DFL and number == signal.SIGTERM and _live:
+        handler = _termination
+    return _real_signal(number, handler)
+
+
+def _save_first() -> None:
+    """Save everything, and often from now on: nothing is known of how the host ends the process."""
+    try:
+        thread = threading.Thread(target=_flush_all, name="scopestate-signal", daemon=True)
+        thread.start()
+    except RuntimeError:
+        return  # the interpreter exits, and its hook saves
+    # Bounded: this thread may be in the middle of the very turn that the save waits for.
+    join(thread, SAVE_FIRST_S)
+
+
+def _flush_all() -> None:
+    for engine in _engines():
         try:
-            engine.close()
+            engine._parts.snapshot.set_interval(PROMPT_S)
+            engine.flush()
+        except Exception as error:  # noqa: BLE001 - saving goes on, and says at ERROR what is wrong
+            log.debug("saving at a signal: %s", error)
+
+
+def _end_by(number: int) -> None:
+    _real_signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+_termination = _Termination()
+
+
+def _on_main_thread(work: Callable[[], object]) -> None:
+    """Have `work()` called on the main thread: Python sets signal handlers nowhere else.
+
+    By the C API's own way of doing that. The main thread comes to it at its next instruction; if it sleeps on a lock,
+    as in `thread.join()`, a signal without effect wakes it.
+    """
+    import ctypes  # noqa: PLC0415 - adapters that keep something have it loaded
+    import faulthandler  # noqa: PLC0415 - needed here only
+
+    def call(_: object) -> int:
+        try:
+            work()
         except Exception:
-            log.exception("closing an engine because %s failed", why)
+            log.exception("setting signal handlers failed")
+        return 0
+
+    pending = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(call)
+    _on_main.append(pending)  # for as long as the interpreter may call it
+    if ctypes.pythonapi.Py_AddPendingCall(pending, None):
+        log.warning(
+            "an engine was opened off the main thread, which is too busy to set a signal handler: SIGTERM would end "
+            "the process without saving; open the first engine on the main thread, or handle SIGTERM yourself"
+        )
+        return
+    number = getattr(signal, "SIGURG", None)
+    main = threading.main_thread().ident
+    if number is None or main is None or signal.getsignal(number) is not signal.SIG_DFL:
+        return
+    # The only handler that Python installs from any thread. It writes where nothing is read, and is gone right after.
+    with open(os.devnull, "w", encoding="ascii") as nowhere:
+        faulthandler.register(number, nowhere, all_threads=False)
+        signal.siginterrupt(number, True)
+        try:
+            signal.pthread_kill(main, number)
+            time.sleep(0.001)
+        finally:
+            faulthandler.unregister(number)
+
+
+# -------------------------------------------------------------------------------------------------------------- fork
 
 
 def _after_fork() -> None:
-    global _guard  # noqa: PLW0603 - another thread may have held it at the fork: the child starts with a free one
-    _guard = threading.RLock()
-    if isinstance(signal.getsignal(signal.SIGTERM), _Termination):
+    global _exclusive, _leaving, _termination, _ended_by, _ahead_of  # noqa: PLW0603 - the child begins with its own
+    _exclusive = Guard()  # another thread may have held it at the fork
+    _leaving, _ended_by, _ahead_of = False, None, frozenset()
+    _finalized.clear()
+    signal.signal = _real_signal
+    for number in _ENDS:
         # The child ends as it would have: it has no engine to close, and its parent may have been closing one.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        handler = signal.getsignal(number)
+        if isinstance(handler, _Termination):
+            _real_signal(number, signal.SIG_DFL)
+        elif isinstance(handler, _Guest):
+            _real_signal(number, handler.handler)
+    _termination = _Termination()
     for engine in list(_live):
         engine.disown()
     _live.clear()

@@ -51,7 +51,9 @@ _RESTART_ONLY: Final = ("store_method", "file_path", "durability")
 class Parts:
     """What one engine consists of, wired up."""
 
-    def __init__(self, config: Config, adapter: Adapter | None, dispatcher: Dispatcher | None, report: Report) -> None:
+    def __init__(
+        self, config: Config, adapter: Adapter | None, dispatcher: Dispatcher | None, report: Report, tell_hooks: Report
+    ) -> None:
         """Raises ConfigError for a function that cannot be registered, StorageError if the store cannot be opened."""
         check_functions(config)  # before the store is opened, which would stay locked
         self.config = self._started = config
@@ -61,7 +63,7 @@ class Parts:
         self.adapter: Adapter = adapter or open_adapter(config.adapter)
         self.functions = Functions()
         self.loop_thread = LoopThread("scopestate-loop")
-        services = HandlerServices(self.dispatcher, self.functions, self.limits, self.loop_thread, report)
+        services = HandlerServices(self.dispatcher, self.functions, self.limits, self.loop_thread, report, tell_hooks)
         self.router = TriggerRouter(services)
         self.snapshot = SnapshotActor(self.dispatcher, self.adapter, config.adapter.kv.save_interval_ms / 1000)
         self.directory = Directory(self._make_scope)

@@ -11,6 +11,7 @@ from scopestate.actors.functions import Function, Functions, running_loop
 from scopestate.actors.handler import DeliveryFailure
 from scopestate.actors.router import TriggerRouter
 from scopestate.errors import InvalidRegistration
+from scopestate.lifecycle import stay_ahead_of_executors
 from scopestate.triggers import TriggerHandle, read_trigger
 
 log = logging.getLogger("scopestate.triggers")
@@ -47,6 +48,7 @@ class Reactive:
             return lambda function: self.register_function(function_id, function, description=description)
         self._refuse_if_closed()
         self._functions.add(Function(function_id, target, running_loop(), description))
+        stay_ahead_of_executors()
         return target
 
     def unregister_function(self, function_id: str) -> None:
@@ -138,23 +140,31 @@ class Reactive:
 
     def _report(self, failure: DeliveryFailure) -> None:
         event = failure.event
-        facts = {
-            "scope": event.scope,
-            "key": event.key,
-            "sequence": event.sequence,
-            "function_id": failure.function_id,
-            "trigger_id": failure.trigger_id,
-        }
         log.error(
             "event %d of scope %r, key %r: function %r of trigger %r %s: %s",
             event.sequence, event.scope, event.key, failure.function_id, failure.trigger_id,
             "failed" if failure.final else f"failed at attempt {failure.attempt} and is tried again",
-            failure.error, exc_info=failure.error, extra=facts,
+            failure.error, exc_info=failure.error, extra=_facts(failure),
         )  # fmt: skip
+        self._tell_hooks(failure)
+
+    def _tell_hooks(self, failure: DeliveryFailure) -> None:
         for name, wanted in (("error", True), ("dead letter", failure.final)):
             hook = self._hooks[name]
             if hook is not None and wanted:
                 try:
                     hook(failure)
                 except Exception:
-                    log.exception("the %s hook failed", name, extra=facts)
+                    log.exception("the %s hook failed", name, extra=_facts(failure))
+
+
+def _facts(failure: DeliveryFailure) -> dict[str, object]:
+    """What a log handler may read from the record."""
+    event = failure.event
+    return {
+        "scope": event.scope,
+        "key": event.key,
+        "sequence": event.sequence,
+        "function_id": failure.function_id,
+        "trigger_id": failure.trigger_id,
+    }

@@ -35,6 +35,7 @@ from scopestate.connections import GOING, Batches, Connection, Registry
 from scopestate.doorway import Certificates, Doorway, Request, Response
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
+from scopestate.signals import join, wait_for
 from scopestate.skipping import Refusing, Telemetry
 from scopestate.wire.frames import Error, ErrorBody, encode
 from scopestate.wire.options import LIMIT_HEADER, limit_in
@@ -194,10 +195,10 @@ class Server:
                 return self
             self._thread = threading.Thread(target=self._run, name="scopestate-server", daemon=True)
             self._thread.start()
-        if not self._listening.wait(START_TIMEOUT_S):
+        if not wait_for(self._listening.wait, START_TIMEOUT_S):
             raise ScopestateError("the server did not start in time")
         if self._failure is not None:
-            self._thread.join()
+            join(self._thread)
             self._thread = None
             self._listening.clear()
             failure, self._failure = self._failure, None
@@ -212,7 +213,7 @@ class Server:
                 with contextlib.suppress(RuntimeError):  # it has ended already
                     loop.call_soon_threadsafe(self._ask_to_stop)
             if self._thread is not None:
-                self._thread.join()
+                join(self._thread)
             self._thread = None
             self._listening.clear()
         if self._owns_engine:

@@ -176,7 +176,12 @@ class WorkerTriggers:
 
     def _make_handler(self, trigger: Trigger, services: HandlerServices) -> HandlerActor:
         own = HandlerServices(
-            self.dispatcher, services.functions, services.limits, services.loop_thread, services.report
+            self.dispatcher,
+            services.functions,
+            services.limits,
+            services.loop_thread,
+            services.report,
+            services.tell_hooks,
         )
         own.made_room = services.made_room
         return WorkerHandler(trigger, own, self._hub, services.dispatcher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import ipaddress
 import logging
 import os
@@ -17,6 +18,7 @@ from scopestate.errors import ConfigError, DeserializationError, EngineClosed, S
 from scopestate.ops.values import parse
 from scopestate.persistence.adapter import ScopeChange, ScopeState
 from scopestate.persistence.remote import Done, read_keyed
+from scopestate.signals import join, wait_for
 from scopestate.wire.client import Client
 from scopestate.wire.options import DEFAULT_URL, ClientOptions
 
@@ -63,7 +65,7 @@ class BridgeAdapter:
         self._remote_events = remote_events
         self._pid = os.getpid()
         self._closed = False
-        self._guard = threading.Lock()
+        self._open = [None]
         options = options or ClientOptions(name=f"scopestate-bridge:{self._pid}")
         self._refusal = ""
         self._client = Client(url, options, on_change=self._note_connection, on_trigger_refused=self._note_refusal)
@@ -177,13 +179,16 @@ class BridgeAdapter:
         """Close the connection; calls under way fail. Idempotent. In a forked child it does nothing."""
         if os.getpid() != self._pid:
             return
-        with self._guard:
-            if self._closed:
-                return
-            self._closed = True
-        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        try:
+            self._open.pop()  # one step: of two threads one goes on
+        except IndexError:
+            return
+        self._closed = True
+        ending = asyncio.run_coroutine_threadsafe(self._client.close(), self._loop)
+        wait_for(lambda slice_s: bool(concurrent.futures.wait([ending], slice_s).done))
+        ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        join(self._thread)
 
     def refuse_server(self, host: str, port: int) -> None:
         """Raise ConfigError if a server of this very engine would listen where the bridge goes."""
@@ -230,7 +235,7 @@ class _Waiter:
 
     def get(self) -> bytes | None:
         """Wait; every call has a deadline, so this ends."""
-        self._arrived.wait()
+        wait_for(self._arrived.wait)
         if self._error is not None:
             raise self._error
         return self._result

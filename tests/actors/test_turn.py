@@ -11,8 +11,9 @@ import pytest
 
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.dispatcher import ThreadDispatcher
-from scopestate.actors.turn import TurnActor, certainly
+from scopestate.actors.turn import TurnActor
 from scopestate.errors import Overloaded, WouldDeadlock
+from scopestate.signals import certainly
 
 PATIENCE_S = 20.0
 

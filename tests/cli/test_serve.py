@@ -33,7 +33,7 @@ def config_file(folder: Path, more: str = "") -> Path:
     return file
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_with_everything_saved(number: int, program: type[Program], cli: Run, tmp_path: Path) -> None:
     served = program("serve", str(config_file(tmp_path)), "--json")
     facts = json.loads(served.line())
@@ -48,6 +48,40 @@ def test_a_signal_ends_it_with_everything_saved(number: int, program: type[Progr
     assert "Traceback" not in ended.err
     exported = cli("store", "export", str(tmp_path / "store")).out
     assert '{"scope":"users","key":"k","value":{"n":1}}' in exported
+
+
+def test_started_with_nohup_it_outlives_its_terminal(program: type[Program], cli: Run, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as from nohup
+    try:
+        served = program("serve", str(config_file(tmp_path)), "--json")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    facts = json.loads(served.line())
+    served.process.send_signal(signal.SIGHUP)
+
+    assert cli("set", "users", "k", "1", "--url", facts["url"]).code == 0
+    assert served.signal(signal.SIGTERM).code == 0
+
+
+def test_a_second_signal_ends_it_at_once(program: type[Program], tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text("import threading\ndef hang(event):\n    threading.Event().wait()\n")
+    more = (
+        "functions: {app::hang: hanging:hang}\ntriggers: [{function_id: app::hang}]\nlimits: {close_grace_ms: 600000}\n"
+    )
+    served = program("serve", str(config_file(tmp_path, more)), "--json", cwd=tmp_path)
+    url = json.loads(served.line())["url"]
+    with Engine.from_config(bridge_to(url)) as engine:
+        engine.set("s", "k", 1)
+    served.process.send_signal(signal.SIGTERM)
+    while "stopping" not in served.error_line():
+        continue
+
+    assert served.signal(signal.SIGTERM).code == 128 + signal.SIGTERM
+
+
+def bridge_to(url: str) -> dict[str, Any]:
+    adapter = {"name": "bridge", "config": {"bridge_url": url}}
+    return {"workers": [{"name": "iii-state", "config": {"adapter": adapter}}]}
 
 
 def test_workers_are_told_to_come_back(program: type[Program]) -> None:

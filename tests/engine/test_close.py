@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from watching import PATIENCE_S, Failures, Gate, GatedStore, LoopThread, Seen, broken, in_thread
 
-from scopestate import Engine, StateEvent, StorageError, messages
+from scopestate import DeliveryFailure, Engine, StateEvent, StorageError, messages
 from scopestate.errors import EngineClosed, EventNotDelivered
+from scopestate.persistence.reading import StoreReader
 
 CALLS: dict[str, Callable[[Engine], Any]] = {
     "set": lambda engine: engine.set("s", "k", 1),
@@ -90,23 +92,6 @@ def test_with_closes(tmp_path: Any) -> None:
 
     assert engine.closed
     assert asyncio.run(main()).closed
-
-
-def test_an_engine_opened_off_the_main_thread_says_that_sigterm_would_not_close_it(
-    tmp_path: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    section = {"name": "kv", "config": {"store_method": "file_based", "file_path": str(tmp_path / "store")}}
-    settings = {"workers": [{"name": "iii-state", "config": {"adapter": section}}]}
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        for handle in (False, True):
-            asyncio.run(
-                asyncio.to_thread(lambda handle=handle: Engine.from_config(settings, handle_sigterm=handle).close())
-            )
-            assert ("SIGTERM would end the process without saving" in caplog.text) is handle
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def test_two_engines_in_one_process_know_nothing_of_each_other(open_engine: Any) -> None:
@@ -364,3 +349,82 @@ def test_tasks_on_another_loop_are_answered_by_a_closing_engine(engine: Engine, 
         return [await task for task in tasks]
 
     assert len(loop_thread.do(results)) == 10
+
+
+def test_many_events_that_outlast_the_grace_are_one_line_in_the_log(
+    open_engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead, gate = Failures(), Gate()
+    engine = open_engine(on_dead_letter=dead, limits={"close_grace_ms": 20, "handler_mailbox": 100_000})
+    for name in ("first", "second"):
+        engine.on_change(function_id=f"app::{name}")(lambda event: gate())
+    for number in range(5_000):
+        engine.set("s", "k", number)
+    gate.wait_until_reached()
+
+    engine.close()
+    gate.open()
+
+    assert len(dead.all) == 10_000
+    lines = [record.getMessage() for record in caplog.records if "app::first" in record.getMessage()]
+    about_all = [line for line in lines if "before" in line]
+    assert len(about_all) == 1
+    assert "before 9998 events were delivered and while 2 were being handled" in about_all[0]
+    assert "app::second" in about_all[0]
+    assert len(caplog.records) <= 3
+
+
+def test_a_hook_that_hangs_does_not_keep_close_from_ending(
+    open_engine: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scopestate.closing.HOOKS_S", 0.05)
+    gate, hung, over = Gate(), threading.Event(), threading.Event()
+
+    def hang(failure: DeliveryFailure) -> None:
+        hung.set()
+        over.wait(PATIENCE_S)
+
+    engine = open_engine(on_dead_letter=hang, limits={"close_grace_ms": 20})
+    engine.on_change()(lambda event: gate())
+    engine.set("s", "k", 1)
+    gate.wait_until_reached()
+
+    engine.close()
+
+    assert hung.is_set()
+    assert "did not end in 0.05 s" in caplog.text
+    over.set()
+    gate.open()
+
+
+def test_close_saves_before_it_waits_for_handlers(open_engine: Any, tmp_path: Path) -> None:
+    gate = Gate()
+    config = {"store_method": "file_based", "file_path": str(tmp_path / "store"), "save_interval_ms": 3_600_000}
+    engine = open_engine(adapter=config, limits={"close_grace_ms": 600_000})
+
+    def derive(event: StateEvent) -> None:
+        gate()
+        engine.set("derived", "k", event.new_value)
+
+    engine.on_change(scope="s")(derive)
+    engine.set("s", "k", 1)
+    gate.wait_until_reached()
+
+    ending = in_thread(engine.close)
+    until_saved(tmp_path / "store", ["s"])
+    gate.open()
+    ending()
+
+    until_saved(tmp_path / "store", ["derived", "s"])
+
+
+def until_saved(directory: Path, scopes: list[str]) -> None:
+    """Wait until these are the scopes on disk, which no event announces."""
+    deadline, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    while True:
+        with StoreReader(directory) as reader:
+            found = reader.scopes()
+        if found == scopes:
+            return
+        assert time.monotonic() < deadline, found
+        pause.wait(0.005)
