@@ -170,8 +170,8 @@ def _at_end_of_worker() -> None:
 
 def _close_behind_threads() -> None:
     me, main = threading.current_thread(), threading.main_thread()
-    while others := [thread for thread in threading.enumerate() if not thread.daemon and thread not in (me, main)]:
-        others[0].join(0.02)
+    while any(not thread.daemon and thread not in (me, main) for thread in threading.enumerate()):
+        time.sleep(0.005)  # not joined: one that is about to start cannot be
     _close_all("its worker process ends")
 
 
