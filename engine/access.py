@@ -12,7 +12,7 @@ from fnmatch import translate
 from pathlib import Path
 from typing import Final, Literal
 
-from scopestate.config import ServerConfig, TokenConfig
+from scopestate.config import AuthConfig, ServerConfig, TokenConfig
 from scopestate.config.schema import EVERYTHING
 from scopestate.errors import ConfigError, Forbidden
 from scopestate.paths import expand_home
@@ -43,6 +43,12 @@ class Access:
     """
 
     def __init__(self, config: TokenConfig) -> None:
+        self.workers = 0
+        """Workers that are connected with it."""
+        self.allow(config)
+
+    def allow(self, config: TokenConfig) -> None:
+        """Allow from now on what this entry says."""
         limited = any(names is not None for names in (config.functions, config.read, config.write))
         left_out = () if limited else EVERYTHING
         functions, read, write = (
@@ -57,8 +63,6 @@ class Access:
         self.writes_everything = "*" in write
         self.full = self.reads_everything and self.writes_everything and "*" in functions and "*" in config.registers
         """Whether it may do everything; then it also sees everything that others have registered."""
-        self.workers = 0
-        """Workers that are connected with it."""
 
     def check_call(self, function_id: str) -> None:
         """Refuse a function that may not be called."""
@@ -123,9 +127,7 @@ class Gate:
 
     def __init__(self, config: ServerConfig) -> None:
         """Raises ConfigError if a token cannot be had or stands there twice, or if the address needs one."""
-        self._accesses = [(_digest(token_of(token)), Access(token)) for token in config.auth.tokens]
-        if len({digest for digest, _ in self._accesses}) < len(self._accesses):
-            raise ConfigError("two entries are the same token: which of them counts?", key="auth.tokens")
+        self._accesses = {digest: Access(token) for digest, token in _read_tokens(config.auth).items()}
         self._origins = frozenset(origin.lower().rstrip("/") for origin in config.origins)
         if not self._accesses and not config.insecure and not is_loopback(config.host):
             raise ConfigError(
@@ -133,6 +135,21 @@ class Gate:
                 "give `auth.tokens`, listen on 127.0.0.1, or say `insecure: true`",
                 key="iii-worker-manager.config.host",
             )
+
+    def reload(self, auth: AuthConfig) -> list[Access]:
+        """Have other tokens, or the same with other rights, from now on; return what of the old ones is withdrawn.
+
+        Raises ConfigError, and nothing has changed then: as in the constructor, or if the first token would come or the
+        last one go. That decides whether all connections need one, those that stand too.
+        """
+        tokens = _read_tokens(auth)
+        if bool(tokens) != bool(self._accesses):
+            raise ConfigError("whether there are tokens at all is decided when the server starts", key="auth.tokens")
+        before = self._accesses
+        self._accesses = {digest: before.get(digest) or Access(token) for digest, token in tokens.items()}
+        for digest, token in tokens.items():
+            self._accesses[digest].allow(token)
+        return [access for digest, access in before.items() if digest not in tokens]
 
     def admits(self, authorization: str | None) -> tuple[bool, Access | None]:
         """Return whether the bearer may connect, and its restrictions; without tokens everybody may do everything."""
@@ -143,7 +160,7 @@ class Gate:
         if scheme.lower() == "bearer" and len(token) <= MAX_TOKEN_BYTES:
             given = _digest(token.strip())
             # All of them, whichever fits: how long this takes says nothing about the tokens.
-            for digest, access in self._accesses:
+            for digest, access in self._accesses.items():
                 if hmac.compare_digest(digest, given):
                     found = access
         return found is not None, found
@@ -151,6 +168,13 @@ class Gate:
     def admits_origin(self, origin: str | None) -> bool:
         """Return whether a page of this origin may connect. Browsers always send the header."""
         return origin is None or "*" in self._origins or origin.lower().rstrip("/") in self._origins
+
+
+def _read_tokens(auth: AuthConfig) -> dict[bytes, TokenConfig]:
+    tokens = {_digest(token_of(token)): token for token in auth.tokens}
+    if len(tokens) < len(auth.tokens):
+        raise ConfigError("two entries are the same token: which of them counts?", key="auth.tokens")
+    return tokens
 
 
 def token_of(config: TokenConfig) -> str:

@@ -35,9 +35,9 @@ class Claims(Generic[T]):
     def __len__(self) -> int:
         return len(self._offers)
 
-    def names(self) -> list[str]:
-        """Return the names that are offered, in the order in which they were first offered."""
-        return list(self._offers)
+    def offered_by(self, worker: Worker) -> list[str]:
+        """Return the names that this worker offers, whether it serves them or not."""
+        return [name for name, offers in self._offers.items() if worker in offers]
 
     def serving(self, name: str) -> T | None:
         """Return what serves this name; None: nothing does."""

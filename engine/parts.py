@@ -9,6 +9,8 @@ from contextlib import suppress
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from scopestate.actors.commit import CommitScopeActor
 from scopestate.actors.directory import Directory
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
@@ -23,6 +25,7 @@ from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
 from scopestate.config import (
     AdapterConfig,
+    AuthConfig,
     BridgeConfig,
     Config,
     FunctionRef,
@@ -30,6 +33,7 @@ from scopestate.config import (
     LimitsConfig,
     RedisConfig,
     ScopeRule,
+    ServerConfig,
     TriggerConfig,
 )
 from scopestate.config.functions import misfit_id
@@ -81,6 +85,8 @@ class Parts:
             )
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self._rules = config.scopes
+        self.reconfigured: Callable[[Config], object] | None = None
+        """Called after each reload; set by a server that follows the file."""
         self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}
 
     def is_kept(self, scope: str) -> bool:
@@ -121,6 +127,8 @@ class Parts:
         self.config = config
         self._apply_functions(before.functions)
         self._apply_triggers(before)
+        if self.reconfigured is not None:
+            self.reconfigured(config)
 
     def _log_what_waits(self, before: Config, config: Config) -> None:
         """Log what differs from the last file and from what runs: it is used from the next start."""
@@ -135,7 +143,7 @@ class Parts:
                 log.warning("the new value of `%s` is used from the next start: a running store cannot change it", name)
         if waits(attrgetter("scopes")):
             log.warning("the new `scopes:` rules are used from the next start")
-        if waits(attrgetter("server")):
+        if waits(_server_but_tokens if self.reconfigured is not None else attrgetter("server")):
             log.warning("the new options of `iii-worker-manager` are used from the next start")
 
     def _apply_functions(self, before: Mapping[str, FunctionRef]) -> None:
@@ -200,6 +208,11 @@ def durability_of(scope: str, rules: Iterable[ScopeRule], default: str) -> str:
         if scope == rule.name or (rule.prefix is not None and scope.startswith(rule.prefix)):
             return rule.durability
     return default
+
+
+def _server_but_tokens(config: Config) -> ServerConfig | None:
+    server = config.server
+    return None if server is None else msgspec.structs.replace(server, auth=AuthConfig())
 
 
 def set_limits(limits: Limits, config: LimitsConfig) -> None:

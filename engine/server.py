@@ -30,8 +30,8 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 
 from scopestate.access import Access, Gate
 from scopestate.channels import Channels
-from scopestate.config import Config, ServerConfig
-from scopestate.connections import GOING, Batches, Connection, Registry
+from scopestate.config import AuthConfig, Config, ServerConfig
+from scopestate.connections import GOING, POLICY, Batches, Connection, Registry
 from scopestate.doorway import Certificates, Doorway, Request, Response
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
@@ -69,6 +69,7 @@ START_TIMEOUT_S: Final = 30.0
 CLOSE_WAIT_S: Final = 1.0
 """How long a server that stops waits for the answers to its close frames."""
 
+_WITHDRAWN: Final = "its token was withdrawn"
 _UNAUTHORISED: Final = encode(
     Error(ErrorBody("AUTH_ERROR", "this server wants `Authorization: Bearer TOKEN` with a token it knows"))
 )
@@ -124,6 +125,7 @@ class Server:
         if refuse is not None:
             refuse(self.config.host, self.config.port)
         self._owns_engine = owns_engine
+        self._follows = config is not None and config is engine._parts.config.server
         self._gate = Gate(self.config)
         self._certificates = None if self.config.tls is None else Certificates(self.config.tls)
         self._doorway = self._make_doorway()
@@ -270,6 +272,7 @@ class Server:
                 self.port = listener.getsockname()[1]
                 tasks.append(asyncio.create_task(self._doorway.accept_from(listener)))
             log.info("serving workers on %s", self.url)
+            self._follow_reloads()
             self._listening.set()
             await self._stop.wait()
         finally:
@@ -279,6 +282,8 @@ class Server:
             for listener in listeners:
                 listener.close()
             self._doorway.close()
+            if self._follows:
+                self.engine._parts.reconfigured = None
             await self._close_connections()
 
     def _make_doorway(self) -> Doorway:
@@ -322,6 +327,36 @@ class Server:
         await asyncio.sleep(0)
         self._hub = self._channels = self._loop = None
 
+    def _follow_reloads(self) -> None:
+        """Take up changed tokens, if the configuration is the engine's own."""
+        parts, loop = self.engine._parts, asyncio.get_running_loop()
+        if self._follows:
+
+            def take_up(config: Config) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed at this very moment
+                    loop.call_soon_threadsafe(self._reload_tokens, config.server)
+
+            parts.reconfigured = take_up
+
+    def _reload_tokens(self, config: ServerConfig | None) -> None:
+        """Apply the tokens of a reloaded configuration. Workers whose token is not there any more are closed."""
+        hub = self._hub
+        if hub is None:
+            return
+        try:
+            withdrawn = self._gate.reload(AuthConfig() if config is None else config.auth)
+        except ConfigError as error:
+            log.warning("the tokens of the new configuration were not taken up, those before stay: %s", error)
+            return
+        for worker in list(hub.workers.values()):
+            if worker.access in withdrawn:
+                worker.close(POLICY, _WITHDRAWN)
+            else:
+                hub.withdraw_forbidden(worker)
+        for sink in self._telemetry.all():
+            if isinstance(sink, Telemetry) and sink.access in withdrawn:
+                sink.close(POLICY, _WITHDRAWN)
+
     def _all_connections(self) -> list[Connection]:
         return [*self._connections.all(), *self._telemetry.all(), *self._refusals.all()]
 
@@ -360,7 +395,7 @@ class Server:
             # Counted apart: telemetry takes no worker's place.
             if len(self._telemetry) >= config.max_connections:
                 return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many telemetry connections")
-            sink = Telemetry(self._batches)
+            sink = Telemetry(access, self._batches)
             sink.belong_to(self._telemetry)
             return sink
         if self._is_full(all_places=access is None or access.full):

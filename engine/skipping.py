@@ -7,11 +7,14 @@ telemetry, and for a connection without a valid token, that would be memory for 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import picows
 
 from scopestate.connections import NORMAL, POLICY, PROTOCOL_ERROR, Batches, Connection
+
+if TYPE_CHECKING:
+    from scopestate.access import Access
 
 CHUNK: Final = 16 * 1024
 """Bytes that are taken from one connection in a row."""
@@ -56,7 +59,9 @@ class FrameSkipper:
                 part = min(size - len(head), end - at)
                 head += data[at : at + part]
                 at += part
-                if len(head) < size or _head_size(head) > len(head):
+                if size == 2 and len(head) == 2:
+                    _check(head)
+                if len(head) < _head_size(head):
                     continue
                 self._begin(head)
                 head.clear()
@@ -70,13 +75,18 @@ class FrameSkipper:
     def _begin(self, head: bytearray) -> None:
         """Take a whole frame header."""
         opcode, length = head[0] & 0x0F, head[1] & 0x7F
-        if head[0] & 0x70 or not head[1] & 0x80 or 0x2 < opcode < _FIRST_CONTROL or opcode > 0xA:
-            raise BadFrame("a reserved bit or opcode is set, or the frame is not masked")
-        if opcode >= _FIRST_CONTROL and (length > 125 or not head[0] & 0x80):
-            raise BadFrame("a control frame is too long, or in pieces")
         if length >= 126:
             length = int.from_bytes(head[2:-4])
         self._opcode, self._mask, self._left = opcode, bytes(head[-4:]), length
+
+
+def _check(head: bytearray) -> None:
+    """Raise BadFrame for the first two bytes of what no client may send."""
+    opcode, length = head[0] & 0x0F, head[1] & 0x7F
+    if head[0] & 0x70 or not head[1] & 0x80 or 0x2 < opcode < _FIRST_CONTROL or opcode > 0xA:
+        raise BadFrame("a reserved bit or opcode is set, or the frame is not masked")
+    if opcode >= _FIRST_CONTROL and (length > 125 or not head[0] & 0x80):
+        raise BadFrame("a control frame is too long, or in pieces")
 
 
 def _head_size(head: bytearray) -> int:
@@ -153,6 +163,10 @@ class SkippingConnection(Connection):
 
 class Telemetry(SkippingConnection):
     """The telemetry sink: everything is thrown away, nothing is answered (docs/protocol.md, section 11)."""
+
+    def __init__(self, access: Access | None, batches: Batches) -> None:
+        super().__init__(batches)
+        self.access = access
 
     def __str__(self) -> str:
         return "a telemetry connection"

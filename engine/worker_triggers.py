@@ -136,12 +136,9 @@ class WorkerTriggers:
 
     def _check_other(self, worker: Worker, frame: RegisterTrigger) -> None:
         """Check a trigger of any type but `state`. What it calls gets an input of which nothing is known here."""
-        access = worker.access
-        if access is not None:
-            access.check_trigger_call(frame.function_id, None)
+        if worker.access is not None:
+            self._check_rights(worker.access, frame)
         if frame.trigger_type in ENGINE_TYPES:
-            if access is not None:
-                access.check_call(NEEDED_TO_WATCH[frame.trigger_type])
             if frame.function_id.startswith("engine::") and self._hub.own_function(frame.function_id) is not None:
                 raise InvalidRegistration(
                     f"an event of the server cannot call {frame.function_id!r}, a function of the server: it might "
@@ -149,6 +146,13 @@ class WorkerTriggers:
                 )
         elif self._types.serving(frame.trigger_type) is None:
             raise InvalidRegistration(f"there is no trigger type {frame.trigger_type!r}")
+
+    @staticmethod
+    def _check_rights(access: Access, frame: RegisterTrigger) -> None:
+        access.check_trigger_call(frame.function_id, None)
+        needed = NEEDED_TO_WATCH.get(frame.trigger_type)
+        if needed is not None:
+            access.check_call(needed)
 
     def _begin(self, registered: Registered) -> None:
         """Have the router, or the provider of its type, fire a trigger from now on."""
@@ -196,7 +200,8 @@ class WorkerTriggers:
     def silence(self, worker: Worker) -> None:
         """Begin no more deliveries for the triggers that go with a worker that is lost."""
         for trigger_id, handler in self._handlers.items():
-            if self._triggers.only_by(trigger_id, worker):
+            # Not if the program has put its own trigger in the place of this one.
+            if getattr(handler.trigger, "owner", None) is worker and self._triggers.only_by(trigger_id, worker):
                 handler.active = False
 
     def remove_all_of(self, worker: Worker) -> None:
@@ -204,7 +209,7 @@ class WorkerTriggers:
 
         What another worker with the same token has registered under the same name stands again.
         """
-        for type_id in self._types.names():
+        for type_id in self._types.offered_by(worker):
             self._remove_type(worker, type_id, lost=True)
         for registered in self._triggers.all():
             trigger_id = registered.frame.id
@@ -214,6 +219,25 @@ class WorkerTriggers:
                     self._begin(before)
                 if before is None or before.frame.trigger_type != registered.frame.trigger_type:
                     self._end(registered)
+
+    def withdraw_forbidden(self, worker: Worker, access: Access) -> None:
+        """Remove the trigger types, and the triggers of other types than `state`, that a worker may not have now.
+
+        A trigger of type `state` stays: its rights are looked at with each event.
+        """
+        for type_id in self._types.offered_by(worker):
+            try:
+                access.check_register(type_id, "trigger type")
+            except Forbidden as error:
+                log.warning("worker %s: a trigger type was withdrawn: %s", worker.worker_id, error)
+                self.unregister_type(worker, type_id)
+        for registered in self._triggers.all():
+            if registered.owner is worker and registered.trigger is None:
+                try:
+                    self._check_rights(access, registered.frame)
+                except Forbidden as error:
+                    log.warning("worker %s: trigger %r was removed: %s", worker.worker_id, registered.frame.id, error)
+                    self.unregister(worker, registered.frame.id)
 
     def last_worker_left(self, access: Access) -> None:
         """No worker of this token is connected any more: its trigger types are free."""

@@ -261,6 +261,20 @@ class Hub:
         before = self.offered.serving(function_id)
         self.functions.discard(function_id, function, None if before is None else self._entry(before))
 
+    def withdraw_forbidden(self, worker: Worker) -> None:
+        """The rights of a worker's token may have changed: take away what it may not have registered now."""
+        access = worker.access
+        if access is None:
+            return
+        for function in list(worker.functions.values()):
+            try:
+                access.check_register(function.frame.id)
+            except Forbidden as error:
+                log.warning("worker %s: a function was withdrawn: %s", worker.worker_id, error)
+                worker.note_refused(function.frame.id, str(error))
+                self._withdraw(function, lost=False)
+        self.triggers.withdraw_forbidden(worker, access)
+
     def _register_trigger(self, worker: Worker, frame: RegisterTrigger) -> None:
         try:
             self.triggers.register(worker, frame)
