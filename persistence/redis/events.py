@@ -12,7 +12,7 @@ from typing import Final
 
 from scopestate.persistence.redis.connection import Connection, Refusal, Target, pack
 from scopestate.persistence.redis.options import RedisOptions
-from scopestate.persistence.redis.reading import BLOCK_S, Handler, Reader, event_of, number_of
+from scopestate.persistence.redis.reading import BLOCK_S, CUT_FILE, Handler, Reader, event_of, number_of, place_of
 from scopestate.persistence.redis.script import Shape
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -48,6 +48,8 @@ class EachReader(Reader):
         self._note_restart = note_restart
         self._id = _BEGINNING
         self._number = 0
+        self._opened: tuple[bytes, int] = (_BEGINNING, 0)
+        """Id and number of the newest entry when reading began: it and what is before it is never published here."""
         self._recent: deque[tuple[bytes, int]] = deque(maxlen=_REMEMBERED)
         self._waiting: list[tuple[int, threading.Event]] = []
         self._wanted = self._looked = 0
@@ -98,6 +100,7 @@ class EachReader(Reader):
             if number is not None:
                 self._number = number
                 self._recent.append((entry_id, number))
+        self._opened = (self._id, self._number)
 
     def _resume(self, connection: Connection) -> None:
         self._look(connection)
@@ -153,12 +156,18 @@ class EachReader(Reader):
                 count,
                 f"{count} events ({expected} to {number - 1}) were trimmed from {where}, or it was deleted, before "
                 "this engine had read them: its triggers have not seen them; raise events_kept, or make the handlers "
-                "faster",
+                f"faster; {CUT_FILE}",
             )
-        elif self._recent and number > self._recent[0][1]:
+        elif number > self._oldest_known():
             self._restart(connection, number - 1, f"{where} lost its end")
         else:
             self._restart(connection, number - 1, f"{where} has begun anew", missed=number - 1)
+            self._opened = (_BEGINNING, 0)
+
+    def _oldest_known(self) -> int:
+        """Return the number of the oldest event that is still known here."""
+        recent = self._recent
+        return recent[0][1] if len(recent) == _REMEMBERED else max(self._opened[1], 1)
 
     def _look(self, connection: Connection) -> None:
         """See whether the last entry that was read is there still; if not, find where to go on."""
@@ -168,8 +177,7 @@ class EachReader(Reader):
         before = connection.call("XREVRANGE", stream, self._id, "-", "COUNT", 1)
         where = f"the stream {stream!r} of Redis at {self._target.address}"
         if not before and counted < self._number:
-            self._restart(connection, 0, f"{where} has begun anew")
-            self._id = _BEGINNING
+            self._begin_again(connection, where)
             return
         # None before it: it was trimmed, which the next number tells; or it is another stream.
         if not before or (before[0][0] == self._id and number_of(before[0][1]) in (self._number, None)):
@@ -184,13 +192,23 @@ class EachReader(Reader):
         while before:
             for entry_id, fields in before:
                 number = number_of(fields)
-                if number is not None and known.get(entry_id) == number:
-                    self._restart(connection, number, f"{where} lost its end")
-                    self._id = entry_id
-                    return
+                if place_of(entry_id) <= place_of(self._opened[0]):
+                    # All that was read is lost, and maybe more. What was there before reading began is not for us.
+                    number = self._opened[1] if number is None else min(number, self._opened[1])
+                    self._opened = (entry_id, number)
+                elif number is None or known.get(entry_id) != number:
+                    continue
+                self._restart(connection, number, f"{where} lost its end")
+                self._id = entry_id
+                return
             before = connection.call("XREVRANGE", stream, b"(" + before[-1][0], "-", "COUNT", _COUNT)
+        self._begin_again(connection, where)
+
+    def _begin_again(self, connection: Connection, where: str) -> None:
+        """Go on with the first event of a stream that is not the one that was read."""
         self._restart(connection, 0, f"{where} has begun anew")
         self._id = _BEGINNING
+        self._opened = (_BEGINNING, 0)
 
     def _restart(self, connection: Connection, number: int, what: str, *, missed: int = 0) -> None:
         """Go on behind the event of this number, which is before those that were read."""
@@ -202,7 +220,7 @@ class EachReader(Reader):
         self.note_loss(
             missed,
             f"{what} after event {last} (it was flushed, or a fail-over lost what was newest): this engine goes on "
-            f"with event {number + 1}; what was published in between may be missing",
+            f"with event {number + 1}; what was published in between may be missing; {CUT_FILE}",
         )
 
     def _note_unread(self, published: int, counted: int, where: str) -> None:
@@ -211,7 +229,7 @@ class EachReader(Reader):
         self.note_loss(
             published - counted,
             f"{where} lost its end (a restart or a fail-over lost what was newest): the events {counted + 1} to "
-            f"{published}, as they were, went to no trigger of this engine",
+            f"{published}, as they were, went to no trigger of this engine; {CUT_FILE}",
         )
 
     def _begin_anew(self, counted: int) -> None:

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from scopestate.errors import StorageError
 from scopestate.persistence.redis.connection import Connection, Refusal, Target
-from scopestate.persistence.redis.keeper import Group, Keeper, place_of
+from scopestate.persistence.redis.keeper import Group, Keeper
 from scopestate.persistence.redis.options import RedisOptions
-from scopestate.persistence.redis.reading import BLOCK_S, Event, Handler, Outlet, Reader, event_of
+from scopestate.persistence.redis.reading import BLOCK_S, CUT_FILE, Event, Handler, Outlet, Reader, event_of, place_of
 from scopestate.persistence.redis.script import Shape
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -289,6 +289,6 @@ class GroupReader(Reader):
                 0,
                 f"the group {self._group.name!r} of the stream {self._group.stream!r} of Redis at "
                 f"{self._target.address} was gone (flushed, or not in the copy of a fail-over) and is made anew from "
-                "what the stream has: events from before may be missing, or handled again",
+                f"what the stream has: events from before may be missing, or handled again; {CUT_FILE}",
             )
         return True

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from scopestate.errors import NotConnected
 from scopestate.inbox import Empty, Inbox
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
-from scopestate.persistence.redis.reading import number_of
+from scopestate.persistence.redis.reading import CUT_FILE, number_of, place_of
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -306,7 +306,8 @@ class Keeper:
                 count,
                 f"{count} events ({int(found[0]) + 1} to {before}) were trimmed from the stream "
                 f"{self._group.stream!r} of Redis at {self._target.address}, or it was deleted, before any engine of "
-                f"the group {self._group.name!r} had taken them: no trigger has seen them; raise events_kept",
+                f"the group {self._group.name!r} had taken them: no trigger has seen them; raise events_kept; "
+                f"{CUT_FILE}",
             )
 
     def _exchange(self, commands: list[tuple[Any, ...]]) -> list[Any]:
@@ -328,12 +329,6 @@ class Keeper:
 def _is_gone(refusal: Refusal) -> bool:
     """True if the group is gone: the reader makes it anew, and until then there is nothing to acknowledge in it."""
     return "NOGROUP" in refusal.text or "no such key" in refusal.text
-
-
-def place_of(entry_id: bytes) -> tuple[int, int]:
-    """Return what the ids of entries are ordered by."""
-    milliseconds, _, sequence = entry_id.partition(b"-")
-    return int(milliseconds), int(sequence)
 
 
 def _ignore(reply: object) -> None:

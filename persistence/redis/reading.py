@@ -23,6 +23,12 @@ _T = TypeVar("_T")
 
 BLOCK_S: Final = 2.0
 """How long the server may keep a reader waiting; then it looks whether the stream is still the one it knows."""
+CUT_FILE: Final = "after a restart of the server with a cut AOF: Valkey 9.1.2 or later, or `aof-load-truncated no`"
+"""What else may have lost events, and what to do then.
+
+Redis 7.0 does not remove all of a transaction that is cut at the end of its append-only file. The rest becomes part of
+the next one, and takes effect when the file is loaded again: it counts events that are not in the stream.
+"""
 _SHOWN_S: Final = 600.0
 """How long a loss stays in `problem`."""
 
@@ -66,6 +72,12 @@ def number_of(fields: list[bytes]) -> int | None:
         return event_of(fields).number
     except (ValueError, IndexError):
         return None
+
+
+def place_of(entry_id: bytes) -> tuple[int, int]:
+    """Return what the ids of entries are ordered by."""
+    milliseconds, _, sequence = entry_id.partition(b"-")
+    return int(milliseconds), int(sequence)
 
 
 def _as_json(raw: bytes) -> bytes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from conformance import same
 from cutting import Cuts, Proxy
 from event_engines import COUNTER, STREAM, Engines, Seen, config, drain_chains, problems, set_patiently
-from servers import SentinelSetup, Server, StartServer, wait_until
+from servers import Binary, SentinelSetup, Server, StartServer, wait_until
 
 from scopestate import DeliveryFailure, Engine
 from scopestate.errors import EventLoopDetected, ReplyTimeout, StorageError
@@ -387,6 +388,129 @@ def test_after_a_fail_over_that_lost_the_end_of_the_stream_it_goes_on_where_the_
     assert seen.numbers == [*range(1, 11), 9, *range(10, seen.numbers[-1] + 1)]
     assert [event.new_value for event in seen.events[10:12]] == ["new", "newer"]
     assert "lost its end after event 10" in problems(reader)
+
+
+class Lagging:
+    """What a replica has that stopped following now. `promote` makes it the state of the server; clients reconnect."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._entries = server.ask("XRANGE", STREAM, "-", "+")
+        self._count = server.ask("GET", COUNTER)
+
+    def promote(self, *, written: Sequence[str] = ()) -> None:
+        """`written`: values that were written to it before any of our engines connects."""
+        with self._server.client().pipeline() as step:
+            step.delete(STREAM, COUNTER)
+            for entry_id, fields in self._entries:
+                step.xadd(STREAM, fields, id=entry_id)
+            if self._count is not None:
+                step.set(COUNTER, self._count)
+            for number, value in enumerate(written, int(self._count or 0) + 1):
+                step.xadd(STREAM, {"n": number, "s": "s", "k": "k", "v": f'"{value}"'})
+                step.incr(COUNTER)
+            step.execute()
+        kill_connections(self._server)
+
+
+@pytest.mark.parametrize("written", [0, 1, 3, 5])
+@pytest.mark.parametrize("old", ["events", "events and an entry of somebody else", "nothing"])
+def test_after_a_fail_over_that_lost_all_it_had_read_no_old_event_is_delivered(
+    valkey: Server, engines: Engines, old: str, written: int
+) -> None:
+    writer = engines.open(valkey)
+    before = 0 if old == "nothing" else 5
+    for number in range(before):
+        writer.set("s", "k", f"old {number}")
+    if old.endswith("somebody else"):
+        valkey.ask("XADD", STREAM, "*", "foreign", "entry")
+    reader = engines.open(valkey)
+    replica = Lagging(valkey)
+    seen = Seen(reader)
+    for number in range(3):
+        writer.set("s", "k", f"lost {number}")
+    seen.wait_for_count(3)
+    new = [f"new {number}" for number in range(written)]
+
+    replica.promote(written=new)
+    set_patiently(writer, "s", "k", "last")
+
+    events = seen.wait_for_value("last")
+    assert [event.new_value for event in events] == ["lost 0", "lost 1", "lost 2", *new, "last"]
+    assert seen.numbers == [*range(before + 1, before + 4), *range(before + 1, before + 2 + written)]
+    assert ("lost its end" in problems(reader)) or (before == 0 and "has begun anew" in problems(reader))
+    assert "aof-load-truncated no" in problems(reader)
+    assert missed(reader) == 0
+
+
+def test_after_a_fail_over_that_lost_even_more_than_it_had_read_no_old_event_is_delivered(
+    valkey: Server, engines: Engines
+) -> None:
+    writer = engines.open(valkey)
+    for number in range(3):
+        writer.set("s", "k", f"old {number}")
+    replica = Lagging(valkey)
+    for number in range(3, 6):
+        writer.set("s", "k", f"old {number}")
+    reader = engines.open(valkey)
+    seen = Seen(reader)
+    writer.set("s", "k", "lost")
+    seen.wait_for_count(1)
+
+    replica.promote()
+    set_patiently(writer, "s", "k", "new")
+    seen.wait_for_value("new")
+
+    # And once more, back to where the new primary was: its own events are known by now.
+    again = Lagging(valkey)
+    set_patiently(writer, "s", "k", "lost too")
+    seen.wait_for_value("lost too")
+    again.promote()
+    set_patiently(writer, "s", "k", "last")
+
+    events = seen.wait_for_value("last")
+    assert [event.new_value for event in events] == ["lost", "new", "lost too", "last"]
+    assert seen.numbers == [7, 4, 5, 5]
+    assert missed(reader) == 0
+
+
+def test_numbers_that_were_had_before_are_no_loss_to_a_reader_that_began_behind_them(
+    valkey: Server, engines: Engines
+) -> None:
+    # The stream is empty when it begins; of the fail-over it learns only from an event whose number it has had.
+    writer = engines.open(valkey)
+    for number in range(5):
+        writer.set("s", "k", f"old {number}")
+    valkey.ask("DEL", STREAM)
+    reader = engines.open(valkey)
+    seen = Seen(reader)
+    writer.set("s", "k", "lost")
+    writer.set("s", "k", "lost too")
+    seen.wait_for_count(2)
+    valkey.ask("SET", COUNTER, 5)
+    writer.set("s", "k", "new")
+
+    events = seen.wait_for_value("new")
+    assert [event.sequence for event in events] == [6, 7, 6]
+    assert missed(reader) == 0
+    assert "lost its end after event 7" in problems(reader)
+
+
+def test_a_cut_append_only_file_is_named_with_the_loss(server_binary: Binary, start_server: StartServer) -> None:
+    server = start_server(server_binary, persistent=True)
+    with Engine.from_config(config(server)) as engine:
+        seen = Seen(engine)
+        for number in range(1, 11):
+            engine.set("s", "k", number)
+        seen.wait_for_count(10)
+        server.kill()
+        (file,) = (server.folder / "appendonlydir").glob("*.incr.aof")
+        os.truncate(file, file.read_bytes().rindex(b"MULTI") + 60)
+        server.start()
+        set_patiently(engine, "s", "k", "new")
+        seen.wait_for_value("new")
+
+        assert "AOF: Valkey 9.1.2 or later, or `aof-load-truncated no`" in problems(engine)
 
 
 def test_a_fail_over_to_a_replica_that_is_in_step_costs_no_event(engines: Engines) -> None:
