@@ -195,8 +195,10 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Trigger id; left out: made from the entry's content."""
 
 
-EVERYTHING: Final = ("*", "engine::*", "state::*")
-"""The patterns that match every name: `*` alone does not cover the engine's own ids in `registers`."""
+EVERYTHING: Final = ("*",)
+"""The pattern that matches every name."""
+EVERY_REGISTRATION: Final = ("*", "engine::*", "state::*")
+"""The patterns of `registers` that match every id: `*` alone does not cover the engine's own."""
 
 
 class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -230,7 +232,19 @@ class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 def full_token(token: str) -> TokenConfig:
     """Return the entry that a string in `auth.tokens` stands for: a token that may do everything."""
-    return TokenConfig(token=token, functions=EVERYTHING, registers=EVERYTHING, read=EVERYTHING, write=EVERYTHING)
+    return TokenConfig(
+        token=token, functions=EVERYTHING, registers=EVERY_REGISTRATION, read=EVERYTHING, write=EVERYTHING
+    )
+
+
+def with_every_list(token: TokenConfig) -> TokenConfig:
+    """Return a token with the lists that were left out: see `TokenConfig`."""
+    limited = any(names is not None for names in (token.functions, token.read, token.write))
+    left_out = () if limited else EVERYTHING
+    given = {name: getattr(token, name) for name in ("functions", "read", "write")}
+    return msgspec.structs.replace(
+        token, **{name: left_out if names is None else names for name, names in given.items()}
+    )
 
 
 class AuthConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -29,6 +29,7 @@ from scopestate.config.schema import (
     TokenConfig,
     TriggerConfig,
     full_token,
+    with_every_list,
 )
 from scopestate.errors import ConfigError
 
@@ -333,7 +334,8 @@ class SectionReader:
             if value is not None and token is None:
                 self._problems.add("a token is a string: put it in quotes", place.line, place.path)
         else:
-            token = self._struct(place, TokenConfig)
+            read = self._struct(place, TokenConfig)
+            token = None if read is None else with_every_list(read)
         if token is not None and [token.token, token.env, token.file].count(None) != 2:
             self._problems.add("give one of `token`, `env` and `file`", place.line, place.path)
         elif token is not None and token.token is not None and not token.token.strip():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig
-from scopestate.config.schema import EVERYTHING
+from scopestate.config.schema import with_every_list
 from scopestate.errors import ConfigError, Forbidden
 from scopestate.paths import expand_home
 
@@ -49,11 +49,8 @@ class Access:
 
     def allow(self, config: TokenConfig) -> None:
         """Allow from now on what this entry says."""
-        limited = any(names is not None for names in (config.functions, config.read, config.write))
-        left_out = () if limited else EVERYTHING
-        functions, read, write = (
-            left_out if names is None else names for names in (config.functions, config.read, config.write)
-        )
+        config = with_every_list(config)
+        functions, read, write = config.functions or (), config.read or (), config.write or ()
         self._functions = _matcher((*functions, *ALWAYS_ALLOWED))
         self._registers = _matcher(config.registers)
         self._registers_ours = _matcher(name for name in config.registers if name.startswith(ENGINE_NAMESPACES))

@@ -433,12 +433,15 @@ class Server:
         return self._health(request.headers.get("authorization"))
 
     def _health(self, authorization: str | None) -> Response:
-        """Say whether all is well; what is not, only to those who may know everything."""
+        """Say whether all is well, and what is not only to a token that may do everything.
+
+        Without tokens nothing more is told: a web page that has tricked a browser could read it.
+        """
         health = self.engine.health()
         status = HTTPStatus.OK if health.ok else HTTPStatus.SERVICE_UNAVAILABLE
         told: dict[str, Any] = {"status": "ok" if health.ok else "failing"}
         admitted, access = self._gate.admits(authorization)
-        if admitted and (access is None or access.full):
+        if admitted and access is not None and access.full:
             told["health"] = health
         headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
         return Response(status, msgspec.json.encode(told), headers)

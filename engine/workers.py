@@ -224,11 +224,16 @@ class Hub:
         seen = encode_frame(infos)
         if seen != self._functions_seen:
             self._functions_seen = seen
-            self.triggers.fire(FUNCTIONS_AVAILABLE, self._changed_functions)
+            shown: dict[Access | None, dict[str, Any]] = {}
 
-    def _changed_functions(self, watcher: Worker) -> dict[str, Any]:
-        seen = encode_frame(self._introspection.function_infos(watcher, internal=True))
-        return {"event": "functions_changed", "functions": decode(seen)}
+            def event_for(watcher: Worker) -> dict[str, Any]:
+                # One for all workers with the same token: they see the same.
+                if watcher.access not in shown:
+                    infos = encode_frame(self._introspection.function_infos(watcher, internal=True))
+                    shown[watcher.access] = {"event": "functions_changed", "functions": decode(infos)}
+                return shown[watcher.access]
+
+            self.triggers.fire(FUNCTIONS_AVAILABLE, event_for)
 
     def _register(self, worker: Worker, frame: RegisterFunction) -> None:
         function = WorkerFunction(self, worker, frame)

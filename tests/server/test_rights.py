@@ -150,6 +150,13 @@ def _forbids(check: Callable[[], None]) -> bool:
     return False
 
 
+def test_the_lists_that_were_left_out_are_filled_in_when_the_file_is_read() -> None:
+    bare, limited = server_config({"auth": {"tokens": [{"token": GUEST}, {"token": OTHER, "read": ["s"]}]}}).auth.tokens
+
+    assert (bare.functions, bare.registers, bare.read, bare.write) == (("*",), (), ("*",), ("*",))
+    assert (limited.functions, limited.registers, limited.read, limited.write) == ((), (), ("s",), ())
+
+
 @pytest.mark.parametrize(
     ("patterns", "function_id", "allowed"),
     [
@@ -970,8 +977,9 @@ def _fields(struct: Any) -> dict[str, Any]:
     return {name: getattr(struct, name) for name in struct.__struct_fields__}
 
 
-def test_health_of_an_open_server_is_told_in_full(server: Server) -> None:
-    assert health(server, None)[1]["health"]["ok"] is True
+def test_health_of_an_open_server_says_no_more(server: Server) -> None:
+    assert health(server, None)[1] == {"status": "ok"}
+    assert health(server, ADMIN)[1] == {"status": "ok"}
 
 
 @pytest.mark.parametrize("token", [None, "wrong", GUEST, ADMIN])
