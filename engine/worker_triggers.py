@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from scopestate.worker import Worker
     from scopestate.workers import Hub
 
-log = logging.getLogger("scopestate.server")
-
 STATE: Final = "state"
 WORKERS_AVAILABLE: Final = "engine::workers-available"
 FUNCTIONS_AVAILABLE: Final = "engine::functions-available"
@@ -32,7 +29,6 @@ ENGINE_TYPES: Final = {
     FUNCTIONS_AVAILABLE: "Fired when the set of registered functions has changed",
 }
 """Trigger types of the server itself (docs/protocol.md, section 6.5)."""
-
 
 NEEDED_TO_WATCH: Final = {WORKERS_AVAILABLE: "engine::workers::list", FUNCTIONS_AVAILABLE: "engine::functions::list"}
 """Trigger type of the server -> the function that shows the same: a token needs the right to call it."""
@@ -229,15 +225,16 @@ class WorkerTriggers:
             try:
                 access.check_register(type_id, "trigger type")
             except Forbidden as error:
-                log.warning("worker %s: a trigger type was withdrawn: %s", worker.worker_id, error)
+                self._hub.log.warning("worker %s: a trigger type was withdrawn: %s", worker.worker_id, error)
                 self.unregister_type(worker, type_id)
         for registered in self._triggers.all():
             if registered.owner is worker and registered.trigger is None:
                 try:
                     self._check_rights(access, registered.frame)
                 except Forbidden as error:
-                    log.warning("worker %s: trigger %r was removed: %s", worker.worker_id, registered.frame.id, error)
-                    self.unregister(worker, registered.frame.id)
+                    trigger_id = registered.frame.id
+                    self._hub.log.warning("worker %s: trigger %r was removed: %s", worker.worker_id, trigger_id, error)
+                    self.unregister(worker, trigger_id)
 
     def last_worker_left(self, access: Access) -> None:
         """No worker of this token is connected any more: its trigger types are free."""
@@ -327,6 +324,9 @@ class WorkerTriggers:
             registered = self._triggers.serving(trigger_id)
             if waiting > self._max_waiting and registered is not None:
                 target = self._hub.functions.find(registered.frame.function_id)
-                # Whoever is slow: the worker with the function, which need not be the one with the trigger.
+                # The slow one is the worker with the function. But a trigger must not be a way to have a worker with
+                # another token closed.
                 worker = getattr(getattr(target, "target", None), "worker", registered.owner)
+                if worker.access is not registered.owner.access:
+                    worker = registered.owner
                 worker.close(POLICY, f"{waiting} events wait for its function {registered.frame.function_id!r}")

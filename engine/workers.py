@@ -275,7 +275,7 @@ class Hub:
             try:
                 access.check_register(function.frame.id)
             except Forbidden as error:
-                log.warning("worker %s: a function was withdrawn: %s", worker.worker_id, error)
+                self.log.warning("worker %s: a function was withdrawn: %s", worker.worker_id, error)
                 worker.note_refused(function.frame.id, str(error))
                 self._withdraw(function, lost=False)
         self.triggers.withdraw_forbidden(worker, access)

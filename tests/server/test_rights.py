@@ -608,6 +608,23 @@ def test_a_trigger_that_the_program_has_replaced_is_the_programs(shops: Workers,
     assert seen == ["before", "after"]
 
 
+def test_a_trigger_is_no_way_to_have_another_tokens_worker_closed(workers: Workers, engine: Engine) -> None:
+    server = workers.serve({"functions": ["slow"], "read": ["s"]}, max_waiting_events=2)
+    guest, admin = workers(GUEST), workers(ADMIN)
+    admin.register("slow")
+    assert refused(guest, "slow", {"scope": "s"}) == ""
+    for number in range(5):
+        engine.set("s", "k", number)
+    call = admin.take("slow")
+    assert server._loop is not None
+    assert server._hub is not None
+    server._loop.call_soon_threadsafe(server._hub.triggers.close_overrun)  # what a timer does every second
+
+    assert guest.closed_with()[0] == 1008
+    admin.answer(call)
+    admin.settle()
+
+
 # ------------------------------------------------------------------------------------------------------ trigger types
 
 
