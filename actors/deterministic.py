@@ -10,6 +10,7 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
+from scopestate.actors.containment import Ended
 from scopestate.actors.reply import Reply
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import WouldDeadlock
@@ -131,6 +132,14 @@ class DeterministicDispatcher:
     def submit(self, work: Callable[[], object]) -> None:
         """Have `work()` called in some later step. It may wait for replies."""
         self._add(getattr(work, "__qualname__", "work"), work)
+
+    def submit_program(self, work: Callable[[], object]) -> None:
+        """As `submit`: there are as many threads as are needed."""
+        self.submit(work)
+
+    def held(self) -> int:
+        """0: nothing waits for a thread."""
+        return 0
 
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
         """Have `callback()` called once the clock has come that far."""
@@ -269,7 +278,7 @@ class DeterministicDispatcher:
             self._parked.append(worker)
             worker.hand_over()
         if self._closed:
-            raise _Ended
+            raise Ended
 
     def _refuse_others(self) -> None:
         if get_ident() != self._owner:
@@ -288,10 +297,6 @@ class DeterministicDispatcher:
                     actor.wake_anyway()  # `wake` might find it busy again, for ever if `busy` is 1
 
             self._add(f"another thread in {actor.name}", let_go)
-
-
-class _Ended(BaseException):
-    """Raised where a turn waits when its dispatcher ends. No Exception: code under test must not go on after it."""
 
 
 class _Entry:
@@ -376,7 +381,7 @@ class _Worker:
                 return
             try:
                 work()
-            except _Ended:
+            except Ended:
                 self._back.release()
                 return
             except BaseException as error:  # noqa: BLE001 - it is raised again, on the thread that drives

@@ -5,19 +5,20 @@ from __future__ import annotations
 import _thread
 import heapq
 import itertools
-import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from scopestate.actors.containment import Log, contained
 from scopestate.actors.reply import Reply
 from scopestate.inbox import Empty, Inbox
 
 if TYPE_CHECKING:
     from scopestate.actors.turn import TurnActor
 
-log = logging.getLogger("scopestate.actors")
+log = Log("scopestate.actors")
 
 
 class Timer(Protocol):
@@ -37,7 +38,16 @@ class Dispatcher(Protocol):
         """As `schedule`, for a short turn that is about to end: this worker may run `actor` itself, right after it."""
 
     def submit(self, work: Callable[[], object]) -> None:
-        """Call `work()` soon on a worker thread, where it may block."""
+        """Call `work()`, which is the engine's own, soon on a worker thread. It may wait for a disk or a connection."""
+
+    def submit_program(self, work: Callable[[], object]) -> None:
+        """Call `work()`, code of the program that may block for ever, soon on a worker thread.
+
+        The threads for it are counted: work of the engine never waits behind it.
+        """
+
+    def held(self) -> int:
+        """How many pieces of the program's work wait because all threads for it are in use."""
 
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
         """Call `callback()` after `delay_s` seconds; it must be quick and must not raise."""
@@ -65,8 +75,9 @@ class ThreadDispatcher:
     """Worker threads fed by one queue of ready actors, and a timer thread; all started when first needed.
 
     The pool grows when every worker is blocked and actors wait, because a handler may block for as long as it likes and
-    must not delay the others; it shrinks again after ten idle seconds. Threads are daemons: the engine's exit hook
-    saves before they die.
+    must not delay the others; it shrinks again after ten idle seconds. At most `MOST` of the threads run code of the
+    program at a time; what is more is held back, so that routing, saving, commits and closing always find a thread
+    (docs/design/0009-isolation.md). Threads are daemons: the engine's exit hook saves before they die.
     """
 
     IDLE_S = 10.0
@@ -74,7 +85,9 @@ class ThreadDispatcher:
     STALL_S = 0.005
     """Actors that wait this long while every worker is blocked get one more worker."""
     MOST = 512
-    """Workers at most; more are never started, and that is logged."""
+    """Threads in code of the program at most; what comes then is held back, and that is logged."""
+    RESERVE = 64
+    """Threads beyond those, for the engine's own work."""
 
     waiter: Callable[[Reply[Any], float | None], None] | None = None
 
@@ -83,7 +96,12 @@ class ThreadDispatcher:
         self._ready: Inbox[Any] = Inbox()
         self._idle: list[None] = []
         self._workers = 0
-        self._guard = threading.Lock()
+        # Reentrant, as a finalizer may close the engine on a thread that is in here.
+        self._guard = threading.RLock()
+        self._in_program: list[None] = []
+        """As long as there are workers in code of the program. Append, pop and len are one step each."""
+        self._held: deque[Callable[[], object]] = deque()
+        self._full = False
         self._numbers = itertools.count(1)
         self._taken = 0
         """Changes whenever a worker takes something from the queue."""
@@ -94,13 +112,13 @@ class ThreadDispatcher:
         self._timer = _TimerThread(f"{name}-timer")
 
     def schedule(self, actor: TurnActor) -> None:
-        self.submit(actor.run_batch)
+        self.submit(self._turns_of(actor))
 
     def schedule_next(self, actor: TurnActor) -> None:
         # Waking a second worker for it costs 20 us: the two then fight for the interpreter.
         mine = self._mine
         if getattr(mine, "is_worker", False) and mine.next is None:
-            mine.next = actor.run_batch
+            mine.next = self._turns_of(actor)
         else:
             self.schedule(actor)
 
@@ -108,6 +126,12 @@ class ThreadDispatcher:
         self._ready.put(work)
         if not self._idle:
             self._look_after_queue()
+
+    def submit_program(self, work: Callable[[], object]) -> None:
+        self.submit(_ProgramWork(work, self))
+
+    def held(self) -> int:
+        return len(self._held)
 
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
         return self._timer.call_later(delay_s, callback)
@@ -131,6 +155,9 @@ class ThreadDispatcher:
         for _ in range(workers):
             self._ready.put(None)
         self._timer.close()
+
+    def _turns_of(self, actor: TurnActor) -> Callable[[], object]:
+        return _ProgramWork(actor.run_batch, self) if actor.runs_program else actor.run_batch
 
     def _look_after_queue(self) -> None:
         """Nobody is idle: start the first worker at once, and see in a moment whether one more is needed."""
@@ -157,6 +184,45 @@ class ThreadDispatcher:
             self._add_worker()
         self._look_after_queue()
 
+    def _run_program(self, work: Callable[[], object]) -> None:
+        """On a worker thread: call `work`, or hold it back while as many threads as may be are in such code."""
+        busy, held = self._in_program, self._held
+        busy.append(None)
+        if len(busy) > self.MOST and not self._closed:
+            busy.pop()
+            self._hold(work)
+            return
+        try:
+            _call(work)
+            while held:
+                # In the place of the one that has ended, or later work would overtake it.
+                try:
+                    work = held.popleft()
+                except IndexError:
+                    break
+                _call(work)
+        finally:
+            busy.pop()
+        self._full = False
+        self._let_go()
+
+    def _hold(self, work: Callable[[], object]) -> None:
+        self._held.append(work)
+        if not self._full:
+            self._full = True
+            log.error(
+                "all %d threads for handlers and functions are blocked; what comes now waits for one to end", self.MOST
+            )
+        self._let_go()  # one may have ended before it was on the list
+
+    def _let_go(self) -> None:
+        """Give one of those that are held back to the workers, if there is a thread for it."""
+        if self._held and len(self._in_program) < self.MOST:
+            try:
+                self.submit_program(self._held.popleft())
+            except IndexError:
+                return  # another worker has taken it
+
     def _run_left_over(self) -> None:
         """No worker will come any more: what is scheduled now runs here, so that nobody waits for ever.
 
@@ -170,7 +236,7 @@ class ThreadDispatcher:
                 if work is None:
                     ends += 1
                 else:
-                    work()
+                    _call(work)
         except Empty:
             for _ in range(ends):
                 self._ready.put(None)  # for the workers that are still in a turn
@@ -182,7 +248,7 @@ class ThreadDispatcher:
         worker = threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True)
         # The guard is kept while the thread starts: once `close` has had it, no thread of ours is about to appear.
         with self._guard:
-            if self._closed or self._workers >= (1 if only_first else self.MOST):
+            if self._closed or self._workers >= (1 if only_first else self.MOST + self.RESERVE):
                 return
             self._workers += 1
             try:
@@ -191,10 +257,6 @@ class ThreadDispatcher:
                 self._workers -= 1
                 log.error("no worker thread can be started: %s", error)  # noqa: TRY400 - it says all
             else:
-                if self._workers == self.MOST:
-                    log.error(
-                        "all %d worker threads are blocked in handlers; events now wait for one to end", self.MOST
-                    )
                 return
         self._run_left_over()
 
@@ -215,16 +277,30 @@ class ThreadDispatcher:
                 # Whoever scheduled those may have counted on this worker.
                 self._look_after_queue()
             while work is not None:
-                try:
-                    work()
-                except Exception:
-                    log.exception("a turn failed outside its actor")
+                _call(work)
                 work, mine.next = mine.next, None
         with self._guard:
             self._workers -= 1
         if not ready.empty():
             # Also when closed: whoever came behind the end in the queue still saw this worker idle and left.
             self._look_after_queue()
+
+
+class _ProgramWork:
+    """Work that is code of the program."""
+
+    __slots__ = ("_dispatcher", "_work")
+
+    def __init__(self, work: Callable[[], object], dispatcher: ThreadDispatcher) -> None:
+        self._work = work
+        self._dispatcher = dispatcher
+
+    def __call__(self) -> None:
+        self._dispatcher._run_program(self._work)
+
+
+def _call(work: Callable[[], object]) -> None:
+    contained(work, "a turn, outside its actor,", log)
 
 
 class _Scheduled:
@@ -291,10 +367,7 @@ class _TimerThread:
                 continue
             callback = heapq.heappop(heap)[2].callback
             if callback is not None:
-                try:
-                    callback()
-                except BaseException:
-                    log.exception("a timer's callback failed")
+                contained(callback, "a timer's callback", log)
 
 
 def start_thread(target: Callable[[], object]) -> bool:

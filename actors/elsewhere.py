@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from scopestate.actors.containment import Log
 from scopestate.actors.reply import Reply
 from scopestate.actors.results import EventType, StateEvent
 from scopestate.actors.scope import ScopeActor
@@ -30,7 +30,7 @@ from scopestate.errors import DeserializationError
 if TYPE_CHECKING:
     from scopestate.actors.handler import HandlerActor
 
-log = logging.getLogger("scopestate.scope")
+log = Log("scopestate.scope")
 
 WRITES: Final = frozenset({Put, Change, Take})
 WHOLE: Final = frozenset({ReadAll, ReadItems})

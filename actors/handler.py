@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 import math
+import sys
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 
 import msgspec
 
+from scopestate.actors.awaitables import close_unrun, is_awaitable, is_unrun
+from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.functions import Functions
 from scopestate.actors.limits import Limits
 from scopestate.actors.reply import Reply
@@ -23,9 +26,9 @@ from scopestate.errors import EventNotDelivered, HandlerTimeout
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.loop_thread import LoopThread
-    from scopestate.actors.loops import Continue, Pending
+    from scopestate.actors.loops import Continue, LoopCalls, Pending
 
-log = logging.getLogger("scopestate.triggers")
+log = Log("scopestate.triggers")
 
 NOBODY: Final = -1
 """Stands in the claim while a delivery waits without a thread; no thread has this id."""
@@ -111,8 +114,51 @@ class HandlerServices:
         self.report = report
         self.tell_hooks = tell_hooks or report
         """As `report`, without a line in the log: for many events at once, which share one."""
+        self.reporter = Reporter(dispatcher, report)
+        """Reports from threads that must not run the hooks themselves."""
         self.made_room: Callable[[], None] = lambda: None
         """Called after each batch of deliveries; set by the router."""
+        self._loop_calls: dict[str, LoopCalls] = {}
+
+    def on(self, dispatcher: Dispatcher) -> HandlerServices:
+        """Return the same services for handlers whose turns belong to another dispatcher."""
+        other = copy.copy(self)
+        other.dispatcher = dispatcher
+        return other
+
+    def loop_calls(self) -> LoopCalls:
+        """Return the calls under way on event loops."""
+        made = self._loop_calls.get("made")
+        if made is None:
+            from scopestate.actors.loops import LoopCalls  # noqa: PLC0415 - asyncio takes 20 ms to import
+
+            made = self._loop_calls.setdefault("made", LoopCalls(self.dispatcher, self.loop_thread.replace))
+        return made
+
+    def loop_problems(self) -> list[str]:
+        """Say which calls wait for an event loop that does not run, or are overdue there."""
+        made = self._loop_calls.get("made")
+        return [] if made is None else made.problems()
+
+
+class Reporter(TurnActor):
+    """Reports failures, in order, for threads that others depend on: the router's, the timer's, a closing one.
+
+    The hooks and logging filters are code of the program, and may block.
+    """
+
+    runs_program = True
+
+    def __init__(self, dispatcher: Dispatcher, report: Callable[[DeliveryFailure], None]) -> None:
+        super().__init__(dispatcher)
+        self._report = report
+
+    def on_receive(self, message: DeliveryFailure | None) -> None:
+        if message is not None:
+            self._report(message)
+
+    def _fail(self) -> None:
+        log.error("reporting a failed delivery failed", exc_info=sys.exc_info()[1])
 
 
 class HandlerActor(TurnActor):
@@ -121,6 +167,8 @@ class HandlerActor(TurnActor):
     A slow, failing or hung function holds up this trigger alone. While a coroutine runs or a retry waits, the actor
     stays claimed but keeps no thread.
     """
+
+    runs_program = True
 
     def __init__(self, trigger: Trigger, services: HandlerServices) -> None:
         super().__init__(services.dispatcher)
@@ -210,22 +258,45 @@ class HandlerActor(TurnActor):
             except StopIteration:
                 delivery = value = error = self.current = None
                 continue
+            except BaseException as problem:
+                delivery = value = error = self.current = None
+                if is_from_outside(problem):
+                    self._give_back()
+                    raise
+                self.failed += 1
+                log.exception("a delivery of %s broke off", self.name)
+                continue
             self._claim[HOLDER] = NOBODY
-            pending.start(self._continuation(delivery))  # with the depth still set: code on a loop runs in this context
+            go_on = self._continuation(delivery)
+            try:
+                pending.start(go_on)  # with the depth still set: code on a loop runs in this context
+            except BaseException as problem:
+                go_on(None, problem)
+                if is_from_outside(problem):
+                    raise
             event_depth.set(0)
             return
+        self._give_back()
+
+    def _give_back(self) -> None:
         event_depth.set(0)
         del self._claim[HOLDER]
         self.wake()
         self._services.made_room()
 
     def _continuation(self, delivery: Coroutine[Pending, Any, None]) -> Continue:
-        def go_on_here(value: Any, error: BaseException | None) -> None:
-            self._claim[HOLDER] = get_ident()
-            self._drain(delivery, value, error)
+        once = [delivery]
 
-        # The outcome comes on an event loop's or the timer's thread, which must not run user code.
-        return lambda value, error: self._dispatcher.submit(lambda: go_on_here(value, error))
+        def go_on_here(value: Any, error: BaseException | None) -> None:
+            try:
+                going_on = once.pop()  # one step: an outcome that comes twice goes on once
+            except IndexError:
+                return
+            self._claim[HOLDER] = get_ident()
+            self._drain(going_on, value, error)
+
+        # The outcome comes on an event loop's or the timer's thread, which must not run code of the program.
+        return lambda value, error: self._dispatcher.submit_program(lambda: go_on_here(value, error))
 
     async def _deliver(self, event: StateEvent, attempt: int = 1) -> None:
         """Condition, then handler, with retries. A hand-driven coroutine: awaits Pending things only, never raises."""
@@ -234,8 +305,8 @@ class HandlerActor(TurnActor):
         if condition is not None:
             try:
                 verdict = self._call(condition, event)
-                if hasattr(verdict, "__await__"):
-                    verdict = await self._on_loop(condition, verdict)
+                if type(verdict) is not bool:
+                    verdict = await self._outcome_of(condition, verdict)
             except BaseException as error:  # noqa: BLE001 - user code may raise anything; a worker thread outlives it
                 self._report(condition, event, error, attempt=1, final=True)
                 return
@@ -248,8 +319,8 @@ class HandlerActor(TurnActor):
                 return
             try:
                 result = self._call(trigger.function_id, event)
-                if result is not None and hasattr(result, "__await__"):
-                    await self._on_loop(trigger.function_id, result)
+                if result is not None:
+                    await self._outcome_of(trigger.function_id, result)
                 self.delivered += 1
                 return
             except BaseException as error:  # noqa: BLE001 - as above
@@ -279,26 +350,57 @@ class HandlerActor(TurnActor):
             return self._call_watched(function.target, function_id, event, timeout_s)
         return function.target(event)
 
+    async def _outcome_of(self, function_id: str, result: Any) -> Any:
+        """Return what a function gave, awaited if it can be."""
+        if is_awaitable(result):
+            return await self._on_loop(function_id, result)
+        if is_unrun(result):
+            raise TypeError(
+                f"function {function_id!r} returned a {type(result).__name__}, whose code has not run and never would: "
+                "return a value or a coroutine"
+            )
+        return result
+
     async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
         """Await what a function gave, on the event loop that it belongs to."""
         from scopestate.actors.loops import OnLoop, Overdue  # noqa: PLC0415 - asyncio takes 20 ms to import
 
         services = self._services
-        function = services.functions.get(function_id)
         timeout_s = services.limits.handler_timeout_s
         self._overdue = False
         try:
-            return await OnLoop(result, function.loop or services.loop_thread.get(), timeout_s)
+            function = services.functions.get(function_id)
+            loop = function.loop or services.loop_thread.get()
+        except BaseException:
+            close_unrun(result)
+            raise
+        what = f"the handler {function_id!r} of trigger {self.trigger.trigger_id!r}"
+        try:
+            return await OnLoop(result, loop, services.loop_calls(), what, timeout_s)
         except Overdue as error:
             self.timeouts += 1
             raise HandlerTimeout(function_id, timeout_s) from error
 
-    def _report(self, function_id: str, event: StateEvent, error: BaseException, *, attempt: int, final: bool) -> None:
+    def _report(
+        self,
+        function_id: str,
+        event: StateEvent,
+        error: BaseException,
+        *,
+        attempt: int,
+        final: bool,
+        later: bool = False,
+    ) -> None:
+        """Report a failed attempt. `later`: on another thread, because this one is not for code of the program."""
         if isinstance(error, HandlerTimeout) and self._overdue:
             return  # reported when it became overdue
         if final:
             self.failed += 1
-        self._services.report(DeliveryFailure(self.trigger.trigger_id, function_id, event, error, attempt, final))
+        failure = DeliveryFailure(self.trigger.trigger_id, function_id, event, error, attempt, final)
+        if later:
+            self._services.reporter.tell(failure)
+        else:
+            self._services.report(failure)
 
     # --------------------------------------------------------------------------------------- overdue plain functions
 
@@ -337,7 +439,7 @@ class HandlerActor(TurnActor):
             return
         self.timeouts += 1
         error = HandlerTimeout(self._running_id, self._services.limits.handler_timeout_s)
-        self._report(self._running_id, event, error, attempt=1, final=True)
+        self._report(self._running_id, event, error, attempt=1, final=True, later=True)
         self._overdue = True
 
     # ---------------------------------------------------------------------------------------------- events not tried
@@ -361,8 +463,13 @@ class HandlerActor(TurnActor):
         error = EventNotDelivered(
             f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} reached no handler: {reason}"
         )
-        report = self._services.report if logged else self._services.tell_hooks
-        report(DeliveryFailure(self.trigger.trigger_id, self.trigger.function_id, event, error, attempt=0, final=True))
+        failure = DeliveryFailure(
+            self.trigger.trigger_id, self.trigger.function_id, event, error, attempt=0, final=True
+        )
+        if logged:
+            self._services.reporter.tell(failure)
+        else:
+            self._services.tell_hooks(failure)
 
     def waiting(self) -> int:
         """Events that wait for their delivery, as far as can be told while they move."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from scopestate.actors.containment import Log
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor
 from scopestate.actors.turns import Passivate
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher, Timer
     from scopestate.actors.limits import Limits
 
-log = logging.getLogger("scopestate.scope")
+log = Log("scopestate.scope")
 
 SLICE: Final = 500
 """Scopes looked at in one turn: about a millisecond, so that 100,000 of them hold nobody up."""

@@ -99,5 +99,8 @@ def _settle(settled: list[tuple[asyncio.Future[Any], Any, BaseException | None]]
             continue  # cancelled meanwhile
         if error is None:
             future.set_result(value)
+        elif isinstance(error, StopIteration):
+            # A future takes none, and the others here must get their outcomes all the same.
+            future.set_exception(RuntimeError(f"StopIteration was raised: {error}"))
         else:
             future.set_exception(error)

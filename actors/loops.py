@@ -1,77 +1,293 @@
-"""What a handler waits for without a thread: calls onto event loops from other threads."""
+"""Calls onto event loops from other threads, watched from outside the loops."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from scopestate.actors.awaitables import close_unrun
+from scopestate.actors.containment import Log, contained, is_from_outside
+
+if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher
+
+log = Log("scopestate.triggers")
 
 Continue = Callable[[Any, BaseException | None], None]
 """Takes what the awaited thing gave: a value, or an error."""
+
+CANCEL_GRACE_S: Final = 1.0
+"""How long a coroutine that was cancelled at its time limit may take to end before it is given up."""
+
+LOOK_S: Final = 0.25
+"""How often open calls are looked at: whether their event loop was closed."""
+
+ANSWER_S: Final = 1.0
+"""An event loop that has not answered for this long counts as blocked."""
 
 
 class Pending(Protocol):
     """Something a handler's turn waits for without a thread."""
 
     def start(self, go_on: Continue) -> None:
-        """Begin; call `go_on` once, from any thread, with the outcome."""
+        """Begin; call `go_on` once, from any thread, with the outcome. Must not raise."""
 
 
 class Overdue(Exception):
     """The awaitable took longer than its time limit. Not TimeoutError, which it may raise by itself."""
 
 
+class LoopCalls:
+    """The calls of one engine that are under way on event loops.
+
+    An event loop that is blocked, stopped or closed runs no timer of its own, so time limits and the look at the loops
+    belong to the dispatcher's timer. Every method may be called from any thread.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, replace: Callable[[asyncio.AbstractEventLoop], object]) -> None:
+        self._dispatcher = dispatcher
+        self._replace = replace
+        self._open: dict[OnLoop, None] = {}
+        self._next_look = math.inf
+        self._pulses: dict[asyncio.AbstractEventLoop, _Pulse] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, call: OnLoop) -> None:
+        """Watch a call until `remove`."""
+        now = self._dispatcher.monotonic()
+        call.began_s = now
+        if call.timeout_s:
+            call.due_s = now + call.timeout_s
+        self._open[call] = None
+        self._look_at(min(call.due_s, now + LOOK_S), now)
+
+    def remove(self, call: OnLoop) -> None:
+        """The call has its outcome."""
+        self._open.pop(call, None)
+
+    def give_up(self, call: OnLoop) -> None:
+        """The loop of `call` did not even cancel it: the engine's own loop is replaced by a new one."""
+        self._replace(call.loop)
+
+    def problems(self) -> list[str]:
+        """Say which open calls wait for a loop that does not run, or are overdue."""
+        now = self._dispatcher.monotonic()
+        return [problem for call in list(self._open) if (problem := self._problem_of(call, now)) is not None]
+
+    def _problem_of(self, call: OnLoop, now: float) -> str | None:
+        if call.is_settled():
+            return None
+        loop = call.loop
+        if loop.is_closed():
+            return f"{call.what} waits for an event loop that is closed"
+        if not loop.is_running():
+            return f"{call.what} waits for an event loop that is not running"
+        pulse = self._pulses.get(loop)
+        silent_s = max(0.0 if call.has_begun else now - call.began_s, 0.0 if pulse is None else pulse.silent_s(now))
+        if silent_s > ANSWER_S:
+            return f"{call.what} waits for an event loop that has been blocked for {silent_s:.1f} s"
+        if call.is_overdue:
+            return f"{call.what} is overdue"
+        return None
+
+    def _look_at(self, due: float, now: float) -> None:
+        if due < self._next_look:
+            self._next_look = due
+            self._dispatcher.call_later(max(due - now, 0.0), lambda: self._look(due))
+
+    def _look(self, due: float) -> None:
+        # First this, then the look: a call that is added meanwhile is seen here, or asks for a look of its own.
+        if due == self._next_look:
+            self._next_look = math.inf
+        now = self._dispatcher.monotonic()
+        for call in list(self._open):
+            contained(lambda call=call: call.look(now), "looking at a call on an event loop", log)  # type: ignore[misc]  # mypy cannot infer a default argument
+        calls = list(self._open)
+        loops = {call.loop: None for call in calls}
+        for loop in loops:
+            self._pulses.setdefault(loop, _Pulse(loop)).look(now)
+        for loop in list(self._pulses):
+            if loop not in loops:
+                del self._pulses[loop]
+        if calls:
+            self._look_at(min([now + LOOK_S, *(call.due_s for call in calls)]), now)
+
+
+class _Pulse:
+    """Asks one event loop again and again whether it still runs."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._asked_s = -math.inf
+        self._answered = True
+
+    def silent_s(self, now: float) -> float:
+        """How long it owes an answer."""
+        return 0.0 if self._answered else now - self._asked_s
+
+    def look(self, now: float) -> None:
+        if not self._answered:
+            return
+        self._asked_s, self._answered = now, False
+        try:
+            self._loop.call_soon_threadsafe(self._answer)
+        except RuntimeError:
+            return  # closed, which its calls find out
+
+    def _answer(self) -> None:
+        self._answered = True
+
+
 class OnLoop:
-    """An awaitable that runs on an event loop while the actor that awaits it keeps no thread."""
+    """An awaitable that runs on an event loop while the actor that awaits it keeps no thread.
+
+    What it raises is its outcome, SystemExit and CancelledError included: the loop goes on. With a time limit it is
+    cancelled when that is over; if it does not end then, or its loop does not run, it is given up.
+    """
 
     def __init__(
         self,
         awaitable: Awaitable[Any],
         loop: asyncio.AbstractEventLoop,
+        calls: LoopCalls,
+        what: str,
         timeout_s: float = 0.0,
+        stopped_s: float | None = None,
     ) -> None:
+        """`what` names it in messages. `stopped_s`: give it up when its loop has not been running for so long."""
+        self.loop = loop
+        self.what = what
+        self.timeout_s = timeout_s
+        self.began_s = 0.0
+        self.due_s = math.inf
+        """When it must next be looked at because of a time limit."""
+        self.has_begun = False
+        self.is_overdue = False
         self._awaitable = awaitable
-        self._loop = loop
-        self._timeout_s = timeout_s
+        self._calls = calls
+        self._stopped_s = stopped_s
+        self._ran_s = -math.inf
+        self._outlets: list[Continue] = []
+        self._task: asyncio.Task[Any] | None = None
+        self._cancel_was_taken = False
+        self._cancelled = False
 
     def __await__(self) -> Generator[OnLoop, Any, Any]:
         return (yield self)
 
+    def is_settled(self) -> bool:
+        """True once there is an outcome."""
+        return not self._outlets
+
     def start(self, go_on: Continue) -> None:
-        # The context of the caller, so that code on the loop knows how deep in events it is.
-        context = contextvars.copy_context()
+        """Run it on its loop; `go_on` gets the outcome, once."""
+        self._outlets.append(go_on)
         try:
-            self._loop.call_soon_threadsafe(lambda: self._begin(go_on), context=context)
-        except RuntimeError as error:
-            close = getattr(self._awaitable, "close", None)
-            if close is not None:
-                close()
-            go_on(None, RuntimeError(f"the event loop it belongs to is closed: {error}"))
+            self._calls.add(self)
+            # The context of the caller, so that code on the loop knows how deep in events it is.
+            self.loop.call_soon_threadsafe(self._begin, context=contextvars.copy_context())
+        except BaseException as error:
+            self._settle(None, RuntimeError(f"the event loop it belongs to takes no calls: {error}"))
+            if is_from_outside(error):
+                raise
 
-    def _begin(self, go_on: Continue) -> None:
-        task = asyncio.ensure_future(self._awaitable)
-        overdue = False
+    def cancel(self) -> None:
+        """The caller waits no longer: cancel it. From any thread."""
+        self._cancelled = True
+        self._settle(None, asyncio.CancelledError("the caller was cancelled"))
+        self._ask_to_cancel()
 
-        def expire() -> None:
-            nonlocal overdue
-            overdue = True
-            task.cancel()
+    def look(self, now: float) -> None:
+        """On the dispatcher's timer: see whether it is late, or its loop is gone."""
+        loop = self.loop
+        if loop.is_closed():
+            self._settle(None, RuntimeError("the event loop it belongs to was closed before it was done"))
+            return
+        if loop.is_running():
+            self._ran_s = now
+        elif self._stopped_s is not None and now - max(self._ran_s, self.began_s) >= self._stopped_s:
+            self._settle(None, RuntimeError("the event loop it belongs to is not running"))
+            return
+        if now < self.due_s:
+            return
+        if not self.is_overdue:
+            self.is_overdue = True
+            if self.has_begun and loop.is_running():
+                self.due_s = now + CANCEL_GRACE_S
+                self._ask_to_cancel()
+                return
+        if not self._cancel_was_taken:
+            self._calls.give_up(self)
+        self._settle(None, None)
 
-        timer = self._loop.call_later(self._timeout_s, expire) if self._timeout_s else None
+    def _ask_to_cancel(self) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self._cancel)
+        except RuntimeError:
+            return  # closed, which the next look finds out
 
-        def finished(task: asyncio.Future[Any]) -> None:
-            if timer is not None:
-                timer.cancel()
-            if overdue:
-                if not task.cancelled():
-                    task.exception()  # whatever it made of the cancellation, asyncio need not complain about it
-                go_on(None, Overdue(f"not done within {self._timeout_s:g} s"))
-            elif task.cancelled():
-                go_on(None, asyncio.CancelledError("the task was cancelled"))
-            elif (error := task.exception()) is not None:
-                go_on(None, error)
-            else:
-                go_on(task.result(), None)
+    # ------------------------------------------------------------------------------------------------- on the loop
 
-        task.add_done_callback(finished)
+    def _begin(self) -> None:
+        self.has_begun = True
+        if self.is_settled():
+            self._drop()
+            return
+        outcome = _outcome(self._awaitable)
+        try:
+            self._task = self.loop.create_task(outcome)
+            self._task.add_done_callback(self._finished)
+        except BaseException as error:  # a loop of a class, or with a task factory, of the program's own
+            outcome.close()
+            self._settle(None, error)
+            if is_from_outside(error):
+                raise
+
+    def _cancel(self) -> None:
+        self._cancel_was_taken = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        if task.cancelled():  # before its first step
+            self._drop()
+            self._settle(None, asyncio.CancelledError("the task was cancelled"))
+        elif (passing := task.exception()) is not None:
+            self._settle(None, passing)
+        else:
+            self._settle(*task.result())
+
+    # ------------------------------------------------------------------------------------------------- the outcome
+
+    def _settle(self, value: Any, error: BaseException | None) -> None:
+        try:
+            go_on = self._outlets.pop()  # one step: of two threads one gets it
+        except IndexError:
+            return
+        self._calls.remove(self)
+        if self.is_overdue:
+            value, error = None, Overdue(f"not done within {self.timeout_s:g} s")
+        if not self.has_begun and self.loop.is_closed():
+            self._drop()
+        contained(lambda: go_on(value, error), f"going on after {self.what}", log)
+
+    def _drop(self) -> None:
+        """It never began: close it, or Python would complain that it was never awaited."""
+        close_unrun(self._awaitable)
+
+
+async def _outcome(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    """Return what `awaitable` gives or raises. A task that raised SystemExit would end its event loop."""
+    try:
+        return await awaitable, None
+    except asyncio.CancelledError as error:
+        return None, error if error.args else asyncio.CancelledError("the task was cancelled")
+    except BaseException as error:
+        if is_from_outside(error):
+            raise
+        return None, error

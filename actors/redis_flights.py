@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
+from scopestate.actors.containment import Log
 from scopestate.actors.elsewhere import WHOLE, WRITES
 from scopestate.actors.limits import Limits
 from scopestate.actors.redis_calls import NEVER, NOTHING, Call, Known, Lane, contended
@@ -23,7 +23,7 @@ from scopestate.persistence.redis.link import Link
 from scopestate.persistence.redis.refusals import explain
 from scopestate.persistence.redis.script import DONE, SKIPPED, Shape, keys_of
 
-log = logging.getLogger("scopestate.scope")
+log = Log("scopestate.scope")
 
 _PAUSE_S: Final = (0.001, 0.064)
 """Longest pause after the first conflict of an update, and after any; it is drawn at random from zero up."""

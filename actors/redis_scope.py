@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from threading import get_ident
@@ -10,6 +9,7 @@ from typing import Any, Final
 
 import pykka
 
+from scopestate.actors.containment import Log
 from scopestate.actors.elsewhere import WHOLE, WRITES, ScopeElsewhere, Told
 from scopestate.actors.handler import NOBODY
 from scopestate.actors.redis_calls import NEVER, Call, Known, kind_of, tell
@@ -23,7 +23,7 @@ from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
 from scopestate.persistence.redis.flight import Flight
 from scopestate.signals import certainly
 
-log = logging.getLogger("scopestate.scope")
+log = Log("scopestate.scope")
 
 _FLIGHT_BYTES: Final = 1 << 18
 """Values in one command, about, at most: it runs in Redis as one step, which holds up everybody else there."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
 import pykka
 
+from scopestate.actors.containment import Log
 from scopestate.actors.elsewhere import WHOLE, WRITES, Converter, ScopeElsewhere, Told
 from scopestate.actors.remote_calls import Outcome, read_answer, request
 from scopestate.actors.reply import Envelope, ReplyTo
@@ -38,7 +38,7 @@ from scopestate.errors import (
 )
 from scopestate.persistence.remote import Remote
 
-log = logging.getLogger("scopestate.scope")
+log = Log("scopestate.scope")
 
 
 class _Open:

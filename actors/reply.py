@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pykka
 
+from scopestate.actors.containment import Log, is_from_outside
 from scopestate.signals import wait_for
 
 if TYPE_CHECKING:
     from scopestate.actors.loop_reply import LoopReply
 
-log = logging.getLogger("scopestate.actors")
+log = Log("scopestate.actors")
 
 T = TypeVar("T")
 _ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
@@ -150,16 +150,22 @@ class Reply(pykka.Future[T]):
     def _call_back(self) -> None:
         """Call each callback that is there, once: threads may do so at the same time."""
         callbacks = self._callbacks
+        passes: BaseException | None = None
         while callbacks:
             try:
                 callback = callbacks.pop(0)
             except IndexError:
-                return
+                break
             try:
                 callback(self)
-            except Exception:
-                # It runs in the middle of somebody else's turn, with other callers' answers still to deliver.
-                log.exception("a callback of a reply failed")
+            except BaseException as problem:
+                # It runs in the middle of another caller's turn, with other answers still to deliver.
+                if is_from_outside(problem):
+                    passes = problem
+                else:
+                    log.exception("a callback of a reply failed")
+        if passes is not None:
+            raise passes
 
 
 def deliver(outcomes: Iterable[tuple[ReplyTo, Any, BaseException | None]]) -> None:
@@ -172,9 +178,20 @@ def deliver(outcomes: Iterable[tuple[ReplyTo, Any, BaseException | None]]) -> No
         waiter = reply.loop_reply
         if waiter is not None:
             for_loops.append((waiter, value, error))
-        elif error is None:
+        else:
+            settle(reply, value, error)
+    if for_loops:
+        for_loops[0][0].deliver_all(for_loops)
+
+
+def settle(reply: ReplyTo, value: Any, error: BaseException | None) -> None:
+    """Deliver one outcome; what that raises is logged, so that the other callers get theirs."""
+    try:
+        if error is None:
             reply.set(value)
         else:
             reply.fail(error)
-    if for_loops:
-        for_loops[0][0].deliver_all(for_loops)
+    except BaseException as problem:
+        if is_from_outside(problem):
+            raise
+        log.exception("an answer could not be delivered")

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any, NoReturn
 
+from scopestate.actors.containment import Log
 from scopestate.actors.handler import Barrier, DeliveryFailure, HandlerActor, HandlerServices, Trigger
 from scopestate.actors.results import EventType, StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventLoopDetected, InvalidRegistration, Overloaded
 
-log = logging.getLogger("scopestate.triggers")
+log = Log("scopestate.triggers")
 
 
 class Bucket:
@@ -372,7 +372,7 @@ class TriggerRouter(TurnActor):
                 f"not delivered to {trigger.function_id!r}; does a handler write what fires it?"
             )
             handler.failed += 1
-            self._services.report(
+            self._services.reporter.tell(
                 DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, attempt=0, final=True)
             )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import pykka
 
+from scopestate.actors.containment import Log
 from scopestate.actors.reply import Envelope
 from scopestate.actors.results import EventType, SetResult, StateEvent, UpdateResult
 from scopestate.actors.turn import TurnActor
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from scopestate.actors.router import TriggerRouter
     from scopestate.actors.snapshot import SnapshotActor
 
-log = logging.getLogger("scopestate.scope")
+log = Log("scopestate.scope")
 
 
 class Surroundings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from scopestate.actors.commit import Batch, CommitScopeActor, TakeBatch
+from scopestate.actors.containment import Log
 from scopestate.actors.reply import deliver
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor
@@ -20,7 +20,7 @@ from scopestate.persistence import Adapter, ScopeChange
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher, Timer
 
-log = logging.getLogger("scopestate.persistence")
+log = Log("scopestate.persistence")
 
 LONGEST_BACKOFF_S: Final = 30.0
 SOONEST_OVERDUE_S: Final = 0.2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import uuid
@@ -13,18 +12,45 @@ from typing import Any, ClassVar, Final, Self
 import pykka
 from pykka.messages import ProxyCall, ProxyGetAttr, ProxySetAttr, _ActorStop
 
+from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.errors import Overloaded, WouldDeadlock
 from scopestate.signals import certainly
 
-log = logging.getLogger("scopestate.actors")
+log = Log("scopestate.actors")
 
 WAIT: Final = object()
 """Default of `run`: wait for a busy actor."""
 
 HOLDER: Final = "holder"
 """The one key of a claim; its value is the id of the thread that runs the turn."""
+
+_ARRANGING: Final[dict[int, int]] = {}
+"""Thread id -> how many `arranging` blocks that thread is in."""
+
+
+def arranging(action: Callable[[], object]) -> None:
+    """Call `action()`, which sets a flag that says "this is arranged" and then arranges it.
+
+    Between the two a finalizer or a signal handler may run on this very thread and find the flag set. It must not rely
+    on it: see `is_arranging`.
+    """
+    me = get_ident()
+    outer = _ARRANGING.get(me, 0)
+    _ARRANGING[me] = outer + 1
+    try:
+        action()
+    finally:
+        if outer:
+            _ARRANGING[me] = outer
+        else:
+            _ARRANGING.pop(me, None)
+
+
+def is_arranging() -> bool:
+    """True in code that has interrupted this thread in the middle of `arranging`: flags may say too much."""
+    return bool(_ARRANGING) and get_ident() in _ARRANGING
 
 
 _PYKKAS_OWN: Final = (_ActorStop, ProxyCall, ProxyGetAttr, ProxySetAttr)
@@ -83,6 +109,9 @@ class TurnActor(pykka.Actor):
 
     caller_runs: ClassVar[bool] = False
     """True: `run` on an idle actor happens on the caller's own thread. False: on the dispatcher's threads, always."""
+
+    runs_program: ClassVar[bool] = False
+    """True if its turns run code of the program, which may block for ever: they get threads of a share set apart."""
 
     mailbox_limit = sys.maxsize
     """Messages that may wait; one more is refused with `Overloaded`."""
@@ -198,11 +227,15 @@ class TurnActor(pykka.Actor):
 
     def wake(self) -> None:
         """Have the mailbox handled, unless that is arranged already."""
-        if self._mailbox and not self._scheduled and not self._claim:
+        if self._mailbox and not self._claim and (not self._scheduled or is_arranging()):
             self.wake_anyway()
 
     def wake_anyway(self) -> None:
         """Have the mailbox handled; for when a `wake` was cut short. Once too often does no harm."""
+        arranging(self._schedule)
+
+    def _schedule(self) -> None:
+        # In this order: a worker may clear the flag as soon as the dispatcher knows.
         self._scheduled = True
         self._dispatcher.schedule(self)
 
@@ -232,8 +265,18 @@ class TurnActor(pykka.Actor):
         del mailbox[: len(batch)]
         if ordered and mailbox:
             self._direct = False
-        for item in batch:
-            self._handle(item)
+        self._handle_all(batch, self._handle)
+
+    def _handle_all(self, batch: list[Any], handle: Callable[[Any], None]) -> None:
+        """Call `handle` for each; if something must pass through this thread, the rest of the batch stays queued."""
+        begun = 0
+        try:
+            for item in batch:
+                begun += 1
+                handle(item)
+        finally:
+            if begun < len(batch):
+                self._mailbox[:0] = batch[begun:]
 
     def _refuse_own_turn(self) -> None:
         if self._claim.get(HOLDER) == get_ident():
@@ -253,8 +296,10 @@ class TurnActor(pykka.Actor):
             if self._dead and not isinstance(message, _ActorStop):
                 raise pykka.ActorDeadError(f"{self} stopped before handling the message")
             answer = self._handle_receive(message)
-        except Exception as error:  # noqa: BLE001 - the sender gets it
-            # It may be a signal handler's, raised after the write and before everybody was told.
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
+            # It may be a signal handler's, raised after the write and before the router was told.
             certainly(self._tell_again)
             if reply is not None:
                 reply.fail(error)
@@ -262,7 +307,12 @@ class TurnActor(pykka.Actor):
                 self._fail()
         else:
             if reply is not None:
-                self._answer(message, reply, answer)
+                try:
+                    self._answer(message, reply, answer)
+                except BaseException as error:
+                    if is_from_outside(error):
+                        raise
+                    log.exception("an answer of %s could not be delivered", self.name)
 
     def _answer(self, message: Any, reply: ReplyTo, answer: Any) -> None:
         """Deliver the answer; an actor may hold it back until what it says is safe."""
@@ -314,8 +364,10 @@ class TurnActor(pykka.Actor):
         self.actor_stopped.set()
         try:
             self.on_stop()
-        except Exception:  # noqa: BLE001 - logged, as Pykka does
-            self._handle_failure(*sys.exc_info())
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
+            self._handle_failure(*sys.exc_info())  # logged, as Pykka does
 
     def _handle_receive(self, message: Any) -> Any:
         # One test for Pykka's own messages, where Pykka makes four.
@@ -326,7 +378,9 @@ class TurnActor(pykka.Actor):
         self._handle_failure(*sys.exc_info())
         try:
             self.on_failure(*sys.exc_info())
-        except Exception:  # noqa: BLE001 - as above
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
             self._handle_failure(*sys.exc_info())
 
     def _handle_failure(self, exception_type: Any, exception_value: Any, traceback: Any) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
+from scopestate.actors.containment import Log
 from scopestate.actors.reply import Reply
 from scopestate.actors.router import HandlerFull, TriggerRouter
 from scopestate.errors import Overloaded, ScopestateError
 
-log = logging.getLogger("scopestate.engine")
+log = Log("scopestate.engine")
 
 
 class PatientReply(Reply[Any]):
@@ -25,7 +25,12 @@ class PatientReply(Reply[Any]):
         """Sends the message once more; set by whoever sends it first."""
 
     def set(self, value: Any = None) -> None:
-        super().set(self._convert(value))
+        try:
+            answer = self._convert(value)
+        except Exception as error:  # noqa: BLE001 - as with too little memory: the caller gets it
+            super().fail(error)
+        else:
+            super().set(answer)
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, HandlerFull):

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from scopestate.actors import messages
-from scopestate.actors.functions import Function, Functions, running_loop
+from scopestate.actors.containment import described, is_from_outside
+from scopestate.actors.functions import Function, running_loop
 from scopestate.actors.results import ListGroupsResult
 from scopestate.errors import (
     DeserializationError,
@@ -20,9 +21,11 @@ from scopestate.errors import (
 from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
-    from scopestate.actors.dispatcher import Dispatcher
+    import asyncio
+
+    from scopestate.actors.handler import HandlerServices
     from scopestate.actors.loop_reply import LoopReply
-    from scopestate.actors.loop_thread import LoopThread
+    from scopestate.actors.loops import OnLoop
 
 
 def plain_payload(function_id: str, payload: object) -> Any:
@@ -44,10 +47,8 @@ def plain_result(function_id: str, result: object) -> Any:
 class Caller:
     """Runs registered functions for callers who wait: threads, and tasks of event loops."""
 
-    def __init__(self, functions: Functions, loop_thread: LoopThread, dispatcher: Dispatcher) -> None:
-        self._functions = functions
-        self._loop_thread = loop_thread
-        self._dispatcher = dispatcher
+    def __init__(self, services: HandlerServices) -> None:
+        self._services = services
 
     def call(self, function: Function, payload: object) -> Any:
         """Call a registered function on this thread; a coroutine function on its event loop, while this thread waits.
@@ -56,50 +57,71 @@ class Caller:
         that the coroutine needs.
         """
         data = plain_payload(function.function_id, payload)
-        if function.is_async:
-            import asyncio  # noqa: PLC0415 - takes 20 ms, which programs without coroutines need not spend
-
-            loop = function.loop or self._loop_thread.get()
-            if loop is running_loop():
-                raise WouldDeadlock(
-                    f"function {function.function_id!r} runs on the event loop of this very thread, which would be "
-                    "blocked until it ends: use `await engine.aio.call(...)` here"
-                )
-            return self._finish(
-                function, lambda: asyncio.run_coroutine_threadsafe(function.target(data), loop).result()
+        if not function.is_async:
+            return self._finish(function, lambda: function.target(data))
+        loop = function.loop or self._services.loop_thread.get()
+        if loop is running_loop():
+            raise WouldDeadlock(
+                f"function {function.function_id!r} runs on the event loop of this very thread, which would be "
+                "blocked until it ends: use `await engine.aio.call(...)` here"
             )
-        return self._finish(function, lambda: function.target(data))
+        return self._finish(function, lambda: self._wait_for(function, function.target(data), loop))
+
+    def _wait_for(self, function: Function, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> Any:
+        reply = self._services.dispatcher.reply()
+        self._on_loop(function, awaitable, loop).start(lambda *outcome: reply.set(outcome))
+        return _value_of(reply.get())
+
+    def _on_loop(self, function: Function, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> OnLoop:
+        from scopestate.actors.loops import OnLoop  # noqa: PLC0415 - asyncio takes 20 ms, which not all programs need
+
+        services = self._services
+        what = f"a call of the function {function.function_id!r}"
+        return OnLoop(awaitable, loop, services.loop_calls(), what, stopped_s=services.limits.call_timeout_s)
 
     async def call_async(self, function: Function, payload: object) -> Any:
         """Call a registered function without blocking this event loop: a plain one runs on a worker thread."""
         data = plain_payload(function.function_id, payload)
         import asyncio  # noqa: PLC0415 - as above
 
-        from scopestate.actors.loop_reply import LoopReply  # noqa: PLC0415 - as above
-
-        here = asyncio.get_running_loop()
-        if not function.is_async:
-            reply = LoopReply()
-            context = contextvars.copy_context()
-            self._dispatcher.submit(lambda: _answer(reply, lambda: context.run(function.target, data)))
-            awaitable: Awaitable[Any] = reply.future
-        else:
-            loop = function.loop or self._loop_thread.get()
-            awaitable = (
-                function.target(data)
-                if loop is here
-                else asyncio.wrap_future(asyncio.run_coroutine_threadsafe(function.target(data), loop))
-            )
         try:
-            result = await awaitable
-        except Exception as error:
+            result = await self._begun(function, data)
+        except BaseException as error:
+            task = asyncio.current_task()
+            cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
+            if cancelled or isinstance(error, GeneratorExit) or is_from_outside(error):
+                raise
             raise _failure(function, error) from error
         return plain_result(function.function_id, result)
+
+    async def _begun(self, function: Function, data: Any) -> Any:
+        import asyncio  # noqa: PLC0415 - as above
+
+        from scopestate.actors.loop_reply import LoopReply  # noqa: PLC0415 - as above
+
+        services = self._services
+        reply = LoopReply()
+        if not function.is_async:
+            context = contextvars.copy_context()
+            services.dispatcher.submit_program(lambda: _answer(reply, lambda: context.run(function.target, data)))
+            return _value_of(await reply.future)
+        loop = function.loop or services.loop_thread.get()
+        if loop is reply.loop:
+            return await function.target(data)
+        call = self._on_loop(function, function.target(data), loop)
+        call.start(lambda *outcome: reply.set(outcome))
+        try:
+            return _value_of(await reply.future)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
 
     def _finish(self, function: Function, work: Callable[[], Any]) -> Any:
         try:
             result = work()
-        except Exception as error:
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
             raise _failure(function, error) from error
         return plain_result(function.function_id, result)
 
@@ -115,16 +137,30 @@ def to_json(message: messages.Message, answer: Any) -> Any:
             return answer
 
 
+Outcome = tuple[Any, BaseException | None]
+"""What a function gave, or raised. As a value: a future takes no StopIteration, and a task that raises SystemExit ends
+its event loop."""
+
+
 def _answer(reply: LoopReply, work: Callable[[], Any]) -> None:
+    outcome: Outcome
     try:
-        result = work()
-    except BaseException as error:  # noqa: BLE001 - the task that waits gets it
-        reply.fail(error)
-    else:
-        reply.set(result)
+        outcome = work(), None
+    except BaseException as error:
+        if is_from_outside(error):
+            raise
+        outcome = None, error
+    reply.set(outcome)
+
+
+def _value_of(outcome: Outcome) -> Any:
+    value, error = outcome
+    if error is not None:
+        raise error
+    return value
 
 
 def _failure(function: Function, error: BaseException) -> FunctionFailed:
     if isinstance(error, RemoteFailure) and error.function_id == function.function_id:
         return error  # it ran elsewhere and failed there: the code is the one that was sent
-    return FunctionFailed(function.function_id, f"{type(error).__name__}: {error}")
+    return FunctionFailed(function.function_id, f"{type(error).__name__}: {described(error)}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from typing import TYPE_CHECKING, Final
 
 import pykka
 
+from scopestate.actors.containment import Log
 from scopestate.actors.router import Routed
 from scopestate.actors.snapshot import Flush
 from scopestate.actors.turns import Close
@@ -18,7 +18,7 @@ from scopestate.signals import Guard
 if TYPE_CHECKING:
     from scopestate.parts import Parts
 
-log = logging.getLogger("scopestate.engine")
+log = Log("scopestate.engine")
 
 LAST_SAVE_TRIES: Final = 3
 HOOKS_S: Final = 1.5
@@ -150,7 +150,7 @@ class Closing:
             finally:
                 over.set()
 
-        dispatcher.submit(report)
+        dispatcher.submit_program(report)
         try:
             over.get(timeout=HOOKS_S)
         except pykka.Timeout:

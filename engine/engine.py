@@ -93,7 +93,7 @@ class Engine(Reactive):
         self._count_get = parts.tally["state::get"].add
         self._count_update = parts.tally["state::update"].add
         self._hooks: dict[str, Hook | None] = {"error": on_error, "dead letter": on_dead_letter}
-        self._caller = Caller(parts.functions, parts.loop_thread, parts.dispatcher)
+        self._caller = Caller(parts.services)
         self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False

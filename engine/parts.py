@@ -67,8 +67,10 @@ class Parts:
         self.adapter: Adapter = adapter or open_adapter(config.adapter)
         self.functions = Functions()
         self.loop_thread = LoopThread("scopestate-loop")
-        services = HandlerServices(self.dispatcher, self.functions, self.limits, self.loop_thread, report, tell_hooks)
-        self.router = TriggerRouter(services)
+        self.services = HandlerServices(
+            self.dispatcher, self.functions, self.limits, self.loop_thread, report, tell_hooks
+        )
+        self.router = TriggerRouter(self.services)
         self.snapshot = SnapshotActor(self.dispatcher, self.adapter, config.adapter.kv.save_interval_ms / 1000)
         self.directory = Directory(self._make_scope)
         self._around = Surroundings(

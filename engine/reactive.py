@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, Never, TypeVar, overload
 
 from scopestate import catalogue
+from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.functions import Function, Functions, running_loop
 from scopestate.actors.handler import DeliveryFailure
 from scopestate.actors.router import TriggerRouter
@@ -14,7 +14,7 @@ from scopestate.errors import InvalidRegistration
 from scopestate.lifecycle import stay_ahead_of_executors
 from scopestate.triggers import TriggerHandle, read_trigger
 
-log = logging.getLogger("scopestate.triggers")
+log = Log("scopestate.triggers")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Hook = Callable[[DeliveryFailure], object]
@@ -144,7 +144,7 @@ class Reactive:
             "event %d of scope %r, key %r: function %r of trigger %r %s: %s",
             event.sequence, event.scope, event.key, failure.function_id, failure.trigger_id,
             "failed" if failure.final else f"failed at attempt {failure.attempt} and is tried again",
-            failure.error, exc_info=failure.error, extra=_facts(failure),
+            described(failure.error), exc_info=failure.error, extra=_facts(failure),
         )  # fmt: skip
         self._tell_hooks(failure)
 
@@ -154,7 +154,9 @@ class Reactive:
             if hook is not None and wanted:
                 try:
                     hook(failure)
-                except Exception:
+                except BaseException as error:
+                    if is_from_outside(error):
+                        raise
                     log.exception("the %s hook failed", name, extra=_facts(failure))
 
 

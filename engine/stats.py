@@ -149,4 +149,11 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
         for handler in parts.router.handlers()
         if handler.is_overdue()
     ]
+    problems += parts.services.loop_problems()
+    held = parts.dispatcher.held()
+    if held:
+        problems.append(
+            f"all threads for handlers and functions are blocked, and {held} that are ready wait for one: a handler "
+            "hangs, or too many wait for something at the same time"
+        )
     return Health(not problems, tuple(problems), snapshot.waiting_scopes(), snapshot.last_save_s * 1000)

@@ -69,6 +69,15 @@ class LoopDispatcher:
             finally:
                 self._running = False
 
+    def submit_program(self, work: Callable[[], object]) -> None:
+        if self._closed:
+            self._behind.submit_program(work)
+        else:
+            self.submit(work)
+
+    def held(self) -> int:
+        return self._behind.held()
+
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
         return self._behind.call_later(delay_s, callback)
 
@@ -292,4 +301,4 @@ class _OnThread:
             else:
                 go_on(result, None)
 
-        self._threads.submit(run)
+        self._threads.submit_program(run)

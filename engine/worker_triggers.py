@@ -175,16 +175,7 @@ class WorkerTriggers:
         return provided if provided is not None and provided.owner.access is registered.provider else None
 
     def _make_handler(self, trigger: Trigger, services: HandlerServices) -> HandlerActor:
-        own = HandlerServices(
-            self.dispatcher,
-            services.functions,
-            services.limits,
-            services.loop_thread,
-            services.report,
-            services.tell_hooks,
-        )
-        own.made_room = services.made_room
-        return WorkerHandler(trigger, own, self._hub, services.dispatcher)
+        return WorkerHandler(trigger, services.on(self.dispatcher), self._hub, services.dispatcher)
 
     def unregister(self, worker: Worker, trigger_id: str) -> None:
         """Remove a trigger of any worker with the same token (docs/protocol.md 2.1); not one of the program itself."""

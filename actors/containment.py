@@ -1,0 +1,103 @@
+"""What the code of the program raises ends one call and nothing else: the rule, and a log that keeps to it.
+
+The rule (docs/design/0009-isolation.md): handlers, conditions, functions, hooks, callbacks and logging filters may
+raise anything. It is reported, and everything around it goes on. Only what comes from outside that code passes: Ctrl-C
+and the exception of a signal handler, both on the main thread, and the end of a deterministic dispatcher.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from threading import get_ident
+from types import CodeType
+from typing import Any
+
+
+class Ended(BaseException):
+    """Raised where a turn waits when its dispatcher ends. Not an Exception: code under test must not go on after it."""
+
+
+def is_from_outside(error: BaseException) -> bool:
+    """True if `error` must reach the caller, because the code that was running did not raise it itself."""
+    if isinstance(error, Exception):
+        return False
+    if isinstance(error, Ended):
+        return True
+    if get_ident() != threading.main_thread().ident:
+        return False  # Python runs signal handlers on the main thread only
+    return isinstance(error, KeyboardInterrupt) or _is_of_signal_handler(error)
+
+
+def _is_of_signal_handler(error: BaseException) -> bool:
+    """True if a frame of an installed signal handler is in the traceback, as with a handler that calls `sys.exit()`."""
+    codes = set[CodeType]()
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        for function in (handler, getattr(type(handler), "__call__", None)):  # noqa: B004 - its code is what is asked for
+            code = getattr(function, "__code__", None)
+            if isinstance(code, CodeType):
+                codes.add(code)
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code in codes:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def described(error: BaseException) -> str:
+    """Return the text of an exception of any class, whose `__str__` may raise."""
+    try:
+        return str.__str__(str(error))
+    except BaseException as problem:
+        if is_from_outside(problem):
+            raise
+        return f"(its text could not be read: {type(problem).__name__})"
+
+
+def contained(action: Callable[[], object], what: str, log: Log) -> None:
+    """Call `action()`; what it raises is logged as "`what` failed" and goes no further."""
+    try:
+        action()
+    except BaseException as error:
+        if is_from_outside(error):
+            raise
+        log.exception("%s failed", what)
+
+
+class Log:
+    """A logger of the standard library whose filters and handlers cannot end what logs: they are the program's code."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def debug(self, text: str, *args: object, **options: Any) -> None:
+        """As `logging.Logger.debug`."""
+        self._write(logging.DEBUG, text, args, options)
+
+    def info(self, text: str, *args: object, **options: Any) -> None:
+        """As `logging.Logger.info`."""
+        self._write(logging.INFO, text, args, options)
+
+    def warning(self, text: str, *args: object, **options: Any) -> None:
+        """As `logging.Logger.warning`."""
+        self._write(logging.WARNING, text, args, options)
+
+    def error(self, text: str, *args: object, **options: Any) -> None:
+        """As `logging.Logger.error`."""
+        self._write(logging.ERROR, text, args, options)
+
+    def exception(self, text: str, *args: object, **options: Any) -> None:
+        """As `logging.Logger.exception`."""
+        self._write(logging.ERROR, text, args, {"exc_info": True, **options})
+
+    def _write(self, level: int, text: str, args: tuple[object, ...], options: dict[str, Any]) -> None:
+        try:
+            self._logger.log(level, text, *args, stacklevel=3, **options)
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
+            # Nothing is left that could be told: the record was refused by what would have shown it.
