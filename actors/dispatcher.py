@@ -261,6 +261,17 @@ class ThreadDispatcher:
         self._run_left_over()
 
     def _work(self) -> None:
+        try:
+            self._work_until_idle()
+        finally:
+            # However it ends, as by a MemoryError outside of all turns: who is counted is there.
+            with self._guard:
+                self._workers -= 1
+            if not self._ready.empty():
+                # Also when closed: whoever came behind the end in the queue still saw this worker idle and left.
+                self._look_after_queue()
+
+    def _work_until_idle(self) -> None:
         ready, idle, mine = self._ready, self._idle, self._mine
         mine.is_worker, mine.next = True, None
         while True:
@@ -269,7 +280,8 @@ class ThreadDispatcher:
                 work = ready.get_or_idle(self.IDLE_S)
             except Empty:
                 work = None
-            idle.pop()
+            finally:
+                idle.pop()
             self._taken += 1
             if work is None:
                 break
@@ -279,11 +291,6 @@ class ThreadDispatcher:
             while work is not None:
                 _call(work)
                 work, mine.next = mine.next, None
-        with self._guard:
-            self._workers -= 1
-        if not ready.empty():
-            # Also when closed: whoever came behind the end in the queue still saw this worker idle and left.
-            self._look_after_queue()
 
 
 class _ProgramWork:

@@ -77,6 +77,8 @@ class Barrier:
         self._waiting = dict.fromkeys(handlers)
         self._guard = threading.Lock()
         self._reply = reply
+        self.over = False
+        """True once `withdraw` was called."""
         if not handlers:
             reply.set()
 
@@ -87,6 +89,14 @@ class Barrier:
             if self._waiting or self._reply.done:
                 return
         self._reply.set()
+
+    def withdraw(self) -> None:
+        """Nothing waits for it any more: take it out of the mailboxes where it still is."""
+        with self._guard:
+            self.over = True
+            handlers = list(self._waiting)
+        for handler in handlers:
+            handler.withdraw(self)
 
     def missing(self) -> list[str]:
         """The triggers whose handlers have not let it through yet, each as `id (function id)`."""
@@ -199,6 +209,17 @@ class HandlerActor(TurnActor):
     def is_busy(self) -> bool:
         """True if events wait or one is being delivered."""
         return bool(self._mailbox or self._claim)
+
+    def withdraw(self, item: object) -> None:
+        """Take `item` out of the mailbox, if it is in there. From any thread."""
+        while True:
+            try:
+                self._mailbox.remove(item)
+            except IndexError:
+                continue  # an event came or went during the search
+            except ValueError:
+                pass
+            return
 
     def is_overdue(self) -> bool:
         """True while a plain function runs past its time limit."""

@@ -272,8 +272,8 @@ class OnLoop:
         self._calls.remove(self)
         if self.is_overdue:
             value, error = None, Overdue(f"not done within {self.timeout_s:g} s")
-        if not self.has_begun and self.loop.is_closed():
-            self._drop()
+        if not self.has_begun:
+            self._drop()  # a loop that runs again later finds it settled
         contained(lambda: go_on(value, error), f"going on after {self.what}", log)
 
     def _drop(self) -> None:

@@ -376,12 +376,20 @@ class TriggerRouter(TurnActor):
                 DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, attempt=0, final=True)
             )
 
+    def withdraw(self, item: object) -> None:
+        super().withdraw(item)
+        if isinstance(item, Barrier):
+            item.withdraw()
+
     def on_receive(self, message: Any) -> Any:
         if type(message) is Routed:
             return None
         if type(message) is Barrier:
             for handler in message.handlers:
-                handler.tell(message)
+                if not message.over:
+                    handler.tell(message)
+            if message.over:
+                message.withdraw()  # in case that came in between
             return None
         raise TypeError(f"a router takes events from scopes, not {message!r:.80}")
 

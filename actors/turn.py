@@ -207,6 +207,13 @@ class TurnActor(pykka.Actor):
             certainly(self.wake_anyway)
             raise
 
+    def withdraw(self, item: object) -> None:
+        """Take `item` out of the mailbox, if it is still there. From any thread."""
+        try:
+            self._mailbox.remove(item)
+        except ValueError:
+            return  # its turn has come
+
     def handle_or_post(self, envelope: Envelope) -> None:
         """Handle the envelope on this thread if the actor is idle; else queue it. The answer goes to its reply."""
         claim = self._claim

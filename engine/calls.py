@@ -87,9 +87,10 @@ class Caller:
         try:
             result = await self._begun(function, data)
         except BaseException as error:
+            if running_loop() is None or is_from_outside(error):
+                raise  # a coroutine that was dropped is closed outside of any loop
             task = asyncio.current_task()
-            cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
-            if cancelled or isinstance(error, GeneratorExit) or is_from_outside(error):
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise
             raise _failure(function, error) from error
         return plain_result(function.function_id, result)

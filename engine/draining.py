@@ -45,6 +45,7 @@ def drain(parts: Parts, timeout: float | None) -> None:
             reply.get(timeout=_left(parts, deadline))
         except pykka.Timeout as error:
             behind = ", ".join(barrier.missing()[:10])
+            parts.router.withdraw(barrier)
             raise ReplyTimeout("", timeout or 0.0, behind) from error
         quiet_rounds = quiet_rounds + 1 if parts.router.fired_by_handlers() == fired else 0
 
@@ -72,10 +73,13 @@ def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -
             actor._refuse_own_turn()
             reply = parts.dispatcher.reply()
             # Not a read: a closing scope refuses those, and a full mailbox is the more reason to wait.
-            actor._enqueue(Envelope(Ping(), reply))
+            ping = Envelope(Ping(), reply)
+            actor._enqueue(ping)
             try:
                 reply.get(timeout=_left(parts, deadline))
             except pykka.Timeout as error:
+                reply.abandoned = True
+                actor.withdraw(ping)
                 raise ReplyTimeout(actor.scope, timeout or 0.0) from error
     if parts.snapshot.has_open_commits():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -18,6 +19,20 @@ class Worker(TurnActor):
 
     def on_receive(self, message: Any) -> Any:
         return message()
+
+
+class Handler(Worker):
+    """The same, as code of the program."""
+
+    runs_program = True
+
+
+def until(holds: Any) -> None:
+    """Wait until `holds()` is true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.002)
 
 
 def test_no_thread_is_started_before_it_is_needed(threads: ThreadDispatcher) -> None:
@@ -52,7 +67,7 @@ def test_the_pool_grows_while_handlers_block_so_that_the_others_go_on(threads: T
         reply.get(timeout=PATIENCE_S)
 
 
-def test_the_pool_stops_growing_at_its_most_and_goes_on_when_a_worker_is_free(
+def test_code_of_the_program_beyond_its_share_of_threads_waits_while_the_engines_own_work_goes_on(
     threads: ThreadDispatcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(threads, "MOST", 3)
@@ -62,19 +77,63 @@ def test_the_pool_stops_growing_at_its_most_and_goes_on_when_a_worker_is_free(
         inside.release()
         assert gate.wait(PATIENCE_S)
 
-    blocked = [Worker(threads).ask(block) for _ in range(3)]
+    blocked = [Handler(threads).ask(block) for _ in range(3)]
     for _ in blocked:
         assert inside.acquire(timeout=PATIENCE_S)
-    waiting = Worker(threads).ask(lambda: "at last")
-    looked = threading.Event()
-    threads.call_later(threads.STALL_S * 3, looked.set)
-    assert looked.wait(PATIENCE_S)
+    waiting = [Handler(threads).ask(lambda number=number: number) for number in range(5)]
+    ran: list[str] = []
+    threads.submit_program(lambda: ran.append("a function"))
 
-    assert threads.threads() == 3
-    assert not waiting.done
-    assert "all 3 worker threads are blocked" in caplog.text
+    # The engine's own work, twice, so that a worker has seen all that came before the first.
+    for _ in range(2):
+        assert Worker(threads).ask(lambda: "went on").get(timeout=PATIENCE_S) == "went on"
+    until(lambda: threads.held() == 6)
+    assert not any(reply.done for reply in waiting)
+    assert ran == []
+    assert caplog.text.count("all 3 threads for handlers and functions are blocked") == 1
+
     gate.set()
-    assert waiting.get(timeout=PATIENCE_S) == "at last"
+    assert [reply.get(timeout=PATIENCE_S) for reply in waiting] == list(range(5))
+    until(lambda: ran == ["a function"] and threads.held() == 0 and not threads._in_program)
+
+
+def test_16_threads_that_bring_more_than_the_share_lose_nothing(
+    threads: ThreadDispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "MOST", 2)
+    barrier, done, most = threading.Barrier(16), threading.Semaphore(0), [0]
+
+    def work() -> None:
+        most[0] = max(most[0], len(threads._in_program))
+        done.release()
+
+    def bring() -> None:
+        barrier.wait(PATIENCE_S)
+        for _ in range(200):
+            threads.submit_program(work)
+
+    senders = [threading.Thread(target=bring) for _ in range(16)]
+    for sender in senders:
+        sender.start()
+    for _ in range(16 * 200):
+        assert done.acquire(timeout=PATIENCE_S)
+    for sender in senders:
+        sender.join(PATIENCE_S)
+
+    until(lambda: not threads._in_program and threads.held() == 0)
+
+
+def test_a_worker_that_got_nothing_until_its_idle_end_leaves_nothing_undone(
+    threads: ThreadDispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Workers end all the time here: each piece of work races with the end of one.
+    monkeypatch.setattr(threads, "IDLE_S", 0.0005)
+    for number in range(300):
+        assert Worker(threads).ask(lambda number=number: number).get(timeout=PATIENCE_S) == number
+        threading.Event().wait(0.0001 * (number % 10))
+
+    until(lambda: threads.threads() == 0)
+    assert threads._idle == []
 
 
 def test_workers_with_nothing_to_do_end(threads: ThreadDispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +152,26 @@ def test_a_worker_survives_what_it_calls(threads: ThreadDispatcher, caplog: pyte
     threads.submit(done.set)
 
     assert done.wait(PATIENCE_S)
-    assert "a turn failed outside its actor" in caplog.text
+    assert "a turn, outside its actor, failed" in caplog.text
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, StopIteration])
+def test_no_exception_costs_a_worker_or_the_timer(error: type[BaseException], threads: ThreadDispatcher) -> None:
+    def fail() -> None:
+        raise error
+
+    rang, done = threading.Event(), threading.Event()
+    threads.call_later(0.0, fail)
+    threads.call_later(0.01, rang.set)
+    threads.submit(fail)
+    threads.submit_program(fail)
+    threads.submit_program(done.set)
+
+    assert rang.wait(PATIENCE_S)
+    assert done.wait(PATIENCE_S)
+    until(lambda: not threads._in_program)
+    assert Worker(threads).ask(lambda: "here").get(timeout=PATIENCE_S) == "here"
+    assert threads.threads() == sum(t.name.startswith("scopestate-test-") for t in threading.enumerate()) - 1
 
 
 def test_16_threads_that_schedule_at_once_wake_every_actor(threads: ThreadDispatcher) -> None:

@@ -467,8 +467,10 @@ def test_a_coroutine_past_its_time_is_cancelled_and_reported(role: str, open_eng
 
 def test_a_coroutine_that_is_late_after_a_plain_function_was_late_is_reported_too() -> None:
     clock, gate, failures = Clock(), Gate(), Failures()
+    begun = threading.Event()
 
     async def hang(event: StateEvent) -> None:
+        begun.set()
         await asyncio.Event().wait()
 
     with engine_on(clock, handler_timeout_ms=20) as engine:
@@ -482,6 +484,8 @@ def test_a_coroutine_that_is_late_after_a_plain_function_was_late_is_reported_to
         engine.drain(timeout=PATIENCE_S)
         engine.register_function("app::h", hang)
         engine.set("s", "b", 1)
+        assert begun.wait(PATIENCE_S)
+        clock.advance()
 
         assert [failure.event.key for failure in failures.wait_for(2)] == ["a", "b"]
         engine.drain(timeout=PATIENCE_S)

@@ -1,0 +1,673 @@
+"""What the program's code raises, or does to its event loop, ends one call and takes nothing else along."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+import types
+import xmlrpc.client
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, in_thread
+
+from scopestate import Engine, StateEvent, messages
+from scopestate.config import from_mapping
+from scopestate.errors import FunctionFailed, HandlerTimeout, ReplyTimeout
+
+
+class Odd(BaseException):
+    """A base exception of the program's own."""
+
+
+class Unreadable(Exception):
+    """An exception whose text ends the process, if it can."""
+
+    def __str__(self) -> str:
+        raise SystemExit("in __str__")
+
+    __repr__ = __str__
+
+
+THROWN: list[type[BaseException]] = [
+    SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError, StopIteration, StopAsyncIteration,
+    asyncio.CancelledError, Odd, Unreadable, ValueError,
+]  # fmt: skip
+
+
+def throw(error: type[BaseException]) -> Any:
+    raise error
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait until `holds()` is true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.005)
+
+
+@pytest.fixture
+def quiet_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """No thread may die: what would kill one is kept here."""
+    died: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    yield died
+    assert died == []
+
+
+@pytest.fixture(autouse=True)
+def no_thread_dies(quiet_threads: list[Any]) -> None:
+    """For every test here."""
+
+
+# --------------------------------------------------------------------------------------- handlers, conditions, hooks
+
+
+def handler_for(place: str, error: type[BaseException], engine: Engine, seen: Seen) -> None:
+    """Have code at `place` throw for the key "bad"; the events of the other keys reach `seen`."""
+
+    def bad(event: StateEvent) -> None:
+        if event.key == "bad":
+            throw(error)
+
+    async def bad_later(event: StateEvent) -> None:
+        await asyncio.sleep(0)
+        bad(event)
+
+    def plain(event: StateEvent) -> None:
+        bad(event)
+        seen(event)
+
+    async def coroutine(event: StateEvent) -> None:
+        await bad_later(event)
+        seen(event)
+
+    if place == "handler":
+        engine.on_change(scope="s")(plain)
+    elif place == "async handler":
+        engine.on_change(scope="s")(coroutine)
+    else:
+        engine.register_function("app::condition", bad if place == "condition" else bad_later)
+        engine.on_change(scope="s", condition="app::condition")(seen)
+
+
+@pytest.mark.parametrize("place", ["handler", "async handler", "condition", "async condition"])
+@pytest.mark.parametrize("error", THROWN)
+def test_whatever_a_handler_raises_fails_its_event_and_no_other(
+    error: type[BaseException], place: str, open_engine: Any
+) -> None:
+    failures, seen, other = Failures(), Seen(), Seen()
+    engine = open_engine(on_error=failures)
+    handler_for(place, error, engine, seen)
+
+    @engine.on_change(scope="s")
+    async def beside(event: StateEvent) -> None:
+        other(event)
+
+    for key in ("a", "bad", "b"):
+        engine.set("s", key, 1)
+    engine.drain(PATIENCE_S)
+
+    assert (seen.keys, other.keys) == (["a", "b"], ["a", "bad", "b"])
+    [failure] = failures.all
+    if error is StopIteration and place.startswith("async"):
+        error = RuntimeError  # Python's own doing, in every coroutine
+    assert (failure.event.key, type(failure.error), failure.final) == ("bad", error, True)
+    assert engine.stats().failures == 1
+    assert engine.health().ok
+
+
+@pytest.mark.parametrize("error", THROWN)
+def test_whatever_a_hook_raises_ends_that_report_alone(error: type[BaseException], open_engine: Any) -> None:
+    letters, seen = Failures(), Seen()
+    engine = open_engine(on_error=lambda failure: throw(error), on_dead_letter=letters)
+    handler_for("handler", ValueError, engine, seen)
+    for key in ("a", "bad", "b"):
+        engine.set("s", key, 1)
+    engine.drain(PATIENCE_S)
+
+    assert seen.keys == ["a", "b"]
+    assert [letter.event.key for letter in letters.all] == ["bad"]
+
+    engine.on_dead_letter(lambda failure: throw(error))
+    engine.set("s", "bad", 2)
+    engine.set("s", "c", 1)
+    engine.drain(PATIENCE_S)
+    assert seen.keys == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("error", THROWN)
+def test_whatever_a_logging_filter_or_handler_raises_changes_nothing_else(
+    error: type[BaseException], open_engine: Any
+) -> None:
+    class Bad(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            throw(error)
+
+    failures, seen = Failures(), Seen()
+    engine = open_engine(on_error=failures)
+    handler_for("handler", ValueError, engine, seen)
+    root, bad, filtering = logging.getLogger("scopestate"), Bad(), logging.NullHandler()
+    filtering.addFilter(lambda record: throw(error))
+    root.addHandler(bad)
+    root.addHandler(filtering)
+    try:
+        for key in ("a", "bad", "b"):
+            engine.set("s", key, 1)
+        engine.drain(PATIENCE_S)
+    finally:
+        root.removeHandler(bad)
+        root.removeHandler(filtering)
+
+    assert seen.keys == ["a", "b"]
+    assert [failure.event.key for failure in failures.all] == ["bad"]
+
+
+def test_a_filter_that_raises_stops_no_saving(open_engine: Any, tmp_path: Any) -> None:
+    logger = logging.getLogger("scopestate.persistence")
+
+    def bad(record: logging.LogRecord) -> bool:
+        raise SystemExit
+
+    from watching import GatedStore, broken
+
+    store = GatedStore()
+    engine = open_engine(store=store, workers=[])
+    store.at_save = broken
+    logger.addFilter(bad)
+    try:
+        engine.set("s", "k", 1)
+        with pytest.raises(Exception, match="on fire"):
+            engine.flush()
+        store.at_save = lambda: None
+        engine.flush()
+    finally:
+        logger.removeFilter(bad)
+
+    assert store.states["s"].values == {"k": b"1"}
+
+
+class Everything:
+    """Answers every attribute, as proxies of remote objects and mocks do."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: self
+
+    def __bool__(self) -> bool:
+        raise SystemExit
+
+
+class Rude:
+    """Every look at it raises."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise SystemExit(name)
+
+    def __bool__(self) -> bool:
+        raise SystemExit
+
+
+class BadAwait:
+    """Is awaitable by its class, and fails as such."""
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome
+
+    def __await__(self) -> Any:
+        if isinstance(self.outcome, type):
+            raise self.outcome
+        return self.outcome
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "xmlrpc": lambda: xmlrpc.client.ServerProxy("http://127.0.0.1:1"),
+    "everything": Everything,
+    "rude": Rude,
+    "object": object,
+    "0": int,
+    "text": str,
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("place", ["handler", "condition"])
+def test_a_result_that_is_no_awaitable_is_a_plain_result_whatever_attributes_it_has(
+    place: str, make: Callable[[], Any], open_engine: Any
+) -> None:
+    failures, seen = Failures(), Seen()
+    engine = open_engine(on_error=failures)
+    result = make()
+
+    def returns(event: StateEvent) -> Any:
+        if place == "handler":
+            seen(event)
+        return result
+
+    if place == "handler":
+        engine.on_change(scope="s")(returns)
+    else:
+        engine.on_change(scope="s", condition=returns)(seen)
+    engine.set("s", "a", 1)
+    engine.set("s", "b", 1)
+    engine.drain(PATIENCE_S)
+
+    assert (seen.keys, failures.all) == (["a", "b"], [])
+
+
+@pytest.mark.parametrize("outcome", [SystemExit, StopIteration, 5, iter([1]), None], ids=str)
+def test_an_awaitable_that_is_a_bad_one_fails_its_event_alone(outcome: Any, open_engine: Any) -> None:
+    failures, seen = Failures(), Seen()
+    engine = open_engine(on_error=failures)
+
+    @engine.on_change(scope="s")
+    def returns(event: StateEvent) -> Any:
+        seen(event)
+        return BadAwait(outcome) if event.key == "bad" else None
+
+    for key in ("a", "bad", "b"):
+        engine.set("s", key, 1)
+    engine.drain(PATIENCE_S)
+
+    assert seen.keys == ["a", "bad", "b"]
+    assert [failure.event.key for failure in failures.all] == ["bad"]
+
+
+def test_a_generator_that_a_handler_returns_is_reported_since_nothing_of_it_runs(open_engine: Any) -> None:
+    failures = Failures()
+    engine = open_engine(on_error=failures)
+
+    def generator(event: StateEvent) -> Iterator[None]:
+        yield
+
+    async def async_generator(event: StateEvent) -> Any:
+        yield
+
+    @types.coroutine
+    def coroutine(event: StateEvent) -> Any:
+        ran.append(event.key)
+        yield from asyncio.sleep(0).__await__()
+
+    ran: list[str] = []
+    for key, makes in (("a", generator), ("b", async_generator), ("c", coroutine)):
+        engine.on_change(scope="s", key=key)(lambda event, makes=makes: makes(event))
+    for key in ("a", "b", "c"):
+        engine.set("s", key, 1)
+    engine.drain(PATIENCE_S)
+
+    assert sorted(failure.event.key for failure in failures.all) == ["a", "b"]
+    assert all("has not run" in str(failure.error) for failure in failures.all)
+    assert ran == ["c"]
+
+
+# ---------------------------------------------------------------------------------------------- functions and replies
+
+
+@pytest.mark.parametrize("way", ["plain", "async", "aio plain", "aio async", "aio on its own loop"])
+@pytest.mark.parametrize("error", THROWN)
+def test_whatever_a_function_raises_fails_its_call_alone(
+    error: type[BaseException], way: str, engine: Engine, loop_thread: LoopThread
+) -> None:
+    async def coroutine(payload: Any) -> Any:
+        await asyncio.sleep(0)
+        return payload if payload != "bad" else throw(error)
+
+    def plain(payload: Any) -> Any:
+        return payload if payload != "bad" else throw(error)
+
+    function = plain if way.endswith("plain") else coroutine
+    if way == "aio on its own loop":
+        loop_thread.do(lambda: engine.register_function("f", function))
+    else:
+        engine.register_function("f", function)
+
+    def call(payload: str) -> Any:
+        if way.startswith("aio"):
+            return loop_thread.do(lambda: engine.aio.call("f", payload))
+        return in_thread(lambda: engine.call("f", payload))()
+
+    with pytest.raises(FunctionFailed, match=error.__name__):
+        call("bad")
+    assert call("good") == "good"
+
+
+@pytest.mark.parametrize("error", THROWN)
+def test_whatever_a_callback_of_a_reply_raises_the_others_get_their_answers(
+    error: type[BaseException], engine: Engine
+) -> None:
+    gate, told = Gate(), threading.Event()
+    engine.set("s", "k", 0)
+    holder = in_thread(lambda: engine._scopes["s"].run(messages.Update("s", "k", Held(gate))))
+    gate.wait_until_reached()
+    replies = [engine.ask(messages.Set("s", "k", number), block=False) for number in range(20)]
+    replies[3].add_done_callback(lambda reply: throw(error))
+    replies[3].add_done_callback(lambda reply: told.set())
+    gate.open()
+    holder()
+
+    assert [reply.get(timeout=PATIENCE_S).new_value for reply in replies] == list(range(20))
+    assert told.wait(PATIENCE_S)
+
+
+class Held(list):  # type: ignore[type-arg]
+    """Ops that stop where they are read, in the middle of a turn."""
+
+    def __init__(self, gate: Gate, error: type[BaseException] | None = None) -> None:
+        super().__init__()
+        self.gate = gate
+        self.error = error
+
+    def __iter__(self) -> Any:
+        self.gate()
+        if self.error is not None:
+            raise self.error
+        return iter([{"type": "set", "path": "", "value": 5}])
+
+
+@pytest.mark.parametrize("error", THROWN)
+def test_a_message_whose_reading_raises_within_a_turn_costs_the_others_nothing(
+    error: type[BaseException], engine: Engine
+) -> None:
+    gate = Gate()
+    engine.set("s", "k", 0)
+    ref = engine._scopes["s"].actor_ref
+    holder = in_thread(lambda: engine._scopes["s"].run(messages.Update("s", "k", Held(gate))))
+    gate.wait_until_reached()
+    opened = Gate()
+    opened.open()
+    bad = ref.ask(messages.Update("s", "k", Held(opened, error)), block=False)
+    replies = [engine.ask(messages.Set("s", "k", number), block=False) for number in range(20)]
+    gate.open()
+    holder()
+
+    assert [reply.get(timeout=PATIENCE_S).new_value for reply in replies] == list(range(20))
+    with pytest.raises(error):
+        bad.get(timeout=PATIENCE_S)
+
+
+# ------------------------------------------------------------------------------------------------------------- loops
+
+
+def test_the_engines_event_loop_survives_what_its_tasks_and_callbacks_do(open_engine: Any) -> None:
+    seen, failures = Seen(), Failures()
+    engine = open_engine(on_error=failures)
+    tasks: list[Any] = []
+
+    @engine.on_change(scope="s")
+    async def handler(event: StateEvent) -> None:
+        loop = asyncio.get_running_loop()
+        if event.key == "task":
+            tasks.append(loop.create_task(exits()))
+        elif event.key == "callback":
+            loop.call_soon(sys.exit)
+        elif event.key == "stop":
+            loop.stop()
+        await asyncio.sleep(0)
+        seen(event)
+
+    async def exits() -> None:
+        sys.exit(3)
+
+    for key in ("task", "callback", "stop", "last"):
+        engine.set("s", key, 1)
+    engine.drain(PATIENCE_S)
+
+    assert seen.keys == ["task", "callback", "stop", "last"]
+    assert failures.all == []
+
+
+def test_an_event_for_a_loop_that_is_closed_is_reported_and_the_trigger_goes_on(open_engine: Any) -> None:
+    failures, seen = Failures(), Seen()
+    engine = open_engine(on_error=failures)
+
+    async def register() -> None:
+        @engine.on_change(scope="s", function_id="app::f")
+        async def handler(event: StateEvent) -> None:
+            """Never runs."""
+
+    asyncio.run(register())
+    engine.set("s", "a", 1)
+    assert "event loop" in str(failures.wait_for(1)[0].error)
+    engine.register_function("app::f", seen)
+    engine.set("s", "b", 1)
+
+    assert seen.wait_for(1)[0].key == "b"
+
+
+def stopped_loop(engine: Engine, seen: Seen) -> asyncio.AbstractEventLoop:
+    """Register a handler on a loop that does not run."""
+    loop = asyncio.new_event_loop()
+
+    async def register() -> None:
+        @engine.on_change(scope="s")
+        async def handler(event: StateEvent) -> None:
+            seen(event)
+
+    loop.run_until_complete(register())
+    return loop
+
+
+def test_an_event_for_a_loop_that_is_closed_while_it_waits_is_reported(open_engine: Any) -> None:
+    failures, seen = Failures(), Seen()
+    engine = open_engine(on_error=failures)
+    loop = stopped_loop(engine, seen)
+    engine.set("s", "a", 1)
+    until(lambda: not engine.health().ok)
+    assert "event loop that is not running" in engine.health().problems[0]
+    loop.close()
+
+    assert "was closed" in str(failures.wait_for(1)[0].error)
+    engine.drain(PATIENCE_S)
+    assert engine.health().ok
+
+
+def test_a_loop_that_stands_still_makes_events_late_and_serves_later_ones_when_it_is_back(open_engine: Any) -> None:
+    failures, seen = Failures(), Seen()
+    engine = open_engine(on_error=failures, limits={"handler_timeout_ms": 50})
+    loop = stopped_loop(engine, seen)
+    engine.set("s", "a", 1)
+    engine.set("s", "b", 1)
+    assert [type(failure.error) for failure in failures.wait_for(2)] == [HandlerTimeout] * 2
+    engine.drain(PATIENCE_S)
+    engine.reconfigure(from_mapping({"limits": {"handler_timeout_ms": 0}}))
+    engine.set("s", "c", 1)
+
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    assert seen.wait_for(1)[0].key == "c"
+    engine.drain(PATIENCE_S)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(PATIENCE_S)
+    loop.close()
+    assert seen.keys == ["c"], "what was reported as late must not run afterwards"
+
+
+def test_a_blocked_loop_is_seen_from_outside_and_the_trigger_recovers(
+    open_engine: Any, loop_thread: LoopThread
+) -> None:
+    failures, seen, gate = Failures(), Seen(), threading.Event()
+    engine = open_engine(on_error=failures, limits={"handler_timeout_ms": 50})
+
+    async def handler(event: StateEvent) -> None:
+        seen(event)
+
+    loop_thread.do(lambda: engine.on_change(scope="s")(handler))
+    loop_thread.loop.call_soon_threadsafe(gate.wait, PATIENCE_S)
+    engine.set("s", "a", 1)
+
+    [late] = failures.wait_for(1)
+    assert (late.event.key, type(late.error)) == ("a", HandlerTimeout)
+    gate.set()
+    engine.set("s", "b", 1)
+    seen.wait_for(1)
+    engine.drain(PATIENCE_S)
+    assert seen.keys == ["b"]
+
+
+def test_health_names_the_handler_whose_loop_is_blocked_without_any_time_limit(
+    engine: Engine, loop_thread: LoopThread
+) -> None:
+    seen, gate = Seen(), threading.Event()
+
+    async def blocks(event: StateEvent) -> None:
+        seen(event)
+        gate.wait(PATIENCE_S)
+
+    loop_thread.do(lambda: engine.on_change(scope="s", function_id="app::blocks")(blocks))
+    engine.set("s", "a", 1)
+    seen.wait_for(1)
+    until(lambda: not engine.health().ok)
+
+    [problem] = engine.health().problems
+    assert "app::blocks" in problem
+    assert "blocked" in problem
+    gate.set()
+    engine.drain(PATIENCE_S)
+    assert engine.health().ok
+
+
+def test_the_engines_own_loop_is_replaced_when_a_handler_blocks_it_past_its_limit(open_engine: Any) -> None:
+    failures, seen, gate = Failures(), Seen(), threading.Event()
+    engine = open_engine(on_error=failures, limits={"handler_timeout_ms": 100})
+
+    @engine.on_change(scope="s", key="blocks")
+    async def blocks(event: StateEvent) -> None:
+        gate.wait(PATIENCE_S)
+
+    @engine.on_change(scope="s", key="fine")
+    async def fine(event: StateEvent) -> None:
+        seen(event)
+
+    engine.set("s", "blocks", 1)
+    assert failures.wait_for(1)[0].event.key == "blocks"
+    engine.set("s", "fine", 1)
+    assert seen.wait_for(1)[0].key == "fine"
+    engine.drain(PATIENCE_S)
+    gate.set()
+
+
+def test_a_coroutine_that_swallows_its_cancellation_is_given_up(open_engine: Any) -> None:
+    failures, seen, go = Failures(), Seen(), threading.Event()
+    engine = open_engine(on_error=failures, limits={"handler_timeout_ms": 50})
+
+    @engine.on_change(scope="s")
+    async def handler(event: StateEvent) -> None:
+        while event.key == "bad" and not go.is_set():
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                continue
+        seen(event)
+
+    engine.set("s", "bad", 1)
+    engine.set("s", "b", 1)
+
+    assert seen.wait_for(1)[0].key == "b"
+    assert [(failure.event.key, type(failure.error)) for failure in failures.all] == [("bad", HandlerTimeout)]
+    go.set()
+    engine.drain(PATIENCE_S)
+
+
+def test_a_call_to_a_loop_that_does_not_run_fails_within_its_limit(open_engine: Any) -> None:
+    engine = open_engine(limits={"call_timeout_ms": 50})
+    loop = asyncio.new_event_loop()
+
+    async def register() -> None:
+        async def function(payload: Any) -> None:
+            """Never runs."""
+
+        engine.register_function("f", function)
+
+    loop.run_until_complete(register())
+    with pytest.raises(FunctionFailed, match="not running"):
+        engine.call("f")
+    with pytest.raises(FunctionFailed, match="not running"):
+        asyncio.run(engine.aio.call("f"))
+    loop.close()
+    with pytest.raises(FunctionFailed, match="closed"):
+        engine.call("f")
+
+
+# ------------------------------------------------------------------------------------------------------------- pools
+
+
+def test_saving_commits_reports_and_closing_go_on_while_all_threads_for_handlers_are_blocked(
+    open_engine: Any, tmp_path: Any
+) -> None:
+    engine = open_engine(
+        adapter={"store_method": "file_based", "file_path": str(tmp_path), "save_interval_ms": 20},
+        scopes=[{"prefix": "c", "durability": "commit"}],
+        limits={"close_grace_ms": 50},
+    )
+    engine._parts.dispatcher.MOST = 4
+    gate = Gate()
+    for number in range(6):
+        engine.on_change(scope="s", key=str(number))(gate)
+    for number in range(6):
+        engine.set("s", str(number), 1)
+    for _ in range(4):
+        gate.wait_until_reached()
+
+    engine.set("plain", "k", "acknowledged")
+    assert engine.set("c1", "k", 1).created
+    until(lambda: engine.stats().unsaved_scopes == 0)
+    until(lambda: any("all threads for handlers" in problem for problem in engine.health().problems))
+    in_thread(engine.close)()
+    gate.open()
+
+
+def test_a_hook_that_blocks_stops_neither_events_nor_timers_nor_saving(open_engine: Any) -> None:
+    gate, seen = Gate(), Seen()
+    engine = open_engine(
+        on_error=gate, limits={"handler_mailbox": 1, "handler_when_full": "reject", "handler_timeout_ms": 30}
+    )
+    slow = Gate()
+    engine.on_change(scope="s", key="slow")(slow)
+    engine.on_change(scope="s", key="fine")(seen)
+    for number in range(5):  # one is under way and becomes late, one waits, the others are rejected
+        engine.set("s", "slow", number)
+    slow.wait_until_reached()
+    gate.wait_until_reached()
+    rang = threading.Event()
+    engine._parts.dispatcher.call_later(0.1, rang.set)
+    engine.set("s", "fine", 1)
+
+    assert seen.wait_for(1)
+    assert rang.wait(PATIENCE_S)
+    gate.open()
+    slow.open()
+    engine.drain(PATIENCE_S)
+
+
+def test_a_hook_that_blocks_does_not_keep_close_waiting(open_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scopestate import closing
+
+    monkeypatch.setattr(closing, "REPORTS_S", 0.05)
+    hook, slow = Gate(), Gate()
+    engine = open_engine(on_dead_letter=hook, limits={"close_grace_ms": 10})
+    engine.on_change(scope="s")(slow)
+    for number in range(3):
+        engine.set("s", "k", number)
+    slow.wait_until_reached()
+
+    in_thread(engine.close)()
+    slow.open()
+    hook.open()
+
+
+def test_drain_after_a_time_out_leaves_nothing_in_the_mailbox_of_a_handler_that_hangs(engine: Engine) -> None:
+    gate = Gate()
+    engine.on_change(scope="s")(gate)
+    engine.set("s", "k", 1)
+    gate.wait_until_reached()
+    for _ in range(20):
+        with pytest.raises(ReplyTimeout):
+            engine.drain(0.005)
+
+    until(lambda: engine.stats().mailboxes.handlers == 0)
+    assert engine.stats().mailboxes.router == 0
+    gate.open()
