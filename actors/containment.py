@@ -22,8 +22,6 @@ class Ended(BaseException):
 
 def is_from_outside(error: BaseException) -> bool:
     """True if `error` must reach the caller, because the code that was running did not raise it itself."""
-    if isinstance(error, Exception):
-        return False
     if isinstance(error, Ended):
         return True
     if get_ident() != threading.main_thread().ident:

@@ -280,7 +280,12 @@ class TurnActor(pykka.Actor):
         try:
             for item in batch:
                 begun += 1
-                handle(item)
+                try:
+                    handle(item)
+                except BaseException as error:
+                    if is_from_outside(error):
+                        raise
+                    log.exception("a turn of %s broke off", self.name)
         finally:
             if begun < len(batch):
                 self._mailbox[:0] = batch[begun:]
@@ -314,12 +319,7 @@ class TurnActor(pykka.Actor):
                 self._fail()
         else:
             if reply is not None:
-                try:
-                    self._answer(message, reply, answer)
-                except BaseException as error:
-                    if is_from_outside(error):
-                        raise
-                    log.exception("an answer of %s could not be delivered", self.name)
+                self._answer(message, reply, answer)
 
     def _answer(self, message: Any, reply: ReplyTo, answer: Any) -> None:
         """Deliver the answer; an actor may hold it back until what it says is safe."""
