@@ -646,7 +646,7 @@ def test_a_hook_that_blocks_stops_neither_events_nor_timers_nor_saving(open_engi
 def test_a_hook_that_blocks_does_not_keep_close_waiting(open_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from scopestate import closing
 
-    monkeypatch.setattr(closing, "REPORTS_S", 0.05)
+    monkeypatch.setattr(closing, "HOOKS_S", 0.05)
     hook, slow = Gate(), Gate()
     engine = open_engine(on_dead_letter=hook, limits={"close_grace_ms": 10})
     engine.on_change(scope="s")(slow)
