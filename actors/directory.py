@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 
 from scopestate.actors.scope import ScopeActor
-from scopestate.actors.turns import checked_name, event_depth
+from scopestate.actors.turns import checked_name
+from scopestate.wire.depth import event_depth
 
 
 class Directory(dict[str, ScopeActor]):

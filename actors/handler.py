@@ -20,8 +20,8 @@ from scopestate.actors.limits import Limits
 from scopestate.actors.reply import Reply
 from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
-from scopestate.actors.turns import event_depth
 from scopestate.errors import EventNotDelivered, HandlerTimeout
+from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher

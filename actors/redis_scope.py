@@ -18,10 +18,11 @@ from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import HOLDER, WAIT
-from scopestate.actors.turns import Caused, Change, Close, Housekeeping, Ping, Put, Read, Take, event_depth
+from scopestate.actors.turns import Caused, Change, Close, Housekeeping, Ping, Put, Read, Take
 from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
 from scopestate.persistence.redis.flight import Flight
 from scopestate.signals import certainly
+from scopestate.wire.depth import event_depth
 
 log = Log("scopestate.scope")
 

@@ -26,7 +26,6 @@ from scopestate.actors.turns import (
     ReadItems,
     Take,
     as_failure_of,
-    event_depth,
 )
 from scopestate.errors import (
     EngineClosed,
@@ -37,6 +36,7 @@ from scopestate.errors import (
     StorageError,
 )
 from scopestate.persistence.remote import Remote
+from scopestate.wire.depth import event_depth
 
 log = Log("scopestate.scope")
 
@@ -68,13 +68,14 @@ class _Answered:
 class RemoteChange:
     """A change that the remote reported, as a message to the scope: local triggers hear of it."""
 
-    __slots__ = ("key", "new", "old", "reply")
+    __slots__ = ("depth", "key", "new", "old", "reply")
 
-    def __init__(self, key: str, old: bytes | None, new: bytes | None, reply: ReplyTo) -> None:
+    def __init__(self, key: str, old: bytes | None, new: bytes | None, reply: ReplyTo, depth: int) -> None:
         self.key = key
         self.old = old
         self.new = new
         self.reply = reply
+        self.depth = depth
 
 
 class _Lane:
@@ -222,7 +223,9 @@ class RemoteScopeActor(ScopeElsewhere):
     def _send(self, call: _Open) -> None:
         function_id, payload = request(self.scope, call.turn)
         try:
-            self._remote.call(function_id, payload, lambda result, error: self.take_in(_Answered(call, result, error)))
+            self._remote.call(
+                function_id, payload, lambda result, error: self.take_in(_Answered(call, result, error)), call.depth
+            )
         except ScopestateError as error:
             self._enqueue(_Answered(call, None, error))
 
@@ -294,7 +297,7 @@ class RemoteScopeActor(ScopeElsewhere):
             change.reply.fail(error)
             return
         self.touched = True
-        self._fire(change.key, change.old, change.new, 0)
+        self._fire(change.key, change.old, change.new, change.depth)
         change.reply.set()
 
     # ----------------------------------------------------------------------------------------------------- leaving

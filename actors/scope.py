@@ -29,7 +29,6 @@ from scopestate.actors.turns import (
     as_failure_of,
     caused,
     checked_name,
-    event_depth,
     turn_of,
 )
 from scopestate.errors import (
@@ -43,6 +42,7 @@ from scopestate.errors import (
 from scopestate.ops import MISSING, UpdateOp, apply
 from scopestate.ops.values import decode, encode_plain
 from scopestate.persistence import Adapter, ScopeChange
+from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.actors.directory import Directory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any, Final
 
 import msgspec
@@ -12,9 +11,6 @@ from scopestate.actors.reply import Envelope
 from scopestate.errors import DeserializationError, StorageError, ValueTooLarge
 from scopestate.ops import UpdateOp, checked
 from scopestate.ops.values import decode, encode, json_type
-
-event_depth: ContextVar[int] = ContextVar("scopestate_event_depth", default=0)
-"""How many handlers deep the running code is: 0 outside, 1 in a handler of a write from outside, ..."""
 
 
 class Put(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.config import BridgeConfig
 from scopestate.errors import EngineClosed
 from scopestate.persistence.bridge import BridgeAdapter, Change
+from scopestate.wire.depth import event_depth
 from scopestate.wire.options import ClientOptions
 
 
@@ -46,11 +47,12 @@ class RemoteScopes:
     async def _report(self, change: Change) -> None:
         """Fire the local triggers of one change. While a handler must catch up it waits, and so does the remote."""
         scope, key, old, new = change
+        depth = max(0, event_depth.get() - 1)  # the depth of the event; that of this handler is one more
         room: LoopReply | None = None
         while True:
             told = LoopReply()
             try:
-                self._directory[scope].take_in(RemoteChange(key, old, new, told))  # type: ignore[attr-defined]
+                self._directory[scope].take_in(RemoteChange(key, old, new, told, depth))  # type: ignore[attr-defined]
                 await told.future
                 return
             except EngineClosed:

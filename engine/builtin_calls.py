@@ -29,6 +29,9 @@ _ABSENT: Final = Raw()
 _BAD: Final = (msgspec.DecodeError, RecursionError)
 _TRUE: Final = Raw(b"true")
 _BUSY: Final = object()
+_FEW_OPS: Final = 100
+_SMALL_VALUE: Final = 64 * 1024
+"""An update below both takes well under a millisecond."""
 
 
 class _Place(msgspec.Struct, gc=False):
@@ -173,22 +176,30 @@ class BuiltinCalls:
     def _run(self, scope: str, turn: Turn, convert: Callable[[Any], Result]) -> Outcome:
         """Run a turn at once if the scope is idle and in memory; else return the coroutine that waits for it."""
         router = self._router
-        # "Somebody will run the router's turn": this thread, below. A hand-off to a worker thread, and the way back to
-        # this loop for a handler in a worker, would take longer than all the rest.
-        router._scheduled = True
-        try:
-            actor = self._scopes[scope]
-            if actor._values is not None:
+        actor = self._scopes[scope]
+        values = actor._values
+        answer: Any = _BUSY
+        if values is not None:
+            # This thread will run the router's turn, below. A hand-off to a worker thread, and the way back to this
+            # loop for a handler in a worker, would take longer than all the rest. Not so if the turn may take long
+            # itself: until it ends no event of the engine would be routed.
+            quick = type(turn) is not Change or (
+                len(turn.ops) < _FEW_OPS and len(values.get(turn.key) or b"") < _SMALL_VALUE
+            )
+            if quick:
+                router._scheduled = True
+            try:
                 answer = actor.run(turn, _BUSY)
-                if answer is not _BUSY:
-                    return convert(answer)
-        except HandlerFull:
-            pass
-        finally:
-            # In this order: whoever posts an event between the two lines is seen by the second one.
-            router._scheduled = False
-            if router._mailbox:
-                router.run_batch()
+            except HandlerFull:
+                pass
+            finally:
+                # In this order: what posts an event between the two lines is seen by the second one.
+                if quick:
+                    router._scheduled = False
+                    if router._mailbox:
+                        router.run_batch()
+        if answer is not _BUSY:
+            return convert(answer)
         outcome = _begun(self._finish(scope, turn, convert))
         # The message is in the scope's mailbox now; what this connection asks next must not overtake it.
         self._scopes[scope].keep_order()

@@ -10,8 +10,9 @@ from scopestate.actors.functions import running_loop
 from scopestate.actors.handler import Barrier
 from scopestate.actors.reply import Envelope
 from scopestate.actors.snapshot import Commit
-from scopestate.actors.turns import Ping, event_depth
+from scopestate.actors.turns import Ping
 from scopestate.errors import ReplyTimeout, WouldDeadlock
+from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.parts import Parts

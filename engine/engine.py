@@ -19,7 +19,7 @@ from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.snapshot import Flush
-from scopestate.actors.turns import Change, Put, Take, Turn, answer_of, checked_name, event_depth, turn_of
+from scopestate.actors.turns import Change, Put, Take, Turn, answer_of, checked_name, turn_of
 from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
@@ -43,6 +43,7 @@ from scopestate.parts import Parts
 from scopestate.persistence import Adapter
 from scopestate.reactive import Hook, Reactive
 from scopestate.stats import Health, Stats, check_health, measure
+from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.aio import AioEngine

@@ -400,8 +400,16 @@ class Server:
             return sink
         if self._is_full(all_places=access is None or access.full):
             return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
-        taken = limit_in(request.headers.get(LIMIT_HEADER), config.max_message_bytes)
-        worker = WorkerConnection(hub, access, self._batches, config.max_message_bytes, config.max_unsent_bytes, taken)
+        announced = request.headers.get(LIMIT_HEADER)
+        worker = WorkerConnection(
+            hub,
+            access,
+            self._batches,
+            config.max_message_bytes,
+            config.max_unsent_bytes,
+            limit_in(announced, config.max_message_bytes),
+            carries_depth=announced is not None,  # it is a client of ours
+        )
         worker.belong_to(self._connections)
         response = picows.WSUpgradeResponse.create_101_response({LIMIT_HEADER: str(config.max_message_bytes)})
         return picows.WSUpgradeResponseWithListener(response, worker)

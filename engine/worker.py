@@ -103,7 +103,7 @@ class WorkerFunction:
 
     def send_event(self, event: StateEvent, settle: Settle) -> Execution:
         """Send an event to the worker. As `Hub.execute`."""
-        return self.hub.execute(self, Raw(event_json(event)), settle)
+        return self.hub.execute(self, Raw(event_json(event)), settle, depth=event.depth + 1)
 
     def result_for_event(self, outcome: InvocationResult) -> bool | None:
         """Return what counts in the answer to an event: False if it is a literal `false`, as a condition may say."""

@@ -26,18 +26,23 @@ class WorkerConnection(Connection):
         max_message_bytes: int,
         max_unsent: int,
         max_sent_bytes: int,
+        *,
+        carries_depth: bool,
     ) -> None:
-        """`max_sent_bytes`: the largest message that the worker takes."""
+        """`max_sent_bytes`: the largest message that the worker takes; `carries_depth`: as `WorkerSession`."""
         super().__init__(batches, max_message_bytes, max_unsent)
         self._hub = hub
         self._access = access
         self._max_sent_bytes = max_sent_bytes
+        self._carries_depth = carries_depth
         self._worker: Worker | None = None
 
     def on_open(self) -> None:
         peer = self._socket.get_extra_info("peername")
         address = peer[0] if isinstance(peer, tuple) else None
-        self._worker = self._hub.connect(self._access, address, self.send, self.close, self._max_sent_bytes)
+        self._worker = self._hub.connect(
+            self._access, address, self.send, self.close, self._max_sent_bytes, carries_depth=self._carries_depth
+        )
         self._receive = self._worker.session.receive
         self._act = self._hub.act
 

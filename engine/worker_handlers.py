@@ -19,6 +19,7 @@ from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices, Tri
 from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
+from scopestate.wire.depth import event_depth
 from scopestate.worker import WorkerFunction, event_json
 
 if TYPE_CHECKING:
@@ -179,6 +180,13 @@ class WorkerHandler(HandlerActor):
         self.delivered += 1
         self.current = None
         self._next()
+
+    def _drain(self, *args: Any) -> None:
+        # On the event loop this may run in the middle of a call that is some handlers deep, and goes on so afterwards.
+        depth = event_depth.get()
+        super()._drain(*args)
+        if depth:
+            event_depth.set(depth)
 
     async def _failed(self, event: StateEvent, error: Exception) -> None:
         """The first attempt went the short way and failed: report it, and try again as often as the limits say."""

@@ -27,6 +27,7 @@ from scopestate.errors import (
 from scopestate.introspection import Introspection
 from scopestate.ops.values import decode, encode, parse
 from scopestate.wire.bounded_log import BoundedLog, shown
+from scopestate.wire.depth import event_depth
 from scopestate.wire.frames import (
     ErrorBody,
     InvocationResult,
@@ -86,6 +87,8 @@ class Hub:
         self.offered: Claims[WorkerFunction] = Claims("function")
         self._state = BuiltinCalls(engine).by_id
         self._functions_seen = b""
+        self._deep = False
+        """True while `event_depth` is that of the call that is being carried out."""
         self.log = BoundedLog(log)
         """For what workers cause."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,12 +108,14 @@ class Hub:
         send: Callable[[bytes], object],
         close: Callable[[int, str], object],
         message_bytes: int | None = None,
+        *,
+        carries_depth: bool = False,
     ) -> Worker:
         """Take a new worker in; its greeting is sent first of all. `message_bytes`: the largest message it takes."""
         limits = self._limits
         if message_bytes is not None:
             limits = msgspec.structs.replace(limits, message_bytes=message_bytes)
-        session = WorkerSession(str(uuid.uuid4()), limits, self.log)
+        session = WorkerSession(str(uuid.uuid4()), limits, self.log, carries_depth=carries_depth)
         worker = Worker(session, access, address, send, close)
         self.workers[session.worker_id] = worker
         if access is not None:
@@ -169,6 +174,11 @@ class Hub:
     def act(self, worker: Worker, action: Action) -> None:
         """Do what a worker's conversation asks for."""
         if type(action) is InvokeFunction:
+            if (action.baggage is not None or worker.session.executing) and not self._deep:
+                depth = worker.session.depth_of(action)
+                if depth:
+                    self._act_deep(worker, action, depth)
+                    return
             self.calls += 1
             builtin = self._state.get(action.function_id)
             if builtin is not None and worker.access is None:
@@ -191,6 +201,16 @@ class Hub:
             action.execution.settle(action.frame)
         else:
             self._act_rarely(worker, action)
+
+    def _act_deep(self, worker: Worker, call: InvokeFunction, depth: int) -> None:
+        """Carry out a call that comes from within a handler: what it writes, and whom it calls, is so deep."""
+        self._deep = True
+        event_depth.set(depth)
+        try:
+            self.act(worker, call)
+        finally:
+            event_depth.set(0)
+            self._deep = False
 
     def _act_rarely(self, worker: Worker, action: Action) -> None:
         match action:
@@ -372,17 +392,26 @@ class Hub:
         caller.issued[execution] = None
 
     def execute(
-        self, target: WorkerFunction, data: Raw, settle: Settle, call: InvokeFunction | None = None
+        self,
+        target: WorkerFunction,
+        data: Raw,
+        settle: Settle,
+        call: InvokeFunction | None = None,
+        *,
+        depth: int | None = None,
     ) -> Execution:
         """Send a call to the worker of `target`; `settle` gets the outcome: an answer, a loss or a timeout.
 
-        Raises Overloaded if the worker has too many calls in progress, and RemoteFailure if it is gone.
+        `depth`: how many handlers deep it is; left out, what the running code is. Raises Overloaded if the worker has
+        too many calls in progress, RemoteFailure if it is gone, and MessageTooLarge.
         """
         worker = target.worker
         if worker.session.closed:
             raise RemoteFailure(target.frame.id, "invocation_stopped", "Invocation stopped")
+        if depth is None:
+            depth = event_depth.get()
         if call is None:
-            started = worker.session.execute(target.frame.id, data, settle)
+            started = worker.session.execute(target.frame.id, data, settle, depth=depth)
         else:
             started = worker.session.execute(
                 target.frame.id,
@@ -392,6 +421,7 @@ class Hub:
                 traceparent=call.traceparent,
                 baggage=call.baggage,
                 metadata=call.metadata,
+                depth=depth,
             )
         if started is None:
             raise Overloaded(

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -93,12 +94,12 @@ class BridgeAdapter:
             return f"the bridge has no connection: {why_not}; calls wait for one"
         return self._refusal or None
 
-    def call(self, function_id: str, payload: bytes, done: Done) -> None:
+    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
         """As `Remote.call`: send and return at once."""
         if self._closed or os.getpid() != self._pid:
             raise EngineClosed("the bridge is closed")
         try:
-            self._loop.call_soon_threadsafe(self._client.post, function_id, payload, done)
+            self._loop.call_soon_threadsafe(partial(self._client.post, function_id, payload, done, depth=depth))
         except RuntimeError as error:
             raise EngineClosed("the bridge is closed") from error
 

@@ -24,8 +24,10 @@ class Remote(Protocol):
     def reports_changes(self) -> bool:
         """True if the remote reports every change, those made through here included: then answers fire no events."""
 
-    def call(self, function_id: str, payload: bytes, done: Done) -> None:
+    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
         """Send a call with its input as JSON, and return at once; calls are sent in the order in which they are made.
+
+        `depth`: how many handlers deep the call is, for the remote to know.
 
         `done` is called exactly once, later and on another thread, never before `call` returns; it must not block.
         Raises EngineClosed, and calls nothing, if the connection was closed for good.

@@ -27,6 +27,7 @@ from scopestate.errors import (
 )
 from scopestate.ops.values import encode as encode_value
 from scopestate.wire import frames
+from scopestate.wire.depth import event_depth, with_depth
 from scopestate.wire.offered import Handler, OfferedFunctions
 from scopestate.wire.options import (
     DEFAULT_URL,
@@ -150,13 +151,28 @@ class Client:
 
     # ------------------------------------------------------------------------------------------------------ calling
 
-    def post(self, function_id: str, payload: bytes, done: Done, *, timeout_s: float | None = None) -> PendingCall:
-        """Send a call whose input is the JSON `payload`; `done(result, error)` is called once, after this returns."""
+    def post(
+        self,
+        function_id: str,
+        payload: bytes,
+        done: Done,
+        *,
+        timeout_s: float | None = None,
+        depth: int | None = None,
+    ) -> PendingCall:
+        """Send a call whose input is the JSON `payload`; `done(result, error)` is called once, after this returns.
+
+        `depth`: how many handlers deep it is; left out, what the running code is.
+        """
         calls = self._calls
         if calls is None:
             raise RuntimeError("start the client first")
         options = self.options
-        call = PendingCall(function_id, payload, done, options.call_timeout_s if timeout_s is None else timeout_s)
+        if depth is None:
+            depth = event_depth.get()
+        baggage = with_depth(None, depth) if depth else None
+        timeout_s = options.call_timeout_s if timeout_s is None else timeout_s
+        call = PendingCall(function_id, payload, done, timeout_s, baggage)
         refusal = self._refusal(len(payload))
         if refusal is not None:
             asyncio.get_running_loop().call_soon(calls.settle, call, None, refusal)

@@ -12,6 +12,7 @@ from msgspec import Raw
 
 from scopestate.errors import MessageTooLarge, RemoteFailure
 from scopestate.wire import frames
+from scopestate.wire.depth import depth_in, event_depth
 
 log = logging.getLogger("scopestate.wire.client")
 
@@ -102,6 +103,7 @@ async def _run_in_order(function: _Function) -> None:
 async def _run(function: _Function, frame: frames.InvokeFunction, answer: Answer, max_bytes: int) -> None:
     result: bytes | None = None
     problem: frames.ErrorBody | None = None
+    event_depth.set(depth_in(frame.baggage))  # of this task; what the handler calls carries it on
     try:
         result = await function.handler(bytes(frame.data) or b"null")
     except RemoteFailure as error:

@@ -24,12 +24,14 @@ class PendingCall:
 
     __slots__ = ("done", "frame", "function_id", "invocation_id", "sent", "timeout_s", "timer")
 
-    def __init__(self, function_id: str, payload: bytes, done: Done, timeout_s: float) -> None:
+    def __init__(self, function_id: str, payload: bytes, done: Done, timeout_s: float, baggage: str | None) -> None:
         self.function_id = function_id
         self.invocation_id = str(uuid.uuid4())
         self.done: Done | None = done
         """None once the outcome is there, or nobody waits for it any more."""
-        self.frame = frames.encode(frames.InvokeFunction(function_id, Raw(payload), self.invocation_id))
+        self.frame = frames.encode(
+            frames.InvokeFunction(function_id, Raw(payload), self.invocation_id, baggage=baggage)
+        )
         self.sent = False
         self.timeout_s = timeout_s
         self.timer: asyncio.TimerHandle | None = None

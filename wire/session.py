@@ -16,6 +16,7 @@ from msgspec import Raw
 
 from scopestate.errors import DeserializationError, MessageTooLarge
 from scopestate.wire.bounded_log import BoundedLog
+from scopestate.wire.depth import KEY, depth_in, with_depth
 from scopestate.wire.frames import (
     ABSENT,
     NULL,
@@ -54,6 +55,7 @@ POLICY: Final = 1008
 
 _PONG: Final = encode(Pong())
 _CALLER: Final = b"_caller_worker_id"
+_DEPTH: Final = KEY.encode()
 _as_members = msgspec.json.Decoder(dict[str, Raw]).decode
 
 
@@ -95,13 +97,17 @@ class Answered(msgspec.Struct):
 class Execution:
     """A call that a worker executes. `settle` takes its outcome, once."""
 
-    __slots__ = ("executor", "function_id", "invocation_id", "settle")
+    __slots__ = ("depth", "executor", "function_id", "invocation_id", "settle")
 
-    def __init__(self, executor: WorkerSession, function_id: str, invocation_id: str, settle: Settle) -> None:
+    def __init__(
+        self, executor: WorkerSession, function_id: str, invocation_id: str, settle: Settle, depth: int
+    ) -> None:
         self.executor = executor
         self.function_id = function_id
         self.invocation_id = invocation_id
         self.settle = settle
+        self.depth = depth
+        """How many handlers deep the calls are that the worker makes while it executes this one."""
 
     def forget(self) -> bool:
         """Give up waiting; a late answer will be ignored. False: it was over already."""
@@ -138,6 +144,8 @@ class WorkerSession:
         worker_id: str,
         limits: SessionLimits = SessionLimits(),  # noqa: B008 - immutable
         bounded_log: BoundedLog | None = None,
+        *,
+        carries_depth: bool = False,
     ) -> None:
         self.worker_id = worker_id
         self.limits = limits
@@ -150,6 +158,12 @@ class WorkerSession:
         """Invocation id, as the worker knows it -> call that it executes."""
         self.waiting = 0
         """Calls of the worker that are in progress, whether or not it waits for the result."""
+        self.carries_depth = carries_depth
+        """Whether each call that a handler of the worker makes carries the depth: our own client's do.
+
+        The official SDKs pass baggage on where their telemetry is on and the handler is asynchronous, so a call of
+        theirs without it says nothing.
+        """
         self._sizes: dict[tuple[str, str], int] = {}
         self._registered_bytes = 0
         self._faults = 0
@@ -193,6 +207,20 @@ class WorkerSession:
                 return frame
             return self._refused(frame, message)
         return self._receive_rare(frame, message)
+
+    def depth_of(self, call: InvokeFunction) -> int:
+        """Return how many handlers deep a call of this worker is: 0 if no event has caused it.
+
+        A call that carries no depth is taken to be made for what the worker was given last and is still executing. That
+        is right for a handler that waits for its calls. It is too low for calls that a handler leaves behind, and too
+        high for a worker that makes calls of its own while it is busy with events without a pause.
+        """
+        baggage = call.baggage
+        if baggage is not None and KEY in baggage:
+            return depth_in(baggage)
+        if self.carries_depth or not self.executing:
+            return 0
+        return next(reversed(self.executing.values())).depth
 
     def _receive_rare(self, frame: FromWorker, message: bytes) -> Action | None:
         match frame:
@@ -353,8 +381,11 @@ class WorkerSession:
         traceparent: str | None = None,
         baggage: str | None = None,
         metadata: Raw = ABSENT,
+        depth: int = 0,
     ) -> tuple[Execution, bytes] | None:
         """Have the worker execute a function: return the call's record and the message to send.
+
+        `depth`: how many handlers deep the calls are that it makes for this one.
 
         None if it has too many in progress. A message always has an id, so that the worker always answers; the caller's
         unless the worker is executing one with the same id. Raises MessageTooLarge.
@@ -366,8 +397,11 @@ class WorkerSession:
             invocation_id = fresh_id()
         if traceparent is None and baggage is None and not metadata:
             head = _call_heads.get(function_id) or _head(_call_heads, "invokefunction", function_id)
-            message = b"".join((head, invocation_id.encode(), b'","data":', data or NULL, b"}"))
+            end = b',"baggage":"%b=%d"}' % (_DEPTH, depth) if depth else b"}"
+            message = b"".join((head, invocation_id.encode(), b'","data":', data or NULL, end))
         else:
+            if depth:
+                baggage = with_depth(baggage, depth)
             message = encode(
                 InvokeFunction(function_id, data or NULL, invocation_id, None, traceparent, baggage, metadata)
             )
@@ -376,7 +410,7 @@ class WorkerSession:
                 f"a call of {function_id[:_LONGEST_NAME]!r} takes {len(message)} bytes, and a message to its worker "
                 f"may have {self._max_bytes}: send less at once, or raise `max_message_bytes` on both sides"
             )
-        execution = Execution(self, function_id, invocation_id, settle)
+        execution = Execution(self, function_id, invocation_id, settle, depth)
         executing[invocation_id] = execution
         return execution, message
 

@@ -30,7 +30,7 @@ class PlayedRemote:
         self._sent = threading.Condition()
         self.closed = False
 
-    def call(self, function_id: str, payload: bytes, done: Done) -> None:
+    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
         if self.closed:
             raise EngineClosed("the connection is closed")
         fields = json.loads(payload)
