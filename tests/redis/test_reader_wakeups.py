@@ -1,0 +1,160 @@
+"""What waits for the readers of shared events is woken, and not only found ready when its time limit is over.
+
+The limits that would hide a lost wake-up are made longer than any test waits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from event_engines import Engines, Seen
+from one_server import PATIENCE_S
+from servers import Server, wait_until
+
+from scopestate import Engine
+from scopestate.persistence.redis import events, reading
+
+NEVER_S = 3600.0
+
+
+@pytest.fixture
+def engines(nothing_left_behind: None) -> Iterator[Engines]:
+    with Engines() as opened:
+        yield opened
+
+
+@pytest.fixture
+def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server keeps a reader waiting for an hour: no look in between finds what a wake-up has missed."""
+    monkeypatch.setattr(events, "BLOCK_S", NEVER_S)
+    monkeypatch.setattr(reading, "BLOCK_S", NEVER_S)
+
+
+def reader_of(engine: Engine) -> Any:
+    adapter: Any = engine._parts.adapter
+    return adapter.reader
+
+
+class Waiting:
+    """A thread that waits for an event of a reader, with a time limit that never comes."""
+
+    def __init__(self, reader: Any, number: int, *, look: bool = False) -> None:
+        self._over = threading.Event()
+        self._reader = reader
+        before = len(reader._waiting)
+
+        def wait() -> None:
+            reader.catch_up(number, reader.restarts, NEVER_S, look=look)
+            self._over.set()
+
+        threading.Thread(target=wait, name="test-waits", daemon=True).start()
+        wait_until(lambda: len(reader._waiting) > before or self._over.is_set(), "a thread that waits")
+
+    def ends(self) -> bool:
+        return self._over.wait(PATIENCE_S)
+
+
+@pytest.mark.usefixtures("no_looks")
+def test_an_event_that_arrives_wakes_those_who_wait_for_it_and_no_others(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey)
+    seen = Seen(engine)
+    reader = reader_of(engine)
+    first, second, later = Waiting(reader, 1), Waiting(reader, 1), Waiting(reader, 2)
+
+    engine.set("s", "k", 1)
+
+    assert first.ends()
+    assert second.ends()
+    seen.wait_for_value(1)
+    assert len(reader._waiting) == 1  # who has gone leaves nothing
+
+    engine.set("s", "k", 2)
+
+    assert later.ends()
+    assert reader._waiting == []
+
+
+@pytest.mark.usefixtures("no_looks")
+def test_numbers_that_begin_anew_wake_those_who_wait_for_an_old_one(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey)
+    seen = Seen(engine)
+    engine.set("s", "k", 1)
+    seen.wait_for_value(1)
+    waiting = Waiting(reader_of(engine), 100)
+
+    valkey.ask("FLUSHALL")
+    engine.set("s", "k", 2)
+
+    assert waiting.ends()
+
+
+@pytest.mark.usefixtures("no_looks")
+def test_the_end_of_a_reader_wakes_those_who_wait_for_it(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey)
+    Seen(engine)
+    waiting = Waiting(reader_of(engine), 100)
+
+    engine.close()
+
+    assert waiting.ends()
+
+
+def test_a_look_that_finds_the_stream_unchanged_wakes_those_who_wait_for_one(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey)
+    seen = Seen(engine)
+    engine.set("s", "k", 1)
+    seen.wait_for_value(1)
+
+    for _ in range(2):  # each wait has a look of its own
+        assert Waiting(reader_of(engine), 1, look=True).ends()
+
+
+class Patient(threading.Event):
+    """An event whose waits with a time limit go on, and which remembers if it came too late."""
+
+    came = True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.came = super().wait(PATIENCE_S) and self.came
+        return self.came
+
+
+def test_an_acknowledgement_makes_room_for_a_reader_that_holds_too_much(valkey: Server, engines: Engines) -> None:
+    writer = engines.open(valkey)
+    engine = engines.open(valkey, delivery="one", group="g")
+    keeper = reader_of(engine)._keeper
+    room = keeper._room = Patient()
+    seen = Seen(engine)
+    seen.gate.clear()
+    for number in range(1, 151):
+        writer.set("s", "k", number)
+    wait_until(lambda: len(keeper.held) >= 64, "a reader that holds as much as it may")
+    seen.gate.set()
+    seen.wait_for_count(150)
+    wait_until(lambda: not keeper.held, "acknowledgements")
+
+    assert room.came
+    assert [event.new_value for event in seen.events] == list(range(1, 151))
+
+
+def test_an_answer_wakes_the_thread_that_asked(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey, delivery="one", group="g")
+    Seen(engine)
+    wait_until(lambda: reader_of(engine)._started, "a reader that has started")
+    keeper = reader_of(engine)._keeper
+    answers: list[Any] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        never = threading.Event()
+        answers.extend(keeper.ask([("GET", "nothing"), ("PING",)], time.monotonic() + NEVER_S, never))
+        ended.set()
+
+    threading.Thread(target=ask, name="test-asks", daemon=True).start()
+
+    assert ended.wait(PATIENCE_S)
+    assert answers == [None, b"PONG"]
