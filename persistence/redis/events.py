@@ -99,7 +99,6 @@ class EachReader(Reader):
             number = number_of(fields)
             if number is not None:
                 self._number = number
-                self._recent.append((entry_id, number))
         self._opened = (self._id, self._number)
 
     def _resume(self, connection: Connection) -> None:
@@ -215,8 +214,6 @@ class EachReader(Reader):
         counted = self._counted(connection)  # first: if the connection breaks here, the next one finds the same
         last, self._number = self._number, number
         self._begin_anew(counted)
-        while self._recent and self._recent[-1][1] > number:
-            self._recent.pop()
         self.note_loss(
             missed,
             f"{what} after event {last} (it was flushed, or a fail-over lost what was newest): this engine goes on "

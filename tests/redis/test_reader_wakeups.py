@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from event_engines import Engines, Seen
+from event_engines import STREAM, Engines, Seen, problems, set_patiently
 from one_server import PATIENCE_S
-from servers import Server, wait_until
+from servers import Server, StartServer, wait_until
 
 from scopestate import Engine
 from scopestate.persistence.redis import events, reading
@@ -158,3 +158,69 @@ def test_an_answer_wakes_the_thread_that_asked(valkey: Server, engines: Engines)
 
     assert ended.wait(PATIENCE_S)
     assert answers == [None, b"PONG"]
+
+
+def test_handlers_run_on_the_reader_s_own_threads_each_time(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey)
+    reader = reader_of(engine)
+    threads: list[str] = []
+    ran = threading.Semaphore(0)
+
+    def note(_: object) -> None:
+        threads.append(threading.current_thread().name)
+        ran.release()
+
+    engine.register_function("note", note)
+    engine.register_trigger(function_id="note")
+    for number in range(5):
+        wait_until(lambda: not reader._is_away, "a reader with both of its threads")
+        engine.set("s", "k", number)
+        assert ran.acquire(timeout=PATIENCE_S)
+
+    assert threads == ["scopestate-redis-events"] * 5
+
+
+@pytest.mark.parametrize("options", [{}, {"delivery": "one", "group": "g"}], ids=["each", "group"])
+def test_a_server_that_stops_answering_shows_in_health_on_the_first_connection_and_on_later_ones(
+    start_server: StartServer, engines: Engines, options: dict[str, str]
+) -> None:
+    server = start_server()
+    engine = engines.open(server, call_timeout_ms=200, connect_timeout_ms=200, **options)
+    seen = Seen(engine)
+    for number in range(2):
+        server.pause()
+        wait_until(lambda: "events of other engines do not arrive" in problems(engine), "a problem")
+        server.resume()
+        set_patiently(engine, "s", "k", number)
+        seen.wait_for_value(number)
+        wait_until(lambda: engine.health().ok, lambda: problems(engine))
+
+
+def tables_of(keeper: Any) -> dict[str, Any]:
+    names = ("held", "_done", "_ends", "_checks", "_questions", "_dropped")
+    return {name: getattr(keeper, name) for name in names if getattr(keeper, name)}
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the stream", "the group"])
+def test_the_tables_of_the_keeper_come_back_to_nothing(valkey: Server, engines: Engines, lost: str) -> None:
+    writer = engines.open(valkey)
+    engine = engines.open(valkey, delivery="one", group="g")
+    keeper = reader_of(engine)._keeper
+    seen = Seen(engine)
+    seen.gate.clear()
+    for number in range(5):
+        writer.set("s", "k", number)
+    assert seen.entered.wait(PATIENCE_S)
+    wait_until(lambda: len(keeper.held) == 5, "five events that are held")
+    if lost == "the stream":
+        valkey.ask("DEL", STREAM)
+    elif lost == "the group":
+        valkey.ask("XGROUP", "DESTROY", STREAM, "g")
+        # They come again, and are kept alive again.
+        wait_until(lambda: len(keeper.held) == 5 and "is made anew" in problems(engine), "a group made anew")
+        wait_until(lambda: not keeper._dropped, "events that are no longer taken for dropped")
+    writer.set("s", "k", "last")
+    seen.gate.set()
+    seen.wait_for_value("last")
+
+    wait_until(lambda: not tables_of(keeper), lambda: f"left: {tables_of(keeper)}")
