@@ -168,3 +168,61 @@ def test_what_comes_behind_an_update_that_must_be_tried_again_stays_behind_it(
         [0, 1, 2, 3],
         1,
     ]
+
+
+def test_an_update_behind_other_writes_of_its_command_knows_what_they_leave(
+    redis_server: Server, open_redis: OpenRedis
+) -> None:
+    engine = open_redis(redis_server.url)
+    adapter: Any = engine._parts.adapter
+
+    def message(name: str, **more: Any) -> messages.Message:
+        return messages.from_payload(f"state::{name}", {"scope": "s", "key": "k", **more})
+
+    engine.set("s", "k", 1)
+    before = adapter.counts()
+    redis_server.pause()
+    try:
+        engine.tell(messages.Get("s", "elsewhere"))
+        sent = [
+            message("set", value=5),
+            message("update", ops=INCREMENT),
+            message("delete"),
+            message("update", ops=INCREMENT),
+            message("update", ops=INCREMENT),
+            message("set", value=8),
+            message("update", ops=INCREMENT),
+        ]
+        replies = [engine.ask(one, block=False) for one in sent]
+    finally:
+        redis_server.resume()
+
+    assert [plain(reply.get(timeout=20)) for reply in replies] == [
+        {"old_value": 1, "new_value": 5},
+        {"old_value": 5, "new_value": 6},
+        6,
+        {"old_value": None, "new_value": 1},
+        {"old_value": 1, "new_value": 2},
+        {"old_value": 2, "new_value": 8},
+        {"old_value": 8, "new_value": 9},
+    ]
+    # None had to be computed again: each knew the value that it would find.
+    assert adapter.counts()["update_conflicts"] == before["update_conflicts"]
+    assert adapter.counts()["update_attempts"] == before["update_attempts"] + 4
+
+
+def test_an_update_after_other_calls_knows_what_they_left(redis_server: Server, open_redis: OpenRedis) -> None:
+    engine = open_redis(redis_server.url)
+    adapter: Any = engine._parts.adapter
+    for leave in (
+        lambda: engine.set("s", "k", 1),
+        lambda: engine.get("s", "k"),
+        lambda: engine.update("s", "k", INCREMENT),
+        lambda: engine.delete("s", "k"),
+    ):
+        leave()
+        asked = int(redis_server.ask("INFO", "commandstats")["cmdstat_evalsha"]["calls"])
+        engine.update("s", "k", INCREMENT)
+        # One command: it did not have to look first.
+        assert int(redis_server.ask("INFO", "commandstats")["cmdstat_evalsha"]["calls"]) == asked + 1
+    assert adapter.counts()["update_conflicts"] == 0

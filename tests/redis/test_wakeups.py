@@ -19,7 +19,8 @@ from scopestate import Engine, messages
 from scopestate.actors import redis_flights
 from scopestate.actors.redis_calls import NEVER, Call
 from scopestate.actors.redis_scope import RedisScopeActor
-from scopestate.actors.turns import Change, Housekeeping, Passivate
+from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.turns import Change, Housekeeping, Passivate, Put
 from scopestate.errors import ReplyTimeout
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.script import SKIPPED
@@ -190,3 +191,92 @@ def test_looks_that_no_command_is_on_its_way_for_are_made_again(valkey: Server) 
 
         assert engine.update("s", "k", INCREMENT).new_value == 4
         at_rest_without_lanes(engine)
+
+
+def paused_update(engine: Engine, server: Server, monkeypatch: pytest.MonkeyPatch, pause_s: float) -> InThread:
+    """Have an update of `s/k` find a conflict, and wait for its next attempt as long as `pause_s`."""
+    monkeypatch.setattr(redis_flights, "_PAUSE_S", (pause_s, pause_s))
+    monkeypatch.setattr(redis_flights.random, "uniform", lambda low, high: high)
+    engine.set("s", "k", 0)
+    server.ask("HSET", "state:s", "k", "10")
+    caller = InThread(lambda: engine.update("s", "k", INCREMENT).new_value)
+    until(lambda: bool(actor_of(engine)._lanes), "no update waits for its next attempt")
+    return caller
+
+
+def test_an_update_whose_caller_has_given_up_is_not_tried_again(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_at(valkey.url, {"call_timeout_ms": 300}) as engine:
+        caller = paused_update(engine, valkey, monkeypatch, 1.0)
+        with pytest.raises(ReplyTimeout):
+            caller.result()
+        attempts = engine.stats().store["update_attempts"]
+
+        at_rest_without_lanes(engine)
+        assert engine.get("s", "k") == 10
+        assert engine.stats().store["update_attempts"] == attempts
+
+
+def test_a_scope_with_an_update_in_its_pause_does_not_leave_memory(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        caller = paused_update(engine, valkey, monkeypatch, 0.5)
+        actor = actor_of(engine)
+        actor.touched = False
+
+        assert actor.run(Passivate(), False) is False
+        assert not actor._passivated
+
+        assert caller.result() == 11
+
+
+def test_a_scope_that_tasks_alone_use_counts_as_used(valkey: Server) -> None:
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        engine.set("s", "k", 0)
+        for message in (messages.Set("s", "k", 1), messages.Get("s", "k"), messages.List("s")):
+            at_rest(engine)
+            actor_of(engine).touched = False
+            engine.ask(message, block=False).get(timeout=PATIENCE_S)
+            assert actor_of(engine).touched
+
+
+def test_a_signal_handler_that_interrupts_a_wake_up_makes_it_again_before_it_waits(valkey: Server) -> None:
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        engine.set("s", "k", 0)
+        actor = actor_of(engine)
+        # As it is when the signal comes after the flag is set, and before the link is called.
+        actor._mailbox += (Envelope(messages.Set("s", "k", 1), Reply()),)
+        actor._scheduled = True
+
+        assert engine.set("s", "k", 2).old_value == 1
+
+
+def test_a_caller_of_a_scope_where_others_wait_goes_with_them(valkey: Server) -> None:
+    """Between the look of `run` and the turn, a message may come: it goes first."""
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        engine.set("s", "k", 0)
+        actor = actor_of(engine)
+        first: Reply[Any] = Reply()
+        admitted = actor._admitted
+
+        def late(*arguments: Any) -> Any:
+            actor._admitted = admitted  # type: ignore[method-assign]
+            actor._mailbox += (Envelope(Put("k", b"1"), first),)
+            return admitted(*arguments)
+
+        actor._admitted = late  # type: ignore[method-assign]
+
+        assert engine.set("s", "k", 2).old_value == 1
+        assert first.get(timeout=PATIENCE_S) is not None
+
+
+def test_an_update_that_looks_first_needs_no_thread_but_its_caller_s(valkey: Server) -> None:
+    with open_at(valkey.url) as other:
+        other.update("s", "old", [{"type": "set", "path": "", "value": 4}])  # the server knows the script now
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        assert engine.update("s", "new", INCREMENT).new_value == 1
+        assert engine.update("s", "old", INCREMENT).new_value == 5
+
+        assert not any(link._begun for link in links_of(engine))
