@@ -474,6 +474,25 @@ def test_after_a_fail_over_that_lost_even_more_than_it_had_read_no_old_event_is_
     assert missed(reader) == 0
 
 
+def test_a_new_stream_of_a_server_whose_clock_is_behind_is_read_from_its_beginning(
+    valkey: Server, engines: Engines
+) -> None:
+    reader = engines.open(valkey)
+    seen = Seen(reader)
+    for number in range(3):
+        reader.set("s", "k", f"lost {number}")
+    seen.wait_for_count(3)
+    with valkey.client().pipeline() as step:
+        step.delete(STREAM)
+        step.set(COUNTER, 1)
+        step.xadd(STREAM, {"n": 1, "s": "s", "k": "k", "v": '"new"'}, id="1-0")
+        step.execute()
+    kill_connections(valkey)
+
+    assert [event.sequence for event in seen.wait_for_value("new")] == [1, 2, 3, 1]
+    assert "has begun anew after event 3" in problems(reader)
+
+
 def test_numbers_that_were_had_before_are_no_loss_to_a_reader_that_began_behind_them(
     valkey: Server, engines: Engines
 ) -> None:
