@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 import msgspec
@@ -11,6 +12,9 @@ class Limits(msgspec.Struct):
     """Read without locks by whoever needs one; the meaning of each is in `config.LimitsConfig`."""
 
     max_value_bytes: int = 0
+    """0: none. Never more than the store can hold."""
+    longest_name: int = sys.maxsize
+    """Characters of a scope or key that the store can hold."""
     """0: no limit."""
     scope_mailbox: int = 10_000
     handler_mailbox: int = 100_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pykka
 
@@ -28,6 +28,7 @@ from scopestate.actors.turns import (
     answer_of,
     as_failure_of,
     caused,
+    checked_length,
     checked_name,
     turn_of,
 )
@@ -52,6 +53,11 @@ if TYPE_CHECKING:
     from scopestate.actors.snapshot import SnapshotActor
 
 log = Log("scopestate.scope")
+
+
+LAST_SEQUENCE: Final = 2**63 - 2**32
+"""A scope that comes this far is read only: SQLite holds whole numbers below 2**63, and an acknowledged
+write is saved."""
 
 
 class Surroundings:
@@ -105,6 +111,8 @@ class ScopeActor(TurnActor):
         self._refusal: Callable[[], Exception] = EngineClosed
         self.touched = True
         """Set by every call; the passivation sweep clears it and takes scopes that it still finds cleared."""
+        self.pinned = False
+        """True while the store cannot hold one of its values, which is then nowhere but here."""
 
     @property
     def name(self) -> str:
@@ -209,12 +217,15 @@ class ScopeActor(TurnActor):
 
     # A key of somebody's own class could run code in the middle of a write: it becomes plain text first.
 
+    def _new_key(self, key: str) -> str:
+        return checked_length("key", checked_name("key", key), self._around.limits.longest_name)
+
     def _put(self, key: str, data: bytes) -> SetResult:
         if type(key) is not str:
             key = checked_name("key", key)
         old = self._values.get(key)  # type: ignore[union-attr]
         result = SetResult(old, data)
-        self._write(key if old is not None else checked_name("key", key), old, data)
+        self._write(key if old is not None else self._new_key(key), old, data)
         return result
 
     def _change(self, key: str, ops: tuple[UpdateOp, ...]) -> UpdateResult:
@@ -227,7 +238,7 @@ class ScopeActor(TurnActor):
         if limit and len(data) > limit:
             raise ValueTooLarge(self.scope, key, len(data), limit)
         result = UpdateResult(old, data, tuple(errors) if errors else ())
-        self._write(key if old is not None else checked_name("key", key), old, data)
+        self._write(key if old is not None else self._new_key(key), old, data)
         return result
 
     def _take(self, key: str) -> bytes | None:
@@ -267,6 +278,13 @@ class ScopeActor(TurnActor):
         # End of the stretch.
         if routed:
             self._announce()
+
+    def _refuse_write(self, key: str, old: bytes | None, new: bytes | None) -> None:
+        raise StorageError(
+            f"scope {self.scope!r} takes no more writes: its last one has the number {self._sequence}, next to the "
+            "highest that a store holds (was it imported?). Export it, and import it without its `sequence` line",
+            code="SET_ERROR" if new is not None else "DELETE_ERROR",
+        )
 
     def _event(self, key: str, old: bytes | None, new: bytes | None, sequence: int) -> tuple[Any, ...]:
         """Return what to put into the outbox for this change. Raises HandlerFull if a handler must catch up first."""
@@ -310,7 +328,7 @@ class ScopeActor(TurnActor):
         """True if the scope can be made again as it is: from the store, or because it was never written."""
         if self._dirty is None:
             return self._sequence == 0
-        return not self._dirty and self._saved == self._sequence
+        return not self._dirty and self._saved == self._sequence and not self.pinned
 
     def _arrive(self, message: Any) -> ScopeActor | None:
         """Bring the scope into memory, or return the actor that has replaced this one."""
@@ -321,6 +339,8 @@ class ScopeActor(TurnActor):
         except StorageError as error:
             raise as_failure_of(message, error) from error
         self._sequence = self._saved = state.sequence
+        if state.sequence >= LAST_SEQUENCE:
+            self._write = self._refuse_write  # type: ignore[method-assign]  # costs the others nothing
         self._values = state.values
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -14,7 +15,7 @@ from scopestate.actors.reply import deliver
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor
 from scopestate.actors.turns import Collect
-from scopestate.errors import StorageError
+from scopestate.errors import StorageError, UnsavableValue
 from scopestate.persistence import Adapter, ScopeChange
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class SnapshotActor(TurnActor):
         """The same for scopes whose callers wait for the commit."""
         self.failing: StorageError | None = None
         """Why the last save failed; None if it worked."""
+        self.unsavable: dict[tuple[str, str], str] = {}
+        """(scope, key) -> why the store cannot hold its value, for what is in memory only."""
         self.saves = self.saved_keys = self.failed_saves = 0
         self.last_save_s = 0.0
         """How long the last successful save took, in seconds."""
@@ -186,11 +189,43 @@ class SnapshotActor(TurnActor):
         if not self._backlog:
             return  # `failing` stays: that there is nothing to save does not mean that it could be saved
         began = time.perf_counter()
-        self._write([change for _, change in self._backlog.values()])
+        while self._backlog:
+            try:
+                self._write([change for _, change in self._backlog.values()])
+                break
+            except UnsavableValue as error:
+                self._leave_out(error)
         self.last_save_s = time.perf_counter() - began
-        for actor, change in self._backlog.values():
+        for scope, (actor, change) in self._backlog.items():
+            self._note_saved(scope, actor, change.values)
             actor.saved(change.sequence)
         self._backlog.clear()
+
+    def _leave_out(self, error: UnsavableValue) -> None:
+        """Take out of the backlog what the store cannot hold, so that the rest is saved: it stays in memory only."""
+        scope = error.scope
+        if scope not in self._backlog:
+            raise error
+        actor, change = self._backlog[scope]
+        keys = list(change.values) if error.key is None else [error.key]
+        for key in keys:
+            if self.unsavable.get((scope, key)) != str(error):
+                log.error("not saved, and kept in memory only: %s", error)
+                self.unsavable[scope, key] = str(error)
+            change.values.pop(key)
+            change.positions.pop(key, None)
+        actor.pinned = True
+        if error.key is None:
+            del self._backlog[scope]
+            actor.saved(change.sequence)
+
+    def _note_saved(self, scope: str, actor: ScopeActor, keys: Iterable[str]) -> None:
+        """What was left out earlier and has another value now, or is deleted, is saved."""
+        if not actor.pinned:
+            return
+        for key in keys:
+            self.unsavable.pop((scope, key), None)
+        actor.pinned = any(left == scope for left, _ in self.unsavable)
 
     def _commit(self) -> None:
         """Save the scopes that wait for their commit, and answer their callers."""
@@ -201,10 +236,18 @@ class SnapshotActor(TurnActor):
             actor = committing.pop(scope, None)
             if actor is not None:
                 batches.append(actor.run(TakeBatch()))
-        changes = [batch.change for batch in batches if batch.change is not None]
+        self._commit_batches(batches)
+
+    def _commit_batches(self, batches: list[Batch]) -> None:
         try:
-            if changes:
+            if changes := [batch.change for batch in batches if batch.change is not None]:
                 self._write(changes)
+        except UnsavableValue as error:
+            # That scope's callers alone are refused; the others are saved without it.
+            refused = [batch for batch in batches if batch.actor.scope == error.scope] or batches
+            deliver([outcome for batch in refused for outcome in batch.roll_back(error)])
+            if others := [batch for batch in batches if batch not in refused]:
+                self._commit_batches(others)
         except StorageError as error:
             deliver([outcome for batch in batches for outcome in batch.roll_back(error)])
         else:
@@ -213,9 +256,11 @@ class SnapshotActor(TurnActor):
     def _write(self, changes: list[ScopeChange]) -> None:
         try:
             self._adapter.save(changes)
-        except Exception as problem:  # noqa: BLE001 - said below
+        except Exception as problem:
             # An adapter promises StorageError; whatever else one raises must not stop the saving for good either.
             error = problem if isinstance(problem, StorageError) else StorageError(f"the adapter failed: {problem!r}")
+            if isinstance(error, UnsavableValue):
+                raise  # the store works
             self.failed_saves += 1
             self._failures += 1
             if self.failing is None or str(self.failing) != str(error):

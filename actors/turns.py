@@ -109,6 +109,16 @@ def checked_name(what: str, name: object) -> str:
     return name
 
 
+def checked_length(what: str, name: str, longest: int) -> str:
+    """Return `name` if it is not longer than the store can hold. Raises DeserializationError."""
+    if len(name) > longest:
+        raise DeserializationError(
+            f"the {what} {name[:40]!r}... has {len(name)} characters, and the store holds names of {longest} at most; "
+            "nothing was written"
+        )
+    return name
+
+
 def turn_of(message: object, max_value_bytes: int) -> Turn:
     """Return what a scope does for a public message. Encodes the value: call it before the scope is claimed.
 

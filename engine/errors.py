@@ -15,6 +15,7 @@
     |-- StorageError                    the store failed: `SET_ERROR`, `GET_ERROR`, ... or `STORAGE_ERROR`
     |   |-- StoreLocked                 another process holds the store
     |   |-- StoreUnusable               the directory cannot be used: unwritable, not a directory, someone else's
+    |   |-- UnsavableValue              the store cannot hold one value; the others are saved
     |   `-- StoreCorrupt                the database is damaged; it was set aside, never overwritten
     |-- NotConnected                    no connection in time; nothing was sent: `NOT_CONNECTED`
     |-- ConnectionLost                  the connection broke before the answer came: `CONNECTION_LOST`
@@ -191,6 +192,18 @@ class StoreCorrupt(StorageError):
     def __init__(self, problem: str, *, quarantined: str | None = None) -> None:
         super().__init__(problem)
         self.quarantined = quarantined
+
+
+class UnsavableValue(StorageError):
+    """The store cannot hold one value, whatever else it holds: all others can be saved without it.
+
+    `key` is None if no value of `scope` can be saved.
+    """
+
+    def __init__(self, problem: str, scope: str, key: str | None) -> None:
+        super().__init__(problem)
+        self.scope = scope
+        self.key = key
 
 
 class NotConnected(ScopestateError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.actors.router import TriggerRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
+from scopestate.actors.turns import checked_length
 from scopestate.config import (
     AdapterConfig,
     AuthConfig,
@@ -62,9 +64,9 @@ class Parts:
         check_functions(config)  # before the store is opened, which would stay locked
         self.config = self._started = config
         self.limits = Limits()
-        set_limits(self.limits, config.limits)
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
         self.adapter: Adapter = adapter or open_adapter(config.adapter)
+        set_limits(self.limits, config.limits, self.adapter)
         self.functions = Functions()
         self.loop_thread = LoopThread("scopestate-loop")
         self.services = HandlerServices(
@@ -96,6 +98,7 @@ class Parts:
         return durability_of(scope, self._rules, "interval") != "memory"
 
     def _make_scope(self, scope: str) -> ScopeActor:
+        checked_length("scope", scope, self.limits.longest_name)
         if self._elsewhere is not None:
             return self._elsewhere.make_scope(scope, self._around)
         if not self.adapter.keeps:
@@ -121,7 +124,7 @@ class Parts:
         before = self.config
         check_functions(config)
         self._log_what_waits(before, config)
-        set_limits(self.limits, config.limits)
+        set_limits(self.limits, config.limits, self.adapter)
         if config.adapter.kv.save_interval_ms != before.adapter.kv.save_interval_ms:
             self.snapshot.set_interval(config.adapter.kv.save_interval_ms / 1000)
         if config.limits.passivate_after_ms != before.limits.passivate_after_ms:
@@ -217,9 +220,12 @@ def _server_but_tokens(config: Config) -> ServerConfig | None:
     return None if server is None else msgspec.structs.replace(server, auth=AuthConfig())
 
 
-def set_limits(limits: Limits, config: LimitsConfig) -> None:
+def set_limits(limits: Limits, config: LimitsConfig, adapter: Adapter) -> None:
     """Copy the configured limits into the running ones; milliseconds become seconds."""
-    limits.max_value_bytes = config.max_value_bytes
+    # A value that can never be saved must not be acknowledged.
+    holds = getattr(adapter, "largest_value", 0)
+    limits.max_value_bytes = min(config.max_value_bytes or holds, holds or config.max_value_bytes)
+    limits.longest_name = getattr(adapter, "longest_name", sys.maxsize)
     limits.scope_mailbox = config.scope_mailbox
     limits.handler_mailbox = config.handler_mailbox
     limits.handler_when_full = config.handler_when_full

@@ -140,6 +140,7 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
             f"the save that was due {late_s:.1f} s ago has not ended: a crash would lose what changed since; the "
             "disk may hang, or the machine be overloaded"
         )
+    problems += [f"not saved: {why}" for why in list(dict.fromkeys(list(snapshot.unsavable.values())))[:10]]
     # Of adapters whose scopes live elsewhere; what can fail here, the snapshot actor knows.
     problem_of_store = getattr(parts.adapter, "problem", None)
     if problem_of_store is not None and (problem := problem_of_store()) is not None:

@@ -18,7 +18,7 @@ from scopestate.errors import StorageError, StoreCorrupt
 from scopestate.persistence.adapter import ScopeChange, ScopeState
 from scopestate.persistence.lock import StoreLock
 from scopestate.persistence.opening import copy_database, open_directory, open_store, publish
-from scopestate.persistence.rows import PAGE_LIMIT, read_names, read_scope, write_batch
+from scopestate.persistence.rows import LONGEST_NAME, PAGE_LIMIT, read_names, read_scope, row_room, write_batch
 from scopestate.persistence.schema import find_problems
 from scopestate.persistence.sqlite import (
     LIBRARY_ERRORS,
@@ -83,6 +83,11 @@ class FileAdapter:
         self._lent: dict[_Loan, None] = {}
         self._writer: sqlite3.Connection | None
         self._lock, self._writer, self._identity = open_store(self.directory, self.path, self._open)
+        room = row_room(self._writer)
+        self.longest_name = min(LONGEST_NAME, room // 64)
+        """Characters of a scope or key at most; see `largest_value`."""
+        self.largest_value = room - 8 * self.longest_name
+        """Bytes of a value at most, as JSON: its row has room for it beside any two names (4 bytes a character)."""
         _opened.add(self)
 
     def load(self, scope: str) -> ScopeState:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from scopestate.errors import StorageError
+from scopestate.errors import StorageError, UnsavableValue
 from scopestate.persistence.adapter import ScopeChange, ScopeState
 from scopestate.persistence.sqlite import primary_code
 
@@ -24,6 +24,9 @@ _PAGE_ROWS = 1000
 _PAGE_BYTES = 256 * 1024
 PAGE_LIMIT = 8 * 1024 * 1024
 """Bytes. Set as SQLite's own length limit: it refuses a page that would grow over this, before it takes the memory."""
+HIGHEST_SEQUENCE = 2**63 - 1
+LONGEST_NAME = 1024 * 1024
+"""Characters. Nothing needs as many; it leaves nearly all of a row to the value."""
 _ROW_OVERHEAD = 1024
 """Bytes of a row beside its scope, key and value: far above the real record header."""
 
@@ -94,17 +97,22 @@ _SEQUENCE = _ladder(
 )
 
 
+def row_room(connection: sqlite3.Connection) -> int:
+    """Return how many bytes the names and the value of a row may take together."""
+    return connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
+
+
 def write_batch(connection: sqlite3.Connection, batch: Sequence[ScopeChange]) -> None:
     """Write the batch inside the caller's transaction.
 
-    Raises `StorageError` for a value too large for SQLite, naming its key, and lets library errors through.
+    Raises `UnsavableValue` for a value too large for SQLite, naming its key, and lets library errors through.
     """
     created = _Write(connection, _CREATE, 4)
     overwritten = _Write(connection, _OVERWRITE, 4)
     deleted = _Write(connection, _DELETE, 2)
     sequences = _Write(connection, _SEQUENCE, 2)
     writes = (created, overwritten, deleted, sequences)
-    room = connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
+    room = row_room(connection)
     seen: set[str] = set()
     for change in batch:
         scope, sequence, positions = change.scope, change.sequence, change.positions
@@ -114,6 +122,13 @@ def write_batch(connection: sqlite3.Connection, batch: Sequence[ScopeChange]) ->
                 write.flush()
             seen.clear()
         seen.add(scope)
+        if not 0 <= sequence <= HIGHEST_SEQUENCE:
+            raise UnsavableValue(
+                f"the last write of scope {scope!r} has the number {sequence}, the store holds numbers up to "
+                f"{HIGHEST_SEQUENCE}. Export the scope and import it under another name, without its numbers",
+                scope,
+                None,
+            )
         sequences.add((scope, sequence), len(scope))
         for key, value in change.values.items():
             if value is None:
@@ -122,9 +137,11 @@ def write_batch(connection: sqlite3.Connection, batch: Sequence[ScopeChange]) ->
             size = len(scope) + len(key) + len(value)
             # Names are counted at four bytes a character, the most that UTF-8 takes.
             if size + 3 * (len(scope) + len(key)) > room:
-                raise StorageError(
+                raise UnsavableValue(
                     f"the value for key {key!r} of scope {scope!r} takes {len(value)} bytes as JSON; together with its "
-                    f"names that is more than a row can hold ({room} bytes). Split it over several keys"
+                    f"names that is more than a row can hold ({room} bytes). Split it over several keys",
+                    scope,
+                    key,
                 )
             position = positions.get(key)
             if position is None:
