@@ -128,8 +128,8 @@ class Gate:
         self._origins = frozenset(origin.lower().rstrip("/") for origin in config.origins)
         if not self._accesses and not config.insecure and not is_loopback(config.host):
             raise ConfigError(
-                f"{config.host!r} can be reached from other machines, where any program could read and write all: "
-                "give `auth.tokens`, listen on 127.0.0.1, or say `insecure: true`",
+                f"{config.host!r} can be reached from other machines, where any program could read and write "
+                "everything: give `auth.tokens`, listen on 127.0.0.1, or say `insecure: true`",
                 key="iii-worker-manager.config.host",
             )
 
