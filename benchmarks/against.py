@@ -155,9 +155,11 @@ def _ratio(value: float) -> str:
 
 
 def _verdict(change: Change, limit: float) -> str:
+    # With alternations on both sides of 1 the difference may be noise, whatever the median says.
+    doubt = "?" if min(change.ratios) <= 1 <= max(change.ratios) else ""
     if change.ratio > limit:
-        return "WORSE"
-    return "better" if change.ratio < 1 / limit else ""
+        return f"WORSE{doubt}"
+    return f"better{doubt}" if change.ratio < 1 / limit else ""
 
 
 def run(revision: str, measures: Mapping[str, Measure], *, rounds: int, limit: float, quick: bool, file: Path) -> int:
@@ -178,7 +180,8 @@ def run(revision: str, measures: Mapping[str, Measure], *, rounds: int, limit: f
     print(
         f"{where['implementation']} {where['python']}, {where['system']}, {where['cores']} cores; {rounds} alternations"
     )
-    print("A ratio above 1 means that the new build is slower or larger; it is the median of the alternations.\n")
+    print("A ratio above 1 means that the new build is slower or larger; it is the median of the alternations.")
+    print("`?`: the alternations lie on both sides of 1, so the difference may be noise.\n")
     print(table(found.changes, limit))
     for name, reason in found.left_out.items():
         print(f"not compared: {name}: {reason}")

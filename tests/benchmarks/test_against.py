@@ -17,8 +17,8 @@ from benchmarks.harness import Compared, Row
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("actors", "benchmarks", "config", "engine", "ops", "persistence", "wire")
 
-# Each test that builds runs pip, which may fetch the build backend.
-pytestmark = pytest.mark.timeout(300)
+# Each test that builds runs pip, which may fetch the build backend: seconds on an idle machine, minutes on a busy one.
+pytestmark = pytest.mark.timeout(1200)
 
 
 def _git(repository: Path, *command: str) -> None:
@@ -28,7 +28,7 @@ def _git(repository: Path, *command: str) -> None:
 
 def _bench(repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "benchmarks", "--quick", *options]
-    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=500, check=False)
 
 
 def _report(repository: Path) -> dict[str, Any]:
@@ -158,9 +158,10 @@ def test_the_table_shows_the_median_of_the_ratios_and_their_spread() -> None:
         Change("slower", figures(1, 2, 1), figures(1.2, 2.6, 1.1)),
         Change("same", figures(1, 1, 1), figures(1.05, 1, 0.9)),
         Change("quicker", figures(2), figures(1)),
+        Change("unsure", figures(1, 1, 1), figures(0.9, 1.5, 1.2)),
     ]
 
-    slower, same, quicker = table(changes, limit=1.1).splitlines()[2:]
+    slower, same, quicker, unsure = table(changes, limit=1.1).splitlines()[2:]
 
     assert slower.split() == [
         "slower",
@@ -177,4 +178,5 @@ def test_the_table_shows_the_median_of_the_ratios_and_their_spread() -> None:
         "us",
     ]
     assert same.split()[:5] == ["same", "1.00", "0.90", "-", "1.05"]
-    assert "better" in quicker
+    assert quicker.split()[5] == "better"
+    assert unsure.split()[5] == "WORSE?"
