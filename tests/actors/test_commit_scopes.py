@@ -56,7 +56,7 @@ def test_a_scope_stays_while_a_read_waits_for_a_commit(
 
     monkeypatch.undo()
     engine.set("s", "other", 1)
-    assert read.get(timeout=10) == b"2"
+    assert read.get(timeout=30) == b"2"
     assert actor.run(Passivate()) is True
 
 
@@ -76,7 +76,7 @@ def test_the_groups_wait_for_a_commit_that_decides_about_them(engine: Engine, ac
     send(actor, Put("k", b"2"))
     reading = Reply[object]()
     other.post(Envelope(Read("k"), reading))
-    assert reading.get(timeout=10) is None
+    assert reading.get(timeout=30) is None
     send(other, Put("k", b"1"))
 
     groups = InThread(engine.list_groups)
@@ -105,11 +105,11 @@ def test_a_roll_back_answers_everybody_even_if_the_mailbox_is_full(engine: Engin
     actor.wake()
 
     with pytest.raises(StorageError, match="the disk is full"):
-        written.get(timeout=10)
+        written.get(timeout=30)
     answers: list[object] = []
     for read in reads:
         try:
-            answers.append(read.get(timeout=10))
+            answers.append(read.get(timeout=30))
         except Overloaded as error:
             answers.append(type(error))
     assert answers == [b"1"] * 5 + [Overloaded] * 15
@@ -120,7 +120,7 @@ def test_messages_that_reach_a_scope_that_left_are_passed_on_and_each_is_answere
 ) -> None:
     assert actor.run(Passivate()) is True
     reads = [send(actor, Read("k")) for _ in range(3)]
-    assert [read.get(timeout=10) for read in reads] == [b"1"] * 3
+    assert [read.get(timeout=30) for read in reads] == [b"1"] * 3
 
     monkeypatch.undo()
     engine.close()
@@ -130,4 +130,4 @@ def test_messages_that_reach_a_scope_that_left_are_passed_on_and_each_is_answere
 
     for read in reads:
         with pytest.raises(EngineClosed):
-            read.get(timeout=10)
+            read.get(timeout=30)

@@ -136,9 +136,9 @@ def test_the_unmutated_file_is_valid() -> None:
 
 
 def problem_within(text: str, seconds: float) -> str:
-    before = time.monotonic()
+    before = time.process_time()
     result = outcome(text)
-    assert time.monotonic() - before < seconds
+    assert time.process_time() - before < seconds
     assert isinstance(result, ConfigError)
     return result.problem
 
@@ -166,12 +166,12 @@ def test_deep_aliases() -> None:
     "piece", ["${", "${:", "${A", "${A:", "${}", "a: ${\n", "x: [${A\n", "k: ", "k: 1\n", "'", "? ", "!a"]
 )
 def test_repetition_up_to_the_size_of_a_file_takes_no_quadratic_time(piece: str) -> None:
-    before = time.monotonic()
+    before = time.process_time()
 
     outcome(piece * (500_000 // len(piece)))
     outcome("limits: {" + piece * (500_000 // len(piece)) + "}")
 
-    assert time.monotonic() - before < 20
+    assert time.process_time() - before < 20
 
 
 def test_thousands_of_unknown_keys() -> None:

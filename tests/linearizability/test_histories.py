@@ -222,7 +222,7 @@ def test_the_checker_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
         @staticmethod
         def update(scope: str, key: str, ops: Any) -> Any:
             old = values.get(key)
-            barrier.wait(10)
+            barrier.wait(30)
             values[key] = new = (old or 0) + 1
             return type("Result", (), {"created": old is None, "old_value": old, "new_value": new})
 

@@ -28,7 +28,7 @@ def run_load(name: str, directory: Path) -> dict[str, Any]:
     record(f"load: {name}", **{key: value for key, value in figures.items() if not isinstance(value, list)})
     # Somebody who works on another scope all the while; slow machines stall for a moment, a blocked engine for seconds.
     assert figures["calls"] > 0
-    assert figures["longest_ms"] < 1000
+    assert figures["longest_ms"] < 3000
     return figures
 
 

@@ -486,19 +486,19 @@ def test_closing_waits_for_a_load_that_is_running(open_file: Open, faults: Fault
     def hold(statement: str) -> None:
         if "json_quote" in statement:
             loading.set()
-            assert go_on.wait(10)
+            assert go_on.wait(30)
 
     faults.fail = hold
     results: list[dict[str, bytes]] = []
     reader = threading.Thread(target=lambda: results.append(adapter.load("s").values))
     closer = threading.Thread(target=lambda: (adapter.close(), closed.set()))
     reader.start()
-    assert loading.wait(10)
+    assert loading.wait(30)
     closer.start()
 
     assert not closed.wait(0.05)
     go_on.set()
-    assert closed.wait(10)
+    assert closed.wait(30)
     reader.join()
     closer.join()
     assert results == [{"k": b"1"}]

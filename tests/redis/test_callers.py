@@ -132,7 +132,7 @@ def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
     begun = threading.Barrier(17)
 
     def work(which: int) -> None:
-        begun.wait(10)
+        begun.wait(30)
         while True:
             try:
                 if which % 2:
@@ -148,7 +148,7 @@ def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
                 outcomes[which].add(str(cause))
 
     threads = [InThread(lambda which=which: work(which)) for which in range(16)]  # type: ignore[misc]
-    begun.wait(10)
+    begun.wait(30)
     if state == "stopped":
         server.pause()
     elif state == "down":
@@ -160,7 +160,7 @@ def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
 
     for thread in threads:
         thread.result()
-    assert took_s < 6 * 0.7, outcomes
+    assert took_s < 12 * 0.7, outcomes
     with pytest.raises(EngineClosed):
         engine.set("s", "k", 1)
 
@@ -201,7 +201,7 @@ def test_closing_while_many_connections_are_being_made_takes_no_longer_than_one(
     began = time.monotonic()
     engine.close()
 
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 8  # one after another they would take 14 s
     assert {thread.result() for thread in threads} <= {"StorageError", "EngineClosed"}
 
 
@@ -215,7 +215,7 @@ def test_an_engine_may_be_closed_from_a_handler_of_its_own_event(valkey: Server)
         closed.set()
 
     engine.set("s", "k", 1)
-    assert closed.wait(10)
+    assert closed.wait(30)
     until(lambda: engine.closed, "the engine does not close")
 
 

@@ -314,7 +314,7 @@ def test_a_primary_without_a_replica_fails_its_calls_in_time_and_serves_again_wh
         errors = [_error_of(lambda: engine.update(lost, "n", INCREMENT)) for _ in range(2)]
         took_s = time.monotonic() - begun
 
-        assert took_s < 5.0
+        assert took_s < 20  # not connect_wait_ms again and again
         assert f"127.0.0.1:{dead.port}" in errors[1]
         assert "nothing was sent" in errors[1]
         assert engine.health().ok is False
@@ -426,7 +426,7 @@ def test_closing_ends_the_wait_for_a_dead_primary() -> None:
 
         assert [thread.result() for thread in waiting] == ["the engine is closed"] * 3
         assert _error_of(lambda: engine.get(scope, "k")) == "the engine is closed"
-        assert time.monotonic() - begun < 5.0
+        assert time.monotonic() - begun < 30  # not the connect_wait_ms of 60 s
 
 
 # ------------------------------------------------------------------------------------------------------------ opening

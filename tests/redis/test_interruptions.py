@@ -173,7 +173,7 @@ def test_a_handler_that_needs_what_the_interrupted_call_holds_is_told_so_at_once
             engine.set("theirs", "k", 1)
         except ScopestateError as error:
             raised.append(error)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 15  # the calls would wait 20 s or more
         server.resume()
 
     before = signal.signal(signal.SIGUSR1, handle)

@@ -169,7 +169,7 @@ def test_an_engine_whose_reader_waits_for_a_full_handler_can_be_closed(valkey: S
     seen.gate.clear()
     for number in range(1, 11):
         writer.set("s", "k", number)
-    assert seen.entered.wait(10)
+    assert seen.entered.wait(30)
     blocked = reader._parts.router.blocked
     wait_until(lambda: blocked() > 0, "a reader that waits for room")
     reader.close()

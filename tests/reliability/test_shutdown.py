@@ -213,7 +213,7 @@ def test_a_hung_handler_delays_the_end_by_the_grace_time_only(
     program.signal(number)
 
     assert program.end() == -number
-    assert time.monotonic() - began < 0.3 + 5.0, "close_grace_ms is 300"
+    assert time.monotonic() - began < 0.3 + 20, "close_grace_ms is 300"
     check_nothing_lost(program, tmp_path / "store")
     assert saved(tmp_path / "store", "hang") == (2, {"n": b"2"})
     # Both: the one that hangs and the one behind it. `hear` has handled them as well.
