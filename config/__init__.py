@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scopestate.config.loader import check, from_mapping, load, loads, validate
+from scopestate.config.loader import check, examine, from_mapping, load, loads, validate
 from scopestate.config.schema import (
     AdapterConfig,
     AuthConfig,
@@ -45,6 +45,7 @@ __all__ = [
     "TokenConfig",
     "TriggerConfig",
     "check",
+    "examine",
     "from_mapping",
     "load",
     "loads",

@@ -13,7 +13,11 @@ Outcome = tuple[Config | None, list[ConfigError]]
 
 def read_text(text: str, file: str, source: str | None) -> Outcome:
     """Read YAML text; mistakes name it `file`."""
-    problems = Problems(file)
+    return examine_text(text, source, Problems(file))
+
+
+def examine_text(text: str, source: str | None, problems: Problems) -> Outcome:
+    """Read YAML text; `problems` then also has the doubts, and the lines of the keys."""
     try:
         root = parse(text, problems)
     except ConfigError as error:

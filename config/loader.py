@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -74,6 +76,33 @@ def check(path: str | os.PathLike[str]) -> list[ConfigError]:
     return _read_text(text, file, file)[1]
 
 
+class Examined(NamedTuple):
+    """What a file says, and everything that is wrong with it."""
+
+    config: Config | None
+    errors: list[ConfigError]
+    """What `load` refuses."""
+    doubts: list[ConfigError]
+    """What works and is most likely a mistake: triggers of functions that are not in the file."""
+    lines: Mapping[str, int | None]
+    """Path of each key that was read -> its line."""
+
+
+def examine(path: str | os.PathLike[str]) -> Examined:
+    """Read a file as `check` does, for a tool that looks further. `config` is None, or has defaults, after mistakes."""
+    from scopestate.config.documents import examine_text  # noqa: PLC0415 # brings PyYAML; see above
+    from scopestate.config.nodes import Problems  # noqa: PLC0415 # as above
+
+    file = expand_home(path)
+    try:
+        text = _decode(read_bytes(path), file)
+    except ConfigError as error:
+        return Examined(None, [error], [], {})
+    problems = Problems(file)
+    config, errors = examine_text(text, file, problems)
+    return Examined(config, errors, problems.doubts, problems.lines)
+
+
 def validate(config: Config) -> None:
     """Check a `Config` that was built by code, which msgspec takes unchecked.
 
@@ -116,8 +145,10 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def _decode(content: bytes, file: str) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError("this is UTF-16 text; save the file as UTF-8", file=file, line=1)
     try:
-        return content.decode("utf-8")
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = content[error.start]

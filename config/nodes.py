@@ -75,12 +75,19 @@ class Problems:
 
     file: str | None
     errors: list[ConfigError] = field(default_factory=list)
+    doubts: list[ConfigError] = field(default_factory=list)
+    lines: dict[str, int | None] = field(default_factory=dict)
+    """Path of each key that was read -> its line."""
 
     def error(self, problem: str, line: int | None, key: str | None = None) -> ConfigError:
         return ConfigError(problem, file=self.file, line=line, key=key)
 
     def add(self, problem: str, line: int | None, key: str | None = None) -> None:
         self.errors.append(self.error(problem, line, key))
+
+    def doubt(self, problem: str, line: int | None, key: str | None = None) -> None:
+        """Note what works and is most likely a mistake: only those who ask for doubts hear of it."""
+        self.doubts.append(self.error(problem, line, key))
 
     def by_line(self) -> list[ConfigError]:
         return sorted(self.errors, key=lambda error: error.line or 0)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 
+from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.config.fields import did_you_mean, misfit, misfit_shape, nearest
 from scopestate.config.functions import TargetError, import_function, misfit_id, reference
 from scopestate.config.nodes import Mapping, Node, Problems, Scalar, Sequence, join
@@ -55,6 +56,14 @@ class Place(NamedTuple):
     path: str
 
 
+class Stranger(NamedTuple):
+    """A worker that is not ours, by its name."""
+
+    name: str
+    line: int | None
+    path: str
+
+
 class SectionReader:
     """Reads one configuration; mistakes go to `problems`, and what is returned counts only if there are none."""
 
@@ -63,6 +72,8 @@ class SectionReader:
         self._file = problems.file or "configuration"
         self._worker: Place | None = None
         self._ignored: list[str] = []
+        self._strangers: list[Stranger] = []
+        self._broken: list[str] = []
         self._server: ServerConfig | None = None
         self._server_entry: Place | None = None
 
@@ -75,10 +86,11 @@ class SectionReader:
         else:
             sections = self._fields(top, _TOP_KEYS, what="a mapping with `workers:`, or a list of workers")
             adapter = self._workers([sections[name] for name in ("workers", "modules") if name in sections])
+        functions = self._functions(sections.get("functions"))
         return Config(
             adapter=adapter,
-            functions=self._functions(sections.get("functions")),
-            triggers=self._triggers(sections.get("triggers")),
+            functions=functions,
+            triggers=self._triggers(sections.get("triggers"), known=(*functions, *self._broken, *FUNCTION_IDS)),
             scopes=self._scopes(sections.get("scopes")),
             limits=self._limits(sections.get("limits")),
             server=self._server,
@@ -95,10 +107,17 @@ class SectionReader:
         if self._ignored:
             log.info("%s: ignored workers that are not %s: %s", self._file, WORKER, ", ".join(self._ignored))
             if self._worker is None:
-                meant = next((f" (is `{name}` meant?)" for name in self._ignored if nearest(name, [WORKER], 0.75)), "")
-                log.warning(
-                    "%s: has no %s among its workers%s; state is kept in memory only", self._file, WORKER, meant
-                )
+                log.warning("%s: has no %s among its workers; state is kept in memory only", self._file, WORKER)
+        for ours, found in ((WORKER, self._worker is not None), (SERVER, self._server_entry is not None)):
+            # Everything in a misspelt entry would be ignored: the store, or the tokens of the server.
+            for stranger in () if found else self._strangers:
+                if nearest(stranger.name, [ours.replace("-", "_")], cutoff=0.85):
+                    self._problems.add(
+                        f"there is no worker {ours} in this file; is {stranger.name!r} meant to be it? Rename it, or "
+                        f"add an entry `name: {ours}` if it is another worker",
+                        stranger.line,
+                        stranger.path,
+                    )
         return adapter
 
     def _entry(self, entry: Place) -> AdapterConfig | None:
@@ -125,6 +144,8 @@ class SectionReader:
         if name != WORKER:
             if str(name).lower().replace("_", "-") == WORKER:
                 self._problems.add(f"write `{WORKER}`, found {name!r}", found["name"].line, found["name"].path)
+            else:
+                self._strangers.append(Stranger(str(name), found["name"].line, found["name"].path))
             self._ignored.append(str(name))
             return None
         for key, place in found.items():
@@ -141,6 +162,9 @@ class SectionReader:
             self._problems.add(f"a second {SERVER} entry; keep one", entry.line, entry.path)
             return
         self._server_entry = entry
+        self._problems.lines[SERVER] = entry.line
+        if config is not None:
+            self._problems.lines[f"{SERVER}.config"] = config.line
         empty = config is None or self._is_null(config)
         self._server = ServerConfig() if empty else self._struct(config, ServerConfig)  # type: ignore[arg-type]
 
@@ -237,12 +261,13 @@ class SectionReader:
             try:
                 functions[function_id] = import_function(str(text))
             except TargetError as error:
+                self._broken.append(function_id)
                 failure = self._problems.error(str(error), target.line, target.path)
                 failure.__cause__ = error.__cause__
                 self._problems.errors.append(failure)
         return functions
 
-    def _triggers(self, place: Place | None) -> tuple[TriggerConfig, ...]:
+    def _triggers(self, place: Place | None, known: Iterable[str]) -> tuple[TriggerConfig, ...]:
         triggers: list[TriggerConfig] = []
         seen: dict[object, Place] = {}
         for item in self._items(place):
@@ -253,6 +278,15 @@ class SectionReader:
                 if getattr(trigger, name) == "":
                     key = join(item.path, name)
                     self._problems.add("expected a non-empty string", self._line_of(item, name), key)
+            for name in ("function_id", "condition_function_id"):
+                function_id = getattr(trigger, name)
+                if function_id and function_id not in known:
+                    self._problems.doubt(
+                        f"no function {function_id!r} stands in `functions:`; until a worker or the program registers "
+                        f"it, the events of this trigger fail{did_you_mean(function_id, known)}",
+                        self._line_of(item, name),
+                        join(item.path, name),
+                    )
             twin = seen.setdefault(trigger if trigger.id is None else trigger.id, item)
             if twin is not item:
                 what = "this trigger" if trigger.id is None else f"trigger id {trigger.id!r}"
@@ -387,6 +421,7 @@ class SectionReader:
         for entry in place.node.entries:
             key = str(entry.key.content)
             at = Place(entry.value, entry.line, join(place.path, key))
+            self._problems.lines[at.path] = at.line
             if known is not None and key not in known:
                 self._unknown(at, key, known)
             elif known is None and (problem := misfit(_NAME, _key_value(entry.key))) is not None:

@@ -7,10 +7,12 @@ import hmac
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import translate
 from pathlib import Path
 from typing import Final, Literal
+
+import msgspec
 
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig
 from scopestate.config.schema import with_every_list
@@ -172,6 +174,22 @@ def _read_tokens(auth: AuthConfig) -> dict[bytes, TokenConfig]:
     if len(tokens) < len(auth.tokens):
         raise ConfigError("two entries are the same token: which of them counts?", key="auth.tokens")
     return tokens
+
+
+def mistakes(config: ServerConfig) -> Iterator[ConfigError]:
+    """Yield everything for which a `Gate` would be refused."""
+    found = False
+    for token in config.auth.tokens:
+        try:
+            token_of(token)
+        except ConfigError as error:
+            found = True
+            yield error
+    try:
+        # Beside a token that cannot be had, what else is wrong shows without it.
+        Gate(msgspec.structs.replace(config, auth=AuthConfig(), insecure=True) if found else config)
+    except ConfigError as error:
+        yield error
 
 
 def token_of(config: TokenConfig) -> str:

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from scopestate import cli_calls, cli_config, cli_store
-from scopestate.cli_common import EXIT_CODES, Exit
+from scopestate.cli_common import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
 from scopestate.cli_serve import serve
 from scopestate.cli_watch import watch
+
+
+class Commands(TyperGroup):
+    """All commands, each with the same ends when its output cannot be written."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """Read the arguments; prints the help texts."""
+        with _output_may_end():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        prepare_output()
+        with _output_may_end():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _output_may_end() -> Iterator[None]:
+    """What was printed around `out`, by help texts or rich, may fail at the same places."""
+    with errors_to_exit_codes(as_json=False):
+        try:
+            yield
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            with standard_output():
+                raise
+
 
 app = typer.Typer(
     name="scopestate",
@@ -22,6 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Scoped key-value state: serve an engine, call one, watch one, look after its files.",
     epilog=EXIT_CODES,
+    cls=Commands,
 )
 
 _ENGINE = "A running engine"
@@ -47,7 +78,8 @@ app.add_typer(cli_store.app, name="store", rich_help_panel=_FILES)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        sys.stdout.write(f"scopestate {installed_version()}\n")
+        with errors_to_exit_codes(as_json=False):
+            out(f"scopestate {installed_version()}")
         raise typer.Exit
 
 
@@ -70,12 +102,8 @@ def installed_version() -> str:
 
 def main() -> None:
     """Run the command line; for the console script."""
-    try:
-        app()
-    except BrokenPipeError:
-        # Whoever read our output has gone, as in `scopestate watch | head`. Python would complain at exit otherwise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(Exit.OK)
+    prepare_output()
+    app()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from scopestate.cli_common import (
     Url,
     print_json,
     read_json,
+    shown,
     standard_error,
     with_client,
 )
@@ -60,7 +61,7 @@ def get(
     """
     if not _call("state::get", _input(scope, key), url, token, ca_file, timeout, as_json=as_json):
         if not as_json:
-            standard_error().print(f"key {key!r} of scope {scope!r} does not exist", markup=False)
+            standard_error().print(shown(f"key {key!r} of scope {scope!r} does not exist"), markup=False)
         raise typer.Exit(Exit.MISSING)
 
 

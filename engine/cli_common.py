@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TextIO, TypeVar
 
 import msgspec
 import typer
 from rich.console import Console
+from rich.json import JSON
 from rich.markup import escape
 
 from scopestate.errors import (
@@ -26,7 +30,7 @@ from scopestate.errors import (
     ScopestateError,
     StorageError,
 )
-from scopestate.ops.values import parse
+from scopestate.ops.values import encode, parse
 from scopestate.wire.client import Client
 from scopestate.wire.options import ClientOptions
 
@@ -37,11 +41,13 @@ class Exit(IntEnum):
     """The exit codes; they do not change between versions."""
 
     OK = 0
+    """Done; or the program that read the output had enough of it."""
     REFUSED = 1
     """The engine or the function answered with an error."""
     USAGE = 2
     CONFIG = 3
     STORE = 4
+    """A store or a file cannot be read or written, or is damaged."""
     UNREACHABLE = 5
     """No connection, or no answer in time."""
     MISSING = 6
@@ -49,8 +55,8 @@ class Exit(IntEnum):
 
 
 EXIT_CODES = """
-Exit codes: 0 done, 1 the engine or the function answered with an error, 2 wrong usage, 3 wrong configuration, 4 the
-store cannot be used or is damaged, 5 no connection or no answer in time, 6 the key does not exist, 130 interrupted.
+Exit codes: 0 done, 1 the engine or the function answered with an error, 2 wrong usage, 3 wrong configuration, 4 a store
+or a file cannot be used or is damaged, 5 no connection or no answer in time, 6 the key does not exist, 130 interrupted.
 """
 
 Url = Annotated[str, typer.Option("--url", "-u", envvar="SCOPESTATE_URL", help="Address of the engine.")]
@@ -68,23 +74,118 @@ FOREVER_S = 86_400.0 * 365
 _ENDS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
-def standard_error() -> Console:
+class Notes(Console):
+    """Standard error. If it cannot be written to, the command goes on all the same: the result is elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False, soft_wrap=True)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As `Console.print`; what cannot be written is lost."""
+        with suppress(OSError):
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Its reader has gone: say no more."""
+        self.quiet = True
+        _let_go(sys.stderr)
+
+
+def standard_error() -> Notes:
     """Where everything goes that is not the result."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Notes()
+
+
+_CONTROLS: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What a terminal may obey instead of showing it: control characters, and those that turn the direction of text."""
+
+
+def shown(text: str, *, keep: str = "\n") -> str:
+    r"""Return `text` so that a terminal shows all of it and obeys none of it: ESC becomes `\x1b`. `keep` stays."""
+    return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def json_text(data: bytes) -> str:
+    """Return JSON as text in which all control characters are escaped: the same JSON, whatever shows it."""
+    # Those below U+0020 are always escaped inside strings; outside they are spaces, which stay.
+    return _CONTROLS.sub(lambda found: found[0] if found[0] < " " else f"\\u{ord(found[0]):04x}", data.decode())
+
+
+def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:
+    """Error handler of codecs: a character that the encoding lacks is written as JSON escapes it."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{high:02x}{low:02x}" for high, low in zip(units[::2], units[1::2], strict=True)), error.end
+
+
+codecs.register_error("scopestate.json", _as_json_escapes)
+
+
+def prepare_output() -> None:
+    """Let everything be printed, whatever the encoding of the terminal or pipe: what it lacks is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="scopestate.json")
+
+
+class ReaderGone(Exception):
+    """The program that read standard output has ended: there is nothing more to do."""
 
 
 def out(text: str) -> None:
-    """Print a line of the result, whatever it holds."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Print a line of the result. Raises ReaderGone, and StorageError if it cannot be written."""
+    with standard_output() as write:
+        write(f"{text}\n".encode(sys.stdout.encoding or "utf-8", "scopestate.json") if sys.stdout else b"")
+
+
+@contextmanager
+def standard_output() -> Iterator[Callable[[bytes], object]]:
+    """Write bytes to standard output, which is flushed at the end. Raises ReaderGone and StorageError."""
+    stream = sys.stdout
+    if stream is None or stream.closed:
+        raise StorageError("standard output is closed: there is nowhere to write the result to")
+    try:
+        stream.flush()
+        yield stream.buffer.write
+        stream.buffer.flush()
+    except BrokenPipeError as error:
+        _let_go(stream)
+        raise ReaderGone from error
+    except OSError as error:
+        _let_go(stream)
+        raise StorageError(f"standard output cannot be written: {error.strerror or error}") from error
+
+
+def _let_go(stream: TextIO) -> None:
+    """Lead a stream that failed to nowhere: at its end, the interpreter would complain about what is left in it."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def print_rich(*objects: Any) -> None:
+    """Print what rich makes of `objects` as the result. Raises as `out`."""
+    console = Console(highlight=False, soft_wrap=True)
+    with console.capture() as capture:
+        console.print(*objects)
+    out(capture.get().rstrip("\n"))
 
 
 def print_json(data: bytes, *, as_json: bool) -> None:
     """Print JSON: indented for people at a terminal, on one line otherwise."""
-    if sys.stdout.isatty() and not as_json:
-        Console(highlight=False, soft_wrap=True).print_json(msgspec.json.format(data, indent=2).decode())
+    if sys.stdout and sys.stdout.isatty() and not as_json:
+        print_rich(JSON(json_text(msgspec.json.format(data, indent=2)), indent=2, ensure_ascii=False))
     else:
-        out(data.decode())
+        out(json_text(data))
+
+
+def without_mark(data: bytes) -> bytes:
+    """Return text without its byte order mark, as UTF-8: PowerShell and Windows editors write it, or UTF-16."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "surrogatepass").encode("utf-8", "surrogatepass")
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def read_json(text: str, what: str, hint: str = "") -> bytes:
@@ -92,13 +193,29 @@ def read_json(text: str, what: str, hint: str = "") -> bytes:
 
     `hint` is what to write instead; left out, for a bare word that is the word in quotes.
     """
-    given = sys.stdin.buffer.read() if text == "-" else text.encode(errors="surrogateescape")
+    if text == "-":
+        given = read_standard_input(what)
+        if not given.strip():
+            raise typer.BadParameter(f"{what} is not JSON: standard input is empty{hint}")
+    else:
+        given = text.removeprefix("\ufeff").encode(errors="surrogateescape")
     try:
         return parse(given)
     except DeserializationError as error:
         if not hint and text.isidentifier():
             hint = f"""; text needs quotes of its own: '"{text}"'"""
-        raise typer.BadParameter(f"{what} is not JSON: {error}{hint}") from error
+        raise typer.BadParameter(shown(f"{what} is not JSON: {error}{hint}")) from error
+
+
+def read_standard_input(what: str) -> bytes:
+    """Return all of standard input, without a byte order mark. Ends the program if it cannot be read."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise typer.BadParameter(f"standard input is closed: there is nowhere to read {what} from")
+    try:
+        return without_mark(sys.stdin.buffer.read())
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise typer.BadParameter(f"{what} cannot be read from standard input: {reason}") from error
 
 
 def exit_code(error: ScopestateError) -> Exit:
@@ -117,11 +234,19 @@ def exit_code(error: ScopestateError) -> Exit:
 def fail(error: ScopestateError, *, as_json: bool) -> NoReturn:
     """Print an error and end the program with its exit code."""
     if as_json:
-        body = {"error": {"code": error.code, "message": str(error)}}
-        sys.stderr.write(msgspec.json.encode(body).decode() + "\n")
+        note_json({"error": {"code": error.code, "message": str(error)}})
     else:
-        standard_error().print(f"[bold red]error[/] [dim]({escape(error.code)})[/]: {escape(str(error))}")
+        text = f"[bold red]error[/] [dim]({escape(shown(error.code))})[/]: {escape(shown(str(error)))}"
+        standard_error().print(text)
     raise typer.Exit(exit_code(error))
+
+
+def note_json(facts: dict[str, Any]) -> None:
+    """Print a line of JSON on standard error; one that cannot be written to is left alone."""
+    with suppress(OSError):
+        if sys.stderr is not None:
+            sys.stderr.write(f"{json_text(encode(facts))}\n")
+            sys.stderr.flush()
 
 
 @contextmanager
@@ -131,6 +256,10 @@ def errors_to_exit_codes(*, as_json: bool) -> Iterator[None]:
         yield
     except ScopestateError as error:
         fail(error, as_json=as_json)
+    except ReaderGone:
+        raise typer.Exit(Exit.OK) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(Exit.INTERRUPTED) from None
 
 
 def with_client(
@@ -151,14 +280,27 @@ def with_client(
         name=f"scopestate-cli:{os.getpid()}",
         connect_wait_s=min(CONNECT_WAIT_S, timeout_s),
         call_timeout_s=timeout_s,
+        insist=False,
     )
 
     async def run() -> T:
         async with Client(url, options, on_change=on_change, on_trigger_refused=on_trigger_refused) as client:
-            return await work(client)
+            try:
+                return await work(client)
+            except NotConnected as error:
+                raise with_advice(error, client) from error
 
     with errors_to_exit_codes(as_json=as_json):
         return run_until_signal(run())
+
+
+def with_advice(error: NotConnected, client: Client) -> NotConnected:
+    """Return `error` with what to do about it, if no server was there."""
+    if client.connections or client.was_refused:
+        return error
+    return NotConnected(
+        f"{error}. If no engine runs there, start one with `scopestate serve`, or give the address of one with --url"
+    )
 
 
 def run_until_signal(work: Coroutine[Any, Any, T]) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -13,9 +14,13 @@ import typer
 import yaml
 from rich.markup import escape
 
-from scopestate.cli_common import AsJson, Exit, errors_to_exit_codes, out, standard_error
-from scopestate.config import Config, check, load
+from scopestate import access
+from scopestate.cli_common import AsJson, Exit, errors_to_exit_codes, out, shown, standard_error
+from scopestate.config import BridgeConfig, Config, ServerConfig, examine, load
+from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef
+from scopestate.doorway import Certificates
+from scopestate.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Check a configuration file, or show what it means.")
 
@@ -26,26 +31,42 @@ MASK = "***"
 @app.command("check")
 def check_(
     file: Annotated[Path, typer.Argument(help="The YAML file.")],
+    registered_later: Annotated[
+        bool,
+        typer.Option(
+            "--registered-later", help="Triggers may name functions that workers or the program register later."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Report every mistake of a file, with line and key. Exit code 3 if there is one.
 
-    The functions that the file names are imported, from this folder too.
+    The mistakes are what `serve` refuses, and triggers of functions that are not in the file, of which `serve` only
+    warns. The functions that the file names are imported, from this folder too.
     """
     import_from_here()
-    errors = check(file)
+    with errors_to_exit_codes(as_json=as_json):
+        _check(file, registered_later=registered_later, as_json=as_json)
+
+
+def _check(file: Path, *, registered_later: bool, as_json: bool) -> None:
+    examined = examine(file)
+    errors = [*examined.errors, *refused_by_serve(examined)]
+    if not registered_later:
+        errors += examined.doubts
+    errors.sort(key=lambda error: error.line or 0)
     if as_json:
         found = [{"file": e.file, "line": e.line, "key": e.key, "problem": e.problem} for e in errors]
         out(msgspec.json.encode({"ok": not errors, "errors": found}).decode())
     elif errors:
         console = standard_error()
         for error in errors:
-            place = ":".join(str(part) for part in (error.file, error.line) if part is not None)
-            key = f" [bold]{escape(error.key)}[/]:" if error.key else ""
-            console.print(f"[cyan]{escape(place)}[/]:{key} {escape(error.problem)}")
-        console.print(f"[red]{len(errors)} mistake{'s' if len(errors) > 1 else ''}[/] in {escape(str(file))}")
+            place = shown(":".join(str(part) for part in (error.file, error.line) if part is not None))
+            key = f" [bold]{escape(shown(error.key))}[/]:" if error.key else ""
+            console.print(f"[cyan]{escape(place)}[/]:{key} {escape(shown(error.problem))}")
+        console.print(f"[red]{len(errors)} mistake{'s' if len(errors) > 1 else ''}[/] in {escape(shown(str(file)))}")
     else:
-        out(f"{file}: ok")
+        out(shown(f"{file}: ok"))
     if errors:
         raise typer.Exit(Exit.CONFIG)
 
@@ -61,6 +82,36 @@ def show(
         config = Config() if file is None else load(file)
     plain = as_mapping(config)
     out(msgspec.json.encode(plain).decode() if as_json else yaml.safe_dump(plain, sort_keys=False).rstrip())
+
+
+def refused_by_serve(examined: Examined) -> list[ConfigError]:
+    """Return what `serve` refuses in a file beyond what no engine takes: addresses, tokens, certificates."""
+    config = examined.config
+    if config is None:
+        return []
+    server = config.server or ServerConfig()
+    found = list(access.mistakes(server))
+    try:
+        if server.tls is not None:
+            Certificates(server.tls)
+    except ConfigError as error:
+        found.append(error)
+    if isinstance(config.adapter.config, BridgeConfig):
+        from scopestate.persistence.bridge import refuse_own_server  # noqa: PLC0415 - brings websockets
+
+        try:
+            refuse_own_server(config.adapter.config.bridge_url, server.host, server.port)
+        except ConfigError as error:
+            found.append(error)
+    return [_placed(error, examined.lines, config.source) for error in found]
+
+
+def _placed(error: ConfigError, lines: Mapping[str, int | None], file: str | None) -> ConfigError:
+    """Return `error` with the line of its key, or of the nearest one around it that is in the file."""
+    tail = (error.key or "").rpartition("iii-worker-manager.config.")[2]
+    places = [line for path, line in lines.items() if tail and path.endswith(f".{tail}")]
+    line = places[0] if places else lines.get("iii-worker-manager.config", lines.get("iii-worker-manager"))
+    return ConfigError(error.problem, file=file, line=line, key=error.key)
 
 
 def import_from_here() -> None:

@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from scopestate.cli_common import AsJson, errors_to_exit_codes, out, standard_error
+from scopestate.cli_common import AsJson, errors_to_exit_codes, out, shown, standard_error
 from scopestate.cli_config import import_from_here
 from scopestate.config import AdapterConfig, BridgeConfig, Config, RedisConfig
 from scopestate.errors import ConfigError
@@ -156,7 +156,7 @@ class StatusLine:
         line = Text(no_wrap=True, overflow="ellipsis")
         problems = self._server.engine.health().problems
         if problems:
-            line.append(f"{'; '.join(problems)} | ", style="bold red")
+            line.append(shown(f"{'; '.join(problems)} | ", keep=""), style="bold red")
         return line.append(" | ".join(parts))
 
 
@@ -216,16 +216,23 @@ def _keeps(server: Server) -> bool:
     return bool(server.engine._parts.adapter.keeps)
 
 
+class _Shown(logging.Formatter):
+    """Escapes control characters: names and texts of workers stand in the log, and a terminal must not obey them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), keep="\n\t")
+
+
 @contextmanager
 def _logs_to(console: Console, level: str) -> Iterator[None]:
     """Show the log on standard error while the block runs."""
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s", "[%X]"))
+        handler.setFormatter(_Shown("%(message)s", "[%X]"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        handler.setFormatter(_Shown("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     root, websockets = logging.getLogger(), logging.getLogger("websockets")
     before = root.level, websockets.level
     root.addHandler(handler)

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import signal
+import stat
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
 from typing import IO, Annotated, Final
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from scopestate.cli_common import AsJson, CaFile, Exit, Token, errors_to_exit_codes, out, standard_error
+from scopestate.cli_common import (
+    AsJson,
+    CaFile,
+    Exit,
+    ReaderGone,
+    Token,
+    errors_to_exit_codes,
+    json_text,
+    note_json,
+    out,
+    print_rich,
+    shown,
+    standard_error,
+    standard_output,
+)
 from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, RedisConfig, load, validate
 from scopestate.config.redis_urls import without_credentials
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
 from scopestate.paths import expand_home
 from scopestate.persistence import Adapter
 from scopestate.persistence.reading import StoreReader
-from scopestate.transfer import Entry, Reader, RemoteReader, export_lines, import_lines, read_lines
+from scopestate.transfer import Entry, Reader, RemoteReader, export_lines, import_lines, is_whole, read_lines
 
 app = typer.Typer(no_args_is_help=True, help="Look into a store, check it, copy it as JSON lines.")
 
@@ -50,35 +67,44 @@ Target = Annotated[
 @app.command()
 def info(where: Where, as_json: AsJson = False) -> None:
     """Show what a store holds. Takes no lock: an engine may be using it."""
-    with errors_to_exit_codes(as_json=as_json), _reader(where) as reader:
+    with errors_to_exit_codes(as_json=as_json):
+        _info(where, as_json=as_json)
+
+
+def _info(where: str, *, as_json: bool) -> None:
+    with _reader(where) as reader:
         sizes = reader.sizes()
         keys, size = sum(one.keys for one in sizes), reader.size_bytes()
     if as_json:
         whole = {"directory": reader.directory, "size_bytes": size, "keys": keys, "scopes": sizes}
-        out(msgspec.json.encode(whole).decode())
+        out(json_text(msgspec.json.encode(whole)))
         return
-    console = Console(highlight=False)
-    console.print(f"{reader.directory}: {len(sizes)} scopes, {keys} keys, {decimal(size)} on disk", markup=False)
+    out(shown(f"{reader.directory}: {len(sizes)} scopes, {keys} keys, {decimal(size)} on disk"))
     if sizes:
         table = Table("scope", box=None, header_style="bold")
         for name in ("keys", "bytes", "last write"):
             table.add_column(name, justify="right")
         for one in sizes:
             table.add_row(ascii(one.scope)[1:-1] or '""', str(one.keys), str(one.bytes), str(one.sequence))
-        console.print(table)
+        print_rich(table)
 
 
 @app.command()
 def verify(where: Where, as_json: AsJson = False) -> None:
     """Read a whole store and report what is wrong. Exit code 4 if anything is. Changes nothing."""
-    with errors_to_exit_codes(as_json=as_json), _reader(where) as reader:
+    with errors_to_exit_codes(as_json=as_json):
+        _verify(where, as_json=as_json)
+
+
+def _verify(where: str, *, as_json: bool) -> None:
+    with _reader(where) as reader:
         problems = reader.problems()
     if as_json:
-        out(msgspec.json.encode({"ok": not problems, "problems": problems}).decode())
+        out(json_text(msgspec.json.encode({"ok": not problems, "problems": problems})))
     else:
         for problem in problems:
-            standard_error().print(problem, markup=False)
-        out(f"{reader.directory}: {f'{len(problems)} problems' if problems else 'ok'}")
+            standard_error().print(shown(problem), markup=False)
+        out(shown(f"{reader.directory}: {f'{len(problems)} problems' if problems else 'ok'}"))
     if problems:
         raise typer.Exit(Exit.STORE)
 
@@ -96,7 +122,7 @@ def export(
     A directory is exported as of one moment; from Redis, or through a running engine (ws://...), each scope is. A file
     is complete or not there: it gets its name at the end.
     """
-    with errors_to_exit_codes(as_json=as_json), ExitStack() as stack:
+    with errors_to_exit_codes(as_json=as_json), _ended_by_signals(), ExitStack() as stack:
         reader: Reader
         total: int | None = None
         if _is_elsewhere(where):
@@ -106,11 +132,12 @@ def export(
         else:
             reader = stack.enter_context(_reader(where))
             total = sum(one.keys for one in reader.sizes())
-        stream = stack.enter_context(_output(to))
+        output = stack.enter_context(_output(to, reader))
         with _progress("exporting", total) as advance:
             for line in export_lines(reader, advance):
-                stream.write(line)
-    _report("exported", advance.done, to, as_json=as_json)
+                output.write(line)
+        stack.close()  # only then the file has its name
+        _report("exported", advance.done, to, output.remark, as_json=as_json)
 
 
 @app.command("import")
@@ -131,19 +158,68 @@ def import_(
 
     Between stores of any kind: scopestate store export ./data/old | scopestate store import redis://localhost:6379
     """
-    with errors_to_exit_codes(as_json=as_json), ExitStack() as stack:
+    with errors_to_exit_codes(as_json=as_json), _ended_by_signals(), ExitStack() as stack:
         stream = stack.enter_context(_input(source))
-        total = sum(isinstance(item, Entry) for item in read_lines(stream))
-        stream.seek(0)
+        total = sum(isinstance(item, Entry) for item in read_lines(_lines(stream, source)))
         adapter = _open_target(target, token, ca_file)
         stack.callback(adapter.close)
         if not merge and adapter.scopes():
             raise StoreUnusable(
                 f"{_shown(target)} holds keys already; use --merge to add to them, or choose an empty one"
             )
-        with _progress("importing", total) as advance:
-            import_lines(stream, adapter, advance)
-    _report("imported", total, _shown(target), as_json=as_json)
+        whole = is_whole(adapter)
+        if not whole and not as_json:
+            standard_error().print(
+                shown(f"importing {total} keys to {_shown(target)}; if this is interrupted, repeat it with --merge"),
+                markup=False,
+            )
+        with _progress("importing", total) as advance, _what_stays(advance, total, _shown(target), whole=whole):
+            import_lines(_lines(stream, source), adapter, advance)
+        stack.close()
+        _report("imported", total, _shown(target), as_json=as_json)
+
+
+@contextmanager
+def _what_stays(advance: _Advance, total: int, target: str, *, whole: bool) -> Iterator[None]:
+    """If an import ends early, say what was written."""
+
+    def stays() -> str:
+        if whole:
+            return f"nothing was imported to {target}"
+        return (
+            f"about {advance.done} of {total} keys were imported to {target}; to go on, repeat the import with --merge"
+        )
+
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(f"{error}; {stays()}", code=error.code) from error
+    except DeserializationError as error:
+        raise DeserializationError(f"{error} (the file has changed since it was checked); {stays()}") from error
+    except KeyboardInterrupt:
+        standard_error().print(shown(f"interrupted: {stays()}"), markup=False)
+        raise
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does: with everything undone that was only begun."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    # One that is ignored, as SIGHUP under nohup, stays so.
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        for number in before:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------ places
@@ -209,42 +285,166 @@ def _open_target(target: str, token: str | None, ca_file: str | None) -> Adapter
 # ------------------------------------------------------------------------------------------------------------- files
 
 
+class _Output:
+    """Where an export goes, and what to say about it."""
+
+    def __init__(self, write: Callable[[bytes], object], remark: str = "") -> None:
+        self.write = write
+        self.remark = remark
+
+
 @contextmanager
-def _output(to: str) -> Iterator[IO[bytes]]:
-    """Open a file to write, under another name until it is complete."""
+def _output(to: str, reader: Reader) -> Iterator[_Output]:
+    """Open what an export is written to.
+
+    A regular file is replaced by the complete export at the end, with its mode and owner, or where that is not possible
+    overwritten at the end. Anything else, such as a pipe or a device, is written to directly.
+    """
     if to == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        with standard_output() as write:
+            yield _Output(write)
         return
-    path = Path(to)
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-            try:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-                os.replace(stream.name, path)
-            except BaseException:
-                os.unlink(stream.name)
-                raise
+        status = os.stat(expand_home(to))
     except OSError as error:
-        raise StorageError(f"{to} cannot be written: {error.strerror or error}") from error
+        if not isinstance(error, FileNotFoundError):
+            raise _unwritable(to, error) from error
+        status = None
+    path = os.path.realpath(expand_home(to))
+    if status is not None and isinstance(reader, StoreReader) and reader.is_own_file(path):
+        raise StorageError(f"{to} is a file of the store that is exported; write to another one")
+    if status is not None and (not stat.S_ISREG(status.st_mode) or path.startswith(("/dev/", "/proc/"))):
+        with _opened_directly(to, status) as write:
+            yield _Output(write)
+        return
+    try:
+        with _beside(path, status) as (file, finish):
+            yield _Output(file.write, "" if status is None else ", overwriting what was there")
+            finish()
+    except OSError as error:
+        raise _unwritable(to, error) from error
+
+
+@contextmanager
+def _opened_directly(to: str, status: os.stat_result) -> Iterator[Callable[[bytes], object]]:
+    """Write to what is not a regular file; to standard output if that is what `to` names."""
+    if sys.stdout is not None and _is_same(status, sys.stdout):
+        with standard_output() as write:
+            yield write
+        return
+    if stat.S_ISDIR(status.st_mode):
+        raise StorageError(f"{to} cannot be written: it is a directory; name a file in it")
+    try:
+        # Neither created nor cut: it is there, and what another program has opened stays as it is. A pipe waits here
+        # for its reader.
+        with open(os.open(expand_home(to), os.O_WRONLY), "wb") as stream:
+            yield stream.write
+    except BrokenPipeError as error:
+        raise ReaderGone from error
+    except OSError as error:
+        raise _unwritable(to, error) from error
+
+
+def _is_same(status: os.stat_result, stream: IO[str]) -> bool:
+    try:
+        return os.path.samestat(status, os.fstat(stream.fileno()))
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _beside(path: str, status: os.stat_result | None) -> Iterator[tuple[IO[bytes], Callable[[], object]]]:
+    """Yield a file to write to, and what gives it the name `path` then."""
+    folder, name = os.path.split(path)
+    try:
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", delete=False)  # noqa: SIM115 - see below
+    except OSError:
+        if status is None or not os.access(path, os.W_OK):
+            raise
+        # The folder takes no new file, and this one may be written.
+        with tempfile.TemporaryFile() as copy:
+            yield copy, lambda: _copy_into(path, copy)
+        return
+    with file:
+        try:
+
+            def finish() -> None:
+                file.flush()
+                if status is not None:
+                    _take_after(file.fileno(), status)
+                os.fsync(file.fileno())
+                try:
+                    os.replace(file.name, path)
+                except OSError as error:
+                    # A file that is a mount point, as in a container, cannot be replaced.
+                    if error.errno not in (errno.EBUSY, errno.EXDEV):
+                        raise
+                    _copy_into(path, file)
+                    os.unlink(file.name)
+
+            yield file, finish
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
+
+
+def _take_after(descriptor: int, status: os.stat_result) -> None:
+    """Give a file the mode of the one that it replaces, and its owner as far as this process may."""
+    if hasattr(os, "fchown"):
+        with suppress(OSError):
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+    if hasattr(os, "fchmod"):
+        os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+
+
+def _copy_into(path: str, copy: IO[bytes]) -> None:
+    """Overwrite a file in place with the whole of `copy`."""
+    copy.flush()
+    copy.seek(0)
+    with open(path, "r+b") as target:
+        shutil.copyfileobj(copy, target)
+        target.truncate()
+        target.flush()
+        os.fsync(target.fileno())
+
+
+def _unwritable(to: str, error: OSError) -> StorageError:
+    return StorageError(f"{to} cannot be written: {error.strerror or error}")
 
 
 @contextmanager
 def _input(source: str) -> Iterator[IO[bytes]]:
-    """Open a file to read more than once; standard input is copied first."""
-    try:
-        if source == "-":
-            with tempfile.TemporaryFile() as copy:
-                shutil.copyfileobj(sys.stdin.buffer, copy)
+    """Open a file to read more than once; standard input, and what cannot be read twice, is copied first."""
+    with ExitStack() as stack:
+        try:
+            if source == "-":
+                if sys.stdin is None or sys.stdin.closed:
+                    raise DeserializationError("standard input is closed: there is nothing to import")
+                stream: IO[bytes] = sys.stdin.buffer
+            else:
+                stream = stack.enter_context(open(expand_home(source), "rb"))
+            if source == "-" or not stream.seekable():
+                copy = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(stream, copy)
                 copy.seek(0)
-                yield copy
-        else:
-            with open(source, "rb") as stream:
-                yield stream
+                stream = copy
+        except OSError as error:
+            raise _unreadable(source, error) from error
+        yield stream
+
+
+def _lines(stream: IO[bytes], source: str) -> Iterator[bytes]:
+    """Yield the lines from the beginning."""
+    try:
+        stream.seek(0)
+        yield from stream
     except OSError as error:
-        raise DeserializationError(f"{source} cannot be read: {error.strerror or error}") from error
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: OSError) -> DeserializationError:
+    return DeserializationError(f"{source} cannot be read: {error.strerror or error}")
 
 
 class _Advance:
@@ -274,8 +474,9 @@ def _progress(doing: str, total: int | None) -> Iterator[_Advance]:
         yield _Advance(bar, total, doing)
 
 
-def _report(what: str, keys: int, place: str, *, as_json: bool) -> None:
+def _report(what: str, keys: int, place: str, remark: str = "", *, as_json: bool) -> None:
     if as_json:
-        sys.stderr.write(msgspec.json.encode({what: keys}).decode() + "\n")
+        note_json({what: keys, **({"overwritten": True} if remark else {})})
     else:
-        standard_error().print(f"{what} {keys} keys{'' if place == '-' else f' to {place}'}", markup=False)
+        text = f"{what} {keys} keys{'' if place == '-' else f' to {place}'}{remark}"
+        standard_error().print(shown(text), markup=False)

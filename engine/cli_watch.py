@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
+import stat
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Annotated, Any, Final
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from scopestate.cli_common import FOREVER_S, AsJson, CaFile, Token, Url, out, standard_error, with_client
+from scopestate.cli_common import (
+    FOREVER_S,
+    AsJson,
+    CaFile,
+    ReaderGone,
+    Token,
+    Url,
+    json_text,
+    out,
+    print_rich,
+    shown,
+    standard_error,
+    with_client,
+)
 from scopestate.errors import Forbidden, RemoteFailure, ScopestateError
 from scopestate.wire.client import Client
 from scopestate.wire.options import DEFAULT_URL
@@ -35,8 +51,7 @@ def watch(
     At a terminal the lines are for people; in a pipe, or with --json, each is the event as JSON. A lost connection is
     made again, which standard error tells: changes in between are not shown.
     """
-    readable = sys.stdout.isatty() and not as_json
-    console = Console(highlight=False, soft_wrap=True)
+    readable = sys.stdout is not None and sys.stdout.isatty() and not as_json
     notes = standard_error()
     filters = {name: value for name, value in (("scope", scope), ("key", key)) if value is not None}
 
@@ -45,11 +60,15 @@ def watch(
     async def follow(client: Client) -> None:
         async def on_event(payload: bytes) -> bytes | None:
             if not seen.enough.done():
-                if readable:
-                    console.print(event_line(msgspec.json.decode(payload)))
+                try:
+                    if readable:
+                        print_rich(event_line(msgspec.json.decode(payload)))
+                    else:
+                        out(json_text(payload))
+                except (ReaderGone, ScopestateError) as error:
+                    seen.end(error)
                 else:
-                    out(payload.decode())
-                seen.one_more()
+                    seen.one_more()
             return None
 
         function_id = f"scopestate::watch::{os.urandom(8).hex()}"
@@ -63,7 +82,8 @@ def watch(
                 raise
         if not seen.enough.done():
             notes.print(f"watching {client.url}", markup=False, style="dim")
-        await seen.enough
+        with _reader_watched(lambda: seen.end(ReaderGone())):
+            await seen.enough
 
     def on_change(connected: bool, reason: str) -> None:
         if connected:
@@ -71,7 +91,7 @@ def watch(
             if seen.connections > 1:
                 notes.print("connected again", markup=False, style="green")
         elif seen.connections and reason != "this client is closed":
-            notes.print(f"{reason}; connecting again", markup=False, style="red")
+            notes.print(shown(f"{reason}; connecting again"), markup=False, style="red")
 
     with_client(
         url,
@@ -81,7 +101,7 @@ def watch(
         timeout_s=FOREVER_S,
         ca_file=ca_file,
         on_change=on_change,
-        on_trigger_refused=seen.refused,
+        on_trigger_refused=seen.end,
     )
 
 
@@ -103,9 +123,37 @@ class _Seen:
         if self._came == self._wanted:
             self.enough.set_result(None)
 
-    def refused(self, error: ScopestateError) -> None:
+    def end(self, error: Exception) -> None:
         if not self.enough.done():
             self.enough.set_exception(error)
+
+
+@contextmanager
+def _reader_watched(gone: Callable[[], object]) -> Iterator[None]:
+    """Call `gone` when the program that reads standard output ends, even if there is nothing to write."""
+    loop = asyncio.get_running_loop()
+    try:
+        descriptor = sys.stdout.fileno()
+        kind = os.fstat(descriptor).st_mode
+        if not stat.S_ISFIFO(kind) and not stat.S_ISSOCK(kind):
+            raise OSError("not a pipe: nothing reads it")
+        look = select.poll()
+        look.register(descriptor, 0)  # errors and the end of the other side are always told
+
+        def ready() -> None:
+            loop.remove_reader(descriptor)
+            if look.poll(0):
+                gone()
+
+        loop.add_reader(descriptor, ready)
+    except (AttributeError, OSError, ValueError, NotImplementedError):
+        # No standard output, or a system that cannot tell: the next line that is written will.
+        yield
+        return
+    try:
+        yield
+    finally:
+        loop.remove_reader(descriptor)
 
 
 def event_line(event: dict[str, Any]) -> Text:
@@ -113,7 +161,7 @@ def event_line(event: dict[str, Any]) -> Text:
     kind = str(event.get("event_type"))
     line = Text()
     line.append(kind.removeprefix("state:").ljust(8), style=_COLOURS.get(kind, ""))
-    line.append(f"{event.get('scope')} / {event.get('key')}  ", style="bold")
+    line.append(shown(f"{event.get('scope')} / {event.get('key')}  ", keep=""), style="bold")
     if kind != "state:created":
         line.append(_short(event.get("old_value")), style="dim")
     if kind == "state:updated":
@@ -124,5 +172,5 @@ def event_line(event: dict[str, Any]) -> Text:
 
 
 def _short(value: Any) -> str:
-    text = msgspec.json.encode(value).decode()
+    text = json_text(msgspec.json.encode(value))
     return text if len(text) <= 200 else f"{text[:200]}..."

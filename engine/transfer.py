@@ -12,8 +12,9 @@ empty one is refused, since that is what a command that failed leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Final, Protocol
+import codecs
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Final, Protocol
 
 import msgspec
 from msgspec import Raw
@@ -26,6 +27,8 @@ from scopestate.persistence import Adapter, ScopeChange, ScopeState
 FORMAT: Final = 1
 BATCH_KEYS: Final = 1000
 BATCH_BYTES: Final = 4 * 1024 * 1024
+MAX_SEQUENCE: Final = 2**62
+"""Leaves a scope as many writes again before SQLite's integers end."""
 
 
 class Reader(Protocol):
@@ -65,7 +68,7 @@ class _Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     scope: str | None = None
     key: str | None = None
     value: Raw = Raw()
-    sequence: int | None = None
+    sequence: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQUENCE)] | None = None
     end: bool = False
     scopes: int | None = None
     keys: int | None = None
@@ -112,10 +115,11 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Entry | Scope]:
     number = keys = 0
     begun = ended = False
     empty = True
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
+    for number, line_read in enumerate(lines, 1):
         try:
+            text = _without_mark(line_read) if number == 1 else line_read
+            if not text.strip():
+                continue
             empty = False
             if ended:
                 raise DeserializationError("there is more after the last line")
@@ -141,6 +145,10 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Entry | Scope]:
                 yield Scope(line.scope, line.sequence)
             else:
                 raise DeserializationError("expected an object with `scope`, `key` and `value`")
+        except UnicodeError as error:
+            raise DeserializationError(f"line {number}: not UTF-8 text: {error}") from error
+        except RecursionError as error:
+            raise DeserializationError(f"line {number}: too many nested levels") from error
         except (msgspec.DecodeError, DeserializationError) as error:
             raise DeserializationError(f"line {number}: {error}") from error
     if empty:
@@ -153,32 +161,62 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Entry | Scope]:
         )
 
 
+def _without_mark(text: bytes) -> bytes:
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DeserializationError(
+            "this is UTF-16 text; save the file as UTF-8 (in PowerShell: `Out-File -Encoding utf8`)"
+        )
+    return text.removeprefix(codecs.BOM_UTF8)
+
+
 def _check_format(found: int) -> None:
     if found != FORMAT:
         raise DeserializationError(f"this is an export of format {found}, and this version reads format {FORMAT}")
 
 
-def import_lines(
-    lines: Iterable[bytes], adapter: Adapter, progress: Callable[[int], object] = lambda keys: None
-) -> int:
+class Adding(Protocol):
+    """A store that can be imported into key by key: an adapter of any kind."""
+
+    def load(self, scope: str) -> ScopeState:
+        """Return what the scope holds."""
+
+    def save(self, batch: Sequence[ScopeChange]) -> None:
+        """Write some changes."""
+
+
+def is_whole(adapter: Adding) -> bool:
+    """Tell whether an import into this store is one transaction: all of it is written, or nothing."""
+    return hasattr(adapter, "save_whole")
+
+
+def import_lines(lines: Iterable[bytes], adapter: Adding, progress: Callable[[int], object] = lambda keys: None) -> int:
     """Write an export into a store and return the number of keys; existing keys are overwritten and keep their place.
 
     `progress(keys)` is called after each batch. Raises DeserializationError for a bad line, StorageError for a store
-    that fails; the batches before are written then.
+    that fails; if the store takes no whole imports (`is_whole`), the batches before are written then.
     """
-    writer = _Writer(adapter, progress)
-    for item in read_lines(lines):
-        writer.add(item)
-    writer.flush()
-    return writer.keys
+    collector = _Collector(adapter)
+    if is_whole(adapter):
+
+        def changes() -> Iterator[ScopeChange]:
+            for batch in collector.batches(read_lines(lines)):
+                yield from batch
+                progress(collector.keys)
+
+        adapter.save_whole(changes())  # type: ignore[attr-defined]  # see is_whole
+    else:
+        for batch in collector.batches(read_lines(lines)):
+            adapter.save(batch)
+            progress(collector.keys)
+    progress(collector.keys)
+    return collector.keys
 
 
-class _Writer:
+class _Collector:
     """Collects entries into batches for an adapter."""
 
-    def __init__(self, adapter: Adapter, progress: Callable[[int], object]) -> None:
+    def __init__(self, adapter: Adding) -> None:
         self._adapter = adapter
-        self._progress = progress
         # A remote engine, and Redis, number and order their keys themselves, or not at all.
         self._loads = not hasattr(adapter, "sequence_floor")
         self._known: dict[str, set[str]] = {}
@@ -189,7 +227,21 @@ class _Writer:
         self._size = self._count = 0
         self.keys = 0
 
-    def add(self, item: Entry | Scope) -> None:
+    def batches(self, items: Iterable[Entry | Scope]) -> Iterator[list[ScopeChange]]:
+        """Yield the changes, some at a time."""
+        for item in items:
+            self._add(item)
+            if self._count >= BATCH_KEYS or self._size >= BATCH_BYTES:
+                yield self._take()
+        if self._batch:
+            yield self._take()
+
+    def _take(self) -> list[ScopeChange]:
+        batch, self._batch = list(self._batch.values()), {}
+        self._size = self._count = 0
+        return batch
+
+    def _add(self, item: Entry | Scope) -> None:
         scope = item.scope
         change = self._batch.get(scope) or self._begin(scope)
         if isinstance(item, Scope):
@@ -204,8 +256,6 @@ class _Writer:
         self.keys += 1
         self._count += 1
         self._size += len(item.value)
-        if self._count >= BATCH_KEYS or self._size >= BATCH_BYTES:
-            self.flush()
 
     def _begin(self, scope: str) -> ScopeChange:
         if scope not in self._known:
@@ -214,11 +264,3 @@ class _Writer:
             self._sequences[scope] = self._writes[scope] = state.sequence
         change = self._batch[scope] = ScopeChange(scope, self._sequences[scope], {}, {})
         return change
-
-    def flush(self) -> None:
-        """Write what is collected."""
-        if self._batch:
-            self._adapter.save(list(self._batch.values()))
-        self._batch = {}
-        self._size = self._count = 0
-        self._progress(self.keys)

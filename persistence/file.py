@@ -11,7 +11,8 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from threading import get_ident
 from typing import TypeVar
 
 from scopestate.errors import StorageError, StoreCorrupt
@@ -75,6 +76,8 @@ class FileAdapter:
         self._held = False
         self._damage = ""
         self._saving = threading.Lock()
+        self._importing = 0
+        """The thread that is in `save_whole`."""
         # A bare lock for `with`: a Condition's own methods are Python code, where a KeyboardInterrupt can come between
         # taking the lock and noting that it was taken. Reentrant, for a signal handler that reads while one is begun.
         self._guard = threading.RLock()
@@ -103,7 +106,20 @@ class FileAdapter:
 
         Raises `StoreCorrupt` once damage was seen: nothing is written to a damaged database.
         """
-        doing = f"save {len(batch)} changed scopes"
+        self._save(batch, f"save {len(batch)} changed scopes")
+
+    def save_whole(self, changes: Iterable[ScopeChange]) -> None:
+        """As `save`, for more than fits into memory: `changes` are asked for one after another, in the transaction.
+
+        What they raise is raised here, and nothing was written then.
+        """
+        self._importing = get_ident()
+        try:
+            self._save(changes, "import")
+        finally:
+            self._importing = 0
+
+    def _save(self, batch: Iterable[ScopeChange], doing: str) -> None:
         with self._saving:
             self._check_usable(doing)
             if self._damage:
@@ -173,7 +189,7 @@ class FileAdapter:
             raise
         return connection
 
-    def _write(self, connection: sqlite3.Connection, batch: Sequence[ScopeChange]) -> None:
+    def _write(self, connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> None:
         try:
             connection.execute("BEGIN IMMEDIATE")
             write_batch(connection, batch)
@@ -200,6 +216,8 @@ class FileAdapter:
         """Call `work` with a connection that sees committed data only. Library errors inside become ours."""
         self._check_usable(doing)
         if not self._in_place():
+            if self._importing == get_ident():
+                self._check_place(doing)  # what an import reads in its own transaction
             with self._saving:
                 self._check_usable(doing)
                 self._secure_place(doing)

@@ -145,6 +145,30 @@ def _take(path: str) -> FileIO:
         file.close()
 
 
+def may_be_held(path: str) -> bool:
+    """Tell, by what it noted, whether some process may hold the lock. Takes no lock and changes nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | (_FLAGS & ~(os.O_RDWR | os.O_CREAT)))
+    except OSError:
+        return False
+    try:
+        facts = _facts(descriptor)
+    finally:
+        os.close(descriptor)
+    pid = facts.get("pid")
+    if not isinstance(pid, int):
+        return False  # given back in order
+    if facts.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False  # it died
+    except (OSError, OverflowError):
+        return True  # another user's
+    return True
+
+
 def _facts(descriptor: int) -> dict[str, object]:
     """Read what the holder wrote; empty if that is unreadable or only half there."""
     try:

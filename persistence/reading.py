@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
-from scopestate.errors import StoreCorrupt, StoreUnusable
+from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
+from scopestate.persistence.lock import may_be_held
 from scopestate.persistence.rows import _read_pages, read_names
 from scopestate.persistence.schema import DamagedError, check_header, find_problems, probe
 from scopestate.persistence.sqlite import LIBRARY_ERRORS, connect, database_uri, storage_error
@@ -32,7 +35,12 @@ class ScopeSize(msgspec.Struct, frozen=True):
 class StoreReader:
     """Reads what is committed in a store's directory, as of the moment of opening. Takes no lock and writes nothing.
 
-    Unlike opening the store it also never sets a damaged database aside.
+    Unlike opening the store it also never sets a damaged database aside. Three ways, because SQLite makes files beside
+    the database for most readers:
+
+    - an engine holds the store: its files are there already;
+    - no engine does, and the write-ahead log is empty: the database alone, which then must not change meanwhile;
+    - no engine does, and the log has content, as after a crash: a copy of both in a temporary directory.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -51,9 +59,12 @@ class StoreReader:
             check_header(header, size, self.path, logged=os.path.exists(self.path + "-wal"))
         except DamagedError as error:
             raise StoreCorrupt(f"the database {self.path} is damaged: {error}; nothing was changed") from error
-        with self._translated("open the database"):
-            self._connection = connect(database_uri(self.path, "ro"))
+        self._resources = ExitStack()
+        self._unchanged: tuple[int, ...] | None = None
+        """What identifies the content of a database that is read without locks."""
         try:
+            with self._translated("open the database"):
+                self._connection = self._resources.enter_context(closing(connect(self._uri())))
             with self._translated("read the database"):
                 self._connection.execute("PRAGMA query_only = 1")
                 self._connection.execute("BEGIN")
@@ -98,6 +109,16 @@ class StoreReader:
         """Return how much the database takes on the disk, its write-ahead log included."""
         return sum(os.stat(path).st_size for path in (self.path, self.path + "-wal") if os.path.exists(path))
 
+    def is_own_file(self, path: str) -> bool:
+        """Tell whether `path` is one of the files of this store."""
+        for suffix in ("state.db", "state.db-wal", "state.db-shm", "state.lock"):
+            try:
+                if os.path.samefile(path, os.path.join(self.directory, suffix)):
+                    return True
+            except OSError:
+                continue
+        return False
+
     def problems(self) -> list[str]:
         """Read the whole database and return what is wrong with it, in words; empty if it is sound."""
         with self._translated("check the database"):
@@ -105,7 +126,23 @@ class StoreReader:
 
     def close(self) -> None:
         """Let go of the file. Idempotent."""
-        self._connection.close()
+        self._resources.close()
+
+    def _uri(self) -> str:
+        logged = os.path.exists(self.path + "-wal") and os.stat(self.path + "-wal").st_size > 0
+        if may_be_held(os.path.join(self.directory, "state.lock")) and os.path.exists(self.path + "-shm"):
+            return database_uri(self.path, "ro")
+        if not logged:
+            self._unchanged = self._content()
+            return database_uri(self.path, "ro") + "&immutable=1"
+        copy = os.path.join(self._resources.enter_context(TemporaryDirectory(prefix="scopestate-")), "state.db")
+        for suffix in ("", "-wal"):
+            shutil.copyfile(self.path + suffix, copy + suffix)
+        return database_uri(copy, "ro")
+
+    def _content(self) -> tuple[int, ...]:
+        status = os.stat(self.path)
+        return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def __enter__(self) -> Self:
         return self
@@ -119,6 +156,13 @@ class StoreReader:
     def _translated(self, doing: str) -> Iterator[None]:
         try:
             yield
+            if self._unchanged is not None and self._content() != self._unchanged:
+                raise StorageError(
+                    f"cannot {doing}: {self.path} was changed while it was read, by an engine that has just been "
+                    "started; try again"
+                )
+        except OSError as error:
+            raise StorageError(f"cannot {doing}: {error.filename or self.path}: {error.strerror or error}") from error
         except LIBRARY_ERRORS as error:
             if isinstance(error, sqlite3.DatabaseError) and "malformed" in str(error):
                 raise StoreCorrupt(f"cannot {doing}: the database {self.path} is damaged: {error}") from error

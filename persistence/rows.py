@@ -9,7 +9,7 @@ that nobody else waits for more than about a millisecond while one is prepared.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -102,7 +102,7 @@ def row_room(connection: sqlite3.Connection) -> int:
     return connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
 
 
-def write_batch(connection: sqlite3.Connection, batch: Sequence[ScopeChange]) -> None:
+def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> None:
     """Write the batch inside the caller's transaction.
 
     Raises `UnsavableValue` for a value too large for SQLite, naming its key, and lets library errors through.

@@ -101,6 +101,8 @@ class Client:
         """The id that the server gave this connection; None without one."""
         self.connections = 0
         """How often a connection was made."""
+        self.was_refused = False
+        """Whether the server was there and turned the last attempt to connect away."""
 
     # ------------------------------------------------------------------------------------------------------- life
 
@@ -280,9 +282,14 @@ class Client:
         while not self._closed:
             before = self.connections
             reason = await self._connect_once()
+            self.was_refused = self._refused
+            if not options.insist and not self.connections:
+                self._refused = True
             self._change(f"{reason} ({self.url})")
             if self._refused:
                 self._pending().fail_unsent(self._not_connected)
+                if not options.insist and not self.connections:
+                    return
                 delay_s = options.backoff_most_s
             elif self.connections > before:
                 delay_s = options.backoff_first_s

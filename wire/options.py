@@ -43,6 +43,8 @@ class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How long a call waits for a connection before it fails with nothing sent."""
     call_timeout_s: float = 30.0
     """How long a call waits for its answer once it was sent."""
+    insist: bool = True
+    """False: if the first attempt to connect fails there is no other one, and calls fail at once."""
     backoff_first_s: float = 0.1
     """Pause before the first attempt to reconnect; doubles with each further one, give or take 30 %."""
     backoff_most_s: float = 10.0

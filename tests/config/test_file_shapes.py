@@ -188,11 +188,30 @@ def test_a_file_with_only_other_workers_warns_that_nothing_is_kept(caplog: pytes
     assert warnings == ["<string>: has no iii-state among its workers; state is kept in memory only"]
 
 
-def test_a_worker_that_is_nearly_ours_is_named_in_that_warning(caplog: pytest.LogCaptureFixture) -> None:
-    config.loads("[{name: iii-stream}, {name: iii-stat}]")
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("iii-stat", "iii-state"),
+        ("iii-sate", "iii-state"),
+        ("iiistate", "iii-state"),
+        ("iii-states", "iii-state"),
+        ("iii-worker-manger", "iii-worker-manager"),
+        ("iii_worker_manager", "iii-worker-manager"),
+        ("iii-workers-manager", "iii-worker-manager"),
+    ],
+)
+def test_a_worker_whose_name_is_nearly_ours_is_a_mistake_unless_ours_is_there_too(name: str, ours: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.loads(f"- name: iii-stream\n- name: {name}\n")
 
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "has no iii-state among its workers (is `iii-stat` meant?)" in warning
+    assert f"there is no worker {ours} in this file; is {name!r} meant to be it?" in caught.value.problem
+    assert (caught.value.line, caught.value.key) == (2, "[1].name")
+    assert config.loads(f"- name: {ours}\n- name: {name}\n").source is None
+
+
+@pytest.mark.parametrize("name", ["iii-stream", "iii-queue", "iii-http", "iii-status", "iii-cron", "iii-exec", "state"])
+def test_other_workers_are_not_taken_for_ours(name: str) -> None:
+    assert config.loads(f"- name: {name}\n") == Config()
 
 
 def test_condition_is_an_alias() -> None:
