@@ -21,7 +21,7 @@ from scopestate.actors.redis_calls import NEVER, Call
 from scopestate.actors.redis_scope import RedisScopeActor
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turns import Change, Housekeeping, Passivate, Put
-from scopestate.errors import ReplyTimeout
+from scopestate.errors import ReplyTimeout, StorageError
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.script import SKIPPED
 
@@ -280,3 +280,17 @@ def test_an_update_that_looks_first_needs_no_thread_but_its_caller_s(valkey: Ser
         assert engine.update("s", "old", INCREMENT).new_value == 5
 
         assert not any(link._begun for link in links_of(engine))
+
+
+def test_a_write_that_fails_leaves_nothing_to_rely_on_and_lets_those_behind_it_go(valkey: Server) -> None:
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        engine.set("s", "k", 0)
+        flights = actor_of(engine)._flights
+        assert flights._seen.get("k") is not None
+        flights._lane("k", NEVER)
+
+        flights.give_up([Call(Change("k", ()), None, 0, None)], StorageError("the connection was lost, says the test"))
+
+        assert flights._seen.get("k") is None
+        assert flights.lanes["k"].due == 0.0
+        flights.lanes.clear()
