@@ -474,6 +474,32 @@ def test_after_a_fail_over_that_lost_even_more_than_it_had_read_no_old_event_is_
     assert missed(reader) == 0
 
 
+@pytest.mark.parametrize("noticed", ["by a look", "by a new event"])
+def test_a_fail_over_after_a_flush_is_no_loss_of_what_was_read_since(
+    valkey: Server, engines: Engines, noticed: str
+) -> None:
+    writer = engines.open(valkey)
+    for number in range(5):
+        writer.set("s", "k", f"old {number}")
+    reader = engines.open(valkey)
+    seen = Seen(reader)
+    writer.set("s", "k", "last of the old ones")
+    seen.wait_for_count(1)
+    valkey.ask("FLUSHALL")
+    if noticed == "by a look":
+        wait_until(lambda: "has begun anew after event 6" in problems(reader), "a report")
+    for number in range(3):
+        writer.set("s", "k", f"new {number}")
+    seen.wait_for_value("new 2")
+    before = missed(reader)
+    valkey.ask("SET", COUNTER, 1)  # as a fail-over leaves it that the reader does not notice
+    writer.set("s", "k", "newest")
+
+    assert seen.wait_for_value("newest")[-1].sequence == 2
+    assert missed(reader) == before
+    assert "lost its end after event 3" in problems(reader)
+
+
 def test_a_new_stream_of_a_server_whose_clock_is_behind_is_read_from_its_beginning(
     valkey: Server, engines: Engines
 ) -> None:
