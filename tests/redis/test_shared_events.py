@@ -471,6 +471,11 @@ def test_after_a_fail_over_that_lost_even_more_than_it_had_read_no_old_event_is_
     events = seen.wait_for_value("last")
     assert [event.new_value for event in events] == ["lost", "new", "lost too", "last"]
     assert seen.numbers == [7, 4, 5, 5]
+
+    valkey.ask("SET", COUNTER, 4)  # a fail-over that the reader does not notice
+    writer.set("s", "k", "newest")
+
+    assert seen.wait_for_value("newest")[-1].sequence == 5
     assert missed(reader) == 0
 
 
