@@ -147,3 +147,19 @@ def test_every_link_connects_again_by_itself(start_server: StartServer) -> None:
         assert not engine.health().ok
         server.start()
         until(lambda: engine.health().ok, "a link does not connect again")
+
+
+def test_close_does_not_wait_for_a_server_that_does_not_answer(start_server: StartServer) -> None:
+    """With limits that are longer than any test waits: what ends the wait is that the connection is shut."""
+    hour_ms = 3_600_000
+    server = start_server()
+    engine = open_at(server.url, {"call_timeout_ms": hour_ms, "close_grace_ms": 1}, call_timeout_ms=hour_ms)
+    engine.set("s", "k", 0)
+    server.pause()
+    at_the_link = engine.ask(messages.Set("s", "k", 1), block=False)
+    until(lambda: links_of(engine)[0].load() > 0, "nothing is on its way")
+
+    InThread(engine.close).result()
+
+    with pytest.raises(StorageError, match="closed"):
+        at_the_link.get(timeout=PATIENCE_S)

@@ -21,7 +21,7 @@ from scopestate.actors.redis_calls import NEVER, Call
 from scopestate.actors.redis_scope import RedisScopeActor
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turns import Change, Housekeeping, Passivate, Put
-from scopestate.errors import ReplyTimeout, StorageError
+from scopestate.errors import ReplyTimeout, StorageError, WouldDeadlock
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.script import SKIPPED
 
@@ -294,3 +294,18 @@ def test_a_write_that_fails_leaves_nothing_to_rely_on_and_lets_those_behind_it_g
         assert flights._seen.get("k") is None
         assert flights.lanes["k"].due == 0.0
         flights.lanes.clear()
+
+
+def test_a_call_that_is_refused_within_a_signal_handler_is_not_done_later(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
+        engine.set("s", "k", 0)
+        # As if this thread, the main one, had been interrupted at a connection.
+        monkeypatch.setattr(engine._parts.adapter, "is_at_a_link", lambda: True)
+        reply: Reply[Any] = Reply()
+
+        with pytest.raises(WouldDeadlock, match="nothing was done"):
+            actor_of(engine)._wait_for(reply)
+
+        assert reply.abandoned
