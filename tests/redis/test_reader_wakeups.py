@@ -224,3 +224,40 @@ def test_the_tables_of_the_keeper_come_back_to_nothing(valkey: Server, engines: 
     seen.wait_for_value("last")
 
     wait_until(lambda: not tables_of(keeper), lambda: f"left: {tables_of(keeper)}")
+
+
+@pytest.mark.usefixtures("no_looks")
+def test_a_reader_that_is_stopped_while_it_connects_does_not_read_on(
+    valkey: Server, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines.open(valkey)
+    Seen(engine)
+    reader = reader_of(engine)
+    dial = reader._target.dial
+
+    def dial_and_stop() -> Any:
+        connection = dial()
+        reader._stopped.set()  # as `stop` does, which then finds the connection before
+        return connection
+
+    monkeypatch.setattr(reader._target, "dial", dial_and_stop)
+    valkey.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+    assert reader._ended.wait(PATIENCE_S)
+
+
+def test_pauses_between_attempts_begin_anew_after_a_connection_that_worked(
+    start_server: StartServer, engines: Engines
+) -> None:
+    server = start_server()
+    engine = engines.open(server, connect_timeout_ms=200)
+    seen = Seen(engine)
+    backoff = reader_of(engine)._backoff
+    unused = vars(backoff).copy()
+    server.kill()
+    wait_until(lambda: vars(backoff) != unused, "an attempt that failed")
+    server.start()
+    set_patiently(engine, "s", "k", "new")
+    seen.wait_for_value("new")
+
+    wait_until(lambda: vars(backoff) == unused, "a backoff that has begun anew")

@@ -309,3 +309,18 @@ def test_a_call_that_is_refused_within_a_signal_handler_is_not_done_later(
             actor_of(engine)._wait_for(reply)
 
         assert reply.abandoned
+
+
+def test_a_scope_whose_calls_were_refused_is_called_for_the_next_ones(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url, {"call_timeout_ms": 20_000}, connect_wait_ms=100) as engine:
+        engine.set("s", "k", 0)
+        server.kill()
+        for _ in range(2):
+            # Sent without waiting, as a task does: no caller's thread takes the turn.
+            with pytest.raises(StorageError):
+                engine.ask(messages.Set("s", "k", 1), block=False).get(timeout=PATIENCE_S)
+        server.start()
+
+        until(lambda: all(link.why_not is None for link in links_of(engine)), "no connection")
+        assert engine.ask(messages.Set("s", "k", 2), block=False).get(timeout=PATIENCE_S).created
