@@ -108,7 +108,10 @@ class CommitScopeActor(ScopeActor):
             return super().run(message, otherwise)
         if otherwise is not WAIT:
             return otherwise  # no answer is ready before its commit
-        self._around.snapshot._refuse_own_turn()  # a finalizer may run anywhere, in the middle of a commit too
+        # A finalizer may run anywhere: in the middle of a commit, and of a turn that the next commit must wait for.
+        self._around.snapshot._refuse_own_turn()
+        for actor in list(self._registry.values()):
+            actor._refuse_own_turn()
         timeout_s = self._around.limits.call_timeout_s
         reply = self._dispatcher.reply()
         self.accept(Envelope(message, reply))

@@ -36,7 +36,10 @@ class Functions:
 
     def __init__(self) -> None:
         self._by_id: dict[str, Function] = {}
-        self._guard = threading.Lock()
+        # Reentrant: what replaces a function may run its finalizer in here, which may register another.
+        self._guard = threading.RLock()
+        self._numbered: dict[str, list[int]] = {}
+        """Name -> [the last number given to one of that name, how many such are there]."""
 
     def add(self, function: Function) -> None:
         """Register; the same id again replaces. Raises InvalidRegistration for a built-in id or a bad target."""
@@ -65,7 +68,7 @@ class Functions:
             function, function_id=function_id, description=description, is_async=is_async(target)
         )
         with self._guard:
-            known = self._by_id.get(function_id)
+            known = self._by_id.get(function_id)  # kept to the end of the block: its finalizer may come back here
             if known is not None and known.builtin:
                 raise InvalidRegistration(f"{function_id!r} is built in and cannot be replaced: choose another id")
             self._by_id[function_id] = entry
@@ -76,6 +79,29 @@ class Functions:
             raise InvalidRegistration(f"{function_id!r} is built in and cannot be unregistered")
         if self._by_id.pop(function_id, None) is None:
             raise FunctionNotFound(function_id)
+        self._forget_number(function_id)
+
+    def free_id(self, name: str) -> str:
+        """Return `name` if no function has it as its id, else `name#2`, `name#3` and so on."""
+        with self._guard:
+            if name not in self._by_id:
+                return name
+            entry = self._numbered.setdefault(name, [1, 0])
+            while True:
+                entry[0] += 1
+                made = f"{name}#{entry[0]}"
+                if made not in self._by_id:
+                    entry[1] += 1
+                    return made
+
+    def _forget_number(self, function_id: str) -> None:
+        name, mark, _ = function_id.rpartition("#")
+        with self._guard:
+            entry = self._numbered.get(name) if mark else None
+            if entry is not None:
+                entry[1] -= 1
+                if entry[1] <= 0:
+                    del self._numbered[name]
 
     def find(self, function_id: str) -> Function | None:
         """Return the function, or None if there is none."""
@@ -94,6 +120,7 @@ class Functions:
                 return
             if instead is None:
                 del self._by_id[function_id]
+                self._forget_number(function_id)
             else:
                 self._by_id[function_id] = instead
 

@@ -21,6 +21,7 @@ from scopestate.actors.reply import Reply
 from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventNotDelivered, HandlerTimeout
+from scopestate.signals import certainly
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
@@ -236,8 +237,17 @@ class HandlerActor(TurnActor):
                 self._drop_oldest()
         mailbox += (event,)
         if not self._scheduled and not self._claim:
-            self._scheduled = True
-            self._dispatcher.schedule_next(self)
+            try:
+                self._scheduled = True
+                self._dispatcher.schedule_next(self)
+            except BaseException:
+                certainly(self.wake_anyway)
+                raise
+
+    def offer_once(self, event: StateEvent) -> None:
+        """As `offer`, unless `event` is what came last."""
+        if not self._mailbox or self._mailbox[-1] is not event:
+            self.offer(event)
 
     # -------------------------------------------------------------------------------------------------- delivery
 

@@ -101,9 +101,6 @@ class RedisScopeActor(ScopeElsewhere):
 
     def _run_queued(self, message: Any) -> Any:
         self._refuse_within_a_call()
-        if self._scheduled and get_ident() == threading.main_thread().ident:
-            # This may be a signal handler, which has interrupted `wake_anyway` before it had called anybody.
-            self.wake_anyway()
         return super()._run_queued(message)
 
     def on_receive(self, message: Any) -> Any:
@@ -208,7 +205,7 @@ class RedisScopeActor(ScopeElsewhere):
         self._refuse_own_turn()
         self.post(envelope)
 
-    def wake_anyway(self) -> None:
+    def _schedule(self) -> None:
         self._scheduled = True
         self.since = time.monotonic()
         self._store.link(self._flights.hash_key).put(self)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
-from collections import deque
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
-from scopestate.actors.containment import Log
+from scopestate.actors.containment import Log, contained
 from scopestate.actors.handler import Barrier, DeliveryFailure, HandlerActor, HandlerServices, Trigger
 from scopestate.actors.results import EventType, StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventLoopDetected, InvalidRegistration, Overloaded
+from scopestate.signals import certainly
 
 log = Log("scopestate.triggers")
+
+_GONE: Final = object()
 
 
 class Bucket:
@@ -42,8 +43,15 @@ class Bucket:
         return handlers
 
 
-Watchers = dict[str | None, Bucket]
-"""Key filter (None: every key) -> handlers."""
+class Watchers(dict[str | None, Bucket]):
+    """Key filter (None: every key) -> handlers."""
+
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = False
+        """True while a scope in memory has this table."""
 
 
 class Routed:
@@ -84,9 +92,9 @@ class TriggerRouter(TurnActor):
         self._numbers = itertools.count(1)
         self._by_id: dict[str, tuple[int, HandlerActor]] = {}
         self._by_scope: dict[str, Watchers] = {}
-        self.anywhere: Watchers = {}
+        self.anywhere = Watchers()
         """Key filter (None: every key) -> handlers of the triggers without a scope filter."""
-        self._waiting_for_room: deque[Callable[[], object]] = deque()
+        self._waiting_for_room: dict[Callable[[], object], None] = {}
         self.progress = 0
         """Changes whenever handlers have made progress."""
         self.routed = 0
@@ -157,16 +165,21 @@ class TriggerRouter(TurnActor):
     def watchers_of(self, scope: str) -> Watchers:
         """Return the live table of triggers on `scope`: key filter (None: every key) -> handlers."""
         with self._guard:
-            return self._by_scope.setdefault(scope, {})
+            watchers = self._by_scope.setdefault(scope, Watchers())
+            watchers.held = True
+            return watchers
 
     def forget(self, scope: str) -> None:
         """Drop the table of a scope that leaves memory, if no trigger is in it."""
         with self._guard:
-            if not self._by_scope.get(scope, True):
-                del self._by_scope[scope]
+            watchers = self._by_scope.get(scope)
+            if watchers is not None:
+                watchers.held = False
+                if not watchers:
+                    del self._by_scope[scope]
 
     def _watchers(self, trigger: Trigger) -> Watchers:
-        return self.anywhere if trigger.scope is None else self._by_scope.setdefault(trigger.scope, {})
+        return self.anywhere if trigger.scope is None else self._by_scope.setdefault(trigger.scope, Watchers())
 
     def _remove(self, number: int, handler: HandlerActor) -> None:
         watchers = self._watchers(handler.trigger)
@@ -181,6 +194,9 @@ class TriggerRouter(TurnActor):
         self._retiring += (handler,)
         if not bucket.members:
             del watchers[key]
+            scope = handler.trigger.scope
+            if scope is not None and not watchers and not watchers.held:
+                del self._by_scope[scope]
         if len(self._retiring) > self._most_retiring:
             busy = [handler for handler in self._retiring if handler.is_busy()]
             for done in set(self._retiring).difference(busy):
@@ -214,13 +230,16 @@ class TriggerRouter(TurnActor):
         if room <= 0 or limits.handler_when_full == "block":
             for handler in handlers:
                 if len(handler._mailbox) >= room:
-                    self._refuse(scope, depth, progress)
+                    self._refuse(scope, handlers, depth, progress)
         if depth:
             self.note_cascade()  # before the event is in the mailbox, or `drain` could miss it
         return handlers
 
-    def _refuse(self, scope: str, depth: int, progress: int) -> NoReturn:
-        if depth:
+    def _refuse(self, scope: str, handlers: tuple[HandlerActor, ...], depth: int, progress: int) -> NoReturn:
+        me = get_ident()
+        # A finalizer may write on a thread that is in the middle of such a turn.
+        within = any(actor._claim.get(HOLDER) == me for actor in (self, *handlers))
+        if depth or within:
             self.count_refusal()
             raise Overloaded(
                 f"a handler's mailbox is full, and this write to scope {scope!r} comes from a handler; nothing was "
@@ -254,7 +273,7 @@ class TriggerRouter(TurnActor):
 
         `full`: progress since then counts too, for callers who did not come here before they tried.
         """
-        self._waiting_for_room.append(callback)
+        self._waiting_for_room[callback] = None
         if full is not None and full.progress != self.progress:
             # The progress that was waited for came before the callback was on the list: no other may follow.
             self._dispatcher.submit(self.made_room)
@@ -265,21 +284,19 @@ class TriggerRouter(TurnActor):
 
     def stop_waiting(self, callback: Callable[[], object]) -> None:
         """Forget a callback given to `when_room`, if it is still there: the caller that waited has given up."""
-        with contextlib.suppress(ValueError):
-            self._waiting_for_room.remove(callback)
+        self._waiting_for_room.pop(callback, None)
 
     def made_room(self) -> None:
         """Some handler has made progress: tell those who wait."""
         self.progress += 1
-        # Always the same queue, one atomic pop at a time: a callback added meanwhile is never on one left behind.
+        # Always the same table, one atomic pop at a time: a callback added meanwhile is never in one left behind.
         # Those that are here now, once each: one that finds its handler still full comes back, to the end.
         waiting = self._waiting_for_room
-        for _ in range(len(waiting)):
-            try:
-                callback = waiting.popleft()
-            except IndexError:
-                return
-            callback()
+        if not waiting:
+            return
+        for callback in list(waiting):
+            if waiting.pop(callback, _GONE) is not _GONE:
+                contained(callback, "telling a writer that a handler has made room", log)
 
     # --------------------------------------------------------------------------------------------------- routing
 
@@ -302,7 +319,7 @@ class TriggerRouter(TurnActor):
         if not anywhere and (not watch or (key not in watch and None not in watch)):
             return (), None
         # Depth 0, whatever it was: this write is done, so it may wait, and whoever cascades has counted it.
-        handlers = self.targets(scope, watch or {}, key, 0)
+        handlers = self.targets(scope, watch or Watchers(), key, 0)
         if not handlers:
             return (), None
         kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
@@ -341,14 +358,16 @@ class TriggerRouter(TurnActor):
         batch = mailbox[: self.batch]
         # As many as were taken: more may have come meanwhile.
         del mailbox[: len(batch)]
-        for item in batch:
-            if type(item) is tuple:
-                self._route(*item)
-            else:
-                self._handle(item)
+        self._handle_all(batch, self._pass_on)
         if batch:
             # Not for nothing: a writer that finds its handler still full wakes this actor, and would be told at once.
             self.made_room()
+
+    def _pass_on(self, item: Any) -> None:
+        if type(item) is tuple:
+            self._route(*item)
+        else:
+            self._handle(item)
 
     def _route(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
         self.routed += 1
@@ -356,11 +375,19 @@ class TriggerRouter(TurnActor):
             self._cut_loop(handlers, event)
             return
         if len(handlers) == 1:
-            handlers[0].offer(event)
+            self._offer(handlers[0], event)
             return
         # All copied before the first handler gets its own: what one does to its event reaches no other.
         for handler, own in zip(handlers, [event.copy() for _ in handlers], strict=True):
-            handler.offer(own)
+            self._offer(handler, own)
+
+    def _offer(self, handler: HandlerActor, event: StateEvent) -> None:
+        try:
+            handler.offer(event)
+        except MemoryError:
+            # The write has happened, so its event must not be lost; the mailbox may have it already.
+            certainly(lambda: handler.offer_once(event))
+            certainly(handler.wake_anyway)
 
     def _cut_loop(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
         self.loops_cut += 1

@@ -78,6 +78,8 @@ class Surroundings:
         self.router = router
         self.snapshot = snapshot
         self.directory = directory
+        self.sequence_floor = 0
+        """Scopes that are not kept begin to number behind it: one that was emptied and has left memory may be back."""
 
 
 class ScopeActor(TurnActor):
@@ -99,7 +101,7 @@ class ScopeActor(TurnActor):
         self._watch = around.router.watchers_of(scope)
         self._anywhere = around.router.anywhere
         self._registry: MutableMapping[str, Any] = around.snapshot.dirty
-        self._sequence = 0
+        self._sequence = 0 if keeps else around.sequence_floor
         self._saved = 0
         self._dirty: dict[str, bytes | None] | None = {} if keeps else None
         self._positions: dict[str, int] = {}
@@ -256,25 +258,40 @@ class ScopeActor(TurnActor):
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
             routed = self._event(key, old, new, sequence)
         values, dirty, positions, outbox = self._values, self._dirty, self._positions, self._outbox
+        before = self._sequence
         self.touched = True
         # From here to the end of the stretch: no call, no loop, no attribute with code behind it. CPython looks for
-        # signals only at those, so nothing can come between these lines.
-        if new is not None:
-            values[key] = new  # type: ignore[index]
-        elif old is not None:
-            del values[key]  # type: ignore[union-attr]
-        self._sequence = sequence
-        if dirty is not None:
+        # signals only at those, so nothing can come between these lines. What may need memory stands before what is
+        # deleted, and the event last: a MemoryError takes back everything, without needing any memory itself.
+        try:
+            if dirty is not None:
+                if new is not None:
+                    dirty[key] = new
+                    if old is None:
+                        positions[key] = sequence
+                elif old is not None:
+                    dirty[key] = None
+                self._registry[self.scope] = self
             if new is not None:
-                dirty[key] = new
-                if old is None:
-                    positions[key] = sequence
-            elif old is not None:
-                dirty[key] = None
-                if key in positions:
+                values[key] = new  # type: ignore[index]
+            self._sequence = sequence
+            outbox += routed
+        except MemoryError:
+            self._sequence = before
+            if old is not None:
+                values[key] = old  # type: ignore[index]
+            elif key in values:  # type: ignore[operator]
+                del values[key]  # type: ignore[union-attr]
+            if dirty is not None:
+                if key in dirty:
+                    dirty[key] = old  # saved once more than needed, or deleted once more
+                if old is None and key in positions:
                     del positions[key]
-            self._registry[self.scope] = self
-        outbox += routed
+            raise
+        if new is None and old is not None:
+            del values[key]  # type: ignore[union-attr]
+            if dirty is not None and key in positions:
+                del positions[key]
         # End of the stretch.
         if routed:
             self._announce()
@@ -318,16 +335,23 @@ class ScopeActor(TurnActor):
             return False
         # First out of the directory, then empty: whoever still holds this actor finds no values and is sent on to its
         # successor; a reader that already holds the values reads what was current after it began.
+        self._note_leaving()
         if not self._around.directory.let_go(self, self._router.forget):
             return False
         self._passivated = True
         self._values = None
         return True
 
+    def _note_leaving(self) -> None:
+        """It is about to leave memory. What is not kept anywhere must not give its event numbers again."""
+        if self._dirty is None:
+            around = self._around
+            around.sequence_floor = max(around.sequence_floor, self._sequence)
+
     def _is_saved(self) -> bool:
         """True if the scope can be made again as it is: from the store, or because it was never written."""
         if self._dirty is None:
-            return self._sequence == 0
+            return not self._values
         return not self._dirty and self._saved == self._sequence and not self.pinned
 
     def _arrive(self, message: Any) -> ScopeActor | None:

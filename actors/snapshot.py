@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from scopestate.actors.commit import Batch, CommitScopeActor, TakeBatch
-from scopestate.actors.containment import Log
+from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.reply import deliver
 from scopestate.actors.scope import ScopeActor
-from scopestate.actors.turn import TurnActor
+from scopestate.actors.turn import TurnActor, arranging, is_arranging
 from scopestate.actors.turns import Collect
 from scopestate.errors import StorageError, UnsavableValue
 from scopestate.persistence import Adapter, ScopeChange
@@ -123,12 +123,14 @@ class SnapshotActor(TurnActor):
 
     def commit_soon(self) -> None:
         """See that a commit comes. Called within a scope's turn, so that it is cheap once one is on its way."""
-        if not self._commit_asked:
-            self._commit_asked = True
-            self.tell(Commit())
+        if not self._commit_asked or is_arranging():
+            arranging(self._ask_for_commit)
 
     def commit_anyway(self) -> None:
         """As `commit_soon`, for when that was cut short. Once too often does no harm."""
+        arranging(self._ask_for_commit)
+
+    def _ask_for_commit(self) -> None:
         self._commit_asked = True
         self.tell(Commit())
 
@@ -256,9 +258,15 @@ class SnapshotActor(TurnActor):
     def _write(self, changes: list[ScopeChange]) -> None:
         try:
             self._adapter.save(changes)
-        except Exception as problem:
+        except BaseException as problem:
+            if is_from_outside(problem):
+                raise
             # An adapter promises StorageError; whatever else one raises must not stop the saving for good either.
-            error = problem if isinstance(problem, StorageError) else StorageError(f"the adapter failed: {problem!r}")
+            error = (
+                problem
+                if isinstance(problem, StorageError)
+                else StorageError(f"the adapter failed: {type(problem).__name__}: {described(problem)}")
+            )
             if isinstance(error, UnsavableValue):
                 raise  # the store works
             self.failed_saves += 1

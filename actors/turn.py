@@ -244,7 +244,11 @@ class TurnActor(pykka.Actor):
     def _schedule(self) -> None:
         # In this order: a worker may clear the flag as soon as the dispatcher knows.
         self._scheduled = True
-        self._dispatcher.schedule(self)
+        try:
+            self._dispatcher.schedule(self)
+        except BaseException:
+            self._scheduled = False  # perhaps it does not know; the next one who comes asks again
+            raise
 
     # ------------------------------------------------------------------------------------------------- running
 
@@ -260,7 +264,11 @@ class TurnActor(pykka.Actor):
             self._drain_mailbox()
         finally:
             del claim[HOLDER]
-            self.wake()
+            try:
+                self.wake()
+            except BaseException:
+                certainly(self.wake_anyway)
+                raise
 
     def _drain_mailbox(self) -> None:
         mailbox = self._mailbox

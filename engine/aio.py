@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import Iterable
+import contextvars
+import threading
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import pykka
+
 from scopestate.actors import messages
 from scopestate.actors.loop_reply import Deadlines, LoopReply
-from scopestate.actors.reply import Envelope
+from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import ScopeActor
+from scopestate.actors.snapshot import Flush
 from scopestate.actors.turns import Change, Put, Read, ReadAll, Take, Turn, checked_name, no_message
 from scopestate.asks import no_room
 from scopestate.calls import to_json
+from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout, ValueTooLarge
 from scopestate.ops import checked
 from scopestate.ops.values import decode, encode
@@ -84,7 +90,8 @@ class AioEngine:
         engine = self._engine
         if not engine._parts.adapter.keeps:
             return engine.list_groups()
-        return await self._on_worker(engine.list_groups)  # type: ignore[no-any-return]
+        groups: list[str] = await _outcome(engine._parts.dispatcher.submit, engine.list_groups)
+        return groups
 
     def scope(self, scope: str) -> AioScope:
         """Return a handle on one scope."""
@@ -118,16 +125,35 @@ class AioEngine:
 
     async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as the engine's own
         """As `Engine.drain`."""
-        await self._on_worker(lambda: self._engine.drain(timeout))
+        self._engine._refuse_if_drained()
+        steps = drain_steps(self._engine._parts, timeout)
+        outcome: Any = None
+        error: pykka.Timeout | None = None
+        try:
+            while True:
+                wanted, left_s = steps.send(outcome) if error is None else steps.throw(error)
+                outcome, error = None, None
+                try:
+                    outcome = await (
+                        _answer(wanted, left_s) if isinstance(wanted, Reply) else _on_thread(wanted, "scopestate-drain")
+                    )
+                except pykka.Timeout as late:
+                    error = late
+        except StopIteration:
+            return
+        finally:
+            steps.close()
 
     async def flush(self) -> None:
         """As `Engine.flush`."""
-        await self._on_worker(self._engine.flush)
+        engine = self._engine
+        engine._refuse_if_closed()
+        await engine._snapshot.ask(Flush())
 
     async def close(self) -> None:
         """As `Engine.close`; handlers on this event loop go on meanwhile."""
         # Not on one of the engine's own workers, which end when it closes.
-        await self._on_worker(self._engine.close)
+        await _on_thread(self._engine.close, "scopestate-close")
 
     async def __aenter__(self) -> Self:
         return self
@@ -136,10 +162,6 @@ class AioEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
-
-    async def _on_worker(self, work: Any) -> Any:
-        # In this context: what runs in a handler must know it, or drain() would wait for its own handler.
-        return await asyncio.to_thread(work)
 
     async def _turn(self, scope: str, turn: Turn) -> Any:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
@@ -194,9 +216,55 @@ class AioEngine:
                 try:
                     await asyncio.wait_for(room.future, left_s)
                 except TimeoutError as error:
-                    router.stop_waiting(room.set)
                     router.count_refusal()
                     raise Overloaded(no_room(scope)) from error
+            finally:
+                router.stop_waiting(room.set)  # whatever came: a task that was cancelled leaves nothing behind
+
+
+# Nothing here runs on the event loop's default executor: it has a few threads, which belong to the program, and a wait
+# for handlers on each of them would keep those handlers from their own `asyncio.to_thread`.
+
+
+async def _answer(reply: Reply[Any], timeout_s: float | None) -> Any:
+    """Wait for a reply. Raises pykka.Timeout."""
+    waiter = LoopReply()
+    reply.add_done_callback(lambda _: waiter.set())
+    try:
+        await asyncio.wait_for(waiter.future, timeout_s)
+    except TimeoutError as error:
+        raise pykka.Timeout(f"no reply within {timeout_s} s") from error
+    return reply.get()
+
+
+async def _on_thread(work: Callable[[], Any], name: str) -> Any:
+    """Wait for `work()` on a thread of its own: it may take long, and waits for what other threads do."""
+
+    def start(run: Callable[[], object]) -> None:
+        threading.Thread(target=run, name=name, daemon=True).start()
+
+    return await _outcome(start, work)
+
+
+async def _outcome(start: Callable[[Callable[[], object]], object], work: Callable[[], Any]) -> Any:
+    """Have `start` run `work()` elsewhere, and wait for what it gives or raises."""
+    reply = LoopReply()
+    # In this context: what runs in a handler must know it, or it would wait for its own handler.
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        outcome: tuple[Any, BaseException | None]
+        try:
+            outcome = context.run(work), None
+        except BaseException as error:  # noqa: BLE001 - the task that waits gets it
+            outcome = None, error
+        reply.set(outcome)
+
+    start(run)
+    value, error = await reply.future
+    if error is not None:
+        raise error
+    return value
 
 
 class AioScope:

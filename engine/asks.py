@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from scopestate.actors.containment import Log
+from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.reply import Reply
 from scopestate.actors.router import HandlerFull, TriggerRouter
-from scopestate.errors import Overloaded, ScopestateError
+from scopestate.errors import Overloaded
 
 log = Log("scopestate.engine")
 
@@ -48,7 +48,9 @@ class PatientReply(Reply[Any]):
         # Called for one sender after the other: a refusal is this one's answer, and must not keep the others waiting.
         try:
             self.send()
-        except ScopestateError as error:
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
             self.fail(error)
 
 

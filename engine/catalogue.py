@@ -50,13 +50,7 @@ def builtin(function_id: str, call: Callable[[str, object], Any]) -> Function:
 def made_id(handler: Callable[..., Any], functions: Functions) -> str:
     """Return an id for a function that was given none: its module and name, numbered if that is taken."""
     name = getattr(handler, "__qualname__", None) or type(handler).__qualname__
-    base = f"{getattr(handler, '__module__', None) or 'python'}::{name}"
-    taken = {function.function_id for function in functions.all()}
-    made, number = base, 1
-    while made in taken:
-        number += 1
-        made = f"{base}#{number}"
-    return made
+    return functions.free_id(f"{getattr(handler, '__module__', None) or 'python'}::{name}")
 
 
 def functions(registered: Functions) -> list[dict[str, Any]]:

@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
 
 import pykka
 
 from scopestate.actors.functions import running_loop
 from scopestate.actors.handler import Barrier
-from scopestate.actors.reply import Envelope
+from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.snapshot import Commit
 from scopestate.actors.turns import Ping
 from scopestate.errors import ReplyTimeout, WouldDeadlock
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
+    from scopestate.actors.turn import TurnActor
     from scopestate.parts import Parts
 
 
+Wait = tuple[Reply[Any] | Callable[[], object], float | None]
+"""What one step waits for, and how many seconds at most: an answer, or a call that blocks its thread so long."""
+Steps = Generator[Wait, Any, None]
+
+
 def drain(parts: Parts, timeout: float | None) -> None:
-    """Wait until every event fired so far, and every event fired by handling those, has been handled.
+    """Wait on this thread until every event fired so far, and every event fired by handling those, has been handled."""
+    steps = drain_steps(parts, timeout)
+    outcome: Any = None
+    error: pykka.Timeout | None = None
+    while True:
+        try:
+            wanted, left_s = steps.send(outcome) if error is None else steps.throw(error)
+        except StopIteration:
+            return
+        outcome, error = None, None
+        try:
+            outcome = wanted.get(timeout=left_s) if isinstance(wanted, Reply) else wanted()
+        except pykka.Timeout as late:
+            error = late
+
+
+def drain_steps(parts: Parts, timeout: float | None) -> Steps:
+    """Say what to wait for, one thing after the other; for threads and event loops alike.
 
     A barrier goes through the router and every handler, behind the events that are there. A handler that fires an event
     may put it behind the barrier, so rounds go on until two in a row saw no handler fire: the second one is behind
@@ -29,13 +53,18 @@ def drain(parts: Parts, timeout: float | None) -> None:
     """
     if event_depth.get():
         raise WouldDeadlock("drain() in a handler would wait for that very handler to end")
+    parts.router._refuse_own_turn()
     deadline = None if timeout is None else parts.dispatcher.monotonic() + timeout
     quiet_rounds = 0
     while quiet_rounds < 2:
         fired = parts.router.fired_by_handlers()
-        _finish_turns(parts, deadline, timeout)
-        if parts.arrivals is not None and not parts.arrivals.catch_up(_left(parts, deadline)):
-            raise ReplyTimeout("", timeout or 0.0, behind="(all: events of this engine have not come back from Redis)")
+        yield from _finish_turns(parts, deadline, timeout)
+        if parts.arrivals is not None:
+            arrivals, left_s = parts.arrivals, _left(parts, deadline)
+            if not (yield lambda arrivals=arrivals, left_s=left_s: arrivals.catch_up(left_s), left_s):  # type: ignore[misc]  # mypy cannot infer a default argument
+                raise ReplyTimeout(
+                    "", timeout or 0.0, behind="(all: events of this engine have not come back from Redis)"
+                )
         handlers = parts.router.working()
         if not handlers:
             return
@@ -43,11 +72,13 @@ def drain(parts: Parts, timeout: float | None) -> None:
         barrier = Barrier(handlers, reply)
         parts.router.tell(barrier)
         try:
-            reply.get(timeout=_left(parts, deadline))
+            yield reply, _left(parts, deadline)
         except pykka.Timeout as error:
             behind = ", ".join(barrier.missing()[:10])
-            parts.router.withdraw(barrier)
             raise ReplyTimeout("", timeout or 0.0, behind) from error
+        finally:
+            if not reply.done:
+                parts.router.withdraw(barrier)  # the wait is over: late, or cancelled
         quiet_rounds = quiet_rounds + 1 if parts.router.fired_by_handlers() == fired else 0
 
 
@@ -67,26 +98,32 @@ def refuse_on_loop_of_handlers(parts: Parts, name: str) -> None:
             )
 
 
-def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -> None:
+def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -> Steps:
     """Let messages that were told, not asked, run, and commits that hold events back come through."""
     for actor in list(parts.directory.values()):
         if actor.has_waiting():
             actor._refuse_own_turn()
-            reply = parts.dispatcher.reply()
             # Not a read: a closing scope refuses those, and a full mailbox is the more reason to wait.
-            ping = Envelope(Ping(), reply)
-            actor._enqueue(ping)
-            try:
-                reply.get(timeout=_left(parts, deadline))
-            except pykka.Timeout as error:
-                reply.abandoned = True
-                actor.withdraw(ping)
-                raise ReplyTimeout(actor.scope, timeout or 0.0) from error
+            yield from _behind(actor, Ping(), parts, deadline, ReplyTimeout(actor.scope, timeout or 0.0))
     if parts.snapshot.has_open_commits():
-        try:
-            parts.snapshot.ask(Commit()).get(timeout=_left(parts, deadline))
-        except pykka.Timeout as error:
-            raise ReplyTimeout("", timeout or 0.0, behind="(all: a commit is still under way)") from error
+        late = ReplyTimeout("", timeout or 0.0, behind="(all: a commit is still under way)")
+        parts.snapshot._refuse_own_turn()
+        yield from _behind(parts.snapshot, Commit(), parts, deadline, late)
+
+
+def _behind(actor: TurnActor, message: object, parts: Parts, deadline: float | None, late: ReplyTimeout) -> Steps:
+    """Wait until `message`, queued behind what waits for `actor`, has had its turn. Raises `late`."""
+    reply = parts.dispatcher.reply()
+    envelope = Envelope(message, reply)
+    actor._enqueue(envelope)
+    try:
+        yield reply, _left(parts, deadline)
+    except pykka.Timeout as error:
+        raise late from error
+    finally:
+        if not reply.done:
+            reply.abandoned = True
+            actor.withdraw(envelope)
 
 
 def _left(parts: Parts, deadline: float | None) -> float | None:

@@ -338,12 +338,16 @@ class Engine(Reactive):
         `timeout` in seconds. Raises ReplyTimeout, naming the triggers that are behind, and WouldDeadlock where it would
         wait for itself: in a handler, and on an event loop that runs handlers (there: `await engine.aio.drain()`).
         """
+        self._refuse_if_drained()
+        refuse_on_loop_of_handlers(self._parts, "drain")
+        drain(self._parts, timeout)
+
+    def _refuse_if_drained(self) -> None:
+        """Raise what `drain` raises where nothing can be left to wait for."""
         if self._forked:
             raise forked()
         if self._closing.done:
             raise EngineClosed
-        refuse_on_loop_of_handlers(self._parts, "drain")
-        drain(self._parts, timeout)
 
     def flush(self) -> None:
         """Wait until everything acknowledged so far is on disk. Raises StorageError if it cannot be saved now.
@@ -448,7 +452,10 @@ class Engine(Reactive):
                 room = dispatcher.reply()
                 self._router.when_room(room.set)
             try:
-                return self._scopes[scope].run(turn)
+                answer = self._scopes[scope].run(turn)
+                if room is not None:
+                    self._router.stop_waiting(room.set)
+                return answer
             except HandlerFull as full:
                 timeout_s = self._limits.call_timeout_s
                 if deadline is None and timeout_s is not None:
