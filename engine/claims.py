@@ -88,9 +88,9 @@ class Claims(Generic[T]):
                 self._keep(name, worker.access)
         return served
 
-    def clear(self, name: str) -> None:
-        """Forget all that is offered under this name; it is free then."""
-        self._offers.pop(name, None)
+    def clear(self, name: str) -> list[T]:
+        """Forget all that is offered under this name, and return it; the name is free then."""
+        return list(self._offers.pop(name, {}).values())
 
     def last_worker_left(self, access: Access) -> None:
         """No worker of this token is connected any more: nothing is kept for it."""

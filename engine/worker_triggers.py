@@ -12,7 +12,13 @@ from scopestate.claims import Claims
 from scopestate.errors import DeserializationError, Forbidden, InvalidRegistration, ScopestateError
 from scopestate.ops.values import decode, parse
 from scopestate.triggers import read_trigger
-from scopestate.wire.frames import RegisterTrigger, RegisterTriggerType, UnregisterTrigger, encode
+from scopestate.wire.frames import (
+    RegisterTrigger,
+    RegisterTriggerType,
+    UnregisterTrigger,
+    UnregisterTriggerType,
+    encode,
+)
 from scopestate.wire.session import POLICY
 from scopestate.worker_handlers import LoopDispatcher, WorkerHandler
 
@@ -181,7 +187,8 @@ class WorkerTriggers:
         """Remove a trigger of any worker with the same token (docs/protocol.md 2.1); not one of the program itself."""
         registered = self._triggers.serving(trigger_id)
         if registered is not None and self._triggers.belongs_to(trigger_id, worker.access):
-            self._triggers.clear(trigger_id)
+            for offer in self._triggers.clear(trigger_id):
+                offer.owner.session.forget(offer.frame)
             self._end(registered)
 
     def silence(self, worker: Worker) -> None:
@@ -217,6 +224,7 @@ class WorkerTriggers:
                 access.check_register(type_id, "trigger type")
             except Forbidden as error:
                 self._hub.log.warning("worker %s: a trigger type was withdrawn: %s", worker.worker_id, error)
+                worker.session.forget(UnregisterTriggerType(type_id))
                 self.unregister_type(worker, type_id)
         for registered in self._triggers.all():
             if registered.owner is worker and registered.trigger is None:

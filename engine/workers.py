@@ -297,6 +297,7 @@ class Hub:
             except Forbidden as error:
                 self.log.warning("worker %s: a function was withdrawn: %s", worker.worker_id, error)
                 worker.note_refused(function.frame.id, str(error))
+                worker.session.forget(function.frame)
                 self._withdraw(function, lost=False)
         self.triggers.withdraw_forbidden(worker, access)
 

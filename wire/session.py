@@ -165,6 +165,8 @@ class WorkerSession:
         theirs without it says nothing.
         """
         self._sizes: dict[tuple[str, str], int] = {}
+        self._size_before = 0
+        """Bytes of what the latest registration would replace; 0: nothing."""
         self._registered_bytes = 0
         self._faults = 0
 
@@ -271,7 +273,8 @@ class WorkerSession:
             )
             return self._count_fault(2)
         place = _place(frame)
-        self._registered_bytes += size - self._sizes.get(place, 0)
+        self._size_before = self._sizes.get(place, 0)
+        self._registered_bytes += size - self._size_before
         self._sizes[place] = size
         limits = self.limits
         if len(self._sizes) > limits.registrations:
@@ -285,8 +288,14 @@ class WorkerSession:
         self._registered_bytes -= self._sizes.pop(_place(frame), 0)
 
     def refused(self, frame: _Register) -> Close | None:
-        """A registration was refused: it no longer counts, but too many of them are a reason to close."""
+        """The latest registration was refused: it no longer counts, but too many of them are a reason to close.
+
+        What it would have replaced is still there, and counts.
+        """
         self.forget(frame)
+        if self._size_before:
+            self._sizes[_place(frame)] = self._size_before
+            self._registered_bytes += self._size_before
         return self._count_fault(2)  # one more than a good message, which this one was taken for, makes up for
 
     def _fault(self, message: bytes, error: Exception) -> Action | None:

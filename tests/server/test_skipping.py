@@ -90,7 +90,9 @@ def opened() -> Iterator[list[socket.socket]]:
         one.close()
 
 
-def upgrade(server: Server, path: str, token: str, opened: list[socket.socket]) -> socket.socket:
+def upgrade(
+    server: Server, path: str, token: str, opened: list[socket.socket], status: bytes = b"HTTP/1.1 101"
+) -> socket.socket:
     """Open a WebSocket, and return the plain socket: it says what it is told to, and no more."""
     connection = socket.create_connection((server.host, server.port), timeout=PATIENCE_S)
     opened.append(connection)
@@ -101,7 +103,7 @@ def upgrade(server: Server, path: str, token: str, opened: list[socket.socket]) 
     answer = b""
     while not answer.endswith(b"\r\n\r\n"):
         answer += connection.recv(1)
-    assert answer.startswith(b"HTTP/1.1 101")
+    assert answer.startswith(status)
     return connection
 
 
@@ -137,6 +139,24 @@ def test_a_wrong_token_that_floods_is_cut(server: Server, opened: list[socket.so
 
     assert resident() - before < 24 << 20
     assert MAX_REFUSED_BYTES < 1 << 20
+
+
+def test_connections_without_a_valid_token_take_no_workers_place(
+    open_server: OpenServer, connect: OpenRaw, opened: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scopestate.server.MAX_REFUSALS", 2)
+    monkeypatch.setattr("scopestate.connections.CLOSE_GRACE_S", PATIENCE_S)  # they do not answer the close frame
+    server = open_server(auth={"tokens": [TOKEN]}, max_connections=1)
+    for _ in range(2):
+        upgrade(server, "/", "wrong", opened)
+    for path in ("/", "/otel"):
+        upgrade(server, path, "wrong", opened, b"HTTP/1.1 401")
+    sink = upgrade(server, "/otel", TOKEN, opened)
+
+    worker = connect(server, additional_headers={"Authorization": f"Bearer {TOKEN}"})
+    assert worker.call("state::list_groups", {}) == {"groups": []}
+    assert server.status().refused == 4
+    sink.sendall(frame(CLOSE, b""))
 
 
 def test_pings_without_end_of_a_client_that_reads_nothing_are_not_gathered(

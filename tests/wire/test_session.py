@@ -396,6 +396,19 @@ def test_too_many_registrations_close_the_connection_and_repeats_do_not_count() 
     assert closing == Close(1008, "more than 3 functions and triggers registered")
 
 
+def test_a_refused_registration_leaves_what_it_would_have_replaced_counted() -> None:
+    worker = session(registrations=2, faults=100)
+    for _ in range(5):
+        for name in ("a", "b"):
+            registered = say(worker, {"type": "registerfunction", "id": name, "metadata": "x" * 100})
+            again = say(worker, {"type": "registerfunction", "id": name})
+            assert isinstance(registered, RegisterFunction)
+            assert isinstance(again, RegisterFunction)
+            assert worker.refused(again) is None
+
+    assert isinstance(say(worker, {"type": "registerfunction", "id": "c"}), Close)
+
+
 def test_registrations_of_too_many_bytes_close_the_connection() -> None:
     worker = session(registration_bytes=1_000)
     for _ in range(10):
