@@ -163,3 +163,15 @@ def test_close_does_not_wait_for_a_server_that_does_not_answer(start_server: Sta
 
     with pytest.raises(StorageError, match="closed"):
         at_the_link.get(timeout=PATIENCE_S)
+
+
+def test_a_connection_that_is_left_is_made_anew_once(valkey: Server) -> None:
+    with open_at(valkey.url) as engine:
+        engine.set("s", "k", 0)
+        before = engine.stats().store["connects"]
+        links_of(engine)[0].leave()
+        for number in range(5):
+            engine.set("s", "k", number)
+            engine.ask(messages.Set("s", "k", number), block=False).get(timeout=PATIENCE_S)
+
+        assert engine.stats().store["connects"] == before + 1
