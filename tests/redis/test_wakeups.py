@@ -20,6 +20,7 @@ from scopestate.actors import redis_flights
 from scopestate.actors.redis_calls import NEVER, Call
 from scopestate.actors.redis_scope import RedisScopeActor
 from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.turn import arranging
 from scopestate.actors.turns import Change, Housekeeping, Passivate, Put
 from scopestate.errors import ReplyTimeout, StorageError, WouldDeadlock
 from scopestate.persistence.redis.flight import Flight
@@ -242,15 +243,26 @@ def test_a_scope_that_tasks_alone_use_counts_as_used(valkey: Server) -> None:
             assert actor_of(engine).touched
 
 
-def test_a_signal_handler_that_interrupts_a_wake_up_makes_it_again_before_it_waits(valkey: Server) -> None:
+@pytest.mark.parametrize("on_main_thread", [True, False])
+def test_code_that_interrupts_a_wake_up_makes_it_again_before_it_waits(valkey: Server, *, on_main_thread: bool) -> None:
+    """A signal handler, or a finalizer that the garbage collector runs on any thread."""
     with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
         engine.set("s", "k", 0)
         actor = actor_of(engine)
-        # As it is when the signal comes after the flag is set, and before the link is called.
+        # As it is when that comes after the flag is set, and before the link is called.
         actor._mailbox += (Envelope(messages.Set("s", "k", 1), Reply()),)
-        actor._scheduled = True
+        found: list[object] = []
 
-        assert engine.set("s", "k", 2).old_value == 1
+        def interrupted() -> None:
+            actor._scheduled = True
+            found.append(engine.set("s", "k", 2).old_value)
+
+        if on_main_thread:
+            arranging(interrupted)
+        else:
+            InThread(lambda: arranging(interrupted)).result()
+
+        assert found == [1]
 
 
 def test_a_caller_of_a_scope_where_others_wait_goes_with_them(valkey: Server) -> None:
