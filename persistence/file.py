@@ -85,7 +85,7 @@ class FileAdapter:
         self._idle: list[sqlite3.Connection] = []
         self._lent: dict[_Loan, None] = {}
         self._writer: sqlite3.Connection | None
-        self._lock, self._writer, self._identity = open_store(self.directory, self.path, self._open)
+        self._lock, self._writer, self._identity, self._lost = open_store(self.directory, self.path, self._open)
         room = row_room(self._writer)
         self.longest_name = min(LONGEST_NAME, room // 64)
         """Characters of a scope or key at most; see `largest_value`."""
@@ -132,6 +132,8 @@ class FileAdapter:
                 raise self._translate(error, doing) from error
             # Again: a database that lost its name while we wrote takes the batch with it.
             self._check_place(doing)
+            if batch:
+                self._lock.note_commit(batch[-1].scope, batch[-1].sequence)
 
     def size_bytes(self) -> int:
         """Return how much the database takes on the disk, its write-ahead log included."""
@@ -143,6 +145,10 @@ class FileAdapter:
                 # The log comes and goes; a missing database is for `save` and `load` to report.
                 continue
         return total
+
+    def problem(self) -> str | None:
+        """Return what was found to be lost when the store was opened; None if nothing was."""
+        return self._lost
 
     def check(self) -> list[str]:
         """Read the whole database and return what is wrong with it; empty if it is sound. Slow: for tests and tools."""

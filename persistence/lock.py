@@ -39,6 +39,9 @@ else:
 
 
 _FACTS_BYTES = 64 * 1024
+_LONGEST_SCOPE = 250
+_RECORD_BYTES = 2048
+"""Room for a scope of that length, each character of it escaped."""
 _FLAGS = (
     os.O_RDWR
     | os.O_CREAT
@@ -53,12 +56,16 @@ class StoreLock:
 
     created: str
     """When the store in this directory was created, as noted by its earlier holders; "" if never."""
+    committed: tuple[str, int] | None
+    """A scope, and the number of its write that the holder before saved last; None after a clean end."""
 
     def __init__(self, path: str, *, created: str = "") -> None:
         """Take the lock. Raises `StoreLocked`, naming the holder, or `StoreUnusable` if the file cannot be written."""
         self.path = path
         self._file = _take(path)
         earlier = _facts(self._file.fileno())
+        self.committed = _committed(self._file.fileno())
+        self._record_at = 0
         self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         try:
             self.note(created=str(earlier.get("created", created)))
@@ -79,6 +86,19 @@ class StoreLock:
                 "since": self._since,
             }
         )
+
+    def note_commit(self, scope: str, sequence: int) -> None:
+        """Write down, outside the database, what it has committed just now.
+
+        A damaged write-ahead log looks like one whose end was never written: what was acknowledged would be missing
+        without a word. No sync: after a power cut the note may be an older one, and never one that is ahead.
+        """
+        if self._file.closed or len(scope) > _LONGEST_SCOPE:
+            return
+        record = json.dumps([scope, sequence]).encode().ljust(_RECORD_BYTES) + b"\n"
+        with contextlib.suppress(OSError):  # the commit has gone through: this is for the day when it is lost
+            os.lseek(self._file.fileno(), self._record_at, os.SEEK_SET)
+            os.write(self._file.fileno(), record)
 
     def held(self) -> bool:
         """Tell whether the file at `path` is still the one that is locked: it may have been deleted or replaced."""
@@ -111,6 +131,7 @@ class StoreLock:
             os.lseek(descriptor, 0, os.SEEK_SET)
             os.write(descriptor, content)
             os.ftruncate(descriptor, len(content))
+            self._record_at = len(content)
         except OSError as error:
             raise StoreUnusable(f"cannot write {self.path}: {error.strerror or error}") from error
 
@@ -173,10 +194,28 @@ def _facts(descriptor: int) -> dict[str, object]:
     """Read what the holder wrote; empty if that is unreadable or only half there."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
-        found = json.loads(os.read(descriptor, _FACTS_BYTES))
+        found = json.loads(os.read(descriptor, _FACTS_BYTES).partition(b"\n")[0])
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _committed(descriptor: int) -> tuple[str, int] | None:
+    """Read the note of the last commit; None if there is none, or it is unreadable."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return read_committed(os.read(descriptor, _FACTS_BYTES))
+    except OSError:
+        return None
+
+
+def read_committed(content: bytes) -> tuple[str, int] | None:
+    """Return the note of the last commit from the content of a lock file."""
+    try:
+        scope, sequence = json.loads(content.partition(b"\n")[2])
+    except (ValueError, TypeError):
+        return None
+    return (scope, sequence) if isinstance(scope, str) and isinstance(sequence, int) else None
 
 
 def _held_by(path: str, facts: dict[str, object]) -> str:

@@ -64,18 +64,21 @@ def _sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def open_store(directory: str, path: str, open_: Open) -> tuple[StoreLock, sqlite3.Connection, os.stat_result]:
+def open_store(
+    directory: str, path: str, open_: Open
+) -> tuple[StoreLock, sqlite3.Connection, os.stat_result, str | None]:
     """Lock the directory and open its database, creating or migrating it; the lock is released on any raise.
 
-    The third result identifies the database file (device and inode).
+    The third result identifies the database file (device and inode); the fourth says what is missing in it, or is None.
     """
     lock = StoreLock(os.path.join(directory, "state.lock"))
     try:
         _warn_of_strangers(directory)
         new = not os.path.lexists(path)
         connection = _open_locked(path, lock, open_)
+        missing = _report_lost(connection, path, lock.committed)
         log_opened(connection, directory, new=new)
-        return lock, connection, os.stat(path)
+        return lock, connection, os.stat(path), missing
     except BaseException:
         lock.release()
         raise
@@ -174,6 +177,45 @@ def log_opened(connection: sqlite3.Connection, directory: str, *, new: bool) -> 
         return
     what = "which is new" if new else f"which holds {_counted(keys)} keys in {_counted(scopes)} scopes"
     log.info("opened the store %r, %s", directory, what)
+
+
+def _report_lost(connection: sqlite3.Connection, path: str, committed: tuple[str, int] | None) -> str | None:
+    """Say, in the log too, if a write that was saved before is not in the database; None if nothing is missing.
+
+    The store is used all the same: what it holds is whole, as of an earlier moment. Refused: setting it aside, as is
+    done with a damaged database; the next start would find nothing at all. The log is kept, as it may be mended.
+    """
+    try:
+        problem = lost(connection, path, committed)
+    except LIBRARY_ERRORS as error:
+        log.debug("looking for the last commit in %r: %s", path, error)  # the first one who reads there gets it
+        return None
+    if problem is None:
+        return None
+    log_path = path + "-wal"
+    try:
+        kept = quarantine.copy_aside(log_path) if _size(log_path) else ""
+    except OSError as error:
+        kept, problem = "", f"{problem} (its log could not be copied: {error})"
+    problem += f". A copy of the log as it was found is {kept}" if kept else ""
+    log.error("%s", problem)
+    return problem
+
+
+def lost(connection: sqlite3.Connection, path: str, committed: tuple[str, int] | None) -> str | None:
+    """Return what is wrong if the database lacks the write that was noted outside of it."""
+    if committed is None:
+        return None
+    scope, sequence = committed
+    found = connection.execute("SELECT sequence FROM scopes WHERE scope = ?", (scope,)).fetchall()
+    there = int(found[0][0]) if found else 0
+    if there >= sequence:
+        return None
+    return (
+        f"acknowledged writes are missing in {path}: scope {scope!r} is at write {there}, and write {sequence} had "
+        "been saved. Its write-ahead log is damaged or was removed, or an older database was put in its place. The "
+        "store is used as it is: restore a backup if that is newer"
+    )
 
 
 def _counted(number: int) -> str:

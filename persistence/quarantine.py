@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import time
+
+from scopestate.persistence.files import create_private
 
 SUFFIXES = ("", "-wal", "-shm", "-journal")
 """Behind the name of an SQLite database: its files. The log belongs to the evidence, and to any repair."""
+
+
+def copy_aside(path: str) -> str:
+    """Copy the file `path` beside itself, under a name of its own, and return that. Raises `OSError`."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    target = f"{path}.damaged-{stamp}"
+    count = 1
+    while os.path.lexists(target):
+        count += 1
+        target = f"{path}.damaged-{stamp}-{count}"
+    create_private(target)
+    shutil.copyfile(path, target)
+    return target
+
+
+def find_copies(path: str) -> list[str]:
+    """Return the copies that `copy_aside` has made of `path`, oldest first."""
+    return sorted(glob.glob(glob.escape(path) + ".damaged-*"))
 
 
 def set_aside(path: str) -> str:

@@ -15,7 +15,9 @@ import msgspec
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
-from scopestate.persistence.lock import may_be_held
+from scopestate.persistence.lock import may_be_held, read_committed
+from scopestate.persistence.opening import lost
+from scopestate.persistence.quarantine import find_copies
 from scopestate.persistence.rows import _read_pages, read_names
 from scopestate.persistence.schema import DamagedError, check_header, find_problems, probe
 from scopestate.persistence.sqlite import LIBRARY_ERRORS, connect, database_uri, storage_error
@@ -47,6 +49,12 @@ class StoreReader:
         """Raises StoreUnusable if there is no store of ours, StoreCorrupt if it is damaged, else StorageError."""
         self.directory = os.path.realpath(expand_home(directory))
         self.path = os.path.join(self.directory, "state.db")
+        # Before the database, which an engine may be writing: what is noted here is there then.
+        try:
+            with open(os.path.join(self.directory, "state.lock"), "rb") as file:
+                self._committed = read_committed(file.read())
+        except OSError:
+            self._committed = None
         try:
             size = os.stat(self.path).st_size
             with open(self.path, "rb") as file:
@@ -122,7 +130,15 @@ class StoreReader:
     def problems(self) -> list[str]:
         """Read the whole database and return what is wrong with it, in words; empty if it is sound."""
         with self._translated("check the database"):
-            return find_problems(self._connection)
+            problems = find_problems(self._connection)
+            missing = lost(self._connection, self.path, self._committed)
+            if missing is not None:
+                problems.append(missing)
+            problems += [
+                f"acknowledged writes were lost before: {copy} is the log of that time. Remove it when it is of no use"
+                for copy in find_copies(self.path + "-wal")
+            ]
+            return problems
 
     def close(self) -> None:
         """Let go of the file. Idempotent."""
