@@ -7,6 +7,7 @@ import heapq
 import itertools
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -375,6 +376,21 @@ class _TimerThread:
             callback = heapq.heappop(heap)[2].callback
             if callback is not None:
                 contained(callback, "a timer's callback", log)
+
+
+def weakly(method: Callable[[], object]) -> Callable[[], object]:
+    """Return what calls a bound method for as long as its object is in use, for `call_later`.
+
+    A timer that is far away must not keep an engine in memory that was dropped without close().
+    """
+    here = weakref.WeakMethod(method)
+
+    def call() -> None:
+        found = here()
+        if found is not None:
+            found()
+
+    return call
 
 
 def start_thread(target: Callable[[], object]) -> bool:

@@ -15,6 +15,7 @@ import msgspec
 
 from scopestate.actors.awaitables import close_unrun, is_awaitable, is_unrun
 from scopestate.actors.containment import Log, is_from_outside
+from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import Functions
 from scopestate.actors.limits import Limits
 from scopestate.actors.reply import Reply
@@ -444,7 +445,7 @@ class HandlerActor(TurnActor):
             # One timer per handler follows the deadline, instead of one per event. One that was set for a longer time
             # limit, before a reload, would come too late.
             self._looks_s = self._deadline
-            self._dispatcher.call_later(timeout_s, self._look_at_deadline)
+            self._dispatcher.call_later(timeout_s, weakly(self._look_at_deadline))
         try:
             result = target(event)
         except BaseException as error:
@@ -466,7 +467,7 @@ class HandlerActor(TurnActor):
         left_s = deadline - self._dispatcher.monotonic()
         if left_s > 0:
             self._looks_s = deadline
-            self._dispatcher.call_later(left_s, self._look_at_deadline)
+            self._dispatcher.call_later(left_s, weakly(self._look_at_deadline))
             return
         self.timeouts += 1
         error = HandlerTimeout(self._running_id, self._services.limits.handler_timeout_s)

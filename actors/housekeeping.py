@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from scopestate.actors.containment import Log
+from scopestate.actors.dispatcher import weakly
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor
 from scopestate.actors.turns import Passivate
@@ -57,15 +57,10 @@ class Housekeeper(TurnActor):
         after_s = self._limits.passivate_after_s
         if self._ended or after_s <= 0:
             return
-        # A weak reference: a timer that is far away must not keep an engine in memory that was dropped without close().
-        here = weakref.ref(self)
+        self._timer = self._dispatcher.call_later(after_s / 2, weakly(self._ring))
 
-        def ring() -> None:
-            actor = here()
-            if actor is not None:
-                actor.tell(Sweep())
-
-        self._timer = self._dispatcher.call_later(after_s / 2, ring)
+    def _ring(self) -> None:
+        self.tell(Sweep())
 
     def end(self) -> None:
         """Sweep no more. From any thread, idempotent."""

@@ -11,6 +11,7 @@ import msgspec
 
 from scopestate.actors.commit import Batch, CommitScopeActor, TakeBatch
 from scopestate.actors.containment import Log, described, is_from_outside
+from scopestate.actors.dispatcher import weakly
 from scopestate.actors.reply import deliver
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor, arranging, is_arranging
@@ -119,7 +120,10 @@ class SnapshotActor(TurnActor):
     def _arm(self, delay_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._dispatcher.call_later(delay_s, lambda: self.tell(Tick()))
+        self._timer = self._dispatcher.call_later(delay_s, weakly(self._ring))
+
+    def _ring(self) -> None:
+        self.tell(Tick())
 
     def commit_soon(self) -> None:
         """See that a commit comes. Called within a scope's turn, so that it is cheap once one is on its way."""

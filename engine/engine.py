@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from types import TracebackType
@@ -142,7 +143,14 @@ class Engine(Reactive):
         return engine
 
     def _watch(self, path: str | os.PathLike[str]) -> None:
-        self._watcher = ConfigWatcher(path, self.reconfigure, lambda _: None, running=self._parts.config)  # it logs
+        here = weakref.ref(self)  # the watcher's thread must not keep an engine that was dropped
+
+        def apply(config: Config) -> None:
+            engine = here()
+            if engine is not None:
+                engine.reconfigure(config)
+
+        self._watcher = ConfigWatcher(path, apply, lambda _: None, running=self._parts.config)  # it logs
         self._watcher.start()
 
     def reconfigure(self, config: Config) -> None:
@@ -396,6 +404,12 @@ class Engine(Reactive):
             self._close_now(grace_s)
         except WouldDeadlock:
             self._close_behind_this()
+
+    def __del__(self) -> None:
+        """Dropped without close(): everything is saved and released all the same, with a ResourceWarning."""
+        closing = getattr(self, "_closing", None)
+        if closing is not None and not closing.done and not self._forked and hasattr(self, "_watcher"):
+            lifecycle.close_dropped(self)
 
     def _close_behind_this(self) -> None:
         """Close on another thread, which waits for what this one is in the middle of."""

@@ -23,15 +23,18 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from scopestate.signals import Guard, join
+from scopestate.actors.dispatcher import start_thread
+from scopestate.signals import Guard, join, wait_for
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
+    from scopestate.persistence import Adapter
 
 log = logging.getLogger("scopestate.engine")
 
@@ -41,6 +44,8 @@ SAVE_FIRST_S: Final = 1.0
 """How long a signal handler of the host is kept waiting for what is saved before it."""
 PROMPT_S: Final = 0.02
 """The interval of saves from then on."""
+DROPPED_S: Final = 20.0
+"""How long an engine that opens the same store waits for one that was dropped."""
 SHARE_S: Final = 0.25
 """Grace time that each engine has at least, where several share one."""
 
@@ -53,6 +58,9 @@ _WORKER_LIBRARIES: Final = ("multiprocessing", "multiprocess", "billiard")
 _EXECUTORS: Final = ("concurrent.futures.thread", "concurrent.futures.process")
 
 _live: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
+_stores: Final[dict[int, Adapter]] = {}
+"""id of an engine -> what it saves in, for as long as it is not closed."""
+_dropped: Final[set[Engine]] = set()
 _exclusive = Guard()
 _hooked = False
 _ahead_of: frozenset[str] = frozenset()
@@ -76,6 +84,9 @@ def watch_over(engine: Engine) -> None:
 def _watch_over(engine: Engine) -> None:
     global _hooked  # noqa: PLW0603 - hooks are per process
     _live.add(engine)
+    if engine._parts.adapter.keeps:
+        # Files and connections that are dropped with the engine would be closed before it can save.
+        _stores[id(engine)] = engine._parts.adapter
     if not _hooked:
         _hooked = True
         atexit.register(_at_exit)
@@ -91,7 +102,43 @@ def _watch_over(engine: Engine) -> None:
 
 def release(engine: Engine) -> None:
     """`engine` is closed: nothing is left to do for it."""
+    _stores.pop(id(engine), None)
     _exclusive.run(_live.discard, engine)
+
+
+def close_dropped(engine: Engine) -> None:
+    """Close an engine that the program has dropped without close(). Called by its finalizer, on any thread.
+
+    A finalizer may run in the middle of anything, also of a turn of this very engine or of `threading`'s own code: so
+    another thread closes, and it is started by one C call. Until it is done, the exit hook waits for it.
+    """
+    _dropped.add(engine)
+    if not start_thread(functools.partial(_close_now, engine)):
+        log.debug("no thread for an engine that was dropped: the exit hook closes it")
+    warnings.warn(f"an engine was dropped without close(): {engine!r}", ResourceWarning, stacklevel=2, source=engine)
+
+
+def wait_for_dropped() -> bool:
+    """Wait for engines that were dropped to be closed; False if there were none."""
+    if not _dropped:
+        return False
+    wait_for(_are_closed, DROPPED_S)
+    return True
+
+
+def _are_closed(slice_s: float) -> bool:
+    deadline = time.monotonic() + slice_s
+    while _dropped and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return not _dropped
+
+
+def _close_now(engine: Engine) -> None:
+    try:
+        engine.close()
+    except Exception:
+        log.exception("closing an engine that was dropped without close() failed; what it had not saved is lost")
+    _dropped.discard(engine)
 
 
 def stay_ahead_of_executors() -> None:
@@ -176,7 +223,7 @@ def _close_behind_threads() -> None:
 
 
 def _engines() -> list[Engine]:
-    return _exclusive.run(lambda: list(_live))
+    return list(dict.fromkeys([*_exclusive.run(lambda: list(_live)), *list(_dropped)]))
 
 
 def _close_all(why: str) -> None:
@@ -342,6 +389,8 @@ def _after_fork() -> None:
         elif isinstance(handler, _Guest):
             _real_signal(number, handler.handler)
     _termination = _Termination()
-    for engine in list(_live):
+    for engine in [*_live, *_dropped]:
         engine.disown()
+    _dropped.clear()
+    _stores.clear()
     _live.clear()

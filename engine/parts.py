@@ -39,7 +39,8 @@ from scopestate.config import (
     TriggerConfig,
 )
 from scopestate.config.functions import misfit_id
-from scopestate.errors import ConfigError, InvalidRegistration
+from scopestate.errors import ConfigError, InvalidRegistration, StoreLocked
+from scopestate.lifecycle import wait_for_dropped
 from scopestate.persistence import Adapter, MemoryAdapter
 from scopestate.stats import Tally
 
@@ -259,7 +260,13 @@ def open_adapter(config: AdapterConfig) -> Adapter:
         case KvConfig() as kv if kv.store_method == "file_based":
             from scopestate.persistence.file import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
 
-            return FileAdapter(kv.file_path)
+            try:
+                return FileAdapter(kv.file_path)
+            except StoreLocked:
+                # Perhaps by an engine that the program has dropped, and that is being closed at this moment.
+                if not wait_for_dropped():
+                    raise
+                return FileAdapter(kv.file_path)
         case _:
             return MemoryAdapter()
 

@@ -127,13 +127,13 @@ class FileAdapter:
             self._secure_place(doing)
             try:
                 connection = self._writer = self._writer or self._open(database_uri(self.path, "rw"))
-                self._write(connection, batch)
+                last = self._write(connection, batch)
             except LIBRARY_ERRORS as error:
                 raise self._translate(error, doing) from error
             # Again: a database that lost its name while we wrote takes the batch with it.
             self._check_place(doing)
-            if batch:
-                self._lock.note_commit(batch[-1].scope, batch[-1].sequence)
+            if last is not None:
+                self._lock.note_commit(*last)
 
     def size_bytes(self) -> int:
         """Return how much the database takes on the disk, its write-ahead log included."""
@@ -195,11 +195,12 @@ class FileAdapter:
             raise
         return connection
 
-    def _write(self, connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> None:
+    def _write(self, connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> tuple[str, int] | None:
         try:
             connection.execute("BEGIN IMMEDIATE")
-            write_batch(connection, batch)
+            last = write_batch(connection, batch)
             connection.execute("COMMIT")
+            return last
         except BaseException:
             # Also for KeyboardInterrupt, and for a COMMIT that failed: SQLite leaves that transaction open.
             try:

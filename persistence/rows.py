@@ -102,8 +102,8 @@ def row_room(connection: sqlite3.Connection) -> int:
     return connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
 
 
-def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> None:
-    """Write the batch inside the caller's transaction.
+def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> tuple[str, int] | None:
+    """Write the batch inside the caller's transaction; return scope and sequence of its last change, if it has one.
 
     Raises `UnsavableValue` for a value too large for SQLite, naming its key, and lets library errors through.
     """
@@ -114,6 +114,7 @@ def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) ->
     writes = (created, overwritten, deleted, sequences)
     room = row_room(connection)
     seen: set[str] = set()
+    last: tuple[str, int] | None = None
     for change in batch:
         scope, sequence, positions = change.scope, change.sequence, change.positions
         if scope in seen:
@@ -130,6 +131,7 @@ def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) ->
                 None,
             )
         sequences.add((scope, sequence), len(scope))
+        last = (scope, sequence)
         for key, value in change.values.items():
             if value is None:
                 deleted.add((scope, key), len(scope) + len(key))
@@ -151,6 +153,7 @@ def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) ->
                 created.add((scope, key, position, value), size)
     for write in writes:
         write.flush()
+    return last
 
 
 # Named placeholders. Refused: `?1`, which CPython 3.12.0 to 3.12.3 deprecate with a sequence (python/cpython#117995).
