@@ -290,6 +290,8 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Calls in progress per worker, as caller and as executor; one more is answered `OVERLOADED`."""
     max_waiting_events: Count = 50_000
     """Events that may wait for one trigger of a worker; then its connection is closed with code 1008."""
+    max_waiting_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**40)] = 268_435_456
+    """Bytes of the events that may wait for all triggers of one worker; then its connection is closed likewise."""
 
 
 class FunctionRef(msgspec.Struct, frozen=True):

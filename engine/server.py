@@ -262,7 +262,9 @@ class Server:
             registrations=config.max_registrations, calls=config.max_calls, message_bytes=config.max_message_bytes
         )
         timeout_s = config.call_timeout_ms / 1000
-        self._hub = Hub(self.engine, self._channels, limits, timeout_s, config.max_waiting_events)
+        self._hub = Hub(
+            self.engine, self._channels, limits, timeout_s, config.max_waiting_events, config.max_waiting_bytes
+        )
         listeners: list[socket.socket] = []
         tasks = [asyncio.create_task(self._look_after_workers())]
         try:

@@ -12,11 +12,12 @@ from msgspec import Raw
 from scopestate.actors.results import StateEvent
 from scopestate.errors import RemoteFailure
 from scopestate.ops.values import decode, encode, parse
+from scopestate.wire.frames import ErrorBody
 from scopestate.wire.session import value_of
 
 if TYPE_CHECKING:
     from scopestate.access import Access
-    from scopestate.wire.frames import ErrorBody, InvocationResult, InvokeFunction, RegisterFunction
+    from scopestate.wire.frames import InvocationResult, InvokeFunction, RegisterFunction
     from scopestate.wire.session import Execution, Settle, WorkerSession
     from scopestate.workers import Hub
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 _MOST_REFUSED: Final = 100
 _LONGEST_REFUSED: Final = 200
 """Characters; what is remembered of a refused function is small, whatever the worker sent."""
+
+
+class TimedOut(ErrorBody, frozen=True):
+    """What the server says of a call that its worker did not answer in time."""
 
 
 class Worker:

@@ -8,6 +8,7 @@ it: two hand-offs between threads would take five times as long as the delivery 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Awaitable, Callable, Generator
 from threading import get_ident
@@ -20,7 +21,7 @@ from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
 from scopestate.wire.depth import event_depth
-from scopestate.worker import WorkerFunction, event_json
+from scopestate.worker import TimedOut, WorkerFunction, event_json
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher, Timer
@@ -70,6 +71,11 @@ class LoopDispatcher:
             finally:
                 self._running = False
 
+    def submit_to_loop(self, work: Callable[[], object]) -> None:
+        """Have the loop do it in its next round; nothing happens if it has ended."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(work)
+
     def submit_program(self, work: Callable[[], object]) -> None:
         if self._closed:
             self._behind.submit_program(work)
@@ -106,6 +112,35 @@ class WorkerHandler(HandlerActor):
         super().__init__(trigger, services)
         self._hub = hub
         self._threads = threads
+        self.answered = 0
+        """Events to which the worker has said anything at all, an error too."""
+        self._largest = 0
+        self._full: tuple[int, float] | None = None
+        """`answered`, and the time, when the mailbox was first found full; None: it has had room since."""
+
+    def offer(self, event: StateEvent) -> None:
+        if not self._mailbox:
+            self._largest = 0
+        size = _size(event)
+        self._largest = max(self._largest, size)
+        super().offer(event)
+        if len(self._mailbox) * self._largest > self._hub.triggers.max_waiting_bytes:
+            self._hub.triggers.look_soon()
+
+    def waiting_bytes(self, *, exactly: bool) -> int:
+        """Bytes of the events that wait; not `exactly`: an upper bound, which costs next to nothing."""
+        if not exactly:
+            return len(self._mailbox) * self._largest
+        return sum(_size(item) for item in tuple(self._mailbox) if type(item) is StateEvent)
+
+    def silent_s(self, now: float) -> float:
+        """Return for how long the mailbox has been full while the worker answered nothing. For a timer."""
+        if len(self._mailbox) < self._services.limits.handler_mailbox:
+            self._full = None
+            return 0.0
+        if self._full is None or self._full[0] != self.answered:
+            self._full = (self.answered, now)
+        return now - self._full[1]
 
     def _call(self, function_id: str, event: StateEvent) -> Any:
         """Call a function with the rights that the worker of the trigger has now."""
@@ -118,7 +153,7 @@ class WorkerHandler(HandlerActor):
         function = self._services.functions.get(function_id)
         target = function.target
         if type(target) is WorkerFunction and target.hub is self._hub:
-            return _InWorker(target, event, self._services.limits.handler_timeout_s)
+            return _InWorker(self, target, event)
         if function.is_async:
             return target(event)
         return _OnThread(target, event, self._threads)
@@ -169,9 +204,15 @@ class WorkerHandler(HandlerActor):
         self.wake()
         services.made_room()
 
+    def note_answer(self, outcome: InvocationResult) -> None:
+        """Count what the worker answered; that it did not answer in time is no answer."""
+        if type(outcome.error) is not TimedOut:
+            self.answered += 1
+
     def _settled(self, outcome: InvocationResult) -> None:
         event: StateEvent = self.current  # type: ignore[assignment]  # set as long as it is pending
         self._claim[HOLDER] = get_ident()
+        self.note_answer(outcome)
         error = outcome.error
         if error is not None:
             failure = RemoteFailure(self.trigger.function_id, error.code, error.message, error.stacktrace)
@@ -211,10 +252,11 @@ class WorkerHandler(HandlerActor):
 class _InWorker:
     """What a delivery waits for while a worker executes its function."""
 
-    def __init__(self, function: WorkerFunction, event: StateEvent, timeout_s: float) -> None:
+    def __init__(self, handler: WorkerHandler, function: WorkerFunction, event: StateEvent) -> None:
+        self._handler = handler
         self._function = function
         self._event = event
-        self._timeout_s = timeout_s
+        self._timeout_s = handler._services.limits.handler_timeout_s
 
     def __await__(self) -> Generator[_InWorker, Any, Any]:
         return self._function.result_for_event((yield self))
@@ -227,6 +269,7 @@ class _InWorker:
         def settle(outcome: InvocationResult) -> None:
             if timer is not None:
                 timer.cancel()
+            self._handler.note_answer(outcome)
             go_on(outcome, None)
 
         def expire() -> None:
@@ -310,3 +353,8 @@ class _OnThread:
                 go_on(result, None)
 
         self._threads.submit_program(run)
+
+
+def _size(event: StateEvent) -> int:
+    """About how many bytes an event holds while it waits."""
+    return len(event.old_json or b"") + len(event.new_json or b"") + len(event.key) + 200

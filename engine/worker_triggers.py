@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from scopestate.worker import Worker
     from scopestate.workers import Hub
 
+LOOK_PAUSE_S: Final = 0.05
+"""At least so long between two looks for overrun workers that events ask for."""
+PATIENCE_S: Final = 30.0
+"""How long a handler's mailbox may be full while its worker is silent, if calls may wait for ever."""
 STATE: Final = "state"
 WORKERS_AVAILABLE: Final = "engine::workers-available"
 FUNCTIONS_AVAILABLE: Final = "engine::functions-available"
@@ -67,14 +72,16 @@ class ProvidedType(msgspec.Struct):
 class WorkerTriggers:
     """Trigger id -> trigger, whatever its type. On the server's event loop only."""
 
-    def __init__(self, hub: Hub, max_waiting_events: int) -> None:
+    def __init__(self, hub: Hub, max_waiting_events: int, max_waiting_bytes: int) -> None:
         self._hub = hub
         self._router = hub.engine._router
         self._max_waiting = max_waiting_events
+        self.max_waiting_bytes = max_waiting_bytes
+        self._next_look = 0.0
         self.dispatcher = LoopDispatcher(hub.loop, hub.engine._parts.dispatcher)
         self._triggers: Claims[Registered] = Claims("trigger")
         self._types: Claims[ProvidedType] = Claims("trigger type")
-        self._handlers: dict[str, HandlerActor] = {}
+        self._handlers: dict[str, WorkerHandler] = {}
 
     def all(self) -> list[Registered]:
         """Return the triggers of all workers, in order of registration."""
@@ -160,7 +167,8 @@ class WorkerTriggers:
         """Have the router, or the provider of its type, fire a trigger from now on."""
         trigger = registered.trigger
         if trigger is not None:
-            self._handlers[trigger.trigger_id] = self._router.register(trigger, self._make_handler)
+            handler = self._router.register(trigger, self._make_handler)
+            self._handlers[trigger.trigger_id] = cast(WorkerHandler, handler)
         provided = self._provider_of(registered)
         if provided is not None:
             provided.owner.send(encode(registered.frame))
@@ -316,16 +324,44 @@ class WorkerTriggers:
         """Return whether any trigger is of this type."""
         return next(self._of_type(type_id), None) is not None
 
+    def look_soon(self) -> None:
+        """Have overrun workers looked for before the timer does it. From any thread."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_PAUSE_S
+            self.dispatcher.submit_to_loop(self.close_overrun)
+
     def close_overrun(self) -> None:
-        """Close the connection of a worker that lets too many events wait: in the end they would hold up writers."""
+        """Close the connections of workers that let too much wait, or nothing but wait: they would hold up writers."""
+        now = time.monotonic()
+        patience_s = self._hub.engine._limits.call_timeout_s or PATIENCE_S
+        at_most: dict[Worker, int] = {}
+        handlers: dict[Worker, list[WorkerHandler]] = {}
         for trigger_id, handler in list(self._handlers.items()):
-            waiting = handler.depth()
+            waiting, silent_s = handler.depth(), handler.silent_s(now)
             registered = self._triggers.serving(trigger_id)
-            if waiting > self._max_waiting and registered is not None:
-                target = self._hub.functions.find(registered.frame.function_id)
-                # The slow one is the worker with the function. But a trigger must not be a way to have a worker with
-                # another token closed.
-                worker = getattr(getattr(target, "target", None), "worker", registered.owner)
-                if worker.access is not registered.owner.access:
-                    worker = registered.owner
-                worker.close(POLICY, f"{waiting} events wait for its function {registered.frame.function_id!r}")
+            if not waiting or registered is None:
+                continue
+            function_id = registered.frame.function_id
+            worker = self._to_blame(registered)
+            if waiting > self._max_waiting:
+                worker.close(POLICY, f"{waiting} events wait for its function {function_id!r}")
+            elif silent_s >= patience_s:
+                worker.close(
+                    POLICY, f"{waiting} events wait for its function {function_id!r}, as many as may, and it is silent"
+                )
+            at_most[worker] = at_most.get(worker, 0) + handler.waiting_bytes(exactly=False)
+            handlers.setdefault(worker, []).append(handler)
+        for worker, most in at_most.items():
+            if most > self.max_waiting_bytes and not worker.session.closed:
+                waiting = sum(handler.waiting_bytes(exactly=True) for handler in handlers[worker])
+                if waiting > self.max_waiting_bytes:
+                    worker.close(POLICY, f"events of {waiting} bytes wait for its functions")
+
+    def _to_blame(self, registered: Registered) -> Worker:
+        # The slow one is the worker with the function. But a trigger must not be a way to have a worker with another
+        # token closed.
+        owner = registered.owner
+        target = self._hub.functions.find(registered.frame.function_id)
+        worker: Worker = getattr(getattr(target, "target", None), "worker", owner)
+        return worker if worker.access is owner.access else owner

@@ -53,7 +53,7 @@ from scopestate.wire.session import (
     stopped,
     with_caller,
 )
-from scopestate.worker import Worker, WorkerFunction
+from scopestate.worker import TimedOut, Worker, WorkerFunction
 from scopestate.worker_triggers import FUNCTIONS_AVAILABLE, WorkerTriggers
 
 if TYPE_CHECKING:
@@ -68,7 +68,13 @@ class Hub:
     """Knows every worker and does what their conversations ask for. On one event loop's thread only."""
 
     def __init__(
-        self, engine: Engine, channels: Channels, limits: SessionLimits, call_timeout_s: float, max_waiting_events: int
+        self,
+        engine: Engine,
+        channels: Channels,
+        limits: SessionLimits,
+        call_timeout_s: float,
+        max_waiting_events: int,
+        max_waiting_bytes: int = 256 * 1024 * 1024,
     ) -> None:
         """Raises InvalidRegistration if the engine has a server already."""
         self.engine = engine
@@ -92,7 +98,7 @@ class Hub:
         self.log = BoundedLog(log)
         """For what workers cause."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self.triggers = WorkerTriggers(self, max_waiting_events)
+        self.triggers = WorkerTriggers(self, max_waiting_events, max_waiting_bytes)
         self._introspection = Introspection(self, channels)
         if self.functions.find("engine::functions::list") is not None:
             raise InvalidRegistration("this engine has a server already: stop that one first")
@@ -447,7 +453,7 @@ class Hub:
             if self.drop(execution):
                 text = f"function {execution.function_id!r} did not answer within {self._timeout_s:g} s"
                 execution.settle(
-                    InvocationResult(execution.invocation_id, execution.function_id, error=ErrorBody("TIMEOUT", text))
+                    InvocationResult(execution.invocation_id, execution.function_id, error=TimedOut("TIMEOUT", text))
                 )
 
     def drop(self, execution: Execution) -> bool:

@@ -15,11 +15,11 @@ from typing import Any
 import psutil
 import pytest
 from raw import PATIENCE_S, Deaf, RawWorker, masked
-from serving import OpenRaw, OpenServer
+from serving import OpenRaw, OpenServer, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine, channels
-from scopestate.errors import MessageTooLarge, RemoteFailure
+from scopestate.errors import MessageTooLarge, Overloaded, RemoteFailure, ReplyTimeout
 from scopestate.server import Server
 from scopestate.wire import session
 from scopestate.wire.client import Client
@@ -462,3 +462,110 @@ def test_a_channel_that_is_idle_or_incomplete_ends(
         end_of(server, refs["reader"])
     for end in (half, writer, reader):
         end.close()
+
+
+# ---------------------------------------------------------------------------------------------------- silent workers
+
+
+@pytest.mark.parametrize("when_full", ["block", "reject", "drop_oldest"])
+def test_a_silent_worker_is_cut_off_however_small_the_mailbox_is(connect: OpenRaw, when_full: str) -> None:
+    limits = {"handler_mailbox": 5, "handler_when_full": when_full, "call_timeout_ms": 100}
+    with Engine.from_config({"limits": limits}, on_error=lambda failure: None) as engine:
+        with Server(engine, port=0) as server:
+            silent, other = connect(server), connect(server)
+            silent.register("silent")
+            silent.trigger("silent", {})
+            for number in range(10):
+                with contextlib.suppress(Overloaded, ReplyTimeout):
+                    engine.set("s", "k", number)
+
+            code, reason = silent.closed_with()
+
+            assert code == 1008
+            assert reason.endswith("events wait for its function 'silent', as many as may, and it is silent")
+            assert other.call("state::set", {"scope": "s", "key": "k", "value": 1})
+            engine.set("s", "k", 2)
+
+
+def test_a_slow_worker_that_answers_is_not_silent(connect: OpenRaw) -> None:
+    config = {"limits": {"handler_mailbox": 5, "handler_when_full": "drop_oldest"}}
+    with Engine.from_config(config, on_error=lambda failure: None) as engine, Server(engine, port=0) as server:
+        slow = connect(server)
+        slow.register("slow")
+        slow.trigger("slow", {})
+        (handler,) = server._hub.triggers._handlers.values()  # type: ignore[union-attr]  # it serves
+        for number in range(4):
+            engine.set("s", "k", number)
+        call = slow.take("slow")
+        wait_until(lambda: handler.depth() == 3)
+        assert (handler.silent_s(1000.0), handler.silent_s(1010.0)) == (0.0, 0.0)  # there is room
+        engine.set("s", "k", 4)
+        engine.set("s", "k", 5)
+        wait_until(lambda: handler.depth() == 5)
+        assert (handler.silent_s(1020.0), handler.silent_s(1049.0)) == (0.0, 29.0)
+
+        slow.answer(call, error={"code": "MINE", "message": "an error is an answer, too"})
+        call = slow.take("slow")
+        engine.set("s", "k", 6)
+        wait_until(lambda: handler.depth() == 5)
+        assert (handler.silent_s(1050.0), handler.silent_s(1060.0)) == (0.0, 10.0)
+        slow.answer(call)
+        slow.take("slow")
+        assert handler.silent_s(1070.0) == 0.0
+
+
+def test_a_call_that_times_out_is_no_answer_of_a_silent_worker(connect: OpenRaw) -> None:
+    limits = {"handler_mailbox": 5, "handler_when_full": "reject", "call_timeout_ms": 300}
+    with Engine.from_config({"limits": limits}, on_error=lambda failure: None) as engine:
+        with Server(engine, config=server_config({"port": 0, "call_timeout_ms": 20})) as server:
+            silent = connect(server)
+            silent.register("silent")
+            silent.trigger("silent", {})
+            stop = threading.Event()
+
+            def write() -> None:
+                while not stop.is_set():
+                    engine.set("s", "k", 1)
+                    time.sleep(0.001)
+
+            writer = threading.Thread(target=write)
+            writer.start()
+            try:
+                assert silent.closed_with()[1].endswith("as many as may, and it is silent")
+            finally:
+                stop.set()
+                writer.join(PATIENCE_S)
+
+
+@pytest.mark.parametrize("triggers", [1, 4])
+def test_the_events_that_wait_for_one_worker_are_bounded_in_bytes(connect: OpenRaw, triggers: int) -> None:
+    with Engine() as engine, Server(engine, config=server_config({"port": 0, "max_waiting_bytes": MEBIBYTE})) as server:
+        silent, other = connect(server), connect(server)
+        silent.register("silent")
+        for number in range(triggers):
+            silent.trigger("silent", {"scope": f"s{number}"})
+        for number in range(64):  # with four triggers, 16 events of up to 40 KB for each: none is too much alone
+            engine.set(f"s{number % triggers}", "k", str(number % 10) * 20_000)
+
+        code, reason = silent.closed_with()
+
+        assert code == 1008
+        assert "bytes wait for its functions" in reason
+        assert other.call("state::list_groups", {})["groups"]
+        engine.drain(timeout=PATIENCE_S)
+
+
+def test_many_small_events_may_wait_though_one_large_one_did(connect: OpenRaw) -> None:
+    with Engine() as engine, Server(engine, config=server_config({"port": 0, "max_waiting_bytes": MEBIBYTE})) as server:
+        slow = connect(server)
+        slow.register("slow")
+        slow.trigger("slow", {"scope": "s"})
+        engine.set("s", "first", 0)
+        engine.set("s", "large", "x" * 300_000)
+        for number in range(1_000):
+            engine.set("s", "small", number)
+
+        for _ in range(1_002):
+            slow.answer(slow.take("slow"))
+        engine.drain(timeout=PATIENCE_S)
+        assert server.status().workers == 1
