@@ -470,21 +470,23 @@ def test_a_channel_that_is_idle_or_incomplete_ends(
 @pytest.mark.parametrize("when_full", ["block", "reject", "drop_oldest"])
 def test_a_silent_worker_is_cut_off_however_small_the_mailbox_is(connect: OpenRaw, when_full: str) -> None:
     limits = {"handler_mailbox": 5, "handler_when_full": when_full, "call_timeout_ms": 100}
-    with Engine.from_config({"limits": limits}, on_error=lambda failure: None) as engine:
-        with Server(engine, port=0) as server:
-            silent, other = connect(server), connect(server)
-            silent.register("silent")
-            silent.trigger("silent", {})
-            for number in range(10):
-                with contextlib.suppress(Overloaded, ReplyTimeout):
-                    engine.set("s", "k", number)
+    with (
+        Engine.from_config({"limits": limits}, on_error=lambda failure: None) as engine,
+        Server(engine, port=0) as server,
+    ):
+        silent, other = connect(server), connect(server)
+        silent.register("silent")
+        silent.trigger("silent", {})
+        for number in range(10):
+            with contextlib.suppress(Overloaded, ReplyTimeout):
+                engine.set("s", "k", number)
 
-            code, reason = silent.closed_with()
+        code, reason = silent.closed_with()
 
-            assert code == 1008
-            assert reason.endswith("events wait for its function 'silent', as many as may, and it is silent")
-            assert other.call("state::set", {"scope": "s", "key": "k", "value": 1})
-            engine.set("s", "k", 2)
+        assert code == 1008
+        assert reason.endswith("events wait for its function 'silent', as many as may, and it is silent")
+        assert other.call("state::set", {"scope": "s", "key": "k", "value": 1})
+        engine.set("s", "k", 2)
 
 
 def test_a_slow_worker_that_answers_is_not_silent(connect: OpenRaw) -> None:
@@ -516,25 +518,27 @@ def test_a_slow_worker_that_answers_is_not_silent(connect: OpenRaw) -> None:
 
 def test_a_call_that_times_out_is_no_answer_of_a_silent_worker(connect: OpenRaw) -> None:
     limits = {"handler_mailbox": 5, "handler_when_full": "reject", "call_timeout_ms": 300}
-    with Engine.from_config({"limits": limits}, on_error=lambda failure: None) as engine:
-        with Server(engine, config=server_config({"port": 0, "call_timeout_ms": 20})) as server:
-            silent = connect(server)
-            silent.register("silent")
-            silent.trigger("silent", {})
-            stop = threading.Event()
+    with (
+        Engine.from_config({"limits": limits}, on_error=lambda failure: None) as engine,
+        Server(engine, config=server_config({"port": 0, "call_timeout_ms": 20})) as server,
+    ):
+        silent = connect(server)
+        silent.register("silent")
+        silent.trigger("silent", {})
+        stop = threading.Event()
 
-            def write() -> None:
-                while not stop.is_set():
-                    engine.set("s", "k", 1)
-                    time.sleep(0.001)
+        def write() -> None:
+            while not stop.is_set():
+                engine.set("s", "k", 1)
+                time.sleep(0.001)
 
-            writer = threading.Thread(target=write)
-            writer.start()
-            try:
-                assert silent.closed_with()[1].endswith("as many as may, and it is silent")
-            finally:
-                stop.set()
-                writer.join(PATIENCE_S)
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            assert silent.closed_with()[1].endswith("as many as may, and it is silent")
+        finally:
+            stop.set()
+            writer.join(PATIENCE_S)
 
 
 @pytest.mark.parametrize("triggers", [1, 4])
