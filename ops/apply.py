@@ -70,6 +70,63 @@ class _Working(msgspec.Struct):
             self.owned = True
         return self.root  # type: ignore[no-any-return]  # callers have seen that the root is an object
 
+    def note_made(self, value: Any) -> None:
+        """`value` is new: later ops may write to it."""
+
+    def is_made(self, value: Any) -> bool:
+        """Return whether `value`, which is inside the root, may be written to."""
+        return False
+
+    def extended(self, text: str, more: str, path: str) -> str | _Text:
+        """Return what stands at `path` when `more` has been appended to `text`."""
+        return text + more
+
+    def result(self) -> Any:
+        """Return the root as plain data."""
+        return self.root
+
+
+class _ManyWorking(_Working):
+    """The working copy of several ops: what one of them has copied is not copied again by the next."""
+
+    made: dict[int, Any] = {}
+    """id -> array or object inside the root that was made here, and is referred to from nowhere else."""
+    texts: set[str] = set()
+    """Fields of the root that may hold a `_Text`."""
+
+    def note_made(self, value: Any) -> None:
+        self.made[id(value)] = value  # kept, so that no other value gets its id
+
+    def is_made(self, value: Any) -> bool:
+        return self.made.get(id(value)) is value
+
+    def extended(self, text: str, more: str, path: str) -> str | _Text:
+        self.texts.add(path)
+        return _Text(text, more)
+
+    def result(self) -> Any:
+        root = self.root
+        if type(root) is _Text:
+            return root.joined()
+        if type(root) is dict:
+            for path in self.texts:
+                text = root.get(path)
+                if type(text) is _Text:
+                    root[path] = text.joined()
+        return root
+
+
+class _Text:
+    """Stands for a string that is being appended to, so that each `append` costs what it adds and not the whole."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, *parts: str) -> None:
+        self.parts = list(parts)
+
+    def joined(self) -> str:
+        return "".join(self.parts)
+
 
 class _Refusal(msgspec.Struct, frozen=True):
     reason: str
@@ -84,7 +141,7 @@ def apply(old: object, ops: Sequence[UpdateOp]) -> tuple[Any, list[OpError]]:
     changed, and the result may share parts with it.
     """
     missing = old is MISSING
-    working = _Working({} if missing else old, fresh=missing, owned=missing)
+    working = (_Working if len(ops) == 1 else _ManyWorking)({} if missing else old, missing, missing)
     errors: list[OpError] = []
     index = -1  # counted by hand: `enumerate` costs the usual update of one op as much as the op's match
     for op in ops:
@@ -109,7 +166,7 @@ def apply(old: object, ops: Sequence[UpdateOp]) -> tuple[Any, list[OpError]]:
         else:
             word = op.__struct_config__.tag
             errors.append(OpError(index, f"{word}.{refusal.reason}", refusal.message))
-    return working.root, errors
+    return working.root if type(working) is _Working else working.result(), errors
 
 
 # Each function below applies one op to the working copy; on refusal it leaves it exactly as it was.
@@ -135,7 +192,7 @@ def _add(working: _Working, path: str, by: int) -> _Refusal | None:
         found = working.root.get(path, 0)
     kind = type(found)  # not isinstance: a boolean is not a number
     if kind is not int and kind is not float:
-        return _Refusal("not_number", f"expected a number at {_place(path)}, found {json_type(found)}")
+        return _Refusal("not_number", f"expected a number at {_place(path)}, found {_type(found)}")
     total = found + by
     if not (_I64_MIN <= total <= _U64_MAX if kind is int else math.isfinite(total)):
         # The code is the one of 0.11.6, which says here that it expected a number and got a number.
@@ -159,14 +216,22 @@ def _append(working: _Working, path: str, value: object) -> _Refusal | None:
         target = working.root.get(path)
     match target:
         case list():
+            if working.is_made(target):
+                target.append(value)
+                return None
             joined: object = [*target, value]
+            working.note_made(joined)
+        case _Text() if isinstance(value, str):
+            target.parts.append(value)
+            return None
         case str() if isinstance(value, str):
-            joined = target + value
-        case str():
+            joined = working.extended(target, value, path)
+        case str() | _Text():
             problem = f"expected a string to append to the string at {_place(path)}, found {json_type(value)}"
             return _Refusal("type_mismatch", problem)
         case None:
             joined = value if isinstance(value, str) else [value]
+            working.note_made(joined)
         case _:
             problem = f"expected an array or a string at {_place(path)}, found {json_type(target)}"
             return _Refusal("type_mismatch", problem)
@@ -203,7 +268,12 @@ def _merge(working: _Working, path: str | list[str] | None, value: object) -> _R
     target = working.fields()
     for segment in segments:
         step = target.get(segment)
-        target[segment] = step = step.copy() if isinstance(step, dict) else {}
+        if not working.is_made(step):
+            target[segment] = step = step.copy() if isinstance(step, dict) else {}
+            working.note_made(step)
+        elif not isinstance(step, dict):  # an array made by `append`
+            target[segment] = step = {}
+            working.note_made(step)
         target = step
     target.update(value)
     return None
@@ -214,7 +284,7 @@ def _check_field(working: _Working, path: str) -> _Refusal | None:
     if (len(path) > _SURELY_SHORT or path in _FORBIDDEN) and (refusal := _check_segments([path])) is not None:
         return refusal
     if type(working.root) is not dict:
-        found = json_type(working.root)
+        found = _type(working.root)
         return _Refusal("target_not_object", f'field "{path}" needs an object as the root value, found {found}')
     return None
 
@@ -257,6 +327,10 @@ def _levels(value: object) -> int:
         levels += 1
         generation = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
     return levels
+
+
+def _type(value: object) -> str:
+    return "string" if type(value) is _Text else json_type(value)
 
 
 def _place(path: str) -> str:

@@ -15,6 +15,8 @@ from scopestate.errors import DeserializationError, InvalidValue
 from scopestate.ops import values
 from scopestate.ops.values import json_type
 
+MAX_OPS: Final = 10_000
+"""Ops of one update: they are carried out in one turn, and nothing else happens in that scope meanwhile."""
 I64_MIN: Final = -(2**63)
 I64_MAX: Final = 2**63 - 1
 
@@ -149,6 +151,8 @@ def convert_ops(payload: object) -> tuple[UpdateOp, ...]:
     """
     if not isinstance(payload, list | tuple):
         raise _misfit(f"invalid type: {json_type(payload)}, expected an array of ops", "$.ops")
+    if len(payload) > MAX_OPS:
+        raise _too_many(str(len(payload)))
     return tuple([_convert(item, f"$.ops[{index}]", _as_is) for index, item in enumerate(payload)])
 
 
@@ -164,6 +168,8 @@ def checked(ops: Iterable[object]) -> tuple[UpdateOp, ...]:
     except TypeError:
         raise _misfit(f"invalid type: {json_type(ops)}, expected a list of ops", "$.ops") from None
     for op in items:
+        if len(found) == MAX_OPS:
+            raise _too_many("more")
         kind = type(op)
         if kind is Increment or kind is Decrement:
             # The counter is the op that runs most: exact types need nothing more than this.
@@ -258,6 +264,10 @@ def _as_json(value: object, where: str) -> object:
         return values.decode(values.encode(value))
     except InvalidValue as error:
         raise InvalidValue(where + error.path.removeprefix("$"), error.problem) from None
+
+
+def _too_many(found: str) -> DeserializationError:
+    return _misfit(f"an update has at most {MAX_OPS} ops, found {found}: send several updates", "$.ops")
 
 
 def _misfit(problem: str, where: str) -> DeserializationError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from conformance import load, same
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scopestate.errors import DeserializationError
 from scopestate.ops import (
     MISSING,
     Append,
@@ -20,6 +23,7 @@ from scopestate.ops import (
     Set,
     UpdateOp,
     apply,
+    checked,
     convert_ops,
     values,
 )
@@ -235,3 +239,72 @@ def test_adding_then_subtracting_brings_a_whole_number_back(number: float, by: i
     if errors == [] and type(number) is int:
         assert same(new, {"n": number})
     assert type(new["n"]) is type(number)
+
+
+# ---------------------------------------------------------------------------------------- what one update may cost
+
+NAMES = st.sampled_from(["", "a", "b"])
+WORDS = st.sampled_from(["", "x", "yz"])
+SMALL = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | WORDS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=4,
+)
+OPS = st.one_of(
+    st.builds(Append, NAMES, WORDS | SMALL),
+    st.builds(Append, NAMES, WORDS),
+    st.builds(Set, NAMES, SMALL),
+    st.builds(Remove, NAMES),
+    st.builds(Increment, NAMES, st.integers(-2, 2)),
+    st.builds(
+        Merge,
+        st.dictionaries(st.sampled_from("ab"), SMALL, max_size=2),
+        st.lists(st.sampled_from("ab"), max_size=3) | NAMES,
+    ),
+)
+
+
+@given(SMALL, st.lists(OPS, max_size=12))
+def test_ops_together_do_what_they_do_one_by_one(old: Any, ops: list[UpdateOp]) -> None:
+    before = copy.deepcopy((old, ops))
+    expected, codes = old, []
+    for index, op in enumerate(ops):
+        expected, errors = apply(copy.deepcopy(expected), [op])
+        codes += [(index, error.code, error.message) for error in errors]
+
+    new, errors = apply(old, ops)
+
+    assert same(new, expected)
+    assert [(error.op_index, error.code, error.message) for error in errors] == codes
+    assert (old, ops) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "op"),
+    [
+        ("x" * 20_000_000, Append("", "y")),
+        ({"a": "x" * 20_000_000}, Append("a", "y")),
+        ([None] * 2_000_000, Append("", 1)),
+        ({"a": [None] * 2_000_000}, Append("a", 1)),
+        ({"a": {"b": {str(n): n for n in range(200_000)}}}, Merge({"n": 1}, ["a", "b"])),
+        ({str(n): n for n in range(200_000)}, Increment("n", 1)),
+    ],
+    ids=["text", "text field", "array", "array field", "nested merge", "root"],
+)
+def test_many_ops_copy_a_large_value_once(old: Any, op: UpdateOp) -> None:
+    mixed = [op, Append("a", []) if isinstance(old, dict) else Increment("", 1)]  # the second is mostly refused
+    began = time.monotonic()
+    apply(old, mixed * 2_500)
+    # Copying at each op takes more than ten seconds, idle; copying once takes a few milliseconds.
+    assert time.monotonic() - began < 5.0
+
+
+def test_an_update_has_at_most_ten_thousand_ops() -> None:
+    ops = [{"type": "increment", "path": "n", "by": 1}] * 10_000
+    assert len(convert_ops(ops)) == len(checked(ops)) == 10_000
+
+    for read in (convert_ops, checked):
+        with pytest.raises(DeserializationError, match=r"an update has at most 10000 ops, found .* - at `\$\.ops`"):
+            read([*ops, ops[0]])
+    with pytest.raises(DeserializationError, match="at most 10000 ops, found more"):
+        checked(itertools.repeat(Increment("n", 1)))

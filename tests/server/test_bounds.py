@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import queue
 import threading
 import time
 import uuid
@@ -19,7 +20,7 @@ from serving import OpenRaw, OpenServer, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine, channels
-from scopestate.errors import MessageTooLarge, Overloaded, RemoteFailure, ReplyTimeout
+from scopestate.errors import DeserializationError, MessageTooLarge, Overloaded, RemoteFailure, ReplyTimeout
 from scopestate.server import Server
 from scopestate.wire import session
 from scopestate.wire.client import Client
@@ -573,3 +574,35 @@ def test_many_small_events_may_wait_though_one_large_one_did(connect: OpenRaw) -
             slow.answer(slow.take("slow"))
         engine.drain(timeout=PATIENCE_S)
         assert server.status().workers == 1
+
+
+# ------------------------------------------------------------------------------------------------------ large updates
+
+
+def test_an_update_of_many_ops_on_a_large_value_holds_up_no_event(connect: OpenRaw, engine: Engine) -> None:
+    seen: queue.Queue[Any] = queue.Queue()
+    engine.on_change(scope="mine")(seen.put)
+    engine.set("s", "k", "x" * 20_000_000)
+    worker = connect()
+    ops = [{"type": "append", "path": "", "value": "y"}] * 5_000
+
+    began = time.monotonic()
+    worker.invoke("state::update", {"scope": "s", "key": "k", "ops": ops}, action={"type": "void"})
+    engine.set("mine", "k", 1)
+    seen.get(timeout=PATIENCE_S)
+    worker.settle()
+
+    # A copy of the value for each op takes more than ten seconds, idle.
+    assert time.monotonic() - began < 5.0
+    assert len(engine.get("s", "k")) == 20_005_000
+
+
+def test_an_update_of_too_many_ops_is_refused(connect: OpenRaw, engine: Engine) -> None:
+    worker = connect()
+    ops = [{"type": "increment", "path": "n", "by": 1}] * 10_001
+    error = worker.ask("state::update", {"scope": "s", "key": "k", "ops": ops})["error"]
+    assert error["code"] == "deserialization_error"
+    assert "an update has at most 10000 ops, found 10001: send several updates - at `$.ops`" in error["message"]
+    with pytest.raises(DeserializationError, match="at most 10000 ops"):
+        engine.update("s", "k", ops)
+    assert engine.get("s", "k") is None
