@@ -261,3 +261,17 @@ def test_pauses_between_attempts_begin_anew_after_a_connection_that_worked(
     seen.wait_for_value("new")
 
     wait_until(lambda: vars(backoff) == unused, "a backoff that has begun anew")
+
+
+def test_a_reader_that_gets_nothing_keeps_its_first_connection(valkey: Server, engines: Engines) -> None:
+    """The server keeps it waiting for longer than a call may take."""
+    engine = engines.open(valkey, call_timeout_ms=200)
+    Seen(engine)
+    reader = reader_of(engine)
+    first = reader._connection
+    assert first is not None
+
+    for _ in range(2):
+        assert Waiting(reader, 0, look=True).ends()
+
+    assert reader._connection is first
