@@ -264,7 +264,7 @@ class TlsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`config:` of the `iii-worker-manager` worker. A reload does not change it."""
+    """`config:` of the `iii-worker-manager` worker. A reload changes its tokens only."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Any but a loopback address needs `auth.tokens`, or `insecure: true`."""

@@ -163,6 +163,11 @@ class Channels:
         if channel.timer is not None:
             channel.timer.cancel()
 
+    def end_all_of(self, owner: str, code: int, reason: str) -> None:
+        """Close those that this worker has created."""
+        for channel in list(self._of_owner.get(owner, {}).values()):
+            channel.end(code, reason)
+
     def close(self, code: int, reason: str) -> None:
         """Close all of them."""
         for channel in list(self._by_id.values()):

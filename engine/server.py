@@ -352,6 +352,7 @@ class Server:
             return
         for worker in list(hub.workers.values()):
             if worker.access in withdrawn:
+                hub.channels.end_all_of(worker.worker_id, POLICY, _WITHDRAWN)
                 worker.close(POLICY, _WITHDRAWN)
             else:
                 hub.withdraw_forbidden(worker)

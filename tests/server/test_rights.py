@@ -1140,10 +1140,15 @@ def test_what_may_not_be_registered_any_more_is_withdrawn(reloadable: Reloadable
 def test_a_withdrawn_token_closes_its_connections(reloadable: Reloadable, connect: OpenRaw) -> None:
     guest, admin = reloadable(GUEST), reloadable(ADMIN)
     sink = connect(reloadable.server, path="/otel", greeted=False, **bearer(GUEST))
+    ends = guest.call("engine::channels::create", {})
+    reader = connect(reloadable.server, path=end_of(ends["reader"]), greeted=False)
     reloadable.reload(ADMIN, limited(OTHER))
 
     assert guest.closed_with() == (1008, "its token was withdrawn")
     assert sink.closed_with() == (1008, "its token was withdrawn")
+    assert reader.closed_with() == (1008, "its token was withdrawn")
+    with pytest.raises(InvalidStatus, match="404"):
+        connect(reloadable.server, path=end_of(ends["writer"]), greeted=False)
     assert connect(reloadable.server, greeted=False, **bearer(GUEST)).receive()["error"]["code"] == "AUTH_ERROR"
     assert reloadable(OTHER).ask("state::get", {"scope": "s", "key": "k"})["error"]["code"] == "FORBIDDEN"
     admin.settle()
