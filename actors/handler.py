@@ -71,6 +71,11 @@ class DeliveryFailure(msgspec.Struct, frozen=True):
     """True if the event is not tried again."""
 
 
+def size_of(event: StateEvent) -> int:
+    """Bytes of the values of an event."""
+    return len(event.old_json or b"") + len(event.new_json or b"")
+
+
 class Barrier:
     """Passes through every handler's mailbox behind the events that are there; arrives when all have let it through."""
 
@@ -130,6 +135,10 @@ class HandlerServices:
         """Reports from threads that must not run the hooks themselves."""
         self.made_room: Callable[[], None] = lambda: None
         """Called after each batch of deliveries; set by the router."""
+        self.note_offered: Callable[[int], None] = lambda size: None
+        self.note_taken: Callable[[int], None] = lambda size: None
+        self.is_over: Callable[[], bool] = lambda: False
+        """What the router counts of the bytes that wait for all handlers; set by it."""
         self._loop_calls: dict[str, LoopCalls] = {}
 
     def on(self, dispatcher: Dispatcher) -> HandlerServices:
@@ -197,6 +206,11 @@ class HandlerActor(TurnActor):
         self.active = True
         """False once unregistered: events that wait are dropped."""
         self.delivered = self.skipped = self.failed = self.retried = self.dropped = self.timeouts = 0
+        self.offered = 0
+        """Bytes of the events that were ever queued. Written by the router's turn alone."""
+        self.taken = 0
+        """Bytes of those that have left the mailbox. Written by this actor's turn alone."""
+        self._told = 0
         self.current: StateEvent | None = None
         """The event being delivered; None between deliveries."""
 
@@ -230,13 +244,17 @@ class HandlerActor(TurnActor):
     def offer(self, event: StateEvent) -> None:
         """Queue an event, within the mailbox's bound. Called by the router's turn alone."""
         mailbox, limits = self._mailbox, self._services.limits
-        if len(mailbox) >= limits.handler_mailbox:
+        if limits.handler_when_full != "block" and (self._is_full() or self._services.is_over()):
             if limits.handler_when_full == "reject":
                 self._drop(event, "the mailbox of its handler is full and handler_when_full is reject")
                 return
-            if limits.handler_when_full == "drop_oldest":
-                self._drop_oldest()
+            while self._drop_oldest() and self._is_full():
+                pass
+        old, new = event.old_json, event.new_json
+        size = (len(old) if old else 0) + (len(new) if new else 0)
         mailbox += (event,)
+        self.offered += size
+        self._services.note_offered(size)
         if not self._scheduled and not self._claim:
             try:
                 self._scheduled = True
@@ -244,6 +262,11 @@ class HandlerActor(TurnActor):
             except BaseException:
                 certainly(self.wake_anyway)
                 raise
+
+    def _is_full(self) -> bool:
+        limits = self._services.limits
+        most = limits.handler_mailbox_bytes
+        return len(self._mailbox) >= limits.handler_mailbox or bool(most and self.offered - self.taken >= most)
 
     def offer_once(self, event: StateEvent) -> None:
         """As `offer`, unless `event` is what came last."""
@@ -276,6 +299,8 @@ class HandlerActor(TurnActor):
                 if type(item) is Barrier:
                     item.arrive(self)
                     continue
+                old, new = item.old_json, item.new_json
+                self.taken += (len(old) if old else 0) + (len(new) if new else 0)
                 if not self.active:
                     self.dropped += 1
                     continue
@@ -298,6 +323,7 @@ class HandlerActor(TurnActor):
                 self.failed += 1
                 log.exception("a delivery of %s broke off", self.name)
                 continue
+            self.tell_taken()
             self._claim[HOLDER] = NOBODY
             go_on = self._continuation(delivery)
             try:
@@ -310,7 +336,15 @@ class HandlerActor(TurnActor):
             return
         self._give_back()
 
+    def tell_taken(self) -> None:
+        """Tell the router how many bytes have left the mailbox. Within this actor's turn."""
+        taken = self.taken
+        if taken != self._told:
+            self._services.note_taken(taken - self._told)
+            self._told = taken
+
     def _give_back(self) -> None:
+        self.tell_taken()
         event_depth.set(0)
         del self._claim[HOLDER]
         self.wake()
@@ -476,19 +510,24 @@ class HandlerActor(TurnActor):
 
     # ---------------------------------------------------------------------------------------------- events not tried
 
-    def _drop_oldest(self) -> None:
+    def _drop_oldest(self) -> bool:
+        """Drop the event that has waited longest. False if none waits."""
         mailbox = self._mailbox
         for _ in range(len(mailbox)):
             try:
                 item = mailbox.popleft()
             except IndexError:
-                return
+                return False
             if type(item) is not Barrier:
+                size = size_of(item)
+                self.offered -= size
+                self._services.note_offered(-size)
                 self._drop(
                     item, "newer events came while its handler's mailbox was full (handler_when_full: drop_oldest)"
                 )
-                return
+                return True
             mailbox += (item,)
+        return False
 
     def _drop(self, event: StateEvent, reason: str, *, logged: bool = True) -> None:
         self.dropped += 1

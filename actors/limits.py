@@ -17,7 +17,13 @@ class Limits(msgspec.Struct):
     """Characters of a scope or key that the store can hold."""
     """0: no limit."""
     scope_mailbox: int = 10_000
+    scope_mailbox_bytes: int = 1 << 26
+    """0: no limit."""
     handler_mailbox: int = 100_000
+    handler_mailbox_bytes: int = 1 << 26
+    """0: no limit."""
+    events_bytes: int = 1 << 28
+    """0: no limit."""
     handler_when_full: Literal["block", "drop_oldest", "reject"] = "block"
     handler_timeout_s: float = 0.0
     """0: no limit."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any, Final, NoReturn
 
 from scopestate.actors.containment import Log, contained
-from scopestate.actors.handler import Barrier, DeliveryFailure, HandlerActor, HandlerServices, Trigger
+from scopestate.actors.handler import Barrier, DeliveryFailure, HandlerActor, HandlerServices, Trigger, size_of
 from scopestate.actors.results import EventType, StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventLoopDetected, InvalidRegistration, Overloaded
@@ -87,6 +88,20 @@ class TriggerRouter(TurnActor):
         super().__init__(services.dispatcher)
         self._services = services
         services.made_room = self.made_room
+        services.note_offered = self._note_offered
+        services.is_over = self.is_over
+        self._offered = 0
+        """Bytes ever offered to handlers, each copy of an event counted. Written within this actor's turns alone."""
+        self._taken = 0
+        self._released: list[int] = []
+        """Bytes that have left mailboxes since this actor's last turn."""
+        services.note_taken = self._released.append
+        self._look_at = 0
+        """While not more than so many bytes wait, each copy counted, the values need not be counted one by one."""
+        self._over_above = -1
+        """While more wait, it is over its limit; -1: it was not when last looked at."""
+        self.largest = 0
+        """Bytes of the largest event since the mailbox was last empty, about."""
         # Reentrant: a signal handler may write to a new scope while this thread is making one.
         self._guard = threading.RLock()
         self._numbers = itertools.count(1)
@@ -228,9 +243,13 @@ class TriggerRouter(TurnActor):
         progress = self.progress
         room = limits.handler_mailbox - len(self._mailbox)
         if room <= 0 or limits.handler_when_full == "block":
+            most = limits.handler_mailbox_bytes or sys.maxsize
+            queued = self._queued_bytes() if self.largest else 0
             for handler in handlers:
-                if len(handler._mailbox) >= room:
+                if len(handler._mailbox) >= room or handler.offered - handler.taken + queued >= most:
                     self._refuse(scope, handlers, depth, progress)
+            if self.is_over(queued):
+                self._refuse(scope, handlers, depth, progress)
         if depth:
             self.note_cascade()  # before the event is in the mailbox, or `drain` could miss it
         return handlers
@@ -247,6 +266,51 @@ class TriggerRouter(TurnActor):
             )
         next(self._blocked)
         raise HandlerFull(scope, progress)
+
+    # ------------------------------------------------------------------------------------------------------ bytes
+
+    def _note_offered(self, size: int) -> None:
+        self._offered += size
+
+    def _queued_bytes(self) -> int:
+        """Bytes of the events in this actor's own mailbox, if they are many: else 0, as it has them for a moment."""
+        mailbox, limits = self._mailbox, self._services.limits
+        smallest = min(limits.handler_mailbox_bytes or sys.maxsize, limits.events_bytes or sys.maxsize)
+        if len(mailbox) * self.largest * 4 < smallest:
+            return 0
+        return sum(size_of(item[1]) for item in mailbox[:] if type(item) is tuple)
+
+    def is_over(self, queued: int = 0) -> bool:
+        """True if events that wait for all handlers together hold more bytes than `events_bytes`."""
+        limit = self._services.limits.events_bytes
+        if not limit or self._offered - self._taken + queued < limit:
+            return False
+        waiting = self._offered - self._taken - sum(self._released) + queued
+        if waiting < limit:
+            return False
+        if self._over_above >= 0:
+            if waiting > self._over_above:
+                return True
+        elif waiting <= self._look_at:
+            return False
+        # Each copy counts in `waiting`, but copies share their values: those are counted here, one by one.
+        real = self._real_bytes() + queued
+        if real >= limit:
+            self._over_above = waiting - limit // 16
+            return True
+        self._over_above, self._look_at = -1, waiting + limit - real
+        return False
+
+    def _real_bytes(self) -> int:
+        values: dict[int, int] = {}
+        for handler in self.working():
+            if handler.offered > handler.taken:
+                for item in handler._mailbox.copy():
+                    if type(item) is StateEvent:
+                        for value in (item.old_json, item.new_json):
+                            if value is not None:
+                                values[id(value)] = len(value)
+        return sum(values.values())
 
     def count_refusal(self) -> None:
         """Note that a call was refused because a mailbox was full. From any thread."""
@@ -326,6 +390,7 @@ class TriggerRouter(TurnActor):
         event = StateEvent(kind, scope, key, old, new, sequence, depth)
         if here and len(handlers) == 1 and self._give_to_idle(handlers[0], event):
             return handlers, handlers[0]
+        self.largest = max(self.largest, size_of(event))
         mailbox = self._mailbox
         mailbox += ((handlers, event),)
         self.wake()
@@ -348,6 +413,9 @@ class TriggerRouter(TurnActor):
             self.routed += 1
             handler._scheduled = True  # by the caller, who runs it
             handler._mailbox.append(event)
+            size = size_of(event)
+            handler.offered += size
+            self._offered += size
             return True
         finally:
             del claim[HOLDER]
@@ -358,7 +426,13 @@ class TriggerRouter(TurnActor):
         batch = mailbox[: self.batch]
         # As many as were taken: more may have come meanwhile.
         del mailbox[: len(batch)]
+        released = self._released
+        count = len(released)
+        self._taken += sum(released[:count])
+        del released[:count]
         self._handle_all(batch, self._pass_on)
+        if not mailbox:
+            self.largest = 0
         if batch:
             # Not for nothing: a writer that finds its handler still full wakes this actor, and would be told at once.
             self.made_room()

@@ -31,6 +31,7 @@ from scopestate.actors.turns import (
     checked_length,
     checked_name,
     turn_of,
+    weight,
 )
 from scopestate.errors import (
     DeserializationError,
@@ -91,6 +92,9 @@ class ScopeActor(TurnActor):
     """
 
     caller_runs = True
+
+    _largest = 1
+    """Bytes of the largest message that ever waited here."""
 
     def __init__(self, scope: str, around: Surroundings, *, keeps: bool) -> None:
         super().__init__(around.dispatcher)
@@ -307,6 +311,8 @@ class ScopeActor(TurnActor):
         """Return what to put into the outbox for this change. Raises HandlerFull if a handler must catch up first."""
         depth = event_depth.get()
         targets = self._router.targets(self.scope, self._watch, key, depth)
+        router, size = self._router, (len(old) if old else 0) + (len(new) if new else 0)
+        router.largest = max(router.largest, size)
         kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
         return ((targets, StateEvent(kind, self.scope, key, old, new, sequence, depth)),)
 
@@ -404,10 +410,25 @@ class ScopeActor(TurnActor):
     def post(self, item: Any) -> None:
         depth = event_depth.get()
         try:
+            self._refuse_bytes(item)
             super().post(caused(depth, item) if depth else item)
         except Overloaded:
             self._router.count_refusal()
             raise
+
+    def _refuse_bytes(self, item: Any) -> None:
+        """Raise Overloaded if what waits holds too many bytes. A message into an empty mailbox is always taken."""
+        limit = self._around.limits.scope_mailbox_bytes
+        size, mailbox = weight(item), self._mailbox
+        self._largest = max(self._largest, size)
+        if not limit or len(mailbox) * self._largest < limit:
+            return
+        waiting = sum(map(weight, mailbox[:]))
+        if waiting >= limit:
+            raise Overloaded(
+                f"messages with {waiting} bytes of values already wait for {self.name}, as much as scope_mailbox_bytes "
+                "allows; nothing was done: slow down, or raise the limit"
+            )
 
     def _run_queued(self, message: Any) -> Any:
         if isinstance(message, Housekeeping):

@@ -169,3 +169,19 @@ def caused(depth: int, item: Any) -> Any:
     if type(item) is Envelope:
         return Envelope(Caused(depth, item.message), item.reply_to)
     return Caused(depth, item)
+
+
+def weight(item: Any) -> int:
+    """Return about how many bytes of values a mailbox item holds. Ops of an update count by their texts and items."""
+    message = item.message if type(item) is Envelope else item
+    if isinstance(message, Caused):
+        message = message.message
+    if isinstance(message, Put):
+        return len(message.data)
+    if isinstance(message, Change):
+        return sum(_weight_of_value(getattr(op, "value", None)) for op in message.ops)
+    return 0
+
+
+def _weight_of_value(value: object) -> int:
+    return len(value) if isinstance(value, str) else 64 * len(value) if isinstance(value, (dict, list)) else 8

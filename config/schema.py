@@ -15,6 +15,7 @@ Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=31_536_000_000)]
 _Wait = Annotated[int, msgspec.Meta(ge=1, le=86_400_000)]
 """Milliseconds, at most one day."""
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class KvConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -150,8 +151,14 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Largest value accepted, in bytes of JSON; 0 means no limit."""
     scope_mailbox: Count = 10_000
     """Messages that may wait for one scope; one more is refused with `OVERLOADED`."""
+    scope_mailbox_bytes: Bytes = 67_108_864
+    """Bytes of values in those messages; 0 means no limit."""
     handler_mailbox: Count = 100_000
     """Events that may wait for one trigger's handler."""
+    handler_mailbox_bytes: Bytes = 67_108_864
+    """Bytes of old and new values in those events; the event that exceeds it is taken. 0 means no limit."""
+    events_bytes: Bytes = 268_435_456
+    """Bytes of values in the events that wait for all triggers together, each value counted once; 0 means no limit."""
     handler_when_full: Literal["block", "drop_oldest", "reject"] = "block"
     """`block`: writers wait (at most `call_timeout_ms`). `drop_oldest`, `reject`: the event is reported and counted."""
     handler_timeout_ms: Milliseconds = 0

@@ -71,6 +71,6 @@ def no_room(scope: str) -> str:
     """What to say when a handler did not make room in time."""
     return (
         f"nothing was written to scope {scope!r}: a handler that must see this write is behind by a full mailbox and "
-        "did not catch up within call_timeout_ms; see handler_mailbox, handler_when_full and handler_timeout_ms under "
-        "`limits`"
+        "did not catch up within call_timeout_ms; see handler_mailbox, handler_mailbox_bytes, "
+        "events_bytes, handler_when_full and handler_timeout_ms under `limits`"
     )

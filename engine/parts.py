@@ -228,7 +228,10 @@ def set_limits(limits: Limits, config: LimitsConfig, adapter: Adapter) -> None:
     limits.max_value_bytes = min(config.max_value_bytes or holds, holds or config.max_value_bytes)
     limits.longest_name = getattr(adapter, "longest_name", sys.maxsize)
     limits.scope_mailbox = config.scope_mailbox
+    limits.scope_mailbox_bytes = config.scope_mailbox_bytes
     limits.handler_mailbox = config.handler_mailbox
+    limits.handler_mailbox_bytes = config.handler_mailbox_bytes
+    limits.events_bytes = config.events_bytes
     limits.handler_when_full = config.handler_when_full
     limits.handler_timeout_s = config.handler_timeout_ms / 1000
     limits.handler_attempts = config.handler_attempts

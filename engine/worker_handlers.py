@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
 
-from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices, Trigger
+from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices, Trigger, size_of
 from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
@@ -189,6 +189,8 @@ class WorkerHandler(HandlerActor):
                 self._drain()
                 return
             event: StateEvent = mailbox.popleft()
+            self.taken += size_of(event)
+            self.tell_taken()
             self.current = event
             self._claim[HOLDER] = NOBODY
             try:
