@@ -47,6 +47,7 @@ class LateReply:
             return self._late(flight)
 
         self._patch.setattr(Flight, "leave", leave)
+        engine._parts.limits.call_timeout_s = 0.15
         self._server.pause()
 
     def _late(self, flight: Flight) -> bool:
@@ -78,6 +79,7 @@ def at_rest_without_lanes(engine: Engine) -> None:
     until(lambda: not actor_of(engine)._lanes, "calls are left in a lane")
 
 
+PATIENT = {"call_timeout_ms": 20_000}
 LATE = {"call_timeout_ms": 20_000, "connect_wait_ms": 200}
 
 
@@ -85,13 +87,14 @@ def test_a_list_that_comes_while_an_update_looks_is_answered_though_the_update_i
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_server()
-    with open_at(server.url, {"call_timeout_ms": 150}, **LATE) as engine:
+    with open_at(server.url, PATIENT, **LATE) as engine:
         late = LateReply(server, monkeypatch, server_dies=False)
         late.prepare(engine)
         caller = give_up(engine)
         until(lambda: links_of(engine)[0].load() > 0, "nothing is on its way")
         listed = engine.ask(messages.List("s"), block=False)
         caller.result()
+        engine._parts.limits.call_timeout_s = PATIENCE_S  # for the calls from here on
 
         assert listed.get(timeout=PATIENCE_S) in ([], [1])  # the update was given up, but not taken back
 
@@ -104,7 +107,7 @@ def test_a_reply_that_is_taken_in_after_the_server_has_died_leaves_nothing_behin
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, *, known: bool
 ) -> None:
     server = start_server()
-    with open_at(server.url, {"call_timeout_ms": 150}, **LATE) as engine:
+    with open_at(server.url, PATIENT, **LATE) as engine:
         if known:
             engine.set("s", "k", 0)
             server.ask("HSET", "state:s", "k", "10")  # so that the update finds what it does not expect
@@ -114,6 +117,7 @@ def test_a_reply_that_is_taken_in_after_the_server_has_died_leaves_nothing_behin
         until(lambda: links_of(engine)[0].load() > 0, "nothing is on its way")
         behind = engine.ask(messages.Set("s", "other", 1), block=False)
         caller.result()
+        engine._parts.limits.call_timeout_s = PATIENCE_S  # for the calls from here on
         # Longer than those who wait for a connection are kept: they are refused, and the reply is taken in then.
         with pytest.raises(Exception, match="nothing was sent"):
             behind.get(timeout=PATIENCE_S)
@@ -208,10 +212,14 @@ def paused_update(engine: Engine, server: Server, monkeypatch: pytest.MonkeyPatc
 def test_an_update_whose_caller_has_given_up_is_not_tried_again(
     valkey: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_at(valkey.url, {"call_timeout_ms": 300}) as engine:
+    with open_at(valkey.url, PATIENT) as engine:
+        engine.set("s", "k", 0)
+        engine._parts.limits.call_timeout_s = 0.3
         caller = paused_update(engine, valkey, monkeypatch, 1.0)
         with pytest.raises(ReplyTimeout):
             caller.result()
+        engine._parts.limits.call_timeout_s = PATIENCE_S
+        engine._parts.limits.call_timeout_s = PATIENCE_S  # for the calls from here on
         attempts = engine.stats().store["update_attempts"]
 
         at_rest_without_lanes(engine)
