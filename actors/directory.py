@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turns import checked_name
+from scopestate.signals import Guard, exclusive
 from scopestate.wire.depth import event_depth
 
 
@@ -20,39 +20,40 @@ class Directory(dict[str, ScopeActor]):
     def __init__(self, make: Callable[[str], ScopeActor]) -> None:
         super().__init__()
         self._make = make
-        # Reentrant: a signal handler may call the engine while its thread is in here.
-        self._guard = threading.RLock()
+        self._exclusive = Guard()
         self._refusal: Callable[[], Exception] | None = None
         self._handlers_may = False
 
     def __missing__(self, scope: object) -> ScopeActor:
         name = checked_name("scope", scope)
-        with self._guard:
-            if self._refusal is not None and not (self._handlers_may and event_depth.get()):
-                raise self._refusal()
-            return self.get(name) or self.setdefault(name, self._make(name))
+        return self._exclusive.run(self._find_or_make, name)
 
+    def _find_or_make(self, name: str) -> ScopeActor:
+        if self._refusal is not None and not (self._handlers_may and event_depth.get()):
+            raise self._refusal()
+        return self.get(name) or self.setdefault(name, self._make(name))
+
+    @exclusive
     def let_go(self, actor: ScopeActor, forget: Callable[[str], object]) -> bool:
         """Take `actor` out, and call `forget(scope)` before anybody can make its successor. False: it was not in."""
-        with self._guard:
-            if self.get(actor.scope) is not actor:
-                return False
-            forget(actor.scope)
-            del self[actor.scope]
-            return True
+        if self.get(actor.scope) is not actor:
+            return False
+        forget(actor.scope)
+        del self[actor.scope]
+        return True
 
+    @exclusive
     def refuse(self, refusal: Callable[[], Exception], *, handlers_may: bool = False) -> None:
         """Make no more actors: raise `refusal()` instead. `handlers_may`: code that runs in handlers still gets them.
 
         On return every actor that was made is in the directory, where a closing engine finds it.
         """
-        with self._guard:
-            self._handlers_may = handlers_may
-            self._refusal = refusal
+        self._handlers_may = handlers_may
+        self._refusal = refusal
 
     def disown(self, refusal: Callable[[], Exception]) -> None:
         """In a forked child: forget every actor, and refuse. The guard may be held by a thread that is not here."""
-        self._guard = threading.RLock()
+        self._exclusive = Guard()
         for actor in list(self.values()):
             actor.disown(refusal)
         self.clear()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from scopestate.actors.containment import Log, contained
 from scopestate.actors.reply import Reply
 from scopestate.inbox import Empty, Inbox
+from scopestate.signals import Guard
 
 if TYPE_CHECKING:
     from scopestate.actors.turn import TurnActor
@@ -97,8 +98,7 @@ class ThreadDispatcher:
         self._ready: Inbox[Any] = Inbox()
         self._idle: list[None] = []
         self._workers = 0
-        # Reentrant, as a finalizer may close the engine on a thread that is in here.
-        self._guard = threading.RLock()
+        self._exclusive = Guard()
         self._in_program: list[None] = []
         """As long as there are workers in code of the program. Append, pop and len are one step each."""
         self._held: deque[Callable[[], object]] = deque()
@@ -150,12 +150,13 @@ class ThreadDispatcher:
         return self._workers
 
     def close(self) -> None:
-        with self._guard:
-            self._closed = True
-            workers = self._workers
-        for _ in range(workers):
+        for _ in range(self._exclusive.run(self._begin_to_close)):
             self._ready.put(None)
         self._timer.close()
+
+    def _begin_to_close(self) -> int:
+        self._closed = True
+        return self._workers
 
     def _turns_of(self, actor: TurnActor) -> Callable[[], object]:
         return _ProgramWork(actor.run_batch, self) if actor.runs_program else actor.run_batch
@@ -248,29 +249,35 @@ class ThreadDispatcher:
     def _add_worker(self, *, only_first: bool = False) -> None:
         worker = threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True)
         # The guard is kept while the thread starts: once `close` has had it, no thread of ours is about to appear.
-        with self._guard:
-            if self._closed or self._workers >= (1 if only_first else self.MOST + self.RESERVE):
-                return
-            self._workers += 1
-            try:
-                worker.start()
-            except RuntimeError as error:
-                self._workers -= 1
-                log.error("no worker thread can be started: %s", error)  # noqa: TRY400 - it says all
-            else:
-                return
-        self._run_left_over()
+        if not self._exclusive.run(self._start_worker, worker, 1 if only_first else self.MOST + self.RESERVE):
+            self._run_left_over()
+
+    def _start_worker(self, worker: threading.Thread, most: int) -> bool:
+        """Start one more, if there may be more; False if the interpreter starts none."""
+        if self._closed or self._workers >= most:
+            return True
+        self._workers += 1
+        try:
+            worker.start()
+        except RuntimeError as error:
+            self._workers -= 1
+            # At its exit the interpreter starts none any more, and what is left runs on the thread that closes.
+            (log.debug if "shutdown" in str(error) else log.error)("no worker thread can be started: %s", error)
+            return False
+        return True
 
     def _work(self) -> None:
         try:
             self._work_until_idle()
         finally:
             # However it ends, as by a MemoryError outside of all turns: who is counted is there.
-            with self._guard:
-                self._workers -= 1
+            self._exclusive.run(self._end_worker)
             if not self._ready.empty():
                 # Also when closed: whoever came behind the end in the queue still saw this worker idle and left.
                 self._look_after_queue()
+
+    def _end_worker(self) -> None:
+        self._workers -= 1
 
     def _work_until_idle(self) -> None:
         ready, idle, mine = self._ready, self._idle, self._mine
@@ -331,7 +338,7 @@ class _TimerThread:
         self._new: Inbox[tuple[float, int, _Scheduled] | None] = Inbox()
         self._order = itertools.count()
         self._runs: dict[str, int] = {}
-        self._guard = threading.Lock()
+        self._exclusive = Guard()
         self._closed = False
 
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
@@ -345,18 +352,22 @@ class _TimerThread:
         return entry
 
     def close(self) -> None:
-        with self._guard:
-            self._closed = True
+        self._exclusive.run(self._begin_to_close)
         self._new.put(None)
+
+    def _begin_to_close(self) -> None:
+        self._closed = True
 
     def _begin(self) -> None:
         thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        with self._guard:
-            if not self._closed and not self._runs:
-                try:
-                    thread.start()
-                except RuntimeError as error:
-                    log.debug("no timer thread can be started: %s", error)  # the interpreter exits
+        self._exclusive.run(self._start, thread)
+
+    def _start(self, thread: threading.Thread) -> None:
+        if not self._closed and not self._runs:
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.debug("no timer thread can be started: %s", error)  # the interpreter exits
 
     def _run(self) -> None:
         me = _thread.get_ident()

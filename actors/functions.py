@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import msgspec
 
 from scopestate.errors import FunctionNotFound, InvalidRegistration
 from scopestate.ops.values import json_type
+from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,7 +37,7 @@ class Functions:
     def __init__(self) -> None:
         self._by_id: dict[str, Function] = {}
         # Reentrant: what replaces a function may run its finalizer in here, which may register another.
-        self._guard = threading.RLock()
+        self._exclusive = Guard()
         self._numbered: dict[str, list[int]] = {}
         """Name -> [the last number given to one of that name, how many such are there]."""
 
@@ -67,11 +67,13 @@ class Functions:
         entry = msgspec.structs.replace(
             function, function_id=function_id, description=description, is_async=is_async(target)
         )
-        with self._guard:
-            known = self._by_id.get(function_id)  # kept to the end of the block: its finalizer may come back here
-            if known is not None and known.builtin:
-                raise InvalidRegistration(f"{function_id!r} is built in and cannot be replaced: choose another id")
-            self._by_id[function_id] = entry
+        self._exclusive.run(self._put, function_id, entry)
+
+    def _put(self, function_id: str, entry: Function) -> None:
+        known = self._by_id.get(function_id)  # kept to the end: its finalizer may come back here
+        if known is not None and known.builtin:
+            raise InvalidRegistration(f"{function_id!r} is built in and cannot be replaced: choose another id")
+        self._by_id[function_id] = entry
 
     def remove(self, function_id: str) -> None:
         """Unregister. Raises FunctionNotFound, and InvalidRegistration for a built-in."""
@@ -81,32 +83,33 @@ class Functions:
             raise FunctionNotFound(function_id)
         self._forget_number(function_id)
 
+    @exclusive
     def free_id(self, name: str) -> str:
         """Return `name` if no function has it as its id, else `name#2`, `name#3` and so on."""
-        with self._guard:
-            if name not in self._by_id:
-                return name
-            entry = self._numbered.setdefault(name, [1, 0])
-            while True:
-                entry[0] += 1
-                made = f"{name}#{entry[0]}"
-                if made not in self._by_id:
-                    entry[1] += 1
-                    return made
+        if name not in self._by_id:
+            return name
+        entry = self._numbered.setdefault(name, [1, 0])
+        while True:
+            entry[0] += 1
+            made = f"{name}#{entry[0]}"
+            if made not in self._by_id:
+                entry[1] += 1
+                return made
 
+    @exclusive
     def _forget_number(self, function_id: str) -> None:
         name, mark, _ = function_id.rpartition("#")
-        with self._guard:
-            entry = self._numbered.get(name) if mark else None
-            if entry is not None:
-                entry[1] -= 1
-                if entry[1] <= 0:
-                    del self._numbered[name]
+        entry = self._numbered.get(name) if mark else None
+        if entry is not None:
+            entry[1] -= 1
+            if entry[1] <= 0:
+                del self._numbered[name]
 
     def find(self, function_id: str) -> Function | None:
         """Return the function, or None if there is none."""
         return self._by_id.get(function_id)
 
+    @exclusive
     def discard(self, function_id: str, target: Callable[[Any], Any], instead: Function | None = None) -> None:
         """Forget the function, built-in or not, if `target` is still what is registered under its id.
 
@@ -114,15 +117,14 @@ class Functions:
         """
         if instead is not None:
             instead = msgspec.structs.replace(instead, is_async=is_async(instead.target))
-        with self._guard:
-            known = self._by_id.get(function_id)
-            if known is None or known.target is not target:
-                return
-            if instead is None:
-                del self._by_id[function_id]
-                self._forget_number(function_id)
-            else:
-                self._by_id[function_id] = instead
+        known = self._by_id.get(function_id)
+        if known is None or known.target is not target:
+            return
+        if instead is None:
+            del self._by_id[function_id]
+            self._forget_number(function_id)
+        else:
+            self._by_id[function_id] = instead
 
     def get(self, function_id: str) -> Function:
         """Return the function. Raises FunctionNotFound."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import sys
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from threading import get_ident
@@ -22,7 +21,7 @@ from scopestate.actors.reply import Reply
 from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventNotDelivered, HandlerTimeout
-from scopestate.signals import certainly
+from scopestate.signals import Guard, certainly, exclusive
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
@@ -81,8 +80,8 @@ class Barrier:
 
     def __init__(self, handlers: list[HandlerActor], reply: Reply[None]) -> None:
         self.handlers = tuple(handlers)
-        self._waiting = dict.fromkeys(handlers)
-        self._guard = threading.Lock()
+        self._waiting: dict[HandlerActor, bool] = dict.fromkeys(handlers, True)
+        self._exclusive = Guard()
         self._reply = reply
         self.over = False
         """True once `withdraw` was called."""
@@ -91,24 +90,25 @@ class Barrier:
 
     def arrive(self, handler: HandlerActor) -> None:
         """Note that `handler` has done everything that came before."""
-        with self._guard:
-            self._waiting.pop(handler, None)
-            if self._waiting or self._reply.done:
-                return
-        self._reply.set()
+        if self._exclusive.run(self._is_last, handler):
+            self._reply.set()
+
+    def _is_last(self, handler: HandlerActor) -> bool:
+        return self._waiting.pop(handler, None) is not None and not self._waiting and not self._reply.done
 
     def withdraw(self) -> None:
         """Nothing waits for it any more: take it out of the mailboxes where it still is."""
-        with self._guard:
-            self.over = True
-            handlers = list(self._waiting)
-        for handler in handlers:
+        self.over = True
+        for handler in self._still():
             handler.withdraw(self)
+
+    @exclusive
+    def _still(self) -> list[HandlerActor]:
+        return list(self._waiting)
 
     def missing(self) -> list[str]:
         """The triggers whose handlers have not let it through yet, each as `id (function id)`."""
-        with self._guard:
-            triggers = [handler.trigger for handler in self._waiting]
+        triggers = [handler.trigger for handler in self._still()]
         return [f"{trigger.trigger_id} ({trigger.function_id})" for trigger in triggers]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 from scopestate.actors.containment import Log
-from scopestate.signals import join
+from scopestate.signals import Guard, exclusive, join
 
 if TYPE_CHECKING:
     import asyncio
@@ -18,6 +18,9 @@ CANCEL_GRACE_S: Final = 1.0
 """How long coroutines that are cancelled when the loop ends may take to end."""
 
 
+_Running = tuple["asyncio.AbstractEventLoop | None", threading.Thread | None]
+
+
 class LoopThread:
     """An event loop on a thread of its own, for coroutine functions registered outside any loop.
 
@@ -26,34 +29,41 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        # Reentrant: a finalizer may call a coroutine function on a thread that is in here.
-        self._guard = threading.RLock()
+        self._exclusive = Guard()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._ending: set[asyncio.AbstractEventLoop] = set()
 
     def get(self) -> asyncio.AbstractEventLoop:
         """Return the loop; the first call, and one after its end, starts a thread."""
+        loop = self._loop
+        return loop if loop is not None and not loop.is_closed() else self._begin()
+
+    @exclusive
+    def _begin(self) -> asyncio.AbstractEventLoop:
         import asyncio  # noqa: PLC0415 - takes 20 ms, which programs without coroutines need not spend
 
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            return loop
-        with self._guard:
-            if self._loop is None or self._loop.is_closed():
-                loop = asyncio.new_event_loop()
-                thread = threading.Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
-                thread.start()
-                # Only now: a start that was interrupted is done again.
-                self._loop, self._thread = loop, thread
-            return self._loop
+        if self._loop is None or self._loop.is_closed():
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
+            thread.start()
+            # Only now: a start that was interrupted is done again.
+            self._loop, self._thread = loop, thread
+        return self._loop
+
+    @exclusive
+    def _take(self, wanted: asyncio.AbstractEventLoop | None) -> _Running:
+        """Take the loop and its thread out of use; nothing if it is not `wanted`. None wants any."""
+        loop, thread = self._loop, self._thread
+        if wanted is not None and loop is not wanted:
+            return None, None
+        self._loop = self._thread = None
+        return loop, thread
 
     def replace(self, loop: asyncio.AbstractEventLoop) -> None:
         """Give up `loop`, if it is the one in use: it is blocked. What comes next gets a new one."""
-        with self._guard:
-            if self._loop is not loop:
-                return
-            self._loop = self._thread = None
+        if self._take(loop)[0] is None:
+            return
         log.error(
             "the engine's event loop is blocked by a coroutine that does not give way; it is given up, and a new one "
             "serves what comes next"
@@ -62,9 +72,7 @@ class LoopThread:
 
     def close(self) -> None:
         """Cancel what still runs there, end the thread and close the loop. Idempotent."""
-        with self._guard:
-            loop, thread = self._loop, self._thread
-            self._loop = self._thread = None
+        loop, thread = self._take(None)
         if loop is None or thread is None:
             return
         self._end(loop)

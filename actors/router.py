@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import threading
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any, Final, NoReturn
@@ -14,7 +13,7 @@ from scopestate.actors.handler import Barrier, DeliveryFailure, HandlerActor, Ha
 from scopestate.actors.results import EventType, StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventLoopDetected, InvalidRegistration, Overloaded
-from scopestate.signals import certainly
+from scopestate.signals import Guard, certainly, exclusive
 
 log = Log("scopestate.triggers")
 
@@ -103,7 +102,7 @@ class TriggerRouter(TurnActor):
         self.largest = 0
         """Bytes of the largest event since the mailbox was last empty, about."""
         # Reentrant: a signal handler may write to a new scope while this thread is making one.
-        self._guard = threading.RLock()
+        self._exclusive = Guard()
         self._numbers = itertools.count(1)
         self._by_id: dict[str, tuple[int, HandlerActor]] = {}
         self._by_scope: dict[str, Watchers] = {}
@@ -124,74 +123,74 @@ class TriggerRouter(TurnActor):
 
     # ---------------------------------------------------------------------------------------------- registration
 
+    @exclusive
     def register(
         self, trigger: Trigger, make: Callable[[Trigger, HandlerServices], HandlerActor] = HandlerActor
     ) -> HandlerActor:
         """Add the trigger; one with the same id is replaced. From any thread. `make` makes the actor that delivers."""
-        with self._guard:
-            known = self._by_id.get(trigger.trigger_id)
-            if known is not None:
-                handler = known[1]
-                if (handler.trigger.scope, handler.trigger.key) == (trigger.scope, trigger.key):
-                    handler.trigger = trigger  # order and waiting events are kept
-                    return handler
-                self._remove(*known)
-            number = next(self._numbers)
-            handler = make(trigger, self._services)
-            bucket = self._watchers(trigger).setdefault(trigger.key, Bucket())
-            trigger_id, entry = trigger.trigger_id, (number, handler)
-            # No call or loop between these lines, as in `ScopeActor._write`: a trigger that is listed also fires.
-            bucket.members[number] = handler
-            bucket.changes += 1
-            self._by_id[trigger_id] = entry
-            return handler
+        known = self._by_id.get(trigger.trigger_id)
+        if known is not None:
+            handler = known[1]
+            if (handler.trigger.scope, handler.trigger.key) == (trigger.scope, trigger.key):
+                handler.trigger = trigger  # order and waiting events are kept
+                return handler
+            self._remove(*known)
+        number = next(self._numbers)
+        handler = make(trigger, self._services)
+        bucket = self._watchers(trigger).setdefault(trigger.key, Bucket())
+        trigger_id, entry = trigger.trigger_id, (number, handler)
+        # No call or loop between these lines, as in `ScopeActor._write`: a trigger that is listed also fires.
+        bucket.members[number] = handler
+        bucket.changes += 1
+        self._by_id[trigger_id] = entry
+        return handler
 
+    @exclusive
     def unregister(self, trigger_id: str) -> None:
         """Remove the trigger: no delivery begins after this has returned. Raises InvalidRegistration if unknown."""
-        with self._guard:
-            known = self._by_id.get(trigger_id)
-            if known is None:
-                raise InvalidRegistration(f"no trigger has the id {trigger_id!r}; it may have been unregistered before")
-            self._remove(*known)
+        known = self._by_id.get(trigger_id)
+        if known is None:
+            raise InvalidRegistration(f"no trigger has the id {trigger_id!r}; it may have been unregistered before")
+        self._remove(*known)
 
+    @exclusive
     def discard(self, trigger: Trigger) -> None:
         """Remove the trigger if it is still this very one that is registered under its id."""
-        with self._guard:
-            known = self._by_id.get(trigger.trigger_id)
-            if known is not None and known[1].trigger is trigger:
-                self._remove(*known)
+        known = self._by_id.get(trigger.trigger_id)
+        if known is not None and known[1].trigger is trigger:
+            self._remove(*known)
 
     def find(self, trigger_id: str) -> Trigger | None:
         """Return the trigger that is registered under this id; None: there is none."""
         known = self._by_id.get(trigger_id)
         return None if known is None else known[1].trigger
 
+    @exclusive
     def handlers(self) -> list[HandlerActor]:
         """Return the handlers of all triggers, in order of registration."""
-        with self._guard:
-            return [handler for _, handler in sorted(self._by_id.values(), key=lambda entry: entry[0])]
+        return [handler for _, handler in sorted(self._by_id.values(), key=lambda entry: entry[0])]
 
+    @exclusive
     def working(self) -> list[HandlerActor]:
         """Return the handlers of all triggers and of unregistered ones that are not done yet, in no order."""
-        with self._guard:
-            retiring = [handler for handler in self._retiring if handler.is_busy()]
-            return [handler for _, handler in self._by_id.values()] + retiring
+        retiring = [handler for handler in self._retiring if handler.is_busy()]
+        return [handler for _, handler in self._by_id.values()] + retiring
 
+    @exclusive
     def watchers_of(self, scope: str) -> Watchers:
         """Return the live table of triggers on `scope`: key filter (None: every key) -> handlers."""
-        with self._guard:
-            watchers = self._by_scope.setdefault(scope, Watchers())
-            watchers.held = True
-            return watchers
+        watchers = self._by_scope.setdefault(scope, Watchers())
+        watchers.held = True
+        return watchers
 
+    @exclusive
     def forget(self, scope: str) -> None:
         """Drop the table of a scope that leaves memory, if no trigger is in it."""
-        with self._guard:
-            watchers = self._by_scope.get(scope)
-            if watchers is not None:
-                watchers.held = False
-                if not watchers:
-                    del self._by_scope[scope]
+        watchers = self._by_scope.get(scope)
+        if watchers is not None:
+            watchers.held = False
+            if not watchers:
+                del self._by_scope[scope]
 
     def _watchers(self, trigger: Trigger) -> Watchers:
         return self.anywhere if trigger.scope is None else self._by_scope.setdefault(trigger.scope, Watchers())
@@ -221,7 +220,7 @@ class TriggerRouter(TurnActor):
 
     def disown(self) -> None:
         """In a forked child: the guard may be held by a thread that is not here."""
-        self._guard = threading.RLock()
+        self._exclusive = Guard()
 
     # -------------------------------------------------------------------------------------------------- matching
 
@@ -496,13 +495,13 @@ class TriggerRouter(TurnActor):
 
     # ------------------------------------------------------------------------------------------------ statistics
 
+    @exclusive
     def counts(self) -> _Counts:
         """Return what all handlers did so far, unregistered ones included."""
         total = _Counts()
-        with self._guard:
-            total.add(self._retired)
-            for handler in [*(handler for _, handler in self._by_id.values()), *self._retiring]:
-                total.add(handler)
+        total.add(self._retired)
+        for handler in [*(handler for _, handler in self._by_id.values()), *self._retiring]:
+            total.add(handler)
         return total
 
 

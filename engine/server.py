@@ -35,7 +35,7 @@ from scopestate.connections import GOING, POLICY, Batches, Connection, Registry
 from scopestate.doorway import Certificates, Doorway, Request, Response
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
-from scopestate.signals import join, wait_for
+from scopestate.signals import Guard, join, wait_for
 from scopestate.skipping import Refusing, Telemetry
 from scopestate.wire.frames import Error, ErrorBody, encode
 from scopestate.wire.options import LIMIT_HEADER, limit_in
@@ -140,7 +140,7 @@ class Server:
         self._listening = threading.Event()
         self._failure: BaseException | None = None
         self._stop: asyncio.Event | None = None
-        self._guard = threading.Lock()
+        self._exclusive = Guard()
         self._looks = 0
         self.host = self.config.host
         self.port = self.config.port
@@ -192,11 +192,9 @@ class Server:
 
     def start(self) -> Self:
         """Serve on a thread of its own; return once it listens. Raises OSError if it cannot, as for a port in use."""
-        with self._guard:
-            if self._thread is not None:
-                return self
-            self._thread = threading.Thread(target=self._run, name="scopestate-server", daemon=True)
-            self._thread.start()
+        if not self._exclusive.run(self._start):
+            return self
+        assert self._thread is not None
         if not wait_for(self._listening.wait, START_TIMEOUT_S):
             raise ScopestateError("the server did not start in time")
         if self._failure is not None:
@@ -209,17 +207,26 @@ class Server:
 
     def stop(self) -> None:
         """Close every connection with code 1012, end the thread; close the engine if it is the server's. Idempotent."""
-        with self._guard:
-            loop = self._loop
-            if loop is not None:
-                with contextlib.suppress(RuntimeError):  # it has ended already
-                    loop.call_soon_threadsafe(self._ask_to_stop)
-            if self._thread is not None:
-                join(self._thread)
-            self._thread = None
-            self._listening.clear()
+        self._exclusive.run(self._end)
         if self._owns_engine:
             self.engine.close()
+
+    def _start(self) -> bool:
+        if self._thread is not None:
+            return False
+        self._thread = threading.Thread(target=self._run, name="scopestate-server", daemon=True)
+        self._thread.start()
+        return True
+
+    def _end(self) -> None:
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                loop.call_soon_threadsafe(self._ask_to_stop)
+        if self._thread is not None:
+            join(self._thread)
+        self._thread = None
+        self._listening.clear()
 
     def __enter__(self) -> Self:
         return self.start()

@@ -10,6 +10,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
@@ -30,6 +31,7 @@ from scopestate.persistence.sqlite import (
     is_corruption,
     storage_error,
 )
+from scopestate.signals import Guard, exclusive
 
 log = logging.getLogger("scopestate.persistence.file")
 
@@ -73,15 +75,12 @@ class FileAdapter:
         self._busy_timeout_ms = busy_timeout_ms
         self._closed = False
         self._released = False
-        self._held = False
+        self._held: list[tuple[Guard, list[int] | None]] = []
         self._damage = ""
-        self._saving = threading.Lock()
+        self._saving = Guard()
         self._importing = 0
         """The thread that is in `save_whole`."""
-        # A bare lock for `with`: a Condition's own methods are Python code, where a KeyboardInterrupt can come between
-        # taking the lock and noting that it was taken. Reentrant, for a signal handler that reads while one is begun.
-        self._guard = threading.RLock()
-        self._given_back = threading.Condition(self._guard)
+        self._exclusive = Guard()
         self._idle: list[sqlite3.Connection] = []
         self._lent: dict[_Loan, None] = {}
         self._writer: sqlite3.Connection | None
@@ -120,20 +119,22 @@ class FileAdapter:
             self._importing = 0
 
     def _save(self, batch: Iterable[ScopeChange], doing: str) -> None:
-        with self._saving:
-            self._check_usable(doing)
-            if self._damage:
-                raise StoreCorrupt(self._damage)
-            self._secure_place(doing)
-            try:
-                connection = self._writer = self._writer or self._open(database_uri(self.path, "rw"))
-                last = self._write(connection, batch)
-            except LIBRARY_ERRORS as error:
-                raise self._translate(error, doing) from error
-            # Again: a database that lost its name while we wrote takes the batch with it.
-            self._check_place(doing)
-            if last is not None:
-                self._lock.note_commit(*last)
+        self._saving.run(self._save_alone, batch, doing)
+
+    def _save_alone(self, batch: Iterable[ScopeChange], doing: str) -> None:
+        self._check_usable(doing)
+        if self._damage:
+            raise StoreCorrupt(self._damage)
+        self._secure_place(doing)
+        try:
+            connection = self._writer = self._writer or self._open(database_uri(self.path, "rw"))
+            last = self._write(connection, batch)
+        except LIBRARY_ERRORS as error:
+            raise self._translate(error, doing) from error
+        # Again: a database that lost its name while we wrote takes the batch with it.
+        self._check_place(doing)
+        if last is not None:
+            self._lock.note_commit(*last)
 
     def size_bytes(self) -> int:
         """Return how much the database takes on the disk, its write-ahead log included."""
@@ -169,18 +170,34 @@ class FileAdapter:
         """
         if os.getpid() != self._pid:
             return
-        with self._saving, self._guard:
-            if self._released:
-                return
-            self._closed = True
-            self._given_back.wait_for(lambda: not self._lent)
-            connections = [*self._idle, *([self._writer] if self._writer else [])]
-            self._idle, self._writer = [], None
-            # Also when another database took our place: SQLite notices the move and leaves that one's log alone.
-            self._close_connections(connections)
-            self._lock.release()
-            self._released = True
+        self._saving.run(self._close)
         _opened.discard(self)
+
+    def _close(self) -> None:
+        self._closed = True
+        self._when_nothing_is_lent(self._release)
+
+    def _release(self) -> None:
+        if self._released:
+            return
+        connections = [*self._idle, *([self._writer] if self._writer else [])]
+        self._idle, self._writer = [], None
+        # Also when another database took our place: SQLite notices the move and leaves that one's log alone.
+        self._close_connections(connections)
+        self._lock.release()
+        self._released = True
+
+    def _when_nothing_is_lent(self, work: Callable[[], object]) -> None:
+        """Call `work` while no load is under way and none can begin."""
+
+        def attempt() -> bool:
+            if self._lent:
+                return False
+            work()
+            return True
+
+        while not self._exclusive.run(attempt):
+            time.sleep(0.001)
 
     def _open(self, uri: str) -> sqlite3.Connection:
         connection = self._connect(uri)
@@ -225,17 +242,11 @@ class FileAdapter:
         if not self._in_place():
             if self._importing == get_ident():
                 self._check_place(doing)  # what an import reads in its own transaction
-            with self._saving:
-                self._check_usable(doing)
-                self._secure_place(doing)
+            self._saving.run(self._secure_place_for, doing)
         loan = _Loan()
         try:
             try:
-                with self._guard:
-                    self._check_usable(doing)
-                    self._lent[loan] = None
-                    if self._idle:
-                        loan.connection = self._idle.pop()
+                self._lend(loan, doing)
                 if loan.connection is None:
                     loan.connection = self._open_reader()
                 # After opening: it may have found another database that was just put in our place.
@@ -252,18 +263,28 @@ class FileAdapter:
             raise
         return result
 
+    def _secure_place_for(self, doing: str) -> None:
+        self._check_usable(doing)
+        self._secure_place(doing)
+
+    @exclusive
+    def _lend(self, loan: _Loan, doing: str) -> None:
+        self._check_usable(doing)
+        self._lent[loan] = None
+        if self._idle:
+            loan.connection = self._idle.pop()
+
+    @exclusive
     def _give_back(self, loan: _Loan) -> None:
         """End a loan. Idempotent."""
-        with self._guard:
-            connection, loan.connection = loan.connection, None
-            if connection is not None:
-                # One that is still in a transaction would show old data and keep the log from shrinking.
-                if loan.ended_well and len(self._idle) < _IDLE_READERS and not connection.in_transaction:
-                    self._idle.append(connection)
-                else:
-                    connection.close()
-            self._lent.pop(loan, None)
-            self._given_back.notify_all()
+        connection, loan.connection = loan.connection, None
+        if connection is not None:
+            # One that is still in a transaction would show old data and keep the log from shrinking.
+            if loan.ended_well and len(self._idle) < _IDLE_READERS and not connection.in_transaction:
+                self._idle.append(connection)
+            else:
+                connection.close()
+        self._lent.pop(loan, None)
 
     def _translate(self, error: BaseException, doing: str) -> StorageError:
         translated = storage_error(error, doing, self.path)
@@ -313,17 +334,18 @@ class FileAdapter:
     def _put_back(self, writer: sqlite3.Connection, doing: str) -> None:
         try:
             copy = copy_database(writer, self.path)
-            with self._guard:
-                # All of them: a connection that stays would go on reading the database that has no name any more.
-                self._given_back.wait_for(lambda: not self._lent)
-                self._close_connections([*self._idle, writer])
-                self._idle, self._writer = [], None
-                self._identity = publish(copy, self.path)
+            self._when_nothing_is_lent(lambda: self._replace_connections(writer, copy))
         except LIBRARY_ERRORS as error:
             raise self._translate(error, doing) from error
         except OSError as error:
             raise StorageError(f"cannot {doing}: putting {self.path} back failed: {error}") from error
         log.warning("%s had vanished; its content was put back", self.path)
+
+    def _replace_connections(self, writer: sqlite3.Connection, copy: str) -> None:
+        # All of them: a connection that stays would go on reading the database that has no name any more.
+        self._close_connections([*self._idle, writer])
+        self._idle, self._writer = [], None
+        self._identity = publish(copy, self.path)
 
     def _close_connections(self, connections: list[sqlite3.Connection]) -> None:
         for connection in connections:
@@ -335,15 +357,23 @@ class FileAdapter:
 
     def hold_still(self) -> None:
         """Before a fork: wait until no thread is inside SQLite. Bounded, as this very thread may be in a call."""
-        self._held = self._saving.acquire(timeout=_FORK_PATIENCE_S)
-        self._guard.acquire()
-        self._given_back.wait_for(lambda: not self._lent, timeout=_FORK_PATIENCE_S)
+        self._held = [(self._saving, self._saving.take(_FORK_PATIENCE_S))]
+        deadline = time.monotonic() + _FORK_PATIENCE_S
+        while True:
+            ticket = self._exclusive.take(_FORK_PATIENCE_S)
+            if not self._lent or time.monotonic() >= deadline:
+                break
+            if ticket is not None:
+                self._exclusive.give_back(ticket)
+            time.sleep(0.001)
+        self._held.append((self._exclusive, ticket))
 
     def go_on(self) -> None:
         """After a fork, in both processes."""
-        self._guard.release()
-        if self._held:
-            self._saving.release()
+        while self._held:
+            guard, ticket = self._held.pop()
+            if ticket is not None:
+                guard.give_back(ticket)
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of what belongs to the parent, without touching it."""

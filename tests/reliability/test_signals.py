@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -16,6 +18,9 @@ from reliability.living import PATIENCE_S, InThread
 from scopestate.signals import SLICE_S, Guard, SignalPipe, exclusive, join, wait_for
 
 SIGNALS = 500
+PRODUCT = [
+    Path(__file__).parents[2] / folder for folder in ("actors", "config", "engine", "ops", "persistence", "wire")
+]
 
 
 class Cut(Exception):
@@ -214,3 +219,33 @@ def test_signals_that_raise_at_random_moments_never_leave_a_guard_taken() -> Non
 
 def _raise() -> None:
     raise Cut
+
+
+# --- nothing goes around it ------------------------------------------------------------------------------------------
+
+MAY_USE_LOCKS = {
+    "actors/deterministic.py",  # for tests: one thread runs at a time, and hands over
+    "persistence/redis",  # to be replaced: one owner for each connection (docs/design/0030-redis.md)
+    "config/watch.py",  # a Condition: `stop` is all that the main thread does there
+}
+"""Where a bare `with lock` is let through, and why."""
+
+
+def test_no_bare_lock_stands_where_the_main_thread_may_come() -> None:
+    """From 3.14 on an exception may come between taking a lock and entering its block (scopestate.signals, rule 1)."""
+    found = []
+    for folder in PRODUCT:
+        for path in folder.rglob("*.py"):
+            name = str(path.relative_to(folder.parent))
+            if any(name.startswith(let) for let in MAY_USE_LOCKS):
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.With):
+                    texts = [ast.unparse(item.context_expr) for item in node.items]
+                    found += [
+                        f"{name}:{node.lineno}: with {text}"
+                        for text in texts
+                        if "(" not in text
+                        and any(word in text.lower() for word in ("lock", "guard", "saving", "changed"))
+                    ]
+    assert found == []
