@@ -406,6 +406,19 @@ def test_a_name_that_was_withdrawn_is_free(shops: Workers) -> None:
     assert answers_as(shops(ADMIN), "shop.f", heir, "mine now")
 
 
+def test_a_name_that_was_kept_offered_again_and_withdrawn_is_free(shops: Workers) -> None:
+    owner, sibling, heir, caller = shops(GUEST), shops(GUEST), shops(OTHER), shops(ADMIN)
+    owner.register("shop.f")
+    owner.close()
+    eventually(lambda: shops.server.status().workers == 3)
+    sibling.register("shop.f")
+    sibling.send({"type": "unregisterfunction", "id": "shop.f"})
+    sibling.settle()
+    heir.register("shop.f")
+
+    assert answers_as(caller, "shop.f", heir, "mine now")
+
+
 def test_no_more_names_are_kept_than_the_bound(shops: Workers) -> None:
     owner, sibling, thief = shops(GUEST), shops(GUEST), shops(OTHER)
     names = [f"shop.{number}" for number in range(1_003)]
@@ -481,6 +494,16 @@ def test_the_newest_registration_serves_even_if_the_worker_is_older(connect: Ope
     older.register("f", description="and again")
     older.close()
     assert answers_as(caller, "f", newer, "newer")
+
+
+def test_the_one_before_is_the_one_that_registered_before(connect: OpenRaw, server: Server) -> None:
+    first, second, third, caller = connect(), connect(), connect(), connect()
+    for worker in (first, second, third, first, second):
+        worker.register("f")
+    second.close()
+    eventually(lambda: offers(server, "f") == 2)
+
+    assert answers_as(caller, "f", first, "first")
 
 
 def test_a_call_in_progress_is_stopped_and_the_next_one_is_served(connect: OpenRaw) -> None:
