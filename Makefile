@@ -19,6 +19,21 @@ export PIP_ROOT_USER_ACTION := ignore
 READY_DEV := $(VENV)/.ready-dev
 READY_RUN := $(if $(wildcard $(READY_DEV)),$(READY_DEV),$(VENV)/.ready-run)
 
+PYTHON_FITS := "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))"
+
+# The environment is made again if its Python does not start (it was removed, or the making was interrupted), is another
+# one than PYTHON was set to, or if it was made elsewhere: its scripts name the folder of that time.
+UNSOUND := $(shell \
+	if ! $(BIN)/python -c "import pip, sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then \
+		echo "its Python or its pip does not work"; \
+	elif ! grep -qF "$(abspath $(VENV))" $(VENV)/pyvenv.cfg; then \
+		echo "it was made in another folder"; \
+	elif test "$(origin PYTHON)" != file && ! $(PYTHON) -c "import os, sys; sys.exit(os.path.realpath(sys.base_prefix) != sys.argv[1])" \
+		"$$($(BIN)/python -c 'import os, sys; print(os.path.realpath(sys.base_prefix))')"; then \
+		echo "it was made by another Python"; \
+	fi)
+SOUND := $(if $(UNSOUND),,yes)
+
 .DELETE_ON_ERROR:
 .PHONY: run test check bench simulate reliability clean FORCE
 
@@ -57,7 +72,10 @@ clean:
 # Refused: the default editable mode, in which mypy and editors see no `scopestate.actors` at all.
 $(READY_DEV): EXTRA := dev
 $(VENV)/.ready-run: EXTRA := examples
-$(READY_DEV) $(VENV)/.ready-run: pyproject.toml .make/files $(if $(wildcard build/__editable__.*),,FORCE)
+$(READY_DEV) $(VENV)/.ready-run: pyproject.toml .make/files $(if $(wildcard build/__editable__.*),,FORCE) $(if $(SOUND),,FORCE)
+	@$(if $(SOUND),:,test ! -e $(VENV)/pyvenv.cfg || { echo "making $(VENV) again: $(UNSOUND)"; rm -rf $(VENV); })
+	@test -x $(BIN)/python || $(PYTHON) -c $(PYTHON_FITS) || \
+		{ echo "$(PYTHON) cannot make the environment: scopestate needs Python 3.11 or newer with venv (Debian, Ubuntu: apt install python3-venv); another one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing scopestate[$(EXTRA)] into $(VENV)"
 	@rm -rf build

@@ -15,6 +15,7 @@ from scopestate.cli_common import (
     Timeout,
     Token,
     Url,
+    given_text,
     print_json,
     read_json,
     shown,
@@ -43,7 +44,7 @@ def call(
     Example: scopestate call state::list_groups
     """
     payload = read_json(data, "the input")
-    _call(function, payload, url, token, ca_file, timeout, as_json=as_json)
+    _call(given_text(function, "the function id"), payload, url, token, ca_file, timeout, as_json=as_json)
 
 
 def get(
@@ -130,7 +131,15 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """Print all values of a scope as a JSON array, in the order in which their keys were first set."""
-    _call("state::list", msgspec.json.encode({"scope": scope}), url, token, ca_file, timeout, as_json=as_json)
+    _call(
+        "state::list",
+        msgspec.json.encode({"scope": given_text(scope, "the scope")}),
+        url,
+        token,
+        ca_file,
+        timeout,
+        as_json=as_json,
+    )
 
 
 def list_groups(
@@ -149,7 +158,8 @@ class _Errors(msgspec.Struct):
 
 
 def _input(scope: str, key: str, **more: Any) -> bytes:
-    return msgspec.json.encode({"scope": scope, "key": key, **more})
+    named = {"scope": given_text(scope, "the scope"), "key": given_text(key, "the key")}
+    return msgspec.json.encode({**named, **more})
 
 
 def _call(

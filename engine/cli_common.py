@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, NoReturn, TextIO, TypeVar
 import msgspec
 import typer
 from rich.console import Console
-from rich.json import JSON
+from rich.highlighter import JSONHighlighter
 from rich.markup import escape
 
 from scopestate.errors import (
@@ -176,7 +176,7 @@ def print_rich(*objects: Any) -> None:
 def print_json(data: bytes, *, as_json: bool) -> None:
     """Print JSON: indented for people at a terminal, on one line otherwise."""
     if sys.stdout and sys.stdout.isatty() and not as_json:
-        print_rich(JSON(json_text(msgspec.json.format(data, indent=2)), indent=2, ensure_ascii=False))
+        print_rich(JSONHighlighter()(json_text(msgspec.json.format(data, indent=2))))
     else:
         out(json_text(data))
 
@@ -198,13 +198,26 @@ def read_json(text: str, what: str, hint: str = "") -> bytes:
         if not given.strip():
             raise typer.BadParameter(f"{what} is not JSON: standard input is empty{hint}")
     else:
-        given = text.removeprefix("\ufeff").encode(errors="surrogateescape")
+        given = given_text(text, what).removeprefix("\ufeff").encode()
     try:
         return parse(given)
     except DeserializationError as error:
         if not hint and text.isidentifier():
             hint = f"""; text needs quotes of its own: '"{text}"'"""
         raise typer.BadParameter(shown(f"{what} is not JSON: {error}{hint}")) from error
+
+
+def given_text(argument: str, what: str) -> str:
+    """Return an argument as the Unicode text that it is. Ends the program if it is none.
+
+    Python reads arguments in the encoding of the locale, and keeps the bytes that do not fit it as lone surrogates.
+    """
+    if argument.isascii():
+        return argument
+    try:
+        return argument.encode(sys.getfilesystemencoding(), "surrogateescape").decode()
+    except UnicodeError:
+        raise typer.BadParameter(f"{what} is not UTF-8 text: {argument!a}") from None
 
 
 def read_standard_input(what: str) -> bytes:

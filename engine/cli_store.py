@@ -36,6 +36,7 @@ from scopestate.cli_common import (
     shown,
     standard_error,
     standard_output,
+    with_client,
 )
 from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, RedisConfig, load, validate
 from scopestate.config.redis_urls import without_credentials
@@ -44,6 +45,7 @@ from scopestate.paths import expand_home
 from scopestate.persistence import Adapter
 from scopestate.persistence.reading import StoreReader
 from scopestate.transfer import Entry, Reader, RemoteReader, export_lines, import_lines, is_whole, read_lines
+from scopestate.wire.client import Client
 
 app = typer.Typer(no_args_is_help=True, help="Look into a store, check it, copy it as JSON lines.")
 
@@ -275,11 +277,20 @@ def _open_target(target: str, token: str | None, ca_file: str | None) -> Adapter
         config = load(target).adapter
     else:
         config = AdapterConfig("kv", KvConfig("file_based", _directory(target)))
+    if isinstance(config.config, BridgeConfig):
+        _refuse_if_away(config.config)
     if isinstance(config.config, RedisConfig):
         # A copy is no change: nothing to publish, and nothing to read of what others publish.
         options = msgspec.structs.replace(config.config, events="local", delivery="each")
         config = msgspec.structs.replace(config, config=options)
     return open_adapter(config)
+
+
+def _refuse_if_away(bridge: BridgeConfig) -> None:
+    """Raise NotConnected at once if no engine is there: a bridge would wait for it."""
+    if not bridge.tls_verify:
+        return  # commands have no option for that
+    with_client(bridge.bridge_url, bridge.token, Client.wait_connected, as_json=False, ca_file=bridge.tls_ca_file)
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -23,6 +23,7 @@ from scopestate.cli_common import (
     ReaderGone,
     Token,
     Url,
+    given_text,
     json_text,
     out,
     print_rich,
@@ -53,7 +54,9 @@ def watch(
     """
     readable = sys.stdout is not None and sys.stdout.isatty() and not as_json
     notes = standard_error()
-    filters = {name: value for name, value in (("scope", scope), ("key", key)) if value is not None}
+    filters = {
+        name: given_text(value, f"--{name}") for name, value in (("scope", scope), ("key", key)) if value is not None
+    }
 
     seen = _Seen(count)
 

@@ -146,10 +146,16 @@ class Client:
 
     async def wait_connected(self, timeout_s: float | None = None) -> None:
         """Wait for a connection. Raises NotConnected, which says what went wrong, after `timeout_s`."""
+        if self._task is None:
+            raise RuntimeError("start the client first")
+        up = asyncio.ensure_future(self._up.wait())
         try:
-            await asyncio.wait_for(self._up.wait(), timeout_s)
-        except TimeoutError:
-            raise self._not_connected() from None
+            # The task ends if there is no other attempt.
+            await asyncio.wait({up, self._task}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            up.cancel()
+        if not self._up.is_set():
+            raise self._not_connected()
 
     # ------------------------------------------------------------------------------------------------------ calling
 
