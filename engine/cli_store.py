@@ -324,7 +324,12 @@ def _output(to: str, reader: Reader) -> Iterator[_Output]:
     path = os.path.realpath(expand_home(to))
     if status is not None and isinstance(reader, StoreReader) and reader.is_own_file(path):
         raise StorageError(f"{to} is a file of the store that is exported; write to another one")
-    if status is not None and (not stat.S_ISREG(status.st_mode) or path.startswith(("/dev/", "/proc/"))):
+    # Names below /dev and /proc stand for what is open already, and so does a file that is standard output.
+    if status is not None and (
+        not stat.S_ISREG(status.st_mode)
+        or to.startswith(("/dev/", "/proc/"))
+        or (sys.stdout is not None and _is_same(status, sys.stdout))
+    ):
         with _opened_directly(to, status) as write:
             yield _Output(write)
         return

@@ -127,3 +127,74 @@ def test_secrets_are_masked(cli: Run, tmp_path: Path) -> None:
 )
 def test_a_password_in_an_address_is_masked(text: str, shown: str) -> None:
     assert without_password(text) == shown
+
+
+SERVED = """\
+workers:
+- name: iii-worker-manager
+  config:
+    host: 0.0.0.0
+    tls: {certfile: /no/such.pem}
+    auth: {tokens: [{env: NO_SUCH_TOKEN_OF_A_TEST}, {file: /no/such/token}]}
+- name: iii-stat
+functions: {app::one: "os:getcwd", app::two: "os:nothing"}
+triggers:
+- {function_id: "app::on", condition_function_id: "nor::this"}
+- {function_id: "app::two"}
+- {function_id: "state::set"}
+limits: {scope_mailbox: 0}
+"""
+
+
+def test_what_serve_refuses_is_reported_all_at_once_with_its_lines(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text(SERVED)
+
+    checked = cli("config", "check", str(file), "--json")
+    later = cli("config", "check", str(file), "--json", "--registered-later")
+
+    assert checked.code == later.code == 3
+    found = [(error["line"], error["problem"]) for error in checked.json["errors"]]
+    for line, words in (
+        (5, "cannot use /no/such.pem"),
+        (6, "NO_SUCH_TOKEN_OF_A_TEST"),
+        (6, "cannot read a token from file /no/such/token"),
+        (7, "there is no worker iii-state in this file; is 'iii-stat' meant"),
+        (8, "has no attribute 'nothing'"),
+        (10, "no function 'app::on' stands in `functions:`"),
+        (10, "no function 'nor::this' stands in `functions:`"),
+        (13, "whole number from 1"),
+    ):
+        assert any(at == line and words in problem for at, problem in found), (line, words, found)
+    assert len(found) == 8
+    assert len(later.json["errors"]) == 6
+
+
+def test_an_address_without_tokens_is_refused_by_check_as_by_serve(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text("workers: [{name: iii-worker-manager, config: {host: 0.0.0.0, port: 0}}]\n")
+
+    checked, served = cli("config", "check", str(file)), cli("serve", str(file))
+
+    assert checked.code == served.code == 3
+    assert "can be reached from other machines" in checked.err
+    assert "can be reached from other machines" in served.err
+
+
+def test_a_bridge_to_itself_is_refused_by_check(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text("workers: [{name: iii-state, config: {adapter: {name: bridge}}}]\n")
+
+    result = cli("config", "check", str(file))
+
+    assert (result.code, "this engine itself listens" in result.err) == (3, True), result.err
+
+
+def test_a_byte_order_mark_is_accepted_and_utf_16_is_named(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_bytes(b"\xef\xbb\xbfworkers: []\r\n")
+    assert cli("config", "check", str(file)).code == 0
+
+    file.write_bytes("workers: []".encode("utf-16"))
+    refused = cli("config", "check", str(file))
+    assert (refused.code, "save the file as UTF-8" in refused.err) == (3, True)
