@@ -145,7 +145,10 @@ class Functions:
 
 def is_generator(target: object) -> bool:
     """True if calling `target` only makes a generator: nothing of it would run."""
-    return inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target)
+    while isinstance(target, functools.partial):
+        target = target.func
+    call = getattr(target, "__call__", None)  # noqa: B004 - as below
+    return any(inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one) for one in (target, call))
 
 
 def is_async(target: Callable[..., Any]) -> bool:

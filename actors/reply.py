@@ -58,6 +58,9 @@ class Reply(pykka.Future[T]):
 
     loop_reply = None
 
+    submit_program: Callable[[Callable[[], object]], object] | None = None
+    """How to run callbacks of the program; None: where the outcome is delivered."""
+
     waiter: Callable[[Reply[T], float | None], None] | None = None
     """How to wait instead of blocking, on a dispatcher that runs everything in turn (see `deterministic`)."""
 
@@ -109,7 +112,18 @@ class Reply(pykka.Future[T]):
         self.fail(error)
 
     def add_done_callback(self, callback: Callable[[Reply[T]], object]) -> None:
-        """Call `callback(self)` when the outcome is there: at once if it is, else on the thread that delivers it."""
+        """Call `callback(self)` when the outcome is there: at once if it is, else on a worker thread.
+
+        Not on the thread that delivers it, which is in the middle of a turn or of a save: a callback may block.
+        """
+        submit = self.submit_program
+        if submit is None or self.done:
+            self.when_done(callback)
+        else:
+            self.when_done(lambda reply: submit(lambda: callback(reply)))
+
+    def when_done(self, callback: Callable[[Reply[T]], object]) -> None:
+        """As `add_done_callback`, for callbacks that are quick: on the thread that delivers the outcome."""
         self._callbacks.append(callback)
         # Looked at behind that: who delivers meanwhile has seen the callback, or is seen here.
         if self.done:
@@ -121,7 +135,7 @@ class Reply(pykka.Future[T]):
             from scopestate.actors.loop_reply import LoopReply  # noqa: PLC0415 - asyncio takes 20 ms to import
 
             waiter = LoopReply()
-            self.add_done_callback(lambda _: waiter.set())
+            self.when_done(lambda _: waiter.set())
             yield from waiter.future.__await__()
         return self.get()
 

@@ -82,6 +82,7 @@ class _Inbox:
             actor.tell(envelope.message)
         else:
             reply.waiter = actor._dispatcher.waiter
+            reply.submit_program = actor._dispatcher.submit_program
             actor.handle_or_post(Envelope(envelope.message, reply))
             actor.keep_order()
 

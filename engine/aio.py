@@ -229,7 +229,7 @@ class AioEngine:
 async def _answer(reply: Reply[Any], timeout_s: float | None) -> Any:
     """Wait for a reply. Raises pykka.Timeout."""
     waiter = LoopReply()
-    reply.add_done_callback(lambda _: waiter.set())
+    reply.when_done(lambda _: waiter.set())
     try:
         await asyncio.wait_for(waiter.future, timeout_s)
     except TimeoutError as error:

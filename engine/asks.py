@@ -19,6 +19,7 @@ class PatientReply(Reply[Any]):
     def __init__(self, router: TriggerRouter, convert: Callable[[Any], Any]) -> None:
         super().__init__()
         self.waiter = router._dispatcher.waiter
+        self.submit_program = router._dispatcher.submit_program
         self._router = router
         self._convert = convert
         self.send: Callable[[], None] = lambda: None

@@ -42,7 +42,7 @@ from scopestate.ops import checked
 from scopestate.ops.values import decode, encode
 from scopestate.parts import Parts
 from scopestate.persistence import Adapter
-from scopestate.reactive import Hook, Reactive
+from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.stats import Health, Stats, check_health, measure
 from scopestate.wire.depth import event_depth
 
@@ -83,6 +83,8 @@ class Engine(Reactive):
                 f"Engine() takes a Config, not {type(given).__name__}: for a file or a mapping there is "
                 "Engine.from_config(...)"
             )
+        checked_hook("on_error", on_error)
+        checked_hook("on_dead_letter", on_dead_letter)
         parts = Parts(config or Config(), adapter, dispatcher, self._report, self._tell_hooks)
         self._parts = parts
         self._limits = parts.limits

@@ -7,7 +7,7 @@ from typing import Any, Never, TypeVar, overload
 
 from scopestate import catalogue
 from scopestate.actors.containment import Log, described, is_from_outside
-from scopestate.actors.functions import Function, Functions, running_loop
+from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
 from scopestate.actors.handler import DeliveryFailure
 from scopestate.actors.router import TriggerRouter
 from scopestate.errors import InvalidRegistration
@@ -129,13 +129,19 @@ class Reactive:
         return catalogue.trigger_types()
 
     def on_error(self, hook: Hook) -> Hook:
-        """Set the hook for failed attempts to deliver an event; also as a decorator. Runs on worker threads."""
-        self._hooks["error"] = hook
+        """Set the hook for failed attempts to deliver an event; also as a decorator. Runs on worker threads.
+
+        Raises InvalidRegistration for a coroutine function: nothing would run what it returns.
+        """
+        self._hooks["error"] = checked_hook("on_error", hook)
         return hook
 
     def on_dead_letter(self, hook: Hook) -> Hook:
-        """Set the hook for events that are given up; also as a decorator. Runs on worker threads."""
-        self._hooks["dead letter"] = hook
+        """Set the hook for events that are given up; also as a decorator. Runs on worker threads.
+
+        Raises as `on_error`.
+        """
+        self._hooks["dead letter"] = checked_hook("on_dead_letter", hook)
         return hook
 
     def _report(self, failure: DeliveryFailure) -> None:
@@ -158,6 +164,20 @@ class Reactive:
                     if is_from_outside(error):
                         raise
                     log.exception("the %s hook failed", name, extra=_facts(failure))
+
+
+def checked_hook(name: str, hook: Hook | None) -> Hook | None:
+    """Return `hook`. Raises InvalidRegistration if it cannot be called, or calling it would run nothing."""
+    given: object = hook  # whatever the program passed
+    if given is None:
+        return None
+    if not callable(given):
+        raise InvalidRegistration(f"{name} takes a function of one argument, not {type(given).__name__}")
+    if is_async(given) or is_generator(given):
+        raise InvalidRegistration(
+            f"{name} takes a plain function: nothing would run the coroutine or generator that this one returns"
+        )
+    return hook
 
 
 def _facts(failure: DeliveryFailure) -> dict[str, object]:

@@ -131,7 +131,7 @@ class Arrivals:
             callback()
             return
         reply = self._dispatcher.reply()
-        reply.add_done_callback(lambda _: callback())
+        reply.when_done(lambda _: callback())
         self._router.tell(Barrier(behind, reply))
 
     def has_triggers(self) -> bool:

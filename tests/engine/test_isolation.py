@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sys
 import threading
@@ -17,7 +18,7 @@ from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, in_thread
 
 from scopestate import Engine, StateEvent, messages
 from scopestate.config import from_mapping
-from scopestate.errors import FunctionFailed, HandlerTimeout, ReplyTimeout
+from scopestate.errors import FunctionFailed, HandlerTimeout, InvalidRegistration, ReplyTimeout
 
 
 class Odd(BaseException):
@@ -671,3 +672,37 @@ def test_drain_after_a_time_out_leaves_nothing_in_the_mailbox_of_a_handler_that_
     until(lambda: engine.stats().mailboxes.handlers == 0)
     assert engine.stats().mailboxes.router == 0
     gate.open()
+
+
+def test_a_callback_that_blocks_keeps_neither_its_scope_nor_saving_waiting(open_engine: Any, tmp_path: Any) -> None:
+    engine = open_engine(adapter={"store_method": "file_based", "file_path": str(tmp_path), "durability": "commit"})
+    gate = Gate()
+    reply = engine.ask(messages.Set("s", "k", 1), block=False)
+    reply.add_done_callback(gate)
+    through_a_ref = engine._scopes["s"].actor_ref.ask(messages.Set("s", "k", 2), block=False)
+    through_a_ref.add_done_callback(gate)
+
+    assert engine.set("s", "k", 3).new_value == 3
+    assert engine.set("other", "k", 3).created
+    engine.flush()
+    gate.open()
+    assert through_a_ref.get(timeout=PATIENCE_S).new_value == 2
+
+
+def test_a_hook_that_would_run_nothing_is_refused(engine: Engine) -> None:
+    async def coroutine(failure: Any) -> None:
+        """Would never run."""
+
+    def generator(failure: Any) -> Iterator[None]:
+        yield
+
+    class Generator:
+        def __call__(self, failure: Any) -> Iterator[None]:
+            yield
+
+    for hook in (coroutine, generator, functools.partial(generator), Generator(), 5):
+        for register in (engine.on_error, engine.on_dead_letter):
+            with pytest.raises(InvalidRegistration, match="takes a"):
+                register(hook)  # type: ignore[arg-type]  # what is refused
+        with pytest.raises(InvalidRegistration):
+            Engine(on_error=hook)  # type: ignore[arg-type]  # as above
