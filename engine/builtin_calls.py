@@ -14,7 +14,8 @@ from scopestate.actors.router import HandlerFull
 from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take, Turn
 from scopestate.errors import DeserializationError, ValueTooLarge
 from scopestate.ops import convert_ops
-from scopestate.ops.values import decode, encode_plain, parse
+from scopestate.ops.values import check, decode, encode_plain, parse
+from scopestate.wire.frames import last_wins
 
 if TYPE_CHECKING:
     from scopestate.access import Access
@@ -29,6 +30,11 @@ _ABSENT: Final = Raw()
 _BAD: Final = (msgspec.DecodeError, RecursionError)
 _TRUE: Final = Raw(b"true")
 _BUSY: Final = object()
+# Bytes of an input beside the values of its fields, if there is nothing else in it.
+_PLACE: Final = len('{"scope": "", "key": ""}')
+_SET: Final = len('{"scope": "", "key": "", "value": }')
+_UPDATE: Final = len('{"scope": "", "key": "", "ops": }')
+_LIST: Final = len('{"scope": ""}')
 _FEW_OPS: Final = 100
 _SMALL_VALUE: Final = 64 * 1024
 """An update below both takes well under a millisecond."""
@@ -97,8 +103,10 @@ class BuiltinCalls:
         try:
             place = _place(data)
         except _BAD:
-            place = _misfit("state::get", data)
+            place = _misfit("state::get", data, _place)
         scope, key = place.scope, place.key
+        if len(data) > len(scope) + len(key) + _PLACE:
+            _check("state::get", data)
         if access is not None:
             access.check_read(scope)
         self._count_get()
@@ -111,13 +119,15 @@ class BuiltinCalls:
         try:
             fields = _write(data)
         except _BAD:
-            fields = _misfit("state::set", data)
+            fields = _misfit("state::set", data, _write)
         value = fields.value
         if not value:
             value = fields.data
         if not value or (fields.value and fields.data):
-            _misfit("state::set", data)
+            _misfit("state::set", data, _write)
         scope, key = fields.scope, fields.key
+        if len(data) > len(scope) + len(key) + len(value) + _SET:
+            _check("state::set", data)
         if access is not None:
             access.check_write(scope)
         try:
@@ -134,7 +144,9 @@ class BuiltinCalls:
         try:
             place = _place(data)
         except _BAD:
-            place = _misfit("state::delete", data)
+            place = _misfit("state::delete", data, _place)
+        if len(data) > len(place.scope) + len(place.key) + _PLACE:
+            _check("state::delete", data)
         if access is not None:
             access.check_write(place.scope)
         self._count["state::delete"]()
@@ -144,7 +156,9 @@ class BuiltinCalls:
         try:
             fields = _ops(data)
         except _BAD:
-            fields = _misfit("state::update", data)
+            fields = _misfit("state::update", data, _ops)
+        if len(data) > len(fields.scope) + len(fields.key) + len(fields.ops) + _UPDATE:
+            _check("state::update", data)
         if access is not None:
             access.check_write(fields.scope)
         try:
@@ -159,8 +173,10 @@ class BuiltinCalls:
         try:
             fields = _scope(data)
         except _BAD:
-            fields = _misfit("state::list", data)
+            fields = _misfit("state::list", data, _scope)
         scope = fields.scope
+        if len(data) > len(scope) + _LIST:
+            _check("state::list", data)
         if access is not None:
             access.check_read(scope)
         self._count["state::list"]()
@@ -277,7 +293,21 @@ def _decoded(function_id: str, data: Raw) -> Any:
         raise messages.misfit(function_id, str(error)) from error
 
 
-def _misfit(function_id: str, data: Raw) -> Any:
-    """Raise what `Engine.call` raises for this input: its words are the ones that clients know."""
+def _misfit(function_id: str, data: Raw, read: Callable[[Raw], Any]) -> Any:
+    """Raise what `Engine.call` raises for this input: its words are the ones that clients know.
+
+    Return what was read if it does fit: when a field stands there twice, only the last of its values counts.
+    """
     messages.from_payload(function_id, _decoded(function_id, data))
-    raise messages.misfit(function_id, "the input does not fit")  # pragma: no cover - the line before has raised
+    try:
+        return last_wins(read, bytes(data))  # type: ignore[arg-type]  # it reads bytes too
+    except _BAD as error:  # pragma: no cover - the line before has raised
+        raise messages.misfit(function_id, "the input does not fit") from error
+
+
+def _check(function_id: str, data: Raw) -> None:
+    """There is more in the input than the function reads: that has to be JSON, too, as it is for `Engine.call`."""
+    try:
+        check(bytes(data))
+    except DeserializationError as error:
+        raise messages.misfit(function_id, str(error)) from error

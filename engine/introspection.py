@@ -12,7 +12,8 @@ from msgspec import Raw
 from scopestate import catalogue
 from scopestate.actors.functions import Function
 from scopestate.errors import DeserializationError
-from scopestate.ops.values import encode
+from scopestate.ops.values import check, encode
+from scopestate.wire.frames import last_wins
 from scopestate.worker_triggers import ENGINE_TYPES, STATE
 
 if TYPE_CHECKING:
@@ -225,7 +226,16 @@ def _worker_info(worker: Worker) -> dict[str, Any]:
 def _read(function_id: str, data: Raw, kind: type[Any]) -> Any:
     """Read the input of one of these functions; absent and null are `{}`. Raises DeserializationError."""
     try:
-        return kind() if not data or data == Raw(b"null") else msgspec.json.decode(data, type=kind)
+        if not data or data == Raw(b"null"):
+            return kind()
+        check(bytes(data))
+        read = msgspec.json.Decoder(kind).decode
+        try:
+            return read(data)
+        except msgspec.ValidationError:
+            return last_wins(read, bytes(data))
+    except DeserializationError as error:
+        raise DeserializationError(f"Failed to deserialize input for {function_id}: {error}") from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise DeserializationError(f"Failed to deserialize input for {function_id}: {error}") from error
 

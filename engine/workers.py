@@ -23,9 +23,10 @@ from scopestate.errors import (
     Overloaded,
     RemoteFailure,
     ScopestateError,
+    SerializationError,
 )
 from scopestate.introspection import Introspection
-from scopestate.ops.values import decode, encode, parse
+from scopestate.ops.values import check, decode, encode, parse
 from scopestate.wire.bounded_log import BoundedLog, shown
 from scopestate.wire.depth import event_depth
 from scopestate.wire.frames import (
@@ -389,8 +390,22 @@ class Hub:
     def _forward(self, caller: Worker, call: InvokeFunction, target: WorkerFunction) -> None:
         """Have another worker execute a call, with the caller's id; its answer goes back unparsed."""
 
+        if call.data:
+            try:
+                check(bytes(call.data))
+            except DeserializationError as error:
+                raise DeserializationError(f"Failed to deserialize input for {call.function_id}: {error}") from error
+
         def settle(outcome: InvocationResult) -> None:
             caller.issued.pop(execution, None)
+            if outcome.result:
+                try:
+                    check(bytes(outcome.result))
+                except DeserializationError as error:
+                    problem = f"{call.function_id} returned what JSON cannot hold: {error}"
+                    outcome = InvocationResult(
+                        outcome.invocation_id, outcome.function_id, error=ErrorBody(SerializationError.code, problem)
+                    )
             message = caller.session.pass_on(call, outcome)
             if message is not None:
                 caller.send(message)

@@ -221,6 +221,27 @@ def parse(text: bytes | str) -> bytes:
         raise DeserializationError(f"more than {MAX_LEVELS} nested levels") from error
 
 
+def check(text: bytes) -> None:
+    """Raise DeserializationError for JSON text that `parse` refuses; for text that is passed on as it is.
+
+    Quicker than `parse`: what it would look at in Python is found by its bytes.
+    """
+    try:
+        decode(text)
+    except msgspec.DecodeError as error:
+        raise DeserializationError(str(error)) from error
+    except RecursionError as error:
+        raise DeserializationError(f"more than {MAX_LEVELS} nested levels") from error
+    if len(text) > 2 * MAX_LEVELS and (
+        text.count(b"[") + text.count(b"{") > MAX_LEVELS or _LONG_NUMBER in text.translate(_DIGITS)
+    ):
+        parse(text)
+
+
+_DIGITS: Final = bytes(0x30 if chr(byte).isdigit() and byte < 0x80 else 0x20 for byte in range(256))
+_LONG_NUMBER: Final = b"0" * 309
+"""So many digits, without an exponent, may be beyond binary64."""
+
 _MINUS_ZERO: Final = re.compile(rb"-0(?![0-9.eE])")
 
 

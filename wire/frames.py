@@ -211,6 +211,18 @@ read_from_worker: Final[Callable[[bytes], FromWorker]] = msgspec.json.Decoder(Fr
 _from_server: Final[Callable[[bytes], FromServer]] = msgspec.json.Decoder(FromServer).decode
 
 
+_as_members = msgspec.json.Decoder(dict[str, Raw]).decode
+
+
+def last_wins(decode: Callable[[bytes], Any], text: bytes) -> Any:
+    """Read an object again that did not fit: of a field that stands there twice, the last value counts.
+
+    msgspec checks each of them. Raises as `decode` does.
+    """
+    members = _as_members(text)
+    return decode(encode(members))
+
+
 def decode_from_worker(message: bytes) -> FromWorker:
     """Read one message of a worker. Raises DeserializationError for what is none; see `FromWorker`."""
     frame: FromWorker = _decoded(read_from_worker, message)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ import msgspec
 from msgspec import Raw
 
 from scopestate.errors import DeserializationError, MessageTooLarge
+from scopestate.ops.values import check
 from scopestate.wire.bounded_log import BoundedLog
 from scopestate.wire.depth import KEY, depth_in, with_depth
 from scopestate.wire.frames import (
@@ -37,6 +39,7 @@ from scopestate.wire.frames import (
     UnregisterTriggerType,
     WorkerRegistered,
     encode,
+    last_wins,
     not_in_uuid,
     read_from_worker,
 )
@@ -189,7 +192,10 @@ class WorkerSession:
             # connection of whoever receives them. `isascii` is the quick test that nearly every message passes.
             if not message.isascii():
                 message.decode()
-            frame = read_from_worker(message)
+            try:
+                frame = read_from_worker(message)
+            except msgspec.ValidationError:
+                frame = last_wins(read_from_worker, message)
         except UnicodeDecodeError as error:
             return (
                 self.close(f"a text message that is not UTF-8: {error}", INVALID)
@@ -197,12 +203,12 @@ class WorkerSession:
                 else self._fault(message, error)
             )
         except (msgspec.DecodeError, RecursionError) as error:
-            return None if not message or message.isspace() else self._fault(message, error)
+            return None if not message or message.isspace() else self._unreadable(message, error)
         if self._faults:
             self._faults -= 1
         if type(frame) is InvokeFunction:
             invocation_id = frame.invocation_id
-            if invocation_id is None or frame.action is not None:
+            if invocation_id is None or frame.action is not None or frame.metadata:
                 return self._invoked_rarely(frame, message)
             if not_in_uuid(invocation_id) is None and self.waiting < self._max_calls:
                 self.waiting += 1
@@ -252,6 +258,17 @@ class WorkerSession:
         invocation_id = frame.invocation_id
         if invocation_id is not None and not_in_uuid(invocation_id):
             return self._refused(frame, message)
+        if frame.metadata:
+            try:
+                check(bytes(frame.metadata))
+            except DeserializationError as error:
+                problem = ErrorBody(error.code, f"`metadata`: {error}")
+                return None if invocation_id is None else Send(self._result(frame, problem))
+            if invocation_id is not None and frame.action is None:
+                if self.waiting >= self._max_calls:
+                    return self._refused(frame, message)
+                self.waiting += 1
+                return frame
         if type(frame.action) is not Enqueue:  # Void, or no id
             if self.waiting >= self._max_calls:
                 self._log.warning(
@@ -272,6 +289,15 @@ class WorkerSession:
                 "worker %s: function %r is one called over HTTP; it was not registered", self.worker_id, frame.id
             )
             return self._count_fault(2)
+        problem = _unfit(frame)
+        if problem is not None:
+            self._log.warning("worker %s: %r was not registered: %s", self.worker_id, frame.id, problem)
+            counted = self._count_fault(2)
+            if counted is None and isinstance(frame, RegisterTrigger):
+                refusal = ErrorBody("trigger_registration_failed", problem)
+                answer = TriggerRegistrationResult(frame.id, frame.trigger_type, frame.function_id, refusal)
+                return Send(encode(answer))
+            return counted
         place = _place(frame)
         self._size_before = self._sizes.get(place, 0)
         self._registered_bytes += size - self._size_before
@@ -301,6 +327,26 @@ class WorkerSession:
     def _fault(self, message: bytes, error: Exception) -> Action | None:
         self._log.warning("worker %s: a message of %d bytes was dropped: %s", self.worker_id, len(message), error)
         return self._count_fault(1)
+
+    def _unreadable(self, message: bytes, error: Exception) -> Action | None:
+        """Count a message that cannot be read. If it is plainly a call, or the answer to one, that one fails at once.
+
+        Without this, a value that is nested too deep would leave its caller waiting for the timeout.
+        """
+        counted = self._fault(message, error)
+        found = _plain_id.findall(message)
+        if counted is not None or len(found) != 1:
+            return counted
+        invocation_id = found[0].decode()
+        deep = isinstance(error, RecursionError)
+        problem = ErrorBody(DeserializationError.code, "the message is nested too deep" if deep else str(error)[:500])
+        if _plain_call.search(message) is not None and not_in_uuid(invocation_id) is None:
+            return Send(encode(InvocationResult(invocation_id, "", error=problem)))
+        execution = self.executing.get(invocation_id)
+        if execution is None or _plain_answer.search(message) is None:
+            return None
+        del self.executing[invocation_id]
+        return Answered(execution, InvocationResult(invocation_id, execution.function_id, error=problem))
 
     def _count_fault(self, weight: int) -> Close | None:
         self._faults += weight
@@ -438,6 +484,10 @@ class WorkerSession:
         )
 
 
+_plain_id: Final = re.compile(rb'"invocation_id"\s*:\s*"([0-9a-fA-F-]{32,36})"')
+_plain_call: Final = re.compile(rb'"type"\s*:\s*"invokefunction"')
+_plain_answer: Final = re.compile(rb'"type"\s*:\s*"invocationresult"')
+
 _answer_heads: Final[dict[str, bytes]] = {}
 _call_heads: Final[dict[str, bytes]] = {}
 _MOST_HEADS: Final = 1_000
@@ -488,6 +538,28 @@ _numbers: Final = itertools.count(int.from_bytes(os.urandom(4), "big"))
 def fresh_id() -> str:
     """Return a UUID that no other call has: a random part per process, and a number. Ten times as fast as `uuid4`."""
     return f"{_prefix}{next(_numbers):012x}"
+
+
+_PASSED_ON: Final = (
+    "config",
+    "metadata",
+    "request_format",
+    "response_format",
+    "trigger_request_format",
+    "call_request_format",
+)
+
+
+def _unfit(frame: _Register) -> str | None:
+    """Say what no value may be in a registration: others get these fields as they came."""
+    for name in _PASSED_ON:
+        text = getattr(frame, name, ABSENT)
+        if text:
+            try:
+                check(bytes(text))
+            except DeserializationError as error:
+                return f"`{name}`: {error}"
+    return None
 
 
 def _place(frame: _Register | _Unregister) -> tuple[str, str]:
