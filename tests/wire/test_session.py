@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 from msgspec import Raw
 
+from scopestate.errors import MessageTooLarge
 from scopestate.wire.frames import InvocationResult, InvokeFunction, RegisterFunction, RegisterTrigger
 from scopestate.wire.session import (
+    _LONGEST_NAME,
     Answered,
     Close,
     Send,
     SessionLimits,
     WorkerSession,
+    _answer_heads,
+    _call_heads,
     fresh_id,
     stopped,
     with_caller,
@@ -417,3 +421,151 @@ def test_registrations_of_too_many_bytes_close_the_connection() -> None:
     closing = say(worker, {"type": "registerfunction", "id": "g", "metadata": "x" * 800})
 
     assert closing == Close(1008, "functions and triggers of more than 1000 bytes registered")
+
+
+def test_registrations_of_exactly_the_limits_are_taken_and_one_more_is_not() -> None:
+    first, second = (json.dumps({"type": "registerfunction", "id": name}) for name in "ab")
+    worker = session(registrations=2, registration_bytes=len(first) + len(second))
+
+    assert isinstance(say(worker, first), RegisterFunction)
+    assert isinstance(say(worker, second), RegisterFunction)
+    assert not worker.closed
+    assert isinstance(say(worker, {"type": "registerfunction", "id": "c"}), Close)
+
+    worker = session(registration_bytes=len(first) + len(second) - 1)
+    say(worker, first)
+    assert isinstance(say(worker, second), Close)
+
+
+@pytest.mark.parametrize("leave", ["unregistered", "refused"])
+def test_what_a_worker_withdraws_or_may_not_register_gives_its_bytes_back(leave: str) -> None:
+    message = json.dumps(
+        {"type": "registertrigger", "id": "t", "trigger_type": "state", "function_id": "f", "config": {}}
+    )
+    worker = session(registration_bytes=len(message), registrations=1, faults=1_000)
+
+    for _ in range(20):
+        registered = say(worker, message)
+        assert isinstance(registered, RegisterTrigger), registered
+        if leave == "refused":
+            assert worker.refused(registered) is None
+        else:
+            say(worker, {"type": "unregistertrigger", "id": "t", "trigger_type": "state"})
+
+    assert (worker._sizes, worker._registered_bytes) == ({}, 0)
+
+
+def test_a_refusal_that_replaces_nothing_after_one_that_did_counts_nothing() -> None:
+    worker = session(faults=1_000)
+    say(worker, {"type": "registerfunction", "id": "a"})
+    kept = dict(worker._sizes)
+    for name in ("a", "b"):
+        refused = say(worker, {"type": "registerfunction", "id": name, "metadata": "x" * 50})
+        assert worker.refused(refused) is None
+
+    assert worker._sizes == kept
+    assert worker._registered_bytes == sum(kept.values())
+
+
+def test_a_function_called_over_http_counts_as_a_fault_until_there_are_too_many() -> None:
+    over_http = {"type": "registerfunction", "id": "f", "invocation": {"url": "http://x"}}
+    worker = session(faults=3)
+
+    answers = [say(worker, over_http) for _ in range(4)]
+
+    # Each counts as two, and the next message, which is well formed, takes one back.
+    assert answers == [None, None, Close(1008, "more than 3 malformed or refused messages"), None]
+
+
+@pytest.mark.parametrize("action", [None, {"type": "void"}])
+def test_calls_of_exactly_the_limit_are_taken(action: Any) -> None:
+    worker = session(calls=2)
+    for _ in range(3):
+        calls = [say(worker, invoke(action=action)) for _ in range(2)]
+        assert all(isinstance(call, InvokeFunction) for call in calls)
+        assert worker.waiting == 2
+        third = say(worker, invoke(action=action))
+        assert third is None if action else sent(third.message)["error"]["code"] == "OVERLOADED"
+        for call in calls:
+            worker.answer(call)
+        assert worker.waiting == 0
+
+
+@pytest.mark.parametrize("traced", [{}, {"traceparent": "00-1-2-01"}], ids=["plain", "traced"])
+@pytest.mark.parametrize("way", ["answer", "pass on", "void answer", "void pass on"])
+def test_each_way_to_answer_gives_the_place_of_its_call_back(way: str, traced: dict[str, str]) -> None:
+    worker = session(calls=1)
+    action = {"action": {"type": "void"}} if "void" in way else {}
+    for _ in range(3):
+        call = say(worker, invoke(**traced, **action))
+        assert isinstance(call, InvokeFunction)
+        if "pass on" in way:
+            message = worker.pass_on(call, InvocationResult("other id", "f", Raw(b"1")))
+        else:
+            message = worker.answer(call, b"1")
+        assert worker.waiting == 0
+        assert message is None if action else sent(message)["result"] == 1
+
+
+@pytest.mark.parametrize("traced", [{}, {"traceparent": "00-1-2-01"}], ids=["plain", "traced"])
+def test_a_message_of_exactly_the_limit_is_sent_and_one_byte_more_is_not(traced: dict[str, str]) -> None:
+    sizing = session()
+    answer = sizing.answer(say(sizing, invoke(**traced)), b'"12345"')
+    started = sizing.execute("f", Raw(b'"12345"'), lambda _: None, invocation_id=ID, **traced)
+    assert answer is not None
+    assert started is not None
+
+    exact = session(message_bytes=len(answer))
+    assert sent(exact.answer(say(exact, invoke(**traced)), b'"12345"'))["result"] == "12345"
+    refused = sent(exact.answer(say(exact, invoke(**traced)), b'"123456"'))
+    assert (refused["error"]["code"], exact.waiting) == ("MESSAGE_TOO_LARGE", 0)
+
+    exact = session(message_bytes=len(started[1]))
+    assert exact.execute("f", Raw(b'"12345"'), lambda _: None, invocation_id=ID, **traced) is not None
+    with pytest.raises(MessageTooLarge):
+        exact.execute("f", Raw(b'"123456"'), lambda _: None, invocation_id=OTHER_ID, **traced)
+    assert list(exact.executing) == [ID]
+
+
+def test_a_worker_executes_again_after_each_way_in_which_a_call_ends() -> None:
+    worker = session(calls=1)
+    for _ in range(3):
+        started = worker.execute("f", Raw(b"1"), lambda _: None)
+        assert started is not None
+        assert worker.execute("f", Raw(b"1"), lambda _: None) is None
+        say(worker, {"type": "invocationresult", "invocation_id": started[0].invocation_id, "function_id": "f"})
+        given_up = worker.execute("f", Raw(b"1"), lambda _: None)
+        assert given_up is not None
+        assert given_up[0].forget()
+        assert not given_up[0].forget()
+    assert not worker.executing
+
+
+def test_the_beginnings_of_messages_are_kept_for_ids_up_to_the_limit_only() -> None:
+    worker = session()
+    longest, longer = "x" * _LONGEST_NAME, "x" * (_LONGEST_NAME + 1)
+    for name in (longest, longer):
+        for _ in range(2):
+            assert sent(worker.answer(say(worker, invoke(name)), b"1"))["function_id"] == name
+            started = worker.execute(name, Raw(b"1"), lambda _: None)
+            assert started is not None
+            assert sent(started[1])["function_id"] == name
+
+    for heads in (_answer_heads, _call_heads):
+        assert longest in heads
+        assert longer not in heads
+
+
+def test_a_call_without_a_depth_is_as_deep_as_what_the_worker_was_given_last() -> None:
+    worker = session()
+    call = say(worker, invoke())
+    assert worker.depth_of(call) == 0
+    outer = worker.execute("f", Raw(b"1"), lambda _: None, depth=2)
+    inner = worker.execute("f", Raw(b"1"), lambda _: None, depth=5)
+    assert outer is not None
+    assert inner is not None
+    assert worker.depth_of(call) == 5
+    inner[0].forget()
+    assert worker.depth_of(call) == 2
+    outer[0].forget()
+    assert worker.depth_of(call) == 0
