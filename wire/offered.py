@@ -108,6 +108,11 @@ async def _run(function: _Function, frame: frames.InvokeFunction, answer: Answer
         result = await function.handler(bytes(frame.data) or b"null")
     except RemoteFailure as error:
         problem = frames.ErrorBody(error.code, error.message, error.stacktrace)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise  # the client is closed
+        problem = frames.ErrorBody("invocation_failed", "CancelledError: the function awaited what was cancelled")
     except Exception as error:
         log.warning("function %s failed: %s", frame.function_id, error, exc_info=error)
         problem = frames.ErrorBody("invocation_failed", f"{type(error).__name__}: {error}")

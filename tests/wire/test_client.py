@@ -25,7 +25,7 @@ from scopestate.errors import (
     RemoteFailure,
 )
 from scopestate.wire import frames
-from scopestate.wire.client import Client
+from scopestate.wire.client import _FRAME_ROOM, Client
 from scopestate.wire.options import ClientOptions, checked_url, request_headers
 
 pytestmark = pytest.mark.asyncio
@@ -411,3 +411,246 @@ async def test_a_server_that_comes_later_is_found(tmp_path: Path) -> None:
         await client.wait_connected(PATIENCE_S)
         assert client.connected
     await server.stop()
+
+
+def nothing_under_way(client: Client) -> None:
+    """Fail if the client still has a call, or one to send."""
+    pending = client._pending()
+    assert (len(pending), len(pending.unsent)) == (0, 0)
+
+
+async def in_step(peer: Any) -> None:
+    """Wait until the client has read everything that was sent to it so far."""
+    await peer.send(frames.Ping())
+    await peer.next(frames.Pong)
+
+
+async def test_each_way_in_which_a_call_ends_gives_its_place_back() -> None:
+    async with played_server() as server, Client(server.url, quick(max_pending=2)) as client:
+        peer = await server.next_peer()
+        for round_ in range(3):
+            answered = asyncio.ensure_future(client.call("answered"))
+            failed = asyncio.ensure_future(client.call("failed"))
+            await peer.answer(await peer.next_call(), b"1")
+            await peer.answer(await peer.next_call(), code="no", message="no")
+            assert await answered == 1
+            with pytest.raises(RemoteFailure):
+                await failed
+
+            with pytest.raises(CallTimeout):
+                await client.call("late", timeout_s=0.01)
+            given_up = asyncio.ensure_future(client.call("given up"))
+            late, call = await peer.next_call(), await peer.next_call()
+            given_up.cancel()
+            await asyncio.wait([given_up])
+            nothing_under_way(client)
+            await peer.answer(late, b"1")
+            await peer.answer(call, b"1")  # nobody waits for these two
+            await in_step(peer)
+            nothing_under_way(client)
+
+            lost = [asyncio.ensure_future(client.call("lost")) for _ in range(2)]
+            await peer.next_call()
+            await peer.next_call()
+            peer.drop()
+            for outcome in await asyncio.gather(*lost, return_exceptions=True):
+                assert isinstance(outcome, ConnectionLost)
+            nothing_under_way(client)
+            peer = await server.next_peer()
+            await client.wait_connected(PATIENCE_S)
+            assert client.connections == round_ + 2
+
+
+async def test_calls_that_are_never_sent_leave_nothing() -> None:
+    async with played_server() as server:
+        url = server.url
+    async with Client(url, quick(connect_wait_s=0.01, max_pending=1)) as client:
+        for _ in range(3):
+            with pytest.raises(NotConnected):
+                await client.call("f")
+            assert len(client._pending()) == 0
+    nothing_under_way(client)
+
+
+async def test_a_call_that_was_sent_is_not_failed_by_the_wait_for_a_connection() -> None:
+    async with played_server() as server:
+        url = server.url
+        await server.stop()
+        async with Client(url, quick(connect_wait_s=PATIENCE_S)) as client:
+            outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            call = client.post("f", b"1", lambda result, error: outcome.set_result((result, error)))
+            to_connect = call.timer
+            await server.start()
+            peer = await server.next_peer()
+            asked = await peer.next_call()
+            assert to_connect is not None
+            assert to_connect.cancelled()
+            to_answer = call.timer
+            assert to_answer is not None
+            assert not to_answer.cancelled()
+            await peer.answer(asked, b"2")
+            assert await asyncio.wait_for(outcome, PATIENCE_S) == (b"2", None)
+            assert to_answer.cancelled()
+
+
+async def test_what_takes_an_outcome_and_fails_costs_the_other_calls_nothing() -> None:
+    def fails(result: bytes | None, error: Exception | None) -> None:
+        raise ValueError("not mine")
+
+    async with played_server() as server, Client(server.url, quick()) as client:
+        peer = await server.next_peer()
+        client.post("f", b"1", fails)
+        asked = asyncio.ensure_future(client.call("g"))
+        for _ in range(2):
+            await peer.answer(await peer.next_call(), b"2")
+        assert await asked == 2
+        nothing_under_way(client)
+
+
+async def test_a_payload_of_exactly_the_limit_is_sent() -> None:
+    limit = 10_000
+    async with played_server() as server, Client(server.url, quick(max_message_bytes=limit)) as client:
+        peer = await server.next_peer()
+        room = limit - _FRAME_ROOM
+        asked = asyncio.ensure_future(client.call_raw("f", b'"%s"' % (b"x" * (room - 2))))
+        await peer.answer(await peer.next_call(), b"1")
+        assert await asked == b"1"
+        with pytest.raises(MessageTooLarge):
+            await client.call_raw("f", b'"%s"' % (b"x" * (room - 1)))
+
+
+async def test_an_answer_of_exactly_the_limit_is_sent_and_one_byte_more_fails_its_call() -> None:
+    async def returns(data: bytes) -> bytes | None:
+        return data
+
+    caller = "00000000-0000-4000-8000-000000000001"
+    fixed = len(frames.encode(frames.InvocationResult(caller, "f", Raw(b'""'))))
+    async with played_server() as server, Client(server.url, quick(max_message_bytes=10_000)) as client:
+        client.register_function("f", returns)
+        peer = await server.next_peer()
+        for more, code in ((0, None), (1, "MESSAGE_TOO_LARGE"), (0, None)):
+            text = b'"%s"' % (b"x" * (10_000 - fixed + more))
+            await peer.send(frames.InvokeFunction("f", Raw(text), caller))
+            answer = await peer.next(frames.InvocationResult)
+            assert (answer.error.code if answer.error else None) == code
+
+
+async def cancelled_within(_: bytes) -> bytes | None:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.cancel()
+    await future
+    return None
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["beside each other", "ordered"])
+async def test_a_function_serves_on_whatever_its_calls_did(ordered: bool) -> None:
+    async def function(data: bytes) -> bytes | None:
+        if data == b'"fail"':
+            raise ValueError("no")
+        if data == b'"remote"':
+            raise RemoteFailure("f", "CODE", "no")
+        return await cancelled_within(data) if data == b'"cancelled"' else data
+
+    async with played_server() as server, Client(server.url, quick()) as client:
+        client.register_function("f", function, ordered=ordered)
+        peer = await server.next_peer()
+        for round_ in range(3):
+            outcomes = []
+            for number, data in enumerate((b'"good"', b'"fail"', b'"remote"', b'"cancelled"', b'"good"')):
+                caller = f"00000000-0000-4000-8000-0000000{round_:02}{number:03}"
+                await peer.send(frames.InvokeFunction("f", Raw(data), caller))
+                answer = await peer.next(frames.InvocationResult)
+                assert answer.invocation_id == caller
+                outcomes.append(answer.error.code if answer.error else bytes(answer.result))
+            assert outcomes == [b'"good"', "invocation_failed", "CODE", "invocation_failed", b'"good"']
+        await in_step(peer)
+        assert not client._functions._running
+
+
+async def test_a_call_of_a_function_that_wants_no_answer_gets_none() -> None:
+    async with played_server() as server, Client(server.url, quick()) as client:
+        client.register_function("f", cancelled_within)
+        peer = await server.next_peer()
+        await peer.send(frames.InvokeFunction("f", Raw(b"1"), None, action=frames.Void()))
+        await peer.send(frames.InvokeFunction("nobody", Raw(b"1"), None, action=frames.Void()))
+        await in_step(peer)
+
+    assert not [data for data in peer.raw if b'"invocationresult"' in data]
+
+
+async def test_an_ordered_function_that_is_registered_again_starts_with_nothing_waiting() -> None:
+    begun, gate = asyncio.Event(), asyncio.Event()
+    seen: list[tuple[str, bytes]] = []
+
+    async def first(data: bytes) -> bytes | None:
+        seen.append(("first", data))
+        begun.set()
+        await gate.wait()
+        return None
+
+    async def second(data: bytes) -> bytes | None:
+        seen.append(("second", data))
+        return None
+
+    async with played_server() as server, Client(server.url, quick()) as client:
+        client.register_function("f", first, ordered=True)
+        peer = await server.next_peer()
+        for n in range(2):
+            await peer.send(frames.InvokeFunction("f", Raw(b"%d" % n), f"00000000-0000-4000-8000-00000000000{n}"))
+        await in_step(peer)
+        await asyncio.wait_for(begun.wait(), PATIENCE_S)
+        client.register_function("f", second, ordered=True)
+        await peer.send(frames.InvokeFunction("f", Raw(b"2"), "00000000-0000-4000-8000-000000000002"))
+        assert (await peer.next(frames.InvocationResult)).invocation_id.endswith("2")
+        gate.set()
+        assert (await peer.next(frames.InvocationResult)).invocation_id.endswith("0")
+
+    assert seen == [("first", b"0"), ("second", b"2")]
+
+
+async def test_a_client_that_is_closed_cancels_its_functions_and_answers_nothing_more() -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def endless(_: bytes) -> bytes | None:
+        begun.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.set()
+        return None
+
+    async with played_server() as server:
+        async with Client(server.url, quick()) as client:
+            client.register_function("f", endless)
+            peer = await server.next_peer()
+            await peer.send(frames.InvokeFunction("f", Raw(b"1"), "00000000-0000-4000-8000-000000000001"))
+            await asyncio.wait_for(begun.wait(), PATIENCE_S)
+        await asyncio.wait_for(ended.wait(), PATIENCE_S)
+        await asyncio.wait_for(peer.socket.wait_closed(), PATIENCE_S)
+
+    assert not [data for data in peer.raw if b'"invocationresult"' in data]
+
+
+async def test_each_change_of_the_connection_is_told_once() -> None:
+    told: list[tuple[bool, str]] = []
+    refused: list[Any] = []
+    async with played_server() as server:
+        url = server.url
+        client = Client(url, quick(), on_change=lambda *change: told.append(change), on_trigger_refused=refused.append)
+        async with client:
+            for _ in range(3):
+                peer = await server.next_peer()
+                await client.wait_connected(PATIENCE_S)
+                assert client.why_not is None
+                problem = frames.ErrorBody("CODE", "no")
+                await peer.send(frames.TriggerRegistrationResult("t", "state", "f", problem))
+                await in_step(peer)
+                peer.drop()
+            peer = await server.next_peer()
+            await client.wait_connected(PATIENCE_S)
+        assert client.why_not == "this client is closed"
+
+    assert [connected for connected, _ in told] == [True, False] * 4
+    assert all(reason.startswith("the connection was lost") for connected, reason in told[1:-1] if not connected)
+    assert told[-1] == (False, "this client is closed")
+    assert [(error.code, error.message) for error in refused] == [("CODE", "no")] * 3
