@@ -224,7 +224,9 @@ class ScopeActor(TurnActor):
     # A key of somebody's own class could run code in the middle of a write: it becomes plain text first.
 
     def _new_key(self, key: str) -> str:
-        return checked_length("key", checked_name("key", key), self._around.limits.longest_name)
+        name = checked_name("key", key)
+        longest = self._around.limits.longest_name
+        return name if len(name) <= longest else checked_length("key", name, longest)
 
     def _put(self, key: str, data: bytes) -> SetResult:
         if type(key) is not str:

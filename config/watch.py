@@ -20,6 +20,7 @@ from scopestate.config.loader import load_bytes, read_bytes
 from scopestate.config.schema import Config
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
+from scopestate.signals import join
 
 if TYPE_CHECKING:
     from watchdog.events import FileSystemEvent
@@ -121,7 +122,7 @@ class ConfigWatcher:
             self._changed.notify_all()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread() and thread.ident is not None:
-            thread.join()
+            join(thread)
 
     # The watcher's thread.
 

@@ -14,6 +14,7 @@ from scopestate.persistence.redis.connection import Connection, Refusal, Target,
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.reading import BLOCK_S, CUT_FILE, Handler, Reader, event_of, number_of, place_of
 from scopestate.persistence.redis.script import Shape
+from scopestate.signals import wait_for
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -70,7 +71,7 @@ class EachReader(Reader):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return False
-                there.wait(None if left_s == math.inf else left_s)
+                wait_for(there.wait, None if left_s == math.inf else left_s)
                 there.clear()
             return True
         finally:

@@ -14,6 +14,7 @@ from scopestate.errors import NotConnected
 from scopestate.inbox import Empty, Inbox
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
 from scopestate.persistence.redis.reading import CUT_FILE, number_of, place_of
+from scopestate.signals import join
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -170,7 +171,7 @@ class Keeper:
         """Acknowledge what is handled by now, if there is a connection, and end. Idempotent."""
         self._queue.put(None)
         if self._thread is not None:
-            self._thread.join()
+            join(self._thread)
 
     # ------------------------------------------------------------------------------------------ the keeper's thread
 

@@ -18,6 +18,7 @@ from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection,
 from scopestate.persistence.redis.desk import Desk, Passenger
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.script import with_source
+from scopestate.signals import join
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -203,7 +204,7 @@ class Link:
         while (thread := self._thread.get("thread")) is not None:
             self._ready.put(None)
             try:
-                thread.join()
+                join(thread)
                 break
             except RuntimeError:
                 time.sleep(0.001)  # it is about to be started, or to be given up

@@ -15,6 +15,7 @@ from scopestate.persistence.redis.connection import Broken, Connection, Refusal
 from scopestate.persistence.redis.dialling import Server, server, traits
 from scopestate.persistence.redis.lines import Deliver, Single
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.signals import join
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -195,7 +196,7 @@ class Watched(Single):
     def close(self) -> None:
         self._over.set()
         if self._thread is not None:
-            self._thread.join()
+            join(self._thread)
         super().close()
 
     def _watch(self) -> None:
