@@ -19,7 +19,6 @@ from typing import Annotated, Final, Protocol
 import msgspec
 from msgspec import Raw
 
-from scopestate.actors.scope import LAST_SEQUENCE
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import parse
 from scopestate.persistence import Adapter, ScopeChange, ScopeState
@@ -137,11 +136,6 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Entry | Scope]:
                 keys += 1
                 yield Entry(line.scope, line.key, parse(bytes(line.value)))
             elif line.scope is not None and line.sequence is not None and line.key is None:
-                if not 0 <= line.sequence < LAST_SEQUENCE:
-                    raise DeserializationError(
-                        f"the scope {line.scope!r} has the number {line.sequence}, "
-                        "behind which nothing could be written"
-                    )
                 yield Scope(line.scope, line.sequence)
             else:
                 raise DeserializationError("expected an object with `scope`, `key` and `value`")

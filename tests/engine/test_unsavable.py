@@ -217,5 +217,5 @@ def test_a_number_that_the_store_cannot_hold_keeps_no_other_scope_from_being_sav
 def test_an_import_with_a_number_behind_which_nothing_could_be_written_is_refused() -> None:
     lines = [b'{"scopestate_export":1}\n', b'{"scope":"s","sequence":9223372036854775807}\n']
 
-    with pytest.raises(DeserializationError, match="line 2: the scope 's' has the number 9223372036854775807"):
+    with pytest.raises(DeserializationError, match=r"line 2: .*sequence"):
         list(read_lines(lines))
