@@ -89,23 +89,29 @@ def test_signals_at_random_moments_lose_and_mix_up_nothing(
         threads = [InThread(count) for _ in range(others)]
         draw = random.Random(7)
         mine = 0
+
+        # A function of its own: CPython 3.13.0 skips `except` for a signal at the end of a loop inside `try`.
+        def calls_until_one_more(before: int) -> None:
+            nonlocal mine
+            while len(came) == before:
+                match draw.randrange(4):
+                    case 0:
+                        engine.update("s", "counter", INCREMENT)
+                        mine += 1
+                    case 1:
+                        number = draw.randrange(10**6)
+                        engine.set("s", f"k{number % 5}", number)
+                        assert engine.get("s", f"k{number % 5}") == number
+                    case 2:
+                        engine.update("s", f"new-{draw.randrange(10**6)}", INCREMENT)
+                    case _:
+                        assert type(engine.list("s")) is list
+
         with alarms(error, seed=others, longest_us=3000) as (set_alarm, came):
             while (before := len(came)) < interruptions:
                 try:
                     set_alarm()
-                    while len(came) == before:
-                        match draw.randrange(4):
-                            case 0:
-                                engine.update("s", "counter", INCREMENT)
-                                mine += 1
-                            case 1:
-                                number = draw.randrange(10**6)
-                                engine.set("s", f"k{number % 5}", number)
-                                assert engine.get("s", f"k{number % 5}") == number
-                            case 2:
-                                engine.update("s", f"new-{draw.randrange(10**6)}", INCREMENT)
-                            case _:
-                                assert type(engine.list("s")) is list
+                    calls_until_one_more(before)
                 except error:
                     continue
         over.set()

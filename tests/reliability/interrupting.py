@@ -6,6 +6,7 @@ import ctypes
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 
 class Interruption(Exception):
     """What a program's signal handler raises: an ordinary exception, such as a time limit's."""
+
+
+def _place_for_a_signal() -> None:
+    """At the start of a function written in Python every CPython delivers a signal; at calls in C not every one."""
 
 
 class _Trap:
@@ -54,10 +59,13 @@ def interrupt_at(place: int, work: Callable[[], Any], error: type[BaseException]
     before = signal.signal(signal.SIGINT, handle)
     tracing = sys.gettrace()
     try:
-        sys.settrace(look)
-        work()
-        sys.settrace(None)
-        len("")  # a call: a signal that came with the last opcode is delivered here
+        with warnings.catch_warnings():
+            # A connection that SQLite has opened and `work` has not yet stored is lost to an interruption in between.
+            warnings.filterwarnings("ignore", "unclosed database", ResourceWarning)
+            sys.settrace(look)
+            work()
+            sys.settrace(None)
+            _place_for_a_signal()  # for one that came with the last opcode
     except error:
         pass
     except Exception as raised:

@@ -242,15 +242,26 @@ def test_close_interrupted_at_any_opcode_can_be_repeated_and_loses_nothing(
 _PLACES_FOR_SIGNALS = ("CALL", "PRECALL", "JUMP_BACKWARD", "POP_JUMP_BACKWARD", "FOR_ITER", "SEND", "YIELD", "RESUME")
 
 
+def _names(instruction: dis.Instruction) -> tuple[str, ...]:
+    """Return the names that an instruction uses. CPython 3.13 and later have some that load or store two at once."""
+    argval = instruction.argval
+    return argval if isinstance(argval, tuple) else (argval,)
+
+
 def test_the_stretch_of_a_write_has_no_place_where_a_signal_could_come() -> None:
     """Whoever puts a call or a loop between these lines of `ScopeActor._write` gives up that writes are whole."""
     instructions = list(dis.get_instructions(ScopeActor._write))
-    stores = [place for place, found in enumerate(instructions) if found.argval == "outbox"]
+    stores = [place for place, found in enumerate(instructions) if "outbox" in _names(found)]
     first = max(place for place in stores if instructions[place].opname.startswith("STORE"))
     begin = next(
         place for place, found in enumerate(instructions) if found.opname == "STORE_ATTR" and found.argval == "touched"
     )
-    changes = [found.argval for found in instructions[begin:] if found.opname in ("STORE_ATTR", "LOAD_FAST")]
+    changes = [
+        name
+        for found in instructions[begin:]
+        if found.opname == "STORE_ATTR" or "LOAD_FAST" in found.opname
+        for name in _names(found)
+    ]
     assert begin < first, "the outbox is filled at the end of the stretch"
     assert {"values", "dirty", "positions", "_sequence", "outbox"} <= set(changes)
 
@@ -315,6 +326,15 @@ def any_call(engine: Engine, draw: random.Random, number: int) -> None:
             engine.list("s")
 
 
+def call_while(goes_on: Callable[[], bool], engine: Engine, draw: random.Random, calls: Iterator[int]) -> None:
+    """Make calls while no signal has come; most signals raise.
+
+    A function of its own: CPython 3.13.0 skips `except` and `finally` for a signal at the end of a loop inside `try`.
+    """
+    while goes_on():
+        any_call(engine, draw, next(calls))
+
+
 @pytest.fixture
 def untraced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without coverage's tracer: it has a lock that a signal in the middle of it leaves taken for ever.
@@ -354,8 +374,7 @@ def test_signals_at_random_moments_leave_state_sequence_and_events_in_agreement(
         while (before := len(came)) < interruptions:
             try:
                 set_alarm()
-                while len(came) == before:
-                    any_call(engine, draw, next(calls))
+                call_while(lambda: len(came) == before, engine, draw, calls)
             except error:
                 if before % 250 == 0:
                     seen.wait_for(scope_of(engine)._sequence)  # or a full mailbox makes the writers wait
