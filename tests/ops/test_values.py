@@ -344,7 +344,6 @@ def encode_with_change_at(opcode: int, value: Any, change: Callable[[], object])
         if frame.f_code.co_filename != values.__file__:
             return None
         frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
         if event == "opcode":
             left -= 1
             if left == 0:
@@ -352,6 +351,8 @@ def encode_with_change_at(opcode: int, value: Any, change: Callable[[], object])
         return trace
 
     before = sys.gettrace()
+    # CPython 3.12 looks here, when tracing begins, whether opcodes are wanted at all.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         return values.encode(value), left <= 0
