@@ -111,7 +111,7 @@ def test_each_logger_of_the_source_has_its_line_and_no_other() -> None:
     used = set()
     for package in ("actors", "config", "engine", "ops", "persistence", "wire"):
         for file in (ROOT / package).rglob("*.py"):
-            used.update(re.findall(r'getLogger\("(scopestate[^"]*)"\)', file.read_text(encoding="utf-8")))
+            used.update(re.findall(r'(?:getLogger|\bLog)\("(scopestate[^"]*)"\)', file.read_text(encoding="utf-8")))
 
     assert set(_first_cells(_section("docs/operations.md", "Logs"))) == used
 
