@@ -683,14 +683,16 @@ def test_a_trigger_type_of_another_token_is_not_replaced(shops: Workers) -> None
     provider.settle()
     offer_type(thief, "shop.cron")
     thief.settle()
-    thief.send({"type": "unregistertriggertype", "id": "shop.cron"})
-    thief.settle()
-
-    assert refused(user, "job", {"secret": 1}, "shop.cron") == ""
+    assert refused(user, "job", {"secret": 1}, "shop.cron", id="a") == ""
     assert provider.receive()["config"] == {"secret": 1}
-    user.close()
-    assert provider.receive()["type"] == "unregistertrigger"
+
+    thief.send({"type": "unregistertriggertype", "id": "shop.cron"})
     thief.settle()  # it has received nothing
+    assert refused(user, "job", {"secret": 2}, "shop.cron", id="b") == ""
+    assert provider.receive()["config"] == {"secret": 2}
+    user.close()
+    assert [provider.receive()["type"] for _ in range(2)] == ["unregistertrigger"] * 2
+    thief.settle()
 
 
 def test_another_token_never_sees_the_triggers_of_the_provider_before(shops: Workers) -> None:
