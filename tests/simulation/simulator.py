@@ -154,6 +154,7 @@ class Life:
         self.ended = self.adapter.crashed = True
         self.dispatcher.kill()
         lifecycle.release(self.engine)
+        self.engine.disown()  # a dead process closes nothing when its memory goes
         self.engine._parts.loop_thread.close()
         self.adapter.close()
         self.model.raise_problem()
