@@ -62,6 +62,8 @@ def interrupt_at(place: int, work: Callable[[], Any], error: type[BaseException]
         with warnings.catch_warnings():
             # A connection that SQLite has opened and `work` has not yet stored is lost to an interruption in between.
             warnings.filterwarnings("ignore", "unclosed database", ResourceWarning)
+            # CPython 3.12 looks here, when tracing begins, whether opcodes are wanted at all.
+            sys._getframe().f_trace_opcodes = True
             sys.settrace(look)
             work()
             sys.settrace(None)
