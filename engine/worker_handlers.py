@@ -135,7 +135,7 @@ class WorkerHandler(HandlerActor):
 
     def silent_s(self, now: float) -> float:
         """Return for how long the mailbox has been full while the worker answered nothing. For a timer."""
-        if len(self._mailbox) < self._services.limits.handler_mailbox:
+        if not self._is_full():
             self._full = None
             return 0.0
         if self._full is None or self._full[0] != self.answered:

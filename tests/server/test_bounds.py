@@ -468,9 +468,19 @@ def test_a_channel_that_is_idle_or_incomplete_ends(
 # ---------------------------------------------------------------------------------------------------- silent workers
 
 
-@pytest.mark.parametrize("when_full", ["block", "reject", "drop_oldest"])
-def test_a_silent_worker_is_cut_off_however_small_the_mailbox_is(connect: OpenRaw, when_full: str) -> None:
-    limits = {"handler_mailbox": 5, "handler_when_full": when_full, "call_timeout_ms": 100}
+@pytest.mark.parametrize(
+    ("when_full", "bound"),
+    [
+        ("block", {"handler_mailbox": 5}),
+        ("reject", {"handler_mailbox": 5}),
+        ("drop_oldest", {"handler_mailbox": 5}),
+        ("block", {"handler_mailbox_bytes": 5}),
+    ],
+)
+def test_a_silent_worker_is_cut_off_however_small_the_mailbox_is(
+    connect: OpenRaw, when_full: str, bound: dict[str, int]
+) -> None:
+    limits = {**bound, "handler_when_full": when_full, "call_timeout_ms": 100}
     with (
         Engine.from_config({"limits": limits}, on_error=lambda failure: None) as engine,
         Server(engine, port=0) as server,
