@@ -11,6 +11,9 @@ import pytest
 from second_engine import PATIENCE_S, Seen
 
 from scopestate import Engine, messages
+from scopestate.actors.remote import RemoteChange
+from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.turns import Passivate, Put
 from scopestate.config import from_mapping
 from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeout, StorageError
 from scopestate.persistence import ScopeChange, ScopeState
@@ -245,3 +248,174 @@ def test_a_bug_in_reading_an_answer_hangs_nobody(
 
     with pytest.raises(StorageError, match="a bug"):
         reply.get(timeout=PATIENCE_S)
+
+
+def at_rest(engine: Engine, remote: PlayedRemote, scope: str = "s") -> None:
+    """Fail if the scope still has a call, a lane or something that waits for calls."""
+    actor: Any = engine._scopes[scope]
+    assert remote.open == {}
+    assert (actor._open, actor._lanes, actor._barriers, list(actor._mailbox)) == (set(), {}, [], [])
+    assert not actor.has_waiting()
+
+
+def test_each_way_in_which_a_call_ends_leaves_nothing_behind(
+    engine: Engine, remote: PlayedRemote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        good, failed = begin(engine, messages.Set("s", "a", 1)), begin(engine, messages.Get("s", "b"))
+        listed = begin(engine, messages.List("s"))
+        remote.sent("set a", "get b")
+        remote.answer("get b", error=NotConnected("nothing was sent"))
+        remote.answer("set a", WRITTEN)
+        remote.sent("list")
+        remote.answer("list", [1])
+        assert (good.get(timeout=PATIENCE_S).created, listed.get(timeout=PATIENCE_S)) == (True, [1])
+        with pytest.raises(StorageError):
+            failed.get(timeout=PATIENCE_S)
+        at_rest(engine, remote)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("scopestate.actors.remote.read_answer", lambda *_: 1 / 0)
+            broken = begin(engine, messages.Delete("s", "a"))
+            remote.sent("delete a")
+            remote.answer("delete a", 1)
+        with pytest.raises(StorageError):
+            broken.get(timeout=PATIENCE_S)
+        at_rest(engine, remote)
+
+        remote.closed = True
+        with pytest.raises(StorageError, match="the connection is closed"):
+            begin(engine, messages.Set("s", "a", 1)).get(timeout=PATIENCE_S)
+        remote.closed = False
+        at_rest(engine, remote)
+
+
+def test_a_call_that_was_given_up_before_it_was_sent_is_never_sent_and_holds_nothing_up(
+    engine: Engine, remote: PlayedRemote
+) -> None:
+    for _ in range(3):
+        first = begin(engine, messages.Set("s", "k", 1))
+        given_up = begin(engine, messages.Set("s", "k", 2))
+        last = begin(engine, messages.Get("s", "k"))
+        listed = begin(engine, messages.List("s"))  # behind both writes
+        remote.sent("set k")
+        given_up.abandoned = True
+
+        remote.answer("set k", WRITTEN)
+        remote.sent("get k", "list")
+        remote.answer("get k", 1)
+        remote.answer("list", [1])
+
+        assert first.get(timeout=PATIENCE_S).created
+        assert (last.get(timeout=PATIENCE_S), listed.get(timeout=PATIENCE_S)) == (1, [1])
+        at_rest(engine, remote)
+
+
+def test_a_key_whose_only_call_was_given_up_is_forgotten(engine: Engine, remote: PlayedRemote) -> None:
+    first, given_up = begin(engine, messages.Set("s", "k", 1)), begin(engine, messages.Get("s", "k"))
+    remote.sent("set k")
+    given_up.abandoned = True
+    remote.answer("set k", WRITTEN)
+
+    assert first.get(timeout=PATIENCE_S).created
+    at_rest(engine, remote)
+
+
+def test_exactly_as_many_calls_as_the_limit_are_taken_time_after_time(engine: Engine, remote: PlayedRemote) -> None:
+    for _ in range(3):
+        replies = [begin(engine, messages.Get("s", str(number))) for number in range(5)]
+        remote.sent(*(f"get {number}" for number in range(5)))
+        with pytest.raises(Overloaded):
+            begin(engine, messages.Get("s", "one more")).get(timeout=PATIENCE_S)
+        for label in list(remote.open):
+            remote.answer(label, 1)
+        assert [reply.get(timeout=PATIENCE_S) for reply in replies] == [1] * 5
+        at_rest(engine, remote)
+
+
+def test_a_scope_stays_in_memory_while_a_call_is_under_way_and_leaves_behind_it(
+    engine: Engine, remote: PlayedRemote
+) -> None:
+    seen = Seen()
+    engine.on_change()(seen)
+    for round_ in range(1, 4):
+        reply = begin(engine, messages.Set("s", "k", round_))
+        remote.sent("set k")
+        actor: Any = engine._scopes["s"]
+
+        assert actor.run(Passivate(), False) is False
+        assert engine._scopes["s"] is actor
+
+        remote.answer("set k", WRITTEN)
+        reply.get(timeout=PATIENCE_S)
+
+        assert actor.run(Passivate(), False) is True
+        assert "s" not in engine._scopes
+    engine.drain(PATIENCE_S)
+
+    # The scope that comes next counts on where the one before it ended.
+    assert [event.sequence for event in seen.events] == [1, 2, 3]
+
+
+def test_a_call_that_reaches_a_scope_that_has_left_is_passed_on(engine: Engine, remote: PlayedRemote) -> None:
+    seen = Seen()
+    engine.on_change()(seen)
+    left: Any = engine._scopes["s"]
+    assert left.run(Passivate(), False) is True
+    reply: Reply[Any] = Reply()
+    left.accept(Envelope(Put("k", b"1"), reply))
+    remote.sent("set k")
+    remote.answer("set k", WRITTEN)
+    changed: Reply[Any] = Reply()
+    left.take_in(RemoteChange("other", None, b"2", changed, 0))
+
+    assert reply.get(timeout=PATIENCE_S).created
+    assert changed.get(timeout=PATIENCE_S) is None
+    engine.drain(PATIENCE_S)
+    assert [(event.key, event.sequence) for event in seen.events] == [("k", 1), ("other", 2)]
+    at_rest(engine, remote)
+
+
+def test_a_closed_scope_leaves_no_more_and_refuses_what_the_remote_reports(
+    engine: Engine, remote: PlayedRemote
+) -> None:
+    actor: Any = engine._scopes["s"]
+    engine.close()
+
+    assert actor.run(Passivate(), False) is False
+    changed: Reply[Any] = Reply()
+    actor.take_in(RemoteChange("k", None, b"1", changed, 0))
+    with pytest.raises(EngineClosed):
+        changed.get(timeout=PATIENCE_S)
+    with pytest.raises(EngineClosed):
+        actor.run(Put("k", b"1"))
+
+
+def test_drain_waits_time_after_time_for_what_is_under_way_and_for_nothing_later(
+    engine: Engine, remote: PlayedRemote
+) -> None:
+    seen = Seen()
+    engine.on_change()(seen)
+    for round_ in range(1, 4):
+        reply = begin(engine, messages.Set("s", "k", round_))
+        remote.sent("set k")
+        drained = threading.Thread(target=engine.drain, args=(PATIENCE_S,))
+        drained.start()
+        remote.answer("set k", WRITTEN)
+        drained.join(PATIENCE_S)
+        assert not drained.is_alive()
+        assert reply.get(timeout=PATIENCE_S).created
+        assert len(seen.events) == round_
+        at_rest(engine, remote)
+
+
+def test_a_call_with_a_time_limit_ends_and_its_late_answer_changes_nothing(
+    engine: Engine, remote: PlayedRemote
+) -> None:
+    engine.reconfigure(from_mapping({"limits": {"scope_mailbox": 5, "close_grace_ms": 0, "call_timeout_ms": 20}}))
+    for _ in range(3):
+        with pytest.raises(ReplyTimeout, match=r"scope 's' sent no reply within 0\.02 s"):
+            engine.set("s", "k", 1)
+        remote.sent("set k")
+        remote.answer("set k", WRITTEN)
+        at_rest(engine, remote)
