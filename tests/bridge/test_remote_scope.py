@@ -419,3 +419,28 @@ def test_a_call_with_a_time_limit_ends_and_its_late_answer_changes_nothing(
         remote.sent("set k")
         remote.answer("set k", WRITTEN)
         at_rest(engine, remote)
+
+
+def test_a_reported_change_is_fired_before_the_report_is_acknowledged(engine: Engine, remote: PlayedRemote) -> None:
+    engine.on_change()(Seen())
+    actor: Any = engine._scopes["s"]
+    for number in range(1, 4):
+        changed: Reply[Any] = Reply()
+        fired: list[int] = []
+        changed.add_done_callback(lambda _, fired=fired: fired.append(actor._sequence))  # type: ignore[misc]  # mypy cannot infer a default argument
+        actor.take_in(RemoteChange("k", None, b"1", changed, 0))
+        assert fired == [number]
+
+
+def test_a_scope_that_is_used_or_hears_of_a_change_counts_as_touched(engine: Engine, remote: PlayedRemote) -> None:
+    actor: Any = engine._scopes["s"]
+    for _ in range(2):
+        actor.touched = False
+        begin(engine, messages.List("s"))
+        remote.sent("list")
+        remote.answer("list", [])
+        assert actor.touched
+
+        actor.touched = False
+        actor.take_in(RemoteChange("k", None, b"1", Reply(), 0))
+        assert actor.touched
