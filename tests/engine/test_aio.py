@@ -123,6 +123,33 @@ def test_refusals_are_those_of_the_plain_calls(open_engine: Any) -> None:
     asyncio.run(main())
 
 
+def test_a_value_of_exactly_the_limit_is_taken_by_each_coroutine_and_one_byte_more_is_not(open_engine: Any) -> None:
+    engine = open_engine(limits={"max_value_bytes": 10})
+    aio = engine.aio
+    place = {"scope": "s", "key": "k"}
+    ways: list[Callable[[str], Any]] = [
+        lambda text: aio.set("s", "k", text),
+        lambda text: aio.scope("s").set("k", text),
+        lambda text: aio.update("s", "k", [ops.Set("", text)]),
+        lambda text: aio.scope("s").update("k", [ops.Set("", text)]),
+        lambda text: aio.ask(messages.Set("s", "k", text)),
+        lambda text: aio.ask(messages.Update("s", "k", (ops.Set("", text),))),
+        lambda text: aio.call("state::set", {**place, "value": text}),
+        lambda text: aio.call("state::update", {**place, "ops": [{"type": "set", "path": "", "value": text}]}),
+    ]
+
+    async def main() -> None:
+        for number, way in enumerate(ways):
+            exact = f"{number}1234567"  # ten bytes with its quotes
+            await way(exact)
+            with pytest.raises(ValueTooLarge) as refused:
+                await way(f"{exact}8")
+            assert (refused.value.size, refused.value.limit) == (11, 10)
+            assert await aio.get("s", "k") == exact
+
+    asyncio.run(main())
+
+
 # ------------------------------------------------------------------------------------------- the loop is never blocked
 
 

@@ -158,3 +158,29 @@ def test_several_threads_may_drain_while_others_write(engine: Engine) -> None:
         wait()
     stop.set()
     writer()
+
+
+def test_only_a_loop_that_some_trigger_needs_is_kept_from_blocking_in_drain(engine: Engine) -> None:
+    seen = Seen()
+    engine.register_function("app::plain", seen)
+
+    async def needed(event: object) -> bool:
+        return True
+
+    async def main() -> None:
+        engine.register_function("app::needed", needed)
+        plain = engine.register_trigger(function_id="app::plain", scope="s")
+        engine.set("s", "k", 1)
+        engine.drain(timeout=PATIENCE_S)
+        assert len(seen.events) == 1
+
+        for trigger in ({"function_id": "app::needed"}, {"function_id": "f", "condition_function_id": "app::needed"}):
+            needing = engine.register_trigger(scope="t", **trigger)
+            for blocking in (engine.drain, engine.close):
+                with pytest.raises(WouldDeadlock, match=r"await engine\.aio\."):
+                    blocking()
+            needing.unregister()
+            engine.drain(timeout=PATIENCE_S)
+        plain.unregister()
+
+    asyncio.run(main())

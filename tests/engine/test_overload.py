@@ -11,6 +11,7 @@ import pytest
 from watching import PATIENCE_S, Failures, Gate, GatedStore, Seen, in_thread
 
 from scopestate import Engine, StateEvent, messages, ops
+from scopestate.config import from_mapping
 from scopestate.errors import EventNotDelivered, Overloaded
 
 
@@ -100,6 +101,29 @@ def test_block_ends_with_a_refusal_when_no_room_is_made_in_time(way: str, open_e
     assert refused.value.code == "OVERLOADED"
     assert engine.list("s") == [1, 1]
     gate.open()
+
+
+@pytest.mark.parametrize("way", ["set", "update", "delete", "call", "handle", "aio.set", "aio.update", "aio.delete"])
+def test_each_refusal_counts_once_and_leaves_nobody_waiting(way: str, open_engine: Any) -> None:
+    engine = open_engine(limits={"handler_mailbox": 1, "call_timeout_ms": 10})
+    gate, seen = held_up(engine)
+    engine.set("s", "second", 1)
+    for number in range(1, 4):
+        with pytest.raises(Overloaded):
+            WRITES[way](engine, "second")
+        assert engine.stats().refused == number
+        assert engine._router._waiting_for_room == {}
+    assert engine.stats().blocked >= 3
+    gate.open()
+    seen.wait_for(2)
+    engine.drain(timeout=PATIENCE_S)
+
+    engine.reconfigure(from_mapping({"limits": {"handler_mailbox": 1}}))
+    WRITES[way](engine, "second")
+    engine.drain(timeout=PATIENCE_S)
+    assert len(seen.events) == 3
+    assert (engine.stats().refused, engine.stats().dropped) == (3, 0)
+    assert engine._router._waiting_for_room == {}
 
 
 def test_scopes_without_that_handler_are_not_held_up(open_engine: Any) -> None:

@@ -191,7 +191,16 @@ def test_an_unknown_function(connect: OpenRaw) -> None:
 def test_a_value_over_the_limit_of_the_engine(connect: OpenRaw) -> None:
     with Engine.from_config({"limits": {"max_value_bytes": 10}}) as engine, Server(engine, port=0) as server:
         worker = connect(server)
-        assert worker.ask("state::set", {**PLACE, "value": "x" * 20})["error"]["code"] == "VALUE_TOO_LARGE"
+        for number in range(2):
+            exact = f"{number}1234567"  # ten bytes with its quotes
+            for function_id, inputs in (
+                ("state::set", lambda text: {"value": text}),
+                ("state::update", lambda text: {"ops": [{"type": "set", "path": "", "value": text}]}),
+            ):
+                assert "error" not in worker.ask(function_id, {**PLACE, **inputs(exact)})
+                refused = worker.ask(function_id, {**PLACE, **inputs(f"{exact}8")})
+                assert refused["error"]["code"] == "VALUE_TOO_LARGE"
+                assert worker.call("state::get", PLACE) == exact
 
 
 # -------------------------------------------------------------------------------------------------- worker functions

@@ -32,7 +32,17 @@ pytestmark = pytest.mark.asyncio
 
 
 def quick(**options: Any) -> ClientOptions:
-    return ClientOptions(**{"backoff_first_s": 0.01, "backoff_most_s": 0.05, **options})
+    """Options of a client that reconnects at once. A call that nothing ends is not ended by a time limit either."""
+    hour_s = 3600.0
+    return ClientOptions(
+        **{
+            "backoff_first_s": 0.01,
+            "backoff_most_s": 0.05,
+            "connect_wait_s": hour_s,
+            "call_timeout_s": hour_s,
+            **options,
+        }
+    )
 
 
 async def test_a_call_is_answered_whatever_the_order_of_the_answers() -> None:
@@ -654,3 +664,19 @@ async def test_each_change_of_the_connection_is_told_once() -> None:
     assert all(reason.startswith("the connection was lost") for connected, reason in told[1:-1] if not connected)
     assert told[-1] == (False, "this client is closed")
     assert [(error.code, error.message) for error in refused] == [("CODE", "no")] * 3
+
+
+async def test_a_call_that_cannot_be_made_fails_at_once_however_often_and_long_it_could_wait() -> None:
+    async with played_server() as server:
+        server.status = 403
+        client = Client(server.url, quick())
+        async with client:
+            with pytest.raises(NotConnected, match="HTTP 403"):
+                await asyncio.wait_for(client.call("first"), PATIENCE_S)
+            for _ in range(3):
+                with pytest.raises(NotConnected, match="HTTP 403"):
+                    await asyncio.wait_for(client.call("f"), PATIENCE_S)
+        for _ in range(3):
+            with pytest.raises(NotConnected, match="this client is closed"):
+                await asyncio.wait_for(client.call("f"), PATIENCE_S)
+        nothing_under_way(client)
