@@ -275,3 +275,29 @@ def test_a_reader_that_gets_nothing_keeps_its_first_connection(valkey: Server, e
         assert Waiting(reader, 0, look=True).ends()
 
     assert reader._connection is first
+
+
+def test_the_end_of_a_reader_does_not_wait_for_the_room_that_its_event_needs(valkey: Server, engines: Engines) -> None:
+    engine = engines.open(valkey, limits={"handler_mailbox": 1, "close_grace_ms": 50})
+    writer = engines.open(valkey)
+    seen = Seen(engine)
+    seen.gate.clear()
+    router: Any = engine._router
+    for number in range(3):  # one is handled, one waits for it, and the reader waits with the third
+        writer.set("s", "k", number)
+    wait_until(lambda: bool(router._waiting_for_room), "the reader that waits for room")
+    reader = reader_of(engine)
+    reader._join_s = NEVER_S
+    stopped = threading.Event()
+
+    def stop() -> None:
+        reader.stop()
+        stopped.set()
+
+    threading.Thread(target=stop, name="test-stops", daemon=True).start()
+    try:
+        assert stopped.wait(PATIENCE_S)
+        assert router._waiting_for_room == {}
+    finally:
+        seen.gate.set()
+    assert [event.new_value for event in seen.wait_for_count(2)] == [0, 1]
