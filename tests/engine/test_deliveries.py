@@ -12,7 +12,7 @@ from watching import PATIENCE_S, Failures, Gate, Seen
 
 from scopestate import DeliveryFailure, Engine, StateEvent
 from scopestate.actors.dispatcher import ThreadDispatcher
-from scopestate.errors import EventLoopDetected, FunctionNotFound, HandlerTimeout
+from scopestate.errors import EventLoopDetected, FunctionNotFound, HandlerTimeout, InvalidRegistration
 
 
 class Clock(ThreadDispatcher):
@@ -614,3 +614,27 @@ def test_a_write_from_outside_starts_at_depth_0_again(open_engine: Any) -> None:
 
     assert [event.depth for event in seen.events] == [0, 1] * 5
     assert engine.stats().loops_cut == 0
+
+
+@pytest.mark.parametrize("name", ["on_error", "on_dead_letter"])
+def test_a_hook_that_could_not_be_called_is_refused_at_once_and_the_one_before_stays(
+    name: str, open_engine: Any
+) -> None:
+    async def coroutine(failure: object) -> None:
+        """Would never run."""
+
+    def generator(failure: object) -> Any:
+        yield failure
+
+    failures = Failures()
+    engine = open_engine(**{name: failures})
+    for bad in (5, "text", coroutine, generator):
+        with pytest.raises(InvalidRegistration, match=name):
+            Engine(**{name: bad})
+        with pytest.raises(InvalidRegistration, match=name):
+            getattr(engine, name)(bad)
+
+    engine.on_change(scope="s")(lambda event: 1 / 0)
+    engine.set("s", "k", 1)
+
+    assert failures.wait_for(1)[0].event.key == "k"

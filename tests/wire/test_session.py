@@ -569,3 +569,29 @@ def test_a_call_without_a_depth_is_as_deep_as_what_the_worker_was_given_last() -
     assert worker.depth_of(call) == 2
     outer[0].forget()
     assert worker.depth_of(call) == 0
+
+
+def test_an_answer_that_cannot_be_read_fails_its_call_and_no_other() -> None:
+    worker = session()
+    answer = b'{"type":"invocationresult","invocation_id":"%b","function_id":"f","result":}'
+    for _ in range(2):
+        first, second = (worker.execute("f", Raw(b"1"), lambda _: None, invocation_id=one) for one in (ID, OTHER_ID))
+        assert first is not None
+        assert second is not None
+        assert say(worker, b'{"invocation_id":"%b","result":}' % ID.encode()) is None, "it is no answer"
+        failed = say(worker, answer % ID.encode())
+        assert isinstance(failed, Answered)
+        assert failed.execution is first[0]
+        assert failed.frame.error is not None
+        assert list(worker.executing) == [OTHER_ID]
+        assert say(worker, answer % ID.encode()) is None, "that call is over"
+        assert second[0].forget()
+
+
+def test_a_call_that_cannot_be_read_is_answered_and_takes_no_place() -> None:
+    worker = session(calls=1)
+    for _ in range(2):
+        refused = say(worker, b'{"type":"invokefunction","invocation_id":"%b","function_id":"f","data":}' % ID.encode())
+        assert sent(refused.message)["error"]["code"] == "deserialization_error"
+        assert sent(refused.message)["invocation_id"] == ID
+        assert worker.waiting == 0
