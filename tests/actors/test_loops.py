@@ -255,3 +255,26 @@ async def test_what_goes_on_with_an_outcome_and_fails_leaves_the_others_alone(be
 
     assert outcomes == [(1, None)]
     assert bench.is_empty()
+
+
+async def test_many_calls_share_one_look(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    timers: list[float] = []
+    call_later = bench.clock.call_later
+
+    def counted(delay_s: float, callback: Any) -> Any:
+        timers.append(delay_s)
+        return call_later(delay_s, callback)
+
+    monkeypatch.setattr(bench.clock, "call_later", counted)
+    started = [bench.start(for_ever(), timeout_s=100.0) for _ in range(50)]
+    await rounds()
+    assert timers == [LOOK_S]
+    for number in range(2, 6):
+        bench.clock.advance(LOOK_S)
+        await rounds()
+        assert timers == [LOOK_S] * number
+    for call, _ in started:
+        call.cancel()
+    await rounds()
+    assert bench.is_empty()
+    assert timers == [LOOK_S] * 5

@@ -190,3 +190,36 @@ async def test_nothing_is_kept_of_waits_that_are_over() -> None:
     while deadlines._waits:
         assert asyncio.get_running_loop().time() < until
         await asyncio.sleep(0.002)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("error", [StopIteration("last"), StopAsyncIteration(), ValueError("no"), SystemExit(3)])
+async def test_an_error_of_any_kind_ends_the_wait_of_its_task_and_the_others_get_their_answers(
+    error: BaseException,
+) -> None:
+    before, failed, given_up, behind = (LoopReply() for _ in range(4))
+    given_up.future.cancel()
+    outcomes = [(before, 1, None), (failed, None, error), (given_up, 2, None), (behind, 3, None)]
+    LoopReply.deliver_all(outcomes)
+
+    assert await asyncio.wait_for(before.future, PATIENCE_S) == 1
+    with pytest.raises(RuntimeError if isinstance(error, StopIteration) else type(error)) as raised:
+        await asyncio.wait_for(asyncio.shield(failed.future), PATIENCE_S)
+    assert str(error) in str(raised.value)
+    assert await asyncio.wait_for(behind.future, PATIENCE_S) == 3
+    assert given_up.abandoned
+    assert not behind.abandoned
+
+
+@pytest.mark.asyncio
+async def test_a_wait_that_is_over_does_not_expire_and_one_that_expired_takes_no_answer() -> None:
+    answered, expired = LoopReply(), LoopReply()
+    answered.set(1)
+    assert await asyncio.wait_for(answered.future, PATIENCE_S) == 1
+    answered.expire()
+    expired.expire()
+    expired.set(2)
+
+    assert (answered.expired, expired.expired) == (False, True)
+    with pytest.raises(asyncio.CancelledError):
+        await expired.future

@@ -629,6 +629,17 @@ def test_a_new_provider_is_told_of_the_triggers_that_wait(connect: OpenRaw) -> N
     assert second.receive()["id"] == "t1"
 
 
+def test_a_trigger_type_is_listed_with_the_formats_that_it_was_registered_with(connect: OpenRaw) -> None:
+    provider = connect()
+    formats = {"trigger_request_format": {"type": "object"}, "call_request_format": {"type": "string"}}
+    for name, given in (("neither", []), ("one", ["call_request_format"]), ("other", ["trigger_request_format"])):
+        kept = {field: formats[field] for field in given}
+        provider.send({"type": "registertriggertype", "id": name, "description": "d", **kept})
+        provider.settle()
+        listed = {entry["id"]: entry for entry in provider.call("engine::trigger-types::list", {})["trigger_types"]}
+        assert listed[name] == {"id": name, "description": "d", **kept}
+
+
 def test_an_unknown_trigger_type_is_refused(connect: OpenRaw) -> None:
     worker = connect()
 
