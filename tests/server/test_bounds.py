@@ -616,3 +616,91 @@ def test_an_update_of_too_many_ops_is_refused(connect: OpenRaw, engine: Engine) 
     with pytest.raises(DeserializationError, match="at most 10000 ops"):
         engine.update("s", "k", ops)
     assert engine.get("s", "k") is None
+
+
+@pytest.mark.parametrize("ended_by", ["writer", "reader", "both cut", "owner"])
+def test_whichever_end_leaves_first_nothing_is_kept_of_a_channel(
+    server: Server, connect: OpenRaw, monkeypatch: pytest.MonkeyPatch, ended_by: str
+) -> None:
+    monkeypatch.setattr(channels, "MAX_PER_WORKER", 1)
+    table: Any = server._channels
+    owner = connect()
+    for _ in range(3):
+        refs = owner.call("engine::channels::create", {"buffer_size": 2})
+        assert owner.ask("engine::channels::create", {})["error"]["code"] == "OVERLOADED"
+        if ended_by == "owner":
+            owner.cut()
+            wait_until(lambda: len(table) == 0)
+            owner = connect()
+            assert (table._by_id, table._of_owner, table._bytes) == ({}, {}, {})
+            continue
+        writer = end_of(server, refs["writer"])
+        sent = [b"%d" % number for number in range(5)]
+        more = [threading_send(writer, message, 1) for message in sent[:2]]
+        for thread in more:
+            thread.join(PATIENCE_S)
+        wait_until(lambda: sum(table._bytes.values()) == 2)
+        reader = end_of(server, refs["reader"])
+        assert sorted(reader.socket.recv(timeout=PATIENCE_S) for _ in range(2)) == sent[:2]
+        wait_until(lambda: table._bytes == {})
+        if ended_by == "writer":
+            writer.send(sent[2])
+            writer.close()
+            assert reader.socket.recv(timeout=PATIENCE_S) == sent[2]
+            assert reader.closed_with()[0] == 1000
+        elif ended_by == "reader":
+            reader.close()
+            assert writer.closed_with()[0] == 1000
+        else:
+            writer.cut()
+            reader.cut()
+        wait_until(lambda: len(table) == 0)
+        assert (table._by_id, table._of_owner, table._bytes) == ({}, {}, {})
+        for end in (writer, reader):
+            end.close()
+
+
+def test_what_waits_for_a_reader_that_never_comes_is_given_back_when_the_channel_ends(
+    server: Server, connect: OpenRaw
+) -> None:
+    table: Any = server._channels
+    owner = connect()
+    refs = [owner.call("engine::channels::create", {}) for _ in range(2)]
+    writers = [end_of(server, ref["writer"]) for ref in refs]
+    for writer in writers:
+        writer.send(b"x" * 1000)
+    wait_until(lambda: table.bytes_of(owner.worker_id) == 2000)
+
+    reader = end_of(server, refs[0]["reader"])
+    assert reader.socket.recv(timeout=PATIENCE_S) == b"x" * 1000
+    wait_until(lambda: table.bytes_of(owner.worker_id) == 1000)
+    server.stop()
+
+    assert (table._by_id, table._of_owner, table._bytes) == ({}, {}, {})
+    for end in (*writers, reader):
+        end.close()
+
+
+def test_a_channel_holds_exactly_its_buffer_before_the_writer_is_held_back(server: Server, connect: OpenRaw) -> None:
+    table: Any = server._channels
+    for wanted, given in ((1, 1), (3, 3), (0, 1), (10**6, channels.MAX_BUFFER), (None, channels.DEFAULT_BUFFER)):
+        owner = connect()
+        refs = owner.call("engine::channels::create", {"buffer_size": wanted})
+        channel = table._by_id[refs["writer"]["channel_id"]]
+        assert channel.buffer_size == given
+        if given > 3:
+            owner.cut()
+            continue
+        writer = end_of(server, refs["writer"])
+        for number in range(1, given + 1):
+            assert not channel.writer._full
+            writer.send(b"%d" % number)
+            wait_until(lambda channel=channel, number=number: len(channel.waiting) == number)
+        assert channel.writer._full
+        reader = end_of(server, refs["reader"])
+        for number in range(1, given + 1):
+            assert reader.socket.recv(timeout=PATIENCE_S) == b"%d" % number
+        wait_until(lambda channel=channel: not channel.writer._full)
+        for end in (writer, reader):
+            end.close()
+        owner.cut()
