@@ -7,13 +7,15 @@ and the exception of a signal handler, both on the main thread, and the end of a
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import signal
 import threading
 from collections.abc import Callable
 from threading import get_ident
-from types import CodeType
-from typing import Any
+from types import CodeType, FunctionType, MethodType, TracebackType
+from typing import Any, Final
 
 
 class Ended(BaseException):
@@ -22,28 +24,50 @@ class Ended(BaseException):
 
 def is_from_outside(error: BaseException) -> bool:
     """True if `error` must reach the caller, because the code that was running did not raise it itself."""
-    if isinstance(error, Ended):
+    kind = type(error)  # `isinstance` would ask the error itself, whose `__class__` may be code of the program
+    if issubclass(kind, Ended):
         return True
     if get_ident() != threading.main_thread().ident:
         return False  # Python runs signal handlers on the main thread only
-    return isinstance(error, KeyboardInterrupt) or _is_of_signal_handler(error)
+    return issubclass(kind, KeyboardInterrupt) or _is_of_signal_handler(error)
 
 
 def _is_of_signal_handler(error: BaseException) -> bool:
     """True if a frame of an installed signal handler is in the traceback, as with a handler that calls `sys.exit()`."""
-    codes = set[CodeType]()
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        for function in (handler, getattr(type(handler), "__call__", None)):  # noqa: B004 - its code is what is asked for
-            code = getattr(function, "__code__", None)
-            if isinstance(code, CodeType):
-                codes.add(code)
-    traceback = error.__traceback__
+    codes = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    traceback: TracebackType | None = _traceback_of(error)
     while traceback is not None:
         if traceback.tb_frame.f_code in codes:
             return True
         traceback = traceback.tb_next
     return False
+
+
+_traceback_of: Final = vars(BaseException)["__traceback__"].__get__
+"""`error.__traceback__`, whatever the class of `error` makes of that name."""
+
+
+def _code_of(handler: object) -> CodeType | None:
+    """Return the code that Python runs when it calls `handler`, without running any."""
+    for _ in range(100):  # a chain that leads back to itself has an end too
+        kind = type(handler)
+        if kind is FunctionType:
+            return handler.__code__  # type: ignore[attr-defined,no-any-return]  # of a function
+        if kind is MethodType:
+            handler = handler.__func__  # type: ignore[attr-defined]  # of a method
+        elif issubclass(kind, functools.partial):
+            handler = functools.partial.func.__get__(handler)  # a slot of that class
+        else:
+            handler = inspect.getattr_static(kind, "__call__", None)
+            if type(handler) not in (FunctionType, functools.partial):
+                return None
+    return None
+
+
+def class_name(thing: object) -> str:
+    """Return the name of a thing's class, whose metaclass may be code of the program."""
+    name: str = vars(type)["__name__"].__get__(type(thing))
+    return name
 
 
 def described(error: BaseException) -> str:
@@ -53,7 +77,7 @@ def described(error: BaseException) -> str:
     except BaseException as problem:
         if is_from_outside(problem):
             raise
-        return f"(its text could not be read: {type(problem).__name__})"
+        return f"(its text could not be read: {class_name(problem)})"
 
 
 def contained(action: Callable[[], object], what: str, log: Log) -> None:

@@ -77,7 +77,9 @@ class Functions:
 
     def remove(self, function_id: str) -> None:
         """Unregister. Raises FunctionNotFound, and InvalidRegistration for a built-in."""
-        if self.get(function_id).builtin:
+        known = self.get(function_id)
+        function_id = known.function_id  # plain text, whatever was given
+        if known.builtin:
             raise InvalidRegistration(f"{function_id!r} is built in and cannot be unregistered")
         if self._by_id.pop(function_id, None) is None:
             raise FunctionNotFound(function_id)

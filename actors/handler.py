@@ -165,18 +165,54 @@ class HandlerServices:
 class Reporter(TurnActor):
     """Reports failures, in order, for threads that others depend on: the router's, the timer's, a closing one.
 
-    The hooks and logging filters are code of the program, and may block.
+    The hooks and logging filters are code of the program, and may block. What waits for them is bounded: one more
+    failure is counted and not reported, because no thread that comes here may wait for a hook that is behind.
     """
 
     runs_program = True
 
+    MOST = 10_000
+    """Reports that may wait."""
+    MOST_BYTES = 1 << 26
+    """Bytes of values that they may hold together."""
+
     def __init__(self, dispatcher: Dispatcher, report: Callable[[DeliveryFailure], None]) -> None:
         super().__init__(dispatcher)
         self._report = report
+        self._exclusive = Guard()
+        self._waiting = self._waiting_bytes = 0
+        self.left_out = 0
+        """Failures since the hooks were last up to date that were not reported."""
 
-    def on_receive(self, message: DeliveryFailure | None) -> None:
-        if message is not None:
+    def report(self, failure: DeliveryFailure) -> None:
+        """Have `failure` reported on a worker thread, or count it if too much waits already."""
+        if self._takes(size_of(failure.event)):
+            self.tell(failure)
+
+    @exclusive
+    def _takes(self, size: int) -> bool:
+        if self._waiting >= self.MOST or self._waiting_bytes >= self.MOST_BYTES:
+            self.left_out += 1
+            return False
+        self._waiting += 1
+        self._waiting_bytes += size
+        return True
+
+    @exclusive
+    def _is_done(self, size: int) -> int:
+        self._waiting -= 1
+        self._waiting_bytes -= size
+        if self._waiting:
+            return 0
+        left_out, self.left_out = self.left_out, 0
+        return left_out
+
+    def on_receive(self, message: DeliveryFailure) -> None:
+        try:
             self._report(message)
+        finally:
+            if left_out := self._is_done(size_of(message.event)):
+                log.error("%d failed deliveries were not reported: the hooks, or the log, were behind", left_out)
 
     def _fail(self) -> None:
         log.error("reporting a failed delivery failed", exc_info=sys.exc_info()[1])
@@ -464,7 +500,7 @@ class HandlerActor(TurnActor):
             self.failed += 1
         failure = DeliveryFailure(self.trigger.trigger_id, function_id, event, error, attempt, final)
         if later:
-            self._services.reporter.tell(failure)
+            self._services.reporter.report(failure)
         else:
             self._services.report(failure)
 
@@ -538,7 +574,7 @@ class HandlerActor(TurnActor):
             self.trigger.trigger_id, self.trigger.function_id, event, error, attempt=0, final=True
         )
         if logged:
-            self._services.reporter.tell(failure)
+            self._services.reporter.report(failure)
         else:
             self._services.tell_hooks(failure)
 

@@ -96,7 +96,8 @@ class LoopCalls:
         return None
 
     def _look_at(self, due: float, now: float) -> None:
-        if due < self._next_look:
+        # One that is overdue may never come: what had asked for it was cut short between these two lines.
+        if due < self._next_look or self._next_look < now - LOOK_S:
             self._next_look = due
             self._dispatcher.call_later(max(due - now, 0.0), lambda: self._look(due))
 
@@ -159,7 +160,8 @@ class OnLoop:
         timeout_s: float = 0.0,
         stopped_s: float | None = None,
     ) -> None:
-        """`what` names it in messages. `stopped_s`: give it up when its loop has not been running for so long."""
+        """`what` names it in messages. `stopped_s`: give it up when its loop has not been running for so long, or has
+        been blocked for so long before it began."""
         self.loop = loop
         self.what = what
         self.timeout_s = timeout_s
@@ -208,10 +210,14 @@ class OnLoop:
         if loop.is_closed():
             self._settle(None, RuntimeError("the event loop it belongs to was closed before it was done"))
             return
-        if loop.is_running():
+        running = loop.is_running()
+        if running and self.has_begun:
             self._ran_s = now
         elif self._stopped_s is not None and now - max(self._ran_s, self.began_s) >= self._stopped_s:
-            self._settle(None, RuntimeError("the event loop it belongs to is not running"))
+            problem = (
+                f"has been blocked for {self._stopped_s:g} s, so it was not begun" if running else "is not running"
+            )
+            self._settle(None, RuntimeError(f"the event loop it belongs to {problem}"))
             return
         if now < self.due_s:
             return

@@ -108,7 +108,7 @@ class TriggerRouter(TurnActor):
         self._by_scope: dict[str, Watchers] = {}
         self.anywhere = Watchers()
         """Key filter (None: every key) -> handlers of the triggers without a scope filter."""
-        self._waiting_for_room: dict[Callable[[], object], None] = {}
+        self._waiting_for_room: dict[Callable[[], object], int] = {}
         self.progress = 0
         """Changes whenever handlers have made progress."""
         self.routed = 0
@@ -331,19 +331,22 @@ class TriggerRouter(TurnActor):
         """How many events handlers have fired, or are about to have fired."""
         return _value(self._cascades)
 
-    def when_room(self, callback: Callable[[], object], full: HandlerFull | None = None) -> None:
+    def when_room(self, callback: Callable[[], object], full: HandlerFull | None = None, size: int = 0) -> None:
         """Call `callback()`, on any thread, after some handler has made progress.
 
-        `full`: progress since then counts too, for callers who did not come here before they tried.
+        `full`: progress since then counts too, for callers who did not come here before they tried. `size`: bytes of
+        values that wait with it, where no caller does.
         """
-        self._waiting_for_room[callback] = None
+        self._waiting_for_room[callback] = size
         if full is not None and full.progress != self.progress:
             # The progress that was waited for came before the callback was on the list: no other may follow.
             self._dispatcher.submit(self.made_room)
 
     def has_waiting_room(self) -> bool:
         """False if so many wait for room already that a sender who does not wait himself must be refused."""
-        return len(self._waiting_for_room) < self._services.limits.scope_mailbox
+        waiting, limits = self._waiting_for_room, self._services.limits
+        most = limits.scope_mailbox_bytes or sys.maxsize
+        return len(waiting) < limits.scope_mailbox and sum(list(waiting.values())) < most
 
     def stop_waiting(self, callback: Callable[[], object]) -> None:
         """Forget a callback given to `when_room`, if it is still there: the caller that waited has given up."""
@@ -472,7 +475,7 @@ class TriggerRouter(TurnActor):
                 f"not delivered to {trigger.function_id!r}; does a handler write what fires it?"
             )
             handler.failed += 1
-            self._services.reporter.tell(
+            self._services.reporter.report(
                 DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, attempt=0, final=True)
             )
 

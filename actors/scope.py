@@ -95,6 +95,10 @@ class ScopeActor(TurnActor):
 
     _largest = 1
     """Bytes of the largest message that ever waited here."""
+    _batches = 0
+    """Changes whenever messages leave the mailbox."""
+    _weighed = (-1, 0)
+    """What `_batches` was when the mailbox was weighed, and the bytes that wait, with what has come since."""
 
     def __init__(self, scope: str, around: Surroundings, *, keeps: bool) -> None:
         super().__init__(around.dispatcher)
@@ -405,6 +409,11 @@ class ScopeActor(TurnActor):
 
     # -------------------------------------------------------------------------------------------------- queueing
 
+    def _drain_mailbox(self) -> None:
+        self._batches += 1
+        super()._drain_mailbox()
+        self._batches += 1  # in case it was weighed between the first line and the leaving
+
     def accept(self, envelope: Envelope) -> None:
         """Take a message whose sender will not wait here: an event loop's. Never blocks."""
         self.post(envelope)
@@ -425,8 +434,15 @@ class ScopeActor(TurnActor):
         self._largest = max(self._largest, size)
         if not limit or len(mailbox) * self._largest < limit:
             return
-        waiting = sum(map(weight, mailbox[:]))
-        if waiting >= limit:
+        # Weighed once for each batch that leaves, not for each message that comes.
+        batches, waiting = self._weighed
+        if batches != self._batches:
+            batches = self._batches
+            waiting = sum(map(weight, mailbox[:]))
+            self._weighed = batches, waiting
+        if waiting < limit:
+            self._weighed = batches, waiting + size
+        else:
             raise Overloaded(
                 f"messages with {waiting} bytes of values already wait for {self.name}, as much as scope_mailbox_bytes "
                 "allows; nothing was done: slow down, or raise the limit"

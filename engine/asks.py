@@ -22,8 +22,10 @@ class PatientReply(Reply[Any]):
         self.submit_program = router._dispatcher.submit_program
         self._router = router
         self._convert = convert
-        self.send: Callable[[], None] = lambda: None
+        self.send: Callable[[], object] = _nothing
         """Sends the message once more; set by whoever sends it first."""
+        self.size = 0
+        """Bytes of values that the message holds; set like `send`."""
 
     def set(self, value: Any = None) -> None:
         try:
@@ -32,11 +34,12 @@ class PatientReply(Reply[Any]):
             super().fail(error)
         else:
             super().set(answer)
+        self._let_go()
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, HandlerFull):
             if self._router.has_waiting_room():
-                self._router.when_room(self._send_again, error)
+                self._router.when_room(self._send_again, error, self.size)
             else:
                 self._router.count_refusal()
                 self.fail(
@@ -44,6 +47,11 @@ class PatientReply(Reply[Any]):
                 )
         else:
             super().fail(error)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Keep the message no longer. `send` refers to this reply, so only the collector would find the two."""
+        self.send = _nothing
 
     def _send_again(self) -> None:
         # Called for one sender after the other: a refusal is this one's answer, and must not keep the others waiting.
@@ -60,12 +68,18 @@ class Told(PatientReply):
 
     def set(self, value: Any = None) -> None:
         """The message has done its work."""
+        self._let_go()
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, HandlerFull):
             super().fail(error)
         else:
             log.error("a message sent with tell() was refused: %s", error, exc_info=error)
+            self._let_go()
+
+
+def _nothing() -> None:
+    """What is left to send when the answer is there."""
 
 
 def no_room(scope: str) -> str:

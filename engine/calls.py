@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from scopestate.actors import messages
-from scopestate.actors.containment import described, is_from_outside
+from scopestate.actors.containment import class_name, described, is_from_outside
 from scopestate.actors.functions import Function, running_loop
 from scopestate.actors.results import ListGroupsResult
 from scopestate.errors import (
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from scopestate.actors.handler import HandlerServices
     from scopestate.actors.loop_reply import LoopReply
     from scopestate.actors.loops import OnLoop
+    from scopestate.actors.reply import Reply
 
 
 def plain_payload(function_id: str, payload: object) -> Any:
@@ -58,7 +59,7 @@ class Caller:
         """
         data = plain_payload(function.function_id, payload)
         if not function.is_async:
-            return self._finish(function, lambda: function.target(data))
+            return self._finish(function, lambda: (function.target(data), None))
         loop = function.loop or self._services.loop_thread.get()
         if loop is running_loop():
             raise WouldDeadlock(
@@ -67,10 +68,10 @@ class Caller:
             )
         return self._finish(function, lambda: self._wait_for(function, function.target(data), loop))
 
-    def _wait_for(self, function: Function, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> Any:
-        reply = self._services.dispatcher.reply()
+    def _wait_for(self, function: Function, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> Outcome:
+        reply: Reply[Outcome] = self._services.dispatcher.reply()
         self._on_loop(function, awaitable, loop).start(lambda *outcome: reply.set(outcome))
-        return _value_of(reply.get())
+        return reply.get()
 
     def _on_loop(self, function: Function, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> OnLoop:
         from scopestate.actors.loops import OnLoop  # noqa: PLC0415 - asyncio takes 20 ms, which not all programs need
@@ -85,46 +86,49 @@ class Caller:
         import asyncio  # noqa: PLC0415 - as above
 
         try:
-            result = await self._begun(function, data)
+            outcome = await self._begun(function, data)
         except BaseException as error:
             if running_loop() is None or is_from_outside(error):
                 raise  # a coroutine that was dropped is closed outside of any loop
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise
-            raise _failure(function, error) from error
-        return plain_result(function.function_id, result)
+            outcome = None, error
+        return _result(function, outcome)
 
-    async def _begun(self, function: Function, data: Any) -> Any:
+    async def _begun(self, function: Function, data: Any) -> Outcome:
         import asyncio  # noqa: PLC0415 - as above
 
         from scopestate.actors.loop_reply import LoopReply  # noqa: PLC0415 - as above
 
         services = self._services
         reply = LoopReply()
+        outcome: Outcome
         if not function.is_async:
             context = contextvars.copy_context()
             services.dispatcher.submit_program(lambda: _answer(reply, lambda: context.run(function.target, data)))
-            return _value_of(await reply.future)
+            outcome = await reply.future
+            return outcome
         loop = function.loop or services.loop_thread.get()
         if loop is reply.loop:
-            return await function.target(data)
+            return await function.target(data), None
         call = self._on_loop(function, function.target(data), loop)
         call.start(lambda *outcome: reply.set(outcome))
         try:
-            return _value_of(await reply.future)
+            outcome = await reply.future
         except asyncio.CancelledError:
             call.cancel()
             raise
+        return outcome
 
-    def _finish(self, function: Function, work: Callable[[], Any]) -> Any:
+    def _finish(self, function: Function, work: Callable[[], Outcome]) -> Any:
         try:
-            result = work()
+            outcome = work()
         except BaseException as error:
             if is_from_outside(error):
                 raise
-            raise _failure(function, error) from error
-        return plain_result(function.function_id, result)
+            outcome = None, error
+        return _result(function, outcome)
 
 
 def to_json(message: messages.Message, answer: Any) -> Any:
@@ -139,8 +143,8 @@ def to_json(message: messages.Message, answer: Any) -> Any:
 
 
 Outcome = tuple[Any, BaseException | None]
-"""What a function gave, or raised. As a value: a future takes no StopIteration, and a task that raises SystemExit ends
-its event loop."""
+"""What a function gave, or raised. As a value: a future takes no StopIteration, a task that raises SystemExit ends its
+event loop, and a KeyboardInterrupt that a function has raised on another thread is not the Ctrl-C of this one."""
 
 
 def _answer(reply: LoopReply, work: Callable[[], Any]) -> None:
@@ -154,14 +158,17 @@ def _answer(reply: LoopReply, work: Callable[[], Any]) -> None:
     reply.set(outcome)
 
 
-def _value_of(outcome: Outcome) -> Any:
+def _result(function: Function, outcome: Outcome) -> Any:
     value, error = outcome
     if error is not None:
-        raise error
-    return value
+        raise _failure(function, error) from error
+    return plain_result(function.function_id, value)
 
 
 def _failure(function: Function, error: BaseException) -> FunctionFailed:
-    if isinstance(error, RemoteFailure) and error.function_id == function.function_id:
-        return error  # it ran elsewhere and failed there: the code is the one that was sent
-    return FunctionFailed(function.function_id, f"{type(error).__name__}: {described(error)}")
+    kind = type(error)
+    if issubclass(kind, RemoteFailure):
+        failure: RemoteFailure = error  # type: ignore[assignment]  # by its class: `isinstance` asks the error itself
+        if failure.function_id == function.function_id:
+            return failure  # it ran elsewhere and failed there: the code is the one that was sent
+    return FunctionFailed(function.function_id, f"{class_name(error)}: {described(error)}")

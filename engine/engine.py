@@ -20,7 +20,7 @@ from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.snapshot import Flush
-from scopestate.actors.turns import Change, Put, Take, Turn, answer_of, checked_name, turn_of
+from scopestate.actors.turns import Change, Put, Take, Turn, answer_of, checked_name, turn_of, weight
 from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
@@ -193,8 +193,9 @@ class Engine(Reactive):
             data = None
             checked_name("scope", scope)
         if data is None:
-            checked_name("key", key)
-            return default
+            plain = checked_name("key", key)
+            # A subclass of str may have a hash of its own, so that the key was not found.
+            return default if plain is key else self.get(scope, plain, default)
         return decode(data)
 
     def delete(self, scope: str, key: str) -> Any:
@@ -297,6 +298,7 @@ class Engine(Reactive):
         scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
         reply = kind(self._router, lambda answer: answer_of(message, answer))
         reply.send = lambda: self._scopes[scope].accept(Envelope(turn, reply))
+        reply.size = weight(turn)
         actor = self._scopes[scope]
         if actor.loaded:
             actor.handle_or_post(Envelope(turn, reply))

@@ -202,6 +202,7 @@ class UnsavableValue(StorageError):
 
     def __init__(self, problem: str, scope: str, key: str | None) -> None:
         super().__init__(problem)
+        self.args = (problem, scope, key)  # what a copy is made from
         self.scope = scope
         self.key = key
 

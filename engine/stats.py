@@ -151,6 +151,8 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
         if handler.is_overdue()
     ]
     problems += parts.services.loop_problems()
+    if left_out := parts.services.reporter.left_out:
+        problems.append(f"{left_out} failed deliveries were not reported: the hooks, or the log, are behind")
     held = parts.dispatcher.held()
     if held:
         problems.append(

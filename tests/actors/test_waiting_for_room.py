@@ -14,7 +14,7 @@ from scopestate.actors.functions import Functions
 from scopestate.actors.handler import HandlerActor, HandlerServices, Trigger
 from scopestate.actors.limits import Limits
 from scopestate.actors.loop_thread import LoopThread
-from scopestate.actors.router import Bucket, HandlerFull, TriggerRouter
+from scopestate.actors.router import Bucket, TriggerRouter
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import Overloaded
 from scopestate.persistence import ScopeChange, ScopeState
@@ -132,10 +132,10 @@ def test_room_that_came_before_the_writer_asked_for_it_counts(
     fill(engine, dispatcher)
     when_room = TriggerRouter.when_room
 
-    def too_late(router: TriggerRouter, callback: Callable[[], object], full: HandlerFull | None = None) -> None:
+    def too_late(router: TriggerRouter, *waiting: Any) -> None:
         monkeypatch.setattr(TriggerRouter, "when_room", when_room)
         dispatcher.advance(3 * SLOW_S)  # every handler is done before the writer is on the list
-        when_room(router, callback, full)
+        when_room(router, *waiting)
 
     monkeypatch.setattr(TriggerRouter, "when_room", too_late)
     reply = engine.ask(messages.Set("s", "k", 3), block=False)

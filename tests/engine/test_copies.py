@@ -109,6 +109,8 @@ ERRORS = [
     errors.StoreLocked("x"),
     errors.StoreUnusable("x"),
     errors.StoreCorrupt("x", quarantined="/there"),
+    errors.UnsavableValue("x", "s", "k"),
+    errors.MessageTooLarge("x"),
     errors.NotConnected("x"),
     errors.ConnectionLost("f", "ws://a", "x", may_be_applied=False),
     CALL_TIMEOUT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import signal
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, in_thread
 
 from scopestate import Engine, StateEvent, messages
+from scopestate.actors.handler import DeliveryFailure, Reporter
 from scopestate.config import from_mapping
 from scopestate.errors import FunctionFailed, HandlerTimeout, InvalidRegistration, ReplyTimeout
 
@@ -336,6 +338,98 @@ def test_whatever_a_function_raises_fails_its_call_alone(
     assert call("good") == "good"
 
 
+def elusive_error() -> type[Exception]:
+    """Make a class that answers no question, nor do its instances. Not in the module, which pytest asks about."""
+
+    class Elusive(type):
+        def __getattribute__(cls, name: str) -> Any:
+            sys.exit(f"{name} of a class")
+
+    class ElusiveError(Exception, metaclass=Elusive):
+        def __getattribute__(self, name: str) -> Any:
+            sys.exit(f"{name} of an error")
+
+    return ElusiveError
+
+
+def test_an_error_that_cannot_be_asked_anything_fails_its_call_alone(engine: Engine) -> None:
+    kind = elusive_error()
+
+    def function(payload: Any) -> None:
+        raise kind
+
+    engine.register_function("f", function)
+
+    with pytest.raises(FunctionFailed, match="ElusiveError"):
+        engine.call("f")
+    with pytest.raises(FunctionFailed, match="ElusiveError"):
+        asyncio.run(engine.aio.call("f"))
+
+
+@pytest.mark.parametrize("way", ["call", "aio.call"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_a_function_raises_on_another_thread_is_no_ctrl_c_of_this_one(
+    way: str, asynchronous: bool, engine: Engine
+) -> None:
+    assert threading.current_thread() is threading.main_thread()
+
+    def plain(payload: Any) -> None:
+        raise KeyboardInterrupt("its own")
+
+    async def coroutine(payload: Any) -> None:
+        raise KeyboardInterrupt("its own")
+
+    engine.register_function("f", coroutine if asynchronous else plain)
+    if way == "call" and not asynchronous:
+        with pytest.raises(KeyboardInterrupt):  # it ran here: nothing tells it from Ctrl-C
+            engine.call("f")
+        return
+    with pytest.raises(FunctionFailed, match="KeyboardInterrupt: its own"):
+        engine.call("f") if way == "call" else asyncio.run(engine.aio.call("f"))
+
+
+class Stopper:
+    def stop(self, *args: Any) -> None:
+        sys.exit(7)
+
+    def __call__(self, *args: Any) -> None:
+        sys.exit(7)
+
+    def __getattr__(self, name: str) -> Any:
+        sys.exit(f"{name} of a signal handler")
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        Stopper(),
+        Stopper().stop,
+        functools.partial(Stopper().stop, "again"),
+        functools.partial(functools.partial(Stopper())),
+        functools.wraps(print)(lambda *args: sys.exit(7)),
+    ],
+    ids=["object", "method", "partial of a method", "partial of an object", "wrapped"],
+)
+def test_what_a_signal_handler_of_any_kind_raises_passes_and_what_others_raise_does_not(
+    handler: Any, engine: Engine
+) -> None:
+    def function(payload: Any) -> None:
+        if payload == "signal":
+            signal.raise_signal(signal.SIGUSR1)
+        raise SystemExit(3)
+
+    engine.register_function("f", function)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(SystemExit) as passed:
+            engine.call("f", "signal")
+        with pytest.raises(FunctionFailed, match="SystemExit: 3"):
+            engine.call("f", "no signal")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert passed.value.code == 7
+
+
 @pytest.mark.parametrize("error", THROWN)
 def test_whatever_a_callback_of_a_reply_raises_the_others_get_their_answers(
     error: type[BaseException], engine: Engine
@@ -593,6 +687,50 @@ def test_a_call_to_a_loop_that_does_not_run_fails_within_its_limit(open_engine: 
         engine.call("f")
 
 
+@pytest.mark.parametrize("way", ["call", "aio.call"])
+def test_a_call_to_a_loop_that_is_blocked_fails_within_its_limit_and_is_never_begun(
+    way: str, open_engine: Any, loop_thread: LoopThread
+) -> None:
+    engine, gate, begun = open_engine(limits={"call_timeout_ms": 50}), Gate(), threading.Event()
+
+    async def function(payload: Any) -> None:
+        begun.set()
+
+    async def blocks(payload: Any) -> None:
+        gate()
+
+    loop_thread.do(lambda: engine.register_function("f", function))
+    loop_thread.do(lambda: engine.register_function("blocks", blocks))
+    blocked = in_thread(lambda: engine.call("blocks"))
+    gate.wait_until_reached()
+
+    with pytest.raises(FunctionFailed, match=r"blocked for 0\.05 s, so it was not begun"):
+        engine.call("f") if way == "call" else asyncio.run(engine.aio.call("f"))
+
+    gate.open()
+    blocked()  # a call that has begun takes as long as it takes
+    assert not begun.is_set()
+
+
+def test_a_look_at_event_loops_that_was_asked_for_and_never_came_keeps_no_other_from_coming(open_engine: Any) -> None:
+    engine = open_engine(limits={"call_timeout_ms": 50})
+    loop = asyncio.new_event_loop()
+
+    async def register() -> None:
+        async def function(payload: Any) -> None:
+            """Never runs."""
+
+        engine.register_function("f", function)
+
+    loop.run_until_complete(register())
+    # As a signal leaves it that comes between the note and the timer.
+    engine._parts.services.loop_calls()._next_look = engine._parts.dispatcher.monotonic() - 1.0
+
+    with pytest.raises(FunctionFailed, match="not running"):
+        engine.call("f")
+    loop.close()
+
+
 # ------------------------------------------------------------------------------------------------------------- pools
 
 
@@ -640,6 +778,39 @@ def test_a_hook_that_blocks_stops_neither_events_nor_timers_nor_saving(open_engi
     assert seen.wait_for(1)
     assert rang.wait(PATIENCE_S)
     gate.open()
+    slow.open()
+    engine.drain(PATIENCE_S)
+
+
+@pytest.mark.parametrize("bound", ["number", "bytes"])
+def test_reports_that_wait_for_a_hook_that_blocks_are_bounded_and_counted(
+    bound: str, open_engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    most = 5
+    if bound == "number":
+        monkeypatch.setattr(Reporter, "MOST", most)
+    else:
+        monkeypatch.setattr(Reporter, "MOST_BYTES", 2 * 100 * most)  # an event holds the old value and the new one
+    hook, slow, told = Gate(), Gate(), Failures()
+
+    def on_error(failure: DeliveryFailure) -> None:
+        hook()
+        told(failure)
+
+    engine = open_engine(on_error=on_error, limits={"handler_mailbox": 1, "handler_when_full": "drop_oldest"})
+    engine.on_change(scope="s")(slow)
+    engine.set("s", "k", "x" * 98)
+    slow.wait_until_reached()
+    for _ in range(20):
+        engine.set("s", "k", "x" * 98)
+    until(lambda: engine.stats().dropped == 19)
+
+    [problem] = engine.health().problems
+    assert problem == f"{19 - most} failed deliveries were not reported: the hooks, or the log, are behind"
+    hook.open()
+    until(lambda: engine.health().ok)
+    assert len(told.all) == most
+    until(lambda: f"{19 - most} failed deliveries were not reported" in caplog.text)
     slow.open()
     engine.drain(PATIENCE_S)
 

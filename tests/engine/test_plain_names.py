@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 from plain_names import Markup, check_that_only_plain_names_arrive
 
-from scopestate import Engine
+from scopestate import Engine, ops
 from scopestate.errors import DeserializationError, InvalidRegistration
 
 
@@ -67,4 +68,30 @@ def test_a_function_is_found_by_any_spelling_of_its_id(engine: Engine) -> None:
 
     assert type(engine.call("app::f")) is str
     engine.unregister_function(Markup("app::f"))
+    assert engine.functions()[-1]["name"] == "state::update"
+
+
+class Folded(str):
+    """Text that is equal in any case, as HTTP headers are: its hash is not that of what it holds."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str(self).lower() == str(other).lower()
+
+    def __hash__(self) -> int:
+        return hash(("folded", str.lower(self)))
+
+
+def test_a_name_with_a_hash_of_its_own_finds_what_its_text_names(engine: Engine) -> None:
+    engine.register_function(Folded("app::F"), lambda payload: payload)
+    engine.set(Folded("S"), Folded("Content-Type"), 1)
+
+    assert engine.get("S", "Content-Type") == engine.get(Folded("S"), Folded("Content-Type"), "none") == 1
+    assert asyncio.run(engine.aio.get(Folded("S"), Folded("Content-Type"))) == 1
+    assert engine.get(Folded("S"), Folded("content-type"), "none") == "none"
+    assert engine.update(Folded("S"), Folded("Content-Type"), [ops.Increment("", 1)]).new_value == 2
+    assert engine.delete(Folded("S"), Folded("Content-Type")) == 2
+    assert engine.call(Folded("app::F"), 3) == 3
+    engine.unregister_function(Folded("app::F"))
     assert engine.functions()[-1]["name"] == "state::update"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import pytest
 from watching import PATIENCE_S, Failures, Gate, Seen, in_thread
 
 from scopestate import Engine, StateEvent, messages
-from scopestate.actors.turns import Read
+from scopestate.actors import scope as scope_module
+from scopestate.actors.turns import Read, weight
 from scopestate.errors import EventNotDelivered, Overloaded
 
 VALUE = "x" * 398  # 400 bytes as JSON
@@ -162,6 +165,66 @@ def test_messages_that_wait_for_a_scope_are_bounded_in_bytes(open_engine: Any) -
 
     assert [reply.get(timeout=PATIENCE_S).new_value for reply in replies] == [VALUE] * 3
     engine.set("s", "3", VALUE)
+
+
+def test_many_small_messages_behind_a_large_one_are_not_weighed_again_each_time(
+    open_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weighed = 0
+
+    def counted(item: Any) -> int:
+        nonlocal weighed
+        weighed += 1
+        return weight(item)
+
+    monkeypatch.setattr(scope_module, "weight", counted)
+    engine = open_engine(limits={"scope_mailbox_bytes": 100_000})
+    engine.set("s", "k", 0)
+    actor, gate = engine._scopes["s"], Gate()
+    original = actor.on_receive
+
+    def held(message: Any) -> Any:
+        del actor.on_receive
+        gate()
+        return original(message)
+
+    actor.on_receive = held
+    holder = in_thread(lambda: actor.run(Read("k")))
+    gate.wait_until_reached()
+    replies = [engine.ask(messages.Set("s", "large", "x" * 50_000), block=False)]
+    replies += [engine.ask(messages.Set("s", "k", number), block=False) for number in range(1000)]
+    gate.open()
+    holder()
+
+    assert replies[-1].get(timeout=PATIENCE_S).new_value == 999
+    assert weighed < 10_000  # 500,000 if each message that comes weighs all that wait
+
+
+def test_messages_that_wait_for_room_at_a_handler_are_bounded_in_bytes(open_engine: Any) -> None:
+    engine = open_engine(limits={"handler_mailbox": 1, "scope_mailbox_bytes": 1200})
+    gate, seen = held_up(engine, scope="s")
+    engine.set("s", "waits", 1)
+
+    replies = [engine.ask(messages.Set("s", str(number), VALUE), block=False) for number in range(3)]
+    with pytest.raises(Overloaded, match="too many messages wait"):
+        engine.ask(messages.Set("s", "3", VALUE), block=False).get(timeout=PATIENCE_S)
+    gate.open()
+
+    assert [reply.get(timeout=PATIENCE_S).new_value for reply in replies] == [VALUE] * 3
+    assert seen.wait_for(5)
+    settled(engine)
+
+
+def test_a_message_is_not_kept_by_its_answer(engine: Engine) -> None:
+    gc.disable()  # only what nothing refers to any more goes
+    try:
+        reply = engine.ask(messages.Set("s", "k", VALUE), block=False)
+        reply.get(timeout=PATIENCE_S)
+        here = weakref.ref(reply)
+        del reply
+        assert here() is None
+    finally:
+        gc.enable()
 
 
 def test_a_scope_takes_exactly_as_many_messages_as_its_limit(open_engine: Any) -> None:
