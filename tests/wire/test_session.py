@@ -477,17 +477,30 @@ def test_a_function_called_over_http_counts_as_a_fault_until_there_are_too_many(
     assert answers == [None, None, Close(1008, "more than 3 malformed or refused messages"), None]
 
 
-@pytest.mark.parametrize("action", [None, {"type": "void"}])
-def test_calls_of_exactly_the_limit_are_taken(action: Any) -> None:
+WAYS_TO_CALL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "traced": {"traceparent": "00-1-2-01"},
+    "with metadata": {"metadata": {"a": 1}},
+    "void": {"action": {"type": "void"}},
+    "void with metadata": {"action": {"type": "void"}, "metadata": {"a": 1}},
+    "without an id": {"invocation_id": None},
+    "with metadata without an id": {"invocation_id": None, "metadata": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("fields", WAYS_TO_CALL.values(), ids=WAYS_TO_CALL)
+def test_calls_of_exactly_the_limit_are_taken_whichever_way_they_are_made(fields: dict[str, Any]) -> None:
     worker = session(calls=2)
+    waits = fields.get("invocation_id", ID) is not None and "action" not in fields
     for _ in range(3):
-        calls = [say(worker, invoke(action=action)) for _ in range(2)]
+        calls = [say(worker, invoke(**fields)) for _ in range(2)]
         assert all(isinstance(call, InvokeFunction) for call in calls)
         assert worker.waiting == 2
-        third = say(worker, invoke(action=action))
-        assert third is None if action else sent(third.message)["error"]["code"] == "OVERLOADED"
+        third = say(worker, invoke(**fields))
+        assert sent(third.message)["error"]["code"] == "OVERLOADED" if waits else third is None
+        assert worker.waiting == 2
         for call in calls:
-            worker.answer(call)
+            assert (worker.answer(call, b"1") is not None) == waits
         assert worker.waiting == 0
 
 
