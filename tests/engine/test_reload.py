@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from scopestate import Engine
-from scopestate.config import Config, FunctionRef, from_mapping
+from scopestate.config import Config, FunctionRef, LimitsConfig, from_mapping
 from scopestate.errors import ConfigError, EngineClosed, ValueTooLarge
 
 PATIENCE_S = 30.0
@@ -264,3 +264,11 @@ def test_a_configuration_that_would_replace_a_built_in_function_changes_nothing(
     assert caught.value.key == "functions.state::set"
     assert engine._parts.config is before
     assert engine.call("state::set", {"scope": "s", "key": "k", "value": 1}) == {"old_value": None, "new_value": 1}
+
+
+def test_an_engine_opens_from_a_config_as_from_a_mapping_and_a_bad_one_is_refused() -> None:
+    config = Config(limits=LimitsConfig(max_value_bytes=10))
+    with Engine.from_config(config) as engine, pytest.raises(ValueTooLarge):
+        engine.set("s", "k", "0123456789")
+    with pytest.raises(ConfigError):
+        Engine.from_config(Config(limits=LimitsConfig(max_value_bytes=-1)))
