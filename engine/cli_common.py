@@ -30,7 +30,7 @@ from scopestate.errors import (
     ScopestateError,
     StorageError,
 )
-from scopestate.ops.values import encode, parse
+from scopestate.ops.values import parse
 from scopestate.wire.client import Client
 from scopestate.wire.options import ClientOptions
 
@@ -109,6 +109,22 @@ def json_text(data: bytes) -> str:
     """Return JSON as text in which all control characters are escaped: the same JSON, whatever shows it."""
     # Those below U+0020 are always escaped inside strings; outside they are spaces, which stay.
     return _CONTROLS.sub(lambda found: found[0] if found[0] < " " else f"\\u{ord(found[0]):04x}", data.decode())
+
+
+def json_of(facts: object) -> str:
+    """Return facts of ours as a line of JSON. A file name may hold bytes that are not UTF-8: they are escaped."""
+    return json_text(msgspec.json.encode(_without_surrogates(msgspec.to_builtins(facts))))
+
+
+def _without_surrogates(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case dict():
+            return {_without_surrogates(name): _without_surrogates(inner) for name, inner in value.items()}
+        case list():
+            return [_without_surrogates(inner) for inner in value]
+    return value
 
 
 def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:
@@ -258,7 +274,7 @@ def note_json(facts: dict[str, Any]) -> None:
     """Print a line of JSON on standard error; one that cannot be written to is left alone."""
     with suppress(OSError):
         if sys.stderr is not None:
-            sys.stderr.write(f"{json_text(encode(facts))}\n")
+            sys.stderr.write(f"{json_of(facts)}\n")
             sys.stderr.flush()
 
 

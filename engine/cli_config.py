@@ -15,7 +15,7 @@ import yaml
 from rich.markup import escape
 
 from scopestate import access
-from scopestate.cli_common import AsJson, Exit, errors_to_exit_codes, out, shown, standard_error
+from scopestate.cli_common import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import BridgeConfig, Config, ServerConfig, examine, load
 from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef
@@ -57,7 +57,7 @@ def _check(file: Path, *, registered_later: bool, as_json: bool) -> None:
     errors.sort(key=lambda error: error.line or 0)
     if as_json:
         found = [{"file": e.file, "line": e.line, "key": e.key, "problem": e.problem} for e in errors]
-        out(msgspec.json.encode({"ok": not errors, "errors": found}).decode())
+        out(json_of({"ok": not errors, "errors": found}))
     elif errors:
         console = standard_error()
         for error in errors:
@@ -81,7 +81,7 @@ def show(
     with errors_to_exit_codes(as_json=as_json):
         config = Config() if file is None else load(file)
     plain = as_mapping(config)
-    out(msgspec.json.encode(plain).decode() if as_json else yaml.safe_dump(plain, sort_keys=False).rstrip())
+    out(json_of(plain) if as_json else yaml.safe_dump(plain, sort_keys=False).rstrip())
 
 
 def refused_by_serve(examined: Examined) -> list[ConfigError]:

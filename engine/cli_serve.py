@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.live import Live
@@ -22,7 +21,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from scopestate.cli_common import AsJson, errors_to_exit_codes, out, shown, standard_error
+from scopestate.cli_common import AsJson, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.cli_config import import_from_here
 from scopestate.config import AdapterConfig, BridgeConfig, Config, RedisConfig
 from scopestate.errors import ConfigError
@@ -169,7 +168,7 @@ def _announce(server: Server, console: Console, *, as_json: bool) -> None:
             "config": config.source,
             "state": describe_adapter(config.adapter),
         }
-        out(msgspec.json.encode(facts).decode())
+        out(json_of(facts))
         return
     table = Table.grid(padding=(0, 2))
     table.add_row("[bold]scopestate[/]", f"[bold green]{server.url}[/]")

@@ -29,7 +29,7 @@ from scopestate.cli_common import (
     ReaderGone,
     Token,
     errors_to_exit_codes,
-    json_text,
+    json_of,
     note_json,
     out,
     print_rich,
@@ -79,7 +79,7 @@ def _info(where: str, *, as_json: bool) -> None:
         keys, size = sum(one.keys for one in sizes), reader.size_bytes()
     if as_json:
         whole = {"directory": reader.directory, "size_bytes": size, "keys": keys, "scopes": sizes}
-        out(json_text(msgspec.json.encode(whole)))
+        out(json_of(whole))
         return
     out(shown(f"{reader.directory}: {len(sizes)} scopes, {keys} keys, {decimal(size)} on disk"))
     if sizes:
@@ -102,7 +102,7 @@ def _verify(where: str, *, as_json: bool) -> None:
     with _reader(where) as reader:
         problems = reader.problems()
     if as_json:
-        out(json_text(msgspec.json.encode({"ok": not problems, "problems": problems})))
+        out(json_of({"ok": not problems, "problems": problems}))
     else:
         for problem in problems:
             standard_error().print(shown(problem), markup=False)
@@ -162,7 +162,7 @@ def import_(
     """
     with errors_to_exit_codes(as_json=as_json), _ended_by_signals(), ExitStack() as stack:
         stream = stack.enter_context(_input(source))
-        total = sum(isinstance(item, Entry) for item in read_lines(_lines(stream, source)))
+        total = _checked(stream, source)
         adapter = _open_target(target, token, ca_file)
         stack.callback(adapter.close)
         if not merge and adapter.scopes():
@@ -197,7 +197,9 @@ def _what_stays(advance: _Advance, total: int, target: str, *, whole: bool) -> I
     except StorageError as error:
         raise StorageError(f"{error}; {stays()}", code=error.code) from error
     except DeserializationError as error:
-        raise DeserializationError(f"{error} (the file has changed since it was checked); {stays()}") from error
+        raise StorageError(
+            f"{error} (the file has changed since it was checked); {stays()}", code=error.code
+        ) from error
     except KeyboardInterrupt:
         standard_error().print(shown(f"interrupted: {stays()}"), markup=False)
         raise
@@ -258,6 +260,11 @@ def _directory(where: str) -> str:
                 f"there is no store in {where}; for Redis write redis://{where}, for a running engine ws://{where}, "
                 f"for a directory ./{where}"
             )
+        if "://" in where and not os.path.exists(where):
+            raise StoreUnusable(
+                f"{where} is not the address of a store: that of a running engine begins with ws:// or wss://, that of "
+                "Redis with redis://, rediss:// or unix://"
+            )
         return expand_home(where)
     config = load(where).adapter.config
     if not isinstance(config, KvConfig) or config.store_method != "file_based":
@@ -315,11 +322,15 @@ def _output(to: str, reader: Reader) -> Iterator[_Output]:
         with standard_output() as write:
             yield _Output(write)
         return
+    if not to:
+        raise StorageError("the file to write has no name; name one, or `-` for standard output")
     try:
         status = os.stat(expand_home(to))
     except OSError as error:
         if not isinstance(error, FileNotFoundError):
             raise _unwritable(to, error) from error
+        if to.endswith(os.sep):
+            raise StorageError(f"{to} cannot be written: there is no such directory") from error
         status = None
     path = os.path.realpath(expand_home(to))
     if status is not None and isinstance(reader, StoreReader) and reader.is_own_file(path):
@@ -373,7 +384,8 @@ def _beside(path: str, status: os.stat_result | None) -> Iterator[tuple[IO[bytes
     """Yield a file to write to, and what gives it the name `path` then."""
     folder, name = os.path.split(path)
     try:
-        file = tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", delete=False)  # noqa: SIM115 - see below
+        # Of a long name only the beginning: the whole one and what is added would be too long for a file system.
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name[:40]}.", delete=False)  # noqa: SIM115 - see below
     except OSError:
         if status is None or not os.access(path, os.W_OK):
             raise
@@ -436,18 +448,23 @@ def _input(source: str) -> Iterator[IO[bytes]]:
         try:
             if source == "-":
                 if sys.stdin is None or sys.stdin.closed:
-                    raise DeserializationError("standard input is closed: there is nothing to import")
+                    raise StorageError("standard input is closed: there is nothing to import")
                 stream: IO[bytes] = sys.stdin.buffer
             else:
                 stream = stack.enter_context(open(expand_home(source), "rb"))
             if source == "-" or not stream.seekable():
-                copy = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(stream, copy)
-                copy.seek(0)
-                stream = copy
+                stream = _copied(stream, source, stack.enter_context(_temporary(source)))
         except OSError as error:
             raise _unreadable(source, error) from error
         yield stream
+
+
+def _checked(stream: IO[bytes], source: str) -> int:
+    """Read the whole file and return how many keys it holds. Raises StorageError if it is not an export."""
+    try:
+        return sum(isinstance(item, Entry) for item in read_lines(_lines(stream, source)))
+    except DeserializationError as error:
+        raise StorageError(f"{_named(source)}: {error}", code=error.code) from error
 
 
 def _lines(stream: IO[bytes], source: str) -> Iterator[bytes]:
@@ -459,8 +476,40 @@ def _lines(stream: IO[bytes], source: str) -> Iterator[bytes]:
         raise _unreadable(source, error) from error
 
 
-def _unreadable(source: str, error: OSError) -> DeserializationError:
-    return DeserializationError(f"{source} cannot be read: {error.strerror or error}")
+def _temporary(source: str) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        raise _uncopied(source, error) from error
+
+
+def _copied(stream: IO[bytes], source: str, copy: IO[bytes]) -> IO[bytes]:
+    """Copy what can be read only once. A failure of the temporary file is told from one of the source."""
+    while piece := stream.read(shutil.COPY_BUFSIZE):  # type: ignore[attr-defined]  # missing in typeshed
+        try:
+            copy.write(piece)
+            copy.flush()
+        except OSError as error:
+            with suppress(OSError):
+                copy.close()  # what is left in it cannot be written either
+            raise _uncopied(source, error) from error
+    copy.seek(0)
+    return copy
+
+
+def _uncopied(source: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"{_named(source)} is copied to a temporary file in {tempfile.gettempdir()} first, which failed: "
+        f"{error.strerror or error}. Make room there, or set TMPDIR to another directory"
+    )
+
+
+def _unreadable(source: str, error: OSError) -> StorageError:
+    return StorageError(f"{_named(source)} cannot be read: {error.strerror or error}")
+
+
+def _named(source: str) -> str:
+    return "standard input" if source == "-" else source
 
 
 class _Advance:

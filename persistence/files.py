@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
+from typing import IO
 
 log = logging.getLogger("scopestate.persistence.file")
 
 PRIVATE = 0o600
+
+
+def open_regular(path: str) -> IO[bytes]:
+    """Open a file for reading. Raises `OSError`, also if it is not a regular file: a pipe would wait for a writer."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def create_private(path: str) -> None:

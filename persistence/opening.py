@@ -12,7 +12,7 @@ from typing import Final
 from scopestate.errors import ConfigError, StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
 from scopestate.persistence import quarantine, schema
-from scopestate.persistence.files import create_private, make_private
+from scopestate.persistence.files import create_private, make_private, open_regular
 from scopestate.persistence.lock import StoreLock
 from scopestate.persistence.sqlite import LIBRARY_ERRORS, connect, database_uri, is_corruption, storage_error
 
@@ -121,7 +121,7 @@ _UNUSABLE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PE
 def _check_files(path: str, lock: StoreLock) -> None:
     """Look at the files before SQLite does, which deletes the log of a database that is empty."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             header = file.read(100)
     except FileNotFoundError:
         header = None

@@ -15,6 +15,7 @@ import msgspec
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
+from scopestate.persistence.files import open_regular
 from scopestate.persistence.lock import may_be_held, read_committed
 from scopestate.persistence.opening import lost
 from scopestate.persistence.quarantine import find_copies
@@ -51,13 +52,13 @@ class StoreReader:
         self.path = os.path.join(self.directory, "state.db")
         # Before the database, which an engine may be writing: what is noted here is there then.
         try:
-            with open(os.path.join(self.directory, "state.lock"), "rb") as file:
+            with open_regular(os.path.join(self.directory, "state.lock")) as file:
                 self._committed = read_committed(file.read())
         except OSError:
             self._committed = None
         try:
             size = os.stat(self.path).st_size
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 header = file.read(100)
         except OSError as error:
             raise StoreUnusable(

@@ -65,6 +65,8 @@ def checked_url(url: str) -> str:
         raise ConfigError(f"{url!r} is not the address of an engine; write ws://host:port, or wss://host:port for TLS")
     if parts.username or parts.password:
         raise ConfigError("the address has a user name or password in it; use the token option instead")
+    if not url.isprintable() or " " in url or parts.fragment:
+        raise ConfigError(f"{url!a} is not the address of an engine: it holds a character that none does")
     if port == 0:
         raise ConfigError(f"{url!r} has port 0, on which no server listens")
     return url

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from scopestate.cli import app
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Result:

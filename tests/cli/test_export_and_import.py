@@ -230,7 +230,7 @@ def test_what_cannot_be_read_is_named_by_line(content: bytes, problem: str, cli:
 
     refused = cli("store", "import", str(tmp_path / "new"), str(tmp_path / "in.jsonl"))
 
-    assert (refused.code, problem in refused.err) == (1, True), refused.err
+    assert (refused.code, problem in refused.err) == (4, True), refused.err
     assert not (tmp_path / "new").exists()
 
 

@@ -112,7 +112,7 @@ def test_without_standard_input_a_dash_is_an_error(server: Server, store: Path) 
     assert (code, "standard input is closed" in said) == (2, True), said
 
     code, said = in_shell(f"$C store import {store.parent / 'new'} <&-")
-    assert (code, "standard input is closed" in said) == (1, True), said
+    assert (code, "standard input is closed" in said) == (4, True), said
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_a_store_that_holds_keys_is_added_to_only_when_told(cli: Run, store: Pat
 def test_a_bad_file_is_refused_before_anything_is_written(text: str, problem: str, cli: Run, tmp_path: Path) -> None:
     result = cli("store", "import", str(tmp_path / "new"), "-", stdin=text)
 
-    assert result.code == 1
+    assert result.code == 4
     assert problem in result.err
     assert not (tmp_path / "new").exists()
 
@@ -169,7 +169,7 @@ def test_a_file_that_is_not_there_and_one_that_cannot_be_written(cli: Run, store
     missing = cli("store", "import", str(tmp_path / "new"), str(tmp_path / "none.jsonl"))
     unwritable = cli("store", "export", str(store), str(tmp_path / "no" / "such" / "folder.jsonl"))
 
-    assert (missing.code, "cannot be read" in missing.err) == (1, True)
+    assert (missing.code, "cannot be read" in missing.err) == (4, True)
     assert (unwritable.code, "cannot be written" in unwritable.err) == (4, True)
 
 
