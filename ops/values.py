@@ -65,10 +65,21 @@ def encode(value: Any) -> bytes:
                 elif kind is float:
                     if item - item == 0.0:  # NaN and the infinities give NaN
                         continue
-                elif (inner := _copy_of(item, MAX_LEVELS - 1)) is not None:
-                    copy[key] = inner
-                    nested = True
-                    continue
+                else:
+                    if kind is list:
+                        # A list of texts, such as tags, without the call: a tenth of the time of the whole.
+                        texts = item.copy()
+                        for text in texts:
+                            if type(text) is not str:
+                                break
+                        else:
+                            copy[key] = texts
+                            nested = True
+                            continue
+                    if (inner := _copy_of(item, MAX_LEVELS - 1)) is not None:
+                        copy[key] = inner
+                        nested = True
+                        continue
                 break
             else:
                 # Each part was copied at its own moment; if the original equals them now, they are of one moment.
