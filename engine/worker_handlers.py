@@ -116,7 +116,9 @@ class WorkerHandler(HandlerActor):
         """Events to which the worker has said anything at all, an error too."""
         self._largest = 0
         self._full: tuple[int, float] | None = None
-        """`answered`, and the time, when the mailbox was first found full; None: it has had room since."""
+        """`answered`, and the time, when events first found no room; None: the worker has answered since."""
+        self._dropped_before = 0
+        """`dropped` at the last look."""
 
     def offer(self, event: StateEvent) -> None:
         if not self._mailbox:
@@ -134,13 +136,26 @@ class WorkerHandler(HandlerActor):
         return sum(_size(item) for item in tuple(self._mailbox) if type(item) is StateEvent)
 
     def silent_s(self, now: float) -> float:
-        """Return for how long the mailbox has been full while the worker answered nothing. For a timer."""
-        if not self._is_full():
+        """Return for how long the worker has answered nothing although events found no room. For a timer.
+
+        Once that was seen, only an answer or an empty mailbox ends it: with `drop_oldest` a mailbox that is bounded in
+        bytes may have room at each look, because large events were dropped for small ones.
+        """
+        dropped, self._dropped_before = self.dropped - self._dropped_before, self.dropped
+        if self._full is not None and (self._full[0] != self.answered or not self._mailbox):
             self._full = None
-            return 0.0
-        if self._full is None or self._full[0] != self.answered:
+        if self._full is None:
+            if not (self._mailbox and (dropped or self._is_full() or self._holds_up_all())):
+                return 0.0
             self._full = (self.answered, now)
         return now - self._full[1]
+
+    def _holds_up_all(self) -> bool:
+        """Whether all handlers together hold as much as they may (`events_bytes`), and this one at least its share."""
+        if not self._services.is_over():
+            return False
+        handlers = len(self._hub.engine._router.handlers())
+        return (self.offered - self.taken) * handlers >= self._services.limits.events_bytes
 
     def _call(self, function_id: str, event: StateEvent) -> Any:
         """Call a function with the rights that the worker of the trigger has now."""

@@ -20,6 +20,7 @@ from serving import OpenRaw, OpenServer, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine, channels
+from scopestate import server as server_module
 from scopestate.errors import DeserializationError, MessageTooLarge, Overloaded, RemoteFailure, ReplyTimeout
 from scopestate.server import Server
 from scopestate.wire import session
@@ -468,18 +469,21 @@ def test_a_channel_that_is_idle_or_incomplete_ends(
 # ---------------------------------------------------------------------------------------------------- silent workers
 
 
+@pytest.mark.parametrize("sizes", [[1] * 10, [60, 60, 60, 60, 5], [30, 200, 5, 5]])
+@pytest.mark.parametrize("when_full", ["block", "reject", "drop_oldest"])
 @pytest.mark.parametrize(
-    ("when_full", "bound"),
+    "bound",
     [
-        ("block", {"handler_mailbox": 5}),
-        ("reject", {"handler_mailbox": 5}),
-        ("drop_oldest", {"handler_mailbox": 5}),
-        ("block", {"handler_mailbox_bytes": 5}),
+        {"handler_mailbox": 3},
+        {"handler_mailbox_bytes": 100},
+        {"handler_mailbox": 3, "handler_mailbox_bytes": 100},
+        {"events_bytes": 100},
     ],
 )
 def test_a_silent_worker_is_cut_off_however_small_the_mailbox_is(
-    connect: OpenRaw, when_full: str, bound: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch, connect: OpenRaw, when_full: str, bound: dict[str, int], sizes: list[int]
 ) -> None:
+    monkeypatch.setattr(server_module, "LOOK_S", 0.05)
     limits = {**bound, "handler_when_full": when_full, "call_timeout_ms": 100}
     with (
         Engine.from_config({"limits": limits}, on_error=lambda failure: None) as engine,
@@ -488,14 +492,27 @@ def test_a_silent_worker_is_cut_off_however_small_the_mailbox_is(
         silent, other = connect(server), connect(server)
         silent.register("silent")
         silent.trigger("silent", {})
-        for number in range(10):
-            with contextlib.suppress(Overloaded, ReplyTimeout):
-                engine.set("s", "k", number)
+        left = threading.Event()
 
-        code, reason = silent.closed_with()
+        def write() -> None:
+            number = 0
+            while not left.is_set():
+                with contextlib.suppress(Overloaded, ReplyTimeout):
+                    engine.set("s", str(number), "x" * sizes[number % len(sizes)])
+                number += 1
+                left.wait(0.001 if number > 100 else 0)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            code, reason = silent.closed_with()
+        finally:
+            left.set()
+            writer.join(PATIENCE_S)
 
         assert code == 1008
-        assert reason.endswith("events wait for its function 'silent', as many as may, and it is silent")
+        assert "events wait for its function 'silent'" in reason
+        assert reason.endswith("as many as may, and it is silent")
         assert other.call("state::set", {"scope": "s", "key": "k", "value": 1})
         engine.set("s", "k", 2)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import json
 import logging
 import shutil
@@ -15,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import picows
 import pytest
 from raw import PATIENCE_S, RawWorker
 from serving import OpenRaw, OpenServer
@@ -294,3 +297,38 @@ def wait_until(true: Any) -> None:
     while not true():
         assert time.monotonic() < end, "it never became true"
         time.sleep(0.005)
+
+
+# ------------------------------------------------------------------------------------------------------------- picows
+
+
+def test_picows_makes_its_protocol_as_the_server_does() -> None:
+    # The server gives accepted connections to `WSProtocol`, which is private to picows and takes its arguments by
+    # position. `ws_create_server` is the public function that does the same.
+    source = ast.parse(inspect.getsource(picows.ws_create_server))
+    made = [
+        [ast.unparse(argument) for argument in call.args]
+        for call in ast.walk(source)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "WSProtocol"
+    ]
+    expected = [
+        "None",
+        "None",
+        "False",
+        "ws_listener_factory",
+        "_resolve_logger(logger_name, 'server')",
+        "disconnect_on_exception",
+        "websocket_handshake_timeout",
+        "enable_auto_ping",
+        "auto_ping_idle_timeout",
+        "auto_ping_reply_timeout",
+        "auto_ping_strategy",
+        "enable_auto_pong",
+        "max_frame_size",
+        "None",
+        "read_buffer_init_size",
+    ]
+    assert made == [expected], (
+        "picows makes its WSProtocol in another way than before: give it the same arguments in "
+        "Server._make_doorway (engine/server.py), then change this list and the version in pyproject.toml"
+    )
