@@ -272,3 +272,23 @@ def test_an_engine_opens_from_a_config_as_from_a_mapping_and_a_bad_one_is_refuse
         engine.set("s", "k", "0123456789")
     with pytest.raises(ConfigError):
         Engine.from_config(Config(limits=LimitsConfig(max_value_bytes=-1)))
+
+
+def test_each_limit_is_taken_over_at_the_start_and_by_a_reload() -> None:
+    names = ("scope_mailbox", "handler_mailbox", "handler_attempts", "max_event_depth")
+    times = ("handler_timeout", "handler_backoff", "call_timeout", "close_grace", "passivate_after")
+
+    def limits(first: int) -> LimitsConfig:
+        given = {name: first + number for number, name in enumerate(names)}
+        given |= {f"{name}_ms": 1000 * (first + 10 + number) for number, name in enumerate(times)}
+        return LimitsConfig(max_value_bytes=first + 20, handler_when_full="drop_oldest", **given)
+
+    with Engine.from_config(Config(limits=limits(10))) as engine:
+        for first in (10, 40, 70):
+            engine.reconfigure(Config(limits=limits(first)))
+            running = engine._limits
+            assert [getattr(running, name) for name in names] == [first, first + 1, first + 2, first + 3]
+            assert [getattr(running, f"{name}_s") for name in times] == [first + 10 + number for number in range(5)]
+            assert (running.max_value_bytes, running.handler_when_full) == (first + 20, "drop_oldest")
+        engine.reconfigure(Config(limits=LimitsConfig(call_timeout_ms=0)))
+        assert engine._limits.call_timeout_s is None

@@ -680,3 +680,24 @@ async def test_a_call_that_cannot_be_made_fails_at_once_however_often_and_long_i
             with pytest.raises(NotConnected, match="this client is closed"):
                 await asyncio.wait_for(client.call("f"), PATIENCE_S)
         nothing_under_way(client)
+
+
+async def test_a_call_that_a_connection_does_not_take_in_time_says_that_nothing_was_sent() -> None:
+    async with played_server() as server, Client(server.url, quick()) as client:
+        peer = await server.next_peer()
+        await client.wait_connected(PATIENCE_S)
+        peer.socket.transport.pause_reading()
+        big = b'"%s"' % (b"x" * 20_000_000)
+        blocking = asyncio.ensure_future(client.call_raw("big", big))
+        for _ in range(2):
+            with pytest.raises(CallTimeout) as late:
+                await asyncio.wait_for(client.call("f", timeout_s=0.05), PATIENCE_S)
+            assert not late.value.sent
+            assert len(client._pending()) == 1
+        peer.socket.transport.resume_reading()
+
+        call = await peer.next_call()
+        assert call.function_id == "big"
+        await peer.answer(call, b"1")
+        assert await blocking == b"1"
+        nothing_under_way(client)
