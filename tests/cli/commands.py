@@ -34,7 +34,7 @@ class Result:
 Run = Callable[..., Result]
 
 
-def run(*arguments: str, stdin: str | None = None) -> Result:
+def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
     """Run a command in this process. An exception that is not the command's own way to end fails the test."""
     result = CliRunner().invoke(app, list(arguments), input=stdin, env={"COLUMNS": "200", "NO_COLOR": "1"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):

@@ -177,6 +177,19 @@ def test_an_import_into_a_directory_that_ends_early_leaves_nothing(tmp_path: Pat
         adapter.close()
 
 
+def test_an_import_tells_how_far_it_is(tmp_path: Path) -> None:
+    told: list[int] = []
+    adapter = FileAdapter(str(tmp_path / "store"))
+    try:
+        import_lines(lines(2500), adapter, told.append)
+    finally:
+        adapter.close()
+
+    assert told[0] == 1000
+    assert told[-1] == 2500
+    assert told == sorted(told)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_during_an_import_leaves_an_empty_store(number: int, program: type[Program], tmp_path: Path) -> None:
     store = tmp_path / "store"
