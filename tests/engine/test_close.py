@@ -6,13 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from watching import PATIENCE_S, Failures, Gate, GatedStore, LoopThread, Seen, broken, in_thread
 
-from scopestate import DeliveryFailure, Engine, StateEvent, StorageError, messages
+from scopestate import DeliveryFailure, Engine, StateEvent, StorageError, lifecycle, messages
 from scopestate.errors import EngineClosed, EventNotDelivered
 from scopestate.persistence.reading import StoreReader
 
@@ -428,3 +429,21 @@ def until_saved(directory: Path, scopes: list[str]) -> None:
             return
         assert time.monotonic() < deadline, found
         pause.wait(0.005)
+
+
+def test_engines_that_were_opened_and_closed_leave_nothing_in_the_tables_for_the_end_of_the_process(
+    open_engine: Any, tmp_path: Path
+) -> None:
+    def sizes() -> list[int]:
+        tables: list[Any] = [util._finalizer_registry, lifecycle._stores, lifecycle._live, lifecycle._dropped]  # type: ignore[attr-defined]  # it is private, and the only place to look
+        return [len(table) for table in tables]
+
+    store = {"store_method": "file_based", "file_path": str(tmp_path)}
+    open_engine(adapter=store).close()
+    before = sizes()
+    for _ in range(3):
+        engine = open_engine(adapter=store)
+        assert sizes() == [before[0], before[1] + 1, before[2] + 1, before[3]]
+        engine.set("s", "k", 1)
+        engine.close()
+        assert sizes() == before
