@@ -15,6 +15,7 @@ from scopestate.actors.turn import WAIT
 from scopestate.actors.turns import Caused, Change, Housekeeping, Put, Read, ReadAll, ReadItems, Take, as_failure_of
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.persistence import ScopeChange
+from scopestate.signals import certainly
 
 Outcome = tuple[ReplyTo, Any, BaseException | None]
 """A reply with its value or its error, ready to deliver."""
@@ -196,6 +197,8 @@ class CommitScopeActor(ScopeActor):
         return batch
 
     def _settle(self, batch: Batch) -> list[Outcome]:
+        # What may need memory comes first, so that a turn that broke off can be done again: the events go out once.
+        outcomes: list[Outcome] = [(reply, answer, None) for _, reply, answer in batch.waiting]
         if batch.change is not None:
             self._saved = batch.change.sequence
         self._flying = {}
@@ -204,8 +207,11 @@ class CommitScopeActor(ScopeActor):
         # Events before answers: who has the answer may call drain() and count on the event.
         outbox = self._router._mailbox
         outbox += batch.events
-        self._router.wake()
-        return [(reply, answer, None) for _, reply, answer in batch.waiting]
+        try:
+            self._router.wake()
+        except MemoryError:
+            certainly(self._router.wake_anyway)
+        return outcomes
 
     def _roll_back(self, batch: Batch, error: StorageError) -> list[Outcome]:
         waiting = batch.waiting + self._waiting

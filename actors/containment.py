@@ -17,6 +17,8 @@ from threading import get_ident
 from types import CodeType, FunctionType, MethodType, TracebackType
 from typing import Any, Final
 
+from scopestate.ops.values import class_name
+
 
 class Ended(BaseException):
     """Raised where a turn waits when its dispatcher ends. Not an Exception: code under test must not go on after it."""
@@ -62,12 +64,6 @@ def _code_of(handler: object) -> CodeType | None:
             if type(handler) not in (FunctionType, functools.partial):
                 return None
     return None
-
-
-def class_name(thing: object) -> str:
-    """Return the name of a thing's class, whose metaclass may be code of the program."""
-    name: str = vars(type)["__name__"].__get__(type(thing))
-    return name
 
 
 def described(error: BaseException) -> str:

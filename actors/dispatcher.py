@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import functools
 import heapq
 import itertools
 import threading
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from scopestate.actors.containment import Log, contained
 from scopestate.actors.reply import Reply
 from scopestate.inbox import Empty, Inbox
-from scopestate.signals import Guard
+from scopestate.signals import Guard, certainly
 
 if TYPE_CHECKING:
     from scopestate.actors.turn import TurnActor
@@ -189,7 +190,11 @@ class ThreadDispatcher:
     def _run_program(self, work: Callable[[], object]) -> None:
         """On a worker thread: call `work`, or hold it back while as many threads as may be are in such code."""
         busy, held = self._in_program, self._held
-        busy.append(None)
+        try:
+            busy.append(None)
+        except MemoryError:
+            certainly(functools.partial(self.submit_program, work))  # not begun
+            raise
         if len(busy) > self.MOST and not self._closed:
             busy.pop()
             self._hold(work)
@@ -283,19 +288,25 @@ class ThreadDispatcher:
         ready, idle, mine = self._ready, self._idle, self._mine
         mine.is_worker, mine.next = True, None
         while True:
+            work = None
             idle.append(None)
             try:
-                work = ready.get_or_idle(self.IDLE_S)
-            except Empty:
-                work = None
-            finally:
-                idle.pop()
-            self._taken += 1
-            if work is None:
-                break
-            if not idle and not ready.empty():
-                # Whoever scheduled those may have counted on this worker.
-                self._look_after_queue()
+                try:
+                    work = ready.get_or_idle(self.IDLE_S)
+                except Empty:
+                    work = None
+                finally:
+                    idle.pop()
+                self._taken += 1
+                if work is None:
+                    break
+                if not idle and not ready.empty():
+                    # Whoever scheduled those may have counted on this worker.
+                    self._look_after_queue()
+            except BaseException:  # a MemoryError: this worker ends, but what it has taken must not end with it
+                if work is not None:
+                    certainly(functools.partial(ready.put, work))
+                raise
             while work is not None:
                 _call(work)
                 work, mine.next = mine.next, None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from scopestate.errors import FunctionNotFound, InvalidRegistration
-from scopestate.ops.values import json_type
+from scopestate.ops.values import class_name, json_type
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Functions:
         given: object = function_id
         if type(given) is not str:
             # Whatever it is, its own hooks (hash, repr) are not asked: they may do anything.
-            text = str.__str__(given) if issubclass(type(given), str) else f"<{type(given).__name__}>"
+            text = str.__str__(given) if issubclass(type(given), str) else f"<{class_name(given)}>"
             return self.get(text)
         try:
             return self._by_id[function_id]

@@ -21,6 +21,7 @@ from scopestate.actors.reply import Reply
 from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventNotDelivered, HandlerTimeout
+from scopestate.ops.values import class_name
 from scopestate.signals import Guard, certainly, exclusive
 from scopestate.wire.depth import event_depth
 
@@ -313,9 +314,13 @@ class HandlerActor(TurnActor):
 
     def run_batch(self) -> None:
         self._scheduled = False
-        me = get_ident()
-        if self._claim.setdefault(HOLDER, me) == me:
-            self._drain()
+        try:
+            me = get_ident()
+            if self._claim.setdefault(HOLDER, me) == me:
+                self._drain()
+        except BaseException:
+            certainly(self._recover)
+            raise
 
     def on_receive(self, message: Any) -> Any:
         raise TypeError(f"a handler takes events from its router, not {message!r:.80}")
@@ -426,7 +431,7 @@ class HandlerActor(TurnActor):
                 self.delivered += 1
                 return
             except BaseException as error:  # noqa: BLE001 - as above
-                final = attempt >= limits.handler_attempts or isinstance(error, HandlerTimeout) or not self.active
+                final = attempt >= limits.handler_attempts or issubclass(type(error), HandlerTimeout) or not self.active
                 self._report(trigger.function_id, event, error, attempt=attempt, final=final)
                 if final:
                     return
@@ -458,7 +463,7 @@ class HandlerActor(TurnActor):
             return await self._on_loop(function_id, result)
         if is_unrun(result):
             raise TypeError(
-                f"function {function_id!r} returned a {type(result).__name__}, whose code has not run and never would: "
+                f"function {function_id!r} returned a {class_name(result)}, whose code has not run and never would: "
                 "return a value or a coroutine"
             )
         return result
@@ -494,7 +499,7 @@ class HandlerActor(TurnActor):
         later: bool = False,
     ) -> None:
         """Report a failed attempt. `later`: on another thread, because this one is not for code of the program."""
-        if isinstance(error, HandlerTimeout) and self._overdue:
+        if issubclass(type(error), HandlerTimeout) and self._overdue:
             return  # reported when it became overdue
         if final:
             self.failed += 1

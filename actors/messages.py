@@ -13,7 +13,7 @@ import msgspec
 
 from scopestate.errors import DeserializationError, ScopestateError
 from scopestate.ops import UpdateOp, convert_ops
-from scopestate.ops.values import json_type
+from scopestate.ops.values import class_name, json_type
 
 
 class Set(msgspec.Struct, frozen=True):
@@ -83,7 +83,7 @@ def from_payload(function_id: str, payload: object) -> Message:
         raise
     except Exception as error:
         # A mapping, text or op of somebody's own class, whose hooks raise.
-        raise misfit(function_id, f"reading the input failed with {type(error).__name__}") from error
+        raise misfit(function_id, f"reading the input failed with {class_name(error)}") from error
 
 
 def _read(function_id: str, kind: type[Message], payload: object) -> Message:

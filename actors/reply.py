@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import pykka
 
 from scopestate.actors.containment import Log, is_from_outside
-from scopestate.signals import wait_for
+from scopestate.signals import certainly, wait_for
 
 if TYPE_CHECKING:
     from scopestate.actors.loop_reply import LoopReply
@@ -208,4 +209,11 @@ def settle(reply: ReplyTo, value: Any, error: BaseException | None) -> None:
     except BaseException as problem:
         if is_from_outside(problem):
             raise
+        certainly(functools.partial(fail_if_open, reply, problem))
         log.exception("an answer could not be delivered")
+
+
+def fail_if_open(reply: ReplyTo, error: BaseException) -> None:
+    """Deliver `error` to a thread that would wait for ever, because its answer broke off, as by a MemoryError."""
+    if not getattr(reply, "done", True):
+        reply.fail(error)

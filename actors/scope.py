@@ -335,7 +335,9 @@ class ScopeActor(TurnActor):
         if self._dirty is None or (not self._dirty and self._saved == self._sequence):
             return None
         change = ScopeChange(self.scope, self._sequence, self._dirty, self._positions)
-        self._dirty, self._positions = {}, {}
+        dirty, positions = dict[str, bytes | None](), dict[str, int]()
+        # Nothing below needs memory: what was collected reaches the store, or stays to be collected.
+        self._dirty, self._positions = dirty, positions
         return change
 
     def saved(self, sequence: int) -> None:

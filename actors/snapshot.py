@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from scopestate.actors.commit import Batch, CommitScopeActor, TakeBatch
+from scopestate.actors.commit import Batch, CommitScopeActor, Outcome, TakeBatch
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.reply import deliver
@@ -17,7 +17,9 @@ from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor, arranging, is_arranging
 from scopestate.actors.turns import Collect
 from scopestate.errors import StorageError, UnsavableValue
+from scopestate.ops.values import class_name
 from scopestate.persistence import Adapter, ScopeChange
+from scopestate.signals import certainly
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher, Timer
@@ -187,8 +189,14 @@ class SnapshotActor(TurnActor):
         for scope in list(dirty):
             # Out of the table before it is collected: a write that comes in between puts it in again.
             actor = dirty.pop(scope, None)
-            change = actor.run(Collect()) if actor is not None else None
-            if actor is None or change is None:
+            if actor is None:
+                continue
+            try:
+                change = actor.run(Collect())
+            except BaseException:
+                certainly(lambda scope=scope, actor=actor: dirty.setdefault(scope, actor))  # type: ignore[misc]  # mypy cannot infer a default argument
+                raise
+            if change is None:
                 continue
             _, waiting = self._backlog.get(scope, (actor, None))
             self._backlog[scope] = (actor, change if waiting is None else merged(waiting, change))
@@ -238,11 +246,35 @@ class SnapshotActor(TurnActor):
         self._commit_asked = False
         committing = self.committing
         batches: list[Batch] = []
-        for scope in list(committing):
-            actor = committing.pop(scope, None)
-            if actor is not None:
-                batches.append(actor.run(TakeBatch()))
-        self._commit_batches(batches)
+        actor: CommitScopeActor | None = None
+        try:
+            for scope in list(committing):
+                actor = committing.pop(scope, None)
+                if actor is not None:
+                    batches.append(actor.run(TakeBatch()))
+            actor = None
+            self._commit_batches(batches)
+        except BaseException as problem:
+            name = class_name(problem)
+            certainly(lambda: self._break_off(actor, batches, name))
+            raise
+
+    @staticmethod
+    def _settled(batch: Batch) -> Iterable[Outcome]:
+        try:
+            return batch.settle()
+        except MemoryError:
+            return batch.settle()  # it is on disk: its events must go out
+
+    def _break_off(self, taking: CommitScopeActor | None, batches: list[Batch], why: str) -> None:
+        """A commit was cut short, as by a MemoryError: no caller may wait for an answer that will not come."""
+        if taking is not None:
+            self.committing.setdefault(taking.scope, taking)
+        self.commit_anyway()
+        error = StorageError(f"the commit broke off ({why}); it may have been written: read the key before retrying")
+        for batch in batches:
+            outcomes = batch.roll_back(error)
+            deliver([outcome for outcome in outcomes if not getattr(outcome[0], "done", False)])
 
     def _commit_batches(self, batches: list[Batch]) -> None:
         try:
@@ -257,7 +289,7 @@ class SnapshotActor(TurnActor):
         except StorageError as error:
             deliver([outcome for batch in batches for outcome in batch.roll_back(error)])
         else:
-            deliver([outcome for batch in batches for outcome in batch.settle()])
+            deliver([outcome for batch in batches for outcome in self._settled(batch)])
 
     def _write(self, changes: list[ScopeChange]) -> None:
         try:
@@ -269,7 +301,7 @@ class SnapshotActor(TurnActor):
             error = (
                 problem
                 if isinstance(problem, StorageError)
-                else StorageError(f"the adapter failed: {type(problem).__name__}: {described(problem)}")
+                else StorageError(f"the adapter failed: {class_name(problem)}: {described(problem)}")
             )
             if isinstance(error, UnsavableValue):
                 raise  # the store works

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import uuid
@@ -14,7 +15,7 @@ from pykka.messages import ProxyCall, ProxyGetAttr, ProxySetAttr, _ActorStop
 
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import Dispatcher
-from scopestate.actors.reply import Envelope, Reply, ReplyTo
+from scopestate.actors.reply import Envelope, Reply, ReplyTo, fail_if_open
 from scopestate.errors import Overloaded, WouldDeadlock
 from scopestate.signals import certainly
 
@@ -294,6 +295,8 @@ class TurnActor(pykka.Actor):
                 except BaseException as error:
                     if is_from_outside(error):
                         raise
+                    if type(item) is Envelope:
+                        certainly(functools.partial(fail_if_open, item.reply_to, error))
                     log.exception("a turn of %s broke off", self.name)
         finally:
             if begun < len(batch):

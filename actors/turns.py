@@ -10,7 +10,7 @@ from scopestate.actors import messages
 from scopestate.actors.reply import Envelope
 from scopestate.errors import DeserializationError, StorageError, ValueTooLarge
 from scopestate.ops import UpdateOp, checked
-from scopestate.ops.values import decode, encode, json_type
+from scopestate.ops.values import class_name, decode, encode, json_type
 
 
 class Put(msgspec.Struct, frozen=True):
@@ -143,7 +143,7 @@ def turn_of(message: object, max_value_bytes: int) -> Turn:
 
 def no_message(found: object) -> DeserializationError:
     """Return the error for what is no message."""
-    return DeserializationError(f"{type(found).__name__} is not a message that a scope understands")
+    return DeserializationError(f"{class_name(found)} is not a message that a scope understands")
 
 
 def answer_of(message: object, answer: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from scopestate.actors import messages
-from scopestate.actors.containment import class_name, described, is_from_outside
+from scopestate.actors.containment import described, is_from_outside
 from scopestate.actors.functions import Function, running_loop
 from scopestate.actors.results import ListGroupsResult
 from scopestate.errors import (
@@ -18,7 +18,7 @@ from scopestate.errors import (
     SerializationError,
     WouldDeadlock,
 )
-from scopestate.ops.values import decode, encode
+from scopestate.ops.values import class_name, decode, encode
 
 if TYPE_CHECKING:
     import asyncio

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from scopestate.actors.handler import Trigger
 from scopestate.errors import InvalidRegistration
-from scopestate.ops.values import json_type
+from scopestate.ops.values import class_name, json_type
 
 if TYPE_CHECKING:
     from scopestate.actors.router import TriggerRouter
@@ -68,7 +68,7 @@ def read_trigger(
         given = {str.__str__(name) if isinstance(name, str) else f"{name!r:.80}": config[name] for name in config}
     except Exception as error:
         # A mapping of somebody's own class, whose hooks raise.
-        raise InvalidRegistration(f"reading a trigger's config failed with {type(error).__name__}") from error
+        raise InvalidRegistration(f"reading a trigger's config failed with {class_name(error)}") from error
     fields: dict[str, Any] = {name: given.get(name) for name in _FILTERS}
     for name, value in fields.items():
         if value is not None and not issubclass(type(value), str):

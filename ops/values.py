@@ -199,7 +199,13 @@ def json_type(value: object) -> str:
     for name, kinds in _JSON_TYPES:
         if issubclass(kind, kinds):
             return name
-    return kind.__name__
+    return class_name(value)
+
+
+def class_name(thing: object) -> str:
+    """Return the name of a thing's class, whose metaclass may be code of the program and is not asked."""
+    name: str = vars(type)["__name__"].__get__(type(thing))
+    return name
 
 
 _JSON_TYPES: Final[tuple[tuple[str, tuple[type, ...]], ...]] = (
@@ -398,9 +404,11 @@ def _advice(value: object) -> str:
     kind = type(value)
     try:
         advice = _advice_for(kind)
-    except Exception:  # noqa: BLE001 - a metaclass or `__subclasshook__` of its own, which may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - a metaclass or `__subclasshook__` of its own, which may raise anything
         advice = _DESCRIBE_IT
-    return f"{kind.__name__} is not JSON; {advice}"
+    return f"{class_name(value)} is not JSON; {advice}"
 
 
 _DESCRIBE_IT: Final = "store what describes it: dict, list, str, int, float, bool or None"
@@ -441,4 +449,4 @@ def _named(key: Any) -> str:
     kind = type(key)
     if key is None or kind is bool or kind is float or (kind is int and _INT_MIN <= key <= _INT_MAX):
         return f"{key} ({json_type(key)})"
-    return f"a key of type {kind.__name__}"
+    return f"a key of type {class_name(key)}"

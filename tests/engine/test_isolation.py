@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import signal
@@ -18,9 +19,12 @@ import pytest
 from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, in_thread
 
 from scopestate import Engine, StateEvent, messages
+from scopestate.actors.commit import Batch, CommitScopeActor
 from scopestate.actors.handler import DeliveryFailure, Reporter
+from scopestate.actors.reply import Reply
+from scopestate.actors.scope import ScopeActor
 from scopestate.config import from_mapping
-from scopestate.errors import FunctionFailed, HandlerTimeout, InvalidRegistration, ReplyTimeout
+from scopestate.errors import FunctionFailed, HandlerTimeout, InvalidRegistration, ReplyTimeout, StorageError
 
 
 class Odd(BaseException):
@@ -877,3 +881,86 @@ def test_a_hook_that_would_run_nothing_is_refused(engine: Engine) -> None:
                 register(hook)  # type: ignore[arg-type]  # what is refused
         with pytest.raises(InvalidRegistration):
             Engine(on_error=hook)  # type: ignore[arg-type]  # as above
+
+
+# ------------------------------------------------------------------------------------------- too little memory for once
+
+
+def once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> threading.Event:
+    """Have one call of a method end with a MemoryError."""
+    original, failed = getattr(owner, name), threading.Event()
+
+    def method(*args: Any) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise MemoryError
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, method)
+    return failed
+
+
+def test_a_save_that_has_no_memory_to_collect_a_scope_leaves_it_to_the_next_one(
+    open_engine: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = {"store_method": "file_based", "file_path": str(tmp_path), "save_interval_ms": 20}
+    engine = open_engine(adapter=store)
+    failed = once(monkeypatch, ScopeActor, "_collect")
+    engine.set("s", "k", 1)
+    assert failed.wait(PATIENCE_S)
+
+    until(lambda: engine.stats().unsaved_scopes == 0 and engine.stats().saved_keys == 1)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(CommitScopeActor, "_take_batch"), (CommitScopeActor, "_settle"), (Batch, "settle"), (Reply, "_arrive")],
+    ids=lambda part: part if isinstance(part, str) else part.__name__,
+)
+def test_a_commit_that_has_no_memory_leaves_no_caller_without_an_answer(
+    owner: type, name: str, open_engine: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(
+        adapter={"store_method": "file_based", "file_path": str(tmp_path)},
+        scopes=[{"prefix": "c", "durability": "commit"}],
+        limits={"call_timeout_ms": int(1000 * PATIENCE_S)},
+    )
+    seen = Seen()
+    engine.set("c", "first", 1)
+    engine.on_change(scope="c")(seen)
+    failed = once(monkeypatch, owner, name)
+    began = time.monotonic()
+    with contextlib.suppress(StorageError, MemoryError):
+        engine.set("c", "k", 1)
+
+    assert failed.is_set()
+    assert time.monotonic() - began < PATIENCE_S / 2
+    engine.set("c", "k", 2)
+    assert engine.get("c", "k") == 2
+    if "settle" in name:  # it was on disk: it counts, and its event goes out
+        assert seen.wait_for(2)
+
+
+def test_what_a_worker_thread_has_taken_when_its_memory_ends_is_done_by_another(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, quiet_threads: list[Any]
+) -> None:
+    seen, dispatcher = Seen(), engine._parts.dispatcher
+    engine.on_change(scope="s")(seen)
+    failed = threading.Event()
+
+    class Taken(list[None]):
+        """The list of idle workers, whose next `pop` fails: a worker has its work by then."""
+
+        def pop(self, *args: Any) -> None:
+            super().pop(*args)
+            if dispatcher._ready.empty() and not failed.is_set():
+                failed.set()
+                raise MemoryError
+
+    monkeypatch.setattr(dispatcher, "_idle", Taken())
+    engine.set("s", "k", 1)
+
+    assert seen.wait_for(1)
+    assert failed.is_set()
+    until(lambda: quiet_threads)
+    quiet_threads.clear()

@@ -311,6 +311,13 @@ class Meta(type):
         raise RuntimeError(name)
 
 
+class Elusive(type):
+    """Ends the program that asks about its classes, if it can."""
+
+    def __getattribute__(cls, name: str) -> Any:
+        raise SystemExit(name)
+
+
 class Unbound:
     """A proxy of something that is not there: each look at it raises."""
 
@@ -326,10 +333,13 @@ def test_a_mock_of_a_json_type_is_none(kind: type) -> None:
             values.encode(value)
 
 
-@pytest.mark.parametrize("make", [Meta("Odd", (), {}), Unbound])
-def test_what_cannot_be_described_is_refused_all_the_same(make: type) -> None:
+@pytest.mark.parametrize("meta", [Meta, Elusive, type(Unbound)])
+def test_what_cannot_be_described_is_refused_all_the_same(meta: type) -> None:
+    value = Unbound() if meta is type else meta("Odd", (), {})()  # made here: pytest asks about its parameters
     with pytest.raises(InvalidValue, match="store what describes it"):
-        values.encode([make()])
+        values.encode([value])
+    with pytest.raises(InvalidValue, match="a key of type"):
+        values.encode({value: 1})
 
 
 # Another thread may run between any two opcodes: a trace function plays it, at each of them in turn.
