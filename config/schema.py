@@ -295,6 +295,11 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Functions, triggers and trigger types of one worker; one more closes its connection with code 1008."""
     max_calls: Count = 10_000
     """Calls in progress per worker, as caller and as executor; one more is answered `OVERLOADED`."""
+    max_call_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**40)] = 268_435_456
+    """Bytes that calls of one worker may hold while they wait for their answer; from there on each is `OVERLOADED`.
+
+    All workers together may hold four times as much.
+    """
     max_waiting_events: Count = 50_000
     """Events that may wait for one trigger of a worker; then its connection is closed with code 1008."""
     max_waiting_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**40)] = 268_435_456

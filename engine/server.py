@@ -266,7 +266,10 @@ class Server:
         config = self.config
         self._channels = Channels(self._batches, config.max_message_bytes, config.max_unsent_bytes)
         limits = SessionLimits(
-            registrations=config.max_registrations, calls=config.max_calls, message_bytes=config.max_message_bytes
+            registrations=config.max_registrations,
+            calls=config.max_calls,
+            call_bytes=config.max_call_bytes,
+            message_bytes=config.max_message_bytes,
         )
         timeout_s = config.call_timeout_ms / 1000
         self._hub = Hub(

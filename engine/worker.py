@@ -55,8 +55,8 @@ class Worker:
         self.functions: dict[str, WorkerFunction] = {}
         self.refused: dict[str, str] = {}
         """Function id -> why it was not registered; the last few."""
-        self.issued: dict[Execution, None] = {}
-        """Calls of this worker that other workers execute."""
+        self.issued: dict[Execution, int] = {}
+        """Calls of this worker that other workers execute -> bytes that each holds here."""
 
     def answer(self, call: InvokeFunction, result: bytes | None = None, error: ErrorBody | None = None) -> None:
         """Send the outcome of one of its calls, if it waits for it."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import Raw
@@ -30,6 +30,7 @@ from scopestate.ops.values import check, decode, encode, parse
 from scopestate.wire.bounded_log import BoundedLog, shown
 from scopestate.wire.depth import event_depth
 from scopestate.wire.frames import (
+    ABSENT,
     ErrorBody,
     InvocationResult,
     InvokeFunction,
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scopestate.server")
 
+WORKERS_SHARE: Final = 4
+"""The calls of all workers together may hold so many times the bytes that those of one may."""
+
 
 class Hub:
     """Knows every worker and does what their conversations ask for. On one event loop's thread only."""
@@ -87,6 +91,9 @@ class Hub:
         """Calls that workers made so far."""
         self._limits = limits
         self._timeout_s = call_timeout_s
+        self._held_bytes = 0
+        """Bytes that calls of all workers hold which could not be answered at once."""
+        self._max_held_bytes = WORKERS_SHARE * limits.call_bytes
         self._deadlines: dict[Execution, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.refused = 0
@@ -148,8 +155,9 @@ class Hub:
         for execution in worker.session.end():
             self._deadlines.pop(execution, None)
             execution.settle(stopped(execution))
-        for execution in list(worker.issued):
+        for execution, size in worker.issued.items():
             self.drop(execution)
+            self._held_bytes -= size
         worker.issued.clear()
         self.triggers.remove_all_of(worker)
         self.channels.abandon(worker.worker_id)
@@ -356,7 +364,9 @@ class Hub:
             if own is not None and function.builtin:
                 worker.answer(call, own(worker, call.data))
             else:
-                self._later(worker, call, self._call_program(worker, call))
+                self._check_held(call)
+                # A copy: what came may be a small part of a large message.
+                self._later(worker, call, self._call_program(worker, function_id, call.data.copy()))
         except Exception as error:  # noqa: BLE001 - as above
             self.note_refusal(error)
             worker.answer(call, error=failure(call, error))
@@ -397,7 +407,7 @@ class Hub:
                 raise DeserializationError(f"Failed to deserialize input for {call.function_id}: {error}") from error
 
         def settle(outcome: InvocationResult) -> None:
-            caller.issued.pop(execution, None)
+            self._let_go(caller, caller.issued.pop(execution, 0))
             if outcome.result:
                 try:
                     check(bytes(outcome.result))
@@ -410,8 +420,10 @@ class Hub:
             if message is not None:
                 caller.send(message)
 
+        self._check_held(call)
         execution = self.execute(target, with_caller(call.data, caller.worker_id), settle, call)
-        caller.issued[execution] = None
+        call.data = call.metadata = ABSENT  # they are on their way: the whole message need not wait for the answer
+        caller.issued[execution] = self._hold(caller, call)
 
     def execute(
         self,
@@ -476,17 +488,38 @@ class Hub:
         self._deadlines.pop(execution, None)
         return execution.forget()
 
-    async def _call_program(self, worker: Worker, call: InvokeFunction) -> Result:
+    async def _call_program(self, worker: Worker, function_id: str, data: Raw) -> Result:
         """Call a function that the embedding program registered."""
         try:
-            payload = decode(parse(bytes(with_caller(call.data, worker.worker_id)) or b"null"))
+            payload = decode(parse(bytes(with_caller(data, worker.worker_id)) or b"null"))
         except DeserializationError as error:
-            raise DeserializationError(f"Failed to deserialize input for {call.function_id}: {error}") from error
-        result = await self.engine.aio.call(call.function_id, payload)
+            raise DeserializationError(f"Failed to deserialize input for {function_id}: {error}") from error
+        result = await self.engine.aio.call(function_id, payload)
         return None if result is None else encode(result)
 
     def _later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
-        self.spawn(self._answer_later(worker, call, outcome))
+        size = self._hold(worker, call)
+        call.data = call.metadata = ABSENT  # `outcome` has what it needs of them
+        self.spawn(self._answer_later(worker, call, outcome, size))
+
+    def _check_held(self, call: InvokeFunction) -> None:
+        """Refuse a call that has to wait, if those of all workers hold as much as they may."""
+        if self._held_bytes + _size_of(call) > self._max_held_bytes:
+            raise Overloaded(
+                f"the calls of all workers that are in progress hold {self._held_bytes} bytes, and they may hold "
+                f"{self._max_held_bytes}; try again later"
+            )
+
+    def _hold(self, worker: Worker, call: InvokeFunction) -> int:
+        """A call has to wait: return how many bytes it holds until then, for `_let_go`."""
+        size = _size_of(call)
+        self._held_bytes += size
+        worker.session.hold(size, overrun=self._held_bytes > self._max_held_bytes)
+        return size
+
+    def _let_go(self, worker: Worker, size: int) -> None:
+        self._held_bytes -= size
+        worker.session.let_go(size)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine beside everything else, until the server stops."""
@@ -494,13 +527,27 @@ class Hub:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer_later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
+    async def _answer_later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result], size: int) -> None:
         try:
-            result = await outcome
+            try:
+                result = await outcome
+            finally:
+                self._let_go(worker, size)
         except Exception as error:  # noqa: BLE001 - as above
             worker.answer(call, error=failure(call, error))
         else:
             worker.answer(call, result)
+
+
+def _size_of(call: InvokeFunction) -> int:
+    """About how many bytes a call holds."""
+    return (
+        len(call.data)
+        + len(call.function_id)
+        + len(call.baggage or "")
+        + len(call.traceparent or "")
+        + len(call.metadata)
+    )
 
 
 def failure(call: InvokeFunction, error: Exception) -> ErrorBody:

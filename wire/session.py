@@ -71,6 +71,8 @@ class SessionLimits(msgspec.Struct, frozen=True):
     """Bytes of the messages that registered them."""
     calls: int = 10_000
     """Calls in progress: as many that it makes, and as many that it executes. One more is answered `OVERLOADED`."""
+    call_bytes: int = 256 * 1024 * 1024
+    """Bytes that the calls which it makes hold while they wait; from there on each further one is `OVERLOADED`."""
     faults: int = 1_000
     """Malformed messages and refused registrations, in excess of good messages."""
     message_bytes: int = 64 * 1024 * 1024
@@ -161,6 +163,8 @@ class WorkerSession:
         """Invocation id, as the worker knows it -> call that it executes."""
         self.waiting = 0
         """Calls of the worker that are in progress, whether or not it waits for the result."""
+        self.held_bytes = 0
+        """Bytes that those calls hold which could not be answered at once."""
         self.carries_depth = carries_depth
         """Whether each call that a handler of the worker makes carries the depth: our own client's do.
 
@@ -230,6 +234,21 @@ class WorkerSession:
             return 0
         return next(reversed(self.executing.values())).depth
 
+    def hold(self, size: int, *, overrun: bool) -> None:
+        """One of its calls has to wait, and holds so many bytes. `overrun`: take no other before one of them is over.
+
+        Calls that are answered at once are not weighed: this sets what `receive` compares with anyway.
+        """
+        self.held_bytes += size
+        if overrun or self.held_bytes > self.limits.call_bytes:
+            self._max_calls = 0
+
+    def let_go(self, size: int) -> None:
+        """A call for which `hold` was called is over."""
+        self.held_bytes -= size
+        if self.held_bytes <= self.limits.call_bytes:
+            self._max_calls = self.limits.calls
+
     def _receive_rare(self, frame: FromWorker, message: bytes) -> Action | None:
         match frame:
             case InvocationResult(invocation_id=invocation_id):
@@ -250,7 +269,9 @@ class WorkerSession:
     def _refused(self, frame: InvokeFunction, message: bytes) -> Action | None:
         if not_in_uuid(frame.invocation_id or ""):
             return self._fault(message, DeserializationError(f"`invocation_id` is no UUID: {frame.invocation_id!r}"))
-        problem = f"{self.waiting} calls of this worker are in progress; wait for some of them"
+        problem = (
+            f"{self.waiting} calls of this worker are in progress, with {self.held_bytes} bytes; wait for some of them"
+        )
         return Send(self._result(frame, ErrorBody("OVERLOADED", problem)))
 
     def _invoked_rarely(self, frame: InvokeFunction, message: bytes) -> Action | None:

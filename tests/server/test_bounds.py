@@ -466,6 +466,77 @@ def test_a_channel_that_is_idle_or_incomplete_ends(
         end.close()
 
 
+# ------------------------------------------------------------------------------------------ calls in progress, in bytes
+
+
+def held_bytes(server: Server) -> int:
+    return server._hub._held_bytes  # type: ignore[union-attr]  # it serves
+
+
+def test_calls_that_wait_are_bounded_in_bytes_for_each_worker(connect: OpenRaw) -> None:
+    go_on = threading.Event()
+    with Engine() as engine, Server(engine, config=server_config({"port": 0, "max_call_bytes": 100_000})) as server:
+        engine.register_function("wait", lambda payload: go_on.wait(PATIENCE_S))
+        engine.set("s", "k", 1)
+        greedy, other = connect(server), connect(server)
+        ids = [greedy.invoke("wait", "x" * 40_000) for _ in range(3)]
+
+        error = greedy.ask("state::get", {"scope": "s", "key": "k"})["error"]
+
+        assert error["code"] == "OVERLOADED"
+        assert "3 calls of this worker are in progress, with 1200" in error["message"]
+        assert other.call("state::get", {"scope": "s", "key": "k"}) == 1
+        go_on.set()
+        assert {greedy.receive()["invocation_id"] for _ in ids} == set(ids)
+        assert greedy.call("state::get", {"scope": "s", "key": "k"}) == 1
+        assert held_bytes(server) == 0
+
+
+def test_calls_that_wait_are_bounded_in_bytes_for_all_workers(connect: OpenRaw) -> None:
+    go_on = threading.Event()
+    with Engine() as engine, Server(engine, config=server_config({"port": 0, "max_call_bytes": 50_000})) as server:
+        engine.register_function("wait", lambda payload: go_on.wait(PATIENCE_S))
+        workers = [connect(server) for _ in range(5)]
+        ids = [worker.invoke("wait", "x" * 45_000, action={"type": "void"}) for worker in workers[:4]]
+        wait_until(lambda: held_bytes(server) > 180_000)
+
+        error = workers[4].ask("wait", "x" * 45_000)["error"]
+
+        assert error["code"] == "OVERLOADED"
+        assert "the calls of all workers that are in progress hold 180" in error["message"]
+        assert len(ids) == 4
+        go_on.set()
+        wait_until(lambda: held_bytes(server) == 0)
+        assert workers[4].call("wait", "x" * 45_000) is True
+
+
+@pytest.mark.parametrize("end", ["answer", "caller leaves", "executor leaves"])
+def test_a_call_that_another_worker_executes_does_not_hold_its_input(connect: OpenRaw, end: str) -> None:
+    with Engine() as engine, Server(engine, config=server_config({"port": 0, "max_call_bytes": 50_000})) as server:
+        executor, caller = connect(server), connect(server)
+        executor.register("f")
+        for number in range(1, 4):
+            caller.invoke("f", "x" * 40_000, baggage="b=" + "x" * 10_000)
+            executor.take("f")
+            assert number * 10_000 < held_bytes(server) < number * 11_000
+        (session,) = (worker.session for worker in server._hub.workers.values() if worker.issued)  # type: ignore[union-attr]
+        assert session.held_bytes == held_bytes(server)
+
+        if end == "answer":
+            for invocation_id in list(session_ids(server)):
+                executor.send({"type": "invocationresult", "invocation_id": invocation_id, "function_id": "f"})
+        elif end == "caller leaves":
+            caller.close()
+        else:
+            executor.close()
+
+        wait_until(lambda: held_bytes(server) == 0)
+
+
+def session_ids(server: Server) -> list[str]:
+    return [found for worker in server._hub.workers.values() for found in worker.session.executing]  # type: ignore[union-attr]
+
+
 # ---------------------------------------------------------------------------------------------------- silent workers
 
 
