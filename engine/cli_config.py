@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -16,11 +17,13 @@ from rich.markup import escape
 
 from scopestate import access
 from scopestate.cli_common import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
-from scopestate.config import BridgeConfig, Config, ServerConfig, examine, load
+from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, ServerConfig, examine, load
 from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef
 from scopestate.doorway import Certificates
 from scopestate.errors import ConfigError
+from scopestate.parts import load_libraries
+from scopestate.paths import expand_home
 
 app = typer.Typer(no_args_is_help=True, help="Check a configuration file, or show what it means.")
 
@@ -103,7 +106,43 @@ def refused_by_serve(examined: Examined) -> list[ConfigError]:
             refuse_own_server(config.adapter.config.bridge_url, server.host, server.port)
         except ConfigError as error:
             found.append(error)
-    return [_placed(error, examined.lines, config.source) for error in found]
+    placed = [_placed(error, examined.lines, config.source) for error in found]
+    for refused in _refused_adapter(config.adapter):
+        lines = [line for path, line in examined.lines.items() if path.endswith(f".{refused.key}")]
+        placed.append(ConfigError(refused.problem, file=config.source, line=next(iter(lines), None), key=refused.key))
+    return placed
+
+
+def _refused_adapter(adapter: AdapterConfig) -> Iterator[ConfigError]:
+    """Yield what opening the adapter refuses, as far as that shows without a connection and without a change."""
+    try:
+        load_libraries(adapter)
+    except ConfigError as error:
+        yield error
+    config = adapter.config
+    if isinstance(config, KvConfig):
+        if config.store_method == "file_based":
+            yield from _refused_directory(config.file_path)
+    elif config.tls_ca_file is not None:
+        try:
+            ssl.create_default_context(cafile=expand_home(config.tls_ca_file))
+        except (OSError, ConfigError) as error:
+            reason = getattr(error, "strerror", None) or error
+            problem = f"the file of TLS authorities {config.tls_ca_file!r} cannot be read: {reason}"
+            yield ConfigError(problem, key="adapter.config.tls_ca_file")
+
+
+def _refused_directory(path: str) -> Iterator[ConfigError]:
+    key = "adapter.config.file_path"
+    try:
+        directory = expand_home(path)
+    except ConfigError as error:
+        yield ConfigError(error.problem, key=key)
+        return
+    if not path:
+        yield ConfigError("the path of the directory is empty", key=key)
+    elif os.path.exists(directory) and not os.path.isdir(directory):
+        yield ConfigError(f"{path!r} is not a directory; a store is a directory of its own", key=key)
 
 
 def _placed(error: ConfigError, lines: Mapping[str, int | None], file: str | None) -> ConfigError:

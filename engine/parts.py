@@ -242,23 +242,35 @@ def set_limits(limits: Limits, config: LimitsConfig, adapter: Adapter) -> None:
     limits.passivate_after_s = config.passivate_after_ms / 1000
 
 
-def open_adapter(config: AdapterConfig) -> Adapter:
-    """Open what keeps the state. Raises ConfigError, and StorageError if it cannot be opened."""
+def load_libraries(config: AdapterConfig) -> None:
+    """Import what an adapter needs beyond the base installation. Raises ConfigError if its extra is not installed."""
     match config.config:
-        case BridgeConfig() as bridge:
+        case BridgeConfig():
             try:
-                from scopestate.bridging import open_bridge  # noqa: PLC0415 - brings asyncio and a WebSocket library
+                import scopestate.bridging  # noqa: PLC0415 - brings asyncio and a WebSocket library
             except ImportError as error:
                 raise ConfigError(str(error), key="adapter.name") from error
-            return open_bridge(bridge)
-        case RedisConfig() as redis:
+        case RedisConfig():
             try:
-                from scopestate.sharing import open_redis  # noqa: PLC0415 - brings redis-py, which takes 100 ms
+                import scopestate.sharing  # noqa: F401, PLC0415 - brings redis-py, which takes 100 ms
             except ImportError as error:
                 raise ConfigError(
                     f"the redis adapter needs redis-py and hiredis ({error}): pip install 'scopestate[redis]'",
                     key="adapter.name",
                 ) from error
+
+
+def open_adapter(config: AdapterConfig) -> Adapter:
+    """Open what keeps the state. Raises ConfigError, and StorageError if it cannot be opened."""
+    load_libraries(config)
+    match config.config:
+        case BridgeConfig() as bridge:
+            from scopestate.bridging import open_bridge  # noqa: PLC0415 - see load_libraries
+
+            return open_bridge(bridge)
+        case RedisConfig() as redis:
+            from scopestate.sharing import open_redis  # noqa: PLC0415 - see load_libraries
+
             return open_redis(redis)
         case KvConfig() as kv if kv.store_method == "file_based":
             from scopestate.persistence.file import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,55 @@ def test_a_byte_order_mark_is_accepted_and_utf_16_is_named(cli: Run, tmp_path: P
     file.write_bytes("workers: []".encode("utf-16"))
     refused = cli("config", "check", str(file))
     assert (refused.code, "save the file as UTF-8" in refused.err) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key", "problem"),
+    [
+        ("kv", "store_method: file_based, file_path: ~nosuchuser/x", "file_path", "home directory"),
+        ("kv", 'store_method: file_based, file_path: ""', "file_path", "is empty"),
+        ("kv", "store_method: file_based, file_path: engine.yaml", "file_path", "is not a directory"),
+        ("bridge", "bridge_url: 'wss://far:1', tls_ca_file: missing.pem", "tls_ca_file", "No such file"),
+        ("redis", "redis_url: 'rediss://far:1', tls_ca_file: missing.pem", "tls_ca_file", "No such file"),
+        ("redis", "redis_url: 'rediss://far:1', tls_ca_file: engine.yaml", "tls_ca_file", "cannot be read"),
+    ],
+)
+def test_what_opening_the_store_refuses_is_a_mistake(
+    name: str, options: str, key: str, problem: str, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [f"        {option}" for option in options.split(", ")]
+    text = [
+        "workers:",
+        "- name: iii-state",
+        "  config:",
+        "    adapter:",
+        f"      name: {name}",
+        "      config:",
+        *lines,
+    ]
+    (tmp_path / "engine.yaml").write_text("\n".join(text))
+
+    result = cli("config", "check", "engine.yaml", "--json")
+
+    (error,) = result.json["errors"]
+    assert (result.code, error["key"], error["line"]) == (3, f"adapter.config.{key}", 8)
+    assert problem in error["problem"]
+
+
+@pytest.mark.parametrize(("name", "module"), [("redis", "sharing"), ("bridge", "bridging")])
+def test_an_adapter_whose_extra_is_not_installed_is_a_mistake(
+    name: str, module: str, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ", config: {bridge_url: 'ws://far:1'}" if name == "bridge" else ""
+    (tmp_path / "engine.yaml").write_text(
+        f"workers:\n- name: iii-state\n  config: {{adapter: {{name: {name}{more}}}}}\n"
+    )
+
+    monkeypatch.setitem(sys.modules, f"scopestate.{module}", None)  # importing it fails then
+
+    result = cli("config", "check", str(tmp_path / "engine.yaml"), "--json")
+
+    (error,) = result.json["errors"]
+    assert (result.code, error["line"], error["key"]) == (3, 3, "adapter.name")
+    assert f"scopestate.{module}" in error["problem"]

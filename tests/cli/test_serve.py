@@ -215,6 +215,13 @@ def test_the_status_line_counts_by_the_clock(engine: Engine) -> None:
     assert "| 5 calls/s |" in text
     assert "1 scopes, 1 keys in memory" in text
     assert "up 0:00:02" in text
+    assert "to save" not in text
+
+
+def test_the_status_line_says_what_is_not_saved_yet(cli: Run, tmp_path: Path) -> None:
+    with Server.from_config(config_file(tmp_path)) as server:
+        server.engine.set("s", "k", 1)
+        assert "1 scopes to save" in StatusLine(server).text().plain
 
 
 @pytest.mark.parametrize(
