@@ -70,7 +70,9 @@ def build_commit(commit: str) -> Path:
     def extract(target: Path) -> None:
         archive = _run("git", "archive", "--format=tar", commit)
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            files.extractall(target, filter="data")
+            # An attribute, not an argument: CPython 3.11.2 (Debian 12) does not have filters, 3.12 warns without one.
+            files.extraction_filter = getattr(tarfile, "data_filter", None)
+            files.extractall(target)  # noqa: S202 - an archive that git made of this repository
 
     home = CACHE / f"{commit[:12]}-{sys.implementation.cache_tag}"
     if not home.exists():

@@ -22,6 +22,8 @@ MASK = "***"
 
 _WRITE = "write redis://host:port, rediss://host:port for TLS, or unix:///path of a socket"
 _ENCODE = "in a user name, a password or a path write `@`, `/`, `?`, `#`, `[`, `]` and spaces as %40, %2F, %3F, ..."
+_HOST = re.compile(r"[\w.-]+(:.*)?|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\](:.*)?")
+_NO_HOST = "the address has a character in its host that no host has; write host:port"
 _NO_PORT = (
     "the port is no whole number from 1 to 65535; write host:port, a password before it as in "
     "redis://:PASSWORD@host:port, an IPv6 address in brackets"
@@ -156,6 +158,10 @@ def _split(url: str) -> SplitResult:
     # `urlsplit` drops tabs and line ends without a word.
     if " " in url or not url.isprintable():
         raise ConfigError(f"the address has a space or an unprintable character in it; {_ENCODE}")
+    # Releases of CPython differ in what `urlsplit` refuses in and around the brackets of an IPv6 address.
+    host = re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0].rpartition("@")[2]
+    if "[" in host and "]" in host and _HOST.fullmatch(host) is None:
+        raise ConfigError(_NO_HOST)
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -176,9 +182,9 @@ def _host_and_port(parts: SplitResult, default: int) -> tuple[str, int]:
         raise ConfigError("the address names no host; write host:port")
     if port == 0:
         raise ConfigError(_NO_PORT)
-    # `urlsplit` takes nearly anything for a name, and with brackets it does not look at what stands around them.
-    if re.fullmatch(r"[\w.-]+(:.*)?|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\](:.*)?", parts.netloc.rpartition("@")[2]) is None:
-        raise ConfigError("the address has a character in its host that no host has; write host:port")
+    # `urlsplit` accepts nearly any character in a host name.
+    if _HOST.fullmatch(parts.netloc.rpartition("@")[2]) is None:
+        raise ConfigError(_NO_HOST)
     return parts.hostname, default if port is None else port
 
 

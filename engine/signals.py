@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import select
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -153,6 +151,8 @@ class SignalPipe:
     """
 
     def __init__(self) -> None:
+        import socket  # noqa: PLC0415 - only `serve` waits so, and it costs every import of scopestate milliseconds
+
         self._here, self._there = socket.socketpair()
         for end in (self._here, self._there):
             end.setblocking(False)
@@ -171,6 +171,8 @@ class SignalPipe:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Sleep until a signal has come since the last call, or for `timeout_s` seconds."""
+        import select  # noqa: PLC0415 - as above; loaded by now
+
         select.select([self._here], [], [], timeout_s)
         with contextlib.suppress(BlockingIOError):
             while self._here.recv(4096):

@@ -209,6 +209,17 @@ def test_cited_sections_of_semantics_and_protocol_exist() -> None:
     assert {citation for citation in citations if citation[2] not in numbers[citation[1]]} == set()
 
 
+def test_cited_pages_exist() -> None:
+    cited = {
+        (file.relative_to(ROOT), page)
+        for file in SOURCES
+        for page in re.findall(r"\bdocs/[\w/.-]+\.md\b", file.read_text(encoding="utf-8"))
+    }
+
+    assert len(cited) >= 50
+    assert {(file, page) for file, page in cited if not (ROOT / page).exists()} == set()
+
+
 def test_reading_the_source_names_files_and_functions_that_exist() -> None:
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n## Reading the source\n")[1]
     files = re.findall(r"`(\w+/\w+\.py)`", guide)

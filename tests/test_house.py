@@ -144,6 +144,23 @@ def test_the_import_loads_no_optional_library(fresh_python: Path, tmp_path: Path
     assert _run(fresh_python, "-c", program, cwd=tmp_path) == "[]\n"
 
 
+def test_the_import_loads_no_slow_module_that_few_need(fresh_python: Path, tmp_path: Path) -> None:
+    slow = {
+        "asyncio",
+        "concurrent.futures",
+        "hashlib",
+        "multiprocessing",
+        "socket",
+        "sqlite3",
+        "ssl",
+        "subprocess",
+        "tempfile",
+    }
+    program = f"import sys, scopestate; print(sorted({slow!r} & set(sys.modules)))"
+
+    assert _run(fresh_python, "-c", program, cwd=tmp_path) == "[]\n"
+
+
 def test_import_costs_at_most_a_tenth_of_a_second(fresh_python: Path, tmp_path: Path) -> None:
     def used() -> float:
         """Return the processor time of ended child processes: unlike elapsed time, other programs do not add to it."""

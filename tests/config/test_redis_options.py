@@ -190,6 +190,16 @@ MISTAKES: list[tuple[str, str | None, str]] = [
         None,
         "the address has a character in its host that no host has; write host:port",
     ),
+    (
+        "redis_url: 'redis://[::1]x:1'",
+        None,
+        "the address has a character in its host that no host has; write host:port",
+    ),
+    (
+        "redis_url: 'redis://[far]:1'",
+        None,
+        "the address has a character in its host that no host has; write host:port",
+    ),
     ("redis_url: 'redis://[::1'", None, f"this is not an address; {ENCODE}; an IPv6 address stands in brackets"),
     # The database.
     ("redis_url: redis://far/x", None, NO_DATABASE),

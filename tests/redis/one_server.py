@@ -309,14 +309,14 @@ class Server(ServerProcess):
         options += extra
 
         def lines(port: int, folder: Path) -> list[str]:
-            where = [f"bind {HOST}", f"port {0 if tls else port}", f"dir {folder}"]
-            where += [f"unixsocket {folder / 'socket'}"] if unix_socket else []
+            where = [f"bind {HOST}", f"port {0 if tls else port}", f'dir "{folder}"']
+            where += [f'unixsocket "{folder / "socket"}"'] if unix_socket else []
             if tls:
                 where += [
                     f"tls-port {port}",
-                    f"tls-cert-file {CERT}",
-                    f"tls-key-file {KEY}",
-                    f"tls-ca-cert-file {CERT}",
+                    f'tls-cert-file "{CERT}"',
+                    f'tls-key-file "{KEY}"',
+                    f'tls-ca-cert-file "{CERT}"',
                 ]
                 where += [f"tls-auth-clients {'yes' if client_certificates else 'no'}"]
             return [*where, *_QUICK, *options]

@@ -262,7 +262,7 @@ class Sentinel(ServerProcess):
 
     def _lines(self, port: int, folder: Path, primary: Server, epoch: int) -> list[str]:
         monitor = f"sentinel monitor {self._name} {HOST} {primary.port} {self._quorum}"
-        where = [f"bind {HOST}", f"port {port}", f"dir {folder}", monitor, *self._options]
+        where = [f"bind {HOST}", f"port {port}", f'dir "{folder}"', monitor, *self._options]
         return [*where, f"sentinel config-epoch {self._name} {epoch}", f"sentinel current-epoch {epoch}"]
 
 

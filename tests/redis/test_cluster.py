@@ -159,7 +159,7 @@ def test_groups_are_those_of_all_servers_each_once(cluster: Cluster, engine: Eng
 def test_a_server_of_a_cluster_without_slots_is_refused(start_server: StartServer) -> None:
     alone = start_server(extra=["cluster-enabled yes"])
 
-    with pytest.raises(StorageError, match=rf"127.0.0.1:{alone.port}.*nobody serves any slots yet"):
+    with pytest.raises(StorageError, match=rf"127.0.0.1:{alone.port} .*no server has any slots yet"):
         open_at(alone.url)
 
 

@@ -23,7 +23,7 @@ def test_this_folder_does_not_hide_the_library() -> None:
     assert tests not in Path(redis.__file__).parents
 
 
-CERTIFICATE = (f"tls-cert-file {CERT}", f"tls-key-file {KEY}", f"tls-ca-cert-file {CERT}")
+CERTIFICATE = (f'tls-cert-file "{CERT}"', f'tls-key-file "{KEY}"', f'tls-ca-cert-file "{CERT}"')
 
 # -------------------------------------------------------------------------------------------------------- one server
 

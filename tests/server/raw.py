@@ -156,7 +156,11 @@ class Deaf:
         )
         head = b""
         while not head.endswith(b"\r\n\r\n"):
-            head += self.socket.recv(1)
+            piece = self.socket.recv(1)
+            if not piece:
+                self.socket.close()
+                raise AssertionError(f"the server closed the connection in the middle of its answer: {head!r}")
+            head += piece
 
     def send(self, message: dict[str, Any] | bytes, opcode: int = 0x81) -> None:
         """Send one frame."""

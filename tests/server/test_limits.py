@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -154,8 +155,25 @@ def test_a_flood_of_calls_leaves_the_others_their_turn(server: Server, connect: 
     assert not thread.is_alive()
 
 
-def test_a_thousand_idle_connections(server: Server, connect: OpenRaw, engine: Engine) -> None:
-    crowd = [Deaf(server) for _ in range(1_000)]
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Raise the limit of open files: 1024 is usual, and one process holds both ends of each connection here."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard == resource.RLIM_INFINITY or hard >= 4096, f"the hard limit of open files is {hard}; 4096 are needed"
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_files")
+def test_a_thousand_idle_connections(
+    server: Server, connect: OpenRaw, engine: Engine, request: pytest.FixtureRequest
+) -> None:
+    crowd = []
+    for _ in range(1_000):
+        crowd.append(Deaf(server))
+        request.addfinalizer(crowd[-1].socket.close)
     worker = connect()
     worker.register("on")
     worker.trigger("on", {"scope": "s"})
