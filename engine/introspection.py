@@ -12,7 +12,7 @@ from msgspec import Raw
 from scopestate import catalogue
 from scopestate.actors.functions import Function
 from scopestate.errors import DeserializationError
-from scopestate.ops.values import check, encode
+from scopestate.ops.values import check, encode, json_words
 from scopestate.wire.frames import last_wins
 from scopestate.worker_triggers import ENGINE_TYPES, STATE
 
@@ -237,7 +237,7 @@ def _read(function_id: str, data: Raw, kind: type[Any]) -> Any:
     except DeserializationError as error:
         raise DeserializationError(f"Failed to deserialize input for {function_id}: {error}") from error
     except (msgspec.DecodeError, RecursionError) as error:
-        raise DeserializationError(f"Failed to deserialize input for {function_id}: {error}") from error
+        raise DeserializationError(f"Failed to deserialize input for {function_id}: {json_words(error)}") from error
 
 
 def _shown(value: Raw | None) -> Raw | None:

@@ -208,6 +208,15 @@ def class_name(thing: object) -> str:
     return name
 
 
+def json_words(problem: object) -> str:
+    """Return what msgspec says of a misfit, with JSON's names of types in place of Python's."""
+    return _MISFIT.sub(lambda found: _PYTHON_NAME.sub(lambda name: _JSON_NAMES[name[0]], found[0]), str(problem))
+
+
+_JSON_NAMES: Final = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+_MISFIT: Final = re.compile(r"Expected `[^`]*`, got `[^`]*`")
+_PYTHON_NAME: Final = re.compile(r"\b(?:str|int|float|bool)\b")
+
 _JSON_TYPES: Final[tuple[tuple[str, tuple[type, ...]], ...]] = (
     ("boolean", (bool,)),
     ("number", (int, float)),

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Raw
 
 from scopestate.errors import DeserializationError
+from scopestate.ops.values import json_words
 
 ABSENT: Final = Raw()
 """A value that is not there; of length 0, and left out when a message is encoded."""
@@ -243,7 +244,7 @@ def _decoded(decode: Callable[[bytes], Any], message: bytes) -> Any:
             message.decode()
         return decode(message)
     except msgspec.DecodeError as error:
-        raise DeserializationError(str(error)) from error
+        raise DeserializationError(json_words(error)) from error
     except UnicodeDecodeError as error:
         raise DeserializationError(f"not UTF-8: {error}") from error
     except RecursionError as error:

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Raw
 
 from scopestate.errors import DeserializationError, MessageTooLarge
-from scopestate.ops.values import check
+from scopestate.ops.values import check, json_words
 from scopestate.wire.bounded_log import BoundedLog
 from scopestate.wire.depth import KEY, depth_in, with_depth
 from scopestate.wire.frames import (
@@ -355,12 +355,15 @@ class WorkerSession:
         Without this, a value that is nested too deep would leave its caller waiting for the timeout.
         """
         counted = self._fault(message, error)
+        # One that is JSON, but lacks a field, is dropped as iii 0.11.6 does.
+        not_json = not isinstance(error, msgspec.ValidationError)
+        if counted is None and not_json and _plain_trigger.search(message) is not None:
+            return self._unreadable_trigger(message, error)
         found = _plain_id.findall(message)
         if counted is not None or len(found) != 1:
             return counted
         invocation_id = found[0].decode()
-        deep = isinstance(error, RecursionError)
-        problem = ErrorBody(DeserializationError.code, "the message is nested too deep" if deep else str(error)[:500])
+        problem = ErrorBody(DeserializationError.code, _why_unreadable(error))
         if _plain_call.search(message) is not None and not_in_uuid(invocation_id) is None:
             return Send(encode(InvocationResult(invocation_id, "", error=problem)))
         execution = self.executing.get(invocation_id)
@@ -368,6 +371,17 @@ class WorkerSession:
             return None
         del self.executing[invocation_id]
         return Answered(execution, InvocationResult(invocation_id, execution.function_id, error=problem))
+
+    @staticmethod
+    def _unreadable_trigger(message: bytes, error: Exception) -> Action | None:
+        """Refuse the registration of a trigger, if exactly one `id` stands in its message."""
+        found = _plain_trigger_id.findall(message)
+        if len(found) != 1:
+            return None
+        fields = {name.decode(): text.decode() for name, text in _plain_trigger_fields.findall(message)}
+        refusal = ErrorBody("trigger_registration_failed", _why_unreadable(error))
+        trigger_type, function_id = fields.get("trigger_type", ""), fields.get("function_id", "")
+        return Send(encode(TriggerRegistrationResult(found[0].decode(), trigger_type, function_id, refusal)))
 
     def _count_fault(self, weight: int) -> Close | None:
         self._faults += weight
@@ -509,6 +523,10 @@ _plain_id: Final = re.compile(rb'"invocation_id"\s*:\s*"([0-9a-fA-F-]{32,36})"')
 _plain_call: Final = re.compile(rb'"type"\s*:\s*"invokefunction"')
 _plain_answer: Final = re.compile(rb'"type"\s*:\s*"invocationresult"')
 
+_plain_trigger: Final = re.compile(rb'"type"\s*:\s*"registertrigger"')
+_plain_trigger_id: Final = re.compile(rb'"id"\s*:\s*"([^"\\]{1,200})"')
+_plain_trigger_fields: Final = re.compile(rb'"(trigger_type|function_id)"\s*:\s*"([^"\\]{1,200})"')
+
 _answer_heads: Final[dict[str, bytes]] = {}
 _call_heads: Final[dict[str, bytes]] = {}
 _MOST_HEADS: Final = 1_000
@@ -525,6 +543,10 @@ def _head(heads: dict[str, bytes], kind: str, function_id: str) -> bytes:
             heads.clear()  # functions that are gone make room; those that are called are back at once
         heads[function_id] = head
     return head
+
+
+def _why_unreadable(error: Exception) -> str:
+    return "the message is nested too deep" if isinstance(error, RecursionError) else json_words(error)[:_LONGEST_TEXT]
 
 
 def stopped(execution: Execution) -> InvocationResult:

@@ -608,3 +608,31 @@ def test_a_call_that_cannot_be_read_is_answered_and_takes_no_place() -> None:
         assert sent(refused.message)["error"]["code"] == "deserialization_error"
         assert sent(refused.message)["invocation_id"] == ID
         assert worker.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("rest", "why"),
+    [
+        ('"function_id":"f\\ud800","config":{}', "surrogate"),
+        ('"function_id":"f","config":' + "[" * 1_100 + "]" * 1_100, "nested too deep"),
+    ],
+)
+def test_the_registration_of_a_trigger_that_cannot_be_read_is_answered(rest: str, why: str) -> None:
+    message = '{"type":"registertrigger","id":"t","trigger_type":"state",' + rest + "}"
+
+    action = WorkerSession("w").receive(message.encode())
+
+    assert isinstance(action, Send)
+    answer = json.loads(action.message)
+    assert (answer["type"], answer["id"], answer["trigger_type"]) == ("triggerregistrationresult", "t", "state")
+    assert answer["error"]["code"] == "trigger_registration_failed"
+    assert why in answer["error"]["message"]
+
+
+def test_what_cannot_be_read_is_explained_with_the_types_of_json() -> None:
+    call = '{"type":"invokefunction","invocation_id":"6a8a4a2e-7a37-4c8a-9d5e-111111111111","function_id":5}'
+
+    action = WorkerSession("w").receive(call.encode())
+
+    assert isinstance(action, Send)
+    assert "Expected `string`, got `integer` - at `$.function_id`" in json.loads(action.message)["error"]["message"]
