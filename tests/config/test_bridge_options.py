@@ -1,4 +1,4 @@
-"""The options of the adapter `bridge`: what is taken, what is a mistake, what is not shown."""
+"""The options of `bridge` and of a server: what is taken, what is a mistake, what is not shown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scopestate.config import BridgeConfig, check, load
+from scopestate.config import BridgeConfig, Config, ServerConfig, check, load, validate
+from scopestate.errors import ConfigError
 
 AT = "workers[0].config.adapter.config"
 
@@ -58,3 +59,12 @@ def test_a_file_in_utf_16_is_told_how_to_save_it(encoding: str, tmp_path: Path) 
     (error,) = check(file)
 
     assert error.problem == "this is UTF-16 text; save the file as UTF-8"
+
+
+def test_a_server_that_was_configured_by_code_is_checked_as_one_from_a_file() -> None:
+    validate(Config(server=ServerConfig(port=0)))
+
+    with pytest.raises(ConfigError) as caught:
+        validate(Config(server=ServerConfig(port=70_000)))
+
+    assert "port" in str(caught.value)
