@@ -104,19 +104,28 @@ async def _run(function: _Function, frame: frames.InvokeFunction, answer: Answer
     result: bytes | None = None
     problem: frames.ErrorBody | None = None
     event_depth.set(depth_in(frame.baggage))  # of this task; what the handler calls carries it on
+    task = asyncio.current_task()
+    assert task is not None
     try:
         result = await function.handler(bytes(frame.data) or b"null")
     except RemoteFailure as error:
         problem = frames.ErrorBody(error.code, error.message, error.stacktrace)
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise  # the client is closed
-        problem = frames.ErrorBody("invocation_failed", "CancelledError: the function awaited what was cancelled")
-    except Exception as error:
+    except BaseException as error:
+        # Ctrl-C reaches the program, and the end of this task or of its loop is not the function's own. Anything else,
+        # `SystemExit` included, is the failure of this call: the loop of the client and the calls behind it go on.
+        if isinstance(error, KeyboardInterrupt) or _is_ending(task):
+            raise
         log.warning("function %s failed: %s", frame.function_id, error, exc_info=error)
         problem = frames.ErrorBody("invocation_failed", f"{type(error).__name__}: {error}")
     _reply(frame, result, problem, answer, max_bytes)
+
+
+def _is_ending(task: asyncio.Task[None]) -> bool:
+    """True if `task` is being cancelled, or closed from outside because its loop has ended."""
+    try:
+        return asyncio.current_task() is not task or task.cancelling() > 0
+    except RuntimeError:  # no loop runs any more
+        return True
 
 
 def _reply(

@@ -559,6 +559,10 @@ async def test_a_function_serves_on_whatever_its_calls_did(ordered: bool) -> Non
             raise ValueError("no")
         if data == b'"remote"':
             raise RemoteFailure("f", "CODE", "no")
+        if data == b'"exit"':
+            raise SystemExit(3)
+        if data == b'"generator"':
+            raise GeneratorExit
         return await cancelled_within(data) if data == b'"cancelled"' else data
 
     async with played_server() as server, Client(server.url, quick()) as client:
@@ -566,13 +570,15 @@ async def test_a_function_serves_on_whatever_its_calls_did(ordered: bool) -> Non
         peer = await server.next_peer()
         for round_ in range(3):
             outcomes = []
-            for number, data in enumerate((b'"good"', b'"fail"', b'"remote"', b'"cancelled"', b'"good"')):
+            ends = (b'"good"', b'"fail"', b'"remote"', b'"cancelled"', b'"exit"', b'"generator"', b'"good"')
+            for number, data in enumerate(ends):
                 caller = f"00000000-0000-4000-8000-0000000{round_:02}{number:03}"
                 await peer.send(frames.InvokeFunction("f", Raw(data), caller))
                 answer = await peer.next(frames.InvocationResult)
                 assert answer.invocation_id == caller
                 outcomes.append(answer.error.code if answer.error else bytes(answer.result))
-            assert outcomes == [b'"good"', "invocation_failed", "CODE", "invocation_failed", b'"good"']
+            failed = "invocation_failed"
+            assert outcomes == [b'"good"', failed, "CODE", failed, failed, failed, b'"good"']
         await in_step(peer)
         assert not client._functions._running
 
