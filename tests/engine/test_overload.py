@@ -91,7 +91,7 @@ def test_a_message_that_was_told_waits_for_room_too_while_its_sender_goes_on(ope
 
 @pytest.mark.parametrize("way", ["set", "update", "delete", "aio.set", "aio.update", "aio.delete"])
 def test_block_ends_with_a_refusal_when_no_room_is_made_in_time(way: str, open_engine: Any) -> None:
-    engine = open_engine(limits={"handler_mailbox": 1, "call_timeout_ms": 30})
+    engine = open_engine(limits={"handler_mailbox": 1, "call_timeout_ms": 500})
     gate, _ = held_up(engine)
     engine.set("s", "second", 1)
 
@@ -105,7 +105,7 @@ def test_block_ends_with_a_refusal_when_no_room_is_made_in_time(way: str, open_e
 
 @pytest.mark.parametrize("way", ["set", "update", "delete", "call", "handle", "aio.set", "aio.update", "aio.delete"])
 def test_each_refusal_counts_once_and_leaves_nobody_waiting(way: str, open_engine: Any) -> None:
-    engine = open_engine(limits={"handler_mailbox": 1, "call_timeout_ms": 10})
+    engine = open_engine(limits={"handler_mailbox": 1, "call_timeout_ms": 300})
     gate, seen = held_up(engine)
     engine.set("s", "second", 1)
     for number in range(1, 4):
