@@ -171,7 +171,7 @@ class ThreadDispatcher:
             if not start_thread(self._add_first_worker):
                 self._run_left_over()
         elif self._look_asked != look:
-            # Noted by number, and last: if a signal cuts this short, the next one who comes here asks again.
+            # Noted by number, and last: if a signal cuts this short, the next look asks again.
             taken = self._taken
             self._timer.call_later(self.STALL_S, lambda: self._relieve(look, taken))
             self._look_asked = look
@@ -275,10 +275,10 @@ class ThreadDispatcher:
         try:
             self._work_until_idle()
         finally:
-            # However it ends, as by a MemoryError outside of all turns: who is counted is there.
+            # In every case, a MemoryError outside of all turns included: the count is the number of threads that live.
             self._exclusive.run(self._end_worker)
             if not self._ready.empty():
-                # Also when closed: whoever came behind the end in the queue still saw this worker idle and left.
+                # When closed too: a thread that queued work behind the end saw this worker idle, and started none.
                 self._look_after_queue()
 
     def _end_worker(self) -> None:
@@ -301,7 +301,7 @@ class ThreadDispatcher:
                 if work is None:
                     break
                 if not idle and not ready.empty():
-                    # Whoever scheduled those may have counted on this worker.
+                    # The threads that queued these may have started no worker because this one was idle.
                     self._look_after_queue()
             except BaseException:  # a MemoryError: this worker ends, but what it has taken must not end with it
                 if work is not None:

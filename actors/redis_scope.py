@@ -80,7 +80,7 @@ class RedisScopeActor(ScopeElsewhere):
         if isinstance(message, Housekeeping):
             answer = super().run(message, otherwise)
             if self._lanes:
-                self.wake_anyway()  # whoever came because a lane was due has been turned away meanwhile
+                self.wake_anyway()  # a wake-up for a lane that was due may have been turned away during this turn
             return answer
         if otherwise is not WAIT:
             return otherwise  # it would have to wait for Redis
@@ -399,7 +399,7 @@ class RedisScopeActor(ScopeElsewhere):
             self._flights.end_pauses()
         due = min(lane.due for lane in self._lanes.values())
         if due == NEVER:
-            self._flights.end_looks()  # nothing is on its way, so nobody else would
+            self._flights.end_looks()  # nothing is on its way that would end them
             due = 0.0
         now = time.monotonic()
         if due <= now:

@@ -92,8 +92,8 @@ class _Lane:
 class RemoteScopeActor(ScopeElsewhere):
     """One scope of a remote engine.
 
-    A turn never waits: it sends, or takes in an answer. So it may run on any thread, event loops included; who waits is
-    the caller, at his reply. The remote may run two calls of one connection in either order (docs/protocol.md 1), so a
+    A turn never waits: it sends, or takes in an answer. So it may run on any thread, event loops included; the caller
+    waits for its reply. The remote may run two calls of one connection in either order (docs/protocol.md 1), so a
     key has one write on its way at a time; calls on different keys are on their way together. Local events are fired in
     the order of the answers, which for one key is the order of its writes.
     """

@@ -161,7 +161,7 @@ class TriggerRouter(TurnActor):
             self._remove(*known)
 
     def find(self, trigger_id: str) -> Trigger | None:
-        """Return the trigger that is registered under this id; None: there is none."""
+        """Return the trigger that is registered under this id, or None."""
         known = self._by_id.get(trigger_id)
         return None if known is None else known[1].trigger
 

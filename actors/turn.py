@@ -249,7 +249,7 @@ class TurnActor(pykka.Actor):
         try:
             self._dispatcher.schedule(self)
         except BaseException:
-            self._scheduled = False  # perhaps it does not know; the next one who comes asks again
+            self._scheduled = False  # the dispatcher may not know; the next wake-up asks again
             raise
 
     # ------------------------------------------------------------------------------------------------- running

@@ -224,7 +224,7 @@ def read_json(text: str, what: str, hint: str = "") -> bytes:
 
 
 def given_text(argument: str, what: str) -> str:
-    """Return an argument as the Unicode text that it is. Ends the program if it is none.
+    """Return an argument as Unicode text. Ends the program if it is not Unicode.
 
     Python reads arguments in the encoding of the locale, and keeps the bytes that do not fit it as lone surrogates.
     """

@@ -551,7 +551,7 @@ def _size_of(call: InvokeFunction) -> int:
 
 
 def failure(call: InvokeFunction, error: Exception) -> ErrorBody:
-    """An error as it goes over the wire (docs/protocol.md 4.4). One that is none of ours is a bug, and logged."""
+    """An error as it goes over the wire (docs/protocol.md 4.4). One outside our error tree is a bug, and is logged."""
     if isinstance(error, ScopestateError):
         return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None))
     log.error("a call of %r failed inside the server", shown(call.function_id), exc_info=error)

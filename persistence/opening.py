@@ -172,7 +172,7 @@ def log_opened(connection: sqlite3.Connection, directory: str, *, new: bool) -> 
     try:
         ((scopes, keys),) = connection.execute(_COUNTS).fetchall()
     except LIBRARY_ERRORS as error:
-        log.debug("counting the keys of %r: %s", directory, error)  # whoever needs them gets the error itself
+        log.debug("counting the keys of %r: %s", directory, error)  # the call that needs them raises it
         log.info("opened the store %r", directory)
         return
     what = "which is new" if new else f"which holds {_counted(keys)} keys in {_counted(scopes)} scopes"
