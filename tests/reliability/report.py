@@ -162,9 +162,9 @@ LIMITS: Final = """\
 - SIGKILL shows the order of commit, answer and event. That a commit survives a power cut rests on SQLite's
   `synchronous=FULL` and on the disk keeping its word.
 - With Redis, durability is the server's: `appendfsync`, and replication, which a fail-over does not wait for.
-- Python sets signal handlers on the main thread only. If no engine was opened there, SIGTERM ends the process at once
-  (a warning is logged); and a main thread that is just about to wait without a time limit may take the signal only when
-  something else wakes it.
+- Python runs signal handlers on the main thread only. A main thread that is about to begin a wait of the program's own,
+  without a time limit, may notice a signal only when something else wakes it. The engine's own waits notice it within
+  half a second.
 - A plain function that never returns cannot be stopped: it is reported, and keeps one thread.
 - A handler that starts threads or tasks of its own takes them out of `drain()` and out of the bound on event depth.
 """
