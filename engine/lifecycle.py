@@ -40,7 +40,7 @@ log = logging.getLogger("scopestate.engine")
 
 LAST_RESORT_S: Final = 1.0
 """How long a process whose main thread is stuck outlives its engines after a signal that ends it."""
-SAVE_FIRST_S: Final = 1.0
+SAVE_FIRST_S: Final = 3.0
 """How long a signal handler of the host is kept waiting for what is saved before it."""
 PROMPT_S: Final = 0.02
 """The interval of saves from then on."""
