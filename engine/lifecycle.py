@@ -30,6 +30,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from scopestate.actors.dispatcher import start_thread
+from scopestate.actors.snapshot import Flush
 from scopestate.signals import Guard, join, wait_for
 
 if TYPE_CHECKING:
@@ -319,8 +320,11 @@ def _save_first() -> None:
 def _flush_all() -> None:
     for engine in _engines():
         try:
-            engine._parts.snapshot.set_interval(PROMPT_S)
-            engine.flush()
+            snapshot = engine._parts.snapshot
+            snapshot.set_interval(PROMPT_S)
+            # Refused: `engine.flush()`. It ends at once while another thread closes the engine, which may not have
+            # saved yet: an engine that was dropped a moment ago, for one.
+            snapshot.ask(Flush()).get()
         except Exception as error:  # noqa: BLE001 - saving goes on, and says at ERROR what is wrong
             log.debug("saving at a signal: %s", error)
 

@@ -182,14 +182,25 @@ def handles_it_on_its_event_loop() -> None:
 
 def ends_itself_in_its_handler() -> None:
     """The shortest way out that a handler has: nothing of ours runs behind it."""
+    kept.append(fill_under_a_handler_that_ends_the_process())
+    say("ready")
+    wait_for_ever()
 
+
+def drops_its_engine_and_ends_itself_in_its_handler() -> None:
+    fill_under_a_handler_that_ends_the_process()  # what it returns is collected, and closed on another thread
+    say("ready")
+    wait_for_ever()
+
+
+def fill_under_a_handler_that_ends_the_process() -> Engine:
     def leave(number: int, frame: FrameType | None) -> None:
         os._exit(7)
 
     signal.signal(signal.SIGTERM, leave)
-    fill(open_engine())
-    say("ready")
-    wait_for_ever()
+    engine = open_engine()
+    fill(engine)
+    return engine
 
 
 def replaces_our_handler_later() -> None:

@@ -131,8 +131,11 @@ def test_an_engine_opened_under_a_host_that_owns_sigterm_saves_at_the_end(
     assert saved(tmp_path / "store", "s")[1] == ALL
 
 
-def test_what_was_acknowledged_is_saved_before_a_handler_of_the_host_runs(start: Start, tmp_path: Path) -> None:
-    process = start("ends_itself_in_its_handler")
+@pytest.mark.parametrize("way", ["ends_itself_in_its_handler", "drops_its_engine_and_ends_itself_in_its_handler"])
+def test_what_was_acknowledged_is_saved_before_a_handler_of_the_host_runs(
+    way: str, start: Start, tmp_path: Path
+) -> None:
+    process = start(way)
     wait_until_ready(process)
 
     process.send_signal(signal.SIGTERM)
