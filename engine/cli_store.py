@@ -160,7 +160,13 @@ def import_(
 
     Between stores of any kind: scopestate store export ./data/old | scopestate store import redis://localhost:6379
     """
-    with errors_to_exit_codes(as_json=as_json), _ended_by_signals(), ExitStack() as stack:
+    imported = _Imported(_shown(target))
+    with (
+        errors_to_exit_codes(as_json=as_json),
+        _ended_by_signals(),
+        _said_if_interrupted(imported),
+        ExitStack() as stack,
+    ):
         stream = stack.enter_context(_input(source))
         total = _checked(stream, source)
         adapter = _open_target(target, token, ca_file)
@@ -175,33 +181,62 @@ def import_(
                 shown(f"importing {total} keys to {_shown(target)}; if this is interrupted, repeat it with --merge"),
                 markup=False,
             )
-        with _progress("importing", total) as advance, _what_stays(advance, total, _shown(target), whole=whole):
+        with _progress("importing", total) as advance, _said_if_it_fails(imported):
+            imported.begin(advance, total, whole=whole)
             import_lines(_lines(stream, source), adapter, advance)
+            imported.end()
         stack.close()
         _report("imported", total, _shown(target), as_json=as_json)
 
 
-@contextmanager
-def _what_stays(advance: _Advance, total: int, target: str, *, whole: bool) -> Iterator[None]:
-    """If an import ends early, say what was written."""
+class _Imported:
+    """What an import has written so far, as the end of a message."""
 
-    def stays() -> str:
-        if whole:
-            return f"nothing was imported to {target}"
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._advance: _Advance | None = None
+        """None while nothing can have been written."""
+        self._total = 0
+        self._whole = True
+        self._ended = False
+
+    def begin(self, advance: _Advance, total: int, *, whole: bool) -> None:
+        """Note that writing begins. `whole`: in one transaction."""
+        self._advance, self._total, self._whole = advance, total, whole
+
+    def end(self) -> None:
+        """Note that everything is written."""
+        self._ended = True
+
+    def __str__(self) -> str:
+        if self._ended:
+            return f"all {self._total} keys were imported to {self._target}"
+        if self._advance is None or self._whole:
+            return f"nothing was imported to {self._target}"
         return (
-            f"about {advance.done} of {total} keys were imported to {target}; to go on, repeat the import with --merge"
+            f"about {self._advance.done} of {self._total} keys were imported to {self._target}; to go on, repeat the "
+            "import with --merge"
         )
 
+
+@contextmanager
+def _said_if_it_fails(imported: _Imported) -> Iterator[None]:
     try:
         yield
     except StorageError as error:
-        raise StorageError(f"{error}; {stays()}", code=error.code) from error
+        raise StorageError(f"{error}; {imported}", code=error.code) from error
     except DeserializationError as error:
         raise StorageError(
-            f"{error} (the file has changed since it was checked); {stays()}", code=error.code
+            f"{error} (the file has changed since it was checked); {imported}", code=error.code
         ) from error
+
+
+@contextmanager
+def _said_if_interrupted(imported: _Imported) -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
-        standard_error().print(shown(f"interrupted: {stays()}"), markup=False)
+        standard_error().print(shown(f"interrupted: {imported}"), markup=False)
         raise
 
 
