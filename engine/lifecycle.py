@@ -47,6 +47,8 @@ PROMPT_S: Final = 0.02
 """The interval of saves from then on."""
 DROPPED_S: Final = 20.0
 """How long an engine that opens the same store waits for one that was dropped."""
+RESEND_S: Final = 0.05
+"""How long a signal may stay unnoticed in a worker of `multiprocessing` before it is sent again."""
 SHARE_S: Final = 0.25
 """Grace time that each engine has at least, where several share one."""
 
@@ -70,6 +72,8 @@ _leaving = False
 """True once the main program is over."""
 _ended_by: int | None = None
 """A signal that came when the interpreter was on its way out: it ends the process behind the exit hook."""
+_noted: tuple[int, int] | None = None
+"""Both ends of the pipe in which the interpreter notes signals, in a worker of `multiprocessing`."""
 _on_main: list[Any] = []
 _real_signal = signal.signal
 
@@ -183,6 +187,40 @@ def _take_signals() -> None:
         elif number == signal.SIGTERM and callable(handler) and not isinstance(handler, (_Termination, _Guest)):
             # SIGTERM only: the others mean other things to other programs (SIGHUP: read your configuration).
             _real_signal(number, _Guest(handler))
+    _send_lost_signals_again()
+
+
+def _send_lost_signals_again() -> None:
+    """In a worker of `multiprocessing`: have each signal noticed, at whatever moment of a wait it comes.
+
+    `Pool.terminate()` sends SIGTERM once, then waits for its worker, whose main thread sleeps without a time limit. By
+    default the signal would end it on the spot. With a handler it can fall between the interpreter's last look and the
+    sleep, and both wait for ever. So the interpreter's C code notes each signal in a pipe, and a thread sends it again
+    until it is handled. Only in such workers, and only where nothing else uses the descriptor: a process has just one.
+    """
+    global _noted  # noqa: PLW0603 - as above
+    processes = sys.modules.get("multiprocessing.process")
+    if _noted is not None or processes is None or processes.parent_process() is None or os.name == "nt":
+        return
+    here, there = os.pipe()
+    os.set_blocking(there, False)
+    before = signal.set_wakeup_fd(there, warn_on_full_buffer=False)
+    if before != -1:
+        signal.set_wakeup_fd(before)
+        os.close(here)
+        os.close(there)
+        return
+    _noted = (here, there)
+    threading.Thread(target=_send_again, args=(here,), name="scopestate-signals", daemon=True).start()
+
+
+def _send_again(here: int) -> None:
+    while numbers := os.read(here, 64):
+        for number in numbers:
+            while number in _ENDS and not _termination.begun and isinstance(signal.getsignal(number), _Termination):
+                time.sleep(RESEND_S)
+                if not _termination.begun:
+                    os.kill(os.getpid(), number)
 
 
 # --------------------------------------------------------------------------------------------------------- the hooks
@@ -252,15 +290,15 @@ class _Termination:
     """Handles a signal that ends the process: closes on a thread of its own, as this one may be in a turn."""
 
     def __init__(self) -> None:
-        self._closing = False
+        self.begun = False
         self._closed = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         global _ended_by  # noqa: PLW0603 - as above
         if self._closed:
             _end_by(number)
-        elif not self._closing:
-            self._closing = True
+        elif not self.begun:
+            self.begun = True
             try:
                 threading.Thread(target=self._close_then_end, args=(number,), name="scopestate-signal").start()
             except RuntimeError as error:
@@ -380,10 +418,18 @@ def _on_main_thread(work: Callable[[], object]) -> None:
 
 
 def _after_fork() -> None:
-    global _exclusive, _leaving, _termination, _ended_by, _ahead_of  # noqa: PLW0603 - the child begins with its own
+    global _exclusive, _leaving, _termination, _ended_by, _ahead_of, _noted  # noqa: PLW0603 - the child has its own
     _exclusive = Guard()  # another thread may have held it at the fork
     _leaving, _ended_by, _ahead_of = False, None, frozenset()
     _finalized.clear()
+    if _noted is not None:
+        # Else the signals of this child would be noted in its parent's pipe.
+        before = signal.set_wakeup_fd(-1)
+        if before != _noted[1]:
+            signal.set_wakeup_fd(before)  # another library's
+        for end in _noted:
+            os.close(end)
+        _noted = None
     signal.signal = _real_signal
     for number in _ENDS:
         # The child ends as it would have: it has no engine to close, and its parent may have been closing one.

@@ -103,6 +103,15 @@ def in_process(method: str, target: str) -> None:
     say(f"worker {process.exitcode}")
 
 
+def work_and_miss_a_signal(name: str) -> None:
+    """As when SIGTERM falls between the interpreter's last look at its signals and a wait without a time limit."""
+    fill(open_engine(name))
+    noted = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(noted)
+    os.write(noted, bytes([signal.SIGTERM]))  # what the interpreter's C code does when the signal comes
+    threading.Event().wait()
+
+
 def in_pool(method: str) -> None:
     context: Any = multiprocessing.get_context(method)
     with context.Pool(1) as pool:  # which ends its workers by SIGTERM

@@ -81,6 +81,13 @@ def test_a_worker_process_that_returns_delivers_its_events(start: Start, tmp_pat
     assert saved(tmp_path / "store", "derived")[1] == ALL
 
 
+@METHODS
+def test_a_signal_that_a_worker_process_did_not_notice_is_sent_again(start: Start, tmp_path: Path, method: str) -> None:
+    assert end(start("in_process", method, "work_and_miss_a_signal"))[:2] == (0, f"worker {-signal.SIGTERM}\n")
+
+    assert saved(tmp_path / "store", "s")[1] == ALL
+
+
 def test_a_worker_process_that_exits_keeps_its_exit_code(start: Start, tmp_path: Path) -> None:
     assert end(start("in_process", "fork", "fail"))[:2] == (0, "worker 3\n")
 
