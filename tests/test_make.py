@@ -33,6 +33,12 @@ def place(bare: Path, tmp_path: Path) -> Path:
     return tmp_path / "a copy"
 
 
+def untouched_by_make() -> dict[str, str]:
+    """Return this process's environment without what a `make VENV=... test` around it has put there."""
+    of_make = {"MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "VENV", "PYTHON", "PYTEST_ARGS", "VIRTUAL_ENV"}
+    return {name: value for name, value in os.environ.items() if name not in of_make}
+
+
 def make(place: Path, *arguments: str) -> str:
     """Say what `make` would do."""
     done = subprocess.run(
@@ -41,7 +47,7 @@ def make(place: Path, *arguments: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={key: value for key, value in os.environ.items() if key not in ("PYTHON", "MAKEFLAGS", "VIRTUAL_ENV")},
+        env=untouched_by_make(),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -87,7 +93,14 @@ def test_a_python_without_venv_is_refused_with_what_to_do(place: Path) -> None:
     (place / "python3").write_text("#!/bin/sh\nexit 1\n")
     (place / "python3").chmod(0o755)
 
-    done = subprocess.run(["make", "run", "PYTHON=./python3"], cwd=place, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "run", "PYTHON=./python3"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=untouched_by_make(),
+    )
 
     assert done.returncode != 0
     assert "needs Python 3.11 or newer with venv (Debian, Ubuntu: apt install python3-venv)" in done.stderr

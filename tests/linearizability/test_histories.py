@@ -153,7 +153,10 @@ def test_every_event_shows_one_link_of_one_chain_per_key(engine: Engine, switch_
 
     history.check()
     for scope in SCOPES:
-        assert [event.sequence for event in events[scope]] == list(range(1, len(events[scope]) + 1))
+        numbers = [event.sequence for event in events[scope]]
+        assert numbers == sorted(set(numbers))
+        if engine._parts.adapter.keeps:  # else a scope that was empty may have left memory, and begins behind a gap
+            assert numbers == list(range(1, len(numbers) + 1))
         last: dict[str, bytes | None] = {}
         for event in events[scope]:
             assert event.old_json == last.get(event.key)
