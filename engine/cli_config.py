@@ -15,15 +15,15 @@ import typer
 import yaml
 from rich.markup import escape
 
-from scopestate import access
 from scopestate.cli_common import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, ServerConfig, examine, load
 from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef
-from scopestate.doorway import Certificates
 from scopestate.errors import ConfigError
 from scopestate.parts import load_libraries
 from scopestate.paths import expand_home
+from scopestate.server import access
+from scopestate.server.doorway import Certificates
 
 app = typer.Typer(no_args_is_help=True, help="Check a configuration file, or show what it means.")
 

@@ -26,7 +26,7 @@ from scopestate.cli_config import import_from_here
 from scopestate.config import AdapterConfig, BridgeConfig, Config, RedisConfig
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
-from scopestate.server import Server
+from scopestate.server.server import Server
 from scopestate.signals import SignalPipe
 
 LOOK_S = 1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from scopestate import Engine
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 
 def main() -> None:

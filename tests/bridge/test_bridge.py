@@ -25,7 +25,7 @@ from scopestate.errors import (
     ValueTooLarge,
 )
 from scopestate.persistence.bridge import refuse_own_server
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 # ------------------------------------------------------------------------------------------------------------- values
 

@@ -11,7 +11,7 @@ from second_engine import OpenBridge
 from scopestate import Engine
 from scopestate.config import from_mapping
 from scopestate.errors import ConfigError, StorageError
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 TLS = Path(__file__).parents[1] / "server" / "tls"
 

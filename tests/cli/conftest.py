@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from commands import Program, Run, run
 
 from scopestate import Engine
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 
 @pytest.fixture

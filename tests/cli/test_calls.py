@@ -10,7 +10,7 @@ from commands import Program, Run
 
 from scopestate import Engine
 from scopestate.config import from_mapping
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 
 def test_a_value_goes_in_and_comes_out(cli: Run, server: Server) -> None:

@@ -21,7 +21,7 @@ from scopestate.config import from_mapping
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter
 from scopestate.persistence.reading import StoreReader
-from scopestate.server import Server
+from scopestate.server.server import Server
 from scopestate.transfer import import_lines
 
 

@@ -17,7 +17,7 @@ from scopestate import Engine
 from scopestate.cli_common import json_text, shown
 from scopestate.cli_watch import event_line
 from scopestate.config import from_mapping
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 COMMAND = (sys.executable, "-m", "scopestate")
 

@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 from scopestate import Engine
 from scopestate.cli_serve import StatusLine, describe_adapter
 from scopestate.config import AdapterConfig, BridgeConfig, KvConfig
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 
 def config_file(folder: Path, more: str = "") -> Path:

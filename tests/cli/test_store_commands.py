@@ -13,7 +13,7 @@ from commands import Run
 from scopestate import Engine
 from scopestate.config import from_mapping
 from scopestate.persistence import FileAdapter
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 
 def open_store(folder: Path) -> Engine:

@@ -13,7 +13,7 @@ from commands import Program, Run
 from scopestate import Engine
 from scopestate.cli_watch import event_line
 from scopestate.config import from_mapping
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 IDS = "scopestate::watch::*"
 """The ids of the functions that a watch registers."""

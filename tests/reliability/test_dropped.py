@@ -17,7 +17,7 @@ from leftovers import no_leftovers
 from reliability.living import PATIENCE_S, InThread, saved, settings, until
 
 from scopestate import Engine, StateEvent, lifecycle
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 pytestmark = pytest.mark.filterwarnings("default::ResourceWarning")
 ONE_HOUR_MS = 3_600_000

@@ -17,7 +17,7 @@ from sdks import SdkWorker
 from serving import OpenRaw, OpenSdk, OpenServer, server_config
 
 from scopestate import Engine
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 
 @pytest.fixture(autouse=True)

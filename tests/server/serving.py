@@ -11,7 +11,7 @@ from raw import PATIENCE_S, RawWorker
 from sdks import SdkWorker
 
 from scopestate.config import ServerConfig, from_mapping
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 OpenServer = Callable[..., Server]
 OpenRaw = Callable[..., RawWorker]

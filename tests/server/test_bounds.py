@@ -19,10 +19,11 @@ from raw import PATIENCE_S, Deaf, RawWorker, masked
 from serving import OpenRaw, OpenServer, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from scopestate import Engine, channels
+from scopestate import Engine
 from scopestate import server as server_module
 from scopestate.errors import DeserializationError, MessageTooLarge, Overloaded, RemoteFailure, ReplyTimeout
-from scopestate.server import Server
+from scopestate.server import channels
+from scopestate.server.server import Server
 from scopestate.wire import session
 from scopestate.wire.client import Client
 from scopestate.wire.options import ClientOptions

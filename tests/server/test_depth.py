@@ -15,7 +15,7 @@ from serving import OpenRaw, OpenSdk
 
 from scopestate import Engine
 from scopestate.errors import EventLoopDetected
-from scopestate.server import Server
+from scopestate.server.server import Server
 from scopestate.wire.client import Client
 from scopestate.wire.depth import depth_in, event_depth, with_depth
 

@@ -22,8 +22,8 @@ import pytest
 from raw import PATIENCE_S, RawWorker
 from serving import OpenRaw, OpenServer
 
-from scopestate import doorway
-from scopestate.server import Server
+from scopestate.server import doorway
+from scopestate.server.server import Server
 
 TLS = Path(__file__).parent / "tls"
 
@@ -202,7 +202,7 @@ def test_stopping_ends_connections_that_say_nothing(open_server: OpenServer) -> 
 CROWDED = """
 import json, resource, sys
 from scopestate import Engine
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 adapter = {"name": "kv", "config": {"store_method": "file_based", "file_path": sys.argv[1]}}
@@ -330,5 +330,5 @@ def test_picows_makes_its_protocol_as_the_server_does() -> None:
     ]
     assert made == [expected], (
         "picows makes its WSProtocol in another way than before: give it the same arguments in "
-        "Server._make_doorway (engine/server.py), then change this list and the version in pyproject.toml"
+        "Server._make_doorway (engine/server/server.py), then change this list and the version in pyproject.toml"
     )

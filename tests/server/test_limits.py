@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from scopestate import Engine
 from scopestate.config import ServerConfig
 from scopestate.errors import HandlerTimeout, RemoteFailure
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 MEBIBYTE = 1024 * 1024
 

@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine
 from scopestate.errors import FunctionNotFound, InvalidRegistration, RemoteFailure
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 PLACE = {"scope": "users", "key": "profile"}
 

@@ -19,11 +19,11 @@ from serving import OpenRaw, OpenServer, eventually, server_config
 from websockets.exceptions import InvalidStatus
 
 from scopestate import Engine
-from scopestate.access import STATE_RIGHTS, Access, Gate
 from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig, from_mapping
 from scopestate.errors import ConfigError, Forbidden
-from scopestate.server import Server
+from scopestate.server.access import STATE_RIGHTS, Access, Gate
+from scopestate.server.server import Server
 
 ADMIN = "admin-token-0001"
 GUEST = "guest-token-0002"

@@ -15,7 +15,7 @@ from sdks import HERE, NODE, SDKS, installed
 from serving import OpenSdk, OpenServer
 
 from scopestate import Engine
-from scopestate.server import Server
+from scopestate.server.server import Server
 
 pytestmark = pytest.mark.timeout(600)  # the first use of an SDK installs it
 

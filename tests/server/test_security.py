@@ -16,10 +16,10 @@ from serving import OpenRaw, OpenServer, server_config
 from websockets.exceptions import InvalidStatus
 
 from scopestate import Engine
-from scopestate.access import Gate, is_loopback
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig, from_mapping, loads
 from scopestate.errors import ConfigError
-from scopestate.server import Server
+from scopestate.server.access import Gate, is_loopback
+from scopestate.server.server import Server
 
 TLS = Path(__file__).parent / "tls"
 ADMIN = "admin-token-0001"

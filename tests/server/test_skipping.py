@@ -13,8 +13,8 @@ import pytest
 from raw import PATIENCE_S
 from serving import OpenRaw, OpenServer, eventually
 
-from scopestate.server import Server
-from scopestate.skipping import MAX_REFUSED_BYTES, BadFrame, FrameSkipper
+from scopestate.server.server import Server
+from scopestate.server.skipping import MAX_REFUSED_BYTES, BadFrame, FrameSkipper
 
 TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
 TOKEN = "t0ken"
@@ -144,8 +144,8 @@ def test_a_wrong_token_that_floods_is_cut(server: Server, opened: list[socket.so
 def test_connections_without_a_valid_token_take_no_workers_place(
     open_server: OpenServer, connect: OpenRaw, opened: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scopestate.server.MAX_REFUSALS", 2)
-    monkeypatch.setattr("scopestate.connections.CLOSE_GRACE_S", PATIENCE_S)  # they do not answer the close frame
+    monkeypatch.setattr("scopestate.server.server.MAX_REFUSALS", 2)
+    monkeypatch.setattr("scopestate.server.connections.CLOSE_GRACE_S", PATIENCE_S)  # they do not answer the close frame
     server = open_server(auth={"tokens": [TOKEN]}, max_connections=1)
     for _ in range(2):
         upgrade(server, "/", "wrong", opened)

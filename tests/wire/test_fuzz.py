@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scopestate import Engine
-from scopestate.channels import Channels
-from scopestate.connections import Batches
+from scopestate.server.channels import Channels
+from scopestate.server.connections import Batches
+from scopestate.server.workers import Hub
 from scopestate.wire.session import Close, SessionLimits, WorkerSession
-from scopestate.workers import Hub
 
 MESSAGES = 100_000
 SEED = 4

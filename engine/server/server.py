@@ -28,22 +28,22 @@ try:  # before the modules that import it without a word
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError("a server needs the extra `wire`: pip install 'scopestate[wire]'") from error
 
-from scopestate.access import Access, Gate
-from scopestate.channels import Channels
 from scopestate.config import AuthConfig, Config, ServerConfig
-from scopestate.connections import GOING, POLICY, Batches, Connection, Registry
-from scopestate.doorway import Certificates, Doorway, Request, Response
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
+from scopestate.server.access import Access, Gate
+from scopestate.server.channels import Channels
+from scopestate.server.connections import GOING, POLICY, Batches, Connection, Registry
+from scopestate.server.doorway import Certificates, Doorway, Request, Response
+from scopestate.server.skipping import Refusing, Telemetry
+from scopestate.server.worker import Worker
+from scopestate.server.worker_connections import WorkerConnection
+from scopestate.server.worker_triggers import FUNCTIONS_AVAILABLE
+from scopestate.server.workers import Hub
 from scopestate.signals import Guard, join, wait_for
-from scopestate.skipping import Refusing, Telemetry
 from scopestate.wire.frames import Error, ErrorBody, encode
 from scopestate.wire.options import LIMIT_HEADER, limit_in
 from scopestate.wire.session import SessionLimits
-from scopestate.worker import Worker
-from scopestate.worker_connections import WorkerConnection
-from scopestate.worker_triggers import FUNCTIONS_AVAILABLE
-from scopestate.workers import Hub
 
 log = logging.getLogger("scopestate.server")
 

@@ -10,8 +10,8 @@ import uuid
 from collections import deque
 from typing import Final
 
-from scopestate.connections import BINARY, GOING, INVALID_TEXT, NORMAL, TEXT, Batches, Connection, is_text
 from scopestate.errors import Overloaded
+from scopestate.server.connections import BINARY, GOING, INVALID_TEXT, NORMAL, TEXT, Batches, Connection, is_text
 
 log = logging.getLogger("scopestate.server")
 

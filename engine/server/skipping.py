@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import picows
 
-from scopestate.connections import NORMAL, POLICY, PROTOCOL_ERROR, Batches, Connection
+from scopestate.server.connections import NORMAL, POLICY, PROTOCOL_ERROR, Batches, Connection
 
 if TYPE_CHECKING:
-    from scopestate.access import Access
+    from scopestate.server.access import Access
 
 CHUNK: Final = 16 * 1024
 """Bytes that are taken from one connection in a row."""

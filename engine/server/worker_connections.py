@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import picows
 
-from scopestate.connections import TEXT, TURN, Batches, Connection
+from scopestate.server.connections import TEXT, TURN, Batches, Connection
 
 if TYPE_CHECKING:
-    from scopestate.access import Access
-    from scopestate.worker import Worker
-    from scopestate.workers import Hub
+    from scopestate.server.access import Access
+    from scopestate.server.worker import Worker
+    from scopestate.server.workers import Hub
 
 
 class WorkerConnection(Connection):

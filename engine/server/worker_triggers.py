@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import msgspec
 
 from scopestate.actors.handler import HandlerActor, HandlerServices, Trigger
-from scopestate.claims import Claims
 from scopestate.errors import DeserializationError, Forbidden, InvalidRegistration, ScopestateError
 from scopestate.ops.values import decode, parse
+from scopestate.server.claims import Claims
+from scopestate.server.worker_handlers import LoopDispatcher, WorkerHandler
 from scopestate.triggers import read_trigger
 from scopestate.wire.frames import (
     RegisterTrigger,
@@ -21,12 +22,11 @@ from scopestate.wire.frames import (
     encode,
 )
 from scopestate.wire.session import POLICY
-from scopestate.worker_handlers import LoopDispatcher, WorkerHandler
 
 if TYPE_CHECKING:
-    from scopestate.access import Access
-    from scopestate.worker import Worker
-    from scopestate.workers import Hub
+    from scopestate.server.access import Access
+    from scopestate.server.worker import Worker
+    from scopestate.server.workers import Hub
 
 LOOK_PAUSE_S: Final = 0.05
 """At least so long between two looks for overrun workers that events ask for."""

@@ -16,10 +16,10 @@ from scopestate.wire.frames import ErrorBody
 from scopestate.wire.session import value_of
 
 if TYPE_CHECKING:
-    from scopestate.access import Access
+    from scopestate.server.access import Access
+    from scopestate.server.workers import Hub
     from scopestate.wire.frames import InvocationResult, InvokeFunction, RegisterFunction
     from scopestate.wire.session import Execution, Settle, WorkerSession
-    from scopestate.workers import Hub
 
 
 _MOST_REFUSED: Final = 100

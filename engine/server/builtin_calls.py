@@ -18,8 +18,8 @@ from scopestate.ops.values import check, decode, encode_plain, parse
 from scopestate.wire.frames import last_wins
 
 if TYPE_CHECKING:
-    from scopestate.access import Access
     from scopestate.engine import Engine
+    from scopestate.server.access import Access
 
 Result = bytes | None
 """JSON text, or None for "no value"."""

@@ -20,18 +20,18 @@ from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices, Tri
 from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
+from scopestate.server.worker import TimedOut, WorkerFunction, event_json
 from scopestate.wire.depth import event_depth
-from scopestate.worker import TimedOut, WorkerFunction, event_json
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher, Timer
     from scopestate.actors.loops import Continue
     from scopestate.actors.reply import Reply
     from scopestate.actors.turn import TurnActor
-    from scopestate.builtin_calls import Outcome, Result
+    from scopestate.server.builtin_calls import Outcome, Result
+    from scopestate.server.worker import Worker
+    from scopestate.server.workers import Hub
     from scopestate.wire.frames import InvocationResult
-    from scopestate.worker import Worker
-    from scopestate.workers import Hub
 
 
 class LoopDispatcher:

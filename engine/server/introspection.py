@@ -13,13 +13,13 @@ from scopestate import catalogue
 from scopestate.actors.functions import Function
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import check, encode, json_words
+from scopestate.server.worker_triggers import ENGINE_TYPES, STATE
 from scopestate.wire.frames import last_wins
-from scopestate.worker_triggers import ENGINE_TYPES, STATE
 
 if TYPE_CHECKING:
-    from scopestate.channels import Channels
-    from scopestate.worker import Worker
-    from scopestate.workers import Hub
+    from scopestate.server.channels import Channels
+    from scopestate.server.worker import Worker
+    from scopestate.server.workers import Hub
 
 _to_json: Final = msgspec.json.Encoder().encode
 _INTERNAL: Final = "engine::"

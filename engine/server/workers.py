@@ -12,9 +12,6 @@ import msgspec
 from msgspec import Raw
 
 from scopestate.actors.functions import Function
-from scopestate.builtin_calls import BuiltinCalls, Outcome, Result
-from scopestate.claims import Claims
-from scopestate.connections import GOING
 from scopestate.errors import (
     DeserializationError,
     Forbidden,
@@ -25,8 +22,13 @@ from scopestate.errors import (
     ScopestateError,
     SerializationError,
 )
-from scopestate.introspection import Introspection
 from scopestate.ops.values import check, decode, encode, parse
+from scopestate.server.builtin_calls import BuiltinCalls, Outcome, Result
+from scopestate.server.claims import Claims
+from scopestate.server.connections import GOING
+from scopestate.server.introspection import Introspection
+from scopestate.server.worker import TimedOut, Worker, WorkerFunction
+from scopestate.server.worker_triggers import FUNCTIONS_AVAILABLE, WorkerTriggers
 from scopestate.wire.bounded_log import BoundedLog, shown
 from scopestate.wire.depth import event_depth
 from scopestate.wire.frames import (
@@ -55,13 +57,11 @@ from scopestate.wire.session import (
     stopped,
     with_caller,
 )
-from scopestate.worker import TimedOut, Worker, WorkerFunction
-from scopestate.worker_triggers import FUNCTIONS_AVAILABLE, WorkerTriggers
 
 if TYPE_CHECKING:
-    from scopestate.access import Access
-    from scopestate.channels import Channels
     from scopestate.engine import Engine
+    from scopestate.server.access import Access
+    from scopestate.server.channels import Channels
 
 log = logging.getLogger("scopestate.server")
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 from scopestate.errors import Forbidden
 
 if TYPE_CHECKING:
-    from scopestate.access import Access
-    from scopestate.worker import Worker
+    from scopestate.server.access import Access
+    from scopestate.server.worker import Worker
 
 MAX_KEPT: Final = 1_000
 """Names that are kept for one token while no worker offers them; one more, and the oldest is free for all."""
