@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line; without its libraries, say what to install (exit code 1)."""
     try:
-        from scopestate.cli import main as run  # noqa: PLC0415 - its libraries are an extra
+        from scopestate.cli.app import main as run  # noqa: PLC0415 - its libraries are an extra
     except ImportError as error:
         if (error.name or "").startswith("scopestate"):
             raise

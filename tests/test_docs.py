@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from scopestate import errors
-from scopestate.cli import app
+from scopestate.cli.app import app
 from scopestate.config import LimitsConfig
 
 ROOT = Path(__file__).parents[1]

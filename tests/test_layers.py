@@ -62,7 +62,7 @@ def test_a_new_module_or_package_without_a_layer_is_refused_with_what_to_do(tree
         ("persistence/planted.py", "scopestate.actors.turn"),
         ("config/planted.py", "scopestate.engine"),
         ("stats.py", "scopestate.server"),
-        ("server/channels.py", "scopestate.cli_common"),
+        ("server/channels.py", "scopestate.cli.common"),
         ("errors.py", "scopestate.ops"),
     ],
 )

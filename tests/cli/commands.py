@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from typer.testing import CliRunner
 
-from scopestate.cli import app
+from scopestate.cli.app import app
 
 PATIENCE_S = 60.0
 

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from scopestate import Engine
-from scopestate.cli_serve import StatusLine, describe_adapter
+from scopestate.cli.serve import StatusLine, describe_adapter
 from scopestate.config import AdapterConfig, BridgeConfig, KvConfig
 from scopestate.server.server import Server
 

@@ -11,7 +11,7 @@ import pytest
 from commands import Program, Run
 
 from scopestate import Engine
-from scopestate.cli_watch import event_line
+from scopestate.cli.watch import event_line
 from scopestate.config import from_mapping
 from scopestate.server.server import Server
 

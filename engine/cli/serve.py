@@ -21,8 +21,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from scopestate.cli_common import AsJson, errors_to_exit_codes, json_of, out, shown, standard_error
-from scopestate.cli_config import import_from_here
+from scopestate.cli.common import AsJson, errors_to_exit_codes, json_of, out, shown, standard_error
+from scopestate.cli.config import import_from_here
 from scopestate.config import AdapterConfig, BridgeConfig, Config, RedisConfig
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from scopestate import cli_calls, cli_config, cli_store
-from scopestate.cli_common import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
-from scopestate.cli_serve import serve
-from scopestate.cli_watch import watch
+from scopestate.cli import calls, config, store
+from scopestate.cli.common import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
+from scopestate.cli.serve import serve
+from scopestate.cli.watch import watch
 
 
 class Commands(TyperGroup):
@@ -62,18 +62,18 @@ app.command("serve")(serve)
 _NEGATIVE = {"ignore_unknown_options": True}
 """For commands that take JSON: -5 is a number there, not an option."""
 for _name, _function, _settings in (
-    ("get", cli_calls.get, {}),
-    ("set", cli_calls.set_, _NEGATIVE),
-    ("delete", cli_calls.delete, {}),
-    ("update", cli_calls.update, {}),
-    ("list", cli_calls.list_, {}),
-    ("list-groups", cli_calls.list_groups, {}),
-    ("call", cli_calls.call, _NEGATIVE),
+    ("get", calls.get, {}),
+    ("set", calls.set_, _NEGATIVE),
+    ("delete", calls.delete, {}),
+    ("update", calls.update, {}),
+    ("list", calls.list_, {}),
+    ("list-groups", calls.list_groups, {}),
+    ("call", calls.call, _NEGATIVE),
     ("watch", watch, {}),
 ):
     app.command(_name, rich_help_panel=_ENGINE, epilog=EXIT_CODES, context_settings=_settings)(_function)
-app.add_typer(cli_config.app, name="config", rich_help_panel=_FILES)
-app.add_typer(cli_store.app, name="store", rich_help_panel=_FILES)
+app.add_typer(config.app, name="config", rich_help_panel=_FILES)
+app.add_typer(store.app, name="store", rich_help_panel=_FILES)
 
 
 def _print_version(asked: bool) -> None:

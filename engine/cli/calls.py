@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 import msgspec
 import typer
 
-from scopestate.cli_common import (
+from scopestate.cli.common import (
     DEFAULT_TIMEOUT_S,
     AsJson,
     CaFile,

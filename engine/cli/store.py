@@ -22,7 +22,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from scopestate.cli_common import (
+from scopestate.cli.common import (
     AsJson,
     CaFile,
     Exit,

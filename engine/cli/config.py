@@ -15,7 +15,7 @@ import typer
 import yaml
 from rich.markup import escape
 
-from scopestate.cli_common import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
+from scopestate.cli.common import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, ServerConfig, examine, load
 from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef
@@ -100,7 +100,7 @@ def refused_by_serve(examined: Examined) -> list[ConfigError]:
     except ConfigError as error:
         found.append(error)
     if isinstance(config.adapter.config, BridgeConfig):
-        from scopestate.persistence.bridge import refuse_own_server  # noqa: PLC0415 - brings websockets
+        from scopestate.persistence.bridge.adapter import refuse_own_server  # noqa: PLC0415 - brings websockets
 
         try:
             refuse_own_server(config.adapter.config.bridge_url, server.host, server.port)

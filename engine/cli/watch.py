@@ -16,7 +16,7 @@ import msgspec
 import typer
 from rich.text import Text
 
-from scopestate.cli_common import (
+from scopestate.cli.common import (
     FOREVER_S,
     AsJson,
     CaFile,
