@@ -273,7 +273,7 @@ def open_adapter(config: AdapterConfig) -> Adapter:
 
             return open_redis(redis)
         case KvConfig() as kv if kv.store_method == "file_based":
-            from scopestate.persistence.file import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
+            from scopestate.persistence.sqlite.adapter import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
 
             try:
                 return FileAdapter(kv.file_path)

@@ -43,7 +43,7 @@ from scopestate.config.redis_urls import without_credentials
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
 from scopestate.paths import expand_home
 from scopestate.persistence import Adapter
-from scopestate.persistence.reading import StoreReader
+from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.transfer import Entry, Reader, RemoteReader, export_lines, import_lines, is_whole, read_lines
 from scopestate.wire.client import Client
 

@@ -20,7 +20,7 @@ from scopestate import Engine
 from scopestate.config import from_mapping
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter
-from scopestate.persistence.reading import StoreReader
+from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.server.server import Server
 from scopestate.transfer import import_lines
 

@@ -15,7 +15,7 @@ from watching import PATIENCE_S, Failures, Gate, GatedStore, LoopThread, Seen, b
 
 from scopestate import DeliveryFailure, Engine, StateEvent, StorageError, lifecycle, messages
 from scopestate.errors import EngineClosed, EventNotDelivered
-from scopestate.persistence.reading import StoreReader
+from scopestate.persistence.sqlite.reading import StoreReader
 
 CALLS: dict[str, Callable[[Engine], Any]] = {
     "set": lambda engine: engine.set("s", "k", 1),

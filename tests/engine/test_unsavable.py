@@ -14,8 +14,8 @@ from scopestate import Engine, StorageError, messages, ops
 from scopestate.config import from_mapping
 from scopestate.errors import DeserializationError, ScopestateError, UnsavableValue, ValueTooLarge
 from scopestate.persistence import FileAdapter, ScopeChange
-from scopestate.persistence.reading import StoreReader
-from scopestate.persistence.sqlite import connect
+from scopestate.persistence.sqlite.connection import connect
+from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.transfer import read_lines
 
 LIMIT = 1_000_000

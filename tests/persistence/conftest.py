@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from scopestate.persistence import Adapter, FileAdapter
-from scopestate.persistence.sqlite import connect
+from scopestate.persistence.sqlite.connection import connect
 
 
 class Store:

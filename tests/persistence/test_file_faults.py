@@ -16,8 +16,8 @@ import pytest
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreLocked, StoreUnusable
 from scopestate.persistence import FileAdapter, ScopeChange
-from scopestate.persistence.opening import publish
-from scopestate.persistence.sqlite import connect
+from scopestate.persistence.sqlite.connection import connect
+from scopestate.persistence.sqlite.opening import publish
 
 Open = Callable[..., FileAdapter]
 RunChild = Callable[..., subprocess.Popen[str]]

@@ -18,7 +18,7 @@ from forking import beside_threads
 
 from scopestate.errors import StorageError, StoreLocked, StoreUnusable
 from scopestate.persistence import FileAdapter, ScopeChange
-from scopestate.persistence.lock import StoreLock
+from scopestate.persistence.sqlite.lock import StoreLock
 
 Open = Callable[..., FileAdapter]
 RunChild = Callable[..., subprocess.Popen[str]]

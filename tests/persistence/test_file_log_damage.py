@@ -15,7 +15,7 @@ import pytest
 
 from scopestate import Engine
 from scopestate.persistence import FileAdapter, ScopeChange
-from scopestate.persistence.reading import StoreReader
+from scopestate.persistence.sqlite.reading import StoreReader
 
 COMMITS = 100
 KILLED = """

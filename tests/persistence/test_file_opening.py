@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
-from scopestate.persistence import FileAdapter, ScopeChange, schema
-from scopestate.persistence.sqlite import connect
+from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence.sqlite import schema
+from scopestate.persistence.sqlite.connection import connect
 
 Open = Callable[..., FileAdapter]
 RunChild = Callable[..., subprocess.Popen[str]]

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from scopestate.persistence import FileAdapter, ScopeChange, rows
+from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence.sqlite import rows
 
 Open = Callable[..., FileAdapter]
 

@@ -14,7 +14,7 @@ from scopestate import Engine
 from scopestate.config import Config, from_mapping
 from scopestate.errors import StoreCorrupt
 from scopestate.persistence import FileAdapter, ScopeChange
-from scopestate.persistence.reading import StoreReader
+from scopestate.persistence.sqlite.reading import StoreReader
 
 PATIENCE_S = 20.0
 

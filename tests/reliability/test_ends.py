@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from reliability.living import PATIENCE_S, saved, start_child, until
 
-from scopestate.persistence.reading import StoreReader
+from scopestate.persistence.sqlite.reading import StoreReader
 
 DOCKERS_PATIENCE_S = 9.5
 """What `docker stop` waits before it sends SIGKILL, less what it takes to get there."""

@@ -14,8 +14,9 @@ from reliability.figures import record
 from reliability.living import PATIENCE_S, InThread, saved, start_child
 from reliability.slow import Gate
 
-from scopestate.persistence import FileAdapter, ScopeChange, file
-from scopestate.persistence.sqlite import connect
+from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence.sqlite import adapter as file
+from scopestate.persistence.sqlite.connection import connect
 
 
 def run(directory: Path, durability: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import time
 from io import FileIO
 
 from scopestate.errors import StoreLocked, StoreUnusable
-from scopestate.persistence.files import make_private
+from scopestate.persistence.sqlite.files import make_private
 
 if sys.platform == "win32":  # pragma: no cover - the tests run on POSIX
     import msvcrt

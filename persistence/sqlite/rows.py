@@ -15,7 +15,7 @@ import msgspec
 
 from scopestate.errors import StorageError, UnsavableValue
 from scopestate.persistence.adapter import ScopeChange, ScopeState
-from scopestate.persistence.sqlite import primary_code
+from scopestate.persistence.sqlite.connection import primary_code
 
 _CHUNK_ROWS = (256, 32, 4, 1)
 """Rows per statement. A fixed ladder, so that the connection's cache finds each statement already compiled."""

@@ -15,13 +15,13 @@ import msgspec
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
-from scopestate.persistence.files import open_regular
-from scopestate.persistence.lock import may_be_held, read_committed
-from scopestate.persistence.opening import lost
-from scopestate.persistence.quarantine import find_copies
-from scopestate.persistence.rows import _read_pages, read_names
-from scopestate.persistence.schema import DamagedError, check_header, find_problems, probe
-from scopestate.persistence.sqlite import LIBRARY_ERRORS, connect, database_uri, storage_error
+from scopestate.persistence.sqlite.connection import LIBRARY_ERRORS, connect, database_uri, storage_error
+from scopestate.persistence.sqlite.files import open_regular
+from scopestate.persistence.sqlite.lock import may_be_held, read_committed
+from scopestate.persistence.sqlite.opening import lost
+from scopestate.persistence.sqlite.quarantine import find_copies
+from scopestate.persistence.sqlite.rows import _read_pages, read_names
+from scopestate.persistence.sqlite.schema import DamagedError, check_header, find_problems, probe
 
 
 class ScopeSize(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ import os
 import stat
 from typing import IO
 
-log = logging.getLogger("scopestate.persistence.file")
+log = logging.getLogger("scopestate.persistence.sqlite.adapter")
 
 PRIVATE = 0o600
 

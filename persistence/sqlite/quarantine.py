@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 
-from scopestate.persistence.files import create_private
+from scopestate.persistence.sqlite.files import create_private
 
 SUFFIXES = ("", "-wal", "-shm", "-journal")
 """Behind the name of an SQLite database: its files. The log belongs to the evidence, and to any repair."""

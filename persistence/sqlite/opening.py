@@ -11,12 +11,12 @@ from typing import Final
 
 from scopestate.errors import ConfigError, StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
-from scopestate.persistence import quarantine, schema
-from scopestate.persistence.files import create_private, make_private, open_regular
-from scopestate.persistence.lock import StoreLock
-from scopestate.persistence.sqlite import LIBRARY_ERRORS, connect, database_uri, is_corruption, storage_error
+from scopestate.persistence.sqlite import quarantine, schema
+from scopestate.persistence.sqlite.connection import LIBRARY_ERRORS, connect, database_uri, is_corruption, storage_error
+from scopestate.persistence.sqlite.files import create_private, make_private, open_regular
+from scopestate.persistence.sqlite.lock import StoreLock
 
-log = logging.getLogger("scopestate.persistence.file")
+log = logging.getLogger("scopestate.persistence.sqlite.adapter")
 
 Open = Callable[[str], sqlite3.Connection]
 

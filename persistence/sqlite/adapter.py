@@ -18,11 +18,7 @@ from typing import TypeVar
 
 from scopestate.errors import StorageError, StoreCorrupt
 from scopestate.persistence.adapter import ScopeChange, ScopeState
-from scopestate.persistence.lock import StoreLock
-from scopestate.persistence.opening import copy_database, open_directory, open_store, publish
-from scopestate.persistence.rows import LONGEST_NAME, PAGE_LIMIT, read_names, read_scope, row_room, write_batch
-from scopestate.persistence.schema import find_problems
-from scopestate.persistence.sqlite import (
+from scopestate.persistence.sqlite.connection import (
     LIBRARY_ERRORS,
     Connect,
     abandon,
@@ -31,9 +27,13 @@ from scopestate.persistence.sqlite import (
     is_corruption,
     storage_error,
 )
+from scopestate.persistence.sqlite.lock import StoreLock
+from scopestate.persistence.sqlite.opening import copy_database, open_directory, open_store, publish
+from scopestate.persistence.sqlite.rows import LONGEST_NAME, PAGE_LIMIT, read_names, read_scope, row_room, write_batch
+from scopestate.persistence.sqlite.schema import find_problems
 from scopestate.signals import Guard, exclusive
 
-log = logging.getLogger("scopestate.persistence.file")
+log = logging.getLogger("scopestate.persistence.sqlite.adapter")
 
 _IDLE_READERS = 4
 """Connections kept open for the next loads; more are opened while more loads run, and closed after."""
