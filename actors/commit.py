@@ -9,12 +9,12 @@ import msgspec
 import pykka
 
 from scopestate.actors import messages
+from scopestate.actors.ports import ScopeChange
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.turn import WAIT
 from scopestate.actors.turns import Caused, Change, Housekeeping, Put, Read, ReadAll, ReadItems, Take, as_failure_of
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
-from scopestate.persistence import ScopeChange
 from scopestate.signals import certainly
 
 Outcome = tuple[ReplyTo, Any, BaseException | None]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pykka
 
 from scopestate.actors.containment import Log
+from scopestate.actors.ports import Adapter, ScopeChange
 from scopestate.actors.reply import Envelope
 from scopestate.actors.results import EventType, SetResult, StateEvent, UpdateResult
 from scopestate.actors.turn import TurnActor
@@ -43,7 +44,6 @@ from scopestate.errors import (
 )
 from scopestate.ops import MISSING, UpdateOp, apply
 from scopestate.ops.values import decode, encode_plain
-from scopestate.persistence import Adapter, ScopeChange
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:

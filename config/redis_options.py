@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from scopestate.config.redis_urls import RedisAddress, parse_redis_url, parse_sentinel
 from scopestate.config.schema import RedisConfig
 from scopestate.errors import ConfigError
+from scopestate.persistence.redis.urls import RedisAddress, parse_redis_url, parse_sentinel
 
 _TLS = ("tls_ca_file", "tls_cert_file", "tls_key_file", "tls_verify")
 _SENTINEL = ("sentinel_service", "sentinel_username", "sentinel_password")

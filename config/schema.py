@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from scopestate.config.redis_urls import MASK, MAX_DATABASE, without_credentials, without_password
+from scopestate.persistence.redis.urls import MASK, MAX_DATABASE, without_credentials, without_password
 
 # The upper bounds keep a typing slip (or nanoseconds) away from timers and queues, which overflow far above them.
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=31_536_000_000)]

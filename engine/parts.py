@@ -26,27 +26,23 @@ from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
 from scopestate.actors.turns import checked_length
 from scopestate.config import (
-    AdapterConfig,
     AuthConfig,
-    BridgeConfig,
     Config,
     FunctionRef,
-    KvConfig,
     LimitsConfig,
-    RedisConfig,
     ScopeRule,
     ServerConfig,
     TriggerConfig,
 )
 from scopestate.config.functions import misfit_id
-from scopestate.errors import ConfigError, InvalidRegistration, StoreLocked
-from scopestate.lifecycle import wait_for_dropped
-from scopestate.persistence import Adapter, MemoryAdapter
+from scopestate.errors import ConfigError, InvalidRegistration
+from scopestate.opening import open_adapter
+from scopestate.persistence import Adapter
 from scopestate.stats import Tally
 
 if TYPE_CHECKING:
-    from scopestate.bridging import RemoteScopes
-    from scopestate.sharing import Arrivals, RedisScopes
+    from scopestate.persistence.bridge.scopes import RemoteScopes
+    from scopestate.persistence.redis.sharing import Arrivals, RedisScopes
 
 log = logging.getLogger("scopestate.engine")
 
@@ -242,60 +238,16 @@ def set_limits(limits: Limits, config: LimitsConfig, adapter: Adapter) -> None:
     limits.passivate_after_s = config.passivate_after_ms / 1000
 
 
-def load_libraries(config: AdapterConfig) -> None:
-    """Import what an adapter needs beyond the base installation. Raises ConfigError if its extra is not installed."""
-    match config.config:
-        case BridgeConfig():
-            try:
-                import scopestate.bridging  # noqa: PLC0415 - brings asyncio and a WebSocket library
-            except ImportError as error:
-                raise ConfigError(str(error), key="adapter.name") from error
-        case RedisConfig():
-            try:
-                import scopestate.sharing  # noqa: F401, PLC0415 - brings redis-py, which takes 100 ms
-            except ImportError as error:
-                raise ConfigError(
-                    f"the redis adapter needs redis-py and hiredis ({error}): pip install 'scopestate[redis]'",
-                    key="adapter.name",
-                ) from error
-
-
-def open_adapter(config: AdapterConfig) -> Adapter:
-    """Open what keeps the state. Raises ConfigError, and StorageError if it cannot be opened."""
-    load_libraries(config)
-    match config.config:
-        case BridgeConfig() as bridge:
-            from scopestate.bridging import open_bridge  # noqa: PLC0415 - see load_libraries
-
-            return open_bridge(bridge)
-        case RedisConfig() as redis:
-            from scopestate.sharing import open_redis  # noqa: PLC0415 - see load_libraries
-
-            return open_redis(redis)
-        case KvConfig() as kv if kv.store_method == "file_based":
-            from scopestate.persistence.sqlite.adapter import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
-
-            try:
-                return FileAdapter(kv.file_path)
-            except StoreLocked:
-                # Perhaps by an engine that the program has dropped, and that is being closed at this moment.
-                if not wait_for_dropped():
-                    raise
-                return FileAdapter(kv.file_path)
-        case _:
-            return MemoryAdapter()
-
-
 def _scopes_elsewhere(
     adapter: Adapter, directory: Directory, router: TriggerRouter, dispatcher: Dispatcher
 ) -> RemoteScopes | RedisScopes | None:
     """Return what makes the scopes if `adapter` does not give them to this engine alone; else None."""
     if hasattr(adapter, "bulk_link"):
-        from scopestate.sharing import RedisScopes  # noqa: PLC0415 - as above
+        from scopestate.persistence.redis.sharing import RedisScopes  # noqa: PLC0415 - as above
 
         return RedisScopes(adapter, router, dispatcher)
     if hasattr(adapter, "sequence_floor"):
-        from scopestate.bridging import RemoteScopes  # noqa: PLC0415 - as above
+        from scopestate.persistence.bridge.scopes import RemoteScopes  # noqa: PLC0415 - as above
 
         return RemoteScopes(adapter, directory, router)
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from scopestate.persistence.adapter import Adapter, ScopeChange, ScopeState
+from scopestate.actors.ports import Adapter, ScopeChange, ScopeState
 from scopestate.persistence.memory import MemoryAdapter
 
 if TYPE_CHECKING:

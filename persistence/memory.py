@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scopestate.persistence.adapter import ScopeChange, ScopeState
+from scopestate.actors.ports import ScopeChange, ScopeState
 
 
 class MemoryAdapter:

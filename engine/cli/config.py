@@ -20,7 +20,7 @@ from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, Ser
 from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef
 from scopestate.errors import ConfigError
-from scopestate.parts import load_libraries
+from scopestate.opening import load_libraries
 from scopestate.paths import expand_home
 from scopestate.server import access
 from scopestate.server.doorway import Certificates

@@ -39,10 +39,10 @@ from scopestate.cli.common import (
     with_client,
 )
 from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, RedisConfig, load, validate
-from scopestate.config.redis_urls import without_credentials
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
 from scopestate.paths import expand_home
 from scopestate.persistence import Adapter
+from scopestate.persistence.redis.urls import without_credentials
 from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.transfer import Entry, Reader, RemoteReader, export_lines, import_lines, is_whole, read_lines
 from scopestate.wire.client import Client
@@ -308,7 +308,7 @@ def _directory(where: str) -> str:
 
 
 def _open_target(target: str, token: str | None, ca_file: str | None) -> Adapter:
-    from scopestate.parts import open_adapter  # noqa: PLC0415 - not needed for most commands
+    from scopestate.opening import open_adapter  # noqa: PLC0415 - not needed for most commands
 
     if target.startswith(_ENGINE):
         config = AdapterConfig("bridge", BridgeConfig(target, token, ca_file))

@@ -8,9 +8,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+from scopestate.actors.ports import ScopeChange, ScopeState
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, StorageError
 from scopestate.ops.values import parse
-from scopestate.persistence.adapter import ScopeChange, ScopeState
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
 from scopestate.persistence.redis.dialling import Server
 from scopestate.persistence.redis.events import EachReader

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from typing import TypeVar
 
+from scopestate.actors.ports import ScopeChange, ScopeState
 from scopestate.errors import StorageError, StoreCorrupt
-from scopestate.persistence.adapter import ScopeChange, ScopeState
 from scopestate.persistence.sqlite.connection import (
     LIBRARY_ERRORS,
     Connect,

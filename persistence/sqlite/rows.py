@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from scopestate.actors.ports import ScopeChange, ScopeState
 from scopestate.errors import StorageError, UnsavableValue
-from scopestate.persistence.adapter import ScopeChange, ScopeState
 from scopestate.persistence.sqlite.connection import primary_code
 
 _CHUNK_ROWS = (256, 32, 4, 1)

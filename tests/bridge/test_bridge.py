@@ -24,7 +24,7 @@ from scopestate.errors import (
     StorageError,
     ValueTooLarge,
 )
-from scopestate.persistence.bridge import refuse_own_server
+from scopestate.persistence.bridge.adapter import refuse_own_server
 from scopestate.server.server import Server
 
 # ------------------------------------------------------------------------------------------------------------- values

@@ -15,7 +15,7 @@ from second_engine import OpenBridge, RemoteProcess
 
 from scopestate.errors import MessageTooLarge, StorageError
 from scopestate.persistence import ScopeChange, ScopeState
-from scopestate.persistence.bridge import BridgeAdapter
+from scopestate.persistence.bridge.adapter import BridgeAdapter
 
 NAMES = {
     "empty": "",

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from conformance import load, same
 
-from scopestate.actors.remote_calls import Outcome, read_answer, request
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take
 from scopestate.errors import RemoteFailure
 from scopestate.ops import checked
-from scopestate.persistence.bridge import _read_event
+from scopestate.persistence.bridge.adapter import _read_event
+from scopestate.persistence.bridge.calls import Outcome, read_answer, request
 
 VECTORS: list[dict[str, Any]] = load("vectors.json")
 

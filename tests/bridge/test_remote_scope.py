@@ -11,13 +11,13 @@ import pytest
 from second_engine import PATIENCE_S, Seen
 
 from scopestate import Engine, messages
-from scopestate.actors.remote import RemoteChange
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turns import Passivate, Put
 from scopestate.config import from_mapping
 from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeout, StorageError
 from scopestate.persistence import ScopeChange, ScopeState
-from scopestate.persistence.remote import Done
+from scopestate.persistence.bridge.remote import Done
+from scopestate.persistence.bridge.scope import RemoteChange
 
 
 class PlayedRemote:
@@ -241,7 +241,7 @@ def test_a_bug_in_reading_an_answer_hangs_nobody(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("scopestate.actors.remote.read_answer", broken)
+    monkeypatch.setattr("scopestate.persistence.bridge.scope.read_answer", broken)
     reply = begin(engine, messages.Get("s", "k"))
     remote.sent("get k")
     remote.answer("get k", 1)
@@ -275,7 +275,7 @@ def test_each_way_in_which_a_call_ends_leaves_nothing_behind(
         at_rest(engine, remote)
 
         with monkeypatch.context() as patched:
-            patched.setattr("scopestate.actors.remote.read_answer", lambda *_: 1 / 0)
+            patched.setattr("scopestate.persistence.bridge.scope.read_answer", lambda *_: 1 / 0)
             broken = begin(engine, messages.Delete("s", "a"))
             remote.sent("delete a")
             remote.answer("delete a", 1)

@@ -235,7 +235,9 @@ def test_what_opening_the_store_refuses_is_a_mistake(
     assert problem in error["problem"]
 
 
-@pytest.mark.parametrize(("name", "module"), [("redis", "sharing"), ("bridge", "bridging")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("redis", "persistence.redis.sharing"), ("bridge", "persistence.bridge.scopes")]
+)
 def test_an_adapter_whose_extra_is_not_installed_is_a_mistake(
     name: str, module: str, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

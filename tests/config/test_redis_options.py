@@ -17,14 +17,14 @@ from scopestate import config
 from scopestate.config import AdapterConfig, RedisConfig
 from scopestate.config.documents import read_text
 from scopestate.config.redis_options import server_address
-from scopestate.config.redis_urls import (
+from scopestate.errors import ConfigError
+from scopestate.persistence.redis.urls import (
     RedisAddress,
     parse_redis_url,
     parse_sentinel,
     without_credentials,
     without_password,
 )
-from scopestate.errors import ConfigError
 
 REDIS = "workers:\n- name: iii-state\n  config:\n    adapter:\n      name: redis\n      config:\n"
 AT = "workers[0].config.adapter.config"

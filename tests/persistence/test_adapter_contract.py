@@ -1,4 +1,4 @@
-"""What every adapter that keeps scopes promises (scopestate.persistence.adapter)."""
+"""What every adapter that keeps scopes promises (scopestate.actors.ports)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from opening import INCREMENT, open_at
 from servers import Server, StartServer, wait_until
 
 from scopestate import Engine, SetResult, UpdateResult, messages
-from scopestate.actors import redis_flights
+from scopestate.persistence.redis import flights as redis_flights
 from scopestate.persistence.redis import link
 from scopestate.persistence.redis.connection import Connection
 

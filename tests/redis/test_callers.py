@@ -15,7 +15,6 @@ from reliability.living import InThread, Seen, until
 from servers import Server, StartServer
 
 from scopestate import Engine, StateEvent, messages
-from scopestate.actors import redis_flights
 from scopestate.errors import (
     ConnectionLost,
     EngineClosed,
@@ -25,6 +24,7 @@ from scopestate.errors import (
     StorageError,
     ValueTooLarge,
 )
+from scopestate.persistence.redis import flights as redis_flights
 from scopestate.persistence.redis.flight import Flight
 
 LIMITS = {"call_timeout_ms": 10_000}

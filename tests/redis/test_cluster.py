@@ -14,8 +14,8 @@ from reliability.living import InThread, until
 from servers import Binary, Cluster, Server, StartServer
 
 from scopestate import Engine
+from scopestate.actors.ports import ScopeChange
 from scopestate.errors import ConfigError, EngineClosed, NotConnected, StorageError
-from scopestate.persistence.adapter import ScopeChange
 from scopestate.persistence.redis.adapter import RedisAdapter
 from scopestate.persistence.redis.options import RedisOptions
 

@@ -15,8 +15,8 @@ from reliability.living import InThread, until
 from servers import Binary, Server, StartServer
 
 from scopestate import Engine, messages
-from scopestate.actors import redis_flights
 from scopestate.errors import ConnectionLost, NotConnected, StorageError
+from scopestate.persistence.redis import flights as redis_flights
 from scopestate.persistence.redis.connection import Broken, Connection
 
 QUICK = {"call_timeout_ms": 200, "connect_timeout_ms": 200, "connect_wait_ms": 200}

@@ -16,8 +16,8 @@ from reliability.living import InThread
 from servers import Server
 
 from scopestate import Engine, messages
+from scopestate.actors.ports import ScopeChange
 from scopestate.errors import StorageError
-from scopestate.persistence.adapter import ScopeChange
 from scopestate.persistence.redis import adapter as adapter_module
 
 __all__ = ["open_redis"]

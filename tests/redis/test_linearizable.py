@@ -16,7 +16,7 @@ from reliability.figures import record
 from servers import Server
 from writer_process import run_together
 
-from scopestate.actors import redis_flights
+from scopestate.persistence.redis import flights as redis_flights
 
 __all__ = ["open_redis"]
 

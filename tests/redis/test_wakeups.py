@@ -16,14 +16,14 @@ from reliability.living import InThread, until
 from servers import Server, StartServer
 
 from scopestate import Engine, messages
-from scopestate.actors import redis_flights
-from scopestate.actors.redis_calls import NEVER, Call
-from scopestate.actors.redis_scope import RedisScopeActor
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turn import arranging
 from scopestate.actors.turns import Change, Housekeeping, Passivate, Put
 from scopestate.errors import ReplyTimeout, StorageError, WouldDeadlock
+from scopestate.persistence.redis import flights as redis_flights
+from scopestate.persistence.redis.calls import NEVER, Call
 from scopestate.persistence.redis.flight import Flight
+from scopestate.persistence.redis.scope import RedisScopeActor
 from scopestate.persistence.redis.script import SKIPPED
 
 PATIENCE_S = 20.0

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from scopestate.actors.directory import Directory
 from scopestate.actors.loop_reply import LoopReply
-from scopestate.actors.remote import RemoteChange, RemoteScopeActor
 from scopestate.actors.router import HandlerFull, TriggerRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
-from scopestate.config import BridgeConfig
 from scopestate.errors import EngineClosed
-from scopestate.persistence.bridge import BridgeAdapter, Change
+from scopestate.persistence.bridge.adapter import Change
+from scopestate.persistence.bridge.scope import RemoteChange, RemoteScopeActor
 from scopestate.wire.depth import event_depth
-from scopestate.wire.options import ClientOptions
-
-
-def open_bridge(config: BridgeConfig) -> BridgeAdapter:
-    """Open the adapter; it connects in the background. Raises ConfigError."""
-    options = ClientOptions(
-        token=config.token,
-        tls_ca_file=config.tls_ca_file,
-        tls_verify=config.tls_verify,
-        connect_wait_s=config.connect_wait_ms / 1000,
-        call_timeout_s=config.call_timeout_ms / 1000,
-        name=f"scopestate-bridge:{os.getpid()}",
-    )
-    return BridgeAdapter(config.bridge_url, options, remote_events=config.events == "remote")
 
 
 class RemoteScopes:

@@ -12,15 +12,15 @@ import pykka
 from scopestate.actors.containment import Log
 from scopestate.actors.elsewhere import WHOLE, WRITES, ScopeElsewhere, Told
 from scopestate.actors.handler import NOBODY
-from scopestate.actors.redis_calls import NEVER, Call, Known, kind_of, tell
-from scopestate.actors.redis_flights import RedisFlights, Store
 from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import HOLDER, WAIT
 from scopestate.actors.turns import Caused, Change, Close, Housekeeping, Ping, Put, Read, Take
 from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
+from scopestate.persistence.redis.calls import NEVER, Call, Known, kind_of, tell
 from scopestate.persistence.redis.flight import Flight
+from scopestate.persistence.redis.flights import RedisFlights, Store
 from scopestate.signals import certainly
 from scopestate.wire.depth import event_depth
 

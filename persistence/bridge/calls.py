@@ -11,7 +11,7 @@ from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take
 from scopestate.errors import DeserializationError, RemoteFailure
 from scopestate.ops import OpError
 from scopestate.ops.values import parse
-from scopestate.persistence.remote import read_keyed
+from scopestate.persistence.bridge.remote import read_keyed
 
 _NULL: Final = b"null"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Final
 
-from scopestate.actors.redis_calls import NOTHING, Known
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import parse
+from scopestate.persistence.redis.calls import NOTHING, Known
 
 BULKY: Final = 1 << 16
 """A command or value of this many bytes takes a way of its own, so that it holds up no other scope."""

@@ -10,18 +10,18 @@ from typing import Any, Final, Protocol
 from scopestate.actors.containment import Log
 from scopestate.actors.elsewhere import WHOLE, WRITES
 from scopestate.actors.limits import Limits
-from scopestate.actors.redis_calls import NEVER, NOTHING, Call, Known, Lane, contended
-from scopestate.actors.redis_seen import BULKY, Seen
 from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.turns import Change, Put, Read, ReadItems, Take
 from scopestate.errors import DeserializationError, ScopestateError, StorageError, ValueTooLarge
 from scopestate.ops import MISSING, apply
 from scopestate.ops.values import decode, encode_plain
+from scopestate.persistence.redis.calls import NEVER, NOTHING, Call, Known, Lane, contended
 from scopestate.persistence.redis.connection import Refusal
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.link import Link
 from scopestate.persistence.redis.refusals import explain
 from scopestate.persistence.redis.script import DONE, SKIPPED, Shape, keys_of
+from scopestate.persistence.redis.seen import BULKY, Seen
 
 log = Log("scopestate.scope")
 

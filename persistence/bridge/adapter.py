@@ -15,15 +15,15 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from scopestate.actors.ports import ScopeChange, ScopeState
 from scopestate.errors import ConfigError, DeserializationError, EngineClosed, ScopestateError, StorageError
 from scopestate.ops.values import parse
-from scopestate.persistence.adapter import ScopeChange, ScopeState
-from scopestate.persistence.remote import Done, read_keyed
+from scopestate.persistence.bridge.remote import Done, read_keyed
 from scopestate.signals import join, wait_for
 from scopestate.wire.client import Client
 from scopestate.wire.options import DEFAULT_URL, ClientOptions
 
-log = logging.getLogger("scopestate.persistence.bridge")
+log = logging.getLogger("scopestate.persistence.bridge.adapter")
 
 _ANYWHERE: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 

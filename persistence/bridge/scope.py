@@ -10,7 +10,6 @@ import pykka
 
 from scopestate.actors.containment import Log
 from scopestate.actors.elsewhere import WHOLE, WRITES, Converter, ScopeElsewhere, Told
-from scopestate.actors.remote_calls import Outcome, read_answer, request
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
@@ -35,7 +34,8 @@ from scopestate.errors import (
     ScopestateError,
     StorageError,
 )
-from scopestate.persistence.remote import Remote
+from scopestate.persistence.bridge.calls import Outcome, read_answer, request
+from scopestate.persistence.bridge.remote import Remote
 from scopestate.wire.depth import event_depth
 
 log = Log("scopestate.scope")

@@ -1,0 +1,119 @@
+"""Opening what keeps the state of an engine."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from scopestate.actors.ports import Adapter
+from scopestate.actors.reply import deliver
+from scopestate.config import AdapterConfig, BridgeConfig, KvConfig, RedisConfig
+from scopestate.config.redis_options import server_address
+from scopestate.errors import ConfigError, StoreLocked
+from scopestate.lifecycle import wait_for_dropped
+from scopestate.paths import expand_home
+from scopestate.persistence import MemoryAdapter
+
+if TYPE_CHECKING:
+    from scopestate.persistence.bridge.adapter import BridgeAdapter
+    from scopestate.persistence.redis.adapter import RedisAdapter
+    from scopestate.persistence.redis.options import RedisOptions
+
+
+def load_libraries(config: AdapterConfig) -> None:
+    """Import what an adapter needs beyond the base installation. Raises ConfigError if its extra is not installed."""
+    match config.config:
+        case BridgeConfig():
+            try:
+                import scopestate.persistence.bridge.scopes  # noqa: PLC0415 - brings asyncio and a WebSocket library
+            except ImportError as error:
+                raise ConfigError(str(error), key="adapter.name") from error
+        case RedisConfig():
+            try:
+                import scopestate.persistence.redis.sharing  # noqa: F401, PLC0415 - brings redis-py, which takes 100 ms
+            except ImportError as error:
+                raise ConfigError(
+                    f"the redis adapter needs redis-py and hiredis ({error}): pip install 'scopestate[redis]'",
+                    key="adapter.name",
+                ) from error
+
+
+def open_adapter(config: AdapterConfig) -> Adapter:
+    """Open what keeps the state. Raises ConfigError, and StorageError if it cannot be opened."""
+    load_libraries(config)
+    match config.config:
+        case BridgeConfig() as bridge:
+            return _open_bridge(bridge)
+        case RedisConfig() as redis:
+            return _open_redis(redis)
+        case KvConfig() as kv if kv.store_method == "file_based":
+            from scopestate.persistence.sqlite.adapter import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
+
+            try:
+                return FileAdapter(kv.file_path)
+            except StoreLocked:
+                # Perhaps by an engine that the program has dropped, and that is being closed at this moment.
+                if not wait_for_dropped():
+                    raise
+                return FileAdapter(kv.file_path)
+        case _:
+            return MemoryAdapter()
+
+
+def _open_bridge(config: BridgeConfig) -> BridgeAdapter:
+    """Open the adapter; it connects in the background. Raises ConfigError."""
+    from scopestate.persistence.bridge.adapter import BridgeAdapter  # noqa: PLC0415 - see load_libraries
+    from scopestate.wire.options import ClientOptions  # noqa: PLC0415 - see load_libraries
+
+    options = ClientOptions(
+        token=config.token,
+        tls_ca_file=config.tls_ca_file,
+        tls_verify=config.tls_verify,
+        connect_wait_s=config.connect_wait_ms / 1000,
+        call_timeout_s=config.call_timeout_ms / 1000,
+        name=f"scopestate-bridge:{os.getpid()}",
+    )
+    return BridgeAdapter(config.bridge_url, options, remote_events=config.events == "remote")
+
+
+def _options_of(config: RedisConfig) -> RedisOptions:
+    """Return the adapter's options for a configuration; milliseconds become seconds."""
+    from scopestate.persistence.redis.options import RedisOptions  # noqa: PLC0415 - see load_libraries
+    from scopestate.persistence.redis.urls import parse_sentinel  # noqa: PLC0415 - see load_libraries
+
+    address = server_address(config)
+    return RedisOptions(
+        host=address.host,
+        port=address.port,
+        unix_path=address.unix_path,
+        username=address.username,
+        password=address.password,
+        database=address.database or 0,
+        address=config.address,
+        sentinels=tuple(parse_sentinel(sentinel) for sentinel in config.sentinels),
+        sentinel_service=config.sentinel_service,
+        sentinel_username=config.sentinel_username,
+        sentinel_password=config.sentinel_password,
+        tls=address.tls,
+        tls_ca_file=config.tls_ca_file and expand_home(config.tls_ca_file),
+        tls_cert_file=config.tls_cert_file and expand_home(config.tls_cert_file),
+        tls_key_file=config.tls_key_file and expand_home(config.tls_key_file),
+        tls_verify=config.tls_verify,
+        connect_timeout_s=config.connect_timeout_ms / 1000,
+        connect_wait_s=config.connect_wait_ms / 1000,
+        call_timeout_s=config.call_timeout_ms / 1000,
+        pool_size=config.pool_size,
+        key_prefix=config.key_prefix,
+        update_attempts=config.update_attempts,
+        events_kept=config.events_kept if config.events == "shared" else 0,
+        delivery=config.delivery,
+        group=config.group,
+        claim_after_s=config.claim_after_ms / 1000,
+    )
+
+
+def _open_redis(config: RedisConfig) -> RedisAdapter:
+    """Open the adapter, connected. Raises StorageError."""
+    from scopestate.persistence.redis.adapter import RedisAdapter  # noqa: PLC0415 - see load_libraries
+
+    return RedisAdapter(_options_of(config), deliver)

@@ -1,0 +1,1 @@
+"""Scopes that live in another engine, over the wire."""
