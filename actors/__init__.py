@@ -4,11 +4,11 @@
 `scopestate.actors.deterministic` has a dispatcher that replays any order of turns from a seed.
 """
 
-from scopestate.actors import messages
 from scopestate.actors.handler import HandlerActor
 from scopestate.actors.router import TriggerRouter
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import SnapshotActor
 from scopestate.actors.turn import TurnActor
+from scopestate.ops import messages
 
 __all__ = ["HandlerActor", "ScopeActor", "SnapshotActor", "TriggerRouter", "TurnActor", "messages"]

@@ -8,19 +8,19 @@ from typing import Any, Final
 import msgspec
 import pykka
 
-from scopestate.actors import messages
+from scopestate.actors.control import Caused, Housekeeping, as_failure_of
 from scopestate.actors.ports import ScopeChange
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.turn import WAIT
-from scopestate.actors.turns import Caused, Change, Housekeeping, Put, Read, ReadAll, ReadItems, Take, as_failure_of
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
+from scopestate.ops import messages, turns
 from scopestate.signals import certainly
 
 Outcome = tuple[ReplyTo, Any, BaseException | None]
 """A reply with its value or its error, ready to deliver."""
 
-_WRITES: Final = frozenset({Put, Change, Take, messages.Set, messages.Update, messages.Delete})
+_WRITES: Final = frozenset({turns.Set, turns.Update, turns.Delete, messages.Set, messages.Update, messages.Delete})
 
 
 class TakeBatch(Housekeeping, frozen=True):
@@ -79,7 +79,7 @@ class CommitScopeActor(ScopeActor):
 
     def read(self, key: str) -> bytes | None:
         data = self.peek(key)
-        return self.run(Read(key)) if data is None else data
+        return self.run(turns.Get(key)) if data is None else data
 
     def peek(self, key: str) -> bytes | None:
         values = self._values
@@ -100,7 +100,7 @@ class CommitScopeActor(ScopeActor):
             if not self._unsettled and values is self._values:
                 self.touched = True
                 return everything
-        return self.run(ReadAll())  # type: ignore[no-any-return]
+        return self.run(turns.List())  # type: ignore[no-any-return]
 
     # --------------------------------------------------------------------------------------------------- turns
 
@@ -161,9 +161,9 @@ class CommitScopeActor(ScopeActor):
 
     def _is_open(self, message: Any) -> bool:
         """True if a read touches what is not on disk yet."""
-        if isinstance(message, (Read, messages.Get)):
+        if isinstance(message, (turns.Get, messages.Get)):
             return message.key in (self._dirty or ()) or message.key in self._flying
-        return isinstance(message, (ReadAll, ReadItems, messages.List))
+        return isinstance(message, (turns.List, turns.Items, messages.List))
 
     def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
         self._unsettled = True

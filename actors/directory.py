@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from scopestate.actors.scope import ScopeActor
-from scopestate.actors.turns import checked_name
+from scopestate.ops.turns import checked_name
 from scopestate.signals import Guard, exclusive
 from scopestate.wire.depth import event_depth
 

@@ -8,32 +8,21 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from scopestate.actors.containment import Log
+from scopestate.actors.control import Close, Housekeeping, Passivate
 from scopestate.actors.reply import Reply
-from scopestate.actors.results import EventType, StateEvent
 from scopestate.actors.scope import ScopeActor
-from scopestate.actors.turns import (
-    Change,
-    Close,
-    Housekeeping,
-    Passivate,
-    Put,
-    Read,
-    ReadAll,
-    ReadItems,
-    Take,
-    answer_of,
-    checked_name,
-    turn_of,
-)
 from scopestate.errors import DeserializationError
+from scopestate.ops import turns
+from scopestate.ops.results import EventType, StateEvent
+from scopestate.ops.turns import answer_of, checked_name, turn_of
 
 if TYPE_CHECKING:
     from scopestate.actors.handler import HandlerActor
 
 log = Log("scopestate.scope")
 
-WRITES: Final = frozenset({Put, Change, Take})
-WHOLE: Final = frozenset({ReadAll, ReadItems})
+WRITES: Final = frozenset({turns.Set, turns.Update, turns.Delete})
+WHOLE: Final = frozenset({turns.List, turns.Items})
 """Calls on no key in particular."""
 
 Converter = Callable[[Any], Any]
@@ -47,10 +36,10 @@ class ScopeElsewhere(ScopeActor):
     """
 
     def read(self, key: str) -> bytes | None:
-        return self.run(Read(key))  # type: ignore[no-any-return]
+        return self.run(turns.Get(key))  # type: ignore[no-any-return]
 
     def read_all(self) -> list[bytes]:
-        return self.run(ReadAll())  # type: ignore[no-any-return]
+        return self.run(turns.List())  # type: ignore[no-any-return]
 
     def _turn_for(self, message: Any, depth: int) -> tuple[Any, Converter | None]:
         """Return the turn that a message stands for, and for a public one what makes a Python value of the answer.
@@ -60,7 +49,7 @@ class ScopeElsewhere(ScopeActor):
         if self._closed and (self._shut or not depth):
             raise self._refusal()
         kind = type(message)
-        if kind is Put or kind is Change or kind is Take or kind is Read:
+        if kind is turns.Set or kind is turns.Update or kind is turns.Delete or kind is turns.Get:
             key = message.key
             if type(key) is not str or not key.isascii():
                 plain = checked_name("key", key)

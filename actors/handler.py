@@ -18,9 +18,9 @@ from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import Functions
 from scopestate.actors.limits import Limits
 from scopestate.actors.reply import Reply
-from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventNotDelivered, HandlerTimeout
+from scopestate.ops.results import StateEvent
 from scopestate.ops.values import class_name
 from scopestate.signals import Guard, certainly, exclusive
 from scopestate.wire.depth import event_depth

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from scopestate.actors.containment import Log
+from scopestate.actors.control import Passivate
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor
-from scopestate.actors.turns import Passivate
 
 if TYPE_CHECKING:
     from scopestate.actors.directory import Directory

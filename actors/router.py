@@ -10,9 +10,9 @@ from typing import Any, Final, NoReturn
 
 from scopestate.actors.containment import Log, contained
 from scopestate.actors.handler import Barrier, DeliveryFailure, HandlerActor, HandlerServices, Trigger, size_of
-from scopestate.actors.results import EventType, StateEvent
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventLoopDetected, InvalidRegistration, Overloaded
+from scopestate.ops.results import EventType, StateEvent
 from scopestate.signals import Guard, certainly, exclusive
 
 log = Log("scopestate.triggers")

@@ -9,31 +9,20 @@ from typing import TYPE_CHECKING, Any, Final
 import pykka
 
 from scopestate.actors.containment import Log
-from scopestate.actors.ports import Adapter, ScopeChange
-from scopestate.actors.reply import Envelope
-from scopestate.actors.results import EventType, SetResult, StateEvent, UpdateResult
-from scopestate.actors.turn import TurnActor
-from scopestate.actors.turns import (
+from scopestate.actors.control import (
     Caused,
-    Change,
     Close,
     Collect,
     Housekeeping,
     Passivate,
     Ping,
-    Put,
-    Read,
-    ReadAll,
-    ReadItems,
-    Take,
-    answer_of,
     as_failure_of,
     caused,
-    checked_length,
-    checked_name,
-    turn_of,
     weight,
 )
+from scopestate.actors.ports import Adapter, ScopeChange
+from scopestate.actors.reply import Envelope
+from scopestate.actors.turn import TurnActor
 from scopestate.errors import (
     DeserializationError,
     EngineClosed,
@@ -42,7 +31,9 @@ from scopestate.errors import (
     StorageError,
     ValueTooLarge,
 )
-from scopestate.ops import MISSING, UpdateOp, apply
+from scopestate.ops import MISSING, UpdateOp, apply, turns
+from scopestate.ops.results import EventType, SetResult, StateEvent, UpdateResult
+from scopestate.ops.turns import answer_of, checked_length, checked_name, turn_of
 from scopestate.ops.values import decode, encode_plain
 from scopestate.wire.depth import event_depth
 
@@ -156,7 +147,7 @@ class ScopeActor(TurnActor):
         """Return the key's JSON, or None if it does not exist. No turn if the scope is in memory."""
         values = self._values
         if values is None or not self._direct:
-            return self.run(Read(key))  # type: ignore[no-any-return]
+            return self.run(turns.Get(key))  # type: ignore[no-any-return]
         self.touched = True
         return values.get(key)
 
@@ -172,7 +163,7 @@ class ScopeActor(TurnActor):
         """Return all values as JSON, in insertion order."""
         values = self._values
         if values is None or not self._direct:
-            return self.run(ReadAll())  # type: ignore[no-any-return]
+            return self.run(turns.List())  # type: ignore[no-any-return]
         self.touched = True
         return list(values.values())
 
@@ -186,15 +177,15 @@ class ScopeActor(TurnActor):
             successor = self._arrive(message)
             if successor is not None:
                 return successor.run(message)
-        if kind is Put:
+        if kind is turns.Set:
             return self._put(message.key, message.data)
-        if kind is Change:
+        if kind is turns.Update:
             return self._change(message.key, message.ops)
-        if kind is Take:
+        if kind is turns.Delete:
             return self._take(message.key)
-        if kind is Read:
+        if kind is turns.Get:
             return self._values.get(message.key)  # type: ignore[union-attr]  # _arrive has loaded it
-        if kind is ReadAll:
+        if kind is turns.List:
             return list(self._values.values())  # type: ignore[union-attr]
         if kind is Caused:
             token = event_depth.set(message.depth)
@@ -206,7 +197,7 @@ class ScopeActor(TurnActor):
 
     def _on_rare(self, message: Any) -> Any:
         match message:
-            case ReadItems():
+            case turns.Items():
                 return list(self._values.items())  # type: ignore[union-attr]  # _arrive has loaded it
             case Collect():
                 return self._collect()

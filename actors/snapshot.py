@@ -11,12 +11,12 @@ import msgspec
 
 from scopestate.actors.commit import Batch, CommitScopeActor, Outcome, TakeBatch
 from scopestate.actors.containment import Log, described, is_from_outside
+from scopestate.actors.control import Collect
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.ports import Adapter, ScopeChange
 from scopestate.actors.reply import deliver
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor, arranging, is_arranging
-from scopestate.actors.turns import Collect
 from scopestate.errors import StorageError, UnsavableValue
 from scopestate.ops.values import class_name
 from scopestate.signals import certainly

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Callable
 
 from scopestate.actors.functions import is_generator
-from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.config.schema import FunctionRef
+from scopestate.ops.messages import FUNCTION_IDS
 
 
 def misfit_id(function_id: object) -> str | None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 
-from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.config.fields import did_you_mean, misfit, misfit_shape, nearest
 from scopestate.config.functions import TargetError, import_function, misfit_id, reference
 from scopestate.config.nodes import Mapping, Node, Problems, Scalar, Sequence, join
@@ -33,6 +32,7 @@ from scopestate.config.schema import (
     with_every_list,
 )
 from scopestate.errors import ConfigError
+from scopestate.ops.messages import FUNCTION_IDS
 
 log = logging.getLogger("scopestate.config")
 

@@ -1,11 +1,11 @@
 """scopestate: scoped key-value state, owned by actors, with reactive triggers."""
 
 from scopestate import ops
-from scopestate.actors import messages
 from scopestate.actors.handler import DeliveryFailure
-from scopestate.actors.results import SetResult, StateEvent, UpdateResult
 from scopestate.engine import Engine
 from scopestate.errors import ScopestateError, StorageError
+from scopestate.ops import messages
+from scopestate.ops.results import SetResult, StateEvent, UpdateResult
 
 __all__ = [
     "DeliveryFailure",

@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import pykka
 
-from scopestate.actors import messages
 from scopestate.actors.loop_reply import Deadlines, LoopReply
 from scopestate.actors.reply import Envelope, Reply
-from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import Flush
-from scopestate.actors.turns import Change, Put, Read, ReadAll, Take, Turn, checked_name, no_message
 from scopestate.asks import no_room
 from scopestate.calls import to_json
 from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout, ValueTooLarge
-from scopestate.ops import checked
+from scopestate.ops import checked, messages, turns
+from scopestate.ops.results import SetResult, UpdateResult
+from scopestate.ops.turns import checked_name, no_message
 from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class AioEngine:
         if limit and len(data) > limit:
             raise ValueTooLarge(scope, key, len(data), limit)
         self._count_set()
-        return await self._turn(scope, Put(key, data))  # type: ignore[no-any-return]
+        return await self._turn(scope, turns.Set(key, data))  # type: ignore[no-any-return]
 
     async def get(self, scope: str, key: str, default: Any = None) -> Any:
         """As `Engine.get`."""
@@ -66,24 +65,24 @@ class AioEngine:
         except TypeError:
             data = None
         if data is None:
-            data = await self._turn(scope, Read(checked_name("key", key)))
+            data = await self._turn(scope, turns.Get(checked_name("key", key)))
         return default if data is None else decode(data)
 
     async def delete(self, scope: str, key: str) -> Any:
         """As `Engine.delete`."""
         self._engine._tally["state::delete"].add()
-        data = await self._turn(scope, Take(key))
+        data = await self._turn(scope, turns.Delete(key))
         return None if data is None else decode(data)
 
     async def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
         """As `Engine.update`."""
         self._engine._tally["state::update"].add()
-        return await self._turn(scope, Change(key, checked(ops)))  # type: ignore[no-any-return]
+        return await self._turn(scope, turns.Update(key, checked(ops)))  # type: ignore[no-any-return]
 
     async def list(self, scope: str) -> builtins.list[Any]:
         """As `Engine.list`."""
         self._engine._tally["state::list"].add()
-        return [decode(data) for data in await self._turn(scope, ReadAll())]
+        return [decode(data) for data in await self._turn(scope, turns.List())]
 
     async def list_groups(self) -> builtins.list[str]:
         """As `Engine.list_groups`."""
@@ -163,7 +162,7 @@ class AioEngine:
     ) -> None:
         await self.close()
 
-    async def _turn(self, scope: str, turn: Turn) -> Any:
+    async def _turn(self, scope: str, turn: turns.Turn[Any]) -> Any:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
         try:
             actor = self._scopes[scope]
@@ -179,7 +178,7 @@ class AioEngine:
             checked_name("key", getattr(turn, "key", ""))
             raise
 
-    async def _queued(self, actor: ScopeActor, turn: Turn) -> Any:
+    async def _queued(self, actor: ScopeActor, turn: turns.Turn[Any]) -> Any:
         reply = LoopReply()
         actor.accept(Envelope(turn, reply))
         timeout_s = self._limits.call_timeout_s
@@ -201,7 +200,7 @@ class AioEngine:
             self._deadlines.pop(known, None)
         return self._deadlines.setdefault(loop, Deadlines(loop))
 
-    async def _when_room(self, scope: str, turn: Turn) -> Any:
+    async def _when_room(self, scope: str, turn: turns.Turn[Any]) -> Any:
         """A handler must catch up first: wait for it, then try again."""
         router, loop = self._engine._router, asyncio.get_running_loop()
         timeout_s = self._limits.call_timeout_s

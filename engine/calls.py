@@ -6,10 +6,8 @@ import contextvars
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from scopestate.actors import messages
 from scopestate.actors.containment import described, is_from_outside
 from scopestate.actors.functions import Function, running_loop
-from scopestate.actors.results import ListGroupsResult
 from scopestate.errors import (
     DeserializationError,
     FunctionFailed,
@@ -18,6 +16,8 @@ from scopestate.errors import (
     SerializationError,
     WouldDeadlock,
 )
+from scopestate.ops import messages
+from scopestate.ops.results import ListGroupsResult
 from scopestate.ops.values import class_name, decode, encode
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from scopestate.actors import messages
 from scopestate.actors.functions import Function, Functions
 from scopestate.actors.handler import Trigger
-from scopestate.actors.results import ListGroupsResult, SetResult, StateEvent, UpdateResult
+from scopestate.ops import messages
+from scopestate.ops.results import ListGroupsResult, SetResult, StateEvent, UpdateResult
 from scopestate.ops.values import decode, encode
 
 _IDS: Final = {kind: function_id for function_id, kind in messages.FUNCTION_IDS.items()}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 import pykka
 
 from scopestate.actors.containment import Log
+from scopestate.actors.control import Close
 from scopestate.actors.router import Routed
 from scopestate.actors.snapshot import Flush
-from scopestate.actors.turns import Close
 from scopestate.draining import drain
 from scopestate.errors import EngineClosed, EngineForked, ReplyTimeout, StorageError, WouldDeadlock
 from scopestate.signals import Guard

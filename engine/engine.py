@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import pykka
 
 from scopestate import catalogue, lifecycle
-from scopestate.actors import messages
+from scopestate.actors.control import weight
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.reply import Envelope, Reply
-from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.snapshot import Flush
-from scopestate.actors.turns import Change, Put, Take, Turn, answer_of, checked_name, turn_of, weight
 from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
@@ -38,7 +36,9 @@ from scopestate.errors import (
     WouldDeadlock,
 )
 from scopestate.handle import Scope
-from scopestate.ops import checked
+from scopestate.ops import checked, messages, turns
+from scopestate.ops.results import SetResult, UpdateResult
+from scopestate.ops.turns import answer_of, checked_name, turn_of
 from scopestate.ops.values import decode, encode
 from scopestate.parts import Parts
 from scopestate.persistence import Adapter
@@ -177,9 +177,9 @@ class Engine(Reactive):
             raise ValueTooLarge(scope, key, len(data), limit)
         self._count_set()
         try:
-            return self._scopes[scope].run(Put(key, data))  # type: ignore[no-any-return]
+            return self._scopes[scope].run(turns.Set(key, data))  # type: ignore[no-any-return]
         except (HandlerFull, TypeError) as error:
-            return self._turn(scope, Put(key, data), error)  # type: ignore[no-any-return]
+            return self._turn(scope, turns.Set(key, data), error)  # type: ignore[no-any-return]
 
     def get(self, scope: str, key: str, default: Any = None) -> Any:
         """Return a fresh copy of a value, or `default` if the key does not exist. A stored null is None.
@@ -204,7 +204,7 @@ class Engine(Reactive):
         Raises StorageError `DELETE_ERROR`, and what `set` raises for a scope that cannot take the call.
         """
         self._tally["state::delete"].add()
-        data = self._turn(scope, Take(key))
+        data = self._turn(scope, turns.Delete(key))
         return None if data is None else decode(data)
 
     def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
@@ -215,7 +215,7 @@ class Engine(Reactive):
         no op, ValueTooLarge if the value grew past the limit, `UPDATE_ERROR`, and what `set` raises.
         """
         self._count_update()
-        turn = Change(key, checked(ops))
+        turn = turns.Update(key, checked(ops))
         try:
             return self._scopes[scope].run(turn)  # type: ignore[no-any-return]
         except (HandlerFull, TypeError) as error:
@@ -455,10 +455,10 @@ class Engine(Reactive):
 
     # ------------------------------------------------------------------------------------------- the slower ways
 
-    def _turn(self, scope: str, turn: Turn, error: Exception | None = None) -> Any:
+    def _turn(self, scope: str, turn: turns.Turn[Any], error: Exception | None = None) -> Any:
         """Run `turn`, waiting for a handler that must catch up first; `error` is what a first attempt raised."""
         checked_name("scope", scope)
-        if isinstance(turn, (Put, Change, Take)):
+        if isinstance(turn, (turns.Set, turns.Update, turns.Delete)):
             checked_name("key", turn.key)
         if isinstance(error, TypeError):
             raise error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pykka
 
-from scopestate.actors.results import SetResult, UpdateResult
+from scopestate.ops.results import SetResult, UpdateResult
 
 if TYPE_CHECKING:
     from scopestate.actors.scope import ScopeActor

@@ -20,11 +20,9 @@ from scopestate.actors.handler import DeliveryFailure, HandlerServices, Trigger
 from scopestate.actors.housekeeping import Housekeeper
 from scopestate.actors.limits import Limits
 from scopestate.actors.loop_thread import LoopThread
-from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.actors.router import TriggerRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
-from scopestate.actors.turns import checked_length
 from scopestate.config import (
     AuthConfig,
     Config,
@@ -37,6 +35,8 @@ from scopestate.config import (
 from scopestate.config.functions import misfit_id
 from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.opening import open_adapter
+from scopestate.ops.messages import FUNCTION_IDS
+from scopestate.ops.turns import checked_length
 from scopestate.persistence import Adapter
 from scopestate.stats import Tally
 

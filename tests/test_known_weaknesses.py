@@ -20,7 +20,6 @@ from load.engines import nothing_left, open_engine
 from reliability.living import PATIENCE_S, InThread, Seen, saved, settings
 
 from scopestate import Engine
-from scopestate.actors.messages import from_payload
 from scopestate.config import from_mapping
 from scopestate.errors import (
     ConfigError,
@@ -31,6 +30,7 @@ from scopestate.errors import (
     StoreLocked,
     ValueTooLarge,
 )
+from scopestate.ops.messages import from_payload
 
 __all__ = ["nothing_left", "open_engine"]
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Raw
 
-from scopestate.actors import messages
-from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.actors.router import HandlerFull
-from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take, Turn
 from scopestate.errors import DeserializationError, ValueTooLarge
-from scopestate.ops import convert_ops
+from scopestate.ops import convert_ops, messages, turns
+from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.values import check, decode, encode_plain, parse
 from scopestate.wire.frames import last_wins
 
@@ -113,7 +111,7 @@ class BuiltinCalls:
         actor = self._scopes[scope]
         # None: missing, or it takes a turn to know; only the turn can tell.
         text = actor.peek(key)
-        return self._run(scope, Read(key), _as_it_is) if text is None else text
+        return self._run(scope, turns.Get(key), _as_it_is) if text is None else text
 
     def _set(self, data: Raw, access: Access | None) -> Outcome:
         try:
@@ -138,7 +136,9 @@ class BuiltinCalls:
         if limit and len(text) > limit:
             raise ValueTooLarge(scope, key, len(text), limit)
         self._count_set()
-        return self._run(scope, Put(key, text), _set_result_existed if fields.tell_existed == _TRUE else _set_result)
+        return self._run(
+            scope, turns.Set(key, text), _set_result_existed if fields.tell_existed == _TRUE else _set_result
+        )
 
     def _delete(self, data: Raw, access: Access | None) -> Outcome:
         try:
@@ -150,7 +150,7 @@ class BuiltinCalls:
         if access is not None:
             access.check_write(place.scope)
         self._count["state::delete"]()
-        return self._run(place.scope, Take(place.key), _as_it_is)
+        return self._run(place.scope, turns.Delete(place.key), _as_it_is)
 
     def _update(self, data: Raw, access: Access | None) -> Outcome:
         try:
@@ -167,7 +167,7 @@ class BuiltinCalls:
             raise messages.misfit("state::update", str(error)) from error
         self._count["state::update"]()
         convert = _update_result_existed if fields.tell_existed == _TRUE else _update_result
-        return self._run(fields.scope, Change(fields.key, ops), convert)
+        return self._run(fields.scope, turns.Update(fields.key, ops), convert)
 
     def _list(self, data: Raw, access: Access | None) -> Outcome:
         try:
@@ -181,15 +181,15 @@ class BuiltinCalls:
             access.check_read(scope)
         self._count["state::list"]()
         if fields.tell_keys == _TRUE:
-            return self._run(scope, ReadItems(), _keyed)
-        return self._run(scope, ReadAll(), _array)
+            return self._run(scope, turns.Items(), _keyed)
+        return self._run(scope, turns.List(), _array)
 
     async def _list_groups(self, data: Raw, access: Access | None) -> Result:
         messages.from_payload("state::list_groups", _decoded("state::list_groups", data))
         groups = await self._engine.aio.list_groups()
         return encode_plain({"groups": groups if access is None else access.readable(groups)})
 
-    def _run(self, scope: str, turn: Turn, convert: Callable[[Any], Result]) -> Outcome:
+    def _run(self, scope: str, turn: turns.Turn[Any], convert: Callable[[Any], Result]) -> Outcome:
         """Run a turn at once if the scope is idle and in memory; else return the coroutine that waits for it."""
         router = self._router
         actor = self._scopes[scope]
@@ -199,7 +199,7 @@ class BuiltinCalls:
             # This thread will run the router's turn, below. A hand-off to a worker thread, and the way back to this
             # loop for a handler in a worker, would take longer than all the rest. Not so if the turn may take long
             # itself: until it ends no event of the engine would be routed.
-            quick = type(turn) is not Change or (
+            quick = type(turn) is not turns.Update or (
                 len(turn.ops) < _FEW_OPS and len(values.get(turn.key) or b"") < _SMALL_VALUE
             )
             if quick:
@@ -221,7 +221,7 @@ class BuiltinCalls:
         self._scopes[scope].keep_order()
         return outcome
 
-    async def _finish(self, scope: str, turn: Turn, convert: Callable[[Any], Result]) -> Result:
+    async def _finish(self, scope: str, turn: turns.Turn[Any], convert: Callable[[Any], Result]) -> Result:
         return convert(await self._turn_later(scope, turn))
 
 

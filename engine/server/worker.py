@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Raw
 
-from scopestate.actors.results import StateEvent
 from scopestate.errors import RemoteFailure
+from scopestate.ops.results import StateEvent
 from scopestate.ops.values import decode, encode, parse
 from scopestate.wire.frames import ErrorBody
 from scopestate.wire.session import value_of

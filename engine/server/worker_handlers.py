@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Raw
 
 from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices, Trigger, size_of
-from scopestate.actors.results import StateEvent
 from scopestate.actors.turn import HOLDER
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
+from scopestate.ops.results import StateEvent
 from scopestate.server.worker import TimedOut, WorkerFunction, event_json
 from scopestate.wire.depth import event_depth
 

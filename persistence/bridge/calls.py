@@ -6,10 +6,9 @@ from typing import Any, Final
 
 import msgspec
 
-from scopestate.actors.results import SetResult, UpdateResult
-from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take
 from scopestate.errors import DeserializationError, RemoteFailure
-from scopestate.ops import OpError
+from scopestate.ops import OpError, turns
+from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.values import parse
 from scopestate.persistence.bridge.remote import read_keyed
 
@@ -56,17 +55,17 @@ _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 def request(scope: str, turn: Any) -> tuple[str, bytes]:
     """Return the function id and the input, as JSON, that do `turn` on the remote."""
     match turn:
-        case Put(key=key, data=data):
+        case turns.Set(key=key, data=data):
             return "state::set", _encode(_Call(scope, key, msgspec.Raw(data), tell_existed=True))
-        case Change(key=key, ops=ops):
+        case turns.Update(key=key, ops=ops):
             return "state::update", _encode(_Call(scope, key, ops=ops, tell_existed=True))
-        case Take(key=key):
+        case turns.Delete(key=key):
             return "state::delete", _encode(_Call(scope, key))
-        case Read(key=key):
+        case turns.Get(key=key):
             return "state::get", _encode(_Call(scope, key))
-        case ReadAll():
+        case turns.List():
             return "state::list", _encode(_Call(scope))
-        case ReadItems():
+        case turns.Items():
             return "state::list", _encode(_Call(scope, tell_keys=True))
     raise TypeError(f"no call of a remote stands for {turn!r:.80}")
 
@@ -75,20 +74,20 @@ def read_answer(turn: Any, result: bytes | None) -> Outcome:
     """Read the remote's result for `turn`. Raises RemoteFailure (`serialization_error`) if it has another shape."""
     try:
         match turn:
-            case Put(data=data):
+            case turns.Set(data=data):
                 written = _decode_written(result or _NULL)
                 old = _old(written)
                 return Outcome(SetResult(old, data), (old, data))
-            case Change():
+            case turns.Update():
                 written = _decode_written(result or _NULL)
                 old, new = _old(written), parse(bytes(written.new_value))
                 return Outcome(UpdateResult(old, new, written.errors), (old, new))
-            case Take():
+            case turns.Delete():
                 taken = None if result is None else parse(result)
                 return Outcome(taken, (taken, None))
-            case Read():
+            case turns.Get():
                 return Outcome(None if result is None else parse(result))
-            case ReadItems():
+            case turns.Items():
                 return Outcome(read_keyed(result))
             case _:
                 return Outcome([parse(bytes(value)) for value in _decode_list(result or b"[]")])

@@ -9,23 +9,12 @@ from typing import Any, Final
 import pykka
 
 from scopestate.actors.containment import Log
+from scopestate.actors.control import Caused, Housekeeping, Ping, as_failure_of
 from scopestate.actors.elsewhere import WHOLE, WRITES, Converter, ScopeElsewhere, Told
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import WAIT
-from scopestate.actors.turns import (
-    Caused,
-    Change,
-    Housekeeping,
-    Ping,
-    Put,
-    Read,
-    ReadAll,
-    ReadItems,
-    Take,
-    as_failure_of,
-)
 from scopestate.errors import (
     EngineClosed,
     Overloaded,
@@ -34,6 +23,7 @@ from scopestate.errors import (
     ScopestateError,
     StorageError,
 )
+from scopestate.ops import turns
 from scopestate.persistence.bridge.calls import Outcome, read_answer, request
 from scopestate.persistence.bridge.remote import Remote
 from scopestate.wire.depth import event_depth
@@ -318,10 +308,10 @@ def _via_bridge(turn: Any, error: Exception) -> StorageError:
 
 
 _VERBS: Final[dict[type[Any], str]] = {
-    Put: "Failed to set value",
-    Change: "Failed to update value",
-    Take: "Failed to delete value",
-    Read: "Failed to get value",
-    ReadAll: "Failed to list values",
-    ReadItems: "Failed to list values",
+    turns.Set: "Failed to set value",
+    turns.Update: "Failed to update value",
+    turns.Delete: "Failed to delete value",
+    turns.Get: "Failed to get value",
+    turns.List: "Failed to list values",
+    turns.Items: "Failed to list values",
 }

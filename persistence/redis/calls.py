@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final
 
-from scopestate.actors import messages
+from scopestate.actors.control import Caused, as_failure_of
 from scopestate.actors.elsewhere import WRITES, Converter
 from scopestate.actors.reply import Envelope, ReplyTo
-from scopestate.actors.turns import Caused, Change, Put, Read, ReadAll, ReadItems, Take, as_failure_of
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, ScopestateError, StorageError
+from scopestate.ops import messages, turns
 
 NEVER: Final = float("inf")
 
@@ -22,12 +22,12 @@ Outcome = tuple[ReplyTo, Any, BaseException | None]
 """What `reply.deliver` takes."""
 
 _FUNCTION_IDS: Final[dict[type[Any], str]] = {
-    Put: "state::set",
-    Change: "state::update",
-    Take: "state::delete",
-    Read: "state::get",
-    ReadAll: "state::list",
-    ReadItems: "state::list",
+    turns.Set: "state::set",
+    turns.Update: "state::update",
+    turns.Delete: "state::delete",
+    turns.Get: "state::get",
+    turns.List: "state::list",
+    turns.Items: "state::list",
 }
 
 
@@ -57,7 +57,7 @@ class Call:
         """End it with an error, worded for what it wanted."""
         turn = self.turn
         if isinstance(error, ConnectionLost):
-            changes = type(turn) in WRITES and not (type(turn) is Change and self.after is None)
+            changes = type(turn) in WRITES and not (type(turn) is turns.Update and self.after is None)
             worded = ConnectionLost(_FUNCTION_IDS[type(turn)], error.url, error.problem, may_be_applied=changes)
             worded.__cause__ = error.__cause__
             error = worded
@@ -104,7 +104,7 @@ def kind_of(item: Any) -> type[Any]:
     elif type(message) is Call:
         message = message.turn
     kind = type(message)
-    return ReadAll if kind is messages.List else kind
+    return turns.List if kind is messages.List else kind
 
 
 def contended(scope: str, key: str, tries: int) -> StorageError:

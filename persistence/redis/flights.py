@@ -10,10 +10,9 @@ from typing import Any, Final, Protocol
 from scopestate.actors.containment import Log
 from scopestate.actors.elsewhere import WHOLE, WRITES
 from scopestate.actors.limits import Limits
-from scopestate.actors.results import SetResult, UpdateResult
-from scopestate.actors.turns import Change, Put, Read, ReadItems, Take
 from scopestate.errors import DeserializationError, ScopestateError, StorageError, ValueTooLarge
-from scopestate.ops import MISSING, apply
+from scopestate.ops import MISSING, apply, turns
+from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.values import decode, encode_plain
 from scopestate.persistence.redis.calls import NEVER, NOTHING, Call, Known, Lane, contended
 from scopestate.persistence.redis.connection import Refusal
@@ -127,7 +126,7 @@ class RedisFlights:
         if kind in WHOLE:
             return Flight(("HGETALL", hash_key), store.bulk_link(hash_key), self._landed, calls)
         link = store.bulk_link(hash_key) if self._seen.bulky else store.link(hash_key)
-        if kind is Read and len(calls) == 1:
+        if kind is turns.Get and len(calls) == 1:
             return Flight(("HGET", hash_key, turn.key), link, self._landed, calls)
         entries: list[Any] = []
         flying: list[Call] = []
@@ -141,16 +140,16 @@ class RedisFlights:
             if call.depth != depth and store.shares_events:
                 depth = call.depth
                 entries += ("p", str(depth))
-            if kind is Put:
+            if kind is turns.Set:
                 if len(turn.data) > _LARGEST_BYTES:
                     call.fail(_too_large(key, turn.data))
                     continue
                 entries += ("s", key, turn.data)
                 known[key] = (turn.data, turn.data)
-            elif kind is Change:
+            elif kind is turns.Update:
                 if not self._enter_update(call, entries, known):
                     continue
-            elif kind is Take:
+            elif kind is turns.Delete:
                 entries += ("d", key)
                 known[key] = NOTHING
             else:
@@ -249,16 +248,16 @@ class RedisFlights:
         kind, key = type(turn), turn.key
         if type(found) is int and found == SKIPPED:
             self._lane(key, 0.0, keep=True).calls.append(call)  # behind the update that failed
-        elif kind is Put:
+        elif kind is turns.Set:
             # A value that is not JSON reads as null here, and is gone: docs/semantics.md, section 7.
             old = None if found is None else self._seen.valid(key, found, otherwise=b"null")
             self._seen.remember(key, (turn.data, turn.data))
             call.answer = SetResult(old, turn.data)
             call.done = True
             self._changed(call, old, turn.data)
-        elif kind is Change:
+        elif kind is turns.Update:
             self._finish_update(call, found)
-        elif kind is Take:
+        elif kind is turns.Delete:
             call.answer = old = None if found is None else self._seen.valid(key, found, otherwise=b"null")
             self._seen.remember(key, NOTHING)
             call.done = True
@@ -343,7 +342,7 @@ class RedisFlights:
         items.sort()
         self._seen.note_gone(misfits)
         for call in calls:
-            call.answer = list(items) if type(call.turn) is ReadItems else [value for _, value in items]
+            call.answer = list(items) if type(call.turn) is turns.Items else [value for _, value in items]
             call.done = True
 
 

@@ -10,14 +10,15 @@ from typing import Any, Final
 import pykka
 
 from scopestate.actors.containment import Log
+from scopestate.actors.control import Caused, Close, Housekeeping, Ping
 from scopestate.actors.elsewhere import WHOLE, WRITES, ScopeElsewhere, Told
 from scopestate.actors.handler import NOBODY
 from scopestate.actors.reply import Envelope, Reply, ReplyTo
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import HOLDER, WAIT
-from scopestate.actors.turns import Caused, Change, Close, Housekeeping, Ping, Put, Read, Take
 from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
+from scopestate.ops import turns
 from scopestate.persistence.redis.calls import NEVER, Call, Known, kind_of, tell
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.flights import RedisFlights, Store
@@ -29,7 +30,7 @@ log = Log("scopestate.scope")
 _FLIGHT_BYTES: Final = 1 << 18
 """Values in one command, about, at most: it runs in Redis as one step, which holds up everybody else there."""
 
-_PLAIN: Final = frozenset({Put, Change, Take, Read})
+_PLAIN: Final = frozenset({turns.Set, turns.Update, turns.Delete, turns.Get})
 
 
 class _Parked:
@@ -328,7 +329,7 @@ class RedisScopeActor(ScopeElsewhere):
             elif lanes and call.turn.key in lanes:
                 lanes[call.turn.key].calls.append(call)
                 continue
-            elif type(call.turn) is Put:
+            elif type(call.turn) is turns.Set:
                 size += len(call.turn.data)
             calls.append(call)
         del mailbox[:taken]

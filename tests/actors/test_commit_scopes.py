@@ -11,10 +11,11 @@ from reliability.living import InThread
 
 from scopestate import Engine
 from scopestate.actors.commit import CommitScopeActor, TakeBatch
+from scopestate.actors.control import Passivate
 from scopestate.actors.reply import Envelope, Reply, deliver
-from scopestate.actors.turns import Passivate, Put, Read
 from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig
 from scopestate.errors import EngineClosed, Overloaded, StorageError
+from scopestate.ops import turns
 
 
 @pytest.fixture
@@ -44,9 +45,9 @@ def test_a_scope_stays_while_a_read_waits_for_a_commit(
     engine: Engine, actor: CommitScopeActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its successor would take its place in the registry of scopes to commit, and the read would wait for ever."""
-    written = send(actor, Put("k", b"2"))
+    written = send(actor, turns.Set("k", b"2"))
     batch = actor.run(TakeBatch())
-    read = send(actor, Read("k"))
+    read = send(actor, turns.Get("k"))
     engine._parts.adapter.save([batch.change])
     deliver(batch.settle())
     assert written.done
@@ -61,7 +62,7 @@ def test_a_scope_stays_while_a_read_waits_for_a_commit(
 
 
 def test_a_scope_stays_while_a_write_waits_for_its_commit(actor: CommitScopeActor) -> None:
-    send(actor, Put("k", b"2"))
+    send(actor, turns.Set("k", b"2"))
     assert actor.run(Passivate()) is False
 
     batch = actor.run(TakeBatch())
@@ -73,11 +74,11 @@ def test_the_groups_wait_for_a_commit_that_decides_about_them(engine: Engine, ac
     other = engine._scopes["new"]
     assert isinstance(other, CommitScopeActor)
     assert other.run(TakeBatch()).change is None
-    send(actor, Put("k", b"2"))
+    send(actor, turns.Set("k", b"2"))
     reading = Reply[object]()
-    other.post(Envelope(Read("k"), reading))
+    other.post(Envelope(turns.Get("k"), reading))
     assert reading.get(timeout=30) is None
-    send(other, Put("k", b"1"))
+    send(other, turns.Set("k", b"1"))
 
     groups = InThread(engine.list_groups)
     pause = threading.Event()
@@ -94,8 +95,8 @@ def test_the_groups_wait_for_a_commit_that_decides_about_them(engine: Engine, ac
 
 
 def test_a_roll_back_answers_everybody_even_if_the_mailbox_is_full(engine: Engine, actor: CommitScopeActor) -> None:
-    written = send(actor, Put("k", b"2"))
-    reads = [send(actor, Read("k")) for _ in range(20)]
+    written = send(actor, turns.Set("k", b"2"))
+    reads = [send(actor, turns.Get("k")) for _ in range(20)]
     batch = actor.run(TakeBatch())
 
     actor._claim["holder"] = -1  # so that what is sent again has to wait, and there is room for five
@@ -119,13 +120,13 @@ def test_messages_that_reach_a_scope_that_left_are_passed_on_and_each_is_answere
     engine: Engine, actor: CommitScopeActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert actor.run(Passivate()) is True
-    reads = [send(actor, Read("k")) for _ in range(3)]
+    reads = [send(actor, turns.Get("k")) for _ in range(3)]
     assert [read.get(timeout=30) for read in reads] == [b"1"] * 3
 
     monkeypatch.undo()
     engine.close()
     reads = [Reply() for _ in range(3)]
-    actor._mailbox += [Envelope(Read("k"), read) for read in reads]
+    actor._mailbox += [Envelope(turns.Get("k"), read) for read in reads]
     actor.run_batch()
 
     for read in reads:

@@ -8,10 +8,10 @@ import pykka
 import pytest
 
 from scopestate import Engine, StateEvent
-from scopestate.actors import messages
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.config import AdapterConfig, Config, KvConfig, ScopeRule
 from scopestate.errors import ReplyTimeout, WouldDeadlock
+from scopestate.ops import messages
 from scopestate.persistence import ScopeChange, ScopeState
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from scopestate import Engine
 from scopestate.actors import housekeeping
+from scopestate.actors.control import Passivate
 from scopestate.actors.deterministic import DeterministicDispatcher
-from scopestate.actors.turns import Passivate
 from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig, ScopeRule
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from scopestate import Engine, StateEvent
-from scopestate.actors import messages
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.functions import Functions
 from scopestate.actors.handler import HandlerActor, HandlerServices, Trigger
@@ -17,6 +16,7 @@ from scopestate.actors.loop_thread import LoopThread
 from scopestate.actors.router import Bucket, TriggerRouter
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import Overloaded
+from scopestate.ops import messages
 from scopestate.persistence import ScopeChange, ScopeState
 
 SLOW_S = 10.0

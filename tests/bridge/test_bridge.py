@@ -12,7 +12,7 @@ import pytest
 from second_engine import PATIENCE_S, OpenBridge, RemoteProcess, Seen, bridge_config
 
 from scopestate import Engine, messages
-from scopestate.actors.turns import Passivate
+from scopestate.actors.control import Passivate
 from scopestate.config import from_mapping, loads
 from scopestate.errors import (
     ConfigError,

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from conformance import load, same
 
-from scopestate.actors.results import SetResult, UpdateResult
-from scopestate.actors.turns import Change, Put, Read, ReadAll, ReadItems, Take
 from scopestate.errors import RemoteFailure
-from scopestate.ops import checked
+from scopestate.ops import checked, turns
+from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.persistence.bridge.adapter import _read_event
 from scopestate.persistence.bridge.calls import Outcome, read_answer, request
 
@@ -21,12 +20,16 @@ VECTORS: list[dict[str, Any]] = load("vectors.json")
 @pytest.mark.parametrize(
     ("turn", "function_id", "payload"),
     [
-        (Put("k", b'{"a":[1.0]}'), "state::set", {"scope": "s", "key": "k", "value": {"a": [1.0]}, "_existed": True}),
-        (Put("k", b"null"), "state::set", {"scope": "s", "key": "k", "value": None, "_existed": True}),
-        (Take("k"), "state::delete", {"scope": "s", "key": "k"}),
-        (Read(""), "state::get", {"scope": "s", "key": ""}),
-        (ReadAll(), "state::list", {"scope": "s"}),
-        (ReadItems(), "state::list", {"scope": "s", "_keys": True}),
+        (
+            turns.Set("k", b'{"a":[1.0]}'),
+            "state::set",
+            {"scope": "s", "key": "k", "value": {"a": [1.0]}, "_existed": True},
+        ),
+        (turns.Set("k", b"null"), "state::set", {"scope": "s", "key": "k", "value": None, "_existed": True}),
+        (turns.Delete("k"), "state::delete", {"scope": "s", "key": "k"}),
+        (turns.Get(""), "state::get", {"scope": "s", "key": ""}),
+        (turns.List(), "state::list", {"scope": "s"}),
+        (turns.Items(), "state::list", {"scope": "s", "_keys": True}),
     ],
 )
 def test_a_turn_as_a_call(turn: Any, function_id: str, payload: dict[str, Any]) -> None:
@@ -39,7 +42,7 @@ def test_a_turn_as_a_call(turn: Any, function_id: str, payload: dict[str, Any]) 
 def test_ops_go_out_in_the_form_in_which_they_came_in() -> None:
     for vector in VECTORS:
         ops = checked(vector["ops"])
-        _, data = request("s", Change("k", ops))
+        _, data = request("s", turns.Update("k", ops))
         assert checked(json.loads(data)["ops"]) == ops, vector["name"]
 
 
@@ -47,20 +50,30 @@ def test_ops_go_out_in_the_form_in_which_they_came_in() -> None:
     ("turn", "result", "answer", "change"),
     [
         # Another engine does not say `existed`: there a stored null looks like a missing key (docs/protocol.md 13.4).
-        (Put("k", b"1"), b'{"old_value":null,"new_value":1}', SetResult(None, b"1"), (None, b"1")),
-        (Put("k", b"1"), b'{"old_value":0,"new_value":1}', SetResult(b"0", b"1"), (b"0", b"1")),
-        (Put("k", b"1"), b'{"old_value":null,"new_value":1,"existed":true}', SetResult(b"null", b"1"), (b"null", b"1")),
-        (Put("k", b"1"), b'{"old_value":null,"new_value":1,"existed":false}', SetResult(None, b"1"), (None, b"1")),
-        (Put("k", b"1"), b'{"new_value":1,"more":2}', SetResult(None, b"1"), (None, b"1")),
-        (Change("k", ()), b'{"old_value":{ },"new_value":-0}', UpdateResult(b"{}", b"-0.0"), (b"{}", b"-0.0")),
-        (Take("k"), None, None, (None, None)),
-        (Take("k"), b"null", b"null", (b"null", None)),
-        (Read("k"), None, None, None),
-        (Read("k"), b"null", b"null", None),
-        (Read("k"), b'{ "a" : 1 }', b'{"a":1}', None),
-        (ReadAll(), b"[1, null]", [b"1", b"null"], None),
-        (ReadAll(), None, [], None),
-        (ReadItems(), b'{"keys":["b","a"],"values":[1, {}]}', [("b", b"1"), ("a", b"{}")], None),
+        (turns.Set("k", b"1"), b'{"old_value":null,"new_value":1}', SetResult(None, b"1"), (None, b"1")),
+        (turns.Set("k", b"1"), b'{"old_value":0,"new_value":1}', SetResult(b"0", b"1"), (b"0", b"1")),
+        (
+            turns.Set("k", b"1"),
+            b'{"old_value":null,"new_value":1,"existed":true}',
+            SetResult(b"null", b"1"),
+            (b"null", b"1"),
+        ),
+        (
+            turns.Set("k", b"1"),
+            b'{"old_value":null,"new_value":1,"existed":false}',
+            SetResult(None, b"1"),
+            (None, b"1"),
+        ),
+        (turns.Set("k", b"1"), b'{"new_value":1,"more":2}', SetResult(None, b"1"), (None, b"1")),
+        (turns.Update("k", ()), b'{"old_value":{ },"new_value":-0}', UpdateResult(b"{}", b"-0.0"), (b"{}", b"-0.0")),
+        (turns.Delete("k"), None, None, (None, None)),
+        (turns.Delete("k"), b"null", b"null", (b"null", None)),
+        (turns.Get("k"), None, None, None),
+        (turns.Get("k"), b"null", b"null", None),
+        (turns.Get("k"), b'{ "a" : 1 }', b'{"a":1}', None),
+        (turns.List(), b"[1, null]", [b"1", b"null"], None),
+        (turns.List(), None, [], None),
+        (turns.Items(), b'{"keys":["b","a"],"values":[1, {}]}', [("b", b"1"), ("a", b"{}")], None),
     ],
 )
 def test_a_result_as_an_answer(turn: Any, result: bytes | None, answer: Any, change: Any) -> None:
@@ -75,7 +88,7 @@ def test_a_result_as_an_answer(turn: Any, result: bytes | None, answer: Any, cha
 def test_refused_ops_come_through() -> None:
     result = b'{"old_value":1,"new_value":1,"errors":[{"op_index":0,"code":"c","message":"m","doc_url":"u"}]}'
 
-    (error,) = read_answer(Change("k", ()), result).answer.errors
+    (error,) = read_answer(turns.Update("k", ()), result).answer.errors
 
     assert (error.op_index, error.code, error.message, error.doc_url) == (0, "c", "m", "u")
 
@@ -83,14 +96,14 @@ def test_refused_ops_come_through() -> None:
 @pytest.mark.parametrize(
     ("turn", "result"),
     [
-        (Put("k", b"1"), None),
-        (Put("k", b"1"), b"[]"),
-        (Change("k", ()), b'{"old_value":null}'),
-        (Change("k", ()), b'{"old_value":null,"new_value":1e999}'),
-        (Read("k"), b'"\\ud800"'),
-        (ReadAll(), b"{}"),
-        (ReadItems(), b"[1]"),
-        (ReadItems(), b'{"keys":["a"],"values":[]}'),
+        (turns.Set("k", b"1"), None),
+        (turns.Set("k", b"1"), b"[]"),
+        (turns.Update("k", ()), b'{"old_value":null}'),
+        (turns.Update("k", ()), b'{"old_value":null,"new_value":1e999}'),
+        (turns.Get("k"), b'"\\ud800"'),
+        (turns.List(), b"{}"),
+        (turns.Items(), b"[1]"),
+        (turns.Items(), b'{"keys":["a"],"values":[]}'),
     ],
 )
 def test_a_result_of_another_shape_is_an_error_and_not_an_answer(turn: Any, result: bytes | None) -> None:

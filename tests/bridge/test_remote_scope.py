@@ -11,10 +11,11 @@ import pytest
 from second_engine import PATIENCE_S, Seen
 
 from scopestate import Engine, messages
+from scopestate.actors.control import Passivate
 from scopestate.actors.reply import Envelope, Reply
-from scopestate.actors.turns import Passivate, Put
 from scopestate.config import from_mapping
 from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeout, StorageError
+from scopestate.ops import turns
 from scopestate.persistence import ScopeChange, ScopeState
 from scopestate.persistence.bridge.remote import Done
 from scopestate.persistence.bridge.scope import RemoteChange
@@ -363,7 +364,7 @@ def test_a_call_that_reaches_a_scope_that_has_left_is_passed_on(engine: Engine, 
     left: Any = engine._scopes["s"]
     assert left.run(Passivate(), False) is True
     reply: Reply[Any] = Reply()
-    left.accept(Envelope(Put("k", b"1"), reply))
+    left.accept(Envelope(turns.Set("k", b"1"), reply))
     remote.sent("set k")
     remote.answer("set k", WRITTEN)
     changed: Reply[Any] = Reply()
@@ -388,7 +389,7 @@ def test_a_closed_scope_leaves_no_more_and_refuses_what_the_remote_reports(
     with pytest.raises(EngineClosed):
         changed.get(timeout=PATIENCE_S)
     with pytest.raises(EngineClosed):
-        actor.run(Put("k", b"1"))
+        actor.run(turns.Set("k", b"1"))
 
 
 def test_drain_waits_time_after_time_for_what_is_under_way_and_for_nothing_later(

@@ -16,8 +16,8 @@ import pytest
 from watching import Seen
 
 from scopestate import Engine, StateEvent, errors, messages, ops
-from scopestate.actors.results import SetResult, UpdateResult
 from scopestate.config import from_mapping
+from scopestate.ops.results import SetResult, UpdateResult
 
 COPIES: list[Callable[[Any], Any]] = [
     copy.copy,

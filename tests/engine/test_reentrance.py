@@ -13,10 +13,11 @@ import pytest
 from watching import PATIENCE_S, Gate, Seen, in_thread
 
 from scopestate import Engine, StateEvent
+from scopestate.actors.control import Passivate
 from scopestate.actors.dispatcher import ThreadDispatcher
-from scopestate.actors.turns import Passivate, Read
 from scopestate.config import from_mapping
 from scopestate.errors import Overloaded, WouldDeadlock
+from scopestate.ops import turns
 
 
 class Interrupting(ThreadDispatcher):
@@ -80,7 +81,7 @@ def hold(actor: Any, gate: Gate) -> None:
         return original(message)
 
     actor.on_receive = held
-    actor.run(Read("k"))
+    actor.run(turns.Get("k"))
 
 
 def test_a_finalizer_that_commits_while_a_commit_is_being_asked_for_does_not_wait_for_itself(tmp_path: Any) -> None:

@@ -12,8 +12,9 @@ from watching import PATIENCE_S, Failures, Gate, Seen, in_thread
 
 from scopestate import Engine, StateEvent, messages
 from scopestate.actors import scope as scope_module
-from scopestate.actors.turns import Read, weight
+from scopestate.actors.control import weight
 from scopestate.errors import EventNotDelivered, Overloaded
+from scopestate.ops import turns
 
 VALUE = "x" * 398  # 400 bytes as JSON
 
@@ -152,7 +153,7 @@ def test_messages_that_wait_for_a_scope_are_bounded_in_bytes(open_engine: Any) -
         return original(message)
 
     actor.on_receive = held
-    holder = in_thread(lambda: actor.run(Read("k")))
+    holder = in_thread(lambda: actor.run(turns.Get("k")))
     gate.wait_until_reached()
     replies = [engine.ask(messages.Set("s", str(number), VALUE), block=False) for number in range(3)]
     with pytest.raises(Overloaded, match="scope_mailbox_bytes"):
@@ -189,7 +190,7 @@ def test_many_small_messages_behind_a_large_one_are_not_weighed_again_each_time(
         return original(message)
 
     actor.on_receive = held
-    holder = in_thread(lambda: actor.run(Read("k")))
+    holder = in_thread(lambda: actor.run(turns.Get("k")))
     gate.wait_until_reached()
     replies = [engine.ask(messages.Set("s", "large", "x" * 50_000), block=False)]
     replies += [engine.ask(messages.Set("s", "k", number), block=False) for number in range(1000)]
@@ -239,7 +240,7 @@ def test_a_scope_takes_exactly_as_many_messages_as_its_limit(open_engine: Any) -
         return original(message)
 
     actor.on_receive = held
-    holder = in_thread(lambda: actor.run(Read("k")))
+    holder = in_thread(lambda: actor.run(turns.Get("k")))
     gate.wait_until_reached()
     replies = [engine.ask(messages.Set("s", "k", number), block=False) for number in range(3)]
     with pytest.raises(Overloaded):

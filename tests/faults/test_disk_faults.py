@@ -17,7 +17,7 @@ import pytest
 from reliability.living import PATIENCE_S, Seen
 
 from scopestate import Engine
-from scopestate.actors.turns import Passivate
+from scopestate.actors.control import Passivate
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter, ScopeChange, ScopeState
 from scopestate.persistence.sqlite.connection import connect

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from reliability.figures import record
 
 from scopestate import Engine, ScopestateError
-from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.errors import DeserializationError, InvalidValue
+from scopestate.ops.messages import FUNCTION_IDS
 from scopestate.persistence import FileAdapter
 
 OpenEngine = Callable[..., Engine]

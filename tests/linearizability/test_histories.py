@@ -18,7 +18,7 @@ from linearizability.history import History, run_clients
 from reliability.figures import record
 
 from scopestate import Engine
-from scopestate.actors.turns import Passivate
+from scopestate.actors.control import Passivate
 from scopestate.config import Config, KvConfig, from_mapping
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter, MemoryAdapter, ScopeChange

@@ -33,9 +33,9 @@ from conformance import same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scopestate.actors.results import SetResult, StateEvent, UpdateResult
 from scopestate.errors import DeserializationError, InvalidValue
 from scopestate.ops import values
+from scopestate.ops.results import SetResult, StateEvent, UpdateResult
 
 
 def nested(levels: int, innermost: object = 1) -> Any:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from linearizability.model import MISSING, ScopeModel, State, text_of
 
 from scopestate import Engine, messages
-from scopestate.actors.turns import Passivate
+from scopestate.actors.control import Passivate
 from scopestate.config import Config, TriggerConfig, from_mapping
 from scopestate.persistence import FileAdapter
 

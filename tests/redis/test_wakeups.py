@@ -16,10 +16,11 @@ from reliability.living import InThread, until
 from servers import Server, StartServer
 
 from scopestate import Engine, messages
+from scopestate.actors.control import Housekeeping, Passivate
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turn import arranging
-from scopestate.actors.turns import Change, Housekeeping, Passivate, Put
 from scopestate.errors import ReplyTimeout, StorageError, WouldDeadlock
+from scopestate.ops import turns
 from scopestate.persistence.redis import flights as redis_flights
 from scopestate.persistence.redis.calls import NEVER, Call
 from scopestate.persistence.redis.flight import Flight
@@ -131,7 +132,7 @@ def test_a_conflict_goes_before_the_calls_that_wait_behind_it(valkey: Server) ->
     with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
         engine.set("s", "k", 0)
         flights = actor_of(engine)._flights
-        tried, behind = (Call(Change("k", ()), None, 0, None) for _ in range(2))
+        tried, behind = (Call(turns.Update("k", ()), None, 0, None) for _ in range(2))
         tried.after = b"1"
         flights._lane("k", NEVER).calls.append(behind)
 
@@ -146,7 +147,7 @@ def test_a_skipped_call_whose_update_is_gone_finds_a_lane_that_is_due(valkey: Se
     with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
         engine.set("s", "k", 0)
         flights = actor_of(engine)._flights
-        skipped = Call(Change("k", ()), None, 0, None)
+        skipped = Call(turns.Update("k", ()), None, 0, None)
 
         flights._finish(skipped, SKIPPED)
 
@@ -283,7 +284,7 @@ def test_a_caller_of_a_scope_where_others_wait_goes_with_them(valkey: Server) ->
 
         def late(*arguments: Any) -> Any:
             actor._admitted = admitted  # type: ignore[method-assign]
-            actor._mailbox += (Envelope(Put("k", b"1"), first),)
+            actor._mailbox += (Envelope(turns.Set("k", b"1"), first),)
             return admitted(*arguments)
 
         actor._admitted = late  # type: ignore[method-assign]
@@ -309,7 +310,9 @@ def test_a_write_that_fails_leaves_nothing_to_rely_on_and_lets_those_behind_it_g
         assert flights._seen.get("k") is not None
         flights._lane("k", NEVER)
 
-        flights.give_up([Call(Change("k", ()), None, 0, None)], StorageError("the connection was lost, says the test"))
+        flights.give_up(
+            [Call(turns.Update("k", ()), None, 0, None)], StorageError("the connection was lost, says the test")
+        )
 
         assert flights._seen.get("k") is None
         assert flights.lanes["k"].due == 0.0

@@ -19,9 +19,9 @@ from serving import OpenRaw, OpenServer, eventually, server_config
 from websockets.exceptions import InvalidStatus
 
 from scopestate import Engine
-from scopestate.actors.messages import FUNCTION_IDS
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig, from_mapping
 from scopestate.errors import ConfigError, Forbidden
+from scopestate.ops.messages import FUNCTION_IDS
 from scopestate.server.access import STATE_RIGHTS, Access, Gate
 from scopestate.server.server import Server
 

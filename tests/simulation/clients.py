@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from scopestate import ops
-from scopestate.actors import messages
 from scopestate.actors.reply import Reply
 from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError
+from scopestate.ops import messages
 from scopestate.ops.values import encode
 from tests.simulation.model import Violation, Write, visible
 

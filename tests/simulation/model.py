@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from scopestate.actors.results import StateEvent
+from scopestate.ops.results import StateEvent
 
 Items = tuple[tuple[str, bytes], ...]
 """The keys and values of a scope, in insertion order."""

@@ -14,9 +14,9 @@ import msgspec
 
 from scopestate import Engine, StateEvent, lifecycle
 from scopestate.actors.commit import CommitScopeActor
+from scopestate.actors.control import Passivate
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.scope import ScopeActor
-from scopestate.actors.turns import Passivate
 from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig, ScopeRule
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.parts import durability_of

@@ -12,12 +12,12 @@ import pytest
 from scopestate.actors import snapshot
 from scopestate.actors.commit import CommitScopeActor
 from scopestate.actors.handler import HandlerActor
-from scopestate.actors.results import SetResult
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import SnapshotActor
 from scopestate.actors.turn import HOLDER, WAIT, TurnActor
 from scopestate.closing import Closing
 from scopestate.errors import StorageError
+from scopestate.ops.results import SetResult
 from scopestate.persistence import ScopeChange
 from tests.simulation.__main__ import main
 from tests.simulation.simulator import Failure, observed, simulate

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from scopestate import StateEvent, ops
-from scopestate.actors import messages
 from scopestate.errors import Overloaded, ReplyTimeout, StorageError
+from scopestate.ops import messages
 from tests.simulation.clients import KEYS
 from tests.simulation.model import Watcher, Write
 

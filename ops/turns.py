@@ -1,0 +1,243 @@
+"""What a scope can be asked to do: one struct for each operation, and what it decides.
+
+Pure: no threads, no clock, no I/O. A turn says which keys it touches, whether it writes, and how its failure is worded.
+Given a view of the scope it decides what changes and what the answer is. How changes are stored is up to the backend,
+so a new operation needs no line in any of them (docs/design/0032-layers-and-ports.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from scopestate.errors import DeserializationError, ValueTooLarge
+from scopestate.ops import messages
+from scopestate.ops.apply import MISSING, apply
+from scopestate.ops.results import SetResult, UpdateResult
+from scopestate.ops.update_ops import UpdateOp, checked
+from scopestate.ops.values import class_name, decode, encode, encode_plain, json_type
+
+A = TypeVar("A")
+
+
+class Failure(NamedTuple):
+    """How an operation reports that its store failed (docs/protocol.md, section 4.4)."""
+
+    code: str
+    words: str
+
+
+class View(Protocol):
+    """What a turn sees of its scope, as it is before the turn."""
+
+    scope: str
+    max_value_bytes: int
+    """Largest value in bytes of JSON; 0: no limit."""
+
+    def get(self, key: str) -> bytes | None:
+        """Return the JSON of a key, or None if it does not exist."""
+
+    def items(self) -> Sequence[tuple[str, bytes]]:
+        """Return all keys with their JSON, in the order of the backend."""
+
+
+class Change(NamedTuple):
+    """One key that a turn writes. None: the key does not exist before, or after."""
+
+    key: str
+    before: bytes | None
+    after: bytes | None
+
+
+class Effects(NamedTuple, Generic[A]):
+    """What a turn has decided."""
+
+    changes: tuple[Change, ...]
+    answer: A
+
+
+class Turn(msgspec.Struct, Generic[A], frozen=True):
+    """One operation on one scope, with `A` as its answer."""
+
+    function_id: ClassVar[str]
+    """The function of iii that does the same."""
+    writes: ClassVar[bool] = False
+    failure: ClassVar[Failure]
+
+    @property
+    def keys(self) -> tuple[str, ...] | None:
+        """The keys that the turn touches; None for the whole scope."""
+        raise NotImplementedError
+
+    def decide(self, view: View) -> Effects[A]:
+        """Return what the turn changes and answers. Raises ScopestateError; then it changes nothing."""
+        raise NotImplementedError
+
+
+class _OneKey(Turn[A], frozen=True):
+    key: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+
+class Set(_OneKey[SetResult], frozen=True):
+    """Set a key to a value."""
+
+    function_id = "state::set"
+    writes = True
+    failure = Failure("SET_ERROR", "Failed to set value")
+
+    data: bytes
+    """The value as JSON."""
+
+    def decide(self, view: View) -> Effects[SetResult]:
+        before = view.get(self.key)
+        return Effects((Change(self.key, before, self.data),), SetResult(before, self.data))
+
+
+class Update(_OneKey[UpdateResult], frozen=True):
+    """Apply checked ops to the value of a key."""
+
+    function_id = "state::update"
+    writes = True
+    failure = Failure("UPDATE_ERROR", "Failed to update value")
+
+    ops: tuple[UpdateOp, ...]
+
+    def decide(self, view: View) -> Effects[UpdateResult]:
+        before = view.get(self.key)
+        value, errors = apply(MISSING if before is None else decode(before), self.ops)
+        data = encode_plain(value)
+        refuse_size(view.scope, self.key, data, view.max_value_bytes)
+        return Effects((Change(self.key, before, data),), UpdateResult(before, data, tuple(errors) if errors else ()))
+
+
+class Delete(_OneKey["bytes | None"], frozen=True):
+    """Remove a key. The answer is its value as JSON, or None if it did not exist."""
+
+    function_id = "state::delete"
+    writes = True
+    failure = Failure("DELETE_ERROR", "Failed to delete value")
+
+    def decide(self, view: View) -> Effects[bytes | None]:
+        before = view.get(self.key)
+        return Effects((Change(self.key, before, None),), before)
+
+
+class Get(_OneKey["bytes | None"], frozen=True):
+    """Read a key. The answer is its value as JSON, or None if it does not exist."""
+
+    function_id = "state::get"
+    failure = Failure("GET_ERROR", "Failed to get value")
+
+    def decide(self, view: View) -> Effects[bytes | None]:
+        return Effects((), view.get(self.key))
+
+
+class _WholeScope(Turn[A], frozen=True):
+    function_id = "state::list"
+    failure = Failure("LIST_ERROR", "Failed to list values")
+
+    @property
+    def keys(self) -> None:
+        return None
+
+
+class List(_WholeScope[list[bytes]], frozen=True):
+    """Read all values as JSON."""
+
+    def decide(self, view: View) -> Effects[list[bytes]]:
+        return Effects((), [data for _, data in view.items()])
+
+
+class Items(_WholeScope[list[tuple[str, bytes]]], frozen=True):
+    """Read all keys with their values as JSON."""
+
+    def decide(self, view: View) -> Effects[list[tuple[str, bytes]]]:
+        return Effects((), list(view.items()))
+
+
+FROM_MESSAGE: Final[dict[type[Any], type[Turn[Any]]]] = {
+    messages.Set: Set,
+    messages.Update: Update,
+    messages.Delete: Delete,
+    messages.Get: Get,
+    messages.List: List,
+}
+"""The public message -> the turn that it asks for."""
+
+
+def refuse_size(scope: str, key: str, data: bytes, limit: int) -> None:
+    """Raise ValueTooLarge if a value takes more than `limit` bytes as JSON. 0: no limit."""
+    if limit and len(data) > limit:
+        raise ValueTooLarge(scope, key, len(data), limit)
+
+
+def checked_name(what: str, name: object) -> str:
+    """Return `name` as a plain string that every store can hold. `what` is "scope" or "key".
+
+    Raises DeserializationError if it is not a string, or has lone surrogates, which UTF-8 cannot hold.
+    """
+    if not issubclass(type(name), str):  # not isinstance, which believes the `__class__` of a mock
+        raise DeserializationError(f"a {what} is a string, not {json_type(name)}")
+    # A subclass may override anything; what is asked here is what it holds.
+    name = str.__str__(name)
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DeserializationError(
+                f"the {what} {name!r:.80} has half of a surrogate pair at index {error.start}, which is no character"
+            ) from error
+    return name
+
+
+def checked_length(what: str, name: str, longest: int) -> str:
+    """Return `name` if it is not longer than the store can hold. Raises DeserializationError."""
+    if len(name) > longest:
+        raise DeserializationError(
+            f"the {what} {name[:40]!r}... has {len(name)} characters, and the store holds names of {longest} at most; "
+            "nothing was written"
+        )
+    return name
+
+
+def turn_of(message: object, max_value_bytes: int) -> Turn[Any]:
+    """Return what a scope does for a public message. Encodes the value: call it before the scope is claimed.
+
+    Raises InvalidValue, ValueTooLarge, and DeserializationError for what is no message of a scope.
+    """
+    match message:
+        case messages.Set(scope=scope, key=key, value=value):
+            data = encode(value)
+            refuse_size(scope, key, data, max_value_bytes)
+            return Set(checked_name("key", key), data)
+        case messages.Update(key=key, ops=ops):
+            return Update(checked_name("key", key), checked(ops))
+        case messages.Delete(key=key):
+            return Delete(checked_name("key", key))
+        case messages.Get(key=key):
+            return Get(checked_name("key", key))
+        case messages.List():
+            return List()
+    raise no_message(message)
+
+
+def no_message(found: object) -> DeserializationError:
+    """Return the error for what is no message."""
+    return DeserializationError(f"{class_name(found)} is not a message that a scope understands")
+
+
+def answer_of(message: object, answer: Any) -> Any:
+    """Return the answer to a public message: results stay as they are, JSON bytes become values."""
+    match message:
+        case messages.Set() | messages.Update():
+            return answer
+        case messages.List():
+            return [decode(data) for data in answer]
+        case _:
+            return None if answer is None else decode(answer)
