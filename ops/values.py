@@ -33,17 +33,17 @@ decode = msgspec.json.Decoder().decode
 """decode(data: bytes) -> Any: a fresh Python value from bytes that `encode` or `parse` returned."""
 
 
+# `encode` looks at each part of a value first, because msgspec alone would write NaN as null, the key 1 as "1" and a
+# datetime as text. It looks at and encodes a copy: another thread may change the original between the two steps.
+# Copying one dict or list is a single step for other threads.
+# Refused: comparing `decode(data) == value` afterwards. It is quicker only for small nested values, trusts the `__eq__`
+# of any object (an Enum may equal its text) and does not see integers beyond 64 bits.
 def encode(value: Any) -> bytes:
     """Return `value` as compact JSON.
 
-    dict, list, tuple, str, int, float, bool, None and their subclasses are accepted. Raises InvalidValue, which names
-    the place in the value, for everything that JSON cannot hold, and for a value that other threads keep changing.
+    Accepts dict, list, tuple, str, int, float, bool, None and their subclasses. Raises InvalidValue, which names the
+    place, for what JSON cannot hold, and for a value that other threads keep changing.
     """
-    # msgspec alone would write NaN as null, the key 1 as "1" and a datetime as text, so the value is looked at first.
-    # What is looked at and encoded is a copy: another thread may change the original between the two. Copying one
-    # dict or list is a single step for other threads.
-    # Refused: comparing `decode(data) == value` afterwards. Quicker only for small nested values, it trusts the
-    # `__eq__` of any object (an Enum may equal its text) and does not see integers beyond 64 bits.
     try:
         kind = type(value)
         if kind is dict:
@@ -56,8 +56,7 @@ def encode(value: Any) -> bytes:
                 kind = type(item)
                 if kind is str:
                     continue
-                if kind is int:
-                    # The short range is the quicker test, and nearly always enough.
+                if kind is int:  # the short range is the quicker test, and nearly always enough
                     if -0x3FFFFFFF < item < 0x3FFFFFFF or _INT_MIN <= item <= _INT_MAX:
                         continue
                 elif kind is bool or item is None:
@@ -86,8 +85,7 @@ def encode(value: Any) -> bytes:
                 if not nested or value == copy:
                     return _to_json(copy)
         elif kind is list:
-            copy = _copy_of(value, MAX_LEVELS)
-            if copy is not None and value == copy:
+            if (copy := _copy_of(value, MAX_LEVELS)) is not None and value == copy:
                 return _to_json(copy)
         elif (
             kind is str

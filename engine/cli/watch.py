@@ -52,83 +52,85 @@ def watch(
     At a terminal the lines are for people; in a pipe, or with --json, each is the event as JSON. A lost connection is
     made again, which standard error tells: changes in between are not shown.
     """
+    given = {"scope": scope, "key": key}
+    filters = {name: given_text(value, f"--{name}") for name, value in given.items() if value is not None}
     readable = sys.stdout is not None and sys.stdout.isatty() and not as_json
-    notes = standard_error()
-    filters = {
-        name: given_text(value, f"--{name}") for name, value in (("scope", scope), ("key", key)) if value is not None
-    }
+    watched = _Watch(filters, count, readable=readable)
+    with_client(
+        url,
+        token,
+        watched.follow,
+        as_json=as_json,
+        timeout_s=FOREVER_S,
+        ca_file=ca_file,
+        on_change=watched.on_change,
+        on_trigger_refused=watched.end,
+    )
 
-    seen = _Seen(count)
 
-    async def follow(client: Client) -> None:
-        async def on_event(payload: bytes) -> bytes | None:
-            if not seen.enough.done():
-                try:
-                    if readable:
-                        print_rich(event_line(msgspec.json.decode(payload)))
-                    else:
-                        out(json_text(payload))
-                except (ReaderGone, ScopestateError) as error:
-                    seen.end(error)
-                else:
-                    seen.one_more()
-            return None
+class _Watch:
+    """A watch: prints events until there are enough, the trigger is refused, or the output has no reader."""
 
+    def __init__(self, filters: dict[str, str], count: int, *, readable: bool) -> None:
+        """`count`: events to print before it ends; 0: no limit."""
+        self._filters = filters
+        self._count = count
+        self._readable = readable
+        self._notes = standard_error()
+        self._printed = 0
+        self._connections = 0
+
+    @cached_property
+    def _over(self) -> asyncio.Future[None]:
+        """Done when the watch is over. Made on the event loop."""
+        return asyncio.get_running_loop().create_future()
+
+    async def follow(self, client: Client) -> None:
+        """Register the trigger and wait for the end of the watch."""
         function_id = f"scopestate::watch::{os.urandom(8).hex()}"
-        client.register_function(function_id, on_event, description="scopestate watch", ordered=True)
-        client.register_trigger("state", function_id, filters)
-        # Once this is answered, be it with a refusal, the trigger is in place (docs/protocol.md, section 1, "Order").
+        client.register_function(function_id, self._on_event, description="scopestate watch", ordered=True)
+        client.register_trigger("state", function_id, self._filters)
+        # The server handles messages in order: once it answers this call, the trigger is in place
+        # (docs/protocol.md, section 1, "Order"). A refusal is an answer too.
         try:
             await client.call_raw("engine::functions::list", b"{}")
         except RemoteFailure as error:
             if error.code != Forbidden.code:
                 raise
-        if not seen.enough.done():
-            notes.print(f"watching {client.url}", markup=False, style="dim")
-        with _reader_watched(lambda: seen.end(ReaderGone())):
-            await seen.enough
+        if not self._over.done():
+            self._notes.print(f"watching {client.url}", markup=False, style="dim")
+        with _reader_watched(lambda: self.end(ReaderGone())):
+            await self._over
 
-    def on_change(connected: bool, reason: str) -> None:
+    async def _on_event(self, payload: bytes) -> bytes | None:
+        if self._over.done():
+            return None
+        try:
+            if self._readable:
+                print_rich(event_line(msgspec.json.decode(payload)))
+            else:
+                out(json_text(payload))
+        except (ReaderGone, ScopestateError) as error:
+            self.end(error)
+            return None
+        self._printed += 1
+        if self._printed == self._count:
+            self._over.set_result(None)
+        return None
+
+    def on_change(self, connected: bool, reason: str) -> None:
+        """Report a connection that was lost or made again."""
         if connected:
-            seen.connections += 1
-            if seen.connections > 1:
-                notes.print("connected again", markup=False, style="green")
-        elif seen.connections and reason != "this client is closed":
-            notes.print(shown(f"{reason}; connecting again"), markup=False, style="red")
-
-    with_client(
-        url,
-        token,
-        follow,
-        as_json=as_json,
-        timeout_s=FOREVER_S,
-        ca_file=ca_file,
-        on_change=on_change,
-        on_trigger_refused=seen.end,
-    )
-
-
-class _Seen:
-    """How many events came, and the end of the watch: enough of them, or a refusal."""
-
-    def __init__(self, wanted: int) -> None:
-        self._wanted = wanted
-        self._came = 0
-        self.connections = 0
-
-    @cached_property
-    def enough(self) -> asyncio.Future[None]:
-        """Done when the watch is over. Made on the event loop."""
-        return asyncio.get_running_loop().create_future()
-
-    def one_more(self) -> None:
-        self._came += 1
-        if self._came == self._wanted:
-            self.enough.set_result(None)
+            self._connections += 1
+            if self._connections > 1:
+                self._notes.print("connected again", markup=False, style="green")
+        elif self._connections and reason != "this client is closed":
+            self._notes.print(shown(f"{reason}; connecting again"), markup=False, style="red")
 
     def end(self, error: Exception) -> None:
-        if not self.enough.done():
-            self.enough.set_exception(error)
+        """End the watch with an error."""
+        if not self._over.done():
+            self._over.set_exception(error)
 
 
 @contextmanager

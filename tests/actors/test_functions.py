@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
-from scopestate.actors.functions import Function, Functions
+from scopestate.actors.functions import Function, Functions, running_loop
 from scopestate.errors import FunctionNotFound, InvalidRegistration
 
 
@@ -90,3 +91,12 @@ def test_a_built_in_function_can_be_discarded_but_not_removed_or_replaced(functi
     functions.discard("f", len)
     functions.add(Function("f", print))
     assert functions.get("f").target is print
+
+
+def test_the_running_loop_is_found_and_nothing_outside_of_one() -> None:
+    async def inside() -> bool:
+        return running_loop() is asyncio.get_running_loop()
+
+    assert running_loop() is None
+    assert asyncio.run(inside())
+    assert running_loop() is None
