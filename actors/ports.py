@@ -1,11 +1,21 @@
-"""What an adapter promises to the engine."""
+"""What an engine needs of the place where its scopes live.
+
+A `Backend` makes the scopes of an engine. Scopes that this engine alone writes are kept in memory and saved into a
+`Store`; the backend of such scopes is `persistence.local.LocalBackend`. Where others write the same scopes, in Redis or
+in another engine, the backend makes scopes of its own and there is no store.
+"""
 
 from __future__ import annotations
 
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+
+if TYPE_CHECKING:
+    from scopestate.actors.scope import ScopeActor, Surroundings
 
 
 class ScopeState(msgspec.Struct):
@@ -32,22 +42,27 @@ class ScopeChange(msgspec.Struct):
     """
 
 
-class Adapter(Protocol):
-    """Keeps scopes. Every method may be called from any thread.
+class Store(ABC):
+    """What the scopes of one engine are saved in. Every method may be called from any thread.
 
     `load` and `scopes` may run beside each other and beside `save`; `save` runs in one thread at a time.
     Library errors never escape: each method raises `StorageError` or a subclass.
     """
 
-    keeps: bool
-    """False if nothing is kept: then the engine neither collects changes nor forgets idle scopes."""
+    largest_value: int = 0
+    """Bytes of the largest value that it can hold; 0: no limit."""
+    longest_name: int = sys.maxsize
+    """Characters of the longest scope or key that it can hold."""
 
+    @abstractmethod
     def load(self, scope: str) -> ScopeState:
         """Return what was saved for `scope`, in insertion order; empty with sequence 0 if it was never saved."""
 
+    @abstractmethod
     def scopes(self) -> list[str]:
         """Return the names of the scopes that hold at least one saved key, in no particular order."""
 
+    @abstractmethod
     def save(self, batch: Sequence[ScopeChange]) -> None:
         """Write the batch in order, as one transaction.
 
@@ -55,5 +70,71 @@ class Adapter(Protocol):
         once; the later change is the newer one.
         """
 
+    def problem(self) -> str | None:
+        """Return what is wrong with the store, in words; None if all is well."""
+        return None
+
+    @abstractmethod
     def close(self) -> None:
         """Release the store. Idempotent."""
+
+
+class Arrivals(Protocol):
+    """Events that other engines fire, on their way to the handlers of this one."""
+
+    def catch_up(self, timeout_s: float | None) -> bool:
+        """Wait until the events of this engine's own writes are here; False if that took longer than `timeout_s`."""
+
+    def stop(self) -> None:
+        """Take no more events; those that are here may still be handled and acknowledged. Idempotent."""
+
+    def end(self) -> None:
+        """Acknowledge no more: events that are not handled by now are left to other engines. Idempotent."""
+
+
+class Backend(ABC):
+    """Where the scopes of one engine live. Every method may be called from any thread.
+
+    `scopestate.opening` makes it from the configuration; no other part of the engine asks which one it is. A backend
+    says what it can do by these methods and attributes, so that nothing has to be guessed from what it has or lacks.
+    """
+
+    keeps: bool = True
+    """True if the state outlives the engine."""
+    store: Store | None = None
+    """What the engine saves its scopes in; None if they are kept elsewhere, or not at all."""
+    largest_value: int = 0
+    """Bytes of the largest value that a scope can hold; 0: no limit."""
+    longest_name: int = sys.maxsize
+    """Characters of the longest scope or key."""
+    arrivals: Arrivals | None = None
+    """What brings events of other engines; None if every event is one of a write through this engine."""
+
+    @abstractmethod
+    def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
+        """Return a new actor for `scope`. The directory calls it, for one scope at a time."""
+
+    @abstractmethod
+    def scopes(self) -> list[str]:
+        """Return the names of the scopes that hold a key, in no particular order. Raises StorageError.
+
+        Of scopes that are in this engine's memory it need not know.
+        """
+
+    def start(self, around: Surroundings) -> None:  # noqa: B027 - most have nothing to start
+        """The engine is complete and its configured triggers are registered: events may come from elsewhere."""
+
+    def counts(self) -> dict[str, int]:
+        """Return what the backend counts, for `Stats.store`."""
+        return {}
+
+    def problem(self) -> str | None:
+        """Return what is wrong now, in words, for `Health.problems`; None if all is well."""
+        return None
+
+    def refuse_server(self, host: str, port: int) -> None:  # noqa: B027 - only a bridge can reach one
+        """Raise ConfigError if a server of this engine at that address would be what this backend connects to."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the backend holds. Idempotent. In a forked child it does nothing."""

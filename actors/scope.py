@@ -20,7 +20,7 @@ from scopestate.actors.control import (
     caused,
     weight,
 )
-from scopestate.actors.ports import Adapter, ScopeChange
+from scopestate.actors.ports import ScopeChange, Store
 from scopestate.actors.reply import Envelope
 from scopestate.actors.turn import TurnActor
 from scopestate.errors import (
@@ -58,20 +58,27 @@ class Surroundings:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        adapter: Adapter,
+        store: Store | None,
         limits: Limits,
         router: TriggerRouter,
         snapshot: SnapshotActor,
         directory: Directory,
     ) -> None:
         self.dispatcher = dispatcher
-        self.adapter = adapter
+        self.store = store
         self.limits = limits
         self.router = router
         self.snapshot = snapshot
         self.directory = directory
-        self.sequence_floor = 0
-        """Scopes that are not kept begin to number behind it: one that was emptied and has left memory may be back."""
+        self.highest_forgotten = 0
+        """The highest sequence of a scope that has left memory, and of which no sequence is kept.
+
+        Such a scope may return, and must not give a sequence again: it begins behind this one.
+        """
+
+    def note_forgotten(self, sequence: int) -> None:
+        """Note that a scope leaves memory, with the sequence of its last write."""
+        self.highest_forgotten = max(self.highest_forgotten, sequence)
 
 
 class ScopeActor(TurnActor):
@@ -100,7 +107,7 @@ class ScopeActor(TurnActor):
         self._watch = around.router.watchers_of(scope)
         self._anywhere = around.router.anywhere
         self._registry: MutableMapping[str, Any] = around.snapshot.dirty
-        self._sequence = 0 if keeps else around.sequence_floor
+        self._sequence = 0 if keeps else around.highest_forgotten
         self._saved = 0
         self._dirty: dict[str, bytes | None] | None = {} if keeps else None
         self._positions: dict[str, int] = {}
@@ -350,8 +357,7 @@ class ScopeActor(TurnActor):
     def _note_leaving(self) -> None:
         """It is about to leave memory. What is not kept anywhere must not give its event numbers again."""
         if self._dirty is None:
-            around = self._around
-            around.sequence_floor = max(around.sequence_floor, self._sequence)
+            self._around.note_forgotten(self._sequence)
 
     def _is_saved(self) -> bool:
         """True if the scope can be made again as it is: from the store, or because it was never written."""
@@ -363,8 +369,10 @@ class ScopeActor(TurnActor):
         """Bring the scope into memory, or return the actor that has replaced this one."""
         if self._passivated:
             return self._around.directory[self.scope]
+        store = self._around.store
+        assert store is not None  # a scope that is not kept is always in memory
         try:
-            state = self._around.adapter.load(self.scope)
+            state = store.load(self.scope)
         except StorageError as error:
             raise as_failure_of(message, error) from error
         self._sequence = self._saved = state.sequence

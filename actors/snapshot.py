@@ -13,7 +13,7 @@ from scopestate.actors.commit import Batch, CommitScopeActor, Outcome, TakeBatch
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.control import Collect
 from scopestate.actors.dispatcher import weakly
-from scopestate.actors.ports import Adapter, ScopeChange
+from scopestate.actors.ports import ScopeChange, Store
 from scopestate.actors.reply import deliver
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import TurnActor, arranging, is_arranging
@@ -44,7 +44,7 @@ class Flush(msgspec.Struct, frozen=True):
 
 
 class SnapshotActor(TurnActor):
-    """Writes changes to the adapter, one transaction at a time.
+    """Writes changes to the store, one transaction at a time. Without a store there is never anything to write.
 
     A save that fails keeps its batch, in front of what is newer; it is tried again, with growing pauses, until it is on
     disk, and `failing` says why meanwhile. Nothing is dropped and nothing newer is overwritten by something older.
@@ -52,9 +52,9 @@ class SnapshotActor(TurnActor):
     the next transaction (docs/design/0006-durability.md).
     """
 
-    def __init__(self, dispatcher: Dispatcher, adapter: Adapter, interval_s: float) -> None:
+    def __init__(self, dispatcher: Dispatcher, store: Store | None, interval_s: float) -> None:
         super().__init__(dispatcher)
-        self._adapter = adapter
+        self._store = store
         self._interval_s = interval_s
         self._timer: Timer | None = None
         self._began_s = 0.0
@@ -87,14 +87,14 @@ class SnapshotActor(TurnActor):
 
     def start_interval(self) -> None:
         """Begin to save every interval."""
-        if self._adapter.keeps and not self._stopped:
+        if self._store is not None and not self._stopped:
             self._began_s = self._fresh_s = self._dispatcher.monotonic()
             self._arm(self._interval_s)
 
     def set_interval(self, interval_s: float) -> None:
         """Change the interval, the one that runs now included. From any thread."""
         self._interval_s = interval_s
-        if self._adapter.keeps and not self._stopped:
+        if self._store is not None and not self._stopped:
             now_s = self._dispatcher.monotonic()
             # From the last save on, not from now: else what is dirty would wait for parts of both intervals.
             self._arm(max(self._began_s + interval_s - now_s, 0.001))
@@ -292,16 +292,18 @@ class SnapshotActor(TurnActor):
             deliver([outcome for batch in batches for outcome in self._settled(batch)])
 
     def _write(self, changes: list[ScopeChange]) -> None:
+        store = self._store
+        assert store is not None  # only scopes that are kept hand over changes
         try:
-            self._adapter.save(changes)
+            store.save(changes)
         except BaseException as problem:
             if is_from_outside(problem):
                 raise
-            # An adapter promises StorageError; whatever else one raises must not stop the saving for good either.
+            # A store promises StorageError; whatever else one raises must not stop the saving for good either.
             error = (
                 problem
                 if isinstance(problem, StorageError)
-                else StorageError(f"the adapter failed: {class_name(problem)}: {described(problem)}")
+                else StorageError(f"the store failed: {class_name(problem)}: {described(problem)}")
             )
             if isinstance(error, UnsavableValue):
                 raise  # the store works

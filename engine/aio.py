@@ -87,7 +87,7 @@ class AioEngine:
     async def list_groups(self) -> builtins.list[str]:
         """As `Engine.list_groups`."""
         engine = self._engine
-        if not engine._parts.adapter.keeps or engine._forked:
+        if not engine._parts.backend.keeps or engine._forked:
             return engine.list_groups()  # nothing to wait for; in a forked child it raises, and no thread would run it
         groups: list[str] = await _outcome(engine._parts.dispatcher.submit, engine.list_groups)
         return groups

@@ -86,7 +86,7 @@ class Closing:
         self._save()
         parts.loop_thread.close()
         parts.dispatcher.close()
-        parts.adapter.close()
+        parts.backend.close()
         self.done = True
 
     def _refuse(self, *, handlers_may: bool) -> None:
@@ -99,12 +99,13 @@ class Closing:
         parts = self._parts
         ends = parts.dispatcher.monotonic() + grace_s
         drained = self._drained(grace_s)
-        if parts.arrivals is not None:
-            parts.arrivals.stop()
+        arrivals = parts.backend.arrivals
+        if arrivals is not None:
+            arrivals.stop()
             if drained:
                 # What came from other engines since then: no more can arrive.
                 self._drained(max(ends - parts.dispatcher.monotonic(), 0.0))
-            parts.arrivals.end()
+            arrivals.end()
         self._abandon()
 
     def _drained(self, grace_s: float) -> bool:
@@ -157,7 +158,7 @@ class Closing:
             log.error("the hooks for events that were not delivered did not end in %g s", HOOKS_S)  # noqa: TRY400 - as above
 
     def _save_first(self) -> None:
-        if not self._parts.adapter.keeps:
+        if self._parts.backend.store is None:
             return
         try:
             self._parts.snapshot.ask(Flush()).get()

@@ -59,8 +59,8 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
     while quiet_rounds < 2:
         fired = parts.router.fired_by_handlers()
         yield from _finish_turns(parts, deadline, timeout)
-        if parts.arrivals is not None:
-            arrivals, left_s = parts.arrivals, _left(parts, deadline)
+        if parts.backend.arrivals is not None:
+            arrivals, left_s = parts.backend.arrivals, _left(parts, deadline)
             if not (yield lambda arrivals=arrivals, left_s=left_s: arrivals.catch_up(left_s), left_s):  # type: ignore[misc]  # mypy cannot infer a default argument
                 raise ReplyTimeout(
                     "", timeout or 0.0, behind="(all: events of this engine have not come back from Redis)"

@@ -16,6 +16,7 @@ import pykka
 from scopestate import catalogue, lifecycle
 from scopestate.actors.control import weight
 from scopestate.actors.dispatcher import Dispatcher
+from scopestate.actors.ports import Backend, Store
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.snapshot import Flush
@@ -41,7 +42,6 @@ from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import answer_of, checked_name, turn_of
 from scopestate.ops.values import decode, encode
 from scopestate.parts import Parts
-from scopestate.persistence import Adapter
 from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.stats import Health, Stats, check_health, measure
 from scopestate.wire.depth import event_depth
@@ -63,7 +63,7 @@ class Engine(Reactive):
         *,
         on_error: Hook | None = None,
         on_dead_letter: Hook | None = None,
-        adapter: Adapter | None = None,
+        adapter: Store | Backend | None = None,
         dispatcher: Dispatcher | None = None,
         handle_sigterm: bool = True,
     ) -> None:
@@ -105,7 +105,7 @@ class Engine(Reactive):
             self._functions.add(catalogue.builtin(function_id, self._call_builtin))
         parts.configure()
         lifecycle.watch_over(self)
-        if handle_sigterm and parts.adapter.keeps:
+        if handle_sigterm and parts.backend.keeps:
             lifecycle.close_on_signals()
 
     @cached_property
@@ -239,14 +239,13 @@ class Engine(Reactive):
         # Memory first, then the store: a scope that leaves memory in between is in the store by then.
         in_memory = {actor.scope: actor.holds_keys() for actor in list(parts.directory.values())}
         groups = {scope for scope, holds in in_memory.items() if holds}
-        if parts.adapter.keeps:
-            known = (scope for scope, holds in in_memory.items() if holds is not None)
-            try:
-                groups.update(filter(parts.is_kept, set(parts.adapter.scopes()).difference(known)))
-            except StorageError as error:
-                reason = error.__cause__
-                cause = reason if isinstance(reason, NotConnected | ConnectionLost) else error
-                raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from cause
+        known = [scope for scope, holds in in_memory.items() if holds is not None]
+        try:
+            groups.update(set(parts.backend.scopes()).difference(known))
+        except StorageError as error:
+            reason = error.__cause__
+            cause = reason if isinstance(reason, NotConnected | ConnectionLost) else error
+            raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from cause
         return sorted(groups)
 
     def scope(self, scope: str) -> Scope:

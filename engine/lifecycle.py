@@ -34,8 +34,8 @@ from scopestate.actors.snapshot import Flush
 from scopestate.signals import Guard, join, wait_for
 
 if TYPE_CHECKING:
+    from scopestate.actors.ports import Backend
     from scopestate.engine import Engine
-    from scopestate.persistence import Adapter
 
 log = logging.getLogger("scopestate.engine")
 
@@ -61,8 +61,8 @@ _WORKER_LIBRARIES: Final = ("multiprocessing", "multiprocess", "billiard")
 _EXECUTORS: Final = ("concurrent.futures.thread", "concurrent.futures.process")
 
 _live: Final[weakref.WeakSet[Engine]] = weakref.WeakSet()
-_stores: Final[dict[int, Adapter]] = {}
-"""id of an engine -> what it saves in, for as long as it is not closed."""
+_stores: Final[dict[int, Backend]] = {}
+"""id of an engine -> its backend, for as long as it is not closed."""
 _dropped: Final[set[Engine]] = set()
 _exclusive = Guard()
 _hooked = False
@@ -89,9 +89,9 @@ def watch_over(engine: Engine) -> None:
 def _watch_over(engine: Engine) -> None:
     global _hooked  # noqa: PLW0603 - hooks are per process
     _live.add(engine)
-    if engine._parts.adapter.keeps:
+    if engine._parts.backend.keeps:
         # Files and connections that are dropped with the engine would be closed before it can save.
-        _stores[id(engine)] = engine._parts.adapter
+        _stores[id(engine)] = engine._parts.backend
     if not _hooked:
         _hooked = True
         atexit.register(_at_exit)

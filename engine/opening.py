@@ -1,23 +1,29 @@
-"""Opening what keeps the state of an engine."""
+"""Opening the place where the scopes of an engine live. Nothing else asks which kind of place that is."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from scopestate.actors.ports import Adapter
+from scopestate.actors.ports import Backend, Store
 from scopestate.actors.reply import deliver
-from scopestate.config import AdapterConfig, BridgeConfig, KvConfig, RedisConfig
+from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, RedisConfig, ScopeRule
 from scopestate.config.redis_options import server_address
 from scopestate.errors import ConfigError, StoreLocked
 from scopestate.lifecycle import wait_for_dropped
 from scopestate.paths import expand_home
-from scopestate.persistence import MemoryAdapter
+from scopestate.persistence.local import Durability, LocalBackend
 
 if TYPE_CHECKING:
-    from scopestate.persistence.bridge.adapter import BridgeAdapter
+    from scopestate.persistence.bridge.backend import BridgeBackend
     from scopestate.persistence.redis.adapter import RedisAdapter
     from scopestate.persistence.redis.options import RedisOptions
+    from scopestate.persistence.sqlite.adapter import FileAdapter
+
+log = logging.getLogger("scopestate.engine")
 
 
 def load_libraries(config: AdapterConfig) -> None:
@@ -25,12 +31,12 @@ def load_libraries(config: AdapterConfig) -> None:
     match config.config:
         case BridgeConfig():
             try:
-                import scopestate.persistence.bridge.scopes  # noqa: PLC0415 - brings asyncio and a WebSocket library
+                import scopestate.persistence.bridge.backend  # noqa: PLC0415 - brings asyncio and a WebSocket library
             except ImportError as error:
                 raise ConfigError(str(error), key="adapter.name") from error
         case RedisConfig():
             try:
-                import scopestate.persistence.redis.sharing  # noqa: F401, PLC0415 - brings redis-py, which takes 100 ms
+                import scopestate.persistence.redis.adapter  # noqa: F401, PLC0415 - brings redis-py, which takes 100 ms
             except ImportError as error:
                 raise ConfigError(
                     f"the redis adapter needs redis-py and hiredis ({error}): pip install 'scopestate[redis]'",
@@ -38,31 +44,66 @@ def load_libraries(config: AdapterConfig) -> None:
                 ) from error
 
 
-def open_adapter(config: AdapterConfig) -> Adapter:
-    """Open what keeps the state. Raises ConfigError, and StorageError if it cannot be opened."""
-    load_libraries(config)
-    match config.config:
-        case BridgeConfig() as bridge:
-            return _open_bridge(bridge)
-        case RedisConfig() as redis:
-            return _open_redis(redis)
-        case KvConfig() as kv if kv.store_method == "file_based":
-            from scopestate.persistence.sqlite.adapter import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
+def open_backend(config: Config, given: Store | Backend | None = None) -> Backend:
+    """Open what the configuration names, or take what the program gives instead.
 
-            try:
-                return FileAdapter(kv.file_path)
-            except StoreLocked:
-                # Perhaps by an engine that the program has dropped, and that is being closed at this moment.
-                if not wait_for_dropped():
-                    raise
-                return FileAdapter(kv.file_path)
-        case _:
-            return MemoryAdapter()
+    Raises ConfigError, and StorageError if it cannot be opened.
+    """
+    if isinstance(given, Backend):
+        return given
+    store: object = given  # whatever the program passed
+    if store is not None and not isinstance(store, Store):
+        raise ConfigError(
+            f"`adapter` is a Store or a Backend of scopestate.persistence, not {type(store).__name__}; inherit from one"
+        )
+    options = config.adapter.config
+    if given is None and isinstance(options, BridgeConfig | RedisConfig):
+        if config.scopes:
+            log.warning(
+                "the rules under `scopes:` do nothing with the adapter %s: how long a write lasts is decided where the "
+                "state is",
+                config.adapter.name,
+            )
+        return open_shared(config.adapter)
+    kv = config.adapter.kv
+    if given is None and kv.store_method == "file_based":
+        given = open_store(kv)
+    return LocalBackend(given, partial(durability_of, rules=config.scopes, otherwise=kv.durability))
 
 
-def _open_bridge(config: BridgeConfig) -> BridgeAdapter:
-    """Open the adapter; it connects in the background. Raises ConfigError."""
-    from scopestate.persistence.bridge.adapter import BridgeAdapter  # noqa: PLC0415 - see load_libraries
+def durability_of(scope: str, rules: Iterable[ScopeRule], otherwise: Durability) -> Durability:
+    """Return how long the writes of `scope` must last: by the first rule that fits, or `otherwise`."""
+    for rule in rules:
+        if scope == rule.name or (rule.prefix is not None and scope.startswith(rule.prefix)):
+            return rule.durability
+    return otherwise
+
+
+def open_store(kv: KvConfig) -> FileAdapter:
+    """Open a store of files. Raises StorageError."""
+    from scopestate.persistence.sqlite.adapter import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
+
+    try:
+        return FileAdapter(kv.file_path)
+    except StoreLocked:
+        # Perhaps by an engine that the program has dropped, and that is being closed at this moment.
+        if not wait_for_dropped():
+            raise
+        return FileAdapter(kv.file_path)
+
+
+def open_shared(adapter: AdapterConfig) -> BridgeBackend | RedisAdapter:
+    """Open what other programs use too: Redis, or another engine. Raises ConfigError and StorageError."""
+    load_libraries(adapter)
+    if isinstance(adapter.config, BridgeConfig):
+        return _open_bridge(adapter.config)
+    assert isinstance(adapter.config, RedisConfig)
+    return _open_redis(adapter.config)
+
+
+def _open_bridge(config: BridgeConfig) -> BridgeBackend:
+    """Open the bridge; it connects in the background. Raises ConfigError."""
+    from scopestate.persistence.bridge.backend import BridgeBackend  # noqa: PLC0415 - see load_libraries
     from scopestate.wire.options import ClientOptions  # noqa: PLC0415 - see load_libraries
 
     options = ClientOptions(
@@ -73,7 +114,7 @@ def _open_bridge(config: BridgeConfig) -> BridgeAdapter:
         call_timeout_s=config.call_timeout_ms / 1000,
         name=f"scopestate-bridge:{os.getpid()}",
     )
-    return BridgeAdapter(config.bridge_url, options, remote_events=config.events == "remote")
+    return BridgeBackend(config.bridge_url, options, remote_events=config.events == "remote")
 
 
 def _options_of(config: RedisConfig) -> RedisOptions:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
-from scopestate.actors.commit import CommitScopeActor
 from scopestate.actors.directory import Directory
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.functions import Function, Functions
@@ -20,6 +18,7 @@ from scopestate.actors.handler import DeliveryFailure, HandlerServices, Trigger
 from scopestate.actors.housekeeping import Housekeeper
 from scopestate.actors.limits import Limits
 from scopestate.actors.loop_thread import LoopThread
+from scopestate.actors.ports import Backend, Store
 from scopestate.actors.router import TriggerRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
@@ -28,21 +27,15 @@ from scopestate.config import (
     Config,
     FunctionRef,
     LimitsConfig,
-    ScopeRule,
     ServerConfig,
     TriggerConfig,
 )
 from scopestate.config.functions import misfit_id
 from scopestate.errors import ConfigError, InvalidRegistration
-from scopestate.opening import open_adapter
+from scopestate.opening import open_backend
 from scopestate.ops.messages import FUNCTION_IDS
 from scopestate.ops.turns import checked_length
-from scopestate.persistence import Adapter
 from scopestate.stats import Tally
-
-if TYPE_CHECKING:
-    from scopestate.persistence.bridge.scopes import RemoteScopes
-    from scopestate.persistence.redis.sharing import Arrivals, RedisScopes
 
 log = logging.getLogger("scopestate.engine")
 
@@ -55,62 +48,45 @@ class Parts:
     """What one engine consists of, wired up."""
 
     def __init__(
-        self, config: Config, adapter: Adapter | None, dispatcher: Dispatcher | None, report: Report, tell_hooks: Report
+        self,
+        config: Config,
+        adapter: Store | Backend | None,
+        dispatcher: Dispatcher | None,
+        report: Report,
+        tell_hooks: Report,
     ) -> None:
         """Raises ConfigError for a function that cannot be registered, StorageError if the store cannot be opened."""
         check_functions(config)  # before the store is opened, which would stay locked
         self.config = self._started = config
         self.limits = Limits()
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
-        self.adapter: Adapter = adapter or open_adapter(config.adapter)
-        set_limits(self.limits, config.limits, self.adapter)
+        self.backend = open_backend(config, adapter)
+        set_limits(self.limits, config.limits, self.backend)
         self.functions = Functions()
         self.loop_thread = LoopThread("scopestate-loop")
         self.services = HandlerServices(
             self.dispatcher, self.functions, self.limits, self.loop_thread, report, tell_hooks
         )
         self.router = TriggerRouter(self.services)
-        self.snapshot = SnapshotActor(self.dispatcher, self.adapter, config.adapter.kv.save_interval_ms / 1000)
+        self.snapshot = SnapshotActor(self.dispatcher, self.backend.store, config.adapter.kv.save_interval_ms / 1000)
         self.directory = Directory(self._make_scope)
         self._around = Surroundings(
-            self.dispatcher, self.adapter, self.limits, self.router, self.snapshot, self.directory
+            self.dispatcher, self.backend.store, self.limits, self.router, self.snapshot, self.directory
         )
-        self._elsewhere = _scopes_elsewhere(self.adapter, self.directory, self.router, self.dispatcher)
-        self.arrivals: Arrivals | None = getattr(self._elsewhere, "arrivals", None)
-        """What brings events that other engines fire too; None if all are fired here."""
-        if self._elsewhere is not None and config.scopes:
-            log.warning(
-                "the rules under `scopes:` do nothing with the adapter %s: how long a write lasts is decided where the "
-                "state is",
-                config.adapter.name,
-            )
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
-        self._rules = config.scopes
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that follows the file."""
         self.tally = {function_id: Tally() for function_id in FUNCTION_IDS}
 
-    def is_kept(self, scope: str) -> bool:
-        """False if the rules say `memory`: what the store has of such a scope is from before the rule."""
-        return durability_of(scope, self._rules, "interval") != "memory"
-
     def _make_scope(self, scope: str) -> ScopeActor:
         checked_length("scope", scope, self.limits.longest_name)
-        if self._elsewhere is not None:
-            return self._elsewhere.make_scope(scope, self._around)
-        if not self.adapter.keeps:
-            return ScopeActor(scope, self._around, keeps=False)
-        durability = durability_of(scope, self._rules, self.config.adapter.kv.durability)
-        if durability == "commit":
-            return CommitScopeActor(scope, self._around, keeps=True)
-        return ScopeActor(scope, self._around, keeps=durability != "memory")
+        return self.backend.make_scope(scope, self._around)
 
     def configure(self) -> None:
         """Register the configured functions and triggers, and begin to save."""
         self._apply_functions({})
         self._apply_triggers(None)
-        if self.arrivals is not None:
-            self.arrivals.start()
+        self.backend.start(self._around)
         self.snapshot.start_interval()
         self.housekeeper.arm()
 
@@ -121,7 +97,7 @@ class Parts:
         before = self.config
         check_functions(config)
         self._log_what_waits(before, config)
-        set_limits(self.limits, config.limits, self.adapter)
+        set_limits(self.limits, config.limits, self.backend)
         if config.adapter.kv.save_interval_ms != before.adapter.kv.save_interval_ms:
             self.snapshot.set_interval(config.adapter.kv.save_interval_ms / 1000)
         if config.limits.passivate_after_ms != before.limits.passivate_after_ms:
@@ -204,25 +180,17 @@ def configured_triggers(entries: Iterable[TriggerConfig]) -> list[Trigger]:
     return triggers
 
 
-def durability_of(scope: str, rules: Iterable[ScopeRule], default: str) -> str:
-    """Return how long the writes of `scope` must last: by the first rule that fits, else `default`."""
-    for rule in rules:
-        if scope == rule.name or (rule.prefix is not None and scope.startswith(rule.prefix)):
-            return rule.durability
-    return default
-
-
 def _server_but_tokens(config: Config) -> ServerConfig | None:
     server = config.server
     return None if server is None else msgspec.structs.replace(server, auth=AuthConfig())
 
 
-def set_limits(limits: Limits, config: LimitsConfig, adapter: Adapter) -> None:
+def set_limits(limits: Limits, config: LimitsConfig, backend: Backend) -> None:
     """Copy the configured limits into the running ones; milliseconds become seconds."""
     # A value that can never be saved must not be acknowledged.
-    holds = getattr(adapter, "largest_value", 0)
+    holds = backend.largest_value
     limits.max_value_bytes = min(config.max_value_bytes or holds, holds or config.max_value_bytes)
-    limits.longest_name = getattr(adapter, "longest_name", sys.maxsize)
+    limits.longest_name = backend.longest_name
     limits.scope_mailbox = config.scope_mailbox
     limits.scope_mailbox_bytes = config.scope_mailbox_bytes
     limits.handler_mailbox = config.handler_mailbox
@@ -236,18 +204,3 @@ def set_limits(limits: Limits, config: LimitsConfig, adapter: Adapter) -> None:
     limits.call_timeout_s = config.call_timeout_ms / 1000 or None
     limits.close_grace_s = config.close_grace_ms / 1000
     limits.passivate_after_s = config.passivate_after_ms / 1000
-
-
-def _scopes_elsewhere(
-    adapter: Adapter, directory: Directory, router: TriggerRouter, dispatcher: Dispatcher
-) -> RemoteScopes | RedisScopes | None:
-    """Return what makes the scopes if `adapter` does not give them to this engine alone; else None."""
-    if hasattr(adapter, "bulk_link"):
-        from scopestate.persistence.redis.sharing import RedisScopes  # noqa: PLC0415 - as above
-
-        return RedisScopes(adapter, router, dispatcher)
-    if hasattr(adapter, "sequence_floor"):
-        from scopestate.persistence.bridge.scopes import RemoteScopes  # noqa: PLC0415 - as above
-
-        return RemoteScopes(adapter, directory, router)
-    return None

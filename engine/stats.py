@@ -123,7 +123,7 @@ def measure(parts: Parts) -> Stats:
             snapshot=len(snapshot._mailbox),
         ),
         threads=parts.dispatcher.threads(),
-        store=counts_of_store() if (counts_of_store := getattr(parts.adapter, "counts", None)) is not None else {},
+        store=parts.backend.counts(),
     )
 
 
@@ -141,9 +141,7 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
             "disk may hang, or the machine be overloaded"
         )
     problems += [f"not saved: {why}" for why in list(dict.fromkeys(list(snapshot.unsavable.values())))[:10]]
-    # Of adapters whose scopes live elsewhere; what can fail here, the snapshot actor knows.
-    problem_of_store = getattr(parts.adapter, "problem", None)
-    if problem_of_store is not None and (problem := problem_of_store()) is not None:
+    if (problem := parts.backend.problem()) is not None:
         problems.append(problem)
     problems += [
         f"the handler {handler.trigger.function_id!r} of trigger {handler.trigger.trigger_id!r} is overdue"

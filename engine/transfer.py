@@ -13,15 +13,18 @@ empty one is refused, since that is what a command that failed leaves.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Final, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Final, Protocol
 
 import msgspec
 from msgspec import Raw
 
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import parse
-from scopestate.persistence import Adapter, ScopeChange, ScopeState
+from scopestate.persistence import ScopeChange, Store
+
+if TYPE_CHECKING:
+    from scopestate.persistence import FileAdapter
 
 FORMAT: Final = 1
 BATCH_KEYS: Final = 1000
@@ -29,9 +32,16 @@ BATCH_BYTES: Final = 4 * 1024 * 1024
 MAX_SEQUENCE: Final = 2**62
 """Leaves a scope as many writes again before SQLite's integers end."""
 
+Progress = Callable[[int], object]
+"""Is told how many keys are done."""
+
+
+def _untold(keys: int) -> None:
+    pass
+
 
 class Reader(Protocol):
-    """What can be exported: a `StoreReader`, or a `RemoteReader`."""
+    """What can be exported: a `StoreReader`, or a `SharedReader`."""
 
     def scopes(self) -> list[str]:
         """Return the scopes that hold a key."""
@@ -43,15 +53,31 @@ class Reader(Protocol):
         """Yield keys and values, as JSON, in insertion order."""
 
 
-class RemoteReader:
-    """Reads Redis, or a running engine through a bridge: each scope as of the moment at which it is read."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self._adapter = adapter
+class SharedState(Protocol):
+    """State that other programs may read and write at the same time: in Redis, or in a running engine."""
 
     def scopes(self) -> list[str]:
         """Return the scopes that hold a key."""
-        return self._adapter.scopes()
+
+    def read(self, scope: str) -> dict[str, bytes]:
+        """Return the keys and values of a scope as they are now."""
+
+    def write(self, changes: Mapping[str, Mapping[str, bytes | None]]) -> None:
+        """Set keys, or delete them (None), in several steps: on a raise, some of them may be written."""
+
+    def close(self) -> None:
+        """Close the connection."""
+
+
+class SharedReader:
+    """Reads Redis, or a running engine through a bridge: each scope as of the moment at which it is read."""
+
+    def __init__(self, state: SharedState) -> None:
+        self._state = state
+
+    def scopes(self) -> list[str]:
+        """Return the scopes that hold a key."""
+        return self._state.scopes()
 
     def sequence(self, scope: str) -> int:
         """Return 0: neither tells."""
@@ -59,7 +85,7 @@ class RemoteReader:
 
     def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
         """Yield keys and values, as JSON: in insertion order, or of Redis in that of the keys."""
-        yield from self._adapter.load(scope).values.items()
+        yield from self._state.read(scope).items()
 
 
 class _Line(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -92,7 +118,7 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(_Line).decode
 
 
-def export_lines(reader: Reader, progress: Callable[[int], object] = lambda keys: None) -> Iterator[bytes]:
+def export_lines(reader: Reader, progress: Progress = _untold) -> Iterator[bytes]:
     """Yield a store as lines, each with its line end. `progress(keys)` is called now and then, and at the end."""
     yield _encode(_Line(scopestate_export=FORMAT)) + b"\n"
     keys = scopes = 0
@@ -168,93 +194,88 @@ def _check_format(found: int) -> None:
         raise DeserializationError(f"this is an export of format {found}, and this version reads format {FORMAT}")
 
 
-class Adding(Protocol):
-    """A store that can be imported into key by key: an adapter of any kind."""
+def import_whole(lines: Iterable[bytes], store: FileAdapter, progress: Progress = _untold) -> int:
+    """Write an export into a store, as one transaction, and return the number of keys.
 
-    def load(self, scope: str) -> ScopeState:
-        """Return what the scope holds."""
-
-    def save(self, batch: Sequence[ScopeChange]) -> None:
-        """Write some changes."""
-
-
-def is_whole(adapter: Adding) -> bool:
-    """Tell whether an import into this store is one transaction: all of it is written, or nothing."""
-    return hasattr(adapter, "save_whole")
-
-
-def import_lines(lines: Iterable[bytes], adapter: Adding, progress: Callable[[int], object] = lambda keys: None) -> int:
-    """Write an export into a store and return the number of keys; existing keys are overwritten and keep their place.
-
-    `progress(keys)` is called after each batch. Raises DeserializationError for a bad line, StorageError for a store
-    that fails; if the store takes no whole imports (`is_whole`), the batches before are written then.
+    Existing keys are overwritten and keep their place. `progress(keys)` is called after each batch. Raises
+    DeserializationError for a bad line, StorageError for a store that fails; then nothing was written.
     """
-    collector = _Collector(adapter)
-    if is_whole(adapter):
+    keys = 0
 
-        def changes() -> Iterator[ScopeChange]:
-            for batch in collector.batches(read_lines(lines)):
-                yield from batch
-                progress(collector.keys)
+    def changes() -> Iterator[ScopeChange]:
+        nonlocal keys
+        collector = _Collector(store)
+        for batch in _batches(read_lines(lines)):
+            yield from collector.changes(batch)
+            keys += sum(isinstance(item, Entry) for item in batch)
+            progress(keys)
 
-        adapter.save_whole(changes())  # type: ignore[attr-defined]  # see is_whole
-    else:
-        for batch in collector.batches(read_lines(lines)):
-            adapter.save(batch)
-            progress(collector.keys)
-    progress(collector.keys)
-    return collector.keys
+    store.save_whole(changes())
+    progress(keys)
+    return keys
+
+
+def import_in_steps(lines: Iterable[bytes], state: SharedState, progress: Progress = _untold) -> int:
+    """As `import_whole`, into Redis or a running engine: what fails leaves the batches before it written."""
+    keys = 0
+    for batch in _batches(read_lines(lines)):
+        changes: dict[str, dict[str, bytes | None]] = {}
+        for item in batch:
+            if isinstance(item, Entry):
+                changes.setdefault(item.scope, {})[item.key] = item.value
+                keys += 1
+        state.write(changes)
+        progress(keys)
+    progress(keys)
+    return keys
+
+
+def _batches(items: Iterable[Entry | Scope]) -> Iterator[list[Entry | Scope]]:
+    batch: list[Entry | Scope] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        if isinstance(item, Entry):
+            size += len(item.value)
+        if len(batch) >= BATCH_KEYS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class _Collector:
-    """Collects entries into batches for an adapter."""
+    """Makes changes of the entries of an export: continues the numbers, and the order of keys, of a store."""
 
-    def __init__(self, adapter: Adding) -> None:
-        self._adapter = adapter
-        # A remote engine, and Redis, number and order their keys themselves, or not at all.
-        self._loads = not hasattr(adapter, "sequence_floor")
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._known: dict[str, set[str]] = {}
         self._sequences: dict[str, int] = {}
         self._writes: dict[str, int] = {}
         """Rank of the last key written: at most the sequence, which an export carries on from its own store."""
-        self._batch: dict[str, ScopeChange] = {}
-        self._size = self._count = 0
-        self.keys = 0
 
-    def batches(self, items: Iterable[Entry | Scope]) -> Iterator[list[ScopeChange]]:
-        """Yield the changes, some at a time."""
+    def changes(self, items: Iterable[Entry | Scope]) -> list[ScopeChange]:
+        """Return one change for each scope in `items`."""
+        batch: dict[str, ScopeChange] = {}
         for item in items:
-            self._add(item)
-            if self._count >= BATCH_KEYS or self._size >= BATCH_BYTES:
-                yield self._take()
-        if self._batch:
-            yield self._take()
-
-    def _take(self) -> list[ScopeChange]:
-        batch, self._batch = list(self._batch.values()), {}
-        self._size = self._count = 0
-        return batch
-
-    def _add(self, item: Entry | Scope) -> None:
-        scope = item.scope
-        change = self._batch.get(scope) or self._begin(scope)
-        if isinstance(item, Scope):
-            change.sequence = self._sequences[scope] = max(self._sequences[scope], item.sequence)
-            return
-        self._writes[scope] += 1
-        change.sequence = self._sequences[scope] = max(self._sequences[scope], self._writes[scope])
-        if item.key not in self._known[scope]:
-            self._known[scope].add(item.key)
-            change.positions[item.key] = self._writes[scope]
-        change.values[item.key] = item.value
-        self.keys += 1
-        self._count += 1
-        self._size += len(item.value)
+            scope = item.scope
+            change = batch.get(scope)
+            if change is None:
+                change = batch[scope] = self._begin(scope)
+            if isinstance(item, Scope):
+                change.sequence = self._sequences[scope] = max(self._sequences[scope], item.sequence)
+                continue
+            self._writes[scope] += 1
+            change.sequence = self._sequences[scope] = max(self._sequences[scope], self._writes[scope])
+            if item.key not in self._known[scope]:
+                self._known[scope].add(item.key)
+                change.positions[item.key] = self._writes[scope]
+            change.values[item.key] = item.value
+        return list(batch.values())
 
     def _begin(self, scope: str) -> ScopeChange:
         if scope not in self._known:
-            state = self._adapter.load(scope) if self._loads else ScopeState({}, 0)
+            state = self._store.load(scope)
             self._known[scope] = set(state.values)
             self._sequences[scope] = self._writes[scope] = state.sequence
-        change = self._batch[scope] = ScopeChange(scope, self._sequences[scope], {}, {})
-        return change
+        return ScopeChange(scope, self._sequences[scope], {}, {})

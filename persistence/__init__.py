@@ -1,16 +1,15 @@
-"""Where scopes are kept: the adapter contract, in memory, and in a directory of files."""
+"""Where scopes are kept: in a directory of files, in Redis, or in another engine."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from scopestate.actors.ports import Adapter, ScopeChange, ScopeState
-from scopestate.persistence.memory import MemoryAdapter
+from scopestate.actors.ports import Backend, ScopeChange, ScopeState, Store
 
 if TYPE_CHECKING:
     from scopestate.persistence.sqlite.adapter import FileAdapter
 
-__all__ = ["Adapter", "FileAdapter", "MemoryAdapter", "ScopeChange", "ScopeState"]
+__all__ = ["Backend", "FileAdapter", "ScopeChange", "ScopeState", "Store"]
 
 
 def __getattr__(name: str) -> Any:

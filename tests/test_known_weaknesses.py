@@ -284,7 +284,7 @@ def test_semantics_8_17_each_commit_is_synced(open_engine: Open) -> None:
     engine.set("s", "k", 1)
     engine.flush()
 
-    assert engine._parts.adapter._writer.execute("PRAGMA synchronous").fetchone() == (2,)  # type: ignore[attr-defined]
+    assert engine._parts.backend.store._writer.execute("PRAGMA synchronous").fetchone() == (2,)  # type: ignore[attr-defined]
 
 
 def test_semantics_8_18_a_change_saves_what_changed_not_the_scope(open_engine: Open) -> None:
@@ -588,7 +588,7 @@ def test_semantics_8_40_an_engine_tells_how_it_is(open_engine: Open) -> None:
     assert engine.health().ok
     stats = engine.stats()
     assert (stats.calls["state::set"], stats.keys, stats.scopes, stats.saved_keys) == (1, 1, 1, 1)
-    assert engine._parts.adapter.check() == []  # type: ignore[attr-defined]
+    assert engine._parts.backend.store.check() == []  # type: ignore[attr-defined]
 
 
 def test_semantics_8_41_results_and_required_fields_are_as_specified(open_engine: Open) -> None:

@@ -59,7 +59,7 @@ def test_a_new_module_or_package_without_a_layer_is_refused_with_what_to_do(tree
     ("importer", "imported"),
     [
         ("ops/planted.py", "scopestate.actors.turn"),
-        ("actors/planted.py", "scopestate.persistence.memory"),
+        ("actors/planted.py", "scopestate.persistence.local"),
         ("config/planted.py", "scopestate.engine"),
         ("stats.py", "scopestate.server"),
         ("server/channels.py", "scopestate.cli.common"),

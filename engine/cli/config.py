@@ -100,7 +100,7 @@ def refused_by_serve(examined: Examined) -> list[ConfigError]:
     except ConfigError as error:
         found.append(error)
     if isinstance(config.adapter.config, BridgeConfig):
-        from scopestate.persistence.bridge.adapter import refuse_own_server  # noqa: PLC0415 - brings websockets
+        from scopestate.persistence.bridge.backend import refuse_own_server  # noqa: PLC0415 - brings websockets
 
         try:
             refuse_own_server(config.adapter.config.bridge_url, server.host, server.port)

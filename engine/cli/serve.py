@@ -212,7 +212,7 @@ def _count(config: Config) -> str:
 
 
 def _keeps(server: Server) -> bool:
-    return bool(server.engine._parts.adapter.keeps)
+    return server.engine._parts.backend.keeps
 
 
 class _Shown(logging.Formatter):

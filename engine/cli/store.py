@@ -41,10 +41,19 @@ from scopestate.cli.common import (
 from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, RedisConfig, load, validate
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
 from scopestate.paths import expand_home
-from scopestate.persistence import Adapter
 from scopestate.persistence.redis.urls import without_credentials
+from scopestate.persistence.sqlite.adapter import FileAdapter
 from scopestate.persistence.sqlite.reading import StoreReader
-from scopestate.transfer import Entry, Reader, RemoteReader, export_lines, import_lines, is_whole, read_lines
+from scopestate.transfer import (
+    Entry,
+    Reader,
+    SharedReader,
+    SharedState,
+    export_lines,
+    import_in_steps,
+    import_whole,
+    read_lines,
+)
 from scopestate.wire.client import Client
 
 app = typer.Typer(no_args_is_help=True, help="Look into a store, check it, copy it as JSON lines.")
@@ -128,9 +137,9 @@ def export(
         reader: Reader
         total: int | None = None
         if _is_elsewhere(where):
-            adapter = _open_target(where, token, ca_file)
-            stack.callback(adapter.close)
-            reader = RemoteReader(adapter)
+            state = _open_shared(where, token, ca_file)
+            stack.callback(state.close)
+            reader = SharedReader(state)
         else:
             reader = stack.enter_context(_reader(where))
             total = sum(one.keys for one in reader.sizes())
@@ -169,13 +178,13 @@ def import_(
     ):
         stream = stack.enter_context(_input(source))
         total = _checked(stream, source)
-        adapter = _open_target(target, token, ca_file)
-        stack.callback(adapter.close)
-        if not merge and adapter.scopes():
+        store = _open_target(target, token, ca_file)
+        stack.callback(store.close)
+        if not merge and store.scopes():
             raise StoreUnusable(
                 f"{_shown(target)} holds keys already; use --merge to add to them, or choose an empty one"
             )
-        whole = is_whole(adapter)
+        whole = isinstance(store, FileAdapter)
         if not whole and not as_json:
             standard_error().print(
                 shown(f"importing {total} keys to {_shown(target)}; if this is interrupted, repeat it with --merge"),
@@ -183,7 +192,10 @@ def import_(
             )
         with _progress("importing", total) as advance, _said_if_it_fails(imported):
             imported.begin(advance, total, whole=whole)
-            import_lines(_lines(stream, source), adapter, advance)
+            if isinstance(store, FileAdapter):
+                import_whole(_lines(stream, source), store, advance)
+            else:
+                import_in_steps(_lines(stream, source), store, advance)
             imported.end()
         stack.close()
         _report("imported", total, _shown(target), as_json=as_json)
@@ -307,25 +319,31 @@ def _directory(where: str) -> str:
     return config.file_path
 
 
-def _open_target(target: str, token: str | None, ca_file: str | None) -> Adapter:
-    from scopestate.opening import open_adapter  # noqa: PLC0415 - not needed for most commands
+def _open_target(target: str, token: str | None, ca_file: str | None) -> FileAdapter | SharedState:
+    if _is_elsewhere(target):
+        return _open_shared(target, token, ca_file)
+    from scopestate.opening import open_store  # noqa: PLC0415 - not needed for most commands
 
-    if target.startswith(_ENGINE):
-        config = AdapterConfig("bridge", BridgeConfig(target, token, ca_file))
-    elif target.startswith(_REDIS):
-        config = AdapterConfig("redis", RedisConfig(target, tls_ca_file=ca_file))
-        validate(Config(config))
-    elif _is_config(target) and _is_elsewhere(target):
-        config = load(target).adapter
+    return open_store(KvConfig("file_based", _directory(target)))
+
+
+def _open_shared(where: str, token: str | None, ca_file: str | None) -> SharedState:
+    from scopestate.opening import open_shared  # noqa: PLC0415 - not needed for most commands
+
+    if where.startswith(_ENGINE):
+        adapter = AdapterConfig("bridge", BridgeConfig(where, token, ca_file))
+    elif where.startswith(_REDIS):
+        adapter = AdapterConfig("redis", RedisConfig(where, tls_ca_file=ca_file))
+        validate(Config(adapter))
     else:
-        config = AdapterConfig("kv", KvConfig("file_based", _directory(target)))
-    if isinstance(config.config, BridgeConfig):
-        _refuse_if_away(config.config)
-    if isinstance(config.config, RedisConfig):
+        adapter = load(where).adapter
+    if isinstance(adapter.config, BridgeConfig):
+        _refuse_if_away(adapter.config)
+    if isinstance(adapter.config, RedisConfig):
         # A copy is no change: nothing to publish, and nothing to read of what others publish.
-        options = msgspec.structs.replace(config.config, events="local", delivery="each")
-        config = msgspec.structs.replace(config, config=options)
-    return open_adapter(config)
+        options = msgspec.structs.replace(adapter.config, events="local", delivery="each")
+        adapter = msgspec.structs.replace(adapter, config=options)
+    return open_shared(adapter)
 
 
 def _refuse_if_away(bridge: BridgeConfig) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
-from scopestate.errors import DeserializationError, RemoteFailure
+from scopestate.errors import DeserializationError, RemoteFailure, ScopestateError
 from scopestate.ops import OpError, turns
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.values import parse
-from scopestate.persistence.bridge.remote import read_keyed
+
+Done = Callable[[bytes | None, ScopestateError | None], object]
+"""Takes the outcome of a call: the result as JSON (None: no value), or an error."""
 
 _NULL: Final = b"null"
 
@@ -36,6 +39,13 @@ class _Written(msgspec.Struct):
     errors: tuple[OpError, ...] = ()
     existed: bool | None = None
     """Whether the key existed before. Only a scopestate engine says so; else a stored null looks like a missing key."""
+
+
+class _Keyed(msgspec.Struct):
+    """Result of `state::list` with `_keys`, which scopestate engines understand."""
+
+    keys: list[str]
+    values: list[msgspec.Raw]
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -101,3 +111,14 @@ def read_answer(turn: Any, result: bytes | None) -> Outcome:
 def _old(written: _Written) -> bytes | None:
     old = parse(bytes(written.old_value))
     return old if (old != _NULL if written.existed is None else written.existed) else None
+
+
+def read_keyed(result: bytes | None) -> list[tuple[str, bytes]]:
+    """Read the keys and values of a scope. Raises DeserializationError if the engine named no keys."""
+    try:
+        keyed = msgspec.json.decode(result or b"null", type=_Keyed)
+    except msgspec.DecodeError as error:
+        raise DeserializationError("that engine does not name the keys of a scope; it is no scopestate") from error
+    if len(keyed.keys) != len(keyed.values):
+        raise DeserializationError(f"{len(keyed.keys)} keys with {len(keyed.values)} values")
+    return [(key, parse(bytes(value))) for key, value in zip(keyed.keys, keyed.values, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import pykka
 
@@ -24,11 +24,27 @@ from scopestate.errors import (
     StorageError,
 )
 from scopestate.ops import turns
-from scopestate.persistence.bridge.calls import Outcome, read_answer, request
-from scopestate.persistence.bridge.remote import Remote
+from scopestate.persistence.bridge.calls import Done, Outcome, read_answer, request
 from scopestate.wire.depth import event_depth
 
 log = Log("scopestate.scope")
+
+
+class Connection(Protocol):
+    """A connection to another engine. Every method may be called from any thread."""
+
+    @property
+    def reports_changes(self) -> bool:
+        """True if the other engine reports every change, those made through here included."""
+
+    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
+        """Send a call with its input as JSON, and return at once; calls are sent in the order in which they are made.
+
+        `depth`: how many handlers deep the call is, for the other engine to know.
+
+        `done` is called exactly once, later and on another thread, never before `call` returns; it must not block.
+        Raises EngineClosed, and calls nothing, if the connection was closed for good.
+        """
 
 
 class _Open:
@@ -88,10 +104,10 @@ class RemoteScopeActor(ScopeElsewhere):
     the order of the answers, which for one key is the order of its writes.
     """
 
-    def __init__(self, scope: str, around: Surroundings, remote: Remote) -> None:
+    def __init__(self, scope: str, around: Surroundings, remote: Connection) -> None:
         super().__init__(scope, around, keeps=True)
         self._remote = remote
-        self._sequence = remote.sequence_floor
+        self._sequence = around.highest_forgotten
         self._lanes: dict[str, _Lane] = {}
         self._open: set[_Open] = set()
         self._barriers: list[tuple[set[_Open], Callable[[], object]]] = []
@@ -296,7 +312,7 @@ class RemoteScopeActor(ScopeElsewhere):
         return bool(self._open) or super()._is_needed()
 
     def _note_leaving(self) -> None:
-        self._remote.sequence_floor = max(self._remote.sequence_floor, self._sequence)
+        self._around.note_forgotten(self._sequence)
 
 
 def _via_bridge(turn: Any, error: Exception) -> StorageError:

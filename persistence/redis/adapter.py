@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from scopestate.actors.ports import ScopeChange, ScopeState
+from scopestate.actors.ports import Backend
+from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, StorageError
 from scopestate.ops.values import parse
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
@@ -18,8 +19,10 @@ from scopestate.persistence.redis.group import GroupReader
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.reading import Reader
 from scopestate.persistence.redis.refusals import explain
+from scopestate.persistence.redis.scope import RedisScopeActor
 from scopestate.persistence.redis.script import Shape, keys_of, with_source
 from scopestate.persistence.redis.servers import Deliver, find_servers
+from scopestate.persistence.redis.sharing import Arrivals
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -30,15 +33,11 @@ _NAMED_MISFITS: Final = 5
 """How many of them `problem` names."""
 
 
-class RedisAdapter:
+class RedisAdapter(Backend):
     """Scopes as hashes `KEY_PREFIX + scope`, field = key, value = JSON text: the layout that iii uses.
 
-    Scopes are not loaded and saved through it but called (`actors.redis_scope`): others may change them at the same
-    time, so there is nothing to keep here.
+    Its scopes are called, not loaded and saved: others may change them at the same time.
     """
-
-    keeps = True
-    """Kept, though not by us: idle scopes may leave memory."""
 
     def __init__(self, options: RedisOptions, deliver: Deliver) -> None:
         """Connect. `deliver` gives callers their answers.
@@ -47,7 +46,6 @@ class RedisAdapter:
         """
         self.shape = Shape(options.key_prefix, events_kept=options.events_kept)
         self.update_attempts = options.update_attempts
-        self.sequence_floor = 0
         self.shares_events = bool(options.events_kept)
         self.published = 0
         """Number of the newest event that this engine has published."""
@@ -99,7 +97,17 @@ class RedisAdapter:
         if self._misfits:
             self._misfits.pop((scope, key), None)
 
-    # ---------------------------------------------------------------------------------------- what it tells of itself
+    # ---------------------------------------------------------------------------------------- as an engine's backend
+
+    def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
+        """Return a new actor for `scope`."""
+        return RedisScopeActor(scope, around, self)
+
+    def start(self, around: Surroundings) -> None:
+        """With `events: shared`, begin to read the events of all engines."""
+        if self.reader is not None:
+            self.arrivals = arrivals = Arrivals(self, around.router, around.dispatcher)
+            self.reader.start(arrivals)
 
     def problem(self) -> str | None:
         """Return what is wrong now, in words; None if all is well."""
@@ -120,8 +128,6 @@ class RedisAdapter:
             "connects": sum(link.connects for link in self._servers.links()),
             "events_missed": 0 if self.reader is None else self.reader.missed,
         }
-
-    # -------------------------------------------------------------------------------------- the adapter's promises
 
     def scopes(self) -> list[str]:
         """Return the scopes that hold a key.
@@ -149,8 +155,8 @@ class RedisAdapter:
                 log.warning("%r in Redis is no scope: its name is not UTF-8", key)
         return scopes
 
-    def load(self, scope: str) -> ScopeState:
-        """Return a copy of a scope as it is now, by key; its sequence is not known, and 0.
+    def read(self, scope: str) -> dict[str, bytes]:
+        """Return the keys and values of a scope as they are now, by key.
 
         Raises StorageError, naming the key, if a value is not JSON.
         """
@@ -171,27 +177,27 @@ class RedisAdapter:
                 raise StorageError(
                     f"what Redis holds for key {key!r} of scope {scope!r} is not JSON: {error}; set or delete the key"
                 ) from error
-        return ScopeState(values, 0)
+        return values
 
-    def save(self, batch: Sequence[ScopeChange]) -> None:
-        """Write the changes, each scope as one step.
+    def write(self, changes: Mapping[str, Mapping[str, bytes | None]]) -> None:
+        """Set each key of each scope to its value, or delete it (None): each scope as one step.
 
         Not one transaction over several scopes, which may be on different servers; on a raise, some may be written:
         the text says so.
         """
         written = 0
-        for change in batch:
+        for scope, values in changes.items():
             entries: list[Any] = []
-            for key, value in change.values.items():
+            for key, value in values.items():
                 checked = _text(key, "key")
                 entries += ("d", checked) if value is None else ("s", checked, value)
             if not entries:
                 continue
-            hash_key = self._hash_key(change.scope)
-            parts = self.shape.write(hash_key, change.scope, entries)
-            nothing = f"nothing of scope {change.scope!r} was written"
+            hash_key = self._hash_key(scope)
+            parts = self.shape.write(hash_key, scope, entries)
+            nothing = f"nothing of scope {scope!r} was written"
             if written:
-                nothing += f", but the scopes before it are ({written} of {len(batch)})"
+                nothing += f", but the scopes before it are ({written} of {len(changes)})"
             server = self._servers.server_of(hash_key)
             with self._visit(server, "a write", *keys_of(parts), nothing=nothing) as connection:
                 try:

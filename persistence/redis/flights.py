@@ -45,8 +45,6 @@ class Store(Protocol):
 
     shape: Shape
     update_attempts: int
-    sequence_floor: int
-    """Where a scope's event numbers begin here, so that they never go back when a scope leaves memory and returns."""
     shares_events: bool
     """True if Redis reports every change, those made through here included: then answers fire no events."""
 

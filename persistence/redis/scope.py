@@ -56,7 +56,7 @@ class RedisScopeActor(ScopeElsewhere):
     def __init__(self, scope: str, around: Surroundings, store: Store) -> None:
         super().__init__(scope, around, keeps=True)
         self._store = store
-        self._sequence = store.sequence_floor
+        self._sequence = around.highest_forgotten
         self._flights = RedisFlights(scope, store, around.limits, self._landed, self._changed)
         self._lanes = self._flights.lanes
         self._own: Flight | None = None
@@ -415,4 +415,4 @@ class RedisScopeActor(ScopeElsewhere):
         return bool(self._lanes) or super()._is_needed()
 
     def _note_leaving(self) -> None:
-        self._store.sequence_floor = max(self._store.sequence_floor, self._sequence)
+        self._around.note_forgotten(self._sequence)

@@ -1,19 +1,19 @@
-"""An engine whose scopes live in Redis."""
+"""Bringing the events of all engines, which Redis shares, to the handlers of this one."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.handler import Barrier, HandlerActor
 from scopestate.actors.router import HandlerFull, TriggerRouter
-from scopestate.actors.scope import ScopeActor, Surroundings
-from scopestate.persistence.redis.adapter import RedisAdapter
 from scopestate.persistence.redis.reading import Event
-from scopestate.persistence.redis.scope import RedisScopeActor
+
+if TYPE_CHECKING:
+    from scopestate.persistence.redis.adapter import RedisAdapter
 
 
 class Arrivals:
@@ -27,11 +27,6 @@ class Arrivals:
         self._interrupted = False
 
     # ------------------------------------------------------------------------------------------- the engine's side
-
-    def start(self) -> None:
-        """Begin to read: the configured triggers are there."""
-        if self._adapter.reader is not None:
-            self._adapter.reader.start(self)
 
     def catch_up(self, timeout_s: float | None) -> bool:
         """Wait until the events of this engine's own writes are here; False if that took longer than `timeout_s`."""
@@ -100,16 +95,3 @@ class Arrivals:
         room = self._room
         if room is not None:
             room.set()
-
-
-class RedisScopes:
-    """Makes the scopes of an engine whose state is in Redis."""
-
-    def __init__(self, adapter: Any, router: TriggerRouter, dispatcher: Dispatcher) -> None:
-        self._store = adapter
-        self.arrivals = Arrivals(adapter, router, dispatcher) if adapter.shares_events else None
-        """What brings the events of all engines; None if they are not shared."""
-
-    def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
-        """Make the actor of one scope."""
-        return RedisScopeActor(scope, around, self._store)

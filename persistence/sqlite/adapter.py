@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from typing import TypeVar
 
-from scopestate.actors.ports import ScopeChange, ScopeState
+from scopestate.actors.ports import ScopeChange, ScopeState, Store
 from scopestate.errors import StorageError, StoreCorrupt
 from scopestate.persistence.sqlite.connection import (
     LIBRARY_ERRORS,
@@ -51,10 +51,8 @@ class _Loan:
     ended_well = False
 
 
-class FileAdapter:
+class FileAdapter(Store):
     """Keeps scopes in `directory`. Any thread may call anything; loads run beside each other and beside a save."""
-
-    keeps = True
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ def test_a_scope_stays_while_a_read_waits_for_a_commit(
     written = send(actor, turns.Set("k", b"2"))
     batch = actor.run(TakeBatch())
     read = send(actor, turns.Get("k"))
-    engine._parts.adapter.save([batch.change])
+    engine._parts.backend.store.save([batch.change])
     deliver(batch.settle())
     assert written.done
     assert not read.done

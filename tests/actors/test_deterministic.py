@@ -12,13 +12,11 @@ from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.config import AdapterConfig, Config, KvConfig, ScopeRule
 from scopestate.errors import ReplyTimeout, WouldDeadlock
 from scopestate.ops import messages
-from scopestate.persistence import ScopeChange, ScopeState
+from scopestate.persistence import ScopeChange, ScopeState, Store
 
 
-class OneDictAdapter:
+class OneDictAdapter(Store):
     """Keeps scopes as their last save left them."""
-
-    keeps = True
 
     def __init__(self, dispatcher: DeterministicDispatcher) -> None:
         self.saved: dict[str, dict[str, bytes | None]] = {}

@@ -17,15 +17,13 @@ from scopestate.actors.router import Bucket, TriggerRouter
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import Overloaded
 from scopestate.ops import messages
-from scopestate.persistence import ScopeChange, ScopeState
+from scopestate.persistence import ScopeChange, ScopeState, Store
 
 SLOW_S = 10.0
 
 
-class KeepsAdapter:
+class KeepsAdapter(Store):
     """Accepts every save and remembers when it came."""
-
-    keeps = True
 
     def __init__(self, dispatcher: DeterministicDispatcher) -> None:
         self._dispatcher = dispatcher

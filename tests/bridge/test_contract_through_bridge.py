@@ -1,7 +1,7 @@
 """What every adapter promises, as far as callers of an engine can see it, through a bridge to a store on disk.
 
 The suite of `tests/persistence` keeps ranks, sequences and transactions, which the protocol does not have: scopes that
-others change at the same time cannot be copied and written back (see `persistence.remote`).
+others change at the same time cannot be copied and written back (see `persistence.bridge.backend`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from conformance import same
 from second_engine import OpenBridge, RemoteProcess
 
 from scopestate.errors import MessageTooLarge, StorageError
-from scopestate.persistence import ScopeChange, ScopeState
-from scopestate.persistence.bridge.adapter import BridgeAdapter
+from scopestate.persistence.bridge.backend import BridgeBackend
 
 NAMES = {
     "empty": "",
@@ -128,29 +127,26 @@ def test_a_value_larger_than_a_message_is_refused_before_it_is_sent(
 
 def test_thousands_of_scopes_are_listed(stored_remote: RemoteProcess, open_bridge: OpenBridge) -> None:
     engine = open_bridge(stored_remote.url)
-    adapter = engine._parts.adapter
+    backend = engine._parts.backend
     names = [f"many-{number:04}" for number in range(2000)]
-    adapter.save([ScopeChange(name, 1, {"k": b"1"}, {"k": 1}) for name in names])
+    backend.write({name: {"k": b"1"} for name in names})  # type: ignore[attr-defined]
 
     assert [name for name in engine.list_groups() if name.startswith("many-")] == names
 
 
-def test_the_adapter_by_itself(stored_remote: RemoteProcess) -> None:
-    adapter = BridgeAdapter(stored_remote.url)
-    adapter.save([ScopeChange("by itself", 2, {"a": b"1", "b": b"null"}, {"a": 1, "b": 2})])
-    adapter.save([ScopeChange("by itself", 3, {"a": None}, {})])
+def test_the_backend_by_itself(stored_remote: RemoteProcess) -> None:
+    backend = BridgeBackend(stored_remote.url)
+    backend.write({"by itself": {"a": b"1", "b": b"null"}})
+    backend.write({"by itself": {"a": None}})
 
-    assert adapter.keeps is True
-    assert "by itself" in adapter.scopes()
-    assert adapter.call_and_wait("state::list", b'{"scope":"by itself"}') == b"[null]"
-    assert adapter.load("by itself") == ScopeState({"b": b"null"}, 0)
-    assert adapter.load("nobody") == ScopeState({}, 0)
-    adapter.close()
-    adapter.close()
-    for call in (
-        adapter.scopes,
-        lambda: adapter.load("s"),
-        lambda: adapter.save([ScopeChange("s", 1, {"k": b"1"}, {"k": 1})]),
-    ):
+    assert backend.keeps is True
+    assert backend.store is None
+    assert "by itself" in backend.scopes()
+    assert backend.call_and_wait("state::list", b'{"scope":"by itself"}') == b"[null]"
+    assert backend.read("by itself") == {"b": b"null"}
+    assert backend.read("nobody") == {}
+    backend.close()
+    backend.close()
+    for call in (backend.scopes, lambda: backend.read("s"), lambda: backend.write({"s": {"k": b"1"}})):
         with pytest.raises(StorageError, match="closed"):
             call()

@@ -11,7 +11,7 @@ from conformance import load, same
 from scopestate.errors import RemoteFailure
 from scopestate.ops import checked, turns
 from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.persistence.bridge.adapter import _read_event
+from scopestate.persistence.bridge.backend import _read_event
 from scopestate.persistence.bridge.calls import Outcome, read_answer, request
 
 VECTORS: list[dict[str, Any]] = load("vectors.json")

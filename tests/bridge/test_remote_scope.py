@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,22 +13,21 @@ from second_engine import PATIENCE_S, Seen
 from scopestate import Engine, messages
 from scopestate.actors.control import Passivate
 from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.config import from_mapping
 from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeout, StorageError
 from scopestate.ops import turns
-from scopestate.persistence import ScopeChange, ScopeState
-from scopestate.persistence.bridge.remote import Done
-from scopestate.persistence.bridge.scope import RemoteChange
+from scopestate.persistence import Backend
+from scopestate.persistence.bridge.calls import Done
+from scopestate.persistence.bridge.scope import RemoteChange, RemoteScopeActor
 
 
-class PlayedRemote:
+class PlayedRemote(Backend):
     """A connection to an engine that answers when the test says so."""
 
-    keeps = True
     reports_changes = False
 
     def __init__(self) -> None:
-        self.sequence_floor = 0
         self.open: dict[str, Done] = {}
         """Label -> what takes the answer; a label is `set k`, `get k`, `list`, with ` 2`, ... for the next alike."""
         self._sent = threading.Condition()
@@ -61,11 +60,8 @@ class PlayedRemote:
     def scopes(self) -> list[str]:
         return []
 
-    def load(self, scope: str) -> ScopeState:
-        raise AssertionError("nothing is loaded through a connection")
-
-    def save(self, batch: Sequence[ScopeChange]) -> None:
-        raise AssertionError("nothing is saved through a connection")
+    def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
+        return RemoteScopeActor(scope, around, self)
 
     def close(self) -> None:
         self.closed = True

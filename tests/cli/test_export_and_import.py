@@ -22,7 +22,7 @@ from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter
 from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.server.server import Server
-from scopestate.transfer import import_lines
+from scopestate.transfer import import_whole
 
 
 def open_store(folder: Path) -> Engine:
@@ -167,11 +167,11 @@ def test_an_import_into_a_directory_that_ends_early_leaves_nothing(tmp_path: Pat
     adapter = FileAdapter(str(tmp_path / "store"))
     try:
         with pytest.raises(Stopped):
-            import_lines(lines(5000), adapter, stop_at(3000))
+            import_whole(lines(5000), adapter, stop_at(3000))
         assert adapter.scopes() == []
-        assert import_lines(lines(5000), adapter) == 5000
+        assert import_whole(lines(5000), adapter) == 5000
         with pytest.raises(Stopped):
-            import_lines([b'{"scope":"s","key":"0","value":"new"}\n', *lines(5000)[1:]], adapter, stop_at(3000))
+            import_whole([b'{"scope":"s","key":"0","value":"new"}\n', *lines(5000)[1:]], adapter, stop_at(3000))
         assert adapter.load("s").values["0"] == b"0"
     finally:
         adapter.close()
@@ -181,7 +181,7 @@ def test_an_import_tells_how_far_it_is(tmp_path: Path) -> None:
     told: list[int] = []
     adapter = FileAdapter(str(tmp_path / "store"))
     try:
-        import_lines(lines(2500), adapter, told.append)
+        import_whole(lines(2500), adapter, told.append)
     finally:
         adapter.close()
 

@@ -183,7 +183,7 @@ workers:
 """
     engine = start(text.format(store=tmp_path / "store", ms=3_600_000))
     saved = threading.Event()
-    adapter = engine._parts.adapter
+    adapter = engine._parts.backend.store
     save = adapter.save
 
     def save_and_tell(batch: Any) -> None:

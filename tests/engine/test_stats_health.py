@@ -213,7 +213,7 @@ def test_health_stays_bad_after_a_failed_commit_until_something_is_saved_again(
     engine = open_engine(
         adapter={"store_method": "file_based", "file_path": str(tmp_path / "store"), "durability": "commit"}
     )
-    adapter = engine._parts.adapter
+    adapter = engine._parts.backend.store
     save = adapter.save
 
     def refuse(batch: Any) -> None:
@@ -309,7 +309,7 @@ def test_health_says_that_a_save_hangs_while_it_does(open_engine: Any, tmp_path:
         adapter={"store_method": "file_based", "file_path": str(tmp_path / "store"), "save_interval_ms": 50}
     )
     gate = Gate()
-    engine._parts.adapter.save = gate  # a disk that hangs
+    engine._parts.backend.store.save = gate  # a disk that hangs
     try:
         engine.set("s", "k", 1)
         gate.wait_until_reached()

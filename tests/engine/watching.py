@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scopestate import DeliveryFailure, StateEvent, StorageError
-from scopestate.persistence import ScopeChange, ScopeState
+from scopestate.persistence import ScopeChange, ScopeState, Store
 
 PATIENCE_S = 20.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
@@ -82,10 +82,8 @@ class Gate:
         self._open.set()
 
 
-class GatedStore:
+class GatedStore(Store):
     """A store in memory that keeps, and can be made to block or to fail at loading, listing and saving."""
-
-    keeps = True
 
     def __init__(self) -> None:
         self.states: dict[str, ScopeState] = {}

@@ -21,7 +21,7 @@ from scopestate import Engine
 from scopestate.actors.control import Passivate
 from scopestate.config import Config, KvConfig, from_mapping
 from scopestate.errors import StorageError
-from scopestate.persistence import FileAdapter, MemoryAdapter, ScopeChange
+from scopestate.persistence import FileAdapter, ScopeChange
 
 SCOPES = ("a", "b", "")
 KEYS = ("k", "l", "m")
@@ -130,7 +130,7 @@ def record_history(engine: Engine, *, threads: int, tasks: int, calls: int, seed
 
     with Disturber(engine, history) as disturber:
         run_clients([history.thread(seed + n, calls, f"thread-{n}") for n in range(threads)], loop)
-    if engine._parts.adapter.keeps:
+    if engine._parts.backend.keeps:
         assert disturber.passivated > 0
     totals.update(histories=1, calls=len(history), passivations=disturber.passivated)
     return history
@@ -158,7 +158,7 @@ def test_every_event_shows_one_link_of_one_chain_per_key(engine: Engine, switch_
         for event in events[scope]:
             if event.sequence != before + 1:
                 # A scope that is not kept may leave memory while it is empty, and comes back behind a gap.
-                assert not engine._parts.adapter.keeps
+                assert not engine._parts.backend.keeps
                 assert event.sequence > before
                 assert not any(last.values()), "a gap while the scope held keys"
             before = event.sequence
@@ -247,8 +247,8 @@ def test_the_checker_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_only_scopes_stay_unless_they_were_never_written() -> None:
-    assert MemoryAdapter().keeps is False
     with Engine() as engine:
+        assert not engine._parts.backend.keeps
         engine.set("a", "k", 1)
         engine.get("b", "k")
         for actor in list(engine._scopes.values()):

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from scopestate.persistence import Adapter, FileAdapter
+from scopestate.persistence import FileAdapter, Store
 from scopestate.persistence.sqlite.connection import connect
 
 
-class Store:
+class Place:
     """A place that keeps scopes, and the one adapter open on it."""
 
-    def __init__(self, make: Callable[[], Adapter]) -> None:
+    def __init__(self, make: Callable[[], Store]) -> None:
         self._make = make
         self.adapter = make()
 
-    def reopen(self) -> Adapter:
+    def reopen(self) -> Store:
         """Close the adapter and open the place again, as a restart of the process would."""
         self.adapter.close()
         self.adapter = self._make()
@@ -36,12 +36,12 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["file"])
-def store(request: pytest.FixtureRequest, directory: Path) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, directory: Path) -> Iterator[Place]:
     """One store per keeping adapter: a new adapter adds a line here, not tests."""
-    places: dict[str, Callable[[], Adapter]] = {
+    places: dict[str, Callable[[], Store]] = {
         "file": lambda: FileAdapter(directory),
     }
-    place = Store(places[request.param])
+    place = Place(places[request.param])
     yield place
     adapter = place.reopen()
     if isinstance(adapter, FileAdapter):

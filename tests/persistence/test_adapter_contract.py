@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import pytest
 
-from scopestate.errors import StorageError
-from scopestate.persistence import Adapter, MemoryAdapter, ScopeChange, ScopeState
+from scopestate import Engine
+from scopestate.errors import ConfigError, StorageError
+from scopestate.persistence import ScopeChange, ScopeState, Store
+from scopestate.persistence.local import LocalBackend
 
 
-class Store(Protocol):
+class Place(Protocol):
     """The `store` fixture of conftest.py."""
 
-    adapter: Adapter
+    adapter: Store
 
-    def reopen(self) -> Adapter: ...
+    def reopen(self) -> Store: ...
 
 
 HOSTILE_NAMES = {
@@ -50,24 +53,24 @@ def ordered(state: ScopeState) -> list[tuple[str, bytes]]:
     return list(state.values.items())
 
 
-def test_a_scope_never_saved_is_empty_with_sequence_0(store: Store) -> None:
+def test_a_scope_never_saved_is_empty_with_sequence_0(store: Place) -> None:
     state = store.adapter.load("nobody")
 
     assert state == ScopeState(values={}, sequence=0)
     assert store.adapter.scopes() == []
 
 
-def test_a_keeping_adapter_says_so(store: Store) -> None:
-    assert store.adapter.keeps is True
+def test_a_backend_with_a_store_keeps_and_says_so(store: Place) -> None:
+    assert LocalBackend(store.adapter, lambda scope: "interval").keeps is True
 
 
-def test_what_was_saved_is_loaded_with_its_sequence(store: Store) -> None:
+def test_what_was_saved_is_loaded_with_its_sequence(store: Place) -> None:
     store.adapter.save([created("users", 7, {"ada": b'{"age":36}', "bob": b"null"})])
 
     assert store.adapter.load("users") == ScopeState(values={"ada": b'{"age":36}', "bob": b"null"}, sequence=7)
 
 
-def test_what_was_saved_is_there_after_a_restart(store: Store) -> None:
+def test_what_was_saved_is_there_after_a_restart(store: Place) -> None:
     store.adapter.save([created("users", 7, {"ada": b"1"})])
 
     adapter = store.reopen()
@@ -84,7 +87,7 @@ def test_what_was_saved_is_there_after_a_restart(store: Store) -> None:
         b'{"b":1,"a":2}', b'"],[1,1,\\"x\\",1"',
     ],
 )  # fmt: skip
-def test_a_value_comes_back_byte_for_byte(store: Store, value: bytes) -> None:
+def test_a_value_comes_back_byte_for_byte(store: Place, value: bytes) -> None:
     store.adapter.save([created("s", 1, {"k": value})])
 
     (loaded,) = store.reopen().load("s").values.values()
@@ -93,7 +96,7 @@ def test_a_value_comes_back_byte_for_byte(store: Store, value: bytes) -> None:
     assert type(loaded) is bytes
 
 
-def test_integers_floats_and_booleans_stay_different(store: Store) -> None:
+def test_integers_floats_and_booleans_stay_different(store: Place) -> None:
     store.adapter.save([created("s", 3, {"int": b"1", "float": b"1.0", "bool": b"true"})])
 
     assert ordered(store.reopen().load("s")) == [("int", b"1"), ("float", b"1.0"), ("bool", b"true")]
@@ -102,28 +105,28 @@ def test_integers_floats_and_booleans_stay_different(store: Store) -> None:
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
-def test_keys_come_back_in_the_order_of_their_ranks_not_of_their_names(store: Store) -> None:
+def test_keys_come_back_in_the_order_of_their_ranks_not_of_their_names(store: Place) -> None:
     store.adapter.save([ScopeChange("s", 3, {"a": b"1", "b": b"2", "c": b"3"}, {"c": 1, "a": 2, "b": 3})])
 
     assert list(store.adapter.load("s").values) == ["c", "a", "b"]
     assert list(store.reopen().load("s").values) == ["c", "a", "b"]
 
 
-def test_a_key_without_a_rank_keeps_the_one_it_has(store: Store) -> None:
+def test_a_key_without_a_rank_keeps_the_one_it_has(store: Place) -> None:
     store.adapter.save([created("s", 3, {"a": b"1", "b": b"2", "c": b"3"})])
     store.adapter.save([ScopeChange("s", 4, {"a": b"9"}, {})])
 
     assert ordered(store.reopen().load("s")) == [("a", b"9"), ("b", b"2"), ("c", b"3")]
 
 
-def test_a_key_deleted_and_created_again_between_two_saves_goes_to_the_end(store: Store) -> None:
+def test_a_key_deleted_and_created_again_between_two_saves_goes_to_the_end(store: Place) -> None:
     store.adapter.save([created("s", 3, {"a": b"1", "b": b"2", "c": b"3"})])
     store.adapter.save([ScopeChange("s", 5, {"a": b"9"}, {"a": 5})])
 
     assert ordered(store.reopen().load("s")) == [("b", b"2"), ("c", b"3"), ("a", b"9")]
 
 
-def test_a_key_deleted_in_one_save_and_created_in_the_next_goes_to_the_end(store: Store) -> None:
+def test_a_key_deleted_in_one_save_and_created_in_the_next_goes_to_the_end(store: Place) -> None:
     store.adapter.save([created("s", 2, {"a": b"1", "b": b"2"})])
     store.adapter.save([ScopeChange("s", 3, {"a": None}, {})])
     store.adapter.save([ScopeChange("s", 4, {"a": b"9"}, {"a": 4})])
@@ -131,7 +134,7 @@ def test_a_key_deleted_in_one_save_and_created_in_the_next_goes_to_the_end(store
     assert ordered(store.reopen().load("s")) == [("b", b"2"), ("a", b"9")]
 
 
-def test_ranks_use_64_bits(store: Store) -> None:
+def test_ranks_use_64_bits(store: Place) -> None:
     top = 2**63 - 1
     store.adapter.save([ScopeChange("s", top, {"a": b"1", "b": b"2", "c": b"3"}, {"a": top, "b": top - 1, "c": 2**40})])
 
@@ -141,7 +144,7 @@ def test_ranks_use_64_bits(store: Store) -> None:
     assert state.sequence == top
 
 
-def test_an_unranked_key_that_is_not_stored_goes_to_the_end(store: Store) -> None:
+def test_an_unranked_key_that_is_not_stored_goes_to_the_end(store: Place) -> None:
     store.adapter.save([created("s", 2, {"z": b"1", "y": b"2"})])
     store.adapter.save([ScopeChange("s", 3, {"a": b"3"}, {})])
 
@@ -149,7 +152,7 @@ def test_an_unranked_key_that_is_not_stored_goes_to_the_end(store: Store) -> Non
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 31, 33, 255, 256, 257, 999, 1000, 1001, 2500])
-def test_any_number_of_keys_is_saved_overwritten_and_deleted(store: Store, count: int) -> None:
+def test_any_number_of_keys_is_saved_overwritten_and_deleted(store: Place, count: int) -> None:
     names = [f"k{number * 7919 % count}" for number in range(count)]
     values = {name: b"[%d]" % place for place, name in enumerate(names)}
     store.adapter.save([created("s", count, values), created("t", 1, {"only": b"1"})])
@@ -168,7 +171,7 @@ def test_any_number_of_keys_is_saved_overwritten_and_deleted(store: Store, count
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES.keys())
-def test_any_text_is_a_scope_name(store: Store, name: str) -> None:
+def test_any_text_is_a_scope_name(store: Place, name: str) -> None:
     store.adapter.save([created(name, 1, {"k": b"1"})])
 
     adapter = store.reopen()
@@ -178,7 +181,7 @@ def test_any_text_is_a_scope_name(store: Store, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES.keys())
-def test_any_text_is_a_key(store: Store, name: str) -> None:
+def test_any_text_is_a_key(store: Place, name: str) -> None:
     store.adapter.save([created("s", 2, {name: b"1", name + "2": b"2"})])
     store.adapter.save([ScopeChange("s", 3, {name: b"3"}, {})])
     assert ordered(store.reopen().load("s")) == [(name, b"3"), (name + "2", b"2")]
@@ -187,7 +190,7 @@ def test_any_text_is_a_key(store: Store, name: str) -> None:
     assert ordered(store.reopen().load("s")) == [(name + "2", b"2")]
 
 
-def test_names_that_look_alike_stay_apart(store: Store) -> None:
+def test_names_that_look_alike_stay_apart(store: Place) -> None:
     """docs/semantics.md 8.20 to 8.22: no name is lost, cut or mixed up with another."""
     names = list(HOSTILE_NAMES.values())
     store.adapter.save([created(name, 1, {"k": str(place).encode()}) for place, name in enumerate(names)])
@@ -201,7 +204,7 @@ def test_names_that_look_alike_stay_apart(store: Store) -> None:
 
 
 @pytest.mark.parametrize("where", ["scope", "key"])
-def test_a_name_that_is_not_text_is_refused_and_nothing_is_written(store: Store, where: str) -> None:
+def test_a_name_that_is_not_text_is_refused_and_nothing_is_written(store: Place, where: str) -> None:
     surrogate = "\ud800"
     bad = created(surrogate, 1, {"k": b"1"}) if where == "scope" else created("s", 1, {surrogate: b"1"})
 
@@ -215,7 +218,7 @@ def test_a_name_that_is_not_text_is_refused_and_nothing_is_written(store: Store,
 
 
 @pytest.mark.parametrize("mebibytes", [1, 9, 64])
-def test_large_values_are_kept(store: Store, mebibytes: int) -> None:
+def test_large_values_are_kept(store: Place, mebibytes: int) -> None:
     value = b'"' + b"x" * (mebibytes << 20) + b'"'
     store.adapter.save([created("s", 3, {"before": b"1", "large": value, "after": b"2"})])
 
@@ -226,14 +229,14 @@ def test_large_values_are_kept(store: Store, mebibytes: int) -> None:
     assert (state.values["before"], state.values["after"]) == (b"1", b"2")
 
 
-def test_many_middle_sized_values_are_kept_in_order(store: Store) -> None:
+def test_many_middle_sized_values_are_kept_in_order(store: Place) -> None:
     values = {f"k{number}": b'"' + bytes([65 + number % 26]) * 400_000 + b'"' for number in range(60)}
     store.adapter.save([created("s", 60, values)])
 
     assert ordered(store.reopen().load("s")) == list(values.items())
 
 
-def test_small_and_large_values_mix(store: Store) -> None:
+def test_small_and_large_values_mix(store: Place) -> None:
     sizes = [10, 9_000_000, 10, 300_000, 1, 5_000_000, 9_000_000, 0] + [20] * 1500
     values = {f"k{place}": b'"' + b"x" * size + b'"' for place, size in enumerate(sizes)}
     store.adapter.save([created("s", len(values), values)])
@@ -244,7 +247,7 @@ def test_small_and_large_values_mix(store: Store) -> None:
 # --- scopes and sequences --------------------------------------------------------------------------------------------
 
 
-def test_an_emptied_scope_is_not_listed_and_keeps_its_sequence(store: Store) -> None:
+def test_an_emptied_scope_is_not_listed_and_keeps_its_sequence(store: Place) -> None:
     store.adapter.save([created("s", 1, {"k": b"1"}), created("t", 1, {"k": b"1"})])
     store.adapter.save([ScopeChange("s", 2, {"k": None}, {})])
 
@@ -254,14 +257,14 @@ def test_an_emptied_scope_is_not_listed_and_keeps_its_sequence(store: Store) -> 
     assert adapter.load("s") == ScopeState(values={}, sequence=2)
 
 
-def test_the_sequence_never_goes_back(store: Store) -> None:
+def test_the_sequence_never_goes_back(store: Place) -> None:
     store.adapter.save([created("s", 9, {"k": b"1"})])
     store.adapter.save([ScopeChange("s", 5, {"k": b"2"}, {})])
 
     assert store.reopen().load("s").sequence == 9
 
 
-def test_a_change_without_values_saves_the_sequence_only(store: Store) -> None:
+def test_a_change_without_values_saves_the_sequence_only(store: Place) -> None:
     store.adapter.save([ScopeChange("s", 4, {}, {})])
 
     adapter = store.reopen()
@@ -270,26 +273,26 @@ def test_a_change_without_values_saves_the_sequence_only(store: Store) -> None:
     assert adapter.scopes() == []
 
 
-def test_deleting_a_key_that_is_not_there_is_no_error(store: Store) -> None:
+def test_deleting_a_key_that_is_not_there_is_no_error(store: Place) -> None:
     store.adapter.save([ScopeChange("s", 1, {"ghost": None}, {})])
 
     assert store.adapter.load("s") == ScopeState(values={}, sequence=1)
 
 
-def test_an_empty_batch_changes_nothing(store: Store) -> None:
+def test_an_empty_batch_changes_nothing(store: Place) -> None:
     store.adapter.save([])
 
     assert store.adapter.scopes() == []
 
 
-def test_thousands_of_scopes_are_listed(store: Store) -> None:
+def test_thousands_of_scopes_are_listed(store: Place) -> None:
     names = [f"scope-{number}" for number in range(2500)]
     store.adapter.save([created(name, 1, {"k": b"1"}) for name in names])
 
     assert sorted(store.reopen().scopes()) == sorted(names)
 
 
-def test_a_scope_twice_in_a_batch_the_later_change_wins(store: Store) -> None:
+def test_a_scope_twice_in_a_batch_the_later_change_wins(store: Place) -> None:
     store.adapter.save(
         [
             created("s", 2, {"a": b"1", "b": b"2"}),
@@ -303,14 +306,14 @@ def test_a_scope_twice_in_a_batch_the_later_change_wins(store: Store) -> None:
     assert store.reopen().load("s").sequence == 5
 
 
-def test_in_one_batch_a_create_before_a_delete_ends_deleted(store: Store) -> None:
+def test_in_one_batch_a_create_before_a_delete_ends_deleted(store: Place) -> None:
     store.adapter.save([created("s", 1, {"a": b"1"}), ScopeChange("s", 2, {"a": None}, {})])
 
     assert store.reopen().load("s") == ScopeState(values={}, sequence=2)
 
 
 @pytest.mark.parametrize("number", [2**63, -(2**63) - 1])
-def test_a_number_over_64_bits_is_refused_and_nothing_is_written(store: Store, number: int) -> None:
+def test_a_number_over_64_bits_is_refused_and_nothing_is_written(store: Place, number: int) -> None:
     with pytest.raises(StorageError):
         store.adapter.save([created("good", 1, {"k": b"1"}), ScopeChange("s", number, {"k": b"1"}, {"k": 1})])
 
@@ -320,13 +323,13 @@ def test_a_number_over_64_bits_is_refused_and_nothing_is_written(store: Store, n
 # --- closing ---------------------------------------------------------------------------------------------------------
 
 
-def test_closing_twice_is_harmless(store: Store) -> None:
+def test_closing_twice_is_harmless(store: Place) -> None:
     store.adapter.close()
     store.adapter.close()
 
 
 @pytest.mark.parametrize("call", ["load", "scopes", "save"])
-def test_a_closed_adapter_refuses(store: Store, call: str) -> None:
+def test_a_closed_adapter_refuses(store: Place, call: str) -> None:
     store.adapter.close()
     calls = {
         "load": lambda: store.adapter.load("s"),
@@ -338,15 +341,55 @@ def test_a_closed_adapter_refuses(store: Store, call: str) -> None:
         calls[call]()
 
 
-# --- the adapter that keeps nothing ----------------------------------------------------------------------------------
+# --- the backend of local scopes -------------------------------------------------------------------------------------
 
 
-def test_the_memory_adapter_keeps_nothing() -> None:
-    adapter = MemoryAdapter()
-    adapter.save([created("s", 1, {"k": b"1"})])
+def test_a_backend_without_a_store_keeps_nothing() -> None:
+    backend = LocalBackend(None, lambda scope: "interval")
 
-    assert adapter.keeps is False
-    assert adapter.load("s") == ScopeState(values={}, sequence=0)
-    assert adapter.scopes() == []
-    adapter.close()
-    adapter.close()
+    assert backend.keeps is False
+    assert backend.store is None
+    assert backend.scopes() == []
+    assert backend.problem() is None
+    backend.close()
+    backend.close()
+
+
+def test_a_scope_of_durability_memory_is_not_among_the_saved_ones(store: Place) -> None:
+    backend = LocalBackend(store.adapter, lambda scope: "memory" if scope == "sessions" else "interval")
+    store.adapter.save([created("users", 1, {"k": b"1"}), created("sessions", 1, {"k": b"1"})])
+
+    assert backend.scopes() == ["users"]
+
+
+def test_a_local_backend_has_the_limits_of_its_store(store: Place) -> None:
+    backend = LocalBackend(store.adapter, lambda scope: "interval")
+
+    assert (backend.largest_value, backend.longest_name) == (store.adapter.largest_value, store.adapter.longest_name)
+    assert LocalBackend(None, lambda scope: "interval").largest_value == 0  # no limit
+
+
+def test_every_value_that_a_store_needs_to_answer_for_has_a_default() -> None:
+    class Least(Store):
+        def load(self, scope: str) -> ScopeState:
+            return ScopeState({}, 0)
+
+        def scopes(self) -> list[str]:
+            return []
+
+        def save(self, batch: Sequence[ScopeChange]) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    with Engine(adapter=Least()) as engine:
+        engine.set("s", "k", 1)
+        engine.flush()
+        assert engine.health().ok
+        assert engine.stats().store == {}
+
+
+def test_what_is_neither_a_store_nor_a_backend_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`adapter` is a Store or a Backend .*, not dict"):
+        Engine(adapter={})  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def open_at(url: str, limits: dict[str, Any] | None = None, **redis: Any) -> Eng
 
 def links_of(engine: Engine) -> list[Link]:
     """The engine's connections; the first one is that for all that is small."""
-    adapter: Any = engine._parts.adapter
+    adapter: Any = engine._parts.backend
     return list(adapter._servers.links())
 
 

@@ -142,7 +142,7 @@ def test_what_comes_behind_an_update_that_must_be_tried_again_stays_behind_it(
         op = {"type": "append", "path": "", "value": value}
         return messages.from_payload("state::update", {"scope": "s", "key": "k", "ops": [op]})
 
-    adapter: Any = engine._parts.adapter
+    adapter: Any = engine._parts.backend
     sent = [append(1), messages.Get("s", "k"), append(2), messages.List("s"), messages.Set("s", "a", 1)]
     sent += [messages.List("s"), append(3), messages.Get("s", "k"), messages.Get("s", "a")]
     if together:
@@ -174,7 +174,7 @@ def test_an_update_behind_other_writes_of_its_command_knows_what_they_leave(
     redis_server: Server, open_redis: OpenRedis
 ) -> None:
     engine = open_redis(redis_server.url)
-    adapter: Any = engine._parts.adapter
+    adapter: Any = engine._parts.backend
 
     def message(name: str, **more: Any) -> messages.Message:
         return messages.from_payload(f"state::{name}", {"scope": "s", "key": "k", **more})
@@ -213,7 +213,7 @@ def test_an_update_behind_other_writes_of_its_command_knows_what_they_leave(
 
 def test_an_update_after_other_calls_knows_what_they_left(redis_server: Server, open_redis: OpenRedis) -> None:
     engine = open_redis(redis_server.url)
-    adapter: Any = engine._parts.adapter
+    adapter: Any = engine._parts.backend
     for leave in (
         lambda: engine.set("s", "k", 1),
         lambda: engine.get("s", "k"),

@@ -14,7 +14,6 @@ from reliability.living import InThread, until
 from servers import Binary, Cluster, Server, StartServer
 
 from scopestate import Engine
-from scopestate.actors.ports import ScopeChange
 from scopestate.errors import ConfigError, EngineClosed, NotConnected, StorageError
 from scopestate.persistence.redis.adapter import RedisAdapter
 from scopestate.persistence.redis.options import RedisOptions
@@ -82,7 +81,7 @@ def _on_each(cluster: Cluster, each: int) -> dict[Server, list[str]]:
 
 
 def _adapter(engine: Engine) -> RedisAdapter:
-    adapter = engine._parts.adapter
+    adapter = engine._parts.backend
     assert type(adapter) is RedisAdapter
     return adapter
 
@@ -238,11 +237,11 @@ def test_what_is_read_and_saved_past_the_scopes_follows_its_slot(cluster: Cluste
     engine.set(here, "k", 2)
     cluster.begin_move(slot, _other(cluster, cluster.owner(slot)), keys=[_key(there)])
 
-    half_moved = [adapter.load(scope).values for scope in (there, here)]
-    adapter.save([ScopeChange(there, 1, {"k": b"3"}, {})])
+    half_moved = [adapter.read(scope) for scope in (there, here)]
+    adapter.write({there: {"k": b"3"}})
     cluster.finish_move(slot)
-    adapter.save([ScopeChange(here, 1, {"k": b"4"}, {})])
-    moved = [adapter.load(scope).values for scope in (there, here)]
+    adapter.write({here: {"k": b"4"}})
+    moved = [adapter.read(scope) for scope in (there, here)]
 
     assert half_moved == [{"k": b"1"}, {"k": b"2"}]
     assert moved == [{"k": b"3"}, {"k": b"4"}]
@@ -340,7 +339,7 @@ def test_a_copy_of_a_scope_from_a_cluster_that_is_down_is_not_called_a_write() -
         until(lambda: cluster.nodes[0].ask("CLUSTER INFO")["cluster_state"] == "fail", "a cluster that is down")
 
         with pytest.raises(StorageError) as failed:
-            _adapter(engine).load(scope)
+            _adapter(engine).read(scope)
 
         assert "was not ready for it (CLUSTERDOWN" in str(failed.value)
         assert "written" not in str(failed.value)

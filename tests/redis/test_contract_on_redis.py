@@ -1,7 +1,7 @@
 """What every adapter promises (`tests/persistence/test_adapter_contract.py`), as far as Redis can keep it.
 
 Not kept, since the layout is iii's and others write it too: ranks (keys come in the order of their names), sequences
-(an engine counts for itself, and `load` says 0), and one transaction over scopes (each is saved as one step).
+(an engine counts for itself), and one transaction over scopes (each is written as one step).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from opening import open_at
 from servers import Server
 
 from scopestate.errors import StorageError
-from scopestate.persistence import ScopeChange, ScopeState
 from scopestate.persistence.redis.adapter import RedisAdapter
 
 NAMES = {
@@ -57,7 +56,7 @@ def open_adapter(redis_server: Server) -> Iterator[Open]:
     def open_() -> RedisAdapter:
         engine = open_at(redis_server.url)
         engines.append(engine)
-        adapter = engine._parts.adapter
+        adapter = engine._parts.backend
         assert isinstance(adapter, RedisAdapter)
         return adapter
 
@@ -66,14 +65,10 @@ def open_adapter(redis_server: Server) -> Iterator[Open]:
         engine.close()
 
 
-def change(scope: str, values: dict[str, bytes | None]) -> ScopeChange:
-    return ScopeChange(scope, 1, values, {})
-
-
-def test_a_scope_never_saved_is_empty_with_sequence_0(open_adapter: Open) -> None:
+def test_a_scope_never_written_is_empty(open_adapter: Open) -> None:
     adapter = open_adapter()
 
-    assert adapter.load("nobody") == ScopeState(values={}, sequence=0)
+    assert adapter.read("nobody") == {}
     assert adapter.scopes() == []
 
 
@@ -81,58 +76,57 @@ def test_it_keeps_and_says_so(open_adapter: Open) -> None:
     assert open_adapter().keeps is True
 
 
-def test_values_come_back_byte_for_byte_in_the_order_of_their_keys_and_without_a_sequence(open_adapter: Open) -> None:
+def test_values_come_back_byte_for_byte_in_the_order_of_their_keys(open_adapter: Open) -> None:
     values = {f"{number:02}": value for number, value in enumerate(VALUES)}
-    open_adapter().save([ScopeChange("s", 7, dict(reversed(values.items())), {"00": 99})])
+    open_adapter().write({"s": dict(reversed(values.items()))})
 
-    state = open_adapter().load("s")
+    found = open_adapter().read("s")
 
-    assert list(state.values.items()) == list(values.items())
-    assert state.sequence == 0
-    assert {type(value) for value in state.values.values()} == {bytes}
+    assert list(found.items()) == list(values.items())
+    assert {type(value) for value in found.values()} == {bytes}
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 2500, 20_000])
-def test_any_number_of_keys_is_saved_overwritten_and_deleted(open_adapter: Open, count: int) -> None:
+def test_any_number_of_keys_is_written_overwritten_and_deleted(open_adapter: Open, count: int) -> None:
     """A command of Redis takes far more arguments than a Lua script can unpack at once."""
     adapter = open_adapter()
     values = {f"k{number:05}": b"%d" % number for number in range(count)}
-    adapter.save([change("s", dict(values)), change("t", {"only": b"1"})])
-    assert adapter.load("s").values == values
+    adapter.write({"s": dict(values), "t": {"only": b"1"}})
+    assert adapter.read("s") == values
 
     doubled = {name: b"[%s]" % value for name, value in values.items()}
-    adapter.save([change("s", dict(doubled))])
-    assert adapter.load("s").values == doubled
+    adapter.write({"s": dict(doubled)})
+    assert adapter.read("s") == doubled
 
-    adapter.save([change("s", dict.fromkeys(list(values)[1:]))])
-    assert adapter.load("s").values == {"k00000": b"[0]"}
-    assert adapter.load("t").values == {"only": b"1"}
+    adapter.write({"s": dict.fromkeys(list(values)[1:])})
+    assert adapter.read("s") == {"k00000": b"[0]"}
+    assert adapter.read("t") == {"only": b"1"}
 
 
 def test_names_that_look_alike_stay_apart_as_scopes_and_as_keys(open_adapter: Open) -> None:
     """docs/semantics.md 8.20 to 8.22: no name is lost, cut or mixed up with another."""
     adapter = open_adapter()
     numbers = {name: b"%d" % place for place, name in enumerate(NAMES.values())}
-    adapter.save([change(name, {"k": number}) for name, number in numbers.items()])
+    adapter.write({name: {"k": number} for name, number in numbers.items()})
     assert sorted(adapter.scopes()) == sorted(numbers)
-    assert {name: adapter.load(name).values["k"] for name in numbers} == numbers
+    assert {name: adapter.read(name)["k"] for name in numbers} == numbers
 
-    adapter.save([change("all", dict(numbers))])
-    assert adapter.load("all").values == numbers
-    assert list(adapter.load("all").values) == sorted(numbers, key=str.encode)
+    adapter.write({"all": dict(numbers)})
+    assert adapter.read("all") == numbers
+    assert list(adapter.read("all")) == sorted(numbers, key=str.encode)
 
-    adapter.save([change("all", dict.fromkeys(list(numbers)[1:]))])
-    assert adapter.load("all").values == {"": b"0"}
+    adapter.write({"all": dict.fromkeys(list(numbers)[1:])})
+    assert adapter.read("all") == {"": b"0"}
 
 
 @pytest.mark.parametrize("where", ["scope", "key"])
 def test_a_name_that_is_not_text_is_refused_and_its_scope_is_not_written(
     open_adapter: Open, redis_server: Server, where: str
 ) -> None:
-    bad = change("\ud800", {"k": b"1"}) if where == "scope" else change("s", {"good": b"1", "\ud800": b"1"})
+    bad = {"\ud800": {"k": b"1"}} if where == "scope" else {"s": {"good": b"1", "\ud800": b"1"}}
 
     with pytest.raises(StorageError, match="not Unicode text"):
-        open_adapter().save([bad])
+        open_adapter().write(bad)
 
     assert bytes_client(redis_server).keys() == []
 
@@ -141,58 +135,52 @@ def test_a_name_that_is_not_text_is_refused_and_its_scope_is_not_written(
 def test_large_values_are_kept(open_adapter: Open, mebibytes: int) -> None:
     adapter = open_adapter()
     value = b'"' + b"x" * (mebibytes << 20) + b'"'
-    adapter.save([change("s", {"a": b"1", "large": value, "z": b"2"})])
+    adapter.write({"s": {"a": b"1", "large": value, "z": b"2"}})
 
-    assert adapter.load("s").values == {"a": b"1", "large": value, "z": b"2"}
+    assert adapter.read("s") == {"a": b"1", "large": value, "z": b"2"}
 
 
 def test_an_emptied_scope_is_not_listed_and_leaves_nothing_in_redis(open_adapter: Open, redis_server: Server) -> None:
     adapter = open_adapter()
-    adapter.save([change("s", {"k": b"1"}), change("t", {"k": b"1"})])
-    adapter.save([change("s", {"k": None})])
+    adapter.write({"s": {"k": b"1"}, "t": {"k": b"1"}})
+    adapter.write({"s": {"k": None}})
 
     assert adapter.scopes() == ["t"]
-    assert adapter.load("s") == ScopeState(values={}, sequence=0)
+    assert adapter.read("s") == {}
     assert bytes_client(redis_server).keys() == [b"state:t"]
 
 
 def test_what_changes_nothing_writes_nothing(open_adapter: Open, redis_server: Server) -> None:
     adapter = open_adapter()
-    adapter.save([])
-    adapter.save([change("s", {})])
-    adapter.save([change("s", {"ghost": None})])
+    adapter.write({})
+    adapter.write({"s": {}})
+    adapter.write({"s": {"ghost": None}})
 
     assert bytes_client(redis_server).keys() == []
 
 
-def test_a_scope_twice_in_a_batch_the_later_change_wins(open_adapter: Open) -> None:
+def test_of_several_writes_of_a_scope_the_later_one_wins(open_adapter: Open) -> None:
     adapter = open_adapter()
-    adapter.save(
-        [
-            change("s", {"a": b"1", "b": b"2"}),
-            change("t", {"k": b"1"}),
-            change("s", {"a": None, "b": b"3"}),
-            change("s", {"c": b"4"}),
-            change("t", {"k": None}),
-        ]
-    )
+    adapter.write({"s": {"a": b"1", "b": b"2"}, "t": {"k": b"1"}})
+    adapter.write({"s": {"a": None, "b": b"3"}})
+    adapter.write({"s": {"c": b"4"}, "t": {"k": None}})
 
-    assert adapter.load("s").values == {"b": b"3", "c": b"4"}
-    assert adapter.load("t").values == {}
+    assert adapter.read("s") == {"b": b"3", "c": b"4"}
+    assert adapter.read("t") == {}
 
 
-def test_a_value_that_is_not_json_is_named_when_its_scope_is_loaded(open_adapter: Open, redis_server: Server) -> None:
+def test_a_value_that_is_not_json_is_named_when_its_scope_is_read(open_adapter: Open, redis_server: Server) -> None:
     bytes_client(redis_server).hset("state:s", mapping={"good": "1", "bad": "{"})
 
     with pytest.raises(StorageError, match=r"bad.*scope 's'"):
-        open_adapter().load("s")
+        open_adapter().read("s")
 
 
-@pytest.mark.parametrize("call", ["load", "save"])
+@pytest.mark.parametrize("call", ["read", "write"])
 def test_a_key_that_is_no_hash_is_refused_and_left_alone(open_adapter: Open, redis_server: Server, call: str) -> None:
     redis_server.ask("SET", "state:s", "text")
     adapter = open_adapter()
-    calls = {"load": lambda: adapter.load("s"), "save": lambda: adapter.save([change("s", {"k": b"1"})])}
+    calls = {"read": lambda: adapter.read("s"), "write": lambda: adapter.write({"s": {"k": b"1"}})}
 
     with pytest.raises(StorageError, match="not what scopestate keeps there"):
         calls[call]()
@@ -200,15 +188,15 @@ def test_a_key_that_is_no_hash_is_refused_and_left_alone(open_adapter: Open, red
     assert redis_server.ask("GET", "state:s") == "text"
 
 
-@pytest.mark.parametrize("call", ["load", "scopes", "save"])
+@pytest.mark.parametrize("call", ["read", "scopes", "write"])
 def test_a_closed_adapter_refuses_and_may_be_closed_again(open_adapter: Open, call: str) -> None:
     adapter = open_adapter()
     adapter.close()
     adapter.close()
     calls = {
-        "load": lambda: adapter.load("s"),
+        "read": lambda: adapter.read("s"),
         "scopes": adapter.scopes,
-        "save": lambda: adapter.save([change("s", {"k": b"1"})]),
+        "write": lambda: adapter.write({"s": {"k": b"1"}}),
     }
 
     with pytest.raises(StorageError, match="closed"):

@@ -16,7 +16,6 @@ from reliability.living import InThread
 from servers import Server
 
 from scopestate import Engine, messages
-from scopestate.actors.ports import ScopeChange
 from scopestate.errors import StorageError
 from scopestate.persistence.redis import adapter as adapter_module
 
@@ -75,7 +74,7 @@ def test_other_spellings_are_read_as_what_they_mean_and_updated_from_there(
         result = engine.update(scope, "k", [{"type": "set", "path": "", "value": number}])
         assert same((result.old_value, result.new_value, result.created), (value, number, False)), raw
         assert there.hget(f"state:{scope}", "k") == b"%d" % number
-    assert engine._parts.adapter.counts()["update_conflicts"] == 0  # type: ignore[attr-defined]
+    assert engine._parts.backend.counts()["update_conflicts"] == 0  # type: ignore[attr-defined]
 
 
 def test_a_value_respelt_elsewhere_is_another_one_for_compare_and_set_only(
@@ -89,7 +88,7 @@ def test_a_value_respelt_elsewhere_is_another_one_for_compare_and_set_only(
 
     assert (result.old_value, result.new_value) == ([1, 2], [1, 2, 3])
     assert there.hget("state:s", "k") == b"[1,2,3]"
-    assert engine._parts.adapter.counts()["update_conflicts"] == 1  # type: ignore[attr-defined]
+    assert engine._parts.backend.counts()["update_conflicts"] == 1  # type: ignore[attr-defined]
 
 
 def test_the_old_values_of_set_and_delete_are_what_other_spellings_mean(
@@ -155,7 +154,7 @@ def test_a_copy_of_a_scope_stops_at_what_is_no_value_and_says_what_to_do(
     bytes_client(valkey).hset("state:s", mapping={b"a": b"1", key: b"{"})
 
     with pytest.raises(StorageError) as refused:
-        open_redis(valkey.url)._parts.adapter.load("s")
+        open_redis(valkey.url)._parts.backend.read("s")
 
     assert text in str(refused.value)
     assert "delete" in str(refused.value)
@@ -164,14 +163,14 @@ def test_a_copy_of_a_scope_stops_at_what_is_no_value_and_says_what_to_do(
 def test_of_scopes_that_are_saved_together_those_that_are_written_are_told_from_the_one_that_is_not(
     valkey: Server, open_redis: OpenRedis
 ) -> None:
-    adapter = open_redis(valkey.url)._parts.adapter
+    adapter = open_redis(valkey.url)._parts.backend
     valkey.ask("SET", "state:b", "text")
-    changes = [ScopeChange(scope, 1, {"k": b"1"}, {}) for scope in "abc"]
+    changes = {scope: {"k": b"1"} for scope in "abc"}
 
     with pytest.raises(StorageError) as second:
-        adapter.save(changes)
+        adapter.write(changes)
     with pytest.raises(StorageError) as first:
-        adapter.save(changes[1:])
+        adapter.write({scope: changes[scope] for scope in "bc"})
 
     assert "has at 'state:b' is not what scopestate keeps there" in str(second.value)
     assert "nothing of scope 'b' was written, but the scopes before it are (1 of 3)" in str(second.value)
@@ -354,7 +353,7 @@ def test_twenty_thousand_groups_are_listed_once_each_while_others_come_and_go(
     redis_server: Server, open_redis: OpenRedis
 ) -> None:
     engine, there = open_redis(redis_server.url), redis_server.client()
-    adapter: Any = engine._parts.adapter
+    adapter: Any = engine._parts.backend
     lasting = {f"lasting-{number:05}" for number in range(20_000)}
     with there.pipeline(transaction=False) as pipeline:
         for name in lasting:
@@ -393,7 +392,7 @@ def test_a_group_that_a_scan_gives_twice_is_one_group(
 ) -> None:
     """It does when the server's table shrinks meanwhile."""
     monkeypatch.setattr(adapter_module, "_SCAN_COUNT", 10)
-    adapter: Any = open_redis(redis_server.url)._parts.adapter
+    adapter: Any = open_redis(redis_server.url)._parts.backend
     there = redis_server.client()
     lasting, passing = (
         [f"{kind}-{number}" for number in range(many)] for kind, many in (("stays", 3000), ("x", 40_000))

@@ -55,7 +55,7 @@ def wait_for_claims(server: Server, count: int) -> None:
 
 
 def missed(engine: Engine) -> int:
-    count: int = engine._parts.adapter.counts()["events_missed"]  # type: ignore[attr-defined]
+    count: int = engine._parts.backend.counts()["events_missed"]  # type: ignore[attr-defined]
     return count
 
 
@@ -71,7 +71,7 @@ def lose_a_reply(server: Server, writer: Engine) -> None:
 def assert_no_gap(engine: Engine) -> None:
     """Close an engine, which then looks for gaps before all that it has taken, and see that it found none."""
     engine.close()
-    assert missed(engine) == 0, engine._parts.adapter.reader.problem()  # type: ignore[attr-defined]
+    assert missed(engine) == 0, engine._parts.backend.reader.problem()  # type: ignore[attr-defined]
 
 
 # --------------------------------------------------------------------------------------------------------- to one only
@@ -459,7 +459,7 @@ def test_a_gap_before_a_reply_that_was_lost_is_reported(valkey: Server, engines:
     Seen(reader).wait_for_count(1)
     reader.close()
     assert missed(reader) == 3
-    assert "3 events (1 to 3) were trimmed" in reader._parts.adapter.reader.problem()  # type: ignore[attr-defined]
+    assert "3 events (1 to 3) were trimmed" in reader._parts.backend.reader.problem()  # type: ignore[attr-defined]
 
 
 def test_batches_from_before_a_flush_are_no_gap_after_it(redis_server: Server, engines: Engines) -> None:

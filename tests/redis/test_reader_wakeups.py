@@ -35,7 +35,7 @@ def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reader_of(engine: Engine) -> Any:
-    adapter: Any = engine._parts.adapter
+    adapter: Any = engine._parts.backend
     return adapter.reader
 
 

@@ -231,7 +231,7 @@ def test_a_connection_that_was_made_to_the_old_primary_too_late_is_cut_too(start
         Sentinel(VALKEY, "svc", old, quorum=1, down_after_ms=60_000, user="lame") as leader,
         _open_with([leader], "svc") as engine,
     ):
-        adapter: Any = engine._parts.adapter
+        adapter: Any = engine._parts.backend
         visited = adapter._servers.primaries()[0]
         before = visited.dial()
         _fail_over_to(new, leader)

@@ -31,7 +31,7 @@ def engines(nothing_left_behind: None) -> Iterator[Engines]:
 
 
 def missed(engine: Engine) -> int:
-    count: int = engine._parts.adapter.counts()["events_missed"]  # type: ignore[attr-defined]
+    count: int = engine._parts.backend.counts()["events_missed"]  # type: ignore[attr-defined]
     return count
 
 
@@ -712,7 +712,7 @@ def test_drain_right_after_a_flush_waits_for_what_was_written_behind_it(valkey: 
         engine.set("s", "k", "behind it")
         thread = threading.Thread(target=engine.drain, args=(20,))
         thread.start()
-        reader: Any = engine._parts.adapter.reader  # type: ignore[attr-defined]
+        reader: Any = engine._parts.backend.reader  # type: ignore[attr-defined]
         wait_until(lambda: reader._wanted or not thread.is_alive(), "a drain that waits, or does not")
         answer.set()
         thread.join()

@@ -325,7 +325,7 @@ def test_a_call_that_is_refused_within_a_signal_handler_is_not_done_later(
     with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
         engine.set("s", "k", 0)
         # As if this thread, the main one, had been interrupted at a connection.
-        monkeypatch.setattr(engine._parts.adapter, "is_at_a_link", lambda: True)
+        monkeypatch.setattr(engine._parts.backend, "is_at_a_link", lambda: True)
         reply: Reply[Any] = Reply()
 
         with pytest.raises(WouldDeadlock, match="nothing was done"):

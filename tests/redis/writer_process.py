@@ -126,7 +126,7 @@ def count(url: str, *, number: int, calls: int, threads: int) -> dict[str, Any]:
         began = time.monotonic()
         run_threads([threading.Thread(target=work) for _ in range(threads)])
         took_s = time.monotonic() - began
-        counts = engine._parts.adapter.counts()  # type: ignore[attr-defined]
+        counts = engine._parts.backend.counts()  # type: ignore[attr-defined]
     return {"results": results, "failures": failures, "took_s": took_s, **counts}
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.errors import StorageError
-from scopestate.persistence import Adapter, FileAdapter, ScopeChange, ScopeState
+from scopestate.persistence import FileAdapter, ScopeChange, ScopeState, Store
 from tests.simulation.model import Items, Model, Violation
 
 
@@ -68,16 +68,14 @@ class Disk:
                     raise Violation(f"{change.scope}: new key {key!r} is saved without its position")
 
 
-class DiskAdapter:
+class DiskAdapter(Store):
     """The disk as one engine sees it; useless once that engine has crashed."""
-
-    keeps = True
 
     def __init__(self, disk: Disk, dispatcher: DeterministicDispatcher, model: Model) -> None:
         self._disk = disk
         self._dispatcher = dispatcher
         self.model = model
-        self._real: Adapter | None = None if disk.path is None else FileAdapter(disk.path)
+        self._real: FileAdapter | None = None if disk.path is None else FileAdapter(disk.path)
         self.crashed = False
 
     def load(self, scope: str) -> ScopeState:

@@ -1,4 +1,4 @@
-"""The adapter that keeps nothing here: every scope lives in a remote engine (docs/protocol.md, section 13)."""
+"""Scopes that live in another engine, reached over one connection (docs/protocol.md, section 13)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ import ipaddress
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
 
-from scopestate.actors.ports import ScopeChange, ScopeState
+from scopestate.actors.loop_reply import LoopReply
+from scopestate.actors.ports import Backend
+from scopestate.actors.router import HandlerFull
+from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import ConfigError, DeserializationError, EngineClosed, ScopestateError, StorageError
 from scopestate.ops.values import parse
-from scopestate.persistence.bridge.remote import Done, read_keyed
+from scopestate.persistence.bridge.calls import Done, read_keyed
+from scopestate.persistence.bridge.scope import RemoteChange, RemoteScopeActor
 from scopestate.signals import join, wait_for
 from scopestate.wire.client import Client
+from scopestate.wire.depth import event_depth
 from scopestate.wire.options import DEFAULT_URL, ClientOptions
 
-log = logging.getLogger("scopestate.persistence.bridge.adapter")
+log = logging.getLogger("scopestate.persistence.bridge")
 
 _ANYWHERE: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
-
-Change = tuple[str, str, bytes | None, bytes | None]
-"""scope, key, old and new value as JSON; None: no value."""
-Sink = Callable[[Change], Awaitable[None]]
 
 
 class _Event(msgspec.Struct):
@@ -46,23 +47,18 @@ class _Groups(msgspec.Struct):
     groups: list[str]
 
 
-class BridgeAdapter:
-    """A connection to a remote engine, on a thread with an event loop of its own.
+class BridgeBackend(Backend):
+    """A connection to another engine, on a thread with an event loop of its own.
 
-    It connects in the background: opening one succeeds while the remote is down, and calls wait for it,
-    `connect_wait_s` at most. Scopes are not loaded and saved through it but called (`persistence.remote.Remote`):
-    others may change them at the same time, so there is nothing to keep here.
+    It connects in the background: opening one succeeds while the other engine is down, and calls wait for it,
+    `connect_wait_s` at most. Its scopes are called, not loaded and saved: others may change them at the same time.
     """
-
-    keeps = True
-    """Kept, though not by us: idle scopes may leave memory."""
 
     def __init__(
         self, url: str = DEFAULT_URL, options: ClientOptions | None = None, *, remote_events: bool = False
     ) -> None:
-        """`remote_events`: have the remote report every change. Raises ConfigError: address, token, TLS file."""
+        """`remote_events`: have the other engine report every change. Raises ConfigError: address, token, TLS file."""
         self.url = url
-        self.sequence_floor = 0
         self._remote_events = remote_events
         self._pid = os.getpid()
         self._closed = False
@@ -87,15 +83,8 @@ class BridgeAdapter:
         """True while there is a connection."""
         return self._client.connected
 
-    def problem(self) -> str | None:
-        """Return what is wrong now, in words; None if all is well."""
-        why_not = self._client.why_not
-        if why_not is not None:
-            return f"the bridge has no connection: {why_not}; calls wait for one"
-        return self._refusal or None
-
     def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
-        """As `Remote.call`: send and return at once."""
+        """As `Connection.call`: send and return at once."""
         if self._closed or os.getpid() != self._pid:
             raise EngineClosed("the bridge is closed")
         try:
@@ -109,14 +98,22 @@ class BridgeAdapter:
         self.call(function_id, payload, waiter.done)
         return waiter.get()
 
-    def watch(self, sink: Sink) -> None:
-        """Have `sink` awaited, on the bridge's thread, with each change that the remote reports, one after another.
+    # ---------------------------------------------------------------------------------------- as an engine's backend
 
-        The remote reports those made through this bridge too. What changes without a connection is not reported.
+    def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
+        """Return a new actor for `scope`."""
+        return RemoteScopeActor(scope, around, self)
+
+    def start(self, around: Surroundings) -> None:
+        """With `events: remote`, ask for every change that happens from now on.
+
+        The other engine reports those made through this bridge too. What changes without a connection is not reported.
         """
+        if not self._remote_events:
+            return
 
         async def on_event(payload: bytes) -> bytes | None:
-            await sink(_read_event(payload))
+            await _fire(around, *_read_event(payload))
             return None
 
         function_id = f"scopestate::bridge::{os.urandom(8).hex()}"
@@ -129,10 +126,8 @@ class BridgeAdapter:
 
         self._loop.call_soon_threadsafe(register)
 
-    # -------------------------------------------------------------------------------------- the adapter's promises
-
     def scopes(self) -> list[str]:
-        """Return the names of the remote's scopes that hold a key."""
+        """Return the names of the other engine's scopes that hold a key."""
         try:
             result = self.call_and_wait("state::list_groups", b"{}")
             return msgspec.json.decode(result or b"null", type=_Groups).groups
@@ -141,31 +136,44 @@ class BridgeAdapter:
         except ScopestateError as error:
             raise StorageError(f"Failed to list groups via bridge: {error}") from error
 
-    def load(self, scope: str) -> ScopeState:
-        """Return a copy of a scope as it is now; its sequence is not known, and 0.
+    def problem(self) -> str | None:
+        """Return what is wrong now, in words; None if all is well."""
+        why_not = self._client.why_not
+        if why_not is not None:
+            return f"the bridge has no connection: {why_not}; calls wait for one"
+        return self._refusal or None
 
-        Raises StorageError if the remote is another engine than scopestate: `state::list` of theirs names no keys.
+    def refuse_server(self, host: str, port: int) -> None:
+        """Raise ConfigError if a server of this very engine would listen where the bridge goes."""
+        refuse_own_server(self.url, host, port)
+
+    # ----------------------------------------------------------------------------------------- for export and import
+
+    def read(self, scope: str) -> dict[str, bytes]:
+        """Return the keys and values of a scope as they are now, in the other engine's order.
+
+        Raises StorageError if the other engine is not scopestate: its `state::list` names no keys.
         """
         try:
             result = self.call_and_wait("state::list", msgspec.json.encode({"scope": scope, "_keys": True}))
-            return ScopeState(dict(read_keyed(result)), 0)
+            return dict(read_keyed(result))
         except ScopestateError as error:
             raise StorageError(f"scope {scope!r} cannot be loaded via bridge: {error}") from error
 
-    def save(self, batch: Sequence[ScopeChange]) -> None:
-        """Write the changes to the remote, key by key, and wait for its answers.
+    def write(self, changes: Mapping[str, Mapping[str, bytes | None]]) -> None:
+        """Set each key of each scope to its value, or delete it (None), and wait for the answers.
 
-        Not one transaction: the protocol has none. On a raise, some of the keys may be written.
+        Each key is a call of its own: on a raise, some of the keys may be written.
         """
         waiting: list[tuple[str, str, _Waiter]] = []
-        for change in batch:
-            for key, value in change.values.items():
-                payload: dict[str, Any] = {"scope": change.scope, "key": key}
+        for scope, values in changes.items():
+            for key, value in values.items():
+                payload: dict[str, Any] = {"scope": scope, "key": key}
                 if value is not None:
                     payload["value"] = msgspec.Raw(value)
                 waiter = _Waiter()
                 function_id = "state::delete" if value is None else "state::set"
-                waiting.append((change.scope, key, waiter))
+                waiting.append((scope, key, waiter))
                 try:
                     self.call(function_id, msgspec.json.encode(payload), waiter.done)
                 except EngineClosed as error:
@@ -190,10 +198,6 @@ class BridgeAdapter:
         ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         join(self._thread)
-
-    def refuse_server(self, host: str, port: int) -> None:
-        """Raise ConfigError if a server of this very engine would listen where the bridge goes."""
-        refuse_own_server(self.url, host, port)
 
     # --------------------------------------------------------------------------------------------------- the thread
 
@@ -270,8 +274,28 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _read_event(payload: bytes) -> Change:
-    """Read an event of the remote. Raises DeserializationError for what is none."""
+async def _fire(around: Surroundings, scope: str, key: str, old: bytes | None, new: bytes | None) -> None:
+    """Fire the local triggers of one change. While a handler must catch up it waits, and so does the other engine."""
+    depth = max(0, event_depth.get() - 1)  # the depth of the event; that of this handler is one more
+    room: LoopReply | None = None
+    while True:
+        told = LoopReply()
+        try:
+            around.directory[scope].take_in(RemoteChange(key, old, new, told, depth))  # type: ignore[attr-defined]
+            await told.future
+            return
+        except EngineClosed:
+            return
+        except HandlerFull:
+            # Asked for before the next attempt, so that room made in between is not missed.
+            if room is not None:
+                await room.future
+            room = LoopReply()
+            around.router.when_room(room.set)
+
+
+def _read_event(payload: bytes) -> tuple[str, str, bytes | None, bytes | None]:
+    """Return scope, key, old and new value (None: no value) of an event. Raises DeserializationError."""
     try:
         event = msgspec.json.decode(payload, type=_Event)
     except msgspec.DecodeError as error:
