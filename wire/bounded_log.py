@@ -1,4 +1,4 @@
-"""Log lines that others cause: bounded in number and in length, so that no client can fill a disk."""
+"""Log lines that clients cause, bounded in number and in length, so that no client can fill a disk."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ LONGEST: Final = 200
 
 
 class BoundedLog:
-    """A logger for what clients cause. Lines with the same message are of one kind. For one thread."""
+    """A logger for what clients cause. Lines with the same message count as one kind. Not thread-safe."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._kinds: dict[str, list[float]] = {}
-        """Message -> when its period began, its lines since then. Messages are literals, so there are few."""
+        """Message -> [start of its period, lines since then]. Messages are literals, so there are few."""
 
     def warning(self, message: str, *args: Any) -> None:
-        """Log a warning, or count it among those that are left out."""
+        """Log a warning, or count it as left out."""
         self._write(logging.WARNING, BURST, message, args)
 
     def info(self, message: str, *args: Any) -> None:
@@ -53,7 +53,7 @@ class BoundedLog:
 
 
 def shown(value: Any) -> Any:
-    """The value as it is logged: text, and the text of an exception, is cut."""
+    """Return a value as it is logged: a long text, or the long text of an exception, is cut."""
     if isinstance(value, Exception):
         value = str(value)
     if isinstance(value, str) and len(value) > LONGEST:

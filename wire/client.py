@@ -1,4 +1,4 @@
-"""An asyncio client of the worker protocol: calls, functions and triggers over one connection that comes back."""
+"""An asyncio client of the worker protocol: calls, functions and triggers over one connection, which it restores."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from scopestate.errors import (
 )
 from scopestate.ops.values import encode as encode_value
 from scopestate.wire import frames
+from scopestate.wire.calls import Done, Handler, OfferedFunctions, PendingCall, PendingCalls
 from scopestate.wire.depth import event_depth, with_depth
-from scopestate.wire.offered import Handler, OfferedFunctions
 from scopestate.wire.options import (
     DEFAULT_URL,
     LIMIT_HEADER,
@@ -38,7 +38,6 @@ from scopestate.wire.options import (
     request_headers,
     tls_context,
 )
-from scopestate.wire.pending import Done, PendingCall, PendingCalls
 
 try:
     from websockets.asyncio.client import ClientConnection, connect
@@ -49,20 +48,20 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 log = logging.getLogger("scopestate.wire.client")
 
 _REFUSALS: Final = frozenset({401, 403, 404})
-"""HTTP statuses that waiting does not mend."""
+"""HTTP statuses that another attempt will not change."""
 
 _FRAME_ROOM: Final = 4096
-"""Bytes of a message beside its payload, generously."""
+"""Bytes reserved for the rest of a message, beside its payload."""
 
 
 class Client:
-    """One worker: many calls at once over one connection, told apart by their ids.
+    """A worker: makes concurrent calls over one connection, and offers functions to the server.
 
-    It connects in the background and reconnects for ever, with growing pauses; functions and triggers are registered
-    again each time. A call made while there is no connection waits for one; a call that was sent when the connection
-    broke fails with ConnectionLost. Calls are sent in the order in which they are made.
+    It connects in the background and reconnects without limit, with growing pauses. Functions and triggers are
+    registered again on each connection. A call made without a connection waits for one. A call that was sent when the
+    connection broke fails with ConnectionLost. Calls are sent in the order in which they are made.
 
-    Thread rules: every method belongs to the event loop on which `start` was called.
+    Call every method on the thread of the event loop on which `start` was called.
     """
 
     def __init__(
@@ -73,10 +72,10 @@ class Client:
         on_change: Callable[[bool, str], object] | None = None,
         on_trigger_refused: Callable[[ScopestateError], object] | None = None,
     ) -> None:
-        """`on_change(connected, reason)` is called at each change, and when the first attempt to connect fails.
+        """`on_change(connected, reason)` is called when the connection is made, lost, or fails the first time.
 
-        `on_trigger_refused(error)` is called when the server does not take a trigger. Raises ConfigError for what
-        cannot be an address.
+        `on_trigger_refused(error)` is called when the server refuses a trigger. Raises ConfigError if `url` or the
+        options are invalid.
         """
         self.url = checked_url(url)
         self.options = options or ClientOptions()
@@ -96,24 +95,24 @@ class Client:
         self._closed = False
         self._told: bool | None = None
         self._max_bytes = self.options.max_message_bytes
-        """Largest message that the server of this connection takes."""
+        """Largest message that the server accepts on this connection."""
         self.worker_id: str | None = None
-        """The id that the server gave this connection; None without one."""
+        """The id that the server gave this connection; None while there is none."""
         self.connections = 0
-        """How often a connection was made."""
+        """Number of connections made so far."""
         self.was_refused = False
-        """Whether the server was there and turned the last attempt to connect away."""
+        """True if the server answered the last attempt to connect with a refusal."""
 
     # ------------------------------------------------------------------------------------------------------- life
 
     def start(self) -> None:
-        """Begin to connect. In a running event loop."""
+        """Start connecting. Call it in a running event loop."""
         loop = asyncio.get_running_loop()
         self._calls = PendingCalls(loop)
         self._task = loop.create_task(self._keep_connected(), name="scopestate-client")
 
     async def close(self) -> None:
-        """Close the connection; calls under way fail. Idempotent."""
+        """Close the connection; calls in progress fail. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -141,16 +140,16 @@ class Client:
 
     @property
     def connected(self) -> bool:
-        """True while there is a connection."""
+        """Whether there is a connection."""
         return self._why_not is None
 
     async def wait_connected(self, timeout_s: float | None = None) -> None:
-        """Wait for a connection. Raises NotConnected, which says what went wrong, after `timeout_s`."""
+        """Wait for a connection. Raises NotConnected after `timeout_s`, with the reason."""
         if self._task is None:
             raise RuntimeError("start the client first")
         up = asyncio.ensure_future(self._up.wait())
         try:
-            # The task ends if there is no other attempt.
+            # The task ends if there will be no further attempt.
             await asyncio.wait({up, self._task}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             up.cancel()
@@ -168,9 +167,9 @@ class Client:
         timeout_s: float | None = None,
         depth: int | None = None,
     ) -> PendingCall:
-        """Send a call whose input is the JSON `payload`; `done(result, error)` is called once, after this returns.
+        """Send a call with the JSON `payload` as input. `done(result, error)` is called once, after this has returned.
 
-        `depth`: how many handlers deep it is; left out, what the running code is.
+        `depth`: the event depth of the call; by default that of the running code.
         """
         calls = self._calls
         if calls is None:
@@ -197,21 +196,21 @@ class Client:
             return self._too_large(size)
         if self._calls is not None and len(self._calls) >= self.options.max_pending:
             return Overloaded(
-                f"{self.options.max_pending} calls to {self.url} are under way; nothing was sent: slow down"
+                f"{self.options.max_pending} calls to {self.url} are in progress; nothing was sent: slow down"
             )
         return None
 
     def _too_large(self, size: int) -> MessageTooLarge:
         return MessageTooLarge(
-            f"the input takes {size} bytes, and a message to {self.url} may have {self._max_bytes}; nothing was sent: "
+            f"the input takes {size} bytes, and a message to {self.url} may take {self._max_bytes}; nothing was sent: "
             "send less at once, or raise the limit"
         )
 
     async def call_raw(self, function_id: str, payload: bytes, *, timeout_s: float | None = None) -> bytes | None:
         """Call a function with JSON and return JSON; None for "no value", which is not the same as `null`.
 
-        Raises RemoteFailure (the other side's error), NotConnected (nothing was sent), ConnectionLost and CallTimeout
-        (it may have been carried out).
+        Raises RemoteFailure (the server's error), NotConnected (nothing was sent), ConnectionLost and CallTimeout (the
+        call may have been carried out), MessageTooLarge and Overloaded (nothing was sent).
         """
         future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
 
@@ -241,22 +240,22 @@ class Client:
     def register_function(
         self, function_id: str, handler: Handler, *, description: str | None = None, ordered: bool = False
     ) -> None:
-        """Offer a function, now and on every later connection; the same id again replaces it.
+        """Offer a function, on this and every later connection. The same id again replaces it.
 
-        `handler` is an `async` function from JSON to JSON, both as bytes; what it returns as None is "no value".
-        `ordered`: its calls run one after another, in the order in which they came; else beside each other.
+        `handler` is an `async` function that takes and returns JSON as bytes; None means "no value". With `ordered` its
+        calls run one after another, in order of arrival; otherwise concurrently.
         """
         self._note(self._functions.add(function_id, handler, description, ordered=ordered))
 
     def unregister_function(self, function_id: str) -> None:
-        """Withdraw a function."""
+        """Stop offering a function."""
         if self._functions.remove(function_id):
             self._note(frames.encode(frames.UnregisterFunction(function_id)))
 
     def register_trigger(
         self, trigger_type: str, function_id: str, config: object, *, trigger_id: str | None = None
     ) -> str:
-        """Bind a function to a trigger, now and on every later connection. Returns the trigger's id."""
+        """Bind a function to a trigger, on this and every later connection. Returns the trigger's id."""
         trigger_id = trigger_id or str(uuid.uuid4())
         frame = frames.RegisterTrigger(trigger_id, trigger_type, function_id, Raw(encode_value(config)))
         self._triggers[trigger_id] = frame
@@ -264,19 +263,19 @@ class Client:
         return trigger_id
 
     def unregister_trigger(self, trigger_id: str) -> None:
-        """Take a trigger away."""
+        """Remove a trigger."""
         known = self._triggers.pop(trigger_id, None)
         if known is not None:
             self._note(frames.encode(frames.UnregisterTrigger(trigger_id, known.trigger_type)))
 
     def _note(self, frame: bytes) -> None:
-        """Send a message of this connection; without one it is dropped, and the next connection's replay has it."""
+        """Send a message on this connection. Without one it is dropped: the next one registers everything again."""
         if self.connected:
             self._notes.append(frame)
             self._wake.set()
 
     def _note_on(self, connection: int, frame: bytes) -> None:
-        """Send an answer, unless another connection came meanwhile: its server does not know the call."""
+        """Send an answer, unless the connection has changed since: the new server does not know the call."""
         if connection == self.connections:
             self._note(frame)
 
@@ -325,11 +324,11 @@ class Client:
             self._refused = True
             return f"not an address: {error}"
         except (OSError, WebSocketException, EOFError) as error:
-            # OSError: nobody listens, no such host, TLS, and TimeoutError.
+            # OSError: the port is closed, the host is unknown, TLS failed, or TimeoutError.
             return f"cannot connect: {str(error) or type(error).__name__}"
         except Exception as error:
-            # A bug must not end the reconnecting: calls would hang until their deadlines for ever after.
-            log.exception("the connection to %s failed in an unforeseen way", self.url)
+            # A bug must not stop the reconnecting: every later call would wait for its timeout.
+            log.exception("the connection to %s failed unexpectedly", self.url)
             return f"the connection failed: {error!r}"
 
     async def _serve(self, socket: ClientConnection) -> str:
@@ -355,7 +354,7 @@ class Client:
             self._change(reason)
             self._pending().fail_sent(lambda call: self._lost(call, reason))
             if self._closed:
-                await socket.close()  # else the context manager closes with 1011, "internal error"
+                await socket.close()  # the context manager would close it with 1011, "internal error"
         return reason
 
     async def _send(self, socket: ClientConnection) -> None:
@@ -365,7 +364,7 @@ class Client:
                 while notes:
                     await socket.send(notes.popleft(), text=True)
                 call = calls.next_to_send()
-                if call is not None and len(call.frame) > self._max_bytes:  # accepted before this server was known
+                if call is not None and len(call.frame) > self._max_bytes:  # accepted for a server with a larger limit
                     calls.settle(call, None, self._too_large(len(call.frame)))
                 elif call is not None:
                     await socket.send(call.frame, text=True)
@@ -373,10 +372,10 @@ class Client:
                     wake.clear()
                     await wake.wait()
         except WebSocketException:
-            return  # whoever receives sees it too, and says why
+            return  # the receiving side gets this error too, and reports it
 
     def _introduction(self) -> bytes:
-        """What every worker calls first, without waiting for an answer (docs/protocol.md, section 3.1)."""
+        """Return the call that every worker makes first; it has no answer (docs/protocol.md, section 3.1)."""
         about = {
             "runtime": "python",
             "version": platform.python_version(),
@@ -389,7 +388,7 @@ class Client:
         )
 
     _goodbye = ""
-    """Why the server said it would close the connection."""
+    """The reason that the server gave before it closed the connection."""
 
     def _change(self, why_not: str | None) -> None:
         if self._closed and why_not is None:
@@ -409,7 +408,7 @@ class Client:
             log.debug("%s", why_not)
 
     def _lost(self, call: PendingCall, reason: str) -> ScopestateError:
-        # A server that refuses a client has not carried out its calls.
+        # A server that refused this client has not carried out its calls.
         return self._not_connected() if self._refused else ConnectionLost(call.function_id, self.url, reason)
 
     def _pending(self) -> PendingCalls:
@@ -429,7 +428,7 @@ class Client:
         try:
             frame = frames.decode_from_server(data)
         except DeserializationError as error:
-            log.debug("a message from %s was dropped: %s", self.url, error)
+            log.debug("dropped a message from %s: %s", self.url, error)
             return
         match frame:
             case frames.InvocationResult():
@@ -448,4 +447,4 @@ class Client:
                 self._goodbye = f"the server refused this client: {text} ({code})"
                 self._refused = code in {"AUTH_ERROR", "FORBIDDEN"}
             case _:
-                pass  # pong, and what only a provider of trigger types needs
+                pass  # a pong, or for providers of trigger types

@@ -1,4 +1,4 @@
-"""How a client reaches its server: address, token, TLS, and how long it waits."""
+"""Options of a client: address, token, TLS, time limits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from scopestate.paths import expand_home
 
 DEFAULT_URL = "ws://localhost:49134"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""Largest message either way, as in iii 0.11.6 (docs/protocol.md, section 1)."""
-
+"""Largest message in either direction, as in iii 0.11.6 (docs/protocol.md, section 1)."""
 
 LIMIT_HEADER = "Scopestate-Max-Message-Bytes"
-"""HTTP header of the handshake, either way: the largest message that its sender takes. Only scopestate sends it."""
+"""HTTP header of the handshake, in both directions: the largest message that its sender takes. Ours only."""
 
 
 def limit_in(header: str | None, otherwise: int) -> int:
-    """Return the limit that the other side announced, `otherwise` at most and if it announced none."""
+    """Return the limit that the other side announced, but at most `otherwise`; `otherwise` if it announced none."""
     announced = header or ""
     return min(int(announced), otherwise) if announced.isascii() and announced.isdigit() else otherwise
 
 
 class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything about a client that is not its address."""
+    """The options of a client, apart from its address."""
 
     token: str | None = None
     """Sent as `Authorization: Bearer ...`; never logged."""
@@ -36,22 +35,22 @@ class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
     tls_ca_file: str | None = None
     """PEM file of the authorities to trust for `wss://`, instead of the system's."""
     tls_verify: bool = True
-    """False: take any certificate. Encrypted, but anybody may be at the other end."""
+    """False: accept any certificate. The connection is encrypted, but the server may be an impostor."""
     name: str = "scopestate"
-    """How the server's list of workers calls this client."""
+    """Name of this client in the server's list of workers."""
     connect_wait_s: float = 30.0
     """How long a call waits for a connection before it fails with nothing sent."""
     call_timeout_s: float = 30.0
-    """How long a call waits for its answer once it was sent."""
+    """How long a call waits for its answer after it was sent."""
     insist: bool = True
-    """False: if the first attempt to connect fails there is no other one, and calls fail at once."""
+    """False: if the first attempt to connect fails, the client gives up, and calls fail at once."""
     backoff_first_s: float = 0.1
-    """Pause before the first attempt to reconnect; doubles with each further one, give or take 30 %."""
+    """Pause before the first attempt to reconnect; it doubles with each further one, with 30 % of jitter."""
     backoff_most_s: float = 10.0
     max_message_bytes: int = MAX_MESSAGE_BYTES
-    """Largest message either way; the server is told, and a smaller limit of the server's holds for what is sent."""
+    """Largest message in either direction. The server is told; if its own limit is smaller, that holds for sending."""
     max_pending: int = 100_000
-    """Calls under way; one more is refused with `OVERLOADED`."""
+    """Calls in progress at most; one more is refused with `OVERLOADED`."""
 
 
 def checked_url(url: str) -> str:
@@ -66,14 +65,16 @@ def checked_url(url: str) -> str:
     if parts.username or parts.password:
         raise ConfigError("the address has a user name or password in it; use the token option instead")
     if not url.isprintable() or " " in url or parts.fragment:
-        raise ConfigError(f"{url!a} is not the address of an engine: it holds a character that none does")
+        raise ConfigError(
+            f"{url!a} is not the address of an engine: it contains a character that an address cannot have"
+        )
     if port == 0:
         raise ConfigError(f"{url!r} has port 0, on which no server listens")
     return url
 
 
 def tls_context(url: str, options: ClientOptions) -> ssl.SSLContext | None:
-    """Return what `wss://` needs, None for `ws://`. Raises ConfigError if the authorities cannot be read."""
+    """Return the TLS context for `wss://`; None for `ws://`. Raises ConfigError if `tls_ca_file` cannot be read."""
     if not url.startswith("wss:"):
         return None
     try:
@@ -87,7 +88,7 @@ def tls_context(url: str, options: ClientOptions) -> ssl.SSLContext | None:
 
 
 def request_headers(options: ClientOptions) -> dict[str, str]:
-    """Return the headers of the upgrade request. Raises ConfigError for a token that no header can hold."""
+    """Return the headers of the upgrade request. Raises ConfigError for a token that a header cannot hold."""
     headers = {**options.headers, LIMIT_HEADER: str(options.max_message_bytes)}
     if options.token is not None:
         if not options.token or not options.token.isascii() or not options.token.isprintable() or " " in options.token:

@@ -43,6 +43,7 @@ from scopestate.wire.frames import (
     UnregisterFunction,
     UnregisterTrigger,
     UnregisterTriggerType,
+    with_caller,
 )
 from scopestate.wire.frames import encode as encode_frame
 from scopestate.wire.session import (
@@ -55,7 +56,6 @@ from scopestate.wire.session import (
     Settle,
     WorkerSession,
     stopped,
-    with_caller,
 )
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ def test_the_token_is_not_shown_and_a_missing_one_is() -> None:
     ("option", "key", "problem"),
     [
         ("bridge_url: http://far:1", "bridge_url", "is not the address of an engine"),
-        ("bridge_url: 'ws://far away:1'", "bridge_url", "it holds a character that none does"),
+        ("bridge_url: 'ws://far away:1'", "bridge_url", "it contains a character that an address cannot have"),
         ("bridge_url: ws://far:0", "bridge_url", "port 0"),
         ("token: two words", "token", "a token is printable ASCII text without spaces"),
         ("connect_wait_ms: 0", "connect_wait_ms", "expected a whole number from 1"),

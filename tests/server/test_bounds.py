@@ -20,13 +20,14 @@ from serving import OpenRaw, OpenServer, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine
-from scopestate import server as server_module
 from scopestate.errors import DeserializationError, MessageTooLarge, Overloaded, RemoteFailure, ReplyTimeout
 from scopestate.server import channels
+from scopestate.server import server as server_module
 from scopestate.server.server import Server
-from scopestate.wire import session
+from scopestate.wire import frames
 from scopestate.wire.client import Client
 from scopestate.wire.options import ClientOptions
+from scopestate.wire.session import WorkerSession
 
 MEBIBYTE = 1024 * 1024
 
@@ -92,7 +93,7 @@ def test_an_answer_that_no_message_can_hold_fails_its_call_alone(open_server: Op
 
     assert error["code"] == "MESSAGE_TOO_LARGE"
     assert "the call was carried out, but its answer takes 1201" in error["message"]
-    assert "a message to this worker may have 100000: read less at once" in error["message"]
+    assert "a message to this worker may take 100000: read less at once" in error["message"]
     assert len(worker.call("state::get", {"scope": "s", "key": "1"})) == 40_000
     update = {"scope": "s", "key": "1", "ops": [{"type": "append", "path": "", "value": "x" * 40_000}]}
     error = worker.ask("state::update", update)["error"]
@@ -204,7 +205,7 @@ async def test_a_client_sends_no_more_than_its_server_takes(open_server: OpenSer
         early = asyncio.ensure_future(client.call("state::set", {"scope": "s", "key": "k", "value": "x" * 100_000}))
         with pytest.raises(MessageTooLarge, match="nothing was sent"):  # made before the server's limit was known
             await early
-        with pytest.raises(MessageTooLarge, match="may have 100000; nothing was sent"):
+        with pytest.raises(MessageTooLarge, match="may take 100000; nothing was sent"):
             await client.call("state::set", {"scope": "s", "key": "k", "value": "x" * 100_000})
         await client.call("state::set", {"scope": "s", "key": "k", "value": "x" * 90_000})
         assert client.connections == 1
@@ -215,7 +216,7 @@ async def test_a_client_sends_no_more_than_its_server_takes(open_server: OpenSer
 async def test_a_server_sends_no_more_than_a_client_takes(server: Server, engine: Engine) -> None:
     engine.set("s", "k", "x" * 60_000)
     async with Client(server.url, ClientOptions(max_message_bytes=50_000)) as client:
-        with pytest.raises(RemoteFailure, match="may have 50000"):
+        with pytest.raises(RemoteFailure, match="may take 50000"):
             await client.call("state::get", {"scope": "s", "key": "k"})
         assert await client.call("state::list_groups", {}) == {"groups": ["s"]}
         assert client.connections == 1
@@ -306,17 +307,17 @@ def test_a_worker_that_leaves_leaves_no_entry(server: Server, connect: OpenRaw, 
 
 def test_long_function_ids_are_not_kept(server: Server, connect: OpenRaw) -> None:
     worker = connect()
-    session._call_heads.clear()
-    session._answer_heads.clear()
+    frames._call_heads.clear()
+    frames._answer_heads.clear()
 
     for number in range(20):
         worker.ask(f"{number}" + "x" * MEBIBYTE, {})
         worker.ask(f"short {number}", {})
-    for number in range(2 * session._MOST_HEADS):
-        session.WorkerSession("w").execute(f"f{number}", session.NULL, print)
+    for number in range(2 * frames._MOST_HEADS):
+        WorkerSession("w").execute(f"f{number}", frames.NULL, print)
 
-    assert sum(map(len, session._answer_heads)) < 10_000
-    assert len(session._call_heads) <= session._MOST_HEADS
+    assert sum(map(len, frames._answer_heads)) < 10_000
+    assert len(frames._call_heads) <= frames._MOST_HEADS
 
 
 # -------------------------------------------------------------------------------------------------------- log lines

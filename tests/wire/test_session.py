@@ -10,20 +10,18 @@ import pytest
 from msgspec import Raw
 
 from scopestate.errors import MessageTooLarge
-from scopestate.wire.frames import InvocationResult, InvokeFunction, RegisterFunction, RegisterTrigger
-from scopestate.wire.session import (
-    _LONGEST_NAME,
-    Answered,
-    Close,
-    Send,
-    SessionLimits,
-    WorkerSession,
+from scopestate.wire.frames import (
+    LONGEST_NAME,
+    InvocationResult,
+    InvokeFunction,
+    RegisterFunction,
+    RegisterTrigger,
     _answer_heads,
     _call_heads,
     fresh_id,
-    stopped,
     with_caller,
 )
+from scopestate.wire.session import Answered, Close, Send, SessionLimits, WorkerSession, stopped
 
 ID = "0b0a1111-2222-4333-8444-555566667777"
 OTHER_ID = "1c1b1111-2222-4333-8444-555566667777"
@@ -556,7 +554,7 @@ def test_a_worker_executes_again_after_each_way_in_which_a_call_ends() -> None:
 
 def test_the_beginnings_of_messages_are_kept_for_ids_up_to_the_limit_only() -> None:
     worker = session()
-    longest, longer = "x" * _LONGEST_NAME, "x" * (_LONGEST_NAME + 1)
+    longest, longer = "x" * LONGEST_NAME, "x" * (LONGEST_NAME + 1)
     for name in (longest, longer):
         for _ in range(2):
             assert sent(worker.answer(say(worker, invoke(name)), b"1"))["function_id"] == name
