@@ -19,7 +19,7 @@ from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.scope import ScopeActor
 from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig, ScopeRule
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
-from scopestate.parts import durability_of
+from scopestate.opening import durability_of
 from tests.simulation.clients import SCOPES, Client
 from tests.simulation.disk import Disk, DiskAdapter
 from tests.simulation.model import Model, Violation
