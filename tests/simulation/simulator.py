@@ -350,9 +350,9 @@ def observed() -> Iterator[None]:
 
 
 def _model_of(actor: ScopeActor) -> Model:
-    adapter = actor._around.adapter
-    assert isinstance(adapter, DiskAdapter)
-    return adapter.model
+    store = actor._around.store
+    assert isinstance(store, DiskAdapter)
+    return store.model
 
 
 def simulate(seed: int, *, path: str | None = None, trace: bool = False) -> Failure | None:
