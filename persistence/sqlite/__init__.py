@@ -1,1 +1,1 @@
-"""A store in a directory: SQLite, its lock, and how it opens what another version or a crash left."""
+"""A store in a directory: the SQLite database, its lock, and opening it after a crash or another version."""

@@ -1,7 +1,7 @@
-"""The adapter that keeps scopes in a directory: one SQLite database, one lock file.
+"""The store in a directory: one SQLite database and one lock file.
 
-Why SQLite, and what is promised: docs/design/0006. What goes wrong elsewhere and must not here: docs/semantics.md 8,
-points 16 to 27.
+docs/design/0006 says why SQLite and what is promised; docs/semantics.md 8, points 16 to 27, lists the failures of other
+stores that this one avoids.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import TypeVar
 
 from scopestate.actors.ports import ScopeChange, ScopeState, Store
 from scopestate.errors import StorageError, StoreCorrupt
-from scopestate.persistence.sqlite.connection import (
+from scopestate.persistence.sqlite.database import (
     LIBRARY_ERRORS,
     Connect,
     abandon,
     connect,
     database_uri,
+    find_problems,
     is_corruption,
     storage_error,
 )
 from scopestate.persistence.sqlite.lock import StoreLock
 from scopestate.persistence.sqlite.opening import copy_database, open_directory, open_store, publish
 from scopestate.persistence.sqlite.rows import LONGEST_NAME, PAGE_LIMIT, read_names, read_scope, row_room, write_batch
-from scopestate.persistence.sqlite.schema import find_problems
 from scopestate.signals import Guard, exclusive
 
 log = logging.getLogger("scopestate.persistence.sqlite.adapter")
 
 _IDLE_READERS = 4
-"""Connections kept open for the next loads; more are opened while more loads run, and closed after."""
+"""Connections kept open for later loads. Further ones are opened when more loads run at once, and closed after use."""
 
 _FORK_PATIENCE_S = 2.0
-"""How long a fork waits for a save or load that is under way."""
+"""How long a fork waits for a running save or load."""
 
 _T = TypeVar("_T")
 
@@ -52,7 +52,7 @@ class _Loan:
 
 
 class FileAdapter(Store):
-    """Keeps scopes in `directory`. Any thread may call anything; loads run beside each other and beside a save."""
+    """Keeps scopes in `directory`. Thread-safe; loads run concurrently with each other and with a save."""
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class FileAdapter(Store):
         connect: Connect = connect,
         busy_timeout_ms: int = 5000,
     ) -> None:
-        """Open the store, creating the directory and the database if they are missing; takes constant time.
+        """Open the store in constant time, creating the directory and the database if they are missing.
 
-        `busy_timeout_ms`: how long to wait for another process (a sqlite3 tool) that holds the database.
+        `busy_timeout_ms`: how long to wait while another process, such as a sqlite3 tool, holds the database.
         Raises `StoreLocked`, `StoreUnusable`, `StoreCorrupt` (the files were set aside), or `StorageError`.
         """
         self._pid = os.getpid()
@@ -77,7 +77,7 @@ class FileAdapter(Store):
         self._damage = ""
         self._saving = Guard()
         self._importing = 0
-        """The thread that is in `save_whole`."""
+        """The thread inside `save_whole`; 0 if there is none."""
         self._exclusive = Guard()
         self._idle: list[sqlite3.Connection] = []
         self._lent: dict[_Loan, None] = {}
@@ -85,9 +85,9 @@ class FileAdapter(Store):
         self._lock, self._writer, self._identity, self._lost = open_store(self.directory, self.path, self._open)
         room = row_room(self._writer)
         self.longest_name = min(LONGEST_NAME, room // 64)
-        """Characters of a scope or key at most; see `largest_value`."""
+        """Characters of a scope or key name at most; see `largest_value`."""
         self.largest_value = room - 8 * self.longest_name
-        """Bytes of a value at most, as JSON: its row has room for it beside any two names (4 bytes a character)."""
+        """Bytes of a value at most, as JSON. Its row then has room for the longest names (4 bytes a character)."""
         _opened.add(self)
 
     def load(self, scope: str) -> ScopeState:
@@ -99,16 +99,17 @@ class FileAdapter(Store):
         return self._read("list the scopes", read_names)
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
-        """Write the batch as one transaction, synced to the disk; after any raise the next call may succeed.
+        """Write the batch in one transaction and sync it to the disk. If it raises, nothing was written.
 
-        Raises `StoreCorrupt` once damage was seen: nothing is written to a damaged database.
+        After an error the next call may succeed. Once damage was seen every call raises `StoreCorrupt`: nothing is
+        written to a damaged database.
         """
         self._save(batch, f"save {len(batch)} changed scopes")
 
     def save_whole(self, changes: Iterable[ScopeChange]) -> None:
-        """As `save`, for more than fits into memory: `changes` are asked for one after another, in the transaction.
+        """As `save`, for more changes than fit into memory: `changes` is iterated inside the transaction.
 
-        What they raise is raised here, and nothing was written then.
+        If the iterator raises, so does this call, and nothing was written.
         """
         self._importing = get_ident()
         try:
@@ -129,42 +130,42 @@ class FileAdapter(Store):
             last = self._write(connection, batch)
         except LIBRARY_ERRORS as error:
             raise self._translate(error, doing) from error
-        # Again: a database that lost its name while we wrote takes the batch with it.
+        # Checked again: if the database was removed while this wrote, the batch is lost with it.
         self._check_place(doing)
         if last is not None:
             self._lock.note_commit(*last)
 
     def size_bytes(self) -> int:
-        """Return how much the database takes on the disk, its write-ahead log included."""
+        """Return the size of the database on the disk in bytes, its write-ahead log included."""
         total = 0
         for suffix in ("", "-wal"):
             try:
                 total += os.stat(self.path + suffix).st_size
             except OSError:
-                # The log comes and goes; a missing database is for `save` and `load` to report.
+                # The log does not always exist; `save` and `load` report a missing database.
                 continue
         return total
 
     def problem(self) -> str | None:
-        """Return what was found to be lost when the store was opened; None if nothing was."""
+        """Return what was found missing when the store was opened; None if nothing was."""
         return self._lost
 
     def check(self) -> list[str]:
-        """Read the whole database and return what is wrong with it; empty if it is sound. Slow: for tests and tools."""
+        """Read the whole database and return its problems; empty if it is sound. Slow: for tests and tools."""
 
-        def look(connection: sqlite3.Connection) -> list[str]:
+        def read_all(connection: sqlite3.Connection) -> list[str]:
             before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 0x7FFFFFFF)
             try:
                 return find_problems(connection)
             finally:
                 connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
 
-        return self._read("check the store", look)
+        return self._read("check the store", read_all)
 
     def close(self) -> None:
-        """Fold the write-ahead log into the database and release the lock. Idempotent; waits for running calls.
+        """Checkpoint the write-ahead log and release the lock. Idempotent; waits for running calls.
 
-        In a forked child it does nothing: the connections and the lock are the parent's.
+        In a forked child it does nothing: the connections and the lock belong to the parent.
         """
         if os.getpid() != self._pid:
             return
@@ -180,13 +181,13 @@ class FileAdapter(Store):
             return
         connections = [*self._idle, *([self._writer] if self._writer else [])]
         self._idle, self._writer = [], None
-        # Also when another database took our place: SQLite notices the move and leaves that one's log alone.
+        # Safe if another database has replaced ours: SQLite notices and leaves the log of that one alone.
         self._close_connections(connections)
         self._lock.release()
         self._released = True
 
     def _when_nothing_is_lent(self, work: Callable[[], object]) -> None:
-        """Call `work` while no load is under way and none can begin."""
+        """Call `work` while no load is running and none can begin."""
 
         def attempt() -> bool:
             if self._lent:
@@ -203,7 +204,7 @@ class FileAdapter(Store):
             connection.execute(f"PRAGMA busy_timeout = {self._busy_timeout_ms:d}")
             # FULL: each commit is synced, and so is the directory when the log is created.
             connection.execute("PRAGMA synchronous = FULL")
-            # A log that one huge save blew up shrinks again at the next checkpoint.
+            # The log shrinks again at the checkpoint after a very large save.
             connection.execute("PRAGMA journal_size_limit = 67108864")
         except BaseException:
             connection.close()
@@ -217,7 +218,7 @@ class FileAdapter(Store):
             connection.execute("COMMIT")
             return last
         except BaseException:
-            # Also for KeyboardInterrupt, and for a COMMIT that failed: SQLite leaves that transaction open.
+            # For KeyboardInterrupt too, and for a COMMIT that failed: SQLite leaves that transaction open.
             try:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
@@ -228,18 +229,18 @@ class FileAdapter(Store):
             raise
 
     def _open_reader(self) -> sqlite3.Connection:
-        # `rw`, not `rwc`: SQLite would create an empty database if ours was just removed.
+        # `rw`, not `rwc`: with that, SQLite would create an empty database if ours was just removed.
         connection = self._open(database_uri(self.path, "rw"))
         connection.execute("PRAGMA query_only = 1")
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, PAGE_LIMIT)
         return connection
 
     def _read(self, doing: str, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Call `work` with a connection that sees committed data only. Library errors inside become ours."""
+        """Call `work` with a connection that sees committed data only. Raises `StorageError` for library errors."""
         self._check_usable(doing)
         if not self._in_place():
             if self._importing == get_ident():
-                self._check_place(doing)  # what an import reads in its own transaction
+                self._check_place(doing)  # `_saving` is held by this thread: the import reads here
             self._saving.run(self._secure_place_for, doing)
         loan = _Loan()
         try:
@@ -247,7 +248,7 @@ class FileAdapter(Store):
                 self._lend(loan, doing)
                 if loan.connection is None:
                     loan.connection = self._open_reader()
-                # After opening: it may have found another database that was just put in our place.
+                # After opening: the file may be another database that has just replaced ours.
                 self._check_place(doing)
                 result = work(loan.connection)
                 loan.ended_well = True
@@ -256,7 +257,7 @@ class FileAdapter(Store):
             finally:
                 self._give_back(loan)
         except BaseException:
-            # Again, in case a KeyboardInterrupt came into the first time: `close` waits for every loan.
+            # Again, in case a KeyboardInterrupt cut the first call short: `close` waits for every loan.
             self._give_back(loan)
             raise
         return result
@@ -277,7 +278,7 @@ class FileAdapter(Store):
         """End a loan. Idempotent."""
         connection, loan.connection = loan.connection, None
         if connection is not None:
-            # One that is still in a transaction would show old data and keep the log from shrinking.
+            # A connection left in a transaction would return old data and keep the log from shrinking.
             if loan.ended_well and len(self._idle) < _IDLE_READERS and not connection.in_transaction:
                 self._idle.append(connection)
             else:
@@ -315,10 +316,10 @@ class FileAdapter(Store):
             )
 
     def _secure_place(self, doing: str) -> None:
-        """Make sure that the database and the lock are still the files in the directory; caller holds `_saving`.
+        """Make sure that the database and the lock are still the files in the directory. The caller holds `_saving`.
 
-        The open connection still reaches a removed database, so its content returns as soon as the directory does.
-        Refused: going on with an empty database, which would silently lose all that was saved before.
+        An open connection still reaches a database that was removed, so its content is written again as soon as the
+        directory exists. Refused: continuing with an empty database, which would silently lose everything saved before.
         """
         vanished = not self._in_place()
         if vanished and (not os.path.isdir(self.directory) or os.path.lexists(self.path) or self._writer is None):
@@ -337,10 +338,10 @@ class FileAdapter(Store):
             raise self._translate(error, doing) from error
         except OSError as error:
             raise StorageError(f"cannot {doing}: putting {self.path} back failed: {error}") from error
-        log.warning("%s had vanished; its content was put back", self.path)
+        log.warning("%s had been removed; its content was written again", self.path)
 
     def _replace_connections(self, writer: sqlite3.Connection, copy: str) -> None:
-        # All of them: a connection that stays would go on reading the database that has no name any more.
+        # All of them: one that stayed open would still read the removed database.
         self._close_connections([*self._idle, writer])
         self._idle, self._writer = [], None
         self._identity = publish(copy, self.path)
@@ -350,11 +351,11 @@ class FileAdapter(Store):
             try:
                 connection.close()
             except sqlite3.Error as error:
-                # What was saved is safe in the log; the next opening folds it in.
+                # What was saved is safe in the log; the next opening recovers it.
                 log.warning("closing %s: %s", self.path, error)
 
     def hold_still(self) -> None:
-        """Before a fork: wait until no thread is inside SQLite. Bounded, as this very thread may be in a call."""
+        """Before a fork: wait until no thread is inside SQLite. Limited in time: this thread may be inside itself."""
         self._held = [(self._saving, self._saving.take(_FORK_PATIENCE_S))]
         deadline = time.monotonic() + _FORK_PATIENCE_S
         while True:
@@ -367,28 +368,26 @@ class FileAdapter(Store):
         self._held.append((self._exclusive, ticket))
 
     def go_on(self) -> None:
-        """After a fork, in both processes."""
+        """After a fork, in both processes: let the waiting threads continue."""
         while self._held:
             guard, ticket = self._held.pop()
             if ticket is not None:
                 guard.give_back(ticket)
 
     def leave_to_parent(self) -> None:
-        """In a forked child: let go of what belongs to the parent, without touching it."""
+        """In a forked child: abandon what belongs to the parent, without changing it."""
         abandon([*self._idle, *([self._writer] if self._writer else [])])
         self._lock.abandon()
 
 
 _opened: weakref.WeakSet[FileAdapter] = weakref.WeakSet()
-
-
 _forking = threading.RLock()
 _still: list[FileAdapter] = []
 
 
 def _before_fork() -> None:
-    # A thread that is inside SQLite may hold one of its process-wide mutexes. The child would inherit that taken, with
-    # nobody to give it back, and hang at the first use of any database (seen in 2 of 1,300 forks under load).
+    # A thread inside SQLite may hold one of its process-wide mutexes. The child would inherit the mutex locked, without
+    # the thread that unlocks it, and hang at its first use of any database (seen in 2 of 1,300 forks under load).
     _forking.acquire()
     _still.extend(_opened)
     for adapter in _still:

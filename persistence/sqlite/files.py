@@ -1,20 +1,25 @@
-"""The files of a store: readable and writable by their owner alone."""
+"""The files of a store: private to their owner, and set aside, never overwritten, when they are damaged."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import logging
 import os
+import shutil
 import stat
+import time
 from typing import IO
 
 log = logging.getLogger("scopestate.persistence.sqlite.adapter")
 
 PRIVATE = 0o600
+SUFFIXES = ("", "-wal", "-shm", "-journal")
+"""What SQLite appends to the name of a database to name its files."""
 
 
 def open_regular(path: str) -> IO[bytes]:
-    """Open a file for reading. Raises `OSError`, also if it is not a regular file: a pipe would wait for a writer."""
+    """Open a regular file for reading. Raises `OSError`, for a pipe too: opening it would wait for a writer."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return open(descriptor, "rb")
@@ -23,9 +28,9 @@ def open_regular(path: str) -> IO[bytes]:
 
 
 def create_private(path: str) -> None:
-    """Create an empty file that only its owner may use, if nothing has this name. Raises `OSError`.
+    """Create an empty file that only its owner may access, unless the name is taken. Raises `OSError`.
 
-    SQLite would create it with the rights that the umask leaves, and gives its log the rights of its database.
+    SQLite itself would create it with the permissions that the umask leaves. It gives the log those of the database.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
     try:
@@ -35,8 +40,8 @@ def create_private(path: str) -> None:
 
 
 def make_private(path: str) -> None:
-    """Take the rights of all others away from `path`, if it exists and they have any; what changes is logged."""
-    if os.name == "nt":  # pragma: no cover - has no such rights
+    """Remove the permissions of other users from `path`, if it exists; a change is logged."""
+    if os.name == "nt":  # pragma: no cover - has no such permissions
         return
     try:
         found = os.stat(path)
@@ -44,12 +49,52 @@ def make_private(path: str) -> None:
         if not mode & 0o077:
             return
         if found.st_uid != os.geteuid():
-            log.info("others than this process's user may read %r, which belongs to user %d", path, found.st_uid)
+            log.info("%r belongs to user %d, and other users may read it", path, found.st_uid)
             return
         os.chmod(path, mode & 0o700)
     except FileNotFoundError:
         return
     except OSError as error:
-        log.warning("others may read %r, and that cannot be changed (%s)", path, error.strerror or error)
+        log.warning(
+            "other users may read %r, and its permissions cannot be changed (%s)", path, error.strerror or error
+        )
     else:
-        log.warning("others could read or write %r (mode %04o); now only its owner can", path, mode)
+        log.warning("other users could read or write %r (mode %04o); now only its owner can", path, mode)
+
+
+def copy_aside(path: str) -> str:
+    """Copy a file to an unused name beside it and return the new path. Raises `OSError`."""
+    target = _unused(f"{path}.damaged", ("",))
+    create_private(target)
+    shutil.copyfile(path, target)
+    return target
+
+
+def find_copies(path: str) -> list[str]:
+    """Return the copies of `path` that `copy_aside` has made, oldest first."""
+    return sorted(glob.glob(glob.escape(path) + ".damaged-*"))
+
+
+def set_aside(path: str) -> str:
+    """Move a database and its log to an unused name beside it and return the new path. Raises `OSError`.
+
+    The log keeps its suffix, so the sqlite3 tool can open the moved database together with it: it is part of the
+    evidence and of any repair.
+    """
+    target = _unused(f"{path}.corrupt", SUFFIXES)
+    # The database first: if this is interrupted, a log without its database remains, which the next start recognises as
+    # damage. A database without its log would look sound, and would lack the writes in the log.
+    for suffix in SUFFIXES:
+        if os.path.lexists(path + suffix):
+            os.rename(path + suffix, target + suffix)
+    return target
+
+
+def _unused(beginning: str, suffixes: tuple[str, ...]) -> str:
+    """Return a name with the time in it, such that no file has it with any of the suffixes."""
+    first = target = f"{beginning}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    count = 1
+    while any(os.path.lexists(target + suffix) for suffix in suffixes):
+        count += 1
+        target = f"{first}-{count}"
+    return target

@@ -1,4 +1,4 @@
-"""One engine per directory: a lock that the operating system gives back when its holder dies."""
+"""The lock of a directory, for one engine at a time. The operating system releases it when its holder dies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if sys.platform == "win32":  # pragma: no cover - the tests run on POSIX
     import msvcrt
 
     def _lock(descriptor: int) -> None:
-        # One byte far behind the content, so that others can still read who holds it.
+        # One byte far behind the content, which other processes can then still read.
         os.lseek(descriptor, 1 << 20, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
@@ -30,8 +30,8 @@ else:
     import fcntl
 
     def _lock(descriptor: int) -> None:
-        # flock belongs to the open file, so a second engine in this very process is refused as well.
-        # Refused: lockf/fcntl locks, which a process never holds against itself and loses on any close of the file.
+        # flock belongs to the open file, so a second engine in the same process is refused too.
+        # Refused: lockf/fcntl locks. They do not exclude the process itself, and any close of the file releases them.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _unlock(descriptor: int) -> None:
@@ -41,26 +41,26 @@ else:
 _FACTS_BYTES = 64 * 1024
 _LONGEST_SCOPE = 250
 _RECORD_BYTES = 2048
-"""Room for a scope of that length, each character of it escaped."""
+"""Room for a scope name of that length with each character escaped."""
 _FLAGS = (
     os.O_RDWR
     | os.O_CREAT
     | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_NOFOLLOW", 0)  # what a link names would be overwritten
-    | getattr(os, "O_NONBLOCK", 0)  # a pipe of this name must not keep the opening waiting
+    | getattr(os, "O_NOFOLLOW", 0)  # the target of a link would be overwritten
+    | getattr(os, "O_NONBLOCK", 0)  # opening a pipe of this name must not wait
 )
 
 
 class StoreLock:
-    """Holds `state.lock` of a directory from construction to `release()`. Not inherited through exec."""
+    """Holds `state.lock` of a directory from construction to `release()`. Not inherited by exec."""
 
     created: str
-    """When the store in this directory was created, as noted by its earlier holders; "" if never."""
+    """When the store in this directory was created, as earlier holders have recorded it; "" if never."""
     committed: tuple[str, int] | None
-    """A scope, and the number of its write that the holder before saved last; None after a clean end."""
+    """The scope and the number of the write that the previous holder saved last; None after a clean end."""
 
     def __init__(self, path: str, *, created: str = "") -> None:
-        """Take the lock. Raises `StoreLocked`, naming the holder, or `StoreUnusable` if the file cannot be written."""
+        """Take the lock. Raises `StoreLocked`, which names the holder, or `StoreUnusable`: it cannot be written."""
         self.path = path
         self._file = _take(path)
         earlier = _facts(self._file.fileno())
@@ -74,7 +74,7 @@ class StoreLock:
             raise
 
     def note(self, *, created: str) -> None:
-        """Write down who holds the store and when it was created. Raises `StoreUnusable`."""
+        """Record in the file which process holds the store, and when it was created. Raises `StoreUnusable`."""
         self.created = created
         self._write(
             {
@@ -88,20 +88,21 @@ class StoreLock:
         )
 
     def note_commit(self, scope: str, sequence: int) -> None:
-        """Write down, outside the database, what it has committed just now.
+        """Record the last commit outside the database.
 
-        A damaged write-ahead log looks like one whose end was never written: what was acknowledged would be missing
-        without a word. No sync: after a power cut the note may be an older one, and never one that is ahead.
+        SQLite cannot tell a damaged end of the write-ahead log from one that was never written: without this record,
+        acknowledged writes could be missing unnoticed. It is not synced: after a power cut it may be too old, but
+        never too new.
         """
         if self._file.closed or len(scope) > _LONGEST_SCOPE:
             return
         record = json.dumps([scope, sequence]).encode().ljust(_RECORD_BYTES) + b"\n"
-        with contextlib.suppress(OSError):  # the commit has gone through: this is for the day when it is lost
+        with contextlib.suppress(OSError):  # the commit itself has succeeded
             os.lseek(self._file.fileno(), self._record_at, os.SEEK_SET)
             os.write(self._file.fileno(), record)
 
     def held(self) -> bool:
-        """Tell whether the file at `path` is still the one that is locked: it may have been deleted or replaced."""
+        """Tell whether `path` is still the locked file: it may have been removed or replaced."""
         try:
             found = os.stat(self.path)
         except OSError:
@@ -109,19 +110,19 @@ class StoreLock:
         return os.path.samestat(found, os.fstat(self._file.fileno()))
 
     def release(self) -> None:
-        """Give the lock back. Idempotent."""
+        """Release the lock. Idempotent."""
         if self._file.closed:
             return
-        # The note serves people only, so it may fail.
+        # The record is for people, so writing it may fail.
         with contextlib.suppress(StoreUnusable):
             self._write({"created": self.created})
-        # Not left to the closing: a process being started shares the descriptor until it is closed by exec, which
-        # can be after its start has returned (seen on Linux: the directory then looks in use for a moment longer).
+        # Closing alone does not release it at once: a process that is being started shares the descriptor until its
+        # exec, which can be after the call that starts it has returned (seen on Linux).
         _unlock(self._file.fileno())
         self._file.close()
 
     def abandon(self) -> None:
-        """Close the descriptor only: in a forked child, where the parent's keeps the lock, or when the file is gone."""
+        """Close the descriptor only: in a forked child, where the parent keeps the lock, or when the file is gone."""
         self._file.close()
 
     def _write(self, facts: dict[str, str | int]) -> None:
@@ -159,7 +160,7 @@ def _take(path: str) -> FileIO:
             facts = _facts(file.fileno())
             file.close()
             raise StoreLocked(_held_by(path, facts)) from error
-        # The file may have been removed between open and lock; a lock on a file without a name keeps nobody out.
+        # The file may have been removed between open and lock, and a lock on a removed file excludes no other process.
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
             make_private(path)
             return file
@@ -167,7 +168,7 @@ def _take(path: str) -> FileIO:
 
 
 def may_be_held(path: str) -> bool:
-    """Tell, by what it noted, whether some process may hold the lock. Takes no lock and changes nothing."""
+    """Tell, from the record in the file, whether a process may hold the lock. Takes no lock and changes nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY | (_FLAGS & ~(os.O_RDWR | os.O_CREAT)))
     except OSError:
@@ -178,20 +179,20 @@ def may_be_held(path: str) -> bool:
         os.close(descriptor)
     pid = facts.get("pid")
     if not isinstance(pid, int):
-        return False  # given back in order
+        return False  # released
     if facts.get("host") != socket.gethostname():
         return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False  # it died
+        return False  # the process has ended
     except (OSError, OverflowError):
-        return True  # another user's
+        return True  # a process of another user
     return True
 
 
 def _facts(descriptor: int) -> dict[str, object]:
-    """Read what the holder wrote; empty if that is unreadable or only half there."""
+    """Read the record of the holder; empty if it is unreadable or incomplete."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         found = json.loads(os.read(descriptor, _FACTS_BYTES).partition(b"\n")[0])
@@ -201,7 +202,7 @@ def _facts(descriptor: int) -> dict[str, object]:
 
 
 def _committed(descriptor: int) -> tuple[str, int] | None:
-    """Read the note of the last commit; None if there is none, or it is unreadable."""
+    """Read the record of the last commit; None if there is none or it is unreadable."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         return read_committed(os.read(descriptor, _FACTS_BYTES))
@@ -210,7 +211,7 @@ def _committed(descriptor: int) -> tuple[str, int] | None:
 
 
 def read_committed(content: bytes) -> tuple[str, int] | None:
-    """Return the note of the last commit from the content of a lock file."""
+    """Return the record of the last commit from the content of a lock file."""
     try:
         scope, sequence = json.loads(content.partition(b"\n")[2])
     except (ValueError, TypeError):
@@ -221,9 +222,11 @@ def read_committed(content: bytes) -> tuple[str, int] | None:
 def _held_by(path: str, facts: dict[str, object]) -> str:
     directory = os.path.dirname(path)
     if "pid" not in facts:
-        return f"the store {directory} is in use by another process (its lock {path} names none). Stop it first"
+        return (
+            f"the store {directory} is in use by another process (its lock file {path} does not name it). Stop it first"
+        )
     program = facts.get("program")
-    this = " (this very process)" if facts["pid"] == os.getpid() else ""
+    this = " (this process)" if facts["pid"] == os.getpid() else ""
     return (
         f"the store {directory} is in use by process {facts['pid']}{this} on {facts.get('host')} since "
         f"{facts.get('since')}{f': {program}' if program else ''}. Stop it first, or choose another directory"

@@ -1,4 +1,4 @@
-"""Opening a store, loudly: each thing that is wrong is one clear error, and nothing is ever overwritten."""
+"""Opening a store: each problem is one clear error, and no file is ever overwritten."""
 
 from __future__ import annotations
 
@@ -11,9 +11,26 @@ from typing import Final
 
 from scopestate.errors import ConfigError, StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
-from scopestate.persistence.sqlite import quarantine, schema
-from scopestate.persistence.sqlite.connection import LIBRARY_ERRORS, connect, database_uri, is_corruption, storage_error
-from scopestate.persistence.sqlite.files import create_private, make_private, open_regular
+from scopestate.persistence.sqlite.database import (
+    LIBRARY_ERRORS,
+    DamagedError,
+    check_header,
+    connect,
+    database_uri,
+    is_corruption,
+    migrate,
+    primary_code,
+    probe,
+    storage_error,
+)
+from scopestate.persistence.sqlite.files import (
+    SUFFIXES,
+    copy_aside,
+    create_private,
+    make_private,
+    open_regular,
+    set_aside,
+)
 from scopestate.persistence.sqlite.lock import StoreLock
 
 log = logging.getLogger("scopestate.persistence.sqlite.adapter")
@@ -50,7 +67,7 @@ def _create_directory(path: str) -> None:
     except FileExistsError:
         if not os.path.isdir(path):
             raise
-    # The name of a new directory survives a power loss only once its parent is synced (docs/semantics.md 8.17).
+    # The name of a new directory survives a power cut only after its parent is synced (docs/semantics.md 8.17).
     _sync_directory(parent)
 
 
@@ -67,13 +84,13 @@ def _sync_directory(path: str) -> None:
 def open_store(
     directory: str, path: str, open_: Open
 ) -> tuple[StoreLock, sqlite3.Connection, os.stat_result, str | None]:
-    """Lock the directory and open its database, creating or migrating it; the lock is released on any raise.
+    """Lock the directory and open its database, creating or migrating it. If it raises, the lock is released.
 
-    The third result identifies the database file (device and inode); the fourth says what is missing in it, or is None.
+    Returns the lock, the connection, the status of the database file, and what is missing in it (None: nothing).
     """
     lock = StoreLock(os.path.join(directory, "state.lock"))
     try:
-        _warn_of_strangers(directory)
+        _warn_of_foreign_files(directory)
         new = not os.path.lexists(path)
         connection = _open_locked(path, lock, open_)
         missing = _report_lost(connection, path, lock.committed)
@@ -88,7 +105,7 @@ def _open_locked(path: str, lock: StoreLock, open_: Open) -> sqlite3.Connection:
     try:
         _check_files(path, lock)
         create_private(path)
-        for suffix in quarantine.SUFFIXES:
+        for suffix in SUFFIXES:
             make_private(path + suffix)
         connection = open_(database_uri(path, "rwc"))
         try:
@@ -99,16 +116,16 @@ def _open_locked(path: str, lock: StoreLock, open_: Open) -> sqlite3.Connection:
         if not lock.created:
             lock.note(created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         return connection
-    except schema.DamagedError as error:
-        raise _quarantined(path, lock, str(error)) from error
+    except DamagedError as error:
+        raise _set_aside(path, lock, str(error)) from error
     except UnicodeDecodeError as error:
-        # SQLite's complaint about a damaged schema quotes it, and what it quotes is no text.
-        raise _quarantined(path, lock, f"its schema is not UTF-8: {error}") from error
+        # SQLite's message about a damaged schema quotes it, and the quoted part is not UTF-8.
+        raise _set_aside(path, lock, f"its schema is not UTF-8: {error}") from error
     except sqlite3.Error as error:
         if is_corruption(error):
-            raise _quarantined(path, lock, str(error)) from error
+            raise _set_aside(path, lock, str(error)) from error
         translated = storage_error(error, "open the database", path)
-        if isinstance(error, sqlite3.OperationalError) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _UNUSABLE:
+        if isinstance(error, sqlite3.OperationalError) and primary_code(error) in _UNUSABLE:
             raise StoreUnusable(str(translated)) from error
         raise translated from error
     except OSError as error:
@@ -119,45 +136,45 @@ _UNUSABLE = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PE
 
 
 def _check_files(path: str, lock: StoreLock) -> None:
-    """Look at the files before SQLite does, which deletes the log of a database that is empty."""
+    """Check the files before SQLite opens them: it deletes the log of an empty database."""
     try:
         with open_regular(path) as file:
             header = file.read(100)
     except FileNotFoundError:
         header = None
-    # With a rollback journal the database is half-written, and SQLite makes it whole (a crash while creating it).
+    # A rollback journal means a crash while the database was created: SQLite will repair it.
     journal, logged = _size(path + "-journal") > 0, _size(path + "-wal") > 0
     if header and not journal:
-        schema.check_header(header, _size(path), path, logged=logged)
+        check_header(header, _size(path), path, logged=logged)
     elif logged:
-        raise schema.DamagedError("it is empty but has a write-ahead log")
+        raise DamagedError("it is empty but has a write-ahead log")
     elif header is not None and lock.created and not journal:
-        # Empty and never created is what a crash during the first opening leaves; this one had content.
-        raise schema.DamagedError(f"it is empty, but was created {lock.created}")
+        # A crash during the first opening leaves an empty database without a date. This one had content.
+        raise DamagedError(f"it is empty, but was created {lock.created}")
     elif header is None and lock.created:
         log.warning("%s is gone; it was created %s. Starting with an empty store", path, lock.created)
         lock.note(created="")
 
 
 def _prepare(connection: sqlite3.Connection, path: str) -> None:
-    schema.migrate(connection, path)
-    schema.probe(connection)
-    # After the migration: a half-made database is rolled back by its journal, and no log exists without a database.
+    migrate(connection, path)
+    probe(connection)
+    # After the migration: its journal rolls back an incomplete one, and there is never a log without a database.
     ((mode,),) = connection.execute("PRAGMA journal_mode = WAL").fetchall()
     if mode != "wal":
         raise StoreUnusable(
             f"{path} cannot use a write-ahead log (journal mode stays {mode!r}): its file system lacks shared memory "
             "or locks, as network file systems do. Choose a directory on a local disk"
         )
-    # Finds a database that may not be written now instead of at the first save. A statement, because BEGIN IMMEDIATE
-    # alone succeeds on a read-only file.
+    # Finds out now, not at the first save, whether the database may be written. BEGIN IMMEDIATE alone succeeds on a
+    # read-only file.
     connection.execute("BEGIN IMMEDIATE")
     connection.execute("DELETE FROM scopes WHERE 0")
     connection.execute("ROLLBACK")
 
 
 _COUNTED: Final = 100_000
-"""Keys are counted up to here, which takes some milliseconds: opening takes the same time for a store of any size."""
+"""Keys are counted up to this number, in a few milliseconds: opening takes the same time for a store of any size."""
 _COUNTS: Final = f"""
     SELECT (SELECT count(*) FROM (SELECT 1 FROM scopes WHERE EXISTS
                 (SELECT 1 FROM state WHERE state.scope = scopes.scope) LIMIT {_COUNTED + 1})),
@@ -166,13 +183,13 @@ _COUNTS: Final = f"""
 
 
 def log_opened(connection: sqlite3.Connection, directory: str, *, new: bool) -> None:
-    """Say at INFO which directory was opened, and what it holds: a changed working directory looks like lost data."""
+    """Log which directory was opened, and what it holds: a changed working directory looks like lost data."""
     if not log.isEnabledFor(logging.INFO):
         return
     try:
         ((scopes, keys),) = connection.execute(_COUNTS).fetchall()
     except LIBRARY_ERRORS as error:
-        log.debug("counting the keys of %r: %s", directory, error)  # the call that needs them raises it
+        log.debug("counting the keys of %r: %s", directory, error)  # a load will raise it
         log.info("opened the store %r", directory)
         return
     what = "which is new" if new else f"which holds {_counted(keys)} keys in {_counted(scopes)} scopes"
@@ -180,21 +197,21 @@ def log_opened(connection: sqlite3.Connection, directory: str, *, new: bool) -> 
 
 
 def _report_lost(connection: sqlite3.Connection, path: str, committed: tuple[str, int] | None) -> str | None:
-    """Say, in the log too, if a write that was saved before is not in the database; None if nothing is missing.
+    """Return, and log, which saved writes are missing in the database; None if none are.
 
-    The store is used all the same: what it holds is whole, as of an earlier moment. Refused: setting it aside, as is
-    done with a damaged database; the next start would find nothing at all. The log is kept, as it may be mended.
+    The store is used nevertheless: it holds the consistent state of an earlier moment. Refused: setting it aside as
+    a damaged database is; the next start would find an empty store. A copy of the log is kept, as it may be repairable.
     """
     try:
         problem = lost(connection, path, committed)
     except LIBRARY_ERRORS as error:
-        log.debug("looking for the last commit in %r: %s", path, error)  # the first one who reads there gets it
+        log.debug("looking for the last commit in %r: %s", path, error)  # a load of that scope will raise it
         return None
     if problem is None:
         return None
     log_path = path + "-wal"
     try:
-        kept = quarantine.copy_aside(log_path) if _size(log_path) else ""
+        kept = copy_aside(log_path) if _size(log_path) else ""
     except OSError as error:
         kept, problem = "", f"{problem} (its log could not be copied: {error})"
     problem += f". A copy of the log as it was found is {kept}" if kept else ""
@@ -203,7 +220,7 @@ def _report_lost(connection: sqlite3.Connection, path: str, committed: tuple[str
 
 
 def lost(connection: sqlite3.Connection, path: str, committed: tuple[str, int] | None) -> str | None:
-    """Return what is wrong if the database lacks the write that was noted outside of it."""
+    """Return a message if the database lacks the commit that was recorded outside of it, else None."""
     if committed is None:
         return None
     scope, sequence = committed
@@ -222,9 +239,9 @@ def _counted(number: int) -> str:
     return f"more than {_COUNTED:,}" if number > _COUNTED else f"{number:,}"
 
 
-def _quarantined(path: str, lock: StoreLock, reason: str) -> StorageError:
+def _set_aside(path: str, lock: StoreLock, reason: str) -> StorageError:
     try:
-        target = quarantine.set_aside(path)
+        target = set_aside(path)
         lock.note(created="")
     except OSError as error:
         failed = StoreCorrupt(
@@ -242,13 +259,13 @@ def _quarantined(path: str, lock: StoreLock, reason: str) -> StorageError:
     return corrupt
 
 
-def _warn_of_strangers(directory: str) -> None:
-    """iii keeps one `*.bin` file per scope in the same directory (docs/semantics.md 6); we cannot read them."""
+def _warn_of_foreign_files(directory: str) -> None:
+    """Warn of `*.bin` files: iii keeps one for each scope in such a directory (docs/semantics.md 6)."""
     with os.scandir(directory) as entries:
         count = sum(entry.name.endswith(".bin") for entry in entries)
     if count:
         log.warning(
-            "%s holds %d `*.bin` files, as iii's own store writes them; scopestate cannot read and does not touch them",
+            "%s holds %d `*.bin` files, as iii's own store writes them; scopestate cannot read them and ignores them",
             directory,
             count,
         )
@@ -262,19 +279,19 @@ def _size(path: str) -> int:
 
 
 def copy_database(source: sqlite3.Connection, path: str) -> str:
-    """Copy everything that `source` reaches into a file beside `path`, synced, and return the file's name.
+    """Copy the database of the connection `source` to a file beside `path`, synced, and return its name.
 
-    `source` may be a database whose file was removed. Raises `OSError` and library errors.
+    The file of `source` may have been removed. Raises `OSError` and library errors.
     """
     copy = path + ".restoring"
     if os.path.lexists(copy):
-        # Left by a copying that was interrupted, under this same lock.
+        # Left by an interrupted copy, which was made under this same lock.
         os.unlink(copy)
     create_private(copy)
     target = connect(database_uri(copy, "rw"))
     try:
         target.execute("PRAGMA synchronous = FULL")
-        # In steps, so that other threads run between them.
+        # In steps, so that other threads can run between them.
         source.backup(target, pages=1000)
     finally:
         target.close()
@@ -282,8 +299,8 @@ def copy_database(source: sqlite3.Connection, path: str) -> str:
 
 
 def publish(copy: str, path: str) -> os.stat_result:
-    """Give `copy` the name `path`, unless that exists by now (`FileExistsError`); return what identifies the file."""
-    # Not rename, which would replace a database that somebody put there in the meantime.
+    """Rename `copy` to `path` and return its status. Raises `FileExistsError` if `path` exists."""
+    # Not `rename`, which would replace a database that another program has put there.
     os.link(copy, path)
     os.unlink(copy)
     _sync_directory(os.path.dirname(path))

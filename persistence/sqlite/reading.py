@@ -1,4 +1,4 @@
-"""Looking into a file store without opening it: for tools, also while an engine uses it."""
+"""Reading a store without opening it, for tools, even while an engine uses it."""
 
 from __future__ import annotations
 
@@ -15,42 +15,49 @@ import msgspec
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
-from scopestate.persistence.sqlite.connection import LIBRARY_ERRORS, connect, database_uri, storage_error
-from scopestate.persistence.sqlite.files import open_regular
+from scopestate.persistence.sqlite.database import (
+    LIBRARY_ERRORS,
+    DamagedError,
+    check_header,
+    connect,
+    database_uri,
+    find_problems,
+    probe,
+    storage_error,
+)
+from scopestate.persistence.sqlite.files import find_copies, open_regular
 from scopestate.persistence.sqlite.lock import may_be_held, read_committed
 from scopestate.persistence.sqlite.opening import lost
-from scopestate.persistence.sqlite.quarantine import find_copies
-from scopestate.persistence.sqlite.rows import _read_pages, read_names
-from scopestate.persistence.sqlite.schema import DamagedError, check_header, find_problems, probe
+from scopestate.persistence.sqlite.rows import read_names, read_pages
 
 
 class ScopeSize(msgspec.Struct, frozen=True):
-    """What one scope holds."""
+    """The size of a scope."""
 
     scope: str
     keys: int
     bytes: int
-    """Of all its values, as JSON."""
+    """Size of all its values, as JSON."""
     sequence: int
     """The number of its last write."""
 
 
 class StoreReader:
-    """Reads what is committed in a store's directory, as of the moment of opening. Takes no lock and writes nothing.
+    """Reads the committed content of a store's directory, as of the moment of opening. Takes no lock, writes nothing.
 
-    Unlike opening the store it also never sets a damaged database aside. Three ways, because SQLite makes files beside
-    the database for most readers:
+    Unlike opening the store, it never sets a damaged database aside. For most readers SQLite creates files beside the
+    database. To avoid that, it reads in one of three ways:
 
-    - an engine holds the store: its files are there already;
-    - no engine does, and the write-ahead log is empty: the database alone, which then must not change meanwhile;
+    - an engine holds the store: those files exist already;
+    - no engine does, and the write-ahead log is empty: the database file alone, which must not change in that time;
     - no engine does, and the log has content, as after a crash: a copy of both in a temporary directory.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Raises StoreUnusable if there is no store of ours, StoreCorrupt if it is damaged, else StorageError."""
+        """Raises StoreUnusable if there is no store of scopestate, StoreCorrupt if it is damaged, or StorageError."""
         self.directory = os.path.realpath(expand_home(directory))
         self.path = os.path.join(self.directory, "state.db")
-        # Before the database, which an engine may be writing: what is noted here is there then.
+        # Read before the database, which an engine may be writing: it then holds at least this commit.
         try:
             with open_regular(os.path.join(self.directory, "state.lock")) as file:
                 self._committed = read_committed(file.read())
@@ -70,7 +77,7 @@ class StoreReader:
             raise StoreCorrupt(f"the database {self.path} is damaged: {error}; nothing was changed") from error
         self._resources = ExitStack()
         self._unchanged: tuple[int, ...] | None = None
-        """What identifies the content of a database that is read without locks."""
+        """Identifies the content of a database that is read without locks; None otherwise."""
         try:
             with self._translated("open the database"):
                 self._connection = self._resources.enter_context(closing(connect(self._uri())))
@@ -86,7 +93,7 @@ class StoreReader:
             raise
 
     def sizes(self) -> list[ScopeSize]:
-        """Return what each scope that holds a key holds, by name. Reads every row's length."""
+        """Return the sizes of the scopes that hold a key, sorted by name. Reads the length of every row."""
         with self._translated("measure the scopes"):
             return [
                 ScopeSize(*row)
@@ -98,7 +105,7 @@ class StoreReader:
             ]
 
     def scopes(self) -> list[str]:
-        """Return the scopes that hold a key, by name."""
+        """Return the scopes that hold a key, sorted by name."""
         with self._translated("list the scopes"):
             return read_names(self._connection)
 
@@ -111,11 +118,11 @@ class StoreReader:
     def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
         """Yield keys and values, as JSON, in insertion order. Raises StorageError for a row that is not JSON."""
         with self._translated(f"read scope {scope!r}"):
-            for key, value in _read_pages(self._connection, scope):
+            for key, value in read_pages(self._connection, scope):
                 yield key, bytes(value)
 
     def size_bytes(self) -> int:
-        """Return how much the database takes on the disk, its write-ahead log included."""
+        """Return the size of the database on the disk in bytes, its write-ahead log included."""
         return sum(os.stat(path).st_size for path in (self.path, self.path + "-wal") if os.path.exists(path))
 
     def is_own_file(self, path: str) -> bool:
@@ -129,20 +136,20 @@ class StoreReader:
         return False
 
     def problems(self) -> list[str]:
-        """Read the whole database and return what is wrong with it, in words; empty if it is sound."""
+        """Read the whole database and return its problems as text; empty if it is sound."""
         with self._translated("check the database"):
             problems = find_problems(self._connection)
             missing = lost(self._connection, self.path, self._committed)
             if missing is not None:
                 problems.append(missing)
             problems += [
-                f"acknowledged writes were lost before: {copy} is the log of that time. Remove it when it is of no use"
+                f"acknowledged writes were lost before: {copy} is the log of that time. Remove it after use"
                 for copy in find_copies(self.path + "-wal")
             ]
             return problems
 
     def close(self) -> None:
-        """Let go of the file. Idempotent."""
+        """Close the file. Idempotent."""
         self._resources.close()
 
     def _uri(self) -> str:

@@ -1,9 +1,9 @@
-"""Moving rows between Python and SQLite in a few large steps.
+"""Writing and reading rows in few large steps.
 
-Each `sqlite3` call gives up the interpreter and takes it back, and each taking back waits up to 5 ms (the switch
-interval) while another thread is CPU-bound. Row by row, 100,000 rows would then take minutes. So rows travel in chunks:
-several hundred per INSERT, and a whole page of a scope as one JSON text. The chunks are bounded in rows and bytes, so
-that nobody else waits for more than about a millisecond while one is prepared.
+Each `sqlite3` call releases the interpreter lock and takes it again, which waits up to 5 ms (the switch interval) while
+another thread is CPU-bound. Row by row, 100,000 rows would then take minutes. So several hundred rows are written by
+one INSERT, and a page of a scope is read as one JSON text. Both are bounded in rows and bytes, so that preparing one
+does not keep other threads waiting for more than about a millisecond.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import msgspec
 
 from scopestate.actors.ports import ScopeChange, ScopeState
 from scopestate.errors import StorageError, UnsavableValue
-from scopestate.persistence.sqlite.connection import primary_code
+from scopestate.persistence.sqlite.database import primary_code
 
 _CHUNK_ROWS = (256, 32, 4, 1)
-"""Rows per statement. A fixed ladder, so that the connection's cache finds each statement already compiled."""
+"""Rows for each statement. Only these few sizes, so that the connection's cache of compiled statements has them."""
 _CHUNK_BYTES = 256 * 1024
 _PAGE_ROWS = 1000
 _PAGE_BYTES = 256 * 1024
 PAGE_LIMIT = 8 * 1024 * 1024
-"""Bytes. Set as SQLite's own length limit: it refuses a page that would grow over this, before it takes the memory."""
+"""Bytes. Set as SQLite's length limit for readers: it refuses a larger page before it allocates the memory."""
 HIGHEST_SEQUENCE = 2**63 - 1
 LONGEST_NAME = 1024 * 1024
-"""Characters. Nothing needs as many; it leaves nearly all of a row to the value."""
+"""Characters. More than any use needs, and it leaves nearly all of a row to the value."""
 _ROW_OVERHEAD = 1024
-"""Bytes of a row beside its scope, key and value: far above the real record header."""
+"""Bytes reserved for a row's record header; the real one is much smaller."""
 
 _Parameter = str | bytes | int
 _Row = tuple[int, int, str, msgspec.Raw]
@@ -42,7 +42,7 @@ _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class _Write:
-    """One kind of write: collects rows and runs them, as many per statement as the ladder allows."""
+    """One kind of statement: collects its rows and runs them, many at a time."""
 
     def __init__(self, connection: sqlite3.Connection, texts: dict[int, str], width: int) -> None:
         self._connection = connection
@@ -52,14 +52,14 @@ class _Write:
         self._bytes = 0
 
     def add(self, row: tuple[_Parameter, ...], size: int) -> None:
-        """Collect `row`; `size` is about its bytes. Runs what is collected once that is enough for one statement."""
+        """Collect a row of about `size` bytes. Runs the collected rows when they fill the largest statement."""
         self._parameters += row
         self._bytes += size
         if self._bytes >= _CHUNK_BYTES or len(self._parameters) >= _CHUNK_ROWS[0] * self._width:
             self.flush()
 
     def flush(self) -> None:
-        """Run everything collected."""
+        """Run the collected rows."""
         parameters, self._parameters, self._bytes = self._parameters, [], 0
         start = 0
         for rows, text in self._texts.items():
@@ -73,8 +73,8 @@ def _ladder(head: str, row: str, tail: str) -> dict[int, str]:
     return {rows: f"{head} {','.join([row] * rows)} {tail}" for rows in _CHUNK_ROWS}
 
 
-# The value is bound as bytes and becomes text inside SQLite. Refused: decoding it first, which makes a second copy of
-# every value while other threads wait.
+# The value is bound as bytes and converted to text by SQLite. Refused: decoding it first, which copies every value once
+# more while other threads wait.
 _STATE_HEAD = "INSERT INTO state (scope, key, position, value) VALUES"
 _STATE_ROW = "(?, ?, ?, CAST(? AS TEXT))"
 _CREATE = _ladder(
@@ -82,9 +82,9 @@ _CREATE = _ladder(
     _STATE_ROW,
     "ON CONFLICT (scope, key) DO UPDATE SET position = excluded.position, value = excluded.value",
 )
-# Not one statement with a CASE: SQLite rewrites an index entry whenever its column is assigned, even to the same value.
+# Not one statement with a CASE: SQLite rewrites an index entry when its column is assigned, even the same value.
 _OVERWRITE = _ladder(_STATE_HEAD, _STATE_ROW, "ON CONFLICT (scope, key) DO UPDATE SET value = excluded.value")
-# The join names rows by number. Refused: `WHERE (scope, key) IN (VALUES ...)`, for which SQLite scans the whole table.
+# The join finds the rows by their index. Refused: `WHERE (scope, key) IN (VALUES ...)`: SQLite scans the whole table.
 _DELETE = _ladder(
     "WITH gone (scope, key) AS (VALUES",
     "(?, ?)",
@@ -98,14 +98,14 @@ _SEQUENCE = _ladder(
 
 
 def row_room(connection: sqlite3.Connection) -> int:
-    """Return how many bytes the names and the value of a row may take together."""
+    """Return the size that the names and the value of a row may have together, in bytes."""
     return connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
 
 
 def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> tuple[str, int] | None:
-    """Write the batch inside the caller's transaction; return scope and sequence of its last change, if it has one.
+    """Write the batch inside the caller's transaction; return scope and sequence of its last change, None if empty.
 
-    Raises `UnsavableValue` for a value too large for SQLite, naming its key, and lets library errors through.
+    Raises `UnsavableValue`, which names the key, for a value too large for SQLite, and library errors.
     """
     created = _Write(connection, _CREATE, 4)
     overwritten = _Write(connection, _OVERWRITE, 4)
@@ -118,7 +118,7 @@ def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) ->
     for change in batch:
         scope, sequence, positions = change.scope, change.sequence, change.positions
         if scope in seen:
-            # The same key may be collected in two kinds of writes; only what is already run has an order.
+            # Two statements may have collected the same key. Running the earlier rows first keeps the order.
             for write in writes:
                 write.flush()
             seen.clear()
@@ -137,7 +137,7 @@ def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) ->
                 deleted.add((scope, key), len(scope) + len(key))
                 continue
             size = len(scope) + len(key) + len(value)
-            # Names are counted at four bytes a character, the most that UTF-8 takes.
+            # Names are counted at four bytes for each character, the most that UTF-8 takes.
             if size + 3 * (len(scope) + len(key)) > room:
                 raise UnsavableValue(
                     f"the value for key {key!r} of scope {scope!r} takes {len(value)} bytes as JSON; together with its "
@@ -147,7 +147,7 @@ def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) ->
                 )
             position = positions.get(key)
             if position is None:
-                # The rank counts only if the key is not in the store after all.
+                # The position is used only if the key is not in the store after all.
                 overwritten.add((scope, key, sequence, value), size)
             else:
                 created.add((scope, key, position, value), size)
@@ -160,7 +160,7 @@ def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) ->
 _FIRST = "scope = :scope"
 _NEXT = "scope = :scope AND position >= :position AND (position, rowid) > (:position, :rowid)"
 _ORDERED = "FROM state WHERE {where} ORDER BY position, rowid LIMIT :limit"
-# The page arrives as the text of a JSON array, so one decode both takes it apart and proves each value to be JSON.
+# A page is read as the text of a JSON array: decoding it both splits it and checks that each value is JSON.
 # Refused: rows with json_valid(value), which needs up to 40 times the size of a value in memory.
 _PAGE = (
     "SELECT (SELECT sequence FROM scopes WHERE scope = :scope), count(*), CAST('[' || group_concat("  # noqa: S608 - constants
@@ -172,13 +172,13 @@ _PAGE_FIRST, _PAGE_NEXT = _PAGE.format(where=_FIRST), _PAGE.format(where=_NEXT)
 _PLAIN_FIRST, _PLAIN_NEXT = _PLAIN.format(where=_FIRST), _PLAIN.format(where=_NEXT)
 
 _Place = tuple[int, int] | None
-"""position and rowid of the last row read; None before the first."""
+"""Position and rowid of the last row read; None before the first."""
 
 
 def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
-    """Read one scope as of one moment. Memory: the values themselves and one page.
+    """Read a scope as of one moment. Takes the memory of its values and one page.
 
-    Raises `StorageError` for a row that is not JSON, naming it, and lets library errors through.
+    Raises `StorageError`, which names the row, for a row that is not JSON, and library errors.
     """
     try:
         sequence, rows = _read_page(connection, scope, None, _PAGE_ROWS)
@@ -187,11 +187,11 @@ def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
     except sqlite3.DataError as error:
         if primary_code(error) != sqlite3.SQLITE_TOOBIG:
             raise
-    # Only a scope of several pages needs a transaction to stay one moment; it costs two more turns for the interpreter.
+    # Only a scope of several pages needs a transaction to be read as of one moment: it takes two more calls.
     connection.execute("BEGIN")
     try:
         values: dict[str, bytes] = {}
-        for key, value in _read_pages(connection, scope):
+        for key, value in read_pages(connection, scope):
             values[key] = bytes(value)
         found = connection.execute("SELECT sequence FROM scopes WHERE scope = ?", (scope,)).fetchall()
     finally:
@@ -200,7 +200,7 @@ def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
     return ScopeState(values=values, sequence=found[0][0] if found else 0)
 
 
-def _read_pages(connection: sqlite3.Connection, scope: str) -> Iterator[tuple[str, msgspec.Raw]]:
+def read_pages(connection: sqlite3.Connection, scope: str) -> Iterator[tuple[str, msgspec.Raw]]:
     """Yield keys and values in order, in pages of about `_PAGE_BYTES`."""
     place: _Place = None
     limit = _PAGE_ROWS
@@ -224,7 +224,7 @@ def _read_pages(connection: sqlite3.Connection, scope: str) -> Iterator[tuple[st
 
 
 def _read_page(connection: sqlite3.Connection, scope: str, place: _Place, limit: int) -> tuple[int, list[_Row]]:
-    """Read up to `limit` rows after `place` with one statement; also the scope's sequence."""
+    """Read the scope's sequence, and up to `limit` rows after `place`, with one statement."""
     found = connection.execute(_PAGE_FIRST if place is None else _PAGE_NEXT, _parameters(scope, place, limit))
     ((sequence, count, text),) = found.fetchall()
     if not count:
@@ -235,13 +235,13 @@ def _read_page(connection: sqlite3.Connection, scope: str, place: _Place, limit:
     except _NOT_JSON:
         whole = False
     if not whole:
-        # One bad value spoils the page: look at its rows one by one, and name the bad one.
+        # One bad value makes the page unreadable: read its rows one by one to name it.
         rows = list(_read_plain(connection, scope, place, limit))
     return sequence or 0, rows
 
 
 def _read_plain(connection: sqlite3.Connection, scope: str, place: _Place, limit: int) -> Iterator[_Row]:
-    """Yield rows one at a time, however large. Raises `StorageError` for a row that is not JSON."""
+    """Yield rows of any size, one at a time. Raises `StorageError` for a row that is not JSON."""
     before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 0x7FFFFFFF)
     try:
         found = connection.execute(_PLAIN_FIRST if place is None else _PLAIN_NEXT, _parameters(scope, place, limit))
@@ -255,7 +255,7 @@ def _read_plain(connection: sqlite3.Connection, scope: str, place: _Place, limit
 
 
 def _parameters(scope: str, place: _Place, limit: int) -> dict[str, str | int]:
-    position, rowid = place or (0, 0)  # the statements of a first page do not name them
+    position, rowid = place or (0, 0)  # unused by the statements of a first page
     return {"scope": scope, "limit": limit, "position": position, "rowid": rowid}
 
 
@@ -270,7 +270,7 @@ def _decoded(scope: str, key: bytes, value: bytes) -> tuple[str, msgspec.Raw]:
 
 
 def _utf8(text: bytes) -> bytes:
-    """Return `text`; raises `UnicodeDecodeError` if it is not UTF-8, which neither SQLite nor the decoder check."""
+    """Return `text`. Raises `UnicodeDecodeError` if it is not UTF-8, which neither SQLite nor the decoder checks."""
     if not text.isascii():
         text.decode()
     return text
@@ -284,7 +284,7 @@ _NAMES_FIRST, _NAMES_NEXT = _NAMES.format(after=">="), _NAMES.format(after=">")
 
 
 def read_names(connection: sqlite3.Connection) -> list[str]:
-    """Return the scopes that hold a key, a page at a time."""
+    """Return the scopes that hold a key, sorted by name. Reads them page by page."""
     names: list[str] = []
     page = _page_of_names(connection, _NAMES_FIRST, "")
     while page:

@@ -14,7 +14,7 @@ from scopestate import Engine, StorageError, messages, ops
 from scopestate.config import from_mapping
 from scopestate.errors import DeserializationError, ScopestateError, UnsavableValue, ValueTooLarge
 from scopestate.persistence import FileAdapter, ScopeChange
-from scopestate.persistence.sqlite.connection import connect
+from scopestate.persistence.sqlite.database import connect
 from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.transfer import read_lines
 

@@ -20,7 +20,7 @@ from scopestate import Engine
 from scopestate.actors.control import Passivate
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter, ScopeChange, ScopeState
-from scopestate.persistence.sqlite.connection import connect
+from scopestate.persistence.sqlite.database import connect
 
 OpenEngine = Callable[..., Engine]
 ADD = [{"type": "increment", "path": "", "by": 1}]

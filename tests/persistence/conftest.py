@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from scopestate.persistence import FileAdapter, Store
-from scopestate.persistence.sqlite.connection import connect
+from scopestate.persistence.sqlite.database import connect
 
 
 class Place:

@@ -16,7 +16,7 @@ import pytest
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreLocked, StoreUnusable
 from scopestate.persistence import FileAdapter, ScopeChange
-from scopestate.persistence.sqlite.connection import connect
+from scopestate.persistence.sqlite.database import connect
 from scopestate.persistence.sqlite.opening import publish
 
 Open = Callable[..., FileAdapter]
@@ -318,7 +318,7 @@ def test_a_removed_directory_that_is_made_again_gets_all_its_content_back(
         assert adapter.load("s").values == {"k": b"1"}
     adapter.save([change("t", 2, k=b"2")])
 
-    assert "content was put back" in caplog.text
+    assert "content was written again" in caplog.text
     expected = {"s": (1, [("k", b"1")]), "t": (2, [("k", b"2")])}
     assert contents(adapter) == expected
     assert adapter.check() == []

@@ -42,7 +42,7 @@ def line(child: subprocess.Popen[str]) -> str:
 def test_a_second_engine_in_this_process_is_refused(open_file: Open, directory: Path) -> None:
     open_file()
 
-    with pytest.raises(StoreLocked, match=rf"in use by process {os.getpid()} \(this very process\)"):
+    with pytest.raises(StoreLocked, match=rf"in use by process {os.getpid()} \(this process\)"):
         open_file()
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
 from scopestate.persistence import FileAdapter, ScopeChange
-from scopestate.persistence.sqlite import schema
-from scopestate.persistence.sqlite.connection import connect
+from scopestate.persistence.sqlite import database
+from scopestate.persistence.sqlite.database import connect
 
 Open = Callable[..., FileAdapter]
 RunChild = Callable[..., subprocess.Popen[str]]
@@ -63,7 +63,7 @@ def test_the_file_carries_our_mark_and_version(open_file: Open, directory: Path)
     header = (directory / "state.db").read_bytes()[:100]
 
     assert header[68:72] == b"scop"
-    assert int.from_bytes(header[60:64], "big") == schema.VERSION
+    assert int.from_bytes(header[60:64], "big") == database.VERSION
 
 
 def test_closing_leaves_one_database_file_without_a_log(open_file: Open, directory: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_half_made_database_of_ours_is_rolled_back_and_made_again(open_file: O
     making = sqlite3.connect(directory / "state.db", isolation_level=None)
     making.execute("PRAGMA cache_size = 1")
     making.execute("BEGIN")
-    schema.MIGRATIONS[0](making)
+    database.MIGRATIONS[0](making)
     making.execute("CREATE TABLE filler AS WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n LIMIT 5000)"
                    " SELECT i, hex(randomblob(40)) FROM n")  # fmt: skip
     halves = files(directory)
@@ -350,11 +350,11 @@ def test_somebody_elses_database_is_refused_and_not_changed(
 def test_a_database_of_a_newer_scopestate_is_refused_and_not_changed(open_file: Open, directory: Path) -> None:
     open_file().close()
     other = sqlite3.connect(directory / "state.db")
-    other.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
+    other.execute(f"PRAGMA user_version = {database.VERSION + 1}")
     other.close()
     content = files(directory)
 
-    with pytest.raises(StoreUnusable, match=f"schema version {schema.VERSION + 1}.*newer scopestate"):
+    with pytest.raises(StoreUnusable, match=f"schema version {database.VERSION + 1}.*newer scopestate"):
         open_file()
 
     assert files(directory) == content
@@ -367,8 +367,8 @@ def test_an_older_version_is_brought_up_to_date_step_by_step(
     values = fill(adapter)
     adapter.close()
     add_column = {1: lambda connection: connection.execute("ALTER TABLE scopes ADD COLUMN note TEXT")}
-    monkeypatch.setattr(schema, "MIGRATIONS", {**schema.MIGRATIONS, **add_column})
-    monkeypatch.setattr(schema, "VERSION", 2)
+    monkeypatch.setattr(database, "MIGRATIONS", {**database.MIGRATIONS, **add_column})
+    monkeypatch.setattr(database, "VERSION", 2)
 
     adapter = open_file()
 
@@ -390,8 +390,8 @@ def test_a_failed_migration_changes_nothing(open_file: Open, directory: Path, mo
         connection.execute("SELECT no_such_function()")
 
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "MIGRATIONS", {**schema.MIGRATIONS, 1: half})
-        patch.setattr(schema, "VERSION", 2)
+        patch.setattr(database, "MIGRATIONS", {**database.MIGRATIONS, 1: half})
+        patch.setattr(database, "VERSION", 2)
         with pytest.raises(StorageError, match="no such function"):
             open_file()
 

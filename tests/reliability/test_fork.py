@@ -16,7 +16,7 @@ from reliability.slow import Gate
 
 from scopestate.persistence import FileAdapter, ScopeChange
 from scopestate.persistence.sqlite import adapter as file
-from scopestate.persistence.sqlite.connection import connect
+from scopestate.persistence.sqlite.database import connect
 
 
 def run(directory: Path, durability: str) -> list[dict[str, Any]]:
