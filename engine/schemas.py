@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 import msgspec
 from msgspec import NODEFAULT
 
-from scopestate.ops.results import OPTIONAL
+from scopestate.ops.update_ops import OPTIONAL
 
 _DIALECT: Final = "http://json-schema.org/draft-07/schema#"
 

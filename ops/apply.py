@@ -77,8 +77,8 @@ class _Working(msgspec.Struct):
         """Return whether `value`, which is inside the root, may be written to."""
         return False
 
-    def extended(self, text: str, more: str, path: str) -> str | _Text:
-        """Return what stands at `path` when `more` has been appended to `text`."""
+    def extended(self, text: str, more: str, holder: dict[str, Any] | None, name: str) -> str | _Text:
+        """Return what replaces `text` when `more` is appended to it. It is field `name` of `holder`; None: the root."""
         return text + more
 
     def result(self) -> Any:
@@ -91,8 +91,8 @@ class _ManyWorking(_Working):
 
     made: dict[int, Any] = {}
     """id -> array or object inside the root that was made here, and is referred to from nowhere else."""
-    texts: set[str] = set()
-    """Fields of the root that may hold a `_Text`."""
+    texts: list[tuple[dict[str, Any], str]] = []
+    """(object made here, name of its field) of each field that may hold a `_Text`."""
 
     def note_made(self, value: Any) -> None:
         self.made[id(value)] = value  # kept, so that no other value gets its id
@@ -100,20 +100,17 @@ class _ManyWorking(_Working):
     def is_made(self, value: Any) -> bool:
         return self.made.get(id(value)) is value
 
-    def extended(self, text: str, more: str, path: str) -> str | _Text:
-        self.texts.add(path)
+    def extended(self, text: str, more: str, holder: dict[str, Any] | None, name: str) -> str | _Text:
+        if holder is not None:
+            self.texts.append((holder, name))
         return _Text(text, more)
 
     def result(self) -> Any:
-        root = self.root
-        if type(root) is _Text:
-            return root.joined()
-        if type(root) is dict:
-            for path in self.texts:
-                text = root.get(path)
-                if type(text) is _Text:
-                    root[path] = text.joined()
-        return root
+        for holder, name in self.texts:
+            text = holder.get(name)
+            if type(text) is _Text:
+                holder[name] = text.joined()
+        return self.root.joined() if type(self.root) is _Text else self.root
 
 
 class _Text:
@@ -206,40 +203,78 @@ def _add(working: _Working, path: str, by: int) -> _Refusal | None:
     return None
 
 
-def _append(working: _Working, path: str, value: object) -> _Refusal | None:
-    if path == "":
-        target = None if working.fresh else working.root
-    else:
-        refusal = _check_field(working, path)
+def _append(working: _Working, path: str | list[str] | None, value: object) -> _Refusal | None:
+    name = path
+    if type(name) is not str:  # null, or segments to walk
+        segments = path or []
+        refusal = _check_segments(segments)
         if refusal is not None:
             return refusal
-        target = working.root.get(path)
+        if len(segments) > 1:
+            return _append_at(working, segments, value)
+        name = segments[0] if segments else ""
+    if name == "":
+        joined = _joined(working, None if working.fresh else working.root, value, None, name)
+        if type(joined) is _Refusal:
+            return joined
+        working.replace(joined)
+        return None
+    refusal = _check_field(working, name)
+    if refusal is not None:
+        return refusal
+    fields = working.fields()
+    joined = _joined(working, fields.get(name), value, fields, name)
+    if type(joined) is _Refusal:
+        return joined
+    fields[name] = joined
+    return None
+
+
+def _append_at(working: _Working, segments: Sequence[str], value: object) -> _Refusal | None:
+    """Append at a checked path of two or more segments."""
+    if type(working.root) is not dict:
+        return _needs_object(working, segments)
+    *steps, name = segments
+    fields = _walk(working, steps)
+    if name not in fields:
+        joined: object = [value]  # of a string too, unlike at the root and at its fields (docs/semantics.md 3.3)
+        working.note_made(joined)
+    else:
+        joined = _joined(working, fields[name], value, fields, segments)
+        # A step that the walk has made has no field that could refuse: nothing has changed here.
+        if type(joined) is _Refusal:
+            return joined
+    fields[name] = joined
+    return None
+
+
+def _joined(
+    working: _Working, target: Any, value: object, holder: dict[str, Any] | None, path: str | Sequence[str]
+) -> object:
+    """Return `target` with `value` appended, or a _Refusal. It is a field of `holder`, at `path`; None: the root."""
     match target:
         case list():
             if working.is_made(target):
                 target.append(value)
-                return None
+                return target
             joined: object = [*target, value]
             working.note_made(joined)
+            return joined
         case _Text() if isinstance(value, str):
             target.parts.append(value)
-            return None
+            return target
         case str() if isinstance(value, str):
-            joined = working.extended(target, value, path)
+            return working.extended(target, value, holder, path if isinstance(path, str) else path[-1])
         case str() | _Text():
             problem = f"expected a string to append to the string at {_place(path)}, found {json_type(value)}"
             return _Refusal("type_mismatch", problem)
         case None:
             joined = value if isinstance(value, str) else [value]
             working.note_made(joined)
+            return joined
         case _:
             problem = f"expected an array or a string at {_place(path)}, found {json_type(target)}"
             return _Refusal("type_mismatch", problem)
-    if path == "":
-        working.replace(joined)
-    else:
-        working.fields()[path] = joined
-    return None
 
 
 def _remove(working: _Working, path: str) -> _Refusal | None:
@@ -265,28 +300,35 @@ def _merge(working: _Working, path: str | list[str] | None, value: object) -> _R
         return None
     if not isinstance(working.root, dict):
         working.replace({})
-    target = working.fields()
+    _walk(working, segments).update(value)
+    return None
+
+
+def _walk(working: _Working, segments: Sequence[str]) -> dict[str, Any]:
+    """Return the object at a path below the root, an object, for writing. Steps that are not objects become `{}`."""
+    fields = working.fields()
     for segment in segments:
-        step = target.get(segment)
+        step = fields.get(segment)
         if not working.is_made(step):
-            target[segment] = step = step.copy() if isinstance(step, dict) else {}
+            fields[segment] = step = step.copy() if isinstance(step, dict) else {}
             working.note_made(step)
         elif not isinstance(step, dict):  # an array made by `append`
-            target[segment] = step = {}
+            fields[segment] = step = {}
             working.note_made(step)
-        target = step
-    target.update(value)
-    return None
+        fields = step
+    return fields
 
 
 def _check_field(working: _Working, path: str) -> _Refusal | None:
     """Check the name `path` (not ""), then that the root is an object that can have it."""
     if (len(path) > _SURELY_SHORT or path in _FORBIDDEN) and (refusal := _check_segments([path])) is not None:
         return refusal
-    if type(working.root) is not dict:
-        found = _type(working.root)
-        return _Refusal("target_not_object", f'field "{path}" needs an object as the root value, found {found}')
-    return None
+    return None if type(working.root) is dict else _needs_object(working, path)
+
+
+def _needs_object(working: _Working, path: str | Sequence[str]) -> _Refusal:
+    problem = f"field {_place(path)} needs an object as the root value, found {_type(working.root)}"
+    return _Refusal("target_not_object", problem)
 
 
 def _check_segments(segments: Sequence[str]) -> _Refusal | None:
@@ -333,5 +375,7 @@ def _type(value: object) -> str:
     return "string" if type(value) is _Text else json_type(value)
 
 
-def _place(path: str) -> str:
-    return f'"{path}"' if path else "root"
+def _place(path: str | Sequence[str]) -> str:
+    if isinstance(path, str):
+        return f'"{path}"' if path else "root"
+    return "[" + ", ".join([f'"{segment}"' for segment in path]) + "]"

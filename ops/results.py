@@ -7,13 +7,10 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict
 
 import msgspec
 
-from scopestate.ops import OpError
+from scopestate.ops.update_ops import OPTIONAL, OpError
 from scopestate.ops.values import decode
 
 # The `Meta` notes are the API reference's: `engine.functions()` and `engine.trigger_types()` are made from them.
-OPTIONAL: Final = {"required": False}
-"""`Meta(extra=OPTIONAL)`: the reference does not list the field as required, although it is always there."""
-
 EventType = Annotated[Literal["state:created", "state:updated", "state:deleted"], msgspec.Meta(title="StateEventType")]
 OldValue = Annotated[
     Any, msgspec.Meta(description="The value before the update (None if key didn't exist)", extra=OPTIONAL)

@@ -20,6 +20,9 @@ MAX_OPS: Final = 10_000
 I64_MIN: Final = -(2**63)
 I64_MAX: Final = 2**63 - 1
 
+OPTIONAL: Final = {"required": False}
+"""`Meta(extra=OPTIONAL)`: a schema does not list the field as required, although the struct has no default for it."""
+
 # The `Meta` notes and the first sentence of each op's docstring are the API reference's: schemas are made from them.
 FieldPath = Annotated[str, msgspec.Meta(title="FieldPath", description="Represents a path to a field in a JSON object")]
 """One literal top-level field name; "" is the value itself. Dots do not split."""
@@ -94,8 +97,8 @@ class Append(msgspec.Struct, frozen=True, tag_field="type", tag="append"):
     An array gets `value` as one element; an absent target is started.
     """
 
-    path: FieldPath
-    """One literal top-level field name; "" is the value itself. Dots do not split."""
+    path: Annotated[MergePath | None, msgspec.Meta(extra=OPTIONAL)]
+    """Where: one literal field name, or a list of names to walk; None, "" and [] are the value itself."""
     value: Any
     """Any JSON value; an array is pushed as one element, not spread."""
 
@@ -197,13 +200,13 @@ def _convert(item: object, where: str, plain: Callable[[object, str], object]) -
             return Set(_path(item, where), plain(item.get("value"), f"{where}.value"))
         case "merge":
             value = plain(_required(item, "value", where), f"{where}.value")
-            return Merge(value, _merge_path(item, where))
+            return Merge(value, _path_to_walk(item, where))
         case "increment":
             return Increment(_path(item, where), _by(item, where))
         case "decrement":
             return Decrement(_path(item, where), _by(item, where))
         case "append":
-            return Append(_path(item, where), plain(_required(item, "value", where), f"{where}.value"))
+            return Append(_path_to_walk(item, where), plain(_required(item, "value", where), f"{where}.value"))
         case "remove":
             return Remove(_path(item, where))
         case _ if type(word) is str:
@@ -224,7 +227,7 @@ def _path(item: Mapping[str, object], where: str) -> str:
     return _text(_required(item, "path", where), f"{where}.path")
 
 
-def _merge_path(item: Mapping[str, object], where: str) -> str | list[str] | None:
+def _path_to_walk(item: Mapping[str, object], where: str) -> str | list[str] | None:
     path = item.get("path")
     if path is None:
         return None

@@ -103,6 +103,97 @@ def test_appending_to_null_or_nothing_starts_a_string_or_an_array() -> None:
     assert apply({"f": None}, [Append("f", None)])[0] == {"f": [None]}
 
 
+LONG = "x" * 257
+
+
+@pytest.mark.parametrize("old", [MISSING, None, "a", [1], {"f": 1}, 5])
+@pytest.mark.parametrize("value", ["b", 2, None, [3]])
+@pytest.mark.parametrize("path", [None, []])
+def test_a_null_or_empty_path_of_append_is_the_root(old: Any, value: Any, path: Any) -> None:
+    def facts(path: Any) -> tuple[Any, list[tuple[str, str]]]:
+        new, errors = apply(old, [Append(path, value)])
+        return new, [(error.code, error.message) for error in errors]
+
+    assert facts(path) == facts("")
+
+
+@pytest.mark.parametrize("old", [MISSING, None, {}, {"f": None}, {"f": "a"}, {"f": [1]}, {"f": {}}, {"f": 1}])
+@pytest.mark.parametrize("value", ["b", 2, None, [3]])
+@pytest.mark.parametrize("name", ["f", "a.b", "__proto__", LONG])
+def test_one_segment_of_append_is_the_field_of_that_name(old: Any, value: Any, name: str) -> None:
+    def facts(path: Any) -> tuple[Any, list[tuple[str, str]]]:
+        new, errors = apply(old, [Append(path, value)])
+        return new, [(error.code, error.message) for error in errors]
+
+    assert facts([name]) == facts(name)
+
+
+@pytest.mark.parametrize(
+    ("old", "path", "value", "new"),
+    [
+        # An absent leaf starts an array, for a string too.
+        (MISSING, ["a", "b"], 1, {"a": {"b": [1]}}),
+        (MISSING, ["a", "b"], "x", {"a": {"b": ["x"]}}),
+        ({}, ["a", "b", "c"], "x", {"a": {"b": {"c": ["x"]}}}),
+        ({"a": {}}, ["a", "b"], None, {"a": {"b": [None]}}),
+        ({"a": {}}, ["a", "b"], [1], {"a": {"b": [[1]]}}),
+        # A leaf that is there follows the rule of fields.
+        ({"a": {"b": None}}, ["a", "b"], "x", {"a": {"b": "x"}}),
+        ({"a": {"b": None}}, ["a", "b"], 1, {"a": {"b": [1]}}),
+        ({"a": {"b": "x"}}, ["a", "b"], "y", {"a": {"b": "xy"}}),
+        ({"a": {"b": [1]}, "c": 2}, ["a", "b"], [2], {"a": {"b": [1, [2]]}, "c": 2}),
+        # Steps that are not objects are replaced.
+        ({"a": None}, ["a", "b"], 1, {"a": {"b": [1]}}),
+        ({"a": [0], "c": 2}, ["a", "b"], "x", {"a": {"b": ["x"]}, "c": 2}),
+        ({"a": {"b": "text"}}, ["a", "b", "c"], 1, {"a": {"b": {"c": [1]}}}),
+        ({"a": 5}, ["a", "0"], 1, {"a": {"0": [1]}}),
+        ({}, ["a.b", "é"], 1, {"a.b": {"é": [1]}}),
+        ({}, ["s"] * 32, 1, None),
+    ],
+)
+def test_append_walks_a_path_of_segments(old: Any, path: list[str], value: Any, new: Any) -> None:
+    if new is None:
+        new = [value]
+        for segment in reversed(path):
+            new = {segment: new}
+
+    assert apply(old, [Append(path, value)]) == (new, [])
+
+
+@pytest.mark.parametrize(
+    ("old", "path", "code", "mentions"),
+    [
+        (None, ["a", "b"], "append.target_not_object", ['["a", "b"]', "null"]),
+        ([1], ["a", "b"], "append.target_not_object", ["array"]),
+        ("x", ["a", "b"], "append.target_not_object", ["string"]),
+        ({"a": {"b": 1}}, ["a", "b"], "append.type_mismatch", ['["a", "b"]', "number"]),
+        ({"a": {"b": {}}}, ["a", "b"], "append.type_mismatch", ["object"]),
+        ({"a": {"b": "x"}}, ["a", "b"], "append.type_mismatch", ["boolean"]),
+        ({}, ["s"] * 33, "append.path.too_deep", ["33", "32"]),
+        ({}, [""], "append.path.empty_segment", []),
+        (5, ["a", ""], "append.path.empty_segment", []),
+        ({}, ["a", LONG], "append.path.segment_too_long", ["257", "256"]),
+        ({}, ["a", "prototype"], "append.path.proto_polluted", ["prototype"]),
+    ],
+)
+def test_append_at_a_path_is_refused_with_the_code_of_its_problem(
+    old: Any, path: list[str], code: str, mentions: list[str]
+) -> None:
+    new, (error,) = apply(old, [Append(path, True)])
+
+    assert same(new, old)
+    assert error.code == code
+    assert [fact for fact in mentions if fact not in error.message] == []
+
+
+def test_a_refused_append_ends_no_freshness_and_one_at_a_path_does() -> None:
+    assert apply(MISSING, [Append([""], 1), Append("", "x")])[0] == "x"
+    new, errors = apply(MISSING, [Append(["a", "b"], 1), Append("", "x")])
+
+    assert new == {"a": {"b": [1]}}
+    assert [(error.op_index, error.code) for error in errors] == [(1, "append.type_mismatch")]
+
+
 def test_many_ops_on_one_object_leave_the_old_object_alone() -> None:
     old = {"n": 1, "list": [1], "deep": {"a": {"b": 1}}}
     before = copy.deepcopy(old)
@@ -180,7 +271,7 @@ OPS = st.one_of(
     st.builds(Merge, PLAIN, st.one_of(st.none(), NAMES, st.lists(NAMES, max_size=3), st.just(["d"] * 33))),
     st.builds(Increment, NAMES, BY),
     st.builds(Decrement, NAMES, BY),
-    st.builds(Append, NAMES, PLAIN),
+    st.builds(Append, st.one_of(st.none(), NAMES, st.lists(NAMES, max_size=3), st.just(["d"] * 33)), PLAIN),
     st.builds(Remove, NAMES),
 )
 OLD = st.one_of(st.just(MISSING), PLAIN)
@@ -244,6 +335,7 @@ def test_adding_then_subtracting_brings_a_whole_number_back(number: float, by: i
 # ---------------------------------------------------------------------------------------- what one update may cost
 
 NAMES = st.sampled_from(["", "a", "b"])
+PATHS = st.lists(st.sampled_from("ab"), max_size=3)
 WORDS = st.sampled_from(["", "x", "yz"])
 SMALL = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | WORDS,
@@ -251,15 +343,15 @@ SMALL = st.recursive(
     max_leaves=4,
 )
 OPS = st.one_of(
-    st.builds(Append, NAMES, WORDS | SMALL),
-    st.builds(Append, NAMES, WORDS),
+    st.builds(Append, NAMES | PATHS, WORDS | SMALL),
+    st.builds(Append, NAMES | PATHS, WORDS),
     st.builds(Set, NAMES, SMALL),
     st.builds(Remove, NAMES),
     st.builds(Increment, NAMES, st.integers(-2, 2)),
     st.builds(
         Merge,
         st.dictionaries(st.sampled_from("ab"), SMALL, max_size=2),
-        st.lists(st.sampled_from("ab"), max_size=3) | NAMES,
+        PATHS | NAMES,
     ),
 )
 
@@ -286,10 +378,23 @@ def test_ops_together_do_what_they_do_one_by_one(old: Any, ops: list[UpdateOp]) 
         ({"a": "x" * 20_000_000}, Append("a", "y")),
         ([None] * 2_000_000, Append("", 1)),
         ({"a": [None] * 2_000_000}, Append("a", 1)),
+        ({"a": {"b": "x" * 20_000_000}}, Append(["a", "b"], "y")),
+        ({"a": {"b": [None] * 2_000_000}}, Append(["a", "b"], 1)),
+        ({"a": {str(n): n for n in range(200_000)}}, Append(["a", "b"], 1)),
         ({"a": {"b": {str(n): n for n in range(200_000)}}}, Merge({"n": 1}, ["a", "b"])),
         ({str(n): n for n in range(200_000)}, Increment("n", 1)),
     ],
-    ids=["text", "text field", "array", "array field", "nested merge", "root"],
+    ids=[
+        "text",
+        "text field",
+        "array",
+        "array field",
+        "nested text",
+        "nested array",
+        "nested object",
+        "nested merge",
+        "root",
+    ],
 )
 def test_many_ops_copy_a_large_value_once(old: Any, op: UpdateOp) -> None:
     mixed = [op, Append("a", []) if isinstance(old, dict) else Increment("", 1)]  # the second is mostly refused

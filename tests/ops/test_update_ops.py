@@ -38,6 +38,10 @@ WELL_FORMED: list[tuple[dict[str, Any], UpdateOp]] = [
     ({"type": "decrement", "path": "n", "by": -(2**63)}, Decrement("n", -(2**63))),
     ({"type": "append", "path": "e", "value": None}, Append("e", None)),
     ({"type": "append", "path": "é", "value": {"k": 1}}, Append("é", {"k": 1})),
+    ({"type": "append", "value": 1}, Append(None, 1)),
+    ({"type": "append", "path": None, "value": "x"}, Append(None, "x")),
+    ({"type": "append", "path": [], "value": 1}, Append([], 1)),
+    ({"type": "append", "path": ["a", "", "é"], "value": 1}, Append(["a", "", "é"], 1)),
     ({"type": "remove", "path": "x"}, Remove("x")),
 ]
 
@@ -75,7 +79,6 @@ MALFORMED: list[tuple[object, str, str]] = [
             {"type": "set", "value": 1},
             {"type": "increment", "by": 1},
             {"type": "decrement", "by": 1},
-            {"type": "append", "value": 1},
             {"type": "remove"},
         )
         for path, problem in (
@@ -102,10 +105,16 @@ MALFORMED: list[tuple[object, str, str]] = [
     ),
     ({"type": "merge"}, ".value", "missing field `value`"),
     ({"type": "append", "path": "x"}, ".value", "missing field `value`"),
-    ({"type": "merge", "value": {}, "path": 1}, ".path", "expected a string, an array of strings or null"),
-    ({"type": "merge", "value": {}, "path": {}}, ".path", "expected a string, an array of strings or null"),
-    ({"type": "merge", "value": {}, "path": ["a", 1]}, ".path[1]", "invalid type: number, expected a string"),
-    ({"type": "merge", "value": {}, "path": [None]}, ".path[0]", "invalid type: null, expected a string"),
+    *(
+        ({"type": word, "value": {}, "path": path}, place, problem)
+        for word in ("merge", "append")
+        for path, place, problem in (
+            (1, ".path", "expected a string, an array of strings or null"),
+            ({}, ".path", "expected a string, an array of strings or null"),
+            (["a", 1], ".path[1]", "invalid type: number, expected a string"),
+            ([None], ".path[0]", "invalid type: null, expected a string"),
+        )
+    ),
 ]
 
 
