@@ -62,7 +62,7 @@ def test_a_new_module_or_package_without_a_layer_is_refused_with_what_to_do(tree
         ("actors/planted.py", "scopestate.persistence.local"),
         ("config/planted.py", "scopestate.engine"),
         ("stats.py", "scopestate.server"),
-        ("server/channels.py", "scopestate.cli.common"),
+        ("server/channels.py", "scopestate.cli.terminal"),
         ("errors.py", "scopestate.ops"),
     ],
 )

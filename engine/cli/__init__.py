@@ -1,1 +1,1 @@
-"""The command `scopestate`: one module for each group of its commands. Needs the extra `cli`."""
+"""The command `scopestate`. Needs the extra `cli`."""

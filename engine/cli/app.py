@@ -1,4 +1,4 @@
-"""The command `scopestate`: serve an engine, call one, watch one, look after its files. Needs the extra `cli`."""
+"""The table of commands, and the entry point `main`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from scopestate.cli import calls, config, store
-from scopestate.cli.common import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
+from scopestate.cli import client, config, store
 from scopestate.cli.serve import serve
-from scopestate.cli.watch import watch
+from scopestate.cli.terminal import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
 
 
 class Commands(TyperGroup):
-    """All commands, each with the same ends when its output cannot be written."""
+    """The commands, with the same exit codes when the output of any of them cannot be written."""
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
-        """Read the arguments; prints the help texts."""
+        """Read the arguments. This is where help is printed."""
         with _output_may_end():
             return super().make_context(*args, **extra)
 
@@ -33,7 +32,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _output_may_end() -> Iterator[None]:
-    """What was printed around `out`, by help texts or rich, may fail at the same places."""
+    """Turn errors of writing without `out`, as help and rich do, into exit codes."""
     with errors_to_exit_codes(as_json=False):
         try:
             yield
@@ -50,7 +49,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Scoped key-value state: serve an engine, call one, watch one, look after its files.",
+    help="Scoped key-value state: serve an engine, call or watch a running one, check configurations and stores.",
     epilog=EXIT_CODES,
     cls=Commands,
 )
@@ -60,16 +59,16 @@ _FILES = "Files"
 
 app.command("serve")(serve)
 _NEGATIVE = {"ignore_unknown_options": True}
-"""For commands that take JSON: -5 is a number there, not an option."""
+"""For commands that take JSON, where -5 is a number and not an option."""
 for _name, _function, _settings in (
-    ("get", calls.get, {}),
-    ("set", calls.set_, _NEGATIVE),
-    ("delete", calls.delete, {}),
-    ("update", calls.update, {}),
-    ("list", calls.list_, {}),
-    ("list-groups", calls.list_groups, {}),
-    ("call", calls.call, _NEGATIVE),
-    ("watch", watch, {}),
+    ("get", client.get, {}),
+    ("set", client.set_, _NEGATIVE),
+    ("delete", client.delete, {}),
+    ("update", client.update, {}),
+    ("list", client.list_, {}),
+    ("list-groups", client.list_groups, {}),
+    ("call", client.call, _NEGATIVE),
+    ("watch", client.watch, {}),
 ):
     app.command(_name, rich_help_panel=_ENGINE, epilog=EXIT_CODES, context_settings=_settings)(_function)
 app.add_typer(config.app, name="config", rich_help_panel=_FILES)
@@ -89,7 +88,7 @@ def main_options(
         bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Scoped key-value state: serve an engine, call one, watch one, look after its files."""
+    """Scoped key-value state: serve an engine, call or watch a running one, check configurations and stores."""
 
 
 def installed_version() -> str:
@@ -101,7 +100,7 @@ def installed_version() -> str:
 
 
 def main() -> None:
-    """Run the command line; for the console script."""
+    """Run the command line. The entry point of the console script."""
     prepare_output()
     app()
 

@@ -1,4 +1,4 @@
-"""`scopestate config`: check a file, show what it means."""
+"""`scopestate config`: check a configuration file, show what it means."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 import yaml
 from rich.markup import escape
 
-from scopestate.cli.common import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
+from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, ServerConfig, examine, load
 from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef
@@ -42,10 +42,10 @@ def check_(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Report every mistake of a file, with line and key. Exit code 3 if there is one.
+    """Report every mistake in a file, with line and key. Exit code 3 if there are any.
 
-    The mistakes are what `serve` refuses, and triggers of functions that are not in the file, of which `serve` only
-    warns. The functions that the file names are imported, from this folder too.
+    Mistakes are what `serve` refuses, and triggers for functions that are not in the file, for which `serve` only logs
+    a warning. The functions that the file names are imported, from the current folder too.
     """
     import_from_here()
     with errors_to_exit_codes(as_json=as_json):
@@ -76,10 +76,10 @@ def _check(file: Path, *, registered_later: bool, as_json: bool) -> None:
 
 @app.command()
 def show(
-    file: Annotated[Path | None, typer.Argument(help="The YAML file; left out: the built-in defaults.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="The YAML file; without it, the built-in defaults.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a configuration as an engine sees it: variables expanded, defaults filled in, secrets masked."""
+    """Print a configuration as the engine reads it: variables expanded, defaults filled in, secrets masked."""
     import_from_here()
     with errors_to_exit_codes(as_json=as_json):
         config = Config() if file is None else load(file)
@@ -88,7 +88,7 @@ def show(
 
 
 def refused_by_serve(examined: Examined) -> list[ConfigError]:
-    """Return what `serve` refuses in a file beyond what no engine takes: addresses, tokens, certificates."""
+    """Return what `serve` refuses, in a file that an engine accepts: addresses, tokens, certificates, the adapter."""
     config = examined.config
     if config is None:
         return []
@@ -100,12 +100,14 @@ def refused_by_serve(examined: Examined) -> list[ConfigError]:
     except ConfigError as error:
         found.append(error)
     if isinstance(config.adapter.config, BridgeConfig):
-        from scopestate.persistence.bridge.backend import refuse_own_server  # noqa: PLC0415 - brings websockets
-
         try:
+            from scopestate.persistence.bridge.backend import refuse_own_server  # noqa: PLC0415 - brings websockets
+
             refuse_own_server(config.adapter.config.bridge_url, server.host, server.port)
         except ConfigError as error:
             found.append(error)
+        except ImportError:
+            pass  # reported by `_refused_adapter`
     placed = [_placed(error, examined.lines, config.source) for error in found]
     for refused in _refused_adapter(config.adapter):
         lines = [line for path, line in examined.lines.items() if path.endswith(f".{refused.key}")]
@@ -114,7 +116,7 @@ def refused_by_serve(examined: Examined) -> list[ConfigError]:
 
 
 def _refused_adapter(adapter: AdapterConfig) -> Iterator[ConfigError]:
-    """Yield what opening the adapter refuses, as far as that shows without a connection and without a change."""
+    """Yield the reasons to refuse the adapter that can be found without connecting and without changing anything."""
     try:
         load_libraries(adapter)
     except ConfigError as error:
@@ -146,7 +148,7 @@ def _refused_directory(path: str) -> Iterator[ConfigError]:
 
 
 def _placed(error: ConfigError, lines: Mapping[str, int | None], file: str | None) -> ConfigError:
-    """Return `error` with the line of its key, or of the nearest one around it that is in the file."""
+    """Return `error` with the line of its key, or of the nearest enclosing key that is in the file."""
     tail = (error.key or "").rpartition("iii-worker-manager.config.")[2]
     places = [line for path, line in lines.items() if tail and path.endswith(f".{tail}")]
     line = places[0] if places else lines.get("iii-worker-manager.config", lines.get("iii-worker-manager"))
@@ -154,13 +156,13 @@ def _placed(error: ConfigError, lines: Mapping[str, int | None], file: str | Non
 
 
 def import_from_here() -> None:
-    """Let `functions:` name modules of the current folder, as `python -m` does; a console script does not by itself."""
+    """Let `functions:` name modules in the current folder, as with `python -m`."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
 
 
 def as_mapping(config: Config) -> dict[str, Any]:
-    """Return a configuration in the shape of its file, with every default, and without secrets."""
+    """Return a configuration in the form of its file, with all defaults and without secrets."""
     workers: list[dict[str, Any]] = [{"name": "iii-state", "config": {"adapter": _plain(config.adapter)}}]
     if config.server is not None:
         workers.append({"name": "iii-worker-manager", "config": _plain(config.server)})

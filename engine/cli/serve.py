@@ -1,4 +1,4 @@
-"""`scopestate serve`: an engine with its server, until a signal ends it."""
+"""`scopestate serve`: run an engine with its server until a signal."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from scopestate.cli.common import AsJson, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.cli.config import import_from_here
+from scopestate.cli.terminal import AsJson, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import AdapterConfig, BridgeConfig, Config, RedisConfig
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
 from scopestate.server.server import Server
 from scopestate.signals import SignalPipe
 
-LOOK_S = 1.0
+REFRESH_S = 1.0
 
 _LISTEN_HINTS = {
     errno.EADDRINUSE: "; is another engine running there? `--port 0` takes a free port",
-    errno.EACCES: "; ports below 1024 are for root, choose a higher one",
+    errno.EACCES: "; ports below 1024 need root, choose a higher one",
     errno.EADDRNOTAVAIL: "; this machine has no such address",
 }
 
@@ -42,7 +42,7 @@ Level = Literal["debug", "info", "warning", "error"]
 
 def serve(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file; left out: state in memory, default address.")
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file; without it: state in memory, default address.")
     ] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on, instead of the file's.")] = None,
     port: Annotated[
@@ -51,10 +51,10 @@ def serve(
     log_level: Annotated[Level, typer.Option("--log-level", help="What to log on standard error.")] = "info",
     as_json: AsJson = False,
 ) -> None:
-    """Serve an engine to workers and bridges, until SIGINT, SIGTERM or SIGHUP.
+    """Serve an engine to workers and bridges until SIGINT, SIGTERM or SIGHUP.
 
-    Ends gracefully: events already fired reach their handlers, everything is saved; a second signal ends it at once.
-    The file is watched while it runs. With --json one line of JSON on standard output says where it listens.
+    It then ends gracefully: fired events reach their handlers, and everything is saved. A second signal ends it at
+    once. Changes of the file apply while it runs. With --json, a line of JSON on standard output says where it listens.
     """
     console = standard_error()
     import_from_here()
@@ -78,7 +78,7 @@ def serve(
 
 
 class _Signals:
-    """The signals that end the program: the first one gracefully, the second at once."""
+    """The signals that end the program: the first gracefully, the second at once."""
 
     def __init__(self) -> None:
         self._pipe = SignalPipe()
@@ -86,11 +86,11 @@ class _Signals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Take SIGINT, SIGTERM and SIGHUP while the block runs."""
+        """Handle SIGINT, SIGTERM and SIGHUP while the block runs."""
         numbers = [signal.SIGINT, signal.SIGTERM]
         hangup = getattr(signal, "SIGHUP", None)
         if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
-            numbers.append(hangup)  # ignored: started with `nohup`, to outlive its terminal
+            numbers.append(hangup)  # it is ignored if started with `nohup`, to outlive its terminal
         with self._pipe.open():
             before = {number: signal.signal(number, self._take) for number in numbers}
             try:
@@ -100,7 +100,7 @@ class _Signals:
                     signal.signal(number, handler)
 
     def came(self, timeout_s: float | None = None) -> bool:
-        """Wait for a signal, at most `timeout_s` seconds; True if one has come."""
+        """Wait for a signal, at most `timeout_s` seconds; True if there was one."""
         if not self._count:
             self._pipe.wait(timeout_s)
         return self._count > 0
@@ -112,35 +112,35 @@ class _Signals:
 
 
 def _wait(server: Server, signals: _Signals, console: Console) -> None:
-    """Wait for a signal; at a terminal, show what goes on meanwhile."""
+    """Wait for a signal. On a terminal, show a status line until then."""
     if not console.is_terminal:
         while not signals.came():
             pass
         return
     line = StatusLine(server)
-    # No spinner: it would draw many times a second, which a server has better uses for.
+    # No spinner: it would draw many times a second, which costs a server too much.
     with Live(line.text(), console=console, auto_refresh=False, transient=True) as live:
         while True:
             live.update(line.text(), refresh=True)
-            if signals.came(LOOK_S):
+            if signals.came(REFRESH_S):
                 return
 
 
 class StatusLine:
-    """One line on what a server is doing: `up 0:02:10 | 3 workers | 1,200 calls/s | ...`; what is wrong comes first."""
+    """The status line of a server: `up 0:02:10 | 3 workers | 1,200 calls/s | ...`, with problems first."""
 
     def __init__(self, server: Server, clock: Any = time.monotonic) -> None:
         self._server = server
         self._clock = clock
-        self._began = self._looked = clock()
+        self._began = self._last = clock()
         self._calls = 0
 
     def text(self) -> Text:
-        """Return the line for this moment; the rate is that since the last one."""
+        """Return the current line; the rate is that since the previous one."""
         now, status, stats = self._clock(), self._server.status(), self._server.engine.stats()
         calls = status.calls + sum(stats.calls.values())
-        rate = (calls - self._calls) / (now - self._looked) if now > self._looked else 0.0
-        self._calls, self._looked = calls, now
+        rate = (calls - self._calls) / (now - self._last) if now > self._last else 0.0
+        self._calls, self._last = calls, now
         minutes, seconds = divmod(int(now - self._began), 60)
         parts = [
             f"up {minutes // 60}:{minutes % 60:02}:{seconds:02}",
@@ -184,7 +184,7 @@ def _announce(server: Server, console: Console, *, as_json: bool) -> None:
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
-    """Say where the state is."""
+    """Describe where the state is kept."""
     config = adapter.config
     if isinstance(config, BridgeConfig):
         return f"bridge to {config.bridge_url}, {config.events} events"
@@ -197,7 +197,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
 
 
 def describe_access(server: Server) -> str:
-    """Say who may connect."""
+    """Describe which programs may connect."""
     config = server.config
     who = (
         f"bearers of {len(config.auth.tokens)} token(s)"
@@ -216,7 +216,7 @@ def _keeps(server: Server) -> bool:
 
 
 class _Shown(logging.Formatter):
-    """Escapes control characters: names and texts of workers stand in the log, and a terminal must not obey them."""
+    """Escapes control characters: the log has names and texts of workers, which a terminal must not obey."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record), keep="\n\t")

@@ -157,7 +157,7 @@ def test_no_room_for_the_copy_of_standard_input_is_said(export: Path, cli: Run, 
         failed = cli("store", "import", str(tmp_path / "new"), stdin=export.read_text())
 
     assert failed.code == 4
-    assert "standard input is copied to a temporary file in" in failed.err
+    assert "standard input could not be copied to a temporary file in" in failed.err
     assert "set TMPDIR" in failed.err
     assert not (tmp_path / "new").exists()
 

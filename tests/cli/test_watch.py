@@ -11,7 +11,7 @@ import pytest
 from commands import Program, Run
 
 from scopestate import Engine
-from scopestate.cli.watch import event_line
+from scopestate.cli.client import event_line
 from scopestate.config import from_mapping
 from scopestate.server.server import Server
 
@@ -68,9 +68,9 @@ def test_a_lost_connection_is_told_and_made_again(program: type[Program], engine
     watch.error_line()
     port = first.port
     first.stop()
-    assert "connecting again" in watch.error_line()
+    assert "reconnecting" in watch.error_line()
     with Server(engine, port=port):
-        assert watch.error_line() == "connected again"
+        assert watch.error_line() == "reconnected"
         # The trigger was registered before that was printed, but the server may still be reading it.
         assert program("call", "engine::functions::list", "--url", f"ws://127.0.0.1:{port}").wait().code == 0
         engine.set("s", "k", 1)

@@ -1,18 +1,16 @@
-"""What the commands share: options, JSON in and out, errors as text and exit codes."""
+"""What the commands read and print: JSON, text that a terminal may be shown, errors as exit codes."""
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import io
 import os
 import re
-import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
-from typing import Annotated, Any, Final, NoReturn, TextIO, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TextIO
 
 import msgspec
 import typer
@@ -31,17 +29,15 @@ from scopestate.errors import (
     StorageError,
 )
 from scopestate.ops.values import parse
-from scopestate.wire.client import Client
-from scopestate.wire.options import ClientOptions
 
-T = TypeVar("T")
+AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON, for programs; errors too.")]
 
 
 class Exit(IntEnum):
     """The exit codes; they do not change between versions."""
 
     OK = 0
-    """Done; or the program that read the output had enough of it."""
+    """Done, or the program that reads the output has ended."""
     REFUSED = 1
     """The engine or the function answered with an error."""
     USAGE = 2
@@ -59,60 +55,46 @@ Exit codes: 0 done, 1 the engine or the function answered with an error, 2 wrong
 or a file cannot be used or is damaged, 5 no connection or no answer in time, 6 the key does not exist, 130 interrupted.
 """
 
-Url = Annotated[str, typer.Option("--url", "-u", envvar="SCOPESTATE_URL", help="Address of the engine.")]
-Token = Annotated[
-    str | None,
-    typer.Option("--token", envvar="SCOPESTATE_TOKEN", show_envvar=True, help="Bearer token; best by the variable."),
-]
-Timeout = Annotated[float, typer.Option("--timeout", "-t", min=0.001, help="Seconds to wait for the answer.")]
-CaFile = Annotated[str | None, typer.Option("--ca-file", help="PEM file of authorities to trust for wss://.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON, for programs; errors too.")]
-
-DEFAULT_TIMEOUT_S = 30.0
-CONNECT_WAIT_S = 5.0
-FOREVER_S = 86_400.0 * 365
-_ENDS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-
 
 class Notes(Console):
-    """Standard error. If it cannot be written to, the command goes on all the same: the result is elsewhere."""
+    """Standard error. Failing to write to it does not end a command: the result goes elsewhere."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True, highlight=False, soft_wrap=True)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As `Console.print`; what cannot be written is lost."""
+        """As `Console.print`, but errors of writing are ignored."""
         with suppress(OSError):
             super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
-        """Its reader has gone: say no more."""
+        """Print nothing more: the reader has gone."""
         self.quiet = True
         _let_go(sys.stderr)
 
 
 def standard_error() -> Notes:
-    """Where everything goes that is not the result."""
+    """Return the console for everything that is not the result."""
     return Notes()
 
 
 _CONTROLS: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What a terminal may obey instead of showing it: control characters, and those that turn the direction of text."""
+"""Control characters, and those that change the direction of text: a terminal may obey instead of showing them."""
 
 
 def shown(text: str, *, keep: str = "\n") -> str:
-    r"""Return `text` so that a terminal shows all of it and obeys none of it: ESC becomes `\x1b`. `keep` stays."""
+    r"""Return `text` with control characters escaped, except those in `keep`: ESC becomes `\x1b`."""
     return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def json_text(data: bytes) -> str:
-    """Return JSON as text in which all control characters are escaped: the same JSON, whatever shows it."""
-    # Those below U+0020 are always escaped inside strings; outside they are spaces, which stay.
+    """Return JSON as text with control characters escaped. It is the same JSON, and safe on a terminal."""
+    # Inside strings, characters below U+0020 are escaped already; outside they are white space, which stays.
     return _CONTROLS.sub(lambda found: found[0] if found[0] < " " else f"\\u{ord(found[0]):04x}", data.decode())
 
 
 def json_of(facts: object) -> str:
-    """Return facts of ours as a line of JSON. A file name may hold bytes that are not UTF-8: they are escaped."""
+    """Return facts as a line of JSON. Bytes of file names that are not UTF-8 are escaped."""
     return json_text(msgspec.json.encode(_without_surrogates(msgspec.to_builtins(facts))))
 
 
@@ -128,7 +110,7 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:
-    """Error handler of codecs: a character that the encoding lacks is written as JSON escapes it."""
+    """Codec error handler: write a character that the encoding lacks as a JSON escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
@@ -139,14 +121,14 @@ codecs.register_error("scopestate.json", _as_json_escapes)
 
 
 def prepare_output() -> None:
-    """Let everything be printed, whatever the encoding of the terminal or pipe: what it lacks is escaped."""
+    """Make any text printable: characters that the encoding of the terminal or pipe lacks are escaped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="scopestate.json")
 
 
 class ReaderGone(Exception):
-    """The program that read standard output has ended: there is nothing more to do."""
+    """The program that reads standard output has ended, so there is nothing more to do."""
 
 
 def out(text: str) -> None:
@@ -157,10 +139,10 @@ def out(text: str) -> None:
 
 @contextmanager
 def standard_output() -> Iterator[Callable[[bytes], object]]:
-    """Write bytes to standard output, which is flushed at the end. Raises ReaderGone and StorageError."""
+    """Yield a function that writes bytes to standard output; flush at the end. Raises ReaderGone and StorageError."""
     stream = sys.stdout
     if stream is None or stream.closed:
-        raise StorageError("standard output is closed: there is nowhere to write the result to")
+        raise StorageError("standard output is closed, so the result cannot be written")
     try:
         stream.flush()
         yield stream.buffer.write
@@ -174,7 +156,7 @@ def standard_output() -> Iterator[Callable[[bytes], object]]:
 
 
 def _let_go(stream: TextIO) -> None:
-    """Lead a stream that failed to nowhere: at its end, the interpreter would complain about what is left in it."""
+    """Redirect a failed stream to the null device, or the interpreter reports at exit what is left in its buffer."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -182,7 +164,7 @@ def _let_go(stream: TextIO) -> None:
 
 
 def print_rich(*objects: Any) -> None:
-    """Print what rich makes of `objects` as the result. Raises as `out`."""
+    """Print `objects`, rendered by rich, as the result. Raises as `out`."""
     console = Console(highlight=False, soft_wrap=True)
     with console.capture() as capture:
         console.print(*objects)
@@ -190,7 +172,7 @@ def print_rich(*objects: Any) -> None:
 
 
 def print_json(data: bytes, *, as_json: bool) -> None:
-    """Print JSON: indented for people at a terminal, on one line otherwise."""
+    """Print JSON: indented and coloured on a terminal, otherwise on one line."""
     if sys.stdout and sys.stdout.isatty() and not as_json:
         print_rich(JSONHighlighter()(json_text(msgspec.json.format(data, indent=2))))
     else:
@@ -198,16 +180,16 @@ def print_json(data: bytes, *, as_json: bool) -> None:
 
 
 def without_mark(data: bytes) -> bytes:
-    """Return text without its byte order mark, as UTF-8: PowerShell and Windows editors write it, or UTF-16."""
+    """Return text as UTF-8 without a byte order mark. Windows editors write one, and PowerShell may write UTF-16."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", "surrogatepass").encode("utf-8", "surrogatepass")
     return data.removeprefix(codecs.BOM_UTF8)
 
 
 def read_json(text: str, what: str, hint: str = "") -> bytes:
-    """Return the JSON that an argument holds; `-` reads standard input. Ends the program if it is no JSON.
+    """Return the JSON of an argument; `-` reads standard input. Ends the program if it is not JSON.
 
-    `hint` is what to write instead; left out, for a bare word that is the word in quotes.
+    `hint` says what to write instead; by default, for a bare word, the word in quotes.
     """
     if text == "-":
         given = read_standard_input(what)
@@ -226,7 +208,7 @@ def read_json(text: str, what: str, hint: str = "") -> bytes:
 def given_text(argument: str, what: str) -> str:
     """Return an argument as Unicode text. Ends the program if it is not Unicode.
 
-    Python reads arguments in the encoding of the locale, and keeps the bytes that do not fit it as lone surrogates.
+    Python decodes arguments with the encoding of the locale; bytes that do not fit become lone surrogates.
     """
     if argument.isascii():
         return argument
@@ -239,7 +221,7 @@ def given_text(argument: str, what: str) -> str:
 def read_standard_input(what: str) -> bytes:
     """Return all of standard input, without a byte order mark. Ends the program if it cannot be read."""
     if sys.stdin is None or sys.stdin.closed:
-        raise typer.BadParameter(f"standard input is closed: there is nowhere to read {what} from")
+        raise typer.BadParameter(f"standard input is closed, so {what} cannot be read from it")
     try:
         return without_mark(sys.stdin.buffer.read())
     except (OSError, UnicodeError) as error:
@@ -261,7 +243,7 @@ def exit_code(error: ScopestateError) -> Exit:
 
 
 def fail(error: ScopestateError, *, as_json: bool) -> NoReturn:
-    """Print an error and end the program with its exit code."""
+    """Print an error and end the program with the exit code for it."""
     if as_json:
         note_json({"error": {"code": error.code, "message": str(error)}})
     else:
@@ -271,7 +253,7 @@ def fail(error: ScopestateError, *, as_json: bool) -> NoReturn:
 
 
 def note_json(facts: dict[str, Any]) -> None:
-    """Print a line of JSON on standard error; one that cannot be written to is left alone."""
+    """Print a line of JSON to standard error; errors of writing are ignored."""
     with suppress(OSError):
         if sys.stderr is not None:
             sys.stderr.write(f"{json_of(facts)}\n")
@@ -280,7 +262,7 @@ def note_json(facts: dict[str, Any]) -> None:
 
 @contextmanager
 def errors_to_exit_codes(*, as_json: bool) -> Iterator[None]:
-    """Turn errors of the tree into text and exit codes; anything else is a bug and shows as one."""
+    """Turn a ScopestateError into text and an exit code. Any other exception is a bug and gets a traceback."""
     try:
         yield
     except ScopestateError as error:
@@ -288,65 +270,4 @@ def errors_to_exit_codes(*, as_json: bool) -> Iterator[None]:
     except ReaderGone:
         raise typer.Exit(Exit.OK) from None
     except KeyboardInterrupt:
-        raise typer.Exit(Exit.INTERRUPTED) from None
-
-
-def with_client(
-    url: str,
-    token: str | None,
-    work: Callable[[Client], Awaitable[T]],
-    *,
-    as_json: bool,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-    ca_file: str | None = None,
-    on_change: Callable[[bool, str], object] | None = None,
-    on_trigger_refused: Callable[[ScopestateError], object] | None = None,
-) -> T:
-    """Connect, do `work`, disconnect; errors end the program, and so do SIGINT and SIGTERM."""
-    options = ClientOptions(
-        token=token,
-        tls_ca_file=ca_file,
-        name=f"scopestate-cli:{os.getpid()}",
-        connect_wait_s=min(CONNECT_WAIT_S, timeout_s),
-        call_timeout_s=timeout_s,
-        insist=False,
-    )
-
-    async def run() -> T:
-        async with Client(url, options, on_change=on_change, on_trigger_refused=on_trigger_refused) as client:
-            try:
-                return await work(client)
-            except NotConnected as error:
-                raise with_advice(error, client) from error
-
-    with errors_to_exit_codes(as_json=as_json):
-        return run_until_signal(run())
-
-
-def with_advice(error: NotConnected, client: Client) -> NotConnected:
-    """Return `error` with what to do about it, if no server was there."""
-    if client.connections or client.was_refused:
-        return error
-    return NotConnected(
-        f"{error}. If no engine runs there, start one with `scopestate serve`, or give the address of one with --url"
-    )
-
-
-def run_until_signal(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine; SIGINT and SIGTERM cancel it, and the program then ends as one that was interrupted."""
-
-    async def main() -> T:
-        task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
-        if task is not None:
-            for number in _ENDS:
-                try:
-                    loop.add_signal_handler(number, task.cancel)
-                except (NotImplementedError, RuntimeError, ValueError):
-                    break  # not the main thread, or a platform without: KeyboardInterrupt serves there
-        return await work
-
-    try:
-        return asyncio.run(main())
-    except (asyncio.CancelledError, KeyboardInterrupt):
         raise typer.Exit(Exit.INTERRUPTED) from None
