@@ -132,9 +132,6 @@ class Backend(ABC):
         """Return what is wrong now, in words, for `Health.problems`; None if all is well."""
         return None
 
-    def refuse_server(self, host: str, port: int) -> None:  # noqa: B027 - only a bridge can reach one
-        """Raise ConfigError if a server of this engine at that address would be what this backend connects to."""
-
     @abstractmethod
     def close(self) -> None:
         """Release what the backend holds. Idempotent. In a forked child it does nothing."""

@@ -11,12 +11,9 @@ from scopestate.config.loader import check, examine, from_mapping, load, loads, 
 from scopestate.config.schema import (
     AdapterConfig,
     AuthConfig,
-    BridgeConfig,
     Config,
     FunctionRef,
-    KvConfig,
     LimitsConfig,
-    RedisConfig,
     ScopeRule,
     ServerConfig,
     TlsConfig,
@@ -24,6 +21,9 @@ from scopestate.config.schema import (
     TriggerConfig,
 )
 from scopestate.config.watch import ConfigWatcher
+from scopestate.persistence.bridge.options import BridgeOptions
+from scopestate.persistence.local import KvOptions
+from scopestate.persistence.redis.options import RedisOptions
 
 DEFAULT_FILE = Path(__file__).with_name("engine.yaml")
 """Every option with its default, in comments; a file_based store under `./data`."""
@@ -32,13 +32,13 @@ __all__ = [
     "DEFAULT_FILE",
     "AdapterConfig",
     "AuthConfig",
-    "BridgeConfig",
+    "BridgeOptions",
     "Config",
     "ConfigWatcher",
     "FunctionRef",
-    "KvConfig",
+    "KvOptions",
     "LimitsConfig",
-    "RedisConfig",
+    "RedisOptions",
     "ScopeRule",
     "ServerConfig",
     "TlsConfig",

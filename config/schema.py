@@ -2,146 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Final, Literal
 
 import msgspec
 
-from scopestate.persistence.redis.urls import MASK, MAX_DATABASE, without_credentials, without_password
+from scopestate.persistence.bridge.options import BridgeOptions
+from scopestate.persistence.local import KvOptions
+from scopestate.persistence.redis.options import RedisOptions
 
 # The upper bounds keep a typing slip (or nanoseconds) away from timers and queues, which overflow far above them.
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=31_536_000_000)]
 """0 to one year."""
-_Wait = Annotated[int, msgspec.Meta(ge=1, le=86_400_000)]
-"""Milliseconds, at most one day."""
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
-class KvConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`adapter: {name: kv, config: ...}`."""
-
-    store_method: Literal["in_memory", "file_based"] = "in_memory"
-    """`in_memory`: nothing is kept. `file_based`: kept in the directory `file_path`. A reload does not change it."""
-    file_path: str = "kv_store_data.db"
-    """The directory of a file_based store, despite the suffix that iii gives it. A reload does not change it."""
-    save_interval_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)] = 5000
-    """Milliseconds between saves; with `durability: interval` a crash loses what was written in the
-    last interval and while its save ran. Reloads at once."""
-    durability: Literal["interval", "commit"] = "interval"
-    """`interval`: a write is acknowledged from memory. `commit`: when it is on disk. A reload does not change it."""
-
-
-class BridgeConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`adapter: {name: bridge, config: ...}`: every scope lives in another engine. A reload changes none of it."""
-
-    bridge_url: str = "ws://localhost:49134"
-    """Address of the other engine, `ws://` or `wss://`."""
-    token: str | None = None
-    """Bearer token, best as `${VARIABLE}`; never logged."""
-    tls_ca_file: str | None = None
-    """PEM file of the authorities to trust for `wss://`; left out: the system's."""
-    tls_verify: bool = True
-    """`false`: accept any certificate, so any server may be at the other end."""
-    connect_wait_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)] = 5_000
-    """How long a call waits for a connection before it fails with nothing sent."""
-    call_timeout_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)] = 20_000
-    """How long a call waits for the answer once it was sent."""
-    events: Literal["local", "remote"] = "local"
-    """`local`: triggers hear of what goes through this engine. `remote`: of every change, also those made elsewhere."""
-
-    def __repr__(self) -> str:
-        shown = {name: getattr(self, name) for name in self.__struct_fields__}
-        if self.token is not None:
-            shown["token"] = "***"  # noqa: S105 - what stands for one
-        return f"BridgeConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-
-
-class RedisConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`adapter: {name: redis, config: ...}`: scopes live in Redis or Valkey, shared by any number of engines.
-
-    A reload changes none of it.
-    """
-
-    redis_url: str = "redis://localhost:6379"
-    """`redis://host:port`, `rediss://host:port` (TLS) or `unix:///path`. `user:password@` may stand before the host or
-    path, percent-encoded; `/2`, for a path `?db=2`, is the database."""
-    username: str | None = None
-    """Goes before the one in `redis_url`."""
-    password: str | None = None
-    """Goes before the one in `redis_url`; best as `${VARIABLE}`; never logged."""
-    database: Annotated[int, msgspec.Meta(ge=0, le=MAX_DATABASE)] | None = None
-    """Goes before the one in `redis_url`; neither: 0."""
-    key_prefix: str = "state:"
-    """A scope is the hash with this and then its name as key. iii's prefix is `state:`."""
-    sentinels: tuple[str, ...] = ()
-    """`host:port` of Redis Sentinels; without a port it is 26379. They name the primary, and the host of `redis_url`
-    does not count; its `rediss://` holds for them too."""
-    sentinel_service: str = "mymaster"
-    """What the Sentinels call the primary."""
-    sentinel_username: str | None = None
-    """As whom to log in at the Sentinels, which do not get `username` and `password`."""
-    sentinel_password: str | None = None
-    """Best as `${VARIABLE}`; never logged."""
-    tls_ca_file: str | None = None
-    """PEM file of the authorities to trust for `rediss://`; left out: the system's."""
-    tls_cert_file: str | None = None
-    """PEM file of the certificate to show to the server; left out: none is shown."""
-    tls_key_file: str | None = None
-    """PEM file of the private key; left out: it is in `tls_cert_file`."""
-    tls_verify: bool = True
-    """`false`: accept any certificate, so any server may be at the other end."""
-    connect_timeout_ms: _Wait = 5_000
-    """The longest that opening the engine, and each later attempt to connect, may take."""
-    connect_wait_ms: _Wait = 5_000
-    """How long a call waits for a connection before it fails with nothing sent."""
-    call_timeout_ms: _Wait = 5_000
-    """How long a call waits for the answer once it was sent."""
-    pool_size: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 8
-    """Connections to each server, at most."""
-    update_attempts: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 100
-    """How often an update is tried against writers of the same key elsewhere before it fails with nothing written."""
-    events: Literal["local", "shared"] = "local"
-    """`local`: triggers hear of what goes through this engine. `shared`: of every write of every engine with
-    `events: shared` on this database and prefix."""
-    delivery: Literal["each", "one"] = "each"
-    """With `events: shared`: `each` engine's triggers fire, or exactly `one` engine's (at least once)."""
-    events_kept: Count = 10_000
-    """With `events: shared`: about how many events the stream keeps. An engine further behind reports the gap."""
-    group: str = "scopestate"
-    """With `delivery: one`: the consumer group. Engines of one group share the events among them."""
-    claim_after_ms: Annotated[int, msgspec.Meta(ge=100, le=86_400_000)] = 30_000
-    """With `delivery: one`: when another engine takes over the events of an engine that shows no life."""
-
-    @property
-    def address(self) -> str:
-        """Where the state is, for messages: without user name and password."""
-        if self.sentinels:
-            # An entry with more than host and port in it is an error; until that is said it may hold a password.
-            named = ", ".join(MASK if "@" in sentinel else sentinel for sentinel in self.sentinels)
-            return f"{self.sentinel_service!r} of the Sentinels {named}"
-        return without_credentials(self.redis_url, self.database)
-
-    def __repr__(self) -> str:
-        shown = {name: getattr(self, name) for name in self.__struct_fields__}
-        shown["redis_url"] = without_password(self.redis_url)
-        shown["sentinels"] = tuple(MASK if "@" in sentinel else sentinel for sentinel in self.sentinels)
-        for name in ("password", "sentinel_password"):
-            if shown[name] is not None:
-                shown[name] = MASK
-        return f"RedisConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+AdapterName = Literal["kv", "redis", "bridge"]
+AdapterOptions = KvOptions | RedisOptions | BridgeOptions
+ADAPTERS: Final[Mapping[str, type[AdapterOptions]]] = {"kv": KvOptions, "redis": RedisOptions, "bridge": BridgeOptions}
+"""What `name:` of an adapter may be -> what its `config:` is read into."""
 
 
 class AdapterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`adapter:` of the `iii-state` worker."""
 
-    name: Literal["kv", "redis", "bridge"]
-    config: KvConfig | RedisConfig | BridgeConfig = KvConfig()
+    name: AdapterName
+    config: AdapterOptions = KvOptions()
 
     @property
-    def kv(self) -> KvConfig:
+    def kv(self) -> KvOptions:
         """The options of a kv adapter; for another one, the defaults, which do nothing there."""
-        return self.config if isinstance(self.config, KvConfig) else KvConfig()
+        return self.config if isinstance(self.config, KvOptions) else KvOptions()
 
 
 class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 import msgspec
 
@@ -17,13 +17,13 @@ from scopestate.config.functions import TargetError, import_function, misfit_id,
 from scopestate.config.nodes import Mapping, Node, Problems, Scalar, Sequence, join
 from scopestate.config.scalars import Value, VariableError, expand, resolve_native, resolve_text, shorten
 from scopestate.config.schema import (
+    ADAPTERS,
     AdapterConfig,
-    BridgeConfig,
+    AdapterName,
+    AdapterOptions,
     Config,
     FunctionRef,
-    KvConfig,
     LimitsConfig,
-    RedisConfig,
     ScopeRule,
     ServerConfig,
     TokenConfig,
@@ -31,14 +31,12 @@ from scopestate.config.schema import (
     full_token,
     with_every_list,
 )
-from scopestate.errors import ConfigError
 from scopestate.ops.messages import FUNCTION_IDS
 
 log = logging.getLogger("scopestate.config")
 
 WORKER = "iii-state"
 SERVER = "iii-worker-manager"
-ADAPTERS = ("kv", "redis", "bridge")
 _SECRETS = ("token", "password", "sentinel_password")
 _TOP_KEYS = ("workers", "modules", "functions", "triggers", "scopes", "limits")
 _ENTRY_KEYS = ("name", "image", "config")
@@ -198,44 +196,17 @@ class SectionReader:
                 fields["name"].path,
             )
             return None
-        config = fields.get("config")
-        if config is not None and self._is_null(config):
-            config = None
-        if name == "bridge":
-            return AdapterConfig("bridge", self._bridge(config))
-        if name == "redis":
-            return AdapterConfig("redis", self._redis(config))
-        return (
-            AdapterConfig("kv") if config is None else AdapterConfig("kv", self._struct(config, KvConfig) or KvConfig())
-        )
+        return AdapterConfig(cast("AdapterName", name), self._options(fields.get("config"), ADAPTERS[str(name)]))
 
-    def _bridge(self, config: Place | None) -> BridgeConfig:
-        bridge = None if config is None else self._struct(config, BridgeConfig)
-        if config is None or bridge is None:
-            return BridgeConfig()
-        from scopestate.wire.options import ClientOptions, checked_url, request_headers  # noqa: PLC0415 - brings ssl
-
-        for key, check in (
-            ("bridge_url", lambda: checked_url(bridge.bridge_url)),
-            ("token", lambda: request_headers(ClientOptions(token=bridge.token))),
-        ):
-            try:
-                check()
-            except ConfigError as error:
-                self._problems.add(error.problem, self._line_of(config, key), join(config.path, key))
-        return bridge
-
-    def _redis(self, config: Place | None) -> RedisConfig:
-        redis = None if config is None else self._struct(config, RedisConfig)
-        if config is None or redis is None:
-            return RedisConfig()
-        from scopestate.config.redis_options import mistakes  # noqa: PLC0415 - only for this adapter
-
-        fields = self._fields(config, RedisConfig.__struct_fields__)
-        for key, problem, item in mistakes(redis):
+    def _options(self, config: Place | None, kind: type[AdapterOptions]) -> AdapterOptions:
+        options = None if config is None or self._is_null(config) else self._struct(config, kind)
+        if config is None or options is None:
+            return kind()
+        fields = self._fields(config, kind.__struct_fields__)
+        for key, problem, item in options.mistakes():
             place = fields[key] if item is None else self._items(fields[key])[item]
             self._problems.add(problem, place.line, place.path)
-        return redis
+        return options
 
     def _line_of(self, place: Place, key: str) -> int | None:
         """Return the line of a key of a mapping; the mapping's own if it has no such key."""

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from scopestate.actors.ports import Backend, Store
 from scopestate.actors.reply import deliver
-from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, RedisConfig, ScopeRule
-from scopestate.config.redis_options import server_address
+from scopestate.config import AdapterConfig, BridgeOptions, Config, KvOptions, RedisOptions, ScopeRule
 from scopestate.errors import ConfigError, StoreLocked
 from scopestate.lifecycle import wait_for_dropped
-from scopestate.paths import expand_home
 from scopestate.persistence.local import Durability, LocalBackend
 
 if TYPE_CHECKING:
     from scopestate.persistence.bridge.backend import BridgeBackend
     from scopestate.persistence.redis.adapter import RedisAdapter
-    from scopestate.persistence.redis.options import RedisOptions
     from scopestate.persistence.sqlite.adapter import FileAdapter
 
 log = logging.getLogger("scopestate.engine")
@@ -29,12 +25,12 @@ log = logging.getLogger("scopestate.engine")
 def load_libraries(config: AdapterConfig) -> None:
     """Import what an adapter needs beyond the base installation. Raises ConfigError if its extra is not installed."""
     match config.config:
-        case BridgeConfig():
+        case BridgeOptions():
             try:
                 import scopestate.persistence.bridge.backend  # noqa: PLC0415 - brings asyncio and a WebSocket library
             except ImportError as error:
                 raise ConfigError(str(error), key="adapter.name") from error
-        case RedisConfig():
+        case RedisOptions():
             try:
                 import scopestate.persistence.redis.adapter  # noqa: F401, PLC0415 - brings redis-py, which takes 100 ms
             except ImportError as error:
@@ -57,7 +53,7 @@ def open_backend(config: Config, given: Store | Backend | None = None) -> Backen
             f"`adapter` is a Store or a Backend of scopestate.persistence, not {type(store).__name__}; inherit from one"
         )
     options = config.adapter.config
-    if given is None and isinstance(options, BridgeConfig | RedisConfig):
+    if given is None and isinstance(options, BridgeOptions | RedisOptions):
         if config.scopes:
             log.warning(
                 "the rules under `scopes:` do nothing with the adapter %s: how long a write lasts is decided where the "
@@ -79,7 +75,7 @@ def durability_of(scope: str, rules: Iterable[ScopeRule], otherwise: Durability)
     return otherwise
 
 
-def open_store(kv: KvConfig) -> FileAdapter:
+def open_store(kv: KvOptions) -> FileAdapter:
     """Open a store of files. Raises StorageError."""
     from scopestate.persistence.sqlite.adapter import FileAdapter  # noqa: PLC0415 - SQLite takes 12 ms to import
 
@@ -95,66 +91,11 @@ def open_store(kv: KvConfig) -> FileAdapter:
 def open_shared(adapter: AdapterConfig) -> BridgeBackend | RedisAdapter:
     """Open what other programs use too: Redis, or another engine. Raises ConfigError and StorageError."""
     load_libraries(adapter)
-    if isinstance(adapter.config, BridgeConfig):
-        return _open_bridge(adapter.config)
-    assert isinstance(adapter.config, RedisConfig)
-    return _open_redis(adapter.config)
+    if isinstance(adapter.config, BridgeOptions):
+        from scopestate.persistence.bridge.backend import BridgeBackend  # noqa: PLC0415 - see load_libraries
 
-
-def _open_bridge(config: BridgeConfig) -> BridgeBackend:
-    """Open the bridge; it connects in the background. Raises ConfigError."""
-    from scopestate.persistence.bridge.backend import BridgeBackend  # noqa: PLC0415 - see load_libraries
-    from scopestate.wire.options import ClientOptions  # noqa: PLC0415 - see load_libraries
-
-    options = ClientOptions(
-        token=config.token,
-        tls_ca_file=config.tls_ca_file,
-        tls_verify=config.tls_verify,
-        connect_wait_s=config.connect_wait_ms / 1000,
-        call_timeout_s=config.call_timeout_ms / 1000,
-        name=f"scopestate-bridge:{os.getpid()}",
-    )
-    return BridgeBackend(config.bridge_url, options, remote_events=config.events == "remote")
-
-
-def _options_of(config: RedisConfig) -> RedisOptions:
-    """Return the adapter's options for a configuration; milliseconds become seconds."""
-    from scopestate.persistence.redis.options import RedisOptions  # noqa: PLC0415 - see load_libraries
-    from scopestate.persistence.redis.urls import parse_sentinel  # noqa: PLC0415 - see load_libraries
-
-    address = server_address(config)
-    return RedisOptions(
-        host=address.host,
-        port=address.port,
-        unix_path=address.unix_path,
-        username=address.username,
-        password=address.password,
-        database=address.database or 0,
-        address=config.address,
-        sentinels=tuple(parse_sentinel(sentinel) for sentinel in config.sentinels),
-        sentinel_service=config.sentinel_service,
-        sentinel_username=config.sentinel_username,
-        sentinel_password=config.sentinel_password,
-        tls=address.tls,
-        tls_ca_file=config.tls_ca_file and expand_home(config.tls_ca_file),
-        tls_cert_file=config.tls_cert_file and expand_home(config.tls_cert_file),
-        tls_key_file=config.tls_key_file and expand_home(config.tls_key_file),
-        tls_verify=config.tls_verify,
-        connect_timeout_s=config.connect_timeout_ms / 1000,
-        connect_wait_s=config.connect_wait_ms / 1000,
-        call_timeout_s=config.call_timeout_ms / 1000,
-        pool_size=config.pool_size,
-        key_prefix=config.key_prefix,
-        update_attempts=config.update_attempts,
-        events_kept=config.events_kept if config.events == "shared" else 0,
-        delivery=config.delivery,
-        group=config.group,
-        claim_after_s=config.claim_after_ms / 1000,
-    )
-
-
-def _open_redis(config: RedisConfig) -> RedisAdapter:
-    """Open the adapter, connected. Raises StorageError."""
+        return BridgeBackend(adapter.config)  # it connects in the background
+    assert isinstance(adapter.config, RedisOptions)
     from scopestate.persistence.redis.adapter import RedisAdapter  # noqa: PLC0415 - see load_libraries
 
-    return RedisAdapter(_options_of(config), deliver)
+    return RedisAdapter(adapter.config, deliver)

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Literal
 
 from scopestate.actors.commit import CommitScopeActor
 from scopestate.actors.ports import Backend, Store
 from scopestate.actors.scope import ScopeActor, Surroundings
+from scopestate.paths import expand_home
+from scopestate.persistence.options import Options, Wait
 
 Durability = Literal["memory", "interval", "commit"]
 """How long a write lasts: as long as the engine, from the next save on, or from its acknowledgement on."""
+
+
+class KvOptions(Options, frozen=True):
+    """`adapter: {name: kv, config: ...}`."""
+
+    store_method: Literal["in_memory", "file_based"] = "in_memory"
+    """`in_memory`: nothing is kept. `file_based`: kept in the directory `file_path`. A reload does not change it."""
+    file_path: str = "kv_store_data.db"
+    """The directory of a file_based store, despite the suffix that iii gives it. A reload does not change it."""
+    save_interval_ms: Wait = 5000
+    """Milliseconds between saves; with `durability: interval` a crash loses what was written in the
+    last interval and while its save ran. Reloads at once."""
+    durability: Literal["interval", "commit"] = "interval"
+    """`interval`: a write is acknowledged from memory. `commit`: when it is on disk. A reload does not change it."""
+
+    def described(self) -> str:
+        """Describe where the state is kept."""
+        if self.store_method == "in_memory":
+            return "in memory: gone when this ends"
+        when = "on each write" if self.durability == "commit" else f"every {self.save_interval_ms} ms"
+        return f"{os.path.realpath(expand_home(self.file_path))}, saved {when}"
 
 
 class LocalBackend(Backend):

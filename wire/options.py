@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import msgspec
 
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
+
+if TYPE_CHECKING:
+    import ssl
 
 DEFAULT_URL = "ws://localhost:49134"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -77,6 +80,8 @@ def tls_context(url: str, options: ClientOptions) -> ssl.SSLContext | None:
     """Return the TLS context for `wss://`; None for `ws://`. Raises ConfigError if `tls_ca_file` cannot be read."""
     if not url.startswith("wss:"):
         return None
+    import ssl  # noqa: PLC0415 - takes 10 ms, which reading a configuration need not spend
+
     try:
         context = ssl.create_default_context(cafile=options.tls_ca_file and expand_home(options.tls_ca_file))
     except (OSError, ssl.SSLError) as error:
@@ -90,10 +95,14 @@ def tls_context(url: str, options: ClientOptions) -> ssl.SSLContext | None:
 def request_headers(options: ClientOptions) -> dict[str, str]:
     """Return the headers of the upgrade request. Raises ConfigError for a token that a header cannot hold."""
     headers = {**options.headers, LIMIT_HEADER: str(options.max_message_bytes)}
-    if options.token is not None:
-        if not options.token or not options.token.isascii() or not options.token.isprintable() or " " in options.token:
-            raise ConfigError(
-                "a token is printable ASCII text without spaces; the one given is not (it is not shown here)"
-            )
-        headers["Authorization"] = f"Bearer {options.token}"
+    token = checked_token(options.token)
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
     return headers
+
+
+def checked_token(token: str | None) -> str | None:
+    """Return `token` if a header can hold it. Raises ConfigError."""
+    if token is not None and (not token or not token.isascii() or not token.isprintable() or " " in token):
+        raise ConfigError("a token is printable ASCII text without spaces; the one given is not (it is not shown here)")
+    return token

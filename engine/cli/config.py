@@ -16,7 +16,7 @@ import yaml
 from rich.markup import escape
 
 from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
-from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, ServerConfig, examine, load
+from scopestate.config import AdapterConfig, Config, KvOptions, ServerConfig, examine, load
 from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef
 from scopestate.errors import ConfigError
@@ -99,15 +99,10 @@ def refused_by_serve(examined: Examined) -> list[ConfigError]:
             Certificates(server.tls)
     except ConfigError as error:
         found.append(error)
-    if isinstance(config.adapter.config, BridgeConfig):
-        try:
-            from scopestate.persistence.bridge.backend import refuse_own_server  # noqa: PLC0415 - brings websockets
-
-            refuse_own_server(config.adapter.config.bridge_url, server.host, server.port)
-        except ConfigError as error:
-            found.append(error)
-        except ImportError:
-            pass  # reported by `_refused_adapter`
+    try:
+        config.adapter.config.refuse_server(server.host, server.port)
+    except ConfigError as error:
+        found.append(error)
     placed = [_placed(error, examined.lines, config.source) for error in found]
     for refused in _refused_adapter(config.adapter):
         lines = [line for path, line in examined.lines.items() if path.endswith(f".{refused.key}")]
@@ -122,7 +117,7 @@ def _refused_adapter(adapter: AdapterConfig) -> Iterator[ConfigError]:
     except ConfigError as error:
         yield error
     config = adapter.config
-    if isinstance(config, KvConfig):
+    if isinstance(config, KvOptions):
         if config.store_method == "file_based":
             yield from _refused_directory(config.file_path)
     elif config.tls_ca_file is not None:

@@ -23,9 +23,8 @@ from rich.text import Text
 
 from scopestate.cli.config import import_from_here
 from scopestate.cli.terminal import AsJson, errors_to_exit_codes, json_of, out, shown, standard_error
-from scopestate.config import AdapterConfig, BridgeConfig, Config, RedisConfig
+from scopestate.config import Config
 from scopestate.errors import ConfigError
-from scopestate.paths import expand_home
 from scopestate.server.server import Server
 from scopestate.signals import SignalPipe
 
@@ -166,7 +165,7 @@ def _announce(server: Server, console: Console, *, as_json: bool) -> None:
             "url": server.url,
             "pid": os.getpid(),
             "config": config.source,
-            "state": describe_adapter(config.adapter),
+            "state": config.adapter.config.described(),
         }
         out(json_of(facts))
         return
@@ -174,26 +173,13 @@ def _announce(server: Server, console: Console, *, as_json: bool) -> None:
     table.add_row("[bold]scopestate[/]", f"[bold green]{server.url}[/]")
     for name, text in (
         ("config", config.source or "none: defaults"),
-        ("state", describe_adapter(config.adapter)),
+        ("state", config.adapter.config.described()),
         ("functions", _count(config)),
         ("access", describe_access(server)),
         ("process", f"{os.getpid()}; Ctrl-C or SIGTERM stops it"),
     ):
         table.add_row(f"[dim]{name}[/]", console.render_str(text, markup=False))
     console.print(table)
-
-
-def describe_adapter(adapter: AdapterConfig) -> str:
-    """Describe where the state is kept."""
-    config = adapter.config
-    if isinstance(config, BridgeConfig):
-        return f"bridge to {config.bridge_url}, {config.events} events"
-    if isinstance(config, RedisConfig):
-        return f"Redis at {config.address}, {config.events} events"
-    if config.store_method == "in_memory":
-        return "in memory: gone when this ends"
-    when = "on each write" if config.durability == "commit" else f"every {config.save_interval_ms} ms"
-    return f"{os.path.realpath(expand_home(config.file_path))}, saved {when}"
 
 
 def describe_access(server: Server) -> str:

@@ -30,7 +30,7 @@ from scopestate.cli.terminal import (
     shown,
     standard_error,
 )
-from scopestate.config import AdapterConfig, BridgeConfig, Config, KvConfig, RedisConfig, load, validate
+from scopestate.config import AdapterConfig, BridgeOptions, Config, KvOptions, RedisOptions, load, validate
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
 from scopestate.paths import expand_home
 from scopestate.persistence.redis.urls import without_credentials
@@ -278,7 +278,7 @@ def _is_elsewhere(where: str) -> bool:
     """Tell whether the state is in another engine or in Redis."""
     if where.startswith((*_ENGINE, *_REDIS)):
         return True
-    return _is_config(where) and isinstance(load(where).adapter.config, (BridgeConfig, RedisConfig))
+    return _is_config(where) and isinstance(load(where).adapter.config, (BridgeOptions, RedisOptions))
 
 
 def _shown(where: str) -> str:
@@ -304,7 +304,7 @@ def _directory(where: str) -> str:
             )
         return expand_home(where)
     config = load(where).adapter.config
-    if not isinstance(config, KvConfig) or config.store_method != "file_based":
+    if not isinstance(config, KvOptions) or config.store_method != "file_based":
         raise ConfigError("this configuration has no file_based store", file=where)
     return config.file_path
 
@@ -314,29 +314,29 @@ def _open_target(target: str, token: str | None, ca_file: str | None) -> FileAda
         return _open_shared(target, token, ca_file)
     from scopestate.opening import open_store  # noqa: PLC0415 - not needed for most commands
 
-    return open_store(KvConfig("file_based", _directory(target)))
+    return open_store(KvOptions("file_based", _directory(target)))
 
 
 def _open_shared(where: str, token: str | None, ca_file: str | None) -> SharedState:
     from scopestate.opening import open_shared  # noqa: PLC0415 - not needed for most commands
 
     if where.startswith(_ENGINE):
-        adapter = AdapterConfig("bridge", BridgeConfig(where, token, ca_file))
+        adapter = AdapterConfig("bridge", BridgeOptions(where, token, ca_file))
     elif where.startswith(_REDIS):
-        adapter = AdapterConfig("redis", RedisConfig(where, tls_ca_file=ca_file))
+        adapter = AdapterConfig("redis", RedisOptions(where, tls_ca_file=ca_file))
         validate(Config(adapter))
     else:
         adapter = load(where).adapter
-    if isinstance(adapter.config, BridgeConfig):
+    if isinstance(adapter.config, BridgeOptions):
         _refuse_if_away(adapter.config)
-    if isinstance(adapter.config, RedisConfig):
+    if isinstance(adapter.config, RedisOptions):
         # Copying publishes no events and reads none.
         options = msgspec.structs.replace(adapter.config, events="local", delivery="each")
         adapter = msgspec.structs.replace(adapter, config=options)
     return open_shared(adapter)
 
 
-def _refuse_if_away(bridge: BridgeConfig) -> None:
+def _refuse_if_away(bridge: BridgeOptions) -> None:
     """Raise NotConnected at once if no engine answers: a bridge would wait for it."""
     if not bridge.tls_verify:
         return  # the commands have no such option

@@ -121,7 +121,7 @@ class Server:
                 f"Server() takes an Engine, not {type(given_engine).__name__}: for a file or a mapping there is "
                 "Server.from_config(...)"
             )
-        engine._parts.backend.refuse_server(self.config.host, self.config.port)
+        engine._parts.config.adapter.config.refuse_server(self.config.host, self.config.port)
         self._owns_engine = owns_engine
         self._follows = config is not None and config is engine._parts.config.server
         self._gate = Gate(self.config)

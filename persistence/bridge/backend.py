@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import ipaddress
 import logging
 import os
 import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Final
-from urllib.parse import urlsplit
+from typing import Any
 
 import msgspec
 
@@ -19,18 +17,17 @@ from scopestate.actors.loop_reply import LoopReply
 from scopestate.actors.ports import Backend
 from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import ScopeActor, Surroundings
-from scopestate.errors import ConfigError, DeserializationError, EngineClosed, ScopestateError, StorageError
+from scopestate.errors import DeserializationError, EngineClosed, ScopestateError, StorageError
 from scopestate.ops.values import parse
 from scopestate.persistence.bridge.calls import Done, read_keyed
+from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.bridge.scope import RemoteChange, RemoteScopeActor
 from scopestate.signals import join, wait_for
 from scopestate.wire.client import Client
 from scopestate.wire.depth import event_depth
-from scopestate.wire.options import DEFAULT_URL, ClientOptions
+from scopestate.wire.options import ClientOptions
 
 log = logging.getLogger("scopestate.persistence.bridge")
-
-_ANYWHERE: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 
 
 class _Event(msgspec.Struct):
@@ -51,21 +48,30 @@ class BridgeBackend(Backend):
     """A connection to another engine, on a thread with an event loop of its own.
 
     It connects in the background: opening one succeeds while the other engine is down, and calls wait for it,
-    `connect_wait_s` at most. Its scopes are called, not loaded and saved: others may change them at the same time.
+    `connect_wait_ms` at most. Its scopes are called, not loaded and saved: others may change them at the same time.
     """
 
-    def __init__(
-        self, url: str = DEFAULT_URL, options: ClientOptions | None = None, *, remote_events: bool = False
-    ) -> None:
-        """`remote_events`: have the other engine report every change. Raises ConfigError: address, token, TLS file."""
-        self.url = url
-        self._remote_events = remote_events
+    def __init__(self, options: BridgeOptions) -> None:
+        """Raises ConfigError: address, token, TLS file."""
+        self.url = options.bridge_url
+        self._remote_events = options.events == "remote"
         self._pid = os.getpid()
         self._closed = False
         self._open = [None]
-        options = options or ClientOptions(name=f"scopestate-bridge:{self._pid}")
         self._refusal = ""
-        self._client = Client(url, options, on_change=self._note_connection, on_trigger_refused=self._note_refusal)
+        self._client = Client(
+            options.bridge_url,
+            ClientOptions(
+                token=options.token,
+                tls_ca_file=options.tls_ca_file,
+                tls_verify=options.tls_verify,
+                connect_wait_s=options.connect_wait_ms / 1000,
+                call_timeout_s=options.call_timeout_ms / 1000,
+                name=f"scopestate-bridge:{self._pid}",
+            ),
+            on_change=self._note_connection,
+            on_trigger_refused=self._note_refusal,
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="scopestate-bridge", daemon=True)
         self._thread.start()
@@ -142,10 +148,6 @@ class BridgeBackend(Backend):
         if why_not is not None:
             return f"the bridge has no connection: {why_not}; calls wait for one"
         return self._refusal or None
-
-    def refuse_server(self, host: str, port: int) -> None:
-        """Raise ConfigError if a server of this very engine would listen where the bridge goes."""
-        refuse_own_server(self.url, host, port)
 
     # ----------------------------------------------------------------------------------------- for export and import
 
@@ -244,34 +246,6 @@ class _Waiter:
         if self._error is not None:
             raise self._error
         return self._result
-
-
-def refuse_own_server(url: str, host: str, port: int) -> None:
-    """Raise ConfigError if `url` is the server that listens at `host` and `port` of this very engine.
-
-    iii's default address of a bridge is the default address of the engine itself, which would forward to itself until
-    time-outs end it (docs/semantics.md, section 8.37).
-    """
-    parts = urlsplit(url)
-    target = parts.hostname or ""
-    if (parts.port or {"ws": 80, "wss": 443}.get(parts.scheme)) != port:
-        return
-    here = _is_loopback(target) and (host in _ANYWHERE or _is_loopback(host))
-    if here or target == host.lower():
-        raise ConfigError(
-            f"bridge_url {url} is the address on which this engine itself listens ({host}:{port}): every call would "
-            "come back to it; name another engine, or let this one listen on another port",
-            key="bridge_url",
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 async def _fire(around: Surroundings, scope: str, key: str, old: bytes | None, new: bytes | None) -> None:

@@ -44,9 +44,9 @@ class RedisAdapter(Backend):
 
         Raises StorageError, which names the address, if there is no connection within `connect_timeout_s`.
         """
-        self.shape = Shape(options.key_prefix, events_kept=options.events_kept)
+        self.shape = Shape(options.key_prefix, events_kept=options.events_kept if options.shares_events else 0)
         self.update_attempts = options.update_attempts
-        self.shares_events = bool(options.events_kept)
+        self.shares_events = options.shares_events
         self.published = 0
         """Number of the newest event that this engine has published."""
         self.latest = 0

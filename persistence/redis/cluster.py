@@ -14,11 +14,12 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from scopestate.errors import NotConnected
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, pack
-from scopestate.persistence.redis.dialling import Server, server
+from scopestate.persistence.redis.dialling import Server
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.lines import Deliver, Lines
 from scopestate.persistence.redis.link import Link
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.urls import RedisAddress
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -42,8 +43,7 @@ class Clustered:
 
     def __init__(self, options: RedisOptions, deliver: Deliver, rows: list[Any]) -> None:
         """`rows`: what the server of the options answered to CLUSTER SLOTS; no slots raise NotConnected."""
-        self._seed = options
-        self._options = msgspec.structs.replace(options, unix_path=None)
+        self._options = options
         self._deliver = deliver
         self._lines: dict[Where, Lines] = {}
         """Of every server that owns slots, or did. They stay: a server may get slots again."""
@@ -57,7 +57,7 @@ class Clustered:
         self._looks = 0
         """How often the servers were asked for the map, with success or not."""
         self._started = self._closed = False
-        self._take(rows, options.host)
+        self._take(rows, options.server.host)
         if not self._slots:
             raise NotConnected(f"Redis at {options.address} is in a cluster in which no server has any slots yet")
 
@@ -75,7 +75,7 @@ class Clustered:
             else:
                 self._started = True
                 return
-        raise NotConnected(f"no server of the cluster at {self._seed.address} can be reached: {'; '.join(problems)}")
+        raise NotConnected(f"no server of the cluster at {self._options.address} can be reached: {'; '.join(problems)}")
 
     def link(self, hash_key: bytes) -> Link:
         return self._slots[key_slot(hash_key)].express
@@ -162,19 +162,18 @@ class Clustered:
     def _look(self, but: Where | None) -> None:
         deadline = time.monotonic() + self._options.connect_timeout_s
         nodes = [where for where in self._nodes if where != but]
-        asked: list[tuple[RedisOptions, Where | tuple[()]]] = [(self._options, where) for where in nodes]
-        asked.append((self._seed, ()))
-        for at, (options, where) in enumerate(asked):
+        asked = [*(_place_of(self._options, where) for where in nodes), None]  # and the one of the options
+        for at, place in enumerate(asked):
             left_s = (deadline - time.monotonic()) / (len(asked) - at)
             try:
-                rows = slots_of(msgspec.structs.replace(options, connect_timeout_s=max(left_s, 0.05)), *where)
+                rows = slots_of(self._options, place, max(left_s, 0.05))
             except NotConnected as error:
                 log.info("the map of the cluster cannot be read: %s", error)
                 continue
             if rows:
                 before = self._owners()
                 with self._lock:
-                    self._take(rows, where[0] if where else options.host)
+                    self._take(rows, (place or self._options.server).host)
                 if set(before) != set(self._owners()):
                     names = ", ".join(lines.target.address for lines in self._owners())
                     log.warning("the slots of the Redis cluster are served by %s now", names)
@@ -216,8 +215,7 @@ class _Node(Server):
     """One server of a cluster."""
 
     def __init__(self, cluster: Clustered, options: RedisOptions, where: Where) -> None:
-        host, port = where
-        super().__init__(server(options, host, port).make, f"{host}:{port}", options)
+        super().__init__(options, _place_of(options, where))
         self._cluster = cluster
         self._where = where
 
@@ -260,20 +258,26 @@ class _Guided(Connection):
         return reply
 
 
-def slots_of(options: RedisOptions, host: str = "", port: int = 0) -> list[Any]:
+def slots_of(options: RedisOptions, place: RedisAddress | None = None, within_s: float | None = None) -> list[Any]:
     """Return what a server answers to CLUSTER SLOTS: rows of first slot, last slot, primary, replicas.
 
     Raises NotConnected, which says why there is no answer.
     """
-    connection = server(options, host, port).dial()
+    connection = Server(options, place, within_s=within_s).dial()
     try:
-        connection.wait_at_most(options.connect_timeout_s)
+        connection.wait_at_most(options.connect_timeout_s if within_s is None else within_s)
         rows: list[Any] = connection.call("CLUSTER", "SLOTS")
     except (Refusal, Broken) as error:
         raise NotConnected(f"Redis at {connection.address} did not say where the slots are: {error}") from error
     finally:
         connection.close()
     return rows
+
+
+def _place_of(options: RedisOptions, where: Where) -> RedisAddress:
+    """Return the address of a server of the cluster: the login is the same everywhere."""
+    host, port = where
+    return msgspec.structs.replace(options.server, host=host, port=port, unix_path=None)
 
 
 def _where(named: list[Any], host: str) -> Where:

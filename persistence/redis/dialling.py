@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from redis.exceptions import TimeoutError as NoAnswer
 from scopestate.errors import NotConnected
 from scopestate.persistence.redis import connection
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.urls import RedisAddress
 
 _LOGIN_REFUSED: Final = (
     "the server refused the login; what it said is left out, since it shows the password: does it know AUTH?"
@@ -31,17 +31,25 @@ _PIECE: Final = 8
 class Server:
     """One server that can be dialled: a `link.Target`. From any thread."""
 
-    def __init__(self, make: Callable[[], AbstractConnection], address: str, options: RedisOptions) -> None:
-        """`make` makes a connection that is not connected yet."""
-        self.make = make
+    def __init__(
+        self,
+        options: RedisOptions,
+        place: RedisAddress | None = None,
+        *,
+        name: str = "",
+        within_s: float | None = None,
+    ) -> None:
+        """`place`: instead of the one that the options name. `name`: for messages. `within_s`: how long it may take."""
         self._options = options
-        self.address = address
+        self._place = options.server if place is None else place
+        self._within_s = options.connect_timeout_s if within_s is None else within_s
+        self.address = name or (options.address if place is None else f"{place.host}:{place.port}")
 
     def dial(self) -> connection.Connection:
-        """Make a connection that is ready for commands. Raises NotConnected, within `connect_timeout_s`."""
+        """Make a connection that is ready for commands. Raises NotConnected, in time."""
         dialled: Any = self.make()
         # The time limits of redis-py are for each step (connect, TLS, each answer); this one is for all of them.
-        overdue = threading.Timer(self._options.connect_timeout_s, lambda: _cut(dialled))
+        overdue = threading.Timer(self._within_s, lambda: _cut(dialled))
         overdue.daemon = True
         overdue.start()
         try:
@@ -54,51 +62,52 @@ class Server:
         finally:
             overdue.cancel()
         problem = f"no connection to Redis at {self.address}: "
-        if _reveals(reason, self._options.password):
+        if _reveals(reason, self._place.password):
             # Not even chained to it: tracebacks show causes.
             raise NotConnected(problem + _LOGIN_REFUSED)
         raise NotConnected(problem + self._why_not(reason, is_late=is_late)) from reason
 
     def _why_not(self, error: Exception, *, is_late: bool) -> str:
         """Return in words why it did not work, with what may be behind it if the error does not say that itself."""
-        unusable = _unusable_file(self._options)
+        unusable = _unusable_file(self._options) if self._place.tls else None
         if unusable is not None:
             return unusable
         if is_late or isinstance(error, NoAnswer):
-            hint = "; does the server speak TLS? If not, write redis://" if self._options.tls else ""
-            return f"no answer within {round(self._options.connect_timeout_s, 2):g} s{hint}"
+            hint = "; does the server speak TLS? If not, write redis://" if self._place.tls else ""
+            return f"no answer within {round(self._within_s, 2):g} s{hint}"
         text = str(error).removesuffix(".")
-        could_have_tls = self._options.unix_path is None and not self._options.tls
+        could_have_tls = self._place.unix_path is None and not self._place.tls
         if could_have_tls and text.startswith(("Error while reading", "Connection closed by server")):
             return f"{text}; does the server want TLS? Then write rediss://"
         return text
 
+    def make(self) -> AbstractConnection:
+        """Make a connection that is not connected yet."""
+        place = self._place
+        common: dict[str, Any] = {
+            "db": place.database or 0,
+            "username": place.username,
+            "password": place.password,
+            "socket_timeout": self._within_s,
+            "socket_connect_timeout": self._within_s,
+            "protocol": 2,
+            "client_name": "scopestate",
+        }
+        # redis-py's classes have no types of their own.
+        if place.unix_path is not None:
+            kind: Any = library.UnixDomainSocketConnection
+            common["path"] = place.unix_path
+        else:
+            kind = library.SSLConnection if place.tls else library.Connection
+            common |= {"host": place.host, "port": place.port, "socket_keepalive": True}
+            if place.tls:
+                common |= tls_options(self._options)
+        made: AbstractConnection = kind(**common)
+        return made
+
     def wrapped(self, dialled: AbstractConnection) -> connection.Connection:
         """Return the connection that is made of a library's."""
         return connection.Connection(dialled, self.address, self._options.call_timeout_s)
-
-
-def server(options: RedisOptions, host: str = "", port: int = 0) -> Server:
-    """Return the server that the options name; or the one at `host` and `port`, reached in the same way."""
-    common: dict[str, Any] = {
-        "db": options.database,
-        "username": options.username,
-        "password": options.password,
-        "socket_timeout": options.connect_timeout_s,
-        "socket_connect_timeout": options.connect_timeout_s,
-        "protocol": 2,
-        "client_name": "scopestate",
-    }
-    # redis-py's classes have no types of their own.
-    if options.unix_path is not None:
-        kind: Any = library.UnixDomainSocketConnection
-        common["path"] = options.unix_path
-    else:
-        kind = library.SSLConnection if options.tls else library.Connection
-        common |= {"host": host or options.host, "port": port or options.port, "socket_keepalive": True}
-        if options.tls:
-            common |= tls_options(options)
-    return Server(lambda: kind(**common), f"{host}:{port}" if host else options.address, options)
 
 
 def traits(opened: connection.Connection) -> dict[bytes, Any]:
@@ -119,10 +128,11 @@ def traits(opened: connection.Connection) -> dict[bytes, Any]:
 
 def tls_options(options: RedisOptions) -> dict[str, Any]:
     """Return what redis-py's TLS connections are told."""
+    files = options.tls_files
     return {
-        "ssl_ca_certs": options.tls_ca_file,
-        "ssl_certfile": options.tls_cert_file,
-        "ssl_keyfile": options.tls_key_file or options.tls_cert_file,
+        "ssl_ca_certs": files["tls_ca_file"],
+        "ssl_certfile": files["tls_cert_file"],
+        "ssl_keyfile": files["tls_key_file"] or files["tls_cert_file"],
         "ssl_cert_reqs": "required" if options.tls_verify else "none",
         "ssl_check_hostname": options.tls_verify,
     }
@@ -142,11 +152,9 @@ def _reveals(error: Exception, password: str | None) -> bool:
 
 def _unusable_file(options: RedisOptions) -> str | None:
     """Return which of the files for TLS cannot be used, and why; the library names none."""
-    if not options.tls:
-        return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    files = [(name, getattr(options, name)) for name in ("tls_ca_file", "tls_cert_file", "tls_key_file")]
-    for name, path in files:
+    files = options.tls_files
+    for name, path in files.items():
         if path is not None:
             try:
                 with open(path, "rb"):
@@ -155,8 +163,8 @@ def _unusable_file(options: RedisOptions) -> str | None:
                     context.load_verify_locations(path)
                 elif name == "tls_cert_file" and options.tls_key_file is None:
                     context.load_cert_chain(path, password="")
-                elif name == "tls_key_file" and options.tls_cert_file is not None:
-                    context.load_cert_chain(options.tls_cert_file, path, password="")
+                elif name == "tls_key_file" and files["tls_cert_file"] is not None:
+                    context.load_cert_chain(files["tls_cert_file"], path, password="")
             except (OSError, ValueError) as error:
                 return f"`{name}` {path} cannot be used: {getattr(error, 'strerror', None) or error}"
     return None

@@ -12,9 +12,10 @@ import msgspec
 
 from scopestate.errors import NotConnected
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
-from scopestate.persistence.redis.dialling import Server, server, traits
+from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.lines import Deliver, Single
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.urls import RedisAddress
 from scopestate.signals import join
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -68,10 +69,10 @@ class Primary(Server):
     """
 
     def __init__(self, options: RedisOptions, fail_overs: FailOvers) -> None:
-        names = ", ".join(f"{host}:{port}" for host, port in options.sentinels)
-        super().__init__(server(options).make, f"service {options.sentinel_service!r} of Sentinels {names}", options)
+        names = ", ".join(f"{host}:{port}" for host, port in options.sentinel_addresses)
+        super().__init__(options, name=f"service {options.sentinel_service!r} of Sentinels {names}")
         self._service = options.sentinel_service
-        self._sentinels = options.sentinels
+        self._sentinels = options.sentinel_addresses
         """As configured, but the one that was right last comes first."""
         self._fail_overs = fail_overs
         self._lock = threading.Lock()
@@ -122,16 +123,12 @@ class Primary(Server):
 
         Raises NotConnected, and Behind if others have known of a later fail-over.
         """
-        options = msgspec.structs.replace(
-            self._options,
-            username=self._options.sentinel_username,
-            password=self._options.sentinel_password,
-            database=0,
-            connect_timeout_s=max(patience_s, _LEAST_S),
-        )
-        connection = server(options, *sentinel).dial()
+        options, within_s = self._options, max(patience_s, _LEAST_S)
+        host, port = sentinel
+        place = RedisAddress(host, port, None, options.server.tls, options.sentinel_username, options.sentinel_password)
+        connection = Server(options, place, within_s=within_s).dial()
         try:
-            connection.wait_at_most(options.connect_timeout_s)
+            connection.wait_at_most(within_s)
             epoch = _epoch_of(connection, self._service)  # first: so the name is not older than the number
             found = connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
         except (Refusal, Broken) as error:
@@ -154,9 +151,11 @@ class Primary(Server):
 
     def _connect(self, named: Where, patience_s: float) -> Connection:
         """Connect to the server that a Sentinel named, if that is a primary. Raises NotConnected."""
-        options = msgspec.structs.replace(self._options, connect_timeout_s=max(patience_s, _LEAST_S))
-        connection = server(options, *named).dial()
-        connection.wait_at_most(options.connect_timeout_s)
+        within_s = max(patience_s, _LEAST_S)
+        host, port = named
+        place = msgspec.structs.replace(self._options.server, host=host, port=port)
+        connection = Server(self._options, place, within_s=within_s).dial()
+        connection.wait_at_most(within_s)
         role = traits(connection).get(b"role", b"master")
         if role != b"master":
             connection.close()
@@ -178,7 +177,7 @@ class Watched(Single):
         super().__init__(self._primary, options, deliver, fails_over=True)
         self._visited = Primary(options, self._fail_overs)
         """For whoever makes connections of his own, and may wait in them for something that comes no more."""
-        self._sentinels = options.sentinels
+        self._sentinels = options.sentinel_addresses
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 

@@ -9,7 +9,7 @@ import msgspec
 
 from scopestate.errors import ConfigError, NotConnected
 from scopestate.persistence.redis.cluster import Clustered, slots_of
-from scopestate.persistence.redis.dialling import Server, server, traits
+from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.lines import Deliver, Single
 from scopestate.persistence.redis.link import Link
 from scopestate.persistence.redis.options import RedisOptions
@@ -64,13 +64,13 @@ def find_servers(options: RedisOptions, deliver: Deliver) -> Servers:
     elif mode == b"sentinel":
         raise NotConnected(f"Redis at {options.address} is a Sentinel and keeps no data; name it in `sentinels`")
     elif mode == b"cluster":
-        if options.database:
+        if options.server.database:
             raise ConfigError(_NO_DATABASES.format(address=options.address), key="adapter.config.database")
-        if options.events_kept:
+        if options.shares_events:
             raise ConfigError(_NO_EVENTS.format(address=options.address), key="adapter.config.events")
         servers = Clustered(options, deliver, slots_of(options))
     else:
-        servers = Single(server(options), options, deliver)
+        servers = Single(Server(options), options, deliver)
     try:
         servers.connect()
     except BaseException:
@@ -82,7 +82,8 @@ def find_servers(options: RedisOptions, deliver: Deliver) -> Servers:
 def _mode_of(options: RedisOptions) -> bytes:
     """Return what the server says it is: b"standalone", b"cluster" or b"sentinel"; b"" if it does not say."""
     # Of a cluster no other database can be chosen, and the error of that would not say why.
-    connection = server(msgspec.structs.replace(options, database=0)).dial()
+    place = msgspec.structs.replace(options.server, database=0)
+    connection = Server(options, place, name=options.address).dial()
     try:
         connection.wait_at_most(options.connect_timeout_s)
         return bytes(traits(connection).get(b"mode", b""))

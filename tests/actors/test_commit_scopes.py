@@ -13,14 +13,14 @@ from scopestate import Engine
 from scopestate.actors.commit import CommitScopeActor, TakeBatch
 from scopestate.actors.control import Passivate
 from scopestate.actors.reply import Envelope, Reply, deliver
-from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig
+from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig
 from scopestate.errors import EngineClosed, Overloaded, StorageError
 from scopestate.ops import turns
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
-    kv = KvConfig("file_based", str(tmp_path / "store"), 3_600_000, "commit")
+    kv = KvOptions("file_based", str(tmp_path / "store"), 3_600_000, "commit")
     with Engine(Config(AdapterConfig("kv", kv), limits=LimitsConfig(scope_mailbox=5))) as engine:
         yield engine
 

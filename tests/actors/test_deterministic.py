@@ -9,7 +9,7 @@ import pytest
 
 from scopestate import Engine, StateEvent
 from scopestate.actors.deterministic import DeterministicDispatcher
-from scopestate.config import AdapterConfig, Config, KvConfig, ScopeRule
+from scopestate.config import AdapterConfig, Config, KvOptions, ScopeRule
 from scopestate.errors import ReplyTimeout, WouldDeadlock
 from scopestate.ops import messages
 from scopestate.persistence import ScopeChange, ScopeState, Store
@@ -181,7 +181,7 @@ def test_timers_ring_in_the_order_in_which_they_are_due() -> None:
 def test_saves_come_on_the_virtual_interval() -> None:
     dispatcher = DeterministicDispatcher(1, switch=0, busy=0)
     adapter = OneDictAdapter(dispatcher)
-    config = Config(AdapterConfig("kv", KvConfig(save_interval_ms=5000)))
+    config = Config(AdapterConfig("kv", KvOptions(save_interval_ms=5000)))
     with Engine(config, adapter=adapter, dispatcher=dispatcher, handle_sigterm=False) as engine:
         engine.set("s", "k", 1)
         dispatcher.advance(4.9)

@@ -13,7 +13,7 @@ from scopestate import Engine
 from scopestate.actors import housekeeping
 from scopestate.actors.control import Passivate
 from scopestate.actors.deterministic import DeterministicDispatcher
-from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig, ScopeRule
+from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, ScopeRule
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter
 
@@ -32,9 +32,9 @@ def open_engine(dispatcher: DeterministicDispatcher, tmp_path: Path) -> Iterator
     opened: list[Engine] = []
 
     def open_(durability: str = "interval", limits: LimitsConfig | None = None, adapter: object = None) -> Engine:
-        kv = KvConfig()
+        kv = KvOptions()
         if durability != "memory":
-            kv = KvConfig("file_based", str(tmp_path / "store"), 1000, durability)  # type: ignore[arg-type]
+            kv = KvOptions("file_based", str(tmp_path / "store"), 1000, durability)  # type: ignore[arg-type]
         config = Config(
             AdapterConfig("kv", kv),
             scopes=(ScopeRule("memory", name="never saved"),),

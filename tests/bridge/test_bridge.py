@@ -13,7 +13,7 @@ from second_engine import PATIENCE_S, OpenBridge, RemoteProcess, Seen, bridge_co
 
 from scopestate import Engine, messages
 from scopestate.actors.control import Passivate
-from scopestate.config import from_mapping, loads
+from scopestate.config import BridgeOptions, from_mapping, loads
 from scopestate.errors import (
     ConfigError,
     DeserializationError,
@@ -24,7 +24,6 @@ from scopestate.errors import (
     StorageError,
     ValueTooLarge,
 )
-from scopestate.persistence.bridge.backend import refuse_own_server
 from scopestate.server.server import Server
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -480,10 +479,10 @@ def test_a_wrong_option_is_an_error_that_names_its_line(option: str, problem: st
 )
 def test_a_bridge_to_the_engines_own_server_is_refused(url: str, host: str, port: int, itself: bool) -> None:
     if not itself:
-        refuse_own_server(url, host, port)
+        BridgeOptions(url).refuse_server(host, port)
         return
     with pytest.raises(ConfigError, match="every call would come back to it"):
-        refuse_own_server(url, host, port)
+        BridgeOptions(url).refuse_server(host, port)
 
 
 def test_a_server_whose_engine_is_a_bridge_to_it_does_not_start() -> None:

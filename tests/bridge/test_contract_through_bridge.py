@@ -13,6 +13,7 @@ import pytest
 from conformance import same
 from second_engine import OpenBridge, RemoteProcess
 
+from scopestate.config import BridgeOptions
 from scopestate.errors import MessageTooLarge, StorageError
 from scopestate.persistence.bridge.backend import BridgeBackend
 
@@ -135,7 +136,7 @@ def test_thousands_of_scopes_are_listed(stored_remote: RemoteProcess, open_bridg
 
 
 def test_the_backend_by_itself(stored_remote: RemoteProcess) -> None:
-    backend = BridgeBackend(stored_remote.url)
+    backend = BridgeBackend(BridgeOptions(stored_remote.url))
     backend.write({"by itself": {"a": b"1", "b": b"null"}})
     backend.write({"by itself": {"a": None}})
 

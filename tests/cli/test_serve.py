@@ -17,8 +17,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from scopestate import Engine
-from scopestate.cli.serve import StatusLine, describe_adapter
-from scopestate.config import AdapterConfig, BridgeConfig, KvConfig
+from scopestate.cli.serve import StatusLine
+from scopestate.config import AdapterConfig, BridgeOptions, KvOptions
 from scopestate.server.server import Server
 
 
@@ -228,9 +228,9 @@ def test_the_status_line_says_what_is_not_saved_yet(cli: Run, tmp_path: Path) ->
     ("adapter", "words"),
     [
         (AdapterConfig("kv"), "in memory: gone when this ends"),
-        (AdapterConfig("kv", KvConfig("file_based", "/data", durability="commit")), "/data, saved on each write"),
-        (AdapterConfig("bridge", BridgeConfig("ws://far:1", token="s3cret")), "bridge to ws://far:1, local events"),
+        (AdapterConfig("kv", KvOptions("file_based", "/data", durability="commit")), "/data, saved on each write"),
+        (AdapterConfig("bridge", BridgeOptions("ws://far:1", token="s3cret")), "bridge to ws://far:1, local events"),
     ],
 )
 def test_where_the_state_is_in_words(adapter: Any, words: str) -> None:
-    assert describe_adapter(adapter) == words
+    assert adapter.config.described() == words

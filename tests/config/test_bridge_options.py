@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scopestate.config import BridgeConfig, Config, ServerConfig, check, load, validate
+from scopestate.config import BridgeOptions, Config, ServerConfig, check, load, validate
 from scopestate.errors import ConfigError
 
 AT = "workers[0].config.adapter.config"
@@ -25,13 +25,13 @@ def test_the_options_are_taken(tmp_path: Path) -> None:
     adapter = load(file).adapter
 
     assert adapter.name == "bridge"
-    assert adapter.config == BridgeConfig("ws://far:1", "secret", connect_wait_ms=7, events="remote")
+    assert adapter.config == BridgeOptions("ws://far:1", "secret", connect_wait_ms=7, events="remote")
 
 
 def test_the_token_is_not_shown_and_a_missing_one_is() -> None:
-    assert "secret" not in repr(BridgeConfig(token="secret"))
-    assert "token='***'" in repr(BridgeConfig(token="secret"))
-    assert "token=None" in repr(BridgeConfig())
+    assert "secret" not in repr(BridgeOptions(token="secret"))
+    assert "token='***'" in repr(BridgeOptions(token="secret"))
+    assert "token=None" in repr(BridgeOptions())
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from scopestate import config
-from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig, ScopeRule, TriggerConfig
+from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, ScopeRule, TriggerConfig
 from scopestate.errors import ConfigError
 
-IN_MEMORY = AdapterConfig("kv", KvConfig())
+IN_MEMORY = AdapterConfig("kv", KvOptions())
 
 FULL = """\
 workers:
@@ -52,7 +52,7 @@ def test_a_full_file_gives_every_field() -> None:
 
     assert loaded.adapter == AdapterConfig(
         "kv",
-        KvConfig(store_method="file_based", file_path="./data/state_store", save_interval_ms=250, durability="commit"),
+        KvOptions(store_method="file_based", file_path="./data/state_store", save_interval_ms=250, durability="commit"),
     )
     assert {name: (ref.target, ref.callable) for name, ref in loaded.functions.items()} == {
         "app::parse": ("json:loads", json.loads),
@@ -98,13 +98,13 @@ INSTALL_SNIPPET = """\
 
 def test_the_references_sample_pasted_alone_loads() -> None:
     assert config.loads(SAMPLE).adapter == AdapterConfig(
-        "kv", KvConfig(store_method="file_based", file_path="./data/state_store", save_interval_ms=5000)
+        "kv", KvOptions(store_method="file_based", file_path="./data/state_store", save_interval_ms=5000)
     )
 
 
 def test_the_references_install_snippet_pasted_alone_loads() -> None:
     assert config.loads(INSTALL_SNIPPET).adapter == AdapterConfig(
-        "kv", KvConfig(store_method="file_based", file_path="./data/state_store.db")
+        "kv", KvOptions(store_method="file_based", file_path="./data/state_store.db")
     )
 
 
@@ -269,7 +269,7 @@ class TestDefaultFile:
         loaded = config.load(config.DEFAULT_FILE)
 
         assert loaded == Config(
-            adapter=AdapterConfig("kv", KvConfig(store_method="file_based", file_path="./data/state_store")),
+            adapter=AdapterConfig("kv", KvOptions(store_method="file_based", file_path="./data/state_store")),
             source=str(config.DEFAULT_FILE),
         )
         assert config.check(config.DEFAULT_FILE) == []
@@ -279,7 +279,7 @@ class TestDefaultFile:
         shown = dict(re.findall(r"^ +# (\w+): (\S+)$", text, flags=re.MULTILINE))
         shown_set = dict(re.findall(r"^ +(\w+): (\S+)$", text, flags=re.MULTILINE))
 
-        for default in (KvConfig(), LimitsConfig()):
+        for default in (KvOptions(), LimitsConfig()):
             for name in default.__struct_fields__:
                 if name not in ("store_method", "file_path"):
                     assert shown.get(name) == str(getattr(default, name)), name

@@ -15,9 +15,9 @@ from scopestate.config import (
     AdapterConfig,
     Config,
     FunctionRef,
-    KvConfig,
+    KvOptions,
     LimitsConfig,
-    RedisConfig,
+    RedisOptions,
     ScopeRule,
     TriggerConfig,
 )
@@ -474,11 +474,11 @@ class TestFromMapping:
 @pytest.mark.parametrize(
     ("built", "key"),
     [
-        (Config(adapter=AdapterConfig("kv", KvConfig(save_interval_ms=0))), f"{AT}.save_interval_ms"),
+        (Config(adapter=AdapterConfig("kv", KvOptions(save_interval_ms=0))), f"{AT}.save_interval_ms"),
         (Config(adapter=AdapterConfig("etcd")), "workers[0].config.adapter.name"),  # type: ignore[arg-type]
         (Config(adapter=AdapterConfig("redis")), f"{AT}.store_method"),
-        (Config(adapter=AdapterConfig("redis", RedisConfig(group=""))), f"{AT}.group"),
-        (Config(adapter=AdapterConfig("redis", RedisConfig(sentinels=("a", "b:c")))), f"{AT}.sentinels[1]"),
+        (Config(adapter=AdapterConfig("redis", RedisOptions(group=""))), f"{AT}.group"),
+        (Config(adapter=AdapterConfig("redis", RedisOptions(sentinels=("a", "b:c")))), f"{AT}.sentinels[1]"),
         (Config(limits=LimitsConfig(handler_attempts=0)), "limits.handler_attempts"),
         (Config(scopes=(ScopeRule("commit"),)), "scopes[0]"),
         (Config(triggers=(TriggerConfig(5),)), "triggers[0].function_id"),  # type: ignore[arg-type]

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scopestate import config
-from scopestate.config import AdapterConfig, RedisConfig
+from scopestate.config import AdapterConfig, RedisOptions
 from scopestate.config.documents import read_text
-from scopestate.config.redis_options import server_address
 from scopestate.errors import ConfigError
 from scopestate.persistence.redis.urls import (
     RedisAddress,
@@ -51,11 +50,11 @@ ONLY_DB = "and only `db` is read there; the other options are fields beside `red
 NO_SENTINELS = "there are no `sentinels`; name them, or remove this"
 
 
-def redis_of(options: str) -> RedisConfig:
+def redis_of(options: str) -> RedisOptions:
     """Load a file whose redis adapter has these lines as its `config`."""
     loaded = config.loads(REDIS + textwrap.indent(textwrap.dedent(options), " " * 8), file="engine.yaml").adapter
     assert loaded.name == "redis"
-    assert isinstance(loaded.config, RedisConfig)
+    assert isinstance(loaded.config, RedisOptions)
     return loaded.config
 
 
@@ -95,7 +94,7 @@ class TestFile:
             group: g
             claim_after_ms: 100
             """
-        ) == RedisConfig(
+        ) == RedisOptions(
             redis_url="rediss://far:6380/1",
             username="me",
             password="s3cret",
@@ -125,8 +124,8 @@ class TestFile:
     def test_left_out_it_is_the_redis_of_this_machine_in_the_layout_of_iii(self, rest: str) -> None:
         adapter = config.loads(f"- name: iii-state\n  config: {{adapter: {{name: redis{rest}}}}}").adapter
 
-        assert adapter == AdapterConfig("redis", RedisConfig())
-        assert isinstance(adapter.config, RedisConfig)
+        assert adapter == AdapterConfig("redis", RedisOptions())
+        assert isinstance(adapter.config, RedisOptions)
         assert adapter.config.address == "redis://localhost:6379"
         assert adapter.config.key_prefix == "state:"
 
@@ -148,12 +147,12 @@ class TestFile:
         assert lines is not None
         block = textwrap.indent(re.sub(r"^      # ", "", lines[0], flags=re.MULTILINE), "  ")
 
-        assert config.loads(f"-\n{block}").adapter == AdapterConfig("redis", RedisConfig())
+        assert config.loads(f"-\n{block}").adapter == AdapterConfig("redis", RedisOptions())
         shown = re.findall(r"^ +(\w+):", block, flags=re.MULTILINE)
-        assert shown == ["adapter", "name", "config", *RedisConfig.__struct_fields__]
+        assert shown == ["adapter", "name", "config", *RedisOptions.__struct_fields__]
 
     def test_a_config_that_was_built_may_hold_what_a_file_may(self) -> None:
-        built = RedisConfig("rediss://h", sentinels=("a:1", "b"), tls_verify=False, sentinel_password="p", database=0)
+        built = RedisOptions("rediss://h", sentinels=("a:1", "b"), tls_verify=False, sentinel_password="p", database=0)
 
         config.validate(config.Config(adapter=AdapterConfig("redis", built)))
 
@@ -428,7 +427,7 @@ def test_a_password_that_is_no_text_is_not_shown(key: str, number: str) -> None:
     assert mistakes_of(f"{key}: {number}") == [
         (7, f"{AT}.{key}", "expected a string; put it in quotes (it is not shown here)")
     ]
-    assert redis_of(f"{{{key}: '{number}', sentinels: [one]}}") == RedisConfig(sentinels=("one",), **{key: number})
+    assert redis_of(f"{{{key}: '{number}', sentinels: [one]}}") == RedisOptions(sentinels=("one",), **{key: number})
 
 
 def test_the_address_as_the_name_of_the_adapter_shows_no_password() -> None:
@@ -491,10 +490,10 @@ class TestAddress:
     def test_a_field_goes_before_the_same_part_of_the_address(self) -> None:
         url = "rediss://a:b@far:1/2"
 
-        assert server_address(RedisConfig(url)) == RedisAddress("far", 1, None, True, "a", "b", 2)
-        assert server_address(RedisConfig(url, username="me")) == RedisAddress("far", 1, None, True, "me", "b", 2)
-        assert server_address(RedisConfig(url, password="pw")) == RedisAddress("far", 1, None, True, "a", "pw", 2)
-        assert server_address(RedisConfig(url, database=0)) == RedisAddress("far", 1, None, True, "a", "b", 0)
+        assert RedisOptions(url).server == RedisAddress("far", 1, None, True, "a", "b", 2)
+        assert RedisOptions(url, username="me").server == RedisAddress("far", 1, None, True, "me", "b", 2)
+        assert RedisOptions(url, password="pw").server == RedisAddress("far", 1, None, True, "a", "pw", 2)
+        assert RedisOptions(url, database=0).server == RedisAddress("far", 1, None, True, "a", "b", 0)
         assert redis_of(f"redis_url: {url}\ndatabase: 3").database == 3
 
     def test_its_repr_masks_the_password(self) -> None:
@@ -508,20 +507,20 @@ class TestWhatIsShown:
     @pytest.mark.parametrize(
         ("options", "shown"),
         [
-            (RedisConfig(), "redis://localhost:6379"),
-            (RedisConfig("redis://me:pw@far/2"), "redis://far:6379/2"),
-            (RedisConfig("redis://far/2", database=0), "redis://far:6379/0"),
-            (RedisConfig("rediss://:pw@[::1]:7"), "rediss://[::1]:7"),
-            (RedisConfig("unix://me:pw@/run/r.sock"), "unix:///run/r.sock"),
-            (RedisConfig("unix:///run/r.sock?db=3"), "unix:///run/r.sock?db=3"),
-            (RedisConfig(sentinels=("one:1", "two")), "'mymaster' of the Sentinels one:1, two"),
-            (RedisConfig(sentinels=(":pw@one:1",)), "'mymaster' of the Sentinels ***"),
+            (RedisOptions(), "redis://localhost:6379"),
+            (RedisOptions("redis://me:pw@far/2"), "redis://far:6379/2"),
+            (RedisOptions("redis://far/2", database=0), "redis://far:6379/0"),
+            (RedisOptions("rediss://:pw@[::1]:7"), "rediss://[::1]:7"),
+            (RedisOptions("unix://me:pw@/run/r.sock"), "unix:///run/r.sock"),
+            (RedisOptions("unix:///run/r.sock?db=3"), "unix:///run/r.sock?db=3"),
+            (RedisOptions(sentinels=("one:1", "two")), "'mymaster' of the Sentinels one:1, two"),
+            (RedisOptions(sentinels=(":pw@one:1",)), "'mymaster' of the Sentinels ***"),
             # Addresses that are none have no part that could safely be shown.
-            (RedisConfig("redis://:pw"), "redis://***"),
-            (RedisConfig("pw@far"), "***"),
+            (RedisOptions("redis://:pw"), "redis://***"),
+            (RedisOptions("pw@far"), "***"),
         ],
     )
-    def test_the_address_for_messages_has_no_credentials(self, options: RedisConfig, shown: str) -> None:
+    def test_the_address_for_messages_has_no_credentials(self, options: RedisOptions, shown: str) -> None:
         assert options.address == shown
 
     @pytest.mark.parametrize(
@@ -537,11 +536,13 @@ class TestWhatIsShown:
         ],
     )
     def test_the_repr_masks_the_password_of_the_address(self, url: str, shown: str) -> None:
-        assert f"redis_url={shown!r}, " in repr(RedisConfig(url))
-        assert SECRET not in repr(AdapterConfig("redis", RedisConfig(url)))
+        assert f"redis_url={shown!r}, " in repr(RedisOptions(url))
+        assert SECRET not in repr(AdapterConfig("redis", RedisOptions(url)))
 
     def test_the_repr_masks_every_password_and_shows_the_rest(self, caplog: pytest.LogCaptureFixture) -> None:
-        options = RedisConfig(password=SECRET, sentinel_password=SECRET, sentinels=(f":{SECRET}@one", "two"), group="g")
+        options = RedisOptions(
+            password=SECRET, sentinel_password=SECRET, sentinels=(f":{SECRET}@one", "two"), group="g"
+        )
 
         with caplog.at_level(logging.INFO):
             logging.getLogger("scopestate.test").info("%s %r", options, options)
@@ -551,4 +552,4 @@ class TestWhatIsShown:
         assert "sentinel_password='***'" in repr(options)
         assert "sentinels=('***', 'two')" in repr(options)
         assert "group='g'" in repr(options)
-        assert "password=None" in repr(RedisConfig())
+        assert "password=None" in repr(RedisOptions())

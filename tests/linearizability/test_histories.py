@@ -19,7 +19,7 @@ from reliability.figures import record
 
 from scopestate import Engine
 from scopestate.actors.control import Passivate
-from scopestate.config import Config, KvConfig, from_mapping
+from scopestate.config import Config, KvOptions, from_mapping
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter, ScopeChange
 
@@ -62,7 +62,7 @@ def file_interval(directory: Path) -> Engine:
 
 def file_commit(directory: Path) -> Engine:
     plain = config(directory)
-    kv = KvConfig("file_based", str(directory), 1, "commit")
+    kv = KvOptions("file_based", str(directory), 1, "commit")
     return Engine(Config(type(plain.adapter)("kv", kv), limits=plain.limits))
 
 
@@ -184,7 +184,7 @@ class Flaky(FileAdapter):
 
 def test_a_write_whose_commit_failed_never_was(tmp_path: Path, switch_interval: float) -> None:
     adapter = Flaky(tmp_path / "store")
-    kv = KvConfig("file_based", str(tmp_path / "store"), 1, "commit")
+    kv = KvOptions("file_based", str(tmp_path / "store"), 1, "commit")
     plain = config(tmp_path)
     with Engine(Config(type(plain.adapter)("kv", kv)), adapter=adapter) as engine:
         history = record_history(engine, threads=4, tasks=4, calls=60, seed=random.randrange(10**9))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from scopestate import Engine
-from scopestate.config import KvConfig, load
+from scopestate.config import KvOptions, load
 from scopestate.errors import ConfigError, StorageError, StoreLocked, StoreUnusable
 from scopestate.paths import expand_home
 from scopestate.persistence import FileAdapter, ScopeChange
@@ -104,7 +104,7 @@ def test_a_tilde_is_the_home_directory_in_every_path_of_a_configuration(
     with Engine.from_config("~/engine.yaml") as engine:
         engine.set("s", "k", 1)
 
-    assert load("~/engine.yaml").adapter.config == KvConfig("file_based", "~/data")
+    assert load("~/engine.yaml").adapter.config == KvOptions("file_based", "~/data")
     assert (home / "data" / "state.db").is_file()
     with StoreReader("~/data") as reader:
         assert reader.scopes() == ["s"]

@@ -392,7 +392,7 @@ def test_of_many_who_lose_their_server_one_asks_for_the_map_though_nobody_answer
     asked: list[tuple[Any, ...]] = []
     answer = threading.Event()
 
-    def ask(_: RedisOptions, *where: Any) -> list[Any]:
+    def ask(options: RedisOptions, *where: Any) -> list[Any]:
         asked.append(where)
         assert answer.wait(20.0)
         raise NotConnected("nobody is there")

@@ -15,7 +15,7 @@ from opening import config_at, open_at
 from servers import BINARIES, VALKEY, Binary, Sentinel, Server, StartServer
 
 from scopestate import Engine
-from scopestate.config import RedisConfig
+from scopestate.config import RedisOptions
 from scopestate.errors import StorageError
 
 
@@ -239,7 +239,7 @@ def test_a_server_that_does_not_answer_is_given_up_in_time(start_server: StartSe
     text = _refusal(server.url_for(password="sesame-7"), 2.5, connect_timeout_ms=700)
 
     assert f"redis://{HOST}:{server.port}: no answer within 0.7 s" in text
-    assert RedisConfig().connect_timeout_ms == 5000
+    assert RedisOptions().connect_timeout_ms == 5000
 
 
 def test_somebody_who_answers_and_is_no_redis() -> None:

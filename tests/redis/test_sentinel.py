@@ -14,8 +14,9 @@ from servers import VALKEY, Binary, Sentinel, SentinelSetup, Server, StartServer
 
 from scopestate import Engine
 from scopestate.errors import StorageError
-from scopestate.persistence.redis.dialling import server
+from scopestate.persistence.redis.dialling import Server as OneServer
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.urls import RedisAddress
 
 URL = "redis://localhost"
 SCOPES = ("a", "b", "c", "d")
@@ -237,7 +238,7 @@ def test_a_connection_that_was_made_to_the_old_primary_too_late_is_cut_too(start
         _fail_over_to(new, leader)
         until(before.is_stale, "a connection that is cut")
 
-        late = server(RedisOptions(), *old.address).dial()
+        late = OneServer(RedisOptions(), RedisAddress(*old.address)).dial()
         visited._dialled.add(late)
 
         until(late.is_stale, "a second one that is cut")

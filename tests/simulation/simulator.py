@@ -17,7 +17,7 @@ from scopestate.actors.commit import CommitScopeActor
 from scopestate.actors.control import Passivate
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.scope import ScopeActor
-from scopestate.config import AdapterConfig, Config, KvConfig, LimitsConfig, ScopeRule
+from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, ScopeRule
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.opening import durability_of
 from tests.simulation.clients import SCOPES, Client
@@ -77,7 +77,7 @@ class Life:
         draw = self._world.random
         self.model.attempts = draw.choice((1, 2))
         return Config(
-            AdapterConfig("kv", KvConfig(save_interval_ms=int(self.interval_s * 1000))),
+            AdapterConfig("kv", KvOptions(save_interval_ms=int(self.interval_s * 1000))),
             scopes=RULES,
             limits=LimitsConfig(
                 scope_mailbox=draw.choice((3, 10_000)),
@@ -95,7 +95,7 @@ class Life:
         self.interval_s = draw.choice((0.1, 0.2, 1.0))
         self.longest_interval_s = max(self.longest_interval_s, self.interval_s)
         limits = msgspec.structs.replace(self.config.limits, scope_mailbox=draw.choice((2, 5, 10_000)))
-        kv = KvConfig(save_interval_ms=int(self.interval_s * 1000))
+        kv = KvOptions(save_interval_ms=int(self.interval_s * 1000))
         self.config = Config(AdapterConfig("kv", kv), scopes=RULES, limits=limits)
         self.note(lambda: f"reload: saving every {self.interval_s} s, {limits.scope_mailbox} messages per scope")
         self.engine.reconfigure(self.config)

@@ -1,0 +1,81 @@
+"""What a bridge is told. Imports neither asyncio nor a WebSocket library."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from typing import Final, Literal
+from urllib.parse import urlsplit
+
+from scopestate.errors import ConfigError
+from scopestate.persistence.options import Mistake, Options, Wait
+from scopestate.wire.options import DEFAULT_URL, checked_token, checked_url
+
+_ANYWHERE: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
+
+
+class BridgeOptions(Options, frozen=True):
+    """`adapter: {name: bridge, config: ...}`: every scope lives in another engine. A reload changes none of it."""
+
+    bridge_url: str = DEFAULT_URL
+    """Address of the other engine, `ws://` or `wss://`."""
+    token: str | None = None
+    """Bearer token, best as `${VARIABLE}`; never logged."""
+    tls_ca_file: str | None = None
+    """PEM file of the authorities to trust for `wss://`; left out: the system's."""
+    tls_verify: bool = True
+    """`false`: accept any certificate, so any server may be at the other end."""
+    connect_wait_ms: Wait = 5_000
+    """How long a call waits for a connection before it fails with nothing sent."""
+    call_timeout_ms: Wait = 20_000
+    """How long a call waits for the answer once it was sent."""
+    events: Literal["local", "remote"] = "local"
+    """`local`: triggers hear of what goes through this engine. `remote`: of every change, also those made elsewhere."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what types alone do not tell."""
+        try:
+            checked_url(self.bridge_url)
+        except ConfigError as error:
+            yield Mistake("bridge_url", error.problem)
+        try:
+            checked_token(self.token)
+        except ConfigError as error:
+            yield Mistake("token", error.problem)
+
+    def refuse_server(self, host: str, port: int) -> None:
+        """Raise ConfigError if a server of this very engine would listen where the bridge goes.
+
+        iii's default address of a bridge is the default address of the engine itself, which would forward to itself
+        until time-outs end it (docs/semantics.md, section 8.37).
+        """
+        parts = urlsplit(self.bridge_url)
+        target = parts.hostname or ""
+        if (parts.port or {"ws": 80, "wss": 443}.get(parts.scheme)) != port:
+            return
+        here = _is_loopback(target) and (host in _ANYWHERE or _is_loopback(host))
+        if here or target == host.lower():
+            raise ConfigError(
+                f"bridge_url {self.bridge_url} is the address on which this engine itself listens ({host}:{port}): "
+                "every call would come back to it; name another engine, or let this one listen on another port",
+                key="bridge_url",
+            )
+
+    def described(self) -> str:
+        """Describe where the state is kept."""
+        return f"bridge to {self.bridge_url}, {self.events} events"
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__}
+        if self.token is not None:
+            shown["token"] = "***"  # noqa: S105 - what stands for one
+        return f"BridgeOptions({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _is_loopback(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
