@@ -5,10 +5,10 @@
 """
 
 from scopestate.actors.handler import HandlerActor
-from scopestate.actors.router import TriggerRouter
+from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import SnapshotActor
 from scopestate.actors.turn import TurnActor
 from scopestate.ops import messages
 
-__all__ = ["HandlerActor", "ScopeActor", "SnapshotActor", "TriggerRouter", "TurnActor", "messages"]
+__all__ = ["EventRouter", "HandlerActor", "ScopeActor", "SnapshotActor", "TurnActor", "messages"]

@@ -15,7 +15,6 @@ from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.turn import WAIT
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.ops import messages, turns
-from scopestate.signals import certainly
 
 Outcome = tuple[ReplyTo, Any, BaseException | None]
 """A reply with its value or its error, ready to deliver."""
@@ -205,12 +204,7 @@ class CommitScopeActor(ScopeActor):
         if not self._dirty and not self._waiting:
             self._unsettled = False
         # Events before answers: who has the answer may call drain() and count on the event.
-        outbox = self._router._mailbox
-        outbox += batch.events
-        try:
-            self._router.wake()
-        except MemoryError:
-            certainly(self._router.wake_anyway)
+        self._router.publish(batch.events)
         return outcomes
 
     def _roll_back(self, batch: Batch, error: StorageError) -> list[Outcome]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
@@ -13,11 +13,7 @@ from scopestate.actors.reply import Reply
 from scopestate.actors.scope import ScopeActor
 from scopestate.errors import DeserializationError
 from scopestate.ops import turns
-from scopestate.ops.results import EventType, StateEvent
 from scopestate.ops.turns import answer_of, checked_name, turn_of
-
-if TYPE_CHECKING:
-    from scopestate.actors.handler import HandlerActor
 
 log = Log("scopestate.scope")
 
@@ -66,36 +62,15 @@ class ScopeElsewhere(ScopeActor):
 
     # ------------------------------------------------------------------------------------------------------ events
 
-    def _watched(self, key: str) -> bool:
-        watch, anywhere = self._watch, self._anywhere
-        return bool((watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)))
-
     def _make_sure_of_room(self, key: str, depth: int) -> None:
         """Before anything is sent: a full handler must stop the write, not lose its event. Raises HandlerFull."""
-        if self._watched(key):
-            self._router.targets(self.scope, self._watch, key, depth)
+        self._router.check_room(self.scope, self._watch, key, depth)
 
     def _fire(self, key: str, old: bytes | None, new: bytes | None, depth: int) -> None:
-        """Hand the event of one change to the router. The change has happened, so no limit stands in its way."""
+        """Publish the event of one change, which has happened."""
         self._sequence += 1
-        if not self._watched(key):
-            return
-        handlers = self._handlers(key)
-        if handlers:
-            kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
-            event = StateEvent(kind, self.scope, key, old, new, self._sequence, depth)
-            outbox = self._router._mailbox
-            outbox += ((handlers, event),)
-            self._router.wake()
-
-    def _handlers(self, key: str) -> tuple[HandlerActor, ...]:
-        numbered: dict[int, HandlerActor] = {}
-        for table in (self._watch, self._anywhere):
-            for name in (key, None):
-                bucket = table.get(name)
-                if bucket is not None:
-                    numbered.update(list(bucket.members.items()))
-        return tuple(numbered[number] for number in sorted(numbered))
+        router = self._router
+        router.publish(router.prepare_late(self.scope, self._watch, key, old, new, self._sequence, depth))
 
     # ----------------------------------------------------------------------------------------------------- leaving
 
@@ -122,7 +97,7 @@ class ScopeElsewhere(ScopeActor):
     def _leave(self) -> bool:
         if self._closed or self._is_needed():
             return False
-        if not self._around.directory.let_go(self, self._router.forget):
+        if not self._around.directory.let_go(self, self._router.triggers.forget):
             return False
         self._passivated = True
         self._note_leaving()

@@ -8,16 +8,18 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from threading import get_ident
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from scopestate.actors.awaitables import close_unrun, is_awaitable, is_unrun
+from scopestate.actors.backlog import Backlog, size_of
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import Functions
 from scopestate.actors.limits import Limits
 from scopestate.actors.reply import Reply
+from scopestate.actors.triggers import Trigger
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventNotDelivered, HandlerTimeout
 from scopestate.ops.results import StateEvent
@@ -38,25 +40,6 @@ NOBODY: Final = -1
 LONGEST_BACKOFF_S: Final = 60.0
 
 
-class Trigger(msgspec.Struct, frozen=True):
-    """What a trigger watches and calls. Source: reference, "Trigger Type: state"."""
-
-    json_fields: ClassVar[tuple[str, ...]] = ("scope", "key", "condition_function_id")
-    """What a registration's `config` object has."""
-
-    trigger_id: str
-    function_id: str
-    # The `Meta` notes are the API reference's: `engine.trigger_types()` is made from them.
-    scope: Annotated[str | None, msgspec.Meta(description="State scope to watch (exact match filter)")] = None
-    """Exact scope; None: every scope."""
-    key: Annotated[str | None, msgspec.Meta(description="State key to watch (exact match filter)")] = None
-    """Exact key; None: every key."""
-    condition_function_id: Annotated[
-        str | None, msgspec.Meta(description="Optional function ID to evaluate before invoking handler")
-    ] = None
-    """Asked first, with the event; only `false` skips the handler."""
-
-
 class DeliveryFailure(msgspec.Struct, frozen=True):
     """Why an event did not do its work at a trigger, as the `on_error` and `on_dead_letter` hooks receive it."""
 
@@ -69,11 +52,6 @@ class DeliveryFailure(msgspec.Struct, frozen=True):
     """1 for the first attempt; 0 if none was made."""
     final: bool
     """True if the event is not tried again."""
-
-
-def size_of(event: StateEvent) -> int:
-    """Bytes of the values of an event."""
-    return len(event.old_json or b"") + len(event.new_json or b"")
 
 
 class Barrier:
@@ -134,12 +112,7 @@ class HandlerServices:
         """As `report`, without a line in the log: for many events at once, which share one."""
         self.reporter = Reporter(dispatcher, report)
         """Reports from threads that must not run the hooks themselves."""
-        self.made_room: Callable[[], None] = lambda: None
-        """Called after each batch of deliveries; set by the router."""
-        self.note_offered: Callable[[int], None] = lambda size: None
-        self.note_taken: Callable[[int], None] = lambda size: None
-        self.is_over: Callable[[], bool] = lambda: False
-        """What the router counts of the bytes that wait for all handlers; set by it."""
+        self.backlog = Backlog(dispatcher, limits)
         self._loop_calls: dict[str, LoopCalls] = {}
 
     def on(self, dispatcher: Dispatcher) -> HandlerServices:
@@ -280,18 +253,9 @@ class HandlerActor(TurnActor):
 
     def offer(self, event: StateEvent) -> None:
         """Queue an event, within the mailbox's bound. Called by the router's turn alone."""
-        mailbox, limits = self._mailbox, self._services.limits
-        if limits.handler_when_full != "block" and (self._is_full() or self._services.is_over()):
-            if limits.handler_when_full == "reject":
-                self._drop(event, "the mailbox of its handler is full and handler_when_full is reject")
-                return
-            while self._drop_oldest() and self._is_full():
-                pass
-        old, new = event.old_json, event.new_json
-        size = (len(old) if old else 0) + (len(new) if new else 0)
-        mailbox += (event,)
-        self.offered += size
-        self._services.note_offered(size)
+        if self._services.limits.handler_when_full != "block" and not self._make_way(event):
+            return
+        self.put(event)
         if not self._scheduled and not self._claim:
             try:
                 self._scheduled = True
@@ -300,7 +264,26 @@ class HandlerActor(TurnActor):
                 certainly(self.wake_anyway)
                 raise
 
-    def _is_full(self) -> bool:
+    def put(self, event: StateEvent) -> None:
+        """As `offer`, with no bound, and without a worker thread being woken."""
+        old, new, mailbox = event.old_json, event.new_json, self._mailbox
+        size = (len(old) if old else 0) + (len(new) if new else 0)
+        mailbox += (event,)
+        self.offered += size
+        self._services.backlog.offered += size
+
+    def _make_way(self, event: StateEvent) -> bool:
+        """Drop what `handler_when_full` says if there is no room. False if that is `event` itself."""
+        if not self.is_full() and not self._services.backlog.is_over():
+            return True
+        if self._services.limits.handler_when_full == "reject":
+            self._drop(event, "the mailbox of its handler is full and handler_when_full is reject")
+            return False
+        while self._drop_oldest() and self.is_full():
+            pass
+        return True
+
+    def is_full(self) -> bool:
         limits = self._services.limits
         most = limits.handler_mailbox_bytes
         return len(self._mailbox) >= limits.handler_mailbox or bool(most and self.offered - self.taken >= most)
@@ -346,10 +329,26 @@ class HandlerActor(TurnActor):
                     self.dropped += 1
                     continue
                 self.current = item
-                delivery = self._deliver(item)
-            current: StateEvent = self.current  # type: ignore[assignment]  # set as long as there is a delivery
-            if depth != current.depth:
-                depth = current.depth
+                if depth != item.depth:
+                    depth = item.depth
+                    event_depth.set(depth + 1)
+                trigger = self.trigger
+                if trigger.condition_function_id is None:
+                    # The first call needs no coroutine, and a plain function that returns nothing is done with it.
+                    try:
+                        result = self._call(trigger.function_id, item)
+                    except BaseException as problem:  # noqa: BLE001 - user code may raise anything
+                        delivery = self._finish(trigger.function_id, item, 1, None, problem)
+                    else:
+                        if result is None:
+                            self.delivered += 1
+                            self.current = None
+                            continue
+                        delivery = self._finish(trigger.function_id, item, 1, result)
+                else:
+                    delivery = self._deliver(trigger, item)
+            elif depth < 0:
+                depth = self.current.depth  # type: ignore[union-attr]  # set as long as there is a delivery
                 event_depth.set(depth + 1)
             try:
                 pending = delivery.send(value) if error is None else delivery.throw(error)
@@ -381,7 +380,7 @@ class HandlerActor(TurnActor):
         """Tell the router how many bytes have left the mailbox. Within this actor's turn."""
         taken = self.taken
         if taken != self._told:
-            self._services.note_taken(taken - self._told)
+            self._services.backlog.released += (taken - self._told,)
             self._told = taken
 
     def _give_back(self) -> None:
@@ -389,7 +388,7 @@ class HandlerActor(TurnActor):
         event_depth.set(0)
         del self._claim[HOLDER]
         self.wake()
-        self._services.made_room()
+        self._services.backlog.made_room()
 
     def _continuation(self, delivery: Coroutine[Pending, Any, None]) -> Continue:
         once = [delivery]
@@ -405,39 +404,58 @@ class HandlerActor(TurnActor):
         # The outcome comes on an event loop's or the timer's thread, which must not run code of the program.
         return lambda value, error: self._dispatcher.submit_program(lambda: go_on_here(value, error))
 
-    async def _deliver(self, event: StateEvent, attempt: int = 1) -> None:
-        """Condition, then handler, with retries. A hand-driven coroutine: awaits Pending things only, never raises."""
-        trigger, limits = self.trigger, self._services.limits
-        condition = trigger.condition_function_id
-        if condition is not None:
-            try:
-                verdict = self._call(condition, event)
-                if type(verdict) is not bool:
-                    verdict = await self._outcome_of(condition, verdict)
-            except BaseException as error:  # noqa: BLE001 - user code may raise anything; a worker thread outlives it
-                self._report(condition, event, error, attempt=1, final=True)
-                return
-            if verdict is False:
-                self.skipped += 1
-                return
+    # What follows are coroutines that `_drain` drives: they await Pending things only, and never raise.
+
+    async def _deliver(self, trigger: Trigger, event: StateEvent) -> None:
+        """Condition, then handler, with retries."""
+        condition: str = trigger.condition_function_id  # type: ignore[assignment]  # without one it is not called
+        try:
+            verdict = self._call(condition, event)
+            if type(verdict) is not bool:
+                verdict = await self._outcome_of(condition, verdict)
+        except BaseException as error:  # noqa: BLE001 - user code may raise anything; a worker thread outlives it
+            self._report(condition, event, error, attempt=1, final=True)
+            return
+        if verdict is False:
+            self.skipped += 1
+            return
+        if not self.active:  # unregistered while the condition ran
+            self.dropped += 1
+            return
+        await self._finish(trigger.function_id, event, 1, *self._outcome_of_call(trigger.function_id, event))
+
+    def _outcome_of_call(self, function_id: str, event: StateEvent) -> tuple[Any, BaseException | None]:
+        try:
+            return self._call(function_id, event), None
+        except BaseException as error:  # noqa: BLE001 - as above
+            return None, error
+
+    async def _finish(
+        self, function_id: str, event: StateEvent, attempt: int, result: Any, error: BaseException | None = None
+    ) -> None:
+        """Do the rest of an attempt that gave `result` or `error` so far, and try again as often as the limits say."""
+        limits = self._services.limits
         while True:
-            if not self.active:  # unregistered while the condition ran, or a pause
-                self.dropped += 1
-                return
-            try:
-                result = self._call(trigger.function_id, event)
-                if result is not None:
-                    await self._outcome_of(trigger.function_id, result)
-                self.delivered += 1
-                return
-            except BaseException as error:  # noqa: BLE001 - as above
-                final = attempt >= limits.handler_attempts or issubclass(type(error), HandlerTimeout) or not self.active
-                self._report(trigger.function_id, event, error, attempt=attempt, final=final)
-                if final:
+            if error is None:
+                try:
+                    if result is not None:
+                        await self._outcome_of(function_id, result)
+                    self.delivered += 1
                     return
+                except BaseException as problem:  # noqa: BLE001 - as above
+                    error = problem
+            final = attempt >= limits.handler_attempts or issubclass(type(error), HandlerTimeout) or not self.active
+            self._report(function_id, event, error, attempt=attempt, final=final)
+            result = error = None  # or this frame and the traceback would keep each other
+            if final:
+                return
             self.retried += 1
             await self.pause_after(attempt)
             attempt += 1
+            if not self.active:  # unregistered during the pause
+                self.dropped += 1
+                return
+            result, error = self._outcome_of_call(function_id, event)
 
     def pause_after(self, attempt: int) -> Awaitable[None]:
         """What a delivery awaits between a failed attempt and the next."""
@@ -562,7 +580,7 @@ class HandlerActor(TurnActor):
             if type(item) is not Barrier:
                 size = size_of(item)
                 self.offered -= size
-                self._services.note_offered(-size)
+                self._services.backlog.offered -= size
                 self._drop(
                     item, "newer events came while its handler's mailbox was full (handler_when_full: drop_oldest)"
                 )
@@ -584,8 +602,12 @@ class HandlerActor(TurnActor):
             self._services.tell_hooks(failure)
 
     def waiting(self) -> int:
-        """Events that wait for their delivery, as far as can be told while they move."""
-        return sum(type(item) is not Barrier for item in self._mailbox.copy()) if self.active else 0
+        """How many events wait for their delivery; none once unregistered."""
+        return len(self.waiting_events()) if self.active else 0
+
+    def waiting_events(self) -> list[StateEvent]:
+        """The events that wait for their delivery, as far as can be told while they move."""
+        return [item for item in self._mailbox.copy() if type(item) is StateEvent]
 
     def abandon(self, reason: str) -> None:
         """Tell the hooks of every event that still waits that it is not delivered. A closing engine logs how many."""

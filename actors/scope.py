@@ -32,7 +32,7 @@ from scopestate.errors import (
     ValueTooLarge,
 )
 from scopestate.ops import MISSING, UpdateOp, apply, turns
-from scopestate.ops.results import EventType, SetResult, StateEvent, UpdateResult
+from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import answer_of, checked_length, checked_name, turn_of
 from scopestate.ops.values import decode, encode_plain
 from scopestate.wire.depth import event_depth
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from scopestate.actors.directory import Directory
     from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.limits import Limits
-    from scopestate.actors.router import TriggerRouter
+    from scopestate.actors.router import EventRouter
     from scopestate.actors.snapshot import SnapshotActor
 
 log = Log("scopestate.scope")
@@ -60,7 +60,7 @@ class Surroundings:
         dispatcher: Dispatcher,
         store: Store | None,
         limits: Limits,
-        router: TriggerRouter,
+        router: EventRouter,
         snapshot: SnapshotActor,
         directory: Directory,
     ) -> None:
@@ -103,9 +103,9 @@ class ScopeActor(TurnActor):
         self.scope = scope
         self._around = around
         self._router = around.router
-        self._outbox: list[Any] = around.router._mailbox
-        self._watch = around.router.watchers_of(scope)
-        self._anywhere = around.router.anywhere
+        self._outbox: list[Any] = around.router.outlet
+        self._watch = around.router.triggers.watch(scope)
+        self._anywhere = self._watch.anywhere
         self._registry: MutableMapping[str, Any] = around.snapshot.dirty
         self._sequence = 0 if keeps else around.highest_forgotten
         self._saved = 0
@@ -264,7 +264,7 @@ class ScopeActor(TurnActor):
         watch, anywhere = self._watch, self._anywhere
         routed: tuple[Any, ...] = ()
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
-            routed = self._event(key, old, new, sequence)
+            routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
         values, dirty, positions, outbox = self._values, self._dirty, self._positions, self._outbox
         before = self._sequence
         self.touched = True
@@ -311,21 +311,12 @@ class ScopeActor(TurnActor):
             code="SET_ERROR" if new is not None else "DELETE_ERROR",
         )
 
-    def _event(self, key: str, old: bytes | None, new: bytes | None, sequence: int) -> tuple[Any, ...]:
-        """Return what to put into the outbox for this change. Raises HandlerFull if a handler must catch up first."""
-        depth = event_depth.get()
-        targets = self._router.targets(self.scope, self._watch, key, depth)
-        router, size = self._router, (len(old) if old else 0) + (len(new) if new else 0)
-        router.largest = max(router.largest, size)
-        kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
-        return ((targets, StateEvent(kind, self.scope, key, old, new, sequence, depth)),)
-
     def _announce(self) -> None:
         """Events are in the outbox: see that somebody fetches them."""
-        self._router.wake()
+        self._router.announce()
 
     def _tell_again(self) -> None:
-        self._router.wake_anyway()
+        self._router.announce_again()
 
     # ---------------------------------------------------------------------------------------- saving and leaving
 
@@ -348,7 +339,7 @@ class ScopeActor(TurnActor):
         # First out of the directory, then empty: whoever still holds this actor finds no values and is sent on to its
         # successor; a reader that already holds the values reads what was current after it began.
         self._note_leaving()
-        if not self._around.directory.let_go(self, self._router.forget):
+        if not self._around.directory.let_go(self, self._router.triggers.forget):
             return False
         self._passivated = True
         self._values = None
@@ -425,7 +416,7 @@ class ScopeActor(TurnActor):
             self._refuse_bytes(item)
             super().post(caused(depth, item) if depth else item)
         except Overloaded:
-            self._router.count_refusal()
+            self._router.backlog.note_refused()
             raise
 
     def _refuse_bytes(self, item: Any) -> None:

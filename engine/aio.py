@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import pykka
 
+from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.loop_reply import Deadlines, LoopReply
 from scopestate.actors.reply import Envelope, Reply
-from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import Flush
 from scopestate.asks import no_room
@@ -202,12 +202,12 @@ class AioEngine:
 
     async def _when_room(self, scope: str, turn: turns.Turn[Any]) -> Any:
         """A handler must catch up first: wait for it, then try again."""
-        router, loop = self._engine._router, asyncio.get_running_loop()
+        backlog, loop = self._engine._router.backlog, asyncio.get_running_loop()
         timeout_s = self._limits.call_timeout_s
         deadline = None if timeout_s is None else loop.time() + timeout_s
         while True:
             room = LoopReply()
-            router.when_room(room.set)
+            backlog.when_room(room.set)
             try:
                 return await self._queued(self._scopes[scope], turn)
             except HandlerFull:
@@ -215,10 +215,10 @@ class AioEngine:
                 try:
                     await asyncio.wait_for(room.future, left_s)
                 except TimeoutError as error:
-                    router.count_refusal()
+                    backlog.note_refused()
                     raise Overloaded(no_room(scope)) from error
             finally:
-                router.stop_waiting(room.set)  # whatever came: a task that was cancelled leaves nothing behind
+                backlog.stop_waiting(room.set)  # whatever came: a task that was cancelled leaves nothing behind
 
 
 # Nothing here runs on the event loop's default executor: it has a few threads, which belong to the program, and a wait

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.reply import Reply
-from scopestate.actors.router import HandlerFull, TriggerRouter
+from scopestate.actors.router import EventRouter
 from scopestate.errors import Overloaded
 
 log = Log("scopestate.engine")
@@ -16,7 +17,7 @@ log = Log("scopestate.engine")
 class PatientReply(Reply[Any]):
     """Sends its message again when a handler that was full has made room: its sender cannot wait for that."""
 
-    def __init__(self, router: TriggerRouter, convert: Callable[[Any], Any]) -> None:
+    def __init__(self, router: EventRouter, convert: Callable[[Any], Any]) -> None:
         super().__init__()
         self.waiter = router._dispatcher.waiter
         self.submit_program = router._dispatcher.submit_program
@@ -38,10 +39,10 @@ class PatientReply(Reply[Any]):
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, HandlerFull):
-            if self._router.has_waiting_room():
-                self._router.when_room(self._send_again, error, self.size)
+            if self._router.backlog.has_waiting_room():
+                self._router.backlog.when_room(self._send_again, error, self.size)
             else:
-                self._router.count_refusal()
+                self._router.backlog.note_refused()
                 self.fail(
                     Overloaded("nothing was written: a handler is behind, and too many messages wait for it already")
                 )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from scopestate.actors.functions import Function, Functions
-from scopestate.actors.handler import Trigger
+from scopestate.actors.triggers import Trigger
 from scopestate.ops import messages
 from scopestate.ops.results import ListGroupsResult, SetResult, StateEvent, UpdateResult
 from scopestate.ops.values import decode, encode

@@ -121,7 +121,7 @@ class Closing:
         # The router may still have events that no handler has seen: many at once, and the grace time is short.
         with contextlib.suppress(pykka.Timeout):
             self._parts.router.ask(Routed()).get(timeout=HOOKS_S)
-        handlers = self._parts.router.working()
+        handlers = self._parts.router.triggers.working()
         left = {handler: (handler.waiting(), handler.current is not None) for handler in handlers}
         left = {handler: (waiting, hangs) for handler, (waiting, hangs) in left.items() if waiting or hangs}
         if not left:

@@ -57,7 +57,7 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
     deadline = None if timeout is None else parts.dispatcher.monotonic() + timeout
     quiet_rounds = 0
     while quiet_rounds < 2:
-        fired = parts.router.fired_by_handlers()
+        fired = parts.router.fired_by_handlers
         yield from _finish_turns(parts, deadline, timeout)
         if parts.backend.arrivals is not None:
             arrivals, left_s = parts.backend.arrivals, _left(parts, deadline)
@@ -65,7 +65,7 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
                 raise ReplyTimeout(
                     "", timeout or 0.0, behind="(all: events of this engine have not come back from Redis)"
                 )
-        handlers = parts.router.working()
+        handlers = parts.router.triggers.working()
         if not handlers:
             return
         reply = parts.dispatcher.reply()
@@ -79,7 +79,7 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
         finally:
             if not reply.done:
                 parts.router.withdraw(barrier)  # the wait is over: late, or cancelled
-        quiet_rounds = quiet_rounds + 1 if parts.router.fired_by_handlers() == fired else 0
+        quiet_rounds = quiet_rounds + 1 if parts.router.fired_by_handlers == fired else 0
 
 
 def refuse_on_loop_of_handlers(parts: Parts, name: str) -> None:
@@ -88,7 +88,7 @@ def refuse_on_loop_of_handlers(parts: Parts, name: str) -> None:
     if loop is None:
         return
     here = {function.function_id for function in parts.functions.all() if function.is_async and function.loop is loop}
-    for handler in parts.router.handlers() if here else ():
+    for handler in parts.router.triggers.handlers() if here else ():
         trigger = handler.trigger
         if trigger.function_id in here or trigger.condition_function_id in here:
             raise WouldDeadlock(

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import pykka
 
 from scopestate import catalogue, lifecycle
+from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.control import weight
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.ports import Backend, Store
 from scopestate.actors.reply import Envelope, Reply
-from scopestate.actors.router import HandlerFull
 from scopestate.actors.snapshot import Flush
 from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
@@ -428,7 +428,7 @@ class Engine(Reactive):
         """In a forked child: refuse every call. The store and the threads belong to the parent."""
         self._forked = True
         self._scopes.disown(forked)
-        self._router.disown()
+        self._router.triggers.disown()
 
     def _refuse_if_closed(self) -> None:
         if self._forked:
@@ -467,11 +467,11 @@ class Engine(Reactive):
         while True:
             if error is not None:
                 room = dispatcher.reply()
-                self._router.when_room(room.set)
+                self._router.backlog.when_room(room.set)
             try:
                 answer = self._scopes[scope].run(turn)
                 if room is not None:
-                    self._router.stop_waiting(room.set)
+                    self._router.backlog.stop_waiting(room.set)
                 return answer
             except HandlerFull as full:
                 timeout_s = self._limits.call_timeout_s
@@ -481,7 +481,7 @@ class Engine(Reactive):
                     try:
                         room.get(timeout=None if deadline is None else deadline - dispatcher.monotonic())
                     except pykka.Timeout:
-                        self._router.stop_waiting(room.set)
-                        self._router.count_refusal()
+                        self._router.backlog.stop_waiting(room.set)
+                        self._router.backlog.note_refused()
                         raise Overloaded(no_room(scope)) from full
                 error = full

@@ -14,14 +14,15 @@ import msgspec
 from scopestate.actors.directory import Directory
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.functions import Function, Functions
-from scopestate.actors.handler import DeliveryFailure, HandlerServices, Trigger
+from scopestate.actors.handler import DeliveryFailure, HandlerServices
 from scopestate.actors.housekeeping import Housekeeper
 from scopestate.actors.limits import Limits
 from scopestate.actors.loop_thread import LoopThread
 from scopestate.actors.ports import Backend, Store
-from scopestate.actors.router import TriggerRouter
+from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
+from scopestate.actors.triggers import Trigger
 from scopestate.config import (
     AuthConfig,
     Config,
@@ -67,7 +68,7 @@ class Parts:
         self.services = HandlerServices(
             self.dispatcher, self.functions, self.limits, self.loop_thread, report, tell_hooks
         )
-        self.router = TriggerRouter(self.services)
+        self.router = EventRouter(self.services)
         self.snapshot = SnapshotActor(self.dispatcher, self.backend.store, config.adapter.kv.save_interval_ms / 1000)
         self.directory = Directory(self._make_scope)
         self._around = Surroundings(
@@ -138,14 +139,14 @@ class Parts:
         new = {trigger.trigger_id: trigger for trigger in configured_triggers(self.config.triggers)}
         for trigger_id, trigger in new.items():
             if old.get(trigger_id) != trigger:
-                self.router.register(trigger)
+                self.router.triggers.register(trigger)
                 self._warn_of_unknown_functions(trigger)
         # What the program has unregistered or replaced by now is its own.
-        running = {handler.trigger.trigger_id: handler.trigger for handler in self.router.handlers()}
+        running = {handler.trigger.trigger_id: handler.trigger for handler in self.router.triggers.handlers()}
         for trigger_id in old.keys() - new.keys():
             if running.get(trigger_id) == old[trigger_id]:
                 with suppress(InvalidRegistration):  # at this very moment
-                    self.router.unregister(trigger_id)
+                    self.router.triggers.unregister(trigger_id)
 
     def _warn_of_unknown_functions(self, trigger: Trigger) -> None:
         """Log a trigger that names no function; that is allowed, code or a worker may register it later."""

@@ -9,7 +9,7 @@ from scopestate import catalogue
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
 from scopestate.actors.handler import DeliveryFailure
-from scopestate.actors.router import TriggerRouter
+from scopestate.actors.router import EventRouter
 from scopestate.errors import InvalidRegistration
 from scopestate.lifecycle import stay_ahead_of_executors
 from scopestate.triggers import TriggerHandle, read_trigger
@@ -24,7 +24,7 @@ class Reactive:
     """Functions by id, and triggers that call them. Every method may be called from any thread."""
 
     _functions: Functions
-    _router: TriggerRouter
+    _router: EventRouter
     _hooks: dict[str, Hook | None]
 
     def _refuse_if_closed(self) -> None:
@@ -84,8 +84,8 @@ class Reactive:
             raise InvalidRegistration("give the filters either by name or as `config`, not both")
         self._refuse_if_closed()
         trigger = read_trigger(function_id, trigger_id, config)
-        self._router.register(trigger)
-        return TriggerHandle(self._router, trigger)
+        self._router.triggers.register(trigger)
+        return TriggerHandle(self._router.triggers, trigger)
 
     def on_change(
         self,
@@ -122,7 +122,7 @@ class Reactive:
 
     def triggers(self) -> list[TriggerHandle]:
         """Return all triggers, in order of registration."""
-        return [TriggerHandle(self._router, handler.trigger) for handler in self._router.handlers()]
+        return [TriggerHandle(self._router.triggers, handler.trigger) for handler in self._router.triggers.handlers()]
 
     def trigger_types(self) -> list[dict[str, Any]]:
         """Return a description of each trigger type, as the API reference has it."""

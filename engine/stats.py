@@ -91,10 +91,10 @@ class Tally:
 
 def measure(parts: Parts) -> Stats:
     """Take the figures of a running engine."""
-    counts = parts.router.counts()
+    counts = parts.router.triggers.counts()
     actors = list(parts.directory.values())
     waiting = [len(actor._mailbox) for actor in actors]
-    handlers = [handler.depth() for handler in parts.router.handlers()]
+    handlers = [handler.depth() for handler in parts.router.triggers.handlers()]
     snapshot = parts.snapshot
     return Stats(
         calls={function_id: tally.value() for function_id, tally in parts.tally.items()},
@@ -105,8 +105,8 @@ def measure(parts: Parts) -> Stats:
         retries=counts.retried,
         timeouts=counts.timeouts,
         dropped=counts.dropped,
-        blocked=parts.router.blocked(),
-        refused=parts.router.refused(),
+        blocked=parts.router.backlog.blocked,
+        refused=parts.router.backlog.refused,
         loops_cut=parts.router.loops_cut,
         saves=snapshot.saves,
         saved_keys=snapshot.saved_keys,
@@ -117,7 +117,7 @@ def measure(parts: Parts) -> Stats:
         mailboxes=Mailboxes(
             scopes=sum(waiting),
             deepest_scope=max(waiting, default=0),
-            router=len(parts.router._mailbox),
+            router=parts.router.depth(),
             handlers=sum(handlers),
             deepest_handler=max(handlers, default=0),
             snapshot=len(snapshot._mailbox),
@@ -145,7 +145,7 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
         problems.append(problem)
     problems += [
         f"the handler {handler.trigger.function_id!r} of trigger {handler.trigger.trigger_id!r} is overdue"
-        for handler in parts.router.handlers()
+        for handler in parts.router.triggers.handlers()
         if handler.is_overdue()
     ]
     problems += parts.services.loop_problems()

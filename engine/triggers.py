@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeGuard
+from typing import Any, Final, TypeGuard
 
-from scopestate.actors.handler import Trigger
+from scopestate.actors.triggers import Trigger, TriggerTable
 from scopestate.errors import InvalidRegistration
 from scopestate.ops.values import class_name, json_type
-
-if TYPE_CHECKING:
-    from scopestate.actors.router import TriggerRouter
 
 log = logging.getLogger("scopestate.triggers")
 
@@ -22,8 +19,8 @@ _FILTERS: Final = ("scope", "key", "condition_function_id")
 class TriggerHandle:
     """A registered trigger."""
 
-    def __init__(self, router: TriggerRouter, trigger: Trigger) -> None:
-        self._router = router
+    def __init__(self, triggers: TriggerTable, trigger: Trigger) -> None:
+        self._triggers = triggers
         self._trigger = trigger
 
     @property
@@ -41,7 +38,7 @@ class TriggerHandle:
 
         Raises InvalidRegistration if it is gone already.
         """
-        self._router.unregister(self.trigger_id)
+        self._triggers.unregister(self.trigger_id)
 
     def __repr__(self) -> str:
         return f"<TriggerHandle {self.trigger_id!r} -> {self._trigger.function_id!r}>"

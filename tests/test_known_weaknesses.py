@@ -104,8 +104,8 @@ def test_semantics_8_05_triggers_have_an_order_that_of_registration(open_engine:
         )
 
     assert [handle.trigger_id for handle in engine.triggers()] == names
-    watch = engine._router.watchers_of("s")
-    assert [handler.trigger.trigger_id for handler in engine._router.targets("s", watch, "k", 0)] == names
+    watch = engine._router.triggers.watch("s")
+    assert [handler.trigger.trigger_id for handler in watch.match("k")] == names
 
 
 def test_semantics_8_06_a_failing_event_is_tried_again_and_then_handed_to_the_dead_letter_hook(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Raw
 
-from scopestate.actors.router import HandlerFull
+from scopestate.actors.backlog import HandlerFull
 from scopestate.errors import DeserializationError, ValueTooLarge
 from scopestate.ops import convert_ops, messages, turns
 from scopestate.ops.results import SetResult, UpdateResult
@@ -203,17 +203,14 @@ class BuiltinCalls:
                 len(turn.ops) < _FEW_OPS and len(values.get(turn.key) or b"") < _SMALL_VALUE
             )
             if quick:
-                router._scheduled = True
+                router.hold()
             try:
                 answer = actor.run(turn, _BUSY)
             except HandlerFull:
                 pass
             finally:
-                # In this order: what posts an event between the two lines is seen by the second one.
                 if quick:
-                    router._scheduled = False
-                    if router._mailbox:
-                        router.run_batch()
+                    router.run_held()
         if answer is not _BUSY:
             return convert(answer)
         outcome = _begun(self._finish(scope, turn, convert))

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
 
-from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices, Trigger, size_of
+from scopestate.actors.backlog import size_of
+from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices
+from scopestate.actors.triggers import Trigger
 from scopestate.actors.turn import HOLDER
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
 from scopestate.ops.results import StateEvent
@@ -133,7 +135,7 @@ class WorkerHandler(HandlerActor):
         """Bytes of the events that wait; not `exactly`: an upper bound, which costs next to nothing."""
         if not exactly:
             return len(self._mailbox) * self._largest
-        return sum(_size(item) for item in tuple(self._mailbox) if type(item) is StateEvent)
+        return sum(map(_size, self.waiting_events()))
 
     def silent_s(self, now: float) -> float:
         """Return for how long the worker has answered nothing although events found no room. For a timer.
@@ -145,16 +147,16 @@ class WorkerHandler(HandlerActor):
         if self._full is not None and (self._full[0] != self.answered or not self._mailbox):
             self._full = None
         if self._full is None:
-            if not (self._mailbox and (dropped or self._is_full() or self._holds_up_all())):
+            if not (self._mailbox and (dropped or self.is_full() or self._holds_up_all())):
                 return 0.0
             self._full = (self.answered, now)
         return now - self._full[1]
 
     def _holds_up_all(self) -> bool:
         """Whether all handlers together hold as much as they may (`events_bytes`), and this one at least its share."""
-        if not self._services.is_over():
+        if not self._services.backlog.is_over():
             return False
-        handlers = len(self._hub.engine._router.handlers())
+        handlers = len(self._hub.engine._router.triggers.handlers())
         return (self.offered - self.taken) * handlers >= self._services.limits.events_bytes
 
     def _call(self, function_id: str, event: StateEvent) -> Any:
@@ -215,11 +217,11 @@ class WorkerHandler(HandlerActor):
                 target.send_event(event, self._settled)
             except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
                 self._claim[HOLDER] = get_ident()
-                self._drain(self._failed(event, error))
+                self._drain(self._finish(trigger.function_id, event, 1, None, error))
             return
         del self._claim[HOLDER]
         self.wake()
-        services.made_room()
+        services.backlog.made_room()
 
     def note_answer(self, outcome: InvocationResult) -> None:
         """Count what the worker answered; that it did not answer in time is no answer."""
@@ -233,7 +235,7 @@ class WorkerHandler(HandlerActor):
         error = outcome.error
         if error is not None:
             failure = RemoteFailure(self.trigger.function_id, error.code, error.message, error.stacktrace)
-            self._drain(self._failed(event, failure))
+            self._drain(self._finish(self.trigger.function_id, event, 1, None, failure))
             return
         self.delivered += 1
         self.current = None
@@ -245,16 +247,6 @@ class WorkerHandler(HandlerActor):
         super()._drain(*args)
         if depth:
             event_depth.set(depth)
-
-    async def _failed(self, event: StateEvent, error: Exception) -> None:
-        """The first attempt went the short way and failed: report it, and try again as often as the limits say."""
-        limits, function_id = self._services.limits, self.trigger.function_id
-        final = limits.handler_attempts <= 1 or not self.active
-        self._report(function_id, event, error, attempt=1, final=final)
-        if not final:
-            self.retried += 1
-            await self.pause_after(1)
-            await self._deliver(event, attempt=2)
 
     async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
         if not isinstance(result, (_InWorker, _InServer, _OnThread)):

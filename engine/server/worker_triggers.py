@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
-from scopestate.actors.handler import HandlerActor, HandlerServices, Trigger
+from scopestate.actors.handler import HandlerActor
+from scopestate.actors.triggers import Trigger
 from scopestate.errors import DeserializationError, Forbidden, InvalidRegistration, ScopestateError
 from scopestate.ops.values import decode, parse
 from scopestate.server.claims import Claims
@@ -74,7 +75,7 @@ class WorkerTriggers:
 
     def __init__(self, hub: Hub, max_waiting_events: int, max_waiting_bytes: int) -> None:
         self._hub = hub
-        self._router = hub.engine._router
+        self._table = hub.engine._router.triggers
         self._max_waiting = max_waiting_events
         self.max_waiting_bytes = max_waiting_bytes
         self._next_look = 0.0
@@ -124,7 +125,7 @@ class WorkerTriggers:
 
     def _is_ours(self, trigger_id: str) -> bool:
         """Return False for the id of a trigger that the program has registered: workers leave it alone."""
-        known = self._router.find(trigger_id)
+        known = self._table.find(trigger_id)
         return known is None or type(known) is WorkerTrigger
 
     def _read_state_trigger(self, worker: Worker, frame: RegisterTrigger) -> WorkerTrigger:
@@ -167,7 +168,7 @@ class WorkerTriggers:
         """Have the router, or the provider of its type, fire a trigger from now on."""
         trigger = registered.trigger
         if trigger is not None:
-            handler = self._router.register(trigger, self._make_handler)
+            handler = self._table.register(trigger, self._make_handler)
             self._handlers[trigger.trigger_id] = cast(WorkerHandler, handler)
         provided = self._provider_of(registered)
         if provided is not None:
@@ -178,7 +179,7 @@ class WorkerTriggers:
         trigger, frame = registered.trigger, registered.frame
         if trigger is not None:
             self._handlers.pop(trigger.trigger_id, None)
-            self._router.discard(trigger)
+            self._table.discard(trigger)
         provided = self._provider_of(registered)
         if provided is not None:
             provided.owner.send(encode(UnregisterTrigger(frame.id, frame.trigger_type)))
@@ -188,7 +189,8 @@ class WorkerTriggers:
         provided = self._types.serving(registered.frame.trigger_type)
         return provided if provided is not None and provided.owner.access is registered.provider else None
 
-    def _make_handler(self, trigger: Trigger, services: HandlerServices) -> HandlerActor:
+    def _make_handler(self, trigger: Trigger) -> HandlerActor:
+        services = self._hub.engine._parts.services
         return WorkerHandler(trigger, services.on(self.dispatcher), self._hub, services.dispatcher)
 
     def unregister(self, worker: Worker, trigger_id: str) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
+from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.loop_reply import LoopReply
 from scopestate.actors.ports import Backend
-from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import DeserializationError, EngineClosed, ScopestateError, StorageError
 from scopestate.ops.values import parse
@@ -265,7 +265,7 @@ async def _fire(around: Surroundings, scope: str, key: str, old: bytes | None, n
             if room is not None:
                 await room.future
             room = LoopReply()
-            around.router.when_room(room.set)
+            around.router.backlog.when_room(room.set)
 
 
 def _read_event(payload: bytes) -> tuple[str, str, bytes | None, bytes | None]:

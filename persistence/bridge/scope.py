@@ -8,11 +8,11 @@ from typing import Any, Final, Protocol
 
 import pykka
 
+from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log
 from scopestate.actors.control import Caused, Housekeeping, Ping, as_failure_of
 from scopestate.actors.elsewhere import WHOLE, WRITES, Converter, ScopeElsewhere, Told
 from scopestate.actors.reply import Envelope, ReplyTo
-from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import WAIT
 from scopestate.errors import (

@@ -9,12 +9,12 @@ from typing import Any, Final
 
 import pykka
 
+from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log
 from scopestate.actors.control import Caused, Close, Housekeeping, Ping
 from scopestate.actors.elsewhere import WHOLE, WRITES, ScopeElsewhere, Told
 from scopestate.actors.handler import NOBODY
 from scopestate.actors.reply import Envelope, Reply, ReplyTo
-from scopestate.actors.router import HandlerFull
 from scopestate.actors.scope import Surroundings
 from scopestate.actors.turn import HOLDER, WAIT
 from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock

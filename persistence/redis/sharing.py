@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.handler import Barrier, HandlerActor
-from scopestate.actors.router import HandlerFull, TriggerRouter
+from scopestate.actors.router import EventRouter
 from scopestate.persistence.redis.reading import Event
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Arrivals:
     """Brings the events that engines publish in Redis to the triggers of this one: the outlet of the reader."""
 
-    def __init__(self, adapter: RedisAdapter, router: TriggerRouter, dispatcher: Dispatcher) -> None:
+    def __init__(self, adapter: RedisAdapter, router: EventRouter, dispatcher: Dispatcher) -> None:
         self._adapter = adapter
         self._router = router
         self._dispatcher = dispatcher
@@ -59,20 +60,20 @@ class Arrivals:
     # ------------------------------------------------------------------------------------------ the reader's thread
 
     def publish(self, event: Event, *, here: bool) -> tuple[tuple[HandlerActor, ...], HandlerActor | None] | None:
-        """Fire the triggers of one event, as `TriggerRouter.publish`; while a handler must catch up it waits.
+        """Fire the triggers of one event, as `EventRouter.arrive`; while a handler must catch up it waits.
 
         None if that was interrupted.
         """
         while not self._interrupted:
             try:
-                return self._router.publish(*event, here=here)
+                return self._router.arrive(*event, here=here)
             except HandlerFull as full:
                 room = self._room = threading.Event()
-                self._router.when_room(room.set, full)
+                self._router.backlog.when_room(room.set, full)
                 # Looked at behind the assignment: who interrupts either sees the event, or is seen here.
                 if not self._interrupted:
                     room.wait()
-                self._router.stop_waiting(room.set)
+                self._router.backlog.stop_waiting(room.set)
         return None
 
     def when_handled(self, handlers: Iterable[HandlerActor], callback: Callable[[], object]) -> None:
@@ -87,7 +88,7 @@ class Arrivals:
 
     def has_triggers(self) -> bool:
         """False if nobody could hear of an event."""
-        return self._router.has_triggers()
+        return bool(self._router.triggers)
 
     def interrupt(self) -> None:
         """Let `publish` wait no more."""

@@ -213,7 +213,7 @@ def test_a_trigger_on_a_scope_that_left_still_fires(open_engine: Open, dispatche
     dispatcher.run_until_idle()
 
     assert seen == ["before", "after"]
-    assert set(engine._router._by_scope) == {"before", "after"}
+    assert set(engine._router.triggers._by_scope) == {"before", "after"}
 
 
 def test_the_router_forgets_scopes_that_left(open_engine: Open, dispatcher: DeterministicDispatcher) -> None:
@@ -223,7 +223,7 @@ def test_the_router_forgets_scopes_that_left(open_engine: Open, dispatcher: Dete
 
     dispatcher.advance(2 * AFTER_S)
 
-    assert not engine._router._by_scope
+    assert not engine._router.triggers._by_scope
 
 
 def test_closing_ends_the_sweeps(open_engine: Open, dispatcher: DeterministicDispatcher) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from scopestate import Engine, StateEvent
+from scopestate.actors.backlog import Backlog
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.functions import Functions
-from scopestate.actors.handler import HandlerActor, HandlerServices, Trigger
+from scopestate.actors.handler import HandlerActor, HandlerServices
 from scopestate.actors.limits import Limits
 from scopestate.actors.loop_thread import LoopThread
-from scopestate.actors.router import Bucket, TriggerRouter
+from scopestate.actors.triggers import Trigger, TriggerTable
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import Overloaded
 from scopestate.ops import messages
@@ -128,14 +129,14 @@ def test_room_that_came_before_the_writer_asked_for_it_counts(
 ) -> None:
     engine = open_slow()
     fill(engine, dispatcher)
-    when_room = TriggerRouter.when_room
+    when_room = Backlog.when_room
 
-    def too_late(router: TriggerRouter, *waiting: Any) -> None:
-        monkeypatch.setattr(TriggerRouter, "when_room", when_room)
+    def too_late(backlog: Backlog, *waiting: Any) -> None:
+        monkeypatch.setattr(Backlog, "when_room", when_room)
         dispatcher.advance(3 * SLOW_S)  # every handler is done before the writer is on the list
-        when_room(router, *waiting)
+        when_room(backlog, *waiting)
 
-    monkeypatch.setattr(TriggerRouter, "when_room", too_late)
+    monkeypatch.setattr(Backlog, "when_room", too_late)
     reply = engine.ask(messages.Set("s", "k", 3), block=False)
 
     dispatcher.run_until_idle()
@@ -144,22 +145,22 @@ def test_room_that_came_before_the_writer_asked_for_it_counts(
 
 
 def test_a_trigger_that_is_registered_while_a_write_looks_for_triggers_sees_the_next_write() -> None:
-    handlers = [HandlerActor(Trigger(name, name), _services()) for name in "ab"]
-    bucket = Bucket()
+    table = TriggerTable(lambda trigger: HandlerActor(trigger, _services()))
+    first = table.register(Trigger("a", "a", scope="s"))
+    bucket = table.watch("s")[None]
+    late: list[HandlerActor] = []
 
     class Registers(dict[int, HandlerActor]):
         def values(self) -> Any:
             seen = list(super().values())
-            if len(self) == 1:  # between the look and the keeping of what was seen
-                self[2] = handlers[1]
-                bucket.changes += 1
+            if not late:  # between the look-up and the keeping of what was found
+                late.append(table.register(Trigger("b", "b", scope="s")))
             return seen
 
-    bucket.members = Registers({1: handlers[0]})
-    bucket.changes += 1
+    bucket.members = Registers(bucket.members)
 
-    assert bucket.all() == (handlers[0],)
-    assert bucket.all() == tuple(handlers)
+    assert table.watch("s").match("k") == (first,)
+    assert table.watch("s").match("k") == (first, *late)
 
 
 def test_a_new_interval_counts_from_the_last_save(dispatcher: DeterministicDispatcher, no_thread_left: None) -> None:

@@ -32,13 +32,13 @@ def held_up(engine: Engine, **filters: Any) -> tuple[Gate, Seen]:
 def told_to_wait(engine: Engine) -> threading.Event:
     """An event that is set as soon as somebody begins to wait for room."""
     waiting = threading.Event()
-    when_room = engine._router.when_room
+    when_room = engine._router.backlog.when_room
 
     def noting(*arguments: Any) -> None:
         when_room(*arguments)
         waiting.set()
 
-    engine._router.when_room = noting  # type: ignore[method-assign]
+    engine._router.backlog.when_room = noting  # type: ignore[method-assign]
     return waiting
 
 
@@ -112,7 +112,7 @@ def test_each_refusal_counts_once_and_leaves_nobody_waiting(way: str, open_engin
         with pytest.raises(Overloaded):
             WRITES[way](engine, "second")
         assert engine.stats().refused == number
-        assert engine._router._waiting_for_room == {}
+        assert engine._router.backlog._writers == {}
     assert engine.stats().blocked >= 3
     gate.open()
     seen.wait_for(2)
@@ -123,7 +123,7 @@ def test_each_refusal_counts_once_and_leaves_nobody_waiting(way: str, open_engin
     engine.drain(timeout=PATIENCE_S)
     assert len(seen.events) == 3
     assert (engine.stats().refused, engine.stats().dropped) == (3, 0)
-    assert engine._router._waiting_for_room == {}
+    assert engine._router.backlog._writers == {}
 
 
 def test_scopes_without_that_handler_are_not_held_up(open_engine: Any) -> None:

@@ -232,7 +232,7 @@ def act(engine: Engine, write: str) -> None:
 def test_an_event_for_which_the_router_has_no_memory_at_first_is_delivered_all_the_same(engine: Engine) -> None:
     seen = Seen()
     engine.on_change(scope="s")(seen)
-    [handler] = engine._router.handlers()
+    [handler] = engine._router.triggers.handlers()
     original, fails = handler.offer, [3]
 
     def short(event: StateEvent) -> None:
@@ -316,47 +316,47 @@ def test_writers_that_gave_up_waiting_for_room_leave_nothing_behind() -> None:
 
         async def main() -> None:
             writers = [asyncio.create_task(engine.aio.set("s", "k", number)) for number in range(50)]
-            await until(lambda: len(engine._router._waiting_for_room) == 50)
+            await until(lambda: len(engine._router.backlog._writers) == 50)
             for writer in writers:
                 writer.cancel()
             await asyncio.gather(*writers, return_exceptions=True)
 
         asyncio.run(main())
-        assert len(engine._router._waiting_for_room) == 0
+        assert len(engine._router.backlog._writers) == 0
         gate.open()
 
 
 def test_threads_that_make_room_at_the_same_time_tell_each_writer_once(engine: Engine) -> None:
-    router = engine._router
+    backlog = engine._router.backlog
     told: list[int] = []
     for round_ in range(50):
         callbacks = [lambda number=number: told.append(number) for number in range(20)]
         for callback in callbacks:
-            router.when_room(callback)
+            backlog.when_room(callback)
         barrier = threading.Barrier(4)
 
         def make_room(barrier: threading.Barrier = barrier) -> None:
             barrier.wait(PATIENCE_S)
-            router.made_room()
+            backlog.made_room()
 
         results = [in_thread(make_room) for _ in range(4)]
         for result in results:
             result()
         assert sorted(told) == sorted(list(range(20)) * (round_ + 1))
-    assert len(router._waiting_for_room) == 0
+    assert len(backlog._writers) == 0
 
 
 def test_triggers_that_are_gone_leave_no_table_behind(engine: Engine) -> None:
-    before = len(engine._router._by_scope)
+    before = len(engine._router.triggers._by_scope)
     for number in range(300):
         handle = engine.register_trigger(function_id="f", scope=f"never touched {number}", key="k")
         handle.unregister()
     engine.set("touched", "k", 1)
     engine.register_trigger(function_id="f", scope="touched").unregister()
 
-    assert len(engine._router._by_scope) == before + 1
+    assert len(engine._router.triggers._by_scope) == before + 1
     assert engine.triggers() == []
-    assert len(engine._router._retiring) <= 64
+    assert len(engine._router.triggers._retiring) <= 64
     engine.register_trigger(function_id="f", scope="touched", trigger_id="again")
     assert [handle.trigger_id for handle in engine.triggers()] == ["again"]
 

@@ -107,13 +107,13 @@ def test_with_block_nothing_piles_up_behind_a_handler_that_stands_still(open_eng
     for number in range(200):
         with pytest.raises(Overloaded):
             engine.set("s", "k", number)
-    assert len(engine._router._waiting_for_room) == 0
+    assert len(engine._router.backlog._writers) == 0
 
     for number in range(1000):
         engine.tell(messages.Set("s", "k", number))
     replies = [engine.ask(messages.Set("s", "k", number), block=False) for number in range(1000)]
 
-    assert len(engine._router._waiting_for_room) + engine.stats().mailboxes.scopes <= 200
+    assert len(engine._router.backlog._writers) + engine.stats().mailboxes.scopes <= 200
     with pytest.raises(Overloaded):
         replies[-1].get(timeout=PATIENCE_S)
     gate.open.set()

@@ -282,10 +282,10 @@ def test_the_end_of_a_reader_does_not_wait_for_the_room_that_its_event_needs(val
     writer = engines.open(valkey)
     seen = Seen(engine)
     seen.gate.clear()
-    router: Any = engine._router
+    backlog: Any = engine._router.backlog
     for number in range(3):  # one is handled, one waits for it, and the reader waits with the third
         writer.set("s", "k", number)
-    wait_until(lambda: bool(router._waiting_for_room), "the reader that waits for room")
+    wait_until(lambda: bool(backlog._writers), "the reader that waits for room")
     reader = reader_of(engine)
     reader._join_s = NEVER_S
     stopped = threading.Event()
@@ -297,7 +297,7 @@ def test_the_end_of_a_reader_does_not_wait_for_the_room_that_its_event_needs(val
     threading.Thread(target=stop, name="test-stops", daemon=True).start()
     try:
         assert stopped.wait(PATIENCE_S)
-        assert router._waiting_for_room == {}
+        assert backlog._writers == {}
     finally:
         seen.gate.set()
     assert [event.new_value for event in seen.wait_for_count(2)] == [0, 1]

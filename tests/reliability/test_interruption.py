@@ -198,7 +198,7 @@ def test_registering_interrupted_at_any_opcode_can_be_repeated(
         engine.register_trigger(function_id="watch", scope="s", trigger_id="t")
 
     def unregister() -> None:
-        engine._router.unregister("t")
+        engine._router.triggers.unregister("t")
 
     for place in itertools.count(1):
         reached = interrupt_at(place, register, error)

@@ -32,7 +32,7 @@ def events_of_a_commit_scope_leave_before_the_commit(patch: Patch) -> None:
 
     def make(self: CommitScopeActor, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
-        self._outbox = self._router._mailbox
+        self._outbox = self._router.outlet
 
     patch.setattr(CommitScopeActor, "__init__", make)
     patch.setattr(CommitScopeActor, "_announce", ScopeActor._announce)

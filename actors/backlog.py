@@ -1,0 +1,188 @@
+"""Back-pressure: how much waits for the handlers of an engine, and the writers that wait until it is less."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from scopestate.actors.containment import Log, contained
+from scopestate.errors import Overloaded
+from scopestate.ops.results import StateEvent
+
+if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher
+    from scopestate.actors.handler import HandlerActor
+    from scopestate.actors.limits import Limits
+
+log = Log("scopestate.triggers")
+
+_GONE: Final = object()
+
+
+class HandlerFull(Overloaded):
+    """A handler must catch up before this write: wait for `Backlog.when_room`, then try again.
+
+    The engine's own calls do so; only a caller that asks a scope through its Pykka ref receives it.
+    """
+
+    def __init__(self, scope: str, progress: int) -> None:
+        super().__init__(
+            f"a handler that must see this write to scope {scope!r} is full; nothing was written: try again"
+        )
+        self.progress = progress
+        """`Backlog.progress` before the handler was found full."""
+
+
+class Backlog:
+    """The bytes of the events that wait for handlers, and the writers that wait for room.
+
+    Two counters with one writer each need no lock: the router's turn adds what it offers to a handler, and what a
+    handler has taken comes back through `released`. Each copy of an event counts; only if that is over the limit are
+    the values counted one by one, as copies share them.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, limits: Limits) -> None:
+        self._dispatcher = dispatcher
+        self._limits = limits
+        self.working: Callable[[], Iterable[HandlerActor]] = list
+        """Gives all handlers that may have events waiting; set by the router."""
+        self.largest = 0
+        """Approximate bytes of the largest event since the router's mailbox was last empty."""
+        self.allowance = 0
+        """While the events in the router's mailbox hold no more bytes than this, no limit in bytes can be reached."""
+        self.offered = 0
+        """Bytes ever offered to handlers. Written within the router's turns only."""
+        self._taken = 0
+        self.released: list[int] = []
+        """Bytes that have left the mailboxes of handlers since the router's last turn."""
+        self._recount_above = 0
+        """While no more bytes wait, each copy counted, the values need not be counted one by one."""
+        self._over_above = -1
+        """While more wait, `events_bytes` is exceeded; -1: it was not when last counted."""
+        self._writers: dict[Callable[[], object], int] = {}
+        self.progress = 0
+        """Changes whenever handlers have made progress."""
+        self._blocked = itertools.count()
+        self._refused = itertools.count()
+
+    # ------------------------------------------------------------------------------------------------------ bytes
+
+    def begin_turn(self, events: int) -> None:
+        """The router takes so many events out of its mailbox. Within its turn."""
+        self.allowance -= events * self.largest
+        released = self.released
+        count = len(released)
+        if count:
+            self._taken += sum(released[:count])
+            del released[:count]
+
+    def end_turn(self, *, idle: bool) -> None:
+        """The router has passed them on. `idle`: its mailbox is empty."""
+        if idle:
+            self.largest = 0
+        self.allowance = self._smallest_limit() - (self.offered - self._taken)
+
+    def _smallest_limit(self) -> int:
+        limits = self._limits
+        return min(limits.handler_mailbox_bytes or sys.maxsize, limits.events_bytes or sys.maxsize)
+
+    def queued(self, mailbox: list[Any]) -> int:
+        """Return the bytes of the events in the router's mailbox if they are many, else 0: they leave in a moment."""
+        if len(mailbox) * self.largest * 4 < self._smallest_limit():
+            return 0
+        return sum(size_of(item[1]) for item in mailbox[:] if type(item) is tuple)
+
+    def is_over(self, queued: int = 0) -> bool:
+        """True if events that wait for all handlers together hold more bytes than `events_bytes`."""
+        limit = self._limits.events_bytes
+        if not limit or self.offered - self._taken + queued < limit:
+            return False
+        waiting = self.offered - self._taken - sum(self.released) + queued
+        if waiting < limit:
+            return False
+        if self._over_above >= 0:
+            if waiting > self._over_above:
+                return True
+        elif waiting <= self._recount_above:
+            return False
+        real = self._real_bytes() + queued
+        if real >= limit:
+            self._over_above = waiting - limit // 16
+            return True
+        self._over_above, self._recount_above = -1, waiting + limit - real
+        return False
+
+    def _real_bytes(self) -> int:
+        values: dict[int, int] = {}
+        for handler in self.working():
+            if handler.offered > handler.taken:
+                for item in handler.waiting_events():
+                    for value in (item.old_json, item.new_json):
+                        if value is not None:
+                            values[id(value)] = len(value)
+        return sum(values.values())
+
+    # ----------------------------------------------------------------------------------------------------- waiting
+
+    def note_blocked(self) -> None:
+        """Note that a write found a handler's mailbox full and has to wait."""
+        next(self._blocked)
+
+    def note_refused(self) -> None:
+        """Note that a call was refused because a mailbox was full. From any thread."""
+        next(self._refused)
+
+    @property
+    def blocked(self) -> int:
+        """How often a write found a handler's mailbox full and had to wait."""
+        return value_of(self._blocked)
+
+    @property
+    def refused(self) -> int:
+        """How many calls were refused because a mailbox was full."""
+        return value_of(self._refused)
+
+    def when_room(self, callback: Callable[[], object], full: HandlerFull | None = None, size: int = 0) -> None:
+        """Call `callback()`, on any thread, after some handler has made progress.
+
+        `full`: progress since then counts too, for callers that did not come here before they tried. `size`: bytes of
+        values that wait with it, where no caller does.
+        """
+        self._writers[callback] = size
+        if full is not None and full.progress != self.progress:
+            # The progress that was waited for came before the callback was on the list: no other may follow.
+            self._dispatcher.submit(self.made_room)
+
+    def stop_waiting(self, callback: Callable[[], object]) -> None:
+        """Forget a callback given to `when_room`, if it is still there: the caller that waited has given up."""
+        self._writers.pop(callback, None)
+
+    def has_waiting_room(self) -> bool:
+        """False if so many wait for room already that a sender that does not wait itself must be refused."""
+        writers, limits = self._writers, self._limits
+        most = limits.scope_mailbox_bytes or sys.maxsize
+        return len(writers) < limits.scope_mailbox and sum(list(writers.values())) < most
+
+    def made_room(self) -> None:
+        """A handler has made progress: tell the writers that wait."""
+        self.progress += 1
+        # Always the same table, one atomic pop at a time: a callback added meanwhile is never in one left behind.
+        # Those that are here now, once each: one that finds its handler still full comes back, to the end.
+        writers = self._writers
+        if not writers:
+            return
+        for callback in list(writers):
+            if writers.pop(callback, _GONE) is not _GONE:
+                contained(callback, "telling a writer that a handler has made room", log)
+
+
+def size_of(event: StateEvent) -> int:
+    """Bytes of the values of an event."""
+    return len(event.old_json or b"") + len(event.new_json or b"")
+
+
+def value_of(counter: itertools.count[int]) -> int:
+    """What an `itertools.count` will give next. It is advanced in C, in one step; `+= 1` on an attribute is several."""
+    return int(repr(counter)[len("count(") : -1])
