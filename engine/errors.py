@@ -1,24 +1,24 @@
 """Every error that scopestate raises, as one tree.
 
     ScopestateError                     catch this to catch them all
-    |-- DeserializationError            input that does not fit: `deserialization_error`
-    |   `-- InvalidValue                a value that JSON cannot hold; names the path inside it
+    |-- DeserializationError            invalid input: `deserialization_error`
+    |   `-- InvalidValue                a value that JSON cannot hold; has the path inside the value
     |-- ValueTooLarge                   encoded value over `max_value_bytes`: `VALUE_TOO_LARGE`
     |-- MessageTooLarge                 a call or an answer over `max_message_bytes`: `MESSAGE_TOO_LARGE`
     |-- SerializationError              a function returned what JSON cannot hold: `serialization_error`
-    |-- FunctionNotFound                nobody registered that function id: `function_not_found`
+    |-- FunctionNotFound                no function has that id: `function_not_found`
     |-- FunctionFailed                  a registered function raised: `invocation_failed`
-    |   `-- RemoteFailure               a function of a worker or a remote engine failed: the code is the one it sent
-    |-- Forbidden                       the token of a connection does not allow that: `FORBIDDEN`
+    |   `-- RemoteFailure               a function of a worker or of another engine failed: has the code that it sent
+    |-- Forbidden                       the token of a connection does not allow it: `FORBIDDEN`
     |-- InvalidRegistration             a function or trigger that cannot be registered: `registration_error`
     |-- ConfigError                     the configuration is wrong: `CONFIG_ERROR`; names file, line and key
     |-- StorageError                    the store failed: `SET_ERROR`, `GET_ERROR`, ... or `STORAGE_ERROR`
     |   |-- StoreLocked                 another process holds the store
-    |   |-- StoreUnusable               the directory cannot be used: unwritable, not a directory, someone else's
+    |   |-- StoreUnusable               the directory cannot be used: unwritable, not a directory, another program's
     |   |-- UnsavableValue              the store cannot hold one value; the others are saved
-    |   `-- StoreCorrupt                the database is damaged; it was set aside, never overwritten
+    |   `-- StoreCorrupt                the database is damaged; it is never overwritten
     |-- NotConnected                    no connection in time; nothing was sent: `NOT_CONNECTED`
-    |-- ConnectionLost                  the connection broke before the answer came: `CONNECTION_LOST`
+    |-- ConnectionLost                  the connection broke before the answer arrived: `CONNECTION_LOST`
     |-- CallTimeout                     no answer from the other side in time: `TIMEOUT`
     |-- Overloaded                      a bounded mailbox is full: `OVERLOADED`
     |-- ReplyTimeout                    no reply in time; the write may still be applied: `TIMEOUT`
@@ -29,8 +29,11 @@
     `-- EngineClosed                    the engine is closed or closing: `ENGINE_CLOSED`
         `-- EngineForked                the engine was inherited through fork: `ENGINE_FORKED`
 
-`code` is the word that goes over the wire (docs/semantics.md 2; docs/protocol.md 4.4); clients compare it.
-The text is for people: it says what was wrong, where, and what to do.
+`code` is what the wire protocol carries (docs/semantics.md 2; docs/protocol.md 4.4), and what clients compare.
+The text is for people: it says what is wrong, where, and what to do.
+
+A call on a scope in Redis or behind a bridge raises StorageError with the code of its function, and NotConnected,
+ConnectionLost, CallTimeout or RemoteFailure as its `__cause__`: the cause says whether a write may have been applied.
 """
 
 from __future__ import annotations
@@ -43,13 +46,13 @@ class ScopestateError(Exception):
 
 
 class DeserializationError(ScopestateError):
-    """Input that does not fit a function: a missing field, a wrong type, a shape that no op has."""
+    """The input of a function is invalid: a missing field, a wrong type, an unknown op."""
 
     code = "deserialization_error"
 
 
 class InvalidValue(DeserializationError):
-    """A value that JSON cannot hold. `path` points into it: `$.users[3].score`."""
+    """JSON cannot hold this value. `path` is the place in it, such as `$.users[3].score`."""
 
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(path, problem)
@@ -80,13 +83,13 @@ class ValueTooLarge(ScopestateError):
 
 
 class MessageTooLarge(ScopestateError):
-    """A call or an answer does not fit into one message between a server and a worker. The connection is unharmed."""
+    """A call or an answer is too large for one message between a server and a worker. The connection stays open."""
 
     code = "MESSAGE_TOO_LARGE"
 
 
 class SerializationError(ScopestateError):
-    """A function returned something that JSON cannot hold."""
+    """A function returned a value that JSON cannot hold."""
 
     code = "serialization_error"
 
@@ -105,7 +108,7 @@ class FunctionNotFound(ScopestateError):
 
 
 class FunctionFailed(ScopestateError):
-    """A registered function raised; `__cause__` is what it raised."""
+    """A registered function raised an exception, which is the `__cause__`."""
 
     code = "invocation_failed"
 
@@ -119,11 +122,11 @@ class FunctionFailed(ScopestateError):
 
 
 class RemoteFailure(FunctionFailed):
-    """A function that runs in a worker, or in a remote engine, answered with an error: `code` and text are its own."""
+    """A function of a worker, or of another engine, answered with an error: `code` and text are what it sent."""
 
     def __init__(self, function_id: str, code: str, message: str, stacktrace: str | None = None) -> None:
         super().__init__(function_id, message)
-        self.args = (function_id, code, message, stacktrace)  # what pickle and copy make it from
+        self.args = (function_id, code, message, stacktrace)  # for pickle and copy
         self.code = code
         self.message = message
         self.stacktrace = stacktrace
@@ -133,19 +136,19 @@ class RemoteFailure(FunctionFailed):
 
 
 class Forbidden(ScopestateError):
-    """The token of a connection does not allow what it asked for; nothing was done."""
+    """The token of a connection does not allow the request; nothing was done."""
 
     code = "FORBIDDEN"
 
 
 class InvalidRegistration(ScopestateError):
-    """A function or trigger that cannot be registered; nothing was registered."""
+    """A function or trigger cannot be registered; nothing was changed."""
 
     code = "registration_error"
 
 
 class ConfigError(ScopestateError):
-    """The configuration is wrong. `file`, `line` (1-based) and `key` say where, as far as they are known."""
+    """The configuration is wrong. `file`, `line` (from 1) and `key` say where; each is None if unknown."""
 
     code = "CONFIG_ERROR"
 
@@ -165,7 +168,10 @@ class ConfigError(ScopestateError):
 
 
 class StorageError(ScopestateError):
-    """The store failed. `code` names the function that could not be served, or is `STORAGE_ERROR` outside a call."""
+    """The store failed, or Redis, or the engine behind a bridge.
+
+    `code` is that of the function that failed, such as `SET_ERROR`, or `STORAGE_ERROR` outside of a call.
+    """
 
     code = "STORAGE_ERROR"
 
@@ -179,15 +185,18 @@ class StorageError(ScopestateError):
 
 
 class StoreLocked(StorageError):
-    """Another process holds the store; the text names it."""
+    """Another engine holds the store. The text names its process."""
 
 
 class StoreUnusable(StorageError):
-    """The directory cannot serve as a store: unwritable, not a directory, or somebody else's database."""
+    """The directory cannot be used as a store: unwritable, not a directory, or the database of another program."""
 
 
 class StoreCorrupt(StorageError):
-    """The database is damaged. It was set aside under `quarantined`, never overwritten."""
+    """The database is damaged. It is never overwritten.
+
+    `quarantined` is the path that it was moved to when it was opened; None if it was left in its place.
+    """
 
     def __init__(self, problem: str, *, quarantined: str | None = None) -> None:
         super().__init__(problem)
@@ -195,28 +204,28 @@ class StoreCorrupt(StorageError):
 
 
 class UnsavableValue(StorageError):
-    """The store cannot hold one value, whatever else it holds: all others can be saved without it.
+    """The store cannot hold one value. All other values can be saved.
 
     `key` is None if no value of `scope` can be saved.
     """
 
     def __init__(self, problem: str, scope: str, key: str | None) -> None:
         super().__init__(problem)
-        self.args = (problem, scope, key)  # what a copy is made from
+        self.args = (problem, scope, key)  # for pickle and copy
         self.scope = scope
         self.key = key
 
 
 class NotConnected(ScopestateError):
-    """There was no connection to send on; nothing was sent, so nothing was written."""
+    """There was no connection in time. Nothing was sent, so nothing was written."""
 
     code = "NOT_CONNECTED"
 
 
 class ConnectionLost(ScopestateError):
-    """The connection broke after the call was sent and before its answer came: a write may have been applied.
+    """The connection broke after the call was sent and before its answer arrived: a write may have been applied.
 
-    `may_be_applied` is false if the call could not change anything.
+    `may_be_applied` is false if the call was one that changes nothing.
     """
 
     code = "CONNECTION_LOST"
@@ -229,7 +238,7 @@ class ConnectionLost(ScopestateError):
         self.may_be_applied = may_be_applied
 
     def __str__(self) -> str:
-        return f"the connection to {self.url} was lost while {self.function_id} was under way ({self.problem}); " + (
+        return f"the connection to {self.url} was lost during {self.function_id} ({self.problem}); " + (
             "a write may have been applied: read the key before retrying"
             if self.may_be_applied
             else "nothing was changed"
@@ -237,7 +246,7 @@ class ConnectionLost(ScopestateError):
 
 
 class CallTimeout(ScopestateError):
-    """The other side sent no answer in time. `sent` is false if the call never left; else a write may be applied."""
+    """No answer arrived in time. If `sent` is true, a write may have been applied; if false, nothing was sent."""
 
     code = "TIMEOUT"
 
@@ -260,7 +269,7 @@ class CallTimeout(ScopestateError):
 
 
 class Overloaded(ScopestateError):
-    """A bounded mailbox is full; the call was refused and nothing was written. Try again later or slow down."""
+    """A bounded mailbox is full. The call was refused and nothing was written: slow down, or try again later."""
 
     code = "OVERLOADED"
 
@@ -275,11 +284,11 @@ class ReplyTimeout(ScopestateError):
         self.scope = scope
         self.waited_s = waited_s
         self.behind = behind
-        """The triggers that `drain` waited for in vain, each as `id (function id)`; empty for a call."""
+        """The triggers that `drain` was still waiting for, each as `id (function id)`; empty for a call."""
 
     def __str__(self) -> str:
         if self.behind:
-            return f"not drained within {self.waited_s:g} s: events still wait or run at trigger(s) {self.behind}"
+            return f"not drained within {self.waited_s:g} s: events are not yet handled for trigger(s) {self.behind}"
         return (
             f"scope {self.scope!r} sent no reply within {self.waited_s:g} s; "
             "a write may still be applied: read the key before retrying"
@@ -287,7 +296,7 @@ class ReplyTimeout(ScopestateError):
 
 
 class WouldDeadlock(ScopestateError):
-    """The call could only wait for the very thread that makes it; nothing was done."""
+    """The call would have to wait for the thread that makes it; nothing was done."""
 
     code = "DEADLOCK"
 
@@ -307,13 +316,13 @@ class HandlerTimeout(ScopestateError):
 
 
 class EventLoopDetected(ScopestateError):
-    """Handlers kept firing each other up to the configured depth; the event was not delivered."""
+    """Handlers fired each other up to the depth `max_event_depth`. The event was not delivered."""
 
     code = "EVENT_LOOP"
 
 
 class EventNotDelivered(ScopestateError):
-    """An event that reached no handler: dropped by a full mailbox, or still waiting when the engine closed."""
+    """The event reached no handler: it was dropped by a full mailbox, or still waiting when the engine closed."""
 
     code = "EVENT_NOT_DELIVERED"
 

@@ -30,7 +30,10 @@ class SetResult(msgspec.Struct, frozen=True, eq=False):
     json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value")
 
     old_json: bytes | None
-    """The previous value as JSON, or None if the key did not exist."""
+    """The previous value as JSON, or None if the key did not exist.
+
+    Through a bridge to iii 0.11.6 a previous null is None too: its answer does not tell them apart.
+    """
     new_json: bytes
     """The new value as JSON."""
 
@@ -117,9 +120,12 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     new_json: bytes | None
     """The new value as JSON, or None for a delete."""
     sequence: int
-    """Number of this write in its scope: 1, 2, 3, ... It does not go back over a restart of a store.
+    """A number that rises from event to event of one scope, as long as the engine is open.
 
-    With `events: shared` the number over all scopes of that Redis, the same in every engine.
+    Memory and files: the number of the write in its scope. A store keeps it over a restart; numbers of writes that a
+    crash lost are used again. In memory it begins at 1. Redis with `events: shared`: the number of the event in the
+    database, the same in every engine, with gaps within a scope. Redis with `events: local`, and a bridge: the number
+    of the event in this engine, which begins at 1 and may have gaps.
     """
     depth: int = 0
     """0 for a write from outside; 1 for a write made by a handler of such an event, and so on."""

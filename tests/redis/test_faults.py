@@ -76,7 +76,7 @@ def test_the_cause_of_a_read_that_failed_says_if_it_was_sent(
             errors["list_groups"] = _error_of(engine.list_groups)
         for name, error in errors.items():
             assert type(error.__cause__) is ConnectionLost, name
-            assert f"was lost while state::{name} was under way" in str(error)
+            assert f"was lost during state::{name} (" in str(error)
             assert str(error).endswith("; nothing was changed")
 
         server.kill()
