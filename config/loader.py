@@ -16,7 +16,7 @@ from scopestate.config.schema import Config
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
 
-# `documents` (and with it PyYAML, difflib, ...) loads with the first configuration that is read: an engine in memory
+# `sections` (and with it PyYAML, difflib, ...) loads with the first configuration that is read: an engine in memory
 # needs none, and `import scopestate` must stay quick.
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -38,8 +38,7 @@ def load(path: str | os.PathLike[str]) -> Config:
 def load_bytes(content: bytes, path: str | os.PathLike[str]) -> Config:
     """Like `load`, for the content of `path` as it was read before."""
     file = expand_home(path)
-    config, errors = _read_text(_decode(content, file), file, os.path.abspath(file))
-    return _first(config, errors)
+    return _first(_examined(_decode(content, file), file, os.path.abspath(file)))
 
 
 def loads(text: str, *, file: str = "<string>") -> Config:
@@ -48,7 +47,7 @@ def loads(text: str, *, file: str = "<string>") -> Config:
     Raises:
         ConfigError: the first mistake in it.
     """
-    return _first(*_read_text(text, file, None))
+    return _first(_examined(text, file, None))
 
 
 def from_mapping(mapping: Mapping[str, object] | Sequence[object]) -> Config:
@@ -59,21 +58,17 @@ def from_mapping(mapping: Mapping[str, object] | Sequence[object]) -> Config:
     Raises:
         ConfigError: the first mistake; it has a `key`, but no file and line.
     """
-    from scopestate.config.documents import read_python  # noqa: PLC0415 # brings PyYAML; see above
+    from scopestate.config.sections import read_python  # noqa: PLC0415 - brings PyYAML; see above
 
     if isinstance(mapping, str | bytes):
         raise ConfigError("expected a mapping, found text; use `loads` for YAML text and `load` for a path")
-    return _first(*read_python(mapping))
+    config, errors = read_python(mapping)
+    return _first(Examined(config, errors))
 
 
 def check(path: str | os.PathLike[str]) -> list[ConfigError]:
     """Return every mistake in a file, by line; an empty list if `load` would succeed. Imports `functions:` as well."""
-    file = expand_home(path)
-    try:
-        text = _decode(read_bytes(path), file)
-    except ConfigError as error:
-        return [error]
-    return _read_text(text, file, file)[1]
+    return examine(path).errors
 
 
 class Examined(NamedTuple):
@@ -82,25 +77,19 @@ class Examined(NamedTuple):
     config: Config | None
     errors: list[ConfigError]
     """What `load` refuses."""
-    doubts: list[ConfigError]
+    doubts: Sequence[ConfigError] = ()
     """What works and is most likely a mistake: triggers of functions that are not in the file."""
-    lines: Mapping[str, int | None]
+    lines: Mapping[str, int | None] = {}
     """Path of each key that was read -> its line."""
 
 
 def examine(path: str | os.PathLike[str]) -> Examined:
     """Read a file as `check` does, for a tool that looks further. `config` is None, or has defaults, after mistakes."""
-    from scopestate.config.documents import examine_text  # noqa: PLC0415 # brings PyYAML; see above
-    from scopestate.config.nodes import Problems  # noqa: PLC0415 # as above
-
     file = expand_home(path)
     try:
-        text = _decode(read_bytes(path), file)
+        return _examined(_decode(read_bytes(path), file), file, file)
     except ConfigError as error:
-        return Examined(None, [error], [], {})
-    problems = Problems(file)
-    config, errors = examine_text(text, file, problems)
-    return Examined(config, errors, problems.doubts, problems.lines)
+        return Examined(None, [error])
 
 
 def validate(config: Config) -> None:
@@ -155,18 +144,22 @@ def _decode(content: bytes, file: str) -> str:
         raise ConfigError(f"not UTF-8 text: byte 0x{byte:02x} at offset {error.start}", file=file, line=line) from error
 
 
-def _read_text(text: str, file: str, source: str | None) -> tuple[Config | None, list[ConfigError]]:
-    from scopestate.config.documents import read_text  # noqa: PLC0415 # brings PyYAML; see above
+def _examined(text: str, file: str, source: str | None) -> Examined:
+    from scopestate.config.nodes import Problems  # noqa: PLC0415 - brings PyYAML; see above
+    from scopestate.config.sections import read_text  # noqa: PLC0415 - as above
 
     if len(text) > MAX_FILE_BYTES:
-        return None, [ConfigError(f"longer than {MAX_FILE_BYTES} characters; this is no configuration", file=file)]
-    return read_text(text, file, source)
+        problem = f"longer than {MAX_FILE_BYTES} characters; this is no configuration"
+        return Examined(None, [ConfigError(problem, file=file)])
+    problems = Problems(file)
+    config, errors = read_text(text, source, problems)
+    return Examined(config, errors, problems.doubts, problems.lines)
 
 
-def _first(config: Config | None, errors: list[ConfigError]) -> Config:
-    if config is None or errors:
-        raise errors[0]
-    return config
+def _first(found: Examined) -> Config:
+    if found.config is None or found.errors:
+        raise found.errors[0]
+    return found.config
 
 
 def _plain(value: object) -> object:

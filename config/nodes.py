@@ -86,7 +86,7 @@ class Problems:
         self.errors.append(self.error(problem, line, key))
 
     def doubt(self, problem: str, line: int | None, key: str | None = None) -> None:
-        """Note what works and is most likely a mistake: only those who ask for doubts hear of it."""
+        """Note what works and is most likely a mistake: `examine` returns it, nothing else does."""
         self.doubts.append(self.error(problem, line, key))
 
     def by_line(self) -> list[ConfigError]:
@@ -94,7 +94,7 @@ class Problems:
 
 
 def parse(text: str, problems: Problems) -> Node | None:
-    """Parse one YAML document; None if there is none. Duplicate keys and unknown tags are added to `problems`.
+    """Parse one YAML document; None if the text has none in it. Duplicate keys and unknown tags go to `problems`.
 
     The pure Python parser is used even where libyaml is there: both read a file in milliseconds, and its messages and
     its limits are the same everywhere.

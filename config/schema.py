@@ -216,6 +216,6 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     scopes: tuple[ScopeRule, ...] = ()
     limits: LimitsConfig = LimitsConfig()
     server: ServerConfig | None = None
-    """The `iii-worker-manager` entry; None: there is none."""
+    """The `iii-worker-manager` entry; None: no server is configured."""
     source: str | None = None
     """Absolute path of the file, not resolved through symlinks; None if it came from text or a mapping."""

@@ -12,10 +12,20 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 import msgspec
 
-from scopestate.config.fields import did_you_mean, misfit, misfit_shape, nearest
 from scopestate.config.functions import TargetError, import_function, misfit_id, reference
-from scopestate.config.nodes import Mapping, Node, Problems, Scalar, Sequence, join
-from scopestate.config.scalars import Value, VariableError, expand, resolve_native, resolve_text, shorten
+from scopestate.config.nodes import Mapping, Node, Problems, Scalar, Sequence, from_python, join, parse
+from scopestate.config.scalars import (
+    Value,
+    VariableError,
+    did_you_mean,
+    expand,
+    misfit,
+    misfit_shape,
+    nearest,
+    resolve_native,
+    resolve_text,
+    shorten,
+)
 from scopestate.config.schema import (
     ADAPTERS,
     AdapterConfig,
@@ -31,6 +41,7 @@ from scopestate.config.schema import (
     full_token,
     with_every_list,
 )
+from scopestate.errors import ConfigError
 from scopestate.ops.messages import FUNCTION_IDS
 
 log = logging.getLogger("scopestate.config")
@@ -46,6 +57,33 @@ _NAME = str
 _S = TypeVar("_S", bound=msgspec.Struct)
 
 
+Outcome = tuple[Config | None, list[ConfigError]]
+"""The configuration, which counts only if the list beside it is empty; the mistakes in the order of their lines."""
+
+
+def read_text(text: str, source: str | None, problems: Problems) -> Outcome:
+    """Read YAML text. `problems` then also has the doubts, and the lines of the keys."""
+    try:
+        root = parse(text, problems)
+    except ConfigError as error:
+        problems.errors.append(error)
+        return None, problems.by_line()
+    if root is None:
+        # Refused: reading it as "all defaults". A file caught while it is truncated and rewritten looks like this.
+        return None, [problems.error("the configuration is empty; for the defaults write `workers: []`", 1)]
+    return SectionReader(problems).read(root, source), problems.by_line()
+
+
+def read_python(data: object) -> Outcome:
+    """Read mappings and lists; mistakes have neither file nor line."""
+    problems = Problems(None)
+    try:
+        root = from_python(data, problems)
+    except ConfigError as error:
+        return None, [error]
+    return SectionReader(problems).read(root, None), problems.by_line()
+
+
 class Place(NamedTuple):
     """A node, and where it stands: the line of its key (or of itself in a list) and its path."""
 
@@ -54,8 +92,8 @@ class Place(NamedTuple):
     path: str
 
 
-class Stranger(NamedTuple):
-    """A worker that is not ours, by its name."""
+class OtherWorker(NamedTuple):
+    """A worker that has nothing to do with us, by its name."""
 
     name: str
     line: int | None
@@ -70,7 +108,7 @@ class SectionReader:
         self._file = problems.file or "configuration"
         self._worker: Place | None = None
         self._ignored: list[str] = []
-        self._strangers: list[Stranger] = []
+        self._others: list[OtherWorker] = []
         self._broken: list[str] = []
         self._server: ServerConfig | None = None
         self._server_entry: Place | None = None
@@ -108,18 +146,18 @@ class SectionReader:
                 log.warning("%s: has no %s among its workers; state is kept in memory only", self._file, WORKER)
         for ours, found in ((WORKER, self._worker is not None), (SERVER, self._server_entry is not None)):
             # Everything in a misspelt entry would be ignored: the store, or the tokens of the server.
-            for stranger in () if found else self._strangers:
-                if nearest(stranger.name, [ours.replace("-", "_")], cutoff=0.85):
+            for other in () if found else self._others:
+                if nearest(other.name, [ours.replace("-", "_")], cutoff=0.85):
                     self._problems.add(
-                        f"there is no worker {ours} in this file; is {stranger.name!r} meant to be it? Rename it, or "
+                        f"there is no worker {ours} in this file; is {other.name!r} meant to be it? Rename it, or "
                         f"add an entry `name: {ours}` if it is another worker",
-                        stranger.line,
-                        stranger.path,
+                        other.line,
+                        other.path,
                     )
         return adapter
 
     def _entry(self, entry: Place) -> AdapterConfig | None:
-        """Read one worker; None if it is somebody else's, whose keys and values then do not matter."""
+        """Read one entry of `workers:`; None for another worker, whose keys and values do not matter here."""
         if not isinstance(entry.node, Mapping):
             self._misshapen(entry, "a mapping with `name` and `config`")
             return None
@@ -143,7 +181,7 @@ class SectionReader:
             if str(name).lower().replace("_", "-") == WORKER:
                 self._problems.add(f"write `{WORKER}`, found {name!r}", found["name"].line, found["name"].path)
             else:
-                self._strangers.append(Stranger(str(name), found["name"].line, found["name"].path))
+                self._others.append(OtherWorker(str(name), found["name"].line, found["name"].path))
             self._ignored.append(str(name))
             return None
         for key, place in found.items():
@@ -371,7 +409,7 @@ class SectionReader:
             return None
 
     def _is_null(self, place: Place) -> bool:
-        """Tell whether a section is left empty; a scalar of any other kind is reported by whoever reads it next."""
+        """Tell whether a section is left empty; a scalar of any other kind is reported where it is read next."""
         if not isinstance(place.node, Scalar) or place.node.style == "quoted":
             return False
         if place.node.style == "native":

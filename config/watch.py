@@ -129,7 +129,7 @@ class ConfigWatcher:
     def _run(self) -> None:
         try:
             while self._wait_for_change():
-                # A file that is wrong may be one that somebody is not done writing: the next quiet period decides.
+                # A file that is wrong may be one that is still being written: the next quiet period decides.
                 retried = False
                 while self._wait_for_quiet() and not self._look(last_try=retried and self._calm):
                     retried = True

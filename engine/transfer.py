@@ -136,7 +136,7 @@ def export_lines(reader: Reader, progress: Progress = _untold) -> Iterator[bytes
 
 
 def read_lines(lines: Iterable[bytes]) -> Iterator[Entry | Scope]:
-    """Read an export. Raises DeserializationError, which names the line, for what is none or is cut off."""
+    """Read an export. Raises DeserializationError, which names the line, if it is not one or is cut off."""
     number = keys = 0
     begun = ended = False
     empty = True

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from scopestate import config
 from scopestate.config import AdapterConfig, RedisOptions
-from scopestate.config.documents import read_text
+from scopestate.config.nodes import Problems
+from scopestate.config.sections import read_text
 from scopestate.errors import ConfigError
 from scopestate.persistence.redis.urls import (
     RedisAddress,
@@ -61,7 +62,7 @@ def redis_of(options: str) -> RedisOptions:
 def mistakes_of(options: str) -> list[tuple[int | None, str | None, str]]:
     """Return line (7 is the first of the options), key and text of each mistake of such a file."""
     text = REDIS + textwrap.indent(options, " " * 8)
-    errors = read_text(text, "engine.yaml", None)[1]
+    errors = read_text(text, None, Problems("engine.yaml"))[1]
     assert [error.file for error in errors] == ["engine.yaml"] * len(errors)
     return [(error.line, error.key, error.problem) for error in errors]
 
