@@ -9,6 +9,7 @@ import msgspec
 from scopestate.actors.reply import Envelope
 from scopestate.errors import StorageError
 from scopestate.ops import turns
+from scopestate.ops.functions import failure_of
 
 
 class Housekeeping(msgspec.Struct, frozen=True):
@@ -43,8 +44,7 @@ class Caused(msgspec.Struct, frozen=True):
 
 def as_failure_of(message: Any, error: StorageError) -> StorageError:
     """Return `error` as the failure of the operation that a message asks for, with its code and wording."""
-    kind = type(message.message if isinstance(message, Caused) else message)
-    failure = turns.FROM_MESSAGE.get(kind, kind).failure
+    failure = failure_of(message.message if isinstance(message, Caused) else message)
     return StorageError(f"{failure.words}: {error}", code=failure.code)
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 from scopestate.actors.functions import is_generator
 from scopestate.config.schema import FunctionRef
-from scopestate.ops.messages import FUNCTION_IDS
+from scopestate.ops.functions import BUILT_IN
 
 
 def misfit_id(function_id: object) -> str | None:
     """Return why no function can be registered under this id, None if one can."""
     if not isinstance(function_id, str) or not function_id:
         return f"a function id is a non-empty string, not {function_id!r:.80}"
-    if function_id in FUNCTION_IDS:
+    if function_id in BUILT_IN:
         return "this function is built in and cannot be replaced: choose another id"
     return None
 

@@ -42,7 +42,7 @@ from scopestate.config.schema import (
     with_every_list,
 )
 from scopestate.errors import ConfigError
-from scopestate.ops.messages import FUNCTION_IDS
+from scopestate.ops.functions import BUILT_IN
 
 log = logging.getLogger("scopestate.config")
 
@@ -126,7 +126,7 @@ class SectionReader:
         return Config(
             adapter=adapter,
             functions=functions,
-            triggers=self._triggers(sections.get("triggers"), known=(*functions, *self._broken, *FUNCTION_IDS)),
+            triggers=self._triggers(sections.get("triggers"), known=(*functions, *self._broken, *BUILT_IN)),
             scopes=self._scopes(sections.get("scopes")),
             limits=self._limits(sections.get("limits")),
             server=self._server,

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import pykka
+from msgspec.structs import astuple
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.loop_reply import Deadlines, LoopReply
@@ -18,12 +19,12 @@ from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import Flush
 from scopestate.asks import no_room
-from scopestate.calls import to_json
 from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout, ValueTooLarge
 from scopestate.ops import checked, messages, turns
+from scopestate.ops.functions import BUILT_IN, from_payload, function_of
 from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.ops.turns import checked_name, no_message
+from scopestate.ops.turns import checked_name
 from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
@@ -98,20 +99,7 @@ class AioEngine:
 
     async def ask(self, message: messages.Message) -> Any:
         """As `Engine.ask`: send a message and wait for the answer."""
-        match message:
-            case messages.Set(scope=scope, key=key, value=value):
-                return await self.set(scope, key, value)
-            case messages.Get(scope=scope, key=key):
-                return await self.get(scope, key)
-            case messages.Delete(scope=scope, key=key):
-                return await self.delete(scope, key)
-            case messages.Update(scope=scope, key=key, ops=ops):
-                return await self.update(scope, key, ops)
-            case messages.List(scope=scope):
-                return await self.list(scope)
-            case messages.ListGroups():
-                return await self.list_groups()
-        raise no_message(message)
+        return await getattr(self, function_of(message).method)(*astuple(message))
 
     async def call(self, function_id: str, payload: object = None) -> Any:
         """As `Engine.call`. A plain function runs on a worker thread, a coroutine function on its event loop."""
@@ -119,8 +107,8 @@ class AioEngine:
         if not function.builtin or function.is_async:
             self._engine._refuse_if_closed()
             return await self._engine._caller.call_async(function, payload)
-        message = messages.from_payload(function_id, payload)
-        return to_json(message, await self.ask(message))
+        row = BUILT_IN[function_id]
+        return row.to_json(await getattr(self, row.method)(*astuple(from_payload(function_id, payload))))
 
     async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as the engine's own
         """As `Engine.drain`."""

@@ -16,8 +16,6 @@ from scopestate.errors import (
     SerializationError,
     WouldDeadlock,
 )
-from scopestate.ops import messages
-from scopestate.ops.results import ListGroupsResult
 from scopestate.ops.values import class_name, decode, encode
 
 if TYPE_CHECKING:
@@ -129,17 +127,6 @@ class Caller:
                 raise
             outcome = None, error
         return _result(function, outcome)
-
-
-def to_json(message: messages.Message, answer: Any) -> Any:
-    """Return the answer to a message as the reference has it: plain JSON values."""
-    match message:
-        case messages.Set() | messages.Update():
-            return answer.to_json()
-        case messages.ListGroups():
-            return ListGroupsResult(groups=answer)
-        case _:
-            return answer
 
 
 Outcome = tuple[Any, BaseException | None]

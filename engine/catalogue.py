@@ -4,42 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any, Final
-
-import msgspec
+from typing import Any
 
 from scopestate.actors.functions import Function, Functions
 from scopestate.actors.triggers import Trigger
-from scopestate.ops import messages
-from scopestate.ops.results import ListGroupsResult, SetResult, StateEvent, UpdateResult
+from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.results import StateEvent
 from scopestate.ops.values import decode, encode
-
-_IDS: Final = {kind: function_id for function_id, kind in messages.FUNCTION_IDS.items()}
-
-_REQUESTS: Final = {
-    "state::delete": "StateDeleteInput",
-    "state::get": "StateGetInput",
-    "state::list": "StateGetGroupInput",
-    "state::list_groups": "StateListGroupsInput",
-    "state::set": "StateSetInput",
-    "state::update": "StateUpdateInput",
-}
-"""Function id -> the reference's name of its input."""
-
-_RESPONSES: Final[dict[str, tuple[str, Any]]] = {
-    "state::list_groups": ("StateListGroupsResult", ListGroupsResult),
-    "state::set": ("SetResult", SetResult),
-    "state::update": (
-        "UpdateResult",
-        Annotated[UpdateResult, msgspec.Meta(description="Result of an atomic update operation")],
-    ),
-}
-"""Function id -> the reference's name of its result, and the result; the others return bare values."""
-
-
-def function_id_of(message: messages.Message) -> str:
-    """Return the id of the built-in function that a message belongs to."""
-    return _IDS[type(message)]
 
 
 def builtin(function_id: str, call: Callable[[str, object], Any]) -> Function:
@@ -91,12 +62,12 @@ def _builtin_functions() -> bytes:
     return encode(
         [
             _entry(
-                function_id,
-                summary(message),
-                schema(_REQUESTS[function_id], message),
-                schema(*_RESPONSES[function_id]) if function_id in _RESPONSES else None,
+                row.function_id,
+                summary(row.message),
+                schema(row.request, row.message),
+                None if row.response is None else schema(*row.response),
             )
-            for function_id, message in messages.FUNCTION_IDS.items()
+            for row in BUILT_IN.values()
         ]
     )
 

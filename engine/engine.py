@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import pykka
+from msgspec.structs import astuple
 
 from scopestate import catalogue, lifecycle
 from scopestate.actors.backlog import HandlerFull
@@ -38,6 +39,7 @@ from scopestate.errors import (
 )
 from scopestate.handle import Scope
 from scopestate.ops import checked, messages, turns
+from scopestate.ops.functions import BUILT_IN, from_payload, function_of
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import answer_of, checked_name, turn_of
 from scopestate.ops.values import decode, encode
@@ -101,7 +103,7 @@ class Engine(Reactive):
         self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False
-        for function_id in messages.FUNCTION_IDS:
+        for function_id in BUILT_IN:
             self._functions.add(catalogue.builtin(function_id, self._call_builtin))
         parts.configure()
         lifecycle.watch_over(self)
@@ -293,7 +295,7 @@ class Engine(Reactive):
     def _send(self, message: messages.Message, kind: type[PatientReply], *, waits: bool) -> PatientReply:
         self._refuse_if_closed()
         turn = turn_of(message, self._limits.max_value_bytes)
-        self._tally[catalogue.function_id_of(message)].add()
+        self._tally[function_of(message).function_id].add()
         scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
         reply = kind(self._router, lambda answer: answer_of(message, answer))
         reply.send = lambda: self._scopes[scope].accept(Envelope(turn, reply))
@@ -323,20 +325,8 @@ class Engine(Reactive):
         return self._caller.call(function, payload)
 
     def _call_builtin(self, function_id: str, payload: object) -> Any:
-        message = messages.from_payload(function_id, payload)
-        match message:
-            case messages.Set(scope=scope, key=key, value=value):
-                return self.set(scope, key, value).to_json()
-            case messages.Get(scope=scope, key=key):
-                return self.get(scope, key)
-            case messages.Delete(scope=scope, key=key):
-                return self.delete(scope, key)
-            case messages.Update(scope=scope, key=key, ops=ops):
-                return self.update(scope, key, ops).to_json()
-            case messages.List(scope=scope):
-                return self.list(scope)
-            case messages.ListGroups():
-                return {"groups": self.list_groups()}
+        row = BUILT_IN[function_id]
+        return row.to_json(getattr(self, row.method)(*astuple(from_payload(function_id, payload))))
 
     # ------------------------------------------------------------------------------------------------ waiting
 

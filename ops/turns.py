@@ -8,7 +8,7 @@ so a new operation needs no line in any of them (docs/design/0032-layers-and-por
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -159,16 +159,6 @@ class Items(_WholeScope[list[tuple[str, bytes]]], frozen=True):
 
     def decide(self, view: View) -> Effects[list[tuple[str, bytes]]]:
         return Effects((), list(view.items()))
-
-
-FROM_MESSAGE: Final[dict[type[Any], type[Turn[Any]]]] = {
-    messages.Set: Set,
-    messages.Update: Update,
-    messages.Delete: Delete,
-    messages.Get: Get,
-    messages.List: List,
-}
-"""The public message -> the turn that it asks for."""
 
 
 def refuse_size(scope: str, key: str, data: bytes, limit: int) -> None:

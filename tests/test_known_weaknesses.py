@@ -30,7 +30,7 @@ from scopestate.errors import (
     StoreLocked,
     ValueTooLarge,
 )
-from scopestate.ops.messages import from_payload
+from scopestate.ops.functions import from_payload
 
 __all__ = ["nothing_left", "open_engine"]
 

@@ -7,30 +7,21 @@ import hmac
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import translate
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig
 from scopestate.config.schema import with_every_list
 from scopestate.errors import ConfigError, Forbidden
+from scopestate.ops.functions import BUILT_IN
 from scopestate.paths import expand_home
 
 ALWAYS_ALLOWED: Final = ("engine::channels::create", "engine::workers::register", "engine::log::*")
 """What every worker may call (docs/protocol.md, section 12)."""
-
-STATE_RIGHTS: Final[Mapping[str, Literal["read", "write", "list"]]] = {
-    "state::get": "read",
-    "state::list": "read",
-    "state::set": "write",
-    "state::delete": "write",
-    "state::update": "write",
-    "state::list_groups": "list",
-}
-"""State function -> the right that it needs on the scope in its input; `list` answers with the readable scopes."""
 
 ENGINE_NAMESPACES: Final = ("engine::", "state::")
 """Ids that begin like this are the engine's own: a pattern of `registers` matches one only if it begins so too."""
@@ -103,7 +94,8 @@ class Access:
         For a state function the token needs the right on that scope too: it would act on the scope of the event.
         """
         self.check_call(function_id)
-        right = STATE_RIGHTS.get(function_id)
+        row = BUILT_IN.get(function_id)
+        right = None if row is None else row.right
         if right == "write" and scope is not None:
             self.check_write(scope)
         elif right == "read" and scope is not None:

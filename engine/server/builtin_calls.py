@@ -9,13 +9,15 @@ import msgspec
 from msgspec import Raw
 
 from scopestate.actors.backlog import HandlerFull
-from scopestate.errors import DeserializationError, ValueTooLarge
-from scopestate.ops import convert_ops, messages, turns
+from scopestate.errors import DeserializationError
+from scopestate.ops import convert_ops, turns
+from scopestate.ops.functions import BUILT_IN, BuiltIn, from_payload, misfit
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.values import check, decode, encode_plain, parse
 from scopestate.wire.frames import last_wins
 
 if TYPE_CHECKING:
+    from scopestate.actors.limits import Limits
     from scopestate.engine import Engine
     from scopestate.server.access import Access
 
@@ -28,48 +30,103 @@ _ABSENT: Final = Raw()
 _BAD: Final = (msgspec.DecodeError, RecursionError)
 _TRUE: Final = Raw(b"true")
 _BUSY: Final = object()
-# Bytes of an input beside the values of its fields, if there is nothing else in it.
-_PLACE: Final = len('{"scope": "", "key": ""}')
-_SET: Final = len('{"scope": "", "key": "", "value": }')
-_UPDATE: Final = len('{"scope": "", "key": "", "ops": }')
-_LIST: Final = len('{"scope": ""}')
 _FEW_OPS: Final = 100
 _SMALL_VALUE: Final = 64 * 1024
 """An update below both takes well under a millisecond."""
 
 
-class _Place(msgspec.Struct, gc=False):
+class _Input(msgspec.Struct, gc=False):
+    """The input of a function on one scope, as far as the function reads it."""
+
     scope: str
+
+    def size(self) -> int:
+        """Bytes of the JSON text if there is nothing else in it; 0 if a field is missing or stands there twice."""
+        raise NotImplementedError
+
+    def turn(self, limits: Limits) -> turns.Turn[Any]:
+        """The turn that does it. Raises DeserializationError and ValueTooLarge."""
+        raise NotImplementedError
+
+    def converter(self) -> Callable[[Any], Result]:
+        """What makes JSON text of the turn's answer. It must not keep this input, which may be large."""
+        return _as_it_is
+
+
+class _Keyed(_Input, gc=False):
     key: str
 
-
-class _Scope(msgspec.Struct, gc=False):
-    scope: str
-    tell_keys: Raw = msgspec.field(default=_ABSENT, name="_keys")
-    """`true`: a bridge or a tool asks for the keys too: `{"keys": [...], "values": [...]}`."""
+    def size(self) -> int:
+        return len(self.scope) + len(self.key) + len('{"scope": "", "key": ""}')
 
 
-class _Write(msgspec.Struct, gc=False):
-    scope: str
-    key: str
+class _Get(_Keyed, gc=False):
+    def turn(self, limits: Limits) -> turns.Turn[Any]:
+        return turns.Get(self.key)
+
+
+class _Delete(_Keyed, gc=False):
+    def turn(self, limits: Limits) -> turns.Turn[Any]:
+        return turns.Delete(self.key)
+
+
+class _Set(_Keyed, gc=False):
     value: Raw = _ABSENT
     data: Raw = _ABSENT
     tell_existed: Raw = msgspec.field(default=_ABSENT, name="_existed")
     """`true`: a bridge asks for `existed` in the result, which tells a stored null from a missing key."""
 
+    def size(self) -> int:
+        value = len(self.value) or len(self.data)
+        if not value or (self.value and self.data):
+            return 0
+        return len(self.scope) + len(self.key) + value + len('{"scope": "", "key": "", "value": }')
 
-class _Ops(msgspec.Struct, gc=False):
-    scope: str
-    key: str
+    def turn(self, limits: Limits) -> turns.Turn[Any]:
+        text = parse(bytes(self.value or self.data))
+        turns.refuse_size(self.scope, self.key, text, limits.max_value_bytes)
+        return turns.Set(self.key, text)
+
+    def converter(self) -> Callable[[Any], Result]:
+        return _set_result_existed if self.tell_existed == _TRUE else _set_result
+
+
+class _Update(_Keyed, gc=False):
     ops: Raw
     tell_existed: Raw = msgspec.field(default=_ABSENT, name="_existed")
-    """As in `_Write`."""
+    """As in `_Set`."""
+
+    def size(self) -> int:
+        return len(self.scope) + len(self.key) + len(self.ops) + len('{"scope": "", "key": "", "ops": }')
+
+    def turn(self, limits: Limits) -> turns.Turn[Any]:
+        return turns.Update(self.key, convert_ops(decode(parse(bytes(self.ops)))))
+
+    def converter(self) -> Callable[[Any], Result]:
+        return _update_result_existed if self.tell_existed == _TRUE else _update_result
 
 
-_place: Final = msgspec.json.Decoder(_Place).decode
-_scope: Final = msgspec.json.Decoder(_Scope).decode
-_write: Final = msgspec.json.Decoder(_Write).decode
-_ops: Final = msgspec.json.Decoder(_Ops).decode
+class _List(_Input, gc=False):
+    tell_keys: Raw = msgspec.field(default=_ABSENT, name="_keys")
+    """`true`: a bridge or a tool asks for the keys too: `{"keys": [...], "values": [...]}`."""
+
+    def size(self) -> int:
+        return len(self.scope) + len('{"scope": ""}')
+
+    def turn(self, limits: Limits) -> turns.Turn[Any]:
+        return turns.Items() if self.tell_keys == _TRUE else turns.List()
+
+    def converter(self) -> Callable[[Any], Result]:
+        return _with_keys if self.tell_keys == _TRUE else _array
+
+
+_INPUTS: Final[dict[type[turns.Turn[Any]], type[_Input]]] = {
+    turns.Get: _Get,
+    turns.Set: _Set,
+    turns.Delete: _Delete,
+    turns.Update: _Update,
+    turns.List: _List,
+}
 
 
 class BuiltinCalls:
@@ -85,107 +142,46 @@ class BuiltinCalls:
         self._limits = engine._limits
         self._router = engine._router
         self._turn_later = engine.aio._turn
-        self._count = {function_id: tally.add for function_id, tally in engine._tally.items()}
-        self._count_get = self._count["state::get"]
-        self._count_set = self._count["state::set"]
         self.by_id: dict[str, Callable[[Raw, Access | None], Outcome]] = {
-            "state::get": self._get,
-            "state::set": self._set,
-            "state::delete": self._delete,
-            "state::update": self._update,
-            "state::list": self._list,
-            "state::list_groups": self._list_groups,
+            row.function_id: self._list_groups if row.turn is None else self._on_one_scope(row, _INPUTS[row.turn])
+            for row in BUILT_IN.values()
         }
 
-    def _get(self, data: Raw, access: Access | None) -> Outcome:
-        try:
-            place = _place(data)
-        except _BAD:
-            place = _misfit("state::get", data, _place)
-        scope, key = place.scope, place.key
-        if len(data) > len(scope) + len(key) + _PLACE:
-            _check("state::get", data)
-        if access is not None:
-            access.check_read(scope)
-        self._count_get()
-        actor = self._scopes[scope]
-        # None: missing, or it takes a turn to know; only the turn can tell.
-        text = actor.peek(key)
-        return self._run(scope, turns.Get(key), _as_it_is) if text is None else text
+    def _on_one_scope(self, row: BuiltIn, kind: type[_Input]) -> Callable[[Raw, Access | None], Outcome]:
+        function_id, read, limits = row.function_id, msgspec.json.Decoder(kind).decode, self._limits
+        count, writes, gets = self._engine._tally[function_id].add, row.right == "write", kind is _Get
 
-    def _set(self, data: Raw, access: Access | None) -> Outcome:
-        try:
-            fields = _write(data)
-        except _BAD:
-            fields = _misfit("state::set", data, _write)
-        value = fields.value
-        if not value:
-            value = fields.data
-        if not value or (fields.value and fields.data):
-            _misfit("state::set", data, _write)
-        scope, key = fields.scope, fields.key
-        if len(data) > len(scope) + len(key) + len(value) + _SET:
-            _check("state::set", data)
-        if access is not None:
-            access.check_write(scope)
-        try:
-            text = parse(bytes(value))
-        except DeserializationError as error:
-            raise messages.misfit("state::set", str(error)) from error
-        limit = self._limits.max_value_bytes
-        if limit and len(text) > limit:
-            raise ValueTooLarge(scope, key, len(text), limit)
-        self._count_set()
-        return self._run(
-            scope, turns.Set(key, text), _set_result_existed if fields.tell_existed == _TRUE else _set_result
-        )
+        def call(data: Raw, access: Access | None) -> Outcome:
+            try:
+                fields = read(data)
+            except _BAD:
+                fields = _misfit(function_id, data, read)
+            size = fields.size()
+            if len(data) > size:
+                _check(function_id, data, fits=size > 0)
+            scope = fields.scope
+            if access is not None:
+                if writes:
+                    access.check_write(scope)
+                else:
+                    access.check_read(scope)
+            if gets:
+                # None: missing, or it takes a turn to know; only the turn can tell.
+                text = self._scopes[scope].peek(fields.key)  # type: ignore[attr-defined]  # _Get has it
+                if text is not None:
+                    count()
+                    return text
+            try:
+                turn = fields.turn(limits)
+            except DeserializationError as error:
+                raise misfit(function_id, str(error)) from error
+            count()
+            return self._run(scope, turn, fields.converter())
 
-    def _delete(self, data: Raw, access: Access | None) -> Outcome:
-        try:
-            place = _place(data)
-        except _BAD:
-            place = _misfit("state::delete", data, _place)
-        if len(data) > len(place.scope) + len(place.key) + _PLACE:
-            _check("state::delete", data)
-        if access is not None:
-            access.check_write(place.scope)
-        self._count["state::delete"]()
-        return self._run(place.scope, turns.Delete(place.key), _as_it_is)
-
-    def _update(self, data: Raw, access: Access | None) -> Outcome:
-        try:
-            fields = _ops(data)
-        except _BAD:
-            fields = _misfit("state::update", data, _ops)
-        if len(data) > len(fields.scope) + len(fields.key) + len(fields.ops) + _UPDATE:
-            _check("state::update", data)
-        if access is not None:
-            access.check_write(fields.scope)
-        try:
-            ops = convert_ops(decode(parse(bytes(fields.ops))))
-        except DeserializationError as error:
-            raise messages.misfit("state::update", str(error)) from error
-        self._count["state::update"]()
-        convert = _update_result_existed if fields.tell_existed == _TRUE else _update_result
-        return self._run(fields.scope, turns.Update(fields.key, ops), convert)
-
-    def _list(self, data: Raw, access: Access | None) -> Outcome:
-        try:
-            fields = _scope(data)
-        except _BAD:
-            fields = _misfit("state::list", data, _scope)
-        scope = fields.scope
-        if len(data) > len(scope) + _LIST:
-            _check("state::list", data)
-        if access is not None:
-            access.check_read(scope)
-        self._count["state::list"]()
-        if fields.tell_keys == _TRUE:
-            return self._run(scope, turns.Items(), _keyed)
-        return self._run(scope, turns.List(), _array)
+        return call
 
     async def _list_groups(self, data: Raw, access: Access | None) -> Result:
-        messages.from_payload("state::list_groups", _decoded("state::list_groups", data))
+        from_payload("state::list_groups", _decoded("state::list_groups", data))
         groups = await self._engine.aio.list_groups()
         return encode_plain({"groups": groups if access is None else access.readable(groups)})
 
@@ -259,7 +255,7 @@ def _array(texts: list[bytes]) -> bytes:
     return b"[%b]" % b",".join(texts)
 
 
-def _keyed(items: list[tuple[str, bytes]]) -> bytes:
+def _with_keys(items: list[tuple[str, bytes]]) -> bytes:
     keys = msgspec.json.encode([key for key, _ in items])
     return b'{"keys":%b,"values":%b}' % (keys, _array([value for _, value in items]))
 
@@ -287,7 +283,7 @@ def _decoded(function_id: str, data: Raw) -> Any:
     try:
         return decode(parse(bytes(data) or b"null"))
     except DeserializationError as error:
-        raise messages.misfit(function_id, str(error)) from error
+        raise misfit(function_id, str(error)) from error
 
 
 def _misfit(function_id: str, data: Raw, read: Callable[[Raw], Any]) -> Any:
@@ -295,16 +291,18 @@ def _misfit(function_id: str, data: Raw, read: Callable[[Raw], Any]) -> Any:
 
     Return what was read if it does fit: when a field stands there twice, only the last of its values counts.
     """
-    messages.from_payload(function_id, _decoded(function_id, data))
+    from_payload(function_id, _decoded(function_id, data))
     try:
         return last_wins(read, bytes(data))  # type: ignore[arg-type]  # it reads bytes too
     except _BAD as error:  # pragma: no cover - the line before has raised
-        raise messages.misfit(function_id, "the input does not fit") from error
+        raise misfit(function_id, "the input does not fit") from error
 
 
-def _check(function_id: str, data: Raw) -> None:
+def _check(function_id: str, data: Raw, *, fits: bool) -> None:
     """There is more in the input than the function reads: that has to be JSON, too, as it is for `Engine.call`."""
+    if not fits:
+        from_payload(function_id, _decoded(function_id, data))
     try:
         check(bytes(data))
     except DeserializationError as error:
-        raise messages.misfit(function_id, str(error)) from error
+        raise misfit(function_id, str(error)) from error

@@ -66,17 +66,17 @@ def request(scope: str, turn: Any) -> tuple[str, bytes]:
     """Return the function id and the input, as JSON, that do `turn` on the remote."""
     match turn:
         case turns.Set(key=key, data=data):
-            return "state::set", _encode(_Call(scope, key, msgspec.Raw(data), tell_existed=True))
+            return turn.function_id, _encode(_Call(scope, key, msgspec.Raw(data), tell_existed=True))
         case turns.Update(key=key, ops=ops):
-            return "state::update", _encode(_Call(scope, key, ops=ops, tell_existed=True))
+            return turn.function_id, _encode(_Call(scope, key, ops=ops, tell_existed=True))
         case turns.Delete(key=key):
-            return "state::delete", _encode(_Call(scope, key))
+            return turn.function_id, _encode(_Call(scope, key))
         case turns.Get(key=key):
-            return "state::get", _encode(_Call(scope, key))
+            return turn.function_id, _encode(_Call(scope, key))
         case turns.List():
-            return "state::list", _encode(_Call(scope))
+            return turn.function_id, _encode(_Call(scope))
         case turns.Items():
-            return "state::list", _encode(_Call(scope, tell_keys=True))
+            return turn.function_id, _encode(_Call(scope, tell_keys=True))
     raise TypeError(f"no call of a remote stands for {turn!r:.80}")
 
 
@@ -102,7 +102,7 @@ def read_answer(turn: Any, result: bytes | None) -> Outcome:
             case _:
                 return Outcome([parse(bytes(value)) for value in _decode_list(result or b"[]")])
     except (msgspec.DecodeError, DeserializationError) as error:
-        function_id, _ = request("", turn)
+        function_id = turn.function_id
         raise RemoteFailure(
             function_id, "serialization_error", f"its result is not what {function_id} returns: {error}"
         ) from error

@@ -21,15 +21,6 @@ NOTHING: Final[Known] = (None, None)
 Outcome = tuple[ReplyTo, Any, BaseException | None]
 """What `reply.deliver` takes."""
 
-_FUNCTION_IDS: Final[dict[type[Any], str]] = {
-    turns.Set: "state::set",
-    turns.Update: "state::update",
-    turns.Delete: "state::delete",
-    turns.Get: "state::get",
-    turns.List: "state::list",
-    turns.Items: "state::list",
-}
-
 
 class Call:
     """One call from its admission to its answer."""
@@ -58,7 +49,7 @@ class Call:
         turn = self.turn
         if isinstance(error, ConnectionLost):
             changes = type(turn) in WRITES and not (type(turn) is turns.Update and self.after is None)
-            worded = ConnectionLost(_FUNCTION_IDS[type(turn)], error.url, error.problem, may_be_applied=changes)
+            worded = ConnectionLost(turn.function_id, error.url, error.problem, may_be_applied=changes)
             worded.__cause__ = error.__cause__
             error = worded
         if isinstance(error, (ConnectionLost, NotConnected, StorageError, DeserializationError)):

@@ -12,6 +12,7 @@ from conformance import SCENARIOS, TRIGGER_CASES, VECTORS, Call, complaints_abou
 from watching import Seen
 
 from scopestate import Engine, messages
+from scopestate.ops.functions import from_payload
 
 OpenEngine = Callable[..., Engine]
 
@@ -39,7 +40,7 @@ def by_aio(engine: Engine) -> Call:
 
 def by_message(engine: Engine) -> Call:
     def ask(function_id: str, payload: Any) -> Any:
-        message = messages.from_payload(function_id, payload)
+        message = from_payload(function_id, payload)
         return wire_form(message, engine.ask(message))
 
     return ask
@@ -47,7 +48,7 @@ def by_message(engine: Engine) -> Call:
 
 def by_future(engine: Engine) -> Call:
     def ask(function_id: str, payload: Any) -> Any:
-        message = messages.from_payload(function_id, payload)
+        message = from_payload(function_id, payload)
         return wire_form(message, engine.ask(message, block=False).get(timeout=20))
 
     return ask
@@ -57,7 +58,7 @@ def by_method(engine: Engine) -> Call:
     """The typed methods; what is no call of them is refused where `call` refuses it."""
 
     def run(function_id: str, payload: Any) -> Any:
-        message = messages.from_payload(function_id, payload)
+        message = from_payload(function_id, payload)
         match message:
             case messages.Set(scope=scope, key=key, value=value):
                 answer: Any = engine.set(scope, key, value)

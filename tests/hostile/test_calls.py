@@ -17,7 +17,7 @@ from reliability.figures import record
 
 from scopestate import Engine, ScopestateError
 from scopestate.errors import DeserializationError, InvalidValue
-from scopestate.ops.messages import FUNCTION_IDS
+from scopestate.ops.functions import BUILT_IN
 from scopestate.persistence import FileAdapter
 
 OpenEngine = Callable[..., Engine]
@@ -73,7 +73,7 @@ def sound(engine: Engine) -> None:
 # --- every field of every function, with everything ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function_id", sorted(FUNCTION_IDS))
+@pytest.mark.parametrize("function_id", sorted(BUILT_IN))
 @pytest.mark.parametrize("durability", ["memory", "interval"])
 def test_any_object_in_any_field_is_refused_or_stored_whole(
     open_engine: OpenEngine, function_id: str, durability: str
@@ -97,7 +97,7 @@ def test_any_object_in_any_field_is_refused_or_stored_whole(
     engine.flush()
 
 
-@pytest.mark.parametrize("function_id", sorted(FUNCTION_IDS))
+@pytest.mark.parametrize("function_id", sorted(BUILT_IN))
 def test_a_mapping_that_raises_is_an_error_of_our_tree(open_engine: OpenEngine, function_id: str) -> None:
     engine = open_engine()
 
@@ -302,7 +302,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @QUICK
-@given(function_id=st.sampled_from([*sorted(FUNCTION_IDS), "test::echo"]), payload=PAYLOAD)
+@given(function_id=st.sampled_from([*sorted(BUILT_IN), "test::echo"]), payload=PAYLOAD)
 def test_fuzzed_calls_give_a_json_result_or_an_error_of_our_tree(
     fuzzed: Engine, function_id: str, payload: Any
 ) -> None:

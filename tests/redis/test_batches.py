@@ -12,6 +12,7 @@ from opening import INCREMENT, open_at
 from servers import Server, StartServer, wait_until
 
 from scopestate import Engine, SetResult, UpdateResult, messages
+from scopestate.ops.functions import from_payload
 from scopestate.persistence.redis import flights as redis_flights
 from scopestate.persistence.redis import link
 from scopestate.persistence.redis.connection import Connection
@@ -62,7 +63,7 @@ def test_hundreds_of_messages_at_once_take_effect_in_their_order(
                     function_id = "state::get"
                 case _:
                     function_id, payload = "state::list", {"scope": "s"}
-            message = messages.from_payload(function_id, payload)
+            message = from_payload(function_id, payload)
             wanted = plain(replay(model, "s", function_id, payload, keys))
             if draw.random() < 0.3:
                 engine.tell(message)
@@ -117,7 +118,7 @@ def test_appends_sent_at_once_beside_reads_show_every_state_on_the_way(
     reads, lists = [], []
     for number in range(500):
         payload = {"scope": "s", "key": "k", "ops": [{"type": "append", "path": "", "value": number}]}
-        engine.tell(messages.from_payload("state::update", payload))
+        engine.tell(from_payload("state::update", payload))
         reads.append(engine.ask(messages.Get("s", "k"), block=False))
         if number % 50 == 0:
             lists.append((number, engine.ask(messages.List("s"), block=False)))
@@ -140,7 +141,7 @@ def test_what_comes_behind_an_update_that_must_be_tried_again_stays_behind_it(
 
     def append(value: int) -> messages.Message:
         op = {"type": "append", "path": "", "value": value}
-        return messages.from_payload("state::update", {"scope": "s", "key": "k", "ops": [op]})
+        return from_payload("state::update", {"scope": "s", "key": "k", "ops": [op]})
 
     adapter: Any = engine._parts.backend
     sent = [append(1), messages.Get("s", "k"), append(2), messages.List("s"), messages.Set("s", "a", 1)]
@@ -177,7 +178,7 @@ def test_an_update_behind_other_writes_of_its_command_knows_what_they_leave(
     adapter: Any = engine._parts.backend
 
     def message(name: str, **more: Any) -> messages.Message:
-        return messages.from_payload(f"state::{name}", {"scope": "s", "key": "k", **more})
+        return from_payload(f"state::{name}", {"scope": "s", "key": "k", **more})
 
     engine.set("s", "k", 1)
     before = adapter.counts()

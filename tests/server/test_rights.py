@@ -21,8 +21,8 @@ from websockets.exceptions import InvalidStatus
 from scopestate import Engine
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig, from_mapping
 from scopestate.errors import ConfigError, Forbidden
-from scopestate.ops.messages import FUNCTION_IDS
-from scopestate.server.access import STATE_RIGHTS, Access, Gate
+from scopestate.ops.functions import BUILT_IN
+from scopestate.server.access import Access, Gate
 from scopestate.server.server import Server
 
 ADMIN = "admin-token-0001"
@@ -185,7 +185,14 @@ def test_the_same_token_twice_is_an_error() -> None:
 
 
 def test_every_state_function_has_a_rule() -> None:
-    assert STATE_RIGHTS.keys() == FUNCTION_IDS.keys()
+    assert {function_id: row.right for function_id, row in BUILT_IN.items()} == {
+        "state::get": "read",
+        "state::list": "read",
+        "state::set": "write",
+        "state::delete": "write",
+        "state::update": "write",
+        "state::list_groups": "list",
+    }
 
 
 # ----------------------------------------------------------------------------------------- state functions, all routes
@@ -208,7 +215,7 @@ def guest(workers: Workers) -> RawWorker:
 
 
 def allowed(function_id: str, scope: str) -> bool:
-    return STATE_RIGHTS[function_id] in SCOPES[scope]
+    return BUILT_IN[function_id].right in SCOPES[scope]
 
 
 @pytest.mark.parametrize(("function_id", "scope"), CELLS)
