@@ -363,18 +363,22 @@ class HandlerActor(TurnActor):
                 self.failed += 1
                 log.exception("a delivery of %s broke off", self.name)
                 continue
-            self.tell_taken()
-            self._claim[HOLDER] = NOBODY
-            go_on = self._continuation(delivery)
-            try:
-                pending.start(go_on)  # with the depth still set: code on a loop runs in this context
-            except BaseException as problem:
-                go_on(None, problem)
-                if is_from_outside(problem):
-                    raise
-            event_depth.set(0)
+            self._wait_for(pending, delivery)
             return
         self._give_back()
+
+    def _wait_for(self, pending: Pending, delivery: Coroutine[Pending, Any, None]) -> None:
+        """Start what the delivery waits for, and keep the claim until it has ended."""
+        self.tell_taken()
+        self._claim[HOLDER] = NOBODY
+        go_on = self._continuation(delivery)
+        try:
+            pending.start(go_on)  # with the depth still set: code on a loop runs in this context
+        except BaseException as problem:
+            go_on(None, problem)
+            if is_from_outside(problem):
+                raise
+        event_depth.set(0)
 
     def tell_taken(self) -> None:
         """Tell the router how many bytes have left the mailbox. Within this actor's turn."""

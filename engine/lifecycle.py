@@ -1,15 +1,15 @@
-"""What happens to live engines when the process forks, exits or is told to end (docs/design/0011-ends-of-a-process.md).
+"""What happens to open engines when the process forks, exits or gets a signal (docs/design/0011-ends-of-a-process.md).
 
 A process ends in one of these ways, and each has its hook here:
 
-- the main program is over: `threading`'s exit hooks run first (`_before_executors_end`), then non-daemon threads are
-  waited for, then `atexit` hooks run (`_at_exit`);
-- a worker of `multiprocessing` is over, which ends by `os._exit`: its finalizers run (`_at_end_of_worker`);
-- a signal whose default ends the process on the spot: `_Termination` takes the place of the default;
-- a signal that the host program handles while it runs, and gives back at its end: `_Guest` saves before the host's
-  handler runs, and sees that the default does not come back.
+- the main program returns: `threading` runs its exit hooks (`_before_executors_end`), waits for non-daemon threads, and
+  then `atexit` hooks run (`_at_exit`);
+- a worker of `multiprocessing` returns, which ends by `os._exit`: its finalizers run (`_at_end_of_worker`);
+- a signal whose default action ends the process at once: `_Termination` replaces the default action;
+- a signal that the host program handles while it runs, and whose handler it removes at its end: `_Guest` saves before
+  the host's handler runs, and keeps the default action from coming back.
 
-SIGKILL, `os._exit` and `os.exec*` of the program's own have none: they lose what `interval` may lose.
+There is no hook for SIGKILL, and for calls of `os._exit` and `os.exec*`: they lose what `interval` may lose.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("scopestate.engine")
 
 LAST_RESORT_S: Final = 1.0
-"""How long a process whose main thread is stuck outlives its engines after a signal that ends it."""
+"""How long after a signal a process whose main thread is stuck may live once its engines are closed."""
 SAVE_FIRST_S: Final = 3.0
-"""How long a signal handler of the host is kept waiting for what is saved before it."""
+"""How long a signal handler of the host waits at most for the save before it."""
 PROMPT_S: Final = 0.02
-"""The interval of saves from then on."""
+"""The interval of saves after that."""
 DROPPED_S: Final = 20.0
-"""How long an engine that opens the same store waits for one that was dropped."""
+"""How long an engine waits for one that was dropped and still holds the same store."""
 RESEND_S: Final = 0.05
 """How long a signal may stay unnoticed in a worker of `multiprocessing` before it is sent again."""
 SHARE_S: Final = 0.25
-"""Grace time that each engine has at least, where several share one."""
+"""Grace time of each engine at least, when several share one."""
 
 _ENDS: Final = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGBREAK") if hasattr(signal, name)
 )
-"""Signals that end a process in the ordinary course of things: taken if their default action stands."""
+"""Signals that end a process normally. They are handled if their action is the default."""
 _WORKER_LIBRARIES: Final = ("multiprocessing", "multiprocess", "billiard")
 """Libraries whose workers end by `os._exit`, after what was registered with their `util.Finalize`."""
 _EXECUTORS: Final = ("concurrent.futures.thread", "concurrent.futures.process")
@@ -71,9 +71,9 @@ _finalized: set[str] = set()
 _leaving = False
 """True once the main program is over."""
 _ended_by: int | None = None
-"""A signal that came when the interpreter was on its way out: it ends the process behind the exit hook."""
+"""A signal that arrived while the interpreter was exiting. The exit hook ends the process with it."""
 _noted: tuple[int, int] | None = None
-"""Both ends of the pipe in which the interpreter notes signals, in a worker of `multiprocessing`."""
+"""Both ends of the pipe into which the interpreter writes signals, in a worker of `multiprocessing`."""
 _on_main: list[Any] = []
 _real_signal = signal.signal
 
@@ -90,7 +90,7 @@ def _watch_over(engine: Engine) -> None:
     global _hooked  # noqa: PLW0603 - hooks are per process
     _live.add(engine)
     if engine._parts.backend.keeps:
-        # Files and connections that are dropped with the engine would be closed before it can save.
+        # Keeps files and connections alive: dropped with the engine, they would be closed before it can save.
         _stores[id(engine)] = engine._parts.backend
     if not _hooked:
         _hooked = True
@@ -100,13 +100,13 @@ def _watch_over(engine: Engine) -> None:
         util = sys.modules.get(f"{library}.util")
         if util is not None and library not in _finalized:
             _finalized.add(library)
-            # The last of all: children have ended by then, and queues are flushed.
+            # Last: by then children have ended and queues are flushed.
             util.Finalize(None, _at_end_of_worker, exitpriority=-100)
     stay_ahead_of_executors()
 
 
 def release(engine: Engine) -> None:
-    """`engine` is closed: nothing is left to do for it."""
+    """Forget `engine`, which is closed."""
     _stores.pop(id(engine), None)
     _exclusive.run(_live.discard, engine)
 
@@ -114,17 +114,17 @@ def release(engine: Engine) -> None:
 def close_dropped(engine: Engine) -> None:
     """Close an engine that the program has dropped without close(). Called by its finalizer, on any thread.
 
-    A finalizer may run in the middle of anything, also of a turn of this very engine or of `threading`'s own code: so
-    another thread closes, and it is started by one C call. Until it is done, the exit hook waits for it.
+    A finalizer may run in the middle of anything, even of a turn of this engine or of `threading`'s own code. So
+    another thread closes the engine, and one C call starts that thread. The exit hook waits for it.
     """
     _dropped.add(engine)
     if not start_thread(functools.partial(_close_now, engine)):
-        log.debug("no thread for an engine that was dropped: the exit hook closes it")
+        log.debug("no thread could be started for an engine that was dropped: the exit hook closes it")
     warnings.warn(f"an engine was dropped without close(): {engine!r}", ResourceWarning, stacklevel=2, source=engine)
 
 
 def wait_for_dropped() -> bool:
-    """Wait for engines that were dropped to be closed; False if there were none."""
+    """Wait until engines that were dropped are closed. Returns False if there were none."""
     if not _dropped:
         return False
     wait_for(_are_closed, DROPPED_S)
@@ -142,19 +142,21 @@ def _close_now(engine: Engine) -> None:
     try:
         engine.close()
     except Exception:
-        log.exception("closing an engine that was dropped without close() failed; what it had not saved is lost")
+        log.exception(
+            "closing an engine that was dropped without close() failed; changes that it had not saved are lost"
+        )
     _dropped.discard(engine)
 
 
 def stay_ahead_of_executors() -> None:
-    """Have events delivered at exit while executors still take work. Called again when functions are registered.
+    """Deliver events at exit while executors still take work. Called again when functions are registered.
 
-    Executors end by `threading._register_atexit`, and so do we: the hooks run last in, first out, so ours must come
-    after theirs. Private, but nothing public comes early enough: `atexit` runs when all executors have ended.
-    Without it, handlers that need an executor fail at exit and are reported, as on CPython 3.12.0 and 3.12.1, which
-    start no threads by then.
+    Executors register their end with `threading._register_atexit`, and so does this: hooks run last in, first out, so
+    this one must be registered after theirs. The name is private, but no public hook runs early enough: `atexit` runs
+    when all executors have ended. Without it, handlers that need an executor fail at exit and are reported, as on
+    CPython 3.12.0 and 3.12.1, which start no threads by then.
     """
-    import concurrent.futures.thread  # noqa: F401, PLC0415 - for its hook; 2 ms that `import scopestate` need not take
+    import concurrent.futures.thread  # noqa: F401, PLC0415 - for its hook; it takes 2 ms, which `import scopestate` need not
 
     global _ahead_of  # noqa: PLW0603 - hooks are per process
     loaded = frozenset(name for name in _EXECUTORS if name in sys.modules)
@@ -162,16 +164,16 @@ def stay_ahead_of_executors() -> None:
         return
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
-        with contextlib.suppress(RuntimeError):  # it exits already
+        with contextlib.suppress(RuntimeError):  # the interpreter is exiting already
             register(_before_executors_end)
     _ahead_of = loaded
 
 
 def close_on_signals() -> None:
-    """Have the signals that end a process close every engine first, unless the program handles them itself.
+    """Close every engine when a signal ends the process, unless the program handles the signal itself.
 
-    By default they end a process on the spot, with no exit hooks: up to `save_interval_ms` of acknowledged writes would
-    be lost. The process still ends by the signal, with the status that supervisors expect.
+    By default such a signal ends the process at once, without exit hooks: up to `save_interval_ms` of acknowledged
+    writes would be lost. The process still ends by the signal, with the status that supervisors expect.
     """
     if threading.current_thread() is threading.main_thread():
         _take_signals()
@@ -185,18 +187,18 @@ def _take_signals() -> None:
         if handler is signal.SIG_DFL:
             _real_signal(number, _termination)
         elif number == signal.SIGTERM and callable(handler) and not isinstance(handler, (_Termination, _Guest)):
-            # SIGTERM only: the others mean other things to other programs (SIGHUP: read your configuration).
+            # SIGTERM only: programs use the others for other things (SIGHUP: read the configuration again).
             _real_signal(number, _Guest(handler))
     _send_lost_signals_again()
 
 
 def _send_lost_signals_again() -> None:
-    """In a worker of `multiprocessing`: have each signal noticed, at whatever moment of a wait it comes.
+    """In a worker of `multiprocessing`, make sure that each signal is noticed, even during a wait.
 
-    `Pool.terminate()` sends SIGTERM once, then waits for its worker, whose main thread sleeps without a time limit. By
-    default the signal would end it on the spot. With a handler it can fall between the interpreter's last look and the
-    sleep, and both wait for ever. So the interpreter's C code notes each signal in a pipe, and a thread sends it again
-    until it is handled. Only in such workers, and only where nothing else uses the descriptor: a process has just one.
+    `Pool.terminate()` sends SIGTERM once and then waits for its worker, whose main thread sleeps without a time limit.
+    The default action would end it at once. With a handler, a signal between the interpreter's last check and the sleep
+    is not noticed, and both wait without end. So the interpreter's C code writes each signal to a pipe, and a thread
+    sends it again until it is handled. Only in such workers, and only if the descriptor is unused: a process has one.
     """
     global _noted  # noqa: PLW0603 - as above
     processes = sys.modules.get("multiprocessing.process")
@@ -245,10 +247,10 @@ def _at_exit() -> None:
 
 
 def _at_end_of_worker() -> None:
-    """A worker of `multiprocessing` has done its work: what follows is a wait for its threads, then `os._exit`."""
+    """Close at the end of a worker of `multiprocessing`, which then waits for its threads and calls `os._exit`."""
     if not _leaving:
         with contextlib.suppress(RuntimeError):
-            # Not a daemon: that wait is for this thread too, which waits for the others, as they may still write.
+            # Not a daemon, so the worker waits for this thread, which waits for the others: they may still write.
             threading.Thread(target=_close_behind_threads, name="scopestate-close", daemon=False).start()
             return
     _close_all("its worker process ends")
@@ -257,7 +259,7 @@ def _at_end_of_worker() -> None:
 def _close_behind_threads() -> None:
     me, main = threading.current_thread(), threading.main_thread()
     while any(not thread.daemon and thread not in (me, main) for thread in threading.enumerate()):
-        time.sleep(0.005)  # not joined: one that is about to start cannot be
+        time.sleep(0.005)  # `join` would fail for a thread that is about to start
     _close_all("its worker process ends")
 
 
@@ -267,13 +269,13 @@ def _engines() -> list[Engine]:
 
 def _close_all(why: str) -> None:
     engines = _engines()
-    # All of them first: a handler of one engine may use up the time that the others have for their saves.
+    # Flush all first: a handler of one engine may use up the time in which the others would save.
     for engine in engines if len(engines) > 1 else ():
-        with contextlib.suppress(Exception):  # told when it is closed
+        with contextlib.suppress(Exception):  # reported when it is closed
             engine.flush()
     deadline: float | None = None
     for engine in engines:
-        # One grace time for all, which run side by side: not one after the other.
+        # All engines share one grace time.
         grace_s = engine._limits.close_grace_s
         deadline = deadline or time.monotonic() + grace_s
         left_s = max(deadline - time.monotonic(), SHARE_S)
@@ -287,7 +289,7 @@ def _close_all(why: str) -> None:
 
 
 class _Termination:
-    """Handles a signal that ends the process: closes on a thread of its own, as this one may be in a turn."""
+    """Handles a signal that ends the process. It closes on a new thread, as the interrupted one may be in a turn."""
 
     def __init__(self) -> None:
         self.begun = False
@@ -302,7 +304,7 @@ class _Termination:
             try:
                 threading.Thread(target=self._close_then_end, args=(number,), name="scopestate-signal").start()
             except RuntimeError as error:
-                # No thread starts any more. On the way out the exit hook closes; else it must be done here.
+                # No more threads can be started. At exit the hook closes; otherwise it is done here.
                 log.debug("no thread for signal %d: %s", number, error)
                 _ended_by = number
                 if not _leaving:
@@ -313,19 +315,19 @@ class _Termination:
         self._closed = True
         ends = time.monotonic() + LAST_RESORT_S
         while time.monotonic() < ends:
-            # Handled on the main thread, which then lets it through. Again and again: one may fall between the main
-            # thread's last look at its signals and the beginning of a wait.
+            # The main thread handles it and then ends the process. Sent repeatedly: a signal between the main thread's
+            # last check and the beginning of a wait is not noticed.
             os.kill(os.getpid(), number)
             time.sleep(0.1)
         os._exit(128 + number)
 
 
 class _Guest:
-    """Handles SIGTERM where a host program does: saves, calls the host's handler, and keeps the default away.
+    """Handles SIGTERM if the host program does: saves, calls the host's handler, and keeps the default action away.
 
-    Hosts like uvicorn finish their work, give the signal back to whom they took it from, and raise it again. An engine
-    that was opened in between finds the default there, which ends the process on the spot. So from the first SIGTERM on
-    `signal.signal` puts `_termination` where the default is asked for.
+    Hosts like uvicorn finish their work, restore the previous handler, and raise the signal again. For an engine that
+    was opened in between, the previous handler is the default action, which ends the process at once. So from the
+    first SIGTERM on, `signal.signal` installs `_termination` instead of the default action.
     """
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
@@ -333,7 +335,7 @@ class _Guest:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         _save_first()
-        signal.signal = _signal  # type: ignore[assignment]  # it takes what the original takes
+        signal.signal = _signal  # type: ignore[assignment]  # same parameters as the original
         self.handler(number, frame)
 
 
@@ -345,13 +347,13 @@ def _signal(number: Any, handler: Any) -> Any:
 
 
 def _save_first() -> None:
-    """Save everything, and often from now on: nothing is known of how the host ends the process."""
+    """Save everything, and often from now on: it is unknown how the host will end the process."""
     try:
         thread = threading.Thread(target=_flush_all, name="scopestate-signal", daemon=True)
         thread.start()
     except RuntimeError:
-        return  # the interpreter exits, and its hook saves
-    # Bounded: this thread may be in the middle of the very turn that the save waits for.
+        return  # the interpreter is exiting, and the hook saves
+    # With a time limit: this thread may be in the turn that the save waits for.
     join(thread, SAVE_FIRST_S)
 
 
@@ -360,10 +362,10 @@ def _flush_all() -> None:
         try:
             snapshot = engine._parts.snapshot
             snapshot.set_interval(PROMPT_S)
-            # Refused: `engine.flush()`. It ends at once while another thread closes the engine, which may not have
-            # saved yet: an engine that was dropped a moment ago, for one.
+            # Refused: `engine.flush()`. It fails at once while another thread closes the engine and may not have saved
+            # yet, as with an engine that was just dropped.
             snapshot.ask(Flush()).get()
-        except Exception as error:  # noqa: BLE001 - saving goes on, and says at ERROR what is wrong
+        except Exception as error:  # noqa: BLE001 - saving is tried again, and logs the problem at ERROR
             log.debug("saving at a signal: %s", error)
 
 
@@ -376,12 +378,12 @@ _termination = _Termination()
 
 
 def _on_main_thread(work: Callable[[], object]) -> None:
-    """Have `work()` called on the main thread: Python sets signal handlers nowhere else.
+    """Call `work()` on the main thread, the only one that can set signal handlers.
 
-    By the C API's own way of doing that. The main thread comes to it at its next instruction; if it sleeps on a lock,
+    The C API has a function for this. The main thread makes the call at its next instruction; if it sleeps on a lock,
     as in `thread.join()`, a signal without effect wakes it.
     """
-    import ctypes  # noqa: PLC0415 - adapters that keep something have it loaded
+    import ctypes  # noqa: PLC0415 - backends that keep state have it loaded
     import faulthandler  # noqa: PLC0415 - needed here only
 
     def call(_: object) -> int:
@@ -392,7 +394,7 @@ def _on_main_thread(work: Callable[[], object]) -> None:
         return 0
 
     pending = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(call)
-    _on_main.append(pending)  # for as long as the interpreter may call it
+    _on_main.append(pending)  # the interpreter may call it at any later time
     if ctypes.pythonapi.Py_AddPendingCall(pending, None):
         log.warning(
             "an engine was opened off the main thread, which is too busy to set a signal handler: SIGTERM would end "
@@ -403,7 +405,7 @@ def _on_main_thread(work: Callable[[], object]) -> None:
     main = threading.main_thread().ident
     if number is None or main is None or signal.getsignal(number) is not signal.SIG_DFL:
         return
-    # The only handler that Python installs from any thread. It writes where nothing is read, and is gone right after.
+    # The only handler that Python can install from any thread. Its output is discarded, and it is removed at once.
     with open(os.devnull, "w", encoding="ascii") as nowhere:
         faulthandler.register(number, nowhere, all_threads=False)
         signal.siginterrupt(number, True)
@@ -418,21 +420,21 @@ def _on_main_thread(work: Callable[[], object]) -> None:
 
 
 def _after_fork() -> None:
-    global _exclusive, _leaving, _termination, _ended_by, _ahead_of, _noted  # noqa: PLW0603 - the child has its own
-    _exclusive = Guard()  # another thread may have held it at the fork
+    global _exclusive, _leaving, _termination, _ended_by, _ahead_of, _noted  # noqa: PLW0603 - the state of the child
+    _exclusive = Guard()  # another thread may have held the old one
     _leaving, _ended_by, _ahead_of = False, None, frozenset()
     _finalized.clear()
     if _noted is not None:
-        # Else the signals of this child would be noted in its parent's pipe.
+        # Otherwise the signals of this child would be written to the pipe of its parent.
         before = signal.set_wakeup_fd(-1)
         if before != _noted[1]:
-            signal.set_wakeup_fd(before)  # another library's
+            signal.set_wakeup_fd(before)  # it belongs to another library
         for end in _noted:
             os.close(end)
         _noted = None
     signal.signal = _real_signal
     for number in _ENDS:
-        # The child ends as it would have: it has no engine to close, and its parent may have been closing one.
+        # The child has no engine to close, so signals end it as they would without one.
         handler = signal.getsignal(number)
         if isinstance(handler, _Termination):
             _real_signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Paths as people write them: `~` and `~user` stand for home directories."""
+"""Paths that begin with `~` or `~user`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from scopestate.errors import ConfigError
 def expand_home(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
     """Return `path` with a leading `~` or `~user` replaced by that home directory.
 
-    Every path that a configuration, a program or the command line gives comes through here. Raises ConfigError if the
-    home directory is not known; a folder named `~` would otherwise appear in the working directory without a word.
+    For every path from a configuration, a program or the command line. Raises ConfigError if the home directory is not
+    known: otherwise a folder named `~` would be created in the working directory.
     """
     given = os.fsdecode(path)
     if not given.startswith("~"):

@@ -1,14 +1,14 @@
-"""What a signal may do to the main thread, and the patterns that hold.
+"""Code that stays correct when a signal handler interrupts the main thread.
 
 A signal handler runs on the main thread, between two instructions, and may raise (as Ctrl-C does). Three rules:
 
-1. **No bare `with lock` where the main thread may come.** Up to CPython 3.13 an exception could not arrive between
-   taking a lock and entering the block; from 3.14 on it can, and the lock is then taken for ever
-   (python/cpython#148874). `Guard` notes in one step who has it, so that whatever happens it can be given back.
-2. **No wait without limit.** A signal that arrives between the interpreter's last look and the sleep of a lock is
-   noticed only when the sleep ends. `wait_for` sleeps in slices; a program that waits for signals uses `SignalPipe`.
-3. **What must not be cut in two is one stretch of assignments** (docs/design/0004-interruption.md), or is done again
-   until it has gone through: `certainly`.
+1. **No bare `with lock` in code that the main thread may run.** Up to CPython 3.13 an exception could not arrive
+   between taking a lock and entering the block. From 3.14 on it can, and the lock then stays taken
+   (python/cpython#148874). `Guard` records its holder in one step, so it can be released after any exception.
+2. **No wait without a limit.** A signal between the interpreter's last check and the sleep on a lock is noticed only
+   when the sleep ends. `wait_for` sleeps in slices; a program that waits for signals uses `SignalPipe`.
+3. **What must be done as a whole is one run of assignments** (docs/design/0004-interruption.md), or is repeated until
+   it has succeeded: `certainly`.
 
 tests/reliability/test_signals.py guards the first two, tests/reliability/test_interruption.py the third.
 """
@@ -28,7 +28,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SLICE_S: Final = 0.5
-"""The longest sleep of a wait: a signal that came just before it is handled as late as this."""
+"""The longest sleep of a wait: a signal just before it is handled after this time."""
 
 _HOLDER: Final = "holder"
 _FIRST_PAUSE_S: Final = 0.00005
@@ -36,10 +36,10 @@ _LONGEST_PAUSE_S: Final = 0.002
 
 
 class Guard:
-    """Mutual exclusion for short pieces of work, reentrant for a thread; no exception can leave it taken.
+    """A lock for short sections. Reentrant; an exception cannot leave it taken.
 
-    The holder is noted in one C call (`dict.setdefault`), with a ticket of its own for each entry: after any exception
-    `run` knows whether this entry holds it. Others wait by sleeping a little: what is guarded takes microseconds.
+    One C call (`dict.setdefault`) records the holder, with a ticket for each entry: after any exception `run` knows
+    whether this entry holds it. Other threads poll, as a guarded section takes microseconds.
     Refused: `RLock` with `try: acquire()`, which cannot tell its own hold from that of the code it has interrupted.
     """
 
@@ -49,12 +49,12 @@ class Guard:
         self._tickets: dict[str, list[int]] = {}
 
     def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `work` while no other thread is in here, and return what it returns."""
+        """Call `work` while holding the guard, and return its result."""
         ticket, tickets = [get_ident()], self._tickets
         try:
             if tickets.setdefault(_HOLDER, ticket) is not ticket:
                 if tickets.get(_HOLDER) == ticket:
-                    return work(*args, **kwargs)  # this thread has it already, further out
+                    return work(*args, **kwargs)  # held by an outer call on this thread
                 self._queue(ticket, None)
             result = work(*args, **kwargs)
             del tickets[_HOLDER]
@@ -64,17 +64,17 @@ class Guard:
             raise
 
     def take(self, timeout_s: float) -> list[int] | None:
-        """Take it, waiting for at most `timeout_s` seconds. Returns what `give_back` needs, None if it was not free."""
+        """Take the guard within `timeout_s` seconds. Returns the ticket for `give_back`; None if it was not free."""
         ticket = [get_ident()]
         return ticket if self._queue(ticket, time.monotonic() + timeout_s) else None
 
     def give_back(self, ticket: list[int]) -> None:
-        """End the hold of `ticket`, if it has one. Idempotent."""
+        """Release the guard if `ticket` holds it. Idempotent."""
         if self._tickets.get(_HOLDER) is ticket:
             del self._tickets[_HOLDER]
 
     def is_mine(self) -> bool:
-        """True if this thread is in here."""
+        """Tell whether this thread holds the guard."""
         return self._tickets.get(_HOLDER) == [get_ident()]
 
     def _queue(self, ticket: list[int], deadline: float | None) -> bool:
@@ -95,7 +95,7 @@ Self_ = TypeVar("Self_", bound=_Guarded)
 
 
 def exclusive(method: Callable[Concatenate[Self_, P], T]) -> Callable[Concatenate[Self_, P], T]:
-    """Let one thread at a time into the methods so decorated of an object, by its `Guard`, `_exclusive`."""
+    """Decorate a method to run while holding the object's guard, `_exclusive`."""
 
     @functools.wraps(method)
     def guarded(self: Self_, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -105,9 +105,9 @@ def exclusive(method: Callable[Concatenate[Self_, P], T]) -> Callable[Concatenat
 
 
 def certainly(action: Callable[[], object]) -> None:
-    """Do `action`, again if it is cut short: the first interruption is already on its way to the caller.
+    """Call `action` until it is not interrupted. The first interruption is already being raised to the caller.
 
-    `action` must be harmless to repeat. Bounded, so that an action that always fails does not hang the thread.
+    `action` must be harmless to repeat. There is a limit, so that an action that always fails does not hang the thread.
     """
     for _ in range(1000):
         try:
@@ -118,9 +118,9 @@ def certainly(action: Callable[[], object]) -> None:
 
 
 def wait_for(wait: Callable[[float], bool | None], timeout_s: float | None = None) -> bool:
-    """Call `wait(seconds)`, for a slice of the time each, until it returns True or `timeout_s` is over.
+    """Call `wait(seconds)` for a slice of the time, repeatedly, until it returns True or `timeout_s` has passed.
 
-    `wait` is `lock.acquire` by its timeout, `event.wait`, or the like. Returns whether it came true.
+    `wait` is `lock.acquire` with a timeout, `event.wait`, or the like. Returns whether `wait` returned True.
     """
     if timeout_s is not None and timeout_s <= SLICE_S:
         return bool(wait(max(timeout_s, 0.0)))
@@ -134,7 +134,7 @@ def wait_for(wait: Callable[[float], bool | None], timeout_s: float | None = Non
 
 
 def join(thread: threading.Thread, timeout_s: float | None = None) -> bool:
-    """Wait for the end of a thread; False if it lives on after `timeout_s`."""
+    """Wait for the end of a thread. Returns False if it is still alive after `timeout_s`."""
 
     def ended(slice_s: float) -> bool:
         thread.join(slice_s)
@@ -144,14 +144,14 @@ def join(thread: threading.Thread, timeout_s: float | None = None) -> bool:
 
 
 class SignalPipe:
-    """How the main thread waits for signals: none is lost, however it falls in with the beginning of the wait.
+    """Waits for signals on the main thread. It misses none, whenever they arrive.
 
-    The interpreter's own C code writes a byte at each signal (`signal.set_wakeup_fd`), before Python code knows of
-    it. For a program that owns its main thread: there is one such descriptor for each process.
+    The interpreter's C code writes a byte for each signal (`signal.set_wakeup_fd`), before any Python handler runs.
+    For a program that owns its main thread: a process has only one such descriptor.
     """
 
     def __init__(self) -> None:
-        import socket  # noqa: PLC0415 - only `serve` waits so, and it costs every import of scopestate milliseconds
+        import socket  # noqa: PLC0415 - only `serve` needs it, and importing it takes milliseconds
 
         self._here, self._there = socket.socketpair()
         for end in (self._here, self._there):
@@ -160,7 +160,7 @@ class SignalPipe:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Be woken by signals while the block runs. On the main thread."""
+        """Let signals wake `wait` while the block runs. On the main thread."""
         before = signal.set_wakeup_fd(self._there.fileno(), warn_on_full_buffer=False)
         try:
             yield
@@ -170,7 +170,7 @@ class SignalPipe:
             self._there.close()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Sleep until a signal has come since the last call, or for `timeout_s` seconds."""
+        """Sleep until a signal has arrived since the last call, or for `timeout_s` seconds."""
         import select  # noqa: PLC0415 - as above; loaded by now
 
         select.select([self._here], [], [], timeout_s)

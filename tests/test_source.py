@@ -70,6 +70,11 @@ PRIVATE = {
         "`atexit` runs when the executors have ended, which handlers may need",
         "tests/reliability/test_ends.py::test_events_are_delivered_at_exit_while_executors_take_work",
     ),
+    "_signal": Private(
+        "signal",
+        "`signal.pthread_sigmask` makes an enum member of each number: 70 us instead of 3",
+        "tests/actors/test_inbox.py",
+    ),
     "_start_actor_loop": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_ref_asks_and_tells"),
     "_stop": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_stop_ends_an_actor_behind_what_waits"),
 }
@@ -91,8 +96,8 @@ def _tree(file: Path) -> ast.Module:
 
 
 def _is_private(name: object) -> bool:
-    """Tell whether a name begins with one underscore. `os._exit` is documented."""
-    return isinstance(name, str) and name != "_exit" and re.fullmatch(r"_(?!_)\w+", name) is not None
+    """Tell whether a name begins with one underscore. `os._exit` and the module `_thread` are documented."""
+    return isinstance(name, str) and name not in ("_exit", "_thread") and re.fullmatch(r"_(?!_)\w+", name) is not None
 
 
 def _defined(trees: Iterable[ast.Module]) -> set[object]:
@@ -113,7 +118,9 @@ def _used(tree: ast.Module, own: set[object]) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own:
             yield node.attr
-        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("scopestate"):
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scopestate"):
+                continue
             yield from (alias.name for alias in node.names if _is_private(alias.name))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
             name = node.args[1]
@@ -195,17 +202,17 @@ def test_each_private_name_has_a_test_that_fails_when_the_library_changes_it() -
 
 def test_private_names_are_found_however_they_are_taken() -> None:
     source = """
-        import library
+        import _library
         from library.inner import _Hidden
-        class Ours(library.Base):
+        class Ours(_library.Base):
             __slots__ = ("_known",)
             def _method(self):
-                self._set = library._function()
+                self._set = _library._function()
                 self._known, self._method, getattr(self, "_from_base", None)
     """
     tree = ast.parse(textwrap.dedent(source))
 
-    assert set(_used(tree, _defined([tree]))) == {"_Hidden", "_function", "_from_base"}
+    assert set(_used(tree, _defined([tree]))) == {"_library", "_Hidden", "_function", "_from_base"}
 
 
 def test_a_name_that_a_class_shares_with_a_library_is_found() -> None:
