@@ -1,12 +1,13 @@
-"""The functions that an engine can call, by id."""
+"""The functions that an engine can call, by id, and what they return: values, awaitables, generators."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import types
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import msgspec
 
@@ -166,3 +167,27 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
     """The event loop that is running on this thread, if any."""
     module = sys.modules.get("asyncio")  # not imported, no loop: it takes 20 ms that many programs need not spend
     return None if module is None else module._get_running_loop()
+
+
+def is_awaitable(result: object) -> TypeGuard[Awaitable[Any]]:
+    """True if `result` is of a class whose instances can be awaited. Its own attributes are not asked: a proxy or a
+    mock has every one."""
+    kind = type(result)
+    if kind is types.GeneratorType:
+        return inspect.isawaitable(result)  # those of `types.coroutine` can be
+    return any("__await__" in vars(base) for base in _bases_of(kind))
+
+
+_bases_of: Final[Callable[[type], tuple[type, ...]]] = type.__dict__["__mro__"].__get__
+"""`kind.__mro__`, without asking what the metaclass of `kind` answers."""
+
+
+def is_unrun(result: object) -> bool:
+    """True for a generator: nothing of its code has run, and nothing would run it."""
+    return type(result) in (types.GeneratorType, types.AsyncGeneratorType)
+
+
+def close_unrun(result: object) -> None:
+    """Close a coroutine that never began: Python would complain that it was never awaited."""
+    if type(result) is types.CoroutineType and inspect.getcoroutinestate(result) == inspect.CORO_CREATED:
+        result.close()

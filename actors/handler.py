@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
-from scopestate.actors.awaitables import close_unrun, is_awaitable, is_unrun
 from scopestate.actors.backlog import Backlog, size_of
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import weakly
-from scopestate.actors.functions import Functions
+from scopestate.actors.functions import Functions, close_unrun, is_awaitable, is_unrun
 from scopestate.actors.limits import Limits
+from scopestate.actors.loops import Continue, LoopCalls, LoopThread, OnLoop, Overdue, Pending
 from scopestate.actors.reply import Reply
+from scopestate.actors.reports import DeliveryFailure, Reporter
 from scopestate.actors.triggers import Trigger
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventNotDelivered, HandlerTimeout
@@ -29,8 +27,6 @@ from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher
-    from scopestate.actors.loop_thread import LoopThread
-    from scopestate.actors.loops import Continue, LoopCalls, Pending
 
 log = Log("scopestate.triggers")
 
@@ -38,20 +34,6 @@ NOBODY: Final = -1
 """Stands in the claim while a delivery waits without a thread; no thread has this id."""
 
 LONGEST_BACKOFF_S: Final = 60.0
-
-
-class DeliveryFailure(msgspec.Struct, frozen=True):
-    """Why an event did not do its work at a trigger, as the `on_error` and `on_dead_letter` hooks receive it."""
-
-    trigger_id: str
-    function_id: str
-    """The function that failed: the handler, or the condition."""
-    event: StateEvent
-    error: BaseException
-    attempt: int
-    """1 for the first attempt; 0 if none was made."""
-    final: bool
-    """True if the event is not tried again."""
 
 
 class Barrier:
@@ -113,83 +95,14 @@ class HandlerServices:
         self.reporter = Reporter(dispatcher, report)
         """Reports from threads that must not run the hooks themselves."""
         self.backlog = Backlog(dispatcher, limits)
-        self._loop_calls: dict[str, LoopCalls] = {}
+        self.loop_calls = LoopCalls(dispatcher, loop_thread.replace)
+        """The calls in progress on event loops."""
 
     def on(self, dispatcher: Dispatcher) -> HandlerServices:
         """Return the same services for handlers whose turns belong to another dispatcher."""
         other = copy.copy(self)
         other.dispatcher = dispatcher
         return other
-
-    def loop_calls(self) -> LoopCalls:
-        """Return the calls under way on event loops."""
-        made = self._loop_calls.get("made")
-        if made is None:
-            from scopestate.actors.loops import LoopCalls  # noqa: PLC0415 - asyncio takes 20 ms to import
-
-            made = self._loop_calls.setdefault("made", LoopCalls(self.dispatcher, self.loop_thread.replace))
-        return made
-
-    def loop_problems(self) -> list[str]:
-        """Say which calls wait for an event loop that does not run, or are overdue there."""
-        made = self._loop_calls.get("made")
-        return [] if made is None else made.problems()
-
-
-class Reporter(TurnActor):
-    """Reports failures, in order, for threads that others depend on: the router's, the timer's, a closing one.
-
-    The hooks and logging filters are code of the program, and may block. What waits for them is bounded: one more
-    failure is counted and not reported, because no thread that comes here may wait for a hook that is behind.
-    """
-
-    runs_program = True
-
-    MOST = 10_000
-    """Reports that may wait."""
-    MOST_BYTES = 1 << 26
-    """Bytes of values that they may hold together."""
-
-    def __init__(self, dispatcher: Dispatcher, report: Callable[[DeliveryFailure], None]) -> None:
-        super().__init__(dispatcher)
-        self._report = report
-        self._exclusive = Guard()
-        self._waiting = self._waiting_bytes = 0
-        self.left_out = 0
-        """Failures since the hooks were last up to date that were not reported."""
-
-    def report(self, failure: DeliveryFailure) -> None:
-        """Have `failure` reported on a worker thread, or count it if too much waits already."""
-        if self._takes(size_of(failure.event)):
-            self.tell(failure)
-
-    @exclusive
-    def _takes(self, size: int) -> bool:
-        if self._waiting >= self.MOST or self._waiting_bytes >= self.MOST_BYTES:
-            self.left_out += 1
-            return False
-        self._waiting += 1
-        self._waiting_bytes += size
-        return True
-
-    @exclusive
-    def _is_done(self, size: int) -> int:
-        self._waiting -= 1
-        self._waiting_bytes -= size
-        if self._waiting:
-            return 0
-        left_out, self.left_out = self.left_out, 0
-        return left_out
-
-    def on_receive(self, message: DeliveryFailure) -> None:
-        try:
-            self._report(message)
-        finally:
-            if left_out := self._is_done(size_of(message.event)):
-                log.error("%d failed deliveries were not reported: the hooks, or the log, were behind", left_out)
-
-    def _fail(self) -> None:
-        log.error("reporting a failed delivery failed", exc_info=sys.exc_info()[1])
 
 
 class HandlerActor(TurnActor):
@@ -492,8 +405,6 @@ class HandlerActor(TurnActor):
 
     async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
         """Await what a function gave, on the event loop that it belongs to."""
-        from scopestate.actors.loops import OnLoop, Overdue  # noqa: PLC0415 - asyncio takes 20 ms to import
-
         services = self._services
         timeout_s = services.limits.handler_timeout_s
         self._overdue = False
@@ -505,7 +416,7 @@ class HandlerActor(TurnActor):
             raise
         what = f"the handler {function_id!r} of trigger {self.trigger.trigger_id!r}"
         try:
-            return await OnLoop(result, loop, services.loop_calls(), what, timeout_s)
+            return await OnLoop(result, loop, services.loop_calls, what, timeout_s)
         except Overdue as error:
             self.timeouts += 1
             raise HandlerTimeout(function_id, timeout_s) from error

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 from scopestate.actors.backlog import HandlerFull, size_of, value_of
 from scopestate.actors.containment import Log
-from scopestate.actors.handler import Barrier, DeliveryFailure, HandlerActor, HandlerServices
+from scopestate.actors.handler import Barrier, HandlerActor, HandlerServices
+from scopestate.actors.reports import DeliveryFailure
 from scopestate.actors.triggers import TriggerTable, Watchers
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventLoopDetected, Overloaded

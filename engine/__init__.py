@@ -1,7 +1,7 @@
 """scopestate: scoped key-value state, owned by actors, with reactive triggers."""
 
 from scopestate import ops
-from scopestate.actors.handler import DeliveryFailure
+from scopestate.actors.reports import DeliveryFailure
 from scopestate.engine import Engine
 from scopestate.errors import ScopestateError, StorageError
 from scopestate.ops import messages

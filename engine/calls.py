@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from scopestate.actors.containment import described, is_from_outside
 from scopestate.actors.functions import Function, running_loop
+from scopestate.actors.loops import OnLoop
 from scopestate.errors import (
     DeserializationError,
     FunctionFailed,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from scopestate.actors.handler import HandlerServices
     from scopestate.actors.loop_reply import LoopReply
-    from scopestate.actors.loops import OnLoop
     from scopestate.actors.reply import Reply
 
 
@@ -72,11 +72,9 @@ class Caller:
         return reply.get()
 
     def _on_loop(self, function: Function, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> OnLoop:
-        from scopestate.actors.loops import OnLoop  # noqa: PLC0415 - asyncio takes 20 ms, which not all programs need
-
         services = self._services
         what = f"a call of the function {function.function_id!r}"
-        return OnLoop(awaitable, loop, services.loop_calls(), what, stopped_s=services.limits.call_timeout_s)
+        return OnLoop(awaitable, loop, services.loop_calls, what, stopped_s=services.limits.call_timeout_s)
 
     async def call_async(self, function: Function, payload: object) -> Any:
         """Call a registered function without blocking this event loop: a plain one runs on a worker thread."""

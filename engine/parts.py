@@ -14,11 +14,12 @@ import msgspec
 from scopestate.actors.directory import Directory
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.functions import Function, Functions
-from scopestate.actors.handler import DeliveryFailure, HandlerServices
+from scopestate.actors.handler import HandlerServices
 from scopestate.actors.housekeeping import Housekeeper
 from scopestate.actors.limits import Limits
-from scopestate.actors.loop_thread import LoopThread
+from scopestate.actors.loops import LoopThread
 from scopestate.actors.ports import Backend, Store
+from scopestate.actors.reports import DeliveryFailure
 from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor

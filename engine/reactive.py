@@ -8,7 +8,7 @@ from typing import Any, Never, TypeVar, overload
 from scopestate import catalogue
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
-from scopestate.actors.handler import DeliveryFailure
+from scopestate.actors.reports import DeliveryFailure
 from scopestate.actors.router import EventRouter
 from scopestate.errors import InvalidRegistration
 from scopestate.lifecycle import stay_ahead_of_executors

@@ -148,7 +148,7 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
         for handler in parts.router.triggers.handlers()
         if handler.is_overdue()
     ]
-    problems += parts.services.loop_problems()
+    problems += parts.services.loop_calls.problems()
     if left_out := parts.services.reporter.left_out:
         problems.append(f"{left_out} failed deliveries were not reported: the hooks, or the log, are behind")
     held = parts.dispatcher.held()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scopestate.actors.loop_thread import LoopThread
+from scopestate.actors.loops import LoopThread
 
 PATIENCE_S = 20.0
 NAME = "scopestate-test-loop"

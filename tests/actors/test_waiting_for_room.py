@@ -13,7 +13,7 @@ from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.functions import Functions
 from scopestate.actors.handler import HandlerActor, HandlerServices
 from scopestate.actors.limits import Limits
-from scopestate.actors.loop_thread import LoopThread
+from scopestate.actors.loops import LoopThread
 from scopestate.actors.triggers import Trigger, TriggerTable
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import Overloaded

@@ -20,8 +20,8 @@ from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, in_thread
 
 from scopestate import Engine, StateEvent, messages
 from scopestate.actors.commit import Batch, CommitScopeActor
-from scopestate.actors.handler import DeliveryFailure, Reporter
 from scopestate.actors.reply import Reply
+from scopestate.actors.reports import DeliveryFailure, Reporter
 from scopestate.actors.scope import ScopeActor
 from scopestate.config import from_mapping
 from scopestate.errors import FunctionFailed, HandlerTimeout, InvalidRegistration, ReplyTimeout, StorageError
@@ -728,7 +728,7 @@ def test_a_look_at_event_loops_that_was_asked_for_and_never_came_keeps_no_other_
 
     loop.run_until_complete(register())
     # As a signal leaves it that comes between the note and the timer.
-    engine._parts.services.loop_calls()._next_look = engine._parts.dispatcher.monotonic() - 1.0
+    engine._parts.services.loop_calls._next_look = engine._parts.dispatcher.monotonic() - 1.0
 
     with pytest.raises(FunctionFailed, match="not running"):
         engine.call("f")
