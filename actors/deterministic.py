@@ -18,11 +18,11 @@ from scopestate.errors import WouldDeadlock
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Timer
 
-_SOMEBODY: Final = -2
-"""Stands in the claim of a scope for a thread that is said to be in the middle of a turn; no thread has this id."""
+_ANOTHER_THREAD: Final = -2
+"""The holder of a claim that counts as busy. No thread has this id."""
 
 PATIENCE_S: Final = 86_400.0
-"""Virtual seconds after which a wait without a time limit counts as one that never ends."""
+"""Virtual seconds after which a wait without a time limit counts as endless."""
 
 
 class DeterministicDispatcher:
@@ -32,29 +32,30 @@ class DeterministicDispatcher:
 
         dispatcher = DeterministicDispatcher(seed)
         with Engine(dispatcher=dispatcher) as engine:
-            engine.set("users", "ada", 1)       # leaves the event behind: nothing runs by itself
+            engine.set("users", "ada", 1)       # queues the event: nothing runs by itself
             dispatcher.run_until_idle()         # router and handlers, in a seeded order
-            dispatcher.advance(5.0)             # five seconds pass at once
+            dispatcher.advance(5.0)             # five virtual seconds pass
 
-    Nothing runs until the thread that made the dispatcher says so, by `step`, `run_until_idle` or `advance`, or by
-    waiting for an answer: `engine.set` on a busy scope, `flush`, `drain` and `close` then run what the answer needs.
-    Time passes when nothing else is left to run, or by `advance`.
+    Nothing runs until the thread that made the dispatcher calls `step`, `run_until_idle` or `advance`, or waits for an
+    answer: `engine.set` on a busy scope, `flush`, `drain` and `close` run what the answer needs. Time passes when
+    nothing else is left to run, or by `advance`.
 
-    What other threads could do meanwhile is drawn from the seed too. With probability `switch`, the running code gives
-    way where it takes or gives back an actor's claim, and where a fake under test calls `give_way`; with
+    What other threads could do at the same time is drawn from the seed too. With probability `switch`, the running code
+    gives way where it takes or releases an actor's claim, and where a fake under test calls `give_way`. With
     probability `busy` an idle scope counts as busy, so that the message goes through its mailbox.
 
-    A turn that waits keeps its stack, so turns run on threads of their own, but never two at once: each hands over and
-    stops. Refused: to run other turns on top of the stack of the one that waits. It cannot go on before they end, which
-    is a deadlock that the engine does not have, and thread ids and context variables would be those of another turn.
+    A turn that waits keeps its stack, so turns run on separate threads, but only one at a time: each hands over and
+    stops. Refused: running other turns on top of the stack of the one that waits. It could not continue before they
+    end, a deadlock that the engine does not have, and they would see its thread id and context variables.
 
-    Coroutine handlers and `engine.aio` belong to event loops, which keep their own order: test those on real threads.
+    Coroutine handlers and `engine.aio` run on event loops, which have an order of their own: test those on real
+    threads.
     """
 
     def __init__(self, seed: int, *, switch: float = 0.1, busy: float = 0.1) -> None:
         self.seed = seed
         self.history: list[tuple[float, str]] = []
-        """(virtual seconds, what) of every turn that was begun or gone on with, in order."""
+        """(virtual seconds, what) of every turn that was started or continued, in order."""
         self.waiter: Callable[[Reply[Any], float | None], None] | None = self._wait
         self._switch = switch
         self._busy = busy
@@ -73,15 +74,15 @@ class DeterministicDispatcher:
     # ---------------------------------------------------------------------------------- for the thread that drives
 
     def step(self) -> bool:
-        """Run one turn, up to its end or its next wait; if none is ready, let time pass to the next timer first.
+        """Run one turn, up to its end or its next wait. If none is ready, first let time pass to the next timer.
 
-        Returns False if there is nothing left to run. An error that a submitted function raises comes out here.
+        Returns False if there is nothing left to run. Raises what a submitted function raises.
         """
         self._refuse_others()
         return self._step(latest=float("inf"))
 
     def run_until_idle(self) -> int:
-        """Run turns until none is ready; no time passes. Returns how many were run."""
+        """Run turns until none is ready, without letting time pass. Returns their number."""
         self._refuse_others()
         steps = 0
         while self._step(latest=self._now):
@@ -89,7 +90,7 @@ class DeterministicDispatcher:
         return steps
 
     def advance(self, seconds: float) -> None:
-        """Let `seconds` pass, running everything that is ready or becomes due meanwhile."""
+        """Let `seconds` pass, and run everything that is ready or becomes due in that time."""
         self._refuse_others()
         until = self._now + seconds
         while self._step(latest=until):
@@ -97,13 +98,13 @@ class DeterministicDispatcher:
         self._now = max(self._now, until)
 
     def waiting(self) -> list[str]:
-        """What has begun and waits for an answer, for time to pass or for its next step."""
+        """Return the turns that have begun and wait: for an answer, for time to pass, or for their next step."""
         return [worker.label for worker in self._parked]
 
     # ----------------------------------------------------------------------------------------------- for fakes
 
     def give_way(self) -> None:
-        """A point where other threads may go first; the seed decides. From turns and from the driving thread."""
+        """Let other threads run first, if the seed says so. From turns and from the driving thread."""
         if self._switch and not self._closed and self._random.random() < self._switch:
             worker = self._workers.get(get_ident())
             if worker is not None:
@@ -122,7 +123,7 @@ class DeterministicDispatcher:
     # ------------------------------------------------------------------------------------------- as a Dispatcher
 
     def schedule(self, actor: TurnActor) -> None:
-        """Have one message of the actor's mailbox handled in some later step."""
+        """Handle one message of the actor's mailbox in a later step."""
         actor.batch = 1
         self._add(actor.name, actor.run_batch)
 
@@ -130,32 +131,32 @@ class DeterministicDispatcher:
         self.schedule(actor)
 
     def submit(self, work: Callable[[], object]) -> None:
-        """Have `work()` called in some later step. It may wait for replies."""
+        """Call `work()` in a later step. It may wait for replies."""
         self._add(getattr(work, "__qualname__", "work"), work)
 
     def submit_program(self, work: Callable[[], object]) -> None:
-        """As `submit`: there are as many threads as are needed."""
+        """As `submit`: there is no limit of threads."""
         self.submit(work)
 
     def held(self) -> int:
-        """0: nothing waits for a thread."""
+        """Return 0: nothing waits for a thread."""
         return 0
 
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
-        """Have `callback()` called once the clock has come that far."""
+        """Call `callback()` when `delay_s` virtual seconds have passed."""
         entry = _Entry(callback)
         if not self._closed:
             heapq.heappush(self._timers, (self._now + delay_s, next(self._order), entry))
         return entry
 
     def reply(self) -> Reply[Any]:
-        """Make a future; waiting for it lets others run. Raises WouldDeadlock if nothing is left that could answer."""
+        """Make a future. Waiting for it runs other turns, and raises WouldDeadlock if there are none."""
         reply: Reply[Any] = Reply()
         reply.waiter = self.waiter
         return reply
 
     def claim(self, actor: TurnActor) -> dict[str, int]:
-        """Make the claim of a new actor: one at which others may go first."""
+        """Make the claim of a new actor, at which other threads may go first."""
         return _Claim(actor, self)
 
     def monotonic(self) -> float:
@@ -167,13 +168,13 @@ class DeterministicDispatcher:
         return len(self._workers)
 
     def close(self) -> None:
-        """Run what is ready, then end the rest as `kill` does. What comes later runs on the thread that brings it."""
+        """Run what is ready, then end the rest as `kill` does. Later work runs on the thread that submits it."""
         if get_ident() == self._owner:
             self.run_until_idle()
         self.kill()
 
     def kill(self) -> None:
-        """End everything where it is, as when the process dies: a wait raises what no `except Exception` catches."""
+        """End everything at once, as when the process is killed: waits raise what `except Exception` does not catch."""
         self._closed = True
         self._ready.clear()
         self._timers.clear()
@@ -194,7 +195,7 @@ class DeterministicDispatcher:
             work()
 
     def _step(self, latest: float) -> bool:
-        """Run one turn; to have one, let time pass up to `latest`. False if there is none until then."""
+        """Run one turn, letting time pass up to `latest` if necessary. False if there is none until then."""
         while True:
             self._ring()
             ready = self._ready
@@ -220,7 +221,7 @@ class DeterministicDispatcher:
         return True
 
     def _ring(self) -> None:
-        """Make the timers that are due ready: as one piece of work, because a real timer thread keeps their order."""
+        """Make the due timers ready, as one piece of work: a real timer thread keeps their order."""
         if not self._ringing and self._timers and self._timers[0][0] <= self._now:
             self._ringing = True
             self._add("timers", self._call_timers)
@@ -236,7 +237,7 @@ class DeterministicDispatcher:
             self._ringing = False
 
     def _next_due(self) -> float | None:
-        """When something will become ready by itself."""
+        """Return when something becomes ready by itself; None if nothing will."""
         timers = self._timers
         while timers and timers[0][2].callback is None:
             heapq.heappop(timers)
@@ -253,7 +254,7 @@ class DeterministicDispatcher:
     # -------------------------------------------------------------------------------------------------- waiting
 
     def _wait(self, reply: Reply[Any], timeout: float | None) -> None:
-        """Let others run until the reply is there, or `timeout` virtual seconds have passed."""
+        """Run other turns until the reply is there, or `timeout` virtual seconds have passed."""
         deadline = None if timeout is None else self._now + max(timeout, 0.0)
         worker = self._workers.get(get_ident())
         if worker is not None:
@@ -268,7 +269,7 @@ class DeterministicDispatcher:
         if deadline is None or self._next_due() is None:
             raise WouldDeadlock(
                 "nothing is left to run that could deliver this reply; "
-                f"begun and waiting themselves: {', '.join(self.waiting()) or 'nothing'}"
+                f"turns that wait themselves: {', '.join(self.waiting()) or 'none'}"
             )
         self._now = max(self._now, deadline)
 
@@ -282,19 +283,17 @@ class DeterministicDispatcher:
 
     def _refuse_others(self) -> None:
         if get_ident() != self._owner:
-            raise RuntimeError(
-                "only the thread that made this dispatcher drives it or waits in it: no turn, no other thread"
-            )
+            raise RuntimeError("only the thread that made this dispatcher may drive it or wait in it")
 
     def _seem_busy(self, claim: _Claim, actor: TurnActor) -> None:
-        """Perhaps claim an idle scope for a thread that does not exist and is soon done."""
+        """If the seed says so, claim an idle scope as if another thread were in a short turn of it."""
         if self._busy and not self._closed and self._random.random() < self._busy:
-            dict.__setitem__(claim, HOLDER, _SOMEBODY)
+            dict.__setitem__(claim, HOLDER, _ANOTHER_THREAD)
 
             def let_go() -> None:
                 del claim[HOLDER]
                 if actor._mailbox:
-                    actor.wake_anyway()  # `wake` might find it busy again, for ever if `busy` is 1
+                    actor.wake_anyway()  # `wake` might find it busy again, without end if `busy` is 1
 
             self._add(f"another thread in {actor.name}", let_go)
 
@@ -312,7 +311,7 @@ class _Entry:
 
 
 class _Claim(dict[str, int]):
-    """An actor's claim, around whose taking and giving back other threads may go first, as on real threads."""
+    """An actor's claim. Other threads may run before and after it is taken or released, as on real threads."""
 
     __slots__ = ("_actor", "_dispatcher")
 
@@ -322,13 +321,13 @@ class _Claim(dict[str, int]):
         self._dispatcher = dispatcher
 
     def __bool__(self) -> bool:
-        # Nobody goes first here: it is also read under locks, with which a turn must not stop.
+        # Other turns must not run here: it is also read under locks, with which a turn must not stop.
         if self._actor.caller_runs and not len(self):
             self._dispatcher._seem_busy(self, self._actor)
         return len(self) > 0
 
     def setdefault(self, key: str, default: int, /) -> int:
-        self._dispatcher.give_way()  # what `bool` said may be out of date by now
+        self._dispatcher.give_way()  # the result of `bool` may be out of date
         holder = super().setdefault(key, default)
         self._dispatcher.give_way()
         return holder
@@ -339,7 +338,7 @@ class _Claim(dict[str, int]):
 
 
 class _Worker:
-    """A thread that runs only between `resume` and its next `hand_over`, while whoever resumed it stands still."""
+    """A thread that runs only from `resume` to its next `hand_over`, while the thread that resumed it waits."""
 
     def __init__(self, dispatcher: DeterministicDispatcher, name: str) -> None:
         self._dispatcher = dispatcher
@@ -351,19 +350,19 @@ class _Worker:
         self.work: Callable[[], object] | None = None
         self.failure: BaseException | None = None
         self.reply: Reply[Any] | None = None
-        """What it waits for, if it waits for an answer."""
+        """The answer that it waits for, if any."""
         self.deadline: float | None = None
-        """When it goes on in any case."""
+        """When it continues in any case; None: not by time."""
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
         self.ident: int = self.thread.ident or 0
 
     def can_go(self, now: float) -> bool:
-        """True if what it waits for has come."""
+        """Tell whether it has what it waits for."""
         return (self.reply is not None and self.reply.done) or (self.deadline is not None and self.deadline <= now)
 
     def resume(self) -> None:
-        """Let it run, and wait for it to hand over or to be done."""
+        """Let it run, and wait until it hands over or ends."""
         self._go.release()
         self._back.acquire()
 
@@ -384,7 +383,7 @@ class _Worker:
             except Ended:
                 self._back.release()
                 return
-            except BaseException as error:  # noqa: BLE001 - it is raised again, on the thread that drives
+            except BaseException as error:  # noqa: BLE001 - raised again on the driving thread
                 self.failure = error
             ended = self._dispatcher._closed
             if not ended:

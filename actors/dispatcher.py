@@ -1,4 +1,4 @@
-"""Who runs the turns: the dispatcher gives actors threads and time."""
+"""The dispatcher: the worker threads that run turns, and the timer."""
 
 from __future__ import annotations
 
@@ -25,72 +25,72 @@ log = Log("scopestate.actors")
 
 
 class Timer(Protocol):
-    """A call that will happen later."""
+    """A scheduled call."""
 
     def cancel(self) -> None:
-        """Let it not happen, if it has not yet. Idempotent, from any thread."""
+        """Cancel the call if it has not been made. Idempotent, from any thread."""
 
 
 class Dispatcher(Protocol):
-    """Gives actors threads and time. Injected, so that tests can order every turn (see `deterministic`)."""
+    """Gives actors threads and time. It is injected, so that tests can order every turn (see `deterministic`)."""
 
     def schedule(self, actor: TurnActor) -> None:
-        """Have `actor.run_batch()` called soon, on a thread where no signal handler runs."""
+        """Call `actor.run_batch()` soon, on a thread where no signal handler runs."""
 
     def schedule_next(self, actor: TurnActor) -> None:
-        """As `schedule`, for a short turn that is about to end: this worker may run `actor` itself, right after it."""
+        """As `schedule`, called at the end of a short turn: this worker may run `actor` itself, after that turn."""
 
     def submit(self, work: Callable[[], object]) -> None:
-        """Call `work()`, which is the engine's own, soon on a worker thread. It may wait for a disk or a connection."""
+        """Call `work()`, code of the engine, soon on a worker thread. It may wait for a disk or a connection."""
 
     def submit_program(self, work: Callable[[], object]) -> None:
-        """Call `work()`, code of the program that may block for ever, soon on a worker thread.
+        """Call `work()`, code of the program that may never return, soon on a worker thread.
 
-        The threads for it are counted: work of the engine never waits behind it.
+        The number of threads for such code is limited, so that work of the engine never waits behind it.
         """
 
     def held(self) -> int:
-        """How many pieces of the program's work wait because all threads for it are in use."""
+        """Return how many calls of the program's code wait because all threads for it are in use."""
 
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
-        """Call `callback()` after `delay_s` seconds; it must be quick and must not raise."""
+        """Call `callback()` after `delay_s` seconds. It must be quick and must not raise."""
 
     waiter: Callable[[Reply[Any], float | None], None] | None
-    """How threads wait for a reply, some seconds at most; None: they block."""
+    """How threads wait for a reply, for some seconds at most; None: they block."""
 
     def reply(self) -> Reply[Any]:
         """Make a future that threads of this dispatcher can wait for."""
 
     def claim(self, actor: TurnActor) -> dict[str, int]:
-        """Make the claim of a new actor: an empty dict, into which the thread that runs a turn puts itself."""
+        """Make the claim of a new actor: an empty dict, in which a thread enters its id while it runs a turn."""
 
     def monotonic(self) -> float:
-        """Seconds on the clock that `call_later` goes by."""
+        """Return the seconds of the clock that `call_later` uses."""
 
     def threads(self) -> int:
-        """Threads alive now, without the timer's."""
+        """Return the number of live threads, without the timer's."""
 
     def close(self) -> None:
-        """End every thread once it is done with what is scheduled; what comes later runs on whoever brings it."""
+        """End every thread after what is scheduled. Later work runs on the thread that submits it."""
 
 
 class ThreadDispatcher:
-    """Worker threads fed by one queue of ready actors, and a timer thread; all started when first needed.
+    """Worker threads with one queue of ready work, and a timer thread; all are started when first needed.
 
-    The pool grows when every worker is blocked and actors wait, because a handler may block for as long as it likes and
-    must not delay the others; it shrinks again after ten idle seconds. At most `MOST` of the threads run code of the
-    program at a time; what is more is held back, so that routing, saving, commits and closing always find a thread
-    (docs/design/0009-isolation.md). Threads are daemons: the engine's exit hook saves before they die.
+    The pool grows when all workers are blocked and work waits, because a handler may block for any time and must not
+    delay others. Workers end after ten idle seconds. At most `MOST` threads run code of the program at a time; further
+    such work is held back, so that routing, saving, commits and closing always have a thread
+    (docs/design/0009-isolation.md). The threads are daemons: the engine's exit hook saves before they end.
     """
 
     IDLE_S = 10.0
-    """A worker that had nothing to do for this long ends."""
+    """A worker ends after this idle time."""
     STALL_S = 0.005
-    """Actors that wait this long while every worker is blocked get one more worker."""
+    """One more worker is started if work waits this long while all workers are blocked."""
     MOST = 512
-    """Threads in code of the program at most; what comes then is held back, and that is logged."""
+    """Threads that run code of the program, at most. Further work is held back, and that is logged."""
     RESERVE = 64
-    """Threads beyond those, for the engine's own work."""
+    """Further threads, for the engine's own work."""
 
     waiter: Callable[[Reply[Any], float | None], None] | None = None
 
@@ -101,7 +101,7 @@ class ThreadDispatcher:
         self._workers = 0
         self._exclusive = Guard()
         self._in_program: list[None] = []
-        """As long as there are workers in code of the program. Append, pop and len are one step each."""
+        """Its length is the number of workers in code of the program. Append, pop and len are atomic."""
         self._held: deque[Callable[[], object]] = deque()
         self._full = False
         self._numbers = itertools.count(1)
@@ -117,7 +117,7 @@ class ThreadDispatcher:
         self.submit(self._turns_of(actor))
 
     def schedule_next(self, actor: TurnActor) -> None:
-        # Waking a second worker for it costs 20 us: the two then fight for the interpreter.
+        # Waking a second worker costs 20 us, as the two then compete for the interpreter lock.
         mine = self._mine
         if getattr(mine, "is_worker", False) and mine.next is None:
             mine.next = self._turns_of(actor)
@@ -163,7 +163,7 @@ class ThreadDispatcher:
         return _ProgramWork(actor.run_batch, self) if actor.runs_program else actor.run_batch
 
     def _look_after_queue(self) -> None:
-        """Nobody is idle: start the first worker at once, and see in a moment whether one more is needed."""
+        """Without an idle worker: start the first one now, or check soon whether one more is needed."""
         look = self._looks
         if self._closed:
             self._run_left_over()
@@ -171,29 +171,29 @@ class ThreadDispatcher:
             if not start_thread(self._add_first_worker):
                 self._run_left_over()
         elif self._look_asked != look:
-            # Noted by number, and last: if a signal cuts this short, the next look asks again.
+            # Recorded by number, and last: if a signal interrupts this, the next call does it again.
             taken = self._taken
             self._timer.call_later(self.STALL_S, lambda: self._relieve(look, taken))
             self._look_asked = look
 
     def _relieve(self, look: int, taken: int) -> None:
         if look != self._looks:
-            return  # two had asked at once
+            return  # two threads had asked for the same check
         self._looks += 1
         if self._idle or self._ready.empty() or self._closed:
             return
         if taken == self._taken:
-            # Nobody has come back for more: they are blocked. Workers that are busy computing get no help from more.
+            # No worker has taken work since, so all are blocked. If they were computing, one more would not help.
             self._add_worker()
         self._look_after_queue()
 
     def _run_program(self, work: Callable[[], object]) -> None:
-        """On a worker thread: call `work`, or hold it back while as many threads as may be are in such code."""
+        """On a worker thread: call `work`, or hold it back if all threads for such code are in use."""
         busy, held = self._in_program, self._held
         try:
             busy.append(None)
         except MemoryError:
-            certainly(functools.partial(self.submit_program, work))  # not begun
+            certainly(functools.partial(self.submit_program, work))  # it has not begun
             raise
         if len(busy) > self.MOST and not self._closed:
             busy.pop()
@@ -202,7 +202,7 @@ class ThreadDispatcher:
         try:
             _call(work)
             while held:
-                # In the place of the one that has ended, or later work would overtake it.
+                # Run it here, in order: otherwise later work would overtake it.
                 try:
                     work = held.popleft()
                 except IndexError:
@@ -218,12 +218,12 @@ class ThreadDispatcher:
         if not self._full:
             self._full = True
             log.error(
-                "all %d threads for handlers and functions are blocked; what comes now waits for one to end", self.MOST
+                "all %d threads for handlers and functions are in use; further calls wait for one to end", self.MOST
             )
-        self._let_go()  # one may have ended before it was on the list
+        self._let_go()  # a thread may have become free before `work` was on the list
 
     def _let_go(self) -> None:
-        """Give one of those that are held back to the workers, if there is a thread for it."""
+        """Submit one call that is held back, if there is a thread for it."""
         if self._held and len(self._in_program) < self.MOST:
             try:
                 self.submit_program(self._held.popleft())
@@ -231,10 +231,10 @@ class ThreadDispatcher:
                 return  # another worker has taken it
 
     def _run_left_over(self) -> None:
-        """No worker will come any more: what is scheduled now runs here, so that nobody waits for ever.
+        """Run what is scheduled on this thread, when no worker will take it, so that no caller waits without end.
 
-        These are messages that crossed with the engine's end, which their actors refuse; or the interpreter exits and
-        starts no threads any more (3.12), and the exit hook closes the engine with the thread that it has.
+        This happens to messages sent while the engine closes, which their actors refuse. It also happens at exit, when
+        the interpreter starts no more threads (3.12): the exit hook closes the engine on its own thread.
         """
         ends = 0
         try:
@@ -246,19 +246,19 @@ class ThreadDispatcher:
                     _call(work)
         except Empty:
             for _ in range(ends):
-                self._ready.put(None)  # for the workers that are still in a turn
+                self._ready.put(None)  # for workers that are still in a turn
 
     def _add_first_worker(self) -> None:
         self._add_worker(only_first=True)
 
     def _add_worker(self, *, only_first: bool = False) -> None:
         worker = threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True)
-        # The guard is kept while the thread starts: once `close` has had it, no thread of ours is about to appear.
+        # The guard is held while the thread starts: once `close` has taken it, no more threads will appear.
         if not self._exclusive.run(self._start_worker, worker, 1 if only_first else self.MOST + self.RESERVE):
             self._run_left_over()
 
     def _start_worker(self, worker: threading.Thread, most: int) -> bool:
-        """Start one more, if there may be more; False if the interpreter starts none."""
+        """Start the worker, unless there are `most`. Returns False if the interpreter starts no more threads."""
         if self._closed or self._workers >= most:
             return True
         self._workers += 1
@@ -266,7 +266,7 @@ class ThreadDispatcher:
             worker.start()
         except RuntimeError as error:
             self._workers -= 1
-            # At its exit the interpreter starts none any more, and what is left runs on the thread that closes.
+            # At exit the interpreter starts no more threads, and the work runs on the thread that closes.
             (log.debug if "shutdown" in str(error) else log.error)("no worker thread can be started: %s", error)
             return False
         return True
@@ -275,10 +275,10 @@ class ThreadDispatcher:
         try:
             self._work_until_idle()
         finally:
-            # In every case, a MemoryError outside of all turns included: the count is the number of threads that live.
+            # In every case, even after a MemoryError outside of a turn: the count is the number of live threads.
             self._exclusive.run(self._end_worker)
             if not self._ready.empty():
-                # When closed too: a thread that queued work behind the end saw this worker idle, and started none.
+                # Even when closed: a thread that queued work meanwhile saw this worker idle and started none.
                 self._look_after_queue()
 
     def _end_worker(self) -> None:
@@ -301,9 +301,9 @@ class ThreadDispatcher:
                 if work is None:
                     break
                 if not idle and not ready.empty():
-                    # The threads that queued these may have started no worker because this one was idle.
+                    # The threads that queued this may not have started a worker, because this one was idle.
                     self._look_after_queue()
-            except BaseException:  # a MemoryError: this worker ends, but what it has taken must not end with it
+            except BaseException:  # a MemoryError: this worker ends, but the work it has taken must not be lost
                 if work is not None:
                     certainly(functools.partial(ready.put, work))
                 raise
@@ -313,7 +313,7 @@ class ThreadDispatcher:
 
 
 class _ProgramWork:
-    """Work that is code of the program."""
+    """Work that runs code of the program."""
 
     __slots__ = ("_dispatcher", "_work")
 
@@ -342,7 +342,7 @@ class _Scheduled:
 
 
 class _TimerThread:
-    """Calls back at set times, on one thread that is started when first needed."""
+    """Makes scheduled calls on one thread, which is started when first needed."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -355,8 +355,8 @@ class _TimerThread:
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
         entry = _Scheduled(callback)
         if not self._closed:
-            # One C call, which no signal can cut in two. Refused: a Condition around the heap, whose methods are Python
-            # code: a KeyboardInterrupt inside could leave its lock taken for ever.
+            # One C call, which no signal can interrupt. Refused: a Condition around the heap, whose methods are Python
+            # code: a KeyboardInterrupt in them could leave its lock taken.
             self._new.put((time.monotonic() + delay_s, next(self._order), entry))
             if not self._runs:
                 start_thread(self._begin)
@@ -378,12 +378,12 @@ class _TimerThread:
             try:
                 thread.start()
             except RuntimeError as error:
-                log.debug("no timer thread can be started: %s", error)  # the interpreter exits
+                log.debug("no timer thread can be started: %s", error)  # the interpreter is exiting
 
     def _run(self) -> None:
         me = _thread.get_ident()
         if self._runs.setdefault("thread", me) != me:
-            return  # two were started at once
+            return  # two threads were started at once
         new, heap = self._new, list[tuple[float, int, _Scheduled]]()
         while not self._closed:
             wait_s = heap[0][0] - time.monotonic() if heap else None
@@ -401,9 +401,9 @@ class _TimerThread:
 
 
 def weakly(method: Callable[[], object]) -> Callable[[], object]:
-    """Return what calls a bound method for as long as its object is in use, for `call_later`.
+    """Return a function that calls a bound method as long as its object exists, for `call_later`.
 
-    A timer that is far away must not keep an engine in memory that was dropped without close().
+    A timer must not keep an engine in memory that was dropped without close().
     """
     here = weakref.WeakMethod(method)
 

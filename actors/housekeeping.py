@@ -1,4 +1,4 @@
-"""The actor that lets scopes leave memory when nobody has touched them for a while."""
+"""The actor that passivates scopes which have not been used for a while."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 log = Log("scopestate.scope")
 
 SLICE: Final = 500
-"""Scopes looked at in one turn: about a millisecond, so that 100,000 of them hold nobody up."""
+"""Scopes checked in one turn. That takes about a millisecond, so that 100,000 scopes delay no other work."""
 
 
 class Sweep(msgspec.Struct, frozen=True):
-    """It is time to look at every scope. Answer: None; the rounds of `Slice` that follow do the work."""
+    """Begin to check every scope. Answer: None; `Slice` messages that follow do the work."""
 
 
 class Slice(msgspec.Struct, frozen=True):
-    """Look at the next scopes of the sweep that is under way."""
+    """Check the next scopes of the running sweep."""
 
 
 class Housekeeper(TurnActor):
     """Passivates idle scopes (docs/design/0003-turns.md).
 
-    Every half of `passivate_after_s` it looks at each scope in memory: one that was touched since the last look is
-    marked, one that was not is asked to leave. So a scope leaves between half of that time and all of it after the last
-    call. It stays if something of it is not saved, if somebody is at it, or if it is never saved and was ever written.
-    Time is the dispatcher's; turns run on its threads.
+    Every half of `passivate_after_s` it checks each scope in memory: one that was used since the last check is marked,
+    one that was not is asked to leave. So a scope leaves after between half and all of that time without a call. It
+    stays while it has unsaved changes or is busy, and for good if it is never saved and has been written to. Time is
+    that of the dispatcher.
     """
 
     def __init__(self, dispatcher: Dispatcher, directory: Directory, limits: Limits) -> None:
@@ -48,10 +48,10 @@ class Housekeeper(TurnActor):
         self._left: list[ScopeActor] = []
         self._ended = False
         self.passivated = 0
-        """Scopes that have left memory so far."""
+        """Number of scopes passivated so far."""
 
     def arm(self) -> None:
-        """Begin to sweep, or go by a new `passivate_after_s` from now on. From any thread."""
+        """Start sweeping, or apply a new `passivate_after_s`. From any thread."""
         if self._timer is not None:
             self._timer.cancel()
         after_s = self._limits.passivate_after_s
@@ -63,7 +63,7 @@ class Housekeeper(TurnActor):
         self.tell(Sweep())
 
     def end(self) -> None:
-        """Sweep no more. From any thread, idempotent."""
+        """Stop sweeping. From any thread, idempotent."""
         self._ended = True
         self._left = []
         if self._timer is not None:
@@ -86,7 +86,7 @@ class Housekeeper(TurnActor):
         for actor in actors:
             if actor.touched:
                 actor.touched = False
-            # Never waits: a busy scope is not idle.
+            # Does not wait: a busy scope is not idle.
             elif actor.run(Passivate(), False):
                 self.passivated += 1
         if self._ended:

@@ -1,4 +1,4 @@
-"""The bounds that keep memory and waiting finite; one object per engine, changed in place by a reload."""
+"""The limits of an engine's memory and waits: one object for each engine, which a reload changes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import msgspec
 
 
 class Limits(msgspec.Struct):
-    """Read without locks by whoever needs one; the meaning of each is in `config.LimitsConfig`."""
+    """The current limits, read without locks. `config.LimitsConfig` says what each means."""
 
     max_value_bytes: int = 0
-    """0: none. Never more than the store can hold."""
+    """0: none. At most what the store can hold."""
     longest_name: int = sys.maxsize
-    """Characters of a scope or key that the store can hold."""
-    """0: no limit."""
+    """Characters of the longest scope or key that the store can hold."""
     scope_mailbox: int = 10_000
     scope_mailbox_bytes: int = 1 << 26
     """0: no limit."""
@@ -31,7 +30,7 @@ class Limits(msgspec.Struct):
     handler_backoff_s: float = 0.1
     max_event_depth: int = 1000
     call_timeout_s: float | None = 30.0
-    """None: wait for ever."""
+    """None: no limit."""
     close_grace_s: float = 5.0
     passivate_after_s: float = 300.0
     """0: never."""

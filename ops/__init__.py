@@ -1,4 +1,4 @@
-"""Update ops: what can be done to a value in one atomic step. Pure functions, no I/O, no actors."""
+"""Update ops: changes of a value that apply in one atomic step. Pure functions, no I/O, no actors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Apply update ops to a value: pure, no I/O. The rules are docs/semantics.md 3; the codes clients compare are in 3.4.
+"""Applying update ops to a value: pure, no I/O. docs/semantics.md 3 has the rules, 3.4 the codes that clients compare.
 
-Ops run in order on a working copy. One that does not fit is skipped and reported; the others still run.
+Ops run in order on a working copy. An op that fails is skipped and reported; the others still run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MAX_SEGMENT_BYTES: Final = 256
 MAX_MERGE_KEYS: Final = 1024
 MAX_MERGE_LEVELS: Final = 16
 FORBIDDEN: Final = ("__proto__", "constructor", "prototype")
-"""Names that no op may create at a path or at the top of a merge value; in byte order, as the first one is reported."""
+"""Names that an op may not create at a path or at the top of a merge value. In byte order: the first is reported."""
 
 _FORBIDDEN: Final = frozenset(FORBIDDEN)
 _SURELY_SHORT: Final = MAX_SEGMENT_BYTES // 4
-"""No name of so few characters has too many bytes: UTF-8 takes at most 4 for each."""
+"""A name with at most this many characters cannot have too many bytes: UTF-8 takes at most 4 for each."""
 _I64_MIN: Final = -(2**63)
 _U64_MAX: Final = 2**64 - 1
 
@@ -52,33 +52,33 @@ class _Working(msgspec.Struct):
     """The working copy."""
 
     root: Any
-    """The value so far. It may still be the caller's: written to only through `fields()`."""
+    """The value so far. It may still belong to the caller, so it is written to only through `fields()`."""
     fresh: bool
-    """Still as a missing key: no op has succeeded yet, so the root counts as nothing (docs/semantics.md 3.2)."""
+    """The key is missing and no op has succeeded yet, so the root counts as nothing (docs/semantics.md 3.2)."""
     owned: bool
     """True if `root` is an object made here, which may be written to."""
 
     def replace(self, root: object) -> None:
-        """Make `root` the value; it stays the property of whoever gave it."""
+        """Make `root` the value. It may be shared, so it is not written to."""
         self.root = root
         self.owned = False
 
     def fields(self) -> dict[str, Any]:
-        """Return the root object for writing: one shallow copy per update, whatever the number of ops."""
+        """Return the root object for writing. It is copied once for each update, whatever the number of ops."""
         if not self.owned:
             self.root = self.root.copy()
             self.owned = True
-        return self.root  # type: ignore[no-any-return]  # callers have seen that the root is an object
+        return self.root  # type: ignore[no-any-return]  # callers have checked that the root is an object
 
     def note_made(self, value: Any) -> None:
-        """`value` is new: later ops may write to it."""
+        """Note that `value` is new, so later ops may write to it."""
 
     def is_made(self, value: Any) -> bool:
         """Return whether `value`, which is inside the root, may be written to."""
         return False
 
     def extended(self, text: str, more: str, holder: dict[str, Any] | None, name: str) -> str | _Text:
-        """Return what replaces `text` when `more` is appended to it. It is field `name` of `holder`; None: the root."""
+        """Return what replaces `text`, the field `name` of `holder` (None: the root), when `more` is appended."""
         return text + more
 
     def result(self) -> Any:
@@ -90,12 +90,12 @@ class _ManyWorking(_Working):
     """The working copy of several ops: what one of them has copied is not copied again by the next."""
 
     made: dict[int, Any] = {}
-    """id -> array or object inside the root that was made here, and is referred to from nowhere else."""
+    """id -> array or object inside the root that was made here and is not referred to from elsewhere."""
     texts: list[tuple[dict[str, Any], str]] = []
     """(object made here, name of its field) of each field that may hold a `_Text`."""
 
     def note_made(self, value: Any) -> None:
-        self.made[id(value)] = value  # kept, so that no other value gets its id
+        self.made[id(value)] = value  # a reference, so that no other value gets its id
 
     def is_made(self, value: Any) -> bool:
         return self.made.get(id(value)) is value
@@ -114,7 +114,7 @@ class _ManyWorking(_Working):
 
 
 class _Text:
-    """Stands for a string that is being appended to, so that each `append` costs what it adds and not the whole."""
+    """A string that is being appended to. Each `append` costs only what it adds."""
 
     __slots__ = ("parts",)
 
@@ -127,7 +127,7 @@ class _Text:
 
 class _Refusal(msgspec.Struct, frozen=True):
     reason: str
-    """The code without the op's own word."""
+    """The code, without the name of the op."""
     message: str
 
 
@@ -140,7 +140,7 @@ def apply(old: object, ops: Sequence[UpdateOp]) -> tuple[Any, list[OpError]]:
     missing = old is MISSING
     working = (_Working if len(ops) == 1 else _ManyWorking)({} if missing else old, missing, missing)
     errors: list[OpError] = []
-    index = -1  # counted by hand: `enumerate` costs the usual update of one op as much as the op's match
+    index = -1  # counted here: for one op, the usual case, `enumerate` takes as long as the `match` below
     for op in ops:
         index += 1
         match op:
@@ -166,7 +166,7 @@ def apply(old: object, ops: Sequence[UpdateOp]) -> tuple[Any, list[OpError]]:
     return working.root if type(working) is _Working else working.result(), errors
 
 
-# Each function below applies one op to the working copy; on refusal it leaves it exactly as it was.
+# Each function below applies one op to the working copy. If it returns a refusal, the copy is unchanged.
 
 
 def _set(working: _Working, path: str, value: object) -> _Refusal | None:
@@ -192,7 +192,7 @@ def _add(working: _Working, path: str, by: int) -> _Refusal | None:
         return _Refusal("not_number", f"expected a number at {_place(path)}, found {_type(found)}")
     total = found + by
     if not (_I64_MIN <= total <= _U64_MAX if kind is int else math.isfinite(total)):
-        # The code is the one of 0.11.6, which says here that it expected a number and got a number.
+        # The code is that of 0.11.6, whose message says that it expected a number and got a number.
         limits = f"{_I64_MIN} to {_U64_MAX}" if kind is int else "64-bit floats"
         problem = f"the number at {_place(path)} would leave the range of {limits}: it is {found}, changed by {by}"
         return _Refusal("not_number", problem)
@@ -237,11 +237,11 @@ def _append_at(working: _Working, segments: Sequence[str], value: object) -> _Re
     *steps, name = segments
     fields = _walk(working, steps)
     if name not in fields:
-        joined: object = [value]  # of a string too, unlike at the root and at its fields (docs/semantics.md 3.3)
+        joined: object = [value]  # even for a string, unlike at the root and its fields (docs/semantics.md 3.3)
         working.note_made(joined)
     else:
         joined = _joined(working, fields[name], value, fields, segments)
-        # A step that the walk has made has no field that could refuse: nothing has changed here.
+        # Steps that the walk has made are empty, so a refusal means that nothing was changed.
         if type(joined) is _Refusal:
             return joined
     fields[name] = joined
@@ -251,7 +251,7 @@ def _append_at(working: _Working, segments: Sequence[str], value: object) -> _Re
 def _joined(
     working: _Working, target: Any, value: object, holder: dict[str, Any] | None, path: str | Sequence[str]
 ) -> object:
-    """Return `target` with `value` appended, or a _Refusal. It is a field of `holder`, at `path`; None: the root."""
+    """Return `target`, at `path` in `holder` (None: the root), with `value` appended, or a _Refusal."""
     match target:
         case list():
             if working.is_made(target):
@@ -292,11 +292,11 @@ def _merge(working: _Working, path: str | list[str] | None, value: object) -> _R
     refusal = _check_segments(segments) or _check_merge_value(value)
     if refusal is not None:
         return refusal
-    assert isinstance(value, dict)  # _check_merge_value refuses the rest
+    assert isinstance(value, dict)  # _check_merge_value refuses other values
     if not segments:
         if isinstance(working.root, dict):
             working.fields().update(value)
-        # Any other root stays and is no error: odd, but what clients of 0.11.6 meet (docs/semantics.md 3.3).
+        # Any other root stays and is not an error, as in 0.11.6 (docs/semantics.md 3.3).
         return None
     if not isinstance(working.root, dict):
         working.replace({})
@@ -305,7 +305,7 @@ def _merge(working: _Working, path: str | list[str] | None, value: object) -> _R
 
 
 def _walk(working: _Working, segments: Sequence[str]) -> dict[str, Any]:
-    """Return the object at a path below the root, an object, for writing. Steps that are not objects become `{}`."""
+    """Return the object at a path, for writing. The root is an object; steps that are not become `{}`."""
     fields = working.fields()
     for segment in segments:
         step = fields.get(segment)
@@ -337,7 +337,7 @@ def _check_segments(segments: Sequence[str]) -> _Refusal | None:
     for segment in segments:
         if segment == "":
             return _Refusal("path.empty_segment", "a segment of the path is empty")
-        # An op made by hand may hold half a surrogate pair: counted as the 3 bytes it would take, not a crash.
+        # An op that was made in Python may have a lone surrogate. It counts as 3 bytes.
         size = len(segment.encode(errors="surrogatepass"))
         if size > MAX_SEGMENT_BYTES:
             problem = f"a path segment has {size} bytes, the limit is {MAX_SEGMENT_BYTES}"

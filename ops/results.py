@@ -1,4 +1,4 @@
-"""What calls return and what handlers receive: JSON bytes inside, decoded when first read."""
+"""The results of calls and the events of handlers: JSON bytes, which are decoded when they are read."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ class SetResult(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def old_value(self) -> OldValue:
-        """The previous value, a fresh copy at each reading; None if the key did not exist or held null."""
+        """The previous value, a new copy at each reading; None if the key did not exist or held null."""
         return None if self.old_json is None else decode(self.old_json)
 
     @property
     def new_value(self) -> NewValue:
-        """The new value, a fresh copy at each reading."""
+        """The new value, a new copy at each reading."""
         return decode(self.new_json)
 
     @property
     def created(self) -> bool:
-        """True if the key did not exist before; tells that apart from an old value of null."""
+        """True if the key did not exist before; False if it held null."""
         return self.old_json is None
 
     def to_json(self) -> dict[str, Any]:
-        """The result as `call` returns it and as it goes over the wire."""
+        """Return the result as `call` returns it, and as it is sent to workers."""
         return {"old_value": self.old_value, "new_value": self.new_value}
 
     def __eq__(self, other: object) -> bool:
@@ -61,12 +61,12 @@ class SetResult(msgspec.Struct, frozen=True, eq=False):
             return NotImplemented
         return self.to_json() == other.to_json()
 
-    # Written out: the Struct underneath answers `!=` on its own, by identity.
+    # Needed, because the base class Struct compares by identity for `!=`.
     def __ne__(self, other: object) -> bool:
         equal = self.__eq__(other)
         return equal if equal is NotImplemented else not equal
 
-    __hash__ = None  # type: ignore[assignment]  # equal by values such as dicts, so as unhashable as they are
+    __hash__ = None  # type: ignore[assignment]  # compares values, which may be dicts
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self.to_json().items())
@@ -93,10 +93,10 @@ class UpdateResult(SetResult, frozen=True, eq=False):
             )
         ),
     ] = ()
-    """One entry for each op that was refused; the others are applied all the same (docs/semantics.md, section 3)."""
+    """One entry for each op that was refused. The other ops were applied (docs/semantics.md, section 3)."""
 
     def to_json(self) -> dict[str, Any]:
-        """The result as `call` returns it; `errors` is left out when there are none."""
+        """Return the result as `call` returns it. `errors` is left out if there are none."""
         plain = {"old_value": self.old_value, "new_value": self.new_value}
         if self.errors:
             plain["errors"] = msgspec.to_builtins(list(self.errors))
@@ -104,9 +104,9 @@ class UpdateResult(SetResult, frozen=True, eq=False):
 
 
 class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
-    """One change, as handlers and conditions receive it: attributes, and a mapping of the reference's six fields.
+    """A change of one key, for handlers and conditions: has attributes, and is a mapping of the reference's six fields.
 
-    Source: reference, "State Event Payload". `sequence`, `existed` and `depth` are attributes beside the six.
+    Source: reference, "State Event Payload". `sequence`, `existed` and `depth` are attributes only.
     """
 
     json_fields: ClassVar[tuple[str, ...]] = ("type", "event_type", "scope", "key", "old_value", "new_value")
@@ -128,10 +128,10 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     of the event in this engine, which begins at 1 and may have gaps.
     """
     depth: int = 0
-    """0 for a write from outside; 1 for a write made by a handler of such an event, and so on."""
+    """0 for a write from outside of handlers, 1 for a write by the handler of such an event, and so on."""
 
-    # A value that was read is kept in `__dict__`, which pickling, copying and `msgspec.structs.replace` leave behind:
-    # the copy decodes its own.
+    # A decoded value is kept in `__dict__`, which pickling, copying and `msgspec.structs.replace` do not copy: the copy
+    # decodes its own.
 
     @property
     def type(self) -> Annotated[str, msgspec.Meta(description='Always "state"')]:
@@ -162,13 +162,13 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
         return self.old_json is not None
 
     def copy(self) -> StateEvent:
-        """The same event with values of its own, so that one handler's changes to them reach no other."""
+        """Return the same event with its own values, so that changes that one handler makes to them reach no other."""
         return StateEvent(
             self.event_type, self.scope, self.key, self.old_json, self.new_json, self.sequence, self.depth
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The six fields as a plain dict, with values of their own."""
+        """Return the six fields as a dict, with its own copies of the values."""
         return dict(self.copy())
 
     def __getitem__(self, field: str) -> Any:
@@ -185,7 +185,7 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     # The rest of the mapping protocol, from the standard library; a Struct cannot inherit from an ABC.
     __contains__ = Mapping.__contains__
     __eq__ = Mapping.__eq__
-    __ne__ = SetResult.__ne__  # the Struct underneath answers it on its own, by identity
+    __ne__ = SetResult.__ne__  # as above
     __reversed__ = None
     get = Mapping.get
     items = Mapping.items

@@ -1,7 +1,7 @@
-"""The six update ops: what they look like, and how they are read from JSON and from Python.
+"""The six update ops, and reading them from JSON and from Python.
 
-Ops are frozen structs, tagged by `type`, the same in embedding, on the wire and in files. Reading them checks their
-shape only (docs/semantics.md 3, "Op shape rules"): whether an op fits the value it meets is decided by `apply`.
+Ops are frozen structs with the tag `type`, the same in Python, on the wire and in files. Reading them checks only their
+shape (docs/semantics.md 3, "Op shape rules"); `apply` decides whether an op fits the value.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from scopestate.ops import values
 from scopestate.ops.values import json_type
 
 MAX_OPS: Final = 10_000
-"""Ops of one update: they are carried out in one turn, and nothing else happens in that scope meanwhile."""
+"""Ops of one update. They run in one turn, during which no other call on the scope is served."""
 I64_MIN: Final = -(2**63)
 I64_MAX: Final = 2**63 - 1
 
 OPTIONAL: Final = {"required": False}
-"""`Meta(extra=OPTIONAL)`: a schema does not list the field as required, although the struct has no default for it."""
+"""`Meta(extra=OPTIONAL)`: the schema does not list the field as required, although it has no default."""
 
-# The `Meta` notes and the first sentence of each op's docstring are the API reference's: schemas are made from them.
+# The schemas are made from the `Meta` notes and the first sentence of each docstring, which are the API reference's.
 FieldPath = Annotated[str, msgspec.Meta(title="FieldPath", description="Represents a path to a field in a JSON object")]
 """One literal top-level field name; "" is the value itself. Dots do not split."""
 
@@ -58,7 +58,7 @@ class Merge(msgspec.Struct, frozen=True, tag_field="type", tag="merge"):
     """Merge object into existing value (object-only). Path may be omitted (root merge), a single first-level key, or
     an array of literal segments for nested merge. See [`MergePath`].
 
-    Overwrites the top-level fields of an object by those of `value`; `null` is stored, it does not delete.
+    Overwrites the top-level fields of an object with those of `value`. A `null` is stored; it does not delete.
     """
 
     value: Any
@@ -94,19 +94,19 @@ class Decrement(msgspec.Struct, frozen=True, tag_field="type", tag="decrement"):
 class Append(msgspec.Struct, frozen=True, tag_field="type", tag="append"):
     """Append an element to an array or concatenate a string.
 
-    An array gets `value` as one element; an absent target is started.
+    An array gets `value` as one element. An absent field becomes `[value]`, or the text.
     """
 
     path: Annotated[MergePath | None, msgspec.Meta(extra=OPTIONAL)]
     """Where: one literal field name, or a list of names to walk; None, "" and [] are the value itself."""
     value: Any
-    """Any JSON value; an array is pushed as one element, not spread."""
+    """Any JSON value. An array is added as one element."""
 
 
 class Remove(msgspec.Struct, frozen=True, tag_field="type", tag="remove"):
     """Remove a field.
 
-    An absent field is no error; at the root, null is left.
+    An absent field is not an error. At the root, the value becomes null.
     """
 
     path: FieldPath
@@ -132,13 +132,13 @@ class OpError(msgspec.Struct, frozen=True, omit_defaults=True):
     ]
     """Place of the op in the update, from 0."""
     code: Annotated[str, msgspec.Meta(description='Stable error code, e.g. `"merge.path.too_deep"`.')]
-    """Stable word, `<op>.<reason>`: what clients compare. All of them are in docs/semantics.md 3.4."""
+    """`<op>.<reason>`, which is stable and what clients compare. docs/semantics.md 3.4 has all codes."""
     message: Annotated[
         str, msgspec.Meta(description="Human-readable description with concrete numbers when applicable.")
     ]
-    """For people: where, what was found, and for a bound both numbers. Wording may change."""
+    """For people: the place, what was found, and for a limit both numbers. The wording may change."""
     doc_url: Annotated[str | None, msgspec.Meta(description="Optional documentation URL for this error class.")] = None
-    """A page about the code; left out of the JSON when there is none."""
+    """A page about the code; left out of the JSON if it is None."""
 
 
 _KINDS: Final = (Set, Merge, Increment, Decrement, Append, Remove)
@@ -149,8 +149,8 @@ _ABSENT: Final = object()
 def convert_ops(payload: object) -> tuple[UpdateOp, ...]:
     """Read the `ops` of a `state::update` call from plain JSON data, as `values.decode` returns it.
 
-    The ops share `value` with `payload`. Raises DeserializationError, naming the place (`$.ops[1].by`), for every
-    shape that docs/semantics.md 3 refuses; unknown fields are ignored.
+    The ops share `value` with `payload`. Unknown fields are ignored. Raises DeserializationError, with the place
+    (`$.ops[1].by`), for every shape that docs/semantics.md 3 refuses.
     """
     if not isinstance(payload, list | tuple):
         raise _misfit(f"invalid type: {json_type(payload)}, expected an array of ops", "$.ops")
@@ -160,10 +160,10 @@ def convert_ops(payload: object) -> tuple[UpdateOp, ...]:
 
 
 def checked(ops: Iterable[object]) -> tuple[UpdateOp, ...]:
-    """Check ops that Python code made: structs, dicts of the wire's shape, or both mixed.
+    """Check ops from Python code: structs, dicts with the same fields, or both.
 
-    Values come back as JSON would hold them (`values.encode`), and share nothing mutable with the caller's. Raises
-    DeserializationError for a wrong field, InvalidValue for a value that JSON cannot hold; both name the place.
+    The values of the result are plain JSON data (`values.encode`) and share nothing mutable with the caller's. Raises
+    DeserializationError for a wrong field, InvalidValue for a value that JSON cannot hold; both have the place.
     """
     found: list[UpdateOp] = []
     try:
@@ -175,7 +175,7 @@ def checked(ops: Iterable[object]) -> tuple[UpdateOp, ...]:
             raise _too_many("more")
         kind = type(op)
         if kind is Increment or kind is Decrement:
-            # The counter is the op that runs most: exact types need nothing more than this.
+            # The most frequent op: with exact types this is all that needs to be checked.
             path, by = op.path, op.by  # type: ignore[attr-defined]  # mypy does not narrow by `type(op) is`
             if type(path) is str and path.isascii() and type(by) is int and I64_MIN <= by <= I64_MAX:
                 found.append(op)  # type: ignore[arg-type]  # as above
@@ -194,7 +194,7 @@ def _convert(item: object, where: str, plain: Callable[[object, str], object]) -
         raise _misfit(f"invalid type: {json_type(item)}, expected an op: an object with a `type`", where)
     word = item.get("type", _ABSENT)
     if type(word) is not str and issubclass(type(word), str):
-        word = str.__str__(cast(str, word))  # of a subclass, what it holds
+        word = str.__str__(cast(str, word))  # of a subclass, its text
     match word:
         case "set":
             return Set(_path(item, where), plain(item.get("value"), f"{where}.value"))
@@ -257,12 +257,12 @@ def _by(item: Mapping[str, object], where: str) -> int:
 
 
 def _as_is(value: object, where: str) -> object:
-    """For data that came out of JSON: nothing to check, nothing to copy."""
+    """For data that was decoded from JSON: there is nothing to check or copy."""
     return value
 
 
 def _as_json(value: object, where: str) -> object:
-    """Return what JSON would hold for `value`, sharing nothing mutable with it."""
+    """Return `value` as plain JSON data that shares nothing mutable with it."""
     try:
         return values.decode(values.encode(value))
     except InvalidValue as error:

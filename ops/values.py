@@ -1,8 +1,8 @@
-"""Values as JSON bytes: encoded once at the boundary, immutable from then on.
+"""Values as JSON bytes: encoded once at the boundary, and immutable from then on.
 
 Four functions: `encode` and `decode` between Python values and bytes, `parse` for JSON text from outside, `normalise`
-for plain JSON data without the bytes. What they accept and refuse is docs/semantics.md 1: text without lone surrogates,
-string keys, finite numbers, at most 128 levels; integers from -2^63 to 2^64-1 are exact, larger ones become floats.
+for plain JSON data without encoding it. docs/semantics.md 1 says what they accept: text without lone surrogates, string
+keys, finite numbers, at most 128 levels. Integers from -2^63 to 2^64-1 are exact, larger ones become floats.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INT_MIN: Final = -(2**63)
 _INT_MAX: Final = 2**64 - 1
 
 _READINGS: Final = 100
-"""How often a value that other threads change is read, in hope of two readings that are the same."""
+"""How often a value that other threads are changing is read, until it has not changed during a reading."""
 
 _to_json = msgspec.json.Encoder().encode
 
@@ -81,7 +81,7 @@ def encode(value: Any) -> bytes:
                         continue
                 break
             else:
-                # Each part was copied at its own moment; if the original equals them now, they are of one moment.
+                # The parts were copied one after another. If the original equals the copy now, the copy is consistent.
                 if not nested or value == copy:
                     return _to_json(copy)
         elif kind is list:
@@ -96,14 +96,14 @@ def encode(value: Any) -> bytes:
         ):
             return _to_json(value)
     except (UnicodeEncodeError, RecursionError):
-        pass  # the exact check says where
+        pass  # `normalise` finds the place
     return _to_json(normalise(value))
 
 
 def encode_plain(value: Any) -> bytes:
     """Return plain JSON data, as `decode`, `normalise` and `apply` return it, as compact JSON.
 
-    For what is known to be plain: only the number of levels is looked at, because ops can nest values in values.
+    Only the number of levels is checked, because ops can nest values in values.
     Raises InvalidValue for more than 128.
     """
     data = _to_json(value)
@@ -114,9 +114,9 @@ def encode_plain(value: Any) -> bytes:
 
 
 def _copy_of(value: object, levels: int) -> Any:
-    """Return a copy of the array or object `value` that msgspec writes as it is, or raises UnicodeEncodeError.
+    """Return a copy of the array or object `value`, if it has only exact types and is at most `levels` deep.
 
-    Only exact types, at most `levels` deep. None means "not sure": then `normalise` decides.
+    msgspec can then encode it as it is, or raises UnicodeEncodeError. None means that `normalise` must decide.
     """
     if type(value) is dict:
         if levels == 0:
@@ -146,7 +146,7 @@ def _copy_of(value: object, levels: int) -> Any:
             return None
         elements = value.copy()
         for item in elements:
-            # The quick way through a list without lists and objects: no index, and the rare cases wait for the other.
+            # The quick loop, for a list of texts and numbers: without an index, and without the rare cases.
             kind = type(item)
             if kind is str or (kind is int and -0x3FFFFFFF < item < 0x3FFFFFFF):
                 continue
@@ -175,22 +175,22 @@ def _copy_of(value: object, levels: int) -> Any:
 
 
 def normalise(value: object, path: str = "$") -> Any:
-    """Return `value` as plain JSON data that shares no list or dict with it: the exact, slow check.
+    """Return `value` as plain JSON data that shares no list or dict with it. This is the complete, slow check.
 
-    Subclasses become plain, tuples become lists, integers beyond 64 bits floats. Raises InvalidValue; `path` is the
-    name of `value` in its text.
+    Instances of subclasses become plain, tuples become lists, integers beyond 64 bits become floats. Raises
+    InvalidValue, in which `path` stands for `value`.
     """
     for _ in range(_READINGS):
         read: _Read = []
         plain = _plain(value, (path,), 0, read)
-        # One container is read in a single step. Several that have not changed since then were of one moment together.
+        # A container is read in one step. Several are consistent if none has changed since it was read.
         if len(read) <= 1 or _is_unchanged(read):
             return plain
     raise _refusal((path,), "another thread changed the value each time that it was read; store a copy of it")
 
 
 def json_type(value: object) -> str:
-    """Return the JSON name of a value's type: `null boolean number string array object`; else Python's name."""
+    """Return the JSON name of a value's type: `null boolean number string array object`; otherwise Python's name."""
     kind = type(value)
     if value is None:
         return "null"
@@ -201,13 +201,13 @@ def json_type(value: object) -> str:
 
 
 def class_name(thing: object) -> str:
-    """Return the name of a thing's class, whose metaclass may be code of the program and is not asked."""
+    """Return the name of a thing's class without running code of its metaclass."""
     name: str = vars(type)["__name__"].__get__(type(thing))
     return name
 
 
 def json_words(problem: object) -> str:
-    """Return what msgspec says of a misfit, with JSON's names of types in place of Python's."""
+    """Return the message of msgspec with JSON's names of types instead of Python's."""
     return _MISFIT.sub(lambda found: _PYTHON_NAME.sub(lambda name: _JSON_NAMES[name[0]], found[0]), str(problem))
 
 
@@ -225,16 +225,16 @@ _JSON_TYPES: Final[tuple[tuple[str, tuple[type, ...]], ...]] = (
 
 
 def parse(text: bytes | str) -> bytes:
-    """Return JSON text from a file, the wire or Redis as `encode` would write it.
+    """Return JSON text from a file, the wire or Redis in the form that `encode` writes.
 
-    As docs/semantics.md 1 says: integers beyond 64 bits and `-0` are floats, the last of duplicate keys wins. Raises
-    DeserializationError for text that is not JSON, numbers beyond binary64, lone surrogates, more than 128 levels.
+    Integers beyond 64 bits and `-0` are floats, and of duplicate keys the last one counts (docs/semantics.md 1). Raises
+    DeserializationError for text that is not JSON, numbers beyond binary64, lone surrogates, and more than 128 levels.
     """
     try:
         value = decode(text)
         if _MINUS_ZERO.search(text if isinstance(text, bytes) else text.encode()):
-            # msgspec reads `-0` as the integer 0 and has no hook for integers; the standard library has one. By now
-            # the text is known to be JSON, so their other differences do not matter.
+            # msgspec reads `-0` as the integer 0 and has no hook for integers; the standard library has one. The text
+            # is known to be JSON, so other differences of the two do not matter.
             value = json.loads(text, parse_int=_integer)
         return encode(value)
     except msgspec.DecodeError as error:
@@ -246,9 +246,9 @@ def parse(text: bytes | str) -> bytes:
 
 
 def check(text: bytes) -> None:
-    """Raise DeserializationError for JSON text that `parse` refuses; for text that is passed on as it is.
+    """Raise DeserializationError for text that `parse` refuses. For text that is passed on unchanged.
 
-    Quicker than `parse`: what it would look at in Python is found by its bytes.
+    Quicker than `parse`: it looks at the bytes where that checks each part in Python.
     """
     try:
         decode(text)
@@ -264,7 +264,7 @@ def check(text: bytes) -> None:
 
 _DIGITS: Final = bytes(0x30 if chr(byte).isdigit() and byte < 0x80 else 0x20 for byte in range(256))
 _LONG_NUMBER: Final = b"0" * 309
-"""So many digits, without an exponent, may be beyond binary64."""
+"""A number with this many digits may be beyond binary64."""
 
 _MINUS_ZERO: Final = re.compile(rb"-0(?![0-9.eE])")
 
@@ -274,27 +274,27 @@ def _integer(literal: str) -> int | float:
 
 
 _Steps = tuple[Any, ...]
-"""(root name,) at the root, (steps of the parent, key or index) below: cheap to grow, read only for an error."""
+"""(root name,) at the root, (steps of the parent, key or index) below it. Cheap to extend; read only for an error."""
 
 
 _Read = list[tuple[Any, list[Any]]]
-"""Each dict and list that was read, with what it held."""
+"""Each dict and list that was read, with its content."""
 
 
 def _is_unchanged(read: _Read) -> bool:
     try:
         return all(_content(container) == content for container, content in read)
-    except Exception:  # noqa: BLE001 - a new item's `__eq__` of its own: the old one would have been the same object
+    except Exception:  # noqa: BLE001 - from the `__eq__` of a new item: an old one would be the same object
         return False
 
 
 def _content(container: Any) -> list[Any]:
-    """Copy what a dict or list really holds, as msgspec reads it: a subclass may override `items` and `__iter__`."""
+    """Copy the content of a dict or list as msgspec reads it: a subclass may override `items` and `__iter__`."""
     return [*(dict.items(container) if issubclass(type(container), dict) else list.__iter__(container))]
 
 
 def _plain(value: object, steps: _Steps, level: int, read: _Read) -> Any:
-    # By `type(value)`, never `isinstance`: that believes the `__class__` of proxies and mocks, and runs their code.
+    # By `type(value)`, not `isinstance`, which believes the `__class__` of proxies and mocks and runs their code.
     kind = type(value)
     if value is None or kind is bool:
         return value
@@ -403,17 +403,17 @@ _ADVICE: Final = {
     "google.Message": "store google.protobuf.json_format.MessageToDict(value)",
     "enum.Enum": "store value.value",
 }
-"""By package and name, so that naming a type does not import its module, and the module may move inside its package."""
+"""By package and name, so that no module is imported for it, and a class may move within its package."""
 
 
 def _advice(value: object) -> str:
-    """Say what `value` is and what to store instead: a type changed in silence would come back as another one."""
+    """Say what `value` is and what to store instead. Refused: converting it, as it would come back as another type."""
     kind = type(value)
     try:
         advice = _advice_for(kind)
     except KeyboardInterrupt:
         raise
-    except BaseException:  # noqa: BLE001 - a metaclass or `__subclasshook__` of its own, which may raise anything
+    except BaseException:  # noqa: BLE001 - from a metaclass or a `__subclasshook__`
         advice = _DESCRIBE_IT
     return f"{class_name(value)} is not JSON; {advice}"
 
@@ -422,7 +422,7 @@ _DESCRIBE_IT: Final = "store what describes it: dict, list, str, int, float, boo
 
 
 def _advice_for(kind: type) -> str:
-    if issubclass(kind, Mapping):  # before its bases: an event of ours is a struct too, with other fields
+    if issubclass(kind, Mapping):  # before its bases: a StateEvent is a struct with other fields
         return "store dict(value)"
     for base in kind.__mro__:
         name = f"{base.__module__.partition('.')[0]}.{base.__qualname__}"
@@ -452,7 +452,7 @@ def _refusal(steps: _Steps, problem: str) -> InvalidValue:
 
 
 def _named(key: Any) -> str:
-    """Name a key without asking an object of unknown size or manners for its repr."""
+    """Describe a key without calling the repr of an unknown object."""
     kind = type(key)
     if key is None or kind is bool or kind is float or (kind is int and _INT_MIN <= key <= _INT_MAX):
         return f"{key} ({json_type(key)})"

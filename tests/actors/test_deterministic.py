@@ -226,7 +226,7 @@ def test_a_wait_that_nothing_can_end_is_a_deadlock() -> None:
         reply.get()
 
     dispatcher.submit(wait)
-    with pytest.raises(WouldDeadlock, match=r"begun and waiting themselves: .*wait"):
+    with pytest.raises(WouldDeadlock, match=r"turns that wait themselves: .*wait"):
         dispatcher.reply().get()
     assert len(dispatcher.waiting()) == 1
     dispatcher.close()
@@ -260,7 +260,7 @@ def test_turns_may_not_drive() -> None:
     dispatcher = DeterministicDispatcher(1)
     dispatcher.submit(dispatcher.run_until_idle)
 
-    with pytest.raises(RuntimeError, match="drives it"):
+    with pytest.raises(RuntimeError, match="may drive it"):
         dispatcher.step()
     dispatcher.close()
 

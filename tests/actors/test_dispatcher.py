@@ -90,7 +90,7 @@ def test_code_of_the_program_beyond_its_share_of_threads_waits_while_the_engines
     until(lambda: threads.held() == 6)
     assert not any(reply.done for reply in waiting)
     assert ran == []
-    assert caplog.text.count("all 3 threads for handlers and functions are blocked") == 1
+    assert caplog.text.count("all 3 threads for handlers and functions are in use") == 1
 
     gate.set()
     assert [reply.get(timeout=PATIENCE_S) for reply in waiting] == list(range(5))
