@@ -179,7 +179,7 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 
 def latencies(call: Callable[[str, Value], object], pairs: Pairs) -> list[float]:
-    """Time each call by itself, in seconds."""
+    """Return the duration of each call, in seconds."""
     clock = time.perf_counter
     taken = []
     for key, value in pairs:

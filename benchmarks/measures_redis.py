@@ -61,7 +61,7 @@ def redis_set(sizes: Sizes) -> list[Row]:
 
 
 def redis_update(sizes: Sizes) -> list[Row]:
-    """One caller increments, and nobody else writes the key."""
+    """One caller increments a key that no other caller writes."""
     add = [ops.Increment("", 1)]
 
     def adder(engine: Engine) -> Any:

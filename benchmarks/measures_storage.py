@@ -14,7 +14,7 @@ from scopestate import Engine
 
 
 def file_set(sizes: Sizes) -> list[Row]:
-    """`engine.set` over a file, saved every second meanwhile, beside `engine.set` in memory."""
+    """`engine.set` with a store that is saved every second, beside `engine.set` in memory."""
     with (
         TemporaryDirectory() as folder,
         Engine() as in_memory,

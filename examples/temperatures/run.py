@@ -2,7 +2,7 @@
 
     python examples/temperatures/run.py
 
-Exit status: 0 if all of it is exactly as a plain computation over the same readings has it, 1 if anything differs.
+Exit status: 0 if the result equals that of a plain computation over the same readings, 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(readings: Sequence[data.Reading]) -> int:
 
     began = time.perf_counter()
     with Engine.from_config(CONFIG) as engine:
-        # Scopes load when they are first touched: this reads every one of them from disk. `progress` must be gone.
+        # Scopes are loaded when they are first used, so this reads all of them from disk. `progress` must be gone.
         wrong = check.differences(engine, wanted)
     if failed("the store differs after it was closed and opened again", wrong):
         return 1
@@ -68,7 +68,7 @@ def run(readings: Sequence[data.Reading]) -> int:
 
 def make_fresh(directory: str) -> None:
     """Remove the store of an earlier run. Raises StoreLocked while another run still has it."""
-    FileAdapter(directory).close()  # takes the lock, or says who holds it
+    FileAdapter(directory).close()  # takes the lock, or raises an error that names its holder
     for file in Path(directory).glob("state.*"):
         file.unlink()
 
@@ -92,14 +92,14 @@ def replay(engine: Engine, readings: Sequence[data.Reading]) -> None:
 
 
 def print_results(engine: Engine, replayed_s: float) -> None:
-    """Print what was computed, and what that took."""
+    """Print the results, and how long they took."""
     print(f"\n{report.months(engine)}\n\n{report.bands(engine)}\n\n{report.alerts(engine)}\n")
     stats = engine.stats()
     calls = sum(stats.calls[f"state::{name}"] for name in ("set", "update"))
     events = stats.deliveries + stats.skipped
     print(
         f"took {replayed_s:.1f} s: {calls:,} writes ({calls / replayed_s:,.0f}/s) and {events:,} events "
-        f"({events / replayed_s:,.0f}/s): {stats.deliveries:,} handled, {stats.skipped:,} turned away by a condition"
+        f"({events / replayed_s:,.0f}/s): {stats.deliveries:,} handled, {stats.skipped:,} skipped by a condition"
     )
 
 

@@ -95,4 +95,4 @@ def test_a_count_that_is_wrong_fails_the_run(example: ModuleType, capsys: pytest
 
     assert example.shop() == 1
     assert "added one 2,000 times each: 3,999" in (printed := capsys.readouterr()).out
-    assert "something is missing, or came twice" in printed.err
+    assert "something is missing, or was handled twice" in printed.err
