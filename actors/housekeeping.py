@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from scopestate.actors.containment import Log
-from scopestate.actors.control import Passivate
 from scopestate.actors.dispatcher import weakly
-from scopestate.actors.scope import ScopeActor
+from scopestate.actors.scope import Passivate, ScopeActor
 from scopestate.actors.turn import TurnActor
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class Housekeeper(TurnActor):
             if actor.touched:
                 actor.touched = False
             # Does not wait: a busy scope is not idle.
-            elif actor.run(Passivate(), False):
+            elif actor.housekeep_now(Passivate()) is True:
                 self.passivated += 1
         if self._ended:
             return

@@ -13,6 +13,7 @@ import pykka
 
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.signals import certainly, wait_for
+from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.actors.loop_reply import LoopReply
@@ -44,11 +45,13 @@ class ReplyTo(Protocol):
 class Envelope:
     """A message with the place where its answer goes."""
 
-    __slots__ = ("message", "reply_to")
+    __slots__ = ("depth", "message", "reply_to")
 
     def __init__(self, message: Any, reply_to: ReplyTo) -> None:
         self.message = message
         self.reply_to = reply_to
+        self.depth = event_depth.get()
+        """How many handlers deep its sender is, for a turn on another thread."""
 
 
 class Reply(pykka.Future[T]):
@@ -61,6 +64,9 @@ class Reply(pykka.Future[T]):
 
     submit_program: Callable[[Callable[[], object]], object] | None = None
     """How to run callbacks of the program; None: where the outcome is delivered."""
+
+    convert: Callable[[Any], T] | None = None
+    """What makes the value of what is delivered; None: it is the value."""
 
     waiter: Callable[[Reply[T], float | None], None] | None = None
     """How to wait instead of blocking, on a dispatcher that runs everything in turn (see `deterministic`)."""
@@ -98,11 +104,17 @@ class Reply(pykka.Future[T]):
         return self._value  # type: ignore[return-value]  # None is the value then, and T admits it
 
     def set(self, value: T | None = None) -> None:
-        """Deliver the value and wake everybody who waits."""
+        """Deliver the value and wake every waiter."""
+        if self.convert is not None:
+            try:
+                value = self.convert(value)
+            except Exception as error:  # noqa: BLE001 - as with too little memory: the caller gets it
+                self.fail(error)
+                return
         self._arrive(value, None)
 
     def fail(self, error: BaseException) -> None:
-        """Deliver an error and wake everybody who waits."""
+        """Deliver an error and wake every waiter."""
         self._arrive(None, error)
 
     def set_exception(self, exc_info: _ExcInfo | None = None) -> None:

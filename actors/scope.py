@@ -1,41 +1,21 @@
-"""The actor that owns one scope."""
+"""What every scope has, wherever its values are kept: the port between the engine and a backend's scopes."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any, Final
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+import msgspec
 import pykka
 
 from scopestate.actors.containment import Log
-from scopestate.actors.control import (
-    Caused,
-    Close,
-    Collect,
-    Housekeeping,
-    Passivate,
-    Ping,
-    as_failure_of,
-    caused,
-    weight,
-)
 from scopestate.actors.ports import ScopeChange, Store
-from scopestate.actors.reply import Envelope
-from scopestate.actors.turn import TurnActor
-from scopestate.errors import (
-    DeserializationError,
-    EngineClosed,
-    Overloaded,
-    ReplyTimeout,
-    StorageError,
-    ValueTooLarge,
-)
-from scopestate.ops import MISSING, UpdateOp, apply, turns
-from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.ops.turns import answer_of, checked_length, checked_name, turn_of
-from scopestate.ops.values import decode, encode_plain
-from scopestate.wire.depth import event_depth
+from scopestate.actors.pykka_face import PROXIES, Stop
+from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.turn import BUSY, TurnActor
+from scopestate.errors import DeserializationError, EngineClosed, Overloaded, ReplyTimeout, ScopestateError
+from scopestate.ops.turns import Turn, answer_of, no_message, turn_of
 
 if TYPE_CHECKING:
     from scopestate.actors.directory import Directory
@@ -44,12 +24,32 @@ if TYPE_CHECKING:
     from scopestate.actors.router import EventRouter
     from scopestate.actors.snapshot import SnapshotActor
 
-log = Log("scopestate.scope")
+log: Final = Log("scopestate.scope")
+
+A = TypeVar("A")
 
 
-LAST_SEQUENCE: Final = 2**63 - 2**32
-"""A scope that comes this far is read only: SQLite holds whole numbers below 2**63, and an acknowledged
-write is saved."""
+class Housekeeping(msgspec.Struct, Generic[A], frozen=True):
+    """What the engine itself asks of a scope, with `A` as its answer; needs no values in memory."""
+
+
+class Collect(Housekeeping[ScopeChange | None], frozen=True):
+    """Hand over what changed since the last Collect. For the actor that saves."""
+
+
+class Ping(Housekeeping[None], frozen=True):
+    """Answered when every message that came before has had its turn."""
+
+
+class Passivate(Housekeeping[bool], frozen=True):
+    """Leave memory, if everything is saved and no call waits. Answer: whether it did."""
+
+
+class Close(Housekeeping[None], frozen=True):
+    """Refuse callers from now on; what is dirty can still be collected."""
+
+    handlers_may: bool
+    """True: code that runs in handlers is still served, so that events already fired can do their work."""
 
 
 class Surroundings:
@@ -82,14 +82,32 @@ class Surroundings:
 
 
 class ScopeActor(TurnActor):
-    """Owns one scope. Only the thread that runs its turn changes `_values`, so no lock guards it.
+    """Owns one scope: takes its calls one at a time, and fires their events.
 
-    Reading a key needs no turn: values are immutable bytes, and a dict lookup sees them before or after a write, never
-    between. A write is one stretch of code without a call or a loop, so that no signal handler can cut it in two:
-    memory, the changes to save and the event happen together or not at all (docs/design/0004-interruption.md).
+    **Three ways in**, for turns (`ops/turns.py`) whose names and values are checked:
+
+    - `run(turn)` waits for the answer, on the caller's thread.
+    - `run_now(turn)` returns the answer if that needs no wait, else BUSY: then the turn was not sent.
+    - `send(envelope)` never waits: the answer goes to the envelope's reply. A sender that makes its next call without
+      waiting for that reply calls `keep_order()` behind it.
+
+    What is in `readable` may be read without a turn.
+
+    **A backend's scope** has at least `send`, which takes envelopes of turns and of `Housekeeping`:
+
+    - It refuses what comes after the close (`_refuse_if_closed`), passes on what comes after it was passivated
+      (`_forward`), bounds what waits (`post`; `_enqueue` for what must get in), and answers the latter
+      by `_housekeep`.
+    - A write is refused first if a handler must catch up (`_refuse_if_full`). Its event is fired before it is answered
+      (`_fire`): the caller that has the answer may count on the event.
+    - It overrides `run` and `run_now` if it has a quicker way than `send`, and `_is_needed`, `_note_leaving`,
+      `has_waiting`, `holds_keys` and `key_count` where the engine must know more than the mailbox tells.
     """
 
     caller_runs = True
+
+    readable: Mapping[str, bytes] | None = None
+    """Key -> JSON, current and safe to read at this moment; None: reading takes a turn."""
 
     _largest = 1
     """Bytes of the largest message that ever waited here."""
@@ -98,29 +116,21 @@ class ScopeActor(TurnActor):
     _weighed = (-1, 0)
     """What `_batches` was when the mailbox was weighed, and the bytes that wait, with what has come since."""
 
-    def __init__(self, scope: str, around: Surroundings, *, keeps: bool) -> None:
+    def __init__(self, scope: str, around: Surroundings) -> None:
         super().__init__(around.dispatcher)
         self.scope = scope
         self._around = around
         self._router = around.router
-        self._outbox: list[Any] = around.router.outlet
         self._watch = around.router.triggers.watch(scope)
-        self._anywhere = self._watch.anywhere
-        self._registry: MutableMapping[str, Any] = around.snapshot.dirty
-        self._sequence = 0 if keeps else around.highest_forgotten
-        self._saved = 0
-        self._dirty: dict[str, bytes | None] | None = {} if keeps else None
-        self._positions: dict[str, int] = {}
-        self._values: dict[str, bytes] | None = None if keeps else {}
+        self._sequence = around.highest_forgotten
+        """The number of the last write; of the last event, where the writes are counted elsewhere or not at all."""
         self._closed = False
         self._shut = False
-        self._left: dict[str, bytes] | None = None
+        """Closed for handlers too."""
         self._passivated = False
         self._refusal: Callable[[], Exception] = EngineClosed
         self.touched = True
         """Set by every call; the passivation sweep clears it and takes scopes that it still finds cleared."""
-        self.pinned = False
-        """True while the store cannot hold one of its values, which is then nowhere but here."""
 
     @property
     def name(self) -> str:
@@ -130,299 +140,101 @@ class ScopeActor(TurnActor):
     def mailbox_limit(self) -> int:  # type: ignore[override]  # a reload may change it
         return self._around.limits.scope_mailbox
 
-    @property
-    def loaded(self) -> bool:
-        """True if a turn needs no disk."""
-        return self._values is not None
-
     def holds_keys(self) -> bool | None:
-        """Whether the scope holds a key; None if it is not in memory."""
-        values = self._values
-        return None if values is None else bool(values)
+        """Whether the scope holds a key; None if only its backend knows."""
+        return None
 
     def has_waiting(self) -> bool:
-        """True if messages wait or a turn is running."""
+        """True if calls wait or a turn is running."""
         return bool(self._mailbox or self._claim)
 
     def key_count(self) -> int:
         """Keys in memory."""
-        return len(self._values or ())
+        return 0
 
-    # ------------------------------------------------------------------------------------------------- reading
+    # ------------------------------------------------------------------------------------------------------- ways in
 
-    def read(self, key: str) -> bytes | None:
-        """Return the key's JSON, or None if it does not exist. No turn if the scope is in memory."""
-        values = self._values
-        if values is None or not self._direct:
-            return self.run(turns.Get(key))  # type: ignore[no-any-return]
-        self.touched = True
-        return values.get(key)
-
-    def peek(self, key: str) -> bytes | None:
-        """As `read` if the answer is at hand; None also if it takes a turn to know. Never waits."""
-        values = self._values
-        if values is None or not self._direct:
-            return None
-        self.touched = True
-        return values.get(key)
-
-    def read_all(self) -> list[bytes]:
-        """Return all values as JSON, in insertion order."""
-        values = self._values
-        if values is None or not self._direct:
-            return self.run(turns.List())  # type: ignore[no-any-return]
-        self.touched = True
-        return list(values.values())
-
-    # --------------------------------------------------------------------------------------------------- turns
-
-    def on_receive(self, message: Any) -> Any:
-        kind = type(message)
-        if self._values is None and not isinstance(message, Housekeeping):
-            if self._closed:
-                return self._serve_handler(message)
-            successor = self._arrive(message)
-            if successor is not None:
-                return successor.run(message)
-        if kind is turns.Set:
-            return self._put(message.key, message.data)
-        if kind is turns.Update:
-            return self._change(message.key, message.ops)
-        if kind is turns.Delete:
-            return self._take(message.key)
-        if kind is turns.Get:
-            return self._values.get(message.key)  # type: ignore[union-attr]  # _arrive has loaded it
-        if kind is turns.List:
-            return list(self._values.values())  # type: ignore[union-attr]
-        if kind is Caused:
-            token = event_depth.set(message.depth)
-            try:
-                return self.on_receive(message.message)
-            finally:
-                event_depth.reset(token)
-        return self._on_rare(message)
-
-    def _on_rare(self, message: Any) -> Any:
-        match message:
-            case turns.Items():
-                return list(self._values.items())  # type: ignore[union-attr]  # _arrive has loaded it
-            case Collect():
-                return self._collect()
-            case Ping():
-                return None
-            case Passivate():
-                return self._passivate()
-            case Close(handlers_may=handlers_may):
-                return self._close(handlers_may)
-            case _:
-                # Through a Pykka ref: the public messages, with Python values.
-                turn = turn_of(message, self._around.limits.max_value_bytes)
-                if message.scope != self.scope:
-                    raise DeserializationError(
-                        f"a message for scope {message.scope!r} was sent to scope {self.scope!r}"
-                    )
-                return answer_of(message, self.on_receive(turn))
-
-    # A key of somebody's own class could run code in the middle of a write: it becomes plain text first.
-
-    def _new_key(self, key: str) -> str:
-        name = checked_name("key", key)
-        longest = self._around.limits.longest_name
-        return name if len(name) <= longest else checked_length("key", name, longest)
-
-    def _put(self, key: str, data: bytes) -> SetResult:
-        if type(key) is not str:
-            key = checked_name("key", key)
-        old = self._values.get(key)  # type: ignore[union-attr]
-        result = SetResult(old, data)
-        self._write(key if old is not None else self._new_key(key), old, data)
-        return result
-
-    def _change(self, key: str, ops: tuple[UpdateOp, ...]) -> UpdateResult:
-        if type(key) is not str:
-            key = checked_name("key", key)
-        old = self._values.get(key)  # type: ignore[union-attr]
-        after, errors = apply(MISSING if old is None else decode(old), ops)
-        data = encode_plain(after)
-        limit = self._around.limits.max_value_bytes
-        if limit and len(data) > limit:
-            raise ValueTooLarge(self.scope, key, len(data), limit)
-        result = UpdateResult(old, data, tuple(errors) if errors else ())
-        self._write(key if old is not None else self._new_key(key), old, data)
-        return result
-
-    def _take(self, key: str) -> bytes | None:
-        if type(key) is not str:
-            key = checked_name("key", key)
-        old = self._values.get(key)  # type: ignore[union-attr]
-        self._write(key if old is not None else checked_name("key", key), old, None)
-        return old
-
-    def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
-        """Make one change: memory, what to save, and the event, all or none of them."""
-        sequence = self._sequence + 1
-        watch, anywhere = self._watch, self._anywhere
-        routed: tuple[Any, ...] = ()
-        if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
-            routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
-        values, dirty, positions, outbox = self._values, self._dirty, self._positions, self._outbox
-        before = self._sequence
-        self.touched = True
-        # From here to the end of the stretch: no call, no loop, no attribute with code behind it. CPython looks for
-        # signals only at those, so nothing can come between these lines. What may need memory stands before what is
-        # deleted, and the event last: a MemoryError takes back everything, without needing any memory itself.
+    def run(self, turn: Turn[A]) -> A:
+        """Run a turn and wait for its answer, at most `call_timeout_s` seconds. Raises what the turn raises."""
+        timeout_s = self._around.limits.call_timeout_s
+        reply: Reply[A] = self._dispatcher.reply()
+        self.send(Envelope(turn, reply))
         try:
-            if dirty is not None:
-                if new is not None:
-                    dirty[key] = new
-                    if old is None:
-                        positions[key] = sequence
-                elif old is not None:
-                    dirty[key] = None
-                self._registry[self.scope] = self
-            if new is not None:
-                values[key] = new  # type: ignore[index]
-            self._sequence = sequence
-            outbox += routed
-        except MemoryError:
-            self._sequence = before
-            if old is not None:
-                values[key] = old  # type: ignore[index]
-            elif key in values:  # type: ignore[operator]
-                del values[key]  # type: ignore[union-attr]
-            if dirty is not None:
-                if key in dirty:
-                    dirty[key] = old  # saved once more than needed, or deleted once more
-                if old is None and key in positions:
-                    del positions[key]
-            raise
-        if new is None and old is not None:
-            del values[key]  # type: ignore[union-attr]
-            if dirty is not None and key in positions:
-                del positions[key]
-        # End of the stretch.
-        if routed:
-            self._announce()
+            return reply.get(timeout=timeout_s)
+        except pykka.Timeout as error:
+            reply.abandoned = True
+            raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
 
-    def _refuse_write(self, key: str, old: bytes | None, new: bytes | None) -> None:
-        raise StorageError(
-            f"scope {self.scope!r} takes no more writes: its last one has the number {self._sequence}, next to the "
-            "highest that a store holds (was it imported?). Export it, and import it without its `sequence` line",
-            code="SET_ERROR" if new is not None else "DELETE_ERROR",
-        )
+    def run_now(self, turn: Turn[A]) -> A:
+        """Return the answer of a turn if it is at hand, else BUSY: then the turn was not sent. Never waits."""
+        del turn
+        answer: A = BUSY
+        return answer
 
-    def _announce(self) -> None:
-        """Events are in the outbox: see that somebody fetches them."""
-        self._router.announce()
+    @abstractmethod
+    def send(self, envelope: Envelope) -> None:
+        """Take a message. Never waits, for a store or a server neither; the answer goes to the envelope's reply.
 
-    def _tell_again(self) -> None:
-        self._router.announce_again()
+        Raises Overloaded if too much waits, and WouldDeadlock if this thread is in the middle of a turn of the scope.
+        """
 
-    # ---------------------------------------------------------------------------------------- saving and leaving
+    def housekeep(self, message: Housekeeping[A]) -> A:
+        """Have something done that the engine needs, and wait for it: without a limit, and without a time limit.
 
-    def _collect(self) -> ScopeChange | None:
-        if self._dirty is None or (not self._dirty and self._saved == self._sequence):
-            return None
-        change = ScopeChange(self.scope, self._sequence, self._dirty, self._positions)
-        dirty, positions = dict[str, bytes | None](), dict[str, int]()
-        # Nothing below needs memory: what was collected reaches the store, or stays to be collected.
-        self._dirty, self._positions = dirty, positions
-        return change
+        A scope that is overrun, or slow to load, must be saved and closed all the same.
+        """
+        answer = self.housekeep_now(message)
+        if answer is not BUSY:
+            return answer
+        self._refuse_own_turn()
+        reply: Reply[A] = self._dispatcher.reply()
+        self._enqueue(Envelope(message, reply))
+        return reply.get()
 
-    def saved(self, sequence: int) -> None:
-        """Note that everything up to write number `sequence` is on disk. Called by the snapshot actor."""
-        self._saved = sequence
+    def housekeep_now(self, message: Housekeeping[A]) -> A:
+        """As `housekeep`, but BUSY if the scope is busy: then nothing was done."""
+        answer: A = self._if_idle(self._housekeep, message)
+        return answer
 
-    def _passivate(self) -> bool:
-        if self._mailbox or self._closed or not self._is_saved():
-            return False
-        # First out of the directory, then empty: whoever still holds this actor finds no values and is sent on to its
-        # successor; a reader that already holds the values reads what was current after it began.
-        self._note_leaving()
-        if not self._around.directory.let_go(self, self._router.triggers.forget):
-            return False
-        self._passivated = True
-        self._values = None
-        return True
-
-    def _note_leaving(self) -> None:
-        """It is about to leave memory. What is not kept anywhere must not give its event numbers again."""
-        if self._dirty is None:
-            self._around.note_forgotten(self._sequence)
-
-    def _is_saved(self) -> bool:
-        """True if the scope can be made again as it is: from the store, or because it was never written."""
-        if self._dirty is None:
-            return not self._values
-        return not self._dirty and self._saved == self._sequence and not self.pinned
-
-    def _arrive(self, message: Any) -> ScopeActor | None:
-        """Bring the scope into memory, or return the actor that has replaced this one."""
-        if self._passivated:
-            return self._around.directory[self.scope]
-        store = self._around.store
-        assert store is not None  # a scope that is not kept is always in memory
+    def take_from_ref(self, message: Any, reply: Reply[Any] | None) -> None:
+        """Take one of the public messages, with Python values."""
+        answer = Told() if reply is None else reply
+        self._prepare(answer)
+        if isinstance(message, Stop):
+            log.warning("stop() of scope %r is ignored: close the engine instead", self.scope)
+            answer.set(None)
+            return
         try:
-            state = store.load(self.scope)
-        except StorageError as error:
-            raise as_failure_of(message, error) from error
-        self._sequence = self._saved = state.sequence
-        if state.sequence >= LAST_SEQUENCE:
-            self._write = self._refuse_write  # type: ignore[method-assign]  # costs the others nothing
-        self._values = state.values
-        return None
+            envelope = Envelope(self._turn_for(message), answer)
+        except ScopestateError as error:
+            answer.fail(error)
+            return
+        answer.convert = lambda result: answer_of(message, result)
+        self.send(envelope)
+        self.keep_order()
 
-    def _close(self, handlers_may: bool) -> None:
-        if not self._closed:
-            self._left = self._values
-        self._closed = True
-        self._shut = not handlers_may
-        self._values = None  # what every caller looks at first
+    def _turn_for(self, message: Any) -> Turn[Any]:
+        if isinstance(message, PROXIES):
+            raise no_message(message)
+        turn = turn_of(message, self._around.limits.max_value_bytes)
+        if message.scope != self.scope:
+            raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
+        return turn
 
-    def disown(self, refusal: Callable[[], Exception]) -> None:
-        """In a forked child: refuse every later turn. The claim may belong to a thread that does not exist here."""
-        self._refusal = refusal
-        self._values = self._left = None
-        self._closed = self._shut = self._direct = True
-        self._claim = {}
+    # --------------------------------------------------------------------------------------------------- queueing
 
-    def _serve_handler(self, message: Any) -> Any:
-        """A turn of a closed scope: none for callers; for a handler, as if it were open, until all is drained."""
-        depth = message.depth if type(message) is Caused else event_depth.get()
-        if not depth or self._shut:
-            raise self._refusal()
-        self._values = self._left
-        if self._values is None:
-            self._arrive(message)
-        try:
-            return self.on_receive(message)
-        finally:
-            self._left, self._values = self._values, None
-
-    # -------------------------------------------------------------------------------------------------- queueing
-
-    def _drain_mailbox(self) -> None:
-        self._batches += 1
-        super()._drain_mailbox()
-        self._batches += 1  # in case it was weighed between the first line and the leaving
-
-    def accept(self, envelope: Envelope) -> None:
-        """Take a message whose sender will not wait here: an event loop's. Never blocks."""
-        self.post(envelope)
-
-    def post(self, item: Any) -> None:
-        depth = event_depth.get()
+    def post(self, item: Envelope) -> None:
         try:
             self._refuse_bytes(item)
-            super().post(caused(depth, item) if depth else item)
+            super().post(item)
         except Overloaded:
             self._router.backlog.note_refused()
             raise
 
-    def _refuse_bytes(self, item: Any) -> None:
+    def _refuse_bytes(self, envelope: Envelope) -> None:
         """Raise Overloaded if what waits holds too many bytes. A message into an empty mailbox is always taken."""
         limit = self._around.limits.scope_mailbox_bytes
-        size, mailbox = weight(item), self._mailbox
+        size, mailbox = weight(envelope), self._mailbox
         self._largest = max(self._largest, size)
         if not limit or len(mailbox) * self._largest < limit:
             return
@@ -440,24 +252,93 @@ class ScopeActor(TurnActor):
                 "allows; nothing was done: slow down, or raise the limit"
             )
 
-    def _run_queued(self, message: Any) -> Any:
-        if isinstance(message, Housekeeping):
-            # No limit and no timeout: a scope that is overrun, or slow to load, must be saved and closed all the same.
-            self._refuse_own_turn()
-            reply = self._dispatcher.reply()
-            self._enqueue(Envelope(message, reply))
-            return reply.get()
-        timeout_s = self._around.limits.call_timeout_s
+    def _drain_mailbox(self) -> None:
+        self._batches += 1
+        super()._drain_mailbox()
+        self._batches += 1  # in case it was weighed between the first line and the leaving
+
+    # ------------------------------------------------------------------------------------------------------- refusing
+
+    def _refuse_if_closed(self, depth: int) -> None:
+        """Raise what a closed scope answers to a call from `depth` handlers deep."""
+        if self._closed and (self._shut or not depth):
+            raise self._refusal()
+
+    def _forward(self, envelope: Envelope) -> None:
+        """Pass a call on to the actor that has replaced this one. A refusal is its answer: nothing is raised."""
         try:
-            return self.ask(message).get(timeout=timeout_s)
-        except pykka.Timeout as error:
-            raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
+            successor = self._around.directory[self.scope]
+            successor.post(envelope)
+            successor.keep_order()
+        except ScopestateError as error:
+            envelope.reply_to.fail(error)
 
-    def _stop(self) -> None:
-        """`stop()` through a Pykka ref: a scope ends with its engine, and callers count on it until then."""
-        log.warning("stop() of scope %r is ignored: close the engine instead", self.scope)
+    # --------------------------------------------------------------------------------------------------------- events
 
-    def _fail(self) -> None:
-        """A `tell` that was refused: nobody waits for the reason, so it is logged. The scope lives on."""
-        error = sys.exc_info()[1]
-        log.error("a message told to scope %r was refused: %s", self.scope, error, exc_info=error)
+    def _refuse_if_full(self, key: str, depth: int) -> None:
+        """Before a write is sent: a full handler must stop it, not lose its event. Raises HandlerFull."""
+        self._router.check_room(self.scope, self._watch, key, depth)
+
+    def _fire(self, key: str, old: bytes | None, new: bytes | None, depth: int) -> None:
+        """Publish the event of one change, which has happened."""
+        self._sequence += 1
+        router = self._router
+        router.publish(router.prepare_late(self.scope, self._watch, key, old, new, self._sequence, depth))
+
+    # -------------------------------------------------------------------------------------------------- housekeeping
+
+    def _receive(self, message: Any) -> Any:
+        return self._housekeep(message) if isinstance(message, Housekeeping) else self.on_receive(message)
+
+    def _housekeep(self, message: Housekeeping[Any]) -> Any:
+        match message:
+            case Passivate():
+                return self._passivate()
+            case Close(handlers_may=handlers_may):
+                self._close(handlers_may)
+            case Ping() | Collect():  # of most scopes nothing is collected: the backend has it
+                pass
+            case _:
+                raise TypeError(f"not housekeeping: {message!r:.80}")
+        return None
+
+    def _close(self, handlers_may: bool) -> None:
+        self._closed = True
+        self._shut = not handlers_may
+
+    def _passivate(self) -> bool:
+        if self._closed or self._is_needed():
+            return False
+        self._note_leaving()
+        if not self._around.directory.let_go(self, self._router.triggers.forget):
+            return False
+        self._passivated = True
+        return True
+
+    def _is_needed(self) -> bool:
+        """True while a call waits, or something of the scope is nowhere but here."""
+        return bool(self._mailbox)
+
+    def _note_leaving(self) -> None:
+        """The actor is about to leave memory: its event numbers must not be given again."""
+        self._around.note_forgotten(self._sequence)
+
+    def disown(self, refusal: Callable[[], Exception]) -> None:
+        """In a forked child: refuse every later turn. The claim may belong to a thread that does not exist here."""
+        self._refusal = refusal
+        self.readable = None
+        self._closed = self._shut = self._direct = True
+        self._claim = {}
+
+
+class Told(Reply[Any]):
+    """The reply to a Pykka ref's `tell`: no caller reads it, so a refusal is logged."""
+
+    def fail(self, error: BaseException) -> None:
+        log.error("a message told to a scope was refused: %s", error, exc_info=error)
+
+
+def weight(item: object) -> int:
+    """Return about how many bytes of values something in the mailbox holds."""
+    message = item.message if type(item) is Envelope else None
+    return message.size() if isinstance(message, Turn) else 0

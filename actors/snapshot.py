@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from scopestate.actors.commit import Batch, CommitScopeActor, Outcome, TakeBatch
 from scopestate.actors.containment import Log, described, is_from_outside
-from scopestate.actors.control import Collect
 from scopestate.actors.dispatcher import weakly
+from scopestate.actors.gate import Batch, Outcome, TakeBatch
 from scopestate.actors.ports import ScopeChange, Store
 from scopestate.actors.reply import deliver
-from scopestate.actors.scope import ScopeActor
+from scopestate.actors.scope import Collect
 from scopestate.actors.turn import TurnActor, arranging, is_arranging
 from scopestate.errors import StorageError, UnsavableValue
 from scopestate.ops.values import class_name
@@ -23,6 +22,7 @@ from scopestate.signals import certainly
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher, Timer
+    from scopestate.actors.local import LocalScope
 
 log = Log("scopestate.persistence")
 
@@ -59,13 +59,13 @@ class SnapshotActor(TurnActor):
         self._timer: Timer | None = None
         self._began_s = 0.0
         self._fresh_s: float | None = None
-        self._backlog: dict[str, tuple[ScopeActor, ScopeChange]] = {}
+        self._backlog: dict[str, tuple[LocalScope, ScopeChange]] = {}
         self._failures = 0
         self._commit_asked = False
         self._stopped = False
-        self.dirty: dict[str, ScopeActor] = {}
+        self.dirty: dict[str, LocalScope] = {}
         """Scope name -> actor, for scopes with changes that the next save will take. Written within scopes' turns."""
-        self.committing: dict[str, CommitScopeActor] = {}
+        self.committing: dict[str, LocalScope] = {}
         """The same for scopes whose callers wait for the commit."""
         self.failing: StorageError | None = None
         """Why the last save failed; None if it worked."""
@@ -192,7 +192,7 @@ class SnapshotActor(TurnActor):
             if actor is None:
                 continue
             try:
-                change = actor.run(Collect())
+                change = actor.housekeep(Collect())
             except BaseException:
                 certainly(lambda scope=scope, actor=actor: dirty.setdefault(scope, actor))  # type: ignore[misc]  # mypy cannot infer a default argument
                 raise
@@ -233,7 +233,7 @@ class SnapshotActor(TurnActor):
             del self._backlog[scope]
             actor.saved(change.sequence)
 
-    def _note_saved(self, scope: str, actor: ScopeActor, keys: Iterable[str]) -> None:
+    def _note_saved(self, scope: str, actor: LocalScope, keys: Iterable[str]) -> None:
         """What was left out earlier and has another value now, or is deleted, is saved."""
         if not actor.pinned:
             return
@@ -246,12 +246,12 @@ class SnapshotActor(TurnActor):
         self._commit_asked = False
         committing = self.committing
         batches: list[Batch] = []
-        actor: CommitScopeActor | None = None
+        actor: LocalScope | None = None
         try:
             for scope in list(committing):
                 actor = committing.pop(scope, None)
                 if actor is not None:
-                    batches.append(actor.run(TakeBatch()))
+                    batches.append(actor.housekeep(TakeBatch()))
             actor = None
             self._commit_batches(batches)
         except BaseException as problem:
@@ -266,7 +266,7 @@ class SnapshotActor(TurnActor):
         except MemoryError:
             return batch.settle()  # it is on disk: its events must go out
 
-    def _break_off(self, taking: CommitScopeActor | None, batches: list[Batch], why: str) -> None:
+    def _break_off(self, taking: LocalScope | None, batches: list[Batch], why: str) -> None:
         """A commit was cut short, as by a MemoryError: no caller may wait for an answer that will not come."""
         if taking is not None:
             self.committing.setdefault(taking.scope, taking)

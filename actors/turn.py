@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
-import uuid
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any, ClassVar, Final, Self
-
-import pykka
-from pykka.messages import ProxyCall, ProxyGetAttr, ProxySetAttr, _ActorStop
+from typing import Any, ClassVar, Final
 
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import Dispatcher
+from scopestate.actors.pykka_face import PykkaFace
 from scopestate.actors.reply import Envelope, Reply, ReplyTo, fail_if_open
 from scopestate.errors import Overloaded, WouldDeadlock
 from scopestate.signals import certainly
 
 log = Log("scopestate.actors")
 
-WAIT: Final = object()
-"""Default of `run`: wait for a busy actor."""
+BUSY: Final[Any] = object()
+"""What `run_now` returns if there is no answer without a wait."""
 
 HOLDER: Final = "holder"
 """The one key of a claim; its value is the id of the thread that runs the turn."""
@@ -54,51 +50,7 @@ def is_arranging() -> bool:
     return bool(_ARRANGING) and get_ident() in _ARRANGING
 
 
-_PYKKAS_OWN: Final = (_ActorStop, ProxyCall, ProxyGetAttr, ProxySetAttr)
-
-
-class _WhenAsked:
-    """An attribute that is made at first sight and then kept in the instance."""
-
-    def __init__(self, make: Callable[[Any], object]) -> None:
-        self._make = make
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, actor: Any, owner: type) -> Any:
-        return self if actor is None else actor.__dict__.setdefault(self._name, self._make(actor))
-
-
-class _Inbox:
-    """The inbox as Pykka's refs see it."""
-
-    def __init__(self, actor: TurnActor) -> None:
-        self._actor = actor
-
-    def put(self, envelope: Any, /) -> None:
-        """Take an envelope of Pykka's; its future is one of ours, from `_create_future`."""
-        actor, reply = self._actor, envelope.reply_to
-        if reply is None:
-            actor.tell(envelope.message)
-        else:
-            reply.waiter = actor._dispatcher.waiter
-            reply.submit_program = actor._dispatcher.submit_program
-            actor.handle_or_post(Envelope(envelope.message, reply))
-            actor.keep_order()
-
-    def empty(self) -> bool:
-        return not self._actor._mailbox
-
-
-def _stopped_event(actor: TurnActor) -> threading.Event:
-    event = threading.Event()
-    if actor._dead:
-        event.set()
-    return event
-
-
-class TurnActor(pykka.Actor):
+class TurnActor(PykkaFace):
     """A Pykka actor whose turns run on the thread that claims it: one turn at a time, and no thread of its own.
 
     The thread that puts its id into the claim first runs the turn. Every other one leaves a message in the mailbox and
@@ -121,12 +73,7 @@ class TurnActor(pykka.Actor):
     batch = 64
     """Messages that a worker thread handles for this actor before it looks after the others."""
 
-    _dead = False
-
     def __init__(self, dispatcher: Dispatcher) -> None:
-        # Pykka's own __init__ makes a uuid, an Event and a queue: 2 KB and 8 us, too much for each of 100,000 scopes.
-        # What it promises is made when first asked for, below; not by __getattr__, which would make every attribute of
-        # every actor several times slower to read.
         self._dispatcher = dispatcher
         self._claim = dispatcher.claim(self)
         self._mailbox: list[Any] = []
@@ -134,25 +81,38 @@ class TurnActor(pykka.Actor):
         self._direct = self.caller_runs
         """Whether callers may run their turn now: not while a message waits whose sender went on."""
 
-    @property
-    def name(self) -> str:
-        """How messages and logs call this actor."""
-        return type(self).__name__
-
     # ------------------------------------------------------------------------------------------------- sending
 
-    def run(self, message: Any, otherwise: Any = WAIT) -> Any:
+    def run(self, message: Any) -> Any:
         """Handle `message` on this thread if the actor is idle; else queue it and wait for the answer.
 
-        Returns the answer or raises its error. With `otherwise` it never waits: if the actor is busy, the message is
-        not sent and `otherwise` is returned.
+        Returns the answer or raises its error.
         """
+        answer = self.run_now(message)
+        return self.ask(message).get() if answer is BUSY else answer
+
+    def run_now(self, message: Any) -> Any:
+        """As `run`, but never wait: if the actor is busy, the message is not sent and BUSY is returned."""
+        return self._if_idle(self.on_receive, message)
+
+    def send(self, envelope: Envelope) -> None:
+        """Take a message without waiting for it: it is handled on this thread if the actor is idle, else queued.
+
+        The answer goes to its reply. Raises `Overloaded` if the mailbox is full and `WouldDeadlock` if this thread is
+        running the actor's turn.
+        """
+        if self._if_idle(self._handle, envelope) is BUSY:
+            self._refuse_own_turn()
+            self.post(envelope)
+
+    def _if_idle(self, work: Callable[[Any], Any], item: Any) -> Any:
+        """Claim the actor and return `work(item)`; BUSY, with nothing done, if that means to wait or to overtake."""
         claim = self._claim
         if self._direct and not claim:
             me = get_ident()
             try:
                 if claim.setdefault(HOLDER, me) == me:
-                    answer = self.on_receive(message)
+                    answer = work(item)
                     del claim[HOLDER]
                     if self._mailbox:
                         self.wake()
@@ -160,10 +120,7 @@ class TurnActor(pykka.Actor):
             except BaseException:
                 certainly(self._recover)
                 raise
-        return self._run_queued(message) if otherwise is WAIT else otherwise
-
-    def _run_queued(self, message: Any) -> Any:
-        return self.ask(message).get()
+        return BUSY
 
     def ask(self, message: Any) -> Reply[Any]:
         """Queue `message` and return the future of its answer.
@@ -216,24 +173,6 @@ class TurnActor(pykka.Actor):
         except ValueError:
             return  # its turn has come
 
-    def handle_or_post(self, envelope: Envelope) -> None:
-        """Handle the envelope on this thread if the actor is idle; else queue it. The answer goes to its reply."""
-        claim = self._claim
-        if self._direct and not claim:
-            me = get_ident()
-            try:
-                if claim.setdefault(HOLDER, me) == me:
-                    self._handle(envelope)
-                    del claim[HOLDER]
-                    if self._mailbox:
-                        self.wake()
-                    return
-            except BaseException:
-                certainly(self._recover)
-                raise
-        self._refuse_own_turn()
-        self.post(envelope)
-
     def wake(self) -> None:
         """Have the mailbox handled, unless that is arranged already."""
         if self._mailbox and not self._claim and (not self._scheduled or is_arranging()):
@@ -251,6 +190,22 @@ class TurnActor(pykka.Actor):
         except BaseException:
             self._scheduled = False  # the dispatcher may not know; the next wake-up asks again
             raise
+
+    def has_mail(self) -> bool:
+        return bool(self._mailbox)
+
+    def take_from_ref(self, message: Any, reply: Reply[Any] | None) -> None:
+        if reply is None:
+            self.tell(message)
+        else:
+            self._prepare(reply)
+            self.send(Envelope(message, reply))
+            self.keep_order()
+
+    def _prepare(self, reply: Reply[Any]) -> None:
+        """Let a reply that Pykka has made wait and call back as those of the dispatcher do."""
+        reply.waiter = self._dispatcher.waiter
+        reply.submit_program = self._dispatcher.submit_program
 
     # ------------------------------------------------------------------------------------------------- running
 
@@ -317,9 +272,7 @@ class TurnActor(pykka.Actor):
         if reply is not None and reply.abandoned:
             return
         try:
-            if self._dead and not isinstance(message, _ActorStop):
-                raise pykka.ActorDeadError(f"{self} stopped before handling the message")
-            answer = self._handle_receive(message)
+            answer = self._receive(message)
         except BaseException as error:
             if is_from_outside(error):
                 raise
@@ -348,61 +301,3 @@ class TurnActor(pykka.Actor):
 
     def _tell_again(self) -> None:
         """Tell those who depend on this actor that it has work for them; for when a turn was cut short."""
-
-    # ----------------------------------------------------------------------------------- what Pykka's actors promise
-
-    actor_urn = _WhenAsked(lambda actor: uuid.uuid4().urn)
-    actor_inbox = _WhenAsked(_Inbox)
-    actor_stopped = _WhenAsked(_stopped_event)
-    _actor_ref = _WhenAsked(pykka.ActorRef)
-
-    @classmethod
-    def start(cls, *args: Any, **kwargs: Any) -> pykka.ActorRef[Self]:
-        """Make an actor and return its ref; the arguments are those of the class.
-
-        It is not entered into `pykka.ActorRegistry`, a list with O(n) removal: the host program's
-        `ActorRegistry.stop_all()` must not stop an engine (docs/functions-and-messages.md).
-        """
-        actor = cls(*args, **kwargs)
-        actor._start_actor_loop()
-        return actor.actor_ref
-
-    def _start_actor_loop(self) -> None:
-        self._actor_loop_setup()
-
-    @staticmethod
-    def _create_actor_inbox() -> Any:
-        raise TypeError("a TurnActor makes its inbox from itself")  # pragma: no cover - only Pykka's __init__ asks
-
-    @staticmethod
-    def _create_future() -> Reply[Any]:
-        return Reply()
-
-    def _stop(self) -> None:
-        self._dead = True
-        self.actor_stopped.set()
-        try:
-            self.on_stop()
-        except BaseException as error:
-            if is_from_outside(error):
-                raise
-            self._handle_failure(*sys.exc_info())  # logged, as Pykka does
-
-    def _handle_receive(self, message: Any) -> Any:
-        # One test for Pykka's own messages, where Pykka makes four.
-        return super()._handle_receive(message) if isinstance(message, _PYKKAS_OWN) else self.on_receive(message)
-
-    def _fail(self) -> None:
-        """Log the exception being handled and stop, which is what becomes of a Pykka actor after a bad `tell`."""
-        self._handle_failure(*sys.exc_info())
-        try:
-            self.on_failure(*sys.exc_info())
-        except BaseException as error:
-            if is_from_outside(error):
-                raise
-            self._handle_failure(*sys.exc_info())
-
-    def _handle_failure(self, exception_type: Any, exception_value: Any, traceback: Any) -> None:
-        log.error("unhandled exception in %s", self.name, exc_info=(exception_type, exception_value, traceback))
-        self._dead = True
-        self.actor_stopped.set()

@@ -8,7 +8,7 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import pykka
 from msgspec.structs import astuple
@@ -18,19 +18,20 @@ from scopestate.actors.loop_reply import Deadlines, LoopReply
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import Flush
+from scopestate.actors.turn import BUSY
 from scopestate.asks import no_room
 from scopestate.draining import drain_steps
-from scopestate.errors import Overloaded, ReplyTimeout, ValueTooLarge
+from scopestate.errors import Overloaded, ReplyTimeout
 from scopestate.ops import checked, messages, turns
 from scopestate.ops.functions import BUILT_IN, from_payload, function_of
 from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.ops.turns import checked_name
+from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
 
-_BUSY: Final = object()
+A = TypeVar("A")
 
 
 class AioEngine:
@@ -53,37 +54,48 @@ class AioEngine:
         """As `Engine.set`."""
         data = encode(value)
         limit = self._limits.max_value_bytes
-        if limit and len(data) > limit:
-            raise ValueTooLarge(scope, key, len(data), limit)
+        if limit:
+            refuse_size(scope, key, data, limit)
         self._count_set()
-        return await self._turn(scope, turns.Set(key, data))  # type: ignore[no-any-return]
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
+        return await self._run(scope, turns.Set(key, data))
 
     async def get(self, scope: str, key: str, default: Any = None) -> Any:
         """As `Engine.get`."""
         self._count_get()
-        try:
-            data = self._scopes[scope].peek(key)
-        except TypeError:
-            data = None
-        if data is None:
-            data = await self._turn(scope, turns.Get(checked_name("key", key)))
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
+        actor = self._scopes[scope]
+        values = actor.readable
+        if values is None:
+            data = await self._run(scope, turns.Get(key))
+        else:
+            actor.touched = True
+            data = values.get(key)
         return default if data is None else decode(data)
 
     async def delete(self, scope: str, key: str) -> Any:
         """As `Engine.delete`."""
         self._engine._tally["state::delete"].add()
-        data = await self._turn(scope, turns.Delete(key))
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
+        data = await self._run(scope, turns.Delete(key))
         return None if data is None else decode(data)
 
     async def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
         """As `Engine.update`."""
         self._engine._tally["state::update"].add()
-        return await self._turn(scope, turns.Update(key, checked(ops)))  # type: ignore[no-any-return]
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
+        return await self._run(scope, turns.Update(key, checked(ops)))
 
     async def list(self, scope: str) -> builtins.list[Any]:
         """As `Engine.list`."""
         self._engine._tally["state::list"].add()
-        return [decode(data) for data in await self._turn(scope, turns.List())]
+        return [decode(data) for data in await self._run(scope, turns.List())]
 
     async def list_groups(self) -> builtins.list[str]:
         """As `Engine.list_groups`."""
@@ -150,45 +162,43 @@ class AioEngine:
     ) -> None:
         await self.close()
 
-    async def _turn(self, scope: str, turn: turns.Turn[Any]) -> Any:
+    async def _run(self, scope: str, turn: turns.Turn[A]) -> A:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
+        actor = self._scopes[scope]
         try:
-            actor = self._scopes[scope]
-            if actor._values is not None:
-                answer = actor.run(turn, _BUSY)
-                if answer is not _BUSY:
-                    return answer
-            return await self._queued(actor, turn)
+            answer = actor.run_now(turn)
+            return await self._queued(actor, turn) if answer is BUSY else answer
         except HandlerFull:
-            return await self._when_room(scope, turn)
-        except TypeError:
-            checked_name("scope", scope)
-            checked_name("key", getattr(turn, "key", ""))
-            raise
+            return await self._run_when_room(scope, turn)
 
-    async def _queued(self, actor: ScopeActor, turn: turns.Turn[Any]) -> Any:
+    async def _queued(self, actor: ScopeActor, turn: turns.Turn[A]) -> A:
         reply = LoopReply()
-        actor.accept(Envelope(turn, reply))
+        actor.send(Envelope(turn, reply))
         timeout_s = self._limits.call_timeout_s
+        answer: A
         if timeout_s is None:
-            return await reply.future
+            answer = await reply.future
+            return answer
         deadlines = self._deadlines.get(reply.loop) or self._deadlines_of(reply.loop)
         deadlines.add(reply, timeout_s)
         try:
-            return await reply.future
+            answer = await reply.future
         except asyncio.CancelledError:
             if reply.expired:
                 raise ReplyTimeout(actor.scope, timeout_s) from None
             raise
         finally:
             deadlines.remove(reply)
+        return answer
 
     def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:
         for known in [known for known in self._deadlines if known.is_closed()]:
             self._deadlines.pop(known, None)
         return self._deadlines.setdefault(loop, Deadlines(loop))
 
-    async def _when_room(self, scope: str, turn: turns.Turn[Any]) -> Any:
+    async def _run_when_room(self, scope: str, turn: turns.Turn[A]) -> A:
         """A handler must catch up first: wait for it, then try again."""
         backlog, loop = self._engine._router.backlog, asyncio.get_running_loop()
         timeout_s = self._limits.call_timeout_s

@@ -22,19 +22,14 @@ class PatientReply(Reply[Any]):
         self.waiter = router._dispatcher.waiter
         self.submit_program = router._dispatcher.submit_program
         self._router = router
-        self._convert = convert
+        self.convert = convert
         self.send: Callable[[], object] = _nothing
         """Sends the message once more; set by whoever sends it first."""
         self.size = 0
         """Bytes of values that the message holds; set like `send`."""
 
     def set(self, value: Any = None) -> None:
-        try:
-            answer = self._convert(value)
-        except Exception as error:  # noqa: BLE001 - as with too little memory: the caller gets it
-            super().fail(error)
-        else:
-            super().set(answer)
+        super().set(value)
         self._let_go()
 
     def fail(self, error: BaseException) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 import pykka
 
 from scopestate.actors.containment import Log
-from scopestate.actors.control import Close
 from scopestate.actors.router import Routed
+from scopestate.actors.scope import Close
 from scopestate.actors.snapshot import Flush
 from scopestate.draining import drain
 from scopestate.errors import EngineClosed, EngineForked, ReplyTimeout, StorageError, WouldDeadlock
@@ -93,7 +93,7 @@ class Closing:
         directory = self._parts.directory
         directory.refuse(EngineClosed, handlers_may=handlers_may)
         for actor in list(directory.values()):
-            actor.run(Close(handlers_may))
+            actor.housekeep(Close(handlers_may))
 
     def _deliver(self, grace_s: float) -> None:
         parts = self._parts

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pykka
 
-from scopestate.actors.control import Ping
 from scopestate.actors.functions import running_loop
 from scopestate.actors.handler import Barrier
 from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.scope import Ping
 from scopestate.actors.snapshot import Commit
 from scopestate.errors import ReplyTimeout, WouldDeadlock
 from scopestate.wire.depth import event_depth

@@ -9,14 +9,13 @@ import weakref
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import pykka
 from msgspec.structs import astuple
 
 from scopestate import catalogue, lifecycle
 from scopestate.actors.backlog import HandlerFull
-from scopestate.actors.control import weight
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.ports import Backend, Store
 from scopestate.actors.reply import Envelope, Reply
@@ -34,14 +33,13 @@ from scopestate.errors import (
     Overloaded,
     ReplyTimeout,
     StorageError,
-    ValueTooLarge,
     WouldDeadlock,
 )
 from scopestate.handle import Scope
 from scopestate.ops import checked, messages, turns
-from scopestate.ops.functions import BUILT_IN, from_payload, function_of
+from scopestate.ops.functions import BUILT_IN, from_payload
 from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.ops.turns import answer_of, checked_name, turn_of
+from scopestate.ops.turns import answer_of, checked_name, refuse_size, turn_of
 from scopestate.ops.values import decode, encode
 from scopestate.parts import Parts
 from scopestate.reactive import Hook, Reactive, checked_hook
@@ -50,6 +48,8 @@ from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.aio import AioEngine
+
+A = TypeVar("A")
 
 
 class Engine(Reactive):
@@ -175,13 +175,18 @@ class Engine(Reactive):
         """
         data = encode(value)
         limit = self._limits.max_value_bytes
-        if limit and len(data) > limit:
-            raise ValueTooLarge(scope, key, len(data), limit)
+        if limit:
+            refuse_size(scope, key, data, limit)
         self._count_set()
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
+        turn = turns.Set(key, data)
         try:
-            return self._scopes[scope].run(turns.Set(key, data))  # type: ignore[no-any-return]
-        except (HandlerFull, TypeError) as error:
-            return self._turn(scope, turns.Set(key, data), error)  # type: ignore[no-any-return]
+            return self._scopes[scope].run(turn)
+        except HandlerFull as full:
+            return self._run_when_room(scope, turn, full)
 
     def get(self, scope: str, key: str, default: Any = None) -> Any:
         """Return a fresh copy of a value, or `default` if the key does not exist. A stored null is None.
@@ -189,16 +194,18 @@ class Engine(Reactive):
         Raises StorageError `GET_ERROR` if the scope cannot be loaded.
         """
         self._count_get()
-        try:
-            data = self._scopes[scope].read(key)
-        except TypeError:
-            data = None
-            checked_name("scope", scope)
-        if data is None:
-            plain = checked_name("key", key)
-            # A subclass of str may have a hash of its own, so that the key was not found.
-            return default if plain is key else self.get(scope, plain, default)
-        return decode(data)
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
+        actor = self._scopes[scope]
+        values = actor.readable
+        if values is None:
+            data = actor.run(turns.Get(key))
+        else:
+            actor.touched = True
+            data = values.get(key)
+        return default if data is None else decode(data)
 
     def delete(self, scope: str, key: str) -> Any:
         """Remove a key and return its value, None if it did not exist. Fires `state:deleted` in either case.
@@ -206,7 +213,15 @@ class Engine(Reactive):
         Raises StorageError `DELETE_ERROR`, and what `set` raises for a scope that cannot take the call.
         """
         self._tally["state::delete"].add()
-        data = self._turn(scope, turns.Delete(key))
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
+        turn = turns.Delete(key)
+        try:
+            data = self._scopes[scope].run(turn)
+        except HandlerFull as full:
+            data = self._run_when_room(scope, turn, full)
         return None if data is None else decode(data)
 
     def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
@@ -217,20 +232,26 @@ class Engine(Reactive):
         no op, ValueTooLarge if the value grew past the limit, `UPDATE_ERROR`, and what `set` raises.
         """
         self._count_update()
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
         turn = turns.Update(key, checked(ops))
         try:
-            return self._scopes[scope].run(turn)  # type: ignore[no-any-return]
-        except (HandlerFull, TypeError) as error:
-            return self._turn(scope, turn, error)  # type: ignore[no-any-return]
+            return self._scopes[scope].run(turn)
+        except HandlerFull as full:
+            return self._run_when_room(scope, turn, full)
 
     def list(self, scope: str) -> builtins.list[Any]:
         """Return all values of a scope, in the order in which their keys were first set; [] if it has none."""
         self._tally["state::list"].add()
-        try:
-            everything = self._scopes[scope].read_all()
-        except TypeError:
-            checked_name("scope", scope)
-            raise
+        actor = self._scopes[checked_name("scope", scope)]
+        values = actor.readable
+        if values is None:
+            everything = actor.run(turns.List())
+        else:
+            actor.touched = True
+            everything = [*values.values()]
         return [decode(data) for data in everything]
 
     def list_groups(self) -> builtins.list[str]:
@@ -295,16 +316,15 @@ class Engine(Reactive):
     def _send(self, message: messages.Message, kind: type[PatientReply], *, waits: bool) -> PatientReply:
         self._refuse_if_closed()
         turn = turn_of(message, self._limits.max_value_bytes)
-        self._tally[function_of(message).function_id].add()
+        self._tally[turn.function_id].add()
         scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
         reply = kind(self._router, lambda answer: answer_of(message, answer))
-        reply.send = lambda: self._scopes[scope].accept(Envelope(turn, reply))
-        reply.size = weight(turn)
+        envelope = Envelope(turn, reply)
+        # Queued: the thread that has made room is in the middle of a handler's turn.
+        reply.send = lambda: self._scopes[scope].post(envelope)
+        reply.size = turn.size()
         actor = self._scopes[scope]
-        if actor.loaded:
-            actor.handle_or_post(Envelope(turn, reply))
-        else:
-            actor.post(Envelope(turn, reply))
+        actor.send(envelope)
         if not waits:
             actor.keep_order()
         return reply
@@ -444,34 +464,24 @@ class Engine(Reactive):
 
     # ------------------------------------------------------------------------------------------- the slower ways
 
-    def _turn(self, scope: str, turn: turns.Turn[Any], error: Exception | None = None) -> Any:
-        """Run `turn`, waiting for a handler that must catch up first; `error` is what a first attempt raised."""
-        checked_name("scope", scope)
-        if isinstance(turn, (turns.Set, turns.Update, turns.Delete)):
-            checked_name("key", turn.key)
-        if isinstance(error, TypeError):
-            raise error
-        dispatcher = self._parts.dispatcher
-        deadline: float | None = None
-        room: Reply[Any] | None = None
+    def _run_when_room(self, scope: str, turn: turns.Turn[A], full: HandlerFull) -> A:
+        """Run `turn` when the handler has caught up that `full` tells of."""
+        dispatcher, backlog = self._parts.dispatcher, self._router.backlog
+        timeout_s = self._limits.call_timeout_s
+        deadline = None if timeout_s is None else dispatcher.monotonic() + timeout_s
         while True:
-            if error is not None:
-                room = dispatcher.reply()
-                self._router.backlog.when_room(room.set)
+            # Asked for before the next attempt, so that room made in between is not missed.
+            room: Reply[Any] = dispatcher.reply()
+            backlog.when_room(room.set)
             try:
                 answer = self._scopes[scope].run(turn)
-                if room is not None:
-                    self._router.backlog.stop_waiting(room.set)
+                backlog.stop_waiting(room.set)
                 return answer
-            except HandlerFull as full:
-                timeout_s = self._limits.call_timeout_s
-                if deadline is None and timeout_s is not None:
-                    deadline = dispatcher.monotonic() + timeout_s
-                if room is not None:
-                    try:
-                        room.get(timeout=None if deadline is None else deadline - dispatcher.monotonic())
-                    except pykka.Timeout:
-                        self._router.backlog.stop_waiting(room.set)
-                        self._router.backlog.note_refused()
-                        raise Overloaded(no_room(scope)) from full
-                error = full
+            except HandlerFull as still:
+                full = still
+            try:
+                room.get(timeout=None if deadline is None else deadline - dispatcher.monotonic())
+            except pykka.Timeout:
+                backlog.stop_waiting(room.set)
+                backlog.note_refused()
+                raise Overloaded(no_room(scope)) from full

@@ -47,7 +47,8 @@ class Scope:
 
         A scope that was passivated has a new actor afterwards; the old ref passes messages on to it.
         """
-        return self._engine._scopes[self.name].actor_ref
+        ref: pykka.ActorRef[ScopeActor] = self._engine._scopes[self.name].actor_ref
+        return ref
 
     def __repr__(self) -> str:
         return f"<Scope {self.name!r}>"

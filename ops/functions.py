@@ -81,14 +81,6 @@ def function_of(message: object) -> BuiltIn:
     return row
 
 
-def failure_of(message: object) -> turns.Failure:
-    """Return the code and the words for a message, or a turn, that fails."""
-    row = _OF_MESSAGE.get(type(message))  # type: ignore[arg-type]  # as above
-    turn: Any = type(message) if row is None else row.turn
-    failure: turns.Failure = turn.failure
-    return failure
-
-
 def from_payload(function_id: str, payload: object) -> Message:
     """Read the input of a built-in function. Fields beyond the known ones are ignored.
 

@@ -24,7 +24,7 @@ class ListGroupsResult(TypedDict):
     groups: list[str]
 
 
-class SetResult(msgspec.Struct, frozen=True, eq=False):
+class SetResult(msgspec.Struct, frozen=True, eq=False, gc=False):
     """Result of `set`. Reference: `old_value`, `new_value`."""
 
     json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value")
@@ -73,7 +73,7 @@ class SetResult(msgspec.Struct, frozen=True, eq=False):
         return f"{type(self).__name__}({fields})"
 
 
-class UpdateResult(SetResult, frozen=True, eq=False):
+class UpdateResult(SetResult, frozen=True, eq=False, gc=False):
     """Result of `update`. Reference: `old_value`, `new_value`, `errors`."""
 
     json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value", "errors")

@@ -7,12 +7,11 @@ so a new operation needs no line in any of them (docs/design/0032-layers-and-por
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from scopestate.errors import DeserializationError, ValueTooLarge
+from scopestate.errors import DeserializationError, StorageError, ValueTooLarge
 from scopestate.ops import messages
 from scopestate.ops.apply import MISSING, apply
 from scopestate.ops.results import SetResult, UpdateResult
@@ -29,21 +28,35 @@ class Failure(NamedTuple):
     words: str
 
 
+class Bounds(Protocol):
+    """The limits that turns keep to."""
+
+    max_value_bytes: int
+    """Largest value in bytes of JSON; 0: no limit."""
+
+
 class View(Protocol):
     """What a turn sees of its scope, as it is before the turn."""
 
-    scope: str
-    max_value_bytes: int
-    """Largest value in bytes of JSON; 0: no limit."""
+    @property
+    def scope(self) -> str:
+        """The name of the scope."""
+
+    @property
+    def limits(self) -> Bounds:
+        """The limits that the engine has now."""
 
     def get(self, key: str) -> bytes | None:
         """Return the JSON of a key, or None if it does not exist."""
 
-    def items(self) -> Sequence[tuple[str, bytes]]:
+    def values(self) -> list[bytes]:
+        """Return the JSON of all keys, in the order of the backend."""
+
+    def items(self) -> list[tuple[str, bytes]]:
         """Return all keys with their JSON, in the order of the backend."""
 
 
-class Change(NamedTuple):
+class Change(msgspec.Struct, frozen=True, gc=False):
     """One key that a turn writes. None: the key does not exist before, or after."""
 
     key: str
@@ -51,14 +64,14 @@ class Change(NamedTuple):
     after: bytes | None
 
 
-class Effects(NamedTuple, Generic[A]):
+class Effects(msgspec.Struct, Generic[A], frozen=True, gc=False):
     """What a turn has decided."""
 
     changes: tuple[Change, ...]
     answer: A
 
 
-class Turn(msgspec.Struct, Generic[A], frozen=True):
+class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
     """One operation on one scope, with `A` as its answer."""
 
     function_id: ClassVar[str]
@@ -75,8 +88,16 @@ class Turn(msgspec.Struct, Generic[A], frozen=True):
         """Return what the turn changes and answers. Raises ScopestateError; then it changes nothing."""
         raise NotImplementedError
 
+    def size(self) -> int:
+        """Return about how many bytes of values the turn carries."""
+        return 0
 
-class _OneKey(Turn[A], frozen=True):
+    def failed(self, error: Exception) -> StorageError:
+        """Return the failure of this operation because of `error`, with its code and wording."""
+        return StorageError(f"{self.failure.words}: {error}", code=self.failure.code)
+
+
+class _OneKey(Turn[A], frozen=True, gc=False):
     key: str
 
     @property
@@ -84,7 +105,7 @@ class _OneKey(Turn[A], frozen=True):
         return (self.key,)
 
 
-class Set(_OneKey[SetResult], frozen=True):
+class Set(_OneKey[SetResult], frozen=True, gc=False):
     """Set a key to a value."""
 
     function_id = "state::set"
@@ -98,8 +119,11 @@ class Set(_OneKey[SetResult], frozen=True):
         before = view.get(self.key)
         return Effects((Change(self.key, before, self.data),), SetResult(before, self.data))
 
+    def size(self) -> int:
+        return len(self.data)
 
-class Update(_OneKey[UpdateResult], frozen=True):
+
+class Update(_OneKey[UpdateResult], frozen=True, gc=False):
     """Apply checked ops to the value of a key."""
 
     function_id = "state::update"
@@ -112,11 +136,16 @@ class Update(_OneKey[UpdateResult], frozen=True):
         before = view.get(self.key)
         value, errors = apply(MISSING if before is None else decode(before), self.ops)
         data = encode_plain(value)
-        refuse_size(view.scope, self.key, data, view.max_value_bytes)
+        limit = view.limits.max_value_bytes
+        if limit:
+            refuse_size(view.scope, self.key, data, limit)
         return Effects((Change(self.key, before, data),), UpdateResult(before, data, tuple(errors) if errors else ()))
 
+    def size(self) -> int:
+        return sum(_size_of(getattr(op, "value", None)) for op in self.ops)
 
-class Delete(_OneKey["bytes | None"], frozen=True):
+
+class Delete(_OneKey["bytes | None"], frozen=True, gc=False):
     """Remove a key. The answer is its value as JSON, or None if it did not exist."""
 
     function_id = "state::delete"
@@ -128,7 +157,7 @@ class Delete(_OneKey["bytes | None"], frozen=True):
         return Effects((Change(self.key, before, None),), before)
 
 
-class Get(_OneKey["bytes | None"], frozen=True):
+class Get(_OneKey["bytes | None"], frozen=True, gc=False):
     """Read a key. The answer is its value as JSON, or None if it does not exist."""
 
     function_id = "state::get"
@@ -138,7 +167,7 @@ class Get(_OneKey["bytes | None"], frozen=True):
         return Effects((), view.get(self.key))
 
 
-class _WholeScope(Turn[A], frozen=True):
+class _WholeScope(Turn[A], frozen=True, gc=False):
     function_id = "state::list"
     failure = Failure("LIST_ERROR", "Failed to list values")
 
@@ -147,18 +176,22 @@ class _WholeScope(Turn[A], frozen=True):
         return None
 
 
-class List(_WholeScope[list[bytes]], frozen=True):
+class List(_WholeScope[list[bytes]], frozen=True, gc=False):
     """Read all values as JSON."""
 
     def decide(self, view: View) -> Effects[list[bytes]]:
-        return Effects((), [data for _, data in view.items()])
+        return Effects((), view.values())
 
 
-class Items(_WholeScope[list[tuple[str, bytes]]], frozen=True):
+class Items(_WholeScope[list[tuple[str, bytes]]], frozen=True, gc=False):
     """Read all keys with their values as JSON."""
 
     def decide(self, view: View) -> Effects[list[tuple[str, bytes]]]:
-        return Effects((), list(view.items()))
+        return Effects((), view.items())
+
+
+def _size_of(value: object) -> int:
+    return len(value) if isinstance(value, str) else 64 * len(value) if isinstance(value, (dict, list)) else 8
 
 
 def refuse_size(scope: str, key: str, data: bytes, limit: int) -> None:

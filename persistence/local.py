@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Literal
 
-from scopestate.actors.commit import CommitScopeActor
+from scopestate.actors.local import LocalScope
 from scopestate.actors.ports import Backend, Store
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.paths import expand_home
@@ -52,11 +52,9 @@ class LocalBackend(Backend):
     def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
         """Return a new actor for `scope`."""
         if self.store is None:
-            return ScopeActor(scope, around, keeps=False)
+            return LocalScope(scope, around, keeps=False)
         durability = self._durability_of(scope)
-        if durability == "commit":
-            return CommitScopeActor(scope, around, keeps=True)
-        return ScopeActor(scope, around, keeps=durability != "memory")
+        return LocalScope(scope, around, keeps=durability != "memory", gated=durability == "commit")
 
     def scopes(self) -> list[str]:
         """Return the names of the scopes that have a saved key.

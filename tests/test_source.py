@@ -39,11 +39,7 @@ _FACE = "tests/engine/test_refs.py"
 _PYKKA_SUBCLASS = "Pykka's Actor asks its subclasses for it, and our actors run on a dispatcher instead of a thread"
 
 PRIVATE = {
-    "_ActorStop": Private(
-        "pykka", "the message of `ActorRef.stop`", f"{_FACE}::test_stop_ends_an_actor_behind_what_waits"
-    ),
     "_actor_loop_setup": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_stop_ends_an_actor_behind_what_waits"),
-    "_actor_ref": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_ref_knows_its_actor"),
     "_create_actor_inbox": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_ref_asks_and_tells"),
     "_create_future": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_ref_asks_and_tells"),
     "_get_hook": Private(

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Raw
 
 from scopestate.actors.backlog import HandlerFull
+from scopestate.actors.turn import BUSY
 from scopestate.errors import DeserializationError
 from scopestate.ops import convert_ops, turns
 from scopestate.ops.functions import BUILT_IN, BuiltIn, from_payload, misfit
@@ -29,7 +30,6 @@ Outcome = Result | Awaitable[Result]
 _ABSENT: Final = Raw()
 _BAD: Final = (msgspec.DecodeError, RecursionError)
 _TRUE: Final = Raw(b"true")
-_BUSY: Final = object()
 _FEW_OPS: Final = 100
 _SMALL_VALUE: Final = 64 * 1024
 """An update below both takes well under a millisecond."""
@@ -141,7 +141,7 @@ class BuiltinCalls:
         self._scopes = engine._scopes
         self._limits = engine._limits
         self._router = engine._router
-        self._turn_later = engine.aio._turn
+        self._run_later = engine.aio._run
         self.by_id: dict[str, Callable[[Raw, Access | None], Outcome]] = {
             row.function_id: self._list_groups if row.turn is None else self._on_one_scope(row, _INPUTS[row.turn])
             for row in BUILT_IN.values()
@@ -166,11 +166,11 @@ class BuiltinCalls:
                 else:
                     access.check_read(scope)
             if gets:
-                # None: missing, or it takes a turn to know; only the turn can tell.
-                text = self._scopes[scope].peek(fields.key)  # type: ignore[attr-defined]  # _Get has it
-                if text is not None:
+                actor = self._scopes[scope]
+                if (values := actor.readable) is not None:
                     count()
-                    return text
+                    actor.touched = True
+                    return values.get(fields.key)  # type: ignore[attr-defined]  # _Get has it
             try:
                 turn = fields.turn(limits)
             except DeserializationError as error:
@@ -189,9 +189,11 @@ class BuiltinCalls:
         """Run a turn at once if the scope is idle and in memory; else return the coroutine that waits for it."""
         router = self._router
         actor = self._scopes[scope]
-        values = actor._values
-        answer: Any = _BUSY
-        if values is not None:
+        values = actor.readable
+        answer: Any = BUSY
+        if values is None:
+            answer = actor.run_now(turn)
+        else:
             # This thread will run the router's turn, below. A hand-off to a worker thread, and the way back to this
             # loop for a handler in a worker, would take longer than all the rest. Not so if the turn may take long
             # itself: until it ends no event of the engine would be routed.
@@ -201,13 +203,13 @@ class BuiltinCalls:
             if quick:
                 router.hold()
             try:
-                answer = actor.run(turn, _BUSY)
+                answer = actor.run_now(turn)
             except HandlerFull:
                 pass
             finally:
                 if quick:
                     router.run_held()
-        if answer is not _BUSY:
+        if answer is not BUSY:
             return convert(answer)
         outcome = _begun(self._finish(scope, turn, convert))
         # The message is in the scope's mailbox now; what this connection asks next must not overtake it.
@@ -215,7 +217,7 @@ class BuiltinCalls:
         return outcome
 
     async def _finish(self, scope: str, turn: turns.Turn[Any], convert: Callable[[Any], Result]) -> Result:
-        return convert(await self._turn_later(scope, turn))
+        return convert(await self._run_later(scope, turn))
 
 
 class _Begun:

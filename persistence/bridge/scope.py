@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Protocol
-
-import pykka
+from typing import Any, Protocol
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log
-from scopestate.actors.control import Caused, Housekeeping, Ping, as_failure_of
-from scopestate.actors.elsewhere import WHOLE, WRITES, Converter, ScopeElsewhere, Told
 from scopestate.actors.reply import Envelope, ReplyTo
-from scopestate.actors.scope import Surroundings
-from scopestate.actors.turn import WAIT
+from scopestate.actors.scope import Housekeeping, Ping, ScopeActor, Surroundings
+from scopestate.actors.turn import BUSY
 from scopestate.errors import (
     EngineClosed,
     Overloaded,
     RemoteFailure,
-    ReplyTimeout,
     ScopestateError,
     StorageError,
 )
-from scopestate.ops import turns
+from scopestate.ops.turns import Turn
 from scopestate.persistence.bridge.calls import Done, Outcome, read_answer, request
-from scopestate.wire.depth import event_depth
 
 log = Log("scopestate.scope")
 
@@ -50,14 +44,14 @@ class Connection(Protocol):
 class _Open:
     """One call from its arrival to its answer."""
 
-    __slots__ = ("convert", "depth", "reply", "turn")
+    __slots__ = ("depth", "key", "reply", "turn")
 
-    def __init__(self, turn: Any, reply: ReplyTo, depth: int, convert: Converter | None) -> None:
+    def __init__(self, turn: Turn[Any], reply: ReplyTo, depth: int) -> None:
         self.turn = turn
+        self.key = None if turn.keys is None else turn.keys[0]
+        """None for a call on the whole scope."""
         self.reply = reply
         self.depth = depth
-        self.convert = convert
-        """Makes a Python value of the answer, for a public message; None for a turn."""
 
 
 class _Answered:
@@ -95,7 +89,7 @@ class _Lane:
         self.waiting: deque[_Open] = deque()
 
 
-class RemoteScopeActor(ScopeElsewhere):
+class RemoteScopeActor(ScopeActor):
     """One scope of a remote engine.
 
     A turn never waits: it sends, or takes in an answer. So it may run on any thread, event loops included; the caller
@@ -105,9 +99,8 @@ class RemoteScopeActor(ScopeElsewhere):
     """
 
     def __init__(self, scope: str, around: Surroundings, remote: Connection) -> None:
-        super().__init__(scope, around, keeps=True)
+        super().__init__(scope, around)
         self._remote = remote
-        self._sequence = around.highest_forgotten
         self._lanes: dict[str, _Lane] = {}
         self._open: set[_Open] = set()
         self._barriers: list[tuple[set[_Open], Callable[[], object]]] = []
@@ -117,40 +110,22 @@ class RemoteScopeActor(ScopeElsewhere):
     def has_waiting(self) -> bool:
         return bool(self._open) or super().has_waiting()
 
-    def run(self, message: Any, otherwise: Any = WAIT) -> Any:
-        if isinstance(message, Housekeeping):
-            return super().run(message, otherwise)
-        if otherwise is not WAIT:
-            return otherwise
-        timeout_s = self._around.limits.call_timeout_s
-        reply = self._dispatcher.reply()
-        self.accept(Envelope(message, reply))
-        try:
-            return reply.get(timeout=timeout_s)
-        except pykka.Timeout as error:
-            reply.abandoned = True
-            raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
+    def send(self, envelope: Envelope) -> None:
+        self._take(envelope)
 
-    def accept(self, envelope: Envelope) -> None:
-        self.handle_or_post(envelope)
-
-    def handle_or_post(self, envelope: Envelope) -> None:
+    def _take(self, item: Envelope | _Answered | RemoteChange) -> None:
         # Behind what waits: calls of one thread keep their order even if it does not wait for the first.
-        if self._mailbox:
-            self.post(envelope)
-        else:
-            super().handle_or_post(envelope)
-
-    def post(self, item: Any) -> None:
-        # An answer must get in however full the mailbox is: it is what empties it.
-        if type(item) is _Answered or type(item) is RemoteChange:
-            self._enqueue(item)
-        else:
-            super().post(item)
+        if self._mailbox or self._if_idle(self._handle, item) is BUSY:
+            if type(item) is Envelope:
+                self._refuse_own_turn()
+                self.post(item)
+            else:
+                # An answer must get in however full the mailbox is: it is what empties it.
+                self._enqueue(item)
 
     def take_in(self, item: _Answered | RemoteChange) -> None:
         """Take an answer, or a change, from the connection's thread. Never blocks."""
-        self.handle_or_post(item)  # type: ignore[arg-type]  # `_handle` and `post` know these two
+        self._take(item)
 
     # ------------------------------------------------------------------------------------------------------- turns
 
@@ -160,58 +135,50 @@ class RemoteScopeActor(ScopeElsewhere):
             self._finish(item.open, item.result, item.error)
         elif kind is RemoteChange:
             self._report_change(item)
-        elif kind is Envelope:
-            message, depth = item.message, event_depth.get()
-            if type(message) is Caused:
-                message, depth = message.message, message.depth
-            if isinstance(message, Ping):
-                self._after(set(self._open), item.reply_to.set)
-            elif isinstance(message, Housekeeping):
-                super()._handle(item)
-            else:
-                self._admit(message, item.reply_to, depth)
+        elif isinstance(item.message, Ping):
+            self._after(set(self._open), item.reply_to.set)
+        elif isinstance(item.message, Housekeeping):
+            super()._handle(item)
+        elif self._passivated:
+            self._forward(item)
         else:
-            # Through a Pykka ref's `tell`: nobody waits, so a refusal is logged.
-            self._handle(Envelope(item, Told()))
+            self._admit(item)
 
-    def _admit(self, message: Any, reply: ReplyTo, depth: int) -> None:
+    def _admit(self, envelope: Envelope) -> None:
         """Send a call, or have it wait for those that came before; a refusal is its answer."""
+        call = _Open(envelope.message, envelope.reply_to, envelope.depth)
         try:
-            if self._passivated:
-                self._around.directory[self.scope].post(Envelope(Caused(depth, message) if depth else message, reply))
-                return
-            call = self._checked(message, reply, depth)
+            self._check(call)
         except (ScopestateError, HandlerFull) as error:
-            reply.fail(error)
+            call.reply.fail(error)
             return
         self.touched = True
         self._open.add(call)
-        if type(call.turn) in WHOLE:
-            writes = {other for other in self._open if type(other.turn) in WRITES}
+        if call.key is None:
+            writes = {other for other in self._open if other.turn.writes}
             self._after(writes, lambda: self._send(call))
             return
-        lane = self._lanes.get(call.turn.key)
+        lane = self._lanes.get(call.key)
         if lane is None:
-            lane = self._lanes[call.turn.key] = _Lane()
+            lane = self._lanes[call.key] = _Lane()
         lane.waiting.append(call)
-        self._advance(call.turn.key, lane)
+        self._advance(call.key, lane)
 
-    def _checked(self, message: Any, reply: ReplyTo, depth: int) -> _Open:
-        turn, convert = self._turn_for(message, depth)
+    def _check(self, call: _Open) -> None:
+        self._refuse_if_closed(call.depth)
         if len(self._open) >= self.mailbox_limit:
             raise Overloaded(
                 f"{len(self._open)} calls on {self.name} are under way, as many as scope_mailbox allows; nothing was "
                 "done: slow down, or raise the limit"
             )
-        if type(turn) in WRITES:
-            self._make_sure_of_room(turn.key, depth)
-        return _Open(turn, reply, depth, convert)
+        if call.turn.writes and call.key is not None:
+            self._refuse_if_full(call.key, call.depth)
 
     def _advance(self, key: str, lane: _Lane) -> None:
         """Send what may go now: the next write, or all reads up to it."""
         waiting = lane.waiting
         while waiting and not lane.writing:
-            writes = type(waiting[0].turn) in WRITES
+            writes = waiting[0].turn.writes
             if writes and lane.reads:
                 return
             call = waiting.popleft()
@@ -248,29 +215,33 @@ class RemoteScopeActor(ScopeElsewhere):
         except Exception as problem:
             log.exception("%s: reading the answer to a call failed", self.name)  # a bug, which must not hang the caller
             failure = _via_bridge(turn, problem)
-        if outcome is not None and outcome.change is not None and not self._remote.reports_changes:
+        if (
+            call.key is not None
+            and outcome is not None
+            and outcome.change is not None
+            and not self._remote.reports_changes
+        ):
             if self._shut:
                 log.error(
                     "%s: a write of key %r was answered after the engine closed; its event is not delivered",
                     self.name,
-                    turn.key,
+                    call.key,
                 )
             else:
-                self._fire(turn.key, *outcome.change, call.depth)
+                self._fire(call.key, *outcome.change, call.depth)
         # Events before answers: who has the answer may call drain() and count on the event.
         if failure is not None:
             call.reply.fail(failure)
         else:
-            answer = outcome.answer if outcome is not None else None
-            call.reply.set(answer if call.convert is None else call.convert(answer))
+            call.reply.set(outcome.answer if outcome is not None else None)
         self._closed_call(call)
-        if type(turn) not in WHOLE:
-            lane = self._lanes[turn.key]
-            if type(turn) in WRITES:
+        if call.key is not None:
+            lane = self._lanes[call.key]
+            if turn.writes:
                 lane.writing = False
             else:
                 lane.reads -= 1
-            self._advance(turn.key, lane)
+            self._advance(call.key, lane)
 
     def _closed_call(self, call: _Open) -> None:
         self._open.discard(call)
@@ -296,9 +267,9 @@ class RemoteScopeActor(ScopeElsewhere):
             if self._closed:
                 raise EngineClosed
             if self._passivated:
-                self._around.directory[self.scope].post(change)
+                self._around.directory[self.scope]._enqueue(change)
                 return
-            self._make_sure_of_room(change.key, 0)
+            self._refuse_if_full(change.key, 0)
         except (ScopestateError, HandlerFull) as error:
             change.reply.fail(error)
             return
@@ -311,23 +282,10 @@ class RemoteScopeActor(ScopeElsewhere):
     def _is_needed(self) -> bool:
         return bool(self._open) or super()._is_needed()
 
-    def _note_leaving(self) -> None:
-        self._around.note_forgotten(self._sequence)
 
-
-def _via_bridge(turn: Any, error: Exception) -> StorageError:
+def _via_bridge(turn: Turn[Any], error: Exception) -> StorageError:
     """The local error for a remote failure (docs/protocol.md, section 13.7)."""
     cause = f"remote error ({error.code}): {error}" if isinstance(error, RemoteFailure) else str(error)
-    failure = as_failure_of(turn, StorageError(f"{_VERBS[type(turn)]} via bridge: {cause}"))
+    failure = turn.failed(StorageError(f"{turn.failure.words} via bridge: {cause}"))
     failure.__cause__ = error
     return failure
-
-
-_VERBS: Final[dict[type[Any], str]] = {
-    turns.Set: "Failed to set value",
-    turns.Update: "Failed to update value",
-    turns.Delete: "Failed to delete value",
-    turns.Get: "Failed to get value",
-    turns.List: "Failed to list values",
-    turns.Items: "Failed to list values",
-}

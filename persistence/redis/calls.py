@@ -6,11 +6,9 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final
 
-from scopestate.actors.control import Caused, as_failure_of
-from scopestate.actors.elsewhere import WRITES, Converter
-from scopestate.actors.reply import Envelope, ReplyTo
+from scopestate.actors.reply import ReplyTo
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, ScopestateError, StorageError
-from scopestate.ops import messages, turns
+from scopestate.ops.turns import Update
 
 NEVER: Final = float("inf")
 
@@ -37,23 +35,22 @@ class Call:
     """What an update found, and made of it; `after` is None while it only looks."""
     problems: tuple[Any, ...] = ()
 
-    def __init__(self, turn: Any, reply: ReplyTo | None, depth: int, convert: Converter | None) -> None:
+    def __init__(self, turn: Any, reply: ReplyTo | None, depth: int) -> None:
         self.turn = turn
         self.reply = reply
         """None: its caller runs the turn himself, or has his answer."""
         self.depth = depth
-        self.convert = convert
 
     def fail(self, error: ScopestateError) -> None:
         """End it with an error, worded for what it wanted."""
         turn = self.turn
         if isinstance(error, ConnectionLost):
-            changes = type(turn) in WRITES and not (type(turn) is turns.Update and self.after is None)
+            changes = turn.writes and not (type(turn) is Update and self.after is None)
             worded = ConnectionLost(turn.function_id, error.url, error.problem, may_be_applied=changes)
             worded.__cause__ = error.__cause__
             error = worded
         if isinstance(error, (ConnectionLost, NotConnected, StorageError, DeserializationError)):
-            failure = as_failure_of(turn, StorageError(str(error)))
+            failure = turn.failed(error)
             failure.__cause__ = error
             error = failure
         self.error = error
@@ -79,23 +76,7 @@ def tell(calls: Iterable[Call], outcomes: list[Outcome]) -> None:
         reply = call.reply
         if reply is not None and call.done:
             call.reply = None
-            answer = call.answer
-            if call.convert is not None and call.error is None:
-                answer = call.convert(answer)
-            outcomes.append((reply, answer, call.error))
-
-
-def kind_of(item: Any) -> type[Any]:
-    """Return the type of the message in a mailbox item; for one through a Pykka ref, of the turn it may not share."""
-    message = item
-    if type(message) is Envelope:
-        message = message.message
-    if type(message) is Caused:
-        message = message.message
-    elif type(message) is Call:
-        message = message.turn
-    kind = type(message)
-    return turns.List if kind is messages.List else kind
+            outcomes.append((reply, call.answer, call.error))
 
 
 def contended(scope: str, key: str, tries: int) -> StorageError:

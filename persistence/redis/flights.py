@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 from scopestate.actors.containment import Log
-from scopestate.actors.elsewhere import WHOLE, WRITES
 from scopestate.actors.limits import Limits
 from scopestate.errors import DeserializationError, ScopestateError, StorageError, ValueTooLarge
 from scopestate.ops import MISSING, apply, turns
@@ -121,7 +120,7 @@ class RedisFlights:
         store, hash_key = self._store, self.hash_key
         turn = calls[0].turn
         kind = type(turn)
-        if kind in WHOLE:
+        if turn.keys is None:
             return Flight(("HGETALL", hash_key), store.bulk_link(hash_key), self._landed, calls)
         link = store.bulk_link(hash_key) if self._seen.bulky else store.link(hash_key)
         if kind is turns.Get and len(calls) == 1:
@@ -197,7 +196,7 @@ class RedisFlights:
             self.give_up(calls, flight.error)
         elif type(reply) is Refusal:
             self._refuse(calls, reply, flight)
-        elif type(calls[0].turn) in WHOLE:
+        elif calls[0].turn.keys is None:
             self._finish_whole(calls, reply)
         elif type(reply) is list:
             for call, found in zip(calls, reply, strict=False):
@@ -224,7 +223,7 @@ class RedisFlights:
         for call in calls:
             turn = call.turn
             call.fail(error)
-            if type(turn) in WRITES:
+            if turn.writes:
                 self._seen.forget(turn.key)
                 lane = self.lanes.get(turn.key)
                 if lane is not None and lane.due == NEVER:
@@ -233,11 +232,11 @@ class RedisFlights:
     def _refuse(self, calls: list[Call], refusal: Refusal, flight: Flight) -> None:
         """Fail the calls of a command that the server refuses: reads and writes are told what concerns them."""
         address, parts = flight.link.address, flight.parts
-        writes = [call for call in calls if type(call.turn) in WRITES]
+        writes = [call for call in calls if call.turn.writes]
         if writes:
             self.give_up(writes, explain(refusal, address, *keys_of(parts)))
         if len(writes) < len(calls):
-            reads = [call for call in calls if type(call.turn) not in WRITES]
+            reads = [call for call in calls if not call.turn.writes]
             self.give_up(reads, explain(refusal, address, self.hash_key, nothing=""))
 
     def _finish(self, call: Call, found: Any) -> None:

@@ -11,15 +11,13 @@ import pykka
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log
-from scopestate.actors.control import Caused, Close, Housekeeping, Ping
-from scopestate.actors.elsewhere import WHOLE, WRITES, ScopeElsewhere, Told
 from scopestate.actors.handler import NOBODY
 from scopestate.actors.reply import Envelope, Reply, ReplyTo
-from scopestate.actors.scope import Surroundings
-from scopestate.actors.turn import HOLDER, WAIT
+from scopestate.actors.scope import Close, Housekeeping, Ping, ScopeActor, Surroundings
+from scopestate.actors.turn import BUSY, HOLDER
 from scopestate.errors import ReplyTimeout, ScopestateError, WouldDeadlock
-from scopestate.ops import turns
-from scopestate.persistence.redis.calls import NEVER, Call, Known, kind_of, tell
+from scopestate.ops.turns import Set, Turn
+from scopestate.persistence.redis.calls import NEVER, Call, Known, tell
 from scopestate.persistence.redis.flight import Flight
 from scopestate.persistence.redis.flights import RedisFlights, Store
 from scopestate.signals import certainly
@@ -29,8 +27,6 @@ log = Log("scopestate.scope")
 
 _FLIGHT_BYTES: Final = 1 << 18
 """Values in one command, about, at most: it runs in Redis as one step, which holds up everybody else there."""
-
-_PLAIN: Final = frozenset({turns.Set, turns.Update, turns.Delete, turns.Get})
 
 
 class _Parked:
@@ -42,7 +38,7 @@ class _Parked:
         self.reply = reply
 
 
-class RedisScopeActor(ScopeElsewhere):
+class RedisScopeActor(ScopeActor):
     """One scope in Redis (docs/design/0030-redis.md).
 
     It has one command on its way at a time, and what comes meanwhile goes out as the next one, all together: so calls
@@ -54,9 +50,8 @@ class RedisScopeActor(ScopeElsewhere):
     batch = 256
 
     def __init__(self, scope: str, around: Surroundings, store: Store) -> None:
-        super().__init__(scope, around, keeps=True)
+        super().__init__(scope, around)
         self._store = store
-        self._sequence = around.highest_forgotten
         self._flights = RedisFlights(scope, store, around.limits, self._landed, self._changed)
         self._lanes = self._flights.lanes
         self._own: Flight | None = None
@@ -71,25 +66,29 @@ class RedisScopeActor(ScopeElsewhere):
 
     # ---------------------------------------------------------------------------------------------- the caller's turn
 
-    def run(self, message: Any, otherwise: Any = WAIT) -> Any:
+    def housekeep(self, message: Housekeeping[Any]) -> Any:
         if isinstance(message, Close):
             # It sets two flags. Behind a call that waits for Redis, close() would wait for Redis too.
-            self._on_rare(message)
+            self._housekeep(message)
             if self._lanes:
                 self.wake_anyway()  # the alarm ends with the engine
             return None
-        if isinstance(message, Housekeeping):
-            answer = super().run(message, otherwise)
-            if self._lanes:
-                self.wake_anyway()  # a wake-up for a lane that was due may have been turned away during this turn
-            return answer
-        if otherwise is not WAIT:
-            return otherwise  # it would have to wait for Redis
+        return super().housekeep(message)
+
+    def housekeep_now(self, message: Housekeeping[Any]) -> Any:
+        answer = super().housekeep_now(message)
+        if self._lanes:
+            self.wake_anyway()  # a wake-up for a lane that was due may have been turned away during this turn
+        return answer
+
+    def run(self, turn: Turn[Any]) -> Any:
         if self._lanes or self._mailbox:
             # With those who wait: all of them go out together. A caller who took every turn that he finds free would
             # keep the link's thread from it, since he has the interpreter already.
-            return self._run_queued(message)
-        answer = super().run(message)
+            return self._run_queued(turn)
+        answer = self._if_idle(self.on_receive, turn)
+        if answer is BUSY:
+            return self._run_queued(turn)
         if self._lanes:
             try:
                 self.wake_anyway()  # only now that the turn is over: it would be turned away before
@@ -100,17 +99,15 @@ class RedisScopeActor(ScopeElsewhere):
             return self._wait_for(answer.reply)
         return answer
 
-    def _run_queued(self, message: Any) -> Any:
+    def _run_queued(self, turn: Turn[Any]) -> Any:
         self._refuse_within_a_call()
-        return super()._run_queued(message)
+        return super().run(turn)
 
-    def on_receive(self, message: Any) -> Any:
+    def on_receive(self, turn: Any) -> Any:
         """A turn on the thread of a caller, who waits here for Redis."""
-        if isinstance(message, Housekeeping):
-            return self._on_rare(message)
         if self._passivated:
-            return self._around.directory[self.scope].run(message)
-        call = self._admitted(message, None, event_depth.get())
+            return self._around.directory[self.scope].run(turn)
+        call = self._admitted(turn, None, event_depth.get())
         if self._lanes or self._mailbox:  # since `run` has looked
             call.reply = reply = self._dispatcher.reply()
             self._mailbox += (call,)
@@ -122,7 +119,7 @@ class RedisScopeActor(ScopeElsewhere):
         if not call.done:
             call.reply = reply = self._dispatcher.reply()
             return _Parked(reply)
-        return call.answer if call.convert is None else call.convert(call.answer)
+        return call.answer
 
     def _fly(self, call: Call) -> None:
         """Send a call and wait until it is done, or must be tried again later."""
@@ -198,10 +195,7 @@ class RedisScopeActor(ScopeElsewhere):
 
     # ------------------------------------------------------------------------------------------------------ queueing
 
-    def accept(self, envelope: Envelope) -> None:
-        self.post(envelope)
-
-    def handle_or_post(self, envelope: Envelope) -> None:
+    def send(self, envelope: Envelope) -> None:
         # Always queued: whoever sends an envelope may be an event loop's thread, which must not wait for Redis.
         self._refuse_own_turn()
         self.post(envelope)
@@ -311,12 +305,11 @@ class RedisScopeActor(ScopeElsewhere):
         whole = False
         taken = size = 0
         for item in mailbox:
-            kind = type(item.message) if type(item) is Envelope else None
-            if kind not in _PLAIN:
-                kind = kind_of(item)
-            if kind is Ping or kind in WHOLE:
+            message = item.message if type(item) is Envelope else item.turn if type(item) is Call else None
+            on_all = isinstance(message, Turn) and message.keys is None
+            if on_all or isinstance(message, Ping):
                 # Behind everything that came before, on whatever key.
-                if lanes or (calls and not (whole and kind is not Ping)):
+                if lanes or (calls and not (whole and on_all)):
                     break
             elif whole or len(calls) >= most or size >= _FLIGHT_BYTES:
                 break
@@ -324,12 +317,12 @@ class RedisScopeActor(ScopeElsewhere):
             call = self._call_of(item, outcomes)
             if call is None:
                 continue
-            if kind in WHOLE:
+            if on_all:
                 whole = True
             elif lanes and call.turn.key in lanes:
                 lanes[call.turn.key].calls.append(call)
                 continue
-            elif type(call.turn) is turns.Set:
+            elif type(call.turn) is Set:
                 size += len(call.turn.data)
             calls.append(call)
         del mailbox[:taken]
@@ -344,21 +337,16 @@ class RedisScopeActor(ScopeElsewhere):
             self._flights.take_in(item)
             tell(item.calls, outcomes)
             return None
-        if kind is not Envelope:
-            # Through a Pykka ref's `tell`: nobody waits, so a refusal is logged.
-            item = Envelope(item, Told())
-        message, reply, depth = item.message, item.reply_to, 0
+        message, reply = item.message, item.reply_to
         if reply.abandoned:
             return None
-        if type(message) is Caused:
-            message, depth = message.message, message.depth
         try:
             if isinstance(message, Housekeeping):
-                reply.set(self._on_rare(message))
+                reply.set(self._housekeep(message))
             elif self._passivated:
-                self._around.directory[self.scope].post(Envelope(Caused(depth, message) if depth else message, reply))
+                self._forward(item)
             else:
-                return self._admitted(message, reply, depth)
+                return self._admitted(message, reply, item.depth)
         except (ScopestateError, HandlerFull) as error:
             reply.fail(error)
         except Exception as error:
@@ -368,15 +356,16 @@ class RedisScopeActor(ScopeElsewhere):
 
     # ------------------------------------------------------------------------------------------------ within the turn
 
-    def _admitted(self, message: Any, reply: ReplyTo | None, depth: int) -> Call:
-        """Check a message. Raises what refuses it: nothing was sent then."""
-        turn, convert = self._turn_for(message, depth)
-        if type(turn) in WRITES:
+    def _admitted(self, turn: Turn[Any], reply: ReplyTo | None, depth: int) -> Call:
+        """Check a turn. Raises what refuses it: nothing was sent then."""
+        self._refuse_if_closed(depth)
+        if turn.writes:
             if not self._store.shares_events:
-                self._make_sure_of_room(turn.key, depth)
+                for key in turn.keys or ():
+                    self._refuse_if_full(key, depth)
             elif depth:
                 self._router.note_cascade()
-        return Call(turn, reply, depth, convert)
+        return Call(turn, reply, depth)
 
     def _changed(self, call: Call, old: bytes | None, new: bytes | None) -> None:
         """Fire the event of a write, unless it comes from Redis."""
@@ -413,6 +402,3 @@ class RedisScopeActor(ScopeElsewhere):
 
     def _is_needed(self) -> bool:
         return bool(self._lanes) or super()._is_needed()
-
-    def _note_leaving(self) -> None:
-        self._around.note_forgotten(self._sequence)

@@ -10,9 +10,10 @@ import pytest
 from reliability.living import InThread
 
 from scopestate import Engine
-from scopestate.actors.commit import CommitScopeActor, TakeBatch
-from scopestate.actors.control import Passivate
+from scopestate.actors.gate import Gate, TakeBatch
+from scopestate.actors.local import LocalScope
 from scopestate.actors.reply import Envelope, Reply, deliver
+from scopestate.actors.scope import Passivate
 from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig
 from scopestate.errors import EngineClosed, Overloaded, StorageError
 from scopestate.ops import turns
@@ -26,54 +27,59 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def actor(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> CommitScopeActor:
+def actor(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> LocalScope:
     """A scope with one saved key; from here on nothing is committed unless the test does it."""
     engine.set("s", "k", 1)
     actor = engine._scopes["s"]
-    assert isinstance(actor, CommitScopeActor)
+    assert isinstance(actor, LocalScope)
     monkeypatch.setattr(engine._snapshot, "commit_soon", lambda: None)
     return actor
 
 
-def send(actor: CommitScopeActor, message: object) -> Reply[object]:
+def gate_of(actor: LocalScope) -> Gate:
+    assert actor._gate is not None
+    return actor._gate
+
+
+def send(actor: LocalScope, message: object) -> Reply[object]:
     reply: Reply[object] = Reply()
-    actor.handle_or_post(Envelope(message, reply))
+    actor.send(Envelope(message, reply))
     return reply
 
 
 def test_a_scope_stays_while_a_read_waits_for_a_commit(
-    engine: Engine, actor: CommitScopeActor, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, actor: LocalScope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its successor would take its place in the registry of scopes to commit, and the read would wait for ever."""
     written = send(actor, turns.Set("k", b"2"))
-    batch = actor.run(TakeBatch())
+    batch = actor.housekeep(TakeBatch())
     read = send(actor, turns.Get("k"))
     engine._parts.backend.store.save([batch.change])
     deliver(batch.settle())
     assert written.done
     assert not read.done
 
-    assert actor.run(Passivate()) is False
+    assert actor.housekeep(Passivate()) is False
 
     monkeypatch.undo()
     engine.set("s", "other", 1)
     assert read.get(timeout=30) == b"2"
-    assert actor.run(Passivate()) is True
+    assert actor.housekeep(Passivate()) is True
 
 
-def test_a_scope_stays_while_a_write_waits_for_its_commit(actor: CommitScopeActor) -> None:
+def test_a_scope_stays_while_a_write_waits_for_its_commit(actor: LocalScope) -> None:
     send(actor, turns.Set("k", b"2"))
-    assert actor.run(Passivate()) is False
+    assert actor.housekeep(Passivate()) is False
 
-    batch = actor.run(TakeBatch())
-    assert actor.run(Passivate()) is False
+    batch = actor.housekeep(TakeBatch())
+    assert actor.housekeep(Passivate()) is False
     deliver(batch.roll_back(StorageError("no")))
 
 
-def test_the_groups_wait_for_a_commit_that_decides_about_them(engine: Engine, actor: CommitScopeActor) -> None:
+def test_the_groups_wait_for_a_commit_that_decides_about_them(engine: Engine, actor: LocalScope) -> None:
     other = engine._scopes["new"]
-    assert isinstance(other, CommitScopeActor)
-    assert other.run(TakeBatch()).change is None
+    assert isinstance(other, LocalScope)
+    assert other.housekeep(TakeBatch()).change is None
     send(actor, turns.Set("k", b"2"))
     reading = Reply[object]()
     other.post(Envelope(turns.Get("k"), reading))
@@ -82,25 +88,25 @@ def test_the_groups_wait_for_a_commit_that_decides_about_them(engine: Engine, ac
 
     groups = InThread(engine.list_groups)
     pause = threading.Event()
-    while len(actor._waiting) < 2 and len(other._waiting) < 2:
+    while len(gate_of(actor)._waiting) < 2 and len(gate_of(other)._waiting) < 2:
         pause.wait(0.002)
     for each in (actor, other):
-        deliver(each.run(TakeBatch()).roll_back(StorageError("no")))
+        deliver(each.housekeep(TakeBatch()).roll_back(StorageError("no")))
     while groups.thread.is_alive():
         for each in (actor, other):
-            deliver(each.run(TakeBatch()).settle())
+            deliver(each.housekeep(TakeBatch()).settle())
         pause.wait(0.002)
 
     assert groups.result() == ["s"]
 
 
-def test_a_roll_back_answers_everybody_even_if_the_mailbox_is_full(engine: Engine, actor: CommitScopeActor) -> None:
+def test_a_roll_back_answers_everybody_even_if_the_mailbox_is_full(engine: Engine, actor: LocalScope) -> None:
     written = send(actor, turns.Set("k", b"2"))
     reads = [send(actor, turns.Get("k")) for _ in range(20)]
-    batch = actor.run(TakeBatch())
+    batch = actor.housekeep(TakeBatch())
 
     actor._claim["holder"] = -1  # so that what is sent again has to wait, and there is room for five
-    outcomes = actor._roll_back(batch, StorageError("the disk is full"))
+    outcomes = gate_of(actor)._roll_back(batch, StorageError("the disk is full"))
     del actor._claim["holder"]
     deliver(outcomes)
     actor.wake()
@@ -117,9 +123,9 @@ def test_a_roll_back_answers_everybody_even_if_the_mailbox_is_full(engine: Engin
 
 
 def test_messages_that_reach_a_scope_that_left_are_passed_on_and_each_is_answered(
-    engine: Engine, actor: CommitScopeActor, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, actor: LocalScope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert actor.run(Passivate()) is True
+    assert actor.housekeep(Passivate()) is True
     reads = [send(actor, turns.Get("k")) for _ in range(3)]
     assert [read.get(timeout=30) for read in reads] == [b"1"] * 3
 

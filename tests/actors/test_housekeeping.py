@@ -11,8 +11,8 @@ import pytest
 
 from scopestate import Engine
 from scopestate.actors import housekeeping
-from scopestate.actors.control import Passivate
 from scopestate.actors.deterministic import DeterministicDispatcher
+from scopestate.actors.scope import Passivate
 from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, ScopeRule
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter
@@ -158,7 +158,7 @@ def test_a_scope_that_leaves_while_the_groups_are_listed_is_named_all_the_same(o
     look = actor.holds_keys
 
     def leave_then_look() -> bool | None:
-        assert actor.run(Passivate())
+        assert actor.housekeep(Passivate())
         return look()
 
     actor.holds_keys = leave_then_look  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ import pytest
 
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.dispatcher import ThreadDispatcher
-from scopestate.actors.turn import TurnActor
+from scopestate.actors.turn import BUSY, TurnActor
 from scopestate.errors import Overloaded, WouldDeadlock
 from scopestate.signals import certainly
 
@@ -91,10 +91,10 @@ def test_run_that_must_not_wait_leaves_a_busy_actor_alone(steps: DeterministicDi
     steps.submit(lambda: actor.run(lambda: steps.sleep(1.0)))
     steps.step()
 
-    assert actor.run("hello", "busy") == "busy"
+    assert actor.run_now("hello") is BUSY
     steps.advance(1.0)
     assert actor.received == []
-    assert actor.run("hello", "busy") == "hello"
+    assert actor.run_now("hello") == "hello"
 
 
 def test_a_batch_ends_so_that_other_actors_have_their_turn(steps: DeterministicDispatcher) -> None:

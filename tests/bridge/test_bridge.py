@@ -12,7 +12,7 @@ import pytest
 from second_engine import PATIENCE_S, OpenBridge, RemoteProcess, Seen, bridge_config
 
 from scopestate import Engine, messages
-from scopestate.actors.control import Passivate
+from scopestate.actors.scope import Passivate
 from scopestate.config import BridgeOptions, from_mapping, loads
 from scopestate.errors import (
     ConfigError,
@@ -326,10 +326,10 @@ def test_a_scope_may_leave_memory_and_its_numbers_do_not_go_back(
     engine.set("s", "k", 2)
     old = engine._scopes["s"]
 
-    assert old.run(Passivate()) is True
+    assert old.housekeep(Passivate()) is True
     assert "s" not in engine._scopes
     engine.set("s", "k", 3)
-    old.ask(messages.Set("s", "k", 4)).get(timeout=PATIENCE_S)  # a ref that somebody kept
+    old.actor_ref.ask(messages.Set("s", "k", 4))  # a ref that the program has kept
     engine.drain(PATIENCE_S)
 
     assert [event.new_value for event in seen.events] == [1, 2, 3, 4]

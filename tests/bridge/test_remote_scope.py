@@ -11,9 +11,8 @@ import pytest
 from second_engine import PATIENCE_S, Seen
 
 from scopestate import Engine, messages
-from scopestate.actors.control import Passivate
 from scopestate.actors.reply import Envelope, Reply
-from scopestate.actors.scope import ScopeActor, Surroundings
+from scopestate.actors.scope import Passivate, ScopeActor, Surroundings
 from scopestate.config import from_mapping
 from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeout, StorageError
 from scopestate.ops import turns
@@ -340,13 +339,13 @@ def test_a_scope_stays_in_memory_while_a_call_is_under_way_and_leaves_behind_it(
         remote.sent("set k")
         actor: Any = engine._scopes["s"]
 
-        assert actor.run(Passivate(), False) is False
+        assert actor.housekeep_now(Passivate()) is False
         assert engine._scopes["s"] is actor
 
         remote.answer("set k", WRITTEN)
         reply.get(timeout=PATIENCE_S)
 
-        assert actor.run(Passivate(), False) is True
+        assert actor.housekeep_now(Passivate()) is True
         assert "s" not in engine._scopes
     engine.drain(PATIENCE_S)
 
@@ -358,9 +357,9 @@ def test_a_call_that_reaches_a_scope_that_has_left_is_passed_on(engine: Engine, 
     seen = Seen()
     engine.on_change()(seen)
     left: Any = engine._scopes["s"]
-    assert left.run(Passivate(), False) is True
+    assert left.housekeep_now(Passivate()) is True
     reply: Reply[Any] = Reply()
-    left.accept(Envelope(turns.Set("k", b"1"), reply))
+    left.send(Envelope(turns.Set("k", b"1"), reply))
     remote.sent("set k")
     remote.answer("set k", WRITTEN)
     changed: Reply[Any] = Reply()
@@ -379,7 +378,7 @@ def test_a_closed_scope_leaves_no_more_and_refuses_what_the_remote_reports(
     actor: Any = engine._scopes["s"]
     engine.close()
 
-    assert actor.run(Passivate(), False) is False
+    assert actor.housekeep_now(Passivate()) is False
     changed: Reply[Any] = Reply()
     actor.take_in(RemoteChange("k", None, b"1", changed, 0))
     with pytest.raises(EngineClosed):

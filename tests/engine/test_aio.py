@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from conformance import same
-from watching import PATIENCE_S, Gate, GatedStore, LoopThread, Seen, broken, in_steps, in_thread
+from watching import PATIENCE_S, Gate, GatedStore, LoopThread, Seen, SlowUpdate, broken, in_steps, in_thread
 
 from scopestate import Engine, messages, ops
 from scopestate.config.schema import Config, LimitsConfig
@@ -210,14 +210,9 @@ def test_a_scope_that_another_thread_loads_blocks_no_loop(call: Call, loading: L
 
 
 def busy_with(engine: Engine, gate: Gate) -> Callable[[], Any]:
-    """Occupy the scope `s` with a turn that lasts until the gate opens: ops that are slow to give."""
-
-    def slow_ops() -> Iterator[Any]:
-        gate()
-        yield ops.Increment("", 10)
-
-    update = messages.Update("s", "k", slow_ops())  # type: ignore[arg-type]  # a turn reads any iterable
-    return in_thread(lambda: engine.scope("s").actor_ref.ask(update))
+    """Occupy the scope `s` with a turn that lasts until the gate opens."""
+    update = SlowUpdate("k", (ops.Increment("", 10),), gate)
+    return in_thread(lambda: engine._scopes["s"].run(update))
 
 
 @pytest.mark.parametrize("call", [*CALLS.values()], ids=CALLS)

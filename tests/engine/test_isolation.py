@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, in_thread
+from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, SlowUpdate, in_thread
 
 from scopestate import Engine, StateEvent, messages
-from scopestate.actors.commit import Batch, CommitScopeActor
-from scopestate.actors.reply import Reply
+from scopestate.actors import gate
+from scopestate.actors.local import LocalScope
+from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.reports import DeliveryFailure, Reporter
-from scopestate.actors.scope import ScopeActor
 from scopestate.config import from_mapping
 from scopestate.errors import FunctionFailed, HandlerTimeout, InvalidRegistration, ReplyTimeout, StorageError
 
@@ -440,7 +440,7 @@ def test_whatever_a_callback_of_a_reply_raises_the_others_get_their_answers(
 ) -> None:
     gate, told = Gate(), threading.Event()
     engine.set("s", "k", 0)
-    holder = in_thread(lambda: engine._scopes["s"].run(messages.Update("s", "k", Held(gate))))
+    holder = in_thread(lambda: engine._scopes["s"].run(SlowUpdate("k", (), gate)))
     gate.wait_until_reached()
     replies = [engine.ask(messages.Set("s", "k", number), block=False) for number in range(20)]
     replies[3].add_done_callback(lambda reply: throw(error))
@@ -452,33 +452,14 @@ def test_whatever_a_callback_of_a_reply_raises_the_others_get_their_answers(
     assert told.wait(PATIENCE_S)
 
 
-class Held(list):  # type: ignore[type-arg]
-    """Ops that stop where they are read, in the middle of a turn."""
-
-    def __init__(self, gate: Gate, error: type[BaseException] | None = None) -> None:
-        super().__init__()
-        self.gate = gate
-        self.error = error
-
-    def __iter__(self) -> Any:
-        self.gate()
-        if self.error is not None:
-            raise self.error
-        return iter([{"type": "set", "path": "", "value": 5}])
-
-
 @pytest.mark.parametrize("error", THROWN)
-def test_a_message_whose_reading_raises_within_a_turn_costs_the_others_nothing(
-    error: type[BaseException], engine: Engine
-) -> None:
+def test_a_turn_that_raises_costs_the_others_nothing(error: type[BaseException], engine: Engine) -> None:
     gate = Gate()
     engine.set("s", "k", 0)
-    ref = engine._scopes["s"].actor_ref
-    holder = in_thread(lambda: engine._scopes["s"].run(messages.Update("s", "k", Held(gate))))
+    actor, bad = engine._scopes["s"], Reply[Any]()
+    holder = in_thread(lambda: engine._scopes["s"].run(SlowUpdate("k", (), gate)))
     gate.wait_until_reached()
-    opened = Gate()
-    opened.open()
-    bad = ref.ask(messages.Update("s", "k", Held(opened, error)), block=False)
+    actor.send(Envelope(SlowUpdate("k", (), lambda: throw(error)), bad))
     replies = [engine.ask(messages.Set("s", "k", number), block=False) for number in range(20)]
     gate.open()
     holder()
@@ -905,7 +886,7 @@ def test_a_save_that_has_no_memory_to_collect_a_scope_leaves_it_to_the_next_one(
 ) -> None:
     store = {"store_method": "file_based", "file_path": str(tmp_path), "save_interval_ms": 20}
     engine = open_engine(adapter=store)
-    failed = once(monkeypatch, ScopeActor, "_collect")
+    failed = once(monkeypatch, LocalScope, "collect")
     engine.set("s", "k", 1)
     assert failed.wait(PATIENCE_S)
 
@@ -914,7 +895,7 @@ def test_a_save_that_has_no_memory_to_collect_a_scope_leaves_it_to_the_next_one(
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(CommitScopeActor, "_take_batch"), (CommitScopeActor, "_settle"), (Batch, "settle"), (Reply, "_arrive")],
+    [(gate.Gate, "_take_batch"), (gate.Gate, "_settle"), (gate.Batch, "settle"), (Reply, "_arrive")],
     ids=lambda part: part if isinstance(part, str) else part.__name__,
 )
 def test_a_commit_that_has_no_memory_leaves_no_caller_without_an_answer(

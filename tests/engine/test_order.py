@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from watching import PATIENCE_S, Gate, Seen, in_thread
 
-from scopestate import Engine, messages, ops
+from scopestate import Engine, messages
 from scopestate.actors.dispatcher import ThreadDispatcher
 from scopestate.actors.turn import TurnActor
 
@@ -43,14 +43,16 @@ def engine(held: Held, nothing_left_behind: None) -> Iterator[Engine]:
     """An engine whose scope `s` was busy when a message was told to it: the message waits, the scope is idle."""
     with Engine(dispatcher=held) as engine:
         engine.set("s", "k", 0)
-        gate = Gate()
+        actor, gate = engine._scopes["s"], Gate()
+        original = actor.on_receive
 
-        def slow_ops() -> Iterator[Any]:
+        def slow(turn: Any) -> Any:
+            del actor.on_receive  # type: ignore[method-assign]  # the class's own is used again
             gate()
-            yield ops.Set("", 0)
+            return original(turn)
 
-        update = messages.Update("s", "k", slow_ops())  # type: ignore[arg-type]  # a turn reads any iterable
-        busy = in_thread(lambda: engine.scope("s").actor_ref.ask(update))
+        actor.on_receive = slow  # type: ignore[method-assign]  # for one turn
+        busy = in_thread(lambda: engine.set("s", "k", 0))
         gate.wait_until_reached()
         engine.tell(messages.Set("s", "k", 1))
         gate.open()

@@ -13,8 +13,8 @@ import pytest
 from watching import PATIENCE_S, Gate, Seen, in_thread
 
 from scopestate import Engine, StateEvent
-from scopestate.actors.control import Passivate
 from scopestate.actors.dispatcher import ThreadDispatcher
+from scopestate.actors.scope import Passivate
 from scopestate.config import from_mapping
 from scopestate.errors import Overloaded, WouldDeadlock
 from scopestate.ops import turns
@@ -392,10 +392,10 @@ def test_an_emptied_scope_that_is_not_kept_leaves_memory_and_its_numbers_go_on(
     seen = Seen()
     engine.on_change(scope="s")(seen)
     engine.set("s", "k", 1)
-    assert engine._scopes["s"].run(Passivate()) is False, "it holds a key"
+    assert engine._scopes["s"].housekeep(Passivate()) is False, "it holds a key"
     engine.delete("s", "k")
     actor = engine._scopes["s"]
-    assert actor.run(Passivate()) is True
+    assert actor.housekeep(Passivate()) is True
     assert "s" not in engine._scopes
     engine.set("s", "k", 2)
     engine.drain(PATIENCE_S)

@@ -12,7 +12,7 @@ from watching import PATIENCE_S, Failures, Gate, Seen, in_thread
 
 from scopestate import Engine, StateEvent, messages
 from scopestate.actors import scope as scope_module
-from scopestate.actors.control import weight
+from scopestate.actors.scope import weight
 from scopestate.errors import EventNotDelivered, Overloaded
 from scopestate.ops import turns
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scopestate import DeliveryFailure, StateEvent, StorageError
+from scopestate.ops import turns
+from scopestate.ops.results import UpdateResult
 from scopestate.persistence import ScopeChange, ScopeState, Store
 
 PATIENCE_S = 20.0
@@ -80,6 +82,17 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+
+class SlowUpdate(turns.Update, frozen=True):
+    """A turn that stops in its middle."""
+
+    within: Callable[[], object]
+    """Called there; what it raises, the turn raises."""
+
+    def decide(self, view: turns.View) -> turns.Effects[UpdateResult]:
+        self.within()
+        return super().decide(view)
 
 
 class GatedStore(Store):

@@ -17,7 +17,7 @@ import pytest
 from reliability.living import PATIENCE_S, Seen
 
 from scopestate import Engine
-from scopestate.actors.control import Passivate
+from scopestate.actors.scope import Passivate
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter, ScopeChange, ScopeState
 from scopestate.persistence.sqlite.database import connect
@@ -230,7 +230,7 @@ def test_a_load_that_fails_is_the_error_of_its_call_and_works_again_afterwards(
     engine = open_engine(durability, adapter=adapter)
     engine.set("s", "k", 1)
     engine.flush()
-    assert engine._scopes["s"].run(Passivate())
+    assert engine._scopes["s"].housekeep(Passivate())
     adapter.break_("load", "scopes")
     calls: dict[str, list[Callable[[], Any]]] = {
         "GET_ERROR": [

@@ -18,7 +18,7 @@ from linearizability.history import History, run_clients
 from reliability.figures import record
 
 from scopestate import Engine
-from scopestate.actors.control import Passivate
+from scopestate.actors.scope import Passivate
 from scopestate.config import Config, KvOptions, from_mapping
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter, ScopeChange
@@ -99,7 +99,7 @@ class Disturber(threading.Thread):
             for place, actor in enumerate(shuffled(list(directory.values()))):
                 if place:
                     self.may_begin.set()
-                self.passivated += actor.run(Passivate(), False)
+                self.passivated += actor.housekeep_now(Passivate()) is True
             self.may_begin.set()
             self.history.rounds = rounds
             if rounds % 20 == 0:
@@ -252,7 +252,7 @@ def test_memory_only_scopes_stay_unless_they_were_never_written() -> None:
         engine.set("a", "k", 1)
         engine.get("b", "k")
         for actor in list(engine._scopes.values()):
-            actor.run(Passivate())
+            actor.housekeep(Passivate())
 
         assert list(engine._scopes) == ["a"]
         assert engine.get("a", "k") == 1

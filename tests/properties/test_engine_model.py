@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from linearizability.model import MISSING, ScopeModel, State, text_of
 
 from scopestate import Engine, messages
-from scopestate.actors.control import Passivate
+from scopestate.actors.scope import Passivate
 from scopestate.config import Config, TriggerConfig, from_mapping
 from scopestate.persistence import FileAdapter
 
@@ -215,7 +215,7 @@ class EngineMachine(RuleBasedStateMachine):
     def passivate(self, scope: str) -> None:
         self.engine.flush()
         if scope in self.engine._scopes:
-            assert self.engine._scopes[scope].run(Passivate()) is True
+            assert self.engine._scopes[scope].housekeep(Passivate()) is True
             assert scope not in self.engine._scopes
 
     @rule()

@@ -16,8 +16,8 @@ from reliability.living import InThread, until
 from servers import Server, StartServer
 
 from scopestate import Engine, messages
-from scopestate.actors.control import Housekeeping, Passivate
 from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.scope import Housekeeping, Passivate
 from scopestate.actors.turn import arranging
 from scopestate.errors import ReplyTimeout, StorageError, WouldDeadlock
 from scopestate.ops import turns
@@ -132,7 +132,7 @@ def test_a_conflict_goes_before_the_calls_that_wait_behind_it(valkey: Server) ->
     with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
         engine.set("s", "k", 0)
         flights = actor_of(engine)._flights
-        tried, behind = (Call(turns.Update("k", ()), None, 0, None) for _ in range(2))
+        tried, behind = (Call(turns.Update("k", ()), None, 0) for _ in range(2))
         tried.after = b"1"
         flights._lane("k", NEVER).calls.append(behind)
 
@@ -147,7 +147,7 @@ def test_a_skipped_call_whose_update_is_gone_finds_a_lane_that_is_due(valkey: Se
     with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
         engine.set("s", "k", 0)
         flights = actor_of(engine)._flights
-        skipped = Call(turns.Update("k", ()), None, 0, None)
+        skipped = Call(turns.Update("k", ()), None, 0)
 
         flights._finish(skipped, SKIPPED)
 
@@ -181,8 +181,8 @@ def test_a_housekeeping_turn_that_turns_the_alarm_away_calls_the_link_again(
             assert turned_away.wait(PATIENCE_S)  # within the turn: the claim is taken
 
         monkeypatch.setattr(actor, "board", watched)
-        monkeypatch.setattr(actor, "_on_rare", keep_house)
-        actor.run(Passivate())
+        monkeypatch.setattr(actor, "_housekeep", keep_house)
+        actor.housekeep(Passivate())
 
         assert waiting.get(timeout=PATIENCE_S).new_value == 11
 
@@ -236,7 +236,7 @@ def test_a_scope_with_an_update_in_its_pause_does_not_leave_memory(
         actor = actor_of(engine)
         actor.touched = False
 
-        assert actor.run(Passivate(), False) is False
+        assert actor.housekeep_now(Passivate()) is False
         assert not actor._passivated
 
         assert caller.result() == 11
@@ -259,7 +259,7 @@ def test_code_that_interrupts_a_wake_up_makes_it_again_before_it_waits(valkey: S
         engine.set("s", "k", 0)
         actor = actor_of(engine)
         # As it is when that comes after the flag is set, and before the link is called.
-        actor._mailbox += (Envelope(messages.Set("s", "k", 1), Reply()),)
+        actor._mailbox += (Envelope(turns.Set("k", b"1"), Reply()),)
         found: list[object] = []
 
         def interrupted() -> None:
@@ -310,9 +310,7 @@ def test_a_write_that_fails_leaves_nothing_to_rely_on_and_lets_those_behind_it_g
         assert flights._seen.get("k") is not None
         flights._lane("k", NEVER)
 
-        flights.give_up(
-            [Call(turns.Update("k", ()), None, 0, None)], StorageError("the connection was lost, says the test")
-        )
+        flights.give_up([Call(turns.Update("k", ()), None, 0)], StorageError("the connection was lost, says the test"))
 
         assert flights._seen.get("k") is None
         assert flights.lanes["k"].due == 0.0

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from scopestate import Engine, StateEvent
+from scopestate.ops import turns
+from scopestate.ops.results import SetResult
 from scopestate.persistence import FileAdapter
 
 PATIENCE_S = 20.0
@@ -98,24 +100,20 @@ def until(condition: Callable[[], bool], what: str) -> None:
         pause.wait(0.0005)
 
 
+class _Interrupted(turns.Set, frozen=True):
+    """A set that calls something in the middle of its turn."""
+
+    within: Callable[[], object]
+
+    def decide(self, view: turns.View) -> turns.Effects[SetResult]:
+        self.within()
+        return super().decide(view)
+
+
 def in_a_turn(engine: Engine, action: Callable[[], Any]) -> Any:
     """Call `action()` on this thread, in the middle of a turn of scope "s"."""
-    actor = engine._scopes["s"]
     outcome: list[Any] = []
-    original = actor._event
-
-    def event(*arguments: Any) -> Any:
-        del actor._event  # type: ignore[attr-defined]  # once
-        outcome.append(action())
-        return original(*arguments)
-
-    actor._event = event  # type: ignore[method-assign]
-    engine.register_function("in_a_turn", lambda _: None)
-    trigger = engine.register_trigger(function_id="in_a_turn", scope="s", trigger_id="in_a_turn")
-    try:
-        engine.set("s", "turn", 1)
-    finally:
-        trigger.unregister()
+    engine._scopes["s"].run(_Interrupted("turn", b"1", lambda: outcome.append(action())))
     return outcome[0]
 
 

@@ -23,8 +23,7 @@ from reliability.interrupting import Interruption, interrupt_at
 from reliability.living import PATIENCE_S, InThread, Seen, saved, until
 
 from scopestate import Engine, messages
-from scopestate.actors.commit import CommitScopeActor
-from scopestate.actors.scope import ScopeActor
+from scopestate.actors.local import LocalScope
 from scopestate.ops.values import decode
 
 # An exception that a signal handler raises inside a weakref callback (the standard library has some) is dropped by
@@ -48,11 +47,13 @@ WRITES: dict[str, Write] = {
 }
 
 
-def scope_of(engine: Engine, scope: str = "s") -> ScopeActor:
-    return engine._scopes[scope]
+def scope_of(engine: Engine, scope: str = "s") -> LocalScope:
+    actor = engine._scopes[scope]
+    assert isinstance(actor, LocalScope)
+    return actor
 
 
-def state_of(actor: ScopeActor) -> dict[str, Any]:
+def state_of(actor: LocalScope) -> dict[str, Any]:
     return {key: decode(data) for key, data in (actor._values or {}).items()}
 
 
@@ -249,8 +250,8 @@ def _names(instruction: dis.Instruction) -> tuple[str, ...]:
 
 
 def test_the_stretch_of_a_write_has_no_place_where_a_signal_could_come() -> None:
-    """Whoever puts a call or a loop between these lines of `ScopeActor._write` gives up that writes are whole."""
-    instructions = list(dis.get_instructions(ScopeActor._write))
+    """Whoever puts a call or a loop between these lines of `LocalScope._write` gives up that writes are whole."""
+    instructions = list(dis.get_instructions(LocalScope._write))
     stores = [place for place, found in enumerate(instructions) if "outbox" in _names(found)]
     first = max(place for place in stores if instructions[place].opname.startswith("STORE"))
     begin = next(
@@ -273,9 +274,8 @@ def test_the_stretch_of_a_write_has_no_place_where_a_signal_could_come() -> None
     assert before == set()
     # Names read in the stretch are plain attributes: a property would be a call.
     attributes = {found.argval for found in stretch if found.opname in ("LOAD_ATTR", "STORE_ATTR", "LOAD_METHOD")}
-    for kind in (ScopeActor, CommitScopeActor):
-        for name in attributes:
-            assert not hasattr(getattr(kind, name, None), "__get__"), f"{kind.__name__}.{name} has code behind it"
+    for name in attributes:
+        assert not hasattr(getattr(LocalScope, name, None), "__get__"), f"LocalScope.{name} has code behind it"
 
 
 def test_the_tables_that_the_stretch_changes_are_plain_dicts_and_lists(open_engine: OpenEngine) -> None:

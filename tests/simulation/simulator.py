@@ -13,10 +13,10 @@ from unittest import mock
 import msgspec
 
 from scopestate import Engine, StateEvent, lifecycle
-from scopestate.actors.commit import CommitScopeActor
-from scopestate.actors.control import Passivate
 from scopestate.actors.deterministic import DeterministicDispatcher
-from scopestate.actors.scope import ScopeActor
+from scopestate.actors.gate import Gate
+from scopestate.actors.local import LocalScope
+from scopestate.actors.scope import Passivate
 from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, ScopeRule
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.opening import durability_of
@@ -283,7 +283,7 @@ class World:
             if actors:
                 actor = draw.choice(actors)
                 life.note(lambda: f"passivate {actor.scope}")
-                life.dispatcher.submit(lambda: actor.run(Passivate()))
+                life.dispatcher.submit(lambda: actor.housekeep(Passivate()))
         elif chance < 0.14:
             disk.failing_saves = draw.randint(1, 3)
             life.note(lambda: f"the next {disk.failing_saves} saves will fail")
@@ -312,12 +312,12 @@ class World:
 @contextlib.contextmanager
 def observed() -> Iterator[None]:
     """Have the scopes of simulated engines tell their model what they do. Within another one it does nothing."""
-    if ScopeActor._write.__module__ == __name__:
+    if LocalScope._write.__module__ == __name__:
         yield
         return
-    write, roll_back = ScopeActor._write, CommitScopeActor._roll_back
+    write, roll_back = LocalScope._write, Gate._roll_back
 
-    def observed_write(actor: ScopeActor, key: str, old: bytes | None, new: bytes | None) -> None:
+    def observed_write(actor: LocalScope, key: str, old: bytes | None, new: bytes | None) -> None:
         model = _model_of(actor)
         # Before the write, because others may look right after it; nobody can look between here and its refusal.
         with model.watching():
@@ -330,26 +330,27 @@ def observed() -> Iterator[None]:
                 model.refuse_write(actor.scope)
             raise
 
-    def observed_roll_back(actor: CommitScopeActor, batch: Any, error: StorageError) -> Any:
+    def observed_roll_back(gate: Gate, batch: Any, error: StorageError) -> Any:
+        actor = gate._scope
         if not actor._passivated:  # else only reads were left here, and another actor has the scope
             with _model_of(actor).watching():
                 _model_of(actor).rolled_back(actor.scope)
-        return roll_back(actor, batch, error)
+        return roll_back(gate, batch, error)
 
     logger = logging.getLogger("scopestate")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)  # the faults are meant, and a thousand runs would fill a disk
     try:
         with (
-            mock.patch.object(ScopeActor, "_write", observed_write),
-            mock.patch.object(CommitScopeActor, "_roll_back", observed_roll_back),
+            mock.patch.object(LocalScope, "_write", observed_write),
+            mock.patch.object(Gate, "_roll_back", observed_roll_back),
         ):
             yield
     finally:
         logger.setLevel(level)
 
 
-def _model_of(actor: ScopeActor) -> Model:
+def _model_of(actor: LocalScope) -> Model:
     store = actor._around.store
     assert isinstance(store, DiskAdapter)
     return store.model

@@ -10,14 +10,14 @@ import msgspec
 import pytest
 
 from scopestate.actors import snapshot
-from scopestate.actors.commit import CommitScopeActor
+from scopestate.actors.gate import Gate
 from scopestate.actors.handler import HandlerActor
+from scopestate.actors.local import LocalScope
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import SnapshotActor
-from scopestate.actors.turn import HOLDER, WAIT, TurnActor
+from scopestate.actors.turn import HOLDER
 from scopestate.closing import Closing
 from scopestate.errors import StorageError
-from scopestate.ops.results import SetResult
 from scopestate.persistence import ScopeChange
 from tests.simulation.__main__ import main
 from tests.simulation.simulator import Failure, observed, simulate
@@ -28,34 +28,38 @@ Patch = pytest.MonkeyPatch
 
 
 def events_of_a_commit_scope_leave_before_the_commit(patch: Patch) -> None:
-    made = CommitScopeActor.__init__
+    made, write = LocalScope.__init__, LocalScope._write
 
-    def make(self: CommitScopeActor, *args: Any, **kwargs: Any) -> None:
+    def make(self: LocalScope, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
         self._outbox = self._router.outlet
 
-    patch.setattr(CommitScopeActor, "__init__", make)
-    patch.setattr(CommitScopeActor, "_announce", ScopeActor._announce)
+    def announce(self: LocalScope, key: str, old: bytes | None, new: bytes | None) -> None:
+        write(self, key, old, new)
+        self._router.wake()
+
+    patch.setattr(LocalScope, "__init__", make)
+    patch.setattr(LocalScope, "_write", announce)
 
 
 def a_commit_scope_answers_before_the_commit(patch: Patch) -> None:
-    patch.setattr(CommitScopeActor, "_answer", TurnActor._answer)
+    patch.setattr(Gate, "hold", lambda self, turn, reply, answer: reply.set(answer))
 
 
 def a_reader_sees_what_is_not_committed(patch: Patch) -> None:
-    patch.setattr(CommitScopeActor, "peek", ScopeActor.peek)
+    patch.setattr(LocalScope, "readable", property(lambda self: self._values, lambda self, values: None))
 
 
 def a_failed_commit_leaves_memory_as_it_is(patch: Patch) -> None:
-    roll_back = CommitScopeActor._roll_back
+    roll_back = Gate._roll_back
 
-    def keep(self: CommitScopeActor, batch: Any, error: StorageError) -> Any:
-        values = self._values
+    def keep(self: Gate, batch: Any, error: StorageError) -> Any:
+        values = self._scope._values
         outcomes = roll_back(self, batch, error)
-        self._values = values
+        self._scope._hold(values)
         return outcomes
 
-    patch.setattr(CommitScopeActor, "_roll_back", keep)
+    patch.setattr(Gate, "_roll_back", keep)
 
 
 def a_failed_save_forgets_its_batch(patch: Patch) -> None:
@@ -85,52 +89,52 @@ def a_retried_save_writes_older_over_newer(patch: Patch) -> None:
 
 
 def a_dirty_scope_is_passivated(patch: Patch) -> None:
-    passivate = ScopeActor._passivate
+    passivate = LocalScope._passivate
 
-    def leave(self: ScopeActor) -> bool:
+    def leave(self: LocalScope) -> bool:
         if self._dirty is not None:
             self._dirty, self._saved = {}, self._sequence
         return passivate(self)
 
-    patch.setattr(ScopeActor, "_passivate", leave)
+    patch.setattr(LocalScope, "_passivate", leave)
 
 
 def new_keys_are_saved_in_reverse(patch: Patch) -> None:
-    collect = ScopeActor._collect
+    collect = LocalScope.collect
 
-    def misplace(self: ScopeActor) -> ScopeChange | None:
+    def misplace(self: LocalScope) -> ScopeChange | None:
         change = collect(self)
         if change is None:
             return None
         return msgspec.structs.replace(change, positions={key: 1000 - rank for key, rank in change.positions.items()})
 
-    patch.setattr(ScopeActor, "_collect", misplace)
+    patch.setattr(LocalScope, "collect", misplace)
 
 
 def a_wake_up_is_lost_when_a_turn_ends(patch: Patch) -> None:
-    def run(self: ScopeActor, message: Any, otherwise: Any = WAIT) -> Any:
+    original = ScopeActor.run
+
+    def run(self: LocalScope, message: Any) -> Any:
         claim, me = self._claim, get_ident()
         if not claim and claim.setdefault(HOLDER, me) == me:
             try:
                 return self.on_receive(message)
             finally:
                 del claim[HOLDER]
-        return self._run_queued(message) if otherwise is WAIT else otherwise
+        return original(self, message)
 
-    patch.setattr(ScopeActor, "run", run)
+    patch.setattr(LocalScope, "run", run)
 
 
 def two_threads_run_one_scope(patch: Patch) -> None:
-    def put(self: ScopeActor, key: str, data: bytes) -> SetResult:
-        values = self._values
-        assert values is not None
-        old = values.get(key)
-        self._dispatcher.give_way()  # type: ignore[attr-defined]  # as a thread may be stopped anywhere
-        self._write(key, old, data)
-        return SetResult(old, data)
+    write = LocalScope._write
 
-    patch.setattr(ScopeActor, "_put", put)
-    patch.setattr(ScopeActor, "run", lambda self, message, otherwise=WAIT: self.on_receive(message))
+    def slow(self: LocalScope, key: str, old: bytes | None, new: bytes | None) -> None:
+        self._dispatcher.give_way()  # type: ignore[attr-defined]  # as a thread may be stopped anywhere
+        write(self, key, old, new)
+
+    patch.setattr(LocalScope, "_write", slow)
+    patch.setattr(LocalScope, "run", lambda self, turn: self.on_receive(turn))
 
 
 def two_threads_run_one_handler(patch: Patch) -> None:
@@ -152,7 +156,7 @@ def the_interval_is_not_kept(patch: Patch) -> None:
 
 
 def a_sender_overtakes_itself(patch: Patch) -> None:
-    patch.setattr(ScopeActor, "keep_order", lambda self: None)
+    patch.setattr(LocalScope, "keep_order", lambda self: None)
 
 
 BUGS: list[Callable[[Patch], None]] = [

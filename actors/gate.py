@@ -1,0 +1,186 @@
+"""What holds back the answers and events of a scope until they are on disk: `durability: commit`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgspec
+
+from scopestate.actors.ports import ScopeChange
+from scopestate.actors.reply import Envelope, ReplyTo
+from scopestate.actors.scope import Housekeeping, Surroundings
+from scopestate.actors.turn import BUSY
+from scopestate.errors import ScopestateError, StorageError
+from scopestate.ops.turns import Turn
+
+if TYPE_CHECKING:
+    from scopestate.actors.local import LocalScope
+
+A = TypeVar("A")
+
+Outcome = tuple[ReplyTo, Any, BaseException | None]
+"""A reply with its value or its error, ready to deliver."""
+
+Held = tuple[Turn[Any], ReplyTo, Any]
+"""A turn that was run, its reply, and the answer that waits."""
+
+
+class Batch(msgspec.Struct, frozen=True, eq=False):
+    """What one scope has in a commit: the changes, and what the commit lets out."""
+
+    actor: LocalScope
+    change: ScopeChange | None
+    events: list[Any]
+    waiting: list[Held]
+
+    def settle(self) -> list[Outcome]:
+        """The commit worked."""
+        return self.actor.housekeep(Settle(self))
+
+    def roll_back(self, error: StorageError) -> list[Outcome]:
+        """The commit failed; nothing of it is on disk."""
+        return self.actor.housekeep(RollBack(self, error))
+
+
+class TakeBatch(Housekeeping[Batch], frozen=True):
+    """Hand over what waits for a commit."""
+
+
+class Settle(Housekeeping[list[Outcome]], frozen=True):
+    """The batch is on disk: let its events out. Answer: its outcomes."""
+
+    batch: Batch
+
+
+class RollBack(Housekeeping[list[Outcome]], frozen=True):
+    """The batch could not be saved: forget it, and everything that was built on it. Answer: the outcomes."""
+
+    batch: Batch
+    error: StorageError
+
+
+_KINDS: Final = (TakeBatch, Settle, RollBack)
+
+
+class Gate:
+    """The gate of one scope, behind each of its turns.
+
+    A write changes memory in its turn, as in any scope; its answer and its event are held back until the actor that
+    saves has committed it. No reader sees what is not on disk: a read of a key with an open write waits for the same
+    commit. If the commit fails, its callers get the error, its events are dropped, and the scope is loaded from disk
+    again, so that memory, disk and events agree.
+
+    Thread rules: `read` and `refuse_in_turns` from any thread, everything else within the scope's turn.
+    """
+
+    def __init__(self, scope: LocalScope, around: Surroundings) -> None:
+        self._scope = scope
+        self._router = around.router
+        self._snapshot = around.snapshot
+        self.outbox: list[Any] = []
+        """Events that wait for the next commit."""
+        self.unsettled = False
+        """True while memory has what may not be on disk."""
+        self._waiting: list[Held] = []
+        self._committing: dict[str, bytes | None] = {}
+        """The changes of the commit that is under way."""
+
+    def read(self, turn: Turn[A]) -> A:
+        """Return the answer of a read if everything in memory is on disk, else BUSY."""
+        scope, answer = self._scope, BUSY
+        view = scope._view
+        if turn.writes or view is None or not scope._direct:
+            return answer  # type: ignore[no-any-return]  # BUSY stands for any answer
+        answer = turn.decide(view).answer
+        # Looked at after the values were read. If all is settled now and the scope was not loaded anew meanwhile, then
+        # what was read is on disk.
+        if self.unsettled or view is not scope._view:
+            return BUSY  # type: ignore[no-any-return]  # as above
+        scope.touched = True
+        return answer
+
+    def refuse_in_turns(self) -> None:
+        """Raise WouldDeadlock if this thread is in the middle of a turn that the next commit must wait for.
+
+        A finalizer may run anywhere: in the middle of a commit too.
+        """
+        self._snapshot._refuse_own_turn()
+        for actor in list(self._snapshot.committing.values()):
+            actor._refuse_own_turn()
+
+    def is_waiting(self) -> bool:
+        """True while a caller waits for a commit.
+
+        Reads that wait are in the registry under the scope's name, which a successor would take.
+        """
+        return self.unsettled or bool(self._waiting)
+
+    def hold(self, turn: Turn[Any], reply: ReplyTo, answer: Any) -> None:
+        """Deliver the answer of a turn, now or behind the commit that it depends on."""
+        if turn.writes:
+            self._waiting += ((turn, reply, answer),)  # the commit of its change was asked for
+        elif self.unsettled and self._is_open(turn):
+            self._waiting += ((turn, reply, answer),)
+            self._snapshot.committing[self._scope.scope] = self._scope
+            self._snapshot.commit_soon()
+        else:
+            reply.set(answer)
+
+    def _is_open(self, turn: Turn[Any]) -> bool:
+        """True if a read touches what is not on disk yet."""
+        keys = turn.keys
+        return keys is None or self._scope.is_dirty(keys) or any(key in self._committing for key in keys)
+
+    # -------------------------------------------------------------------------------------------------------- commits
+
+    def understands(self, message: Housekeeping[Any]) -> bool:
+        """True for a message of a commit."""
+        return isinstance(message, _KINDS)
+
+    def housekeep(self, message: Housekeeping[Any]) -> Any:
+        """Do one step of a commit."""
+        match message:
+            case Settle(batch=batch):
+                return self._settle(batch)
+            case RollBack(batch=batch, error=error):
+                return self._roll_back(batch, error)
+            case _:
+                return self._take_batch()
+
+    def _take_batch(self) -> Batch:
+        scope = self._scope
+        batch = Batch(scope, scope.collect(), self.outbox, self._waiting)
+        self.outbox = scope._outbox = []
+        self._waiting = []
+        self._committing = batch.change.values if batch.change is not None else {}
+        return batch
+
+    def _settle(self, batch: Batch) -> list[Outcome]:
+        # What may need memory comes first, so that a turn that broke off can be done again: the events go out once.
+        outcomes: list[Outcome] = [(reply, answer, None) for _, reply, answer in batch.waiting]
+        if batch.change is not None:
+            self._scope.saved(batch.change.sequence)
+        self._committing = {}
+        if not self._scope._dirty and not self._waiting:
+            self.unsettled = False
+        # Events before answers: the caller that has the answer may call drain() and count on the event.
+        self._router.publish(batch.events)
+        return outcomes
+
+    def _roll_back(self, batch: Batch, error: StorageError) -> list[Outcome]:
+        scope = self._scope
+        waiting = batch.waiting + self._waiting
+        scope.forget_changes()
+        self.outbox = scope._outbox = []
+        self._waiting, self._committing = [], {}
+        self.unsettled = False
+        outcomes: list[Outcome] = []
+        for turn, reply, _ in waiting:
+            if turn.writes:
+                outcomes.append((reply, None, turn.failed(error)))
+            else:
+                try:
+                    scope.post(Envelope(turn, reply))  # read again, from disk
+                except ScopestateError as refusal:
+                    reply.fail(refusal)
+        return outcomes
