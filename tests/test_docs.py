@@ -220,20 +220,41 @@ def test_cited_pages_exist() -> None:
     assert {(file, page) for file, page in cited if not (ROOT / page).exists()} == set()
 
 
-def test_reading_the_source_names_files_and_functions_that_exist() -> None:
-    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n## Reading the source\n")[1]
-    files = re.findall(r"`(\w+/\w+\.py)`", guide)
-    methods = re.findall(r"`([A-Z]\w+)\.(\w+)`", guide)
-    source = "\n".join(
-        file.read_text(encoding="utf-8")
-        for package in ("actors", "config", "engine", "ops", "persistence")
-        for file in sorted((ROOT / package).rglob("*.py"))
-    )
+def _guide() -> str:
+    """Return what CONTRIBUTING says about the source, from the walk to the end."""
+    return _text("CONTRIBUTING.md").split("\n## Reading the source\n")[1]
 
-    assert len(files) >= 10
+
+def test_reading_the_source_names_files_and_functions_that_exist() -> None:
+    guide = _guide()
+    files = re.findall(r"`(\w+/[\w/]+\.(?:py|json))`", guide)
+    methods = re.findall(r"`([A-Z_]\w+)\.(?!md)(\w+)`", guide)
+    source = "\n".join(file.read_text(encoding="utf-8") for file in SOURCES if file.suffix == ".py")
+
+    assert len(files) >= 30
     assert [file for file in files if not (ROOT / file).exists()] == []
-    assert len(methods) >= 10
+    assert len(methods) >= 15
     assert [name for name in methods if not _defines(source, *name)] == []
+
+
+def test_each_name_that_follows_a_file_is_in_that_file() -> None:
+    following = re.findall(r"`(\w+/[\w/]+\.py)`, `(?:([A-Z_]\w+)\.)?(\w+)`", _guide())
+
+    assert len(following) >= 15
+    for file, owner, name in following:
+        text = _text(file)
+        assert _defines(text, owner, name) if owner else re.search(rf"^(?:def|class) {name}\b", text, re.MULTILINE), (
+            name
+        )
+
+
+def test_each_line_that_the_table_quotes_stands_in_its_file() -> None:
+    rows = [row.split(" | ") for row in _guide().splitlines() if row.startswith("| ") and "`" in row]
+
+    assert len(rows) >= 8
+    for _, place, line in rows:
+        file = re.findall(r"`([^`]+)`", place)[0]
+        assert line.strip(" |`") in _text(file), line
 
 
 def _defines(source: str, owner: str, method: str) -> bool:
