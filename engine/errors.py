@@ -104,7 +104,10 @@ class FunctionNotFound(ScopestateError):
         self.function_id = function_id
 
     def __str__(self) -> str:
-        return f"Function {self.function_id} not found"
+        name = self.function_id
+        if len(name) > 500:  # a worker may send an id of megabytes, and would get it back
+            name = f"{name[:500]}... ({len(name)} characters)"
+        return f"Function {name} not found"
 
 
 class FunctionFailed(ScopestateError):

@@ -535,6 +535,34 @@ def test_a_call_that_another_worker_executes_does_not_hold_its_input(connect: Op
         wait_until(lambda: held_bytes(server) == 0)
 
 
+def test_calls_beyond_the_bytes_that_may_wait_are_refused_although_answers_repeat_the_baggage(connect: OpenRaw) -> None:
+    with Engine() as engine, Server(engine, config=server_config({"port": 0, "max_call_bytes": 1_000_000})) as server:
+        executor, caller = connect(server), connect(server)
+        executor.register("f")
+        baggage = "b=" + "x" * 60_000
+        # Sent while the answers are read: they are as large as the calls, and a caller that reads none is cut off.
+        sending = threading.Thread(target=lambda: [caller.invoke("f", 1, baggage=baggage) for _ in range(100)])
+        sending.start()
+
+        answers = [caller.receive() for _ in range(100 - 17)]  # the 17th is the one that reaches the limit
+
+        assert {answer["error"]["code"] for answer in answers} == {"OVERLOADED"}
+        assert {answer["baggage"] for answer in answers} == {baggage}
+        sending.join(PATIENCE_S)
+        for _ in range(17):
+            executor.answer(executor.take("f"), result=2)
+        assert [caller.receive()["result"] for _ in range(17)] == [2] * 17
+        assert caller.call("engine::functions::list", {})["functions"]
+
+
+def test_the_id_of_a_function_that_is_not_there_is_not_repeated_whole(connect: OpenRaw) -> None:
+    with Engine() as engine, Server(engine, config=server_config({"port": 0})) as server:
+        error = connect(server).ask("f" * 1_000_000, 1)["error"]
+
+    assert error["code"] == "function_not_found"
+    assert error["message"] == f"Function {'f' * 500}... (1000000 characters) not found"
+
+
 def session_ids(server: Server) -> list[str]:
     return [found for worker in server._hub.workers.values() for found in worker.session.executing]  # type: ignore[union-attr]
 
