@@ -80,7 +80,7 @@ UNDECLARED = {
     "WSProtocol": Private(
         "picows",
         "the server hands over accepted sockets, picows's public function listens itself",
-        "tests/server/test_doorway.py::test_picows_makes_its_protocol_as_the_server_does",
+        "tests/server/test_handshakes.py::test_picows_makes_its_protocol_as_the_server_does",
     ),
 }
 """Names without an underscore that the library's stubs and documentation do not name."""

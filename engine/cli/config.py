@@ -23,7 +23,7 @@ from scopestate.errors import ConfigError
 from scopestate.opening import load_libraries
 from scopestate.paths import expand_home
 from scopestate.server import access
-from scopestate.server.doorway import Certificates
+from scopestate.server.handshakes import Certificates
 
 app = typer.Typer(no_args_is_help=True, help="Check a configuration file, or show what it means.")
 

@@ -31,15 +31,14 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 from scopestate.config import AuthConfig, Config, ServerConfig
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
-from scopestate.server.access import Access, Gate
+from scopestate.server.access import Access, AccessCheck
 from scopestate.server.channels import Channels
 from scopestate.server.connections import GOING, POLICY, Batches, Connection, Registry
-from scopestate.server.doorway import Certificates, Doorway, Request, Response
+from scopestate.server.handshakes import Certificates, Handshakes, Request, Response
+from scopestate.server.hub import Hub
 from scopestate.server.skipping import Refusing, Telemetry
-from scopestate.server.worker import Worker
-from scopestate.server.worker_connections import WorkerConnection
-from scopestate.server.worker_triggers import FUNCTIONS_AVAILABLE
-from scopestate.server.workers import Hub
+from scopestate.server.triggers import FUNCTIONS_AVAILABLE
+from scopestate.server.worker import Worker, WorkerConnection
 from scopestate.signals import Guard, join, wait_for
 from scopestate.wire.frames import Error, ErrorBody, encode
 from scopestate.wire.options import LIMIT_HEADER, limit_in
@@ -124,9 +123,9 @@ class Server:
         engine._parts.config.adapter.config.refuse_server(self.config.host, self.config.port)
         self._owns_engine = owns_engine
         self._follows = config is not None and config is engine._parts.config.server
-        self._gate = Gate(self.config)
+        self._access_check = AccessCheck(self.config)
         self._certificates = None if self.config.tls is None else Certificates(self.config.tls)
-        self._doorway = self._make_doorway()
+        self._handshakes = self._make_handshakes()
         self._batches = Batches()
         self._connections = Registry()
         self._telemetry = Registry()
@@ -178,8 +177,8 @@ class Server:
             self.url,
             len(workers),
             len(self._connections) + len(self._telemetry),
-            len(self._doorway),
-            self._doorway.turned_away,
+            len(self._handshakes),
+            self._handshakes.turned_away,
             sum(len(worker.functions) for worker in workers),
             0 if hub is None else len(hub.triggers),
             0 if hub is None else hub.calls,
@@ -280,7 +279,7 @@ class Server:
             for listener in listeners:
                 listener.listen(1024)
                 self.port = listener.getsockname()[1]
-                tasks.append(asyncio.create_task(self._doorway.accept_from(listener)))
+                tasks.append(asyncio.create_task(self._handshakes.accept_from(listener)))
             log.info("serving workers on %s", self.url)
             self._follow_reloads()
             self._listening.set()
@@ -291,12 +290,12 @@ class Server:
             await asyncio.gather(*tasks, return_exceptions=True)  # before the sockets that they wait for are closed
             for listener in listeners:
                 listener.close()
-            self._doorway.close()
+            self._handshakes.close()
             if self._follows:
                 self.engine._parts.reconfigured = None
             await self._close_connections()
 
-    def _make_doorway(self) -> Doorway:
+    def _make_handshakes(self) -> Handshakes:
         def make_protocol() -> asyncio.BufferedProtocol:
             return _WSProtocol(
                 None,  # host and port: a client's
@@ -305,7 +304,7 @@ class Server:
                 self._admit,
                 logging.getLogger("picows.server"),
                 True,  # an exception in a listener ends the connection
-                None,  # the doorway has a time limit of its own
+                None,  # `Handshakes` has a time limit of its own
                 False,  # no pings to clients
                 20,
                 20,
@@ -316,7 +315,7 @@ class Server:
                 4096,
             )
 
-        return Doorway(self._respond, make_protocol, self._certificates, self.config.max_connections)
+        return Handshakes(self._respond, make_protocol, self._certificates, self.config.max_connections)
 
     async def _close_connections(self) -> None:
         if self._owns_engine:
@@ -354,7 +353,7 @@ class Server:
         if hub is None:
             return
         try:
-            withdrawn = self._gate.reload(AuthConfig() if config is None else config.auth)
+            withdrawn = self._access_check.reload(AuthConfig() if config is None else config.auth)
         except ConfigError as error:
             log.warning("the tokens of the new configuration were not taken up, those before stay: %s", error)
             return
@@ -377,7 +376,7 @@ class Server:
         """Choose what a connection is for, by its path; or refuse it."""
         path, _, query = request.path.decode("latin-1").partition("?")
         headers = request.headers
-        if not self._gate.admits_origin(headers.get("Origin")):
+        if not self._access_check.admits_origin(headers.get("Origin")):
             return _refusal(HTTPStatus.FORBIDDEN, "web pages of this origin may not connect: see `origins`")
         hub, channels = self._hub, self._channels
         if hub is None or channels is None:
@@ -394,7 +393,7 @@ class Server:
             return end  # None is answered 404
         if path not in ("/", "/otel"):
             return None
-        admitted, access = self._gate.admits(headers.get("Authorization"))
+        admitted, access = self._access_check.admits(headers.get("Authorization"))
         if not admitted:
             hub.refused += 1
             return self._refuse(path)
@@ -459,7 +458,7 @@ class Server:
         health = self.engine.health()
         status = HTTPStatus.OK if health.ok else HTTPStatus.SERVICE_UNAVAILABLE
         told: dict[str, Any] = {"status": "ok" if health.ok else "failing"}
-        admitted, access = self._gate.admits(authorization)
+        admitted, access = self._access_check.admits(authorization)
         if admitted and access is not None and access.full:
             told["health"] = health
         headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}

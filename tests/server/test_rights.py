@@ -22,7 +22,7 @@ from scopestate import Engine
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig, from_mapping
 from scopestate.errors import ConfigError, Forbidden
 from scopestate.ops.functions import BUILT_IN
-from scopestate.server.access import Access, Gate
+from scopestate.server.access import Access, AccessCheck
 from scopestate.server.server import Server
 
 ADMIN = "admin-token-0001"
@@ -181,7 +181,7 @@ def test_a_pattern_covers_the_engines_ids_only_if_it_names_them(
 def test_the_same_token_twice_is_an_error() -> None:
     tokens = (TokenConfig(token=GUEST), TokenConfig(token=GUEST, read=("*",)))
     with pytest.raises(ConfigError, match="same token"):
-        Gate(ServerConfig(auth=AuthConfig(tokens)))
+        AccessCheck(ServerConfig(auth=AuthConfig(tokens)))
 
 
 def test_every_state_function_has_a_rule() -> None:

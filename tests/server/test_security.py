@@ -18,7 +18,7 @@ from websockets.exceptions import InvalidStatus
 from scopestate import Engine
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig, from_mapping, loads
 from scopestate.errors import ConfigError
-from scopestate.server.access import Gate, is_loopback
+from scopestate.server.access import AccessCheck, is_loopback
 from scopestate.server.server import Server
 
 TLS = Path(__file__).parent / "tls"
@@ -35,15 +35,18 @@ def bearer(token: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost", "LOCALHOST"])
 def test_loopback_needs_no_token(host: str) -> None:
-    assert Gate(ServerConfig(host=host)).admits(None) == (True, None)
+    assert AccessCheck(ServerConfig(host=host)).admits(None) == (True, None)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.1", "example.org"])
 def test_other_addresses_need_a_token_or_insecure(host: str) -> None:
     with pytest.raises(ConfigError, match=r"auth\.tokens.*insecure: true"):
-        Gate(ServerConfig(host=host))
-    assert Gate(ServerConfig(host=host, insecure=True)).admits(None) == (True, None)
-    assert Gate(ServerConfig(host=host, auth=AuthConfig((TokenConfig(token=ADMIN),)))).admits(None) == (False, None)
+        AccessCheck(ServerConfig(host=host))
+    assert AccessCheck(ServerConfig(host=host, insecure=True)).admits(None) == (True, None)
+    assert AccessCheck(ServerConfig(host=host, auth=AuthConfig((TokenConfig(token=ADMIN),)))).admits(None) == (
+        False,
+        None,
+    )
 
 
 def test_is_loopback_is_not_fooled() -> None:
@@ -56,14 +59,17 @@ def test_is_loopback_is_not_fooled() -> None:
     [None, "", ADMIN, f"Basic {ADMIN}", "Bearer", "Bearer ", f"Bearer {ADMIN}x", "Bearer " + "x" * 9_000],
 )
 def test_a_wrong_token_is_not_admitted(authorization: str | None) -> None:
-    assert Gate(ServerConfig(auth=AuthConfig((TokenConfig(token=ADMIN),)))).admits(authorization) == (False, None)
+    assert AccessCheck(ServerConfig(auth=AuthConfig((TokenConfig(token=ADMIN),)))).admits(authorization) == (
+        False,
+        None,
+    )
 
 
 def test_tokens_come_from_the_environment_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text(f"{ADMIN}\n", encoding="utf-8")
     monkeypatch.setenv("GUEST_TOKEN", GUEST)
     config = server_config({"auth": {"tokens": [{"file": str(tmp_path / "token")}, {"env": "GUEST_TOKEN"}]}})
-    gate = Gate(config)
+    gate = AccessCheck(config)
 
     assert gate.admits(f"Bearer {ADMIN}")[0]
     assert gate.admits(f"bearer {GUEST}")[0]
@@ -79,7 +85,7 @@ def test_tokens_come_from_the_environment_or_a_file(tmp_path: Path, monkeypatch:
 )
 def test_a_token_that_cannot_be_had_is_an_error(token: dict[str, str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        Gate(server_config({"auth": {"tokens": [token]}}))
+        AccessCheck(server_config({"auth": {"tokens": [token]}}))
 
 
 def test_the_configuration_reads_tokens_and_never_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:

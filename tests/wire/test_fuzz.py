@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scopestate import Engine
 from scopestate.server.channels import Channels
 from scopestate.server.connections import Batches
-from scopestate.server.workers import Hub
+from scopestate.server.hub import Hub
 from scopestate.wire.session import Close, SessionLimits, WorkerSession
 
 MESSAGES = 100_000

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from scopestate.actors.loops import Continue
     from scopestate.actors.reply import Reply
     from scopestate.actors.turn import TurnActor
-    from scopestate.server.builtin_calls import Outcome, Result
+    from scopestate.server.hub import Hub
+    from scopestate.server.state_functions import Outcome, Result
     from scopestate.server.worker import Worker
-    from scopestate.server.workers import Hub
     from scopestate.wire.frames import InvocationResult
 
 

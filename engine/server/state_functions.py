@@ -129,7 +129,7 @@ _INPUTS: Final[dict[type[turns.Turn[Any]], type[_Input]]] = {
 }
 
 
-class BuiltinCalls:
+class StateFunctions:
     """Function id -> the function. For one event loop, which it never blocks.
 
     Each raises what the engine's method of the same name raises, worded as `Engine.call` words it, and Forbidden where

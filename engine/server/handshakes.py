@@ -125,7 +125,7 @@ class Response:
         return head + self.body if with_body else head
 
 
-class Doorway:
+class Handshakes:
     """Accepts connections and holds those that have not said yet what they want. On one event loop's thread."""
 
     def __init__(
@@ -206,8 +206,8 @@ class Doorway:
 class _Arrival(asyncio.BufferedProtocol):
     """One connection, from its acceptance to its first upgrade request."""
 
-    def __init__(self, doorway: Doorway, accepted: socket.socket) -> None:
-        self._doorway = doorway
+    def __init__(self, handshakes: Handshakes, accepted: socket.socket) -> None:
+        self._handshakes = handshakes
         self._socket = accepted
         self._transport: Any = None
         self._buffer = bytearray(1024)
@@ -247,7 +247,7 @@ class _Arrival(asyncio.BufferedProtocol):
         """It waits here no longer; False: it has left before."""
         self._timer.cancel()
         self._over = True
-        return self._doorway._waiting.pop(self, self) is None
+        return self._handshakes._waiting.pop(self, self) is None
 
     # ----------------------------------------------------------------------------------------- the loop calls these
 
@@ -292,7 +292,7 @@ class _Arrival(asyncio.BufferedProtocol):
             return
         self._requests += 1
         keep_alive = request.keeps_alive() and self._requests < MOST_REQUESTS
-        self._answer(self._doorway._respond(request), request, keep_alive=keep_alive)
+        self._answer(self._handshakes._respond(request), request, keep_alive=keep_alive)
         self._buffer[: len(rest)] = rest
         self._filled = len(rest)
 
@@ -308,7 +308,7 @@ class _Arrival(asyncio.BufferedProtocol):
         """It is picows's from here on, with what was received."""
         if not self._leave():
             return
-        protocol = self._doorway._make_protocol()
+        protocol = self._handshakes._make_protocol()
         self._transport.set_protocol(protocol)
         protocol.connection_made(self._transport)
         while received and not self._transport.is_closing():

@@ -13,13 +13,13 @@ from scopestate import catalogue
 from scopestate.actors.functions import Function
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import check, encode, json_words
-from scopestate.server.worker_triggers import ENGINE_TYPES, STATE
+from scopestate.server.triggers import ENGINE_TYPES, STATE
 from scopestate.wire.frames import last_wins
 
 if TYPE_CHECKING:
     from scopestate.server.channels import Channels
+    from scopestate.server.hub import Hub
     from scopestate.server.worker import Worker
-    from scopestate.server.workers import Hub
 
 _to_json: Final = msgspec.json.Encoder().encode
 _INTERNAL: Final = "engine::"
@@ -48,7 +48,7 @@ class _Metadata(msgspec.Struct):
     isolation: _Words | None = None
 
 
-class Introspection:
+class EngineFunctions:
     """Function id -> function of (calling worker, data). On the server's event loop only."""
 
     def __init__(self, hub: Hub, channels: Channels) -> None:

@@ -23,12 +23,12 @@ from scopestate.errors import (
     SerializationError,
 )
 from scopestate.ops.values import check, decode, encode, parse
-from scopestate.server.builtin_calls import BuiltinCalls, Outcome, Result
-from scopestate.server.claims import Claims
+from scopestate.server.access import Claims
 from scopestate.server.connections import GOING
-from scopestate.server.introspection import Introspection
+from scopestate.server.engine_functions import EngineFunctions
+from scopestate.server.state_functions import Outcome, Result, StateFunctions
+from scopestate.server.triggers import FUNCTIONS_AVAILABLE, WorkerTriggers
 from scopestate.server.worker import TimedOut, Worker, WorkerFunction
-from scopestate.server.worker_triggers import FUNCTIONS_AVAILABLE, WorkerTriggers
 from scopestate.wire.bounded_log import BoundedLog, shown
 from scopestate.wire.depth import event_depth
 from scopestate.wire.frames import (
@@ -99,7 +99,7 @@ class Hub:
         self.refused = 0
         """Calls, registrations, deliveries and connections that were refused for want of a right."""
         self.offered: Claims[WorkerFunction] = Claims("function")
-        self._state = BuiltinCalls(engine).by_id
+        self._state = StateFunctions(engine).by_id
         self._functions_seen = b""
         self._deep = False
         """True while `event_depth` is that of the call that is being carried out."""
@@ -107,10 +107,10 @@ class Hub:
         """For what workers cause."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.triggers = WorkerTriggers(self, max_waiting_events, max_waiting_bytes)
-        self._introspection = Introspection(self, channels)
+        self._engine_functions = EngineFunctions(self, channels)
         if self.functions.find("engine::functions::list") is not None:
             raise InvalidRegistration("this engine has a server already: stop that one first")
-        for function in self._introspection.functions():
+        for function in self._engine_functions.functions():
             self.functions.add(function)
 
     # ---------------------------------------------------------------------------------------------- coming and going
@@ -175,7 +175,7 @@ class Hub:
         for worker in list(self.workers.values()):
             worker.close(GOING, reason)
             self.disconnect(worker)
-        for function in self._introspection.functions():
+        for function in self._engine_functions.functions():
             self.functions.discard(function.function_id, function.target)
         self.triggers.dispatcher.close()
         if self._timer is not None:
@@ -255,7 +255,7 @@ class Hub:
 
     def tell_changed_functions(self) -> None:
         """Fire `engine::functions-available` if the functions have changed since the last time."""
-        infos = self._introspection.function_infos(None, internal=True)
+        infos = self._engine_functions.function_infos(None, internal=True)
         seen = encode_frame(infos)
         if seen != self._functions_seen:
             self._functions_seen = seen
@@ -264,7 +264,7 @@ class Hub:
             def event_for(watcher: Worker) -> dict[str, Any]:
                 # One for all workers with the same token: they see the same.
                 if watcher.access not in shown:
-                    infos = encode_frame(self._introspection.function_infos(watcher, internal=True))
+                    infos = encode_frame(self._engine_functions.function_infos(watcher, internal=True))
                     shown[watcher.access] = {"event": "functions_changed", "functions": decode(infos)}
                 return shown[watcher.access]
 
@@ -360,7 +360,7 @@ class Hub:
             if type(target) is WorkerFunction:
                 self._forward(worker, call, target)
                 return
-            own = self._introspection.by_id.get(function_id)
+            own = self._engine_functions.by_id.get(function_id)
             if own is not None and function.builtin:
                 worker.answer(call, own(worker, call.data))
             else:
@@ -383,7 +383,7 @@ class Hub:
         state = self._state.get(function_id)
         if state is not None:
             return lambda worker, data: state(data, worker.access)
-        return self._introspection.by_id.get(function_id)
+        return self._engine_functions.by_id.get(function_id)
 
     async def call_for(self, worker: Worker, function_id: str, payload: object) -> None:
         """Call a function because a trigger of this worker says so: with its rights. Raises what the call raises."""

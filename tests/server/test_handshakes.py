@@ -22,7 +22,7 @@ import pytest
 from raw import PATIENCE_S, RawWorker
 from serving import OpenRaw, OpenServer
 
-from scopestate.server import doorway
+from scopestate.server import handshakes
 from scopestate.server.server import Server
 
 TLS = Path(__file__).parent / "tls"
@@ -182,7 +182,7 @@ def test_connections_that_say_nothing_are_counted_and_make_room(
 
 
 def test_a_connection_that_says_nothing_ends(open_server: OpenServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doorway, "HANDSHAKE_S", 0.05)
+    monkeypatch.setattr(handshakes, "HANDSHAKE_S", 0.05)
     server = open_server()
     for begun in (b"", b"GET /hea"):
         with socket.create_connection((server.host, server.port), timeout=PATIENCE_S) as slow:
@@ -330,5 +330,5 @@ def test_picows_makes_its_protocol_as_the_server_does() -> None:
     ]
     assert made == [expected], (
         "picows makes its WSProtocol in another way than before: give it the same arguments in "
-        "Server._make_doorway (engine/server/server.py), then change this list and the version in pyproject.toml"
+        "Server._make_handshakes (engine/server/server.py), then change this list and the version in pyproject.toml"
     )

@@ -12,8 +12,8 @@ from scopestate.actors.handler import HandlerActor
 from scopestate.actors.triggers import Trigger
 from scopestate.errors import DeserializationError, Forbidden, InvalidRegistration, ScopestateError
 from scopestate.ops.values import decode, parse
-from scopestate.server.claims import Claims
-from scopestate.server.worker_handlers import LoopDispatcher, WorkerHandler
+from scopestate.server.access import Claims
+from scopestate.server.deliveries import LoopDispatcher, WorkerHandler
 from scopestate.triggers import read_trigger
 from scopestate.wire.frames import (
     RegisterTrigger,
@@ -26,8 +26,8 @@ from scopestate.wire.session import POLICY
 
 if TYPE_CHECKING:
     from scopestate.server.access import Access
+    from scopestate.server.hub import Hub
     from scopestate.server.worker import Worker
-    from scopestate.server.workers import Hub
 
 LOOK_PAUSE_S: Final = 0.05
 """At least so long between two looks for overrun workers that events ask for."""
