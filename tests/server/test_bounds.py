@@ -136,7 +136,7 @@ def test_an_answer_of_exactly_the_limit_is_sent(open_server: OpenServer, connect
 def test_a_long_error_is_cut_instead_of_costing_the_connection(open_server: OpenServer, connect: OpenRaw) -> None:
     server = open_server(max_message_bytes=100_000)
     worker = connect(server)
-    invocation_id = worker.invoke("f" * 80_000, {})
+    invocation_id = worker.invoke("f" * 99_700, {})
 
     answer = worker.receive()
 
