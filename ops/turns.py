@@ -15,8 +15,8 @@ from scopestate.errors import DeserializationError, StorageError, ValueTooLarge
 from scopestate.ops import messages
 from scopestate.ops.apply import MISSING, apply
 from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.ops.update_ops import UpdateOp, checked
-from scopestate.ops.values import class_name, decode, encode, encode_plain, json_type
+from scopestate.ops.update_ops import OpError, UpdateOp, checked
+from scopestate.ops.values import class_name, decode, encode, encode_plain, json_type, parse
 
 A = TypeVar("A")
 
@@ -88,6 +88,20 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
         """Return what the turn changes and answers. Raises ScopestateError; then it changes nothing."""
         raise NotImplementedError
 
+    def call(self, scope: str) -> dict[str, Any]:
+        """Return the input of `function_id` with which another engine does this turn.
+
+        Fields that begin with `_` ask scopestate for more in the result; other engines ignore them.
+        """
+        raise NotImplementedError
+
+    def effects_of(self, result: bytes | None) -> Effects[A]:
+        """Return what another engine has changed and answered: `result` is the result of that call, None for no value.
+
+        Raises DecodeError or DeserializationError for a result of another shape.
+        """
+        raise NotImplementedError
+
     def size(self) -> int:
         """Return about how many bytes of values the turn carries."""
         return 0
@@ -104,6 +118,9 @@ class _OneKey(Turn[A], frozen=True, gc=False):
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
+    def call(self, scope: str) -> dict[str, Any]:
+        return {"scope": scope, "key": self.key}
+
 
 class Set(_OneKey[SetResult], frozen=True, gc=False):
     """Set a key to a value."""
@@ -117,6 +134,13 @@ class Set(_OneKey[SetResult], frozen=True, gc=False):
 
     def decide(self, view: View) -> Effects[SetResult]:
         before = view.get(self.key)
+        return Effects((Change(self.key, before, self.data),), SetResult(before, self.data))
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {"scope": scope, "key": self.key, "value": msgspec.Raw(self.data), "_existed": True}
+
+    def effects_of(self, result: bytes | None) -> Effects[SetResult]:
+        before = _decode_written(result or b"null").before()
         return Effects((Change(self.key, before, self.data),), SetResult(before, self.data))
 
     def size(self) -> int:
@@ -141,6 +165,14 @@ class Update(_OneKey[UpdateResult], frozen=True, gc=False):
             refuse_size(view.scope, self.key, data, limit)
         return Effects((Change(self.key, before, data),), UpdateResult(before, data, tuple(errors) if errors else ()))
 
+    def call(self, scope: str) -> dict[str, Any]:
+        return {"scope": scope, "key": self.key, "ops": self.ops, "_existed": True}
+
+    def effects_of(self, result: bytes | None) -> Effects[UpdateResult]:
+        written = _decode_written(result or b"null")
+        before, after = written.before(), parse(bytes(written.new_value))
+        return Effects((Change(self.key, before, after),), UpdateResult(before, after, written.errors))
+
     def size(self) -> int:
         return sum(_size_of(getattr(op, "value", None)) for op in self.ops)
 
@@ -156,6 +188,10 @@ class Delete(_OneKey["bytes | None"], frozen=True, gc=False):
         before = view.get(self.key)
         return Effects((Change(self.key, before, None),), before)
 
+    def effects_of(self, result: bytes | None) -> Effects[bytes | None]:
+        before = None if result is None else parse(result)
+        return Effects((Change(self.key, before, None),), before)
+
 
 class Get(_OneKey["bytes | None"], frozen=True, gc=False):
     """Read a key. The answer is its value as JSON, or None if it does not exist."""
@@ -166,6 +202,9 @@ class Get(_OneKey["bytes | None"], frozen=True, gc=False):
     def decide(self, view: View) -> Effects[bytes | None]:
         return Effects((), view.get(self.key))
 
+    def effects_of(self, result: bytes | None) -> Effects[bytes | None]:
+        return Effects((), None if result is None else parse(result))
+
 
 class _WholeScope(Turn[A], frozen=True, gc=False):
     function_id = "state::list"
@@ -175,6 +214,9 @@ class _WholeScope(Turn[A], frozen=True, gc=False):
     def keys(self) -> None:
         return None
 
+    def call(self, scope: str) -> dict[str, Any]:
+        return {"scope": scope}
+
 
 class List(_WholeScope[list[bytes]], frozen=True, gc=False):
     """Read all values as JSON."""
@@ -182,12 +224,54 @@ class List(_WholeScope[list[bytes]], frozen=True, gc=False):
     def decide(self, view: View) -> Effects[list[bytes]]:
         return Effects((), view.values())
 
+    def effects_of(self, result: bytes | None) -> Effects[list[bytes]]:
+        return Effects((), [parse(bytes(value)) for value in _decode_values(result or b"[]")])
+
 
 class Items(_WholeScope[list[tuple[str, bytes]]], frozen=True, gc=False):
     """Read all keys with their values as JSON."""
 
     def decide(self, view: View) -> Effects[list[tuple[str, bytes]]]:
         return Effects((), view.items())
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {"scope": scope, "_keys": True}
+
+    def effects_of(self, result: bytes | None) -> Effects[list[tuple[str, bytes]]]:
+        try:
+            listed = _decode_items(result or b"null")
+        except msgspec.DecodeError as error:
+            raise DeserializationError("that engine does not name the keys of a scope; it is no scopestate") from error
+        if len(listed.keys) != len(listed.values):
+            raise DeserializationError(f"{len(listed.keys)} keys with {len(listed.values)} values")
+        return Effects((), [(key, parse(bytes(value))) for key, value in zip(listed.keys, listed.values, strict=True)])
+
+
+class _Written(msgspec.Struct):
+    """Result of `state::set` and `state::update`."""
+
+    new_value: msgspec.Raw
+    old_value: msgspec.Raw = msgspec.Raw(b"null")
+    errors: tuple[OpError, ...] = ()
+    existed: bool | None = None
+    """Whether the key existed before. Only a scopestate engine says so; else a stored null looks like a missing key."""
+
+    def before(self) -> bytes | None:
+        """Return the old value; None if the key did not exist."""
+        old = parse(bytes(self.old_value))
+        return old if (old != b"null" if self.existed is None else self.existed) else None
+
+
+class _Listed(msgspec.Struct):
+    """Result of `state::list` with `_keys`, which scopestate engines understand."""
+
+    keys: list[str]
+    values: list[msgspec.Raw]
+
+
+_decode_written = msgspec.json.Decoder(_Written).decode
+_decode_values = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_items = msgspec.json.Decoder(_Listed).decode
 
 
 def _size_of(value: object) -> int:

@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import msgspec
 
@@ -18,10 +17,10 @@ from scopestate.actors.loop_reply import LoopReply
 from scopestate.actors.ports import Backend
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import DeserializationError, EngineClosed, ScopestateError, StorageError
+from scopestate.ops.turns import Delete, Items, Set
 from scopestate.ops.values import parse
-from scopestate.persistence.bridge.calls import Done, read_keyed
 from scopestate.persistence.bridge.options import BridgeOptions
-from scopestate.persistence.bridge.scope import RemoteChange, RemoteScopeActor
+from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange
 from scopestate.signals import join, wait_for
 from scopestate.wire.client import Client
 from scopestate.wire.depth import event_depth
@@ -108,7 +107,7 @@ class BridgeBackend(Backend):
 
     def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
         """Return a new actor for `scope`."""
-        return RemoteScopeActor(scope, around, self)
+        return BridgeScope(scope, around, self)
 
     def start(self, around: Surroundings) -> None:
         """With `events: remote`, ask for every change that happens from now on.
@@ -157,8 +156,9 @@ class BridgeBackend(Backend):
         Raises StorageError if the other engine is not scopestate: its `state::list` names no keys.
         """
         try:
-            result = self.call_and_wait("state::list", msgspec.json.encode({"scope": scope, "_keys": True}))
-            return dict(read_keyed(result))
+            turn = Items()
+            result = self.call_and_wait(turn.function_id, msgspec.json.encode(turn.call(scope)))
+            return dict(turn.effects_of(result).answer)
         except ScopestateError as error:
             raise StorageError(f"scope {scope!r} cannot be loaded via bridge: {error}") from error
 
@@ -170,14 +170,11 @@ class BridgeBackend(Backend):
         waiting: list[tuple[str, str, _Waiter]] = []
         for scope, values in changes.items():
             for key, value in values.items():
-                payload: dict[str, Any] = {"scope": scope, "key": key}
-                if value is not None:
-                    payload["value"] = msgspec.Raw(value)
+                turn = Delete(key) if value is None else Set(key, value)
                 waiter = _Waiter()
-                function_id = "state::delete" if value is None else "state::set"
                 waiting.append((scope, key, waiter))
                 try:
-                    self.call(function_id, msgspec.json.encode(payload), waiter.done)
+                    self.call(turn.function_id, msgspec.json.encode(turn.call(scope)), waiter.done)
                 except EngineClosed as error:
                     waiter.done(None, error)
         for scope, key, waiter in waiting:
@@ -255,7 +252,7 @@ async def _fire(around: Surroundings, scope: str, key: str, old: bytes | None, n
     while True:
         told = LoopReply()
         try:
-            around.directory[scope].take_in(RemoteChange(key, old, new, told, depth))  # type: ignore[attr-defined]
+            around.directory[scope].take_in(ReportedChange(key, old, new, told, depth))  # type: ignore[attr-defined]
             await told.future
             return
         except EngineClosed:

@@ -1,10 +1,11 @@
-"""Scopes that live in another engine: the turns of this one only send, receive, and tell local triggers."""
+"""A scope that lives in another engine: it sends calls, takes answers in, and tells local triggers."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
+
+import msgspec
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log
@@ -12,16 +13,21 @@ from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Ping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY
 from scopestate.errors import (
+    DeserializationError,
     EngineClosed,
     Overloaded,
     RemoteFailure,
     ScopestateError,
     StorageError,
 )
-from scopestate.ops.turns import Turn
-from scopestate.persistence.bridge.calls import Done, Outcome, read_answer, request
+from scopestate.ops.turns import Effects, Turn
 
 log = Log("scopestate.scope")
+
+Done = Callable[[bytes | None, ScopestateError | None], object]
+"""Takes the outcome of a call: the result as JSON (None: no value), or an error."""
+
+_encode = msgspec.json.Encoder().encode
 
 
 class Connection(Protocol):
@@ -41,32 +47,44 @@ class Connection(Protocol):
         """
 
 
-class _Open:
+class _Step:
+    """Something that is done once all the calls before it that it depends on have their answers."""
+
+    __slots__ = ("start", "waits_for")
+
+    def __init__(self, start: Callable[[], object]) -> None:
+        self.start = start
+        self.waits_for = 0
+        """How many calls it still waits for."""
+
+
+class _Call(_Step):
     """One call from its arrival to its answer."""
 
-    __slots__ = ("depth", "key", "reply", "turn")
+    __slots__ = ("depth", "followers", "reply", "turn")
 
-    def __init__(self, turn: Turn[Any], reply: ReplyTo, depth: int) -> None:
+    def __init__(self, turn: Turn[Any], reply: ReplyTo, depth: int, start: Callable[[_Call], object]) -> None:
+        super().__init__(lambda: start(self))
         self.turn = turn
-        self.key = None if turn.keys is None else turn.keys[0]
-        """None for a call on the whole scope."""
         self.reply = reply
         self.depth = depth
+        self.followers: list[_Step] = []
+        """What waits for this call, in the order in which it came."""
 
 
-class _Answered:
-    """The remote's answer to a call, as a message to the scope."""
+class _Answer:
+    """The other engine's answer to a call, as a message to the scope."""
 
-    __slots__ = ("error", "open", "result")
+    __slots__ = ("call", "error", "result")
 
-    def __init__(self, call: _Open, result: bytes | None, error: ScopestateError | None) -> None:
-        self.open = call
+    def __init__(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
+        self.call = call
         self.result = result
         self.error = error
 
 
-class RemoteChange:
-    """A change that the remote reported, as a message to the scope: local triggers hear of it."""
+class ReportedChange:
+    """A change that the other engine reported, as a message to the scope: local triggers hear of it."""
 
     __slots__ = ("depth", "key", "new", "old", "reply")
 
@@ -78,42 +96,48 @@ class RemoteChange:
         self.depth = depth
 
 
-class _Lane:
-    """The calls on one key: reads together, a write alone, in the order in which they came."""
+class _KeyCalls:
+    """The calls on one key that are not answered, as far as later ones must wait for them."""
 
-    __slots__ = ("reads", "waiting", "writing")
+    __slots__ = ("reads", "write")
 
     def __init__(self) -> None:
-        self.reads = 0
-        self.writing = False
-        self.waiting: deque[_Open] = deque()
+        self.write: _Call | None = None
+        """The last write."""
+        self.reads: dict[_Call, None] = {}
+        """The reads behind it."""
 
 
-class RemoteScopeActor(ScopeActor):
-    """One scope of a remote engine.
+class BridgeScope(ScopeActor):
+    """One scope of another engine.
 
-    A turn never waits: it sends, or takes in an answer. So it may run on any thread, event loops included; the caller
-    waits for its reply. The remote may run two calls of one connection in either order (docs/protocol.md 1), so a
-    key has one write on its way at a time; calls on different keys are on their way together. Local events are fired in
-    the order of the answers, which for one key is the order of its writes.
+    A turn never waits: it sends a call, or takes an answer in. So it may run on any thread, event loops included; the
+    caller waits for its reply. The other engine may run two calls of one connection in either order (docs/protocol.md,
+    section 1). So a write is sent when every earlier call on its key has its answer, a read when every earlier write of
+    its key has, and a list when every earlier write has. Local events are fired in the order of the answers, which for
+    one key is the order of its writes.
     """
 
-    def __init__(self, scope: str, around: Surroundings, remote: Connection) -> None:
+    def __init__(self, scope: str, around: Surroundings, connection: Connection) -> None:
         super().__init__(scope, around)
-        self._remote = remote
-        self._lanes: dict[str, _Lane] = {}
-        self._open: set[_Open] = set()
-        self._barriers: list[tuple[set[_Open], Callable[[], object]]] = []
-
-    # --------------------------------------------------------------------------------------- what others ask of it
+        self._connection = connection
+        self._open: dict[_Call, None] = {}
+        """Calls without an answer, in the order in which they came."""
+        self._keys: dict[str, _KeyCalls] = {}
 
     def has_waiting(self) -> bool:
         return bool(self._open) or super().has_waiting()
 
+    # ------------------------------------------------------------------------------------------------------- ways in
+
     def send(self, envelope: Envelope) -> None:
         self._take(envelope)
 
-    def _take(self, item: Envelope | _Answered | RemoteChange) -> None:
+    def take_in(self, item: _Answer | ReportedChange) -> None:
+        """Take an answer, or a change, from the connection's thread. Never blocks."""
+        self._take(item)
+
+    def _take(self, item: Envelope | _Answer | ReportedChange) -> None:
         # Behind what waits: calls of one thread keep their order even if it does not wait for the first.
         if self._mailbox or self._if_idle(self._handle, item) is BUSY:
             if type(item) is Envelope:
@@ -123,146 +147,150 @@ class RemoteScopeActor(ScopeActor):
                 # An answer must get in however full the mailbox is: it is what empties it.
                 self._enqueue(item)
 
-    def take_in(self, item: _Answered | RemoteChange) -> None:
-        """Take an answer, or a change, from the connection's thread. Never blocks."""
-        self._take(item)
-
-    # ------------------------------------------------------------------------------------------------------- turns
+    # --------------------------------------------------------------------------------------------------------- turns
 
     def _handle(self, item: Any) -> None:
         kind = type(item)
-        if kind is _Answered:
-            self._finish(item.open, item.result, item.error)
-        elif kind is RemoteChange:
+        if kind is _Answer:
+            self._finish(item.call, item.result, item.error)
+        elif kind is ReportedChange:
             self._report_change(item)
         elif isinstance(item.message, Ping):
-            self._after(set(self._open), item.reply_to.set)
+            self._start_behind(list(self._open), _Step(item.reply_to.set))
         elif isinstance(item.message, Housekeeping):
             super()._handle(item)
         elif self._passivated:
             self._forward(item)
         else:
-            self._admit(item)
+            self._admit(_Call(item.message, item.reply_to, item.depth, self._send))
 
-    def _admit(self, envelope: Envelope) -> None:
-        """Send a call, or have it wait for those that came before; a refusal is its answer."""
-        call = _Open(envelope.message, envelope.reply_to, envelope.depth)
+    def _admit(self, call: _Call) -> None:
+        """Send a call, now or behind those that it must not overtake. A refusal is its answer."""
+        if call.reply.abandoned:
+            return
         try:
             self._check(call)
         except (ScopestateError, HandlerFull) as error:
             call.reply.fail(error)
             return
         self.touched = True
-        self._open.add(call)
-        if call.key is None:
-            writes = {other for other in self._open if other.turn.writes}
-            self._after(writes, lambda: self._send(call))
-            return
-        lane = self._lanes.get(call.key)
-        if lane is None:
-            lane = self._lanes[call.key] = _Lane()
-        lane.waiting.append(call)
-        self._advance(call.key, lane)
+        before = self._calls_before(call)
+        self._open[call] = None
+        self._start_behind(before, call)
 
-    def _check(self, call: _Open) -> None:
+    def _check(self, call: _Call) -> None:
         self._refuse_if_closed(call.depth)
         if len(self._open) >= self.mailbox_limit:
             raise Overloaded(
                 f"{len(self._open)} calls on {self.name} are under way, as many as scope_mailbox allows; nothing was "
                 "done: slow down, or raise the limit"
             )
-        if call.turn.writes and call.key is not None:
-            self._refuse_if_full(call.key, call.depth)
+        if call.turn.writes:
+            for key in call.turn.keys or ():
+                self._refuse_if_full(key, call.depth)
 
-    def _advance(self, key: str, lane: _Lane) -> None:
-        """Send what may go now: the next write, or all reads up to it."""
-        waiting = lane.waiting
-        while waiting and not lane.writing:
-            writes = waiting[0].turn.writes
-            if writes and lane.reads:
-                return
-            call = waiting.popleft()
-            if call.reply.abandoned:
-                self._closed_call(call)
-                continue
-            if writes:
-                lane.writing = True
+    def _calls_before(self, call: _Call) -> dict[_Call, None]:
+        """Return the calls that must be answered before this one is sent, and note it for those that come later.
+
+        The last write of a key, and the reads behind it, are enough: they wait for the ones before them.
+        """
+        turn, before = call.turn, dict[_Call, None]()
+        if turn.keys is None:
+            before.update((other, None) for other in self._open if other.turn.writes)
+            return before
+        for key in turn.keys:
+            calls = self._keys.get(key)
+            if calls is None:
+                calls = self._keys[key] = _KeyCalls()
+            if turn.writes and calls.reads:
+                before.update(calls.reads)
+            elif calls.write is not None:
+                before[calls.write] = None
+            if turn.writes:
+                calls.write, calls.reads = call, {}
             else:
-                lane.reads += 1
-            self._send(call)
-        if not waiting and not lane.writing and not lane.reads:
-            self._lanes.pop(key, None)
+                calls.reads[call] = None
+        return before
 
-    def _send(self, call: _Open) -> None:
-        function_id, payload = request(self.scope, call.turn)
+    def _start_behind(self, before: dict[_Call, None] | list[_Call], step: _Step) -> None:
+        step.waits_for = len(before)
+        for call in before:
+            call.followers.append(step)
+        if not before:
+            step.start()
+
+    def _send(self, call: _Call) -> None:
+        turn = call.turn
         try:
-            self._remote.call(
-                function_id, payload, lambda result, error: self.take_in(_Answered(call, result, error)), call.depth
+            self._connection.call(
+                turn.function_id,
+                _encode(turn.call(self.scope)),
+                lambda result, error: self.take_in(_Answer(call, result, error)),
+                call.depth,
             )
         except ScopestateError as error:
-            self._enqueue(_Answered(call, None, error))
+            self._enqueue(_Answer(call, None, error))
 
-    def _finish(self, call: _Open, result: bytes | None, error: ScopestateError | None) -> None:
-        turn = call.turn
-        outcome: Outcome | None = None
-        failure: Exception | None = None
+    def _finish(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
+        """Fire the events of a call, give it its answer, and send what has waited for it.
+
+        Events before answers: a caller that has its answer may call drain() and count on the event.
+        """
+        effects: Effects[Any] | None = None
+        failure: StorageError | None = None
         try:
             if error is not None:
                 raise error
-            outcome = read_answer(turn, result)
+            effects = _effects_of(call.turn, result)
         except ScopestateError as problem:
-            failure = _via_bridge(turn, problem)
+            failure = _via_bridge(call.turn, problem)
         except Exception as problem:
             log.exception("%s: reading the answer to a call failed", self.name)  # a bug, which must not hang the caller
-            failure = _via_bridge(turn, problem)
-        if (
-            call.key is not None
-            and outcome is not None
-            and outcome.change is not None
-            and not self._remote.reports_changes
-        ):
-            if self._shut:
-                log.error(
-                    "%s: a write of key %r was answered after the engine closed; its event is not delivered",
-                    self.name,
-                    call.key,
-                )
-            else:
-                self._fire(call.key, *outcome.change, call.depth)
-        # Events before answers: who has the answer may call drain() and count on the event.
+            failure = _via_bridge(call.turn, problem)
+        if effects is not None and not self._connection.reports_changes:
+            for change in effects.changes:
+                if self._shut:
+                    log.error(
+                        "%s: a write of key %r was answered after the engine closed; its event is not delivered",
+                        self.name,
+                        change.key,
+                    )
+                else:
+                    self._fire(change.key, change.before, change.after, call.depth)
         if failure is not None:
             call.reply.fail(failure)
         else:
-            call.reply.set(outcome.answer if outcome is not None else None)
-        self._closed_call(call)
-        if call.key is not None:
-            lane = self._lanes[call.key]
-            if turn.writes:
-                lane.writing = False
-            else:
-                lane.reads -= 1
-            self._advance(call.key, lane)
+            call.reply.set(None if effects is None else effects.answer)
+        self._end(call)
 
-    def _closed_call(self, call: _Open) -> None:
-        self._open.discard(call)
-        for waiting, _ in self._barriers:
-            waiting.discard(call)
-        if self._barriers:
-            ready = [action for waiting, action in self._barriers if not waiting]
-            self._barriers = [entry for entry in self._barriers if entry[0]]
-            for action in ready:
-                action()
+    def _end(self, ended: _Call) -> None:
+        """Forget a call, and start what has waited for it; a call that was given up meanwhile ends as well."""
+        ending = [ended]
+        while ending:
+            call = ending.pop()
+            self._forget(call)
+            for step in call.followers:
+                step.waits_for -= 1
+                if step.waits_for:
+                    continue
+                if isinstance(step, _Call) and step.reply.abandoned:
+                    ending.append(step)
+                else:
+                    step.start()
 
-    def _after(self, calls: set[_Open], action: Callable[[], object]) -> None:
-        """Do `action` once all of `calls` have their answers: in the turn that takes in the last of them."""
-        if calls:
-            self._barriers.append((calls, action))
-        else:
-            action()
+    def _forget(self, call: _Call) -> None:
+        del self._open[call]
+        for key in call.turn.keys or ():
+            calls = self._keys[key]
+            calls.reads.pop(call, None)
+            if calls.write is call:
+                calls.write = None
+            if calls.write is None and not calls.reads:
+                del self._keys[key]
 
-    # ------------------------------------------------------------------------------------------------------ events
+    # -------------------------------------------------------------------------------------------------------- events
 
-    def _report_change(self, change: RemoteChange) -> None:
+    def _report_change(self, change: ReportedChange) -> None:
         try:
             if self._closed:
                 raise EngineClosed
@@ -277,14 +305,24 @@ class RemoteScopeActor(ScopeActor):
         self._fire(change.key, change.old, change.new, change.depth)
         change.reply.set()
 
-    # ----------------------------------------------------------------------------------------------------- leaving
+    # ------------------------------------------------------------------------------------------------------- leaving
 
     def _is_needed(self) -> bool:
         return bool(self._open) or super()._is_needed()
 
 
+def _effects_of(turn: Turn[Any], result: bytes | None) -> Effects[Any]:
+    """Return what the other engine has done. Raises RemoteFailure (`serialization_error`) for a result that differs."""
+    try:
+        return turn.effects_of(result)
+    except (msgspec.DecodeError, DeserializationError) as error:
+        raise RemoteFailure(
+            turn.function_id, "serialization_error", f"its result is not what {turn.function_id} returns: {error}"
+        ) from error
+
+
 def _via_bridge(turn: Turn[Any], error: Exception) -> StorageError:
-    """The local error for a remote failure (docs/protocol.md, section 13.7)."""
+    """Return the local error for a remote failure (docs/protocol.md, section 13.7)."""
     cause = f"remote error ({error.code}): {error}" if isinstance(error, RemoteFailure) else str(error)
     failure = turn.failed(StorageError(f"{turn.failure.words} via bridge: {cause}"))
     failure.__cause__ = error

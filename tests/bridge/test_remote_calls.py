@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from conformance import load, same
 
@@ -12,7 +13,7 @@ from scopestate.errors import RemoteFailure
 from scopestate.ops import checked, turns
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.persistence.bridge.backend import _read_event
-from scopestate.persistence.bridge.calls import Outcome, read_answer, request
+from scopestate.persistence.bridge.scope import _effects_of
 
 VECTORS: list[dict[str, Any]] = load("vectors.json")
 
@@ -33,16 +34,14 @@ VECTORS: list[dict[str, Any]] = load("vectors.json")
     ],
 )
 def test_a_turn_as_a_call(turn: Any, function_id: str, payload: dict[str, Any]) -> None:
-    asked, data = request("s", turn)
-
-    assert asked == function_id
-    assert same(json.loads(data), payload)
+    assert turn.function_id == function_id
+    assert same(json.loads(msgspec.json.encode(turn.call("s"))), payload)
 
 
 def test_ops_go_out_in_the_form_in_which_they_came_in() -> None:
     for vector in VECTORS:
         ops = checked(vector["ops"])
-        _, data = request("s", turns.Update("k", ops))
+        data = msgspec.json.encode(turns.Update("k", ops).call("s"))
         assert checked(json.loads(data)["ops"]) == ops, vector["name"]
 
 
@@ -77,18 +76,18 @@ def test_ops_go_out_in_the_form_in_which_they_came_in() -> None:
     ],
 )
 def test_a_result_as_an_answer(turn: Any, result: bytes | None, answer: Any, change: Any) -> None:
-    outcome = read_answer(turn, result)
+    effects = turn.effects_of(result)
 
-    assert isinstance(outcome, Outcome)
-    assert (outcome.answer, outcome.change) == (answer, change)
+    assert effects.answer == answer
+    assert effects.changes == (() if change is None else (turns.Change("k", *change),))
     if isinstance(answer, SetResult):
-        assert (outcome.answer.old_json, outcome.answer.new_json) == (answer.old_json, answer.new_json)
+        assert (effects.answer.old_json, effects.answer.new_json) == (answer.old_json, answer.new_json)
 
 
 def test_refused_ops_come_through() -> None:
     result = b'{"old_value":1,"new_value":1,"errors":[{"op_index":0,"code":"c","message":"m","doc_url":"u"}]}'
 
-    (error,) = read_answer(turns.Update("k", ()), result).answer.errors
+    (error,) = turns.Update("k", ()).effects_of(result).answer.errors
 
     assert (error.op_index, error.code, error.message, error.doc_url) == (0, "c", "m", "u")
 
@@ -108,7 +107,7 @@ def test_refused_ops_come_through() -> None:
 )
 def test_a_result_of_another_shape_is_an_error_and_not_an_answer(turn: Any, result: bytes | None) -> None:
     with pytest.raises(RemoteFailure) as caught:
-        read_answer(turn, result)
+        _effects_of(turn, result)
 
     assert caught.value.code == "serialization_error"
     assert "state::" in str(caught.value)

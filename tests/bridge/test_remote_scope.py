@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +18,7 @@ from scopestate.config import from_mapping
 from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeout, StorageError
 from scopestate.ops import turns
 from scopestate.persistence import Backend
-from scopestate.persistence.bridge.calls import Done
-from scopestate.persistence.bridge.scope import RemoteChange, RemoteScopeActor
+from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange
 
 
 class PlayedRemote(Backend):
@@ -60,7 +60,7 @@ class PlayedRemote(Backend):
         return []
 
     def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
-        return RemoteScopeActor(scope, around, self)
+        return BridgeScope(scope, around, self)
 
     def close(self) -> None:
         self.closed = True
@@ -237,7 +237,7 @@ def test_a_bug_in_reading_an_answer_hangs_nobody(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("scopestate.persistence.bridge.scope.read_answer", broken)
+    monkeypatch.setattr("scopestate.persistence.bridge.scope._effects_of", broken)
     reply = begin(engine, messages.Get("s", "k"))
     remote.sent("get k")
     remote.answer("get k", 1)
@@ -247,10 +247,10 @@ def test_a_bug_in_reading_an_answer_hangs_nobody(
 
 
 def at_rest(engine: Engine, remote: PlayedRemote, scope: str = "s") -> None:
-    """Fail if the scope still has a call, a lane or something that waits for calls."""
+    """Fail if the scope still has a call, or something that waits for calls."""
     actor: Any = engine._scopes[scope]
     assert remote.open == {}
-    assert (actor._open, actor._lanes, actor._barriers, list(actor._mailbox)) == (set(), {}, [], [])
+    assert (actor._open, actor._keys, list(actor._mailbox)) == ({}, {}, [])
     assert not actor.has_waiting()
 
 
@@ -271,7 +271,7 @@ def test_each_way_in_which_a_call_ends_leaves_nothing_behind(
         at_rest(engine, remote)
 
         with monkeypatch.context() as patched:
-            patched.setattr("scopestate.persistence.bridge.scope.read_answer", lambda *_: 1 / 0)
+            patched.setattr("scopestate.persistence.bridge.scope._effects_of", lambda *_: 1 / 0)
             broken = begin(engine, messages.Delete("s", "a"))
             remote.sent("delete a")
             remote.answer("delete a", 1)
@@ -305,6 +305,61 @@ def test_a_call_that_was_given_up_before_it_was_sent_is_never_sent_and_holds_not
         assert first.get(timeout=PATIENCE_S).created
         assert (last.get(timeout=PATIENCE_S), listed.get(timeout=PATIENCE_S)) == (1, [1])
         at_rest(engine, remote)
+
+
+RESULTS = {"set": WRITTEN, "get": 1, "delete": 1, "list": [1]}
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_no_call_is_sent_before_one_that_it_must_not_overtake_and_none_is_forgotten(
+    seed: int, engine: Engine, remote: PlayedRemote
+) -> None:
+    """Calls come and are answered in any order: what is under way is exactly what may be."""
+    chance = random.Random(seed)
+    actor: Any = engine._scopes["s"]
+    engine.reconfigure(from_mapping({"limits": {"scope_mailbox": 1000, "close_grace_ms": 0}}))
+    calls: list[tuple[str, str, Any]] = []  # (kind, key, reply), in the order in which they came
+    sent: list[Any] = []
+
+    def send(function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
+        sent.append((function_id.removeprefix("state::"), json.loads(payload).get("key", ""), done))
+
+    remote.call = send  # type: ignore[method-assign]
+
+    def must_wait(at: int) -> bool:
+        """Tell whether an earlier call must have its answer first."""
+        kind, key, _ = calls[at]
+        for other, its_key, reply in calls[:at]:
+            if reply.done:
+                continue
+            if kind == "list":
+                waits = other in {"set", "delete"}
+            else:
+                waits = other != "list" and key == its_key and not (kind == other == "get")
+            if waits:
+                return True
+        return False
+
+    for _ in range(60):
+        if chance.random() < 0.6:
+            kind, key = chance.choice(["set", "get", "delete", "list", "get"]), chance.choice("ab")
+            message: Any = {
+                "set": messages.Set("s", key, 1),
+                "get": messages.Get("s", key),
+                "delete": messages.Delete("s", key),
+                "list": messages.List("s"),
+            }[kind]
+            calls.append((kind, "" if kind == "list" else key, begin(engine, message)))
+        elif sent:
+            kind, _, done = sent.pop(chance.randrange(len(sent)))
+            done(json.dumps(RESULTS[kind]).encode(), None)
+        waiting = sorted((k, key) for at, (k, key, reply) in enumerate(calls) if not reply.done and not must_wait(at))
+        assert sorted((k, key) for k, key, _ in sent) == waiting
+    while sent:
+        kind, _, done = sent.pop(chance.randrange(len(sent)))
+        done(json.dumps(RESULTS[kind]).encode(), None)
+    assert all(reply.done for _, _, reply in calls)
+    assert (actor._open, actor._keys) == ({}, {})
 
 
 def test_a_key_whose_only_call_was_given_up_is_forgotten(engine: Engine, remote: PlayedRemote) -> None:
@@ -363,7 +418,7 @@ def test_a_call_that_reaches_a_scope_that_has_left_is_passed_on(engine: Engine, 
     remote.sent("set k")
     remote.answer("set k", WRITTEN)
     changed: Reply[Any] = Reply()
-    left.take_in(RemoteChange("other", None, b"2", changed, 0))
+    left.take_in(ReportedChange("other", None, b"2", changed, 0))
 
     assert reply.get(timeout=PATIENCE_S).created
     assert changed.get(timeout=PATIENCE_S) is None
@@ -380,7 +435,7 @@ def test_a_closed_scope_leaves_no_more_and_refuses_what_the_remote_reports(
 
     assert actor.housekeep_now(Passivate()) is False
     changed: Reply[Any] = Reply()
-    actor.take_in(RemoteChange("k", None, b"1", changed, 0))
+    actor.take_in(ReportedChange("k", None, b"1", changed, 0))
     with pytest.raises(EngineClosed):
         changed.get(timeout=PATIENCE_S)
     with pytest.raises(EngineClosed):
@@ -424,7 +479,7 @@ def test_a_reported_change_is_fired_before_the_report_is_acknowledged(engine: En
         changed: Reply[Any] = Reply()
         fired: list[int] = []
         changed.add_done_callback(lambda _, fired=fired: fired.append(actor._sequence))  # type: ignore[misc]  # mypy cannot infer a default argument
-        actor.take_in(RemoteChange("k", None, b"1", changed, 0))
+        actor.take_in(ReportedChange("k", None, b"1", changed, 0))
         assert fired == [number]
 
 
@@ -438,5 +493,5 @@ def test_a_scope_that_is_used_or_hears_of_a_change_counts_as_touched(engine: Eng
         assert actor.touched
 
         actor.touched = False
-        actor.take_in(RemoteChange("k", None, b"1", Reply(), 0))
+        actor.take_in(ReportedChange("k", None, b"1", Reply(), 0))
         assert actor.touched
