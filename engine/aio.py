@@ -37,9 +37,10 @@ A = TypeVar("A")
 class AioEngine:
     """The calls of an `Engine` as coroutines, from any number of event loops at once.
 
-    A call on a scope that is idle and in memory is answered without suspending. Otherwise the task waits: the event
-    loop is never blocked by a busy scope, a scope that must first be loaded, a commit, or a full handler.
-    A task that is cancelled while it waits gives up its message: if its turn has not begun, nothing is written.
+    A call on a scope that is idle and in memory is answered without suspending. A busy scope, one that must be loaded,
+    a commit, a full handler, Redis and a bridge suspend the task; none of them blocks the event loop. If a task is
+    cancelled while it waits, its call is withdrawn: nothing is written if its turn has not begun, or, in Redis and
+    behind a bridge, if it was not sent yet.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -150,7 +151,7 @@ class AioEngine:
         await engine._snapshot.ask(Flush())
 
     async def close(self) -> None:
-        """As `Engine.close`; handlers on this event loop go on meanwhile."""
+        """As `Engine.close`. Handlers on this event loop can run until it is closed."""
         # Not on one of the engine's own workers, which end when it closes.
         await _on_thread(self._engine.close, "scopestate-close")
 

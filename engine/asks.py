@@ -15,7 +15,7 @@ log = Log("scopestate.engine")
 
 
 class PatientReply(Reply[Any]):
-    """Sends its message again when a handler that was full has made room: its sender cannot wait for that."""
+    """A reply that sends its message again when a full handler has room: the sender does not wait for that."""
 
     def __init__(self, router: EventRouter, convert: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -24,9 +24,9 @@ class PatientReply(Reply[Any]):
         self._router = router
         self.convert = convert
         self.send: Callable[[], object] = _nothing
-        """Sends the message once more; set by whoever sends it first."""
+        """Sends the message again; set with the first sending."""
         self.size = 0
-        """Bytes of values that the message holds; set like `send`."""
+        """Size of the values in the message, in bytes; set like `send`."""
 
     def set(self, value: Any = None) -> None:
         super().set(value)
@@ -46,11 +46,11 @@ class PatientReply(Reply[Any]):
             self._let_go()
 
     def _let_go(self) -> None:
-        """Keep the message no longer. `send` refers to this reply, so only the collector would find the two."""
+        """Drop the message. `send` refers to this reply, so only the garbage collector would free the two."""
         self.send = _nothing
 
     def _send_again(self) -> None:
-        # Called for one sender after the other: a refusal is this one's answer, and must not keep the others waiting.
+        # Called for one sender after another: a refusal is the answer of this one, and must not stop the others.
         try:
             self.send()
         except BaseException as error:
@@ -60,10 +60,10 @@ class PatientReply(Reply[Any]):
 
 
 class Told(PatientReply):
-    """The reply to a `tell`: nobody reads it, so a refusal is logged."""
+    """The reply to a `tell`. It is not read, so a refusal is logged."""
 
     def set(self, value: Any = None) -> None:
-        """The message has done its work."""
+        """Take the answer, which is not read."""
         self._let_go()
 
     def fail(self, error: BaseException) -> None:
@@ -75,13 +75,13 @@ class Told(PatientReply):
 
 
 def _nothing() -> None:
-    """What is left to send when the answer is there."""
+    """Takes the place of `send` when the answer is there."""
 
 
 def no_room(scope: str) -> str:
-    """What to say when a handler did not make room in time."""
+    """Return the message for a handler that did not make room in time."""
     return (
-        f"nothing was written to scope {scope!r}: a handler that must see this write is behind by a full mailbox and "
-        "did not catch up within call_timeout_ms; see handler_mailbox, handler_mailbox_bytes, "
+        f"nothing was written to scope {scope!r}: the mailbox of a handler that must get its event is full and "
+        "did not empty within call_timeout_ms; see handler_mailbox, handler_mailbox_bytes, "
         "events_bytes, handler_when_full and handler_timeout_ms under `limits`"
     )

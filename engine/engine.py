@@ -55,8 +55,9 @@ A = TypeVar("A")
 class Engine(Reactive):
     """Scoped key-value state with reactive triggers; `aio` has the same calls for asyncio.
 
-    Every method may be called from any thread and from handlers. Calls on one scope take effect one at a time; a call
-    that has returned is seen by every later one. Errors are of the `ScopestateError` tree.
+    Every method may be called from any thread and from handlers. Each call takes effect in one step, and every later
+    call sees it. Errors are `ScopestateError`s. What differs between scopes in memory, in files, in Redis and behind a
+    bridge is in the docstrings, and in a table in docs/state.md.
     """
 
     def __init__(
@@ -69,12 +70,12 @@ class Engine(Reactive):
         dispatcher: Dispatcher | None = None,
         handle_sigterm: bool = True,
     ) -> None:
-        """Open an engine; without a config it keeps everything in memory only.
+        """Open an engine. Without a config it keeps everything in memory only.
 
-        `on_error` is called with a DeliveryFailure for each event that failed at a handler, at each attempt, or reached
-        none; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and `dispatcher`
-        take the place of the configured ones. `handle_sigterm`: if the store keeps anything, SIGTERM and SIGHUP close
-        the engine before they end the process; where the program handles SIGTERM itself, everything is saved, and then
+        `on_error` is called with a DeliveryFailure for each failed attempt to deliver an event, and for each event that
+        reached no handler; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and
+        `dispatcher` replace the configured ones. `handle_sigterm`: if the backend keeps the state, SIGTERM and SIGHUP
+        close the engine before they end the process; if the program handles SIGTERM itself, everything is saved before
         its handler runs.
 
         Raises ConfigError, and StorageError if the store cannot be opened.
@@ -112,7 +113,7 @@ class Engine(Reactive):
 
     @cached_property
     def aio(self) -> AioEngine:
-        """The same calls as coroutines; they never block the event loop."""
+        """The same calls as coroutines, which never block the event loop."""
         from scopestate.aio import AioEngine  # noqa: PLC0415 - asyncio takes 20 ms to import
 
         return AioEngine(self)
@@ -129,8 +130,8 @@ class Engine(Reactive):
     ) -> Self:
         """Open an engine from a YAML file, a mapping of the same shape, a Config, or nothing (in memory).
 
-        A file is watched, unless `watch` is false: a valid change applies live, an invalid one is logged and leaves the
-        running configuration alone. Raises ConfigError (file, line, key) and StorageError.
+        A file is watched, unless `watch` is false. A valid change is applied while the engine runs; an invalid one is
+        logged and changes nothing. Raises ConfigError (file, line, key) and StorageError.
         """
         if isinstance(source, Config):
             validate(source)
@@ -170,8 +171,10 @@ class Engine(Reactive):
     def set(self, scope: str, key: str, value: object) -> SetResult:
         """Set a value: any JSON value, None included. Fires `state:created` or `state:updated`.
 
-        Raises InvalidValue (the path of what JSON cannot hold), ValueTooLarge, StorageError `SET_ERROR`, Overloaded,
-        ReplyTimeout, EngineClosed; nothing was written then, except that after ReplyTimeout it may still be.
+        Raises InvalidValue (with the path of what JSON cannot hold), ValueTooLarge, StorageError `SET_ERROR`,
+        Overloaded, ReplyTimeout and EngineClosed. Then nothing was written, with two exceptions: after ReplyTimeout the
+        write may still be made; in Redis and behind a bridge it may have been made if the cause of the StorageError is
+        ConnectionLost or CallTimeout.
         """
         data = encode(value)
         limit = self._limits.max_value_bytes
@@ -189,9 +192,10 @@ class Engine(Reactive):
             return self._run_when_room(scope, turn, full)
 
     def get(self, scope: str, key: str, default: Any = None) -> Any:
-        """Return a fresh copy of a value, or `default` if the key does not exist. A stored null is None.
+        """Return a new copy of a value, or `default` if the key does not exist. A stored null is None.
 
-        Raises StorageError `GET_ERROR` if the scope cannot be loaded.
+        Raises StorageError `GET_ERROR` if the scope cannot be loaded, Redis or the other engine cannot be reached, or
+        what Redis holds is not JSON; ReplyTimeout, Overloaded and EngineClosed.
         """
         self._count_get()
         if type(scope) is not str:
@@ -208,9 +212,9 @@ class Engine(Reactive):
         return default if data is None else decode(data)
 
     def delete(self, scope: str, key: str) -> Any:
-        """Remove a key and return its value, None if it did not exist. Fires `state:deleted` in either case.
+        """Delete a key and return the value it had, or None if it did not exist. Fires `state:deleted` in both cases.
 
-        Raises StorageError `DELETE_ERROR`, and what `set` raises for a scope that cannot take the call.
+        Raises StorageError `DELETE_ERROR`, Overloaded, ReplyTimeout and EngineClosed, as `set` does.
         """
         self._tally["state::delete"].add()
         if type(scope) is not str:
@@ -225,11 +229,12 @@ class Engine(Reactive):
         return None if data is None else decode(data)
 
     def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
-        """Apply ops to a value, atomically: structs of `scopestate.ops`, or dicts of the same fields.
+        """Apply ops to a value in one step: structs of `scopestate.ops`, or dicts with the same fields.
 
-        An op that does not fit is skipped and reported in `errors`; the others are applied (docs/semantics.md 3).
-        A missing key starts as `{}`. Fires `state:created` or `state:updated`. Raises DeserializationError for what is
-        no op, ValueTooLarge if the value grew past the limit, `UPDATE_ERROR`, and what `set` raises.
+        An op that does not fit the value is skipped and reported in `errors`; the others are applied (docs/semantics.md
+        3). A missing key starts as `{}`. Fires `state:created` or `state:updated`. Raises DeserializationError for an
+        invalid op, ValueTooLarge if the new value exceeds the limit, StorageError `UPDATE_ERROR`, and what `set`
+        raises. In Redis it is computed again if another engine changes the key; after `update_attempts` it fails.
         """
         self._count_update()
         if type(scope) is not str:
@@ -243,7 +248,12 @@ class Engine(Reactive):
             return self._run_when_room(scope, turn, full)
 
     def list(self, scope: str) -> builtins.list[Any]:
-        """Return all values of a scope, in the order in which their keys were first set; [] if it has none."""
+        """Return all values of a scope, without their keys; [] if it has none.
+
+        In memory and files the order is that in which the keys were first set. In Redis values are sorted by key, and a
+        value that is not JSON is left out. Through a bridge the order is that of the other engine. Raises StorageError
+        `LIST_ERROR`, ReplyTimeout, Overloaded and EngineClosed.
+        """
         self._tally["state::list"].add()
         actor = self._scopes[checked_name("scope", scope)]
         values = actor.readable
@@ -255,11 +265,16 @@ class Engine(Reactive):
         return [decode(data) for data in everything]
 
     def list_groups(self) -> builtins.list[str]:
-        """Return the names of the scopes that hold at least one key, sorted by bytes."""
+        """Return the names of the scopes that hold at least one key, sorted by their UTF-8 bytes.
+
+        The scopes are not read at one moment: a scope that is created or emptied meanwhile may be missing or included.
+        Through a bridge to iii 0.11.6, scopes whose last key was deleted may be included. Raises StorageError
+        `LIST_GROUPS_ERROR` and EngineClosed.
+        """
         self._tally["state::list_groups"].add()
         parts = self._parts
         self._refuse_if_closed()
-        # Memory first, then the store: a scope that leaves memory in between is in the store by then.
+        # Memory first, then the backend: a scope that leaves memory in between has been saved by then.
         in_memory = {actor.scope: actor.holds_keys() for actor in list(parts.directory.values())}
         groups = {scope for scope, holds in in_memory.items() if holds}
         known = [scope for scope, holds in in_memory.items() if holds is not None]
@@ -272,7 +287,7 @@ class Engine(Reactive):
         return sorted(groups)
 
     def scope(self, scope: str) -> Scope:
-        """Return a handle on one scope; it need not exist."""
+        """Return a handle on one scope, which need not exist."""
         return Scope(self, checked_name("scope", scope))
 
     # ------------------------------------------------------------------------------------------------- messages
@@ -286,8 +301,8 @@ class Engine(Reactive):
     def ask(self, message: messages.Message, *, block: bool = True, timeout: float | None = None) -> Any:
         """Send a message and return the answer: what the method of the same name returns.
 
-        With `block=False`, a future at once (`get`, `await`). `timeout` in seconds: after it, ReplyTimeout, and a write
-        may still be applied.
+        With `block=False`, return a future at once (`get`, `await`). `timeout` is in seconds, by default
+        `call_timeout_ms`; after it, ReplyTimeout is raised, and a write may still be made.
         """
         if isinstance(message, messages.ListGroups):
             groups = self.list_groups()
@@ -307,11 +322,11 @@ class Engine(Reactive):
             raise ReplyTimeout(getattr(message, "scope", ""), timeout_s or 0.0) from error
 
     def tell(self, message: messages.Message) -> None:
-        """Send a message and go on; a refusal is logged.
+        """Send a message without waiting. If it is refused later, that is logged.
 
-        Raises at once for what is no message or no JSON value, and if the engine is closed.
+        Raises at once if it is not a message, if its value is not JSON, and if the engine is closed.
         """
-        _ = self._send(message, Told, waits=False)  # an answer nobody reads
+        _ = self._send(message, Told, waits=False)  # the answer is not read
 
     def _send(self, message: messages.Message, kind: type[PatientReply], *, waits: bool) -> PatientReply:
         self._refuse_if_closed()
@@ -320,7 +335,7 @@ class Engine(Reactive):
         scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
         reply = kind(self._router, lambda answer: answer_of(message, answer))
         envelope = Envelope(turn, reply)
-        # Queued: the thread that has made room is in the middle of a handler's turn.
+        # Queued: the thread that makes room is in the middle of a handler's turn.
         reply.send = lambda: self._scopes[scope].post(envelope)
         reply.size = turn.size()
         actor = self._scopes[scope]
@@ -332,11 +347,11 @@ class Engine(Reactive):
     # ------------------------------------------------------------------------------------------------- functions
 
     def call(self, function_id: str, payload: object = None) -> Any:
-        """Call a function by id with JSON data, and return JSON data: built-in, or registered by the program.
+        """Call a function by its id, with JSON data as input and result: built-in, or registered.
 
-        A plain function runs on this thread, a coroutine function on its event loop while this thread waits. Raises
-        FunctionNotFound, DeserializationError, FunctionFailed around what the function raised, SerializationError,
-        and for the built-in ones what the method of the same name raises.
+        A plain function runs on this thread, a coroutine function on its event loop while this thread waits, a function
+        of a worker in the worker. Raises FunctionNotFound, DeserializationError, FunctionFailed (its cause is what the
+        function raised), SerializationError, and for a built-in function what the method of the same name raises.
         """
         function = self._functions.get(function_id)
         if function.builtin and not function.is_async:  # a server's `engine::*` functions run on its event loop
@@ -353,27 +368,29 @@ class Engine(Reactive):
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every event fired so far has been handled, and every event that those handlers fired.
 
-        With `events: shared` these are the events of this engine's own writes; with `delivery: one` other engines of
-        the group may have taken some of them, and still be handling those (docs/from-one-process-to-many.md).
+        Redis with `events: shared`: it waits for the events of this engine's own writes; with `delivery: one`, other
+        engines of the group may have taken some of them and still be handling those (docs/from-one-process-to-many.md).
+        Bridge with `events: remote`: it waits for the events that have arrived.
 
-        `timeout` in seconds. Raises ReplyTimeout, naming the triggers that are behind, and WouldDeadlock where it would
-        wait for itself: in a handler, and on an event loop that runs handlers (there: `await engine.aio.drain()`).
+        `timeout` is in seconds. Raises ReplyTimeout, which names the triggers that are behind, and WouldDeadlock if it
+        would wait for itself: in a handler, and on an event loop that runs handlers (use `await engine.aio.drain()`).
         """
         self._refuse_if_drained()
         refuse_on_loop_of_handlers(self._parts, "drain")
         drain(self._parts, timeout)
 
     def _refuse_if_drained(self) -> None:
-        """Raise what `drain` raises where nothing can be left to wait for."""
+        """Raise what `drain` raises when the engine is closed or forked."""
         if self._forked:
             raise forked()
         if self._closing.done:
             raise EngineClosed
 
     def flush(self) -> None:
-        """Wait until everything acknowledged so far is on disk. Raises StorageError if it cannot be saved now.
+        """Wait until everything acknowledged so far is on disk, apart from scopes that are kept in memory only.
 
-        Raises WouldDeadlock in a signal handler that has interrupted a turn whose write it would wait for.
+        In Redis and behind a bridge it returns at once: the server or the other engine saves. Raises StorageError if
+        saving fails now, and WouldDeadlock in a signal handler that has interrupted a turn whose write must be saved.
         """
         self._refuse_if_closed()
         self._snapshot.refuse_in_turns()
@@ -384,7 +401,7 @@ class Engine(Reactive):
         return measure(self._parts)
 
     def health(self) -> Health:
-        """Return whether all is well, and what is not."""
+        """Return whether the engine works as it should, and its problems if not."""
         return check_health(self._parts, closed=self._closing.done)
 
     # ------------------------------------------------------------------------------------------------- closing
@@ -395,13 +412,13 @@ class Engine(Reactive):
         return self._closing.begun or self._forked
 
     def close(self) -> None:
-        """End the engine: refuse callers, save, deliver events for `close_grace_ms` at most, save, release the store.
+        """Close the engine: refuse calls, save, deliver events for at most `close_grace_ms`, save, release the store.
 
-        Idempotent; a second thread waits for the first. From a handler it returns at once, and the engine closes
-        when that handler has ended; so it does from a signal handler that has interrupted a call of this engine.
-        Raises StorageError if the last save failed: everything is still in memory then, and `close()` can be called
-        again. Raises WouldDeadlock on an event loop that runs handlers: `await engine.aio.close()` there.
-        In a forked child it does nothing.
+        Idempotent; a second thread waits for the first. In a handler it returns at once, and the engine closes when
+        that handler has ended; the same in a signal handler that has interrupted a call of this engine. Raises
+        StorageError if the last save failed: then everything is still in memory, and `close()` can be called again.
+        Raises WouldDeadlock on an event loop that runs handlers: use `await engine.aio.close()` there. In a forked
+        child it does nothing.
         """
         self._close(None)
 
@@ -419,13 +436,13 @@ class Engine(Reactive):
             self._close_behind_this()
 
     def __del__(self) -> None:
-        """Dropped without close(): everything is saved and released all the same, with a ResourceWarning."""
+        """If it was dropped without close(), save and release everything, with a ResourceWarning."""
         closing = getattr(self, "_closing", None)
         if closing is not None and not closing.done and not self._forked and hasattr(self, "_watcher"):
             lifecycle.close_dropped(self)
 
     def _close_behind_this(self) -> None:
-        """Close on another thread, which waits for what this one is in the middle of."""
+        """Close on another thread, which waits for the turn or handler that this one is in."""
         threading.Thread(target=self._close_now, name="scopestate-close", daemon=True).start()
 
     def _close_now(self, grace_s: float | None = None) -> None:
@@ -465,7 +482,7 @@ class Engine(Reactive):
     # ------------------------------------------------------------------------------------------- the slower ways
 
     def _run_when_room(self, scope: str, turn: turns.Turn[A], full: HandlerFull) -> A:
-        """Run `turn` when the handler has caught up that `full` tells of."""
+        """Run `turn` when the handler that `full` is about has caught up."""
         dispatcher, backlog = self._parts.dispatcher, self._router.backlog
         timeout_s = self._limits.call_timeout_s
         deadline = None if timeout_s is None else dispatcher.monotonic() + timeout_s

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Scope:
-    """One scope of an engine; holds no state of its own, so it may be kept and shared."""
+    """One scope of an engine. It has no state of its own, so it may be kept and shared."""
 
     def __init__(self, engine: Engine, scope: str) -> None:
         self._engine = engine
@@ -43,9 +43,9 @@ class Scope:
 
     @property
     def actor_ref(self) -> pykka.ActorRef[ScopeActor]:
-        """The Pykka ref of the scope's actor now: it takes the messages of `scopestate.messages`.
+        """The Pykka ref of the scope's current actor, for the messages in `scopestate.messages`.
 
-        A scope that was passivated has a new actor afterwards; the old ref passes messages on to it.
+        After passivation the scope has a new actor; the old ref passes messages on to it.
         """
         ref: pykka.ActorRef[ScopeActor] = self._engine._scopes[self.name].actor_ref
         return ref
