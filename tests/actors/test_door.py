@@ -1,0 +1,184 @@
+"""The door for events: what is refused before a write, and that nothing is lost or refused after it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scopestate.actors.backlog import HandlerFull
+from scopestate.actors.deterministic import DeterministicDispatcher
+from scopestate.actors.functions import Function, Functions
+from scopestate.actors.handler import HandlerServices
+from scopestate.actors.limits import Limits
+from scopestate.actors.loops import LoopThread
+from scopestate.actors.router import EventRouter
+from scopestate.actors.triggers import Trigger
+from scopestate.errors import Overloaded
+from scopestate.ops.results import StateEvent
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Only what nothing refers to any more goes."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class House:
+    """A router with a plain handler for each trigger, on a dispatcher that runs when it is told to."""
+
+    def __init__(self, *triggers: Trigger, **limits: Any) -> None:
+        self.dispatcher = DeterministicDispatcher(1, switch=0, busy=0)
+        self.seen: list[tuple[str, StateEvent]] = []
+        functions = Functions()
+        for name in {trigger.function_id for trigger in triggers}:
+            functions.add(Function(name, lambda event, name=name: self.seen.append((name, event))))
+        self.limits = Limits(**limits)
+        self.router = EventRouter(
+            HandlerServices(self.dispatcher, functions, self.limits, LoopThread("loop"), lambda failure: None)
+        )
+        for trigger in triggers:
+            self.router.triggers.register(trigger)
+        self.sequence = 0
+
+    def prepare(self, key: str = "k", size: int = 1, *, depth: int = 0, late: bool = False) -> Any:
+        self.sequence += 1
+        how = self.router.prepare_late if late else self.router.prepare
+        return how("s", self.router.triggers.watch("s"), key, None, b"x" * size, self.sequence, depth)
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.seen]
+
+
+def test_what_matches_no_trigger_prepares_nothing() -> None:
+    house = House(Trigger("other", "f", scope="t"), Trigger("key", "f", scope="s", key="other"))
+
+    assert house.prepare() == ()
+    house.router.publish(())
+    house.dispatcher.run_until_idle()
+    assert house.seen == []
+    assert house.router.routed == 0
+
+
+@pytest.mark.parametrize("last", ["a", "b", "c", "d"])
+def test_handlers_of_all_filters_hear_of_a_write_in_order_of_registration(last: str) -> None:
+    filters = {
+        "a": Trigger("a", "a"),
+        "b": Trigger("b", "b", scope="s", key="k"),
+        "c": Trigger("c", "c", key="k"),
+        "d": Trigger("d", "d", scope="s"),
+    }
+    filters[last] = filters.pop(last)
+    house = House(*filters.values())
+
+    ((handlers, event),) = house.prepare()
+
+    assert [handler.trigger.trigger_id for handler in handlers] == list(filters)
+    house.router.publish([(handlers, event)])
+    house.dispatcher.run_until_idle()
+    assert sorted(house.names()) == ["a", "b", "c", "d"]
+
+
+def test_a_full_handler_refuses_a_write_before_it_happens_and_none_that_has_happened() -> None:
+    house = House(Trigger("t", "f", scope="s"), handler_mailbox=1)
+    house.router.publish(house.prepare())
+
+    with pytest.raises(HandlerFull):
+        house.prepare()
+    with pytest.raises(HandlerFull):
+        house.router.check_room("s", house.router.triggers.watch("s"), "k", 0)
+    with pytest.raises(Overloaded, match="comes from a handler"):
+        house.router.check_room("s", house.router.triggers.watch("s"), "k", 1)
+    house.router.publish(house.prepare(late=True))
+
+    house.dispatcher.run_until_idle()
+    assert [event.sequence for _, event in house.seen] == [1, 3]
+
+
+def test_a_turn_that_is_held_runs_on_the_thread_that_holds_it() -> None:
+    house = House(Trigger("t", "f", scope="s"))
+
+    house.router.hold()
+    house.router.publish(house.prepare())
+    assert house.dispatcher._ready == []
+    assert house.router.depth() == 1
+    house.router.run_held()
+
+    assert house.router.depth() == 0
+    house.dispatcher.run_until_idle()
+    assert house.names() == ["f"]
+
+
+STEPS = st.lists(
+    st.one_of(st.integers(0, 40), st.sampled_from(["route", "deliver", "fewer bytes", "more bytes"])), max_size=60
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=STEPS, handler_bytes=st.sampled_from([0, 30, 90]), all_bytes=st.sampled_from([0, 50, 150]))
+def test_no_write_passes_that_a_count_of_all_bytes_would_refuse(
+    steps: list[int | str], handler_bytes: int, all_bytes: int
+) -> None:
+    house = House(
+        Trigger("one", "f", scope="s"),
+        Trigger("two", "g", scope="s", key="k"),
+        handler_mailbox=20,
+        handler_mailbox_bytes=handler_bytes,
+        events_bytes=all_bytes,
+    )
+    router, watch = house.router, house.router.triggers.watch("s")
+    router.hold()  # turns run when a step says so
+    for step in steps:
+        match step:
+            case "route":
+                router.run_batch()
+                router.hold()
+            case "deliver":
+                for handler in router.triggers.handlers():
+                    handler.run_batch()
+            case "fewer bytes" | "more bytes":
+                # A reload applies from the router's next turn on.
+                house.limits.handler_mailbox_bytes = 10 if step == "fewer bytes" else handler_bytes
+                router.run_batch()
+                router.hold()
+            case int(size):
+                refused = False
+                try:
+                    router.check_room("s", watch, "k", 0)
+                except HandlerFull:
+                    refused = True
+                if refused:
+                    with pytest.raises(HandlerFull):
+                        house.prepare(size=size)
+                else:
+                    router.publish(house.prepare(size=size))
+
+
+class Held:
+    """Something that a test can refer to weakly."""
+
+
+@pytest.mark.parametrize("way", ["raises", "returns what cannot be used"])
+def test_the_error_of_a_delivery_is_not_kept(way: str, no_collection: None) -> None:
+    kept: list[weakref.ref[Held]] = []
+
+    def fails(event: StateEvent) -> Any:
+        held = Held()
+        kept.append(weakref.ref(held))
+        if way == "raises":
+            raise ValueError(held)
+        return (one for one in [held])
+
+    house = House(Trigger("t", "f", scope="s"))
+    house.router._services.functions.add(Function("f", fails))
+    house.router.publish(house.prepare())
+    house.dispatcher.run_until_idle()
+
+    assert [held() for held in kept] == [None]
