@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,24 @@ def test_contributing_shows_the_layers_of_the_contract() -> None:
     names = [layer.split(":")[0].strip() for layer in reversed(contract["layers"])]
 
     assert f"`{' <- '.join(names)}`" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def _guesses(tree: ast.AST) -> Iterator[int]:
+    """Yield the lines that ask what a backend, an adapter or a store has or lacks."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="hasattr" | "getattr"), args=[asked, *_]):
+                if re.search("adapter|backend|store", ast.unparse(asked)):
+                    yield node.lineno
+
+
+def test_nothing_guesses_what_a_backend_can_do() -> None:
+    assert list(_guesses(ast.parse("if hasattr(self.parts.backend, 'counts'):\n    pass"))) == [1]  # it does find one
+    found = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for folder in ("actors", "config", "engine", "ops", "persistence", "wire")
+        for file in (ROOT / folder).rglob("*.py")
+        for line in _guesses(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+
+    assert found == []
