@@ -1,4 +1,4 @@
-"""How an engine ends: nothing acknowledged is lost, every event is delivered or reported."""
+"""Closing an engine: nothing acknowledged is lost, and every event is delivered or reported."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ log = Log("scopestate.engine")
 
 LAST_SAVE_TRIES: Final = 3
 HOOKS_S: Final = 1.5
-"""How long the program's hooks may take to hear of the events that were not delivered."""
+"""How long the program's hooks may take to get the events that were not delivered."""
 LEFT_S: Final = 1.0
-"""Grace time that is left at least, where events were waited for already when the interpreter began to exit."""
+"""The least grace time, if events were already waited for when the interpreter began to exit."""
 NAMED: Final = 10
-"""Triggers that the log names."""
+"""Number of triggers that the log names."""
 
 
 class Closing:
-    """The end of one engine, in stages that may be interrupted and begun again.
+    """Closes one engine, in stages that may be interrupted and repeated.
 
-    1. Callers are refused; handlers of events already fired still may call the engine.
-    2. Everything is saved: the program may be given only some seconds, and handlers may take all of them.
-    3. Those events are delivered, for `close_grace_ms` at most; what is left then is reported as not delivered.
+    1. Calls are refused, except those of handlers of events already fired.
+    2. Everything is saved: the process may have only a few seconds, and the handlers may take all of them.
+    3. Those events are delivered, for at most `close_grace_ms`. The rest is reported as not delivered.
     4. Handlers are refused too, and their changes are saved. If that fails, `close()` raises and may be called again.
-    5. Threads end, the store is released.
+    5. The threads end, and the backend is closed.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -50,15 +50,15 @@ class Closing:
     def close(self, grace_s: float | None = None) -> None:
         """Close, or wait for the thread that does. Raises StorageError if the last save fails; then call it again.
 
-        `grace_s`: instead of `close_grace_ms`. Raises WouldDeadlock if this thread was interrupted in the middle of a
-        turn, or of this very function.
+        `grace_s` replaces `close_grace_ms`. Raises WouldDeadlock in a signal handler that has interrupted a turn, or
+        this function, on the same thread.
         """
         if self._turn.is_mine():
             raise WouldDeadlock("this thread is closing the engine already, and was interrupted by a signal")
         self._turn.run(self._close, self._parts.limits.close_grace_s if grace_s is None else grace_s)
 
     def deliver_early(self) -> None:
-        """Deliver what was fired so far, for as long as `close` would: for what is possible now and not later."""
+        """Deliver what was fired so far, for as long as `close` would. Called while executors still take work."""
         if self.begun:
             return
         clock, grace_s = self._parts.dispatcher.monotonic, self._parts.limits.close_grace_s
@@ -66,11 +66,11 @@ class Closing:
         try:
             drain(self._parts, grace_s)
         except ReplyTimeout as error:
-            log.debug("at the exit of the interpreter: %s", error)  # close() says it
+            log.debug("at the exit of the interpreter: %s", error)  # close() reports it
         self._spent_s = clock() - began
 
     def _close(self, grace_s: float) -> None:
-        """Every step may be repeated: an interrupted close() is called again."""
+        """Close. Every step may be repeated, because an interrupted close() is called again."""
         if self.done:
             return
         parts = self._parts
@@ -103,7 +103,7 @@ class Closing:
         if arrivals is not None:
             arrivals.stop()
             if drained:
-                # What came from other engines since then: no more can arrive.
+                # Events that have arrived from other engines since then. No more can arrive.
                 self._drained(max(ends - parts.dispatcher.monotonic(), 0.0))
             arrivals.end()
         self._abandon()
@@ -112,13 +112,13 @@ class Closing:
         try:
             drain(self._parts, grace_s)
         except ReplyTimeout as error:
-            log.error("closing without waiting any longer for handlers: %s", error)  # noqa: TRY400 - it says all
+            log.error("closing without waiting any longer for handlers: %s", error)  # noqa: TRY400 - the text says it all
             return False
         return True
 
     def _abandon(self) -> None:
         """Report what is not delivered: to the hooks one by one, to the log in one line."""
-        # The router may still have events that no handler has seen: many at once, and the grace time is short.
+        # The router may still have events that it has not given to handlers, if there are many.
         with contextlib.suppress(pykka.Timeout):
             self._parts.router.ask(Routed()).get(timeout=HOOKS_S)
         handlers = self._parts.router.triggers.working()
@@ -138,7 +138,7 @@ class Closing:
             named,
             f" and {len(left) - NAMED} more" if len(left) > NAMED else "",
         )
-        # On a worker thread and not for ever: a hook is code of the program.
+        # On a worker thread and with a time limit: a hook is code of the program.
         dispatcher = self._parts.dispatcher
         over = dispatcher.reply()
 
@@ -163,7 +163,7 @@ class Closing:
         try:
             self._parts.snapshot.ask(Flush()).get()
         except StorageError as error:
-            log.debug("saving before events are delivered: %s", error)  # tried again below, where it counts
+            log.debug("saving before events are delivered: %s", error)  # `_save` tries again
 
     def _save(self) -> None:
         snapshot = self._parts.snapshot
@@ -175,7 +175,7 @@ class Closing:
                 if attempt == LAST_SAVE_TRIES:
                     raise StorageError(
                         f"the last save failed, {snapshot.waiting_scopes()} scopes are not on disk: {error}; they are "
-                        "kept in memory: mend the cause and call close() again"
+                        "kept in memory: remove the cause and call close() again"
                     ) from error
                 self._pause(0.05 * attempt)
 
@@ -187,5 +187,5 @@ class Closing:
 
 
 def forked() -> EngineForked:
-    """The refusal for a process that inherited an engine."""
+    """Return the error for a forked child that inherited the engine."""
     return EngineForked("this engine was inherited through fork and belongs to the parent process: open a new one here")

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 Wait = tuple[Reply[Any] | Callable[[], object], float | None]
-"""What one step waits for, and how many seconds at most: an answer, or a call that blocks its thread so long."""
+"""What a step waits for, and for how many seconds at most: an answer, or a call that blocks its thread."""
 Steps = Generator[Wait, Any, None]
 
 
 def drain(parts: Parts, timeout: float | None) -> None:
-    """Wait on this thread until every event fired so far, and every event fired by handling those, has been handled."""
+    """Block this thread until every event fired so far has been handled, and every event that those handlers fired."""
     steps = drain_steps(parts, timeout)
     outcome: Any = None
     error: pykka.Timeout | None = None
@@ -43,16 +43,16 @@ def drain(parts: Parts, timeout: float | None) -> None:
 
 
 def drain_steps(parts: Parts, timeout: float | None) -> Steps:
-    """Say what to wait for, one thing after the other; for threads and event loops alike.
+    """Yield what to wait for, one step after another. For threads and for event loops.
 
-    A barrier goes through the router and every handler, behind the events that are there. A handler that fires an event
-    may put it behind the barrier, so rounds go on until two in a row saw no handler fire: the second one is behind
-    whatever a handler had begun to fire when the first one started. Events that come by way of Redis are waited for
-    first: with `delivery: each` those of this engine's own writes; with `one`, if there is a trigger here, until some
-    engine of the group has taken them, which may still handle them when this one is done.
+    A barrier goes through the router and every handler, behind the waiting events. A handler may fire an event behind
+    the barrier, so this is repeated until no handler has fired in two rounds in a row: the second barrier is behind
+    everything that a handler had begun to fire when the first one started. Events that come through Redis are waited
+    for first. With `delivery: each` these are the events of this engine's own writes. With `one`, if there is a trigger
+    here, it is until engines of the group have taken all events; another engine may then still be handling some.
     """
     if event_depth.get():
-        raise WouldDeadlock("drain() in a handler would wait for that very handler to end")
+        raise WouldDeadlock("drain() in a handler would wait for that handler to end")
     parts.router._refuse_own_turn()
     deadline = None if timeout is None else parts.dispatcher.monotonic() + timeout
     quiet_rounds = 0
@@ -78,7 +78,7 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
             raise ReplyTimeout("", timeout or 0.0, behind) from error
         finally:
             if not reply.done:
-                parts.router.withdraw(barrier)  # the wait is over: late, or cancelled
+                parts.router.withdraw(barrier)  # the wait has timed out or was cancelled
         quiet_rounds = quiet_rounds + 1 if parts.router.fired_by_handlers == fired else 0
 
 
@@ -93,26 +93,26 @@ def refuse_on_loop_of_handlers(parts: Parts, name: str) -> None:
         if trigger.function_id in here or trigger.condition_function_id in here:
             raise WouldDeadlock(
                 f"the handler {trigger.function_id!r} of trigger {trigger.trigger_id!r} runs on the event loop of this "
-                f"very thread, which {name}() would block while it waits for that handler: "
+                f"thread, which {name}() would block while it waits for that handler: "
                 f"use `await engine.aio.{name}()` here"
             )
 
 
 def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -> Steps:
-    """Let messages that were told, not asked, run, and commits that hold events back come through."""
+    """Wait for the messages that scopes have taken, and for commits that hold events back."""
     for actor in list(parts.directory.values()):
         if actor.has_waiting():
             actor._refuse_own_turn()
             # Not a read: a closing scope refuses those, and a full mailbox is the more reason to wait.
             yield from _behind(actor, Ping(), parts, deadline, ReplyTimeout(actor.scope, timeout or 0.0))
     if parts.snapshot.has_open_commits():
-        late = ReplyTimeout("", timeout or 0.0, behind="(all: a commit is still under way)")
+        late = ReplyTimeout("", timeout or 0.0, behind="(all: a commit has not ended)")
         parts.snapshot._refuse_own_turn()
         yield from _behind(parts.snapshot, Commit(), parts, deadline, late)
 
 
 def _behind(actor: TurnActor, message: object, parts: Parts, deadline: float | None, late: ReplyTimeout) -> Steps:
-    """Wait until `message`, queued behind what waits for `actor`, has had its turn. Raises `late`."""
+    """Queue `message` and wait until it was handled. Raises `late` after the deadline."""
     reply = parts.dispatcher.reply()
     envelope = Envelope(message, reply)
     actor._enqueue(envelope)

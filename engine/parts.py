@@ -1,4 +1,4 @@
-"""Putting an engine together from its configuration, and changing a running one."""
+"""Making the parts of an engine from its configuration, and changing them while it runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _RESTART_ONLY: Final = ("store_method", "file_path", "durability")
 
 
 class Parts:
-    """What one engine consists of, wired up."""
+    """The parts of one engine, connected to each other."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Parts:
         tell_hooks: Report,
     ) -> None:
         """Raises ConfigError for a function that cannot be registered, StorageError if the store cannot be opened."""
-        check_functions(config)  # before the store is opened, which would stay locked
+        check_functions(config)  # first: a store that was opened would stay locked
         self.config = self._started = config
         self.limits = Limits()
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
@@ -77,7 +77,7 @@ class Parts:
         )
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self.reconfigured: Callable[[Config], object] | None = None
-        """Called after each reload; set by a server that follows the file."""
+        """Called after each reload; set by a server that applies changes of the file."""
         self.tally = {function_id: Tally() for function_id in BUILT_IN}
 
     def _make_scope(self, scope: str) -> ScopeActor:
@@ -85,7 +85,7 @@ class Parts:
         return self.backend.make_scope(scope, self._around)
 
     def configure(self) -> None:
-        """Register the configured functions and triggers, and begin to save."""
+        """Register the configured functions and triggers, and start saving."""
         self._apply_functions({})
         self._apply_triggers(None)
         self.backend.start(self._around)
@@ -95,7 +95,7 @@ class Parts:
     # ---------------------------------------------------------------------------------------------------- reload
 
     def reconfigure(self, config: Config) -> None:
-        """Apply what can change live: functions, triggers, limits, the save interval. Raises ConfigError, unchanged."""
+        """Apply what can change now: functions, triggers, limits, the save interval. Raises ConfigError, unchanged."""
         before = self.config
         check_functions(config)
         self._log_what_waits(before, config)
@@ -111,7 +111,7 @@ class Parts:
             self.reconfigured(config)
 
     def _log_what_waits(self, before: Config, config: Config) -> None:
-        """Log what differs from the last file and from what runs: it is used from the next start."""
+        """Log the changes in the file that apply from the next start only."""
 
         def waits(read: Callable[[Config], object]) -> bool:
             return read(config) != read(before) and read(config) != read(self._started)
@@ -133,7 +133,7 @@ class Parts:
             self.functions.discard(function_id, before[function_id].callable)
 
     def _apply_triggers(self, before: Config | None) -> None:
-        """Register what is new, unregister what only `before` has. Unchanged triggers keep the events that wait."""
+        """Register new triggers, unregister those that only `before` has. Unchanged ones keep their waiting events."""
         old = (
             {} if before is None else {trigger.trigger_id: trigger for trigger in configured_triggers(before.triggers)}
         )
@@ -142,15 +142,15 @@ class Parts:
             if old.get(trigger_id) != trigger:
                 self.router.triggers.register(trigger)
                 self._warn_of_unknown_functions(trigger)
-        # What the program has unregistered or replaced by now is its own.
+        # Triggers that the program has unregistered or replaced are left alone.
         running = {handler.trigger.trigger_id: handler.trigger for handler in self.router.triggers.handlers()}
         for trigger_id in old.keys() - new.keys():
             if running.get(trigger_id) == old[trigger_id]:
-                with suppress(InvalidRegistration):  # at this very moment
+                with suppress(InvalidRegistration):  # it was unregistered just now
                     self.router.triggers.unregister(trigger_id)
 
     def _warn_of_unknown_functions(self, trigger: Trigger) -> None:
-        """Log a trigger that names no function; that is allowed, code or a worker may register it later."""
+        """Log a trigger whose function is not registered. That is allowed: it may be registered later."""
         for function_id in (trigger.function_id, trigger.condition_function_id):
             if function_id is not None and self.functions.find(function_id) is None:
                 log.warning(
@@ -161,7 +161,7 @@ class Parts:
 
 
 def check_functions(config: Config) -> None:
-    """Raise ConfigError for a function that cannot be registered, as one that would replace a built-in one."""
+    """Raise ConfigError for a function that cannot be registered, such as one that would replace a built-in one."""
     for function_id in config.functions:
         misfit = misfit_id(function_id)
         if misfit is not None:
@@ -169,7 +169,7 @@ def check_functions(config: Config) -> None:
 
 
 def configured_triggers(entries: Iterable[TriggerConfig]) -> list[Trigger]:
-    """Return the triggers of a configuration. One without an id gets one made from its content, the same each time."""
+    """Return the triggers of a configuration. Without an id, a trigger gets one that is made from its content."""
     triggers: list[Trigger] = []
     made: Counter[str] = Counter()
     for entry in entries:

@@ -1,4 +1,4 @@
-"""What an engine tells about itself."""
+"""The figures of an engine, and its health."""
 
 from __future__ import annotations
 
@@ -25,72 +25,72 @@ class Mailboxes(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """Counts since the engine was made, and sizes now. Read without stopping anything: not one instant's picture."""
+    """Counts since the engine was made, and current sizes. Read while it runs, so not all are of one moment."""
 
     calls: dict[str, int]
-    """Function id -> calls that were made of it from Python, refused ones included."""
+    """Calls of each built-in function from Python, by function id; refused calls count too."""
     events: int
-    """Changes that at least one trigger matched."""
+    """Changes that matched at least one trigger."""
     deliveries: int
-    """Handler calls that ended well."""
+    """Handler calls that succeeded."""
     skipped: int
-    """Events that a condition turned away."""
+    """Events that a condition skipped."""
     failures: int
-    """Events that their handler, condition or depth failed for good."""
+    """Events that were given up: handler or condition failed, or the depth was too large."""
     retries: int
     timeouts: int
     dropped: int
-    """Events that reached no handler: full mailbox, unregistered trigger, or closed engine."""
+    """Events that reached no handler: the mailbox was full, the trigger unregistered, or the engine closed."""
     blocked: int
-    """How often a write found a mailbox on its way full, at each attempt (`handler_when_full: block`)."""
+    """Attempts to write that found a handler's mailbox full (`handler_when_full: block`)."""
     refused: int
     """Calls refused with `OVERLOADED`: a mailbox was full."""
     loops_cut: int
     saves: int
-    """Transactions written."""
+    """Transactions written. 0 in Redis and behind a bridge, as are the next three."""
     saved_keys: int
     failed_saves: int
     unsaved_scopes: int
     """Scopes with changes that are not on disk yet."""
     scopes: int
-    """Scopes in memory."""
+    """Scopes that have an actor now. Those in Redis or behind a bridge hold no values here."""
     keys: int
-    """Keys in memory."""
+    """Keys in the memory of this engine; 0 in Redis and behind a bridge."""
     mailboxes: Mailboxes
     threads: int
-    """Worker threads alive."""
+    """Live worker threads."""
     store: dict[str, int] = {}
-    """What the adapter counts of its own, as Redis does attempts to update and conflicts; empty for kv and bridge."""
+    """Counts of the backend: in Redis, for example, attempts to update and conflicts; otherwise empty."""
 
 
 class Health(msgspec.Struct, frozen=True):
-    """Whether the engine does what it promises."""
+    """Whether the engine works as it should."""
 
     ok: bool
     problems: tuple[str, ...] = ()
-    """What is wrong, in words; empty if ok."""
+    """A description of each problem; empty if ok."""
     unsaved_scopes: int = 0
     last_save_ms: float = 0.0
-    """How long the last successful save took."""
+    """Duration of the last successful save; 0 if there was none."""
 
 
 class Tally:
-    """A counter that any thread may add to without losing one."""
+    """A counter that any thread may increment without losing an increment."""
 
     __slots__ = ("_count", "add")
 
     def __init__(self) -> None:
-        # itertools.count is advanced in C, in one step; `+= 1` on an attribute is several.
+        # itertools.count is incremented in one C call; `+= 1` on an attribute takes several steps.
         self._count = itertools.count()
         self.add = self._count.__next__
 
     def value(self) -> int:
-        """What was added so far."""
+        """Return the count."""
         return int(repr(self._count)[len("count(") : -1])
 
 
 def measure(parts: Parts) -> Stats:
-    """Take the figures of a running engine."""
+    """Return the figures of a running engine."""
     counts = parts.router.triggers.counts()
     actors = list(parts.directory.values())
     waiting = [len(actor._mailbox) for actor in actors]
@@ -128,17 +128,17 @@ def measure(parts: Parts) -> Stats:
 
 
 def check_health(parts: Parts, *, closed: bool) -> Health:
-    """Say what is wrong with an engine, if anything is."""
+    """Return the health of an engine."""
     problems: list[str] = []
     snapshot = parts.snapshot
     if closed:
         problems.append("the engine is closed")
     if snapshot.failing is not None:
-        problems.append(f"saving fails: {snapshot.failing}; what changed since stays in memory and is saved later")
+        problems.append(f"saving fails: {snapshot.failing}; changes stay in memory and are saved later")
     elif (late_s := snapshot.overdue_s()) > 0:
         problems.append(
-            f"the save that was due {late_s:.1f} s ago has not ended: a crash would lose what changed since; the "
-            "disk may hang, or the machine be overloaded"
+            f"the save that was due {late_s:.1f} s ago has not ended: a crash would lose the changes since then; the "
+            "disk may hang, or the machine may be overloaded"
         )
     problems += [f"not saved: {why}" for why in list(dict.fromkeys(list(snapshot.unsavable.values())))[:10]]
     if (problem := parts.backend.problem()) is not None:
@@ -154,7 +154,7 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
     held = parts.dispatcher.held()
     if held:
         problems.append(
-            f"all threads for handlers and functions are blocked, and {held} that are ready wait for one: a handler "
-            "hangs, or too many wait for something at the same time"
+            f"all threads for handlers and functions are in use, and {held} calls wait for one: handlers hang, or too "
+            "many wait for something at the same time"
         )
     return Health(not problems, tuple(problems), snapshot.waiting_scopes(), snapshot.last_save_s * 1000)

@@ -1,13 +1,13 @@
-"""State as JSON lines, to move it between stores of any kind.
+"""Export and import of state as JSON lines, between stores of any kind.
 
     {"scopestate_export":1}
     {"scope":"users","sequence":12}
     {"scope":"users","key":"profile","value":{"name":"Ada"}}
     {"end":true,"scopes":1,"keys":1}
 
-The keys of a scope come in the order in which they were first set. The first line and the last are optional together: a
-file with the first and without the last was cut off. So any list of `scope`, `key`, `value` objects can be imported; an
-empty one is refused, since that is what a command that failed leaves.
+The keys of a scope are in the order in which they were first set; those of Redis are sorted. The first and the last
+line may both be left out, so any list of `scope`, `key`, `value` objects can be imported. A file with the first and
+without the last was cut off. An empty file is refused, since a command that failed leaves one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FORMAT: Final = 1
 BATCH_KEYS: Final = 1000
 BATCH_BYTES: Final = 4 * 1024 * 1024
 MAX_SEQUENCE: Final = 2**62
-"""Leaves a scope as many writes again before SQLite's integers end."""
+"""The highest number in an import. It leaves a scope as many further writes before SQLite's integers end."""
 
 Progress = Callable[[int], object]
-"""Is told how many keys are done."""
+"""Called with the number of keys done."""
 
 
 def _untold(keys: int) -> None:
@@ -41,7 +41,7 @@ def _untold(keys: int) -> None:
 
 
 class Reader(Protocol):
-    """What can be exported: a `StoreReader`, or a `SharedReader`."""
+    """State that can be exported: a `StoreReader` or a `SharedReader`."""
 
     def scopes(self) -> list[str]:
         """Return the scopes that hold a key."""
@@ -50,7 +50,7 @@ class Reader(Protocol):
         """Return the number of a scope's last write; 0 if that is not known."""
 
     def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
-        """Yield keys and values, as JSON, in insertion order."""
+        """Yield keys and values, as JSON, in insertion order if the state has one."""
 
 
 class SharedState(Protocol):
@@ -80,11 +80,11 @@ class SharedReader:
         return self._state.scopes()
 
     def sequence(self, scope: str) -> int:
-        """Return 0: neither tells."""
+        """Return 0: the number is not known."""
         return 0
 
     def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
-        """Yield keys and values, as JSON: in insertion order, or of Redis in that of the keys."""
+        """Yield keys and values, as JSON: in the order of the other engine, or in Redis sorted by key."""
         yield from self._state.read(scope).items()
 
 
@@ -119,7 +119,7 @@ _decode = msgspec.json.Decoder(_Line).decode
 
 
 def export_lines(reader: Reader, progress: Progress = _untold) -> Iterator[bytes]:
-    """Yield a store as lines, each with its line end. `progress(keys)` is called now and then, and at the end."""
+    """Yield a store as lines with their line ends. `progress(keys)` is called from time to time, and at the end."""
     yield _encode(_Line(scopestate_export=FORMAT)) + b"\n"
     keys = scopes = 0
     for scope in reader.scopes():
@@ -127,7 +127,7 @@ def export_lines(reader: Reader, progress: Progress = _untold) -> Iterator[bytes
         yield _encode(_Line(scope=scope, sequence=reader.sequence(scope))) + b"\n"
         for key, value in reader.items(scope):
             keys += 1
-            # A newline inside a string is escaped in JSON; between tokens it is just space.
+            # A newline inside a JSON string is escaped; between tokens it is white space.
             yield _encode(_Line(scope=scope, key=key, value=Raw(value.replace(b"\n", b" ")))) + b"\n"
             if keys % BATCH_KEYS == 0:
                 progress(keys)
@@ -173,12 +173,10 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Entry | Scope]:
             raise DeserializationError(f"line {number}: {error}") from error
     if empty:
         raise DeserializationError(
-            "the input is empty: did the export that should have filled it fail? That of an empty store has two lines"
+            "the input is empty: did the export fail? The export of an empty store has two lines"
         )
     if begun and not ended:
-        raise DeserializationError(
-            f"the export is cut off after line {number}: its last line is missing; nothing to trust"
-        )
+        raise DeserializationError(f"the export is cut off after line {number}: its last line is missing")
 
 
 def _without_mark(text: bytes) -> bytes:
@@ -216,7 +214,7 @@ def import_whole(lines: Iterable[bytes], store: FileAdapter, progress: Progress 
 
 
 def import_in_steps(lines: Iterable[bytes], state: SharedState, progress: Progress = _untold) -> int:
-    """As `import_whole`, into Redis or a running engine: what fails leaves the batches before it written."""
+    """As `import_whole`, into Redis or a running engine. If it fails, the batches before that are written."""
     keys = 0
     for batch in _batches(read_lines(lines)):
         changes: dict[str, dict[str, bytes | None]] = {}
@@ -245,14 +243,14 @@ def _batches(items: Iterable[Entry | Scope]) -> Iterator[list[Entry | Scope]]:
 
 
 class _Collector:
-    """Makes changes of the entries of an export: continues the numbers, and the order of keys, of a store."""
+    """Turns the entries of an export into changes, which continue the numbers and the order of keys of a store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._known: dict[str, set[str]] = {}
         self._sequences: dict[str, int] = {}
         self._writes: dict[str, int] = {}
-        """Rank of the last key written: at most the sequence, which an export carries on from its own store."""
+        """Position of the last key written. At most the sequence, which may come from the export."""
 
     def changes(self, items: Iterable[Entry | Scope]) -> list[ScopeChange]:
         """Return one change for each scope in `items`."""
