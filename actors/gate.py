@@ -91,7 +91,7 @@ class Gate:
         view = scope._view
         if turn.writes or view is None or not scope._direct:
             return answer  # type: ignore[no-any-return]  # BUSY stands for any answer
-        answer = turn.decide(view).answer
+        _, answer = turn.decide(view)
         # Looked at after the values were read. If all is settled now and the scope was not loaded anew meanwhile, then
         # what was read is on disk.
         if self.unsettled or view is not scope._view:

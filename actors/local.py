@@ -154,11 +154,11 @@ class LocalScope(ScopeActor):
             result = SetResult(old, data)
             self._write(turn.key, old, data)
             return result  # type: ignore[return-value]  # A is SetResult here
-        effects = turn.decide(view)
-        if effects.changes:
-            (change,) = effects.changes  # how several are committed: docs/design/0033-turns.md
+        changes, answer = turn.decide(view)
+        if changes:
+            (change,) = changes  # how several are committed: docs/design/0033-turns.md
             self._write(change.key, change.before, change.after)
-        return effects.answer
+        return answer
 
     def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
         """Commit one change: memory, what to save, and the event, all or none of them."""

@@ -58,9 +58,16 @@ class AioEngine:
         if limit:
             refuse_size(scope, key, data, limit)
         self._count_set()
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
         if type(key) is not str or not key.isascii():
             key = checked_name("key", key)
-        return await self._run(scope, turns.Set(key, data))
+        turn = turns.Set(key, data)
+        try:
+            answer = self._scopes[scope].run_now(turn)  # as in `_run`: one coroutine less for most writes
+        except HandlerFull:
+            return await self._run_when_room(scope, turn)
+        return await self._run_later(scope, turn) if answer is BUSY else answer
 
     async def get(self, scope: str, key: str, default: Any = None) -> Any:
         """As `Engine.get`."""
@@ -96,7 +103,14 @@ class AioEngine:
     async def list(self, scope: str) -> builtins.list[Any]:
         """As `Engine.list`."""
         self._engine._tally["state::list"].add()
-        return [decode(data) for data in await self._run(scope, turns.List())]
+        actor = self._scopes[checked_name("scope", scope)]
+        values = actor.readable
+        if values is None:
+            everything = await self._run(scope, turns.List())
+        else:
+            actor.touched = True
+            everything = [*values.values()]
+        return [decode(data) for data in everything]
 
     async def list_groups(self) -> builtins.list[str]:
         """As `Engine.list_groups`."""
@@ -167,10 +181,16 @@ class AioEngine:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
         if type(scope) is not str:
             scope = checked_name("scope", scope)
-        actor = self._scopes[scope]
         try:
-            answer = actor.run_now(turn)
-            return await self._queued(actor, turn) if answer is BUSY else answer
+            answer = self._scopes[scope].run_now(turn)
+        except HandlerFull:
+            return await self._run_when_room(scope, turn)
+        return await self._run_later(scope, turn) if answer is BUSY else answer
+
+    async def _run_later(self, scope: str, turn: turns.Turn[A]) -> A:
+        """Have `turn` run when the scope can take it, and wait without blocking the event loop."""
+        try:
+            return await self._queued(self._scopes[scope], turn)
         except HandlerFull:
             return await self._run_when_room(scope, turn)
 

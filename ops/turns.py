@@ -64,11 +64,8 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     after: bytes | None
 
 
-class Effects(msgspec.Struct, Generic[A], frozen=True, gc=False):
-    """What a turn has decided."""
-
-    changes: tuple[Change, ...]
-    answer: A
+Effects = tuple[tuple[Change, ...], A]
+"""What a turn has decided: its changes, and its answer."""
 
 
 class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
@@ -134,7 +131,7 @@ class Set(_OneKey[SetResult], frozen=True, gc=False):
 
     def decide(self, view: View) -> Effects[SetResult]:
         before = view.get(self.key)
-        return Effects((Change(self.key, before, self.data),), SetResult(before, self.data))
+        return (Change(self.key, before, self.data),), SetResult(before, self.data)
 
     def call(self, scope: str) -> dict[str, Any]:
         return {"scope": scope, "key": self.key, "value": msgspec.Raw(self.data), "_existed": True}
@@ -163,7 +160,7 @@ class Update(_OneKey[UpdateResult], frozen=True, gc=False):
         limit = view.limits.max_value_bytes
         if limit:
             refuse_size(view.scope, self.key, data, limit)
-        return Effects((Change(self.key, before, data),), UpdateResult(before, data, tuple(errors) if errors else ()))
+        return (Change(self.key, before, data),), UpdateResult(before, data, tuple(errors) if errors else ())
 
     def call(self, scope: str) -> dict[str, Any]:
         return {"scope": scope, "key": self.key, "ops": self.ops, "_existed": True}
@@ -186,7 +183,7 @@ class Delete(_OneKey["bytes | None"], frozen=True, gc=False):
 
     def decide(self, view: View) -> Effects[bytes | None]:
         before = view.get(self.key)
-        return Effects((Change(self.key, before, None),), before)
+        return (Change(self.key, before, None),), before
 
     def effects_of(self, result: bytes | None) -> Effects[bytes | None]:
         before = None if result is None else parse(result)
@@ -200,7 +197,7 @@ class Get(_OneKey["bytes | None"], frozen=True, gc=False):
     failure = Failure("GET_ERROR", "Failed to get value")
 
     def decide(self, view: View) -> Effects[bytes | None]:
-        return Effects((), view.get(self.key))
+        return (), view.get(self.key)
 
     def effects_of(self, result: bytes | None) -> Effects[bytes | None]:
         return Effects((), None if result is None else parse(result))
@@ -222,7 +219,7 @@ class List(_WholeScope[list[bytes]], frozen=True, gc=False):
     """Read all values as JSON."""
 
     def decide(self, view: View) -> Effects[list[bytes]]:
-        return Effects((), view.values())
+        return (), view.values()
 
     def effects_of(self, result: bytes | None) -> Effects[list[bytes]]:
         return Effects((), [parse(bytes(value)) for value in _decode_values(result or b"[]")])
@@ -232,7 +229,7 @@ class Items(_WholeScope[list[tuple[str, bytes]]], frozen=True, gc=False):
     """Read all keys with their values as JSON."""
 
     def decide(self, view: View) -> Effects[list[tuple[str, bytes]]]:
-        return Effects((), view.items())
+        return (), view.items()
 
     def call(self, scope: str) -> dict[str, Any]:
         return {"scope": scope, "_keys": True}

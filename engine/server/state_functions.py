@@ -141,7 +141,7 @@ class StateFunctions:
         self._scopes = engine._scopes
         self._limits = engine._limits
         self._router = engine._router
-        self._run_later = engine.aio._run
+        self._run_later = engine.aio._run_later
         self.by_id: dict[str, Callable[[Raw, Access | None], Outcome]] = {
             row.function_id: self._list_groups if row.turn is None else self._on_one_scope(row, _INPUTS[row.turn])
             for row in BUILT_IN.values()

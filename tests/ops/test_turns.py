@@ -10,7 +10,7 @@ import pytest
 from scopestate.errors import DeserializationError, InvalidValue, StorageError, ValueTooLarge
 from scopestate.ops import Increment, OpError, messages, turns
 from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.ops.turns import Change, Effects, Turn
+from scopestate.ops.turns import Change, Turn
 
 
 class Limits:
@@ -40,45 +40,48 @@ TABLE = {"a": b"1", "b": b'"text"'}
 
 
 def test_a_set_changes_its_key_and_answers_with_both_values() -> None:
-    assert turns.Set("a", b"2").decide(Holding(TABLE)) == Effects((Change("a", b"1", b"2"),), SetResult(b"1", b"2"))
+    assert turns.Set("a", b"2").decide(Holding(TABLE)) == ((Change("a", b"1", b"2"),), SetResult(b"1", b"2"))
 
 
 def test_a_set_of_a_new_key_finds_nothing_before() -> None:
-    assert turns.Set("new", b"null").decide(Holding(TABLE)) == Effects(
-        (Change("new", None, b"null"),), SetResult(None, b"null")
+    assert turns.Set("new", b"null").decide(Holding(TABLE)) == (
+        (Change("new", None, b"null"),),
+        SetResult(None, b"null"),
     )
 
 
 def test_an_update_applies_its_ops_to_the_value() -> None:
-    assert turns.Update("a", (Increment("", 4),)).decide(Holding(TABLE)) == Effects(
-        (Change("a", b"1", b"5"),), UpdateResult(b"1", b"5", ())
+    assert turns.Update("a", (Increment("", 4),)).decide(Holding(TABLE)) == (
+        (Change("a", b"1", b"5"),),
+        UpdateResult(b"1", b"5", ()),
     )
 
 
 def test_an_update_of_a_new_key_begins_with_an_empty_object() -> None:
-    assert turns.Update("new", (Increment("n", 1),)).decide(Holding(TABLE)) == Effects(
-        (Change("new", None, b'{"n":1}'),), UpdateResult(None, b'{"n":1}', ())
+    assert turns.Update("new", (Increment("n", 1),)).decide(Holding(TABLE)) == (
+        (Change("new", None, b'{"n":1}'),),
+        UpdateResult(None, b'{"n":1}', ()),
     )
 
 
 def test_an_op_that_does_not_fit_is_told_and_the_others_are_applied() -> None:
-    effects = turns.Update("b", (Increment("", 1),)).decide(Holding(TABLE))
+    changes, answer = turns.Update("b", (Increment("", 1),)).decide(Holding(TABLE))
 
-    assert effects.changes == (Change("b", b'"text"', b'"text"'),)
-    assert [type(error) for error in effects.answer.errors] == [OpError]
+    assert changes == (Change("b", b'"text"', b'"text"'),)
+    assert [type(error) for error in answer.errors] == [OpError]
 
 
 def test_an_update_whose_value_grows_past_the_limit_is_refused() -> None:
     view = Holding({"a": b"9"}, max_value_bytes=1)
 
-    assert turns.Update("a", ()).decide(view).answer.new_json == b"9"
+    assert turns.Update("a", ()).decide(view)[1].new_json == b"9"
     with pytest.raises(ValueTooLarge, match="2 bytes"):
         turns.Update("a", (Increment("", 1),)).decide(view)
 
 
 def test_a_delete_changes_its_key_even_if_there_is_nothing() -> None:
-    assert turns.Delete("a").decide(Holding(TABLE)) == Effects((Change("a", b"1", None),), b"1")
-    assert turns.Delete("new").decide(Holding(TABLE)) == Effects((Change("new", None, None),), None)
+    assert turns.Delete("a").decide(Holding(TABLE)) == ((Change("a", b"1", None),), b"1")
+    assert turns.Delete("new").decide(Holding(TABLE)) == ((Change("new", None, None),), None)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_a_delete_changes_its_key_even_if_there_is_nothing() -> None:
     ids=repr,
 )
 def test_a_read_answers_and_changes_nothing(turn: Turn[Any], answer: object) -> None:
-    assert turn.decide(Holding(TABLE)) == Effects((), answer)
+    assert turn.decide(Holding(TABLE)) == ((), answer)
 
 
 ALL: list[Turn[Any]] = [
@@ -108,7 +111,7 @@ ALL: list[Turn[Any]] = [
 @pytest.mark.parametrize("turn", ALL, ids=repr)
 def test_what_a_turn_says_of_itself_is_what_it_decides(turn: Turn[Any]) -> None:
     """`writes` and `keys` are read by every backend; a turn that changes something else would be lost there."""
-    changes = turn.decide(Holding(TABLE)).changes
+    changes, _ = turn.decide(Holding(TABLE))
 
     assert turn.writes is bool(changes)
     assert turn.keys is None or {change.key for change in changes} <= set(turn.keys)

@@ -15,7 +15,7 @@ from reliability.figures import record
 from reliability.living import PATIENCE_S, InThread, saved
 from reliability.slow import Gate, SlowDisk, busy, check_agreement, watched
 
-from scopestate import Engine
+from scopestate import Engine, messages
 
 DURABILITIES = ["memory", "interval", "commit"]
 
@@ -27,7 +27,7 @@ AIO_WRITES: dict[str, AioCall] = {
     "delete": lambda engine, number: engine.aio.delete("s", "k"),
 }
 AIO_READS: dict[str, AioCall] = {
-    "get": lambda engine, number: engine.aio.get("s", "absent"),  # a key that is there needs no turn
+    "get": lambda engine, number: engine.aio.get("s", "k"),
     "list": lambda engine, number: engine.aio.list("s"),
 }
 AIO_CALLS = {**AIO_WRITES, **AIO_READS}
@@ -57,6 +57,7 @@ def test_a_task_cancelled_while_the_scope_is_busy_has_done_nothing(
     gate, holder = busy(engine)
 
     async def main() -> None:
+        engine.tell(messages.Set("s", "told", 1))  # so that reads need a turn as well: they must not overtake it
         doomed = asyncio.create_task(AIO_CALLS[name](engine, 1))  # type: ignore[arg-type]  # they are coroutines
         patient = asyncio.create_task(engine.aio.set("s", "other", 2))
         await let_it_come(doomed)
