@@ -133,7 +133,8 @@ class LocalScope(ScopeActor):
         return answer
 
     def send(self, envelope: Envelope) -> None:
-        if self._view is None or self._if_idle(self._handle, envelope) is BUSY:
+        must_load = self._view is None and not self._shut
+        if must_load or self._if_idle(self._handle, envelope) is BUSY:
             self._refuse_own_turn()
             self.post(envelope)
 

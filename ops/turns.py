@@ -138,7 +138,7 @@ class Set(_OneKey[SetResult], frozen=True, gc=False):
 
     def effects_of(self, result: bytes | None) -> Effects[SetResult]:
         before = _decode_written(result or b"null").before()
-        return Effects((Change(self.key, before, self.data),), SetResult(before, self.data))
+        return (Change(self.key, before, self.data),), SetResult(before, self.data)
 
     def size(self) -> int:
         return len(self.data)
@@ -168,7 +168,7 @@ class Update(_OneKey[UpdateResult], frozen=True, gc=False):
     def effects_of(self, result: bytes | None) -> Effects[UpdateResult]:
         written = _decode_written(result or b"null")
         before, after = written.before(), parse(bytes(written.new_value))
-        return Effects((Change(self.key, before, after),), UpdateResult(before, after, written.errors))
+        return (Change(self.key, before, after),), UpdateResult(before, after, written.errors)
 
     def size(self) -> int:
         return sum(_size_of(getattr(op, "value", None)) for op in self.ops)
@@ -187,7 +187,7 @@ class Delete(_OneKey["bytes | None"], frozen=True, gc=False):
 
     def effects_of(self, result: bytes | None) -> Effects[bytes | None]:
         before = None if result is None else parse(result)
-        return Effects((Change(self.key, before, None),), before)
+        return (Change(self.key, before, None),), before
 
 
 class Get(_OneKey["bytes | None"], frozen=True, gc=False):
@@ -200,7 +200,7 @@ class Get(_OneKey["bytes | None"], frozen=True, gc=False):
         return (), view.get(self.key)
 
     def effects_of(self, result: bytes | None) -> Effects[bytes | None]:
-        return Effects((), None if result is None else parse(result))
+        return (), None if result is None else parse(result)
 
 
 class _WholeScope(Turn[A], frozen=True, gc=False):
@@ -222,7 +222,7 @@ class List(_WholeScope[list[bytes]], frozen=True, gc=False):
         return (), view.values()
 
     def effects_of(self, result: bytes | None) -> Effects[list[bytes]]:
-        return Effects((), [parse(bytes(value)) for value in _decode_values(result or b"[]")])
+        return (), [parse(bytes(value)) for value in _decode_values(result or b"[]")]
 
 
 class Items(_WholeScope[list[tuple[str, bytes]]], frozen=True, gc=False):
@@ -241,7 +241,7 @@ class Items(_WholeScope[list[tuple[str, bytes]]], frozen=True, gc=False):
             raise DeserializationError("that engine does not name the keys of a scope; it is no scopestate") from error
         if len(listed.keys) != len(listed.values):
             raise DeserializationError(f"{len(listed.keys)} keys with {len(listed.values)} values")
-        return Effects((), [(key, parse(bytes(value))) for key, value in zip(listed.keys, listed.values, strict=True)])
+        return (), [(key, parse(bytes(value))) for key, value in zip(listed.keys, listed.values, strict=True)]
 
 
 class _Written(msgspec.Struct):

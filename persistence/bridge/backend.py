@@ -158,7 +158,8 @@ class BridgeBackend(Backend):
         try:
             turn = Items()
             result = self.call_and_wait(turn.function_id, msgspec.json.encode(turn.call(scope)))
-            return dict(turn.effects_of(result).answer)
+            _, items = turn.effects_of(result)
+            return dict(items)
         except ScopestateError as error:
             raise StorageError(f"scope {scope!r} cannot be loaded via bridge: {error}") from error
 

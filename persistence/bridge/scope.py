@@ -20,7 +20,7 @@ from scopestate.errors import (
     ScopestateError,
     StorageError,
 )
-from scopestate.ops.turns import Effects, Turn
+from scopestate.ops.turns import Change, Effects, Turn
 
 log = Log("scopestate.scope")
 
@@ -236,19 +236,20 @@ class BridgeScope(ScopeActor):
 
         Events before answers: a caller that has its answer may call drain() and count on the event.
         """
-        effects: Effects[Any] | None = None
+        changes: tuple[Change, ...] = ()
+        answer: Any = None
         failure: StorageError | None = None
         try:
             if error is not None:
                 raise error
-            effects = _effects_of(call.turn, result)
+            changes, answer = _effects_of(call.turn, result)
         except ScopestateError as problem:
             failure = _via_bridge(call.turn, problem)
         except Exception as problem:
             log.exception("%s: reading the answer to a call failed", self.name)  # a bug, which must not hang the caller
             failure = _via_bridge(call.turn, problem)
-        if effects is not None and not self._connection.reports_changes:
-            for change in effects.changes:
+        if not self._connection.reports_changes:
+            for change in changes:
                 if self._shut:
                     log.error(
                         "%s: a write of key %r was answered after the engine closed; its event is not delivered",
@@ -260,7 +261,7 @@ class BridgeScope(ScopeActor):
         if failure is not None:
             call.reply.fail(failure)
         else:
-            call.reply.set(None if effects is None else effects.answer)
+            call.reply.set(answer)
         self._end(call)
 
     def _end(self, ended: _Call) -> None:

@@ -76,18 +76,19 @@ def test_ops_go_out_in_the_form_in_which_they_came_in() -> None:
     ],
 )
 def test_a_result_as_an_answer(turn: Any, result: bytes | None, answer: Any, change: Any) -> None:
-    effects = turn.effects_of(result)
+    changes, found = turn.effects_of(result)
 
-    assert effects.answer == answer
-    assert effects.changes == (() if change is None else (turns.Change("k", *change),))
+    assert found == answer
+    assert changes == (() if change is None else (turns.Change("k", *change),))
     if isinstance(answer, SetResult):
-        assert (effects.answer.old_json, effects.answer.new_json) == (answer.old_json, answer.new_json)
+        assert (found.old_json, found.new_json) == (answer.old_json, answer.new_json)
 
 
 def test_refused_ops_come_through() -> None:
     result = b'{"old_value":1,"new_value":1,"errors":[{"op_index":0,"code":"c","message":"m","doc_url":"u"}]}'
 
-    (error,) = turns.Update("k", ()).effects_of(result).answer.errors
+    _, updated = turns.Update("k", ()).effects_of(result)
+    (error,) = updated.errors
 
     assert (error.op_index, error.code, error.message, error.doc_url) == (0, "c", "m", "u")
 
