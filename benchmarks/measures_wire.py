@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.harness import Measure, Row, Sizes, percentile
 from scopestate import Engine
-from scopestate.server.server import Server
+from scopestate.server import Server
 
 ROOT = Path(__file__).parent.parent
 

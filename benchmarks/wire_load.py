@@ -15,7 +15,7 @@ from typing import Any
 
 import picows
 
-from scopestate.server.server import new_loop
+from scopestate.server import new_loop
 
 TEXT = picows.WSMsgType.TEXT
 ID = "eae5dafc-6bcd-46bb-bec8-25102aeba9ee"

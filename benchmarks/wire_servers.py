@@ -14,7 +14,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from scopestate import Engine
-from scopestate.server.server import Server, new_loop
+from scopestate.server import Server, new_loop
 
 KEY = {"scope": "users", "key": "profile"}
 

@@ -1,5 +1,5 @@
-"""Workers over the wire: the server, and what it does for each connection."""
+"""Serving an engine to workers in other processes, over iii's WebSocket protocol."""
 
-from scopestate.server.server import Server
+from scopestate.server.server import Server, new_loop
 
-__all__ = ["Server"]
+__all__ = ["Server", "new_loop"]
