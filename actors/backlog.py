@@ -168,8 +168,8 @@ class Backlog:
     def made_room(self) -> None:
         """A handler has made progress: tell the writers that wait."""
         self.progress += 1
-        # Always the same table, one atomic pop at a time: a callback added meanwhile is never in one left behind.
-        # Those that are here now, once each: one that finds its handler still full comes back, to the end.
+        # One table, and one atomic pop at a time: a callback that is added during the loop is never lost.
+        # Each callback that is here now is called once. One that finds its handler still full is appended again.
         writers = self._writers
         if not writers:
             return

@@ -1,8 +1,9 @@
-"""What the code of the program raises ends one call and nothing else: the rule, and a log that keeps to it.
+"""An exception in code of the program ends one call and nothing else: the rule, and a log that keeps to it.
 
 The rule (docs/design/0009-isolation.md): handlers, conditions, functions, hooks, callbacks and logging filters may
-raise anything. It is reported, and everything around it goes on. Only what comes from outside that code passes: Ctrl-C
-and the exception of a signal handler, both on the main thread, and the end of a deterministic dispatcher.
+raise anything. The exception is reported, and the engine goes on. Only exceptions that such code did not raise itself
+pass through: Ctrl-C and an exception of a signal handler, both on the main thread, and the end of a deterministic
+dispatcher.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scopestate.ops.values import class_name
 
 
 class Ended(BaseException):
-    """Raised where a turn waits when its dispatcher ends. Not an Exception: code under test must not go on after it."""
+    """Raised in a waiting turn when its dispatcher ends. Not an Exception: code under test must not catch it."""
 
 
 def is_from_outside(error: BaseException) -> bool:
@@ -46,12 +47,12 @@ def _is_of_signal_handler(error: BaseException) -> bool:
 
 
 _traceback_of: Final = vars(BaseException)["__traceback__"].__get__
-"""`error.__traceback__`, whatever the class of `error` makes of that name."""
+"""`error.__traceback__`, even if the class of `error` redefines that name."""
 
 
 def _code_of(handler: object) -> CodeType | None:
     """Return the code that Python runs when it calls `handler`, without running any."""
-    for _ in range(100):  # a chain that leads back to itself has an end too
+    for _ in range(100):  # bounded: a chain may lead back to itself
         kind = type(handler)
         if kind is FunctionType:
             return handler.__code__  # type: ignore[attr-defined,no-any-return]  # of a function
@@ -87,7 +88,7 @@ def contained(action: Callable[[], object], what: str, log: Log) -> None:
 
 
 class Log:
-    """A logger of the standard library whose filters and handlers cannot end what logs: they are the program's code."""
+    """A logger of the standard library. Its filters and handlers are the program's: what they raise is dropped."""
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
@@ -118,4 +119,4 @@ class Log:
         except BaseException as error:
             if is_from_outside(error):
                 raise
-            # Nothing is left that could be told: the record was refused by what would have shown it.
+            # There is nowhere left to report this: the log itself has failed.

@@ -37,14 +37,14 @@ class Functions:
 
     def __init__(self) -> None:
         self._by_id: dict[str, Function] = {}
-        # Reentrant: what replaces a function may run its finalizer in here, which may register another.
+        # Reentrant: a function that is replaced may run its finalizer here, which may register another.
         self._exclusive = Guard()
         self._numbered: dict[str, list[int]] = {}
-        """Name -> [the last number given to one of that name, how many such are there]."""
+        """Name -> [the highest number used for it, how many numbered ids of that name exist]."""
 
     def add(self, function: Function) -> None:
         """Register; the same id again replaces. Raises InvalidRegistration for a built-in id or a bad target."""
-        # Whatever the program passed: structs are not checked, and a subclass of str may override anything.
+        # Checked here because structs are not, and a subclass of str may override anything.
         given: object = function.function_id
         if not issubclass(type(given), str):
             raise InvalidRegistration(f"a function id is a non-empty string, not {json_type(given)}")
@@ -71,7 +71,7 @@ class Functions:
         self._exclusive.run(self._put, function_id, entry)
 
     def _put(self, function_id: str, entry: Function) -> None:
-        known = self._by_id.get(function_id)  # kept to the end: its finalizer may come back here
+        known = self._by_id.get(function_id)  # kept until the end: its finalizer may call this method
         if known is not None and known.builtin:
             raise InvalidRegistration(f"{function_id!r} is built in and cannot be replaced: choose another id")
         self._by_id[function_id] = entry
@@ -109,14 +109,14 @@ class Functions:
                 del self._numbered[name]
 
     def find(self, function_id: str) -> Function | None:
-        """Return the function, or None if there is none."""
+        """Return the function registered under this id, or None."""
         return self._by_id.get(function_id)
 
     @exclusive
     def discard(self, function_id: str, target: Callable[[Any], Any], instead: Function | None = None) -> None:
         """Forget the function, built-in or not, if `target` is still what is registered under its id.
 
-        `instead` then takes its place: at no moment is there nothing.
+        `instead` then takes its place, in one step.
         """
         if instead is not None:
             instead = msgspec.structs.replace(instead, is_async=is_async(instead.target))
@@ -133,7 +133,7 @@ class Functions:
         """Return the function. Raises FunctionNotFound."""
         given: object = function_id
         if type(given) is not str:
-            # Whatever it is, its own hooks (hash, repr) are not asked: they may do anything.
+            # Its own hooks (hash, repr) are not called: they may do anything.
             text = str.__str__(given) if issubclass(type(given), str) else f"<{class_name(given)}>"
             return self.get(text)
         try:
@@ -165,13 +165,15 @@ def is_async(target: Callable[..., Any]) -> bool:
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
     """The event loop that is running on this thread, if any."""
-    module = sys.modules.get("asyncio")  # not imported, no loop: it takes 20 ms that many programs need not spend
+    module = sys.modules.get("asyncio")  # if it is not imported, no loop runs; importing it takes 20 ms
     return None if module is None else module._get_running_loop()
 
 
 def is_awaitable(result: object) -> TypeGuard[Awaitable[Any]]:
-    """True if `result` is of a class whose instances can be awaited. Its own attributes are not asked: a proxy or a
-    mock has every one."""
+    """True if `result` is of a class whose instances can be awaited.
+
+    Its own attributes do not count: a proxy or a mock has every attribute.
+    """
     kind = type(result)
     if kind is types.GeneratorType:
         return inspect.isawaitable(result)  # those of `types.coroutine` can be
@@ -179,7 +181,7 @@ def is_awaitable(result: object) -> TypeGuard[Awaitable[Any]]:
 
 
 _bases_of: Final[Callable[[type], tuple[type, ...]]] = type.__dict__["__mro__"].__get__
-"""`kind.__mro__`, without asking what the metaclass of `kind` answers."""
+"""`kind.__mro__`, read without the metaclass of `kind`, which may be code of the program."""
 
 
 def is_unrun(result: object) -> bool:
@@ -188,6 +190,6 @@ def is_unrun(result: object) -> bool:
 
 
 def close_unrun(result: object) -> None:
-    """Close a coroutine that never began: Python would complain that it was never awaited."""
+    """Close a coroutine that never began: otherwise Python warns that it was never awaited."""
     if type(result) is types.CoroutineType and inspect.getcoroutinestate(result) == inspect.CORO_CREATED:
         result.close()

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 log = Log("scopestate.triggers")
 
 NOBODY: Final = -1
-"""Stands in the claim while a delivery waits without a thread; no thread has this id."""
+"""The holder of the claim while a delivery waits without a thread; no thread has this id."""
 
 LONGEST_BACKOFF_S: Final = 60.0
 
 
 class Barrier:
-    """Passes through every handler's mailbox behind the events that are there; arrives when all have let it through."""
+    """A message that goes behind the waiting events of every handler; its reply is set when all have reached it."""
 
     def __init__(self, handlers: list[HandlerActor], reply: Reply[None]) -> None:
         self.handlers = tuple(handlers)
@@ -50,7 +50,7 @@ class Barrier:
             reply.set()
 
     def arrive(self, handler: HandlerActor) -> None:
-        """Note that `handler` has done everything that came before."""
+        """Note that `handler` has handled everything that came before."""
         if self._exclusive.run(self._is_last, handler):
             self._reply.set()
 
@@ -58,7 +58,7 @@ class Barrier:
         return self._waiting.pop(handler, None) is not None and not self._waiting and not self._reply.done
 
     def withdraw(self) -> None:
-        """Nothing waits for it any more: take it out of the mailboxes where it still is."""
+        """The caller has stopped waiting: take it out of the mailboxes where it still is."""
         self.over = True
         for handler in self._still():
             handler.withdraw(self)
@@ -68,7 +68,7 @@ class Barrier:
         return list(self._waiting)
 
     def missing(self) -> list[str]:
-        """The triggers whose handlers have not let it through yet, each as `id (function id)`."""
+        """The triggers whose handlers have not reached it yet, each as `id (function id)`."""
         triggers = [handler.trigger for handler in self._still()]
         return [f"{trigger.trigger_id} ({trigger.function_id})" for trigger in triggers]
 
@@ -122,7 +122,7 @@ class HandlerActor(TurnActor):
         self._deadline: float | None = None
         self._running_id = ""
         self._looks_s = math.inf
-        """When it is next looked whether the function that runs is overdue; inf if no timer is set for that."""
+        """When a timer next checks whether the running function is overdue; inf: no timer is set."""
         self._overdue = False
         self.trigger = trigger
         """May be replaced by one with the same filters; applies from the next event."""
@@ -155,7 +155,7 @@ class HandlerActor(TurnActor):
             try:
                 self._mailbox.remove(item)
             except IndexError:
-                continue  # an event came or went during the search
+                continue  # the mailbox was changed during the search
             except ValueError:
                 pass
             return
@@ -321,7 +321,7 @@ class HandlerActor(TurnActor):
         # The outcome comes on an event loop's or the timer's thread, which must not run code of the program.
         return lambda value, error: self._dispatcher.submit_program(lambda: go_on_here(value, error))
 
-    # What follows are coroutines that `_drain` drives: they await Pending things only, and never raise.
+    # `_drain` drives these coroutines. They await Pending objects only, and never raise.
 
     async def _deliver(self, trigger: Trigger, event: StateEvent) -> None:
         """Condition, then handler, with retries."""
@@ -350,7 +350,7 @@ class HandlerActor(TurnActor):
     async def _finish(
         self, function_id: str, event: StateEvent, attempt: int, result: Any, error: BaseException | None = None
     ) -> None:
-        """Do the rest of an attempt that gave `result` or `error` so far, and try again as often as the limits say."""
+        """Finish an attempt whose call gave `result` or raised `error`, and retry as often as the limits allow."""
         limits = self._services.limits
         while True:
             if error is None:
@@ -375,16 +375,16 @@ class HandlerActor(TurnActor):
             result, error = self._outcome_of_call(function_id, event)
 
     def pause_after(self, attempt: int) -> Awaitable[None]:
-        """What a delivery awaits between a failed attempt and the next."""
+        """Return an awaitable for the pause between a failed attempt and the next."""
         doublings = min(attempt - 1, 64)  # far more than LONGEST_BACKOFF_S needs; 2.0**1024 would raise
         return self.later(min(self._services.limits.handler_backoff_s * 2.0**doublings, LONGEST_BACKOFF_S))
 
     def later(self, delay_s: float) -> Awaitable[None]:
-        """What a delivery awaits to pause, without a thread."""
+        """Return an awaitable that ends after `delay_s` seconds, and needs no thread."""
         return _Later(self._dispatcher, delay_s)
 
     def _call(self, function_id: str, event: StateEvent) -> Any:
-        """Call a function; what a coroutine function gives is still to be awaited."""
+        """Call a function. The result of a coroutine function must still be awaited."""
         services = self._services
         function = services.functions.get(function_id)
         timeout_s = services.limits.handler_timeout_s
@@ -393,7 +393,7 @@ class HandlerActor(TurnActor):
         return function.target(event)
 
     async def _outcome_of(self, function_id: str, result: Any) -> Any:
-        """Return what a function gave, awaited if it can be."""
+        """Return the result of a function, awaited if it is awaitable."""
         if is_awaitable(result):
             return await self._on_loop(function_id, result)
         if is_unrun(result):
@@ -404,7 +404,7 @@ class HandlerActor(TurnActor):
         return result
 
     async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
-        """Await what a function gave, on the event loop that it belongs to."""
+        """Await the result of a function, on the event loop that the function belongs to."""
         services = self._services
         timeout_s = services.limits.handler_timeout_s
         self._overdue = False
@@ -431,7 +431,7 @@ class HandlerActor(TurnActor):
         final: bool,
         later: bool = False,
     ) -> None:
-        """Report a failed attempt. `later`: on another thread, because this one is not for code of the program."""
+        """Report a failed attempt. `later`: on another thread, because this one must not run code of the program."""
         if issubclass(type(error), HandlerTimeout) and self._overdue:
             return  # reported when it became overdue
         if final:
@@ -445,13 +445,13 @@ class HandlerActor(TurnActor):
     # --------------------------------------------------------------------------------------- overdue plain functions
 
     def _call_watched(self, target: Callable[[Any], Any], function_id: str, event: StateEvent, timeout_s: float) -> Any:
-        """Call a plain function that nothing can stop: if it is overdue that is reported at once, while it runs on."""
+        """Call a plain function, which nothing can stop: that it exceeds its time limit is reported while it runs."""
         self._overdue = False
         self._running_id = function_id
         self._deadline = self._dispatcher.monotonic() + timeout_s
         if self._deadline < self._looks_s:
-            # One timer per handler follows the deadline, instead of one per event. One that was set for a longer time
-            # limit, before a reload, would come too late.
+            # One timer for each handler, not for each event: it follows the deadline. A timer that was set before a
+            # reload, for a longer time limit, would come too late.
             self._looks_s = self._deadline
             self._dispatcher.call_later(timeout_s, weakly(self._look_at_deadline))
         try:
@@ -467,7 +467,7 @@ class HandlerActor(TurnActor):
         return result
 
     def _look_at_deadline(self) -> None:
-        # First this, then the look: a call that begins meanwhile is seen here, or sees that it must have a timer.
+        # Cleared before the deadline is read: a call that begins in between is seen here or sets its own timer.
         self._looks_s = math.inf
         deadline, event = self._deadline, self.current
         if deadline is None or event is None or self._overdue:
@@ -485,7 +485,7 @@ class HandlerActor(TurnActor):
     # ---------------------------------------------------------------------------------------------- events not tried
 
     def _drop_oldest(self) -> bool:
-        """Drop the event that has waited longest. False if none waits."""
+        """Drop the event that has waited longest. False if no event waits."""
         mailbox = self._mailbox
         for _ in range(len(mailbox)):
             try:
@@ -521,11 +521,11 @@ class HandlerActor(TurnActor):
         return len(self.waiting_events()) if self.active else 0
 
     def waiting_events(self) -> list[StateEvent]:
-        """The events that wait for their delivery, as far as can be told while they move."""
+        """The events that wait for their delivery, approximately: other threads may add and take some."""
         return [item for item in self._mailbox.copy() if type(item) is StateEvent]
 
     def abandon(self, reason: str) -> None:
-        """Tell the hooks of every event that still waits that it is not delivered. A closing engine logs how many."""
+        """Report each waiting event to the hooks as not delivered. The closing engine logs how many there were."""
         mailbox = self._mailbox
         while True:
             try:
@@ -538,10 +538,10 @@ class HandlerActor(TurnActor):
                 self._drop(item, reason, logged=False)
 
     def abandon_current(self) -> None:
-        """Tell the hooks of the event whose delivery has begun and not ended. As `abandon`, when the grace is over."""
+        """Report the event whose delivery has begun and not ended, as `abandon` does. After the grace time."""
         event = self.current
         if event is None or self._overdue:
-            return  # what is overdue was reported then
+            return  # it was reported when it became overdue
         error = EventNotDelivered(
             f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
             "engine closed: its handler may or may not have done its work"

@@ -1,4 +1,4 @@
-"""Calls onto event loops from other threads, watched from outside the loops, and the loop of the engine's own.
+"""Calls onto event loops from other threads, watched from outside the loops, and the engine's own event loop.
 
 asyncio takes 20 ms to import, which programs without coroutines need not spend: it is imported where it is needed.
 """
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 log = Log("scopestate.triggers")
 
 Continue = Callable[[Any, BaseException | None], None]
-"""Takes what the awaited thing gave: a value, or an error."""
+"""Takes the outcome of an awaitable: a value, or an error."""
 
 CANCEL_GRACE_S: Final = 1.0
 """How long a coroutine may take to end before it is given up, if it was cancelled: at its time limit, or because the
 engine's own loop ends."""
 
 LOOK_S: Final = 0.25
-"""How often open calls are looked at: whether their event loop was closed."""
+"""How often open calls are checked: their event loop may have been closed."""
 
 ANSWER_S: Final = 1.0
 """An event loop that has not answered for this long counts as blocked."""
 
 
 class Pending(Protocol):
-    """Something a handler's turn waits for without a thread."""
+    """What the delivery of a handler waits for without a thread."""
 
     def start(self, go_on: Continue) -> None:
         """Begin; call `go_on` once, from any thread, with the outcome. Must not raise."""
@@ -48,10 +48,10 @@ class Overdue(Exception):
 
 
 class LoopCalls:
-    """The calls of one engine that are under way on event loops.
+    """The calls of one engine that are in progress on event loops.
 
-    An event loop that is blocked, stopped or closed runs no timer of its own, so time limits and the look at the loops
-    belong to the dispatcher's timer. Every method may be called from any thread.
+    An event loop that is blocked, stopped or closed runs no timers, so the dispatcher's timer keeps the time limits and
+    checks the loops. Every method may be called from any thread.
     """
 
     def __init__(self, dispatcher: Dispatcher, replace: Callable[[asyncio.AbstractEventLoop], object]) -> None:
@@ -103,18 +103,19 @@ class LoopCalls:
         return None
 
     def _look_at(self, due: float, now: float) -> None:
-        # One that is overdue may never come: what had asked for it was cut short between these two lines.
+        # A check that is overdue may never come: the call that had asked for it may have been cut short between these
+        # two lines.
         if due < self._next_look or self._next_look < now - LOOK_S:
             self._next_look = due
             self._dispatcher.call_later(max(due - now, 0.0), lambda: self._look(due))
 
     def _look(self, due: float) -> None:
-        # First this, then the look: a call that is added meanwhile is seen here, or asks for a look of its own.
+        # Cleared before the calls are listed: a call that is added in between is either listed or asks for a check.
         if due == self._next_look:
             self._next_look = math.inf
         now = self._dispatcher.monotonic()
         for call in list(self._open):
-            contained(lambda call=call: call.look(now), "looking at a call on an event loop", log)  # type: ignore[misc]  # mypy cannot infer a default argument
+            contained(lambda call=call: call.look(now), "checking a call on an event loop", log)  # type: ignore[misc]  # mypy cannot infer a default argument
         calls = list(self._open)
         loops = {call.loop: None for call in calls}
         for loop in loops:
@@ -127,7 +128,7 @@ class LoopCalls:
 
 
 class _Pulse:
-    """Asks one event loop again and again whether it still runs."""
+    """Checks regularly whether one event loop still runs."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -135,7 +136,7 @@ class _Pulse:
         self._answered = True
 
     def silent_s(self, now: float) -> float:
-        """How long it owes an answer."""
+        """For how long it has not answered."""
         return 0.0 if self._answered else now - self._asked_s
 
     def look(self, now: float) -> None:
@@ -145,7 +146,7 @@ class _Pulse:
         try:
             self._loop.call_soon_threadsafe(self._answer)
         except RuntimeError:
-            return  # closed, which its calls find out
+            return  # the loop is closed; its calls find that out
 
     def _answer(self) -> None:
         self._answered = True
@@ -154,8 +155,8 @@ class _Pulse:
 class OnLoop:
     """An awaitable that runs on an event loop while the actor that awaits it keeps no thread.
 
-    What it raises is its outcome, SystemExit and CancelledError included: the loop goes on. With a time limit it is
-    cancelled when that is over; if it does not end then, or its loop does not run, it is given up.
+    Whatever it raises is its outcome, SystemExit and CancelledError included; the loop goes on. It is cancelled at its
+    time limit. If it does not end then, or its loop does not run, it is given up.
     """
 
     def __init__(
@@ -167,14 +168,14 @@ class OnLoop:
         timeout_s: float = 0.0,
         stopped_s: float | None = None,
     ) -> None:
-        """`what` names it in messages. `stopped_s`: give it up when its loop has not been running for so long, or has
-        been blocked for so long before it began."""
+        """`what` names it in messages. `stopped_s`: give it up when its loop has not been running for so many seconds,
+        or has been blocked for so many seconds before it began."""
         self.loop = loop
         self.what = what
         self.timeout_s = timeout_s
         self.began_s = 0.0
         self.due_s = math.inf
-        """When it must next be looked at because of a time limit."""
+        """When it must next be checked because of a time limit."""
         self.has_begun = False
         self.is_overdue = False
         self._awaitable = awaitable
@@ -194,11 +195,11 @@ class OnLoop:
         return not self._outlets
 
     def start(self, go_on: Continue) -> None:
-        """Run it on its loop; `go_on` gets the outcome, once."""
+        """Run it on its loop; `go_on` is called once, with the outcome."""
         self._outlets.append(go_on)
         try:
             self._calls.add(self)
-            # The context of the caller, so that code on the loop knows how deep in events it is.
+            # In the context of the caller, which holds the depth of the event.
             self.loop.call_soon_threadsafe(self._begin, context=contextvars.copy_context())
         except BaseException as error:
             self._settle(None, RuntimeError(f"the event loop it belongs to takes no calls: {error}"))
@@ -206,13 +207,13 @@ class OnLoop:
                 raise
 
     def cancel(self) -> None:
-        """The caller waits no longer: cancel it. From any thread."""
+        """Cancel it: the caller has stopped waiting. From any thread."""
         self._cancelled = True
         self._settle(None, _cancelled("the caller was cancelled"))
         self._ask_to_cancel()
 
     def look(self, now: float) -> None:
-        """On the dispatcher's timer: see whether it is late, or its loop is gone."""
+        """Check whether it is late, or its loop has gone. Called on the dispatcher's timer."""
         loop = self.loop
         if loop.is_closed():
             self._settle(None, RuntimeError("the event loop it belongs to was closed before it was done"))
@@ -242,7 +243,7 @@ class OnLoop:
         try:
             self.loop.call_soon_threadsafe(self._cancel)
         except RuntimeError:
-            return  # closed, which the next look finds out
+            return  # the loop is closed; the next check finds that out
 
     # ------------------------------------------------------------------------------------------------- on the loop
 
@@ -279,18 +280,18 @@ class OnLoop:
 
     def _settle(self, value: Any, error: BaseException | None) -> None:
         try:
-            go_on = self._outlets.pop()  # one step: of two threads one gets it
+            go_on = self._outlets.pop()  # atomic: one of two threads gets it
         except IndexError:
             return
         self._calls.remove(self)
         if self.is_overdue:
             value, error = None, Overdue(f"not done within {self.timeout_s:g} s")
         if not self.has_begun:
-            self._drop()  # a loop that runs again later finds it settled
+            self._drop()  # if the loop runs again later, it finds the call settled
         contained(lambda: go_on(value, error), f"going on after {self.what}", log)
 
     def _drop(self) -> None:
-        """It never began: close it, or Python would complain that it was never awaited."""
+        """Close what never began: otherwise Python warns that it was never awaited."""
         close_unrun(self._awaitable)
 
 
@@ -320,7 +321,7 @@ _Running = tuple["asyncio.AbstractEventLoop | None", threading.Thread | None]
 class LoopThread:
     """An event loop on a thread of its own, for coroutine functions registered outside any loop.
 
-    Code that ends the loop (a task that raises SystemExit, `loop.stop()`) does not end the thread: the loop runs on.
+    Code that stops the loop (a task that raises SystemExit, `stop()`) does not end the thread: it runs the loop again.
     """
 
     def __init__(self, name: str) -> None:
@@ -349,7 +350,7 @@ class LoopThread:
 
     @exclusive
     def _take(self, wanted: asyncio.AbstractEventLoop | None) -> _Running:
-        """Take the loop and its thread out of use; nothing if it is not `wanted`. None wants any."""
+        """Take the loop and its thread out of use, if it is the `wanted` one; None: whichever it is."""
         loop, thread = self._loop, self._thread
         if wanted is not None and loop is not wanted:
             return None, None
@@ -357,7 +358,7 @@ class LoopThread:
         return loop, thread
 
     def replace(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Give up `loop`, if it is the one in use: it is blocked. What comes next gets a new one."""
+        """Give up `loop`, which is blocked, if it is the one in use. The next call gets a new one."""
         if self._take(loop)[0] is None:
             return
         log.error(

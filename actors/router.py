@@ -201,11 +201,11 @@ class EventRouter(TurnActor):
     # ---------------------------------------------------------------------------------------------------- fan-out
 
     def hold(self) -> None:
-        """This thread runs the next turn itself, in `run_held`: no worker thread need be woken."""
+        """The calling thread runs the next turn itself, in `run_held`: do not wake a worker thread for it."""
         self._scheduled = True
 
     def run_held(self) -> None:
-        """Run the turn for which this thread has called `hold`, if an event was published meanwhile."""
+        """Run the turn for which this thread has called `hold`, if an event has been published since."""
         # In this order: an event that is published between the two lines is seen by the second one.
         self._scheduled = False
         if self._mailbox:
@@ -219,7 +219,7 @@ class EventRouter(TurnActor):
         mailbox, backlog = self._mailbox, self.backlog
         batch = mailbox[: self.batch]
         backlog.begin_turn(len(batch))
-        # As many as were taken: more may have come meanwhile.
+        # As many as were copied: others may have been appended since.
         del mailbox[: len(batch)]
         self._handle_all(batch, self._pass_on)
         backlog.end_turn(idle=not mailbox)

@@ -1,4 +1,4 @@
-"""What an engine says about its functions and trigger types: the API reference, generated from the structs."""
+"""The descriptions of functions and trigger types: the API reference, generated from the structs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def builtin(function_id: str, call: Callable[[str, object], Any]) -> Function:
 
 
 def made_id(handler: Callable[..., Any], functions: Functions) -> str:
-    """Return an id for a function that was given none: its module and name, numbered if that is taken."""
+    """Return an id for a function without one: its module and name, numbered if that is taken."""
     name = getattr(handler, "__qualname__", None) or type(handler).__qualname__
     return functions.free_id(f"{getattr(handler, '__module__', None) or 'python'}::{name}")
 
@@ -27,7 +27,7 @@ def made_id(handler: Callable[..., Any], functions: Functions) -> str:
 def functions(registered: Functions) -> list[dict[str, Any]]:
     """Describe the built-in functions as the API reference does, then the registered ones in order of registration.
 
-    Of a registered function no schema is known: `{}` says that anything goes.
+    The schema of a registered function is not known: `{}` allows anything.
     """
     described: list[dict[str, Any]] = decode(_builtin_functions())
     described += [
@@ -52,7 +52,7 @@ def _entry(function_id: str, description: str | None, request: Any = None, respo
     }
 
 
-# Made when first asked for, which keeps the import fast, and kept as bytes: each caller gets a copy of their own.
+# Made at the first call, which keeps the import fast, and kept as bytes: each caller gets its own copy.
 
 
 @functools.cache

@@ -1,23 +1,27 @@
-"""The reactive half of the engine: functions, triggers, and the hooks for what goes wrong in them."""
+"""The reactive half of the engine: functions, triggers, and the hooks for failed deliveries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Never, TypeVar, overload
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Never, TypeGuard, TypeVar, overload
 
 from scopestate import catalogue
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
 from scopestate.actors.reports import DeliveryFailure
 from scopestate.actors.router import EventRouter
+from scopestate.actors.triggers import Trigger, TriggerTable
 from scopestate.errors import InvalidRegistration
 from scopestate.lifecycle import stay_ahead_of_executors
-from scopestate.triggers import TriggerHandle, read_trigger
+from scopestate.ops.values import class_name, json_type
 
 log = Log("scopestate.triggers")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Hook = Callable[[DeliveryFailure], object]
+
+_FILTERS: Final = ("scope", "key", "condition_function_id")
 
 
 class Reactive:
@@ -39,7 +43,7 @@ class Reactive:
     ) -> Callable[[F], F]: ...
 
     def register_function(self, function_id: str, target: Any = None, *, description: str | None = None) -> Any:
-        """Register a plain or `async` function of one argument, the payload; the same id again replaces it.
+        """Register a plain or `async` function of one argument, the payload. A known id is replaced.
 
         Without `target` it is a decorator. A coroutine function belongs to the event loop that is running now, or to
         the engine's own. Raises InvalidRegistration for a built-in id or what is not callable.
@@ -73,9 +77,9 @@ class Reactive:
     ) -> TriggerHandle:
         """Have a function called when a matching key changes. It need not be registered yet.
 
-        Filters are exact; None matches everything. Instead of them, `config` takes the raw object that the wire has.
-        The same `trigger_id` again replaces. The trigger sees every write that begins after this has returned.
-        Raises InvalidRegistration (docs/semantics.md, section 4).
+        Filters are exact; None matches everything. `config` takes the raw object of the wire instead of them. A
+        trigger with the same `trigger_id` is replaced. The trigger sees every write that begins after this has
+        returned. Raises InvalidRegistration (docs/semantics.md, section 4).
         """
         filters = {"scope": scope, "key": key, "condition_function_id": condition_function_id}
         if config is ...:
@@ -107,7 +111,7 @@ class Reactive:
             )
 
         def register(handler: F) -> F:
-            # Of a subclass, what it holds: an Enum's own format differs between versions of Python.
+            # The plain string that a subclass holds: the format of an Enum differs between versions of Python.
             given = str.__str__(function_id) if isinstance(function_id, str) else function_id
             name = given or catalogue.made_id(handler, self._functions)
             condition_id = condition if isinstance(condition, str) else None
@@ -190,3 +194,80 @@ def _facts(failure: DeliveryFailure) -> dict[str, object]:
         "function_id": failure.function_id,
         "trigger_id": failure.trigger_id,
     }
+
+
+class TriggerHandle:
+    """A registered trigger."""
+
+    def __init__(self, triggers: TriggerTable, trigger: Trigger) -> None:
+        self._triggers = triggers
+        self._trigger = trigger
+
+    @property
+    def trigger_id(self) -> str:
+        """Its id: the one given, or one that was made."""
+        return self._trigger.trigger_id
+
+    @property
+    def trigger(self) -> Trigger:
+        """What it watches and calls."""
+        return self._trigger
+
+    def unregister(self) -> None:
+        """Take it away: no call of its function begins after this has returned, and events that wait are dropped.
+
+        Raises InvalidRegistration if it is gone already.
+        """
+        self._triggers.unregister(self.trigger_id)
+
+    def __repr__(self) -> str:
+        return f"<TriggerHandle {self.trigger_id!r} -> {self._trigger.function_id!r}>"
+
+
+def read_trigger(
+    function_id: object,
+    trigger_id: object,
+    config: object,
+) -> Trigger:
+    """Read a trigger from what a caller or the wire gives (docs/semantics.md, section 4).
+
+    `config` is the raw config object: `scope`, `key` and `condition_function_id` are strings, or null or absent for
+    "matches everything"; other fields are ignored with a warning, because a misspelt one makes a catch-all trigger.
+    Raises InvalidRegistration for anything else; nothing is registered then.
+    """
+    if not _is_text(function_id) or not str.__len__(function_id):
+        raise InvalidRegistration(f"a trigger needs a function_id, a non-empty string, not {_shown(function_id)}")
+    if trigger_id is not None and (not _is_text(trigger_id) or not str.__len__(trigger_id)):
+        raise InvalidRegistration(f"a trigger_id is a non-empty string, not {_shown(trigger_id)}")
+    if not isinstance(config, Mapping):
+        raise InvalidRegistration(f"a trigger's config is an object, not {json_type(config)}; for no filters pass {{}}")
+    try:
+        given = {str.__str__(name) if isinstance(name, str) else f"{name!r:.80}": config[name] for name in config}
+    except Exception as error:
+        # A mapping of a class of the program, whose methods raise.
+        raise InvalidRegistration(f"reading a trigger's config failed with {class_name(error)}") from error
+    fields: dict[str, Any] = {name: given.get(name) for name in _FILTERS}
+    for name, value in fields.items():
+        if value is not None and not issubclass(type(value), str):
+            raise InvalidRegistration(f"`{name}` of a trigger is a string or null, not {json_type(value)}")
+        fields[name] = value if value is None else str.__str__(value)  # the plain string that a subclass holds
+    unknown = sorted(name for name in given if name not in _FILTERS)
+    if unknown:
+        log.warning(
+            "trigger for function %r: field(s) %s are not known and ignored; known are %s",
+            str.__str__(function_id),
+            ", ".join(unknown),
+            ", ".join(_FILTERS),
+        )
+    made_id = str.__str__(trigger_id) if trigger_id is not None else str(uuid.uuid4())
+    return Trigger(made_id, str.__str__(function_id), **fields)
+
+
+def _is_text(name: object) -> TypeGuard[str]:
+    """Tell whether `name` is a string. Not by isinstance, which believes the `__class__` of a mock."""
+    return issubclass(type(name), str)
+
+
+def _shown(name: object) -> str:
+    """Describe what was given instead of a name. The `repr` of an unknown object is not called: it may do anything."""
+    return '""' if _is_text(name) else json_type(name)

@@ -12,9 +12,9 @@ from scopestate.actors.handler import HandlerActor
 from scopestate.actors.triggers import Trigger
 from scopestate.errors import DeserializationError, Forbidden, InvalidRegistration, ScopestateError
 from scopestate.ops.values import decode, parse
+from scopestate.reactive import read_trigger
 from scopestate.server.access import Claims
 from scopestate.server.deliveries import LoopDispatcher, WorkerHandler
-from scopestate.triggers import read_trigger
 from scopestate.wire.frames import (
     RegisterTrigger,
     RegisterTriggerType,
