@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from scopestate.actors.backlog import value_of
+
 if TYPE_CHECKING:
     from scopestate.parts import Parts
 
@@ -80,13 +82,12 @@ class Tally:
     __slots__ = ("_count", "add")
 
     def __init__(self) -> None:
-        # itertools.count is incremented in one C call; `+= 1` on an attribute takes several steps.
-        self._count = itertools.count()
+        self._count = itertools.count()  # see value_of
         self.add = self._count.__next__
 
     def value(self) -> int:
         """Return the count."""
-        return int(repr(self._count)[len("count(") : -1])
+        return value_of(self._count)
 
 
 def measure(parts: Parts) -> Stats:
