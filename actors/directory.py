@@ -35,7 +35,7 @@ class Directory(dict[str, ScopeActor]):
 
     @exclusive
     def let_go(self, actor: ScopeActor, forget: Callable[[str], object]) -> bool:
-        """Take `actor` out, and call `forget(scope)` before anybody can make its successor. False: it was not in."""
+        """Remove `actor`, calling `forget(scope)` before its successor can be made. False: it was not there."""
         if self.get(actor.scope) is not actor:
             return False
         forget(actor.scope)

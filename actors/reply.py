@@ -29,7 +29,7 @@ class ReplyTo(Protocol):
 
     @property
     def abandoned(self) -> bool:
-        """True if nobody waits any more: a message whose turn has not begun is then skipped."""
+        """True if the caller has stopped waiting: a message whose turn has not begun is then skipped."""
 
     def set(self, value: Any = None) -> None:
         """Deliver the answer."""

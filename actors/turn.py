@@ -1,4 +1,4 @@
-"""Actors that run in turns on whoever claims them, instead of owning a thread."""
+"""Actors that own no thread: their turns run on the thread that claims them."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class TurnActor(PykkaFace):
 
     def run_batch(self) -> None:
         """Handle waiting messages, `batch` at most. For the dispatcher."""
-        # Cleared before the mailbox is read: whoever posts from here on schedules anew.
+        # Cleared before the mailbox is read: a message that is posted from here on schedules the actor again.
         self._scheduled = False
         me = get_ident()
         claim = self._claim

@@ -247,7 +247,7 @@ class AccessCheck:
         return [access for digest, access in before.items() if digest not in tokens]
 
     def admits(self, authorization: str | None) -> tuple[bool, Access | None]:
-        """Return whether the bearer may connect, and its restrictions; without tokens everybody may do everything."""
+        """Return whether the bearer may connect, and its restrictions. Without tokens there are none."""
         if not self._accesses:
             return True, None
         scheme, _, token = (authorization or "").partition(" ")

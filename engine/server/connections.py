@@ -135,7 +135,7 @@ class Connection(picows.WSListener):
         """The connection stands."""
 
     def on_message(self, message: bytes, text: bool) -> None:
-        """Take one whole message. Nobody has looked yet whether text is UTF-8."""
+        """Take one whole message. Whether text is UTF-8 has not been checked yet."""
 
     def on_lost(self) -> None:
         """The connection is gone; called once."""

@@ -221,7 +221,7 @@ class StateFunctions:
 
 
 class _Begun:
-    """A coroutine that was begun before anybody awaits it: the rest of it."""
+    """The rest of a coroutine that was started before it is awaited."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, Result], waits_for: Any) -> None:
         self._coroutine = coroutine

@@ -144,8 +144,8 @@ class WorkerConnection(Connection):
     def close(self, code: int, reason: str = "") -> None:
         super().close(code, reason)
         if self._worker is not None:
-            # Nothing more is taken from it, so nobody should wait for it, whenever it may answer the close frame. Soon,
-            # not now: this may be called in the middle of a call to that very worker.
+            # Nothing more is taken from it, so no caller should wait for it, however late it answers the close frame.
+            # Not now but soon: this may run in the middle of a call to that worker.
             asyncio.get_running_loop().call_soon(self._hub.disconnect, self._worker)
 
     def __str__(self) -> str:
