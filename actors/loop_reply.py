@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
+from scopestate.actors.functions import running_loop
+
 
 class LoopReply:
     """A reply for a task: made on its event loop, delivered from any thread, awaited as `future`.
@@ -48,7 +50,11 @@ class LoopReply:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any, BaseException | None]]] = {}
         for reply, value, error in outcomes:
             by_loop.setdefault(reply.loop, []).append((reply.future, value, error))
+        here = running_loop()
         for loop, settled in by_loop.items():
+            if loop is here:
+                _settle(settled)
+                continue
             try:
                 loop.call_soon_threadsafe(_settle, settled)
             except RuntimeError:

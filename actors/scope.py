@@ -340,5 +340,5 @@ class Told(Reply[Any]):
 
 def weight(item: object) -> int:
     """Return about how many bytes of values something in the mailbox holds."""
-    message = item.message if type(item) is Envelope else None
+    message = item.message if isinstance(item, Envelope) else None
     return message.size() if isinstance(message, Turn) else 0

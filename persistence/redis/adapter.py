@@ -8,20 +8,23 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
+
 from scopestate.actors.ports import Backend
 from scopestate.actors.scope import ScopeActor, Surroundings
-from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, StorageError
+from scopestate.errors import ConfigError, ConnectionLost, DeserializationError, NotConnected, StorageError
 from scopestate.ops.values import parse
+from scopestate.persistence.redis.cluster import Clustered, slots_of
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
-from scopestate.persistence.redis.dialling import Server
+from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.events import EachReader
 from scopestate.persistence.redis.group import GroupReader
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.reading import Reader
-from scopestate.persistence.redis.refusals import explain
-from scopestate.persistence.redis.scope import RedisScopeActor
-from scopestate.persistence.redis.script import Shape, keys_of, with_source
-from scopestate.persistence.redis.servers import Deliver, find_servers
+from scopestate.persistence.redis.scope import RedisScope
+from scopestate.persistence.redis.script import Shape, explain, keys_of, with_source
+from scopestate.persistence.redis.sentinel import Watched
+from scopestate.persistence.redis.servers import Deliver, Means, Servers, Single
 from scopestate.persistence.redis.sharing import Arrivals
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -31,6 +34,11 @@ _SCAN_COUNT: Final = 1000
 _MOST_MISFITS: Final = 100
 _NAMED_MISFITS: Final = 5
 """How many of them `problem` names."""
+_NO_DATABASES: Final = "a cluster has only database 0, and {address} is in one; leave the database out"
+_NO_EVENTS: Final = (
+    "{address} is in a cluster: its keys live on different servers, so a write and its event cannot be one step; use "
+    "one server or Sentinels, or `events: local`"
+)
 
 
 class RedisAdapter(Backend):
@@ -39,8 +47,8 @@ class RedisAdapter(Backend):
     Its scopes are called, not loaded and saved: others may change them at the same time.
     """
 
-    def __init__(self, options: RedisOptions, deliver: Deliver) -> None:
-        """Connect. `deliver` gives callers their answers.
+    def __init__(self, options: RedisOptions, deliver: Deliver, *, servers: Servers | None = None) -> None:
+        """Connect. `deliver` gives callers their answers; `servers`: instead of those that the options name.
 
         Raises StorageError, which names the address, if there is no connection within `connect_timeout_s`.
         """
@@ -62,24 +70,18 @@ class RedisAdapter(Backend):
         self._misfits: dict[tuple[str, str], str] = {}
         self._closed = False
         try:
-            self._servers = find_servers(options, deliver)
+            self._servers = servers or find_servers(options, Means(deliver))
         except NotConnected as error:
             raise StorageError(str(error)) from error
-        self.link = self._servers.link
-        self.bulk_link = self._servers.bulk_link
+        self.owner_of = self._servers.owner_of
         self.reader = self._open_reader(options) if self.shares_events else None
         """Reads the events of all engines; None if they are not shared. Whoever has triggers starts it."""
 
     # ------------------------------------------------------------------------------------------------- for the scopes
 
-    def recover(self) -> None:
-        """Let go of every link that this thread holds."""
-        for link in self._servers.links():
-            link.recover()
-
-    def is_at_a_link(self) -> bool:
-        """True if this thread holds a link."""
-        return any(link.is_held_here() for link in self._servers.links())
+    def is_held_here(self) -> bool:
+        """True if this thread has the claim of an owner."""
+        return any(owner.is_held_here() for owner in self._servers.owners())
 
     def note_published(self, number: int) -> None:
         """Note the number of an event that this engine has published."""
@@ -101,7 +103,7 @@ class RedisAdapter(Backend):
 
     def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
         """Return a new actor for `scope`."""
-        return RedisScopeActor(scope, around, self)
+        return RedisScope(scope, around, self)
 
     def start(self, around: Surroundings) -> None:
         """With `events: shared`, begin to read the events of all engines."""
@@ -111,9 +113,9 @@ class RedisAdapter(Backend):
 
     def problem(self) -> str | None:
         """Return what is wrong now, in words; None if all is well."""
-        for link in self._servers.links():
-            if link.why_not is not None:
-                return f"{link.why_not}; calls wait for a connection"
+        for owner in self._servers.owners():
+            if owner.why_not is not None:
+                return f"{owner.why_not}; calls wait for a connection"
         if self.reader is not None and (problem := self.reader.problem()) is not None:
             return problem
         return self._misfit_problem()
@@ -125,7 +127,7 @@ class RedisAdapter(Backend):
         return {
             "update_attempts": _value(self._attempts),
             "update_conflicts": _value(self._conflicts),
-            "connects": sum(link.connects for link in self._servers.links()),
+            "connects": sum(owner.connects for owner in self._servers.owners()),
             "events_missed": 0 if self.reader is None else self.reader.missed,
         }
 
@@ -137,8 +139,8 @@ class RedisAdapter(Backend):
         prefix = self.shape.key_prefix
         pattern = "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in prefix) + "*"
         found: set[bytes] = set()
-        for server in self._servers.primaries():
-            with self._visit(server, "state::list_groups") as connection:
+        for primary in self._servers.primaries():
+            with self._visit(primary, "state::list_groups") as connection:
                 cursor: Any = 0
                 while True:
                     cursor, keys = connection.call(
@@ -286,6 +288,48 @@ class _Visit:
             lost = ConnectionLost(self._doing, where, str(error), may_be_applied=bool(self._nothing))
             lost.__cause__ = error
             raise StorageError(str(lost)) from lost
+
+
+def find_servers(options: RedisOptions, means: Means) -> Servers:
+    """Return the servers that the options name, connected; whether they are a cluster, the server itself says.
+
+    Raises:
+        NotConnected: there is no connection within `connect_timeout_s`, or to none that keeps data; the text names the
+            address.
+        ConfigError: the servers are a cluster, and the options ask for what a cluster cannot do.
+    """
+    servers: Servers
+    mode = b"" if options.sentinels else _mode_of(options)
+    if options.sentinels:
+        servers = Watched(options, means)
+    elif mode == b"sentinel":
+        raise NotConnected(f"Redis at {options.address} is a Sentinel and keeps no data; name it in `sentinels`")
+    elif mode == b"cluster":
+        if options.server.database:
+            raise ConfigError(_NO_DATABASES.format(address=options.address), key="adapter.config.database")
+        if options.shares_events:
+            raise ConfigError(_NO_EVENTS.format(address=options.address), key="adapter.config.events")
+        servers = Clustered(options, means, slots_of(options))
+    else:
+        servers = Single(Server(options), options, means)
+    try:
+        servers.connect()
+    except BaseException:
+        servers.close()
+        raise
+    return servers
+
+
+def _mode_of(options: RedisOptions) -> bytes:
+    """Return what the server says it is: b"standalone", b"cluster" or b"sentinel"; b"" if it does not say."""
+    # Of a cluster no other database can be chosen, and the error of that would not say why.
+    place = msgspec.structs.replace(options.server, database=0)
+    connection = Server(options, place, name=options.address).dial()
+    try:
+        connection.wait_at_most(options.connect_timeout_s)
+        return bytes(traits(connection).get(b"mode", b""))
+    finally:
+        connection.close()
 
 
 def _value(counter: itertools.count[int]) -> int:

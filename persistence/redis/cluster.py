@@ -13,19 +13,19 @@ from redis.connection import AbstractConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from scopestate.errors import NotConnected
+from scopestate.persistence.redis.commands import Command
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, pack
 from scopestate.persistence.redis.dialling import Server
-from scopestate.persistence.redis.flight import Flight
-from scopestate.persistence.redis.lines import Deliver, Lines
-from scopestate.persistence.redis.link import Link
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.servers import Means, Pool
 from scopestate.persistence.redis.urls import RedisAddress
 
 log = logging.getLogger("scopestate.persistence.redis")
 
 _ASKING: Final = pack(("ASKING",))
 _REDIRECTIONS: Final = 5
-"""How often a command outside of the links follows the word of one server to the next."""
+"""How often a command outside of the owners follows the word of one server to the next."""
 
 Where = tuple[str, int]
 """Host and port."""
@@ -37,23 +37,28 @@ class Clustered:
     The map of the slots comes from any node that answers. It is read again when a server cannot be reached; a server
     that says MOVED corrects it for that slot, so a stale map costs one more round trip for each slot, and no more.
 
-    Refused: redis-py's cluster client. Its commands wait on the caller's thread for their own connection, while the
-    links here send what many callers want together; what is left of it, the map, is one command.
+    A scope keeps the owner that it has when it enters memory. If its slot moves, its commands are passed on to the
+    owner for the other server, until the scope leaves memory: that is slower, and needs no hand-over of its state.
+
+    Refused: redis-py's cluster client. Its commands wait on the caller's thread for their own connection, while an
+    owner sends what many callers want together; what is left of it, the map, is one command.
     """
 
-    def __init__(self, options: RedisOptions, deliver: Deliver, rows: list[Any]) -> None:
+    moves = True
+
+    def __init__(self, options: RedisOptions, means: Means, rows: list[Any]) -> None:
         """`rows`: what the server of the options answered to CLUSTER SLOTS; no slots raise NotConnected."""
         self._options = options
-        self._deliver = deliver
-        self._lines: dict[Where, Lines] = {}
+        self._means = means
+        self._pools: dict[Where, Pool[Server]] = {}
         """Of every server that owns slots, or did. They stay: a server may get slots again."""
-        self._slots: list[Lines] = []
+        self._slots: list[Pool[Server]] = []
         self._nodes: list[Where] = []
         """All servers of the cluster, replicas included, as of the last map."""
         self._reading = threading.Lock()
-        """Held by whoever asks the servers for the map, which may take long."""
+        """Held while the servers are asked for the map, which may take long."""
         self._lock = threading.Lock()
-        """Held by whoever changes the map here."""
+        """Held while the map is changed here."""
         self._looks = 0
         """How often the servers were asked for the map, with success or not."""
         self._started = self._closed = False
@@ -65,11 +70,11 @@ class Clustered:
         """Connect to a primary. Raises NotConnected if none can be reached; one is enough to start with."""
         problems: list[str] = []
         deadline = time.monotonic() + self._options.connect_timeout_s
-        for lines in self._owners():
+        for pool in self._owners():
             if problems and time.monotonic() > deadline:
                 break
             try:
-                lines.express.connect()
+                pool.shared.connect()
             except NotConnected as error:
                 problems.append(str(error))
             else:
@@ -77,11 +82,16 @@ class Clustered:
                 return
         raise NotConnected(f"no server of the cluster at {self._options.address} can be reached: {'; '.join(problems)}")
 
-    def link(self, hash_key: bytes) -> Link:
-        return self._slots[key_slot(hash_key)].express
+    def owner_of(self, hash_key: bytes) -> Owner:
+        return self._slots[key_slot(hash_key)].shared
 
-    def bulk_link(self, hash_key: bytes) -> Link:
-        return self._slots[key_slot(hash_key)].bulk()
+    def via(self, command: Command) -> Owner:
+        if self._closed and command.via is not None:
+            return command.via
+        pool = self._slots[key_slot(command.scope.commands.hash_key)]
+        if not command.bulk:
+            return pool.shared
+        return command.via if command.via in list(pool) else pool.for_large()
 
     def server_of(self, hash_key: bytes) -> Server:
         return self._slots[key_slot(hash_key)].target
@@ -89,35 +99,28 @@ class Clustered:
     def primaries(self) -> list[Server]:
         """The owners of slots as they are now. A key whose slot moves while they are visited may be seen twice."""
         self.refresh()
-        return [lines.target for lines in self._owners()]
+        return [pool.target for pool in self._owners()]
 
-    def links(self) -> Iterator[Link]:
-        for lines in list(self._lines.values()):
-            yield from lines
+    def owners(self) -> Iterator[Owner]:
+        for pool in list(self._pools.values()):
+            yield from pool
 
     def close(self) -> None:
         self._closed = True
-        # Twice: what one link has handed to another that was closed before it is refused in the second round.
-        for lines in list(self._lines.values()) * 2:
-            lines.close()
+        pools = list(self._pools.values())
+        for pool in pools:
+            for owner in pool:
+                owner.end()
+        for pool in pools:
+            pool.close()
 
     # ---------------------------------------------------------------------------------------------------- redirections
 
-    def redirect(self, flight: Flight, refusal: Refusal | None) -> Link:
-        """Return the link by which a command goes that this server does not serve, or cannot be reached for.
-
-        Never blocks: a link's thread calls it, or that of a caller who holds a link.
-        """
-        bulk = all(flight.link is not lines.express for lines in list(self._lines.values()))
-        if refusal is None or self._closed:
-            lines = self._slots[key_slot(_hash_key(flight))]
-            if flight.link in list(lines):
-                return flight.link
-        else:
-            lines = self._named_by(refusal, flight.link.address)
-            flight.prefix = _ASKING if refusal.word == "ASK" else b""
-        flight.link = link = lines.bulk() if bulk else lines.express
-        return link
+    def redirect(self, command: Command, refusal: Refusal) -> Owner:
+        """Return the owner for a command that this server does not serve. Never blocks: a thread has a claim now."""
+        pool = self._named_by(refusal, command.address)
+        command.prefix = _ASKING if refusal.word == "ASK" else b""
+        return pool.for_large() if command.bulk else pool.shared
 
     def follow(self, refusal: Refusal, said_by: str) -> Connection:
         """Return a connection to the server that a refusal names, ready for the command. Raises NotConnected."""
@@ -130,25 +133,25 @@ class Clustered:
                 raise NotConnected(f"Redis at {connection.address} refused ASKING: {error}") from error
         return connection
 
-    def _named_by(self, refusal: Refusal, said_by: str) -> Lines:
-        """Return the lines to the server that MOVED or ASK names; MOVED says so for good."""
+    def _named_by(self, refusal: Refusal, said_by: str) -> Pool[Server]:
+        """Return the connections to the server that MOVED or ASK names; MOVED says so for good."""
         word, slot, address = refusal.text.split(" ")[:3]
         host, _, port = address.rpartition(":")
         if host in {"", "?"}:
             host = said_by.rpartition(":")[0]  # it does not know its own name: the one by which it was reached will do
         with self._lock:
-            lines = self._lines_to((host, int(port)))
+            pool = self._pool_of((host, int(port)))
             if word == "MOVED":
-                self._slots[int(slot)] = lines
+                self._slots[int(slot)] = pool
                 self._mark()
-        return lines
+        return pool
 
     # ------------------------------------------------------------------------------------------------------- the map
 
     def refresh(self, but: Where | None = None) -> None:
-        """Read the map again, from anybody but `but`. If nobody answers within `connect_timeout_s`, the old one stays.
+        """Read the map again, from any server but `but`. If none answers within `connect_timeout_s`, the old one stays.
 
-        Blocks. Who comes while somebody else reads it waits for that, and is content with how it ends.
+        Blocks. A thread that comes while another one reads it waits for that, and does not read it again.
         """
         looks = self._looks
         with self._reading:
@@ -175,39 +178,39 @@ class Clustered:
                 with self._lock:
                     self._take(rows, (place or self._options.server).host)
                 if set(before) != set(self._owners()):
-                    names = ", ".join(lines.target.address for lines in self._owners())
+                    names = ", ".join(pool.target.address for pool in self._owners())
                     log.warning("the slots of the Redis cluster are served by %s now", names)
                 return
 
     def _take(self, rows: list[Any], host: str) -> None:
-        """Take in what CLUSTER SLOTS answered; `host` is that of who answered."""
-        slots: list[Lines | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        """Take in what CLUSTER SLOTS answered; `host` is that of the server that answered."""
+        slots: list[Pool[Server] | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         nodes: dict[Where, None] = {}
         for first, last, *servers in rows:
             named = [_where(one, host) for one in servers]
             nodes |= dict.fromkeys(named)
-            slots[first : last + 1] = [self._lines_to(named[0])] * (last + 1 - first)
-        anybody = next((lines for lines in slots if lines is not None), None)
-        if anybody is not None:
-            # A slot that nobody serves goes to anybody: the server says so better than we could.
-            self._slots = [lines or anybody for lines in slots]
+            slots[first : last + 1] = [self._pool_of(named[0])] * (last + 1 - first)
+        some_pool = next((pool for pool in slots if pool is not None), None)
+        if some_pool is not None:
+            # A slot that no server has goes to any of them: the server says so better than we could.
+            self._slots = [pool or some_pool for pool in slots]
             self._nodes = list(nodes)
             self._mark()
 
-    def _lines_to(self, where: Where) -> Lines:
-        lines = self._lines.get(where)
-        if lines is None:
+    def _pool_of(self, where: Where) -> Pool[Server]:
+        pool = self._pools.get(where)
+        if pool is None:
             node = _Node(self, self._options, where)
-            lines = self._lines[where] = Lines(node, self._options, self._deliver, redirect=self.redirect)
-        return lines
+            pool = self._pools[where] = Pool(node, self._options, self._means, self)
+        return pool
 
     def _mark(self) -> None:
         owners = self._owners()
-        for lines in self._lines.values():
-            for link in lines:
-                link.serves = lines in owners
+        for pool in self._pools.values():
+            for owner in pool:
+                owner.serves = pool in owners
 
-    def _owners(self) -> list[Lines]:
+    def _owners(self) -> list[Pool[Server]]:
         return list(dict.fromkeys(self._slots))
 
 
@@ -232,7 +235,7 @@ class _Node(Server):
 
 
 class _Guided(Connection):
-    """A connection whose `call` follows redirections. Links use `exchange`, and see to that themselves."""
+    """A connection whose `call` follows redirections. Owners use `exchange`, and see to that themselves."""
 
     def __init__(self, cluster: Clustered, dialled: AbstractConnection, address: str, timeout_s: float) -> None:
         super().__init__(dialled, address, timeout_s)
@@ -281,13 +284,6 @@ def _place_of(options: RedisOptions, where: Where) -> RedisAddress:
 
 
 def _where(named: list[Any], host: str) -> Where:
-    """Return host and port of a server in CLUSTER SLOTS; who does not know its own name has that of who answered."""
+    """Return host and port of a server in CLUSTER SLOTS. `host` is for one that does not know its own name."""
     name = named[0].decode() if named[0] else ""
     return (host if name in {"", "?"} else name), int(named[1])
-
-
-def _hash_key(flight: Flight) -> bytes:
-    """Return the key of a command: of a script or of a read."""
-    parts = flight.parts
-    key: bytes = parts[3] if parts[0] == "EVALSHA" else parts[1]
-    return key

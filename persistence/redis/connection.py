@@ -19,8 +19,12 @@ NOT_ALL: Final = object()
 """What `Connection.next_reply` gives while a reply is not all there."""
 
 
+PASSING: Final = frozenset({"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN"})
+"""Refusals of a server that will take the command later. It has not begun it."""
+
+
 class Refusal(Exception):
-    """An error reply of the server: a value like any other until somebody decides what it means."""
+    """An error reply of the server: a value like any other until its owner decides what it means."""
 
     @property
     def text(self) -> str:
@@ -77,10 +81,14 @@ class Connection:
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         self._poll = poll.poll
+        room = select.poll()
+        room.register(sock, select.POLLOUT)
+        self._poll_room = room.poll
         self._decrypted: Callable[[], int] | None = sock.pending if isinstance(sock, ssl.SSLSocket) else None
         self._send = sock.sendall
         self._receive = sock.recv
         self._reader = hiredis.Reader(protocolError=Broken, replyError=Refusal, notEnoughData=NOT_ALL)
+        self._has_data = self._reader.has_data
         self.next_reply: Callable[[], Any] = self._reader.gets
         """The next reply that is all there, else NOT_ALL. Values are bytes, int, None, list, Refusal."""
 
@@ -90,6 +98,17 @@ class Connection:
             self._send(data)
         except OSError as error:
             raise self._broken(error) from error
+
+    def send_now(self, data: bytes) -> int:
+        """Send what can be sent without waiting, and return how many bytes that is. Raises Broken. Not with TLS."""
+        try:
+            return self._sock.send(data) if self._poll_room(0) else 0
+        except OSError as error:
+            raise self._broken(error) from error
+
+    def plain_fd(self) -> int | None:
+        """Return the file descriptor that an event loop can wait for; None with TLS, which has bytes of its own."""
+        return None if self._decrypted is not None else self._sock.fileno()
 
     def receive(self) -> None:
         """Wait for bytes and take them in; then ask `next_reply`. Raises Broken."""
@@ -132,9 +151,13 @@ class Connection:
         self.timeout_s = timeout_s
         self._sock.settimeout(timeout_s)
 
-    def is_stale(self) -> bool:
-        """True if the server has closed the connection, or said what nobody asked for; ask while nothing is awaited."""
+    def readable(self) -> bool:
+        """True if `receive` would not wait."""
         return bool(self._poll(0)) or (self._decrypted is not None and self._decrypted() > 0)
+
+    def is_stale(self) -> bool:
+        """True if the server has closed it, or answered what it was not asked. Ask while nothing is awaited."""
+        return self.readable() or self._has_data()
 
     def close(self) -> None:
         """Close it. Idempotent; a thread that waits in it gets Broken."""

@@ -11,11 +11,10 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from scopestate.errors import DeserializationError, NotConnected, StorageError
 from scopestate.ops.values import parse
-from scopestate.persistence.redis.attempts import Backoff
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target
+from scopestate.persistence.redis.dialling import Backoff
 from scopestate.persistence.redis.options import RedisOptions
-from scopestate.persistence.redis.refusals import explain
-from scopestate.persistence.redis.script import Shape
+from scopestate.persistence.redis.script import Shape, explain
 
 log = logging.getLogger("scopestate.persistence.redis")
 

@@ -1,14 +1,18 @@
-"""Reads and writes of one scope as one command of Redis.
+"""Reads and writes of one scope as one command of Redis, and what its refusals mean.
 
-The pure Python ops compute every value; the script only compares and stores (docs/design/0030-redis.md). It looks
+The pure Python turns compute every value; the script only compares and stores (docs/design/0030-redis.md). It reads
 before it writes: whatever can fail (a key of another type, no memory, a read-only server) fails before the first
-change, so a flight is done whole or not at all.
+change, so a command is done whole or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, Final
+
+from scopestate.errors import StorageError
+from scopestate.persistence.redis.connection import PASSING, Refusal
 
 # KEYS: the hash; with shared events also the stream and the counter of its events.
 # ARGV: with shared events first how many are kept and the scope; then the entries:
@@ -17,11 +21,14 @@ from typing import Any, Final
 #   d field                   delete
 #   n field value             set if there is no value
 #   c field expected value    set if the value is the expected one
+#   t expected changes ...    set and delete several fields, if several have the expected values: the two counts, then
+#                             for each of both kinds `field 1 value`, or `field 0 ''` for no value; a changed field is
+#                             an expected one as well
 #   p depth                   how many handlers deep what follows was caused; 0 until then; has no reply
-# Replies, one for each entry: the value that was there; for `n` and `c` DONE if it was as expected.
-# Once an `n` or `c` of a field has failed, later entries of that field are left undone and answered SKIPPED: they were
-# made behind it. Last, with shared events, the number of the newest event. An event that cannot be appended is not
-# counted: readers would take its number for an event that they have missed.
+# Replies, one for each entry: the value that was there; for `n`, `c` and `t` DONE if it was as expected.
+# Once an `n`, `c` or `t` has failed, later entries of its fields are left undone and answered SKIPPED: they were made
+# behind it. Last, with shared events, the number of the newest event. An event that cannot be appended is not counted:
+# readers would take its number for an event that they have missed.
 SOURCE: Final = b"""
 local hash, stream, counter = KEYS[1], KEYS[2], KEYS[3]
 local i = stream and 3 or 1
@@ -48,11 +55,38 @@ local function store(field, old, new)
   end
 end
 
+local function transact(at, expected, changes)
+  local fits, skipped = true, false
+  for j = 1, expected do
+    local field, old = ARGV[at], redis.call('HGET', hash, ARGV[at])
+    skipped = skipped or (failed and failed[field])
+    if old ~= (ARGV[at + 1] == '1' and ARGV[at + 2]) then fits = false end
+    at = at + 3
+  end
+  if skipped or not fits then
+    failed = failed or {}
+    for j = 1, expected do failed[ARGV[at - 3 * j]] = true end
+    return skipped and 2 or 0
+  end
+  for j = 1, changes do
+    local failure = store(ARGV[at], redis.call('HGET', hash, ARGV[at]), ARGV[at + 1] == '1' and ARGV[at + 2] or nil)
+    if failure then return failure end
+    at = at + 3
+  end
+  return 1
+end
+
 while ARGV[i] do
   local kind, field, value = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if kind == 'p' then
     depth = field ~= '0' and field or nil
     i = i + 2
+  elseif kind == 't' then
+    local reply = transact(i + 3, tonumber(field), tonumber(value))
+    if type(reply) == 'table' then return reply end
+    count = count + 1
+    replies[count] = reply
+    i = i + 3 + 3 * (tonumber(field) + tonumber(value))
   else
     local old = redis.call('HGET', hash, field)
     local reply, size, failure = old, 3, nil
@@ -109,7 +143,7 @@ class Shape:
         """The key of a scope's hash."""
         return (self.key_prefix + scope).encode()
 
-    def write(self, hash_key: bytes, scope: str, entries: list[Any]) -> tuple[Any, ...]:
+    def write(self, hash_key: bytes, scope: str, entries: Sequence[Any]) -> tuple[Any, ...]:
         """Return the parts of the command that does the entries."""
         if self.publishes:
             kept = self._kept
@@ -125,3 +159,50 @@ def keys_of(parts: tuple[Any, ...]) -> tuple[bytes | str, ...]:
 def with_source(parts: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the command for a server that does not have the script; it does afterwards."""
     return ("EVAL", SOURCE, *parts[2:])
+
+
+_NOTHING: Final = "nothing was written"
+
+_MEANINGS: Final[dict[str, str]] = {
+    "OOM": "Redis at {address} has no memory left for writes{nothing}: raise its maxmemory, or delete something",
+    "READONLY": "Redis at {address} is a read-only replica{nothing}: connect to the primary, or set `sentinels`",
+    "MISCONF": "Redis at {address} refuses writes because it cannot save its data{nothing}: see its log",
+    "NOREPLICAS": "Redis at {address} refuses writes because too few replicas follow it{nothing}",
+    "NOPERM": "the user of this connection to Redis at {address} may not do that ({text}){nothing}",
+    "NOAUTH": "Redis at {address} asks for a password{nothing}: set `password`",
+    "WRONGTYPE": (
+        "what Redis at {address} has at {keys} is not what scopestate keeps there{nothing}: delete it, or choose "
+        "another key_prefix"
+    ),
+}
+
+
+def explain(
+    refusal: Refusal, address: str, *keys: bytes | str, nothing: str = _NOTHING, waited: bool = True
+) -> StorageError:
+    """Return the error for a refusal that is final.
+
+    `keys`: what the command concerns, if it is about keys; the server does not say which of them it means. `nothing`:
+    what has not happened, "" for a read. `waited`: it was tried for `call_timeout_ms`, if it was worth waiting.
+    """
+    word, text = refusal.word, refusal.text
+    if word == "ERR":
+        # Redis 6 puts the word of a command that failed within a script further back.
+        word = next((known for known in _MEANINGS if f" {known} " in text), word)
+        if "ACL failure in script" in text:
+            word = "NOPERM"
+    names = [repr(key if isinstance(key, str) else key.decode(errors="replace")) for key in keys]
+    clause = f"; {nothing}" if nothing else ""
+    if word in PASSING:
+        within = " within call_timeout_ms" if waited else ""
+        problem = f"Redis at {address} was not ready for it{within} ({text}){clause}"
+    elif word in _MEANINGS and (names or word != "WRONGTYPE"):
+        either = " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+        problem = _MEANINGS[word].format(address=address, keys=either, text=text, nothing=clause)
+    else:
+        problem = f"Redis at {address} refused it: {text}"
+        if names and nothing:
+            problem += f"; read {names[0]} before retrying a write"
+    error = StorageError(problem)
+    error.__cause__ = refusal
+    return error

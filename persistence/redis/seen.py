@@ -1,4 +1,4 @@
-"""What a scope remembers of its keys in Redis, so that an update needs no look first."""
+"""What a scope remembers of its keys in Redis, so that an update need not read first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Final
 
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import parse
-from scopestate.persistence.redis.calls import NOTHING, Known
+
+Known = tuple[bytes | None, bytes | None]
+"""What a key held: as it is in Redis, and as we would write it, which is the same unless another program wrote it."""
+NOTHING: Final[Known] = (None, None)
 
 BULKY: Final = 1 << 16
 """A command or value of this many bytes takes a way of its own, so that it holds up no other scope."""

@@ -13,8 +13,8 @@ import msgspec
 from scopestate.errors import NotConnected
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
 from scopestate.persistence.redis.dialling import Server, traits
-from scopestate.persistence.redis.lines import Deliver, Single
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.servers import Means, Single
 from scopestate.persistence.redis.urls import RedisAddress
 from scopestate.signals import join
 
@@ -171,10 +171,10 @@ class Watched(Single):
     all the time, and forgets them when it becomes a replica; so to wait until it refuses them is too late.
     """
 
-    def __init__(self, options: RedisOptions, deliver: Deliver) -> None:
+    def __init__(self, options: RedisOptions, means: Means) -> None:
         self._fail_overs = FailOvers()
         self._primary = Primary(options, self._fail_overs)
-        super().__init__(self._primary, options, deliver, fails_over=True)
+        super().__init__(self._primary, options, means, fails_over=True)
         self._visited = Primary(options, self._fail_overs)
         """For whoever makes connections of his own, and may wait in them for something that comes no more."""
         self._sentinels = options.sentinel_addresses
@@ -216,8 +216,8 @@ class Watched(Single):
             if named != known:
                 log.warning("the primary of Redis is %s now, no longer %s", named, known)
                 known = named
-                for link in self.links():
-                    link.leave()
+                for owner in self.owners():
+                    owner.leave()
             # Each time: one may have been made meanwhile by the word of a Sentinel that did not know yet.
             self._visited.cut(but=known)
 

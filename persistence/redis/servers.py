@@ -2,90 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final, Protocol
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import msgspec
-
-from scopestate.errors import ConfigError, NotConnected
-from scopestate.persistence.redis.cluster import Clustered, slots_of
-from scopestate.persistence.redis.dialling import Server, traits
-from scopestate.persistence.redis.lines import Deliver, Single
-from scopestate.persistence.redis.link import Link
+from scopestate.persistence.redis.commands import Command
+from scopestate.persistence.redis.connection import Refusal, Target
+from scopestate.persistence.redis.dialling import Server
 from scopestate.persistence.redis.options import RedisOptions
-from scopestate.persistence.redis.sentinel import Watched
+from scopestate.persistence.redis.owner import Owner, Routes
 
-__all__ = ["Deliver", "Servers", "find_servers"]
-
-_NO_DATABASES: Final = "a cluster has only database 0, and {address} is in one; leave the database out"
-_NO_EVENTS: Final = (
-    "{address} is in a cluster: its keys live on different servers, so a write and its event cannot be one step; use "
-    "one server or Sentinels, or `events: local`"
-)
+Deliver = Callable[[list[Any]], None]
+"""Takes the outcomes of many calls at once."""
 
 
-class Servers(Protocol):
+class Means(NamedTuple):
+    """What owners need besides their servers; a test gives its own clock, randomness and threads."""
+
+    deliver: Deliver
+    clock: Callable[[], float] = time.monotonic
+    uniform: Callable[[float, float], float] = random.uniform
+    wake: Callable[[Owner], object] | None = None
+    """See `Owner`."""
+
+
+class Servers(Routes, Protocol):
     """The servers behind one adapter. From any thread; only `connect` and `close` block."""
 
     def connect(self) -> None:
         """Connect for the first time. Raises NotConnected."""
 
-    def link(self, hash_key: bytes) -> Link:
-        """By which the commands of a hash go."""
-
-    def bulk_link(self, hash_key: bytes) -> Link:
-        """By which those go that are large, or have large answers: they hold up only each other."""
-
     def server_of(self, hash_key: bytes) -> Server:
         """The server that holds a hash."""
 
     def primaries(self) -> list[Server]:
-        """The servers that hold keys between them, for whoever looks at all."""
+        """The servers that hold all keys between them."""
 
-    def links(self) -> Iterator[Link]:
-        """All links."""
+    def owners(self) -> Iterator[Owner]:
+        """Those of all connections."""
 
     def close(self) -> None:
         """Close every connection. Idempotent."""
 
 
-def find_servers(options: RedisOptions, deliver: Deliver) -> Servers:
-    """Return the servers that the options name, connected; whether they are a cluster, the server itself says.
+T_Target = TypeVar("T_Target", bound=Target)
 
-    Raises:
-        NotConnected: there is no connection within `connect_timeout_s`, or to none that keeps data; the text names the
-            address.
-        ConfigError: the servers are a cluster, and the options ask for what a cluster cannot do.
+
+class Pool(Generic[T_Target]):
+    """The connections to one server: one that all scopes share, and some for what is large.
+
+    Making their owners costs neither a connection nor a thread: each has those from its first command on.
     """
-    servers: Servers
-    mode = b"" if options.sentinels else _mode_of(options)
-    if options.sentinels:
-        servers = Watched(options, deliver)
-    elif mode == b"sentinel":
-        raise NotConnected(f"Redis at {options.address} is a Sentinel and keeps no data; name it in `sentinels`")
-    elif mode == b"cluster":
-        if options.server.database:
-            raise ConfigError(_NO_DATABASES.format(address=options.address), key="adapter.config.database")
-        if options.shares_events:
-            raise ConfigError(_NO_EVENTS.format(address=options.address), key="adapter.config.events")
-        servers = Clustered(options, deliver, slots_of(options))
-    else:
-        servers = Single(Server(options), options, deliver)
-    try:
-        servers.connect()
-    except BaseException:
-        servers.close()
-        raise
-    return servers
+
+    def __init__(
+        self, target: T_Target, options: RedisOptions, means: Means, routes: Routes, *, fails_over: bool = False
+    ) -> None:
+        """`routes` and `fails_over`: see `Owner`."""
+        self.target = target
+        self._owners = [
+            Owner(
+                target,
+                call_timeout_s=options.call_timeout_s,
+                connect_wait_s=options.connect_wait_s,
+                deliver=means.deliver,
+                routes=routes,
+                fails_over=fails_over,
+                clock=means.clock,
+                uniform=means.uniform,
+                wake=means.wake,
+            )
+            for _ in range(options.pool_size)
+        ]
+        self.shared = self._owners[0]
+
+    def for_large(self) -> Owner:
+        """Return the owner for something large: the one with the least to do."""
+        return min(self._owners[1:], key=Owner.load, default=self.shared)
+
+    def __iter__(self) -> Iterator[Owner]:
+        return iter(self._owners)
+
+    def close(self) -> None:
+        """Close every connection. Idempotent."""
+        for owner in self._owners:
+            owner.end()  # all at once: each may be in the middle of an attempt to connect, which takes its time to fail
+        for owner in self._owners:
+            owner.close()
 
 
-def _mode_of(options: RedisOptions) -> bytes:
-    """Return what the server says it is: b"standalone", b"cluster" or b"sentinel"; b"" if it does not say."""
-    # Of a cluster no other database can be chosen, and the error of that would not say why.
-    place = msgspec.structs.replace(options.server, database=0)
-    connection = Server(options, place, name=options.address).dial()
-    try:
-        connection.wait_at_most(options.connect_timeout_s)
-        return bytes(traits(connection).get(b"mode", b""))
-    finally:
-        connection.close()
+class Single:
+    """The servers of an adapter if that is one."""
+
+    moves = False
+
+    def __init__(self, target: Any, options: RedisOptions, means: Means, *, fails_over: bool = False) -> None:
+        """`target` is a `dialling.Server`; a test may give any `connection.Target`."""
+        self._target = target
+        self._pool = Pool(target, options, means, self, fails_over=fails_over)
+
+    def connect(self) -> None:
+        self._pool.shared.connect()
+
+    def owner_of(self, hash_key: bytes) -> Owner:
+        return self._pool.shared
+
+    def via(self, command: Command) -> Owner:
+        return self._pool.for_large() if command.bulk else self._pool.shared
+
+    def redirect(self, command: Command, refusal: Refusal) -> Owner:
+        raise AssertionError("keys of one server do not move")  # pragma: no cover - `moves` says so
+
+    def server_of(self, hash_key: bytes) -> Server:
+        return self._target  # type: ignore[no-any-return]
+
+    def primaries(self) -> list[Server]:
+        return [self._target]
+
+    def owners(self) -> Iterator[Owner]:
+        return iter(self._pool)
+
+    def close(self) -> None:
+        self._pool.close()

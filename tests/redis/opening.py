@@ -11,7 +11,8 @@ from typing import Any
 from reliability.living import until, untraced_environment
 
 from scopestate import Engine
-from scopestate.persistence.redis.link import Link
+from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.scope import RedisScope
 
 HERE = Path(__file__).parent
 INCREMENT = [{"type": "increment", "path": "", "by": 1}]
@@ -28,17 +29,23 @@ def open_at(url: str, limits: dict[str, Any] | None = None, **redis: Any) -> Eng
     return Engine.from_config(config_at(url, limits, **redis))
 
 
-def links_of(engine: Engine) -> list[Link]:
-    """The engine's connections; the first one is that for all that is small."""
+def owners_of(engine: Engine) -> list[Owner]:
+    """The owners of the engine's connections; the first one has that for all that is small."""
     adapter: Any = engine._parts.backend
-    return list(adapter._servers.links())
+    return list(adapter._servers.owners())
+
+
+def scope_of(engine: Engine, name: str = "s") -> RedisScope:
+    """The actor of a scope."""
+    actor: Any = engine._scopes[name]
+    return actor
 
 
 def at_rest(engine: Engine) -> None:
-    """Wait until nobody holds a scope or a connection, and nothing waits."""
+    """Wait until no thread holds a connection, and nothing waits."""
     actors = list(engine._scopes.values())
-    until(lambda: not any(actor._claim or actor._mailbox for actor in actors), "a scope stays busy")
-    until(lambda: not any(link.load() for link in links_of(engine)), "a connection stays busy")
+    until(lambda: not any(actor.has_waiting() for actor in actors), "a scope stays busy")
+    until(lambda: not any(owner.load() for owner in owners_of(engine)), "a connection stays busy")
 
 
 def start_child(name: str, *arguments: object) -> subprocess.Popen[bytes]:

@@ -13,8 +13,8 @@ from servers import Server, StartServer, wait_until
 
 from scopestate import Engine, SetResult, UpdateResult, messages
 from scopestate.ops.functions import from_payload
-from scopestate.persistence.redis import flights as redis_flights
-from scopestate.persistence.redis import link
+from scopestate.persistence.redis import commands as redis_commands
+from scopestate.persistence.redis import owner as redis_owner
 from scopestate.persistence.redis.connection import Connection
 
 __all__ = ["open_redis"]
@@ -97,7 +97,7 @@ def test_of_many_who_wait_one_half_goes_first_unless_the_server_is_far_away(
         for number in range(scopes):
             # By the link's thread, which takes the time.
             engine.ask(messages.Set(str(number), "k", "before"), block=False).get(timeout=20)
-        monkeypatch.setattr(link, "_PACE_S", pace_s)
+        monkeypatch.setattr(redis_owner, "_PACE_S", pace_s)
         monkeypatch.setattr(Connection, "send", counting)
         server.pause()
         replies = [engine.ask(messages.Set("0", "k", 0), block=False)]
@@ -133,7 +133,7 @@ def test_appends_sent_at_once_beside_reads_show_every_state_on_the_way(
 def test_what_comes_behind_an_update_that_must_be_tried_again_stays_behind_it(
     together: bool, redis_server: Server, open_redis: OpenRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_flights, "_PAUSE_S", (0.3, 0.3))
+    monkeypatch.setattr(redis_commands, "_PAUSE_S", (0.3, 0.3))
     monkeypatch.setattr(random, "uniform", lambda low, high: high)
     engine, there = open_redis(redis_server.url), bytes_client(redis_server)
     engine.set("s", "k", [])

@@ -7,10 +7,11 @@ import json
 import random
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from opening import INCREMENT, at_rest, links_of, open_at, start_child
+from opening import INCREMENT, at_rest, open_at, owners_of, start_child
 from reliability.living import InThread, Seen, until
 from servers import Server, StartServer
 
@@ -24,8 +25,9 @@ from scopestate.errors import (
     StorageError,
     ValueTooLarge,
 )
-from scopestate.persistence.redis import flights as redis_flights
-from scopestate.persistence.redis.flight import Flight
+from scopestate.persistence.redis import commands as redis_commands
+from scopestate.persistence.redis import owner as redis_owner
+from scopestate.signals import wait_for
 
 LIMITS = {"call_timeout_ms": 10_000}
 
@@ -93,23 +95,23 @@ def test_a_reply_that_comes_while_its_caller_gives_up_leaves_the_scope_free(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_server()
-    leave = Flight.leave
 
-    def slowly(self: Flight) -> bool:
-        monkeypatch.setattr(Flight, "leave", leave)
-        left = leave(self)
+    def late(wait: Callable[[float], bool | None], timeout_s: float | None = None) -> bool:
+        """The time is over, and the reply comes before the caller says that it has given up."""
+        monkeypatch.setattr(redis_owner, "wait_for", wait_for)
+        assert not wait_for(wait, timeout_s)
         server.resume()
-        until(lambda: self.told, "the reply is not taken in")
-        return left
+        at_rest(engine)
+        return False
 
     with open_at(server.url, {"call_timeout_ms": 100}, call_timeout_ms=20_000) as engine:
         engine.set("t", "k", 0)
-        engine.ask(messages.Get("t", "k"), block=False).get(timeout=20)  # the link's thread is there
+        engine.ask(messages.Get("t", "k"), block=False).get(timeout=20)  # the I/O thread is there
         engine.set("s", "k", 0)
         server.pause()
         held = engine.ask(messages.Set("t", "k", 1), block=False)  # so that the next call has to queue
-        until(lambda: links_of(engine)[0].load() > 0, "nothing is on its way")
-        monkeypatch.setattr(Flight, "leave", slowly)
+        until(lambda: owners_of(engine)[0].load() > 0, "nothing is on its way")
+        monkeypatch.setattr(redis_owner, "wait_for", late)
         with pytest.raises(ReplyTimeout):
             engine.set("s", "k", 1)
         held.get(timeout=20)
@@ -153,7 +155,7 @@ def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
         server.pause()
     elif state == "down":
         server.kill()
-    until(lambda: any(link.load() for link in links_of(engine)), "no call is under way")
+    until(lambda: any(owner.load() for owner in owners_of(engine)), "no call is under way")
     began = time.monotonic()
     engine.close()
     took_s = time.monotonic() - began
@@ -166,7 +168,7 @@ def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
 
 
 def test_close_does_not_leave_an_update_in_its_pause(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_flights, "_PAUSE_S", (3600.0, 3600.0))
+    monkeypatch.setattr(redis_commands, "_PAUSE_S", (3600.0, 3600.0))
     monkeypatch.setattr(random, "uniform", lambda _, longest: longest)
     engine = open_at(valkey.url, {"close_grace_ms": 50})
     engine.update("s", "k", INCREMENT)
@@ -196,8 +198,8 @@ def test_closing_while_many_connections_are_being_made_takes_no_longer_than_one(
         return "answered"
 
     threads = [InThread(lambda scope=f"s{number}": ask(scope)) for number in range(14)]  # type: ignore[misc]
-    links = links_of(engine)
-    until(lambda: sum(link.load() > 0 for link in links) >= 4, "not many connections are wanted")
+    owners = owners_of(engine)
+    until(lambda: sum(owner.load() > 0 for owner in owners) >= 4, "not many connections are wanted")
     began = time.monotonic()
     engine.close()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from opening import INCREMENT, links_of, open_at
+from opening import INCREMENT, open_at, owners_of
 from reliability.living import InThread, until
 from servers import Binary, Cluster, Server, StartServer
 
@@ -418,7 +418,7 @@ def test_closing_ends_the_wait_for_a_dead_primary() -> None:
         scope = next(scopes[0] for node, scopes in _on_each(cluster, 1).items() if node is not cluster.nodes[0])
         cluster.kill_primary(_key(scope))
         waiting = [InThread(lambda: _error_of(lambda: engine.set(scope, "k", 1))) for _ in range(3)]
-        until(lambda: any(link.why_not for link in links_of(engine)), "a call that waits")
+        until(lambda: any(owner.why_not for owner in owners_of(engine)), "a call that waits")
 
         begun = time.monotonic()
         _adapter(engine).close()
@@ -461,4 +461,4 @@ def test_shared_events_are_refused_because_they_could_not_be_one_step(cluster: C
 
 def test_a_server_that_is_in_no_cluster_is_one_server(start_server: StartServer) -> None:
     with open_at(start_server().url) as engine:
-        assert len({link.address for link in links_of(engine)}) == 1
+        assert len({owner.address for owner in owners_of(engine)}) == 1

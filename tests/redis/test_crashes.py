@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from opening import INCREMENT, links_of, open_at, start_child
+from opening import INCREMENT, open_at, owners_of, start_child
 from reliability.figures import record
 from reliability.living import PATIENCE_S, InThread, until
 from servers import Binary, Server, StartServer
@@ -183,8 +183,8 @@ def noted_when_sent(engine: Engine) -> threading.Event:
         send(data)
         sent.set()
 
-    for link in links_of(engine):
-        connection: Any = link._connection
+    for owner in owners_of(engine):
+        connection: Any = owner._connection
         if connection is not None:
             connection._send = functools.partial(noting, connection._send)
     return sent
@@ -248,7 +248,7 @@ def test_a_call_that_waits_for_a_server_which_returns_in_time_is_done(
         engine.set("s", "k", 0)
         server.kill()
         call = InThread(lambda: engine.update("s", "k", INCREMENT))
-        until(lambda: links_of(engine)[0].why_not is not None, "it does not try to connect")
+        until(lambda: owners_of(engine)[0].why_not is not None, "it does not try to connect")
         server.start()
 
         assert call.result().new_value == 1

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from opening import INCREMENT, at_rest, links_of, open_at
+from opening import INCREMENT, at_rest, open_at, owners_of
 from reliability.interrupting import Interruption, interrupt_at
 from reliability.living import InThread, until
 from reliability.test_interruption import alarms, untraced  # noqa: F401 - a fixture
@@ -169,7 +169,7 @@ def test_a_signal_handler_may_call_the_engine(valkey: Server) -> None:
 
 @pytest.mark.usefixtures("untraced")
 def test_a_handler_that_needs_what_the_interrupted_call_holds_is_told_so_at_once(start_server: StartServer) -> None:
-    """Its thread is at the connection that another thread needs to leave the scope that the handler wants."""
+    """Its thread has the connection, which another call of the scope that the handler wants waits for."""
     server = start_server()
     raised: list[BaseException] = []
 
@@ -186,14 +186,14 @@ def test_a_handler_that_needs_what_the_interrupted_call_holds_is_told_so_at_once
     try:
         with open_at(server.url, {"call_timeout_ms": 30_000}, call_timeout_ms=20_000) as engine:
             engine.set("theirs", "k", 0)
-            link = links_of(engine)[0]
+            owner = owners_of(engine)[0]
             server.pause()
             others: list[InThread] = []
 
             def another_comes() -> None:
-                until(lambda: bool(link._claim), "the call is not sent")
+                until(lambda: owner._led is not None, "the call is not sent")
                 others.append(InThread(lambda: engine.set("theirs", "k", 2)))
-                until(lambda: bool(engine._scopes["theirs"]._claim), "the other call is not there")
+                until(lambda: bool(engine._scopes["theirs"]._mailbox), "the other call is not there")
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
             helper = InThread(another_comes)

@@ -16,7 +16,7 @@ from reliability.figures import record
 from servers import Server
 from writer_process import run_together
 
-from scopestate.persistence.redis import flights as redis_flights
+from scopestate.persistence.redis import commands as redis_commands
 
 __all__ = ["open_redis"]
 
@@ -103,8 +103,8 @@ def test_an_engine_lets_others_come_to_a_key_that_they_update_too(
     valkey: Server, open_redis: OpenRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who goes on without a rest is always done before the others, who have to look first, can compare."""
-    monkeypatch.setattr(redis_flights, "_HOLD_S", 0.0)
-    monkeypatch.setattr(redis_flights, "_REST_S", 0.2)
+    monkeypatch.setattr(redis_commands, "_HOLD_S", 0.0)
+    monkeypatch.setattr(redis_commands, "_REST_S", 0.2)
     engine, there = open_redis(valkey.url), valkey.client()
 
     def longest_of(updates: int) -> float:
@@ -115,12 +115,12 @@ def test_an_engine_lets_others_come_to_a_key_that_they_update_too(
         return max(after - before for before, after in itertools.pairwise(moments))
 
     longest_of(5)
-    assert engine._scopes["s"]._flights.lanes == {}  # type: ignore[attr-defined]  # nobody else was there
+    assert engine._scopes["s"].commands.paused == {}  # type: ignore[attr-defined]  # nobody else was there
     there.hincrby("state:s", "n", 1)
     assert longest_of(5) >= 0.2
     assert engine.get("s", "n") == 11
-    monkeypatch.setattr(redis_flights, "_RIVALRY_S", -1.0)
+    monkeypatch.setattr(redis_commands, "_RIVALRY_S", -1.0)
     there.hincrby("state:s", "n", 1)
     longest_of(5)
-    assert engine._scopes["s"]._flights.lanes == {}  # type: ignore[attr-defined]  # that is over
+    assert engine._scopes["s"].commands.paused == {}  # type: ignore[attr-defined]  # that is over
     assert engine.get("s", "n") == 17

@@ -1,4 +1,4 @@
-"""A link goes on when its thread cannot be started, its own code fails, or its server stays away."""
+"""A connection goes on when its thread cannot be started, its own code fails, or its server stays away."""
 
 from __future__ import annotations
 
@@ -7,43 +7,80 @@ import threading
 from typing import Any
 
 import pytest
-from opening import at_rest, links_of, open_at
+from opening import at_rest, open_at, owners_of, scope_of
 from reliability.living import PATIENCE_S, InThread, until
 from servers import Server, StartServer
 
-from scopestate import messages
+from scopestate import Engine, messages
 from scopestate.errors import ConnectionLost, EngineClosed, NotConnected, StorageError
-from scopestate.persistence.redis import attempts
-from scopestate.persistence.redis.flight import Flight
-from scopestate.persistence.redis.link import Link
+from scopestate.ops import turns
+from scopestate.persistence.redis import dialling
+from scopestate.persistence.redis.commands import Call, Command
+from scopestate.persistence.redis.connection import Connection
+from scopestate.persistence.redis.owner import Owner
 
 NEVER_AGAIN = (30.0, 30.0)
 """Pauses between attempts to connect, longer than any test waits."""
 
 
-def test_a_command_that_has_arrived_is_neither_sent_nor_refused_again() -> None:
-    """A link may have it twice: a maker who was interrupted cannot know if it was put, and puts it again."""
-    nowhere: Any = None
-    landed: list[Flight] = []
-    flight = Flight(("PING",), nowhere, lambda flight, _: landed.append(flight), [])
-    flight.refuse(NotConnected("there is no server"), [])
-    assert landed == [flight]
-
-    assert flight.board([]) is None
-    flight.refuse(NotConnected("there is still no server"), [])
-    assert landed == [flight]
+def command_of(engine: Engine) -> Command:
+    """A read of a key of `s`, as the scope's command under way."""
+    commands = scope_of(engine).commands
+    command = commands.make([Call(turns.Get("k"), None, 0)], 1, [])
+    assert command is not None
+    commands.command = command
+    return command
 
 
-def test_a_command_on_its_way_is_not_refused_by_its_second_copy() -> None:
-    nowhere: Any = None
-    landed: list[Flight] = []
-    flight = Flight(("PING",), nowhere, lambda flight, _: landed.append(flight), [])
-    assert flight.board([]) is flight
-    flight.refuse(NotConnected("there is no server"), [])
-    assert landed == []
+def test_a_command_that_is_over_is_neither_sent_nor_taken_in_again(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An inbox may have it twice: a caller that was interrupted cannot know if it was posted, and posts it again."""
+    with open_at(valkey.url) as engine:
+        engine.set("s", "k", 1)
+        (owner, *_) = owners_of(engine)
+        command = command_of(engine)
+        owner.post(command)
+        at_rest(engine)
+        assert command.over
+        (call,) = command.calls
+        assert call.answer == b"1"
+        call.answer = b"as it was"
+        monkeypatch.setattr(Connection, "send", lambda *_: pytest.fail("it was sent again"))
+
+        owner.post(command)
+        at_rest(engine)
+
+        assert call.answer == b"as it was"
 
 
-def test_without_any_thread_for_a_link_its_calls_fail_and_the_next_one_tries_again(
+def test_a_command_on_its_way_is_not_sent_for_its_second_copy(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    send = Connection.send
+
+    def noting(self: Connection, data: bytes) -> None:
+        sent.append(data)
+        send(self, data)
+
+    server = start_server()
+    with open_at(server.url) as engine:
+        engine.set("s", "k", 1)
+        monkeypatch.setattr(Connection, "send", noting)
+        server.pause()
+        (owner, *_) = owners_of(engine)
+        command = command_of(engine)
+        owner.post(command)
+        until(lambda: bool(sent), "nothing is sent")
+        owner.post(command)
+        server.resume()
+        at_rest(engine)
+
+        assert sent == [command.data]
+
+
+def test_without_any_thread_for_a_connection_its_calls_fail_and_the_next_one_tries_again(
     valkey: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_at(valkey.url) as engine:
@@ -79,7 +116,7 @@ def test_a_thread_that_cannot_be_started_at_first_is_started_later(
     assert len(tries) == 3
 
 
-def test_a_link_whose_thread_never_starts_can_be_closed(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_whose_thread_never_starts_can_be_closed(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = threading.Event()
     start = threading.Thread.start
 
@@ -91,25 +128,25 @@ def test_a_link_whose_thread_never_starts_can_be_closed(valkey: Server, monkeypa
 
     engine = open_at(valkey.url)
     monkeypatch.setattr(threading.Thread, "start", never)
-    (link, *_) = links_of(engine)
-    link.put(Flight(("PING",), link, lambda *_: None, []))
+    (owner, *_) = owners_of(engine)
+    owner.post(scope_of(engine))
     assert tried.wait(PATIENCE_S)
     engine.close()
 
 
-def test_an_error_in_the_middle_gives_nobody_the_answer_of_another(
+def test_an_error_in_the_middle_gives_no_call_the_answer_of_another(
     valkey: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_at(valkey.url) as engine:
         for number in range(4):
             engine.set(f"s{number}", "k", number)
-        take_replies = Link._take_replies
+        take_replies = Owner._take_replies
 
-        def failing(self: Link, connection: Any) -> None:
-            monkeypatch.setattr(Link, "_take_replies", take_replies)
+        def failing(self: Owner, connection: Any) -> None:
+            monkeypatch.setattr(Owner, "_take_replies", take_replies)
             raise MemoryError
 
-        monkeypatch.setattr(Link, "_take_replies", failing)
+        monkeypatch.setattr(Owner, "_take_replies", failing)
         with pytest.raises(StorageError, match="an error in this engine") as caught:
             engine.ask(messages.Set("s0", "k", "new"), block=False).get(timeout=PATIENCE_S)
         assert type(caught.value.__cause__) is ConnectionLost
@@ -118,11 +155,11 @@ def test_an_error_in_the_middle_gives_nobody_the_answer_of_another(
         at_rest(engine)
 
 
-def test_who_waits_for_a_connection_waits_no_longer_than_he_should(
+def test_a_call_waits_for_a_connection_no_longer_than_it_should(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_server()
-    monkeypatch.setattr(attempts, "_BACKOFF_S", NEVER_AGAIN)
+    monkeypatch.setattr(dialling, "_BACKOFF_S", NEVER_AGAIN)
     with open_at(server.url, connect_wait_ms=50) as engine:
         engine.set("s", "k", 1)
         server.kill()
@@ -133,7 +170,7 @@ def test_who_waits_for_a_connection_waits_no_longer_than_he_should(
         assert type(caught.value.__cause__) is NotConnected
 
 
-def test_every_link_connects_again_by_itself(start_server: StartServer) -> None:
+def test_every_connection_is_made_again_by_itself(start_server: StartServer) -> None:
     server = start_server()
     with open_at(server.url, connect_wait_ms=10, pool_size=4) as engine:
         for number in range(8):
@@ -143,10 +180,12 @@ def test_every_link_connects_again_by_itself(start_server: StartServer) -> None:
         for one in lists:
             with pytest.raises(StorageError):
                 one.result()
-        until(lambda: sum(link.why_not is not None for link in links_of(engine)) > 1, "only one link was tried")
+        until(
+            lambda: sum(owner.why_not is not None for owner in owners_of(engine)) > 1, "only one connection was tried"
+        )
         assert not engine.health().ok
         server.start()
-        until(lambda: engine.health().ok, "a link does not connect again")
+        until(lambda: engine.health().ok, "a connection is not made again")
 
 
 def test_close_does_not_wait_for_a_server_that_does_not_answer(start_server: StartServer) -> None:
@@ -156,21 +195,21 @@ def test_close_does_not_wait_for_a_server_that_does_not_answer(start_server: Sta
     engine = open_at(server.url, {"call_timeout_ms": hour_ms, "close_grace_ms": 1}, call_timeout_ms=hour_ms)
     engine.set("s", "k", 0)
     server.pause()
-    at_the_link = engine.ask(messages.Set("s", "k", 1), block=False)
-    until(lambda: links_of(engine)[0].load() > 0, "nothing is on its way")
+    under_way = engine.ask(messages.Set("s", "k", 1), block=False)
+    until(lambda: owners_of(engine)[0].load() > 0, "nothing is on its way")
 
     InThread(engine.close).result()
 
     # EngineClosed if close() came before the call was sent.
     with pytest.raises((StorageError, EngineClosed), match="closed"):
-        at_the_link.get(timeout=PATIENCE_S)
+        under_way.get(timeout=PATIENCE_S)
 
 
 def test_a_connection_that_is_left_is_made_anew_once(valkey: Server) -> None:
     with open_at(valkey.url) as engine:
         engine.set("s", "k", 0)
         before = engine.stats().store["connects"]
-        links_of(engine)[0].leave()
+        owners_of(engine)[0].leave()
         for number in range(5):
             engine.set("s", "k", number)
             engine.ask(messages.Set("s", "k", number), block=False).get(timeout=PATIENCE_S)

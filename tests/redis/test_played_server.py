@@ -414,14 +414,16 @@ def what_happens_on(engine: Engine, draw: random.Random) -> list[Any]:
                 given.append(engine.list_groups())
     engine.drain(30)
     given += seen.take()
+    backend: Any = engine._parts.backend
+    broken = _broken(engine)
     with pytest.raises(StorageError, match="not JSON"):
-        engine._parts.adapter.load(_broken(engine))
+        backend.read(broken)
     return given
 
 
 def _broken(engine: Engine) -> str:
     """Return a scope in which another program has put what is not JSON."""
-    adapter: Any = engine._parts.adapter
+    adapter: Any = engine._parts.backend
     with adapter._visit(adapter._servers.primaries()[0], "a write") as connection:
         connection.call("HSET", "state:broken", "x", "{")
     return "broken"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from opening import INCREMENT, links_of, open_at
+from opening import INCREMENT, open_at, owners_of
 from reliability.living import InThread, Seen, until
 from servers import VALKEY, Binary, Sentinel, SentinelSetup, Server, StartServer, wait_until
 
@@ -122,7 +122,7 @@ def test_it_writes_to_the_server_that_the_sentinels_name(setup: SentinelSetup) -
         assert engine.list_groups() == ["s"]
 
         assert setup.primary().ask("HGET", "state:s", "n") == "1"
-        assert {link.address for link in links_of(engine)} == {f"127.0.0.1:{setup.primary().port}"}
+        assert {owner.address for owner in owners_of(engine)} == {f"127.0.0.1:{setup.primary().port}"}
 
 
 def test_a_fail_over_on_request_is_followed_though_the_old_primary_still_takes_writes(setup: SentinelSetup) -> None:
@@ -140,7 +140,7 @@ def test_a_fail_over_on_request_is_followed_though_the_old_primary_still_takes_w
 
         assert _tell_what_happened(writing.errors), writing.errors
         assert _counts_exactly(engine, new)
-        assert {link.address for link in links_of(engine)} == {f"127.0.0.1:{new.port}"}
+        assert {owner.address for owner in owners_of(engine)} == {f"127.0.0.1:{new.port}"}
         assert engine.health().ok is True
 
 
