@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgspec
 
@@ -87,15 +87,15 @@ class Gate:
 
     def read(self, turn: Turn[A]) -> A:
         """Return the answer of a read if everything in memory is on disk, else BUSY."""
-        scope, answer = self._scope, BUSY
+        scope, busy = self._scope, cast(A, BUSY)
         view = scope._view
         if turn.writes or view is None or not scope._direct:
-            return answer  # type: ignore[no-any-return]  # BUSY stands for any answer
+            return busy
         _, answer = turn.decide(view)
         # Looked at after the values were read. If all is settled now and the scope was not loaded anew meanwhile, then
         # what was read is on disk.
         if self.unsettled or view is not scope._view:
-            return BUSY  # type: ignore[no-any-return]  # as above
+            return busy
         scope.touched = True
         return answer
 

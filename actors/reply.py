@@ -77,7 +77,7 @@ class Reply(pykka.Future[T]):
         self._arrival = threading.Lock()
         self._arrival.acquire()
         self._open = [None]
-        """Emptied by the one who delivers: `pop` is one step, where a lock could be left taken by an exception."""
+        """Emptied by the thread that delivers. `pop` is one step; a lock could be left taken by an exception."""
         self._callbacks: list[Callable[[Reply[T]], object]] = []
         self._value: T | None = None
         self._error: BaseException | None = None
@@ -138,7 +138,7 @@ class Reply(pykka.Future[T]):
     def when_done(self, callback: Callable[[Reply[T]], object]) -> None:
         """As `add_done_callback`, for callbacks that are quick: on the thread that delivers the outcome."""
         self._callbacks.append(callback)
-        # Looked at behind that: who delivers meanwhile has seen the callback, or is seen here.
+        # Read after that: a thread that delivers in between has seen the callback, or its outcome is seen here.
         if self.done:
             self._call_back()
 
@@ -160,7 +160,7 @@ class Reply(pykka.Future[T]):
 
     def _arrived(self, timeout_s: float) -> bool:
         if self._arrival.acquire(timeout=timeout_s):
-            self._arrival.release()  # the next one who waits gets through too
+            self._arrival.release()  # for the next thread that waits
         return self.done
 
     def _arrive(self, value: T | None, error: BaseException | None) -> None:

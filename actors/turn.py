@@ -79,7 +79,7 @@ class TurnActor(PykkaFace):
         self._mailbox: list[Any] = []
         self._scheduled = False
         self._direct = self.caller_runs
-        """Whether callers may run their turn now: not while a message waits whose sender went on."""
+        """False while callers must queue: a message waits whose sender has gone on, and must not overtake it."""
 
     # ------------------------------------------------------------------------------------------------- sending
 
@@ -300,4 +300,4 @@ class TurnActor(PykkaFace):
         self._tell_again()
 
     def _tell_again(self) -> None:
-        """Tell those who depend on this actor that it has work for them; for when a turn was cut short."""
+        """Repeat what a turn tells other actors at its end; for a turn that was cut short."""

@@ -88,17 +88,13 @@ class AioEngine:
     async def delete(self, scope: str, key: str) -> Any:
         """As `Engine.delete`."""
         self._engine._tally["state::delete"].add()
-        if type(key) is not str or not key.isascii():
-            key = checked_name("key", key)
-        data = await self._run(scope, turns.Delete(key))
+        data = await self._run(scope, turns.Delete(checked_name("key", key)))
         return None if data is None else decode(data)
 
     async def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
         """As `Engine.update`."""
         self._engine._tally["state::update"].add()
-        if type(key) is not str or not key.isascii():
-            key = checked_name("key", key)
-        return await self._run(scope, turns.Update(key, checked(ops)))
+        return await self._run(scope, turns.Update(checked_name("key", key), checked(ops)))
 
     async def list(self, scope: str) -> builtins.list[Any]:
         """As `Engine.list`."""
@@ -179,8 +175,7 @@ class AioEngine:
 
     async def _run(self, scope: str, turn: turns.Turn[A]) -> A:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
-        if type(scope) is not str:
-            scope = checked_name("scope", scope)
+        scope = checked_name("scope", scope)
         try:
             answer = self._scopes[scope].run_now(turn)
         except HandlerFull:

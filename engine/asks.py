@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log, is_from_outside
-from scopestate.actors.reply import Reply
+from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.router import EventRouter
+from scopestate.actors.scope import ScopeActor
 from scopestate.errors import Overloaded
+from scopestate.ops.turns import Turn
 
 log = Log("scopestate.engine")
 
 
 class PatientReply(Reply[Any]):
-    """A reply that sends its message again when a full handler has room: the sender does not wait for that."""
+    """A reply that sends its turn again when a full handler has room: the sender does not wait for that."""
 
-    def __init__(self, router: EventRouter, convert: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, router: EventRouter, scopes: Mapping[str, ScopeActor], scope: str, convert: Callable[[Any], Any]
+    ) -> None:
         super().__init__()
         self.waiter = router._dispatcher.waiter
         self.submit_program = router._dispatcher.submit_program
-        self._router = router
         self.convert = convert
-        self.send: Callable[[], object] = _nothing
-        """Sends the message again; set with the first sending."""
-        self.size = 0
-        """Size of the values in the message, in bytes; set like `send`."""
+        self._backlog = router.backlog
+        self._scopes = scopes
+        self._scope = scope
+        self._envelope: Envelope | None = None
+
+    def wrap(self, turn: Turn[Any]) -> Envelope:
+        """Return what the sender sends, and what is sent again."""
+        self._envelope = Envelope(turn, self)
+        return self._envelope
 
     def set(self, value: Any = None) -> None:
         super().set(value)
@@ -34,10 +42,11 @@ class PatientReply(Reply[Any]):
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, HandlerFull):
-            if self._router.backlog.has_waiting_room():
-                self._router.backlog.when_room(self._send_again, error, self.size)
+            size = self._envelope.message.size() if self._envelope is not None else 0
+            if self._backlog.has_waiting_room():
+                self._backlog.when_room(self._send_again, error, size)
             else:
-                self._router.backlog.note_refused()
+                self._backlog.note_refused()
                 self.fail(
                     Overloaded("nothing was written: a handler is behind, and too many messages wait for it already")
                 )
@@ -46,13 +55,17 @@ class PatientReply(Reply[Any]):
             self._let_go()
 
     def _let_go(self) -> None:
-        """Drop the message. `send` refers to this reply, so only the garbage collector would free the two."""
-        self.send = _nothing
+        """Drop the turn. The envelope refers to this reply, so only the garbage collector would free the two."""
+        self._envelope = None
 
     def _send_again(self) -> None:
         # Called for one sender after another: a refusal is the answer of this one, and must not stop the others.
+        envelope = self._envelope
+        if envelope is None:
+            return
         try:
-            self.send()
+            # Queued: the thread that has made room is in the middle of a handler's turn.
+            self._scopes[self._scope].post(envelope)
         except BaseException as error:
             if is_from_outside(error):
                 raise
@@ -72,10 +85,6 @@ class Told(PatientReply):
         else:
             log.error("a message sent with tell() was refused: %s", error, exc_info=error)
             self._let_go()
-
-
-def _nothing() -> None:
-    """Takes the place of `send` when the answer is there."""
 
 
 def no_room(scope: str) -> str:

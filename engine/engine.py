@@ -18,7 +18,7 @@ from scopestate import catalogue, lifecycle
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.ports import Backend, Store
-from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.reply import Reply
 from scopestate.actors.snapshot import Flush
 from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
@@ -217,11 +217,8 @@ class Engine(Reactive):
         Raises StorageError `DELETE_ERROR`, Overloaded, ReplyTimeout and EngineClosed, as `set` does.
         """
         self._tally["state::delete"].add()
-        if type(scope) is not str:
-            scope = checked_name("scope", scope)
-        if type(key) is not str or not key.isascii():
-            key = checked_name("key", key)
-        turn = turns.Delete(key)
+        scope = checked_name("scope", scope)
+        turn = turns.Delete(checked_name("key", key))
         try:
             data = self._scopes[scope].run(turn)
         except HandlerFull as full:
@@ -333,13 +330,9 @@ class Engine(Reactive):
         turn = turn_of(message, self._limits.max_value_bytes)
         self._tally[turn.function_id].add()
         scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
-        reply = kind(self._router, lambda answer: answer_of(message, answer))
-        envelope = Envelope(turn, reply)
-        # Queued: the thread that makes room is in the middle of a handler's turn.
-        reply.send = lambda: self._scopes[scope].post(envelope)
-        reply.size = turn.size()
+        reply = kind(self._router, self._scopes, scope, lambda answer: answer_of(message, answer))
         actor = self._scopes[scope]
-        actor.send(envelope)
+        actor.send(reply.wrap(turn))
         if not waits:
             actor.keep_order()
         return reply

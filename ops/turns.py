@@ -286,6 +286,8 @@ def checked_name(what: str, name: object) -> str:
 
     Raises DeserializationError if it is not a string, or has lone surrogates, which UTF-8 cannot hold.
     """
+    if type(name) is str and name.isascii():
+        return name
     if not issubclass(type(name), str):  # not isinstance, which believes the `__class__` of a mock
         raise DeserializationError(f"a {what} is a string, not {json_type(name)}")
     # A subclass may override anything; what is asked here is what it holds.

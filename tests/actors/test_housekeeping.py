@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from scopestate import Engine
-from scopestate.actors import housekeeping
+from scopestate.actors import directory
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.scope import Passivate
 from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, ScopeRule
@@ -186,7 +186,7 @@ def test_a_reload_changes_the_time_and_zero_means_never(open_engine: Open, dispa
 def test_a_sweep_goes_in_slices_and_other_actors_have_their_turns_between_them(
     open_engine: Open, dispatcher: DeterministicDispatcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(housekeeping, "SLICE", 10)
+    monkeypatch.setattr(directory, "SLICE", 10)
     engine = open_engine()
     for number in range(95):
         engine.set(f"s{number}", "k", number)
@@ -249,7 +249,7 @@ def test_on_real_threads_a_hundred_thousand_scopes_leave_and_nobody_waits(tmp_pa
 
         for _ in range(2):
             gone.clear()
-            housekeeper.tell(housekeeping.Sweep())
+            housekeeper.tell(directory.Sweep())
             while not gone.wait(0.001):
                 engine.update("busy", "k", [{"type": "increment", "path": "", "by": 1}])
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scopestate import Engine
-from scopestate.actors.housekeeping import Sweep
+from scopestate.actors.directory import Sweep
 
 MIB = 1024 * 1024
 
