@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from scopestate.server.worker import Worker
 
 ALWAYS_ALLOWED: Final = ("engine::channels::create", "engine::workers::register", "engine::log::*")
-"""What every worker may call (docs/protocol.md, section 12)."""
+"""Functions that every worker may call (docs/protocol.md, section 12)."""
 
 ENGINE_NAMESPACES: Final = ("engine::", "state::")
-"""Ids that begin like this are the engine's own: a pattern of `registers` matches one only if it begins so too."""
+"""Ids that begin like this are the engine's own: a pattern of `registers` must begin so to match one."""
 
 MAX_TOKEN_BYTES: Final = 8_192
 
 MAX_KEPT: Final = 1_000
-"""Names that are kept for one token while no worker offers them; one more, and the oldest is free for all."""
+"""Names kept for one token while no worker offers them; with one more, the oldest is freed."""
 MAX_KEPT_LENGTH: Final = 256
 """A longer name is not kept."""
 
@@ -51,7 +51,7 @@ class Access:
         self.allow(config)
 
     def allow(self, config: TokenConfig) -> None:
-        """Allow from now on what this entry says."""
+        """Replace the rights by those of this entry."""
         config = with_every_list(config)
         functions, read, write = config.functions or (), config.read or (), config.write or ()
         self._functions = _matcher((*functions, *ALWAYS_ALLOWED))
@@ -62,7 +62,7 @@ class Access:
         self.reads_everything = "*" in read
         self.writes_everything = "*" in write
         self.full = self.reads_everything and self.writes_everything and "*" in functions and "*" in config.registers
-        """Whether it may do everything; then it also sees everything that others have registered."""
+        """Whether it may do everything; then it sees everything that other tokens have registered as well."""
 
     def check_call(self, function_id: str) -> None:
         """Refuse a function that may not be called."""
@@ -124,11 +124,11 @@ class Access:
 
 
 class Claims(Generic[T]):
-    """Name -> what workers offer under it; of several the newest serves, and when it goes, the one before.
+    """Name -> what workers offer under it. Of several offers the newest serves; when it leaves, the one before.
 
     All workers that offer the same name have the same token (`Worker.access`; without tokens, None for all). When the
-    last of them is disconnected, the name is kept for the token as long as another of its workers is connected: in the
-    second that a restart takes, no other token can put itself in its place. On the server's event loop only.
+    last of them is disconnected, the name is kept for the token as long as another of its workers is connected: no
+    other token can take the name during the second of a restart. On the server's event loop only.
     """
 
     def __init__(self, what: str) -> None:
@@ -198,7 +198,7 @@ class Claims(Generic[T]):
         return list(self._offers.pop(name, {}).values())
 
     def last_worker_left(self, access: Access) -> None:
-        """No worker of this token is connected any more: nothing is kept for it."""
+        """Free the names kept for a token of which no worker is connected any more."""
         for name in self._kept_of.pop(access, ()):
             del self._kept[name]
 
@@ -218,10 +218,10 @@ class Claims(Generic[T]):
 
 
 class AccessCheck:
-    """Decides at the handshake who may connect."""
+    """Decides at the handshake which connections are accepted."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Raises ConfigError if a token cannot be had or stands there twice, or if the address needs one."""
+        """Raises ConfigError if a token cannot be read or occurs twice, or if the address needs one."""
         self._accesses = {digest: Access(token) for digest, token in _read_tokens(config.auth).items()}
         self._origins = frozenset(origin.lower().rstrip("/") for origin in config.origins)
         if not self._accesses and not config.insecure and not is_loopback(config.host):
@@ -232,10 +232,10 @@ class AccessCheck:
             )
 
     def reload(self, auth: AuthConfig) -> list[Access]:
-        """Have other tokens, or the same with other rights, from now on; return what of the old ones is withdrawn.
+        """Replace the tokens and their rights; return the tokens that are withdrawn.
 
-        Raises ConfigError, and nothing has changed then: as in the constructor, or if the first token would come or the
-        last one go. That decides whether all connections need one, those that stand too.
+        Raises ConfigError, and changes nothing then: as in the constructor, or if the first token would be added or the
+        last one removed. That decides whether connections need a token, open ones included.
         """
         tokens = _read_tokens(auth)
         if bool(tokens) != bool(self._accesses):
@@ -247,14 +247,14 @@ class AccessCheck:
         return [access for digest, access in before.items() if digest not in tokens]
 
     def admits(self, authorization: str | None) -> tuple[bool, Access | None]:
-        """Return whether the bearer may connect, and its restrictions. Without tokens there are none."""
+        """Return whether the bearer may connect, and its rights; None: there are no tokens, so it may do everything."""
         if not self._accesses:
             return True, None
         scheme, _, token = (authorization or "").partition(" ")
         found: Access | None = None
         if scheme.lower() == "bearer" and len(token) <= MAX_TOKEN_BYTES:
             given = _digest(token.strip())
-            # All of them, whichever fits: how long this takes says nothing about the tokens.
+            # All of them, whichever fits, so that the time taken tells nothing about the tokens.
             for digest, access in self._accesses.items():
                 if hmac.compare_digest(digest, given):
                     found = access
@@ -273,7 +273,7 @@ def _read_tokens(auth: AuthConfig) -> dict[bytes, TokenConfig]:
 
 
 def mistakes(config: ServerConfig) -> Iterator[ConfigError]:
-    """Yield everything for which a `AccessCheck` would be refused."""
+    """Yield every mistake for which AccessCheck would be refused."""
     found = False
     for token in config.auth.tokens:
         try:
@@ -282,7 +282,7 @@ def mistakes(config: ServerConfig) -> Iterator[ConfigError]:
             found = True
             yield error
     try:
-        # Beside a token that cannot be had, what else is wrong shows without it.
+        # With a token that cannot be read, the other mistakes are found without the tokens.
         AccessCheck(msgspec.structs.replace(config, auth=AuthConfig(), insecure=True) if found else config)
     except ConfigError as error:
         yield error

@@ -19,19 +19,19 @@ DEFAULT_BUFFER: Final = 64
 MAX_BUFFER: Final = 1024
 """Messages that may wait for the reader."""
 BUFFER_BYTES: Final = 16 * 1024 * 1024
-"""Bytes from which on nothing more is read from the writer."""
+"""With more bytes than this, nothing more is read from the writer."""
 TTL_S: Final = 300.0
-"""How long a channel waits for both of its ends."""
+"""How long a channel waits until both of its ends are connected."""
 IDLE_S: Final = 3600.0
-"""A channel through which nothing went for so long is ended."""
+"""A channel that was idle for this long is closed."""
 MAX_PER_WORKER: Final = 1_000
 MAX_CHANNELS: Final = 10_000
 OWNER_BYTES: Final = 64 * 1024 * 1024
-"""Bytes in all channels of one worker from which on nothing more is read from those of its writers that wait."""
+"""With more bytes in all channels of one worker, nothing is read from those of its writers whose messages wait."""
 
 
 class Channel:
-    """Two ends, each of which can be taken once, and what waits between them."""
+    """Two ends, each of which can be connected once, and the messages that wait between them."""
 
     def __init__(self, channels: Channels, owner: str | None, buffer_size: int) -> None:
         self.channels = channels
@@ -46,10 +46,10 @@ class Channel:
         self.waiting: deque[tuple[bytes, bool]] = deque()
         self.waiting_bytes = 0
         self.finished = False
-        """True once the writer has gone: what waits is still delivered."""
+        """True once the writer has left: waiting messages are still delivered."""
         self.timer: asyncio.TimerHandle | None = None
         self.moved = 0.0
-        """When something went through last."""
+        """When a message was last delivered."""
 
     def put(self, message: bytes, text: bool) -> None:
         """Take a message from the writer."""
@@ -59,7 +59,7 @@ class Channel:
         self.pump()
 
     def pump(self) -> None:
-        """Deliver as much as the reader takes; hold the writer back while too much waits."""
+        """Deliver as much as the reader takes, and pause the writer while too much waits."""
         reader, writer = self.reader, self.writer
         while self.waiting and reader is not None and reader.takes_more():
             message, text = self.waiting.popleft()
@@ -67,7 +67,7 @@ class Channel:
             reader.relay(message, text)
         if writer is not None:
             full = len(self.waiting) >= self.buffer_size or self.waiting_bytes >= BUFFER_BYTES
-            # Only while something waits here: it is this channel's own reader that lets it go on.
+            # Only while something waits here: the reader of this channel lets the writer go on.
             crowded = bool(self.waiting) and self.channels.bytes_of(self.owner) >= OWNER_BYTES
             writer.hold(full or crowded)
         if self.finished and not self.waiting and reader is not None:
@@ -117,7 +117,7 @@ class Channels:
         return self._bytes.get(owner, 0)
 
     def weigh(self, owner: str | None, size: int) -> None:
-        """So many bytes more wait in the channels of a worker, or fewer."""
+        """Count bytes that begin (or, negative, end) to wait in the channels of a worker."""
         total = self._bytes.get(owner, 0) + size
         if total:
             self._bytes[owner] = total
@@ -125,7 +125,7 @@ class Channels:
             self._bytes.pop(owner, None)
 
     def abandon(self, owner: str) -> None:
-        """A worker is gone: its channels of which no end was taken will not be used."""
+        """Close the channels of a lost worker of which no end was connected."""
         for channel in list(self._of_owner.get(owner, {}).values()):
             if not channel.taken:
                 channel.end()
@@ -142,7 +142,7 @@ class Channels:
         return WriterEnd(channel, *self._connection) if direction == "write" else ReaderEnd(channel, *self._connection)
 
     def _look(self, channel: Channel) -> None:
-        """End a channel whose other end never came, or that is idle; else look again later."""
+        """Close a channel whose other end was never connected, or that is idle; else check again later."""
         loop = asyncio.get_running_loop()
         if channel.writer is None or channel.reader is None:
             channel.end(GOING, "its other end never came")
@@ -154,7 +154,7 @@ class Channels:
             channel.timer = loop.call_later(left_s, self._look, channel)
 
     def forget(self, channel: Channel) -> None:
-        """A channel is over."""
+        """Remove a channel that has ended."""
         if self._by_id.pop(channel.channel_id, None) is not None:
             of_owner = self._of_owner[channel.owner]
             del of_owner[channel.channel_id]

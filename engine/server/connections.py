@@ -1,6 +1,6 @@
 """WebSocket connections on picows: whole messages in, messages out, within bounds (docs/design/0020-websockets.md).
 
-picows parses frames and leaves the rules between them to its listeners: fragments, UTF-8, close handshakes.
+picows parses frames. What goes beyond one frame is left to its listeners: fragments, UTF-8, close handshakes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLOSE: Final = picows.WSMsgType.CLOSE
 
 NORMAL: Final = 1000
 GOING: Final = 1012
-"""A server that stops: the Python SDK 0.11.6 never reconnects after 1000 or 1001 (docs/protocol.md, section 9)."""
+"""For a server that stops: the Python SDK 0.11.6 never reconnects after 1000 or 1001 (docs/protocol.md, section 9)."""
 PROTOCOL_ERROR: Final = 1002
 INVALID_TEXT: Final = 1007
 POLICY: Final = 1008
@@ -35,13 +35,13 @@ TOO_BIG: Final = 1009
 CLOSE_GRACE_S: Final = 2.0
 """How long the other side may take to answer a close frame before the connection is cut."""
 TURN: Final = 256
-"""Messages of one connection that are handled in a row; then the others get their turn, and other threads the GIL."""
+"""Messages of one connection that are handled in a row, before other connections and other threads run."""
 HIGH_WATER: Final = 1024 * 1024
-"""Unsent bytes from which on nothing more is read from that worker."""
+"""With more unsent bytes than this, nothing is read from that worker."""
 
 
 GATHERED: Final = 256 * 1024
-"""Bytes of gathered messages from which on they are written: the limits on unsent bytes see only what was written."""
+"""With more gathered bytes than this, they are written: the limits on unsent bytes count only what was written."""
 
 
 class Batches:
@@ -52,7 +52,7 @@ class Batches:
     def __init__(self) -> None:
         self.open = False
         self.log = BoundedLog(log)
-        """For what clients cause; one for all connections of a server, as its bounds are."""
+        """For what clients cause; one for all connections of a server, because its bounds are for all."""
         self._dirty: list[Connection] = []
 
     def add(self, connection: Connection) -> None:
@@ -68,7 +68,7 @@ class Batches:
 
 
 class Registry:
-    """The connections that stand."""
+    """The open connections."""
 
     def __init__(self) -> None:
         self._standing: dict[Connection, None] = {}
@@ -82,17 +82,17 @@ class Registry:
         return list(self._standing)
 
     def add(self, connection: Connection) -> None:
-        """A connection stands."""
+        """Add a connection that has been opened."""
         self._standing[connection] = None
 
     def remove(self, connection: Connection) -> None:
-        """A connection is gone."""
+        """Remove a connection that is lost."""
         self._standing.pop(connection, None)
         if self._emptied is not None and not self._standing:
             self._emptied.set()
 
     async def wait_until_empty(self) -> None:
-        """Wait until none is left."""
+        """Wait until no connection is open."""
         self._emptied = asyncio.Event()
         if self._standing:
             await self._emptied.wait()
@@ -109,9 +109,9 @@ class Connection(picows.WSListener):
         self._socket: Any = None
         self._closing = False
         self._plain = True
-        """Whether a whole text message can be handled at once: nothing waits, nothing is in pieces, all is well."""
+        """Whether a whole text message can be handled at once: no message waits, or is incomplete."""
         self._deferring = False
-        """Whether it has to wait behind others."""
+        """Whether it has to wait behind other messages."""
         self._fragments: list[bytes] = []
         self._fragment_bytes = 0
         self._fragments_text: bool | None = None
@@ -126,24 +126,24 @@ class Connection(picows.WSListener):
         self._registry = Registry()
 
     def belong_to(self, registry: Registry) -> None:
-        """Be in `registry` as long as the connection stands."""
+        """Be in `registry` as long as the connection is open."""
         self._registry = registry
 
     # --------------------------------------------------------------------------------------------- for subclasses
 
     def on_open(self) -> None:
-        """The connection stands."""
+        """The connection is open."""
 
     def on_message(self, message: bytes, text: bool) -> None:
-        """Take one whole message. Whether text is UTF-8 has not been checked yet."""
+        """Take one whole message. Text has not been checked to be UTF-8."""
 
     def on_lost(self) -> None:
-        """The connection is gone; called once."""
+        """The connection is lost; called once."""
 
     # ----------------------------------------------------------------------------------------------------- sending
 
     def send(self, message: bytes) -> None:
-        """Send a text message. A worker that lets too much wait is cut off."""
+        """Send a text message. The connection is closed if too many bytes wait already."""
         if self._closing:
             return
         if self._full and self._socket.get_write_buffer_size() > self._max_unsent_bytes:
@@ -176,7 +176,7 @@ class Connection(picows.WSListener):
         self._socket.write(b"".join(framed))
 
     def close(self, code: int, reason: str = "") -> None:
-        """Send a close frame and take no more; cut the connection if the other side does not answer it soon."""
+        """Send a close frame and read no more; abort the connection if the close frame is not answered soon."""
         if self._closing or self._transport is None:
             return
         self.flush()
@@ -191,14 +191,14 @@ class Connection(picows.WSListener):
         asyncio.get_running_loop().call_later(CLOSE_GRACE_S, self.abort)
 
     def abort(self) -> None:
-        """Cut the connection."""
+        """Abort the connection."""
         if self._transport is not None:
             self._closing = True
             self._look()
             self._transport.disconnect(graceful=False)
 
     def look_for_progress(self) -> None:
-        """Cut off a worker that has read nothing since the last look. For a timer."""
+        """Abort the connection of a worker that has read nothing since the last check. For a timer."""
         if self._transport is not None and self._transport.is_close_frame_sent and not self._closing:
             self.abort()  # picows closed it for a broken frame and waits for the rest to be read
             return
@@ -263,7 +263,7 @@ class Connection(picows.WSListener):
     # ---------------------------------------------------------------------------------------------------- receiving
 
     def _take_rare(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
-        """Everything but a whole text message whose turn it is."""
+        """Take any frame but a whole text message that can be handled at once."""
         kind = frame.msg_type
         if self._closing:
             if kind == CLOSE:
@@ -298,7 +298,7 @@ class Connection(picows.WSListener):
     def _take_fragment(self, frame: picows.WSFrame) -> None:
         payload = frame.get_payload_as_bytes()
         self._fragment_bytes += len(payload)
-        # 100 bytes for what each piece costs beside its payload: empty ones must not be free.
+        # 100 bytes for each piece beside its payload: empty pieces must not be free.
         if self._fragment_bytes + 100 * len(self._fragments) > self._max_message_bytes:
             self.close(TOO_BIG, f"a message of more than {self._max_message_bytes} bytes")
             return
@@ -322,7 +322,7 @@ class Connection(picows.WSListener):
             self._schedule()
 
     def _look(self) -> None:
-        """Find out anew what may be done with the next whole text message."""
+        """Recompute what may be done with the next whole text message."""
         in_order = not self._closing and self._fragments_text is None
         waiting = bool(self._backlog)
         self._plain = in_order and not waiting and not self._full
@@ -334,7 +334,7 @@ class Connection(picows.WSListener):
             asyncio.get_running_loop().call_soon(self._work_off)
 
     def _work_off(self) -> None:
-        """Handle what had to wait, one turn of it."""
+        """Handle waiting messages, as many as in one turn."""
         self._scheduled = False
         backlog, take, on_message = self._backlog, self._backlog.popleft, self.on_message
         self._batches.open = len(backlog) > 1
@@ -354,7 +354,7 @@ class Connection(picows.WSListener):
             self._resume()
 
     def _work_off_all(self) -> None:
-        """The worker leaves: what it said before is done all the same, as far as it has been read."""
+        """Handle everything that was read before the worker left."""
         while self._backlog and not self._closing:
             self.on_message(*self._backlog.popleft())
         self._look()

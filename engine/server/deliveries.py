@@ -1,7 +1,7 @@
 """Deliveries to workers: on the server's event loop, without a thread in between.
 
-A handler in this process may block, so its deliveries run on worker threads. One in a worker only has a message sent to
-it: two hand-offs between threads would take five times as long as the delivery itself
+A handler in this process may block, so its deliveries run on worker threads. A delivery to a worker only sends a
+message: two hand-overs between threads would take five times as long as the delivery itself
 (docs/design/0021-deliveries-to-workers.md).
 """
 
@@ -62,10 +62,10 @@ class LoopDispatcher:
         elif get_ident() != self._thread:
             try:
                 self._loop.call_soon_threadsafe(work)
-            except RuntimeError:  # closed at this very moment
+            except RuntimeError:  # closed in between
                 self._behind.submit(work)
         elif self._running:
-            self._loop.call_soon(work)  # not deeper and deeper
+            self._loop.call_soon(work)  # bounds the depth of recursion
         else:
             self._running = True
             try:
@@ -74,7 +74,7 @@ class LoopDispatcher:
                 self._running = False
 
     def submit_to_loop(self, work: Callable[[], object]) -> None:
-        """Have the loop do it in its next round; nothing happens if it has ended."""
+        """Run `work` in the next round of the loop; nothing happens if the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(work)
 
@@ -103,7 +103,7 @@ class LoopDispatcher:
         return self._behind.threads()
 
     def close(self) -> None:
-        """The loop ends: what comes from now on runs on the engine's own threads."""
+        """Run later work on the engine's own threads: the loop ends."""
         self._closed = True
 
 
@@ -115,12 +115,12 @@ class WorkerHandler(HandlerActor):
         self._hub = hub
         self._threads = threads
         self.answered = 0
-        """Events to which the worker has said anything at all, an error too."""
+        """Events that the worker has answered, errors included."""
         self._largest = 0
         self._full: tuple[int, float] | None = None
         """`answered`, and the time, when events first found no room; None: the worker has answered since."""
         self._dropped_before = 0
-        """`dropped` at the last look."""
+        """`dropped` at the last check."""
 
     def offer(self, event: StateEvent) -> None:
         if not self._mailbox:
@@ -140,8 +140,8 @@ class WorkerHandler(HandlerActor):
     def silent_s(self, now: float) -> float:
         """Return for how long the worker has answered nothing although events found no room. For a timer.
 
-        Once that was seen, only an answer or an empty mailbox ends it: with `drop_oldest` a mailbox that is bounded in
-        bytes may have room at each look, because large events were dropped for small ones.
+        Only an answer or an empty mailbox resets it: with `drop_oldest` a mailbox that is bounded in bytes may have
+        room at each check, because large events were dropped for small ones.
         """
         dropped, self._dropped_before = self.dropped - self._dropped_before, self.dropped
         if self._full is not None and (self._full[0] != self.answered or not self._mailbox):
@@ -183,8 +183,8 @@ class WorkerHandler(HandlerActor):
                 self._hub.note_refusal(error)
                 raise
 
-    # The short way: a function in a worker, no condition, no time limit. What is out of the ordinary goes the long way,
-    # which is the base class's; it drives a coroutine per event, and that takes as long as all the rest of a delivery.
+    # The short way: a function in a worker, no condition, no time limit. Everything else is left to the base class,
+    # which needs a coroutine for each event: that takes as long as the rest of a delivery.
 
     def run_batch(self) -> None:
         self._scheduled = False
@@ -224,7 +224,7 @@ class WorkerHandler(HandlerActor):
         services.backlog.made_room()
 
     def note_answer(self, outcome: InvocationResult) -> None:
-        """Count what the worker answered; that it did not answer in time is no answer."""
+        """Count an answer of the worker; a timeout does not count."""
         if type(outcome.error) is not TimedOut:
             self.answered += 1
 
@@ -242,7 +242,7 @@ class WorkerHandler(HandlerActor):
         self._next()
 
     def _drain(self, *args: Any) -> None:
-        # On the event loop this may run in the middle of a call that is some handlers deep, and goes on so afterwards.
+        # On the event loop this may run within a call that is some handlers deep: the depth is restored for that call.
         depth = event_depth.get()
         super()._drain(*args)
         if depth:
@@ -305,13 +305,13 @@ class _InServer:
         return False if (yield self) == b"false" else None
 
     def start(self, go_on: Continue) -> None:
-        """Run it in a later round of the event loop; the context, which is copied, says how deep in events it is.
+        """Run it in a later round of the event loop; the copied context holds the depth of the event.
 
-        Not here: a write runs the router's turn, and the delivery that is being started may be part of one.
+        Not at once: a write runs the router's turn, and this delivery may be started within one.
         """
         try:
             self._hub.loop.call_soon_threadsafe(self._run_now, go_on)
-        except RuntimeError as error:  # the loop was closed at this very moment
+        except RuntimeError as error:  # the loop was closed in between
             go_on(None, error)
 
     def _run_now(self, go_on: Continue) -> None:
@@ -350,7 +350,7 @@ class _OnThread:
         return (yield self)
 
     def start(self, go_on: Continue) -> None:
-        """Run it there; the context says how deep in events it is."""
+        """Run it there; the copied context holds the depth of the event."""
         context = contextvars.copy_context()
 
         def run() -> None:
@@ -365,5 +365,5 @@ class _OnThread:
 
 
 def _size(event: StateEvent) -> int:
-    """About how many bytes an event holds while it waits."""
+    """Return approximately how many bytes a waiting event holds."""
     return len(event.old_json or b"") + len(event.new_json or b"") + len(event.key) + 200

@@ -1,4 +1,4 @@
-"""The `engine::*` functions of a server: who is connected, and what they have registered (docs/protocol.md 7)."""
+"""The `engine::*` functions of a server: the connected workers, and what they have registered (docs/protocol.md 7)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _Words = Annotated[str, msgspec.Meta(max_length=1_000)]
 
 
 class _Metadata(msgspec.Struct):
-    """What a worker says of itself; everything is optional, and what has the wrong type is refused."""
+    """What a worker tells about itself. Every field is optional; a wrong type is refused."""
 
     name: _Words | None = None
     runtime: _Words | None = None
@@ -85,7 +85,7 @@ class EngineFunctions:
     def function_infos(self, worker: Worker | None, *, internal: bool) -> list[dict[str, Any]]:
         """Describe every function that this worker may know of; None: the program, which may know of all.
 
-        `internal`: the server's own as well.
+        `internal`: include the server's own.
         """
         builtin = {entry["name"]: entry for entry in catalogue.functions(self._hub.functions)}
         infos = []

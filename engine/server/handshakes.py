@@ -1,8 +1,8 @@
 """From the listening socket to a WebSocket: counts connections from the moment they are accepted, answers plain HTTP.
 
-picows takes a connection over when the head of an upgrade request is complete. Before that a client has said nothing
-and shown no token, so what it may hold is small: one descriptor, 16 KiB, a few seconds, and the oldest of them make
-room for the next (docs/design/0023-limits-of-the-server.md).
+picows takes a connection over when the head of an upgrade request is complete. Before that a client has shown no token,
+so it may hold little: one descriptor, 16 KiB, a few seconds. When there are too many, the oldest are closed
+(docs/design/0023-limits-of-the-server.md).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ HEAD_BYTES: Final = 16 * 1024
 HANDSHAKE_S: Final = 10.0
 """How long a connection may stand without a complete request."""
 MOST_HANDSHAKES: Final = 512
-"""Connections without a complete request, at a time; one more ends the oldest of them."""
+"""Connections without a complete request; one more closes the oldest of them."""
 MOST_REQUESTS: Final = 100
 """Plain HTTP requests on one connection."""
 SLACK: Final = 8
-"""How many make room at once when descriptors are short: newcomers take from the reserve until those are closed."""
+"""How many are closed at once when descriptors are short: new ones use the reserve until those are closed."""
 CLOSING_S: Final = 0.005
-"""How long closing a connection takes the event loop, generously."""
+"""Upper bound of the time that the event loop needs to close a connection."""
 RETRY_S: Final = 0.2
 """Pause after an `accept` that failed."""
 
@@ -126,7 +126,7 @@ class Response:
 
 
 class Handshakes:
-    """Accepts connections and holds those that have not said yet what they want. On one event loop's thread."""
+    """Accepts connections, and holds those without a complete request. On one event loop's thread."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Handshakes:
         self._waiting: dict[_Arrival, None] = {}
         self._log = BoundedLog(log)
         self.turned_away = 0
-        """Connections that were closed to keep descriptors for the engine, or for a newer one."""
+        """Connections that were closed to keep descriptors for the engine, or for newer connections."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -163,12 +163,12 @@ class Handshakes:
                     await asyncio.sleep(RETRY_S)
                 elif listener.fileno() < 0:
                     return
-                continue  # the client was gone before it was accepted
+                continue  # the client had left before it was accepted
             if self._admit(loop, accepted):
                 await asyncio.sleep(CLOSING_S)
 
     def _admit(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> bool:
-        """Take a connection in, or turn it away. True: descriptors are short, so the next one should wait a little."""
+        """Hold a new connection, or close it. True: descriptors are short, so pause before the next one."""
         # A new descriptor is the lowest free number: one this high says how many are in use, without counting them.
         crowded = 0 < self._highest <= accepted.fileno()
         if crowded or len(self._waiting) >= self._most:
@@ -190,7 +190,7 @@ class Handshakes:
         return crowded
 
     def _make_room(self, wanted: int) -> bool:
-        """End the connections that have stood longest without a request: an honest one takes milliseconds."""
+        """Close the connections that have been without a request for longest: an honest client takes milliseconds."""
         oldest = list(itertools.islice(self._waiting, wanted))
         for arrival in oldest:
             self.turned_away += 1
@@ -198,7 +198,7 @@ class Handshakes:
         return bool(oldest)
 
     def close(self) -> None:
-        """End every connection that waits."""
+        """Close every connection that waits."""
         for arrival in list(self._waiting):
             arrival.end()
 
@@ -232,7 +232,7 @@ class _Arrival(asyncio.BufferedProtocol):
             self.end()
 
     def end(self) -> None:
-        """Cut the connection, if it still waits here."""
+        """Abort the connection, if it still waits here."""
         if not self._leave():
             return
         if self._transport is not None:
@@ -244,7 +244,7 @@ class _Arrival(asyncio.BufferedProtocol):
                 self._socket.close()
 
     def _leave(self) -> bool:
-        """It waits here no longer; False: it has left before."""
+        """Remove it from those that wait; False: it was removed before."""
         self._timer.cancel()
         self._over = True
         return self._handshakes._waiting.pop(self, self) is None
@@ -260,7 +260,7 @@ class _Arrival(asyncio.BufferedProtocol):
         self._leave()
 
     def eof_received(self) -> bool:
-        return False  # what was asked before is answered, then the transport closes
+        return False  # earlier requests are answered, then the transport closes
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._filled == len(self._buffer):
@@ -305,7 +305,7 @@ class _Arrival(asyncio.BufferedProtocol):
             self._transport.close()
 
     def _hand_over(self, received: bytes) -> None:
-        """It is picows's from here on, with what was received."""
+        """Hand the connection to picows, with what was received."""
         if not self._leave():
             return
         protocol = self._handshakes._make_protocol()

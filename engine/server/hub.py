@@ -1,4 +1,4 @@
-"""The workers of a server and what they share: one table of functions, calls between them, and the end of each."""
+"""The workers of a server, and what they share: the table of functions, and the calls between them."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("scopestate.server")
 
 WORKERS_SHARE: Final = 4
-"""The calls of all workers together may hold so many times the bytes that those of one may."""
+"""The calls of all workers together may hold this many times as many bytes as those of one."""
 
 
 class Hub:
-    """Knows every worker and does what their conversations ask for. On one event loop's thread only."""
+    """Knows every worker, and carries out what their sessions ask for. On one event loop's thread only."""
 
     def __init__(
         self,
@@ -92,19 +92,19 @@ class Hub:
         self._limits = limits
         self._timeout_s = call_timeout_s
         self._held_bytes = 0
-        """Bytes that calls of all workers hold which could not be answered at once."""
+        """Bytes that the calls of all workers hold while they wait for their answers."""
         self._max_held_bytes = WORKERS_SHARE * limits.call_bytes
         self._deadlines: dict[Execution, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self.refused = 0
-        """Calls, registrations, deliveries and connections that were refused for want of a right."""
+        """Calls, registrations, deliveries and connections that were refused because a right was missing."""
         self.offered: Claims[WorkerFunction] = Claims("function")
         self._state = StateFunctions(engine).by_id
         self._functions_seen = b""
         self._deep = False
-        """True while `event_depth` is that of the call that is being carried out."""
+        """True while `event_depth` is set for the call in progress."""
         self.log = BoundedLog(log)
-        """For what workers cause."""
+        """For what workers cause; bounded."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.triggers = WorkerTriggers(self, max_waiting_events, max_waiting_bytes)
         self._engine_functions = EngineFunctions(self, channels)
@@ -125,7 +125,7 @@ class Hub:
         *,
         carries_depth: bool = False,
     ) -> Worker:
-        """Take a new worker in; its greeting is sent first of all. `message_bytes`: the largest message it takes."""
+        """Add a new worker; its greeting is the first message sent. `message_bytes`: the largest message it takes."""
         limits = self._limits
         if message_bytes is not None:
             limits = msgspec.structs.replace(limits, message_bytes=message_bytes)
@@ -171,7 +171,7 @@ class Hub:
         self.triggers.fire_worker_event("worker_disconnected", worker)
 
     async def close(self, reason: str) -> None:
-        """Let go of every worker and of the engine; calls in progress end with `invocation_stopped`."""
+        """Disconnect every worker, and leave the engine; calls in progress end with `invocation_stopped`."""
         for worker in list(self.workers.values()):
             worker.close(GOING, reason)
             self.disconnect(worker)
@@ -187,7 +187,7 @@ class Hub:
     # ------------------------------------------------------------------------------------------------------- actions
 
     def act(self, worker: Worker, action: Action) -> None:
-        """Do what a worker's conversation asks for."""
+        """Carry out what a worker's session asks for."""
         if type(action) is InvokeFunction:
             if (action.baggage is not None or worker.session.executing) and not self._deep:
                 depth = worker.session.depth_of(action)
@@ -197,7 +197,7 @@ class Hub:
             self.calls += 1
             builtin = self._state.get(action.function_id)
             if builtin is not None and worker.access is None:
-                # The state functions without anything in between: this is what most messages are.
+                # The state functions first, by the shortest way: most messages are calls of them.
                 try:
                     outcome = builtin(action.data, None)
                 except Exception as error:  # noqa: BLE001 - answered; what is a bug is logged as well
@@ -218,7 +218,7 @@ class Hub:
             self._act_rarely(worker, action)
 
     def _act_deep(self, worker: Worker, call: InvokeFunction, depth: int) -> None:
-        """Carry out a call that comes from within a handler: what it writes, and whom it calls, is so deep."""
+        """Carry out a call from within a handler: its writes and its calls are `depth` handlers deep."""
         self._deep = True
         event_depth.set(depth)
         try:
@@ -262,7 +262,7 @@ class Hub:
             shown: dict[Access | None, dict[str, Any]] = {}
 
             def event_for(watcher: Worker) -> dict[str, Any]:
-                # One for all workers with the same token: they see the same.
+                # One for all workers with the same token, as they see the same functions.
                 if watcher.access not in shown:
                     infos = encode_frame(self._engine_functions.function_infos(watcher, internal=True))
                     shown[watcher.access] = {"event": "functions_changed", "functions": decode(infos)}
@@ -294,7 +294,7 @@ class Hub:
         return Function(function.frame.id, function, self.loop, function.frame.description)
 
     def _withdraw(self, function: WorkerFunction, *, lost: bool) -> None:
-        """Take a function away; one that another worker of the same token offers under this id serves again."""
+        """Remove a function. One that another worker of the same token offers under this id serves again."""
         worker, function_id = function.worker, function.frame.id
         worker.functions.pop(function_id, None)
         self.offered.remove(function_id, worker, keep=lost)
@@ -302,7 +302,7 @@ class Hub:
         self.functions.discard(function_id, function, None if before is None else self._entry(before))
 
     def withdraw_forbidden(self, worker: Worker) -> None:
-        """The rights of a worker's token may have changed: take away what it may not have registered now."""
+        """Remove what a worker may no longer have registered, after the rights of its token have changed."""
         access = worker.access
         if access is None:
             return
@@ -332,7 +332,7 @@ class Hub:
     def refuse(
         self, worker: Worker, frame: RegisterFunction | RegisterTrigger | RegisterTriggerType, error: Exception
     ) -> None:
-        """A registration was refused; a worker that does not stop trying is closed."""
+        """Note a refused registration. The connection of a worker that keeps trying is closed."""
         self.note_refusal(error)
         closing = worker.session.refused(frame)
         if closing is not None:
@@ -365,28 +365,26 @@ class Hub:
                 worker.answer(call, own(worker, call.data))
             else:
                 self._check_held(call)
-                # A copy: what came may be a small part of a large message.
+                # A copy: the data may be a small part of a large message.
                 self._later(worker, call, self._call_program(worker, function_id, call.data.copy()))
         except Exception as error:  # noqa: BLE001 - as above
             self.note_refusal(error)
             worker.answer(call, error=failure(call, error))
 
     def note_refusal(self, error: Exception) -> None:
-        """Count what was refused for want of a right."""
+        """Count a refusal because of a missing right."""
         if isinstance(error, Forbidden):
             self.refused += 1
 
     def own_function(self, function_id: str) -> Callable[[Worker, Raw], Outcome] | None:
-        """Return what runs a function of the engine or of the server itself, with a worker's rights; None: it is
-        neither.
-        """
+        """Return what calls a function of the engine or of the server with a worker's rights; None: it is neither."""
         state = self._state.get(function_id)
         if state is not None:
             return lambda worker, data: state(data, worker.access)
         return self._engine_functions.by_id.get(function_id)
 
     async def call_for(self, worker: Worker, function_id: str, payload: object) -> None:
-        """Call a function because a trigger of this worker says so: with its rights. Raises what the call raises."""
+        """Call a function for a trigger of this worker, with the worker's rights. Raises what the call raises."""
         if worker.access is not None:
             worker.access.check_call(function_id)
         own = self.own_function(function_id)
@@ -422,7 +420,7 @@ class Hub:
 
         self._check_held(call)
         execution = self.execute(target, with_caller(call.data, caller.worker_id), settle, call)
-        call.data = call.metadata = ABSENT  # they are on their way: the whole message need not wait for the answer
+        call.data = call.metadata = ABSENT  # sent: the whole message need not be kept until the answer
         caller.issued[execution] = self._hold(caller, call)
 
     def execute(
@@ -436,7 +434,7 @@ class Hub:
     ) -> Execution:
         """Send a call to the worker of `target`; `settle` gets the outcome: an answer, a loss or a timeout.
 
-        `depth`: how many handlers deep it is; left out, what the running code is. Raises Overloaded if the worker has
+        `depth`: how many handlers deep it is; by default that of the running code. Raises Overloaded if the worker has
         too many calls in progress, RemoteFailure if it is gone, and MessageTooLarge.
         """
         worker = target.worker
@@ -484,7 +482,7 @@ class Hub:
                 )
 
     def drop(self, execution: Execution) -> bool:
-        """Wait no longer for a call; False: it was over already."""
+        """Stop waiting for a call. False: it had ended already."""
         self._deadlines.pop(execution, None)
         return execution.forget()
 
@@ -503,7 +501,7 @@ class Hub:
         self.spawn(self._answer_later(worker, call, outcome, size))
 
     def _check_held(self, call: InvokeFunction) -> None:
-        """Refuse a call that has to wait, if those of all workers hold as much as they may."""
+        """Refuse a call that has to wait, if the calls of all workers hold as many bytes as they may."""
         if self._held_bytes + _size_of(call) > self._max_held_bytes:
             raise Overloaded(
                 f"the calls of all workers that are in progress hold {self._held_bytes} bytes, and they may hold "
@@ -511,7 +509,7 @@ class Hub:
             )
 
     def _hold(self, worker: Worker, call: InvokeFunction) -> int:
-        """A call has to wait: return how many bytes it holds until then, for `_let_go`."""
+        """Count the bytes that a waiting call holds, and return them, for `_let_go`."""
         size = _size_of(call)
         self._held_bytes += size
         worker.session.hold(size, overrun=self._held_bytes > self._max_held_bytes)
@@ -522,7 +520,7 @@ class Hub:
         worker.session.let_go(size)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine beside everything else, until the server stops."""
+        """Run a coroutine as a task, which is cancelled when the server stops."""
         task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -540,7 +538,7 @@ class Hub:
 
 
 def _size_of(call: InvokeFunction) -> int:
-    """About how many bytes a call holds."""
+    """Return approximately how many bytes a call holds."""
     return (
         len(call.data)
         + len(call.function_id)
@@ -551,7 +549,7 @@ def _size_of(call: InvokeFunction) -> int:
 
 
 def failure(call: InvokeFunction, error: Exception) -> ErrorBody:
-    """An error as it goes over the wire (docs/protocol.md 4.4). One outside our error tree is a bug, and is logged."""
+    """Return an error as it is sent (docs/protocol.md 4.4). One outside our error tree is a bug, and is logged."""
     if isinstance(error, ScopestateError):
         return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None))
     log.error("a call of %r failed inside the server", shown(call.function_id), exc_info=error)

@@ -23,7 +23,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-try:  # before the modules that import it without a word
+try:  # before the modules that import it without such a message
     import picows
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError("a server needs the extra `wire`: pip install 'scopestate[wire]'") from error
@@ -53,17 +53,17 @@ _WSProtocol: Final[Callable[..., asyncio.BufferedProtocol]] = picows.picows.WSPr
 logging.getLogger("picows").setLevel(logging.CRITICAL)
 
 LOOK_S: Final = 1.0
-"""How often overrun workers are looked for."""
+"""How often overrun workers are checked for."""
 PROGRESS_LOOKS: Final = 15
-"""A worker that reads nothing for as many looks, while much waits for it, is cut off."""
+"""The connection of a worker that reads nothing for so many checks, while much waits for it, is aborted."""
 FUNCTIONS_LOOKS: Final = 5
-"""How often `engine::functions-available` looks whether the functions have changed."""
+"""After how many checks `engine::functions-available` compares the functions with those of the last time."""
 RECEIVE_BUFFER: Final = 256 * 1024
-"""What the kernel holds per connection: it also bounds how much one connection can have handled at once."""
+"""What the kernel holds for a connection, which bounds how much of one connection is handled at once."""
 MAX_REFUSALS: Final = 64
-"""Connections without a valid token that are closed as workers know it, at a time; more are answered with HTTP 401."""
+"""Connections without a valid token that are open for their error message; more are answered with HTTP 401."""
 RESERVED_SHARE: Final = 10
-"""One place in so many (rounded up) is kept for workers whose tokens allow everything."""
+"""One connection in so many (rounded up) is reserved for workers whose tokens allow everything."""
 START_TIMEOUT_S: Final = 30.0
 CLOSE_WAIT_S: Final = 1.0
 """How long a server that stops waits for the answers to its close frames."""
@@ -75,16 +75,16 @@ _UNAUTHORISED: Final = encode(
 
 
 class ServerStatus(msgspec.Struct, frozen=True):
-    """What a server is doing now."""
+    """What a server does at one moment."""
 
     url: str
     workers: int
     connections: int
     """Workers and all others: telemetry, channels."""
     handshakes: int
-    """Connections that were accepted and have not asked for anything yet."""
+    """Connections that were accepted and have sent no complete request yet."""
     turned_away: int
-    """Connections that were ended since the start to keep descriptors for the engine, or for newer ones."""
+    """Connections that were closed since the start to keep descriptors for the engine, or for newer connections."""
     functions: int
     """Functions that workers have registered."""
     triggers: int
@@ -92,7 +92,7 @@ class ServerStatus(msgspec.Struct, frozen=True):
     calls: int
     """Calls that workers made since the start."""
     refused: int
-    """Connections, calls, registrations and deliveries that were refused since the start for want of a right."""
+    """Connections, calls, registrations and deliveries refused since the start because a right was missing."""
 
 
 class Server:
@@ -109,7 +109,7 @@ class Server:
     ) -> None:
         """`host` and `port` take the place of the config's; `owns_engine`: stopping also closes the engine.
 
-        Raises ConfigError: a token that cannot be had, an address that needs one, a certificate that cannot be read.
+        Raises ConfigError for a token or certificate that cannot be read, and for an address that needs a token.
         """
         given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         self.config = msgspec.structs.replace(config or ServerConfig(), **given)
@@ -254,7 +254,7 @@ class Server:
             self._stop.set()
 
     async def serve(self) -> None:
-        """Serve on the running event loop until cancelled, or until `stop` is called on another thread's behalf.
+        """Serve on the running event loop until cancelled, or until `stop` is called on another thread.
 
         Raises OSError if it cannot listen.
         """
@@ -337,18 +337,18 @@ class Server:
         self._hub = self._channels = self._loop = None
 
     def _follow_reloads(self) -> None:
-        """Take up changed tokens, if the configuration is the engine's own."""
+        """Apply changed tokens, if the configuration is the engine's own."""
         parts, loop = self.engine._parts, asyncio.get_running_loop()
         if self._follows:
 
             def take_up(config: Config) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop was closed at this very moment
+                with contextlib.suppress(RuntimeError):  # the loop was closed in between
                     loop.call_soon_threadsafe(self._reload_tokens, config.server)
 
             parts.reconfigured = take_up
 
     def _reload_tokens(self, config: ServerConfig | None) -> None:
-        """Apply the tokens of a reloaded configuration. Workers whose token is not there any more are closed."""
+        """Apply the tokens of a reloaded configuration. Connections of workers whose token was removed are closed."""
         hub = self._hub
         if hub is None:
             return
@@ -373,7 +373,7 @@ class Server:
     # ---------------------------------------------------------------------------------------------------- admission
 
     def _admit(self, request: picows.WSUpgradeRequest) -> Any:
-        """Choose what a connection is for, by its path; or refuse it."""
+        """Choose the purpose of a connection by its path, or refuse it."""
         path, _, query = request.path.decode("latin-1").partition("?")
         headers = request.headers
         if not self._access_check.admits_origin(headers.get("Origin")):
@@ -382,7 +382,7 @@ class Server:
         if hub is None or channels is None:
             return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the server stops")
         if path.startswith("/ws/channels/"):
-            # Its key is what it needs. A worker of any token may have made it, so the last places are not for it.
+            # It needs the key alone. A worker of any token may have made it, so it gets no reserved place.
             if self._is_full(all_places=False):
                 return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
             fields = parse_qs(query)
@@ -402,7 +402,7 @@ class Server:
     def _take_in(self, hub: Hub, access: Access | None, path: str, request: picows.WSUpgradeRequest) -> Any:
         config = self.config
         if path == "/otel":
-            # Counted apart: telemetry takes no worker's place.
+            # Counted apart: telemetry does not use up the connections of workers.
             if len(self._telemetry) >= config.max_connections:
                 return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many telemetry connections")
             sink = Telemetry(access, self._batches)
@@ -425,7 +425,7 @@ class Server:
         return picows.WSUpgradeResponseWithListener(response, worker)
 
     def _refuse(self, path: str) -> Any:
-        """Turn a connection without a valid token away: as workers know it, or in HTTP if there are many of them."""
+        """Refuse a connection without a valid token: by a message of the protocol, or by HTTP if there are many."""
         if path == "/" and len(self._refusals) < MAX_REFUSALS:
             refusing = Refusing(_UNAUTHORISED, self._batches)
             refusing.belong_to(self._refusals)
@@ -433,7 +433,7 @@ class Server:
         return _refusal(HTTPStatus.UNAUTHORIZED, "this path wants `Authorization: Bearer TOKEN` with a token it knows")
 
     def _is_full(self, *, all_places: bool) -> bool:
-        """Return whether there is no place for one more connection; the last ones are for tokens without limits."""
+        """Return whether one more connection is too many; the last are reserved for tokens that allow everything."""
         most = self.config.max_connections
         if not all_places and self.config.auth.tokens and most > 1:
             most -= -(-most // RESERVED_SHARE)
@@ -451,9 +451,9 @@ class Server:
         return self._health(request.headers.get("authorization"))
 
     def _health(self, authorization: str | None) -> Response:
-        """Say whether all is well, and what is not only to a token that may do everything.
+        """Answer whether the engine is healthy; the problems only to a token that may do everything.
 
-        Without tokens nothing more is told: a web page that has tricked a browser could read it.
+        Without tokens the problems are never told: a web page that has tricked a browser could read them.
         """
         health = self.engine.health()
         status = HTTPStatus.OK if health.ok else HTTPStatus.SERVICE_UNAVAILABLE
@@ -465,7 +465,7 @@ class Server:
         return Response(status, msgspec.json.encode(told), headers)
 
     async def _look_after_workers(self) -> None:
-        """Once a second: find workers that let too much wait, tell those who ask of new functions."""
+        """Once a second: close overrun workers, and fire `engine::functions-available` if functions have changed."""
         while True:
             await asyncio.sleep(LOOK_S)
             hub = self._hub
@@ -498,7 +498,7 @@ def _bind(host: str, port: int) -> list[socket.socket]:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            # Accepted sockets inherit these. A peer that is gone without a word is noticed by keep-alive probes.
+            # Accepted sockets inherit these. Keep-alive probes notice a peer that has vanished.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if hasattr(socket, "TCP_KEEPIDLE"):

@@ -1,7 +1,7 @@
-"""Connections whose messages are thrown away as they come: however much is sent, next to nothing of it is kept.
+"""Connections whose messages are dropped as they arrive: however much is sent, almost nothing of it is kept.
 
-picows gathers a frame as a whole before it passes it on, up to the largest message that a worker may send. For
-telemetry, and for a connection without a valid token, that would be memory for nothing.
+picows gathers a whole frame before it passes it on, up to the largest message that a worker may send. For
+telemetry, and for a connection without a valid token, that would waste memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 CHUNK: Final = 16 * 1024
 """Bytes that are taken from one connection in a row."""
 UNSENT: Final = 64 * 1024
-"""Unsent bytes (answers to pings) from which on nothing more is read."""
+"""With more unsent bytes (answers to pings) than this, nothing is read."""
 MAX_REFUSED_BYTES: Final = 256 * 1024
-"""What a connection without a valid token may send before it is cut."""
+"""Bytes that a connection without a valid token may send before it is aborted."""
 
 _CLOSE: Final = 0x8
 _PING: Final = 0x9
@@ -90,7 +90,7 @@ def _check(head: bytearray) -> None:
 
 
 def _head_size(head: bytearray) -> int:
-    """Return how long a frame header is, as far as its beginning tells."""
+    """Return how long a frame header is, by the part of it that is here."""
     if len(head) < 2:
         return 2
     length = head[1] & 0x7F
@@ -98,10 +98,10 @@ def _head_size(head: bytearray) -> int:
 
 
 class SkippingProtocol(asyncio.BufferedProtocol):
-    """Takes the place of picows at a connection once that is open; all but reading is still picows' work."""
+    """Replaces picows at an open connection for reading; picows does everything else."""
 
     _buffer = memoryview(bytearray(CHUNK))
-    """One for all: what comes is looked at at once, on the thread of the event loop."""
+    """One buffer for all connections: its content is used at once, on the thread of the event loop."""
 
     def __init__(self, connection: SkippingConnection, behind: Any) -> None:
         self._connection = connection
@@ -162,7 +162,7 @@ class SkippingConnection(Connection):
 
 
 class Telemetry(SkippingConnection):
-    """The telemetry sink: everything is thrown away, nothing is answered (docs/protocol.md, section 11)."""
+    """The telemetry sink: everything is dropped, nothing is answered (docs/protocol.md, section 11)."""
 
     def __init__(self, access: Access | None, batches: Batches) -> None:
         super().__init__(batches)

@@ -1,4 +1,4 @@
-"""The six state functions on JSON text: what a server calls, so that values pass through unparsed."""
+"""The six state functions on JSON text: for a server, so that values pass through unparsed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Result = bytes | None
 """JSON text, or None for "no value"."""
 Outcome = Result | Awaitable[Result]
-"""A result that was at hand, or what waits for it without blocking the event loop. Await it once."""
+"""A result, or an awaitable of it that does not block the event loop. Await it once."""
 
 _ABSENT: Final = Raw()
 _BAD: Final = (msgspec.DecodeError, RecursionError)
@@ -41,15 +41,15 @@ class _Input(msgspec.Struct, gc=False):
     scope: str
 
     def size(self) -> int:
-        """Bytes of the JSON text if there is nothing else in it; 0 if a field is missing or stands there twice."""
+        """Bytes of a JSON text with these fields only; 0 if a field is missing or `value` and `data` are both there."""
         raise NotImplementedError
 
     def turn(self, limits: Limits) -> turns.Turn[Any]:
-        """The turn that does it. Raises DeserializationError and ValueTooLarge."""
+        """Return the turn that does it. Raises DeserializationError and ValueTooLarge."""
         raise NotImplementedError
 
     def converter(self) -> Callable[[Any], Result]:
-        """What makes JSON text of the turn's answer. It must not keep this input, which may be large."""
+        """Return what makes JSON text of the turn's answer. It must not keep this input, which may be large."""
         return _as_it_is
 
 
@@ -194,9 +194,9 @@ class StateFunctions:
         if values is None:
             answer = actor.run_now(turn)
         else:
-            # This thread will run the router's turn, below. A hand-off to a worker thread, and the way back to this
-            # loop for a handler in a worker, would take longer than all the rest. Not so if the turn may take long
-            # itself: until it ends no event of the engine would be routed.
+            # This thread runs the router's turn, below. A hand-over to a worker thread, and back to this loop for a
+            # handler in a worker, would take longer than the rest of the call. Not if the turn itself may take long:
+            # until it ends, no event of the engine would be routed.
             quick = type(turn) is not turns.Update or (
                 len(turn.ops) < _FEW_OPS and len(values.get(turn.key) or b"") < _SMALL_VALUE
             )
@@ -212,7 +212,7 @@ class StateFunctions:
         if answer is not BUSY:
             return convert(answer)
         outcome = _begun(self._finish(scope, turn, convert))
-        # The message is in the scope's mailbox now; what this connection asks next must not overtake it.
+        # The message is in the scope's mailbox now: the next call of this connection must not overtake it.
         self._scopes[scope].keep_order()
         return outcome
 
@@ -242,7 +242,7 @@ class _Begun:
 
 
 def _begun(coroutine: Coroutine[Any, Any, Result]) -> Outcome:
-    """Run a coroutine up to where it waits. A task would begin it in a later round, behind messages that came later."""
+    """Run a coroutine up to its first wait. A task would start it in a later round, behind messages that came later."""
     try:
         return _Begun(coroutine, coroutine.send(None))
     except StopIteration as done:
@@ -289,9 +289,9 @@ def _decoded(function_id: str, data: Raw) -> Any:
 
 
 def _misfit(function_id: str, data: Raw, read: Callable[[Raw], Any]) -> Any:
-    """Raise what `Engine.call` raises for this input: its words are the ones that clients know.
+    """Raise what `Engine.call` raises for this input: clients know its wording.
 
-    Return what was read if it does fit: when a field stands there twice, only the last of its values counts.
+    Return what was read if it does fit: if a field occurs twice, the last value counts.
     """
     from_payload(function_id, _decoded(function_id, data))
     try:
@@ -301,7 +301,7 @@ def _misfit(function_id: str, data: Raw, read: Callable[[Raw], Any]) -> Any:
 
 
 def _check(function_id: str, data: Raw, *, fits: bool) -> None:
-    """There is more in the input than the function reads: that has to be JSON, too, as it is for `Engine.call`."""
+    """Check that the rest of the input, which the function does not read, is JSON, as `Engine.call` does."""
     if not fits:
         from_payload(function_id, _decoded(function_id, data))
     try:

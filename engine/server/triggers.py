@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from scopestate.server.worker import Worker
 
 LOOK_PAUSE_S: Final = 0.05
-"""At least so long between two looks for overrun workers that events ask for."""
+"""Shortest time between two checks for overrun workers that events cause."""
 PATIENCE_S: Final = 30.0
 """How long a handler's mailbox may be full while its worker is silent, if calls may wait for ever."""
 STATE: Final = "state"
@@ -43,24 +43,24 @@ ENGINE_TYPES: Final = {
 """Trigger types of the server itself (docs/protocol.md, section 6.5)."""
 
 NEEDED_TO_WATCH: Final = {WORKERS_AVAILABLE: "engine::workers::list", FUNCTIONS_AVAILABLE: "engine::functions::list"}
-"""Trigger type of the server -> the function that shows the same: a token needs the right to call it."""
+"""Trigger type of the server -> the function that shows the same data. A token needs the right to call it."""
 
 
 class WorkerTrigger(Trigger, frozen=True, kw_only=True):
-    """A `state` trigger of a worker: what it calls is called with the rights of that worker."""
+    """A `state` trigger of a worker. Its function is called with the rights of that worker."""
 
     owner: Worker
 
 
 class Registered(msgspec.Struct):
-    """A trigger and the worker with which it goes."""
+    """A trigger, and the worker that has registered it."""
 
     owner: Worker
     frame: RegisterTrigger
     trigger: WorkerTrigger | None = None
-    """Of the type `state`: what the engine's router has."""
+    """For the type `state`: the trigger in the engine's table."""
     provider: Access | None = None
-    """Of a custom type: the token whose workers provided it. No other provider gets to see its config."""
+    """For a custom type: the token whose workers provided it. No other provider receives its config."""
 
 
 class ProvidedType(msgspec.Struct):
@@ -98,7 +98,7 @@ class WorkerTriggers:
     # ------------------------------------------------------------------------------------------------ registration
 
     def register(self, worker: Worker, frame: RegisterTrigger) -> None:
-        """Add a trigger; the same id again replaces it and makes it this worker's.
+        """Add a trigger. One with the same id is replaced, and belongs to this worker then.
 
         Raises InvalidRegistration for an unknown type, a bad config, or the id of a trigger of the program itself, and
         Forbidden.
@@ -124,7 +124,7 @@ class WorkerTriggers:
         self._triggers.put(frame.id, worker, registered)
 
     def _is_ours(self, trigger_id: str) -> bool:
-        """Return False for the id of a trigger that the program has registered: workers leave it alone."""
+        """Return False for the id of a trigger of the program, which workers may not replace."""
         known = self._table.find(trigger_id)
         return known is None or type(known) is WorkerTrigger
 
@@ -145,7 +145,7 @@ class WorkerTriggers:
         return WorkerTrigger(**msgspec.structs.asdict(read), owner=worker)
 
     def _check_other(self, worker: Worker, frame: RegisterTrigger) -> None:
-        """Check a trigger of any type but `state`. What it calls gets an input of which nothing is known here."""
+        """Check a trigger of any type but `state`. Nothing is known here of the input that its function will get."""
         if worker.access is not None:
             self._check_rights(worker.access, frame)
         if frame.trigger_type in ENGINE_TYPES:
@@ -175,7 +175,7 @@ class WorkerTriggers:
             provided.owner.send(encode(registered.frame))
 
     def _end(self, registered: Registered) -> None:
-        """Have nothing fire a trigger any more."""
+        """Stop the firing of a trigger."""
         trigger, frame = registered.trigger, registered.frame
         if trigger is not None:
             self._handlers.pop(trigger.trigger_id, None)
@@ -185,7 +185,7 @@ class WorkerTriggers:
             provided.owner.send(encode(UnregisterTrigger(frame.id, frame.trigger_type)))
 
     def _provider_of(self, registered: Registered) -> ProvidedType | None:
-        """Return what provides its type; None: nothing does now, or only workers with another token than before."""
+        """Return the provider of its type; None: there is none now, or only workers with another token than before."""
         provided = self._types.serving(registered.frame.trigger_type)
         return provided if provided is not None and provided.owner.access is registered.provider else None
 
@@ -202,16 +202,16 @@ class WorkerTriggers:
             self._end(registered)
 
     def silence(self, worker: Worker) -> None:
-        """Begin no more deliveries for the triggers that go with a worker that is lost."""
+        """Begin no more deliveries for the triggers of a worker that is lost."""
         for trigger_id, handler in self._handlers.items():
-            # Not if the program has put its own trigger in the place of this one.
+            # Not if the program has replaced it by a trigger of its own.
             if getattr(handler.trigger, "owner", None) is worker and self._triggers.only_by(trigger_id, worker):
                 handler.active = False
 
     def remove_all_of(self, worker: Worker) -> None:
-        """A worker is lost: remove the trigger types that it provides, then its triggers.
+        """Remove the trigger types and then the triggers of a worker that is lost.
 
-        What another worker with the same token has registered under the same name stands again.
+        A registration of the same name by another worker with the same token becomes active again.
         """
         for type_id in self._types.offered_by(worker):
             self._remove_type(worker, type_id, lost=True)
@@ -227,7 +227,7 @@ class WorkerTriggers:
     def withdraw_forbidden(self, worker: Worker, access: Access) -> None:
         """Remove the trigger types, and the triggers of other types than `state`, that a worker may not have now.
 
-        A trigger of type `state` stays: its rights are looked at with each event.
+        A trigger of type `state` stays: its rights are checked for each event.
         """
         for type_id in self._types.offered_by(worker):
             try:
@@ -246,13 +246,13 @@ class WorkerTriggers:
                     self.unregister(worker, trigger_id)
 
     def last_worker_left(self, access: Access) -> None:
-        """No worker of this token is connected any more: its trigger types are free."""
+        """Free the trigger types of a token of which no worker is connected any more."""
         self._types.last_worker_left(access)
 
     # -------------------------------------------------------------------------------------------------- trigger types
 
     def register_type(self, worker: Worker, frame: RegisterTriggerType) -> None:
-        """Note that a worker provides a trigger type, and tell it of the triggers that wait for it."""
+        """Add a trigger type that a worker provides, and send it the triggers of that type."""
         type_id, access = frame.id, worker.access
         try:
             if type_id == STATE or type_id in ENGINE_TYPES:
@@ -282,14 +282,14 @@ class WorkerTriggers:
             self._hand_over(type_id)
 
     def _hand_over(self, type_id: str) -> None:
-        """Tell the worker that provides a type now of all its triggers."""
+        """Send all triggers of a type to the worker that provides it now."""
         for registered in self._of_type(type_id):
             provided = self._provider_of(registered)
             if provided is not None:
                 provided.owner.send(encode(registered.frame))
 
     def _hand_back(self, type_id: str, unless: Worker) -> None:
-        """Tell the worker that provides a type to stop: two of them would fire each trigger twice."""
+        """Tell the provider of a type to stop: two providers would fire each trigger twice."""
         for registered in self._of_type(type_id):
             provided = self._provider_of(registered)
             if provided is not None and provided.owner is not unless:
@@ -303,7 +303,7 @@ class WorkerTriggers:
     def fire(self, type_id: str, event_for: Callable[[Worker], dict[str, Any] | None]) -> None:
         """Call the functions of all triggers of one of the server's own types, in the background.
 
-        `event_for(worker)` returns what a trigger of this worker gets to see of the event; None: nothing.
+        `event_for(worker)` returns the event as a trigger of this worker receives it; None: not at all.
         """
         for registered in self._of_type(type_id):
             event = event_for(registered.owner)
@@ -327,14 +327,14 @@ class WorkerTriggers:
         return next(self._of_type(type_id), None) is not None
 
     def look_soon(self) -> None:
-        """Have overrun workers looked for before the timer does it. From any thread."""
+        """Check for overrun workers before the timer does. From any thread."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + LOOK_PAUSE_S
             self.dispatcher.submit_to_loop(self.close_overrun)
 
     def close_overrun(self) -> None:
-        """Close the connections of workers that let too much wait, or nothing but wait: they would hold up writers."""
+        """Close the connections of workers for which too much waits, or that answer nothing: they hold up writers."""
         now = time.monotonic()
         patience_s = self._hub.engine._limits.call_timeout_s or PATIENCE_S
         at_most: dict[Worker, int] = {}
@@ -361,8 +361,8 @@ class WorkerTriggers:
                     worker.close(POLICY, f"events of {waiting} bytes wait for its functions")
 
     def _to_blame(self, registered: Registered) -> Worker:
-        # The slow one is the worker with the function. But a trigger must not be a way to have a worker with another
-        # token closed.
+        # The slow worker is the one with the function. But a trigger must not be a means to close the connection of a
+        # worker with another token.
         owner = registered.owner
         target = self._hub.functions.find(registered.frame.function_id)
         worker: Worker = getattr(getattr(target, "target", None), "worker", owner)

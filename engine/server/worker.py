@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 _MOST_REFUSED: Final = 100
 _LONGEST_REFUSED: Final = 200
-"""Characters; what is remembered of a refused function is small, whatever the worker sent."""
+"""Characters: what is kept of a refused function is small, whatever the worker sent."""
 
 
 class TimedOut(ErrorBody, frozen=True):
-    """What the server says of a call that its worker did not answer in time."""
+    """The outcome of a call that its worker did not answer in time."""
 
 
 class Worker:
@@ -53,7 +53,7 @@ class Worker:
         self.close = close
         self.connected_at_ms = time.time_ns() // 1_000_000
         self.metadata: dict[str, Any] = {}
-        """What it said of itself with `engine::workers::register`."""
+        """What it told about itself with `engine::workers::register`."""
         self.functions: dict[str, WorkerFunction] = {}
         self.refused: dict[str, str] = {}
         """Function id -> why it was not registered; the last few."""
@@ -61,7 +61,7 @@ class Worker:
         """Calls of this worker that other workers execute -> bytes that each holds here."""
 
     def answer(self, call: InvokeFunction, result: bytes | None = None, error: ErrorBody | None = None) -> None:
-        """Send the outcome of one of its calls, if it waits for it."""
+        """Send the outcome of one of its calls, unless it wants none."""
         message = self.session.answer(call, result, error)
         if message is not None:
             self.send(message)
@@ -80,7 +80,7 @@ class Worker:
 
 
 class WorkerConnection(Connection):
-    """A worker's connection: its conversation decides, the hub does."""
+    """A worker's connection: messages go to its session, and what that asks for to the hub."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class WorkerConnection(Connection):
             self._act(self._worker, action)  # type: ignore[arg-type]  # set by on_open
 
     def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
-        # The base class's method with `on_message` written out: two calls less in the path that every message takes.
+        # The base class's method with `on_message` written out: two calls less for every message.
         last = frame.last_in_buffer
         if frame.msg_type == TEXT and frame.fin and not (frame.rsv1 or frame.rsv2 or frame.rsv3):
             if self._plain and self._turn:
@@ -144,8 +144,8 @@ class WorkerConnection(Connection):
     def close(self, code: int, reason: str = "") -> None:
         super().close(code, reason)
         if self._worker is not None:
-            # Nothing more is taken from it, so no caller should wait for it, however late it answers the close frame.
-            # Not now but soon: this may run in the middle of a call to that worker.
+            # Nothing more is read from it, so no call may wait until it answers the close frame. In the next round,
+            # because this may run within a call to that very worker.
             asyncio.get_running_loop().call_soon(self._hub.disconnect, self._worker)
 
     def __str__(self) -> str:
@@ -186,7 +186,7 @@ class WorkerFunction:
         return self.hub.execute(self, Raw(event_json(event)), settle, depth=event.depth + 1)
 
     def result_for_event(self, outcome: InvocationResult) -> bool | None:
-        """Return what counts in the answer to an event: False if it is a literal `false`, as a condition may say."""
+        """Return False if the answer to an event is a literal `false`, as that of a condition may be; else None."""
         return False if self._checked(outcome) == b"false" else None
 
     def _checked(self, outcome: InvocationResult) -> bytes:
@@ -197,7 +197,7 @@ class WorkerFunction:
 
 
 def event_json(event: StateEvent) -> bytes:
-    """The event as handlers get it (docs/protocol.md, section 5); its values go in unparsed."""
+    """Return the event as handlers receive it (docs/protocol.md, section 5); its values are inserted unparsed."""
     return b'{"type":"state","event_type":"%b","scope":%b,"key":%b,"old_value":%b,"new_value":%b}' % (
         event.event_type.encode(),
         encode(event.scope),
