@@ -21,6 +21,7 @@ from scopestate import Engine
 from scopestate.actors.scope import Passivate
 from scopestate.config import Config, KvOptions, from_mapping
 from scopestate.errors import StorageError
+from scopestate.ops import turns
 from scopestate.persistence import FileAdapter, ScopeChange
 
 SCOPES = ("a", "b", "")
@@ -164,7 +165,10 @@ def test_every_event_shows_one_link_of_one_chain_per_key(engine: Engine, switch_
             before = event.sequence
             assert event.old_json == last.get(event.key)
             last[event.key] = event.new_json
-        assert last == {**dict.fromkeys(last), **{k: engine._scopes[scope].read(k) for k in KEYS if k in last}}
+        assert last == {
+            **dict.fromkeys(last),
+            **{k: engine._scopes[scope].run(turns.Get(k)) for k in KEYS if k in last},
+        }
 
 
 class Flaky(FileAdapter):

@@ -267,14 +267,14 @@ def test_writers_over_the_bound_of_a_mailbox_are_refused_counted_and_nothing_els
     in_turn = threading.Event()
     actor = engine._scopes["hot"]
     engine.set("hot", "n", 0)
-    collect = actor._collect
+    collect = actor.collect
 
     def slow_collect() -> Any:
         in_turn.set()
         assert hold_turn.wait(PATIENCE_S)
         return collect()
 
-    actor._collect = slow_collect  # type: ignore[method-assign]
+    actor.collect = slow_collect  # type: ignore[method-assign]
     engine.tell(messages.Update("hot", "n", ADD))  # type: ignore[arg-type]
     flush = InThread(engine.flush)
     assert in_turn.wait(PATIENCE_S)
