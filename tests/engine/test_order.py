@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from watching import PATIENCE_S, Gate, Seen, in_thread
+from watching import PATIENCE_S, Gate, Seen, SlowUpdate, in_thread
 
-from scopestate import Engine, messages
+from scopestate import Engine, messages, ops
 from scopestate.actors.dispatcher import ThreadDispatcher
+from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turn import TurnActor
 
 
@@ -97,6 +98,37 @@ def test_once_they_are_handled_calls_run_on_their_callers_threads_again(engine: 
     assert engine.set("s", "k", 3).old_value == 1
     assert engine.get("s", "k") == 3
     held.release()
+
+
+@pytest.mark.parametrize("read", ["get", "list", "aio.get", "aio.list"])
+def test_a_read_does_not_overtake_what_its_sender_told_while_that_is_handled(read: str) -> None:
+    """Neither when the message waits, nor in the middle of its turn."""
+    with Engine() as engine:
+        engine.set("s", "k", 0)
+        actor, busy, told = engine._scopes["s"], Gate(), Gate()
+        holder = in_thread(lambda: actor.run(SlowUpdate("k", (), busy)))
+        busy.wait_until_reached()
+        actor.send(Envelope(SlowUpdate("k", (ops.Set("", 1),), told), Reply()))
+        actor.keep_order()
+        busy.open()
+        holder()
+        told.wait_until_reached()
+        reads = {
+            "get": lambda: engine.get("s", "k"),
+            "list": lambda: engine.list("s")[0],
+            "aio.get": lambda: asyncio.run(engine.aio.get("s", "k")),
+            "aio.list": lambda: asyncio.run(engine.aio.list("s"))[0],
+        }
+        answers: list[Any] = []
+        reading = in_thread(lambda: answers.append(reads[read]()))
+        while not actor._mailbox and not answers:
+            engine.health()
+        told.open()
+        reading()
+        assert answers == [1]
+
+        while actor.readable is None:  # until reads need no turn again
+            engine.health()
 
 
 def test_told_messages_keep_their_order_under_load() -> None:
