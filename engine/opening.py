@@ -16,7 +16,7 @@ from scopestate.persistence.local import Durability, LocalBackend
 
 if TYPE_CHECKING:
     from scopestate.persistence.bridge.backend import BridgeBackend
-    from scopestate.persistence.redis.adapter import RedisAdapter
+    from scopestate.persistence.redis.backend import RedisBackend
     from scopestate.persistence.sqlite.adapter import FileAdapter
 
 log = logging.getLogger("scopestate.engine")
@@ -32,7 +32,7 @@ def load_libraries(config: AdapterConfig) -> None:
                 raise ConfigError(str(error), key="adapter.name") from error
         case RedisOptions():
             try:
-                import scopestate.persistence.redis.adapter  # noqa: F401, PLC0415 - brings redis-py, which takes 100 ms
+                import scopestate.persistence.redis.backend  # noqa: F401, PLC0415 - brings redis-py, which takes 100 ms
             except ImportError as error:
                 raise ConfigError(
                     f"the redis adapter needs redis-py and hiredis ({error}): pip install 'scopestate[redis]'",
@@ -88,7 +88,7 @@ def open_store(kv: KvOptions) -> FileAdapter:
         return FileAdapter(kv.file_path)
 
 
-def open_shared(adapter: AdapterConfig) -> BridgeBackend | RedisAdapter:
+def open_shared(adapter: AdapterConfig) -> BridgeBackend | RedisBackend:
     """Open what other programs use too: Redis, or another engine. Raises ConfigError and StorageError."""
     load_libraries(adapter)
     if isinstance(adapter.config, BridgeOptions):
@@ -96,6 +96,6 @@ def open_shared(adapter: AdapterConfig) -> BridgeBackend | RedisAdapter:
 
         return BridgeBackend(adapter.config)  # it connects in the background
     assert isinstance(adapter.config, RedisOptions)
-    from scopestate.persistence.redis.adapter import RedisAdapter  # noqa: PLC0415 - see load_libraries
+    from scopestate.persistence.redis.backend import RedisBackend  # noqa: PLC0415 - see load_libraries
 
-    return RedisAdapter(adapter.config, deliver)
+    return RedisBackend(adapter.config, deliver)

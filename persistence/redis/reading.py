@@ -75,8 +75,8 @@ def number_of(fields: list[bytes]) -> int | None:
 
 def place_of(entry_id: bytes) -> tuple[int, int]:
     """Return what the ids of entries are ordered by."""
-    milliseconds, _, sequence = entry_id.partition(b"-")
-    return int(milliseconds), int(sequence)
+    milliseconds, _, count = entry_id.partition(b"-")
+    return int(milliseconds), int(count)
 
 
 def _as_json(raw: bytes) -> bytes:

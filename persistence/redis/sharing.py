@@ -14,13 +14,13 @@ from scopestate.actors.router import EventRouter
 from scopestate.persistence.redis.reading import Event
 
 if TYPE_CHECKING:
-    from scopestate.persistence.redis.adapter import RedisAdapter
+    from scopestate.persistence.redis.backend import RedisBackend
 
 
 class Arrivals:
     """Brings the events that engines publish in Redis to the triggers of this one: the outlet of the reader."""
 
-    def __init__(self, adapter: RedisAdapter, router: EventRouter, dispatcher: Dispatcher) -> None:
+    def __init__(self, adapter: RedisBackend, router: EventRouter, dispatcher: Dispatcher) -> None:
         self._adapter = adapter
         self._router = router
         self._dispatcher = dispatcher

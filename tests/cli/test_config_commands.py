@@ -236,7 +236,7 @@ def test_what_opening_the_store_refuses_is_a_mistake(
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("redis", "persistence.redis.adapter"), ("bridge", "persistence.bridge.backend")]
+    ("name", "module"), [("redis", "persistence.redis.backend"), ("bridge", "persistence.bridge.backend")]
 )
 def test_an_adapter_whose_extra_is_not_installed_is_a_mistake(
     name: str, module: str, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

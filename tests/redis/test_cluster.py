@@ -15,7 +15,7 @@ from servers import Binary, Cluster, Server, StartServer
 
 from scopestate import Engine
 from scopestate.errors import ConfigError, EngineClosed, NotConnected, StorageError
-from scopestate.persistence.redis.adapter import RedisAdapter
+from scopestate.persistence.redis.backend import RedisBackend
 from scopestate.persistence.redis.options import RedisOptions
 
 
@@ -80,9 +80,9 @@ def _on_each(cluster: Cluster, each: int) -> dict[Server, list[str]]:
     return found
 
 
-def _adapter(engine: Engine) -> RedisAdapter:
+def _adapter(engine: Engine) -> RedisBackend:
     adapter = engine._parts.backend
-    assert type(adapter) is RedisAdapter
+    assert type(adapter) is RedisBackend
     return adapter
 
 

@@ -14,7 +14,7 @@ from opening import open_at
 from servers import Server
 
 from scopestate.errors import StorageError
-from scopestate.persistence.redis.adapter import RedisAdapter
+from scopestate.persistence.redis.backend import RedisBackend
 
 NAMES = {
     "empty": "",
@@ -45,7 +45,7 @@ VALUES = [
     b'{"b":1,"a":2}', b'"],[1,1,\\"x\\",1"',
 ]  # fmt: skip
 
-Open = Callable[[], RedisAdapter]
+Open = Callable[[], RedisBackend]
 
 
 @pytest.fixture
@@ -53,11 +53,11 @@ def open_adapter(redis_server: Server) -> Iterator[Open]:
     """Open adapters by themselves on one server; each call opens another one, as after a restart."""
     engines = []
 
-    def open_() -> RedisAdapter:
+    def open_() -> RedisBackend:
         engine = open_at(redis_server.url)
         engines.append(engine)
         adapter = engine._parts.backend
-        assert isinstance(adapter, RedisAdapter)
+        assert isinstance(adapter, RedisBackend)
         return adapter
 
     yield open_

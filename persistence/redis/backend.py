@@ -1,4 +1,4 @@
-"""The adapter that keeps scopes in Redis or Valkey, where other engines use them too."""
+"""Scopes in Redis or Valkey, where other engines use them too."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NO_EVENTS: Final = (
 )
 
 
-class RedisAdapter(Backend):
+class RedisBackend(Backend):
     """Scopes as hashes `KEY_PREFIX + scope`, field = key, value = JSON text: the layout that iii uses.
 
     Its scopes are called, not loaded and saved: others may change them at the same time.
