@@ -1,8 +1,8 @@
-"""An exception in code of the program ends one call and nothing else: the rule, and a log that keeps to it.
+"""Containing exceptions of the program's code: such an exception ends one call and nothing else.
 
 The rule (docs/design/0009-isolation.md): handlers, conditions, functions, hooks, callbacks and logging filters may
-raise anything. The exception is reported, and the engine goes on. Only exceptions that such code did not raise itself
-pass through: Ctrl-C and an exception of a signal handler, both on the main thread, and the end of a deterministic
+raise anything. The exception is reported, and the engine continues. Only exceptions that such code did not raise itself
+pass through: Ctrl-C and exceptions of signal handlers, both on the main thread, and the end of a deterministic
 dispatcher.
 """
 
@@ -26,8 +26,8 @@ class Ended(BaseException):
 
 
 def is_from_outside(error: BaseException) -> bool:
-    """True if `error` must reach the caller, because the code that was running did not raise it itself."""
-    kind = type(error)  # `isinstance` would ask the error itself, whose `__class__` may be code of the program
+    """Tell whether `error` must reach the caller, because the running code did not raise it itself."""
+    kind = type(error)  # `isinstance` may call code of the program, for `__class__`
     if issubclass(kind, Ended):
         return True
     if get_ident() != threading.main_thread().ident:
@@ -36,7 +36,7 @@ def is_from_outside(error: BaseException) -> bool:
 
 
 def _is_of_signal_handler(error: BaseException) -> bool:
-    """True if a frame of an installed signal handler is in the traceback, as with a handler that calls `sys.exit()`."""
+    """Tell whether the traceback has a frame of an installed signal handler, such as one that calls `sys.exit()`."""
     codes = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
     traceback: TracebackType | None = _traceback_of(error)
     while traceback is not None:
@@ -47,12 +47,12 @@ def _is_of_signal_handler(error: BaseException) -> bool:
 
 
 _traceback_of: Final = vars(BaseException)["__traceback__"].__get__
-"""`error.__traceback__`, even if the class of `error` redefines that name."""
+"""Returns `error.__traceback__`, even if its class redefines that name."""
 
 
 def _code_of(handler: object) -> CodeType | None:
-    """Return the code that Python runs when it calls `handler`, without running any."""
-    for _ in range(100):  # bounded: a chain may lead back to itself
+    """Return the code that Python runs when it calls `handler`, without running it."""
+    for _ in range(100):  # limited: a chain may contain itself
         kind = type(handler)
         if kind is FunctionType:
             return handler.__code__  # type: ignore[attr-defined,no-any-return]  # of a function
@@ -68,7 +68,7 @@ def _code_of(handler: object) -> CodeType | None:
 
 
 def described(error: BaseException) -> str:
-    """Return the text of an exception of any class, whose `__str__` may raise."""
+    """Return the text of any exception, even if its `__str__` raises."""
     try:
         return str.__str__(str(error))
     except BaseException as problem:
@@ -78,7 +78,7 @@ def described(error: BaseException) -> str:
 
 
 def contained(action: Callable[[], object], what: str, log: Log) -> None:
-    """Call `action()`; what it raises is logged as "`what` failed" and goes no further."""
+    """Call `action()`. If it raises, log "`what` failed" and return."""
     try:
         action()
     except BaseException as error:
@@ -88,7 +88,7 @@ def contained(action: Callable[[], object], what: str, log: Log) -> None:
 
 
 class Log:
-    """A logger of the standard library. Its filters and handlers are the program's: what they raise is dropped."""
+    """A standard logger. Exceptions of its filters and handlers, which belong to the program, are dropped."""
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
@@ -119,4 +119,4 @@ class Log:
         except BaseException as error:
             if is_from_outside(error):
                 raise
-            # There is nowhere left to report this: the log itself has failed.
+            # It cannot be reported: the log itself has failed.

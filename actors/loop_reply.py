@@ -1,4 +1,4 @@
-"""Replies as event loops wait for them."""
+"""Replies that event loops wait for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scopestate.actors.functions import running_loop
 class LoopReply:
     """A reply for a task: made on its event loop, delivered from any thread, awaited as `future`.
 
-    A task that is cancelled while it waits abandons its message.
+    If the task is cancelled while it waits, the message is abandoned.
     """
 
     __slots__ = ("expired", "future", "loop")
@@ -27,13 +27,13 @@ class LoopReply:
         return self.future.cancelled()
 
     def expire(self) -> None:
-        """The task has waited long enough: cancel its wait. On the loop's thread."""
+        """Cancel the wait of the task: its time is over. On the loop's thread."""
         if not self.future.done():
             self.expired = True
             self.future.cancel()
 
     def set(self, value: Any = None) -> None:
-        """Deliver the answer; the task goes on in a later round of its loop."""
+        """Deliver the answer. The task continues in a later iteration of its loop."""
         self.deliver_all([(self, value, None)])
 
     def fail(self, error: BaseException) -> None:
@@ -46,7 +46,7 @@ class LoopReply:
 
     @staticmethod
     def deliver_all(outcomes: Iterable[tuple[LoopReply, Any, BaseException | None]]) -> None:
-        """Deliver many, waking each event loop one time only."""
+        """Deliver many, waking each event loop only once."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any, BaseException | None]]] = {}
         for reply, value, error in outcomes:
             by_loop.setdefault(reply.loop, []).append((reply.future, value, error))
@@ -58,22 +58,22 @@ class LoopReply:
             try:
                 loop.call_soon_threadsafe(_settle, settled)
             except RuntimeError:
-                continue  # the loop was closed: no task is left there to wake
+                continue  # the loop was closed, so it has no tasks to wake
 
 
 class Deadlines:
-    """Expires the replies of one event loop that have waited too long. On the loop's thread only.
+    """Expires the replies of one event loop that have waited too long. Used on the loop's thread only.
 
-    One timer for all waits of one length: of those the oldest is due first. A timer each (`call_later`,
-    `asyncio.wait_for`) took a quarter of the time of an asyncio writer that shares a commit. Usually all waits have one
-    length; a reload of `call_timeout_ms` adds another, until the last wait of the old one is over. Refused: a heap,
-    which would hold each reply until it is due, though nearly all of them are answered long before.
+    There is one timer for all waits of one length, of which the oldest is due first. A timer for each (`call_later`,
+    `asyncio.wait_for`) took a quarter of the time of an asyncio write that shares a commit. Usually all waits have the
+    same length; a reload of `call_timeout_ms` adds another, until the last wait of the old length is over. Refused: a
+    heap, which would keep each reply until it is due, although nearly all are answered long before.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._waits: dict[float, dict[LoopReply, float]] = {}
-        """Length of the wait in seconds -> reply -> when it is due. As long as a length is here, it has a timer."""
+        """Length of the wait in seconds -> reply -> when it is due. Each length in here has a timer."""
 
     def add(self, reply: LoopReply, timeout_s: float) -> None:
         """Expire `reply` in `timeout_s` seconds."""
@@ -84,7 +84,7 @@ class Deadlines:
         waits[reply] = self._loop.time() + timeout_s
 
     def remove(self, reply: LoopReply) -> None:
-        """Let it be: the wait is over."""
+        """Forget a reply whose wait is over."""
         for waits in self._waits.values():
             waits.pop(reply, None)
 
@@ -102,11 +102,11 @@ class Deadlines:
 def _settle(settled: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
     for future, value, error in settled:
         if future.done():
-            continue  # cancelled meanwhile
+            continue  # it was cancelled
         if error is None:
             future.set_result(value)
         elif isinstance(error, StopIteration):
-            # A future takes none, and the others here must get their outcomes all the same.
+            # A future does not accept it, and the other futures must still get their outcomes.
             future.set_exception(RuntimeError(f"StopIteration was raised: {error}"))
         else:
             future.set_exception(error)

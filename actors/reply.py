@@ -1,4 +1,4 @@
-"""Replies to messages, as threads wait for them; `loop_reply` has the kind that event loops wait for."""
+"""Replies that threads wait for. Those that event loops wait for are in `loop_reply`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType
 
 
 class ReplyTo(Protocol):
-    """Where an answer goes. Both methods may be called from any thread, one of them, once."""
+    """Where an answer goes. `set` or `fail` is called once, from any thread."""
 
     @property
     def abandoned(self) -> bool:
@@ -39,7 +39,7 @@ class ReplyTo(Protocol):
 
     @property
     def loop_reply(self) -> LoopReply | None:
-        """This reply, if it is one that an event loop waits for: those are delivered many at a time."""
+        """This reply if an event loop waits for it, else None: those are delivered many at a time."""
 
 
 class Envelope:
@@ -51,7 +51,7 @@ class Envelope:
         self.message = message
         self.reply_to = reply_to
         self.depth = event_depth.get()
-        """How many handlers deep its sender is, for a turn on another thread."""
+        """The event depth of its sender, for a turn on another thread."""
 
 
 class Reply(pykka.Future[T]):
@@ -63,17 +63,17 @@ class Reply(pykka.Future[T]):
     loop_reply = None
 
     submit_program: Callable[[Callable[[], object]], object] | None = None
-    """How to run callbacks of the program; None: where the outcome is delivered."""
+    """Runs callbacks of the program; None: they run where the outcome is delivered."""
 
     convert: Callable[[Any], T] | None = None
-    """What makes the value of what is delivered; None: it is the value."""
+    """Converts what is delivered into the value; None: it is the value."""
 
     waiter: Callable[[Reply[T], float | None], None] | None = None
-    """How to wait instead of blocking, on a dispatcher that runs everything in turn (see `deterministic`)."""
+    """Waits instead of blocking, on a dispatcher that runs one turn at a time (see `deterministic`)."""
 
     def __init__(self) -> None:
         super().__init__()
-        # A bare lock, held until the outcome is there: a threading.Event costs ten times as much to make.
+        # A lock that is held until the outcome is there: a threading.Event takes ten times as long to make.
         self._arrival = threading.Lock()
         self._arrival.acquire()
         self._open = [None]
@@ -82,16 +82,16 @@ class Reply(pykka.Future[T]):
         self._value: T | None = None
         self._error: BaseException | None = None
         self.done = False
-        """True once the outcome is there; it never turns back."""
+        """True once the outcome is there, and from then on."""
         self.abandoned: bool = False
 
     def __repr__(self) -> str:
-        return f"<scopestate reply, {'arrived' if self.done else 'not yet here'}>"
+        return f"<scopestate reply, {'delivered' if self.done else 'open'}>"
 
     def get(self, *, timeout: float | None = None) -> T:
         """Wait for the outcome, at most `timeout` seconds, and return it or raise it.
 
-        Raises `pykka.Timeout` if nothing came in time; the message may still be handled later.
+        Raises `pykka.Timeout` if there is none in time; the message may still be handled later.
         """
         if self._get_hook is not None:
             return super().get(timeout=timeout)
@@ -108,7 +108,7 @@ class Reply(pykka.Future[T]):
         if self.convert is not None:
             try:
                 value = self.convert(value)
-            except Exception as error:  # noqa: BLE001 - as with too little memory: the caller gets it
+            except Exception as error:  # noqa: BLE001 - such as a MemoryError: the caller gets it
                 self.fail(error)
                 return
         self._arrive(value, None)
@@ -118,16 +118,16 @@ class Reply(pykka.Future[T]):
         self._arrive(None, error)
 
     def set_exception(self, exc_info: _ExcInfo | None = None) -> None:
-        """Deliver an exception as Pykka does: the given one, else the one being handled."""
+        """Deliver an exception as Pykka does: the given one, or the one being handled."""
         error = (exc_info or sys.exc_info())[1]
         if error is None:
             raise ValueError("set_exception() needs an exception: pass exc_info, or call it while handling one")
         self.fail(error)
 
     def add_done_callback(self, callback: Callable[[Reply[T]], object]) -> None:
-        """Call `callback(self)` when the outcome is there: at once if it is, else on a worker thread.
+        """Call `callback(self)` when the outcome is there: now if it is there already, else on a worker thread.
 
-        Not on the thread that delivers it, which is in the middle of a turn or of a save: a callback may block.
+        Not on the thread that delivers it: that is in the middle of a turn or of a save, and a callback may block.
         """
         submit = self.submit_program
         if submit is None or self.done:
@@ -136,7 +136,7 @@ class Reply(pykka.Future[T]):
             self.when_done(lambda reply: submit(lambda: callback(reply)))
 
     def when_done(self, callback: Callable[[Reply[T]], object]) -> None:
-        """As `add_done_callback`, for callbacks that are quick: on the thread that delivers the outcome."""
+        """As `add_done_callback`, for quick callbacks: they run on the thread that delivers the outcome."""
         self._callbacks.append(callback)
         # Read after that: a thread that delivers in between has seen the callback, or its outcome is seen here.
         if self.done:
@@ -175,7 +175,7 @@ class Reply(pykka.Future[T]):
             self._call_back()
 
     def _call_back(self) -> None:
-        """Call each callback that is there, once: threads may do so at the same time."""
+        """Call each callback once. Several threads may do so at the same time."""
         callbacks = self._callbacks
         passes: BaseException | None = None
         while callbacks:
@@ -186,7 +186,7 @@ class Reply(pykka.Future[T]):
             try:
                 callback(self)
             except BaseException as problem:
-                # It runs in the middle of another caller's turn, with other answers still to deliver.
+                # This runs in the middle of another call, and other answers must still be delivered.
                 if is_from_outside(problem):
                     passes = problem
                 else:
@@ -196,9 +196,9 @@ class Reply(pykka.Future[T]):
 
 
 def deliver(outcomes: Iterable[tuple[ReplyTo, Any, BaseException | None]]) -> None:
-    """Deliver many (reply, value, error) at once, waking each event loop one time only.
+    """Deliver many (reply, value, error) at once, waking each event loop only once.
 
-    Waking a loop is a system call, half the price of an asyncio writer's turn when 512 of them share a commit.
+    Waking a loop is a system call: half of the time of an asyncio write when 512 of them share a commit.
     """
     for_loops: list[tuple[LoopReply, Any, BaseException | None]] = []
     for reply, value, error in outcomes:
@@ -212,7 +212,7 @@ def deliver(outcomes: Iterable[tuple[ReplyTo, Any, BaseException | None]]) -> No
 
 
 def settle(reply: ReplyTo, value: Any, error: BaseException | None) -> None:
-    """Deliver one outcome; what that raises is logged, so that the other callers get theirs."""
+    """Deliver one outcome. If that raises, log it, so that the other callers get theirs."""
     try:
         if error is None:
             reply.set(value)
@@ -226,6 +226,6 @@ def settle(reply: ReplyTo, value: Any, error: BaseException | None) -> None:
 
 
 def fail_if_open(reply: ReplyTo, error: BaseException) -> None:
-    """Deliver `error` to a thread that would wait for ever, because its answer broke off, as by a MemoryError."""
+    """Deliver `error` if the delivery of the answer was cut short, as by a MemoryError: its thread is still waiting."""
     if not getattr(reply, "done", True):
         reply.fail(error)

@@ -1,4 +1,4 @@
-"""The actor that saves: what is dirty every interval, and what waits for a commit at once."""
+"""The actor that saves: dirty scopes in each interval, and at once what waits for a commit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = Log("scopestate.persistence")
 
 LONGEST_BACKOFF_S: Final = 30.0
 SOONEST_OVERDUE_S: Final = 0.2
-"""A save that is less late than this is not called overdue, however short the interval: a busy machine is enough."""
+"""A save is not overdue before it is this late: a busy machine may delay it, however short the interval."""
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 class Commit(msgspec.Struct, frozen=True):
-    """Some scope has writes that wait for their commit."""
+    """A scope has writes that wait for a commit."""
 
 
 class Flush(msgspec.Struct, frozen=True):
@@ -44,12 +44,12 @@ class Flush(msgspec.Struct, frozen=True):
 
 
 class SnapshotActor(TurnActor):
-    """Writes changes to the store, one transaction at a time. Without a store there is never anything to write.
+    """Writes changes to the store, one transaction at a time. Without a store there is nothing to write.
 
-    A save that fails keeps its batch, in front of what is newer; it is tried again, with growing pauses, until it is on
-    disk, and `failing` says why meanwhile. Nothing is dropped and nothing newer is overwritten by something older.
-    Scopes with commit durability are saved as soon as one of them has written: every write that came meanwhile shares
-    the next transaction (docs/design/0006-durability.md).
+    If a save fails, its batch is kept and tried again with growing pauses, before newer changes, until it is on disk;
+    `failing` is the reason. Nothing is dropped, and nothing newer is overwritten with something older. Scopes with
+    commit durability are saved as soon as one of them has written: all writes made during a commit share the next one
+    (docs/design/0006-durability.md).
     """
 
     def __init__(self, dispatcher: Dispatcher, store: Store | None, interval_s: float) -> None:
@@ -64,54 +64,56 @@ class SnapshotActor(TurnActor):
         self._commit_asked = False
         self._stopped = False
         self.dirty: dict[str, LocalScope] = {}
-        """Scope name -> actor, for scopes with changes that the next save will take. Written within scopes' turns."""
+        """Scope name -> actor, for scopes with changes for the next save. Written within turns of the scopes."""
         self.committing: dict[str, LocalScope] = {}
         """The same for scopes whose callers wait for the commit."""
         self.failing: StorageError | None = None
         """Why the last save failed; None if it worked."""
         self.unsavable: dict[tuple[str, str], str] = {}
-        """(scope, key) -> why the store cannot hold its value, for what is in memory only."""
+        """(scope, key) -> why the store cannot hold its value, which is in memory only."""
         self.saves = self.saved_keys = self.failed_saves = 0
         self.last_save_s = 0.0
-        """How long the last successful save took, in seconds."""
+        """Duration of the last successful save in seconds."""
 
     def waiting_scopes(self) -> int:
-        """Scopes with changes that are not on disk."""
+        """Return the number of scopes with changes that are not on disk."""
         return len(self.dirty.keys() | self._backlog.keys())
 
     def has_open_commits(self) -> bool:
-        """True if a commit is under way or on its way: then it may hold events back."""
+        """Tell whether a commit is running or was asked for: it may hold events back."""
         return bool(self.committing or self._commit_asked or self._claim)
 
     # ---------------------------------------------------------------------------------------------------- timing
 
     def start_interval(self) -> None:
-        """Begin to save every interval."""
+        """Start saving in each interval."""
         if self._store is not None and not self._stopped:
             self._began_s = self._fresh_s = self._dispatcher.monotonic()
             self._arm(self._interval_s)
 
     def set_interval(self, interval_s: float) -> None:
-        """Change the interval, the one that runs now included. From any thread."""
+        """Change the interval, the current one included. From any thread."""
         self._interval_s = interval_s
         if self._store is not None and not self._stopped:
             now_s = self._dispatcher.monotonic()
-            # From the last save on, not from now: else what is dirty would wait for parts of both intervals.
+            # From the last save on, not from now: otherwise changes would wait for parts of both intervals.
             self._arm(max(self._began_s + interval_s - now_s, 0.001))
             if self._fresh_s is not None:
-                self._fresh_s = max(self._fresh_s, now_s - interval_s)  # due now: not late by the shorter interval
+                self._fresh_s = max(
+                    self._fresh_s, now_s - interval_s
+                )  # due now, and not late because of the shorter interval
 
     def stop_interval(self) -> None:
-        """Save no more by itself; `Flush` still does."""
+        """Stop saving in each interval; `Flush` still saves."""
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
 
     def overdue_s(self) -> float:
-        """Return how many seconds ago the save by interval that is overdue was due; 0.0 if none is. From any thread.
+        """Return how many seconds ago the overdue save was due; 0.0 if none is overdue. From any thread.
 
-        Overdue is one that has not ended two intervals after it was due, whatever the reason: a timer that does not
-        ring, no thread for it, a disk that hangs. So this looks at the clock, and rests on none of them.
+        A save is overdue if it has not ended two intervals after it was due, for any reason: a timer that does not
+        fire, no thread, a disk that hangs. So this uses the clock only, and none of them.
         """
         if self._fresh_s is None or self._stopped:
             return 0.0
@@ -128,12 +130,12 @@ class SnapshotActor(TurnActor):
         self.tell(Tick())
 
     def commit_soon(self) -> None:
-        """See that a commit comes. Called within a scope's turn, so that it is cheap once one is on its way."""
+        """Ask for a commit, unless one was asked for. Called within turns of scopes."""
         if not self._commit_asked or is_arranging():
             arranging(self._ask_for_commit)
 
     def commit_anyway(self) -> None:
-        """As `commit_soon`, for when that was cut short. Once too often does no harm."""
+        """As `commit_soon`, for when that was interrupted. One commit too many does no harm."""
         arranging(self._ask_for_commit)
 
     def _ask_for_commit(self) -> None:
@@ -175,19 +177,19 @@ class SnapshotActor(TurnActor):
         try:
             self._save()
         except StorageError:
-            log.debug("save failed; it is tried again", exc_info=True)  # logged at ERROR where it began
+            log.debug("save failed; it is tried again", exc_info=True)  # `_write` has logged it at ERROR
             return False
         return True
 
     def _fail(self) -> None:
-        """A bug in a turn: the log has it, and saving goes on."""
+        """Log a bug in a turn. Saving continues."""
         log.error("a turn of the snapshot actor failed", exc_info=sys.exc_info()[1])
 
     def _save(self) -> None:
-        """Save what is dirty, behind what earlier saves left. Raises StorageError, and keeps it all, on failure."""
+        """Save what earlier saves have left, and what is dirty. If it fails, raise StorageError and keep it all."""
         dirty = self.dirty
         for scope in list(dirty):
-            # Out of the table before it is collected: a write that comes in between puts it in again.
+            # Removed from the table before it is collected: a write in between enters it again.
             actor = dirty.pop(scope, None)
             if actor is None:
                 continue
@@ -201,7 +203,7 @@ class SnapshotActor(TurnActor):
             _, waiting = self._backlog.get(scope, (actor, None))
             self._backlog[scope] = (actor, change if waiting is None else merged(waiting, change))
         if not self._backlog:
-            return  # `failing` stays: that there is nothing to save does not mean that it could be saved
+            return  # `failing` stays: having nothing to save does not show that saving works
         began = time.perf_counter()
         while self._backlog:
             try:
@@ -216,7 +218,7 @@ class SnapshotActor(TurnActor):
         self._backlog.clear()
 
     def _leave_out(self, error: UnsavableValue) -> None:
-        """Take out of the backlog what the store cannot hold, so that the rest is saved: it stays in memory only."""
+        """Remove from the backlog what the store cannot hold, so that the rest is saved. It stays in memory only."""
         scope = error.scope
         if scope not in self._backlog:
             raise error
@@ -234,7 +236,7 @@ class SnapshotActor(TurnActor):
             actor.saved(change.sequence)
 
     def _note_saved(self, scope: str, actor: LocalScope, keys: Iterable[str]) -> None:
-        """What was left out earlier and has another value now, or is deleted, is saved."""
+        """Note that values which were left out have been replaced or deleted, and that this is saved."""
         if not actor.pinned:
             return
         for key in keys:
@@ -264,10 +266,10 @@ class SnapshotActor(TurnActor):
         try:
             return batch.settle()
         except MemoryError:
-            return batch.settle()  # it is on disk: its events must go out
+            return batch.settle()  # it is on disk, so its events must be published
 
     def _break_off(self, taking: LocalScope | None, batches: list[Batch], why: str) -> None:
-        """A commit was cut short, as by a MemoryError: no caller may wait for an answer that will not come."""
+        """Answer the callers of a commit that was interrupted, as by a MemoryError."""
         if taking is not None:
             self.committing.setdefault(taking.scope, taking)
         self.commit_anyway()
@@ -281,7 +283,7 @@ class SnapshotActor(TurnActor):
             if changes := [batch.change for batch in batches if batch.change is not None]:
                 self._write(changes)
         except UnsavableValue as error:
-            # That scope's callers alone are refused; the others are saved without it.
+            # Only the callers of that scope are refused; the other scopes are saved without it.
             refused = [batch for batch in batches if batch.actor.scope == error.scope] or batches
             deliver([outcome for batch in refused for outcome in batch.roll_back(error)])
             if others := [batch for batch in batches if batch not in refused]:
@@ -299,7 +301,7 @@ class SnapshotActor(TurnActor):
         except BaseException as problem:
             if is_from_outside(problem):
                 raise
-            # A store promises StorageError; whatever else one raises must not stop the saving for good either.
+            # A store promises StorageError. Any other exception must not stop the saving either.
             error = (
                 problem
                 if isinstance(problem, StorageError)
@@ -310,7 +312,7 @@ class SnapshotActor(TurnActor):
             self.failed_saves += 1
             self._failures += 1
             if self.failing is None or str(self.failing) != str(error):
-                log.error("saving failed, the data stays in memory and is saved later: %s", error)  # noqa: TRY400 - it says all
+                log.error("saving failed, the data stays in memory and is saved later: %s", error)  # noqa: TRY400 - the text says it all
             self.failing = error
             raise error from (None if error is problem else problem)
         self.saves += 1
@@ -325,7 +327,7 @@ class SnapshotActor(TurnActor):
 
 
 def merged(older: ScopeChange, newer: ScopeChange) -> ScopeChange:
-    """Return one change for two of one scope: while saving fails, memory grows with the keys, not with the tries."""
+    """Return one change for two of a scope. While saving fails, memory grows with the keys, not with the attempts."""
     values = {**older.values, **newer.values}
     positions = {key: rank for key, rank in older.positions.items() if values[key] is not None}
     return ScopeChange(newer.scope, newer.sequence, values, {**positions, **newer.positions})

@@ -191,12 +191,12 @@ def test_a_future_out_of_time_raises_pykkas_timeout(dispatcher: ThreadDispatcher
 def test_replies_keep_pykkas_promises() -> None:
     reply: Reply[int] = Reply()
     called: list[Any] = []
-    assert "not yet here" in repr(reply)
+    assert "open" in repr(reply)
     reply.add_done_callback(called.append)
     reply.set(5)
     reply.add_done_callback(called.append)
 
-    assert "arrived" in repr(reply)
+    assert "delivered" in repr(reply)
     assert called == [reply, reply]
     with pytest.raises(RuntimeError, match="twice"):
         reply.set(6)
