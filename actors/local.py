@@ -214,7 +214,7 @@ class LocalScope(ScopeActor):
         if gate is not None:
             self._around.snapshot.commit_soon()  # the events wait for the commit
         elif routed:
-            self._router.announce()
+            self._router.wake()
 
     def _refuse_write(self, key: str, old: bytes | None, new: bytes | None) -> None:
         raise StorageError(
@@ -224,7 +224,7 @@ class LocalScope(ScopeActor):
         )
 
     def _tell_again(self) -> None:
-        self._router.announce_again()
+        self._router.wake_anyway()
         if self._gate is not None:
             self._around.snapshot.commit_anyway()
 

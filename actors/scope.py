@@ -228,7 +228,7 @@ class ScopeActor(TurnActor):
             self._refuse_bytes(item)
             super().post(item)
         except Overloaded:
-            self._router.backlog.note_refused()
+            self._router.backlog.refused.add()
             raise
 
     def _refuse_bytes(self, envelope: Envelope) -> None:

@@ -229,7 +229,7 @@ class AioEngine:
                 try:
                     await asyncio.wait_for(room.future, left_s)
                 except TimeoutError as error:
-                    backlog.note_refused()
+                    backlog.refused.add()
                     raise Overloaded(no_room(scope)) from error
             finally:
                 backlog.stop_waiting(room.set)  # whatever came: a task that was cancelled leaves nothing behind

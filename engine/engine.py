@@ -493,5 +493,5 @@ class Engine(Reactive):
                 room.get(timeout=None if deadline is None else deadline - dispatcher.monotonic())
             except pykka.Timeout:
                 backlog.stop_waiting(room.set)
-                backlog.note_refused()
+                backlog.refused.add()
                 raise Overloaded(no_room(scope)) from full

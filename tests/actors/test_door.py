@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +116,18 @@ def test_a_turn_that_is_held_runs_on_the_thread_that_holds_it() -> None:
     assert house.router.depth() == 0
     house.dispatcher.run_until_idle()
     assert house.names() == ["f"]
+
+
+def test_no_other_module_reaches_behind_the_door() -> None:
+    root = Path(__file__).parents[2]
+    found = {
+        file.relative_to(root).as_posix(): names
+        for folder in ("actors", "engine", "persistence")
+        for file in (root / folder).rglob("*.py")
+        if (names := re.findall(r"router\._(?:mailbox|enqueue|scheduled|claim)", file.read_text(encoding="utf-8")))
+    }
+
+    assert found == {}
 
 
 STEPS = st.lists(
