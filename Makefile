@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SEEDS ?= 10000
 FIRST ?= 0
+SIMULATE_ARGS ?=
 EXAMPLE := examples/temperatures/run.py
 
 BIN := $(VENV)/bin
@@ -55,7 +56,7 @@ bench: $(READY_DEV)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 simulate: $(READY_DEV)
-	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST)
+	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST) $(SIMULATE_ARGS)
 
 # The tests that record figures, then docs/reliability.md from what they recorded.
 reliability: $(READY_DEV)

@@ -78,11 +78,11 @@ class AioEngine:
             key = checked_name("key", key)
         actor = self._scopes[scope]
         values = actor.readable
-        if values is not None:
+        if values is None:
+            data = await self._run(scope, turns.Get(key))
+        else:
             actor.touched = True
             data = values.get(key)
-        if values is None or actor.readable is not values:
-            data = await self._run(scope, turns.Get(key))
         return default if data is None else decode(data)
 
     async def delete(self, scope: str, key: str) -> Any:
@@ -99,9 +99,13 @@ class AioEngine:
     async def list(self, scope: str) -> builtins.list[Any]:
         """As `Engine.list`."""
         self._engine._tally["state::list"].add()
-        everything = self._scopes[checked_name("scope", scope)].values_now()
-        if everything is None:
+        actor = self._scopes[checked_name("scope", scope)]
+        values = actor.readable
+        if values is None:
             everything = await self._run(scope, turns.List())
+        else:
+            actor.touched = True
+            everything = [*values.values()]
         return [decode(data) for data in everything]
 
     async def list_groups(self) -> builtins.list[str]:
@@ -225,7 +229,7 @@ class AioEngine:
                 try:
                     await asyncio.wait_for(room.future, left_s)
                 except TimeoutError as error:
-                    backlog.refused.add()
+                    backlog.note_refused()
                     raise Overloaded(no_room(scope)) from error
             finally:
                 backlog.stop_waiting(room.set)  # whatever came: a task that was cancelled leaves nothing behind

@@ -168,11 +168,9 @@ class StateFunctions:
             if gets:
                 actor = self._scopes[scope]
                 if (values := actor.readable) is not None:
+                    count()
                     actor.touched = True
-                    text: Result = values.get(fields.key)  # type: ignore[attr-defined]  # _Get has it
-                    if actor.readable is values:
-                        count()
-                        return text
+                    return values.get(fields.key)  # type: ignore[attr-defined]  # _Get has it
             try:
                 turn = fields.turn(limits)
             except DeserializationError as error:

@@ -10,16 +10,15 @@ What a state leaves out: values of an expression that is half evaluated, such as
 
 from __future__ import annotations
 
+import functools
 import types
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
 import greenlet
-
-_PLAIN: Final = (type(None), bool, int, float, str, bytes)
 
 
 class Step(NamedTuple):
@@ -81,6 +80,10 @@ class World:
         """What states are made of, besides the threads' local variables."""
         self.is_at_rest: Callable[[], bool] = lambda: True
         """For the end of a run, and the question whether rest can be reached: does anything wait that should not?"""
+        self.time_passes_amid = True
+        """Time may pass while threads can run; False: only when none can."""
+        self.left_out: frozenset[str] = frozenset()
+        """Names of fields and local variables that make no difference: counters, and what never changes."""
         self.check: Callable[[], object] = lambda: None
         """Called in each state; raises what is wrong with it."""
         self._running: Thread | None = None
@@ -125,8 +128,9 @@ class World:
     def choose(self, label: str, *choices: tuple[str, Any, str | None]) -> Any:
         """Go on with one of (what, value, budget that it takes from); return the value."""
         thread = self.current
-        if thread is None or self._is_over:
-            return choices[0][1]
+        open_ = [choice for choice in choices if choice[2] is None or self.budgets.get(choice[2], 0)]
+        if thread is None or self._is_over or len(open_) == 1:
+            return open_[0][1]
         thread.label, thread.choices = label, choices
         chosen = self.driver.switch()
         thread.choices = ()
@@ -137,6 +141,7 @@ class World:
     def steps(self) -> list[Step]:
         """What can happen now."""
         found: list[Step] = []
+        late: list[Step] = []
         for thread in self.threads:
             if thread.is_over:
                 continue
@@ -150,12 +155,12 @@ class World:
                 found.append(Step(thread, thread.label, (True, None)))
             if thread.ready is not None and thread.timeout is not None:
                 if thread.timeout == "time":  # it passes by itself
-                    found.append(Step(thread, f"{thread.label}: time is over", (False, None)))
+                    late.append(Step(thread, f"{thread.label}: time is over", (False, None)))
                 elif self.budgets.get(thread.timeout, 0):
                     found.append(Step(thread, f"{thread.label}: gives up", (False, thread.timeout), False))
             if thread.can_be_cut and thread.label != "begins" and self.budgets.get("cuts", 0):
                 found.append(Step(thread, f"{thread.label}: cut short", (None, "cuts"), False, KeyboardInterrupt))
-        return found
+        return [*found, *late] if self.time_passes_amid or not found else found
 
     def take(self, step: Step) -> None:
         """Let one thread go on to its next point."""
@@ -177,19 +182,22 @@ class World:
 
     def state(self) -> int:
         """Return a number that stands for the state."""
-        picture = Picture()
+        picture = Picture(self.left_out)
         for thread in self.threads:
-            picture.add(thread.name)
+            if thread.is_over:
+                picture.add("over")
+                continue
             picture.add(thread.label)
-            frame = None if thread.is_over else thread.strand.gr_frame
+            frame = thread.strand.gr_frame
             while frame is not None:
                 code = frame.f_code
                 if code.co_filename != __file__:
                     picture.add(code.co_qualname)
                     picture.add(frame.f_lasti)
                     for name, value in frame.f_locals.items():
-                        picture.add(name)
-                        picture.add(value)
+                        if name not in self.left_out:
+                            picture.add(name)
+                            picture.add(value)
                 frame = frame.f_back
         picture.add(sorted(self.budgets.items()))
         picture.add(self.roots)
@@ -203,12 +211,46 @@ class World:
                 thread.strand.throw(greenlet.GreenletExit)
 
 
+class _Kind(Enum):
+    """How a picture shows things of a type."""
+
+    AS_IT_IS, BY_NAME, ITEMS, PAIRS, SET, FIELDS, METHOD, TEXT, TYPE = range(9)
+
+
+_KINDS: Final[dict[type[Any], _Kind]] = {}
+_SLOTS: Final[dict[type[Any], tuple[str, ...]]] = {}
+
+
+def _kind_of(kind: type[Any]) -> _Kind:
+    if issubclass(kind, (type(None), bool, int, float, str, bytes)):
+        found = _Kind.AS_IT_IS
+    elif issubclass(kind, (World, Thread, greenlet.greenlet)):
+        found = _Kind.TYPE
+    elif issubclass(kind, (list, tuple, deque)):
+        found = _Kind.ITEMS
+    elif issubclass(kind, (dict, types.MappingProxyType)):
+        found = _Kind.PAIRS
+    elif issubclass(kind, (set, frozenset)):
+        found = _Kind.SET
+    elif issubclass(kind, BaseException):
+        found = _Kind.TEXT
+    elif issubclass(kind, (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)):
+        found = _Kind.BY_NAME
+    elif issubclass(kind, types.MethodType):
+        found = _Kind.METHOD
+    else:
+        _SLOTS[kind] = tuple(name for one in kind.__mro__ for name in getattr(one, "__slots__", ()))
+        has_fields = hasattr(kind, "__dict__") and (_SLOTS[kind] or "__dict__" in dir(kind))
+        found = _Kind.FIELDS if has_fields else _Kind.TYPE
+    _KINDS[kind] = found
+    return found
+
+
 class Picture:
     """What a state is made of, as one flat list: same objects in the same places, same values."""
 
-    LEFT_OUT: Final = frozenset({"world", "_world"})
-
-    def __init__(self) -> None:
+    def __init__(self, left_out: frozenset[str] = frozenset()) -> None:
+        self._left_out = left_out
         self._parts: list[Any] = []
         self._known: dict[int, int] = {}
         self._kept: list[Any] = []
@@ -221,11 +263,9 @@ class Picture:
         """Add a thing, with all that hangs on it."""
         parts = self._parts
         kind = type(thing)
-        if kind in _PLAIN:
+        how = _KINDS.get(kind) or _kind_of(kind)
+        if how is _Kind.AS_IT_IS:
             parts.append(thing)
-            return
-        if isinstance(thing, Enum):
-            parts.append(str(thing))
             return
         known = self._known.get(id(thing))
         if known is not None:
@@ -233,45 +273,39 @@ class Picture:
             return
         self._known[id(thing)] = len(self._known)
         self._kept.append(thing)  # or another one may get its id
-        parts.append(kind.__name__)
-        if isinstance(thing, (list, tuple, deque)):
-            self._add_all(thing)
-        elif isinstance(thing, (dict, types.MappingProxyType)):
-            self._add_all(part for pair in thing.items() for part in pair)
-        elif isinstance(thing, (set, frozenset)):
-            self._add_all(sorted(thing, key=repr))
-        elif isinstance(thing, BaseException):
-            parts.append(str(thing))
-        elif isinstance(thing, (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)):
-            parts.append(thing.__name__)
-        elif isinstance(thing, types.MethodType):
-            parts.append(thing.__func__.__qualname__)
-            self.add(thing.__self__)
-            return
-        elif kind.__module__.startswith(("scopestate", "tests", "test_", "played", "redis_steps")) or hasattr(
-            thing, "__dict__"
-        ):
-            self._add_fields(thing)
-            return
-        parts.append("end")
+        match how:
+            case _Kind.ITEMS:
+                for part in thing:
+                    self.add(part)
+            case _Kind.PAIRS:
+                for name, value in thing.items():
+                    self.add(name)
+                    self.add(value)
+            case _Kind.FIELDS:
+                self._add_fields(kind, thing)
+            case _Kind.BY_NAME:
+                parts.append(thing.__name__)
+            case _Kind.METHOD:
+                parts.append(thing.__name__)
+                self.add(thing.__self__)
+            case _Kind.SET:
+                for part in sorted(thing, key=repr):
+                    self.add(part)
+            case _Kind.TEXT:
+                parts.append(str(thing))
+            case _:
+                pass
+        parts.append(kind)
 
-    def _add_all(self, things: Iterable[Any]) -> None:
-        for thing in things:
-            self.add(thing)
-
-    def _add_fields(self, thing: Any) -> None:
-        if isinstance(thing, (World, Thread, greenlet.greenlet)):
-            return
-        fields = dict(getattr(thing, "__dict__", {}))
-        for kind in type(thing).__mro__:
-            for name in getattr(kind, "__slots__", ()):
-                if hasattr(thing, name):
-                    fields[name] = getattr(thing, name)
-        for name, value in fields.items():
-            if name not in self.LEFT_OUT:
-                self._parts.append(name)
+    def _add_fields(self, kind: type[Any], thing: Any) -> None:
+        parts, left_out = self._parts, self._left_out
+        for name in _SLOTS[kind]:
+            if name not in left_out and hasattr(thing, name):
+                self.add(getattr(thing, name))
+        for name, value in getattr(thing, "__dict__", {}).items():
+            if name not in left_out:
+                parts.append(name)
                 self.add(value)
-        self._parts.append("end")
 
 
 class Graph(NamedTuple):
@@ -408,7 +442,7 @@ def _told(problem: str, world: World, labels: list[str]) -> str:
 
 
 class SharedDict(dict[Any, Any]):
-    """A dict at which other threads may go first: at each read and each change."""
+    """A dict at which other threads may go first: a claim. `get` has no point: it asks if the claim is one's own."""
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__()
@@ -417,15 +451,7 @@ class SharedDict(dict[Any, Any]):
 
     def __bool__(self) -> bool:
         self.world.point(f"{self.name}?")
-        return super().__len__() > 0
-
-    def __len__(self) -> int:
-        self.world.point(f"len({self.name})")
-        return super().__len__()
-
-    def get(self, key: Any, default: Any = None, /) -> Any:
-        self.world.point(f"{self.name}.get")
-        return super().get(key, default)
+        return len(self) > 0
 
     def setdefault(self, key: Any, default: Any = None, /) -> Any:
         self.world.point(f"{self.name}.setdefault")
@@ -445,7 +471,7 @@ class SharedDict(dict[Any, Any]):
 
 
 class SharedDeque(deque[Any]):
-    """A deque at which other threads may go first."""
+    """A deque at which other threads may go first. One thread at a time takes from it, so that needs no points."""
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__()
@@ -454,23 +480,15 @@ class SharedDeque(deque[Any]):
 
     def __bool__(self) -> bool:
         self.world.point(f"{self.name}?")
-        return super().__len__() > 0
-
-    def __len__(self) -> int:
-        self.world.point(f"len({self.name})")
-        return super().__len__()
+        return len(self) > 0
 
     def append(self, thing: Any, /) -> None:
         self.world.point(f"{self.name}.append")
         super().append(thing)
 
-    def popleft(self) -> Any:
-        self.world.point(f"{self.name}.popleft")
-        return super().popleft()
-
 
 class SharedList(list[Any]):
-    """A list at which other threads may go first."""
+    """A list at which other threads may go first. One thread at a time takes from it; others only add to its end."""
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__()
@@ -479,11 +497,7 @@ class SharedList(list[Any]):
 
     def __bool__(self) -> bool:
         self.world.point(f"{self.name}?")
-        return super().__len__() > 0
-
-    def __len__(self) -> int:
-        self.world.point(f"len({self.name})")
-        return super().__len__()
+        return len(self) > 0
 
     def __iadd__(self, things: Any, /) -> Any:
         self.world.point(f"{self.name} += ...")
@@ -492,10 +506,6 @@ class SharedList(list[Any]):
     def append(self, thing: Any, /) -> None:
         self.world.point(f"{self.name}.append")
         super().append(thing)
-
-    def __getitem__(self, place: Any, /) -> Any:
-        self.world.point(f"{self.name}[...]")
-        return super().__getitem__(place)
 
     def __setitem__(self, place: Any, value: Any, /) -> None:
         self.world.point(f"{self.name}[...] = ...")
@@ -506,6 +516,7 @@ class SharedList(list[Any]):
         super().__delitem__(place)
 
 
+@functools.cache
 def sharing(kind: type[Any], *names: str) -> type[Any]:
     """Return the class with points at each read and change of these plain attributes of its instances."""
 
@@ -521,22 +532,6 @@ def sharing(kind: type[Any], *names: str) -> type[Any]:
         return property(read, write)
 
     return type(f"Shared{kind.__name__}", (kind,), {name: shared(name) for name in names})
-
-
-class Tokens:
-    """Stands in for the Inbox at which the I/O thread sleeps."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.count = 0
-
-    def put(self, token: Any) -> None:
-        self.world.point("asks")
-        self.count += 1
-
-    def get_within(self, wait_s: float | None) -> Any:
-        """Take a token; raise `Empty` when the time is over."""
-        raise NotImplementedError
 
 
 class Latch:

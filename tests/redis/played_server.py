@@ -109,6 +109,10 @@ class PlayedServer:
         self.done: Callable[[Session, list[bytes]], object] = lambda session, parts: None
         """Called with each command after it was done, with success or not, before its reply leaves."""
 
+        self.wrote: Callable[[bytes, bytes, bytes | None, bytes | None], object] = lambda *_: None
+        """Called with hash, field, old and new value for each write of a script. Of a script that fails, only what it
+        has changed counts: not the removal of what was not there."""
+
     def connect(self, deliver: Callable[[bytes], object]) -> Session:
         """Open a connection; `deliver` is called with the bytes of each reply."""
         session = Session(self, deliver)
@@ -157,7 +161,9 @@ class Session:
         self._reader = hiredis.Reader(notEnoughData=NOT_ALL)
 
     def feed(self, data: bytes) -> None:
-        """Take bytes in, and do every command that is whole with them."""
+        """Take bytes in, and do every command that is whole with them; none once it is closed."""
+        if not self.is_open:
+            return
         self._reader.feed(data)
         while (parts := self._reader.gets()) is not NOT_ALL:
             self._commands.append(parts)
@@ -469,14 +475,28 @@ class _Script:
 
     def __init__(self, session: Session, keys: list[bytes], arguments: list[bytes]) -> None:
         self._call = session.nested
+        self._wrote = session.server.wrote
         self._hash = keys[0]
         self._stream = keys[1] if len(keys) > 1 else None
         self._counter = keys[2] if len(keys) > 2 else b""
         self._arguments = arguments
         self._last = 0
         self._depth: bytes | None = None
+        self._writes: list[tuple[bytes, bytes | None, bytes | None]] = []
 
     def run(self) -> Any:
+        """Do it and return its reply."""
+        try:
+            reply = self._run()
+        except Refused:
+            self._writes = [write for write in self._writes if write[1:] != (None, None)]
+            raise
+        finally:
+            for write in self._writes:
+                self._wrote(self._hash, *write)
+        return reply
+
+    def _run(self) -> Any:
         arguments, replies, failed = self._arguments, [], set[bytes]()
         i = 2 if self._stream is not None else 0
         while i < len(arguments):
@@ -485,6 +505,10 @@ class _Script:
             if kind == b"p":
                 self._depth = field if field != b"0" else None
                 i += 2
+                continue
+            if kind == b"t":
+                replies.append(self._transact(i + 3, int(field), int(value), failed))
+                i += 3 + 3 * (int(field) + int(value))
                 continue
             old = self._call(b"HGET", self._hash, field)
             reply: Any = old
@@ -506,6 +530,21 @@ class _Script:
             replies.append(self._last)
         return replies
 
+    def _transact(self, at: int, expected: int, changes: int, failed: set[bytes]) -> int:
+        triples = [tuple(self._arguments[i : i + 3]) for i in range(at, at + 3 * (expected + changes), 3)]
+        found = [
+            (self._call(b"HGET", self._hash, field), _told(is_set, value))
+            for field, is_set, value in triples[:expected]
+        ]
+        fields = {field for field, _, _ in triples[:expected]}
+        if fields & failed or any(is_there != should_be for is_there, should_be in found):
+            skipped = bool(fields & failed)
+            failed |= fields
+            return script.SKIPPED if skipped else 0
+        for field, is_set, value in triples[expected:]:
+            self._store(field, self._call(b"HGET", self._hash, field), _told(is_set, value))
+        return script.DONE
+
     def _store(self, field: bytes, old: bytes | None, new: bytes | None) -> None:
         if self._stream is not None:
             self._last = number = self._call(b"INCR", self._counter)
@@ -522,6 +561,12 @@ class _Script:
             self._call(b"HSET", self._hash, field, new)
         elif old is not None:
             self._call(b"HDEL", self._hash, field)
+        self._writes.append((field, old, new))
+
+
+def _told(is_set: bytes, value: bytes) -> bytes | None:
+    """A value in an entry `t`."""
+    return value if is_set == b"1" else None
 
 
 class _Command:
@@ -537,7 +582,7 @@ class _Command:
         if self._key < 0:
             return None
         if self._key == 3:  # a script; it may have none
-            return parts[3] if parts[2] != b"0" else None
+            return parts[3] if parts[2] != b"0" and len(parts) > 3 else None
         return parts[self._key]
 
 

@@ -96,9 +96,16 @@ def comparable(reply: Any, ids: dict[bytes, str]) -> Any:
 def random_script(draw: random.Random, *, publishes: bool) -> Parts:
     entries: Parts = []
     for _ in range(draw.randint(1, 6)):
-        kind = draw.choice("gsdncp" if publishes else "gsdnc")
+        kind = draw.choice("gsdnctp" if publishes else "gsdnct")
         if kind == "p":
             entries += ["p", draw.choice(["0", "1", "7"])]
+            continue
+        if kind == "t":
+            fields = draw.sample(FIELDS, draw.randint(1, len(FIELDS)))
+            changed = draw.sample(fields, draw.randint(0, len(fields)))
+            entries += ["t", str(len(fields)), str(len(changed))]
+            for field in (*fields, *changed):
+                entries += [field, *draw.choice([["0", ""], ["0", ""], ["1", draw.choice(VALUES)]])]
             continue
         entries += [kind, draw.choice(FIELDS)]
         entries += [draw.choice(VALUES) for _ in range({"s": 1, "n": 1, "c": 2}.get(kind, 0))]
@@ -423,7 +430,7 @@ def what_happens_on(engine: Engine, draw: random.Random) -> list[Any]:
 
 def _broken(engine: Engine) -> str:
     """Return a scope in which another program has put what is not JSON."""
-    adapter: Any = engine._parts.backend
-    with adapter._visit(adapter._servers.primaries()[0], "a write") as connection:
+    backend: Any = engine._parts.backend
+    with backend._visit(backend._servers.primaries()[0], "a write") as connection:
         connection.call("HSET", "state:broken", "x", "{")
     return "broken"

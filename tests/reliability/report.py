@@ -101,6 +101,13 @@ ROWS: Final = (
         ("simulation*",),
     ),
     Row(
+        "Any order of calls, answers, lost and late answers, timeouts and rivals on Redis",
+        "Linearizable for each key, every write sent once, every call ends, events once and in order, nothing left "
+        "over.",
+        ("simulation/test_redis_simulation.py", "redis/test_played_server.py"),
+        ("engines on a played Redis*",),
+    ),
+    Row(
         "Threads and tasks race on the same keys",
         "Every history is linearizable, on every adapter.",
         ("linearizability/test_histories.py", "linearizability/test_checker.py", "bridge/test_linearizability.py"),

@@ -1,4 +1,4 @@
-"""Simulate whole engines: `python -m tests.simulation --seeds 1000`."""
+"""Simulate whole engines: `python -m tests.simulation --seeds 1000`; on a played Redis server with `--redis`."""
 
 # ruff: noqa: T201 - a command talks to its user
 
@@ -9,7 +9,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+from tests.simulation import redis_simulator
 from tests.simulation.simulator import observed, simulate
 
 
@@ -20,27 +22,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first of them (default: 0)")
     parser.add_argument("--seed", type=int, metavar="SEED", help="run this seed alone and print what happens in it")
     parser.add_argument("--file", action="store_true", help="on real files instead of a disk in memory")
+    parser.add_argument("--redis", action="store_true", help="on a played Redis server, with a network that fails")
     parser.add_argument("--most", type=int, default=10, metavar="N", help="stop after so many failures (default: 10)")
     options = parser.parse_args(arguments)
     seeds = range(options.first, options.first + options.seeds) if options.seed is None else [options.seed]
     began = time.perf_counter()
     done = failures = 0
-    with observed():
+    how = " --redis" if options.redis else " --file" if options.file else ""
+    with redis_simulator.played() if options.redis else observed():
         for seed in seeds:
-            with tempfile.TemporaryDirectory(prefix="scopestate-simulation-") as directory:
-                path = str(Path(directory) / "store") if options.file else None
-                failure = simulate(seed, path=path, trace=options.seed is not None)
+            failure = _simulated(seed, how, trace=options.seed is not None)
             done += 1
             if failure is None:
                 continue
             failures += 1
             print(*failure.trace, sep="\n", end="\n" if failure.trace else "")
             print(f"seed {seed}: {failure.problem}")
-            print(f"  again: python -m tests.simulation --seed {seed}{' --file' if options.file else ''}")
+            print(f"  again: python -m tests.simulation --seed {seed}{how}")
             if failures == options.most:
                 break
     print(f"{done} seeds run, {failures} failures, {time.perf_counter() - began:.1f} s")
     return 1 if failures else 0
+
+
+def _simulated(seed: int, how: str, *, trace: bool) -> Any:
+    """Run a seed; return what went wrong, or None."""
+    if "redis" in how:
+        return redis_simulator.simulate(seed, trace=trace)
+    with tempfile.TemporaryDirectory(prefix="scopestate-simulation-") as directory:
+        path = str(Path(directory) / "store") if how else None
+        return simulate(seed, path=path, trace=trace)
 
 
 if __name__ == "__main__":

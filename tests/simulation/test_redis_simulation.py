@@ -1,0 +1,190 @@
+"""Engines on Redis under simulation: many seeds, nothing lost, doubled, out of order or left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from scopestate.persistence.redis.commands import Call, ScopeCommands
+from scopestate.persistence.redis.connection import Broken
+from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.scope import RedisScope
+from scopestate.persistence.redis.script import DONE
+from tests.reliability.figures import record
+from tests.simulation.__main__ import main
+from tests.simulation.redis_network import End
+from tests.simulation.redis_simulator import Failure, World, played, simulate
+
+SEEDS = 200
+ENOUGH_SEEDS = 300
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def _played() -> Iterator[None]:
+    with played():
+        yield
+
+
+def first_failure() -> Failure | None:
+    return next((failure for seed in range(ENOUGH_SEEDS) if (failure := simulate(seed)) is not None), None)
+
+
+def test_nothing_is_lost_or_wrong_in_any_seed() -> None:
+    failures = [failure for seed in range(SEEDS) if (failure := simulate(seed)) is not None]
+
+    assert failures == []
+    record("engines on a played Redis: seeds from 0", seeds=SEEDS, failures=0)
+
+
+def test_a_seed_replays_to_the_letter() -> None:
+    for seed in range(20):
+        first, second = World(seed, trace=True), None
+        first.run()
+        second = World(seed, trace=True)
+        second.run()
+
+        assert first.trace == second.trace
+        assert first.trace
+
+
+def test_the_seeds_reach_what_they_are_there_for() -> None:
+    lines: list[str] = []
+    for seed in range(120):
+        world = World(seed, trace=True)
+        world.run()
+        lines += world.trace or []
+
+    trace = "\n".join(lines)
+    for wanted in (
+        "the answer is lost",
+        "bytes are through",
+        "s late",
+        "an answer comes twice",
+        "a signal handler raises KeyboardInterrupt",
+        "KeyboardInterrupt()",
+        "a rival writes",
+        "no answer in time",
+        "the server ends",
+        "the server is back",
+        "the server is loading: True",
+        "the server is full: True",
+        "the server forgets its scripts",
+        "passivate a",
+        "was lost during state::set",
+        "a write may have been applied",
+        "nothing was sent",
+        "has no memory left",
+        "ReplyTimeout(",
+        "EngineClosed()",
+        "already wait for",
+        "was changed elsewhere during each of 2 attempts",
+        "engine 2: event",
+        "engine 1 is closed",
+    ):
+        assert wanted in trace, wanted
+
+
+# ------------------------------------------------------------------------------------------------------ planted bugs
+
+
+def what_was_under_way_is_sent_again(patch: Patch) -> None:
+    def again(self: Owner, error: Broken) -> None:
+        while self._under_way:
+            command = self._under_way.popleft()
+            other = command.scope.commands.command = command.once_more()
+            self._pass_to(self, other)
+
+    patch.setattr(Owner, "_fail_under_way", again)
+
+
+def a_conflict_counts_as_done(patch: Patch) -> None:
+    finish = ScopeCommands._finish
+
+    def all_well(self: ScopeCommands, call: Call, found: Any, ended: list[Call]) -> None:
+        finish(self, call, DONE if call.effects is not None and not call.awaited else found, ended)
+
+    patch.setattr(ScopeCommands, "_finish", all_well)
+
+
+def a_caller_that_is_cut_short_leaves_its_reply_behind(patch: Patch) -> None:
+    recover = Owner._recover
+
+    def keep(self: Owner, scope: Any, call: Call) -> None:
+        connection = self._connection
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(End, "close", lambda end: None)
+            recover(self, scope, call)
+        self._connection = self._connection or connection
+
+    patch.setattr(Owner, "_recover", keep)
+
+
+def a_wake_up_is_lost_when_the_claim_is_given_back(patch: Patch) -> None:
+    patch.setattr(Owner, "_give_back", lambda self: self._claim.pop("holder", None))
+
+
+def a_pause_is_forgotten(patch: Patch) -> None:
+    patch.setattr(Owner, "_schedule", lambda self, scope: scope.commands.pausing.clear())
+
+
+def later_calls_overtake_one_that_pauses(patch: Patch) -> None:
+    patch.setattr(ScopeCommands, "_waits", lambda self, call, keys: False)
+
+
+def an_event_is_fired_twice(patch: Patch) -> None:
+    changed = RedisScope._changed
+
+    def twice(self: RedisScope, call: Call, *change: Any) -> None:
+        changed(self, call, *change)
+        if call.tries:
+            changed(self, call, *change)
+
+    patch.setattr(RedisScope, "_changed", twice)
+
+
+def a_lost_answer_counts_as_refused(patch: Patch) -> None:
+    fail = Call.fail
+
+    def certainly_not(self: Call, error: Exception) -> None:
+        self.sends_write = False
+        fail(self, error)
+
+    patch.setattr(Call, "fail", certainly_not)
+
+
+BUGS: list[Callable[[Patch], None]] = [
+    what_was_under_way_is_sent_again,
+    a_conflict_counts_as_done,
+    a_caller_that_is_cut_short_leaves_its_reply_behind,
+    a_wake_up_is_lost_when_the_claim_is_given_back,
+    a_pause_is_forgotten,
+    later_calls_overtake_one_that_pauses,
+    an_event_is_fired_twice,
+    a_lost_answer_counts_as_refused,
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_is_caught(bug: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    bug(monkeypatch)
+
+    assert first_failure() is not None
+
+
+def test_a_failing_seed_prints_its_trace_and_the_command_that_replays_it(
+    monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what_was_under_way_is_sent_again(monkeypatch)
+    failure = first_failure()
+    assert failure is not None
+
+    assert main(["--redis", "--seed", str(failure.seed)]) == 1
+
+    printed = capsys.readouterr().out
+    assert "engine 1 starts" in printed
+    assert f"seed {failure.seed}: {failure.problem}" in printed
+    assert f"python -m tests.simulation --seed {failure.seed} --redis" in printed
