@@ -1,0 +1,231 @@
+"""An event loop reaches Redis without another thread: it sends, and waits for the socket itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from opening import INCREMENT, at_rest, open_at, owners_of
+from reliability.living import InThread, until
+from servers import Server, StartServer
+
+from scopestate import Engine
+from scopestate.errors import ConnectionLost, EngineClosed, StorageError
+from scopestate.persistence.redis.connection import Connection
+from scopestate.server.server import new_loop
+
+LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop, new_loop]
+
+
+def on_loop(work: Callable[[], Coroutine[Any, Any, Any]], factory: Any = asyncio.new_event_loop) -> Any:
+    """Run a coroutine on an event loop that is not the main thread's, as a server does."""
+
+    def run() -> Any:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(work())
+
+    return InThread(run).result()
+
+
+@pytest.mark.parametrize("factory", LOOPS, ids=["asyncio", "as the server has it"])
+def test_one_task_after_another_needs_no_other_thread(valkey: Server, factory: Any) -> None:
+    with open_at(valkey.url) as other:
+        other.set("s", "k", 4)  # the server knows the script now
+    with open_at(valkey.url) as engine:
+        engine.set("s", "k", 0)
+
+        async def work() -> Any:
+            for number in range(20):
+                await engine.aio.set("s", "k", number)
+                assert await engine.aio.get("s", "k") == number
+                await engine.aio.update("t", "k", INCREMENT)
+            return await engine.aio.get("t", "k")
+
+        assert on_loop(work, factory) == 20
+        assert not any(owner._begun for owner in owners_of(engine))
+        assert engine.stats().store["connects"] == 1
+
+
+def test_the_main_thread_s_loop_leaves_it_to_the_io_thread(valkey: Server) -> None:
+    """There a signal handler may raise in the middle of what is done for other callers."""
+    with open_at(valkey.url) as engine:
+        engine.set("s", "k", 0)
+        asyncio.run(engine.aio.set("s", "k", 1))
+        assert owners_of(engine)[0]._begun
+        assert owners_of(engine)[0]._watch is None
+
+
+@pytest.mark.parametrize("factory", LOOPS, ids=["asyncio", "as the server has it"])
+def test_tasks_of_two_loops_and_threads_get_their_own_answers(redis_server: Server, factory: Any) -> None:
+    with open_at(redis_server.url, {"call_timeout_ms": 30_000}) as engine:
+        rounds = 40
+
+        def on_thread(which: int) -> None:
+            for number in range(rounds):
+                engine.set(f"s{which % 3}", f"t{which}", number)
+                assert engine.get(f"s{which % 3}", f"t{which}") == number
+                engine.update("s0", "counter", INCREMENT)
+
+        async def in_task(which: int) -> None:
+            for number in range(rounds):
+                await engine.aio.set(f"s{which % 3}", f"a{which}", number)
+                assert await engine.aio.get(f"s{which % 3}", f"a{which}") == number
+                await engine.aio.update("s0", "counter", INCREMENT)
+
+        async def tasks(first: int) -> None:
+            await asyncio.gather(*(in_task(which) for which in range(first, first + 30)))
+
+        engine.set("s0", "counter", 0)
+        threads = [InThread(lambda which=which: on_thread(which)) for which in range(8)]  # type: ignore[misc]
+        loops = [InThread(lambda first=first: on_loop(lambda: tasks(first), factory)) for first in (0, 30)]  # type: ignore[misc]
+        for one in (*threads, *loops):
+            one.result()
+
+        assert engine.get("s0", "counter") == 68 * rounds
+        at_rest(engine)
+
+
+def test_a_server_that_does_not_answer_costs_the_loop_no_longer_than_a_thread(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url, {"call_timeout_ms": 20_000}, call_timeout_ms=200) as engine:
+        engine.set("s", "k", 0)
+
+        async def work() -> type[BaseException | None]:
+            await engine.aio.set("s", "k", 1)
+            server.pause()
+            with pytest.raises(StorageError) as caught:
+                await engine.aio.set("s", "k", 2)
+            server.resume()
+            assert (await engine.aio.set("s", "other", 3)).created
+            return type(caught.value.__cause__)
+
+        assert on_loop(work) is ConnectionLost
+
+
+def test_a_loop_that_ends_while_it_waits_leaves_no_answer_to_the_next_caller(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url, {"call_timeout_ms": 20_000}, call_timeout_ms=20_000) as engine:
+        engine.set("s", "k", "old")
+        engine.set("t", "k", "theirs")
+
+        async def work() -> None:
+            await engine.aio.get("s", "k")
+            server.pause()
+            task = asyncio.create_task(engine.aio.set("s", "k", "new"))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert owners_of(engine)[0]._under_way
+            task.cancel()
+
+        on_loop(work)
+        server.resume()
+        assert engine.get("t", "k") == "theirs"
+        assert engine.get("s", "k") == "new"
+        assert engine.stats().store["connects"] == 1
+
+
+def test_what_does_not_fit_into_the_socket_is_sent_by_the_io_thread(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_now = Connection.send_now
+    monkeypatch.setattr(Connection, "send_now", lambda self, data: send_now(self, data[:7]))
+    with open_at(valkey.url) as engine:
+        engine.set("s", "k", 0)
+
+        async def work() -> Any:
+            for number in range(20):
+                await engine.aio.set("s", "k", number)
+            return await engine.aio.get("s", "k")
+
+        assert on_loop(work) == 19
+        assert owners_of(engine)[0]._begun
+
+
+def test_a_thread_that_comes_while_the_loop_waits_does_not_wait_for_the_loop(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url, {"call_timeout_ms": 20_000}, call_timeout_ms=20_000) as engine:
+        engine.set("s", "k", 0)
+        blocked, go_on = threading.Event(), threading.Event()
+
+        async def work() -> Any:
+            await engine.aio.set("s", "k", 1)
+            server.pause()
+            task = asyncio.create_task(engine.aio.set("s", "k", 2))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert owners_of(engine)[0]._under_way
+            blocked.set()
+            assert go_on.wait(30)  # the loop is busy with something else
+            return await task
+
+        loop = InThread(lambda: on_loop(work))
+        assert blocked.wait(30)
+        server.resume()
+        assert engine.set("s", "k", 3).old_value == 2
+        go_on.set()
+        assert loop.result().old_value == 1
+
+
+def test_closing_the_engine_lets_go_of_the_loop_s_descriptor(start_server: StartServer) -> None:
+    server = start_server()
+    engine = open_at(server.url, {"close_grace_ms": 1}, call_timeout_ms=20_000)
+    engine.set("s", "k", 0)
+
+    async def work() -> None:
+        await engine.aio.set("s", "k", 1)
+        server.pause()
+        late = asyncio.create_task(engine.aio.set("s", "k", 2))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        watch = owners_of(engine)[0]._watch
+        assert watch is not None
+        assert watch.active
+        fd = watch._fd
+        os.fstat(fd)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises((StorageError, EngineClosed)):
+            await late
+        await asyncio.sleep(0)
+        assert not watch.active
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+    try:
+        on_loop(work)
+    finally:
+        engine.close()
+
+
+def test_a_connection_that_the_server_has_closed_is_made_anew(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url) as engine:
+        engine.set("s", "k", 0)
+
+        async def work() -> Any:
+            await engine.aio.set("s", "k", 1)
+            server.ask("CLIENT", "KILL", "TYPE", "normal")
+            return await engine.aio.get("s", "k")
+
+        assert on_loop(work) == 1
+        until(lambda: engine.stats().store["connects"] == 2, "the connection is not made anew")
+
+
+def test_events_of_a_loop_s_writes_come_in_order(valkey: Server) -> None:
+    with open_at(valkey.url) as engine:
+        heard: list[Any] = []
+
+        @engine.on_change(scope="s")
+        def hear(event: Any) -> None:
+            heard.append(event.new_value)
+
+        async def work(engine: Engine) -> None:
+            for number in range(100):
+                await engine.aio.set("s", "k", number)
+
+        on_loop(lambda: work(engine))
+        engine.drain(10)
+        assert heard == list(range(100))
