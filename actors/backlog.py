@@ -21,6 +21,20 @@ log = Log("scopestate.triggers")
 _GONE: Final = object()
 
 
+class Tally:
+    """A counter that any thread may increment without losing an increment: `add()`."""
+
+    __slots__ = ("_count", "add")
+
+    def __init__(self) -> None:
+        self._count = itertools.count()  # advanced in C, in one step; `+= 1` on an attribute is several
+        self.add = self._count.__next__
+
+    def value(self) -> int:
+        """Return the count."""
+        return int(repr(self._count)[len("count(") : -1])
+
+
 class HandlerFull(Overloaded):
     """A handler must catch up before this write: wait for `Backlog.when_room`, then try again.
 
@@ -64,8 +78,10 @@ class Backlog:
         self._writers: dict[Callable[[], object], int] = {}
         self.progress = 0
         """Changes whenever handlers have made progress."""
-        self._blocked = itertools.count()
-        self._refused = itertools.count()
+        self.blocked = Tally()
+        """Writes that found a handler's mailbox full and had to wait."""
+        self.refused = Tally()
+        """Calls that were refused because a mailbox was full."""
 
     # ------------------------------------------------------------------------------------------------------ bytes
 
@@ -126,24 +142,6 @@ class Backlog:
 
     # ----------------------------------------------------------------------------------------------------- waiting
 
-    def note_blocked(self) -> None:
-        """Note that a write found a handler's mailbox full and has to wait."""
-        next(self._blocked)
-
-    def note_refused(self) -> None:
-        """Note that a call was refused because a mailbox was full. From any thread."""
-        next(self._refused)
-
-    @property
-    def blocked(self) -> int:
-        """How often a write found a handler's mailbox full and had to wait."""
-        return value_of(self._blocked)
-
-    @property
-    def refused(self) -> int:
-        """How many calls were refused because a mailbox was full."""
-        return value_of(self._refused)
-
     def when_room(self, callback: Callable[[], object], full: HandlerFull | None = None, size: int = 0) -> None:
         """Call `callback()`, on any thread, after some handler has made progress.
 
@@ -181,8 +179,3 @@ class Backlog:
 def size_of(event: StateEvent) -> int:
     """Bytes of the values of an event."""
     return len(event.old_json or b"") + len(event.new_json or b"")
-
-
-def value_of(counter: itertools.count[int]) -> int:
-    """What an `itertools.count` will give next. It is advanced in C, in one step; `+= 1` on an attribute is several."""
-    return int(repr(counter)[len("count(") : -1])

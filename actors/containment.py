@@ -97,10 +97,6 @@ class Log:
         """As `logging.Logger.debug`."""
         self._write(logging.DEBUG, text, args, options)
 
-    def info(self, text: str, *args: object, **options: Any) -> None:
-        """As `logging.Logger.info`."""
-        self._write(logging.INFO, text, args, options)
-
     def warning(self, text: str, *args: object, **options: Any) -> None:
         """As `logging.Logger.warning`."""
         self._write(logging.WARNING, text, args, options)

@@ -416,10 +416,10 @@ def weakly(method: Callable[[], object]) -> Callable[[], object]:
 
 
 def start_thread(target: Callable[[], object]) -> bool:
-    """Call `target()`, which is short, on a thread of its own. Returns False if the interpreter starts none any more.
+    """Call `target()`, which is short, on a new thread. Returns False if the interpreter starts no more threads.
 
-    One C call: `Thread.start()` is Python code that waits for the new thread, and a KeyboardInterrupt that comes into
-    it can leave that thread waiting for ever. On the new thread no signal arrives, so it may start a real one.
+    This is one C call. `Thread.start()` is Python code that waits for the new thread, and a KeyboardInterrupt in it can
+    leave that thread waiting without end. No signal handler runs on the new thread, so it may start another one.
     """
     try:
         _thread.start_new_thread(target, ())

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from scopestate.actors.ports import ScopeChange
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Surroundings
-from scopestate.actors.turn import BUSY
 from scopestate.errors import ScopestateError, StorageError
 from scopestate.ops.turns import Turn
 
 if TYPE_CHECKING:
     from scopestate.actors.local import LocalScope
-
-A = TypeVar("A")
 
 Outcome = tuple[ReplyTo, Any, BaseException | None]
 """A reply with its value or its error, ready to deliver."""
@@ -70,7 +67,7 @@ class Gate:
     commit. If the commit fails, its callers get the error, its events are dropped, and the scope is loaded from disk
     again, so that memory, disk and events agree.
 
-    Thread rules: `read` and `refuse_in_turns` from any thread, everything else within the scope's turn.
+    Thread rules: `refuse_in_turns` from any thread, everything else within the scope's turn.
     """
 
     def __init__(self, scope: LocalScope, around: Surroundings) -> None:
@@ -84,20 +81,6 @@ class Gate:
         self._waiting: list[Held] = []
         self._committing: dict[str, bytes | None] = {}
         """The changes of the commit that is under way."""
-
-    def read(self, turn: Turn[A]) -> A:
-        """Return the answer of a read if everything in memory is on disk, else BUSY."""
-        scope, busy = self._scope, cast(A, BUSY)
-        view = scope._view
-        if turn.writes or view is None or not scope._direct:
-            return busy
-        _, answer = turn.decide(view)
-        # Looked at after the values were read. If all is settled now and the scope was not loaded anew meanwhile, then
-        # what was read is on disk.
-        if self.unsettled or view is not scope._view:
-            return busy
-        scope.touched = True
-        return answer
 
     def refuse_in_turns(self) -> None:
         """Raise WouldDeadlock if this thread is in the middle of a turn that the next commit must wait for.
@@ -163,6 +146,7 @@ class Gate:
         self._committing = {}
         if not self._scope._dirty and not self._waiting:
             self.unsettled = False
+            self._scope._allow_reading()
         # Events before answers: the caller that has the answer may call drain() and count on the event.
         self._router.publish(batch.events)
         return outcomes

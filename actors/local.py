@@ -30,16 +30,15 @@ write is saved."""
 class InMemory:
     """The view that turns have of values in memory."""
 
-    __slots__ = ("_table", "get", "limits", "scope")
+    __slots__ = ("_table", "limits", "scope")
 
     def __init__(self, scope: str, table: dict[str, bytes], limits: Limits) -> None:
         self.scope = scope
         self._table = table
         self.limits = limits
-        self.get: Callable[[str], bytes | None] = table.get
-        """The dict's own method: each turn calls it."""
 
-    # In one step each, so that they may be called without a turn.
+    def get(self, key: str) -> bytes | None:
+        return self._table.get(key)
 
     def values(self) -> list[bytes]:
         return list(self._table.values())
@@ -83,10 +82,10 @@ class LocalScope(ScopeActor):
         self._allow_reading()
 
     def _allow_reading(self) -> None:
-        """Let callers read without a turn, where no message and no commit stands in the way."""
-        if self._gate is None and not self._closed:
+        """Let callers read without a turn, where no message and no commit stands in the way. Within a turn."""
+        if not self._closed and (self._gate is None or not self._gate.unsettled):
             self.readable = self._values
-            # Looked at behind that: a sender that keeps order meanwhile has cleared the flag, or clears `readable`.
+            # Read after that: a sender that keeps order in between has cleared the flag, or clears `readable`.
             if not self._direct:
                 self.readable = None
 
@@ -118,17 +117,12 @@ class LocalScope(ScopeActor):
                 certainly(self._recover)
                 raise
         if self._gate is not None:
-            answer = self._gate.read(turn)
-            if answer is not BUSY:
-                return answer
             self._gate.refuse_in_turns()
         return super().run(turn)
 
     def run_now(self, turn: Turn[A]) -> A:
-        answer: A = BUSY  # without the values there is a store to wait for
-        if self._gate is not None:
-            return self._gate.read(turn)
-        if self._view is not None:
+        answer: A = BUSY  # there may be a commit to wait for, or a store
+        if self._gate is None and self._view is not None:
             answer = self._if_idle(self.on_receive, turn)
         return answer
 
@@ -151,7 +145,7 @@ class LocalScope(ScopeActor):
             return self._without_values(turn)
         if type(turn) is Set:
             # The short way: `decide` would cost a set 15 % more. tests/properties/test_turns.py holds the two equal.
-            old, data = view.get(turn.key), turn.data
+            old, data = self._values.get(turn.key), turn.data  # type: ignore[union-attr]  # as there is a view of them
             result = SetResult(old, data)
             self._write(turn.key, old, data)
             return result  # type: ignore[return-value]  # A is SetResult here
@@ -177,6 +171,7 @@ class LocalScope(ScopeActor):
         before = self._sequence
         if gate is not None:
             gate.unsettled = True
+            self.readable = None  # before the value can be seen
         self.touched = True
         # From here to the end of the stretch: no call, no loop, no attribute with code behind it. CPython looks for
         # signals only at those, so nothing can come between these lines. What may need memory stands before what is
@@ -214,7 +209,7 @@ class LocalScope(ScopeActor):
         if gate is not None:
             self._around.snapshot.commit_soon()  # the events wait for the commit
         elif routed:
-            self._router.announce()
+            self._router.wake()
 
     def _refuse_write(self, key: str, old: bytes | None, new: bytes | None) -> None:
         raise StorageError(
@@ -224,7 +219,7 @@ class LocalScope(ScopeActor):
         )
 
     def _tell_again(self) -> None:
-        self._router.announce_again()
+        self._router.wake_anyway()
         if self._gate is not None:
             self._around.snapshot.commit_anyway()
 

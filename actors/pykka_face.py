@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import uuid
@@ -17,7 +18,7 @@ from scopestate.actors.reply import Reply
 log = Log("scopestate.actors")
 
 PROXIES: Final = (ProxyCall, ProxyGetAttr, ProxySetAttr)
-"""The messages of Pykka's proxies."""
+"""The messages of Pykka's proxies, each with the path of an attribute."""
 
 
 class Stop:
@@ -116,7 +117,10 @@ class PykkaFace(pykka.Actor):
         `ActorRegistry.stop_all()` must not stop an engine (docs/functions-and-messages.md).
         """
         actor = cls(*args, **kwargs)
-        actor._start_actor_loop()
+        try:
+            actor.on_start()
+        except Exception:  # noqa: BLE001 - what a program's hook may raise ends the actor, as in Pykka
+            actor._note_failure()
         ref: pykka.ActorRef[Self] = actor.actor_ref
         return ref
 
@@ -124,12 +128,14 @@ class PykkaFace(pykka.Actor):
         """Stop behind what waits."""
         self.actor_ref.tell(Stop())
 
-    def _start_actor_loop(self) -> None:
-        self._actor_loop_setup()
+    # Pykka's Actor is abstract: it asks its subclasses for these three.
+
+    def _start_actor_loop(self) -> None:  # pragma: no cover - only Pykka's `start` calls it
+        raise TypeError("an actor has no loop: its turns run on the threads that claim it")
 
     @staticmethod
-    def _create_actor_inbox() -> Any:
-        raise TypeError("an actor makes its inbox from itself")  # pragma: no cover - only Pykka's __init__ asks
+    def _create_actor_inbox() -> Any:  # pragma: no cover - only Pykka's `__init__` calls it
+        raise TypeError("an actor makes its inbox from itself")
 
     @staticmethod
     def _create_future() -> Reply[Any]:
@@ -138,14 +144,22 @@ class PykkaFace(pykka.Actor):
     def _receive(self, message: Any) -> Any:
         """Handle one message, within a turn."""
         if isinstance(message, Stop):
-            return self._stop()
+            return self._stop_now()
         if self._dead:
             raise pykka.ActorDeadError(f"{self} stopped before handling the message")
         if isinstance(message, PROXIES):
-            return self._handle_receive(message)
+            return self._serve_proxy(message)
         return self.on_receive(message)
 
-    def _stop(self) -> None:
+    def _serve_proxy(self, message: ProxyCall | ProxyGetAttr | ProxySetAttr) -> Any:
+        *path, name = message.attr_path
+        owner = functools.reduce(getattr, path, self)
+        if isinstance(message, ProxySetAttr):
+            return setattr(owner, name, message.value)
+        attribute = getattr(owner, name)
+        return attribute(*message.args, **message.kwargs) if isinstance(message, ProxyCall) else attribute
+
+    def _stop_now(self) -> None:
         self._dead = True
         self.actor_stopped.set()
         try:
@@ -153,19 +167,20 @@ class PykkaFace(pykka.Actor):
         except BaseException as error:
             if is_from_outside(error):
                 raise
-            self._handle_failure(*sys.exc_info())  # logged, as Pykka does
+            self._note_failure()
 
     def _fail(self) -> None:
         """Log the exception being handled and stop, which is what becomes of a Pykka actor after a bad `tell`."""
-        self._handle_failure(*sys.exc_info())
+        self._note_failure()
         try:
             self.on_failure(*sys.exc_info())
         except BaseException as error:
             if is_from_outside(error):
                 raise
-            self._handle_failure(*sys.exc_info())
+            self._note_failure()
 
-    def _handle_failure(self, exception_type: Any, exception_value: Any, traceback: Any) -> None:
-        log.error("unhandled exception in %s", self.name, exc_info=(exception_type, exception_value, traceback))
+    def _note_failure(self) -> None:
+        """Log the exception that is being handled, and be stopped."""
+        log.error("unhandled exception in %s", self.name, exc_info=sys.exc_info()[1])
         self._dead = True
         self.actor_stopped.set()

@@ -71,6 +71,9 @@ class Reply(pykka.Future[T]):
     waiter: Callable[[Reply[T], float | None], None] | None = None
     """Waits instead of blocking, on a dispatcher that runs one turn at a time (see `deterministic`)."""
 
+    _is_derived = False
+    """True if its outcome is computed from that of other futures."""
+
     def __init__(self) -> None:
         super().__init__()
         # A lock that is held until the outcome is there: a threading.Event takes ten times as long to make.
@@ -88,12 +91,17 @@ class Reply(pykka.Future[T]):
     def __repr__(self) -> str:
         return f"<scopestate reply, {'delivered' if self.done else 'open'}>"
 
+    def set_get_hook(self, func: Callable[[float | None], T]) -> None:
+        """Have `func(timeout)` give the outcome, as Pykka's `map`, `filter`, `reduce` and `join` do."""
+        super().set_get_hook(func)
+        self._is_derived = True
+
     def get(self, *, timeout: float | None = None) -> T:
         """Wait for the outcome, at most `timeout` seconds, and return it or raise it.
 
         Raises `pykka.Timeout` if there is none in time; the message may still be handled later.
         """
-        if self._get_hook is not None:
+        if self._is_derived:
             return super().get(timeout=timeout)
         if not self.done:
             self._wait(timeout)
@@ -144,7 +152,7 @@ class Reply(pykka.Future[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         """Suspend the running task until the outcome is there."""
-        if not self.done and self._get_hook is None:
+        if not self.done and not self._is_derived:
             from scopestate.actors.loop_reply import LoopReply  # noqa: PLC0415 - asyncio takes 20 ms to import
 
             waiter = LoopReply()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterable
 from threading import get_ident
 from typing import Any, NoReturn
 
-from scopestate.actors.backlog import HandlerFull, size_of, value_of
+from scopestate.actors.backlog import HandlerFull, Tally, size_of
 from scopestate.actors.containment import Log
 from scopestate.actors.handler import Barrier, HandlerActor, HandlerServices
 from scopestate.actors.reports import DeliveryFailure
@@ -46,11 +45,12 @@ class EventRouter(TurnActor):
         self.backlog = services.backlog
         self.backlog.working = self.triggers.working
         self.outlet: list[Prepared] = self._mailbox
-        """Where a scope appends what it has prepared, in the stretch that no signal can cut; `announce` follows."""
+        """Where a scope appends what it has prepared, in the stretch that no signal can cut; `wake` follows."""
         self.routed = 0
         """Events that had at least one trigger."""
         self.loops_cut = 0
-        self._cascades = itertools.count()
+        self.cascades = Tally()
+        """Events that handlers have fired, or are about to fire."""
 
     # ------------------------------------------------------------------------------------------- before the write
 
@@ -97,30 +97,22 @@ class EventRouter(TurnActor):
             if backlog.is_over(queued):
                 self._refuse(scope, handlers, depth, progress)
         if depth:
-            self.note_cascade()  # before the event is in the mailbox, or `drain` could miss it
+            self.cascades.add()  # before the event is in the mailbox, or `drain` could miss it
 
     def _refuse(self, scope: str, handlers: tuple[HandlerActor, ...], depth: int, progress: int) -> NoReturn:
         me = get_ident()
         # A finalizer may write on a thread that is in the middle of such a turn.
         within = any(actor._claim.get(HOLDER) == me for actor in (self, *handlers))
         if depth or within:
-            self.backlog.note_refused()
+            self.backlog.refused.add()
             raise Overloaded(
                 f"a handler's mailbox is full, and this write to scope {scope!r} comes from a handler; nothing was "
                 "written: waiting might be waiting for itself"
             )
-        self.backlog.note_blocked()
+        self.backlog.blocked.add()
         raise HandlerFull(scope, progress)
 
     # -------------------------------------------------------------------------------------------- after the write
-
-    def announce(self) -> None:
-        """Events are in the outlet: have them passed on, unless that is arranged already."""
-        self.wake()
-
-    def announce_again(self) -> None:
-        """As `announce`, for a turn that was cut short. Once too often does no harm."""
-        self.wake_anyway()
 
     def publish(self, events: Iterable[Prepared]) -> None:
         """Take the events of writes that have happened: all of them, or none if this raises."""
@@ -186,17 +178,6 @@ class EventRouter(TurnActor):
         finally:
             del claim[HOLDER]
             self.wake()
-
-    # --------------------------------------------------------------------------------------------------- cascades
-
-    def note_cascade(self) -> None:
-        """Note that a handler is about to fire an event. From any thread."""
-        next(self._cascades)
-
-    @property
-    def fired_by_handlers(self) -> int:
-        """How many events handlers have fired, or are about to have fired."""
-        return value_of(self._cascades)
 
     # ---------------------------------------------------------------------------------------------------- fan-out
 

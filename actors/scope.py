@@ -107,7 +107,7 @@ class ScopeActor(TurnActor):
     caller_runs = True
 
     readable: Mapping[str, bytes] | None = None
-    """Key -> JSON, current and safe to read at this moment; None: reading takes a turn."""
+    """Key -> JSON, to read without a turn; None: reading takes one. What was read counts if this is still the same."""
 
     _largest = 1
     """Bytes of the largest message that ever waited here."""
@@ -139,6 +139,15 @@ class ScopeActor(TurnActor):
     @property
     def mailbox_limit(self) -> int:  # type: ignore[override]  # a reload may change it
         return self._around.limits.scope_mailbox
+
+    def values_now(self) -> list[bytes] | None:
+        """Return all values if that takes no turn, else None."""
+        readable = self.readable
+        if readable is None:
+            return None
+        values = list(readable.values())
+        self.touched = True
+        return values if self.readable is readable else None
 
     def holds_keys(self) -> bool | None:
         """Whether the scope holds a key; None if only its backend knows."""
@@ -228,7 +237,7 @@ class ScopeActor(TurnActor):
             self._refuse_bytes(item)
             super().post(item)
         except Overloaded:
-            self._router.backlog.note_refused()
+            self._router.backlog.refused.add()
             raise
 
     def _refuse_bytes(self, envelope: Envelope) -> None:

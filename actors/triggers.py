@@ -1,4 +1,4 @@
-"""The table of triggers: which handlers hear of a write."""
+"""The table of triggers: which handlers get the event of a write."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class TriggerTable:
 
     @exclusive
     def discard(self, trigger: Trigger) -> None:
-        """Remove the trigger if it is still this very one that is registered under its id."""
+        """Remove the trigger if it is still the one that is registered under its id."""
         known = self._by_id.get(trigger.trigger_id)
         if known is not None and known[1].trigger is trigger:
             self._remove(*known)

@@ -30,7 +30,7 @@ _ARRANGING: Final[dict[int, int]] = {}
 def arranging(action: Callable[[], object]) -> None:
     """Call `action()`, which sets a flag that says "this is arranged" and then arranges it.
 
-    Between the two a finalizer or a signal handler may run on this very thread and find the flag set. It must not rely
+    Between the two a finalizer or a signal handler may run on this thread and find the flag set. It must not rely
     on it: see `is_arranging`.
     """
     me = get_ident()
@@ -65,13 +65,13 @@ class TurnActor(PykkaFace):
     """True: `run` on an idle actor happens on the caller's own thread. False: on the dispatcher's threads, always."""
 
     runs_program: ClassVar[bool] = False
-    """True if its turns run code of the program, which may block for ever: they get threads of a share set apart."""
+    """True if its turns run code of the program, which may never return: the number of threads for them is limited."""
 
     mailbox_limit = sys.maxsize
     """Messages that may wait; one more is refused with `Overloaded`."""
 
     batch = 64
-    """Messages that a worker thread handles for this actor before it looks after the others."""
+    """Messages that a worker thread handles for this actor before it serves others."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher

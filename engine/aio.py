@@ -78,11 +78,11 @@ class AioEngine:
             key = checked_name("key", key)
         actor = self._scopes[scope]
         values = actor.readable
-        if values is None:
-            data = await self._run(scope, turns.Get(key))
-        else:
+        if values is not None:
             actor.touched = True
             data = values.get(key)
+        if values is None or actor.readable is not values:
+            data = await self._run(scope, turns.Get(key))
         return default if data is None else decode(data)
 
     async def delete(self, scope: str, key: str) -> Any:
@@ -99,13 +99,9 @@ class AioEngine:
     async def list(self, scope: str) -> builtins.list[Any]:
         """As `Engine.list`."""
         self._engine._tally["state::list"].add()
-        actor = self._scopes[checked_name("scope", scope)]
-        values = actor.readable
-        if values is None:
+        everything = self._scopes[checked_name("scope", scope)].values_now()
+        if everything is None:
             everything = await self._run(scope, turns.List())
-        else:
-            actor.touched = True
-            everything = [*values.values()]
         return [decode(data) for data in everything]
 
     async def list_groups(self) -> builtins.list[str]:
@@ -229,7 +225,7 @@ class AioEngine:
                 try:
                     await asyncio.wait_for(room.future, left_s)
                 except TimeoutError as error:
-                    backlog.note_refused()
+                    backlog.refused.add()
                     raise Overloaded(no_room(scope)) from error
             finally:
                 backlog.stop_waiting(room.set)  # whatever came: a task that was cancelled leaves nothing behind

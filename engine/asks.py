@@ -46,7 +46,7 @@ class PatientReply(Reply[Any]):
             if self._backlog.has_waiting_room():
                 self._backlog.when_room(self._send_again, error, size)
             else:
-                self._backlog.note_refused()
+                self._backlog.refused.add()
                 self.fail(
                     Overloaded("nothing was written: a handler is behind, and too many messages wait for it already")
                 )

@@ -44,7 +44,7 @@ def plain_result(function_id: str, result: object) -> Any:
 
 
 class Caller:
-    """Runs registered functions for callers who wait: threads, and tasks of event loops."""
+    """Runs registered functions for callers that wait: threads, and tasks of event loops."""
 
     def __init__(self, services: HandlerServices) -> None:
         self._services = services
@@ -52,8 +52,8 @@ class Caller:
     def call(self, function: Function, payload: object) -> Any:
         """Call a registered function on this thread; a coroutine function on its event loop, while this thread waits.
 
-        Raises FunctionFailed around whatever the function raises, and WouldDeadlock if this thread runs the very loop
-        that the coroutine needs.
+        Raises FunctionFailed, whose cause is what the function raises, and WouldDeadlock if this thread runs the event
+        loop that the coroutine needs.
         """
         data = plain_payload(function.function_id, payload)
         if not function.is_async:
@@ -61,7 +61,7 @@ class Caller:
         loop = function.loop or self._services.loop_thread.get()
         if loop is running_loop():
             raise WouldDeadlock(
-                f"function {function.function_id!r} runs on the event loop of this very thread, which would be "
+                f"function {function.function_id!r} runs on the event loop of this thread, which would be "
                 "blocked until it ends: use `await engine.aio.call(...)` here"
             )
         return self._finish(function, lambda: self._wait_for(function, function.target(data), loop))

@@ -57,7 +57,7 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
     deadline = None if timeout is None else parts.dispatcher.monotonic() + timeout
     quiet_rounds = 0
     while quiet_rounds < 2:
-        fired = parts.router.fired_by_handlers
+        fired = parts.router.cascades.value()
         yield from _finish_turns(parts, deadline, timeout)
         if parts.backend.arrivals is not None:
             arrivals, left_s = parts.backend.arrivals, _left(parts, deadline)
@@ -79,7 +79,7 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
         finally:
             if not reply.done:
                 parts.router.withdraw(barrier)  # the wait has timed out or was cancelled
-        quiet_rounds = quiet_rounds + 1 if parts.router.fired_by_handlers == fired else 0
+        quiet_rounds = quiet_rounds + 1 if parts.router.cascades.value() == fired else 0
 
 
 def refuse_on_loop_of_handlers(parts: Parts, name: str) -> None:

@@ -204,11 +204,11 @@ class Engine(Reactive):
             key = checked_name("key", key)
         actor = self._scopes[scope]
         values = actor.readable
-        if values is None:
-            data = actor.run(turns.Get(key))
-        else:
+        if values is not None:
             actor.touched = True
             data = values.get(key)
+        if values is None or actor.readable is not values:
+            data = actor.run(turns.Get(key))
         return default if data is None else decode(data)
 
     def delete(self, scope: str, key: str) -> Any:
@@ -253,12 +253,9 @@ class Engine(Reactive):
         """
         self._tally["state::list"].add()
         actor = self._scopes[checked_name("scope", scope)]
-        values = actor.readable
-        if values is None:
+        everything = actor.values_now()
+        if everything is None:
             everything = actor.run(turns.List())
-        else:
-            actor.touched = True
-            everything = [*values.values()]
         return [decode(data) for data in everything]
 
     def list_groups(self) -> builtins.list[str]:
@@ -493,5 +490,5 @@ class Engine(Reactive):
                 room.get(timeout=None if deadline is None else deadline - dispatcher.monotonic())
             except pykka.Timeout:
                 backlog.stop_waiting(room.set)
-                backlog.note_refused()
+                backlog.refused.add()
                 raise Overloaded(no_room(scope)) from full

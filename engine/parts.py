@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from scopestate.actors.backlog import Tally
 from scopestate.actors.directory import Directory, Housekeeper
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.functions import Function, Functions
@@ -36,7 +37,6 @@ from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.opening import open_backend
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.turns import checked_length
-from scopestate.stats import Tally
 
 log = logging.getLogger("scopestate.engine")
 

@@ -107,7 +107,7 @@ class Reactive:
         if misplaced:
             raise InvalidRegistration(
                 "on_change takes its filters by name: write `@engine.on_change(scope=..., key=...)`, "
-                "or `@engine.on_change()` to hear of every change"
+                "or `@engine.on_change()` for every change"
             )
 
         def register(handler: F) -> F:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 import msgspec
-
-from scopestate.actors.backlog import value_of
 
 if TYPE_CHECKING:
     from scopestate.parts import Parts
@@ -76,20 +73,6 @@ class Health(msgspec.Struct, frozen=True):
     """Duration of the last successful save; 0 if there was none."""
 
 
-class Tally:
-    """A counter that any thread may increment without losing an increment."""
-
-    __slots__ = ("_count", "add")
-
-    def __init__(self) -> None:
-        self._count = itertools.count()  # see value_of
-        self.add = self._count.__next__
-
-    def value(self) -> int:
-        """Return the count."""
-        return value_of(self._count)
-
-
 def measure(parts: Parts) -> Stats:
     """Return the figures of a running engine."""
     counts = parts.router.triggers.counts()
@@ -106,8 +89,8 @@ def measure(parts: Parts) -> Stats:
         retries=counts.retried,
         timeouts=counts.timeouts,
         dropped=counts.dropped,
-        blocked=parts.router.backlog.blocked,
-        refused=parts.router.backlog.refused,
+        blocked=parts.router.backlog.blocked.value(),
+        refused=parts.router.backlog.refused.value(),
         loops_cut=parts.router.loops_cut,
         saves=snapshot.saves,
         saved_keys=snapshot.saved_keys,

@@ -39,14 +39,8 @@ _FACE = "tests/engine/test_refs.py"
 _PYKKA_SUBCLASS = "Pykka's Actor asks its subclasses for it, and our actors run on a dispatcher instead of a thread"
 
 PRIVATE = {
-    "_actor_loop_setup": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_stop_ends_an_actor_behind_what_waits"),
     "_create_actor_inbox": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_ref_asks_and_tells"),
     "_create_future": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_ref_asks_and_tells"),
-    "_get_hook": Private(
-        "pykka",
-        "set by `set_get_hook`, for `map`, `filter` and `reduce`",
-        f"{_FACE}::test_futures_can_be_mapped_filtered_reduced_and_joined",
-    ),
     "_get_running_loop": Private(
         "asyncio",
         "`get_running_loop` raises where no loop runs, on the path of each write",
@@ -54,12 +48,6 @@ PRIVATE = {
     ),
     "_get_socket": Private(
         "redis", "redis-py has no public way to the socket of a connection", "tests/redis/test_connecting.py"
-    ),
-    "_handle_failure": Private(
-        "pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_an_error_during_tell_stops_the_actor_and_is_logged"
-    ),
-    "_handle_receive": Private(
-        "pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_proxy_calls_methods_reads_and_writes_attributes"
     ),
     "_register_atexit": Private(
         "threading",
@@ -72,7 +60,6 @@ PRIVATE = {
         "tests/actors/test_inbox.py",
     ),
     "_start_actor_loop": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_ref_asks_and_tells"),
-    "_stop": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_stop_ends_an_actor_behind_what_waits"),
 }
 """The private names of libraries. A new one needs a reason; one that is no longer used leaves."""
 

@@ -168,9 +168,11 @@ class StateFunctions:
             if gets:
                 actor = self._scopes[scope]
                 if (values := actor.readable) is not None:
-                    count()
                     actor.touched = True
-                    return values.get(fields.key)  # type: ignore[attr-defined]  # _Get has it
+                    text: Result = values.get(fields.key)  # type: ignore[attr-defined]  # _Get has it
+                    if actor.readable is values:
+                        count()
+                        return text
             try:
                 turn = fields.turn(limits)
             except DeserializationError as error:

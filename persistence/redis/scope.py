@@ -122,7 +122,7 @@ class RedisScope(ScopeActor):
                 for key in call.keys or ():
                     self._refuse_if_full(key, depth)
             elif depth:
-                self._router.note_cascade()
+                self._router.cascades.add()
         self.touched = True
         return call
 

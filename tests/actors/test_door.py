@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import re
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +119,18 @@ def test_a_turn_that_is_held_runs_on_the_thread_that_holds_it() -> None:
     assert house.names() == ["f"]
 
 
+def test_no_other_module_reaches_behind_the_door() -> None:
+    root = Path(__file__).parents[2]
+    found = {
+        file.relative_to(root).as_posix(): names
+        for folder in ("actors", "engine", "persistence")
+        for file in (root / folder).rglob("*.py")
+        if (names := re.findall(r"router\._(?:mailbox|enqueue|scheduled|claim)", file.read_text(encoding="utf-8")))
+    }
+
+    assert found == {}
+
+
 STEPS = st.lists(
     st.one_of(st.integers(0, 40), st.sampled_from(["route", "deliver", "fewer bytes", "more bytes"])), max_size=60
 )
@@ -158,7 +173,9 @@ def test_no_write_passes_that_a_count_of_all_bytes_would_refuse(
                     with pytest.raises(HandlerFull):
                         house.prepare(size=size)
                 else:
-                    router.publish(house.prepare(size=size))
+                    # A large value may have it count where `check_room`, which does not know its size, did not.
+                    with contextlib.suppress(HandlerFull):
+                        router.publish(house.prepare(size=size))
 
 
 class Held:

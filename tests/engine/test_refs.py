@@ -160,6 +160,39 @@ def test_a_proxy_calls_methods_reads_and_writes_attributes(ref: pykka.ActorRef[C
     assert pykka.get_all([proxy.add(0), proxy.add(1)], timeout=PATIENCE_S) == [45, 46]
 
 
+def test_a_proxy_reaches_what_an_attribute_holds(dispatcher: ThreadDispatcher) -> None:
+    class Clock:
+        ticks = 3
+
+        def add(self, number: int) -> int:
+            self.ticks += number
+            return self.ticks
+
+    class Holder(Counter):
+        clock = pykka.traversable(Clock())
+
+    proxy = Holder.start(dispatcher).proxy()
+
+    assert proxy.clock.ticks.get(timeout=PATIENCE_S) == 3
+    proxy.clock.ticks = 5
+    assert proxy.clock.add(2).get(timeout=PATIENCE_S) == 7
+
+
+def test_an_actor_whose_start_fails_is_stopped_and_that_is_logged(
+    dispatcher: ThreadDispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Counter):
+        def on_start(self) -> None:
+            raise LookupError("no start")
+
+    ref = Failing.start(dispatcher)
+
+    assert not ref.is_alive()
+    assert "no start" in caplog.text
+    with pytest.raises(pykka.ActorDeadError):
+        ref.ask(1)
+
+
 def test_futures_can_be_mapped_filtered_reduced_and_joined(ref: pykka.ActorRef[Counter]) -> None:
     numbers = ref.ask(lambda: [1, 2, 3], block=False)
 

@@ -242,7 +242,7 @@ def test_a_handler_that_takes_longer_than_the_time_limit_keeps_its_events(valkey
     held_up.gate.clear()
     for number in range(5):
         slow.set("s", "k", number)
-    wait_until(lambda: slow._parts.router.backlog.blocked > 0, "a reader that waits for room")
+    wait_until(lambda: slow._parts.router.backlog.blocked.value() > 0, "a reader that waits for room")
     taken = pending(valkey)
     seen = Seen(other)
     seen.wait_for_count(5 - taken)

@@ -171,7 +171,7 @@ def test_an_engine_whose_reader_waits_for_a_full_handler_can_be_closed(valkey: S
         writer.set("s", "k", number)
     assert seen.entered.wait(30)
     backlog = reader._parts.router.backlog
-    wait_until(lambda: backlog.blocked > 0, "a reader that waits for room")
+    wait_until(lambda: backlog.blocked.value() > 0, "a reader that waits for room")
     reader.close()
     seen.gate.set()
     assert [report.event.new_value for report in reports] == [2, 1]
@@ -295,7 +295,7 @@ def test_own_events_that_a_restart_lost_before_they_were_read_are_reported_and_d
     seen.gate.clear()
     for number in range(1, 9):
         engine.set("s", f"k{number}", number)
-    wait_until(lambda: engine._parts.router.backlog.blocked > 0, "a reader that waits for room")
+    wait_until(lambda: engine._parts.router.backlog.blocked.value() > 0, "a reader that waits for room")
     server.ask("SAVE")
     for number in range(9, 20):
         engine.set("s", f"k{number}", number)
@@ -346,7 +346,7 @@ def test_events_that_are_trimmed_before_they_were_read_are_counted_and_named(
     for number in range(1, 401):
         writer.set("s", "k", number)
         if number == 5:
-            wait_until(lambda: reader._parts.router.backlog.blocked > 0, "a reader that waits for room")
+            wait_until(lambda: reader._parts.router.backlog.blocked.value() > 0, "a reader that waits for room")
     with caplog.at_level(logging.ERROR):
         seen.gate.set()
         seen.wait_for_value(400)
