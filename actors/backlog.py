@@ -65,7 +65,7 @@ class Backlog:
         self.largest = 0
         """Approximate bytes of the largest event since the router's mailbox was last empty."""
         self.allowance = 0
-        """While the events in the router's mailbox hold no more bytes than this, no limit in bytes can be reached."""
+        """While the events in the router's mailbox hold fewer bytes than this, no limit in bytes is reached."""
         self.offered = 0
         """Bytes ever offered to handlers. Written within the router's turns only."""
         self._taken = 0

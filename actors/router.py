@@ -69,7 +69,7 @@ class EventRouter(TurnActor):
         size = (len(old) if old else 0) + (len(new) if new else 0)
         backlog.largest = max(backlog.largest, size)
         room = limits.handler_mailbox - waiting
-        if depth or room <= 0 or waiting * backlog.largest > backlog.allowance:
+        if depth or room <= 0 or waiting * backlog.largest >= backlog.allowance:
             self._admit(scope, handlers, depth)
         elif limits.handler_when_full == "block":
             for handler in handlers:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from scopestate.actors.backlog import HandlerFull
@@ -137,6 +137,8 @@ STEPS = st.lists(
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(steps=["fewer bytes", 10, 0], handler_bytes=0, all_bytes=0)
+@example(steps=[30, 40, "route", 20, 23], handler_bytes=90, all_bytes=0)
 @given(steps=STEPS, handler_bytes=st.sampled_from([0, 30, 90]), all_bytes=st.sampled_from([0, 50, 150]))
 def test_no_write_passes_that_a_count_of_all_bytes_would_refuse(
     steps: list[int | str], handler_bytes: int, all_bytes: int
