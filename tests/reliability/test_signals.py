@@ -17,6 +17,7 @@ import pytest
 from reliability.living import PATIENCE_S, InThread, saved, settings
 
 from scopestate import Engine
+from scopestate.persistence import FileAdapter
 from scopestate.signals import SLICE_S, Guard, SignalPipe, exclusive, join, wait_for
 
 SIGNALS = 500
@@ -236,17 +237,19 @@ class CutBehindTheLock(dict[str, list[int]]):
     was_cut = False
 
 
-@pytest.mark.parametrize("part", ["directory", "router", "functions", "store", "saving", "loop", "dispatcher"])
+@pytest.mark.parametrize("part", ["directory", "triggers", "functions", "store", "saving", "loop", "dispatcher"])
 def test_no_part_of_an_engine_hangs_when_its_guard_was_taken_at_that_very_moment(tmp_path: Path, part: str) -> None:
     config = settings("interval", tmp_path / "store", limits={"close_grace_ms": 1000})
     engine = Engine.from_config(config)
     parts = engine._parts
+    store = parts.backend.store
+    assert isinstance(store, FileAdapter)
     guard: Guard = {
         "directory": parts.directory._exclusive,
-        "router": parts.router._exclusive,
+        "triggers": parts.router.triggers._exclusive,
         "functions": parts.functions._exclusive,
-        "store": parts.adapter._exclusive,  # type: ignore[attr-defined]  # it is a FileAdapter
-        "saving": parts.adapter._saving,  # type: ignore[attr-defined]  # the same
+        "store": store._exclusive,
+        "saving": store._saving,
         "loop": parts.loop_thread._exclusive,
         "dispatcher": parts.dispatcher._exclusive,  # type: ignore[attr-defined]  # it is a ThreadDispatcher
     }[part]
