@@ -27,18 +27,21 @@ LAST_SEQUENCE: Final = 2**63 - 2**32
 write is saved."""
 
 
+_UNUSED: Final[dict[str, int]] = {}
+"""Shared by the scopes that are not kept: nothing is put into it."""
+
+
 class InMemory:
     """The view that turns have of values in memory."""
 
-    __slots__ = ("_table", "limits", "scope")
+    __slots__ = ("_table", "get", "limits", "scope")
 
     def __init__(self, scope: str, table: dict[str, bytes], limits: Limits) -> None:
         self.scope = scope
         self._table = table
         self.limits = limits
-
-    def get(self, key: str) -> bytes | None:
-        return self._table.get(key)
+        self.get: Callable[[str], bytes | None] = table.get
+        """The dict's own method, because every turn calls it."""
 
     def values(self) -> list[bytes]:
         return list(self._table.values())
@@ -66,7 +69,7 @@ class LocalScope(ScopeActor):
             self._sequence = 0  # until it is loaded
         self._saved = 0
         self._dirty: dict[str, bytes | None] | None = {} if keeps else None
-        self._positions: dict[str, int] = {}
+        self._positions: dict[str, int] = {} if keeps else _UNUSED
         self._left: dict[str, bytes] | None = None
         """The values of a closed scope, which only turns of handlers see."""
         self.pinned = False

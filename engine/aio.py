@@ -74,13 +74,16 @@ class AioEngine:
         self._count_get()
         if type(scope) is not str:
             scope = checked_name("scope", scope)
-        if type(key) is not str or not key.isascii():
+        if type(key) is not str:
             key = checked_name("key", key)
         actor = self._scopes[scope]
         values = actor.readable
         if values is not None:
             actor.touched = True
             data = values.get(key)
+            if data is not None and actor.readable is values:
+                return decode(data)
+        key = checked_name("key", key)  # as in `Engine.get`
         if values is None or actor.readable is not values:
             data = await self._run(scope, turns.Get(key))
         return default if data is None else decode(data)

@@ -200,13 +200,17 @@ class Engine(Reactive):
         self._count_get()
         if type(scope) is not str:
             scope = checked_name("scope", scope)
-        if type(key) is not str or not key.isascii():
+        if type(key) is not str:
             key = checked_name("key", key)
         actor = self._scopes[scope]
         values = actor.readable
         if values is not None:
             actor.touched = True
             data = values.get(key)
+            if data is not None and actor.readable is values:
+                return decode(data)
+        # It takes a turn to know, or there is no such key, or no key can have this name.
+        key = checked_name("key", key)
         if values is None or actor.readable is not values:
             data = actor.run(turns.Get(key))
         return default if data is None else decode(data)

@@ -100,6 +100,31 @@ def test_the_groups_wait_for_a_commit_that_decides_about_them(engine: Engine, ac
     assert groups.result() == ["s"]
 
 
+def test_a_read_that_begins_before_a_write_does_not_count_until_the_commit(actor: LocalScope) -> None:
+    """It may see the value of the write, which is in memory and not on disk."""
+    values = actor.readable
+    assert values is not None
+    written = send(actor, turns.Set("k", b"2"))
+
+    assert values["k"] == b"2"
+    assert actor.readable is None
+    assert actor.values_now() is None
+    deliver(actor.housekeep(TakeBatch()).settle())
+    assert written.done
+    assert actor.readable is values
+
+
+def test_a_read_that_begins_before_a_write_does_not_count_after_a_roll_back(actor: LocalScope) -> None:
+    values = actor.readable
+    send(actor, turns.Set("k", b"2"))
+    deliver(actor.housekeep(TakeBatch()).roll_back(StorageError("no")))
+
+    assert actor.readable is None
+    assert actor.run(turns.Get("k")) == b"1"
+    assert actor.readable is not None
+    assert actor.readable is not values
+
+
 def test_a_roll_back_answers_everybody_even_if_the_mailbox_is_full(engine: Engine, actor: LocalScope) -> None:
     written = send(actor, turns.Set("k", b"2"))
     reads = [send(actor, turns.Get("k")) for _ in range(20)]
