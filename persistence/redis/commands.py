@@ -222,23 +222,23 @@ class Command:
 
 
 class _View:
-    """What a turn sees of its scope: keys that were read."""
+    """What a turn sees of its scope: keys that were read. Used again for each turn."""
 
-    __slots__ = ("_values", "limits", "scope")
+    __slots__ = ("found", "limits", "scope")
 
-    def __init__(self, scope: str, limits: Limits, values: Mapping[str, bytes | None]) -> None:
+    def __init__(self, scope: str, limits: Limits) -> None:
         self.scope = scope
         self.limits = limits
-        self._values = values
+        self.found: Mapping[str, bytes | None] = {}
 
     def get(self, key: str) -> bytes | None:
-        return self._values[key]
+        return self.found[key]
 
     def values(self) -> list[bytes]:
-        return [data for data in self._values.values() if data is not None]
+        return [data for data in self.found.values() if data is not None]
 
     def items(self) -> list[tuple[str, bytes]]:
-        return [(key, data) for key, data in self._values.items() if data is not None]
+        return [(key, data) for key, data in self.found.items() if data is not None]
 
 
 class ScopeCommands:
@@ -271,7 +271,7 @@ class ScopeCommands:
         self.publishes = store.shares_events
         self._scope = scope
         self._store = store
-        self._limits = limits
+        self._view = _View(scope.scope, limits)
         self._changed = changed
         self._clock = clock
         self._uniform = uniform
@@ -292,7 +292,8 @@ class ScopeCommands:
         most = min(most, _MOST_CALLS)
         while taken < len(queue) and len(making.calls) < most and making.size < _MOST_BYTES:
             call = queue[taken]
-            if not (call.gave_up or call.is_abandoned):
+            reply_to = call.reply_to
+            if not (call.gave_up or (reply_to is not None and reply_to.abandoned)):
                 keys = call.keys
                 if not keys:
                     # Behind everything that came before, on whatever key.
@@ -354,34 +355,34 @@ class ScopeCommands:
                     raise _too_large(keys[0], after)
                 known[keys[0]] = (after, after)
             return one_step.entry(turn)
-        call.effects = None
         if turn.writes:
             looked, seen = call.looked, self.seen
             values: dict[str, Known] = {}
             for key in keys:
                 value = known.get(key) or (looked and looked.get(key)) or seen.get(key)
                 if value is None:
+                    call.sends_write = False
                     break
                 values[key] = value
             else:
                 return self._decide(call, values, known)
-            call.sends_write = False
         call.looked = {}
         call.awaited = len(keys)
         return None
 
     def _decide(self, call: Call, values: dict[str, Known], known: dict[str, Known]) -> tuple[Any, ...]:
-        view = _View(self.name, self._limits, {key: value[1] for key, value in values.items()})
-        effects: Effects[Any] = call.message.decide(view)
-        changes, _ = effects
-        for change in changes:
-            if change.after is not None and len(change.after) > _LARGEST_BYTES:
-                raise _too_large(change.key, change.after)
-        for change in changes:
-            known[change.key] = NOTHING if change.after is None else (change.after, change.after)
-        call.effects = effects
+        view = self._view
+        view.found = {key: value[1] for key, value in values.items()}
+        call.effects = effects = call.message.decide(view)
+        for change in effects[0]:
+            after = change.after
+            if after is not None and len(after) > _LARGEST_BYTES:
+                raise _too_large(change.key, after)
+        for change in effects[0]:
+            after = change.after
+            known[change.key] = NOTHING if after is None else (after, after)
         call.sends_write = True
-        return _stored(values, changes)
+        return _stored(values, effects[0])
 
     def command_of(self, entries: list[Any], calls: list[Call], again: list[Call], *, whole: bool) -> Command:
         """Return the command of several entries, or of a read of the whole scope."""
@@ -517,17 +518,18 @@ class ScopeCommands:
 
     def _finish_read(self, call: Call, found: Any, ended: list[Call]) -> None:
         """One key of a call was read. With the last of them a read has its answer, and a write may be decided."""
-        turn = call.message
-        looked = call.looked
+        looked, keys = call.looked, call.keys or ()
         call.awaited -= 1
         if looked is None:
             return
-        key = next(key for key in call.keys or () if key not in looked)
+        key = keys[0] if len(keys) == 1 else next(key for key in keys if key not in looked)
+        turn = call.message
         try:
             looked[key] = self.seen.look(key, found)
             if call.awaited or turn.writes:
                 return
-            view = _View(self.name, self._limits, {key: known[1] for key, known in looked.items()})
+            view = self._view
+            view.found = {key: known[1] for key, known in looked.items()}
             _, call.answer = turn.decide(view)
             call.done = True
         except ScopestateError as error:
@@ -609,7 +611,8 @@ class ScopeCommands:
         items.sort()
         self._whole_bytes = size
         self.seen.note_gone(misfits)
-        view = _View(self.name, self._limits, dict(items))
+        view = self._view
+        view.found = dict(items)
         for call in calls:
             _, call.answer = call.message.decide(view)
             call.done = True

@@ -157,7 +157,9 @@ class Connection:
 
     def is_stale(self) -> bool:
         """True if the server has closed it, or answered what it was not asked. Ask while nothing is awaited."""
-        return self.readable() or self._has_data()
+        # As `readable`, written out: it is asked before each write that goes out alone.
+        decrypted = self._decrypted
+        return bool(self._poll(0)) or self._has_data() or (decrypted is not None and decrypted() > 0)
 
     def close(self) -> None:
         """Close it. Idempotent; a thread that waits in it gets Broken."""
