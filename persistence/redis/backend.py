@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
+from scopestate.actors.backlog import Tally
 from scopestate.actors.ports import Backend
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import ConfigError, ConnectionLost, DeserializationError, NotConnected, StorageError
@@ -61,11 +61,11 @@ class RedisBackend(Backend):
         """That of the last one. If it is less, answers came out of order, or the numbers have begun anew."""
         self._options = options
         self._pid = os.getpid()
-        self._attempts = itertools.count()
-        self._conflicts = itertools.count()
-        self.note_attempt = self._attempts.__next__
+        self._attempts = Tally()
+        self._conflicts = Tally()
+        self.note_attempt = self._attempts.add
         """Count an attempt to publish an update."""
-        self.note_conflict = self._conflicts.__next__
+        self.note_conflict = self._conflicts.add
         """Count an attempt that found the key changed by somebody else."""
         self._misfits: dict[tuple[str, str], str] = {}
         self._closed = False
@@ -125,8 +125,8 @@ class RedisBackend(Backend):
         events of other engines are known to be lost to this one.
         """
         return {
-            "update_attempts": _value(self._attempts),
-            "update_conflicts": _value(self._conflicts),
+            "update_attempts": self._attempts.value(),
+            "update_conflicts": self._conflicts.value(),
             "connects": sum(owner.connects for owner in self._servers.owners()),
             "events_missed": 0 if self.reader is None else self.reader.missed,
         }
@@ -330,11 +330,6 @@ def _mode_of(options: RedisOptions) -> bytes:
         return bytes(traits(connection).get(b"mode", b""))
     finally:
         connection.close()
-
-
-def _value(counter: itertools.count[int]) -> int:
-    """What an `itertools.count` will give next: it is advanced in C, in one step, from any thread."""
-    return int(repr(counter)[len("count(") : -1])
 
 
 def _text(name: str, what: str) -> str:
