@@ -17,7 +17,7 @@ from servers import Server
 
 from scopestate import Engine, messages
 from scopestate.errors import StorageError
-from scopestate.persistence.redis import adapter as adapter_module
+from scopestate.persistence.redis import backend as backend_module
 
 __all__ = ["open_redis"]
 
@@ -391,7 +391,7 @@ def test_a_group_that_a_scan_gives_twice_is_one_group(
     redis_server: Server, open_redis: OpenRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does when the server's table shrinks meanwhile."""
-    monkeypatch.setattr(adapter_module, "_SCAN_COUNT", 10)
+    monkeypatch.setattr(backend_module, "_SCAN_COUNT", 10)
     adapter: Any = open_redis(redis_server.url)._parts.backend
     there = redis_server.client()
     lasting, passing = (
