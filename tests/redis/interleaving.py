@@ -97,6 +97,11 @@ class World:
         self.threads.append(thread)
         return thread
 
+    def settle(self, thread: Thread) -> None:
+        """Let a thread come to its first wait before anything else begins."""
+        while thread.ready is None and not thread.is_over:
+            self.take(Step(thread, thread.label, (True, None)))
+
     @property
     def current(self) -> Thread | None:
         """The thread that runs; None while the scenario is made."""

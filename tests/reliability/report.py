@@ -103,8 +103,8 @@ ROWS: Final = (
     Row(
         "Any order of calls, answers, lost and late answers, timeouts and rivals on Redis",
         "Linearizable for each key, every write sent once, every call ends, events once and in order, nothing left "
-        "over.",
-        ("simulation/test_redis_simulation.py", "redis/test_played_server.py"),
+        "over. The hand-over of a connection: in each order that there is.",
+        ("simulation/test_redis_simulation.py", "redis/test_owner_model.py", "redis/test_played_server.py"),
         ("engines on a played Redis*",),
     ),
     Row(

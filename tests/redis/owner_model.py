@@ -1,0 +1,508 @@
+"""The hand-over of `Owner`, in every order of everything that can happen, on the class itself.
+
+Callers that may lead, threads that post, an event loop and the I/O thread run to each of their points in each order,
+while commands meet rivals, connections break, callers give up and signal handlers raise. In each state: no call is
+answered twice, none is sent twice. From each state: without a further fault, rest is reached.
+
+`test_owner_model.py` explores the small scenarios; the others are for a command:
+`python tests/redis/owner_model.py two_callers losses=1`. Faults: cuts, timeouts, losses, rivals, dials.
+"""
+
+# ruff: noqa: T201 - a command talks to its user
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import hiredis
+import pytest
+from interleaving import SharedDeque, SharedDict, SharedList, World, explore, sharing
+from played_server import PlayedServer
+
+from scopestate.actors.limits import Limits
+from scopestate.errors import NotConnected, ScopestateError
+from scopestate.inbox import Empty
+from scopestate.ops import turns
+from scopestate.ops.update_ops import Append
+from scopestate.persistence.redis import owner as owner_module
+from scopestate.persistence.redis import scope as scope_module
+from scopestate.persistence.redis import watching
+from scopestate.persistence.redis.commands import Call, ScopeCommands
+from scopestate.persistence.redis.connection import NOT_ALL, Broken, Refusal
+from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.scope import RedisScope
+from scopestate.persistence.redis.script import SOURCE, Shape
+
+_SHARED = ("_wanted", "_is_news")
+_LEFT_OUT = frozenset(
+    {
+        "_batches", "_pushed", "_round", "_sent_at", "_trip_s", "since", "thread",  # only speed depends on these
+        "model", "world", "_world", "_store", "_limits", "_scope", "_changed", "_clock", "_uniform", "_deliver",
+        "_target", "_routes", "_wake", "_thread", "_session", "name", "hash_key", "scope_name", "me", "now",  # constant
+    }
+)  # fmt: skip
+
+
+class Tokens:
+    """Stands in for the inbox at which the I/O thread sleeps. Time passes only there."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.count = 0
+
+    def put(self, token: object) -> None:
+        self.model.world.point("asks")
+        self.count = min(self.count + 1, 2)  # more of them say no more
+
+    def empty(self) -> bool:
+        self.model.world.point("asked already?")
+        return self.count == 0
+
+    def get_within(self, wait_s: float | None) -> None:
+        came = self.model.world.wait("sleeps", lambda: self.count > 0, None if wait_s is None else "time")
+        if not came:
+            assert wait_s is not None
+            self.model.time[0] += wait_s
+            raise Empty
+        self.count -= 1
+
+
+class Lock:
+    """Stands in for the lock at which a caller waits for its answer."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.is_free = True
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        if self.is_free and self.world.current is None:
+            self.is_free = False
+            return True
+        if self.is_free and timeout is None:
+            self.is_free = False
+            return True
+        came = self.world.wait("waits for its answer", lambda: self.is_free, "timeouts")
+        if came:
+            self.is_free = False
+        return came
+
+    def release(self) -> None:
+        assert not self.is_free, "a call was answered twice"
+        self.is_free = True
+
+
+class Line:
+    """A connection to the played server: what is sent is done at once; then the answer is there, or the line breaks."""
+
+    address = "played"
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.replies: list[Any] = []
+        self.is_closed = self.is_shut = False
+        self._session = model.server.connect(self._arrive)
+
+    def _arrive(self, reply: bytes) -> None:
+        reader = hiredis.Reader(replyError=Refusal)
+        reader.feed(reply)
+        self.replies.append(reader.gets())
+
+    def send(self, data: bytes) -> None:
+        fate = self.model.world.choose(
+            "sends", ("", "", None), ("it breaks before", "before", "losses"), ("it breaks after", "after", "losses")
+        )
+        assert not self.is_closed, "sent on a closed connection"
+        if fate != "before":
+            self._session.feed(data)
+        if fate or self.is_shut:
+            self.is_shut = True
+            self.replies.clear()
+            self._session.close()
+            if fate == "before":
+                raise self._broken()
+
+    def receive(self) -> None:
+        self.model.world.wait("receives", self.readable)
+        if self.is_shut or self.is_closed:
+            raise self._broken()
+
+    def next_reply(self) -> Any:
+        return self.replies.pop(0) if self.replies else NOT_ALL
+
+    def exchange(self, data: bytes) -> Any:
+        self.send(data)
+        self.receive()
+        return self.next_reply()
+
+    def readable(self) -> bool:
+        return bool(self.replies) or self.is_shut or self.is_closed
+
+    is_stale = readable
+
+    def plain_fd(self) -> int:
+        return 1
+
+    def send_now(self, data: bytes) -> int:
+        self.send(data)
+        return len(data)
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._session.close()
+
+    def shut(self) -> None:
+        self.is_shut = True
+
+    def _broken(self) -> Broken:
+        self.close()
+        return Broken("the line broke")
+
+
+class Loop:
+    """An event loop: calls back when the line has something, when it was asked to, and when time is over."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.reader: tuple[Callable[[Any], None], Any] | None = None
+        self.soon: list[tuple[Any, ...]] = []
+        self.timers: list[tuple[float, Any, Any]] = []
+
+    def add_reader(self, fd: int, callback: Callable[[Any], None], watch: Any) -> None:
+        self.reader = (callback, watch)
+
+    def remove_reader(self, fd: int) -> None:
+        self.reader = None
+
+    def call_soon(self, *callback: Any) -> None:
+        self.soon.append(callback)
+
+    call_soon_threadsafe = call_soon
+
+    def call_later(self, delay_s: float, callback: Any, argument: Any) -> None:
+        self.timers.append((self.model.time[0] + delay_s, callback, argument))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def has_work(self) -> bool:
+        return bool(self.soon) or (self.reader is not None and self.reader[1].connection.readable())
+
+    def run(self) -> None:
+        """Go on for ever."""
+        while True:
+            if not self.model.world.wait("the loop waits", self.has_work, "time" if self.timers else None):
+                due, callback, argument = self.timers.pop(0)
+                self.model.time[0] = max(self.model.time[0], due)
+                callback(argument)
+            elif self.soon:
+                callback, *arguments = self.soon.pop(0)
+                callback(*arguments)
+            elif self.reader is not None:
+                callback, watch = self.reader
+                callback(watch)
+
+
+class LoopWatch(owner_module.Watch):
+    """The real one, without a file descriptor of the system."""
+
+    def __init__(self, loop: Any, connection: Any, fd: int, drive: Any) -> None:
+        self.loop, self.connection, self.thread = loop, connection, loop.model.world.ident()
+        self.active = self._is_soon = self._checks = False
+        self._drive, self._fd = drive, fd
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            self.stop()
+            self._fd = -1
+
+    def __del__(self) -> None:
+        """There is nothing to let go of."""
+
+
+class Store:
+    """What scopes need of the adapter."""
+
+    update_attempts = 100
+    shares_events = False
+    shape = Shape("state:")
+
+    def nothing(self, *_: object) -> None:
+        """Count and note nothing."""
+
+    note_attempt = note_conflict = note_published = note_misfit = note_fit = nothing
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def is_held_here(self) -> bool:
+        return bool(self.model.owner.is_held_here())
+
+
+class Scope(RedisScope):
+    """The real scope, without an engine around it."""
+
+    mailbox_limit = 10  # type: ignore[assignment]  # a property of the real one
+
+    def __init__(self, model: Model, name: str) -> None:
+        self.scope = name
+        self.events: list[tuple[Any, ...]] = []
+        self.commands = ScopeCommands(
+            self, Store(model), Limits(), self._note, clock=model.clock, uniform=lambda low, high: high
+        )
+        self.owner = model.owner
+        self.mailbox = self._mailbox = SharedList(model.world, f"mailbox of {name}")
+        self.listed = self._passivated = False
+        self.since = 0.0
+        self._store = self.commands._store
+        self._batches = 0
+
+    def _note(self, call: Call, *change: Any) -> None:
+        self.events.append(change)
+
+    def _refuse_bytes(self, call: Call) -> None:
+        """Nothing here is large."""
+
+
+class ReplyTo:
+    """Where the answer of a posted call goes."""
+
+    abandoned = False
+    loop_reply = None
+    answers = 0
+
+
+class Model:
+    """An owner with its scopes, callers and server, in one run."""
+
+    def __init__(self, world: World, kind: type[Any] = Owner) -> None:
+        self.world = world
+        self.time = [0.0]
+        self.server = PlayedServer()
+        self.server.do("SCRIPT", "LOAD", SOURCE)
+        self.server.wrote = self._wrote
+        self.server.before = self._before
+        self.writes: list[bytes | None] = []
+        self.posted: list[ReplyTo] = []
+        self.callers: list[Any] = []
+        self.failures: list[tuple[str, str]] = []
+        owner: Any = kind(
+            types.SimpleNamespace(address="played", dial=self._dial),
+            call_timeout_s=5.0,
+            connect_wait_s=1.0,
+            deliver=self._deliver,
+            clock=self.clock,
+            uniform=lambda low, high: high,
+        )
+        self.owner = owner
+        # As an instance of the class with points; here, since `__init__` may not stop.
+        shared = {name: owner.__dict__.pop(name) for name in _SHARED}
+        owner.__class__ = sharing(kind, *_SHARED)
+        owner.__dict__.update(shared, world=world, _begun=True)
+        owner._claim = SharedDict(world, "claim")
+        owner._inbox = SharedDeque(world, "inbox")
+        owner._tokens = Tokens(self)
+        owner.connect()
+        world.roots += [owner, self.time, self.server.databases, self.posted, self.failures, self.callers]
+        world.left_out = _LEFT_OUT
+        world.is_at_rest = self.is_at_rest
+        world.check = self.check
+        world.settle(world.spawn("I/O", owner.run))
+
+    def clock(self) -> float:
+        return self.time[0]
+
+    def scope(self, name: str = "s") -> Scope:
+        """Make a scope."""
+        scope = Scope(self, name)
+        self.world.roots.append(scope)
+        return scope
+
+    def caller(
+        self, name: str, scope: Scope, turn: Any, *, timeout_s: float | None = None, can_be_cut: bool = False
+    ) -> None:
+        """Add a thread that makes one call, and may lead for it."""
+
+        def work() -> None:
+            call = Call(turn, None, 0)
+            try:
+                self.owner.call(scope, call, timeout_s)
+                assert call.done, "a call returned before it had ended"
+                if call.error is not None:
+                    raise call.error
+            except ScopestateError as error:
+                self.failures.append((name, type(error).__name__))
+
+        self.callers.append(self.world.spawn(name, work, can_be_cut=can_be_cut))
+
+    def poster(self, name: str, scope: Scope, turn: Any) -> None:
+        """Add a thread that leaves a call behind, as an event loop does."""
+        reply_to = ReplyTo()
+        self.posted.append(reply_to)
+
+        def work() -> None:
+            scope.post(Call(turn, reply_to, 0))  # type: ignore[arg-type]
+
+        self.callers.append(self.world.spawn(name, work))
+
+    def task(self, scope: Scope, turn: Any) -> None:
+        """Add a thread with an event loop, in which a task makes one call."""
+        reply_to, loop = ReplyTo(), Loop(self)
+        self.posted.append(reply_to)
+        self.world.roots.append(loop)
+
+        def work() -> None:
+            call: Any = Call(turn, reply_to, 0)  # type: ignore[arg-type]
+            call.loop = loop
+            scope.post(call)
+            loop.run()
+
+        self.world.spawn("loop", work)
+
+    def is_at_rest(self) -> bool:
+        owner = self.owner
+        state = owner.__dict__
+        return (
+            all(thread.is_over for thread in self.callers)
+            and all(reply_to.answers == 1 for reply_to in self.posted)
+            and not dict.__len__(owner._claim)
+            and not deque_len(owner._inbox)
+            and not (owner._ready or owner._under_way or owner.over or owner._later or state["_wanted"])
+        )
+
+    def check(self) -> None:
+        assert len(self.writes) == len(set(self.writes)), f"a write was done twice: {self.writes}"
+        assert all(reply_to.answers <= 1 for reply_to in self.posted), "a posted call was answered twice"
+
+    def _deliver(self, outcomes: list[Any]) -> None:
+        for reply_to, _, _ in outcomes:
+            reply_to.answers += 1
+
+    def _wrote(self, hash_key: bytes, field: bytes, old: bytes | None, new: bytes | None) -> None:
+        self.writes.append(new)
+
+    def _before(self, session: object, parts: list[bytes]) -> bool:
+        if parts[0] == b"EVALSHA" and self.world.choose(
+            "is done", ("", False, None), ("behind a rival", True, "rivals")
+        ):
+            self.server.do("HSET", parts[3], "k", "[]")
+        return True
+
+    def _dial(self) -> Line:
+        if self.world.choose("dials", ("", False, None), ("in vain", True, "dials")):
+            raise NotConnected("no server there")
+        return Line(self)
+
+
+def deque_len(inbox: Any) -> int:
+    return len(list(inbox))
+
+
+def enter_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the modules take threads, locks and their ids from the world that runs."""
+    here: list[World] = []
+    begin = World.__init__
+
+    def init(world: World, budgets: dict[str, int]) -> None:
+        begin(world, budgets)
+        here[:] = [world]
+
+    monkeypatch.setattr(World, "__init__", init)
+
+    def ident() -> int:
+        return here[0].ident()
+
+    monkeypatch.setattr(owner_module, "Watch", LoopWatch)
+    for module in (owner_module, scope_module, watching):
+        monkeypatch.setattr(module, "get_ident", ident, raising=False)
+    monkeypatch.setattr(owner_module, "threading", types.SimpleNamespace(Lock=lambda: Lock(here[0])))
+    monkeypatch.setattr(owner_module, "wait_for", lambda wait, timeout_s: wait(timeout_s))
+    monkeypatch.setattr(owner_module.log, "disabled", True)
+
+
+def put(value: int) -> turns.Set:
+    return turns.Set("k", b"%d" % value)
+
+
+def add(value: int) -> turns.Update:
+    return turns.Update("k", (Append("", value),))
+
+
+def two_callers(world: World, kind: type[Owner] = Owner) -> None:
+    model = Model(world, kind)
+    scope = model.scope()
+    model.caller("A", scope, put(1))
+    model.caller("B", scope, put(2))
+
+
+def a_caller_and_a_poster(world: World, kind: type[Owner] = Owner) -> None:
+    model = Model(world, kind)
+    scope = model.scope()
+    model.caller("A", scope, put(1), can_be_cut=True, timeout_s=9.0)
+    model.poster("P", scope, put(2))
+
+
+def an_update_and_a_poster(world: World) -> None:
+    model = Model(world)
+    world.time_passes_amid = False
+    scope = model.scope()
+    model.caller("A", scope, add(1), can_be_cut=True, timeout_s=9.0)
+    model.poster("P", scope, add(2))
+
+
+def a_pause_and_a_caller(world: World, kind: type[Owner] = Owner) -> None:
+    model = Model(world, kind)
+    scope = model.scope("a")
+    model.server.do("HSET", "state:a", "k", "[0]")
+    scope.commands.seen.remember("k", (b"[0]", b"[0]"))  # so that it need not be read first
+    model.poster("P", scope, add(1))
+    model.caller("B", model.scope("b"), put(2))
+
+
+def two_scopes(world: World) -> None:
+    model = Model(world)
+    model.caller("A", model.scope("a"), add(1))
+    model.caller("B", model.scope("b"), put(2))
+
+
+def a_caller_and_a_task(world: World, kind: type[Owner] = Owner) -> None:
+    model = Model(world, kind)
+    world.time_passes_amid = False
+    scope = model.scope()
+    model.caller("A", scope, put(1), timeout_s=9.0)
+    model.task(scope, put(2))
+
+
+def a_task_and_a_poster(world: World) -> None:
+    model = Model(world)
+    world.time_passes_amid = False
+    model.poster("P", model.scope("a"), put(1))
+    model.task(model.scope("b"), add(2))
+
+
+def all_of_them(world: World) -> None:
+    """For a machine that has the time."""
+    model = Model(world)
+    scope = model.scope()
+    model.caller("A", scope, add(1), can_be_cut=True, timeout_s=9.0)
+    model.caller("B", model.scope("b"), put(2), timeout_s=1.0)
+    model.poster("P", scope, add(3))
+    model.task(scope, put(4))
+
+
+def main(arguments: list[str]) -> None:
+    """Explore one scenario: its name, then `fault=how often`."""
+    name, *faults = arguments
+    budgets = {fault: int(count) for fault, count in (part.split("=") for part in faults)}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        enter_worlds(monkeypatch)
+        began = time.perf_counter()
+        graph = explore(globals()[name], budgets, most=20_000_000)
+    print(f"{name} {budgets}: {graph}, {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,85 @@
+"""Each order of what can happen at an owner's claim ends well; and the bugs that such code can have are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from interleaving import Problem, World, explore
+from owner_model import (
+    a_caller_and_a_poster,
+    a_caller_and_a_task,
+    a_pause_and_a_caller,
+    a_task_and_a_poster,
+    enter_worlds,
+)
+
+from scopestate.persistence.redis.connection import Broken
+from scopestate.persistence.redis.owner import Owner
+
+
+@pytest.fixture(autouse=True)
+def _in_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter_worlds(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "faults"),
+    [
+        (a_caller_and_a_poster, {"cuts": 1}),
+        (a_caller_and_a_poster, {"timeouts": 1}),
+        (a_caller_and_a_poster, {"losses": 1}),
+        (a_pause_and_a_caller, {"rivals": 1}),
+        (a_caller_and_a_task, {}),
+        (a_task_and_a_poster, {"rivals": 1}),
+    ],
+)
+def test_rest_is_reached_from_every_state(scenario: Callable[[World], None], faults: dict[str, int]) -> None:
+    graph = explore(scenario, faults)
+
+    assert graph.states > 1000
+    assert graph.ends > 1
+
+
+class AsksOnlyForItsInbox(Owner):
+    """A bug that the model must find: the holder that gives the claim back does not see that it is wanted."""
+
+    def _give_back(self) -> None:
+        self._claim.pop("holder", None)
+        if self._inbox or self._is_news:
+            self._ask()
+
+
+class LooksFirst(Owner):
+    """Another one: the holder looks at the inbox before it gives the claim back."""
+
+    def _give_back(self) -> None:
+        is_wanted = self._inbox or self._wanted or self._is_news
+        self._claim.pop("holder", None)
+        if is_wanted:
+            self._ask()
+
+
+class SendsAgain(Owner):
+    """And another: what was under way when the connection broke is sent once more."""
+
+    def _fail_under_way(self, error: Broken) -> None:
+        while self._under_way:
+            command = self._under_way.popleft()
+            other = command.once_more()
+            command.scope.commands.command = other
+            self._pass_to(self, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scenario", "faults"),
+    [
+        (AsksOnlyForItsInbox, a_pause_and_a_caller, {"rivals": 1}),
+        (LooksFirst, a_caller_and_a_poster, {}),
+        (LooksFirst, a_caller_and_a_task, {}),
+        (SendsAgain, a_caller_and_a_poster, {"losses": 1}),
+    ],
+)
+def test_a_bug_is_found(kind: type[Owner], scenario: Callable[..., None], faults: dict[str, int]) -> None:
+    with pytest.raises(Problem, match=r"rest|done twice"):
+        explore(lambda world: scenario(world, kind), faults)
