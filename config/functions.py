@@ -11,7 +11,7 @@ from scopestate.ops.functions import BUILT_IN
 
 
 def misfit_id(function_id: object) -> str | None:
-    """Return why no function can be registered under this id, None if one can."""
+    """Return why a function cannot be registered under this id; None if it can."""
     if not isinstance(function_id, str) or not function_id:
         return f"a function id is a non-empty string, not {function_id!r:.80}"
     if function_id in BUILT_IN:
@@ -20,7 +20,7 @@ def misfit_id(function_id: object) -> str | None:
 
 
 class TargetError(Exception):
-    """The target names nothing that can be called; the text says why."""
+    """The target is not something that can be called; the text says why."""
 
 
 def import_function(target: str) -> FunctionRef:

@@ -72,13 +72,13 @@ def check(path: str | os.PathLike[str]) -> list[ConfigError]:
 
 
 class Examined(NamedTuple):
-    """What a file says, and everything that is wrong with it."""
+    """The content of a file, and all its mistakes."""
 
     config: Config | None
     errors: list[ConfigError]
     """What `load` refuses."""
     doubts: Sequence[ConfigError] = ()
-    """What works and is most likely a mistake: triggers of functions that are not in the file."""
+    """What works and is probably a mistake: triggers of functions that are not in the file."""
     lines: Mapping[str, int | None] = {}
     """Path of each key that was read -> its line."""
 

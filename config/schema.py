@@ -1,4 +1,4 @@
-"""The shape of the configuration. Unknown keys and wrong types are errors; zero and defaults are said per field."""
+"""The structs of the configuration. Unknown keys and wrong types are errors. Each field says what zero means."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.local import KvOptions
 from scopestate.persistence.redis.options import RedisOptions
 
-# The upper bounds keep a typing slip (or nanoseconds) away from timers and queues, which overflow far above them.
+# The upper limits keep typing errors (or nanoseconds) away from timers and queues, which overflow far above them.
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=31_536_000_000)]
 """0 to one year."""
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
@@ -21,7 +21,7 @@ Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 AdapterName = Literal["kv", "redis", "bridge"]
 AdapterOptions = KvOptions | RedisOptions | BridgeOptions
 ADAPTERS: Final[Mapping[str, type[AdapterOptions]]] = {"kv": KvOptions, "redis": RedisOptions, "bridge": BridgeOptions}
-"""What `name:` of an adapter may be -> what its `config:` is read into."""
+"""The values of an adapter's `name:`, with the struct that its `config:` is read into."""
 
 
 class AdapterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -32,12 +32,12 @@ class AdapterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     @property
     def kv(self) -> KvOptions:
-        """The options of a kv adapter; for another one, the defaults, which do nothing there."""
+        """The options of a kv adapter; for other adapters the defaults, which have no effect there."""
         return self.config if isinstance(self.config, KvOptions) else KvOptions()
 
 
 class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`limits:`. Each applies from the next call or event after a reload."""
+    """`limits:`. After a reload each applies from the next call or event."""
 
     max_value_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     """Largest value accepted, in bytes of JSON; 0 means no limit."""
@@ -48,29 +48,29 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     handler_mailbox: Count = 100_000
     """Events that may wait for one trigger's handler."""
     handler_mailbox_bytes: Bytes = 67_108_864
-    """Bytes of old and new values in those events; the event that exceeds it is taken. 0 means no limit."""
+    """Bytes of old and new values in those events. The event that exceeds it is still taken. 0 means no limit."""
     events_bytes: Bytes = 268_435_456
     """Bytes of values in the events that wait for all triggers together, each value counted once; 0 means no limit."""
     handler_when_full: Literal["block", "drop_oldest", "reject"] = "block"
-    """`block`: writers wait (at most `call_timeout_ms`). `drop_oldest`, `reject`: the event is reported and counted."""
+    """`block`: writers wait, at most `call_timeout_ms`. `drop_oldest`, `reject`: an event is dropped and reported."""
     handler_timeout_ms: Milliseconds = 0
     """A handler that runs longer is reported as failed; 0 means no limit."""
     handler_attempts: Count = 1
-    """How often an event is tried before it goes to the dead-letter hook."""
+    """Attempts to deliver an event before it goes to the dead-letter hook."""
     handler_backoff_ms: Milliseconds = 100
-    """Wait before the second attempt; doubles with each further one."""
+    """Pause before the second attempt; it doubles with each further one."""
     max_event_depth: Count = 1000
-    """How deep handlers may fire each other before the chain is cut and reported."""
+    """Events that may cause one another in a chain of handlers; a longer chain is cut and reported."""
     call_timeout_ms: Milliseconds = 30_000
-    """How long a call waits for a busy scope or a full handler; 0 means for ever."""
+    """How long a call waits for a busy scope or a full handler; 0 means no limit."""
     close_grace_ms: Milliseconds = 5_000
     """How long `close()` waits for events already fired."""
     passivate_after_ms: Milliseconds = 300_000
-    """A saved scope untouched for this long leaves memory; 0 means never."""
+    """A saved scope that is not used for this long leaves memory; 0 means never."""
 
 
 class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """An entry of `scopes:`: how long the writes of some scopes must last. The first entry that fits counts."""
+    """An entry of `scopes:`: the durability of some scopes. The first entry that fits counts. For `kv` only."""
 
     durability: Literal["memory", "interval", "commit"]
     """`memory`: these scopes are never saved."""
@@ -89,9 +89,9 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     key: str | None = None
     """Exact key; left out: every key."""
     condition_function_id: str | None = None
-    """Asked first; only `false` skips the handler."""
+    """Called first; if it returns `false` or raises, the handler is skipped."""
     id: str | None = None
-    """Trigger id; left out: made from the entry's content."""
+    """Trigger id; left out: made from the content of the entry."""
 
 
 EVERYTHING: Final = ("*",)
@@ -109,20 +109,20 @@ class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """
 
     token: str | None = None
-    """The token itself, best as `${VARIABLE}`. Give one of `token`, `env` and `file`."""
+    """The token itself, better as `${VARIABLE}`. Give one of `token`, `env` and `file`."""
     env: str | None = None
     """The environment variable that holds it."""
     file: str | None = None
-    """The file that holds it; white space around it does not count."""
+    """The file that holds it; surrounding white space is ignored."""
     functions: tuple[str, ...] | None = None
-    """Ids of functions that it may call, through a trigger too."""
+    """Ids of functions that it may call, directly or through a trigger."""
     registers: tuple[str, ...] = ()
     """Ids of the functions and trigger types that it may register; left out: none. Only a pattern that begins with
     `engine::` or `state::` matches an id that does."""
     read: tuple[str, ...] | None = None
     """Scopes that it may read and watch."""
     write: tuple[str, ...] | None = None
-    """Scopes that it may write. A write answers with the old value, so it reads that too."""
+    """Scopes that it may write. The answer to a write contains the old value."""
 
     def __repr__(self) -> str:
         token = None if self.token is None else "***"
@@ -150,7 +150,7 @@ class AuthConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`auth:` of the `iii-worker-manager`."""
 
     tokens: tuple[TokenConfig, ...] = ()
-    """Who may connect, with `Authorization: Bearer TOKEN`; empty: every program."""
+    """The tokens to connect with, as `Authorization: Bearer TOKEN`; empty: every program may connect."""
 
 
 class TlsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -168,46 +168,46 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     host: str = "127.0.0.1"
     """Address to listen on. Any but a loopback address needs `auth.tokens`, or `insecure: true`."""
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 49134
-    """0: a free one."""
+    """0: a free port."""
     auth: AuthConfig = AuthConfig()
     insecure: bool = False
-    """True: listen on other than loopback addresses without any token."""
+    """True: allow other than loopback addresses without tokens."""
     tls: TlsConfig | None = None
     origins: tuple[str, ...] = ()
-    """Web pages that may connect, as `https://host:port`, or "*". Browsers with any other page are refused."""
+    """Web pages that may connect, as `https://host:port`, or "*". Browsers are refused on any other page."""
     call_timeout_ms: Milliseconds = 30_000
-    """How long a worker may take to answer a call; then the caller gets `TIMEOUT`. 0 means for ever."""
+    """How long a worker may take to answer a call; then the caller gets `TIMEOUT`. 0 means no limit."""
     max_connections: Count = 10_000
     """Connections at a time; one more is answered with HTTP 503."""
     max_message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1_073_741_824)] = 67_108_864
-    """Largest message taken from a worker; a larger one closes the connection with code 1009."""
+    """Largest message from a worker; a larger one closes its connection with code 1009."""
     max_unsent_bytes: Annotated[int, msgspec.Meta(ge=65_536, le=4_294_967_296)] = 67_108_864
-    """What may wait for a worker that reads slowly, before its connection is closed with code 1008."""
+    """Bytes that may wait for a worker that reads slowly; more close its connection with code 1008."""
     max_registrations: Count = 10_000
     """Functions, triggers and trigger types of one worker; one more closes its connection with code 1008."""
     max_calls: Count = 10_000
-    """Calls in progress per worker, as caller and as executor; one more is answered `OVERLOADED`."""
+    """Calls in progress for each worker, as caller and as executor; one more is answered `OVERLOADED`."""
     max_call_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**40)] = 268_435_456
-    """Bytes that calls of one worker may hold while they wait for their answer; from there on each is `OVERLOADED`.
+    """Bytes that waiting calls of one worker may hold; above that, further calls are answered `OVERLOADED`.
 
     All workers together may hold four times as much.
     """
     max_waiting_events: Count = 50_000
-    """Events that may wait for one trigger of a worker; then its connection is closed with code 1008."""
+    """Events that may wait for one trigger of a worker; more close its connection with code 1008."""
     max_waiting_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**40)] = 268_435_456
-    """Bytes of the events that may wait for all triggers of one worker; then its connection is closed likewise."""
+    """Bytes of the events that may wait for all triggers of one worker; more close its connection with code 1008."""
 
 
 class FunctionRef(msgspec.Struct, frozen=True):
     """A value of `functions:`, resolved."""
 
     target: str
-    """`package.module:callable`, as the file has it; dots after the colon walk attributes."""
+    """`package.module:callable`, as in the file; dots after the colon are attributes."""
     callable: Callable[..., object]
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A whole configuration, checked. Two of them are equal if an engine would run the same on both."""
+    """A complete, checked configuration. Two are equal if an engine would run the same on both."""
 
     adapter: AdapterConfig = AdapterConfig("kv")
     functions: dict[str, FunctionRef] = {}
@@ -218,4 +218,4 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     server: ServerConfig | None = None
     """The `iii-worker-manager` entry; None: no server is configured."""
     source: str | None = None
-    """Absolute path of the file, not resolved through symlinks; None if it came from text or a mapping."""
+    """Absolute path of the file, with symbolic links; None if the source was text or a mapping."""

@@ -1,4 +1,4 @@
-"""Scopes in the memory of this engine: saved into a store, or kept nowhere."""
+"""Scopes in the memory of this engine, saved in a store or not at all."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from scopestate.paths import expand_home
 from scopestate.persistence.options import Options, Wait
 
 Durability = Literal["memory", "interval", "commit"]
-"""How long a write lasts: as long as the engine, from the next save on, or from its acknowledgement on."""
+"""When a write is durable: never, after the next save, or when it is acknowledged."""
 
 
 class KvOptions(Options, frozen=True):
     """`adapter: {name: kv, config: ...}`."""
 
     store_method: Literal["in_memory", "file_based"] = "in_memory"
-    """`in_memory`: nothing is kept. `file_based`: kept in the directory `file_path`. A reload does not change it."""
+    """`in_memory`: nothing is saved. `file_based`: saved in the directory `file_path`. A reload does not change it."""
     file_path: str = "kv_store_data.db"
     """The directory of a file_based store, despite the suffix that iii gives it. A reload does not change it."""
     save_interval_ms: Wait = 5000
-    """Milliseconds between saves; with `durability: interval` a crash loses what was written in the
-    last interval and while its save ran. Reloads at once."""
+    """Milliseconds between saves. With `durability: interval` a crash loses what was written in the last interval and
+    while its save ran. A reload applies at once."""
     durability: Literal["interval", "commit"] = "interval"
     """`interval`: a write is acknowledged from memory. `commit`: when it is on disk. A reload does not change it."""
 
@@ -41,7 +41,7 @@ class LocalBackend(Backend):
     """Scopes that this engine alone reads and writes."""
 
     def __init__(self, store: Store | None, durability_of: Callable[[str], Durability]) -> None:
-        """`store` None: nothing is kept. `durability_of` says for each scope how long its writes last."""
+        """`store` None: nothing is saved. `durability_of` returns the durability of a scope."""
         self.store = store
         self.keeps = store is not None
         self._durability_of = durability_of
@@ -66,7 +66,7 @@ class LocalBackend(Backend):
         return [scope for scope in self.store.scopes() if self._durability_of(scope) != "memory"]
 
     def problem(self) -> str | None:
-        """Return what is wrong with the store; None if all is well."""
+        """Return the problem of the store; None if there is none."""
         return None if self.store is None else self.store.problem()
 
     def close(self) -> None:

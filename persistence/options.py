@@ -1,4 +1,4 @@
-"""What the options of all backends have in common. A configuration file is read straight into them."""
+"""The base class of the options of a backend. The configuration file is read into them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 Wait = Annotated[int, msgspec.Meta(ge=1, le=86_400_000)]
-"""Milliseconds, at most one day: keeps a typing slip (or nanoseconds) away from timers, which overflow far above it."""
+"""Milliseconds, at most one day. Keeps typing errors (or nanoseconds) away from timers, which overflow far above."""
 
 
 class Mistake(NamedTuple):
-    """What is wrong, and with which option. `item` counts from 0 if it is one entry of a list."""
+    """A problem of an option. `item` is the index if it is an entry of a list."""
 
     key: str
     problem: str
@@ -23,12 +23,12 @@ class Options(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`config:` of an adapter."""
 
     def mistakes(self) -> Iterator[Mistake]:
-        """Yield what types alone do not tell. An option that is at its default is never among them."""
+        """Yield the mistakes that the types do not show. An option at its default is never one."""
         return iter(())
 
     def refuse_server(self, host: str, port: int) -> None:
-        """Raise ConfigError if a server of this engine at that address is what the options name as another engine."""
+        """Raise ConfigError if the options name a server of this engine, at that address, as another engine."""
 
     def described(self) -> str:
-        """Return where the state is, in words; without passwords."""
+        """Describe where the state is kept, without passwords."""
         raise NotImplementedError

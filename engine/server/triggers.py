@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LOOK_PAUSE_S: Final = 0.05
 """Shortest time between two checks for overrun workers that events cause."""
 PATIENCE_S: Final = 30.0
-"""How long a handler's mailbox may be full while its worker is silent, if calls may wait for ever."""
+"""How long a handler's mailbox may be full while its worker is silent, if calls may wait without a limit."""
 STATE: Final = "state"
 WORKERS_AVAILABLE: Final = "engine::workers-available"
 FUNCTIONS_AVAILABLE: Final = "engine::functions-available"

@@ -145,7 +145,7 @@ class WorkerConnection(Connection):
         super().close(code, reason)
         if self._worker is not None:
             # Nothing more is read from it, so no call may wait until it answers the close frame. In the next round,
-            # because this may run within a call to that very worker.
+            # because this may run within a call to that worker.
             asyncio.get_running_loop().call_soon(self._hub.disconnect, self._worker)
 
     def __str__(self) -> str:

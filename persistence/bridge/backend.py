@@ -80,7 +80,7 @@ class BridgeBackend(Backend):
 
     @property
     def reports_changes(self) -> bool:
-        """True if local triggers hear of changes from the remote alone (`events: remote`)."""
+        """True if all events come from the other engine (`events: remote`)."""
         return self._remote_events
 
     @property
@@ -98,7 +98,7 @@ class BridgeBackend(Backend):
             raise EngineClosed("the bridge is closed") from error
 
     def call_and_wait(self, function_id: str, payload: bytes) -> bytes | None:
-        """Call and wait for the result; not on an event loop's thread. Raises what remote or connection say."""
+        """Call and wait for the result; not on an event loop's thread. Raises the error of the call."""
         waiter = _Waiter()
         self.call(function_id, payload, waiter.done)
         return waiter.get()
@@ -142,7 +142,7 @@ class BridgeBackend(Backend):
             raise StorageError(f"Failed to list groups via bridge: {error}") from error
 
     def problem(self) -> str | None:
-        """Return what is wrong now, in words; None if all is well."""
+        """Return the current problem as text; None if there is none."""
         why_not = self._client.why_not
         if why_not is not None:
             return f"the bridge has no connection: {why_not}; calls wait for one"
@@ -185,11 +185,11 @@ class BridgeBackend(Backend):
                 raise StorageError(f"key {key!r} of scope {scope!r} was not written: {error}") from error
 
     def close(self) -> None:
-        """Close the connection; calls under way fail. Idempotent. In a forked child it does nothing."""
+        """Close the connection; calls in progress fail. Idempotent. In a forked child it does nothing."""
         if os.getpid() != self._pid:
             return
         try:
-            self._open.pop()  # one step: of two threads one goes on
+            self._open.pop()  # one step: only one of two threads continues
         except IndexError:
             return
         self._closed = True
@@ -247,7 +247,7 @@ class _Waiter:
 
 
 async def _fire(around: Surroundings, scope: str, key: str, old: bytes | None, new: bytes | None) -> None:
-    """Fire the local triggers of one change. While a handler must catch up it waits, and so does the other engine."""
+    """Fire the event of a reported change. While a handler is full this waits, and so does the other engine."""
     depth = max(0, event_depth.get() - 1)  # the depth of the event; that of this handler is one more
     room: LoopReply | None = None
     while True:

@@ -1,4 +1,4 @@
-"""What a bridge is told. Imports neither asyncio nor a WebSocket library."""
+"""The options of a bridge. Imports neither asyncio nor a WebSocket library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BridgeOptions(Options, frozen=True):
     bridge_url: str = DEFAULT_URL
     """Address of the other engine, `ws://` or `wss://`."""
     token: str | None = None
-    """Bearer token, best as `${VARIABLE}`; never logged."""
+    """Bearer token, better as `${VARIABLE}`; never logged."""
     tls_ca_file: str | None = None
     """PEM file of the authorities to trust for `wss://`; left out: the system's."""
     tls_verify: bool = True
@@ -28,12 +28,12 @@ class BridgeOptions(Options, frozen=True):
     connect_wait_ms: Wait = 5_000
     """How long a call waits for a connection before it fails with nothing sent."""
     call_timeout_ms: Wait = 20_000
-    """How long a call waits for the answer once it was sent."""
+    """How long a call waits for the answer after it was sent."""
     events: Literal["local", "remote"] = "local"
-    """`local`: triggers hear of what goes through this engine. `remote`: of every change, also those made elsewhere."""
+    """`local`: triggers get the events of writes through this engine. `remote`: of every change in the other one."""
 
     def mistakes(self) -> Iterator[Mistake]:
-        """Yield what types alone do not tell."""
+        """Yield the mistakes that the types do not show."""
         try:
             checked_url(self.bridge_url)
         except ConfigError as error:
@@ -44,10 +44,10 @@ class BridgeOptions(Options, frozen=True):
             yield Mistake("token", error.problem)
 
     def refuse_server(self, host: str, port: int) -> None:
-        """Raise ConfigError if a server of this very engine would listen where the bridge goes.
+        """Raise ConfigError if a server of this engine would listen at the address of the bridge.
 
-        iii's default address of a bridge is the default address of the engine itself, which would forward to itself
-        until time-outs end it (docs/semantics.md, section 8.37).
+        iii's default address of a bridge is the default address of the engine itself: calls would be forwarded in a
+        circle until they time out (docs/semantics.md, section 8.37).
         """
         parts = urlsplit(self.bridge_url)
         target = parts.hostname or ""

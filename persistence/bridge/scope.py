@@ -40,7 +40,7 @@ class Connection(Protocol):
     def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
         """Send a call with its input as JSON, and return at once; calls are sent in the order in which they are made.
 
-        `depth`: how many handlers deep the call is, for the other engine to know.
+        `depth`: the event depth of the call, which the other engine gets.
 
         `done` is called exactly once, later and on another thread, never before `call` returns; it must not block.
         Raises EngineClosed, and calls nothing, if the connection was closed for good.
@@ -84,7 +84,7 @@ class _Answer:
 
 
 class ReportedChange:
-    """A change that the other engine reported, as a message to the scope: local triggers hear of it."""
+    """A change that the other engine reported, as a message to the scope, which fires its event."""
 
     __slots__ = ("depth", "key", "new", "old", "reply")
 

@@ -30,10 +30,10 @@ from scopestate.persistence.redis.sharing import Arrivals
 log = logging.getLogger("scopestate.persistence.redis")
 
 _SCAN_COUNT: Final = 1000
-"""Keys that Redis looks at in one step of a scan: well under a millisecond, so that it holds nobody up."""
+"""Keys that Redis checks in one step of a scan: well under a millisecond, so that it delays no other client."""
 _MOST_MISFITS: Final = 100
 _NAMED_MISFITS: Final = 5
-"""How many of them `problem` names."""
+"""The number that `problem` names."""
 _NO_DATABASES: Final = "a cluster has only database 0, and {address} is in one; leave the database out"
 _NO_EVENTS: Final = (
     "{address} is in a cluster: its keys live on different servers, so a write and its event cannot be one step; use "
@@ -44,11 +44,11 @@ _NO_EVENTS: Final = (
 class RedisBackend(Backend):
     """Scopes as hashes `KEY_PREFIX + scope`, field = key, value = JSON text: the layout that iii uses.
 
-    Its scopes are called, not loaded and saved: others may change them at the same time.
+    Its scopes are called, not loaded and saved: other programs may change them at the same time.
     """
 
     def __init__(self, options: RedisOptions, deliver: Deliver, *, servers: Servers | None = None) -> None:
-        """Connect. `deliver` gives callers their answers; `servers`: instead of those that the options name.
+        """Connect. `deliver` gives callers their answers; `servers` replaces those that the options name.
 
         Raises StorageError, which names the address, if there is no connection within `connect_timeout_s`.
         """
@@ -58,7 +58,7 @@ class RedisBackend(Backend):
         self.published = 0
         """Number of the newest event that this engine has published."""
         self.latest = 0
-        """That of the last one. If it is less, answers came out of order, or the numbers have begun anew."""
+        """The number of the last one. If it is less, answers came out of order, or the numbers have started again."""
         self._options = options
         self._pid = os.getpid()
         self._attempts = Tally()
@@ -66,7 +66,7 @@ class RedisBackend(Backend):
         self.note_attempt = self._attempts.add
         """Count an attempt to publish an update."""
         self.note_conflict = self._conflicts.add
-        """Count an attempt that found the key changed by somebody else."""
+        """Count an attempt that found the key changed by another program."""
         self._misfits: dict[tuple[str, str], str] = {}
         self._closed = False
         try:
@@ -75,7 +75,7 @@ class RedisBackend(Backend):
             raise StorageError(str(error)) from error
         self.owner_of = self._servers.owner_of
         self.reader = self._open_reader(options) if self.shares_events else None
-        """Reads the events of all engines; None if they are not shared. Whoever has triggers starts it."""
+        """Reads the events of all engines; None if they are not shared."""
 
     # ------------------------------------------------------------------------------------------------- for the scopes
 
@@ -89,7 +89,7 @@ class RedisBackend(Backend):
         self.latest = number
 
     def note_misfit(self, scope: str, key: str, problem: str) -> None:
-        """Note something in Redis that is no key and value of ours."""
+        """Note a value in Redis that is not JSON, or a key that is not UTF-8."""
         if (scope, key) not in self._misfits and len(self._misfits) < _MOST_MISFITS:
             log.error("what Redis holds for key %r of scope %r is not JSON: %s", key, scope, problem)
             self._misfits[(scope, key)] = problem
@@ -106,13 +106,13 @@ class RedisBackend(Backend):
         return RedisScope(scope, around, self)
 
     def start(self, around: Surroundings) -> None:
-        """With `events: shared`, begin to read the events of all engines."""
+        """With `events: shared`, start reading the events of all engines."""
         if self.reader is not None:
             self.arrivals = arrivals = Arrivals(self, around.router, around.dispatcher)
             self.reader.start(arrivals)
 
     def problem(self) -> str | None:
-        """Return what is wrong now, in words; None if all is well."""
+        """Return the current problem as text; None if there is none."""
         for owner in self._servers.owners():
             if owner.why_not is not None:
                 return f"{owner.why_not}; calls wait for a connection"
@@ -121,8 +121,8 @@ class RedisBackend(Backend):
         return self._misfit_problem()
 
     def counts(self) -> dict[str, int]:
-        """Return how often updates were published, and met a change made elsewhere; connections made; and how many
-        events of other engines are known to be lost to this one.
+        """Return the attempts to store updates, those that met a change by another program, the connections made, and
+        the events that this engine is known to have missed.
         """
         return {
             "update_attempts": self._attempts.value(),
@@ -134,7 +134,7 @@ class RedisBackend(Backend):
     def scopes(self) -> list[str]:
         """Return the scopes that hold a key.
 
-        It scans in small steps, so a scope that is made, emptied, or moved to another server meanwhile may be left out.
+        It scans in small steps, so a scope that is created, emptied, or moved to another server then may be missing.
         """
         prefix = self.shape.key_prefix
         pattern = "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in prefix) + "*"
@@ -158,9 +158,9 @@ class RedisBackend(Backend):
         return scopes
 
     def read(self, scope: str) -> dict[str, bytes]:
-        """Return the keys and values of a scope as they are now, by key.
+        """Return the current keys and values of a scope, sorted by key.
 
-        Raises StorageError, naming the key, if a value is not JSON.
+        Raises StorageError, which names the key, if a value is not JSON.
         """
         hash_key = self._hash_key(scope)
         with self._visit(self._servers.server_of(hash_key), "a read", hash_key) as connection:
@@ -184,8 +184,8 @@ class RedisBackend(Backend):
     def write(self, changes: Mapping[str, Mapping[str, bytes | None]]) -> None:
         """Set each key of each scope to its value, or delete it (None): each scope as one step.
 
-        Not one transaction over several scopes, which may be on different servers; on a raise, some may be written:
-        the text says so.
+        It is not one transaction over several scopes, which may be on different servers. If it raises, some may be
+        written; the text says so.
         """
         written = 0
         for scope, values in changes.items():
@@ -247,7 +247,7 @@ class RedisBackend(Backend):
         return reader
 
     def _note_restart(self, number: int) -> None:
-        """The numbers of the events have gone back: what was published before does not count."""
+        """Note that the numbers of events have gone back: earlier ones no longer count."""
         self.published = self.latest = number
 
     def _hash_key(self, scope: str) -> bytes:
@@ -260,13 +260,13 @@ class RedisBackend(Backend):
 
 
 class _Visit:
-    """A connection of its own, for work that is not a scope's; what goes wrong with it is a StorageError.
+    """A separate connection for work that is not a call on a scope. Its errors are StorageErrors.
 
-    The cause of that is NotConnected or ConnectionLost if that is what went wrong.
+    Their cause is NotConnected or ConnectionLost if the connection failed.
     """
 
     def __init__(self, server: Server, doing: str, keys: Sequence[bytes | str], nothing: str) -> None:
-        """`doing`, `keys`: what, and where; `nothing`: what has not happened if it is refused, "" for a read."""
+        """`doing` and `keys` are for messages; `nothing` says what was not done if it is refused, "" for a read."""
         self._server = server
         self._doing = doing
         self._keys = keys
@@ -291,12 +291,12 @@ class _Visit:
 
 
 def find_servers(options: RedisOptions, means: Means) -> Servers:
-    """Return the servers that the options name, connected; whether they are a cluster, the server itself says.
+    """Return the connected servers that the options name. The server itself says whether it is a cluster.
 
     Raises:
-        NotConnected: there is no connection within `connect_timeout_s`, or to none that keeps data; the text names the
+        NotConnected: there is no connection within `connect_timeout_s`, or the server keeps no data; the text has the
             address.
-        ConfigError: the servers are a cluster, and the options ask for what a cluster cannot do.
+        ConfigError: it is a cluster, and the options ask for what a cluster cannot do.
     """
     servers: Servers
     mode = b"" if options.sentinels else _mode_of(options)
@@ -321,7 +321,7 @@ def find_servers(options: RedisOptions, means: Means) -> Servers:
 
 
 def _mode_of(options: RedisOptions) -> bytes:
-    """Return what the server says it is: b"standalone", b"cluster" or b"sentinel"; b"" if it does not say."""
+    """Return the mode of the server: b"standalone", b"cluster" or b"sentinel"; b"" if it does not say."""
     # Of a cluster no other database can be chosen, and the error of that would not say why.
     place = msgspec.structs.replace(options.server, database=0)
     connection = Server(options, place, name=options.address).dial()

@@ -1,4 +1,4 @@
-"""Events for each engine: every one that is published, once and in order."""
+"""Events for each engine: every published event, once and in order."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _COUNT: Final = 100
 """Entries in one reply, at most."""
 _BEGINNING: Final = b"0-0"
 _REMEMBERED: Final = 1000
-"""Entries that are known again after a fail-over: a replica lags behind by less, or the gap is reported."""
+"""Entries that are recognised after a fail-over. A replica is less far behind, or a gap is reported."""
 
 
 class EachReader(Reader):
-    """Reads on from its own position, which is in this process alone.
+    """Reads from its own position, which is kept in this process only.
 
-    The numbers of the events tell whether it saw all of them: each is one more than the one before. Source: the script
-    counts and publishes in one step.
+    The numbers of the events show whether it has read all of them: each is one more than the one before. Source: the
+    script counts and publishes in one step.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class EachReader(Reader):
         published: Callable[[], int],
         note_restart: Callable[[int], object],
     ) -> None:
-        """`published` says which number of this engine's own is the newest.
+        """`published` returns the newest number that this engine has published.
 
-        `note_restart` is told the newest number of all when the numbers have gone back.
+        `note_restart` is called with the newest number in Redis when the numbers have gone back.
         """
         super().__init__(target, options, shape)
         self._published = published
@@ -50,11 +50,11 @@ class EachReader(Reader):
         self._id = _BEGINNING
         self._number = 0
         self._opened: tuple[bytes, int] = (_BEGINNING, 0)
-        """Id and number of the newest entry when reading began: it and what is before it is never published here."""
+        """Id and number of the newest entry when reading began. It and earlier ones are never published here."""
         self._recent: deque[tuple[bytes, int]] = deque(maxlen=_REMEMBERED)
         self._waiting: list[tuple[int, threading.Event]] = []
         self._wanted = self._looked = 0
-        """Up to which number looks at the stream were wanted, and made with the result that it is still the same."""
+        """Number of requested checks of the stream, and of those made which found that it is still the same."""
 
     def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
         there = threading.Event()
@@ -66,7 +66,7 @@ class EachReader(Reader):
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         self._waiting.append(entry)
         try:
-            # Looked at behind the append: what comes after the look sets the flag.
+            # Checked after the append: what arrives after the check sets the flag.
             while not self._has(number, restarts, wanted):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
@@ -93,7 +93,7 @@ class EachReader(Reader):
 
     def _begin(self, connection: Connection) -> None:
         stream = self._shape.stream
-        # Counted first: what comes between the two looks is in the second one.
+        # Counted first: what is added between the two commands is in the second reply.
         self._number = self._counted(connection)
         for entry_id, fields in connection.call("XREVRANGE", stream, "+", "-", "COUNT", 1):
             self._id = entry_id
@@ -147,7 +147,7 @@ class EachReader(Reader):
     # -------------------------------------------------------------------------------------------------------- losses
 
     def _mend(self, connection: Connection, number: int) -> None:
-        """The next event is not the one after the last: say what is missing."""
+        """Report what is missing: the next event does not have the next number."""
         expected = self._number + 1
         where = f"the stream {self._shape.stream!r} of Redis at {self._target.address}"
         if number > expected:
@@ -165,21 +165,21 @@ class EachReader(Reader):
             self._opened = (_BEGINNING, 0)
 
     def _oldest_known(self) -> int:
-        """Return the number of the oldest event that is still known here."""
+        """Return the number of the oldest event that is still remembered."""
         recent = self._recent
         return recent[0][1] if len(recent) == _REMEMBERED else max(self._opened[1], 1)
 
     def _look(self, connection: Connection) -> None:
-        """See whether the last entry that was read is there still; if not, find where to go on."""
+        """Check whether the last entry that was read is still there; if not, find where to continue."""
         stream, wanted = self._shape.stream, self._wanted
-        published = self._published()  # before the counter, which cannot be behind it then
+        published = self._published()  # before the counter, which is then at least as high
         counted = self._counted(connection)
         before = connection.call("XREVRANGE", stream, self._id, "-", "COUNT", 1)
         where = f"the stream {stream!r} of Redis at {self._target.address}"
         if not before and counted < self._number:
             self._begin_again(connection, where)
             return
-        # None before it: it was trimmed, which the next number tells; or it is another stream.
+        # No entry up to it: it was trimmed, which the next number shows, or it is another stream.
         if not before or (before[0][0] == self._id and number_of(before[0][1]) in (self._number, None)):
             if published > counted:
                 self._note_unread(published, counted, where)
@@ -187,13 +187,13 @@ class EachReader(Reader):
                 self._looked = wanted
                 self._tell_all()
             return
-        # A fail-over: the new primary had not got all that we have read, and may have given its ids anew since.
+        # A fail-over: the new primary lacks entries that were read here, and may have used their ids again.
         known = dict(self._recent)
         while before:
             for entry_id, fields in before:
                 number = number_of(fields)
                 if place_of(entry_id) <= place_of(self._opened[0]):
-                    # All that was read is lost, and maybe more. What was there before reading began is not for us.
+                    # All that was read is lost, and perhaps more. Entries from before reading began are not read.
                     number = self._opened[1] if number is None else min(number, self._opened[1])
                     self._opened = (entry_id, number)
                 elif number is None or known.get(entry_id) != number:
@@ -205,14 +205,14 @@ class EachReader(Reader):
         self._begin_again(connection, where)
 
     def _begin_again(self, connection: Connection, where: str) -> None:
-        """Go on with the first event of a stream that is not the one that was read."""
+        """Continue with the first event of another stream than the one that was read."""
         self._restart(connection, 0, f"{where} has begun anew")
         self._id = _BEGINNING
         self._opened = (_BEGINNING, 0)
 
     def _restart(self, connection: Connection, number: int, what: str, *, missed: int = 0) -> None:
-        """Go on behind the event of this number, which is before those that were read."""
-        counted = self._counted(connection)  # first: if the connection breaks here, the next one finds the same
+        """Continue after the event with this number, which is before those that were read."""
+        counted = self._counted(connection)  # first: if the connection breaks here, nothing has changed yet
         last, self._number = self._number, number
         self._begin_anew(counted)
         self.note_loss(
@@ -222,7 +222,7 @@ class EachReader(Reader):
         )
 
     def _note_unread(self, published: int, counted: int, where: str) -> None:
-        """What this engine has published and not read yet is gone, and what it had read is there."""
+        """Report that events are gone which this engine has published and not read yet."""
         self._begin_anew(counted)
         self.note_loss(
             published - counted,

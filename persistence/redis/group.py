@@ -1,4 +1,4 @@
-"""Events for one engine of a group: each goes to one of them, and to another one if that engine dies with it."""
+"""Events for one engine of a group: each goes to one engine, and to another one if that dies before it is handled."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger("scopestate.persistence.redis")
 _COUNT: Final = 32
 """Entries taken at a time, and acknowledged together."""
 _MOST_HELD: Final = 64
-"""Entries that an engine holds, about: with more, others of the group would be idle while this one has a backlog."""
-_NOBODY_LISTENS_S: Final = 0.05
-"""Pause of an engine without a trigger, which takes nothing away from the others."""
+"""Entries that an engine holds, approximately. With more, other engines would be idle while this one is behind."""
+_NO_TRIGGERS_S: Final = 0.05
+"""Pause of an engine without a trigger, which takes no events from the others."""
 _FAR_AWAY_MS: Final = 10**12
 _LOOK_AGAIN_S: Final = 0.01
-"""Between looks at how far the group is, while somebody waits for that."""
+"""Pause between checks of how far the group is, while a caller waits for that."""
 _BEGINNING: Final = b"0-0"
 
 # KEYS: the stream, its counter, the ends (see `keeper.Group`). ARGV: the group, and where it begins.
@@ -36,7 +36,7 @@ local made = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], ARGV[2], 'MKSTREA
 if made.err then return made end
 local before = redis.call('GET', KEYS[2]) or 0
 if ARGV[2] == '0' then
-  -- The oldest one of ours: others may have put in theirs.
+  -- The oldest entry of scopestate: other programs may have added theirs.
   for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 100)) do
     local number = entry[2][1] == 'n' and tonumber(entry[2][2])
     if number then
@@ -52,10 +52,10 @@ return made
 
 
 class GroupReader(Reader):
-    """Reads as a consumer of the group. An entry is acknowledged when every handler that got it is done with it.
+    """Reads as a consumer of the group. An entry is acknowledged when every handler that got it has handled it.
 
-    So an event is handled at least once: an engine that dies between the handler's end and the acknowledgement leaves
-    it to be handled again. Source: Redis, "Introduction to Redis Streams", consumer groups.
+    So an event is handled at least once: if an engine dies after the handler's end and before the acknowledgement, the
+    event is handled again. Source: Redis, "Introduction to Redis Streams", consumer groups.
     """
 
     def __init__(self, target: Target, options: RedisOptions, shape: Shape) -> None:
@@ -67,24 +67,24 @@ class GroupReader(Reader):
             f"scopestate:ends:{shape.key_prefix}:{options.group}",
         )
         self._claim_after_s = options.claim_after_s
-        # Four times within the time limit: one beat that is late must not cost an event.
+        # Four times within the time limit: one late beat must not lose an event to another engine.
         beat_s = options.claim_after_s / 4
         self._keeper = Keeper(target, self._group, options.claim_after_s, beat_s, self.note_loss)
         self._claim_every_s = min(beat_s, BLOCK_S)
         self._next_claim = 0.0
         self._passed_on = _BEGINNING
-        """Id of the newest entry that was handed to the handlers here."""
+        """Id of the newest entry that was given to handlers here."""
         self._taken = 0
-        """Number of the newest event that came here as a new one: what is before it was taken too."""
+        """Number of the newest event that came here as a new one: the events before it have been taken too."""
 
     def start(self, outlet: Outlet) -> None:
         self._keeper.start()
         super().start(outlet)
 
     def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
-        """Wait until everything that is in the stream now was taken by an engine of the group: see `Reader.catch_up`.
+        """Wait until engines of the group have taken everything that is in the stream now: see `Reader.catch_up`.
 
-        True at once if there is no trigger here: this engine takes nothing, and perhaps no other one is there.
+        True at once if there is no trigger here: this engine takes no events, and there may be no other one.
         """
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         group, newest = self._group, None
@@ -95,7 +95,7 @@ class GroupReader(Reader):
                 [
                     ("XREVRANGE", group.stream, "+", "-", "COUNT", 1),
                     ("XINFO", "GROUPS", group.stream),
-                    # What this engine was given and has not handed on: its reply may be on its way.
+                    # What this engine was given and has not published yet: the reply may not have arrived.
                     ("XPENDING", group.stream, group.name, b"(" + self._passed_on, "+", 1, group.me),
                 ],
                 deadline,
@@ -105,20 +105,20 @@ class GroupReader(Reader):
                 last, groups, pending = replies
                 if type(last) is list:
                     now = place_of(last[0][0] if last else _BEGINNING)
-                    # It goes back if the stream was flushed: what was there before need not be waited for.
+                    # It goes back if the stream was flushed: earlier entries need not be waited for.
                     newest = now if newest is None else min(newest, now)
                     if not last or self._has_taken(newest, groups, pending):
                         return True
             elif number <= self._taken:
-                # There is no answer now, and the last that was known is that nothing is missing.
+                # There is no answer now, and when there was one, nothing was missing.
                 return True
             self._stopped.wait(_LOOK_AGAIN_S)
         return True
 
     def _has_taken(self, newest: tuple[int, int], groups: Any, pending: Any) -> bool:
-        """True if entries up to `newest` were given to engines, and this one has handed its own on."""
+        """Tell whether entries up to `newest` were given to engines, and this one has published its own."""
         if type(groups) is Refusal or type(pending) is Refusal:
-            return False  # the group is gone, and will be made anew
+            return False  # the group is gone, and will be created again
         if pending and place_of(pending[0][0]) <= newest:
             return False
         told = [dict(zip(row[::2], row[1::2], strict=True)) for row in groups]
@@ -129,7 +129,7 @@ class GroupReader(Reader):
         return super().problem() or self._keeper.problem()
 
     def end(self) -> None:
-        """Acknowledge what is handled by now, and no more: what is not goes to others of the group in time."""
+        """Acknowledge what is handled by now, and no more. Other engines of the group will take over the rest."""
         super().end()
         self._keeper.end()
 
@@ -150,7 +150,7 @@ class GroupReader(Reader):
             ) from refusal
 
     def _create(self, connection: Connection, begin: bytes) -> bool:
-        """Create the group; False if it is there already."""
+        """Create the group. Returns False if it exists."""
         group = self._group
         try:
             connection.call("EVAL", _CREATE, 3, group.stream, self._shape.counter, group.ends, group.name, begin)
@@ -161,15 +161,15 @@ class GroupReader(Reader):
         return True
 
     def _resume(self, connection: Connection) -> None:
-        """Publish what was on its way when the connection broke."""
+        """Publish what was being received when the connection broke."""
         self._take_own(connection, check=True)
 
     def _take_own(self, connection: Connection, *, check: bool) -> None:
-        """Publish what this engine has been given and does not know of. `check`: a gap may be before it."""
+        """Publish what this engine was given and has not received. `check`: there may be a gap before it."""
         cursor: Any = "0"
         while not self._stopped.is_set():
             group = self._group
-            # Looked at before the call: what is acknowledged while the reply is on its way must not seem new.
+            # Read before the call: what is acknowledged before the reply arrives must not seem new.
             held = set(self._keeper.held)
             reply = connection.call(
                 "XREADGROUP", "GROUP", group.name, group.me, "COUNT", _COUNT, "STREAMS", group.stream, cursor
@@ -182,7 +182,7 @@ class GroupReader(Reader):
 
     def _take(self, connection: Connection) -> Handler | None:
         if not self._outlet.has_triggers():
-            self._stopped.wait(_NOBODY_LISTENS_S)
+            self._stopped.wait(_NO_TRIGGERS_S)
             return None
         if not self._keeper.has_room(_MOST_HELD, self._stopped):
             return None
@@ -196,7 +196,7 @@ class GroupReader(Reader):
         return None if reply is None else self._pass_on(reply[0][1], check=True, are_new=True)
 
     def _claim(self, connection: Connection) -> None:
-        """Take over what engines hold that show no life."""
+        """Take over the entries of engines that do not respond."""
         group, cursor = self._group, _BEGINNING
         while not self._stopped.is_set():
             held = set(self._keeper.held)  # before the call, as above
@@ -210,7 +210,7 @@ class GroupReader(Reader):
             if trimmed:
                 self._report_trimmed(len(trimmed))
             if None in entries:
-                # Redis 6.2 does not say which were trimmed; the list of what is ours now does, and has the others too.
+                # Redis 6.2 does not say which were trimmed. The list of what this engine has now shows it.
                 self._take_own(connection, check=False)
             elif claimed := [entry for entry in entries if entry[0] not in held]:
                 log.warning("took over %d events of engines that showed no life", len(claimed))
@@ -218,11 +218,11 @@ class GroupReader(Reader):
             if cursor == _BEGINNING:
                 break
             if not self._keeper.has_room(_MOST_HELD, self._stopped):
-                return  # and come back for the rest
+                return  # the next call takes the rest
         self._next_claim = time.monotonic() + self._claim_every_s
 
     def _pass_on(self, entries: list[Any], *, check: bool, are_new: bool = False) -> Handler | None:
-        """Publish entries, and have them acknowledged when they are handled; as `_take` if `are_new`.
+        """Publish entries, and acknowledge them when they are handled. With `are_new`, returns what `_take` does.
 
         `check`: no engine had them before, so there may be a gap before them.
         """
@@ -278,7 +278,7 @@ class GroupReader(Reader):
         )
 
     def _is_mended(self, connection: Connection, refusal: Refusal) -> bool:
-        """Create the group anew if somebody has flushed it."""
+        """Create the group again if it was flushed."""
         if refusal.word not in ("NOGROUP", "UNBLOCKED"):
             return False
         made = self._create(connection, b"0")

@@ -1,4 +1,4 @@
-"""The thread that tells Redis what an engine of a group has handled, and that it still works on the rest."""
+"""The thread that acknowledges what an engine of a group has handled, and keeps its hold on the rest."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from scopestate.signals import join
 log = logging.getLogger("scopestate.persistence.redis")
 
 _SETTLED_S: Final = 2.0
-"""How long after a batch it is looked whether the one before it is known: its engine may be about to say so."""
+"""How long after a batch the end of the one before it is checked: its engine may not have noted it yet."""
 _ENDS_KEPT: Final = 10_000
 _PAUSE_S: Final = 0.5
-"""Between attempts to connect."""
+"""Pause between attempts to connect."""
 _ASK_S: Final = 0.2
-"""Longest wait for an answer before it is seen whether the engine stops."""
+"""The longest wait for an answer before checking whether the engine stops."""
 _DEAD_BEATS: Final = 40
-"""A consumer that holds nothing and has not been heard of for so many beats is removed."""
+"""A consumer that holds nothing and has been idle for this many beats is removed."""
 
-# KEYS: the stream. ARGV: the group, the least idle time in ms, and the only name to look at, or ''.
+# KEYS: the stream. ARGV: the group, the least idle time in ms, and the only name to check, or ''.
 _REMOVE_IDLE: Final = b"""
 for _, row in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   local consumer = {}
@@ -41,14 +41,14 @@ end
 
 
 class _Job(NamedTuple):
-    """A command, and what its reply is for."""
+    """A command, and a function for its reply."""
 
     command: tuple[Any, ...]
     then: Callable[[Any], object]
 
 
 class _Question(NamedTuple):
-    """Commands that somebody waits for the replies of."""
+    """Commands, with a caller that waits for their replies."""
 
     commands: list[tuple[Any, ...]]
     replies: list[Any]
@@ -63,13 +63,13 @@ class Group(NamedTuple):
     me: str
     """The consumer: another one for each engine."""
     ends: str
-    """A sorted set of the numbers with which batches ended: a batch that begins elsewhere begins behind a gap."""
+    """A sorted set of the last numbers of batches. A batch that does not begin after one of them follows a gap."""
 
 
 class Keeper:
-    """Acknowledges, keeps alive, and looks for gaps, on a connection and a thread of its own.
+    """Acknowledges entries, keeps the hold on others, and checks for gaps, on its own connection and thread.
 
-    The reader's connection waits for new entries, and handlers end meanwhile. Methods from any thread.
+    The reader's connection cannot do it, as it waits for new entries while handlers end. Methods from any thread.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Keeper:
         beat_s: float,
         note_loss: Callable[[int, str], object],
     ) -> None:
-        """`beat_s`: how often what is held is shown to be alive."""
+        """`beat_s`: how often the hold on entries is renewed."""
         self._target = target
         self._group = group
         self._idle_ms = int(claim_after_s * 1000 / 4 * _DEAD_BEATS)
         self._beat_s = beat_s
         self._note_loss = note_loss
         self.held: dict[bytes, None] = {}
-        """Ids that this engine has taken and not acknowledged yet."""
+        """Ids of the entries that this engine has taken and not acknowledged."""
         self._room = threading.Event()
         self._queue: Inbox[Callable[[], object] | None] = Inbox()
         self._done: list[bytes] = []
@@ -95,9 +95,9 @@ class Keeper:
         self._checks: list[tuple[float, int]] = []
         self._questions: list[_Question] = []
         self._dropped: set[bytes] = set()
-        """Of what is held: what the server no longer counts as taken by this engine. Not kept alive."""
+        """Held entries that the server no longer counts as taken by this engine. Their hold is not renewed."""
         self._oldest: tuple[bytes, list[bytes]] | None = None
-        """The oldest entry of the stream; None if it is empty. Looked at before every check and beat."""
+        """The oldest entry of the stream; None if it is empty. Read before every check and beat."""
         self._next_beat = 0.0
         self._connection: Connection | None = None
         self._thread: threading.Thread | None = None
@@ -107,13 +107,13 @@ class Keeper:
     # ----------------------------------------------------------------------------------------------- for the reader
 
     def start(self) -> None:
-        """Begin; once."""
+        """Start. Called once."""
         self._next_beat = time.monotonic() + self._beat_s
         self._thread = threading.Thread(target=self._run, name="scopestate-redis-keeper", daemon=True)
         self._thread.start()
 
     def hold(self, ids: list[bytes]) -> None:
-        """Note what was taken; kept alive from here on."""
+        """Note taken entries; their hold is renewed from now on."""
         self.held.update(dict.fromkeys(ids))
         self._dropped.difference_update(ids)
 
@@ -121,13 +121,13 @@ class Keeper:
         """Wait a moment until fewer than `most` entries are held; False if they are not."""
         while len(self.held) >= most and not stopped.is_set():
             self._room.clear()
-            # Looked at again: one may have gone before the flag was cleared. The pause lets the reader see its end.
+            # Checked again: one may have left before the flag was cleared. The limit lets the reader see its end.
             if len(self.held) >= most and not self._room.wait(0.2):
                 return False
         return not stopped.is_set()
 
     def note(self, last: int, *, first: int | None = None) -> None:
-        """Note the number with which a batch ended; `first`: that with which it began, if a gap may be before it."""
+        """Note the last number of a batch. `first`: its first number, if there may be a gap before it."""
 
         def enter() -> None:
             self._ends.append(last)
@@ -137,7 +137,7 @@ class Keeper:
         self._queue.put(enter)
 
     def forget(self) -> None:
-        """The group was made anew: what is known of the old one says nothing of its gaps, and it holds nothing."""
+        """Forget what is known of the group, which was created again: it holds nothing."""
 
         def enter() -> None:
             self._ends.clear()
@@ -147,18 +147,18 @@ class Keeper:
         self._queue.put(enter)
 
     def acknowledge(self, ids: list[bytes]) -> None:
-        """Tell Redis that these were handled."""
+        """Acknowledge these entries."""
         self._queue.put(lambda: self._done.extend(ids))
 
     def ask(self, commands: list[tuple[Any, ...]], deadline: float, stopped: threading.Event) -> list[Any]:
-        """Return the replies to commands that change nothing, Refusals among them.
+        """Return the replies to commands that change nothing; they may be Refusals.
 
-        Empty if there is no connection, or the engine stops, or at the deadline, in seconds on the monotonic clock.
+        Empty without a connection, if the engine stops, and at the deadline, in seconds of the monotonic clock.
         """
         question = _Question(commands, [], threading.Event())
         self._queue.put(lambda: self._questions.append(question))
         while (left_s := deadline - time.monotonic()) > 0 and not stopped.is_set():
-            # The pause lets it see the end of the engine, behind which nobody answers.
+            # The limit lets it see the end of the engine, after which there is no answer.
             if question.answered.wait(min(left_s, _ASK_S)):
                 return question.replies
         return []
@@ -168,7 +168,7 @@ class Keeper:
         return None if self._why_not is None else f"handled events cannot be acknowledged: {self._why_not}"
 
     def end(self) -> None:
-        """Acknowledge what is handled by now, if there is a connection, and end. Idempotent."""
+        """Acknowledge what is handled by now, if there is a connection, and stop. Idempotent."""
         self._queue.put(None)
         if self._thread is not None:
             join(self._thread)
@@ -194,7 +194,7 @@ class Keeper:
             self._connection.close()
 
     def _collect(self) -> None:
-        """Wait for something to tell, or until something is due."""
+        """Wait for something to do, or until something is due."""
         if self._why_not is not None:
             wait_s = _PAUSE_S
         else:
@@ -228,11 +228,11 @@ class Keeper:
             if type(reply) is not Refusal:
                 job.then(reply)
             elif not _is_gone(reply):
-                # What is behind it is done again: no check for gaps without the ends that belong to it.
+                # Later jobs are done again: a check for gaps needs the ends before it.
                 raise reply
 
     def _jobs(self) -> list[_Job]:
-        """Return what is to be done now."""
+        """Return what is due now."""
         group, now = self._group, time.monotonic()
         jobs: list[_Job] = []
         if done := self._done[:1000]:
@@ -265,7 +265,7 @@ class Keeper:
         del self._ends[:count]
 
     def _beat(self) -> list[_Job]:
-        """Show life for what is held, and remove consumers that have shown none for long."""
+        """Renew the hold on entries, and remove consumers that have been idle for long."""
         self._next_beat = time.monotonic() + self._beat_s
         group, handled = self._group, {*self._done, *self._dropped}
         jobs: list[_Job] = []
@@ -279,10 +279,10 @@ class Keeper:
         self._oldest = entries[0] if entries else None
 
     def _note_dropped(self, held: list[bytes], claimed: list[bytes]) -> None:
-        """Report what the server has dropped from the list of what this engine holds, since it has trimmed it."""
+        """Report entries that the server no longer lists as held by this engine because they were trimmed."""
         dropped = set(held).difference(claimed)
         self._dropped |= dropped
-        # What is in the stream still was acknowledged by another engine, which had taken this one for dead.
+        # Entries still in the stream were acknowledged by another engine, which had taken them over.
         oldest = None if self._oldest is None else place_of(self._oldest[0])
         trimmed = [entry_id for entry_id in dropped if oldest is None or place_of(entry_id) < oldest]
         if trimmed:
@@ -294,11 +294,11 @@ class Keeper:
             )
 
     def _check(self, first: int, found: list[bytes]) -> None:
-        """Report a gap before the batch that began with `first`: what no batch ended with, and the stream has not."""
+        """Report a gap before the batch that began with `first`: numbers before it that no batch and no entry has."""
         del self._checks[0]
         if not found or self._oldest is None:
             return
-        # What is in the stream was taken, by an engine that died, or whose connection broke, before it could say so.
+        # Entries in the stream were taken by an engine that died or was disconnected before it could note the end.
         oldest = number_of(self._oldest[1])
         before = (first if oldest is None else min(first, oldest)) - 1
         count = before - int(found[0])
@@ -328,9 +328,9 @@ class Keeper:
 
 
 def _is_gone(refusal: Refusal) -> bool:
-    """True if the group is gone: the reader makes it anew, and until then there is nothing to acknowledge in it."""
+    """Tell whether the group is gone. The reader creates it again; until then there is nothing to acknowledge."""
     return "NOGROUP" in refusal.text or "no such key" in refusal.text
 
 
 def _ignore(reply: object) -> None:
-    """Nothing depends on the reply."""
+    """Ignore a reply."""

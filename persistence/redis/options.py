@@ -1,4 +1,4 @@
-"""What a Redis backend is told, what is wrong with it, and what it means together."""
+"""The options of Redis, their mistakes, and what follows from them."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ class RedisOptions(Options, frozen=True):
     """`redis://host:port`, `rediss://host:port` (TLS) or `unix:///path`. `user:password@` may stand before the host or
     path, percent-encoded; `/2`, for a path `?db=2`, is the database."""
     username: str | None = None
-    """Goes before the one in `redis_url`."""
+    """Overrides the one in `redis_url`."""
     password: str | None = None
-    """Goes before the one in `redis_url`; best as `${VARIABLE}`; never logged."""
+    """Overrides the one in `redis_url`; better as `${VARIABLE}`; never logged."""
     database: Annotated[int, msgspec.Meta(ge=0, le=MAX_DATABASE)] | None = None
-    """Goes before the one in `redis_url`; neither: 0."""
+    """Overrides the one in `redis_url`; 0 if neither is given."""
     key_prefix: str = "state:"
-    """A scope is the hash with this and then its name as key. iii's prefix is `state:`."""
+    """A scope is the hash whose key is this prefix and the name of the scope. iii's prefix is `state:`."""
     sentinels: tuple[str, ...] = ()
     """`host:port` of Redis Sentinels; without a port it is 26379. They name the primary, and the host of `redis_url`
     does not count; its `rediss://` holds for them too."""
     sentinel_service: str = "mymaster"
-    """What the Sentinels call the primary."""
+    """The name of the service in the Sentinels' configuration."""
     sentinel_username: str | None = None
-    """As whom to log in at the Sentinels, which do not get `username` and `password`."""
+    """User name for the Sentinels, which do not get `username` and `password`."""
     sentinel_password: str | None = None
-    """Best as `${VARIABLE}`; never logged."""
+    """Password for the Sentinels, better as `${VARIABLE}`; never logged."""
     tls_ca_file: str | None = None
     """PEM file of the authorities to trust for `rediss://`; left out: the system's."""
     tls_cert_file: str | None = None
@@ -62,41 +62,41 @@ class RedisOptions(Options, frozen=True):
     tls_verify: bool = True
     """`false`: accept any certificate, so any server may be at the other end."""
     connect_timeout_ms: Wait = 5_000
-    """The longest that opening the engine, and each later attempt to connect, may take."""
+    """The longest time for opening the engine, and for each later attempt to connect."""
     connect_wait_ms: Wait = 5_000
     """How long a call waits for a connection before it fails with nothing sent."""
     call_timeout_ms: Wait = 5_000
-    """How long a call waits for the answer once it was sent."""
+    """How long a call waits for the answer after it was sent."""
     pool_size: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 8
     """Connections to each server, at most."""
     update_attempts: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 100
-    """How often an update is tried against writers of the same key elsewhere before it fails with nothing written."""
+    """Attempts of an update while other engines change the key, before it fails with nothing written."""
     events: Literal["local", "shared"] = "local"
-    """`local`: triggers hear of what goes through this engine. `shared`: of every write of every engine with
+    """`local`: triggers get the events of writes through this engine. `shared`: of every write of every engine with
     `events: shared` on this database and prefix."""
     delivery: Literal["each", "one"] = "each"
     """With `events: shared`: `each` engine's triggers fire, or exactly `one` engine's (at least once)."""
     events_kept: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] = 10_000
-    """With `events: shared`: about how many events the stream keeps. An engine further behind reports the gap."""
+    """With `events: shared`: about how many events the stream keeps. An engine that is further behind reports a gap."""
     group: str = "scopestate"
     """With `delivery: one`: the consumer group. Engines of one group share the events among them."""
     claim_after_ms: Annotated[int, msgspec.Meta(ge=100, le=86_400_000)] = 30_000
-    """With `delivery: one`: when another engine takes over the events of an engine that shows no life."""
+    """With `delivery: one`: time after which other engines take over the events of an engine that does not respond."""
 
     @property
     def address(self) -> str:
-        """Where the state is, for messages: without user name and password."""
+        """The address for messages, without user name and password."""
         if self.sentinels:
-            # An entry with more than host and port in it is an error; until that is said it may hold a password.
+            # An entry with more than host and port is an error, but it may contain a password.
             named = ", ".join(MASK if "@" in sentinel else sentinel for sentinel in self.sentinels)
             return f"{self.sentinel_service!r} of the Sentinels {named}"
         return without_credentials(self.redis_url, self.database)
 
     @property
     def server(self) -> RedisAddress:
-        """Where the server is and as whom to log in: `username`, `password` and `database` go before `redis_url`.
+        """The address and login of the server: `username`, `password` and `database` override `redis_url`.
 
-        With `sentinels`, host and port do not count, all else does. Raises ConfigError: `redis_url` is not an address.
+        With `sentinels`, host and port are not used. Raises ConfigError if `redis_url` is not an address.
         """
         given = {"username": self.username, "password": self.password, "database": self.database}
         return msgspec.structs.replace(
@@ -110,12 +110,12 @@ class RedisOptions(Options, frozen=True):
 
     @property
     def shares_events(self) -> bool:
-        """True if triggers hear of every write of every engine."""
+        """True if triggers get the events of every engine."""
         return self.events == "shared"
 
     @property
     def tls_files(self) -> dict[str, str | None]:
-        """The three files for TLS by the names of their options, with `~` expanded. Raises ConfigError."""
+        """The files for TLS by the names of their options, with `~` expanded. Raises ConfigError."""
         given = {name: getattr(self, name) for name in _TLS_FILES}
         return {name: path and expand_home(path) for name, path in given.items()}
 
@@ -140,7 +140,7 @@ class RedisOptions(Options, frozen=True):
         return self.claim_after_ms / 1000
 
     def mistakes(self) -> Iterator[Mistake]:
-        """Yield what types alone do not tell."""
+        """Yield the mistakes that the types do not show."""
         address, problem = _tried(parse_redis_url, self.redis_url)
         if problem is not None:
             yield Mistake("redis_url", problem)
@@ -186,7 +186,7 @@ class RedisOptions(Options, frozen=True):
 
 
 def _tried(parse: Callable[[str], _A], text: str) -> tuple[_A | None, str | None]:
-    """Return what `parse` gives, if it is an address, or what is wrong."""
+    """Return the parsed address, or the problem."""
     try:
         return parse(text), None
     except ConfigError as error:

@@ -21,34 +21,34 @@ log = logging.getLogger("scopestate.persistence.redis")
 _T = TypeVar("_T")
 
 BLOCK_S: Final = 2.0
-"""How long the server may keep a reader waiting; then it looks whether the stream is still the one it knows."""
+"""How long a reader waits for the server. Then it checks whether the stream is still the one that it knows."""
 CUT_FILE: Final = "after a restart of the server with a cut AOF: Valkey 9.1.2 or later, or `aof-load-truncated no`"
-"""What else may have lost events, and what to do then.
+"""Another possible cause of lost events, and what to do about it.
 
-Redis 7.0 does not remove all of a transaction that is cut at the end of its append-only file. The rest becomes part of
-the next one, and takes effect when the file is loaded again: it counts events that are not in the stream.
+Redis 7.0 does not remove all of a transaction that is cut off at the end of its append-only file. The rest becomes part
+of the next transaction, and takes effect when the file is loaded again: it counts events that are not in the stream.
 """
 _SHOWN_S: Final = 600.0
-"""How long a loss stays in `problem`."""
+"""How long `problem` returns a loss."""
 
 
 class Event(NamedTuple):
-    """One change, as the stream has it."""
+    """One change, as it is in the stream."""
 
     scope: str
     key: str
     old: bytes | None
-    """The value as JSON; None if there was none. Null if it was something else, which somebody else had written."""
+    """The value as JSON; None if there was none; null if it was not JSON, which another program had written."""
     new: bytes | None
     number: int
-    """1, 2, 3, ... over all scopes of a database and prefix."""
+    """1, 2, 3, ... over all scopes of a database and a prefix."""
     depth: int
 
 
 def event_of(fields: list[bytes]) -> Event:
     """Return the event of a stream entry, whose fields are in the order of `script.SOURCE`.
 
-    Raises ValueError or IndexError if the entry is none of ours.
+    Raises ValueError or IndexError if scopestate has not written the entry.
     """
     if fields[0] != b"n" or fields[2] != b"s" or fields[4] != b"k":
         raise ValueError(f"an entry of other fields: {fields!r:.100}")
@@ -66,7 +66,7 @@ def event_of(fields: list[bytes]) -> Event:
 
 
 def number_of(fields: list[bytes]) -> int | None:
-    """Return the number of a stream entry; None if it is none of ours."""
+    """Return the number of a stream entry; None if scopestate has not written it."""
     try:
         return event_of(fields).number
     except (ValueError, IndexError):
@@ -74,13 +74,13 @@ def number_of(fields: list[bytes]) -> int | None:
 
 
 def place_of(entry_id: bytes) -> tuple[int, int]:
-    """Return what the ids of entries are ordered by."""
+    """Return the position of an entry id, for comparing."""
     milliseconds, _, count = entry_id.partition(b"-")
     return int(milliseconds), int(count)
 
 
 def _as_json(raw: bytes) -> bytes:
-    """Return another program's value as we would write it; null if it is not JSON (docs/semantics.md 7)."""
+    """Return a value of another program as `encode` writes it; null if it is not JSON (docs/semantics.md 7)."""
     try:
         return parse(raw)
     except DeserializationError:
@@ -88,41 +88,41 @@ def _as_json(raw: bytes) -> bytes:
 
 
 class Handler(Protocol):
-    """Has an event."""
+    """A handler with an event."""
 
     def run_batch(self) -> None:
-        """Handle what it has; that may take long."""
+        """Handle its events. That may take long."""
 
 
 class Outlet(Protocol):
-    """Where events go. A reader's thread calls it, `interrupt` comes from another one."""
+    """Where events go. Called on a reader's thread; `interrupt` on another one."""
 
     def publish(self, event: Event, *, here: bool) -> tuple[Collection[Any], Handler | None] | None:
-        """Hand the event to the handlers that it concerns, and return them. Waits while one of them is full.
+        """Give the event to the handlers whose triggers match, and return them. Waits while one of them is full.
 
-        `here`: the second thing returned may be a handler that the caller must run. None if it was interrupted: the
-        event went nowhere.
+        `here`: the second item of the result may be a handler that the caller must run. None if it was interrupted;
+        then no handler got the event.
         """
 
     def when_handled(self, handlers: Iterable[Any], callback: Callable[[], object]) -> None:
-        """Call `callback()`, on any thread, when these have done all that was published so far."""
+        """Call `callback()`, on any thread, when these handlers have handled everything published so far."""
 
     def has_triggers(self) -> bool:
-        """False if nobody could hear of an event."""
+        """False if there is no trigger."""
 
     def interrupt(self) -> None:
-        """Let `publish` wait no more, now and later."""
+        """Stop `publish` from waiting, now and later."""
 
 
 class Reader(ABC):
-    """Reads the stream, on a connection of its own: `open`, `start`, `stop`, `end`, in this order.
+    """Reads the stream on its own connection: `open`, `start`, `stop`, `end`, in this order.
 
-    Two threads take turns: one reads, and if what it got concerns one idle handler, it lets the other one read on and
-    runs that handler itself. Waking a worker for it would cost more than the round trip. While a handler keeps one of
-    the two away, the other one reads, and its events go to workers.
+    Two threads alternate. One reads; if an event is for one idle handler, it runs that handler itself and lets the
+    other thread read. Waking a worker thread for it would take longer than the round trip. While a handler keeps one of
+    the two busy, events that the other one reads go to worker threads.
 
-    A subclass says how it begins (`_begin`), goes on after the connection was lost (`_resume`), and takes the next
-    entries (`_take`); all of them may raise Refusal and Broken.
+    A subclass implements the beginning (`_begin`), continuing after a lost connection (`_resume`), and taking the next
+    entries (`_take`). All three may raise Refusal and Broken.
     """
 
     def __init__(self, target: Target, options: RedisOptions, shape: Shape) -> None:
@@ -137,7 +137,7 @@ class Reader(ABC):
         self._is_away = False
         """True while one of the two runs a handler."""
         self._is_proven = True
-        """False while this connection has brought nothing: if it breaks like that, the next one waits."""
+        """False until this connection has returned something: if it breaks before, the next attempt waits."""
         self._started = False
         self._ended = threading.Event()
         self._stopped = threading.Event()
@@ -146,14 +146,14 @@ class Reader(ABC):
         self._loss: tuple[float, str] | None = None
         self._noting = threading.Lock()
         self.missed = 0
-        """Events that were lost to this engine, as far as their number is known."""
+        """Events that this engine has missed, as far as their number is known."""
         self.restarts = 0
-        """How often the numbers of the events have gone back."""
+        """How often the numbers of events have gone back."""
 
     # ------------------------------------------------------------------------------------------- the engine's side
 
     def open(self) -> None:
-        """Connect, and note where reading begins: what is written from here on is read.
+        """Connect, and note where reading begins: everything written from now on is read.
 
         Raises NotConnected, and StorageError if the server refuses it.
         """
@@ -169,40 +169,40 @@ class Reader(ABC):
         self._connection = connection
 
     def start(self, outlet: Outlet) -> None:
-        """Begin to read."""
+        """Start reading."""
         self._outlet = outlet
         self._started = True
         for _ in range(2):
             threading.Thread(target=self._run, name="scopestate-redis-events", daemon=True).start()
 
     def stop(self) -> None:
-        """Take no more events: nothing is published after this has returned. Idempotent."""
+        """Stop reading: nothing is published after this has returned. Idempotent."""
         self._stopped.set()
         connection = self._connection
         if self._started:
             self._outlet.interrupt()
             if connection is not None:
                 connection.shut()
-            # Not for the threads: one may be away with a handler, as a worker may.
+            # Not for both threads: one may be running a handler, which may take any time.
             self._ended.wait(self._join_s)
         if connection is not None:
             connection.close()
 
     def end(self) -> None:
-        """Stop, and let go of everything. Idempotent."""
+        """Stop, and release everything. Idempotent."""
         self.stop()
 
     @abstractmethod
     def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
-        """Wait until the event of this number, which this engine has published, was taken from the stream, and handed
-        to the handlers if it was taken here; False if that took longer than `timeout_s`.
+        """Wait until the event of this number, which this engine has published, was taken from the stream, and given to
+        the handlers if it was taken here. False if that took longer than `timeout_s`.
 
-        True also when the numbers have begun anew since they had done so `restarts` times, and after `stop`. `look`:
-        they may have, unseen until now, so it must be seen that they have not.
+        True as well if the numbers have started again more than `restarts` times, and after `stop`. `look`: they may
+        have done so unnoticed, so this must be checked.
         """
 
     def problem(self) -> str | None:
-        """Return what is wrong now, in words, or was lost of late."""
+        """Return the current problem as text, or a recent loss."""
         if self._why_not is not None:
             return f"events of other engines do not arrive: {self._why_not}"
         if self._loss is not None:
@@ -213,8 +213,8 @@ class Reader(ABC):
         return None
 
     def note_loss(self, count: int, what: str) -> None:
-        """Report that events did not arrive: `count` of them, 0 if nobody knows. Any thread may call it."""
-        # Logged first: who sees the count finds its reason.
+        """Report that `count` events did not arrive; 0 if the number is unknown. From any thread."""
+        # Logged first, so that the reason is in the log when the count is seen.
         log.error("%s", what)
         with self._noting:
             self._loss = (time.monotonic(), what)
@@ -237,8 +237,8 @@ class Reader(ABC):
             self._is_away = False
 
     def _read(self) -> Handler | None:
-        """Read until there is a handler to be run here, or the end: None."""
-        # Nothing may leave this loop: nobody would read on.
+        """Read until there is a handler to run on this thread. None at the end."""
+        # No exception may leave this loop, or reading would stop.
         while not self._stopped.is_set():
             try:
                 connection = self._connected()
@@ -270,18 +270,18 @@ class Reader(ABC):
 
     @abstractmethod
     def _resume(self, connection: Connection) -> None:
-        """Go on over a new connection, where the old one ended."""
+        """Continue on a new connection where the old one ended."""
 
     @abstractmethod
     def _take(self, connection: Connection) -> Handler | None:
-        """Wait for the next entries, at most BLOCK_S, and publish them; return a handler that is to be run here."""
+        """Wait at most BLOCK_S for the next entries, and publish them. Return a handler to run on this thread."""
 
     def _is_mended(self, connection: Connection, refusal: Refusal) -> bool:
-        """Do what a refusal calls for; False if that is to pause and connect anew. May raise Refusal and Broken."""
+        """Repair the cause of a refusal. False: pause and reconnect instead. May raise Refusal and Broken."""
         return False
 
     def _try(self, step: Callable[[Connection], _T], connection: Connection) -> _T | None:
-        """Do a step; None if it was refused and the reason is mended."""
+        """Do a step. None if it was refused and the cause has been repaired."""
         try:
             return step(connection)
         except Refusal as refusal:
@@ -301,7 +301,7 @@ class Reader(ABC):
             self._why_not = str(error)
             self._pause()
             return None
-        # In this order: who stops meanwhile either shuts this connection, or is seen here.
+        # In this order: a `stop` in between either closes this connection, or is seen here.
         self._connection = connection
         if self._stopped.is_set():
             return None

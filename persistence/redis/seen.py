@@ -1,4 +1,4 @@
-"""What a scope remembers of its keys in Redis, so that an update need not read first."""
+"""The values that a scope has last seen in Redis, so that an update need not read first."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from scopestate.errors import DeserializationError
 from scopestate.ops.values import parse
 
 Known = tuple[bytes | None, bytes | None]
-"""What a key held: as it is in Redis, and as we would write it, which is the same unless another program wrote it."""
+"""The value of a key: as it is in Redis, and as scopestate writes it. They differ if another program wrote it."""
 NOTHING: Final[Known] = (None, None)
 
 BULKY: Final = 1 << 16
-"""A command or value of this many bytes takes a way of its own, so that it holds up no other scope."""
+"""A command or value of this many bytes is sent separately, so that it delays no other scope."""
 _MOST_KEYS: Final = 1024
 _MOST_BYTES: Final = 1 << 22
 
 
 class Seen:
-    """Key -> what it held when it was last seen; others may have changed it since. Used within the scope's turn."""
+    """Key -> its last seen value; other engines may have changed it since. Used within the scope's turn."""
 
     def __init__(
         self, scope: str, note_misfit: Callable[[str, str, str], object], note_fit: Callable[[str, str], object]
@@ -28,7 +28,7 @@ class Seen:
         self._note_misfit = note_misfit
         self._note_fit = note_fit
         self._misfits: set[str] = set()
-        """Names that were reported as none of ours, or holding no JSON, and not yet as well again."""
+        """Names that were reported as not UTF-8 or not holding JSON, until they are valid again."""
         self._keys: dict[str, Known] = {}
         self._bytes = 0
         self.bulky = False
@@ -36,16 +36,16 @@ class Seen:
         self.get = self._keys.get
 
     def look(self, key: str, found: bytes | None) -> Known:
-        """Take in what a key holds. Raises DeserializationError if that is not JSON."""
+        """Note the value of a key and return it. Raises DeserializationError if it is not JSON."""
         if found is None:
             self.remember(key, NOTHING)
             return NOTHING
         return found, self.valid(key, found)
 
     def valid(self, key: str, raw: bytes, otherwise: bytes | None = None) -> bytes:
-        """Return a value of Redis as we would write it.
+        """Return a value of Redis as scopestate writes it.
 
-        Raises DeserializationError if it is not JSON; or returns `otherwise`, if there is one.
+        If it is not JSON, return `otherwise` if that is given, or raise DeserializationError.
         """
         seen = self._keys.get(key)
         if seen is not None and raw == seen[0]:
@@ -64,9 +64,9 @@ class Seen:
         return data
 
     def remember(self, key: str, known: Known) -> None:
-        """Note what a key holds."""
+        """Note the value of a key."""
         raw, keys = known[0], self._keys
-        if key not in keys:  # what is among them is well
+        if key not in keys:  # those in `keys` are valid
             self._misfits.discard(key)
             self._note_fit(self._scope, key)
         size = 0 if raw is None else len(raw)
@@ -74,23 +74,23 @@ class Seen:
             self.bulky = True
         self._bytes += size
         if self._bytes > _MOST_BYTES or len(keys) > _MOST_KEYS:
-            # Refused: to drop only the oldest. That is more code, for one look more or less in a thousand updates.
+            # Refused: dropping only the oldest. That is more code, and saves one read in a thousand updates.
             keys.clear()
             self._bytes = size
         if size <= _MOST_BYTES:
             keys[key] = known
 
     def note_misfit(self, name: str, problem: str) -> None:
-        """Report something in the hash that is no key and value of ours."""
+        """Report a field of the hash that is not UTF-8 or does not hold JSON."""
         self._misfits.add(name)
         self._note_misfit(self._scope, name, problem)
 
     def note_gone(self, present: Collection[str]) -> None:
-        """Of what was reported, only that can still be there which is `present`: the names of the whole hash."""
+        """Withdraw the reports of names that are no longer in the hash; `present` has all of its names."""
         for name in self._misfits.difference(present):
             self._misfits.discard(name)
             self._note_fit(self._scope, name)
 
     def forget(self, key: str) -> None:
-        """A key may hold anything."""
+        """Forget the value of a key: it is unknown."""
         self._keys.pop(key, None)

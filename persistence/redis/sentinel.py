@@ -1,4 +1,4 @@
-"""The primary that Sentinels name."""
+"""The primary, as Sentinels name it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from scopestate.signals import join
 log = logging.getLogger("scopestate.persistence.redis")
 
 _LEAST_S: Final = 0.05
-"""With less time left nobody is asked any more."""
+"""With less time than this left, no Sentinel is asked."""
 
 
 _LOOK_EVERY_S: Final = 0.2
-"""How often a Sentinel is asked whether the primary is another one now."""
+"""How often a Sentinel is asked for the current primary."""
 _LOOK_S: Final = 1.0
-"""Longest wait for its answer."""
+"""The longest wait for its answer."""
 
 Where = tuple[str, int]
 """Host and port."""
 
 
 class FailOvers:
-    """The newest fail-over of a service that a Sentinel has told of, for all who ask for its primary. From any thread.
+    """The number of the newest fail-over of a service that any Sentinel has reported. From any thread.
 
-    A Sentinel may not have heard of it yet; it still names the server that was the primary before.
+    A Sentinel that does not know of it yet still names the previous primary.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class FailOvers:
         self._lock = threading.Lock()
 
     def knows(self, number: int) -> bool:
-        """Take in the number of the last fail-over that a Sentinel knows of; False if others know of a later one."""
+        """Note the number of the last fail-over that a Sentinel knows of. False if others know of a later one."""
         with self._lock:
             if number < self._newest:
                 return False
@@ -52,20 +52,20 @@ class FailOvers:
         return True
 
     def forget(self) -> None:
-        """Believe the next one: the Sentinels have been set up anew, and count from zero."""
+        """Accept any next number: the Sentinels were set up again, and count from zero."""
         with self._lock:
             self._newest = 0
 
 
 class Behind(NotConnected):
-    """A Sentinel does not know of the last fail-over."""
+    """The Sentinel does not know of the last fail-over yet."""
 
 
 class Primary(Server):
-    """The primary of a service: whichever server that is when it is dialled. From any thread.
+    """The primary of a service, whichever server that is when the connection is made. From any thread.
 
-    Refused: redis-py's own `Sentinel`, which has one time limit for each Sentinel, not one for all of them together,
-    and keeps a pool of connections that are needed once in a fail-over.
+    Refused: redis-py's `Sentinel`, which has a time limit for each Sentinel and not one for all of them together, and
+    keeps a pool of connections that are needed once in a fail-over.
     """
 
     def __init__(self, options: RedisOptions, fail_overs: FailOvers) -> None:
@@ -73,7 +73,7 @@ class Primary(Server):
         super().__init__(options, name=f"service {options.sentinel_service!r} of Sentinels {names}")
         self._service = options.sentinel_service
         self._sentinels = options.sentinel_addresses
-        """As configured, but the one that was right last comes first."""
+        """As configured, but the one that was right last time comes first."""
         self._fail_overs = fail_overs
         self._lock = threading.Lock()
         self._dialled: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -81,11 +81,11 @@ class Primary(Server):
     def dial(self) -> Connection:
         """Ask one Sentinel after the other until one names a server that calls itself the primary; connect there.
 
-        A Sentinel may know less than the others, or the server it names less than the Sentinel: what neither confirms
-        is not believed. `address` is that of the primary from then on.
+        A Sentinel, or the server that it names, may not know of a fail-over yet, so both must agree. `address` is then
+        that of the primary.
 
         Raises:
-            NotConnected: none did, within `connect_timeout_s`; the text names the service and what each of them said.
+            NotConnected: none did within `connect_timeout_s`; the text has the service and the answer of each.
         """
         deadline = time.monotonic() + self._options.connect_timeout_s
         problems: list[str] = []
@@ -93,7 +93,7 @@ class Primary(Server):
         behind = current = 0
         asked = self._sentinels
         for at, sentinel in enumerate(asked):
-            # Those that follow get their share of the time, and so does the server that this one names.
+            # The remaining Sentinels, and the server that this one names, get an equal share of the time.
             share = 1 / (len(asked) - at + 1)
             try:
                 named = self.ask(sentinel, (deadline - time.monotonic()) * share)
@@ -119,9 +119,9 @@ class Primary(Server):
         raise NotConnected(f"no primary of service {self._service!r} in Redis: {'; '.join(problems)}")
 
     def ask(self, sentinel: Where, patience_s: float) -> Where:
-        """Return host and port of what a Sentinel calls the primary.
+        """Return host and port of the primary that a Sentinel names.
 
-        Raises NotConnected, and Behind if others have known of a later fail-over.
+        Raises NotConnected, and Behind if others know of a later fail-over.
         """
         options, within_s = self._options, max(patience_s, _LEAST_S)
         host, port = sentinel
@@ -129,7 +129,7 @@ class Primary(Server):
         connection = Server(options, place, within_s=within_s).dial()
         try:
             connection.wait_at_most(within_s)
-            epoch = _epoch_of(connection, self._service)  # first: so the name is not older than the number
+            epoch = _epoch_of(connection, self._service)  # first, so that the name is not older than the number
             found = connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
         except (Refusal, Broken) as error:
             raise NotConnected(f"it did not say where the primary is: {error}") from error
@@ -142,7 +142,7 @@ class Primary(Server):
         return found[0].decode(), int(found[1])
 
     def cut(self, but: str) -> None:
-        """Break every connection that was made here and is still open, but those to the server at `but`."""
+        """Close every connection that was made here, except those to the server at `but`."""
         with self._lock:
             opened = list(self._dialled)
         for connection in opened:
@@ -150,7 +150,7 @@ class Primary(Server):
                 connection.shut()
 
     def _connect(self, named: Where, patience_s: float) -> Connection:
-        """Connect to the server that a Sentinel named, if that is a primary. Raises NotConnected."""
+        """Connect to the server that a Sentinel named, if it is a primary. Raises NotConnected."""
         within_s = max(patience_s, _LEAST_S)
         host, port = named
         place = msgspec.structs.replace(self._options.server, host=host, port=port)
@@ -167,8 +167,8 @@ class Primary(Server):
 class Watched(Single):
     """The primary, left as soon as a Sentinel names another one.
 
-    A fail-over that somebody has asked for leaves the old primary as it is for ten seconds or more. It accepts writes
-    all the time, and forgets them when it becomes a replica; so to wait until it refuses them is too late.
+    After a fail-over that an operator has requested, the old primary accepts writes for ten seconds or more, and loses
+    them when it becomes a replica. Waiting until it refuses writes would be too late.
     """
 
     def __init__(self, options: RedisOptions, means: Means) -> None:
@@ -176,7 +176,7 @@ class Watched(Single):
         self._primary = Primary(options, self._fail_overs)
         super().__init__(self._primary, options, means, fails_over=True)
         self._visited = Primary(options, self._fail_overs)
-        """For whoever makes connections of his own, and may wait in them for something that comes no more."""
+        """For code that makes its own connections, and may wait on them for something that no longer comes."""
         self._sentinels = options.sentinel_addresses
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -199,17 +199,17 @@ class Watched(Single):
         super().close()
 
     def _watch(self) -> None:
-        # Refused: to subscribe to +switch-master. A Sentinel may die, or hang, and what it says meanwhile is not said
-        # again: one would have to ask too.
+        # Refused: subscribing to +switch-master. A Sentinel may die or hang, and a missed message is not repeated, so
+        # asking would still be necessary.
         at, known, behind = 0, self._primary.address, 0
         while not self._over.wait(_LOOK_EVERY_S):
             at = (at + 1) % len(self._sentinels)
             try:
                 named = _text(self._primary.ask(self._sentinels[at], _LOOK_S))
             except NotConnected as error:
-                log.debug("Sentinel %s was of no use: %s", _text(self._sentinels[at]), error)
+                log.debug("Sentinel %s did not name the primary: %s", _text(self._sentinels[at]), error)
                 behind = behind + 1 if isinstance(error, Behind) else 0
-                if behind >= len(self._sentinels):  # whoever told of the last fail-over is one of them
+                if behind >= len(self._sentinels):  # including the one that reported the last fail-over
                     self._fail_overs.forget()
                 continue
             behind = 0
@@ -218,12 +218,12 @@ class Watched(Single):
                 known = named
                 for owner in self.owners():
                     owner.leave()
-            # Each time: one may have been made meanwhile by the word of a Sentinel that did not know yet.
+            # Each time: a connection may have been made in between, to a primary named by a Sentinel that was behind.
             self._visited.cut(but=known)
 
 
 def _epoch_of(connection: Connection, service: str) -> int:
-    """Return the number of the fail-over that a Sentinel's word is of; 0 if it does not say."""
+    """Return the number of the last fail-over that a Sentinel knows of; 0 if it does not say."""
     try:
         said = connection.call("SENTINEL", "MASTER", service)
     except Refusal:

@@ -1,4 +1,4 @@
-"""Bringing the events of all engines, which Redis shares, to the handlers of this one."""
+"""Giving the events that engines share through Redis to the handlers of this one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Arrivals:
-    """Brings the events that engines publish in Redis to the triggers of this one: the outlet of the reader."""
+    """Gives the events that engines publish in Redis to the router of this one: the outlet of the reader."""
 
     def __init__(self, adapter: RedisBackend, router: EventRouter, dispatcher: Dispatcher) -> None:
         self._adapter = adapter
@@ -43,24 +43,24 @@ class Arrivals:
                 return False
             if reader.restarts == restarts:
                 if adapter.latest == latest:
-                    adapter.latest = number  # looked at; not once more the next time
+                    adapter.latest = number  # checked, so not again the next time
                 return True
-            # A flush of Redis has made the numbers begin anew: the same one is another event now.
+            # Redis was flushed, so the numbers start again: this number now belongs to another event.
 
     def stop(self) -> None:
-        """Take no more events; what is here may still be handled and acknowledged. Idempotent."""
+        """Stop taking events; those that are here may still be handled and acknowledged. Idempotent."""
         if self._adapter.reader is not None:
             self._adapter.reader.stop()
 
     def end(self) -> None:
-        """Acknowledge no more: what is not handled by now is left to other engines. Idempotent."""
+        """Stop acknowledging: events that are not handled by now are left to other engines. Idempotent."""
         if self._adapter.reader is not None:
             self._adapter.reader.end()
 
     # ------------------------------------------------------------------------------------------ the reader's thread
 
     def publish(self, event: Event, *, here: bool) -> tuple[tuple[HandlerActor, ...], HandlerActor | None] | None:
-        """Fire the triggers of one event, as `EventRouter.arrive`; while a handler must catch up it waits.
+        """Give an event to the router, as `EventRouter.arrive`; wait while a handler is full.
 
         None if that was interrupted.
         """
@@ -70,14 +70,14 @@ class Arrivals:
             except HandlerFull as full:
                 room = self._room = threading.Event()
                 self._router.backlog.when_room(room.set, full)
-                # Looked at behind the assignment: who interrupts either sees the event, or is seen here.
+                # Checked after the assignment: an interruption either sees `room`, or is seen here.
                 if not self._interrupted:
                     room.wait()
                 self._router.backlog.stop_waiting(room.set)
         return None
 
     def when_handled(self, handlers: Iterable[HandlerActor], callback: Callable[[], object]) -> None:
-        """Call `callback()` when these handlers are done with what was published so far, retries included."""
+        """Call `callback()` when these handlers have handled what was published so far, retries included."""
         behind = list(handlers)
         if not behind:
             callback()
@@ -87,11 +87,11 @@ class Arrivals:
         self._router.tell(Barrier(behind, reply))
 
     def has_triggers(self) -> bool:
-        """False if nobody could hear of an event."""
+        """False if there is no trigger."""
         return bool(self._router.triggers)
 
     def interrupt(self) -> None:
-        """Let `publish` wait no more."""
+        """Stop `publish` from waiting."""
         self._interrupted = True
         room = self._room
         if room is not None:

@@ -1,8 +1,7 @@
 """Addresses of Redis servers: `redis://`, `rediss://` and `unix://`; `host:port` of Sentinels.
 
-No error shows more of an address than its scheme and the names of its query options: where an address is misspelt,
-nobody can say which part of it was meant as the password. For the same reason the errors of `urllib.parse`, which quote
-the address, are not chained to ours.
+Errors show only the scheme of an address and the names of its query options: in a misspelt address, any part may have
+been meant as the password. For the same reason the errors of `urllib.parse`, which quote the address, are not chained.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _HINTS = {
     "redis+sentinel": "Sentinels are named in `sentinels`",
     "redis-sentinel": "Sentinels are named in `sentinels`",
 }
-# What the addresses of redis-py, redis-rs and go-redis may have in the query, as far as there is a field for it.
+# Options in the addresses of redis-py, redis-rs and go-redis, with the field that replaces them.
 _FIELDS = {
     "username": "username",
     "user": "username",
@@ -64,7 +63,7 @@ _FIELDS = {
 
 
 class RedisAddress(msgspec.Struct, frozen=True):
-    """Where a Redis server is, and as whom to log in; all parts are decoded."""
+    """The address of a Redis server, and the login. All parts are decoded."""
 
     host: str
     """Name or IP address, IPv6 without brackets; "" if there is a `unix_path`."""
@@ -75,7 +74,7 @@ class RedisAddress(msgspec.Struct, frozen=True):
     username: str | None = None
     password: str | None = None
     database: int | None = None
-    """None: the address names none."""
+    """None if the address has no database."""
 
     def __repr__(self) -> str:
         return (
@@ -86,12 +85,12 @@ class RedisAddress(msgspec.Struct, frozen=True):
 
 
 def parse_redis_url(url: str) -> RedisAddress:
-    """Take an address apart. An empty user name or password counts as none; without a port it is 6379.
+    """Parse an address. An empty user name or password counts as missing; the default port is 6379.
 
-    The database is the path (`redis://host/2`) or, also for `unix://`, the query (`?db=2`).
+    The database is the path (`redis://host/2`) or the query (`?db=2`), which works for `unix://` too.
 
     Raises:
-        ConfigError: it is none; the text holds nothing of a user name or password.
+        ConfigError: it is not an address; the text contains no user name and no password.
     """
     scheme = _SCHEME.match(url)
     if scheme is None:
@@ -109,7 +108,7 @@ def parse_redis_url(url: str) -> RedisAddress:
 
 
 def parse_sentinel(text: str) -> tuple[str, int]:
-    """Take `host`, `host:port` or `[IPv6]:port` of a Sentinel apart; without a port it is 26379. Raises ConfigError."""
+    """Parse `host`, `host:port` or `[IPv6]:port` of a Sentinel; the default port is 26379. Raises ConfigError."""
     if "@" in text or "://" in text:
         raise ConfigError(
             "a Sentinel is `host:port` alone; `sentinel_username` and `sentinel_password` say as whom to log in, "
@@ -121,9 +120,9 @@ def parse_sentinel(text: str) -> tuple[str, int]:
 
 
 def without_credentials(url: str, database: int | None = None) -> str:
-    """Return the address without user name and password, for messages; `database` goes before its own.
+    """Return the address without user name and password, for messages; `database` overrides its own.
 
-    Of an address that is none only the scheme is left.
+    If it is not an address, return only the scheme.
     """
     try:
         address = parse_redis_url(url)
@@ -134,14 +133,14 @@ def without_credentials(url: str, database: int | None = None) -> str:
 
 
 def without_password(url: str) -> str:
-    """Return the address with `***` for its password. Of an address that is none only the scheme is left."""
+    """Return the address with `***` for its password. If it is not an address, return only the scheme."""
     try:
         address = parse_redis_url(url)
     except ConfigError:
         return without_credentials(url)
     if address.username is None and address.password is None:
         return without_credentials(url)
-    # A name alone is masked too: some write the password there.
+    # A user name alone is masked too, as it may be meant as the password.
     login = MASK if address.password is None else f"{address.username or ''}:{MASK}"
     return _text(address, f"{login}@", address.database)
 
@@ -155,10 +154,10 @@ def _text(address: RedisAddress, login: str, database: int | None) -> str:
 
 
 def _split(url: str) -> SplitResult:
-    # `urlsplit` drops tabs and line ends without a word.
+    # `urlsplit` silently drops tabs and line ends.
     if " " in url or not url.isprintable():
         raise ConfigError(f"the address has a space or an unprintable character in it; {_ENCODE}")
-    # Releases of CPython differ in what `urlsplit` refuses in and around the brackets of an IPv6 address.
+    # Versions of CPython differ in what `urlsplit` refuses in and around the brackets of an IPv6 address.
     host = re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0].rpartition("@")[2]
     if "[" in host and "]" in host and _HOST.fullmatch(host) is None:
         raise ConfigError(_NO_HOST)
