@@ -46,7 +46,7 @@ def save_one_key(sizes: Sizes) -> list[Row]:
 
 
 def callers_during_save(sizes: Sizes) -> list[Row]:
-    """Each `engine.set` into the very scope whose many dirty keys are being saved, from start to end of the save."""
+    """Each `engine.set` on the scope whose many dirty keys are being saved, from start to end of the save."""
     clock = time.perf_counter
     p999s, worst, counts, saves_s = [], [], [], []
     with TemporaryDirectory() as folder, Engine.from_config(on_disk(folder)) as engine:

@@ -24,9 +24,9 @@ from scopestate import Engine
 def set_beside_cpu(sizes: Sizes) -> list[Row]:
     """p99 of `engine.set` beside the p50 of a Pykka ask, both while another Python thread computes.
 
-    How long an ask takes there depends on who wins the interpreter when the asking thread waits: the actor's thread
-    or the computing one. Kernels differ: on some each ask costs two switch intervals (10 ms), on others the computing
-    thread starves and only a few asks do. So the p99 of both is shown too.
+    How long an ask takes there depends on which thread gets the interpreter when the asking thread waits: that of the
+    actor or the computing one. Kernels differ: on some each ask costs two switch intervals (10 ms), on others the
+    computing thread starves and only a few asks do. So the p99 of both is shown too.
     """
     our_pairs = make_pairs(sizes.calls)
     their_pairs = make_pairs(sizes.contended_asks)

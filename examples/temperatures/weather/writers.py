@@ -26,7 +26,7 @@ class Share(NamedTuple):
 
 
 def shares(readings: Sequence[Reading]) -> list[Share]:
-    """Deal the readings out like cards: neighbouring hours of a day go to different writers, who meet in its scope."""
+    """Distribute the readings: neighbouring hours of a day go to different writers, which write to the same scope."""
     names = [f"thread-{n}" for n in range(1, THREADS + 1)] + [f"task-{n}" for n in range(1, TASKS + 1)]
     return [Share(name, list(readings[place :: len(names)])) for place, name in enumerate(names)]
 
