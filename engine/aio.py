@@ -23,7 +23,7 @@ from scopestate.asks import no_room
 from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout
 from scopestate.ops import checked, messages, turns
-from scopestate.ops.functions import BUILT_IN, from_payload, function_of
+from scopestate.ops.functions import BUILT_IN, fields_of, function_of
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
@@ -130,7 +130,7 @@ class AioEngine:
             self._engine._refuse_if_closed()
             return await self._engine._caller.call_async(function, payload)
         row = BUILT_IN[function_id]
-        return row.to_json(await getattr(self, row.method)(*astuple(from_payload(function_id, payload))))
+        return row.to_json(await getattr(self, row.method)(*fields_of(function_id, payload)))
 
     async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as the engine's own
         """As `Engine.drain`."""

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import pykka
-from msgspec.structs import astuple
 
 from scopestate import catalogue, lifecycle
 from scopestate.actors.backlog import HandlerFull
@@ -37,7 +36,7 @@ from scopestate.errors import (
 )
 from scopestate.handle import Scope
 from scopestate.ops import checked, messages, turns
-from scopestate.ops.functions import BUILT_IN, from_payload
+from scopestate.ops.functions import BUILT_IN, fields_of
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import answer_of, checked_name, refuse_size, turn_of
 from scopestate.ops.values import decode, encode
@@ -355,7 +354,7 @@ class Engine(Reactive):
 
     def _call_builtin(self, function_id: str, payload: object) -> Any:
         row = BUILT_IN[function_id]
-        return row.to_json(getattr(self, row.method)(*astuple(from_payload(function_id, payload))))
+        return row.to_json(getattr(self, row.method)(*fields_of(function_id, payload)))
 
     # ------------------------------------------------------------------------------------------------ waiting
 

@@ -82,7 +82,12 @@ def function_of(message: object) -> BuiltIn:
 
 
 def from_payload(function_id: str, payload: object) -> Message:
-    """Read the input of a built-in function. Fields beyond the known ones are ignored.
+    """Return the message for the input of a built-in function. Raises as `fields_of`."""
+    return BUILT_IN[function_id].message(*fields_of(function_id, payload))
+
+
+def fields_of(function_id: str, payload: object) -> list[Any]:
+    """Read the input of a built-in function: the fields of its message, in order. Fields beyond those are ignored.
 
     Raises DeserializationError, worded as in iii-state, if a field is missing or has the wrong type; nothing has
     happened then. `function_id` must be one of BUILT_IN.
@@ -90,8 +95,7 @@ def from_payload(function_id: str, payload: object) -> Message:
     try:
         if not isinstance(payload, Mapping):
             raise misfit(function_id, f"expected an object, got {json_type(payload)}")
-        message = BUILT_IN[function_id].message
-        return message(*[_READERS[field](function_id, payload, field) for field in message.__struct_fields__])
+        return [read(function_id, payload, field) for field, read in _FIELDS[function_id]]
     except ScopestateError:
         raise
     except Exception as error:
@@ -140,3 +144,9 @@ _READERS: Final[dict[str, Callable[[str, Mapping[str, Any], str], Any]]] = {
     "ops": _ops,
 }
 """Field of a message -> what reads it."""
+
+_FIELDS: Final = {
+    function_id: [(field, _READERS[field]) for field in row.message.__struct_fields__]
+    for function_id, row in BUILT_IN.items()
+}
+"""Function id -> the fields of its message, each with its reader."""
