@@ -148,7 +148,7 @@ class LocalScope(ScopeActor):
             return self._without_values(turn)
         if type(turn) is Set:
             # The short way: `decide` would cost a set 16 % more. tests/properties/test_turns.py holds the two equal.
-            old, data = self._values.get(turn.key), turn.data  # type: ignore[union-attr]  # as there is a view of them
+            old, data = view.get(turn.key), turn.data
             result = SetResult(old, data)
             self._write(turn.key, old, data)
             return result  # type: ignore[return-value]  # A is SetResult here
@@ -171,6 +171,7 @@ class LocalScope(ScopeActor):
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
             routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
         values, dirty, positions, outbox = self._values, self._dirty, self._positions, self._outbox
+        assert values is not None  # within a turn
         before = self._sequence
         if gate is not None:
             gate.unsettled = True
@@ -189,15 +190,15 @@ class LocalScope(ScopeActor):
                     dirty[key] = None
                 self._registry[self.scope] = self
             if new is not None:
-                values[key] = new  # type: ignore[index]  # within a turn the values are there
+                values[key] = new
             self._sequence = sequence
             outbox += routed
         except MemoryError:
             self._sequence = before
             if old is not None:
-                values[key] = old  # type: ignore[index]  # as above
-            elif key in values:  # type: ignore[operator]  # as above
-                del values[key]  # type: ignore[union-attr]  # as above
+                values[key] = old
+            elif key in values:
+                del values[key]
             if dirty is not None:
                 if key in dirty:
                     dirty[key] = old  # saved once more than needed, or deleted once more
@@ -205,7 +206,7 @@ class LocalScope(ScopeActor):
                     del positions[key]
             raise
         if new is None and old is not None:
-            del values[key]  # type: ignore[union-attr]  # as above
+            del values[key]
             if dirty is not None and key in positions:
                 del positions[key]
         # End of the stretch.

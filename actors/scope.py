@@ -96,8 +96,7 @@ class ScopeActor(TurnActor):
     **A backend's scope** has at least `send`, which takes envelopes of turns and of `Housekeeping`:
 
     - It refuses what comes after the close (`_refuse_if_closed`), passes on what comes after it was passivated
-      (`_forward`), bounds what waits (`post`; `_enqueue` for what must get in), and answers the latter
-      by `_housekeep`.
+      (`_forward`), bounds what waits (`post`; `_enqueue` for what must get in), and does housekeeping by `_housekeep`.
     - A write is refused first if a handler must catch up (`_refuse_if_full`). Its event is fired before it is answered
       (`_fire`): the caller that has the answer may count on the event.
     - It overrides `run` and `run_now` if it has a quicker way than `send`, and `_is_needed`, `_note_leaving`,
