@@ -33,7 +33,7 @@ from scopestate.persistence.sqlite.opening import copy_database, open_directory,
 from scopestate.persistence.sqlite.rows import LONGEST_NAME, PAGE_LIMIT, read_names, read_scope, row_room, write_batch
 from scopestate.signals import Guard, exclusive
 
-log = logging.getLogger("scopestate.persistence.sqlite.adapter")
+log = logging.getLogger("scopestate.persistence.file")
 
 _IDLE_READERS = 4
 """Connections kept open for later loads. Further ones are opened when more loads run at once, and closed after use."""

@@ -11,7 +11,7 @@ import stat
 import time
 from typing import IO
 
-log = logging.getLogger("scopestate.persistence.sqlite.adapter")
+log = logging.getLogger("scopestate.persistence.file")
 
 PRIVATE = 0o600
 SUFFIXES = ("", "-wal", "-shm", "-journal")

@@ -33,7 +33,7 @@ from scopestate.persistence.sqlite.files import (
 )
 from scopestate.persistence.sqlite.lock import StoreLock
 
-log = logging.getLogger("scopestate.persistence.sqlite.adapter")
+log = logging.getLogger("scopestate.persistence.file")
 
 Open = Callable[[str], sqlite3.Connection]
 

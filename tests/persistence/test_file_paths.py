@@ -136,7 +136,7 @@ def test_the_home_of_an_unknown_user_is_refused_and_no_folder_of_that_name_is_ma
 def test_opening_says_once_at_info_which_directory_and_what_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "scopestate.persistence.sqlite.adapter")
+    caplog.set_level(logging.INFO, "scopestate.persistence.file")
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         with Engine.from_config(config_of("./data/state")) as engine:
