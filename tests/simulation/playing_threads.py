@@ -14,19 +14,32 @@ import pykka
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.reply import Reply
 from scopestate.inbox import Empty
+from tests.simulation.model import Violation
 
 _LATE_S: Final = 1e-6
 """A thread is woken a little later than it asked for: so rounding cannot make it wait for a moment that is here."""
+
+
+MOST_WAITS: Final = 50_000
+"""A run in which threads go to sleep more often than this does not end."""
 
 
 class Play:
     """Which dispatcher runs what is made now: one for all modules that are patched."""
 
     def __init__(self) -> None:
-        self.dispatcher: DeterministicDispatcher = DeterministicDispatcher(0)
+        self.use(DeterministicDispatcher(0))
+
+    def use(self, dispatcher: DeterministicDispatcher) -> None:
+        """Have what is made from now on run on this dispatcher."""
+        self.dispatcher = dispatcher
+        self.waits = 0
 
     def wait(self, waiting: list[Reply[None]], timeout_s: float | None) -> bool:
         """Stop until another thread sets the reply that this puts into `waiting`; False after `timeout_s`."""
+        self.waits += 1
+        if self.waits > MOST_WAITS:
+            raise Violation("threads wake and sleep again without end")
         reply: Reply[None] = self.dispatcher.reply()
         waiting.append(reply)
         try:
@@ -168,6 +181,8 @@ class PlayedInbox:
         self._play = play
         self._items: list[Any] = []
         self._waiting: list[Reply[None]] = []
+        self.sleeps_until: float | None = None
+        """While a thread sleeps here: until when, at the latest."""
 
     def put(self, item: Any) -> None:
         self._play.dispatcher.give_way()
@@ -175,10 +190,14 @@ class PlayedInbox:
         self._play.wake(self._waiting)
 
     def get_within(self, timeout_s: float | None) -> Any:
-        while not self._items:
-            if not self._play.wait(self._waiting, timeout_s):
-                raise Empty
-        return self._items.pop(0)
+        self.sleeps_until = float("inf") if timeout_s is None else self._play.monotonic() + timeout_s
+        try:
+            while not self._items:
+                if not self._play.wait(self._waiting, timeout_s):
+                    raise Empty
+            return self._items.pop(0)
+        finally:
+            self.sleeps_until = None
 
     def get_nowait(self) -> Any:
         if not self._items:

@@ -370,6 +370,20 @@ class Life:
             if left or one._wanted or one._led:
                 raise Violation(f"engine {self.number}: an owner does not come to rest: {left}")
 
+    def check_awake(self) -> None:
+        """No thread can run now: none may sleep longer than until what its owner has to do is due."""
+        now = self.world.dispatcher.monotonic()
+        for one in self.backend._servers.owners():
+            tokens: Any = one._tokens
+            if one._claim or tokens.sleeps_until is None:
+                continue
+            due = one._later[0][0] if one._later else float("inf")
+            if one._ready:
+                due = min(due, 1e9)  # there is no connection, and the next attempt to make one has its time
+            if one._inbox or one._under_way or tokens.sleeps_until > max(due, now) + 1e-6:
+                left = [list(one._inbox), list(one._ready), list(one._under_way), one._later]
+                raise Violation(f"engine {self.number}: a wake-up is lost: {left}, asleep until {tokens.sleeps_until}")
+
     def check_told(self) -> None:
         """Each write that a caller was told of was an event too. Removals look alike, so they are counted."""
         if self.shares_events:
@@ -504,9 +518,8 @@ class World:
     def __init__(self, seed: int, *, trace: bool = False) -> None:
         draw = self.random = random.Random(seed)
         self.trace: list[str] | None = [] if trace else None
-        self.dispatcher = PLAY.dispatcher = DeterministicDispatcher(
-            draw.getrandbits(32), switch=draw.choice((0.0, 0.1, 0.3)), busy=0.0
-        )
+        self.dispatcher = DeterministicDispatcher(draw.getrandbits(32), switch=draw.choice((0.0, 0.1, 0.3)), busy=0.0)
+        PLAY.use(self.dispatcher)
         self.truth = Truth()
         self.open_calls: dict[Call, str] = {}
         self.running = 0
@@ -611,7 +624,11 @@ class World:
         self._steps += 1
         if self._steps > MOST_STEPS:
             raise Violation(f"no end after {self._steps} steps; waiting: {self.dispatcher.waiting()}")
-        if not self.dispatcher.step() and self.open_calls:
+        dispatcher = self.dispatcher
+        if not dispatcher._ready and not any(worker.can_go(dispatcher.monotonic()) for worker in dispatcher._parked):
+            for life in self.lives:
+                life.check_awake()
+        if not dispatcher.step() and self.open_calls:
             raise Violation(f"nothing is left to run, but these wait: {list(self.open_calls.values())}")
         self._check()
 

@@ -127,6 +127,15 @@ def a_wake_up_is_lost_when_the_claim_is_given_back(patch: Patch) -> None:
     patch.setattr(Owner, "_give_back", lambda self: self._claim.pop("holder", None))
 
 
+def an_alarm_is_not_set(patch: Patch) -> None:
+    def only_what_is_posted(self: Owner) -> None:
+        self._claim.pop("holder", None)
+        if self._inbox or self._wanted:
+            self._ask()
+
+    patch.setattr(Owner, "_give_back", only_what_is_posted)
+
+
 def a_pause_is_forgotten(patch: Patch) -> None:
     patch.setattr(Owner, "_schedule", lambda self, scope: scope.commands.pausing.clear())
 
@@ -161,6 +170,7 @@ BUGS: list[Callable[[Patch], None]] = [
     a_conflict_counts_as_done,
     a_caller_that_is_cut_short_leaves_its_reply_behind,
     a_wake_up_is_lost_when_the_claim_is_given_back,
+    an_alarm_is_not_set,
     a_pause_is_forgotten,
     later_calls_overtake_one_that_pauses,
     an_event_is_fired_twice,
