@@ -374,15 +374,18 @@ class ScopeCommands:
         view = self._view
         view.found = {key: value[1] for key, value in values.items()}
         call.effects = effects = call.message.decide(view)
-        for change in effects[0]:
-            after = change.after
-            if after is not None and len(after) > _LARGEST_BYTES:
-                raise _too_large(change.key, after)
-        for change in effects[0]:
-            after = change.after
-            known[change.key] = NOTHING if after is None else (after, after)
+        changes = effects[0]
+        for change in changes:
+            if change.after is not None and len(change.after) > _LARGEST_BYTES:
+                raise _too_large(change.key, change.after)
         call.sends_write = True
-        return _stored(values, effects[0])
+        if len(changes) == 1 and len(values) == 1 and (after := changes[0].after) is not None:
+            ((key, (raw, _)),) = values.items()
+            known[key] = (after, after)
+            return ("n", key, after) if raw is None else ("c", key, raw, after)
+        for change in changes:
+            known[change.key] = NOTHING if change.after is None else (change.after, change.after)
+        return _stored(values, changes)
 
     def command_of(self, entries: list[Any], calls: list[Call], again: list[Call], *, whole: bool) -> Command:
         """Return the command of several entries, or of a read of the whole scope."""
@@ -675,11 +678,6 @@ class _Making:
 
 def _stored(values: dict[str, Known], changes: tuple[Change, ...]) -> tuple[Any, ...]:
     """Return the script's entry that makes the changes if the keys still hold `values`."""
-    if len(values) == 1 and len(changes) == 1:
-        ((key, (raw, _)),) = values.items()
-        after = changes[0].after
-        if after is not None:
-            return ("n", key, after) if raw is None else ("c", key, raw, after)
     entry: list[Any] = ["t", str(len(values)), str(len(changes))]
     for key, (raw, _) in values.items():
         entry += (key, "0", "") if raw is None else (key, "1", raw)
