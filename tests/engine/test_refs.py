@@ -325,6 +325,18 @@ def test_what_is_no_message_for_a_scope_is_refused_and_the_scope_lives_on(
     assert engine.list_groups() == ["s"]
 
 
+def test_a_proxy_of_a_scope_is_refused_and_the_scope_lives_on(open_store: Any) -> None:
+    engine = open_store()
+    engine.set("s", "k", 1)
+    proxy = engine.scope("s").actor_ref.proxy()
+
+    with pytest.raises(DeserializationError, match="ProxyGetAttr is not a message"):
+        proxy.scope.get(timeout=PATIENCE_S)
+    with pytest.raises(DeserializationError, match="ProxyCall is not a message"):
+        proxy.key_count().get(timeout=PATIENCE_S)
+    assert engine.get("s", "k") == 1
+
+
 def test_stopping_a_scopes_ref_loses_nothing(open_store: Any) -> None:
     engine = open_store()
     engine.set("s", "k", 1)
