@@ -23,6 +23,7 @@ def _in_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     enter_worlds(monkeypatch)
 
 
+@pytest.mark.timeout(600)  # seconds on an idle machine; many times that on a busy one, with coverage
 @pytest.mark.parametrize(
     ("scenario", "faults"),
     [

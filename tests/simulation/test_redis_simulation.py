@@ -33,6 +33,7 @@ def first_failure() -> Failure | None:
     return next((failure for seed in range(ENOUGH_SEEDS) if (failure := simulate(seed)) is not None), None)
 
 
+@pytest.mark.timeout(600)  # 10 s on an idle machine
 def test_nothing_is_lost_or_wrong_in_any_seed() -> None:
     failures = [failure for seed in range(SEEDS) if (failure := simulate(seed)) is not None]
 
@@ -178,6 +179,7 @@ BUGS: list[Callable[[Patch], None]] = [
 ]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
 def test_a_planted_bug_is_caught(bug: Callable[[Patch], None], monkeypatch: Patch) -> None:
     bug(monkeypatch)
