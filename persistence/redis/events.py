@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from scopestate.persistence.redis.connection import Connection, Refusal, Target, pack
+from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target, pack
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.reading import BLOCK_S, CUT_FILE, Handler, Reader, event_of, number_of, place_of
 from scopestate.persistence.redis.script import Shape
@@ -108,6 +108,9 @@ class EachReader(Reader):
     def _take(self, connection: Connection) -> Handler | None:
         if self._looked < self._wanted:
             self._look(connection)
+        if connection.is_stale():
+            # An answer that came twice would be taken for the next one, and its events published again.
+            raise Broken("the server has closed it, or answered what it was not asked")
         reply = connection.exchange(
             pack(("XREAD", "COUNT", _COUNT, "BLOCK", int(BLOCK_S * 1000), "STREAMS", self._shape.stream, self._id))
         )

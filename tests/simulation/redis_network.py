@@ -19,6 +19,8 @@ from tests.redis.played_server import PlayedServer, Session
 
 ADDRESS: Final = "played:6379"
 
+_FIRST_FD: Final = 1_000_000
+"""That of the first connection: not one that the system gives."""
 _APART_S: Final = 1e-9
 """What leaves one side later arrives later, by so much at least."""
 
@@ -106,6 +108,10 @@ class Network:
         """Number of the engine that a session belongs to."""
         return next(end.engine for end in self.ends if end.session is session)
 
+    def end_of(self, fd: int) -> End:
+        """The connection with this file descriptor."""
+        return self.ends[fd - _FIRST_FD]
+
     def open_ends(self) -> list[End]:
         """Connections that neither side has closed."""
         return [end for end in self.ends if not end.is_closed]
@@ -189,6 +195,17 @@ class End:
     def readable(self) -> bool:
         """True if `receive` would not wait."""
         return bool(self._arrived) or self._is_cut or self.is_closed
+
+    def send_now(self, data: bytes) -> int:
+        """Send what can be sent without waiting; return how many bytes that is."""
+        most = self._network.draw.randrange(len(data) + 1) if self._network.happens(0.1) else len(data)
+        if most:
+            self.send(data[:most])
+        return most
+
+    def plain_fd(self) -> int:
+        """What an event loop waits for."""
+        return _FIRST_FD + self.number - 1
 
     def is_stale(self) -> bool:
         """True if nothing may be sent: the connection is broken, or a reply is here that answers nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import random
 import traceback
@@ -17,7 +18,7 @@ import msgspec
 
 from scopestate import Engine, StateEvent, lifecycle, ops
 from scopestate.actors.deterministic import DeterministicDispatcher
-from scopestate.actors.reply import Reply, deliver
+from scopestate.actors.reply import Envelope, Reply, deliver
 from scopestate.actors.scope import Passivate
 from scopestate.config import Config, LimitsConfig
 from scopestate.errors import (
@@ -28,13 +29,14 @@ from scopestate.errors import (
     ScopestateError,
     StorageError,
 )
-from scopestate.ops import messages
+from scopestate.ops import messages, turns
 from scopestate.ops.values import encode
-from scopestate.persistence.redis import commands, events, owner, reading, servers, sharing
+from scopestate.persistence.redis import commands, events, owner, reading, servers, sharing, watching
 from scopestate.persistence.redis.backend import RedisBackend
 from scopestate.persistence.redis.options import RedisOptions
 from tests.redis.played_server import Session
 from tests.simulation.model import Violation
+from tests.simulation.playing_loops import PlayedLoop, TaskReply
 from tests.simulation.playing_threads import Play, PlayedClaim
 from tests.simulation.redis_network import ADDRESS, Network
 
@@ -44,7 +46,18 @@ MOST_STEPS: Final = 30_000
 QUIET_S: Final = 60.0
 """Virtual seconds in which everything must come to rest once nothing goes wrong any more."""
 
-_KINDS: Final = {"set": 6, "update": 6, "delete": 2, "get": 4, "list": 2, "ask": 4, "tell": 1, "give up": 2, "drain": 1}
+_KINDS: Final = {
+    "set": 6,
+    "update": 6,
+    "delete": 2,
+    "get": 4,
+    "list": 2,
+    "ask": 4,
+    "task": 4,
+    "tell": 1,
+    "give up": 2,
+    "drain": 1,
+}
 
 PLAY: Final = Play()
 
@@ -292,6 +305,8 @@ class Life:
         reader: Any = self.backend.reader
         self.heard: int = reader._number if self.shares_events else 0
         """With shared events: how many of them all the witness was called with, those before its start included."""
+        self.loop = PlayedLoop(PLAY, world.network)
+        world.dispatcher.submit(self.loop.run)
         lodger: Any = Lodger(world.dispatcher)
         self.engine = Engine(Config(limits=limits), adapter=self.backend, dispatcher=lodger, handle_sigterm=False)
         self.engine.register_function("witness", self._witness)
@@ -380,7 +395,8 @@ class Life:
             due = one._later[0][0] if one._later else float("inf")
             if one._ready:
                 due = min(due, 1e9)  # there is no connection, and the next attempt to make one has its time
-            if one._inbox or one._under_way or tokens.sleeps_until > max(due, now) + 1e-6:
+            is_under_way = one._under_way and not (one._watch and one._watch.active)
+            if one._inbox or is_under_way or tokens.sleeps_until > max(due, now) + 1e-6:
                 left = [list(one._inbox), list(one._ready), list(one._under_way), one._later]
                 raise Violation(f"engine {self.number}: a wake-up is lost: {left}, asleep until {tokens.sleeps_until}")
 
@@ -486,6 +502,31 @@ class Client:
         else:
             reply.add_done_callback(arrived)
 
+    def _task(self, scope: str, key: str) -> None:
+        """Call as a task of an event loop does: on the loop's thread, which then drives the connection if it can."""
+        number = self._world.next_id()  # it begins when the loop comes to it: behind later calls of this thread
+        call = self._call("task", scope, key, number)
+        value = {"id": number}
+        turn: Any = turns.Set(key, encode(value))
+        if self._random.random() < 0.5:
+            turn = turns.Update(key, (ops.Merge(value),))
+
+        def arrived(result: Any, error: BaseException | None) -> None:
+            with self._world.watching():
+                if error is None:
+                    call.wrote(result.old_json, result.new_json)
+                else:
+                    call.failed(error)
+
+        def begin() -> None:
+            reply: Any = TaskReply(self._life.loop, arrived)
+            try:
+                self._engine._scopes[scope].send(Envelope(turn, reply))
+            except ScopestateError as error:
+                arrived(None, error)
+
+        self._life.loop.call_soon(begin)
+
     def _tell(self, scope: str, key: str) -> None:
         number = self._number()
         try:
@@ -585,9 +626,12 @@ class World:
             self._settle()
         for life in self.lives:
             life.close()
-            self._check()
+            self.check()
         self.dispatcher.advance(QUIET_S)
-        self._check()
+        for life in self.lives:
+            life.loop.stop()
+        self.dispatcher.run_until_idle()
+        self.check()
         if self.open_calls:
             raise Violation(f"closed, and these wait: {list(self.open_calls.values())}")
         if self.network.open_ends():
@@ -630,9 +674,10 @@ class World:
                 life.check_awake()
         if not dispatcher.step() and self.open_calls:
             raise Violation(f"nothing is left to run, but these wait: {list(self.open_calls.values())}")
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise what went wrong first."""
         if self._problem is not None:
             raise self._problem
 
@@ -718,9 +763,11 @@ def played() -> Iterator[None]:
     try:
         with (
             PLAY.in_modules(owner, sharing, reading, events, commands),
+            mock.patch.object(watching, "os", types.SimpleNamespace(dup=lambda fd: fd, close=lambda fd: None)),
             mock.patch.object(Engine, "_close_behind_this", _never_ends),
         ):
             yield
+            gc.collect()  # what let go of its file descriptor later would let go of the system's
     finally:
         logger.setLevel(level)
 

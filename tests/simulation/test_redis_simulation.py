@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from scopestate.ops import messages
 from scopestate.persistence.redis.commands import Call, ScopeCommands
 from scopestate.persistence.redis.connection import Broken
 from scopestate.persistence.redis.owner import Owner
@@ -15,7 +16,7 @@ from scopestate.persistence.redis.script import DONE
 from tests.reliability.figures import record
 from tests.simulation.__main__ import main
 from tests.simulation.redis_network import End
-from tests.simulation.redis_simulator import Failure, World, played, simulate
+from tests.simulation.redis_simulator import Failure, Life, World, played, simulate
 
 SEEDS = 200
 ENOUGH_SEEDS = 300
@@ -85,8 +86,29 @@ def test_the_seeds_reach_what_they_are_there_for() -> None:
         "was changed elsewhere during each of 2 attempts",
         "engine 2: event",
         "engine 1 is closed",
+        "task a/x id",
     ):
         assert wanted in trace, wanted
+
+
+def test_an_event_whose_answer_comes_twice_is_told_once() -> None:
+    world = World(0)
+    world.shares_events = True
+    world.network.faults.end()
+    life = Life(world, 1)
+    world.lives.append(life)
+
+    for number in (1, 2, 3):
+        world.network.faults.doubled_answer = 1.0
+        life.engine.tell(messages.Set("a", "y", {"id": world.next_id()}))
+        while life.heard < number:
+            assert world.dispatcher.step()
+        world.network.faults.end()
+        world.dispatcher.advance(5.0)  # the next read of the stream ends without an entry
+        world.check()
+        assert (life.heard, world.truth.published) == (number, number)
+
+    life.close()
 
 
 # ------------------------------------------------------------------------------------------------------ planted bugs
