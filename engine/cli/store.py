@@ -33,7 +33,7 @@ from scopestate.cli.terminal import (
 from scopestate.config import AdapterConfig, BridgeOptions, Config, KvOptions, RedisOptions, load, validate
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
 from scopestate.paths import expand_home
-from scopestate.persistence.redis.urls import without_credentials
+from scopestate.persistence.redis.options import without_credentials
 from scopestate.persistence.sqlite.adapter import FileAdapter
 from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.transfer import (

@@ -17,15 +17,12 @@ from scopestate.ops.values import parse
 from scopestate.persistence.redis.cluster import Clustered, slots_of
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
 from scopestate.persistence.redis.dialling import Server, traits
-from scopestate.persistence.redis.events import EachReader
+from scopestate.persistence.redis.events import Arrivals, EachReader, Reader
 from scopestate.persistence.redis.group import GroupReader
 from scopestate.persistence.redis.options import RedisOptions
-from scopestate.persistence.redis.reading import Reader
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import Shape, explain, keys_of, with_source
-from scopestate.persistence.redis.sentinel import Watched
-from scopestate.persistence.redis.servers import Deliver, Means, Servers, Single
-from scopestate.persistence.redis.sharing import Arrivals
+from scopestate.persistence.redis.servers import Deliver, Means, Servers, Single, Watched
 
 log = logging.getLogger("scopestate.persistence.redis")
 

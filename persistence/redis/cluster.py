@@ -16,19 +16,15 @@ from scopestate.errors import NotConnected
 from scopestate.persistence.redis.commands import Command
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, pack
 from scopestate.persistence.redis.dialling import Server
-from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.options import RedisAddress, RedisOptions
 from scopestate.persistence.redis.owner import Owner
-from scopestate.persistence.redis.servers import Means, Pool
-from scopestate.persistence.redis.urls import RedisAddress
+from scopestate.persistence.redis.servers import Means, Pool, Where
 
 log = logging.getLogger("scopestate.persistence.redis")
 
 _ASKING: Final = pack(("ASKING",))
 _REDIRECTIONS: Final = 5
 """How often a command outside of the owners follows the word of one server to the next."""
-
-Where = tuple[str, int]
-"""Host and port."""
 
 
 class Clustered:

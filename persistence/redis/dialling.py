@@ -19,8 +19,7 @@ from redis.exceptions import TimeoutError as NoAnswer
 
 from scopestate.errors import NotConnected
 from scopestate.persistence.redis import connection
-from scopestate.persistence.redis.options import RedisOptions
-from scopestate.persistence.redis.urls import RedisAddress
+from scopestate.persistence.redis.options import RedisAddress, RedisOptions
 
 log = logging.getLogger("scopestate.persistence.redis")
 

@@ -18,7 +18,7 @@ from scopestate.config import AdapterConfig, RedisOptions
 from scopestate.config.nodes import Problems
 from scopestate.config.sections import read_text
 from scopestate.errors import ConfigError
-from scopestate.persistence.redis.urls import (
+from scopestate.persistence.redis.options import (
     RedisAddress,
     parse_redis_url,
     parse_sentinel,

@@ -16,7 +16,7 @@ from one_server import PATIENCE_S
 from servers import Server, StartServer, wait_until
 
 from scopestate import Engine
-from scopestate.persistence.redis import events, reading
+from scopestate.persistence.redis import events
 
 NEVER_S = 3600.0
 
@@ -31,7 +31,6 @@ def engines(nothing_left_behind: None) -> Iterator[Engines]:
 def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server keeps a reader waiting for an hour: no look in between finds what a wake-up has missed."""
     monkeypatch.setattr(events, "BLOCK_S", NEVER_S)
-    monkeypatch.setattr(reading, "BLOCK_S", NEVER_S)
 
 
 def reader_of(engine: Engine) -> Any:

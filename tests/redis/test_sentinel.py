@@ -15,8 +15,7 @@ from servers import VALKEY, Binary, Sentinel, SentinelSetup, Server, StartServer
 from scopestate import Engine
 from scopestate.errors import StorageError
 from scopestate.persistence.redis.dialling import Server as OneServer
-from scopestate.persistence.redis.options import RedisOptions
-from scopestate.persistence.redis.urls import RedisAddress
+from scopestate.persistence.redis.options import RedisAddress, RedisOptions
 
 URL = "redis://localhost"
 SCOPES = ("a", "b", "c", "d")

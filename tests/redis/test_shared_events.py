@@ -18,7 +18,7 @@ from servers import Binary, SentinelSetup, Server, StartServer, wait_until
 
 from scopestate import DeliveryFailure, Engine
 from scopestate.errors import EventLoopDetected, ReplyTimeout, StorageError
-from scopestate.persistence.redis.sharing import Arrivals
+from scopestate.persistence.redis.events import Arrivals
 
 SMALL_NODES = ("stream-node-max-entries 4",)
 """Redis trims whole nodes of a stream."""

@@ -31,7 +31,7 @@ from scopestate.errors import (
 )
 from scopestate.ops import messages, turns
 from scopestate.ops.values import encode
-from scopestate.persistence.redis import commands, events, owner, reading, servers, sharing, watching
+from scopestate.persistence.redis import commands, events, owner, servers, watching
 from scopestate.persistence.redis.backend import RedisBackend
 from scopestate.persistence.redis.options import RedisOptions
 from tests.redis.played_server import Session
@@ -762,7 +762,7 @@ def played() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL + 1)  # the faults are meant, and a thousand runs would fill a disk
     try:
         with (
-            PLAY.in_modules(owner, sharing, reading, events, commands),
+            PLAY.in_modules(owner, events, commands),
             mock.patch.object(watching, "os", types.SimpleNamespace(dup=lambda fd: fd, close=lambda fd: None)),
             mock.patch.object(Engine, "_close_behind_this", _never_ends),
         ):
