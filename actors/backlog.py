@@ -1,11 +1,13 @@
-"""Back-pressure: how much waits for the handlers of an engine, and the writers that wait until it is less."""
+"""Back-pressure: the limits of an engine, how much waits for its handlers, and the writers that wait for room."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import msgspec
 
 from scopestate.actors.containment import Log, contained
 from scopestate.errors import Overloaded
@@ -14,11 +16,41 @@ from scopestate.ops.results import StateEvent
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.handler import HandlerActor
-    from scopestate.actors.limits import Limits
 
 log = Log("scopestate.triggers")
 
 _GONE: Final = object()
+
+
+class Limits(msgspec.Struct):
+    """The current limits: one object for each engine, read without locks, which a reload changes.
+
+    `config.LimitsConfig` says what each means.
+    """
+
+    max_value_bytes: int = 0
+    """0: none. At most what the store can hold."""
+    longest_name: int = sys.maxsize
+    """Characters of the longest scope or key that the store can hold."""
+    scope_mailbox: int = 10_000
+    scope_mailbox_bytes: int = 1 << 26
+    """0: no limit."""
+    handler_mailbox: int = 100_000
+    handler_mailbox_bytes: int = 1 << 26
+    """0: no limit."""
+    events_bytes: int = 1 << 28
+    """0: no limit."""
+    handler_when_full: Literal["block", "drop_oldest", "reject"] = "block"
+    handler_timeout_s: float = 0.0
+    """0: no limit."""
+    handler_attempts: int = 1
+    handler_backoff_s: float = 0.1
+    max_event_depth: int = 1000
+    call_timeout_s: float | None = 30.0
+    """None: no limit."""
+    close_grace_s: float = 5.0
+    passivate_after_s: float = 300.0
+    """0: never."""
 
 
 class Tally:
@@ -47,6 +79,15 @@ class HandlerFull(Overloaded):
         )
         self.progress = progress
         """`Backlog.progress` before the handler was found full."""
+
+
+def no_room(scope: str) -> str:
+    """Return the message for a handler that did not make room in time."""
+    return (
+        f"nothing was written to scope {scope!r}: the mailbox of a handler that must get its event is full and "
+        "did not empty within call_timeout_ms; see handler_mailbox, handler_mailbox_bytes, "
+        "events_bytes, handler_when_full and handler_timeout_ms under `limits`"
+    )
 
 
 class Backlog:

@@ -15,8 +15,8 @@ from scopestate.signals import Guard, exclusive
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
+    from scopestate.actors.backlog import Limits
     from scopestate.actors.dispatcher import Dispatcher, Timer
-    from scopestate.actors.limits import Limits
 
 SLICE: Final = 500
 """Scopes checked in one turn. That takes about a millisecond, so that 100,000 scopes delay no other work."""

@@ -9,11 +9,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
-from scopestate.actors.backlog import Backlog, size_of
+from scopestate.actors.backlog import Backlog, Limits, size_of
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import Functions, close_unrun, is_awaitable, is_unrun
-from scopestate.actors.limits import Limits
 from scopestate.actors.loops import Continue, LoopCalls, LoopThread, OnLoop, Overdue, Pending
 from scopestate.actors.reply import Reply
 from scopestate.actors.reports import DeliveryFailure, Reporter

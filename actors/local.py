@@ -18,7 +18,7 @@ from scopestate.signals import certainly
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
-    from scopestate.actors.limits import Limits
+    from scopestate.actors.backlog import Limits
 
 A = TypeVar("A")
 

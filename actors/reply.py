@@ -1,24 +1,30 @@
-"""Replies that threads wait for. Those that event loops wait for are in `loop_reply`."""
+"""Replies that threads wait for. Those that event loops wait for are in `loops`."""
 
 from __future__ import annotations
 
 import functools
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pykka
 
+from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log, is_from_outside
+from scopestate.actors.loops import LoopReply
+from scopestate.errors import Overloaded
 from scopestate.signals import certainly, wait_for
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
-    from scopestate.actors.loop_reply import LoopReply
+    from scopestate.actors.router import EventRouter
+    from scopestate.actors.scope import ScopeActor
+    from scopestate.ops.turns import Turn
 
 log = Log("scopestate.actors")
+engine_log = Log("scopestate.engine")
 
 T = TypeVar("T")
 _ExcInfo = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
@@ -153,8 +159,6 @@ class Reply(pykka.Future[T]):
     def __await__(self) -> Generator[Any, None, T]:
         """Suspend the running task until the outcome is there."""
         if not self.done and not self._is_derived:
-            from scopestate.actors.loop_reply import LoopReply  # noqa: PLC0415 - asyncio takes 20 ms to import
-
             waiter = LoopReply()
             self.when_done(lambda _: waiter.set())
             yield from waiter.future.__await__()
@@ -201,6 +205,77 @@ class Reply(pykka.Future[T]):
                     log.exception("a callback of a reply failed")
         if passes is not None:
             raise passes
+
+
+class PatientReply(Reply[Any]):
+    """A reply that sends its turn again when a full handler has room: the sender does not wait for that."""
+
+    def __init__(
+        self, router: EventRouter, scopes: Mapping[str, ScopeActor], scope: str, convert: Callable[[Any], Any]
+    ) -> None:
+        super().__init__()
+        self.waiter = router._dispatcher.waiter
+        self.submit_program = router._dispatcher.submit_program
+        self.convert = convert
+        self._backlog = router.backlog
+        self._scopes = scopes
+        self._scope = scope
+        self._envelope: Envelope | None = None
+
+    def wrap(self, turn: Turn[Any]) -> Envelope:
+        """Return what the sender sends, and what is sent again."""
+        self._envelope = Envelope(turn, self)
+        return self._envelope
+
+    def set(self, value: Any = None) -> None:
+        super().set(value)
+        self._let_go()
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, HandlerFull):
+            size = self._envelope.message.size() if self._envelope is not None else 0
+            if self._backlog.has_waiting_room():
+                self._backlog.when_room(self._send_again, error, size)
+            else:
+                self._backlog.refused.add()
+                self.fail(
+                    Overloaded("nothing was written: a handler is behind, and too many messages wait for it already")
+                )
+        else:
+            super().fail(error)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop the turn. The envelope refers to this reply, so only the garbage collector would free the two."""
+        self._envelope = None
+
+    def _send_again(self) -> None:
+        # Called for one sender after another: a refusal is the answer of this one, and must not stop the others.
+        envelope = self._envelope
+        if envelope is None:
+            return
+        try:
+            # Queued: the thread that has made room is in the middle of a handler's turn.
+            self._scopes[self._scope].post(envelope)
+        except BaseException as error:
+            if is_from_outside(error):
+                raise
+            self.fail(error)
+
+
+class Told(PatientReply):
+    """The reply to a `tell`. It is not read, so a refusal is logged."""
+
+    def set(self, value: Any = None) -> None:
+        """Take the answer, which is not read."""
+        self._let_go()
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, HandlerFull):
+            super().fail(error)
+        else:
+            engine_log.error("a message sent with tell() was refused: %s", error, exc_info=error)
+            self._let_go()
 
 
 def deliver(outcomes: Iterable[tuple[ReplyTo, Any, BaseException | None]]) -> None:

@@ -18,9 +18,9 @@ from scopestate.errors import DeserializationError, EngineClosed, Overloaded, Re
 from scopestate.ops.turns import Turn, answer_of, no_message, turn_of
 
 if TYPE_CHECKING:
+    from scopestate.actors.backlog import Limits
     from scopestate.actors.directory import Directory
     from scopestate.actors.dispatcher import Dispatcher
-    from scopestate.actors.limits import Limits
     from scopestate.actors.router import EventRouter
     from scopestate.actors.snapshot import SnapshotActor
 

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import pykka
 from msgspec.structs import astuple
 
-from scopestate.actors.backlog import HandlerFull
-from scopestate.actors.loop_reply import Deadlines, LoopReply
+from scopestate.actors.backlog import HandlerFull, no_room
+from scopestate.actors.loops import Deadlines, LoopReply
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import Flush
 from scopestate.actors.turn import BUSY
-from scopestate.asks import no_room
 from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout
 from scopestate.ops import checked, messages, turns

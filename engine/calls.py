@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from scopestate.actors.containment import described, is_from_outside
 from scopestate.actors.functions import Function, running_loop
-from scopestate.actors.loops import OnLoop
+from scopestate.actors.loops import LoopReply, OnLoop
 from scopestate.errors import (
     DeserializationError,
     FunctionFailed,
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import asyncio
 
     from scopestate.actors.handler import HandlerServices
-    from scopestate.actors.loop_reply import LoopReply
     from scopestate.actors.reply import Reply
 
 
@@ -94,8 +93,6 @@ class Caller:
 
     async def _begun(self, function: Function, data: Any) -> Outcome:
         import asyncio  # noqa: PLC0415 - as above
-
-        from scopestate.actors.loop_reply import LoopReply  # noqa: PLC0415 - as above
 
         services = self._services
         reply = LoopReply()

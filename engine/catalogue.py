@@ -1,27 +1,32 @@
-"""The descriptions of functions and trigger types: the API reference, generated from the structs."""
+"""The descriptions of functions and trigger types: the API reference, generated from the structs.
+
+Their JSON schemas are made from type hints in the dialect of the reference. msgspec's own `json.schema` writes the
+2020-12 dialect; the reference is draft-07 as iii writes it: `definitions`, `true` for any value, `null` in a list of
+types, ops inline in a `oneOf`. Scalars are left to msgspec.
+
+- A `Meta` with a `title` makes a type a definition of that name; notes behind it belong to the field that has it.
+- A result says by `json_fields` which of its fields and properties its JSON has.
+- `Meta(extra=OPTIONAL)` takes a field out of `required`.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from scopestate.actors.functions import Function, Functions
+import msgspec
+from msgspec import NODEFAULT
+
+from scopestate.actors.functions import Functions
 from scopestate.actors.triggers import Trigger
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.results import StateEvent
+from scopestate.ops.update_ops import OPTIONAL
 from scopestate.ops.values import decode, encode
 
-
-def builtin(function_id: str, call: Callable[[str, object], Any]) -> Function:
-    """Return the registration of a built-in function."""
-    return Function(function_id, lambda payload: call(function_id, payload), builtin=True)
-
-
-def made_id(handler: Callable[..., Any], functions: Functions) -> str:
-    """Return an id for a function without one: its module and name, numbered if that is taken."""
-    name = getattr(handler, "__qualname__", None) or type(handler).__qualname__
-    return functions.free_id(f"{getattr(handler, '__module__', None) or 'python'}::{name}")
+_DIALECT: Final = "http://json-schema.org/draft-07/schema#"
 
 
 def functions(registered: Functions) -> list[dict[str, Any]]:
@@ -52,13 +57,11 @@ def _entry(function_id: str, description: str | None, request: Any = None, respo
     }
 
 
-# Made at the first call, which keeps the import fast, and kept as bytes: each caller gets its own copy.
+# Made at the first call and kept as bytes: each caller gets its own copy.
 
 
 @functools.cache
 def _builtin_functions() -> bytes:
-    from scopestate.schemas import schema, summary  # noqa: PLC0415 - see above
-
     return encode(
         [
             _entry(
@@ -74,8 +77,6 @@ def _builtin_functions() -> bytes:
 
 @functools.cache
 def _builtin_trigger_types() -> bytes:
-    from scopestate.schemas import schema  # noqa: PLC0415 - see above
-
     return encode(
         [
             {
@@ -87,3 +88,132 @@ def _builtin_trigger_types() -> bytes:
             }
         ]
     )
+
+
+def schema(title: str, hint: Any) -> dict[str, Any]:
+    """Return the schema of an object, a struct or TypedDict, under the name that the reference gives it."""
+    writer = _Writer()
+    made: dict[str, Any] = {"$schema": _DIALECT, "title": title, **writer.object(hint)}
+    if writer.definitions:
+        made["definitions"] = writer.definitions
+    return made
+
+
+def summary(documented: object) -> str:
+    """Return the first sentence or paragraph of a docstring as the reference writes descriptions.
+
+    One sentence loses its full stop, several keep theirs.
+    """
+    paragraph = " ".join((documented.__doc__ or "").strip().split("\n\n")[0].split())
+    return paragraph if ". " in paragraph else paragraph.removesuffix(".")
+
+
+class _Writer:
+    """Writes one schema and collects its definitions."""
+
+    def __init__(self) -> None:
+        self.definitions: dict[str, Any] = {}
+
+    def of(self, hint: Any) -> Any:
+        """The schema of any type; `True` for one that says nothing."""
+        kind, metas = _split(hint)
+        for place, meta in enumerate(metas):
+            if meta.title is not None:
+                self.definitions.setdefault(meta.title, self._plain(kind, metas[: place + 1]))
+                reference = {"$ref": f"#/definitions/{meta.title}"}
+                words = _words(metas[place + 1 :])
+                # Draft-07 ignores what stands beside a $ref.
+                return {"allOf": [reference], **words} if words else reference
+        return self._plain(kind, metas) or True
+
+    def object(self, hint: Any) -> dict[str, Any]:
+        """The schema of a struct or TypedDict: its fields by name, the required ones, the tag."""
+        kind, metas = _split(hint)
+        properties: dict[str, Any] = {}
+        required: list[str] = []
+        config = getattr(kind, "__struct_config__", None)
+        if config is not None and config.tag is not None:
+            properties[config.tag_field] = _enumeration([config.tag])
+            required.append(config.tag_field)
+        for name, field, needed in _fields(kind):
+            properties[name] = self.of(field)
+            if needed:
+                required.append(name)
+        made: dict[str, Any] = {"type": "object", **_words(metas)}
+        if properties:
+            made["properties"] = dict(sorted(properties.items()))
+        if required:
+            made["required"] = sorted(required)
+        return made
+
+    def _plain(self, kind: Any, metas: tuple[msgspec.Meta, ...]) -> dict[str, Any]:
+        words = _words(metas)
+        origin, args = get_origin(kind), get_args(kind)
+        if kind is Any:
+            return words
+        if origin is Literal:
+            return {**_enumeration(list(args)), **words}
+        if origin in (list, tuple):
+            return {"type": "array", "items": self.of(args[0]), **words}
+        if origin in (Union, types.UnionType):
+            return {**self._union(args), **words}
+        if _is_struct(kind):
+            return self.object(Annotated[(kind, *metas)])
+        scalar = msgspec.json.schema(Annotated[(kind, *metas)] if metas else kind)
+        scalar.pop("title", None)
+        return scalar
+
+    def _union(self, members: tuple[Any, ...]) -> dict[str, Any]:
+        if all(_is_struct(_split(member)[0]) for member in members):
+            return {"oneOf": [self._described(member) for member in members]}
+        choices = [{"type": "null"} if member is types.NoneType else self.of(member) for member in members]
+        if len(choices) == 2 and choices[1] == {"type": "null"} and isinstance(choices[0].get("type"), str):
+            return {**choices[0], "type": [choices[0]["type"], "null"]}
+        return {"anyOf": choices}
+
+    def _described(self, struct: Any) -> dict[str, Any]:
+        return {"description": summary(struct), **self.object(struct)}
+
+
+def _split(hint: Any) -> tuple[Any, tuple[msgspec.Meta, ...]]:
+    """Return a hint's type and what is noted at it, from the inside out."""
+    if get_origin(hint) is not Annotated:
+        return hint, ()
+    kind, *notes = get_args(hint)
+    return kind, tuple(note for note in notes if isinstance(note, msgspec.Meta))
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _fields(kind: Any) -> Iterator[tuple[str, Any, bool]]:
+    """Yield (name, hint, required) of each field that the JSON of `kind` has."""
+    hints = get_type_hints(kind, include_extras=True)
+    if not _is_struct(kind):  # a TypedDict
+        yield from ((name, hint, name in kind.__required_keys__) for name, hint in hints.items())
+        return
+    struct_fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    for name in getattr(kind, "json_fields", struct_fields):
+        field = struct_fields.get(name)
+        if field is None:  # a property
+            hint = get_type_hints(getattr(kind, name).fget, include_extras=True)["return"]
+            needed = True
+        else:
+            hint = hints[field.name]
+            needed = field.default is NODEFAULT and field.default_factory is NODEFAULT
+        yield name, hint, needed and not any(meta.extra == OPTIONAL for meta in _split(hint)[1])
+
+
+def _enumeration(words: list[Any]) -> dict[str, Any]:
+    return {"type": "string", "enum": words}
+
+
+def _words(metas: tuple[msgspec.Meta, ...]) -> dict[str, Any]:
+    """What the notes say about a type, beside its name."""
+    words: dict[str, Any] = {}
+    for meta in metas:
+        if meta.description is not None:
+            words["description"] = meta.description
+        words.update(meta.extra_json_schema or {})
+    return words

@@ -7,19 +7,19 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import pykka
 
-from scopestate import catalogue, lifecycle
-from scopestate.actors.backlog import HandlerFull
+from scopestate import lifecycle
+from scopestate.actors.backlog import HandlerFull, no_room
 from scopestate.actors.dispatcher import Dispatcher
+from scopestate.actors.functions import Function
 from scopestate.actors.ports import Backend, Store
-from scopestate.actors.reply import Reply
+from scopestate.actors.reply import PatientReply, Reply, Told
 from scopestate.actors.snapshot import Flush
-from scopestate.asks import PatientReply, Told, no_room
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
 from scopestate.config import Config, ConfigWatcher, from_mapping, load, validate
@@ -34,7 +34,6 @@ from scopestate.errors import (
     StorageError,
     WouldDeadlock,
 )
-from scopestate.handle import Scope
 from scopestate.ops import checked, messages, turns
 from scopestate.ops.functions import BUILT_IN, fields_of
 from scopestate.ops.results import SetResult, UpdateResult
@@ -46,6 +45,7 @@ from scopestate.stats import Health, Stats, check_health, measure
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
+    from scopestate.actors.scope import ScopeActor
     from scopestate.aio import AioEngine
 
 A = TypeVar("A")
@@ -104,7 +104,7 @@ class Engine(Reactive):
         self._watcher: ConfigWatcher | None = None
         self._forked = False
         for function_id in BUILT_IN:
-            self._functions.add(catalogue.builtin(function_id, self._call_builtin))
+            self._functions.add(Function(function_id, partial(self._call_builtin, function_id), builtin=True))
         parts.configure()
         lifecycle.watch_over(self)
         if handle_sigterm and parts.backend.keeps:
@@ -495,3 +495,43 @@ class Engine(Reactive):
                 backlog.stop_waiting(room.set)
                 backlog.refused.add()
                 raise Overloaded(no_room(scope)) from full
+
+
+class Scope:
+    """One scope of an engine. It has no state of its own, so it may be kept and shared."""
+
+    def __init__(self, engine: Engine, scope: str) -> None:
+        self._engine = engine
+        self.name = scope
+
+    def set(self, key: str, value: object) -> SetResult:
+        """As `Engine.set` on this scope."""
+        return self._engine.set(self.name, key, value)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As `Engine.get` on this scope."""
+        return self._engine.get(self.name, key, default)
+
+    def delete(self, key: str) -> Any:
+        """As `Engine.delete` on this scope."""
+        return self._engine.delete(self.name, key)
+
+    def update(self, key: str, ops: Iterable[object]) -> UpdateResult:
+        """As `Engine.update` on this scope."""
+        return self._engine.update(self.name, key, ops)
+
+    def list(self) -> list[Any]:
+        """As `Engine.list` on this scope."""
+        return self._engine.list(self.name)
+
+    @property
+    def actor_ref(self) -> pykka.ActorRef[ScopeActor]:
+        """The Pykka ref of the scope's current actor, for the messages in `scopestate.messages`.
+
+        After passivation the scope has a new actor; the old ref passes messages on to it.
+        """
+        ref: pykka.ActorRef[ScopeActor] = self._engine._scopes[self.name].actor_ref
+        return ref
+
+    def __repr__(self) -> str:
+        return f"<Scope {self.name!r}>"

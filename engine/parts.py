@@ -11,12 +11,11 @@ from typing import Final
 
 import msgspec
 
-from scopestate.actors.backlog import Tally
+from scopestate.actors.backlog import Limits, Tally
 from scopestate.actors.directory import Directory, Housekeeper
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.functions import Function, Functions
 from scopestate.actors.handler import HandlerServices
-from scopestate.actors.limits import Limits
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.ports import Backend, Store
 from scopestate.actors.reports import DeliveryFailure

@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Never, TypeGuard, TypeVar, overload
 
-from scopestate import catalogue
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
 from scopestate.actors.reports import DeliveryFailure
@@ -61,6 +60,8 @@ class Reactive:
 
     def functions(self) -> list[dict[str, Any]]:
         """Return a description of each function: the API reference's for the built-in ones."""
+        from scopestate import catalogue  # noqa: PLC0415 - few programs need it
+
         return catalogue.functions(self._functions)
 
     # -------------------------------------------------------------------------------------------------- triggers
@@ -113,7 +114,7 @@ class Reactive:
         def register(handler: F) -> F:
             # The plain string that a subclass holds: the format of an Enum differs between versions of Python.
             given = str.__str__(function_id) if isinstance(function_id, str) else function_id
-            name = given or catalogue.made_id(handler, self._functions)
+            name = given or self._functions.free_id(_name_of(handler))
             condition_id = condition if isinstance(condition, str) else None
             if callable(condition):
                 condition_id = f"{name}::condition"
@@ -130,6 +131,8 @@ class Reactive:
 
     def trigger_types(self) -> list[dict[str, Any]]:
         """Return a description of each trigger type, as the API reference has it."""
+        from scopestate import catalogue  # noqa: PLC0415 - few programs need it
+
         return catalogue.trigger_types()
 
     def on_error(self, hook: Hook) -> Hook:
@@ -222,6 +225,12 @@ class TriggerHandle:
 
     def __repr__(self) -> str:
         return f"<TriggerHandle {self.trigger_id!r} -> {self._trigger.function_id!r}>"
+
+
+def _name_of(handler: Callable[..., Any]) -> str:
+    """Return the module and name of a function."""
+    name = getattr(handler, "__qualname__", None) or type(handler).__qualname__
+    return f"{getattr(handler, '__module__', None) or 'python'}::{name}"
 
 
 def read_trigger(

@@ -18,7 +18,7 @@ from scopestate.ops.values import check, decode, encode_plain, parse
 from scopestate.wire.frames import last_wins
 
 if TYPE_CHECKING:
-    from scopestate.actors.limits import Limits
+    from scopestate.actors.backlog import Limits
     from scopestate.engine import Engine
     from scopestate.server.access import Access
 

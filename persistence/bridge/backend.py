@@ -13,7 +13,7 @@ from functools import partial
 import msgspec
 
 from scopestate.actors.backlog import HandlerFull
-from scopestate.actors.loop_reply import LoopReply
+from scopestate.actors.loops import LoopReply
 from scopestate.actors.ports import Backend
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import DeserializationError, EngineClosed, ScopestateError, StorageError

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, final
 
+from scopestate.actors.backlog import Limits
 from scopestate.actors.containment import Log
-from scopestate.actors.limits import Limits
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, ScopestateError, StorageError
 from scopestate.ops import turns

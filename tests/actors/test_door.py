@@ -14,11 +14,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from scopestate.actors.backlog import HandlerFull
+from scopestate.actors.backlog import HandlerFull, Limits
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.functions import Function, Functions
 from scopestate.actors.handler import HandlerServices
-from scopestate.actors.limits import Limits
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.router import EventRouter
 from scopestate.actors.triggers import Trigger

@@ -8,7 +8,7 @@ import threading
 import pykka
 import pytest
 
-from scopestate.actors.loop_reply import Deadlines, LoopReply
+from scopestate.actors.loops import Deadlines, LoopReply
 from scopestate.actors.reply import Reply, deliver
 
 PATIENCE_S = 20.0

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from scopestate import Engine, StateEvent
-from scopestate.actors.backlog import Backlog
+from scopestate.actors.backlog import Backlog, Limits
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.functions import Functions
 from scopestate.actors.handler import HandlerActor, HandlerServices
-from scopestate.actors.limits import Limits
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.triggers import Trigger, TriggerTable
 from scopestate.config import Config, LimitsConfig, ScopeRule

@@ -15,7 +15,7 @@ PACKAGES = ["scopestate", "scopestate.actors", "scopestate.ops", "scopestate.per
 UNTRACED = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 """Without what makes a child measure coverage, which itself imports much."""
 
-LATE = ["yaml", "watchdog", "sqlite3", "scopestate.schemas", "redis", "websockets"]
+LATE = ["yaml", "watchdog", "sqlite3", "scopestate.catalogue", "redis", "websockets"]
 """What only some programs need; a plain import must not pay for it."""
 
 

@@ -23,7 +23,7 @@ import pytest
 from interleaving import SharedDeque, SharedDict, SharedList, World, explore, sharing
 from played_server import PlayedServer
 
-from scopestate.actors.limits import Limits
+from scopestate.actors.backlog import Limits
 from scopestate.errors import NotConnected, ScopestateError
 from scopestate.inbox import Empty
 from scopestate.ops import turns

@@ -11,7 +11,7 @@ from reliability.living import InThread
 from servers import Server
 
 from scopestate import ops
-from scopestate.actors.limits import Limits
+from scopestate.actors.backlog import Limits
 from scopestate.errors import ConnectionLost, StorageError
 from scopestate.ops.results import UpdateResult
 from scopestate.ops.turns import Change, Delete, Effects, Failure, Get, List, Set, Turn, Update, View
