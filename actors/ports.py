@@ -2,15 +2,16 @@
 
 A `Backend` makes the scopes of an engine. Scopes that this engine alone writes are kept in memory and saved into a
 `Store`; the backend of such scopes is `persistence.local.LocalBackend`. Where others write the same scopes, in Redis or
-in another engine, the backend makes scopes of its own and there is no store.
+in another engine, the backend makes scopes of its own and there is no store. The `Options` of a backend are read from
+the configuration.
 """
 
 from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol
 
 import msgspec
 
@@ -135,3 +136,30 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release what the backend holds. Idempotent. In a forked child it does nothing."""
+
+
+Wait = Annotated[int, msgspec.Meta(ge=1, le=86_400_000)]
+"""Milliseconds, at most one day. Keeps typing errors (or nanoseconds) away from timers, which overflow far above."""
+
+
+class Mistake(NamedTuple):
+    """A problem of an option. `item` is the index if it is an entry of a list."""
+
+    key: str
+    problem: str
+    item: int | None = None
+
+
+class Options(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The options of a backend: `config:` of an adapter, which the configuration file is read into."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield the mistakes that the types do not show. An option at its default is never one."""
+        return iter(())
+
+    def refuse_server(self, host: str, port: int) -> None:
+        """Raise ConfigError if the options name a server of this engine, at that address, as another engine."""
+
+    def described(self) -> str:
+        """Describe where the state is kept, without passwords."""
+        raise NotImplementedError

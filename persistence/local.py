@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Literal
 
 from scopestate.actors.local import LocalScope
-from scopestate.actors.ports import Backend, Store
+from scopestate.actors.ports import Backend, Options, Store, Wait
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.paths import expand_home
-from scopestate.persistence.options import Options, Wait
 
 Durability = Literal["memory", "interval", "commit"]
 """When a write is durable: never, after the next save, or when it is acknowledged."""

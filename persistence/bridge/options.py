@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
+from scopestate.actors.ports import Mistake, Options, Wait
 from scopestate.errors import ConfigError
-from scopestate.persistence.options import Mistake, Options, Wait
 from scopestate.wire.options import DEFAULT_URL, checked_token, checked_url
 
 _ANYWHERE: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on

@@ -13,9 +13,9 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import msgspec
 
+from scopestate.actors.ports import Mistake, Options, Wait
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
-from scopestate.persistence.options import Mistake, Options, Wait
 
 _TLS_FILES = ("tls_ca_file", "tls_cert_file", "tls_key_file")
 _TLS = (*_TLS_FILES, "tls_verify")
