@@ -1,9 +1,10 @@
-"""The actor that delivers one trigger's events to its function."""
+"""The actor that delivers one trigger's events to its function, and the one that reports failures for other threads."""
 
 from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from threading import get_ident
@@ -15,11 +16,10 @@ from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import Functions, close_unrun, is_awaitable, is_unrun
 from scopestate.actors.loops import Continue, LoopCalls, LoopThread, OnLoop, Overdue, Pending
 from scopestate.actors.reply import Reply
-from scopestate.actors.reports import DeliveryFailure, Reporter
 from scopestate.actors.triggers import Trigger
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventNotDelivered, HandlerTimeout
-from scopestate.ops.results import StateEvent
+from scopestate.ops.results import DeliveryFailure, StateEvent
 from scopestate.ops.values import class_name
 from scopestate.signals import Guard, certainly, exclusive
 from scopestate.wire.depth import event_depth
@@ -70,6 +70,62 @@ class Barrier:
         """The triggers whose handlers have not reached it yet, each as `id (function id)`."""
         triggers = [handler.trigger for handler in self._still()]
         return [f"{trigger.trigger_id} ({trigger.function_id})" for trigger in triggers]
+
+
+class Reporter(TurnActor):
+    """Reports failures, in order, for threads that others depend on: the router's, the timer's, a closing one.
+
+    The hooks and logging filters are code of the program, and may block. What waits for them is bounded: one more
+    failure is counted and not reported, because no thread that comes here may wait for a hook that is behind.
+    """
+
+    runs_program = True
+
+    MOST = 10_000
+    """Reports that may wait."""
+    MOST_BYTES = 1 << 26
+    """Bytes of values that they may hold together."""
+
+    def __init__(self, dispatcher: Dispatcher, report: Callable[[DeliveryFailure], None]) -> None:
+        super().__init__(dispatcher)
+        self._report = report
+        self._exclusive = Guard()
+        self._waiting = self._waiting_bytes = 0
+        self.left_out = 0
+        """Failures since the hooks were last up to date that were not reported."""
+
+    def report(self, failure: DeliveryFailure) -> None:
+        """Have `failure` reported on a worker thread, or count it if too much waits already."""
+        if self._takes(size_of(failure.event)):
+            self.tell(failure)
+
+    @exclusive
+    def _takes(self, size: int) -> bool:
+        if self._waiting >= self.MOST or self._waiting_bytes >= self.MOST_BYTES:
+            self.left_out += 1
+            return False
+        self._waiting += 1
+        self._waiting_bytes += size
+        return True
+
+    @exclusive
+    def _is_done(self, size: int) -> int:
+        self._waiting -= 1
+        self._waiting_bytes -= size
+        if self._waiting:
+            return 0
+        left_out, self.left_out = self.left_out, 0
+        return left_out
+
+    def on_receive(self, message: DeliveryFailure) -> None:
+        try:
+            self._report(message)
+        finally:
+            if left_out := self._is_done(size_of(message.event)):
+                log.error("%d failed deliveries were not reported: the hooks, or the log, were behind", left_out)
+
+    def _fail(self) -> None:
+        log.error("reporting a failed delivery failed", exc_info=sys.exc_info()[1])
 
 
 class HandlerServices:

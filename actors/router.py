@@ -10,11 +10,10 @@ from typing import Any, NoReturn
 from scopestate.actors.backlog import HandlerFull, Tally, size_of
 from scopestate.actors.containment import Log
 from scopestate.actors.handler import Barrier, HandlerActor, HandlerServices
-from scopestate.actors.reports import DeliveryFailure
 from scopestate.actors.triggers import TriggerTable, Watchers
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventLoopDetected, Overloaded
-from scopestate.ops.results import EventType, StateEvent
+from scopestate.ops.results import DeliveryFailure, EventType, StateEvent
 from scopestate.signals import certainly
 
 log = Log("scopestate.triggers")

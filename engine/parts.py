@@ -18,7 +18,6 @@ from scopestate.actors.functions import Function, Functions
 from scopestate.actors.handler import HandlerServices
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.ports import Backend, Store
-from scopestate.actors.reports import DeliveryFailure
 from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
@@ -35,6 +34,7 @@ from scopestate.config.functions import misfit_id
 from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.opening import open_backend
 from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.turns import checked_length
 
 log = logging.getLogger("scopestate.engine")

@@ -8,11 +8,11 @@ from typing import Any, Final, Never, TypeGuard, TypeVar, overload
 
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
-from scopestate.actors.reports import DeliveryFailure
 from scopestate.actors.router import EventRouter
 from scopestate.actors.triggers import Trigger, TriggerTable
 from scopestate.errors import InvalidRegistration
 from scopestate.lifecycle import stay_ahead_of_executors
+from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.values import class_name, json_type
 
 log = Log("scopestate.triggers")

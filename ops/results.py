@@ -1,4 +1,4 @@
-"""The results of calls and the events of handlers: JSON bytes, which are decoded when they are read."""
+"""The results of calls, the events of handlers, and their failures. JSON is kept as bytes until it is read."""
 
 from __future__ import annotations
 
@@ -198,3 +198,17 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
 _EVENT_FIELDS: Final = StateEvent.json_fields
 
 Mapping.register(StateEvent)
+
+
+class DeliveryFailure(msgspec.Struct, frozen=True):
+    """Why an event did not do its work at a trigger, as the `on_error` and `on_dead_letter` hooks receive it."""
+
+    trigger_id: str
+    function_id: str
+    """The function that failed: the handler, or the condition."""
+    event: StateEvent
+    error: BaseException
+    attempt: int
+    """1 for the first attempt; 0 if none was made."""
+    final: bool
+    """True if the event is not tried again."""
