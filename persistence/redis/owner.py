@@ -258,7 +258,9 @@ class Owner:
     def _drive(self, watch: Watch) -> None:
         """Do what can be done without waiting; the loop calls this again when replies are there."""
         if watch is not self._watch or self._claim.setdefault(_HOLDER, watch) is not watch:
-            watch.stop()  # another thread drives, and takes these replies too
+            watch.stop()
+            if self._under_way:
+                self._ask()  # the holder may be one that takes no replies, and then the I/O thread does
             return
         try:
             connection = self._connection
@@ -270,13 +272,15 @@ class Owner:
                 or not (self._under_way or self._is_usable(connection))
             ):
                 watch.stop()
-                self._is_news = True  # not without waiting: for the I/O thread
+                self._ask()  # not without waiting: for the I/O thread
                 return
             self._pump_safely(waits=False, dials=False)
             if self._under_way:
                 watch.start(self._call_timeout_s, self._check_age)
+                if watch is not self._watch:
+                    self._ask()  # another loop has put its own in the place of this one, which waits no longer
             elif self._ready:
-                self._is_news = True
+                self._ask()
         finally:
             self._give_back()
 

@@ -107,6 +107,8 @@ class Line:
         self._session = model.server.connect(self._arrive)
 
     def _arrive(self, reply: bytes) -> None:
+        if self.is_shut or self.is_closed:
+            return
         reader = hiredis.Reader(replyError=Refusal)
         reader.feed(reply)
         self.replies.append(reader.gets())
@@ -117,6 +119,9 @@ class Line:
         )
         assert not self.is_closed, "sent on a closed connection"
         if fate != "before":
+            if self.model.is_slow and not fate:
+                self.model.sent.append((self._session, data))
+                return
             self._session.feed(data)
         if fate or self.is_shut:
             self.is_shut = True
@@ -278,8 +283,12 @@ class ReplyTo:
 class Model:
     """An owner with its scopes, callers and server, in one run."""
 
-    def __init__(self, world: World, kind: type[Any] = Owner) -> None:
+    def __init__(self, world: World, kind: type[Any] = Owner, *, is_slow: bool = False) -> None:
+        """`is_slow`: the server does what it was sent some time later, not at once."""
         self.world = world
+        self.is_slow = is_slow
+        self.sent: list[tuple[Any, bytes]] = []
+        self.may_fail = bool(world.budgets)
         self.time = [0.0]
         self.server = PlayedServer()
         self.server.do("SCRIPT", "LOAD", SOURCE)
@@ -311,6 +320,9 @@ class Model:
         world.is_at_rest = self.is_at_rest
         world.check = self.check
         world.settle(world.spawn("I/O", owner.run))
+        if is_slow:
+            world.roots.append(self.sent)
+            world.settle(world.spawn("server", self._serve))
 
     def clock(self) -> float:
         return self.time[0]
@@ -375,11 +387,20 @@ class Model:
 
     def check(self) -> None:
         assert len(self.writes) == len(set(self.writes)), f"a write was done twice: {self.writes}"
+        assert self.may_fail or not self.failures, f"a call failed, and nothing went wrong: {self.failures}"
         assert all(reply_to.answers <= 1 for reply_to in self.posted), "a posted call was answered twice"
 
+    def _serve(self) -> None:
+        while True:
+            self.world.wait("the server waits", lambda: bool(self.sent))
+            session, data = self.sent.pop(0)
+            session.feed(data)
+
     def _deliver(self, outcomes: list[Any]) -> None:
-        for reply_to, _, _ in outcomes:
+        for reply_to, _, error in outcomes:
             reply_to.answers += 1
+            if error is not None:
+                self.failures.append(("a posted call", type(error).__name__))
 
     def _wrote(self, hash_key: bytes, field: bytes, old: bytes | None, new: bytes | None) -> None:
         self.writes.append(new)
@@ -474,6 +495,13 @@ def a_caller_and_a_task(world: World, kind: type[Owner] = Owner) -> None:
     scope = model.scope()
     model.caller("A", scope, put(1), timeout_s=9.0)
     model.task(scope, put(2))
+
+
+def a_task_and_housekeeping(world: World) -> None:
+    model = Model(world, is_slow=True)
+    world.time_passes_amid = False
+    model.task(model.scope("a"), put(1))
+    model.callers.append(world.spawn("housekeeper", lambda: model.owner.passivate(lambda: False)))
 
 
 def a_task_and_a_poster(world: World) -> None:
