@@ -640,6 +640,7 @@ class World:
             raise Violation("closed, and the server has sessions")
         if left := self.dispatcher.waiting():
             raise Violation(f"closed, and these have not ended: {left}")
+        self.dispatcher.kill()  # its threads are idle, and would be kept
 
     def _settle(self) -> None:
         """Nothing goes wrong any more: everything ends, all that was fired is told, and what is read is there."""
