@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import msgspec
@@ -20,9 +21,10 @@ from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.events import Arrivals, EachReader, Reader
 from scopestate.persistence.redis.group import GroupReader
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.pump import Deliver, Means
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import Shape, explain, keys_of, with_source
-from scopestate.persistence.redis.servers import Deliver, Means, Servers, Single, Watched
+from scopestate.persistence.redis.servers import Servers, Single, Watched
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -105,8 +107,8 @@ class RedisBackend(Backend):
     def start(self, around: Surroundings) -> None:
         """With `events: shared`, start reading the events of all engines."""
         if self.reader is not None:
-            self.arrivals = arrivals = Arrivals(self, around.router, around.dispatcher)
-            self.reader.start(arrivals)
+            self.arrivals = Arrivals(self, self.reader, around.router, around.dispatcher)
+            self.reader.start(self.arrivals)
 
     def problem(self) -> str | None:
         """Return the current problem as text; None if there is none."""
@@ -250,41 +252,29 @@ class RedisBackend(Backend):
     def _hash_key(self, scope: str) -> bytes:
         return self.shape.key_of(_text(scope, "scope"))
 
-    def _visit(self, server: Server, doing: str, *keys: bytes | str, nothing: str = "") -> _Visit:
+    @contextmanager
+    def _visit(self, server: Server, doing: str, *keys: bytes | str, nothing: str = "") -> Iterator[Connection]:
+        """Return a separate connection for work that is not a call on a scope. Its errors are StorageErrors.
+
+        Their cause is NotConnected or ConnectionLost if the connection failed. `doing` and `keys` are for messages;
+        `nothing` says what was not done if it is refused, "" for a read.
+        """
         if self._closed:
             raise StorageError(f"the connection to Redis at {server.address} is closed")
-        return _Visit(server, doing, keys, nothing)
-
-
-class _Visit:
-    """A separate connection for work that is not a call on a scope. Its errors are StorageErrors.
-
-    Their cause is NotConnected or ConnectionLost if the connection failed.
-    """
-
-    def __init__(self, server: Server, doing: str, keys: Sequence[bytes | str], nothing: str) -> None:
-        """`doing` and `keys` are for messages; `nothing` says what was not done if it is refused, "" for a read."""
-        self._server = server
-        self._doing = doing
-        self._keys = keys
-        self._nothing = nothing
-
-    def __enter__(self) -> Connection:
         try:
-            self._connection = self._server.dial()
+            connection = server.dial()
         except NotConnected as error:
-            raise StorageError(f"{error}; {self._nothing}" if self._nothing else str(error)) from error
-        return self._connection
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._connection.close()
-        if isinstance(error, Refusal):
-            raise explain(error, self._server.address, *self._keys, nothing=self._nothing, waited=False) from error
-        if isinstance(error, Broken):
-            where = f"Redis at {self._server.address}"
-            lost = ConnectionLost(self._doing, where, str(error), may_be_applied=bool(self._nothing))
+            raise StorageError(f"{error}; {nothing}" if nothing else str(error)) from error
+        try:
+            yield connection
+        except Refusal as refusal:
+            raise explain(refusal, server.address, *keys, nothing=nothing, waited=False) from refusal
+        except Broken as error:
+            lost = ConnectionLost(doing, f"Redis at {server.address}", str(error), may_be_applied=bool(nothing))
             lost.__cause__ = error
             raise StorageError(str(lost)) from lost
+        finally:
+            connection.close()
 
 
 def find_servers(options: RedisOptions, means: Means) -> Servers:

@@ -18,7 +18,8 @@ from scopestate.persistence.redis.connection import Broken, Connection, Refusal,
 from scopestate.persistence.redis.dialling import Server
 from scopestate.persistence.redis.options import RedisAddress, RedisOptions
 from scopestate.persistence.redis.owner import Owner
-from scopestate.persistence.redis.servers import Means, Pool, Where
+from scopestate.persistence.redis.pump import Means, Pump
+from scopestate.persistence.redis.servers import Pool, Where
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -81,7 +82,7 @@ class Clustered:
     def owner_of(self, hash_key: bytes) -> Owner:
         return self._slots[key_slot(hash_key)].shared
 
-    def via(self, command: Command) -> Owner:
+    def via(self, command: Command) -> Pump:
         if self._closed and command.via is not None:
             return command.via
         pool = self._slots[key_slot(command.scope.commands.hash_key)]
@@ -112,7 +113,7 @@ class Clustered:
 
     # ---------------------------------------------------------------------------------------------------- redirections
 
-    def redirect(self, command: Command, refusal: Refusal) -> Owner:
+    def redirect(self, command: Command, refusal: Refusal) -> Pump:
         """Return the owner for a command that this server does not serve. Never blocks: a thread has a claim now."""
         pool = self._named_by(refusal, command.address)
         command.prefix = _ASKING if refusal.word == "ASK" else b""

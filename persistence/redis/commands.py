@@ -10,7 +10,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from scopestate.actors.backlog import Limits
 from scopestate.actors.containment import Log
@@ -21,12 +21,13 @@ from scopestate.ops.results import SetResult
 from scopestate.ops.turns import Change, Effects, Turn
 from scopestate.ops.values import parse
 from scopestate.persistence.redis.connection import Refusal, pack_text
-from scopestate.persistence.redis.script import DONE, SKIPPED, Shape, explain, keys_of
+from scopestate.persistence.redis.script import DONE, SKIPPED, explain, keys_of
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-    from scopestate.persistence.redis.owner import Owner
+    from scopestate.persistence.redis.backend import RedisBackend
+    from scopestate.persistence.redis.pump import Pump
     from scopestate.persistence.redis.scope import RedisScope
 
 log = Log("scopestate.scope")
@@ -75,30 +76,6 @@ _ONE_STEP: Final[dict[type[Any], _OneStep]] = {
     ),
     turns.Delete: _OneStep(lambda turn: ("d", turn.key), lambda turn: None, lambda turn, old: old),
 }
-
-
-class Store(Protocol):
-    """What scopes need of the Redis adapter. From any thread; never blocks."""
-
-    shape: Shape
-    update_attempts: int
-    shares_events: bool
-    """True if Redis reports every change, those made through here included: then answers fire no events."""
-
-    def note_attempt(self) -> object:
-        """Count an attempt to store what a turn has decided."""
-
-    def note_conflict(self) -> object:
-        """Count an attempt that found a key changed elsewhere."""
-
-    def note_published(self, number: int) -> None:
-        """Note the number of an event that this engine has published."""
-
-    def note_misfit(self, scope: str, key: str, problem: str) -> None:
-        """Note something in Redis that is not a key and value of ours."""
-
-    def note_fit(self, scope: str, key: str) -> None:
-        """Note that it is gone, or well again."""
 
 
 class Behind(Turn[None], frozen=True):
@@ -205,8 +182,8 @@ class Command:
     """Replies to that which are still to come."""
     address = ""
     """The server that it was sent to."""
-    via: Owner | None = None
-    """The owner that sends it."""
+    via: Pump | None = None
+    """What sends it."""
 
     def __init__(
         self, scope: RedisScope, parts: tuple[Any, ...], calls: list[Call], again: Sequence[Call], *, bulk: bool
@@ -337,7 +314,7 @@ class ScopeCommands:
     def __init__(
         self,
         scope: RedisScope,
-        store: Store,
+        store: RedisBackend,
         limits: Limits,
         changed: Callable[[Call, str, bytes | None, bytes | None], None],
         *,

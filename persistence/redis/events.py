@@ -108,8 +108,9 @@ def _as_json(raw: bytes) -> bytes:
 class Arrivals:
     """Gives the events that engines publish in Redis to the router of this one: the outlet of the reader."""
 
-    def __init__(self, adapter: RedisBackend, router: EventRouter, dispatcher: Dispatcher) -> None:
+    def __init__(self, adapter: RedisBackend, reader: Reader, router: EventRouter, dispatcher: Dispatcher) -> None:
         self._adapter = adapter
+        self._reader = reader
         self._router = router
         self._dispatcher = dispatcher
         self._room: threading.Event | None = None
@@ -119,9 +120,7 @@ class Arrivals:
 
     def catch_up(self, timeout_s: float | None) -> bool:
         """Wait until the events of this engine's own writes are here; False if that took longer than `timeout_s`."""
-        adapter, reader = self._adapter, self._adapter.reader
-        if reader is None:
-            return True
+        adapter, reader = self._adapter, self._reader
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             # In this order: a restart in between is seen below.
@@ -137,13 +136,11 @@ class Arrivals:
 
     def stop(self) -> None:
         """Stop taking events; those that are here may still be handled and acknowledged. Idempotent."""
-        if self._adapter.reader is not None:
-            self._adapter.reader.stop()
+        self._reader.stop()
 
     def end(self) -> None:
         """Stop acknowledging: events that are not handled by now are left to other engines. Idempotent."""
-        if self._adapter.reader is not None:
-            self._adapter.reader.end()
+        self._reader.end()
 
     # ------------------------------------------------------------------------------------------ the reader's thread
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from threading import get_ident
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log
@@ -13,24 +13,17 @@ from scopestate.actors.scope import Housekeeping, Passivate, Ping, ScopeActor, S
 from scopestate.actors.turn import BUSY
 from scopestate.errors import ScopestateError, WouldDeadlock
 from scopestate.ops.turns import Turn
-from scopestate.persistence.redis.commands import Behind, Call, Command, ScopeCommands, Store
-from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.commands import Behind, Call, Command, ScopeCommands
 from scopestate.wire.depth import event_depth
+
+if TYPE_CHECKING:
+    from scopestate.persistence.redis.backend import RedisBackend
+    from scopestate.persistence.redis.pump import Pump
 
 log = Log("scopestate.scope")
 
 _MAIN: Final = threading.main_thread()
 """The thread that runs signal handlers."""
-
-
-class Owned(Store, Protocol):
-    """What scopes need of the Redis adapter, their owners included."""
-
-    def owner_of(self, hash_key: bytes) -> Owner:
-        """Return the owner for the commands of a hash."""
-
-    def is_held_here(self) -> bool:
-        """True if this thread has the claim of an owner: then it runs a signal handler, which has interrupted it."""
 
 
 class RedisScope(ScopeActor):
@@ -40,7 +33,7 @@ class RedisScope(ScopeActor):
     connection that it uses: it alone takes calls from the mailbox, and uses `commands`, `listed` and `since`.
     """
 
-    def __init__(self, scope: str, around: Surroundings, store: Owned) -> None:
+    def __init__(self, scope: str, around: Surroundings, store: RedisBackend) -> None:
         super().__init__(scope, around)
         self._store = store
         self.commands = ScopeCommands(self, store, around.limits, self._changed)
@@ -134,7 +127,7 @@ class RedisScope(ScopeActor):
         commands = self.commands
         return not (self._mailbox or commands.command or commands.paused or self._passivated)
 
-    def next_command(self, owner: Owner, over: list[Call]) -> Command | None:
+    def next_command(self, owner: Pump, over: list[Call]) -> Command | None:
         """Make the next command of the calls that wait."""
         self._batches += 1  # for `_refuse_bytes`
         mailbox = self.mailbox

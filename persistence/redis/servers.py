@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -17,7 +16,8 @@ from scopestate.persistence.redis.commands import Command
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target
 from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.options import RedisAddress, RedisOptions
-from scopestate.persistence.redis.owner import Owner, Routes
+from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.pump import Means, Pump, Routes
 from scopestate.signals import join
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -31,18 +31,6 @@ _LOOK_S: Final = 1.0
 
 Where = tuple[str, int]
 """Host and port."""
-Deliver = Callable[[list[Any]], None]
-"""Takes the outcomes of many calls at once."""
-
-
-class Means(NamedTuple):
-    """What owners need besides their servers; a test gives its own clock, randomness and threads."""
-
-    deliver: Deliver
-    clock: Callable[[], float] = time.monotonic
-    uniform: Callable[[float, float], float] = random.uniform
-    wake: Callable[[Owner], object] | None = None
-    """See `Owner`."""
 
 
 class Servers(Routes, Protocol):
@@ -78,20 +66,7 @@ class Pool(Generic[T_Target]):
     ) -> None:
         """`routes` and `fails_over`: see `Owner`."""
         self.target = target
-        self._owners = [
-            Owner(
-                target,
-                call_timeout_s=options.call_timeout_s,
-                connect_wait_s=options.connect_wait_s,
-                deliver=means.deliver,
-                routes=routes,
-                fails_over=fails_over,
-                clock=means.clock,
-                uniform=means.uniform,
-                wake=means.wake,
-            )
-            for _ in range(options.pool_size)
-        ]
+        self._owners = [Owner(target, options, means, routes, fails_over=fails_over) for _ in range(options.pool_size)]
         self.shared = self._owners[0]
 
     def for_large(self) -> Owner:
@@ -125,10 +100,10 @@ class Single:
     def owner_of(self, hash_key: bytes) -> Owner:
         return self._pool.shared
 
-    def via(self, command: Command) -> Owner:
+    def via(self, command: Command) -> Pump:
         return self._pool.for_large() if command.bulk else self._pool.shared
 
-    def redirect(self, command: Command, refusal: Refusal) -> Owner:
+    def redirect(self, command: Command, refusal: Refusal) -> Pump:
         raise AssertionError("keys of one server do not move")  # pragma: no cover - `moves` says so
 
     def server_of(self, hash_key: bytes) -> Server:

@@ -30,10 +30,11 @@ from scopestate.ops import turns
 from scopestate.ops.update_ops import Append
 from scopestate.persistence.redis import owner as owner_module
 from scopestate.persistence.redis import scope as scope_module
-from scopestate.persistence.redis import watching
 from scopestate.persistence.redis.commands import Call, ScopeCommands
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Refusal
+from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.pump import Means
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import SOURCE, Shape
 
@@ -300,11 +301,8 @@ class Model:
         self.failures: list[tuple[str, str]] = []
         owner: Any = kind(
             types.SimpleNamespace(address="played", dial=self._dial),
-            call_timeout_s=5.0,
-            connect_wait_s=1.0,
-            deliver=self._deliver,
-            clock=self.clock,
-            uniform=lambda low, high: high,
+            RedisOptions(call_timeout_ms=5000, connect_wait_ms=1000),
+            Means(self._deliver, self.clock, lambda low, high: high),
         )
         self.owner = owner
         # As an instance of the class with points; here, since `__init__` may not stop.
@@ -437,7 +435,7 @@ def enter_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
         return here[0].ident()
 
     monkeypatch.setattr(owner_module, "Watch", LoopWatch)
-    for module in (owner_module, scope_module, watching):
+    for module in (owner_module, scope_module):
         monkeypatch.setattr(module, "get_ident", ident, raising=False)
     monkeypatch.setattr(owner_module, "threading", types.SimpleNamespace(Lock=lambda: Lock(here[0])))
     monkeypatch.setattr(owner_module, "wait_for", lambda wait, timeout_s: wait(timeout_s))

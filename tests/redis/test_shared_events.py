@@ -733,7 +733,7 @@ def test_drain_waits_again_when_the_numbers_have_begun_anew_meanwhile() -> None:
 
     adapter.reader = SimpleNamespace(restarts=0, catch_up=catch_up)
     nobody: Any = None
-    assert Arrivals(adapter, nobody, nobody).catch_up(None)
+    assert Arrivals(adapter, adapter.reader, nobody, nobody).catch_up(None)
     assert waited == [(7, 0), (9, 1)]
 
 

@@ -31,7 +31,7 @@ from scopestate.errors import (
 )
 from scopestate.ops import messages, turns
 from scopestate.ops.values import encode
-from scopestate.persistence.redis import commands, events, owner, servers, watching
+from scopestate.persistence.redis import commands, events, owner, pump, servers
 from scopestate.persistence.redis.backend import RedisBackend
 from scopestate.persistence.redis.options import RedisOptions
 from tests.redis.played_server import Session
@@ -257,7 +257,7 @@ class PlayedBackend(RedisBackend):
         target: Any = types.SimpleNamespace(
             address=ADDRESS, dial=lambda: world.network.dial(options.call_timeout_s, number)
         )
-        means = servers.Means(deliver, world.dispatcher.monotonic, world.random.uniform)
+        means = pump.Means(deliver, world.dispatcher.monotonic, world.random.uniform)
         single = servers.Single(target, options, means)
         for one in single.owners():
             one._claim = PlayedClaim(PLAY)
@@ -763,8 +763,8 @@ def played() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL + 1)  # the faults are meant, and a thousand runs would fill a disk
     try:
         with (
-            PLAY.in_modules(owner, events, commands),
-            mock.patch.object(watching, "os", types.SimpleNamespace(dup=lambda fd: fd, close=lambda fd: None)),
+            PLAY.in_modules(owner, pump, events, commands),
+            mock.patch.object(owner, "os", types.SimpleNamespace(dup=lambda fd: fd, close=lambda fd: None)),
             mock.patch.object(Engine, "_close_behind_this", _never_ends),
         ):
             yield
