@@ -100,9 +100,7 @@ class Gate:
 
     def hold(self, turn: Turn[Any], reply: ReplyTo, answer: Any) -> None:
         """Deliver the answer of a turn, now or behind the commit that it depends on."""
-        if turn.writes:
-            self._waiting += ((turn, reply, answer),)  # the commit of its change was asked for
-        elif self.unsettled and self._is_open(turn):
+        if self.unsettled and (turn.writes or self._is_open(turn)):
             self._waiting += ((turn, reply, answer),)
             self._snapshot.committing[self._scope.scope] = self._scope
             self._snapshot.commit_soon()

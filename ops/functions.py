@@ -1,8 +1,7 @@
 """The built-in functions: one row for each, with everything that the rest of the program must know of it.
 
-A new function is a turn (`ops/turns.py`), a message (`ops/messages.py`), a row here, and a method of `Engine` and
-`engine.aio`. `engine.call`, the server, its access rules, the command line and the schemas of `engine.functions()` read
-the row.
+`engine.call`, the server, its access rules and the schemas of `engine.functions()` read the row. CONTRIBUTING says what
+else a new function needs, under "A new operation".
 """
 
 from __future__ import annotations

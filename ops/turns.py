@@ -57,7 +57,11 @@ class View(Protocol):
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):
-    """One key that a turn writes. None: the key does not exist before, or after."""
+    """One key that a turn writes. None: the key does not exist before, or after.
+
+    Each change takes a number and fires an event, one from None to None as well, which is how a delete of a missing key
+    is told. A turn that writes nothing returns no change.
+    """
 
     key: str
     before: bytes | None
@@ -72,7 +76,7 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
     """One operation on one scope, with `A` as its answer."""
 
     function_id: ClassVar[str]
-    """The function of iii that does the same."""
+    """The id under which the operation is called over the wire."""
     writes: ClassVar[bool] = False
     failure: ClassVar[Failure]
 

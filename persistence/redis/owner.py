@@ -367,9 +367,14 @@ class Owner(Pump):
                 return
             self._pump_safely(waits=False, dials=False)
             if self._under_way:
-                watch.start(self._call_timeout_s, self._check_age)
-                if watch is not self._watch:
-                    self._ask()  # another loop has put its own in the place of this one, which waits no longer
+                # For calls of its own tasks alone: the loop may end while other callers still wait for theirs.
+                if watch is self._watch and all(
+                    call.loop is watch.loop for sent in self._under_way for call in sent.calls
+                ):
+                    watch.start(self._call_timeout_s, self._check_age)
+                else:
+                    watch.stop()
+                    self._ask()
             elif self._ready:
                 self._ask()
         finally:

@@ -163,3 +163,33 @@ def test_messages_that_reach_a_scope_that_left_are_passed_on_and_each_is_answere
     for read in reads:
         with pytest.raises(EngineClosed):
             read.get(timeout=30)
+
+
+class Claim(turns._OneKey[bool], frozen=True, gc=False):
+    """Write a key that does not exist yet; the answer is whether this turn wrote it."""
+
+    function_id = "test::claim"
+    writes = True
+    failure = turns.Failure("SET_ERROR", "Failed to claim")
+
+    def decide(self, view: turns.View) -> turns.Effects[bool]:
+        if view.get(self.key) is not None:
+            return (), False
+        return (turns.Change(self.key, None, b"1"),), True
+
+
+def test_a_write_that_changes_nothing_is_answered(engine: Engine) -> None:
+    engine.set("s", "k", 1)
+
+    assert engine._scopes["s"].run(Claim("k")) is False
+    assert engine._scopes["s"].run(Claim("new")) is True
+
+
+def test_a_write_that_changes_nothing_waits_until_what_it_has_seen_is_on_disk(actor: LocalScope) -> None:
+    first, second = send(actor, Claim("new")), send(actor, Claim("new"))
+    assert not first.done
+    assert not second.done
+
+    deliver(actor.housekeep(TakeBatch()).settle())
+
+    assert (first.get(timeout=30), second.get(timeout=30)) == (True, False)

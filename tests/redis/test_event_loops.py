@@ -229,3 +229,58 @@ def test_events_of_a_loop_s_writes_come_in_order(valkey: Server) -> None:
         on_loop(lambda: work(engine))
         engine.drain(10)
         assert heard == list(range(100))
+
+
+class _GivenBackAtOnce(dict[str, Any]):
+    """A claim whose holder gives it back between the attempt to take it and the next look at it."""
+
+    def setdefault(self, key: str, value: Any) -> Any:  # type: ignore[override]  # as the owner calls it
+        return object()
+
+
+def test_replies_that_the_loop_leaves_to_another_thread_are_taken(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url) as engine:
+        engine.set("s", "k", 0)
+        (owner,) = [owner for owner in owners_of(engine) if owner._connection is not None]
+
+        async def work() -> None:
+            await engine.aio.set("s", "k", 1)
+            for leave in (leave_to_a_holder_that_has_gone, lambda: owner.passivate(lambda: True)):
+                server.pause()
+                written = asyncio.ensure_future(engine.aio.set("s", "k", 2))
+                await asyncio.sleep(0)
+                assert owner._under_way
+                leave()
+                server.resume()
+                await asyncio.wait_for(written, 20)
+
+        def leave_to_a_holder_that_has_gone() -> None:
+            claim, owner._claim = owner._claim, _GivenBackAtOnce()
+            owner._drive(owner._watch)
+            owner._claim = claim
+            assert not owner._watch.active
+            # The rest of this round is the other thread's: it has the watch as it is now.
+
+        on_loop(work)
+
+
+def test_a_call_of_a_thread_does_not_wait_for_a_loop_that_may_end(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url, {"call_timeout_ms": 60_000}, call_timeout_ms=60_000) as engine:
+        engine.set("s", "k", 0)
+        (owner,) = [owner for owner in owners_of(engine) if owner._connection is not None]
+        threads: list[InThread[Any]] = []
+
+        async def work() -> None:
+            await engine.aio.set("s", "k", 1)
+            owner._claim["holder"] = owner._watch  # so that the thread has to post its call
+            threads.append(InThread(lambda: engine.set("t", "k", 2)))
+            until(lambda: bool(owner._inbox), "the call is posted")
+            server.pause()
+            del owner._claim["holder"]
+            owner._drive(owner._watch)
+
+        on_loop(work)
+        server.resume()
+        assert threads[0].result().created
