@@ -56,8 +56,10 @@ def _rename_method(repository: Path, name: str) -> str:
     """Rename a method of Engine; return the text of its module before that."""
     engine = repository / "engine" / "engine.py"
     before = engine.read_text(encoding="utf-8")
-    assert before.count(f"    def {name}(") == 1
-    engine.write_text(before.replace(f"    def {name}(", f"    def renamed_{name}("), encoding="utf-8")
+    above, body = before.split("\nclass Engine", 1)
+    assert f"    def {name}(" in body
+    renamed = body.replace(f"    def {name}(", f"    def renamed_{name}(", 1)
+    engine.write_text(f"{above}\nclass Engine{renamed}", encoding="utf-8")
     return before
 
 
