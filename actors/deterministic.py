@@ -195,7 +195,7 @@ class DeterministicDispatcher:
             work()
 
     def _step(self, latest: float) -> bool:
-        """Run one turn, letting time pass up to `latest` if necessary. False if there is none until then."""
+        """Run one turn, letting time pass up to `latest` if necessary. Return False if no turn is ready by then."""
         while True:
             self._ring()
             ready = self._ready

@@ -105,7 +105,7 @@ class Reply(pykka.Future[T]):
     def get(self, *, timeout: float | None = None) -> T:
         """Wait for the outcome, at most `timeout` seconds, and return it or raise it.
 
-        Raises `pykka.Timeout` if there is none in time; the message may still be handled later.
+        Raises `pykka.Timeout` if no answer comes in time; the message may still be handled later.
         """
         if self._is_derived:
             return super().get(timeout=timeout)

@@ -65,7 +65,7 @@ class LocalBackend(Backend):
         return [scope for scope in self.store.scopes() if self._durability_of(scope) != "memory"]
 
     def problem(self) -> str | None:
-        """Return the problem of the store; None if there is none."""
+        """Return what is wrong with the store, as text; None if all is well."""
         return None if self.store is None else self.store.problem()
 
     def close(self) -> None:

@@ -185,7 +185,7 @@ class WorkerTriggers:
             provided.owner.send(encode(UnregisterTrigger(frame.id, frame.trigger_type)))
 
     def _provider_of(self, registered: Registered) -> ProvidedType | None:
-        """Return the provider of its type; None: there is none now, or only workers with another token than before."""
+        """Return the provider of its type; None if no worker provides it now with the token of before."""
         provided = self._types.serving(registered.frame.trigger_type)
         return provided if provided is not None and provided.owner.access is registered.provider else None
 

@@ -142,7 +142,7 @@ class BridgeBackend(Backend):
             raise StorageError(f"Failed to list groups via bridge: {error}") from error
 
     def problem(self) -> str | None:
-        """Return the current problem as text; None if there is none."""
+        """Return what is wrong now, as text; None if all is well."""
         why_not = self._client.why_not
         if why_not is not None:
             return f"the bridge has no connection: {why_not}; calls wait for one"

@@ -111,7 +111,7 @@ class RedisBackend(Backend):
             self.reader.start(self.arrivals)
 
     def problem(self) -> str | None:
-        """Return the current problem as text; None if there is none."""
+        """Return what is wrong now, as text; None if all is well."""
         for owner in self._servers.owners():
             if owner.why_not is not None:
                 return f"{owner.why_not}; calls wait for a connection"

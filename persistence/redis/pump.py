@@ -57,7 +57,7 @@ class Means(NamedTuple):
     clock: Callable[[], float] = time.monotonic
     uniform: Callable[[float, float], float] = random.uniform
     wake: Callable[[Owner], object] | None = None
-    """Called instead of waking an I/O thread: there is none, and `Owner.step` does its work."""
+    """Called instead of waking an I/O thread. The owner then has no such thread, and `Owner.step` does its work."""
 
 
 class Routes(Protocol):

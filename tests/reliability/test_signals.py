@@ -278,7 +278,7 @@ def test_no_part_of_an_engine_hangs_when_its_guard_was_taken_at_that_very_moment
 
 MAY_USE_LOCKS = {
     "actors/deterministic.py",  # for tests: one thread runs at a time, and hands over
-    "persistence/redis",  # to be replaced: one owner for each connection (docs/design/0030-redis.md)
+    "persistence/redis",  # its tables of servers: held for a few lines; a known gap from 3.14 on
     "config/watch.py",  # a Condition: `stop` is all that the main thread does there
 }
 """Where a bare `with lock` is let through, and why."""

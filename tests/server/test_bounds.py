@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from raw import PATIENCE_S, Deaf, RawWorker, masked
+from reliability.living import until
 from serving import OpenRaw, OpenServer, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -32,12 +33,9 @@ from scopestate.wire.session import WorkerSession
 MEBIBYTE = 1024 * 1024
 
 
-def wait_until(true: Callable[[], object]) -> None:
+def wait_until(true: Callable[[], bool]) -> None:
     """Wait for a condition of the server."""
-    end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end, "it never became true"
-        time.sleep(0.005)
+    until(true, "it never became true")
 
 
 def only_worker(server: Server) -> Any:
@@ -659,7 +657,7 @@ def test_a_call_that_times_out_is_no_answer_of_a_silent_worker(connect: OpenRaw)
         def write() -> None:
             while not stop.is_set():
                 engine.set("s", "k", 1)
-                time.sleep(0.001)
+                stop.wait(0.001)
 
         writer = threading.Thread(target=write)
         writer.start()

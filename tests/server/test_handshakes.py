@@ -13,13 +13,13 @@ import ssl
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
 import picows
 import pytest
 from raw import PATIENCE_S, RawWorker
+from reliability.living import until
 from serving import OpenRaw, OpenServer
 
 from scopestate.server import handshakes
@@ -293,10 +293,7 @@ def test_a_renewed_certificate_is_taken_up_and_a_broken_one_is_not(
 
 def wait_until(true: Any) -> None:
     """Wait for a condition of the server."""
-    end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end, "it never became true"
-        time.sleep(0.005)
+    until(true, "it never became true")
 
 
 # ------------------------------------------------------------------------------------------------------------- picows
