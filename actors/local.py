@@ -13,7 +13,7 @@ from scopestate.actors.scope import Collect, Housekeeping, ScopeActor, Surroundi
 from scopestate.actors.turn import BUSY, HOLDER
 from scopestate.errors import StorageError
 from scopestate.ops.results import SetResult
-from scopestate.ops.turns import List, Set, Turn, checked_length
+from scopestate.ops.turns import List, PlainView, Set, Turn, checked_length
 from scopestate.signals import certainly
 from scopestate.wire.depth import event_depth
 
@@ -31,7 +31,7 @@ _UNUSED: Final[dict[str, int]] = {}
 """Shared by the scopes that are not kept: nothing is put into it."""
 
 
-class InMemory:
+class InMemory(PlainView):
     """The view that turns have of values in memory."""
 
     __slots__ = ("_table", "get", "limits", "scope")
@@ -155,7 +155,7 @@ class LocalScope(ScopeActor):
         changes, answer = turn.decide(view)
         if changes:
             (change,) = changes  # how several are committed: docs/design/0033-turns.md
-            self._write(change.key, change.before, change.after)
+            self._write(change.key, change.before, change.after)  # type: ignore[union-attr]
         return answer
 
     def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:

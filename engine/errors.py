@@ -4,6 +4,12 @@
     |-- DeserializationError            invalid input: `deserialization_error`
     |   `-- InvalidValue                a value that JSON cannot hold; has the path inside the value
     |-- ValueTooLarge                   encoded value over `max_value_bytes`: `VALUE_TOO_LARGE`
+    |-- Conflict                        a key is not as the write expected it: `CONFLICT`
+    |-- UpdateRefused                   an op did not fit, in a write that is all or nothing: `UPDATE_REFUSED`
+    |-- BatchTooLarge                   a transaction over its limit of keys or bytes: `BATCH_TOO_LARGE`
+    |-- IdempotencyMismatch             an idempotency key was used for another write: `IDEMPOTENCY_MISMATCH`
+    |-- InvalidPageLimits               a page of too few or too many keys or bytes: `INVALID_PAGE_LIMITS`
+    |-- InvalidCursor                   a page cursor that cannot be used here: `INVALID_CURSOR`
     |-- MessageTooLarge                 a call or an answer over `max_message_bytes`: `MESSAGE_TOO_LARGE`
     |-- SerializationError              a function returned what JSON cannot hold: `serialization_error`
     |-- FunctionNotFound                no function has that id: `function_not_found`
@@ -37,6 +43,10 @@ ConnectionLost, CallTimeout or RemoteFailure as its `__cause__`: the cause says 
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 
 class ScopestateError(Exception):
@@ -80,6 +90,128 @@ class ValueTooLarge(ScopestateError):
             f"the value for key {self.key!r} of scope {self.scope!r} takes {self.size} bytes as JSON, "
             f"over the limit max_value_bytes = {self.limit}; nothing was written"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class KeyConflict:
+    """One key that is not as a write expected it."""
+
+    index: int
+    """Which check of a transaction failed, from 0; 0 for a write of one key."""
+    key: str
+    expected_revision: int | None
+    """0: the key was expected not to exist. None: a value was expected, not a revision."""
+    revision: int
+    """What it is now. 0: the key does not exist."""
+
+
+class Conflict(ScopestateError):
+    """A key is not as the write expected it; nothing was written. Read it again, and decide again.
+
+    `key`, `expected_revision` and `revision` are those of the first conflict; `conflicts` has all of them.
+    """
+
+    code = "CONFLICT"
+
+    def __init__(self, scope: str, conflicts: Sequence[KeyConflict]) -> None:
+        super().__init__(scope, conflicts)
+        self.scope = scope
+        self.conflicts = tuple(conflicts)
+        first = self.conflicts[0]
+        self.key = first.key
+        self.expected_revision = first.expected_revision
+        self.revision = first.revision
+
+    def __str__(self) -> str:
+        found = "does not exist" if self.revision == 0 else f"has revision {self.revision}"
+        match self.expected_revision:
+            case None:
+                expected = "does not have the expected value"
+            case 0:
+                expected = "was expected not to exist"
+            case revision:
+                expected = f"was expected to have revision {revision}"
+        others = len(self.conflicts) - 1
+        more = f" ({others} more keys have changed)" if others else ""
+        return f"key {self.key!r} of scope {self.scope!r} {expected}, and {found}{more}; nothing was written"
+
+
+class UpdateRefused(ScopestateError):
+    """An op of an `update` did not fit, where the write is all or nothing; nothing was written.
+
+    `errors` has one entry for each op that was refused, as `UpdateResult.errors`, with `index`, its place in the
+    transaction.
+    """
+
+    code = "UPDATE_REFUSED"
+
+    def __init__(self, scope: str, errors: Sequence[Any]) -> None:
+        super().__init__(scope, errors)
+        self.scope = scope
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        first = self.errors[0]
+        others = len(self.errors) - 1
+        more = f" (and {others} more)" if others else ""
+        return f"an op was refused with {first.code}: {first.message}{more}; nothing was written to {self.scope!r}"
+
+
+class BatchTooLarge(ScopestateError):
+    """A transaction has more keys or bytes than one may have; nothing was written. Split it."""
+
+    code = "BATCH_TOO_LARGE"
+
+    def __init__(self, scope: str, size: int, limit: int, unit: str) -> None:
+        super().__init__(scope, size, limit, unit)
+        self.scope = scope
+        self.size = size
+        self.limit = limit
+        self.unit = unit
+
+    def __str__(self) -> str:
+        return (
+            f"a transaction on scope {self.scope!r} has {self.size} {self.unit}, over the limit of {self.limit}; "
+            "nothing was written: split it"
+        )
+
+
+class IdempotencyMismatch(ScopestateError):
+    """The idempotency key was used before, for a write with other content; nothing was written. Use a new key."""
+
+    code = "IDEMPOTENCY_MISMATCH"
+
+    def __init__(self, scope: str, idempotency_key: str) -> None:
+        super().__init__(scope, idempotency_key)
+        self.scope = scope
+        self.idempotency_key = idempotency_key
+
+    def __str__(self) -> str:
+        return (
+            f"the idempotency key {self.idempotency_key!r} was used for another write of scope {self.scope!r}; "
+            "nothing was written: use a new key for a new write"
+        )
+
+
+class InvalidPageLimits(ScopestateError):
+    """The size that was asked for a page is out of bounds; nothing was read."""
+
+    code = "INVALID_PAGE_LIMITS"
+
+
+class InvalidCursor(ScopestateError):
+    """A page cursor that is damaged, or was made for another scope, store or range. Begin without a cursor."""
+
+    code = "INVALID_CURSOR"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        """`damaged`, `another store`, `another scope` or `another range`."""
+
+    def __str__(self) -> str:
+        problem = "is damaged" if self.reason == "damaged" else f"was made for {self.reason}"
+        return f"the page cursor {problem}; begin again without a cursor"
 
 
 class MessageTooLarge(ScopestateError):

@@ -24,7 +24,25 @@ class ListGroupsResult(TypedDict):
     groups: list[str]
 
 
-class SetResult(msgspec.Struct, frozen=True, eq=False, gc=False):
+class WriteResult(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False):
+    """What the results of all writes have beside the reference's fields."""
+
+    revision: int = 0
+    """The revision that the write gave to its key. 0: the store does not number changes."""
+    detailed: bool = False
+    """True if the caller used an argument that the reference does not have: the JSON then has `revision` too."""
+    replayed: bool = False
+    """True if an earlier call with the same idempotency key did this, and this call did nothing."""
+
+    def _with_details(self, plain: dict[str, Any]) -> dict[str, Any]:
+        if self.detailed:
+            plain["revision"] = self.revision
+            if self.replayed:
+                plain["replayed"] = True
+        return plain
+
+
+class SetResult(WriteResult, frozen=True, eq=False, gc=False):
     """Result of `set`. Reference: `old_value`, `new_value`."""
 
     json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value")
@@ -54,7 +72,7 @@ class SetResult(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as `call` returns it, and as it is sent to workers."""
-        return {"old_value": self.old_value, "new_value": self.new_value}
+        return self._with_details({"old_value": self.old_value, "new_value": self.new_value})
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -97,9 +115,99 @@ class UpdateResult(SetResult, frozen=True, eq=False, gc=False):
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as `call` returns it. `errors` is left out if there are none."""
-        plain = {"old_value": self.old_value, "new_value": self.new_value}
+        plain = super().to_json()
         if self.errors:
             plain["errors"] = msgspec.to_builtins(list(self.errors))
+        return plain
+
+
+class DeleteResult(WriteResult, frozen=True, eq=False, gc=False):
+    """Result of a `delete` with a condition or an idempotency key."""
+
+    old_json: bytes | None
+    """The previous value as JSON, or None if the key did not exist."""
+
+    @property
+    def old_value(self) -> Any:
+        """The previous value, a fresh copy at each reading; None if the key did not exist or held null."""
+        return None if self.old_json is None else decode(self.old_json)
+
+    def to_json(self) -> Any:
+        """The bare previous value, as the reference has it; an object if the caller asked for more."""
+        return self._with_details({"old_value": self.old_value}) if self.detailed else self.old_value
+
+
+class CasResult(WriteResult, frozen=True, eq=False, gc=False):
+    """Result of `compare_and_set`. Reference: `swapped`, and `current` if it is false."""
+
+    swapped: bool
+    found_json: bytes | None
+    """The value that the key had, as JSON; None if it did not exist or held null."""
+
+    @property
+    def current(self) -> Any:
+        """The value that the key had and still has if it was not swapped, a new copy at each reading; else None."""
+        return None if self.swapped or self.found_json is None else decode(self.found_json)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as it is sent to workers."""
+        if not self.swapped:
+            return self._with_details({"swapped": False, "current": self.current})
+        if not self.detailed:
+            return {"swapped": True}
+        return self._with_details(
+            {"swapped": True, "old_value": None if self.found_json is None else decode(self.found_json)}
+        )
+
+
+class ModifyResult(WriteResult, frozen=True, eq=False, gc=False):
+    """Result of `modify`."""
+
+    old_json: bytes | None
+    """The previous value as JSON, or None if the key did not exist."""
+    new_json: bytes | None
+    """The value as JSON that the key has now, or None if it does not exist."""
+
+    @property
+    def old_value(self) -> Any:
+        """The previous value, a fresh copy at each reading; None if the key did not exist or held null."""
+        return None if self.old_json is None else decode(self.old_json)
+
+    @property
+    def new_value(self) -> Any:
+        """The value that the key has now, a fresh copy at each reading; None if it does not exist or holds null."""
+        return None if self.new_json is None else decode(self.new_json)
+
+
+class TouchResult(msgspec.Struct, frozen=True):
+    """Result of `state::touch`."""
+
+    touched: bool
+    """True if the key exists."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as it goes over the wire."""
+        return {"touched": self.touched}
+
+
+StepResult = SetResult | UpdateResult | DeleteResult | TouchResult
+
+
+class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
+    """Result of a transaction. `revision` is that of its last change."""
+
+    results: tuple[StepResult, ...]
+    """One for each step, in order."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as it goes over the wire."""
+        results = [
+            {"old_value": result.old_value} if type(result) is DeleteResult else result.to_json()
+            for result in self.results
+        ]
+        plain = {"committed": True, "revision": self.revision, "results": results}
+        if self.replayed:
+            plain["replayed"] = True
         return plain
 
 

@@ -141,6 +141,13 @@ class OpError(msgspec.Struct, frozen=True, omit_defaults=True):
     """A page about the code; left out of the JSON if it is None."""
 
 
+class RefusedOp(OpError, frozen=True, omit_defaults=True):
+    """Why a write that is all or nothing was refused."""
+
+    index: int = 0
+    """Place of the update in its transaction, from 0; 0 for an update of its own."""
+
+
 _KINDS: Final = (Set, Merge, Increment, Decrement, Append, Remove)
 _WORDS: Final = "`set`, `merge`, `increment`, `decrement`, `append`, `remove`"
 _ABSENT: Final = object()

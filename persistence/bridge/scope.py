@@ -20,7 +20,7 @@ from scopestate.errors import (
     ScopestateError,
     StorageError,
 )
-from scopestate.ops.turns import Change, Effects, Turn
+from scopestate.ops.turns import Change, Effects, Turn, changes_in
 
 log = Log("scopestate.scope")
 
@@ -242,7 +242,8 @@ class BridgeScope(ScopeActor):
         try:
             if error is not None:
                 raise error
-            changes, answer = _effects_of(call.turn, result)
+            stored, answer = _effects_of(call.turn, result)
+            changes = changes_in(stored)
         except ScopestateError as problem:
             failure = _via_bridge(call.turn, problem)
         except Exception as problem:

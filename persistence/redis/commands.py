@@ -18,7 +18,7 @@ from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, ScopestateError, StorageError
 from scopestate.ops import turns
 from scopestate.ops.results import SetResult
-from scopestate.ops.turns import Change, Effects, Turn
+from scopestate.ops.turns import Change, Effects, PlainView, Turn, changes_in
 from scopestate.ops.values import parse
 from scopestate.persistence.redis.connection import Refusal, pack_text
 from scopestate.persistence.redis.script import DONE, SKIPPED, explain, keys_of
@@ -284,7 +284,7 @@ class Seen:
         self._keys.pop(key, None)
 
 
-class _View:
+class _View(PlainView):
     """What a turn sees of its scope: keys that were read. Used again for each turn."""
 
     __slots__ = ("found", "limits", "scope")
@@ -437,7 +437,7 @@ class ScopeCommands:
         view = self._view
         view.found = {key: value[1] for key, value in values.items()}
         call.effects = effects = call.message.decide(view)
-        changes = effects[0]
+        changes = changes_in(effects[0])
         for change in changes:
             if change.after is not None and len(change.after) > _LARGEST_BYTES:
                 raise _too_large(change.key, change.after)
@@ -567,7 +567,7 @@ class ScopeCommands:
     def _finish_decided(self, call: Call, ended: list[Call]) -> None:
         effects = call.effects
         assert effects is not None
-        changes, call.answer = effects
+        changes, call.answer = changes_in(effects[0]), effects[1]
         for change in changes:
             self._remember(change.key, change.after)
         call.done = True

@@ -1,0 +1,252 @@
+"""Turns that read or remove many keys in the order of their UTF-8 bytes, and the cursors of pages.
+
+A page continues behind the last key of the page before it. So its cursor needs no memory on the server, outlives a
+restart, and gives a key that exists all the while exactly once.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from typing import Any, Final
+
+import msgspec
+
+from scopestate.errors import DeserializationError, InvalidCursor
+from scopestate.ops.results import WriteResult
+from scopestate.ops.turns import A, Change, Effects, Entry, Failure, Range, Turn, View, changes_of
+
+MAX_DELETED: Final = 1_000
+"""Keys that one `DeleteRange` removes."""
+PAGE_KEYS: Final = 500
+"""Keys of a page, if the caller does not say."""
+ALL: Final = Range()
+
+
+class _Ranged(Turn[A], frozen=True):
+    failure = Failure("LIST_ERROR", "Failed to list values")
+
+    within: Range = ALL
+
+    @property
+    def keys(self) -> None:
+        return None
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {"scope": scope, **msgspec.structs.asdict(self.within)}
+
+
+class Keys(_Ranged[list[str]], frozen=True):
+    """Read keys."""
+
+    function_id = "state::list_keys"
+
+    def decide(self, view: View) -> Effects[list[str]]:
+        return (), list(view.keys(self.within))
+
+    def effects_of(self, result: bytes | None) -> Effects[list[str]]:
+        return (), msgspec.json.decode(result or b"null", type=dict[str, list[str]])["keys"]
+
+
+class Pairs(_Ranged[list[tuple[str, bytes]]], frozen=True):
+    """Read keys with their values as JSON."""
+
+    function_id = "state::list_entries"
+
+    def decide(self, view: View) -> Effects[list[tuple[str, bytes]]]:
+        get = view.get
+        pairs = [(key, get(key)) for key in view.keys(self.within)]
+        return (), pairs  # type: ignore[return-value]  # keys of a view exist
+
+
+class Values(_Ranged[list[bytes]], frozen=True):
+    """Read values as JSON, by their keys."""
+
+    function_id = "state::list_entries"
+
+    def decide(self, view: View) -> Effects[list[bytes]]:
+        found = list(map(view.get, view.keys(self.within)))
+        return (), found  # type: ignore[return-value]  # keys of a view exist
+
+
+class Entries(_Ranged[list[tuple[str, Entry]]], frozen=True):
+    """Read keys with what is stored under them."""
+
+    function_id = "state::list_entries"
+
+    def decide(self, view: View) -> Effects[list[tuple[str, Entry]]]:
+        entry = view.entry
+        found = [(key, entry(key)) for key in view.keys(self.within)]
+        return (), found  # type: ignore[return-value]  # keys of a view exist
+
+
+class Count(_Ranged[int], frozen=True):
+    """Count keys."""
+
+    function_id = "state::count"
+
+    def decide(self, view: View) -> Effects[int]:
+        return (), sum(1 for _ in view.keys(self.within))
+
+    def effects_of(self, result: bytes | None) -> Effects[int]:
+        return (), msgspec.json.decode(result or b"null", type=dict[str, int])["count"]
+
+
+class Deleted(WriteResult, frozen=True, eq=False):
+    """Result of `DeleteRange`."""
+
+    deleted: int
+    """Keys that were removed."""
+    more: bool
+    """True if keys are left in the range: the turn removes at most MAX_DELETED."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as it goes over the wire."""
+        return self._with_details({"deleted": self.deleted, "more": self.more})
+
+
+class DeleteRange(_Ranged[Deleted], frozen=True):
+    """Remove the keys within a range, at most MAX_DELETED: all of these, or none."""
+
+    function_id = "state::delete-range"
+    writes = True
+    failure = Failure("DELETE_ERROR", "Failed to delete values")
+
+    def decide(self, view: View) -> Effects[Deleted]:
+        limit = MAX_DELETED if self.within.limit is None else min(self.within.limit, MAX_DELETED)
+        found = list(view.keys(msgspec.structs.replace(self.within, limit=limit + 1)))
+        changes: list[Change] = []
+        for key in found[:limit]:
+            changes += changes_of(view, key, view.entry(key), None)
+        answer = Deleted(len(changes), len(found) > limit, revision=view.revision + len(changes))
+        return tuple(changes), answer
+
+    def effects_of(self, result: bytes | None) -> Effects[Deleted]:
+        # Which keys they were is not told: their events come from the other engine.
+        told = msgspec.json.decode(result or b"null", type=Deleted)
+        return (), msgspec.structs.replace(told, detailed=told.revision != 0)
+
+    def unpack(self, kept: bytes) -> Deleted:
+        return msgspec.structs.replace(msgspec.msgpack.decode(kept, type=Deleted), replayed=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- pages
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Some entries of a range, in order."""
+
+    entries: tuple[tuple[str, Entry], ...]
+    cursor: str | None
+    """Where the next page begins; None: this is the last page."""
+
+    @property
+    def done(self) -> bool:
+        """True if this is the last page."""
+        return self.cursor is None
+
+
+class ReadPage(_Ranged[Page], frozen=True):
+    """Read one page of a range. `within.limit` is the size of the page."""
+
+    function_id = "state::list_entries"
+
+    store: str = ""
+    """The id of the store, which the cursor names."""
+    cursor: str | None = None
+    """What the page before had."""
+    max_bytes: int = 0
+    """At most so many bytes of JSON, but at least one entry; 0: no limit."""
+
+    def decide(self, view: View) -> Effects[Page]:
+        within = self.within
+        limit = PAGE_KEYS if within.limit is None else within.limit
+        if self.cursor is not None:
+            within = behind(within, read_cursor(self.cursor, self.store, view.scope, within))
+        entries: list[tuple[str, Entry]] = []
+        size, more = 0, False
+        for key in view.keys(msgspec.structs.replace(within, limit=limit + 1)):
+            entry = view.entry(key)
+            if entry is None:
+                continue
+            size += len(entry.json)
+            more = len(entries) == limit or bool(self.max_bytes and entries and size > self.max_bytes)
+            if more:
+                break
+            entries.append((key, entry))
+        cursor = make_cursor(self.store, view.scope, self.within, entries[-1][0]) if more else None
+        return (), Page(tuple(entries), cursor)
+
+
+def checked_page(within: Range) -> Range:
+    """Return the range of a page. Raises DeserializationError if the page could hold no key."""
+    if within.limit is not None and within.limit < 1:
+        raise DeserializationError(f"a page has 1 key or more, not {within.limit}")
+    return within
+
+
+def behind(within: Range, last: str) -> Range:
+    """Return what is left of a range behind the last key of a page."""
+    if within.reverse:
+        return msgspec.structs.replace(within, end=last)
+    return msgspec.structs.replace(within, after=last)
+
+
+class _Cursor(msgspec.Struct, frozen=True, array_like=True):
+    store: bytes
+    scope: bytes
+    within: bytes
+    last: str
+
+
+_VERSION: Final = b"\x01"
+_CHECKSUM_BYTES: Final = 6
+_cursor: Final = msgspec.msgpack.Decoder(_Cursor)
+
+
+def make_cursor(store: str, scope: str, within: Range, last: str) -> str:
+    """Return the cursor of the page behind the key `last`: opaque text for URLs, guarded against damage."""
+    body = _VERSION + msgspec.msgpack.encode(
+        _Cursor(_digest(store, 8), _digest(scope, 8), _digest(_bounds(within), 4), last)
+    )
+    return _text_of(_digest(body, _CHECKSUM_BYTES) + body)
+
+
+def read_cursor(cursor: str, store: str, scope: str, within: Range) -> str:
+    """Return the last key of the page before. Raises InvalidCursor for what `make_cursor` has not made for this."""
+    try:
+        data = base64.b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+    except ValueError:
+        raise InvalidCursor("damaged") from None
+    checksum, body = data[:_CHECKSUM_BYTES], data[_CHECKSUM_BYTES:]
+    if checksum != _digest(body, _CHECKSUM_BYTES) or body[:1] != _VERSION:
+        raise InvalidCursor("damaged")
+    # Two texts that differ in bits that base64 ignores would be one cursor.
+    if _text_of(data) != cursor:
+        raise InvalidCursor("damaged")
+    try:
+        found = _cursor.decode(body[1:])
+    except msgspec.DecodeError:
+        raise InvalidCursor("damaged") from None
+    if found.store != _digest(store, 8):
+        raise InvalidCursor("another store")
+    if found.scope != _digest(scope, 8):
+        raise InvalidCursor("another scope")
+    if found.within != _digest(_bounds(within), 4):
+        raise InvalidCursor("another range")
+    return found.last
+
+
+def _text_of(data: bytes) -> str:
+    """Return bytes as text that may stand in a URL."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _bounds(within: Range) -> bytes:
+    """Return what two pages of one walk have in common: everything but their size."""
+    return msgspec.msgpack.encode((within.prefix, within.start, within.after, within.end, within.reverse))
+
+
+def _digest(content: str | bytes, size: int) -> bytes:
+    data = content.encode(errors="surrogatepass") if isinstance(content, str) else content
+    return hashlib.blake2b(data, digest_size=size).digest()

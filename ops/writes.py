@@ -1,0 +1,502 @@
+"""Turns on one key beyond the reference's: conditional writes, compare-and-set, deadlines, expiry, idempotency keys.
+
+A conflict raises, before anything has changed: an answer that says "not written" would be overlooked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from typing import Any, Final, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from scopestate.errors import Conflict, DeserializationError, IdempotencyMismatch, KeyConflict
+from scopestate.ops.results import (
+    CasResult,
+    DeleteResult,
+    ModifyResult,
+    SetResult,
+    TouchResult,
+    UpdateResult,
+    WriteResult,
+)
+from scopestate.ops.turns import (
+    LAST_MS,
+    LAST_REVISION,
+    NO_DEADLINE,
+    A,
+    Change,
+    Deadline,
+    Delete,
+    Effects,
+    Entry,
+    Failure,
+    Keep,
+    Kept,
+    NewDeadline,
+    OneKey,
+    Set,
+    Stored,
+    Turn,
+    Update,
+    View,
+    changes_of,
+    deadline_of,
+    expiry_of,
+    refuse_size,
+    set_key,
+    update_key,
+)
+from scopestate.ops.values import decode, encode, parse
+
+EXPIRED_AT_ONCE: Final = 256
+"""Keys that one turn removes because they have expired: other calls wait that long at most."""
+
+_NULL: Final = b"null"
+
+
+class Absence(Enum):
+    """What the function of `modify` may return in place of a value."""
+
+    DELETE = "DELETE"
+    KEEP = "KEEP"
+
+
+DELETE: Final = Absence.DELETE
+"""`modify`: delete the key."""
+KEEP: Final = Absence.KEEP
+"""`modify`: leave the key as it is."""
+
+
+# ----------------------------------------------------------------------------------------------------- conditions
+
+
+def check_revision(view: View, key: str, found: Entry | None, expected: int | None) -> None:
+    """Raise Conflict if the key has not the expected revision. 0: it must not exist; None: nothing is expected."""
+    revision = 0 if found is None else found.revision
+    if expected is not None and revision != expected:
+        raise Conflict(view.scope, (KeyConflict(0, key, expected, revision),))
+
+
+class SetWith(Set, frozen=True):
+    """Set a key to a value, on a condition or with a deadline."""
+
+    if_revision: int | None = None
+    """Only if the key has this revision; 0: only if it does not exist."""
+    deadline: Deadline = NO_DEADLINE
+
+    def decide(self, view: View) -> Effects[SetResult]:
+        before = view.entry(self.key)
+        if self.if_revision is not None:
+            check_revision(view, self.key, before, self.if_revision)
+        return set_key(view, self.key, before, self.data, self.deadline, detailed=True)
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {**super().call(scope), **_asked(self.if_revision, self.deadline)}
+
+    def effects_of(self, result: bytes | None) -> Effects[SetResult]:
+        changes, answer = super().effects_of(result)
+        return _detailed(changes, answer, result)
+
+    def unpack(self, kept: bytes) -> SetResult:
+        return msgspec.structs.replace(_SET_RESULT.decode(kept), replayed=True)
+
+
+class UpdateWith(Update, frozen=True):
+    """Apply checked ops to the value of a key, on a condition, with a deadline, or all of them or none."""
+
+    if_revision: int | None = None
+    """Only if the key has this revision; 0: only if it does not exist."""
+    deadline: Deadline = NO_DEADLINE
+    """Without a field the deadline stays, or is what the scope's rule says."""
+    atomic: bool = False
+    """True: raise UpdateRefused if an op is refused."""
+
+    def decide(self, view: View) -> Effects[UpdateResult]:
+        before = view.entry(self.key)
+        if self.if_revision is not None:
+            check_revision(view, self.key, before, self.if_revision)
+        atomic = self.atomic or view.strict
+        return update_key(view, self.key, before, self.ops, self.deadline, atomic=atomic, detailed=True)
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {**super().call(scope), **_asked(self.if_revision, self.deadline), "atomic": self.atomic}
+
+    def effects_of(self, result: bytes | None) -> Effects[UpdateResult]:
+        changes, answer = super().effects_of(result)
+        return _detailed(changes, answer, result)
+
+    def unpack(self, kept: bytes) -> UpdateResult:
+        return msgspec.structs.replace(_UPDATE_RESULT.decode(kept), replayed=True)
+
+
+class DeleteWith(OneKey[DeleteResult], frozen=True):
+    """Remove a key, on a condition."""
+
+    function_id = Delete.function_id
+    writes = True
+    failure = Delete.failure
+
+    if_revision: int | None = None
+    """Only if the key has this revision. 0: only if it does not exist, and then nothing is removed."""
+
+    def decide(self, view: View) -> Effects[DeleteResult]:
+        before = view.entry(self.key)
+        if self.if_revision is not None:
+            check_revision(view, self.key, before, self.if_revision)
+        changes = changes_of(view, self.key, before, None)
+        old = None if before is None else before.json
+        return changes, DeleteResult(old, revision=view.revision + len(changes), detailed=True)
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {**super().call(scope), **_asked(self.if_revision, NO_DEADLINE)}
+
+    def effects_of(self, result: bytes | None) -> Effects[DeleteResult]:
+        told = _decode_told(result or b"null")
+        before = _without_null(parse(bytes(told.old_value)))
+        return _detailed((Change(self.key, before, None),), DeleteResult(before), result)
+
+    def unpack(self, kept: bytes) -> DeleteResult:
+        return msgspec.structs.replace(_DELETE_RESULT.decode(kept), replayed=True)
+
+
+class CompareAndSet(OneKey[CasResult], frozen=True):
+    """Set a key to a value if it has the expected one. A stored null counts as absent."""
+
+    function_id = "state::compare-and-set"
+    writes = True
+    failure = Failure("SET_ERROR", "Failed to set value")
+
+    expected: bytes | UnsetType | None
+    """As JSON; None, and JSON null: the key has no value. UNSET: only the revision is compared."""
+    data: bytes
+    expected_revision: int | None = None
+    deadline: Deadline = NO_DEADLINE
+
+    def decide(self, view: View) -> Effects[CasResult]:
+        before = view.entry(self.key)
+        revision = 0 if before is None else before.revision
+        _, current = compared(None, before)
+        detailed = self.expected_revision is not None
+        if (self.expected_revision is not None and revision != self.expected_revision) or not (
+            self.expected is UNSET or same_json(*compared(self.expected, before))
+        ):
+            return (), CasResult(False, current, revision=revision, detailed=detailed)
+        changes = changes_of(view, self.key, before, self.data, deadline_of(view, before, self.deadline))
+        return changes, CasResult(True, current, revision=view.revision + len(changes), detailed=detailed)
+
+    def call(self, scope: str) -> dict[str, Any]:
+        call = {**super().call(scope), "value": msgspec.Raw(self.data)}
+        if not isinstance(self.expected, UnsetType):
+            call["expected"] = msgspec.Raw(self.expected or _NULL)
+        if self.expected_revision is not None:
+            call["expected_revision"] = self.expected_revision
+        return call
+
+    def effects_of(self, result: bytes | None) -> Effects[CasResult]:
+        told = _decode_told(result or b"null")
+        detailed = told.revision != 0
+        if not told.swapped:
+            found = parse(bytes(told.current))
+        elif detailed:
+            found = parse(bytes(told.old_value))
+        else:
+            found = b"null" if isinstance(self.expected, UnsetType) else self.expected or _NULL
+        found_json = _without_null(found)
+        answer = CasResult(told.swapped, found_json, revision=told.revision, detailed=detailed, replayed=told.replayed)
+        if not told.swapped or told.replayed:
+            return (), answer
+        return (Change(self.key, found_json, self.data),), answer
+
+    def unpack(self, kept: bytes) -> CasResult:
+        return msgspec.structs.replace(_CAS_RESULT.decode(kept), replayed=True)
+
+
+class Modify(OneKey[ModifyResult], frozen=True):
+    """Compute a new value from the old one. `function` may be called again, where another write came in between."""
+
+    function_id = "state::compare-and-set"
+    writes = True
+    failure = Failure("UPDATE_ERROR", "Failed to update value")
+
+    function: Callable[[Any], Any]
+    """Takes the value; returns the new one, DELETE or KEEP. What it raises reaches the caller, and nothing changes."""
+    default: Any = None
+    """What `function` gets if the key does not exist."""
+
+    def decide(self, view: View) -> Effects[ModifyResult]:
+        before = view.entry(self.key)
+        old = None if before is None else before.json
+        value = self.function(self.default if old is None else decode(old))
+        if value is KEEP or (value is DELETE and before is None):
+            revision = 0 if before is None else before.revision
+            return (), ModifyResult(old, old, revision=revision)
+        if value is DELETE:
+            changes, data = changes_of(view, self.key, before, None), None
+        else:
+            data = encode(value)
+            refuse_size(view.scope, self.key, data, view.limits.max_value_bytes)
+            expires_ms = deadline_of(view, before, NO_DEADLINE, update=True)
+            changes = changes_of(view, self.key, before, data, expires_ms)
+        return changes, ModifyResult(old, data, revision=view.revision + len(changes))
+
+
+class _Told(msgspec.Struct):
+    """What another engine answers beside the reference's fields."""
+
+    revision: int = 0
+    replayed: bool = False
+    swapped: bool = False
+    old_value: msgspec.Raw = msgspec.Raw(_NULL)
+    current: msgspec.Raw = msgspec.Raw(_NULL)
+
+
+_decode_told: Final = msgspec.json.Decoder(_Told).decode
+R = TypeVar("R", bound=WriteResult)
+
+
+def _detailed(changes: tuple[Stored, ...], answer: R, result: bytes | None) -> Effects[R]:
+    """Return what another engine did, with what it says beside the reference's fields."""
+    told = _decode_told(result or b"null")
+    answer = msgspec.structs.replace(answer, revision=told.revision, detailed=True, replayed=told.replayed)
+    return () if told.replayed else changes, answer
+
+
+def _asked(if_revision: int | None, deadline: Deadline) -> dict[str, Any]:
+    """Return the fields of a call. One is always there: it asks for the revision in the answer."""
+    fields: dict[str, Any] = {"if_revision": if_revision}
+    if deadline.ttl_ms is not None:
+        fields["ttl_ms"] = deadline.ttl_ms
+    if deadline.expires_ms is not None:
+        fields["expires_at"] = deadline.expires_ms
+    if deadline.keep:
+        fields["keep_ttl"] = True
+    return fields
+
+
+_SET_RESULT: Final = msgspec.msgpack.Decoder(SetResult)
+_UPDATE_RESULT: Final = msgspec.msgpack.Decoder(UpdateResult)
+_DELETE_RESULT: Final = msgspec.msgpack.Decoder(DeleteResult)
+_CAS_RESULT: Final = msgspec.msgpack.Decoder(CasResult)
+
+
+def checked_revision(revision: object, *, if_absent: bool = False) -> int | None:
+    """Return the revision that a write expects, 0 for `if_absent`. Raises DeserializationError."""
+    if revision is None:
+        return 0 if if_absent else None
+    if type(revision) is not int or not 0 <= revision <= LAST_REVISION:
+        raise DeserializationError(f"a revision is a whole number from 0 to {LAST_REVISION}, not {revision!r:.40}")
+    if if_absent and revision != 0:
+        raise DeserializationError("`if_revision` and `if_absent` contradict each other: give one of them")
+    return revision
+
+
+def checked_deadline(ttl_ms: int | None = None, expires_ms: int | None = None, *, keep: bool = False) -> Deadline:
+    """Return what a write asks for about its deadline. Raises DeserializationError."""
+    if (ttl_ms is not None) + (expires_ms is not None) + keep > 1:
+        raise DeserializationError("give one of `ttl`, `expires_at` and `keep_ttl`")
+    for name, number in (("ttl_ms", ttl_ms), ("expires_at", expires_ms)):
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number <= LAST_MS:
+            raise DeserializationError(f"`{name}` is a whole number of milliseconds from 0 on, not {number!r:.40}")
+    if ttl_ms == 0:
+        raise DeserializationError("`ttl` is more than 0; to remove the key now, delete it")
+    if ttl_ms is None and expires_ms is None and not keep:
+        return NO_DEADLINE
+    return Deadline(ttl_ms, expires_ms, keep)
+
+
+def asked_deadline(
+    ttl: float | timedelta | None = None, expires_at: datetime | None = None, *, keep_ttl: bool = False
+) -> Deadline:
+    """Return what a Python caller asks for: a time to live in seconds, or a moment. Raises DeserializationError."""
+    if ttl is None and expires_at is None and not keep_ttl:
+        return NO_DEADLINE
+    ttl_ms = expires_ms = None
+    if ttl is not None:
+        seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+        if type(seconds) not in (int, float) or not 0 < seconds * 1000 <= LAST_MS:
+            raise DeserializationError(f"`ttl` is a number of seconds, more than 0, or a timedelta, not {ttl!r:.40}")
+        ttl_ms = math.ceil(seconds * 1000)
+    if expires_at is not None:
+        if expires_at.tzinfo is None:
+            raise DeserializationError(f"`expires_at` is a datetime with a time zone, not {expires_at!r:.40}")
+        expires_ms = max(0, (expires_at - _EPOCH) // _MS)
+    return checked_deadline(ttl_ms, expires_ms, keep=keep_ttl)
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MS: Final = timedelta(milliseconds=1)
+
+
+# ------------------------------------------------------------------------------------------------ comparing values
+
+_canonical: Final = msgspec.json.Encoder(order="sorted").encode
+
+
+def same_json(one: bytes | None, other: bytes | None) -> bool:
+    """Return whether two values are the same JSON. 1 and 1.0 differ; the order of fields does not matter."""
+    if one == other:
+        return True
+    if one is None or other is None:
+        return False
+    return _canonical(decode(one)) == _canonical(decode(other))
+
+
+def _without_null(data: bytes | None) -> bytes | None:
+    return None if data == _NULL else data
+
+
+def compared(expected: bytes | None, found: Entry | None) -> tuple[bytes | None, bytes | None]:
+    """Return the expected value of a key and the one it has, both None for a stored null too."""
+    return None if expected == _NULL else expected, None if found is None or found.json == _NULL else found.json
+
+
+# ----------------------------------------------------------------------------------------------- reading, deadlines
+
+
+class GetEntry(OneKey["Entry | None"], frozen=True):
+    """Read a key with its revision and its deadline."""
+
+    function_id = "state::get-entry"
+    failure = Failure("GET_ERROR", "Failed to get value")
+
+    def decide(self, view: View) -> Effects[Entry | None]:
+        return (), view.entry(self.key)
+
+    def effects_of(self, result: bytes | None) -> Effects[Entry | None]:
+        if result is None or result == _NULL:
+            return (), None
+        told = _decode_entry(result)
+        return (), Entry(parse(bytes(told.value)), told.revision, told.expires_at)
+
+
+class _Entry(msgspec.Struct):
+    value: msgspec.Raw
+    revision: int
+    expires_at: int | None = None
+
+
+_decode_entry: Final = msgspec.json.Decoder(_Entry).decode
+
+
+class Ttl(OneKey["int | None"], frozen=True):
+    """Read how many milliseconds a key has left. None: it has no deadline, or does not exist."""
+
+    function_id = "state::get-entry"
+    failure = Failure("GET_ERROR", "Failed to get value")
+
+    def decide(self, view: View) -> Effects[int | None]:
+        entry = view.entry(self.key)
+        left = None if entry is None or entry.expires_ms is None else entry.expires_ms - view.now_ms
+        return (), left
+
+
+class Touch(OneKey[bool], frozen=True):
+    """Give a key another deadline, or none. The answer says whether it exists.
+
+    Its value stays, and so does its revision: what compares revisions asks whether the value has changed. No event.
+    """
+
+    function_id = "state::touch"
+    writes = True
+    failure = Failure("SET_ERROR", "Failed to set value")
+
+    deadline: Deadline = NO_DEADLINE
+    """Without a field: none, whatever the scope's rule says."""
+
+    def decide(self, view: View) -> Effects[bool]:
+        entry = view.entry(self.key)
+        if entry is None:
+            return (), False
+        return (NewDeadline(self.key, touched(view, self.deadline)),), True
+
+    def call(self, scope: str) -> dict[str, Any]:
+        asked = self.deadline
+        return {**super().call(scope), "ttl_ms": asked.ttl_ms, "expires_at": asked.expires_ms}
+
+    def effects_of(self, result: bytes | None) -> Effects[bool]:
+        return (), msgspec.json.decode(result or b"{}", type=TouchResult).touched
+
+    def unpack(self, kept: bytes) -> bool:
+        return msgspec.msgpack.decode(kept, type=bool)
+
+
+def touched(view: View, asked: Deadline) -> int | None:
+    """Return the deadline that a `touch` gives."""
+    return asked.expires_ms if asked.ttl_ms is None else min(view.now_ms + asked.ttl_ms, LAST_MS)
+
+
+class Expire(Turn[int], frozen=True):
+    """Remove keys whose deadline has passed, oldest first, at most `limit`. The answer is how many there were."""
+
+    function_id = "state::delete"
+    writes = True
+    failure = Failure("DELETE_ERROR", "Failed to delete value")
+
+    limit: int = EXPIRED_AT_ONCE
+
+    @property
+    def keys(self) -> None:
+        return None
+
+    def decide(self, view: View) -> Effects[int]:
+        changes = []
+        for key in view.due(self.limit):
+            lapsed = view.lapsed(key)
+            if lapsed is not None:
+                changes.append(expiry_of(key, lapsed))
+        return tuple(changes), len(changes)
+
+
+# ----------------------------------------------------------------------------------------------- idempotency keys
+
+
+class Once(Turn[A], frozen=True):
+    """A write that is done once for its idempotency key: a repetition gets the first answer, and changes nothing.
+
+    What is refused is not kept: nothing was done.
+    """
+
+    turn: Turn[A]
+    idempotency_key: str
+    function_id = "state::set"
+    writes = True
+    failure = Failure("SET_ERROR", "Failed to set value")
+
+    @property
+    def keys(self) -> tuple[str, ...] | None:
+        return self.turn.keys
+
+    def decide(self, view: View) -> Effects[A]:
+        kept = view.kept(self.idempotency_key)
+        fingerprint = fingerprint_of(self.turn)
+        if kept is not None:
+            if kept.fingerprint != fingerprint:
+                raise IdempotencyMismatch(view.scope, self.idempotency_key)
+            return (), self.turn.unpack(kept.answer)
+        changes, answer = self.turn.decide(view)
+        if isinstance(answer, WriteResult):
+            answer = msgspec.structs.replace(answer, detailed=True)
+        keep = Keep(self.idempotency_key, Kept(fingerprint, self.turn.pack(answer)))
+        return (*changes, keep), answer
+
+    # As the turn itself, with the key: the other engine keeps the answer.
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {**self.turn.call(scope), "idempotency_key": self.idempotency_key}
+
+    def effects_of(self, result: bytes | None) -> Effects[A]:
+        return self.turn.effects_of(result)
+
+
+def fingerprint_of(turn: Turn[Any]) -> bytes:
+    """Return a digest of everything that a turn asks for. What it computes from a function is not seen."""
+    content = msgspec.msgpack.encode((type(turn).__name__, turn.content()))
+    return hashlib.blake2b(content, digest_size=16).digest()
