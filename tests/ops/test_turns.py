@@ -18,7 +18,7 @@ class Limits:
         self.max_value_bytes = max_value_bytes
 
 
-class Holding:
+class Holding(turns.PlainView):
     """A view of a dict."""
 
     def __init__(self, table: dict[str, bytes] | None = None, *, max_value_bytes: int = 0) -> None:

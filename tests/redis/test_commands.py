@@ -127,7 +127,7 @@ def test_what_is_done_in_one_step_is_what_the_turn_decides(turn: Turn[Any], befo
     commands.sends()
     commands.gets([before])
 
-    view: Any = SimpleNamespace(scope="s", limits=Limits(), get=lambda key: before)
+    view: Any = SimpleNamespace(plain=True, revision=0, scope="s", limits=Limits(), get=lambda key: before)
     changes, answer = turn.decide(view)
     assert call.answer == answer
     assert commands.changes == [(change.key, change.before, change.after) for change in changes]
