@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from scopestate.actors.ports import ScopeChange
+from scopestate.actors.ports import Entry, ScopeChange
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Surroundings
 from scopestate.errors import ScopestateError, StorageError
@@ -79,7 +79,7 @@ class Gate:
         self.unsettled = False
         """True while memory has what may not be on disk."""
         self._waiting: list[Held] = []
-        self._committing: dict[str, bytes | None] = {}
+        self._committing: dict[str, Entry | None] = {}
         """The changes of the commit that is under way."""
 
     def refuse_in_turns(self) -> None:
@@ -133,14 +133,14 @@ class Gate:
         batch = Batch(scope, scope.collect(), self.outbox, self._waiting)
         self.outbox = scope._outbox = []
         self._waiting = []
-        self._committing = batch.change.values if batch.change is not None else {}
+        self._committing = batch.change.entries if batch.change is not None else {}
         return batch
 
     def _settle(self, batch: Batch) -> list[Outcome]:
         # What may need memory comes first, so that a turn that broke off can be done again: the events go out once.
         outcomes: list[Outcome] = [(reply, answer, None) for _, reply, answer in batch.waiting]
         if batch.change is not None:
-            self._scope.saved(batch.change.sequence)
+            self._scope.saved(batch.change.revision)
         self._committing = {}
         if not self._scope._dirty and not self._waiting:
             self.unsettled = False

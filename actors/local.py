@@ -7,7 +7,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from scopestate.actors.gate import Gate
-from scopestate.actors.ports import ScopeChange
+from scopestate.actors.ports import Entry, ScopeChange
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Collect, Housekeeping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY, HOLDER
@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 
-LAST_SEQUENCE: Final = 2**63 - 2**32
-"""A scope that comes this far is read only: SQLite holds whole numbers below 2**63, and an acknowledged
-write is saved."""
+LAST_SEQUENCE: Final = 2**53 - 2**32
+"""A scope that comes this far is read only: numbers are below 2**53, and an acknowledged write is saved."""
+
+
+ABSENT: Final[Any] = object()
+ToSave = tuple[Entry | None, Any, tuple[int, ...]]
+NOTHING: Final[ToSave] = (None, ABSENT, ())
 
 
 _UNUSED: Final[dict[str, int]] = {}
-"""Shared by the scopes that are not kept: nothing is put into it."""
+_NONE_GONE: Final[list[int]] = []
+"""Shared by the scopes that are not kept: nothing is put into them."""
 
 
 class InMemory(PlainView):
@@ -68,8 +73,13 @@ class LocalScope(ScopeActor):
         if keeps:
             self._sequence = 0  # until it is loaded
         self._saved = 0
-        self._dirty: dict[str, bytes | None] | None = {} if keeps else None
-        self._positions: dict[str, int] = {} if keeps else _UNUSED
+        self._dirty: dict[str, Entry | None] | None = {} if keeps else None
+        self._created: dict[str, int] = {} if keeps else _UNUSED
+        """key -> the write that created it, of a scope that is kept."""
+        self._removed: list[int] = [] if keeps else _NONE_GONE
+        """What was created, may be in the store, and is deleted."""
+        self._collected = 0
+        """The number of the last write that was collected: what was created behind it is not in the store."""
         self._left: dict[str, bytes] | None = None
         """The values of a closed scope, which only turns of handlers see."""
         self.pinned = False
@@ -160,19 +170,18 @@ class LocalScope(ScopeActor):
 
     def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
         """Commit one change: memory, what to save, and the event, all or none of them."""
-        if old is None and new is not None:
-            longest = self._around.limits.longest_name
-            if len(key) > longest:
-                checked_length("key", key, longest)
+        if old is None and new is not None and len(key) > self._around.limits.longest_name:
+            checked_length("key", key, self._around.limits.longest_name)
         sequence = self._sequence + 1
         watch, gate = self._watch, self._gate
         anywhere = watch.anywhere
         routed: tuple[Any, ...] = ()
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
             routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
-        values, dirty, positions, outbox = self._values, self._dirty, self._positions, self._outbox
+        values, dirty, created, removed, outbox = self._values, self._dirty, self._created, self._removed, self._outbox
         assert values is not None  # within a turn
         before = self._sequence
+        entry, earlier, gone = NOTHING if dirty is None else self._to_save(key, old, new, sequence)
         if gate is not None:
             gate.unsettled = True
             self.readable = None  # before the value can be seen
@@ -183,11 +192,12 @@ class LocalScope(ScopeActor):
         try:
             if dirty is not None:
                 if new is not None:
-                    dirty[key] = new
+                    dirty[key] = entry
                     if old is None:
-                        positions[key] = sequence
+                        created[key] = sequence
                 elif old is not None:
                     dirty[key] = None
+                    removed += gone
                 self._registry[self.scope] = self
             if new is not None:
                 values[key] = new
@@ -200,20 +210,34 @@ class LocalScope(ScopeActor):
             elif key in values:
                 del values[key]
             if dirty is not None:
-                if key in dirty:
-                    dirty[key] = old  # saved once more than needed, or deleted once more
-                if old is None and key in positions:
-                    del positions[key]
+                if earlier is not ABSENT:
+                    dirty[key] = earlier
+                elif key in dirty:
+                    del dirty[key]
+                if old is None and key in created:
+                    del created[key]
+                if gone and removed and removed[-1] == gone[0]:
+                    del removed[-1]
             raise
         if new is None and old is not None:
             del values[key]
-            if dirty is not None and key in positions:
-                del positions[key]
+            if dirty is not None:
+                del created[key]
         # End of the stretch.
         if gate is not None:
             self._around.snapshot.commit_soon()  # the events wait for the commit
         elif routed:
             self._router.wake()
+
+    def _to_save(self, key: str, old: bytes | None, new: bytes | None, sequence: int) -> ToSave:
+        """Return what a change leaves to save: the entry, what was to be saved for its key before, and what is gone."""
+        entry: Entry | None = None
+        gone: tuple[int, ...] = ()
+        if new is not None:
+            entry = Entry(new, sequence, sequence if old is None else self._created[key])
+        elif old is not None and self._created[key] <= self._collected:
+            gone = (self._created[key],)
+        return entry, self._dirty.get(key, ABSENT), gone  # type: ignore[union-attr]  # it is kept
 
     def _refuse_write(self, key: str, old: bytes | None, new: bytes | None) -> None:
         raise StorageError(
@@ -273,10 +297,11 @@ class LocalScope(ScopeActor):
             state = store.load(self.scope)
         except StorageError as error:
             raise turn.failed(error) from error
-        self._sequence = self._saved = state.sequence
-        if state.sequence >= LAST_SEQUENCE:
+        self._sequence = self._saved = self._collected = state.revision
+        if state.revision >= LAST_SEQUENCE:
             self._write = self._refuse_write  # type: ignore[method-assign]  # costs the others nothing
-        self._hold(state.values)
+        self._created = {key: entry.created for key, entry in state.entries.items()}
+        self._hold({key: entry.json for key, entry in state.entries.items()})
 
     def _serve_handler(self, turn: Turn[A]) -> A:
         """A turn of a closed scope: refused to callers; for a handler, as if it were open, until all is drained."""
@@ -315,10 +340,10 @@ class LocalScope(ScopeActor):
         """Return what changed since it was last collected. Within a turn."""
         if self._dirty is None or (not self._dirty and self._saved == self._sequence):
             return None
-        change = ScopeChange(self.scope, self._sequence, self._dirty, self._positions)
-        dirty, positions = dict[str, bytes | None](), dict[str, int]()
+        change = ScopeChange(self.scope, self._sequence, self._dirty, self._removed)
+        dirty, removed = dict[str, Entry | None](), list[int]()
         # Nothing below needs memory: what was collected reaches the store, or stays to be collected.
-        self._dirty, self._positions = dirty, positions
+        self._dirty, self._removed, self._collected = dirty, removed, self._sequence
         return change
 
     def saved(self, sequence: int) -> None:
@@ -329,7 +354,7 @@ class LocalScope(ScopeActor):
         """Drop what is in memory, saved or not: the next call loads the scope as it is in the store. Within a turn."""
         self._left = None
         self._hold(None)
-        self._dirty, self._positions = {}, {}
+        self._dirty, self._removed = {}, []
         self._saved = self._sequence
 
     def is_dirty(self, keys: tuple[str, ...]) -> bool:

@@ -19,28 +19,43 @@ if TYPE_CHECKING:
     from scopestate.actors.scope import ScopeActor, Surroundings
 
 
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """What is stored under a key."""
+
+    json: bytes
+    """The value."""
+    revision: int
+    """The number of the write that changed it last."""
+    created: int
+    """The number of the write that created the key: its place in the order of its scope, and in the store."""
+    expires_ms: int | None = None
+    """When it expires, in milliseconds since the epoch; None: never."""
+
+
 class ScopeState(msgspec.Struct):
     """One scope as it was saved."""
 
-    values: dict[str, bytes]
-    """key -> value as JSON bytes, in first-insertion order."""
-    sequence: int
-    """The number of the last write saved; 0 for a scope that was never saved. It never goes back."""
+    entries: dict[str, Entry]
+    """key -> entry, in the order of creation. Those that have expired are there too."""
+    revision: int
+    """The number behind which the scope goes on; 0 for one that was never saved. It never goes back.
+
+    The number of the last write saved; higher if the store was not closed in order, by what the scope may have given.
+    """
 
 
 class ScopeChange(msgspec.Struct):
     """What changed in one scope since its last save; the newest content only."""
 
     scope: str
-    sequence: int
-    """The number of the last write that `values` includes."""
-    values: dict[str, bytes | None]
-    """key -> new JSON bytes, or None for a deleted key."""
-    positions: dict[str, int]
-    """Rank of each key created since the last save (the number of the write that created it).
-
-    A key of `values` that is not here keeps the rank it has in the store.
-    """
+    revision: int
+    """The number of the last write that it includes."""
+    entries: dict[str, Entry | None]
+    """key -> its new entry, or None for a deleted key."""
+    removed: list[int] = []
+    """`created` of each deleted entry that may be in the store, even if its key exists again."""
+    due_ms: int | None = None
+    """When the first key of the scope expires; None if none does. Earlier than that does no harm."""
 
 
 class Store(ABC):
@@ -57,7 +72,7 @@ class Store(ABC):
 
     @abstractmethod
     def load(self, scope: str) -> ScopeState:
-        """Return what was saved for `scope`, in insertion order; empty with sequence 0 if it was never saved."""
+        """Return what was saved for `scope`; empty with revision 0 if it was never saved."""
 
     @abstractmethod
     def scopes(self) -> list[str]:
@@ -75,9 +90,13 @@ class Store(ABC):
         """Return what is wrong with the store, in words; None if all is well."""
         return None
 
+    def due(self, limit: int) -> list[tuple[int, str]]:
+        """Return up to `limit` scopes with the time at which their first key expires (ms), the earliest first."""
+        return []
+
     @abstractmethod
     def close(self) -> None:
-        """Release the store. Idempotent."""
+        """Release the store, in which everything is saved. Idempotent."""
 
 
 class Arrivals(Protocol):

@@ -213,8 +213,8 @@ class SnapshotActor(TurnActor):
                 self._leave_out(error)
         self.last_save_s = time.perf_counter() - began
         for scope, (actor, change) in self._backlog.items():
-            self._note_saved(scope, actor, change.values)
-            actor.saved(change.sequence)
+            self._note_saved(scope, actor, change.entries)
+            actor.saved(change.revision)
         self._backlog.clear()
 
     def _leave_out(self, error: UnsavableValue) -> None:
@@ -223,17 +223,16 @@ class SnapshotActor(TurnActor):
         if scope not in self._backlog:
             raise error
         actor, change = self._backlog[scope]
-        keys = list(change.values) if error.key is None else [error.key]
+        keys = list(change.entries) if error.key is None else [error.key]
         for key in keys:
             if self.unsavable.get((scope, key)) != str(error):
                 log.error("not saved, and kept in memory only: %s", error)
                 self.unsavable[scope, key] = str(error)
-            change.values.pop(key)
-            change.positions.pop(key, None)
+            change.entries.pop(key)
         actor.pinned = True
         if error.key is None:
             del self._backlog[scope]
-            actor.saved(change.sequence)
+            actor.saved(change.revision)
 
     def _note_saved(self, scope: str, actor: LocalScope, keys: Iterable[str]) -> None:
         """Note that values which were left out have been replaced or deleted, and that this is saved."""
@@ -316,7 +315,7 @@ class SnapshotActor(TurnActor):
             self.failing = error
             raise error from (None if error is problem else problem)
         self.saves += 1
-        self.saved_keys += sum(len(change.values) for change in changes)
+        self.saved_keys += sum(len(change.entries) for change in changes)
         self._note_success()
 
     def _note_success(self) -> None:
@@ -328,6 +327,10 @@ class SnapshotActor(TurnActor):
 
 def merged(older: ScopeChange, newer: ScopeChange) -> ScopeChange:
     """Return one change for two of a scope. While saving fails, memory grows with the keys, not with the attempts."""
-    values = {**older.values, **newer.values}
-    positions = {key: rank for key, rank in older.positions.items() if values[key] is not None}
-    return ScopeChange(newer.scope, newer.sequence, values, {**positions, **newer.positions})
+    return ScopeChange(
+        newer.scope,
+        newer.revision,
+        {**older.entries, **newer.entries},
+        [*older.removed, *newer.removed],
+        newer.due_ms,
+    )

@@ -21,6 +21,7 @@ from msgspec import Raw
 
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import parse
+from scopestate.persistence import Entry as Stored
 from scopestate.persistence import ScopeChange, Store
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 FORMAT: Final = 1
 BATCH_KEYS: Final = 1000
 BATCH_BYTES: Final = 4 * 1024 * 1024
-MAX_SEQUENCE: Final = 2**62
-"""The highest number in an import. It leaves a scope as many further writes before SQLite's integers end."""
+MAX_SEQUENCE: Final = 2**52
+"""The highest number in an import. It leaves a scope as many further writes before numbers end (2**53)."""
 
 Progress = Callable[[int], object]
 """Called with the number of keys done."""
@@ -247,10 +248,11 @@ class _Collector:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._known: dict[str, set[str]] = {}
+        self._known: dict[str, dict[str, int]] = {}
+        """scope -> key -> the write that created it."""
         self._sequences: dict[str, int] = {}
         self._writes: dict[str, int] = {}
-        """Position of the last key written. At most the sequence, which may come from the export."""
+        """Number of the last key written. At most the sequence, which may come from the export."""
 
     def changes(self, items: Iterable[Entry | Scope]) -> list[ScopeChange]:
         """Return one change for each scope in `items`."""
@@ -261,19 +263,17 @@ class _Collector:
             if change is None:
                 change = batch[scope] = self._begin(scope)
             if isinstance(item, Scope):
-                change.sequence = self._sequences[scope] = max(self._sequences[scope], item.sequence)
+                change.revision = self._sequences[scope] = max(self._sequences[scope], item.sequence)
                 continue
             self._writes[scope] += 1
-            change.sequence = self._sequences[scope] = max(self._sequences[scope], self._writes[scope])
-            if item.key not in self._known[scope]:
-                self._known[scope].add(item.key)
-                change.positions[item.key] = self._writes[scope]
-            change.values[item.key] = item.value
+            change.revision = self._sequences[scope] = max(self._sequences[scope], self._writes[scope])
+            created = self._known[scope].setdefault(item.key, self._writes[scope])
+            change.entries[item.key] = Stored(item.value, self._writes[scope], created)
         return list(batch.values())
 
     def _begin(self, scope: str) -> ScopeChange:
         if scope not in self._known:
             state = self._store.load(scope)
-            self._known[scope] = set(state.values)
-            self._sequences[scope] = self._writes[scope] = state.sequence
-        return ScopeChange(scope, self._sequences[scope], {}, {})
+            self._known[scope] = {key: entry.created for key, entry in state.entries.items()}
+            self._sequences[scope] = self._writes[scope] = state.revision
+        return ScopeChange(scope, self._sequences[scope], {})

@@ -24,13 +24,21 @@ from scopestate.persistence.sqlite.database import (
     abandon,
     connect,
     database_uri,
-    find_problems,
     is_corruption,
     storage_error,
 )
 from scopestate.persistence.sqlite.lock import StoreLock
 from scopestate.persistence.sqlite.opening import copy_database, open_directory, open_store, publish
-from scopestate.persistence.sqlite.rows import LONGEST_NAME, PAGE_LIMIT, read_names, read_scope, row_room, write_batch
+from scopestate.persistence.sqlite.rows import (
+    LONGEST_NAME,
+    PAGE_LIMIT,
+    Writer,
+    read_due,
+    read_names,
+    read_scope,
+    row_room,
+)
+from scopestate.persistence.sqlite.schema import end_session, find_problems
 from scopestate.signals import Guard, exclusive
 
 log = logging.getLogger("scopestate.persistence.file")
@@ -82,7 +90,8 @@ class FileAdapter(Store):
         self._idle: list[sqlite3.Connection] = []
         self._lent: dict[_Loan, None] = {}
         self._writer: sqlite3.Connection | None
-        self._lock, self._writer, self._identity, self._lost = open_store(self.directory, self.path, self._open)
+        self._lock, self._writer, self._identity, self._lost, epoch = open_store(self.directory, self.path, self._open)
+        self._rows = Writer(epoch)
         room = row_room(self._writer)
         self.longest_name = min(LONGEST_NAME, room // 64)
         """Characters of a scope or key name at most; see `largest_value`."""
@@ -91,12 +100,16 @@ class FileAdapter(Store):
         _opened.add(self)
 
     def load(self, scope: str) -> ScopeState:
-        """Return what was saved for `scope`, in insertion order; raises `StorageError` for a row that is not JSON."""
+        """Return what was saved for `scope`; raises `StorageError` for a row that is not JSON."""
         return self._read(f"load scope {scope!r}", lambda connection: read_scope(connection, scope))
 
     def scopes(self) -> list[str]:
         """Return the names of the scopes that hold at least one saved key."""
         return self._read("list the scopes", read_names)
+
+    def due(self, limit: int) -> list[tuple[int, str]]:
+        """Return up to `limit` scopes with the time at which their first key expires (ms), the earliest first."""
+        return self._read("find what expires", lambda connection: read_due(connection, limit))
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
         """Write the batch in one transaction and sync it to the disk. If it raises, nothing was written.
@@ -173,8 +186,18 @@ class FileAdapter(Store):
         _opened.discard(self)
 
     def _close(self) -> None:
+        if not self._closed and not self._damage:
+            self._end_session()
         self._closed = True
         self._when_nothing_is_lent(self._release)
+
+    def _end_session(self) -> None:
+        try:
+            if self._in_place() and self._writer is not None:
+                end_session(self._writer)
+        except sqlite3.Error as error:
+            # Harmless: the numbers of the next session leave a gap.
+            log.warning("noting the end of the session in %s: %s", self.path, error)
 
     def _release(self) -> None:
         if self._released:
@@ -214,10 +237,11 @@ class FileAdapter(Store):
     def _write(self, connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> tuple[str, int] | None:
         try:
             connection.execute("BEGIN IMMEDIATE")
-            last = write_batch(connection, batch)
+            last = self._rows.write(connection, batch)
             connection.execute("COMMIT")
             return last
         except BaseException:
+            self._rows.forget()
             # For KeyboardInterrupt too, and for a COMMIT that failed: SQLite leaves that transaction open.
             try:
                 if connection.in_transaction:

@@ -98,3 +98,14 @@ def _unused(beginning: str, suffixes: tuple[str, ...]) -> str:
         count += 1
         target = f"{first}-{count}"
     return target
+
+
+def sync_directory(path: str) -> None:
+    """Sync a directory: the names in it then survive a power cut (docs/semantics.md 8.17). Raises `OSError`."""
+    if os.name == "nt":  # pragma: no cover - directories cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

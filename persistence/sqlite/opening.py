@@ -7,20 +7,16 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from scopestate.errors import ConfigError, StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
 from scopestate.persistence.sqlite.database import (
     LIBRARY_ERRORS,
-    DamagedError,
-    check_header,
     connect,
     database_uri,
     is_corruption,
-    migrate,
     primary_code,
-    probe,
     storage_error,
 )
 from scopestate.persistence.sqlite.files import (
@@ -30,8 +26,19 @@ from scopestate.persistence.sqlite.files import (
     make_private,
     open_regular,
     set_aside,
+    sync_directory,
 )
 from scopestate.persistence.sqlite.lock import StoreLock
+from scopestate.persistence.sqlite.migration import migrate
+from scopestate.persistence.sqlite.rows import COUNTS
+from scopestate.persistence.sqlite.schema import (
+    DamagedError,
+    begin_session,
+    check_header,
+    create_if_empty,
+    probe,
+    version_of,
+)
 
 log = logging.getLogger("scopestate.persistence.file")
 
@@ -68,40 +75,36 @@ def _create_directory(path: str) -> None:
         if not os.path.isdir(path):
             raise
     # The name of a new directory survives a power cut only after its parent is synced (docs/semantics.md 8.17).
-    _sync_directory(parent)
+    sync_directory(parent)
 
 
-def _sync_directory(path: str) -> None:
-    if os.name == "nt":  # pragma: no cover - directories cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class Opened(NamedTuple):
+    """A store that was opened."""
+
+    lock: StoreLock
+    connection: sqlite3.Connection
+    identity: os.stat_result
+    """The status of the database file."""
+    lost: str | None
+    """Which saved writes are missing in it; None if none are."""
+    epoch: int
 
 
-def open_store(
-    directory: str, path: str, open_: Open
-) -> tuple[StoreLock, sqlite3.Connection, os.stat_result, str | None]:
-    """Lock the directory and open its database, creating or migrating it. If it raises, the lock is released.
-
-    Returns the lock, the connection, the status of the database file, and what is missing in it (None: nothing).
-    """
+def open_store(directory: str, path: str, open_: Open) -> Opened:
+    """Lock the directory and open its database, creating or migrating it. If it raises, the lock is released."""
     lock = StoreLock(os.path.join(directory, "state.lock"))
     try:
         _warn_of_foreign_files(directory)
         new = not os.path.lexists(path)
-        connection = _open_locked(path, lock, open_)
-        missing = _report_lost(connection, path, lock.committed)
+        connection, missing, epoch = _open_locked(path, lock, open_)
         log_opened(connection, directory, new=new)
-        return lock, connection, os.stat(path), missing
+        return Opened(lock, connection, os.stat(path), missing, epoch)
     except BaseException:
         lock.release()
         raise
 
 
-def _open_locked(path: str, lock: StoreLock, open_: Open) -> sqlite3.Connection:
+def _open_locked(path: str, lock: StoreLock, open_: Open) -> tuple[sqlite3.Connection, str | None, int]:
     try:
         _check_files(path, lock)
         create_private(path)
@@ -109,13 +112,24 @@ def _open_locked(path: str, lock: StoreLock, open_: Open) -> sqlite3.Connection:
             make_private(path + suffix)
         connection = open_(database_uri(path, "rwc"))
         try:
-            _prepare(connection, path)
+            killed = False
+            if version_of(connection, path) == 1:
+                killed = lock.committed is not None  # version 1 notes its end nowhere else
+                missing = _report_lost(connection, path, lock.committed)
+                migrate(connection, path, open_)
+                connection = open_(database_uri(path, "rw"))
+                _prepare(connection, path)
+            else:
+                _prepare(connection, path)
+                missing = _report_lost(connection, path, lock.committed)
+            # Finds out now, not at the first save, whether the database may be written.
+            epoch = begin_session(connection, lost=missing is not None or killed)
         except BaseException:
             connection.close()
             raise
         if not lock.created:
             lock.note(created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        return connection
+        return connection, missing, epoch
     except DamagedError as error:
         raise _set_aside(path, lock, str(error)) from error
     except UnicodeDecodeError as error:
@@ -157,7 +171,7 @@ def _check_files(path: str, lock: StoreLock) -> None:
 
 
 def _prepare(connection: sqlite3.Connection, path: str) -> None:
-    migrate(connection, path)
+    create_if_empty(connection, path)
     probe(connection)
     # After the migration: its journal rolls back an incomplete one, and there is never a log without a database.
     ((mode,),) = connection.execute("PRAGMA journal_mode = WAL").fetchall()
@@ -166,20 +180,10 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
             f"{path} cannot use a write-ahead log (journal mode stays {mode!r}): its file system lacks shared memory "
             "or locks, as network file systems do. Choose a directory on a local disk"
         )
-    # Finds out now, not at the first save, whether the database may be written. BEGIN IMMEDIATE alone succeeds on a
-    # read-only file.
-    connection.execute("BEGIN IMMEDIATE")
-    connection.execute("DELETE FROM scopes WHERE 0")
-    connection.execute("ROLLBACK")
 
 
 _COUNTED: Final = 100_000
 """Keys are counted up to this number, in a few milliseconds: opening takes the same time for a store of any size."""
-_COUNTS: Final = f"""
-    SELECT (SELECT count(*) FROM (SELECT 1 FROM scopes WHERE EXISTS
-                (SELECT 1 FROM state WHERE state.scope = scopes.scope) LIMIT {_COUNTED + 1})),
-           (SELECT count(*) FROM (SELECT 1 FROM state LIMIT {_COUNTED + 1}))
-"""  # noqa: S608 - a constant
 
 
 def log_opened(connection: sqlite3.Connection, directory: str, *, new: bool) -> None:
@@ -187,7 +191,7 @@ def log_opened(connection: sqlite3.Connection, directory: str, *, new: bool) -> 
     if not log.isEnabledFor(logging.INFO):
         return
     try:
-        ((scopes, keys),) = connection.execute(_COUNTS).fetchall()
+        ((scopes, keys),) = connection.execute(COUNTS, {"limit": _COUNTED + 1}).fetchall()
     except LIBRARY_ERRORS as error:
         log.debug("counting the keys of %r: %s", directory, error)  # a load will raise it
         log.info("opened the store %r", directory)
@@ -223,16 +227,21 @@ def lost(connection: sqlite3.Connection, path: str, committed: tuple[str, int] |
     """Return a message if the database lacks the commit that was recorded outside of it, else None."""
     if committed is None:
         return None
-    scope, sequence = committed
-    found = connection.execute("SELECT sequence FROM scopes WHERE scope = ?", (scope,)).fetchall()
-    there = int(found[0][0]) if found else 0
-    if there >= sequence:
+    scope, saved = committed
+    there = _saved_revision(connection, scope)
+    if there >= saved:
         return None
     return (
-        f"acknowledged writes are missing in {path}: scope {scope!r} is at write {there}, and write {sequence} had "
+        f"acknowledged writes are missing in {path}: scope {scope!r} is at write {there}, and write {saved} had "
         "been saved. Its write-ahead log is damaged or was removed, or an older database was put in its place. The "
         "store is used as it is: restore a backup if that is newer"
     )
+
+
+def _saved_revision(connection: sqlite3.Connection, scope: str) -> int:
+    column = "sequence" if version_of(connection, "") == 1 else "revision"
+    found = connection.execute(f"SELECT {column} FROM scopes WHERE scope = ?", (scope,)).fetchall()  # noqa: S608 - ours
+    return int(found[0][0]) if found else 0
 
 
 def _counted(number: int) -> str:
@@ -303,5 +312,5 @@ def publish(copy: str, path: str) -> os.stat_result:
     # Not `rename`, which would replace a database that another program has put there.
     os.link(copy, path)
     os.unlink(copy)
-    _sync_directory(os.path.dirname(path))
+    sync_directory(os.path.dirname(path))
     return os.stat(path)

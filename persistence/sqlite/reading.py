@@ -13,22 +13,16 @@ from typing import Self
 
 import msgspec
 
+from scopestate.actors.ports import Entry
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
-from scopestate.persistence.sqlite.database import (
-    LIBRARY_ERRORS,
-    DamagedError,
-    check_header,
-    connect,
-    database_uri,
-    find_problems,
-    probe,
-    storage_error,
-)
-from scopestate.persistence.sqlite.files import find_copies, open_regular
+from scopestate.persistence.sqlite.database import LIBRARY_ERRORS, connect, database_uri, storage_error
+from scopestate.persistence.sqlite.files import create_private, find_copies, open_regular
 from scopestate.persistence.sqlite.lock import may_be_held, read_committed
+from scopestate.persistence.sqlite.migration import rebuild
 from scopestate.persistence.sqlite.opening import lost
-from scopestate.persistence.sqlite.rows import read_names, read_pages
+from scopestate.persistence.sqlite.rows import read_names, read_pages, revision_of
+from scopestate.persistence.sqlite.schema import DamagedError, check_header, find_problems, probe, version_of
 
 
 class ScopeSize(msgspec.Struct, frozen=True):
@@ -51,6 +45,8 @@ class StoreReader:
     - an engine holds the store: those files exist already;
     - no engine does, and the write-ahead log is empty: the database file alone, which must not change in that time;
     - no engine does, and the log has content, as after a crash: a copy of both in a temporary directory.
+
+    A store of version 1 is not migrated: its content is read from a migrated copy in a temporary directory.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -80,8 +76,11 @@ class StoreReader:
         """Identifies the content of a database that is read without locks; None otherwise."""
         try:
             with self._translated("open the database"):
-                self._connection = self._resources.enter_context(closing(connect(self._uri())))
+                uri = self._uri()
+                self._connection = self._original = self._resources.enter_context(closing(connect(uri)))
             with self._translated("read the database"):
+                if version_of(self._original, self.path) == 1:
+                    self._connection = self._migrated(uri)
                 self._connection.execute("PRAGMA query_only = 1")
                 self._connection.execute("BEGIN")
                 probe(self._connection)
@@ -99,8 +98,8 @@ class StoreReader:
                 ScopeSize(*row)
                 for row in self._connection.execute(
                     "SELECT scope, count(*), sum(length(CAST(value AS BLOB))),"
-                    " coalesce((SELECT sequence FROM scopes WHERE scopes.scope = state.scope), 0)"
-                    " FROM state GROUP BY scope ORDER BY scope"
+                    " (SELECT revision FROM scopes WHERE scopes.scope = entries.scope)"
+                    " FROM entries GROUP BY scope ORDER BY scope"
                 )
             ]
 
@@ -112,14 +111,17 @@ class StoreReader:
     def sequence(self, scope: str) -> int:
         """Return the number of a scope's last write."""
         with self._translated(f"read scope {scope!r}"):
-            found = self._connection.execute("SELECT sequence FROM scopes WHERE scope = ?", (scope,)).fetchall()
-            return int(found[0][0]) if found else 0
+            return revision_of(self._connection, scope)
 
     def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
         """Yield keys and values, as JSON, in insertion order. Raises StorageError for a row that is not JSON."""
+        for key, entry in self.entries(scope):
+            yield key, entry.json
+
+    def entries(self, scope: str) -> Iterator[tuple[str, Entry]]:
+        """Yield keys and entries in insertion order. Raises StorageError for a row that is not JSON."""
         with self._translated(f"read scope {scope!r}"):
-            for key, value in read_pages(self._connection, scope):
-                yield key, bytes(value)
+            yield from read_pages(self._connection, scope)
 
     def size_bytes(self) -> int:
         """Return the size of the database on the disk in bytes, its write-ahead log included."""
@@ -139,7 +141,10 @@ class StoreReader:
         """Read the whole database and return its problems as text; empty if it is sound."""
         with self._translated("check the database"):
             problems = find_problems(self._connection)
-            missing = lost(self._connection, self.path, self._committed)
+            if self._original is not self._connection:
+                found = self._original.execute("PRAGMA integrity_check(100)").fetchall()
+                problems += [str(text) for (text,) in found if text != "ok"]
+            missing = lost(self._original, self.path, self._committed)
             if missing is not None:
                 problems.append(missing)
             problems += [
@@ -163,6 +168,12 @@ class StoreReader:
         for suffix in ("", "-wal"):
             shutil.copyfile(self.path + suffix, copy + suffix)
         return database_uri(copy, "ro")
+
+    def _migrated(self, uri: str) -> sqlite3.Connection:
+        path = os.path.join(self._resources.enter_context(TemporaryDirectory(prefix="scopestate-")), "migrated.db")
+        create_private(path)
+        rebuild(uri, path)
+        return self._resources.enter_context(closing(connect(database_uri(path, "ro"))))
 
     def _content(self) -> tuple[int, ...]:
         status = os.stat(self.path)

@@ -9,30 +9,34 @@ does not keep other threads waiting for more than about a millisecond.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from types import NoneType
 
 import msgspec
 
-from scopestate.actors.ports import ScopeChange, ScopeState
+from scopestate.actors.ports import Entry, ScopeChange, ScopeState
 from scopestate.errors import StorageError, UnsavableValue
 from scopestate.persistence.sqlite.database import primary_code
+from scopestate.persistence.sqlite.schema import EXTENT_BITS, EXTENT_MASK, HIGHEST_REVISION, RESERVED, number
 
-_CHUNK_ROWS = (256, 32, 4, 1)
+_CHUNK_ROWS = (1024, 256, 32, 4, 1)
 """Rows for each statement. Only these few sizes, so that the connection's cache of compiled statements has them."""
 _CHUNK_BYTES = 256 * 1024
 _PAGE_ROWS = 1000
 _PAGE_BYTES = 256 * 1024
 PAGE_LIMIT = 8 * 1024 * 1024
 """Bytes. Set as SQLite's length limit for readers: it refuses a larger page before it allocates the memory."""
-HIGHEST_SEQUENCE = 2**63 - 1
 LONGEST_NAME = 1024 * 1024
 """Characters. More than any use needs, and it leaves nearly all of a row to the value."""
 _ROW_OVERHEAD = 1024
 """Bytes reserved for a row's record header; the real one is much smaller."""
+_KNOWN_SCOPES = 4096
+"""Scopes whose extents are remembered from one save to the next."""
 
-_Parameter = str | bytes | int
-_Row = tuple[int, int, str, msgspec.Raw]
-"""rowid, position, key, value."""
+_Parameter = str | bytes | int | None
+_Row = tuple[int, int, str, int, int | None, msgspec.Raw]
+"""id, created, key, revision, expires, value."""
 
 _decode_page = msgspec.json.Decoder(list[_Row]).decode
 _decode_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -65,8 +69,21 @@ class _Write:
         for rows, text in self._texts.items():
             step = rows * self._width
             while len(parameters) - start >= step:
-                self._connection.execute(text, parameters[start : start + step])
+                self._run(text, parameters[start : start + step], rows)
                 start += step
+
+    def _run(self, text: str, parameters: list[_Parameter], rows: int) -> None:
+        self._connection.execute(text, parameters)
+
+
+class _WriteState(_Write):
+    def _run(self, text: str, parameters: list[_Parameter], rows: int) -> None:
+        if self._connection.execute(text, parameters).rowcount != rows:
+            keys = [parameter for parameter in parameters[1 :: self._width] if isinstance(parameter, str)]
+            raise StorageError(
+                f"a row of the table `state` holds another key than the one that is saved (one of {keys[:3]!r}); was "
+                "the database edited? Nothing was written"
+            )
 
 
 def _ladder(head: str, row: str, tail: str) -> dict[int, str]:
@@ -74,26 +91,26 @@ def _ladder(head: str, row: str, tail: str) -> dict[int, str]:
 
 
 # The value is bound as bytes and converted to text by SQLite. Refused: decoding it first, which copies every value once
-# more while other threads wait.
-_STATE_HEAD = "INSERT INTO state (scope, key, position, value) VALUES"
-_STATE_ROW = "(?, ?, ?, CAST(? AS TEXT))"
-_CREATE = _ladder(
-    _STATE_HEAD,
-    _STATE_ROW,
-    "ON CONFLICT (scope, key) DO UPDATE SET position = excluded.position, value = excluded.value",
+# more while other threads wait. The condition keeps an id that is wrong from overwriting another key.
+_STATE = _ladder(
+    "INSERT INTO state (id, key, revision, expires, value) VALUES",
+    "(?, ?, ?, ?, CAST(? AS TEXT))",
+    "ON CONFLICT (id) DO UPDATE SET revision = excluded.revision, expires = excluded.expires, value = excluded.value"
+    " WHERE key = excluded.key",
 )
-# Not one statement with a CASE: SQLite rewrites an index entry when its column is assigned, even the same value.
-_OVERWRITE = _ladder(_STATE_HEAD, _STATE_ROW, "ON CONFLICT (scope, key) DO UPDATE SET value = excluded.value")
-# The join finds the rows by their index. Refused: `WHERE (scope, key) IN (VALUES ...)`: SQLite scans the whole table.
-_DELETE = _ladder(
-    "WITH gone (scope, key) AS (VALUES",
-    "(?, ?)",
-    ") DELETE FROM state WHERE rowid IN (SELECT state.rowid FROM gone CROSS JOIN state USING (scope, key))",
+_DELETE = _ladder("DELETE FROM state WHERE id IN (", "?", ")")
+_SCOPES = _ladder(
+    "INSERT INTO scopes (number, scope, revision, epoch, due) VALUES",
+    "(?, ?, ?, ?, ?)",
+    "ON CONFLICT (scope) DO UPDATE SET epoch = max(epoch, excluded.epoch), due = excluded.due,"
+    f" revision = max(excluded.revision, revision + max(excluded.epoch - epoch, 0) * {RESERVED})",
 )
-_SEQUENCE = _ladder(
-    "INSERT INTO scopes (scope, sequence) VALUES",
-    "(?, ?)",
-    "ON CONFLICT (scope) DO UPDATE SET sequence = max(sequence, excluded.sequence)",
+_EXTENTS = _ladder("INSERT INTO extents (extent, scope, high) VALUES", "(?, ?, ?)", "")
+_PLACES = _ladder(
+    "SELECT scopes.scope, number, extent, high FROM scopes LEFT JOIN extents ON extents.scope = number"
+    " WHERE scopes.scope IN (",
+    "?",
+    ")",
 )
 
 
@@ -102,133 +119,256 @@ def row_room(connection: sqlite3.Connection) -> int:
     return connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - _ROW_OVERHEAD
 
 
-def write_batch(connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> tuple[str, int] | None:
-    """Write the batch inside the caller's transaction; return scope and sequence of its last change, None if empty.
+class _Place(msgspec.Struct):
+    """Where the rows of a scope are."""
 
-    Raises `UnsavableValue`, which names the key, for a value too large for SQLite, and library errors.
-    """
-    created = _Write(connection, _CREATE, 4)
-    overwritten = _Write(connection, _OVERWRITE, 4)
-    deleted = _Write(connection, _DELETE, 2)
-    sequences = _Write(connection, _SEQUENCE, 2)
-    writes = (created, overwritten, deleted, sequences)
-    room = row_room(connection)
-    seen: set[str] = set()
-    last: tuple[str, int] | None = None
-    for change in batch:
-        scope, sequence, positions = change.scope, change.sequence, change.positions
-        if scope in seen:
-            # Two statements may have collected the same key. Running the earlier rows first keeps the order.
-            for write in writes:
-                write.flush()
-            seen.clear()
-        seen.add(scope)
-        if not 0 <= sequence <= HIGHEST_SEQUENCE:
-            raise UnsavableValue(
-                f"the last write of scope {scope!r} has the number {sequence}, the store holds numbers up to "
-                f"{HIGHEST_SEQUENCE}. Export the scope and import it under another name, without its numbers",
-                scope,
-                None,
-            )
-        sequences.add((scope, sequence), len(scope))
-        last = (scope, sequence)
-        for key, value in change.values.items():
-            if value is None:
-                deleted.add((scope, key), len(scope) + len(key))
-                continue
-            size = len(scope) + len(key) + len(value)
-            # Names are counted at four bytes for each character, the most that UTF-8 takes.
-            if size + 3 * (len(scope) + len(key)) > room:
+    number: int
+    extents: dict[int, int]
+    """The higher bits of `created` -> the extent with those keys."""
+
+
+class Writer:
+    """Writes changes into one database, in one epoch of it. One thread at a time."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._places: dict[str, _Place] = {}
+
+    def write(self, connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> tuple[str, int] | None:
+        """Write the batch inside the caller's transaction; return scope and revision of its last change, None if empty.
+
+        Raises `UnsavableValue`, which names the key, for a value too large for SQLite, and library errors.
+        """
+        last: tuple[str, int] | None = None
+        changes = iter(batch)
+        while some := list(islice(changes, _CHUNK_ROWS[0])):
+            self._write_some(connection, some)
+            last = some[-1].scope, some[-1].revision
+        return last
+
+    def forget(self) -> None:
+        """A transaction was rolled back: scopes and extents that it made do not exist."""
+        self._places.clear()
+
+    def _write_some(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
+        self._find(connection, changes)
+        state = _WriteState(connection, _STATE, 5)
+        deleted = _Write(connection, _DELETE, 1)
+        emptied: set[tuple[str, int]] = set()
+        room = row_room(connection)
+        seen: set[str] = set()
+        for change in changes:
+            scope, place = change.scope, self._places[change.scope]
+            if scope in seen:
+                # Two statements may have collected the same key. Running the earlier rows first keeps the order.
+                state.flush()
+                deleted.flush()
+                seen.clear()
+            seen.add(scope)
+            for created in change.removed:
+                extent = place.extents.get(created >> EXTENT_BITS)
+                if extent is not None:
+                    deleted.add((extent << EXTENT_BITS | created & EXTENT_MASK,), 8)
+                    emptied.add((scope, created >> EXTENT_BITS))
+            for key, entry in change.entries.items():
+                if entry is None:
+                    continue
+                size = len(scope) + len(key) + len(entry.json)
+                # Names are counted at four bytes for each character, the most that UTF-8 takes.
+                if size + 3 * (len(scope) + len(key)) > room:
+                    raise UnsavableValue(
+                        f"the value for key {key!r} of scope {scope!r} takes {len(entry.json)} bytes as JSON; together "
+                        f"with its names that is more than a row can hold ({room} bytes). Split it over several keys",
+                        scope,
+                        key,
+                    )
+                created = entry.created
+                id_ = place.extents[created >> EXTENT_BITS] << EXTENT_BITS | created & EXTENT_MASK
+                state.add((id_, key, entry.revision, entry.expires_ms, entry.json), size)
+        state.flush()
+        deleted.flush()
+        self._forget_empty(connection, emptied)
+
+    def _find(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
+        """Write the scopes of the changes, and know where their rows are, or will be."""
+        places = self._places
+        if len(places) > _KNOWN_SCOPES:
+            places.clear()
+        unknown = list({change.scope: None for change in changes if change.scope not in places})
+        start = 0
+        for rows, text in _PLACES.items():
+            while len(unknown) - start >= rows:
+                for scope, found, extent, high in connection.execute(text, unknown[start : start + rows]):
+                    place = places.setdefault(scope, _Place(found, {}))
+                    if extent is not None:
+                        place.extents[high] = extent
+                start += rows
+        scopes = _Write(connection, _SCOPES, 5)
+        next_scope = 0
+        for change in changes:
+            scope, revision = change.scope, change.revision
+            if not 0 <= revision <= HIGHEST_REVISION:
                 raise UnsavableValue(
-                    f"the value for key {key!r} of scope {scope!r} takes {len(value)} bytes as JSON; together with its "
-                    f"names that is more than a row can hold ({room} bytes). Split it over several keys",
+                    f"the last write of scope {scope!r} has the number {revision}, the store holds numbers up to "
+                    f"{HIGHEST_REVISION}. Export the scope and import it under another name, without its numbers",
                     scope,
-                    key,
+                    None,
                 )
-            position = positions.get(key)
-            if position is None:
-                # The position is used only if the key is not in the store after all.
-                overwritten.add((scope, key, sequence, value), size)
-            else:
-                created.add((scope, key, position, value), size)
-    for write in writes:
-        write.flush()
-    return last
+            if scope not in places:
+                next_scope = next_scope or number(connection, "SELECT coalesce(max(number), 0) + 1 FROM scopes")
+                places[scope] = _Place(next_scope, {})
+                next_scope += 1
+            scopes.add((places[scope].number, scope, revision, self._epoch, change.due_ms), len(scope))
+        scopes.flush()
+        self._make_extents(connection, changes)
+
+    def _make_extents(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
+        made = _Write(connection, _EXTENTS, 3)
+        highest = first = -1
+        for change in changes:
+            place = self._places[change.scope]
+            for high in sorted({entry.created >> EXTENT_BITS for entry in change.entries.values() if entry}):
+                if high in place.extents:
+                    continue
+                if highest < 0:
+                    highest = first = number(connection, "SELECT extents FROM store")
+                highest += 1
+                place.extents[high] = highest
+                made.add((highest, place.number, high), 8)
+        made.flush()
+        if highest > first:
+            # Counted, not max(extent): an extent that is given twice may stand before an older one of its scope.
+            connection.execute("UPDATE store SET extents = ?", (highest,))
+
+    def _forget_empty(self, connection: sqlite3.Connection, emptied: Iterable[tuple[str, int]]) -> None:
+        """Remove extents that have no rows left. The newest one of a scope stays: it will be written to again."""
+        for scope, high in emptied:
+            extents = self._places[scope].extents
+            if high == max(extents):
+                continue
+            first = extents[high] << EXTENT_BITS
+            found = connection.execute(
+                "DELETE FROM extents WHERE extent = ? AND NOT EXISTS (SELECT 1 FROM state WHERE id BETWEEN ? AND ?)",
+                (extents[high], first, first + EXTENT_MASK),
+            )
+            if found.rowcount:
+                del extents[high]
 
 
 # Named placeholders. Refused: `?1`, which CPython 3.12.0 to 3.12.3 deprecate with a sequence (python/cpython#117995).
-_FIRST = "scope = :scope"
-_NEXT = "scope = :scope AND position >= :position AND (position, rowid) > (:position, :rowid)"
-_ORDERED = "FROM state WHERE {where} ORDER BY position, rowid LIMIT :limit"
+# The joins go from the scope over its extents to its rows; CROSS keeps that order. An extent of a scope with a higher
+# `high` has the higher number, so ids rise with it, and the id of the last row is where the next page begins.
+_ORDERED = (
+    "FROM scopes CROSS JOIN extents ON extents.scope = scopes.number CROSS JOIN state"
+    f" ON state.id > max(:after, (extents.extent << {EXTENT_BITS}) - 1)"
+    f" AND state.id <= (extents.extent << {EXTENT_BITS}) + {EXTENT_MASK}"
+    f" WHERE scopes.scope = :scope AND extents.extent >= :after >> {EXTENT_BITS}"
+    " ORDER BY extents.high, state.id LIMIT :limit"
+)
+_CREATED = f"(extents.high << {EXTENT_BITS}) | (state.id & {EXTENT_MASK})"
+_REVISION = (
+    f"SELECT coalesce((SELECT revision - epoch * {RESERVED} FROM scopes WHERE scope = :scope), 0)"  # noqa: S608 - constants
+    f" + (SELECT max(epoch) FROM epochs) * {RESERVED}"
+)
 # A page is read as the text of a JSON array: decoding it both splits it and checks that each value is JSON.
 # Refused: rows with json_valid(value), which needs up to 40 times the size of a value in memory.
 _PAGE = (
-    "SELECT (SELECT sequence FROM scopes WHERE scope = :scope), count(*), CAST('[' || group_concat("  # noqa: S608 - constants
-    "'[' || rowid || ',' || position || ',' || json_quote(key) || ',' || value || ']') || ']' AS BLOB) "
-    f"FROM (SELECT rowid, position, key, value {_ORDERED})"
+    f"SELECT ({_REVISION}), count(*), CAST('[' || group_concat("  # noqa: S608 - constants
+    "'[' || id || ',' || created || ',' || json_quote(key) || ',' || revision || ','"
+    " || coalesce(expires, 'null') || ',' || value || ']') || ']' AS BLOB)"
+    f" FROM (SELECT id, {_CREATED} AS created, key, state.revision, expires, value {_ORDERED})"
 )
-_PLAIN = f"SELECT rowid, position, CAST(key AS BLOB), CAST(value AS BLOB) {_ORDERED}"
-_PAGE_FIRST, _PAGE_NEXT = _PAGE.format(where=_FIRST), _PAGE.format(where=_NEXT)
-_PLAIN_FIRST, _PLAIN_NEXT = _PLAIN.format(where=_FIRST), _PLAIN.format(where=_NEXT)
-
-_Place = tuple[int, int] | None
-"""Position and rowid of the last row read; None before the first."""
+_PLAIN = f"SELECT id, {_CREATED}, CAST(key AS BLOB), state.revision, expires, CAST(value AS BLOB) {_ORDERED}"
 
 
 def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
-    """Read a scope as of one moment. Takes the memory of its values and one page.
+    """Read a scope as of one moment. Takes the memory of its entries and one page.
 
     Raises `StorageError`, which names the row, for a row that is not JSON, and library errors.
     """
     try:
-        sequence, rows = _read_page(connection, scope, None, _PAGE_ROWS)
+        revision, rows = _read_page(connection, scope, -1, _PAGE_ROWS)
         if len(rows) < _PAGE_ROWS:
-            return ScopeState(values={key: bytes(value) for _, _, key, value in rows}, sequence=sequence)
+            return _state(scope, _entries(rows), len(rows), revision)
     except sqlite3.DataError as error:
         if primary_code(error) != sqlite3.SQLITE_TOOBIG:
             raise
     # Only a scope of several pages needs a transaction to be read as of one moment: it takes two more calls.
     connection.execute("BEGIN")
     try:
-        values: dict[str, bytes] = {}
-        for key, value in read_pages(connection, scope):
-            values[key] = bytes(value)
-        found = connection.execute("SELECT sequence FROM scopes WHERE scope = ?", (scope,)).fetchall()
+        entries: dict[str, Entry] = {}
+        count = 0
+        for rows in _pages(connection, scope):
+            entries.update(_entries(rows))
+            count += len(rows)
+        revision = revision_of(connection, scope)
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-    return ScopeState(values=values, sequence=found[0][0] if found else 0)
+    return _state(scope, entries, count, revision)
 
 
-def read_pages(connection: sqlite3.Connection, scope: str) -> Iterator[tuple[str, msgspec.Raw]]:
-    """Yield keys and values in order, in pages of about `_PAGE_BYTES`."""
-    place: _Place = None
+def _state(scope: str, entries: dict[str, Entry], rows: int, revision: int) -> ScopeState:
+    if len(entries) != rows:
+        raise StorageError(
+            f"scope {scope!r} holds a key twice; was the database edited? `store verify` names the key: delete "
+            "one of its rows with the sqlite3 tool (the view `entries` shows them)"
+        )
+    return ScopeState(entries, revision)
+
+
+def revision_of(connection: sqlite3.Connection, scope: str) -> int:
+    """Return the number behind which a scope goes on."""
+    ((revision,),) = connection.execute(_REVISION, {"scope": scope}).fetchall()
+    return _checked_revision(scope, revision)
+
+
+def _checked_revision(scope: str, revision: object) -> int:
+    if type(revision) is not int or revision < 0:
+        raise StorageError(
+            f"the row of scope {scope!r} in the table `scopes` holds no number of its last write; was the database "
+            "edited? Correct it with the sqlite3 tool and try again"
+        )
+    return revision
+
+
+def read_pages(connection: sqlite3.Connection, scope: str) -> Iterator[tuple[str, Entry]]:
+    """Yield keys and entries in the order of their creation, in pages of about `_PAGE_BYTES`."""
+    for rows in _pages(connection, scope):
+        yield from _entries(rows).items()
+
+
+def _pages(connection: sqlite3.Connection, scope: str) -> Iterator[list[_Row]]:
+    after = -1
     limit = _PAGE_ROWS
     while True:
         try:
-            _, rows = _read_page(connection, scope, place, limit)
+            _, rows = _read_page(connection, scope, after, limit)
         except sqlite3.DataError as error:
             if primary_code(error) != sqlite3.SQLITE_TOOBIG:
                 raise
             if limit > 1:
                 limit = max(1, limit // 8)
                 continue
-            rows = list(_read_plain(connection, scope, place, 1))
-        for _, _, key, value in rows:
-            yield key, value
+            rows = list(_read_plain(connection, scope, after, 1))
+        yield rows
         if len(rows) < limit:
             return
-        place = (rows[-1][1], rows[-1][0])
-        size = sum(memoryview(value).nbytes for _, _, _, value in rows)
+        after = rows[-1][0]
+        size = sum(memoryview(row[5]).nbytes for row in rows)
         limit = max(1, min(_PAGE_ROWS, len(rows) * _PAGE_BYTES // max(size, 1)))
 
 
-def _read_page(connection: sqlite3.Connection, scope: str, place: _Place, limit: int) -> tuple[int, list[_Row]]:
-    """Read the scope's sequence, and up to `limit` rows after `place`, with one statement."""
-    found = connection.execute(_PAGE_FIRST if place is None else _PAGE_NEXT, _parameters(scope, place, limit))
-    ((sequence, count, text),) = found.fetchall()
+def _entries(rows: list[_Row]) -> dict[str, Entry]:
+    return {key: Entry(bytes(value), revision, created, expires) for _, created, key, revision, expires, value in rows}
+
+
+def _read_page(connection: sqlite3.Connection, scope: str, after: int, limit: int) -> tuple[int, list[_Row]]:
+    """Read the number behind which the scope goes on, and up to `limit` rows after an id, with one statement."""
+    ((revision, count, text),) = connection.execute(_PAGE, {"scope": scope, "after": after, "limit": limit}).fetchall()
+    revision = _checked_revision(scope, revision)
     if not count:
-        return sequence or 0, []
+        return revision, []
     try:
         rows = _decode_page(_utf8(text))
         whole = len(rows) == count
@@ -236,27 +376,28 @@ def _read_page(connection: sqlite3.Connection, scope: str, place: _Place, limit:
         whole = False
     if not whole:
         # One bad value makes the page unreadable: read its rows one by one to name it.
-        rows = list(_read_plain(connection, scope, place, limit))
-    return sequence or 0, rows
+        rows = list(_read_plain(connection, scope, after, limit))
+    return revision, rows
 
 
-def _read_plain(connection: sqlite3.Connection, scope: str, place: _Place, limit: int) -> Iterator[_Row]:
+def _read_plain(connection: sqlite3.Connection, scope: str, after: int, limit: int) -> Iterator[_Row]:
     """Yield rows of any size, one at a time. Raises `StorageError` for a row that is not JSON."""
     before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 0x7FFFFFFF)
     try:
-        found = connection.execute(_PLAIN_FIRST if place is None else _PLAIN_NEXT, _parameters(scope, place, limit))
+        found = connection.execute(_PLAIN, {"scope": scope, "after": after, "limit": limit})
         try:
-            for rowid, position, key, value in found:
-                yield rowid, position, *_decoded(scope, key, value)
+            for id_, created, key, revision, expires, value in found:
+                name, data = _decoded(scope, key or b"", value or b"")
+                if type(revision) is not int or type(expires) not in (int, NoneType):
+                    raise StorageError(
+                        f"the row for key {name!r} of scope {scope!r} has no number as its revision or deadline; was "
+                        "the database edited? Correct that row with the sqlite3 tool (table `state`) and try again"
+                    )
+                yield id_, created, name, revision, expires, data
         finally:
             found.close()
     finally:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
-
-
-def _parameters(scope: str, place: _Place, limit: int) -> dict[str, str | int]:
-    position, rowid = place or (0, 0)  # unused by the statements of a first page
-    return {"scope": scope, "limit": limit, "position": position, "rowid": rowid}
 
 
 def _decoded(scope: str, key: bytes, value: bytes) -> tuple[str, msgspec.Raw]:
@@ -276,9 +417,14 @@ def _utf8(text: bytes) -> bytes:
     return text
 
 
+_HOLDS_A_KEY = (
+    "EXISTS (SELECT 1 FROM extents CROSS JOIN state"  # noqa: S608 - constants
+    f" ON state.id BETWEEN extents.extent << {EXTENT_BITS} AND (extents.extent << {EXTENT_BITS}) + {EXTENT_MASK}"
+    " WHERE extents.scope = scopes.number)"
+)
 _NAMES = (
-    "SELECT json_group_array(scope) FROM (SELECT scope FROM scopes WHERE scope {after} :after"
-    " AND EXISTS (SELECT 1 FROM state WHERE state.scope = scopes.scope) ORDER BY scope LIMIT :limit)"
+    "SELECT json_group_array(scope) FROM (SELECT scope FROM scopes WHERE scope {after} :after"  # noqa: S608 - constants
+    f" AND {_HOLDS_A_KEY} ORDER BY scope LIMIT :limit)"
 )
 _NAMES_FIRST, _NAMES_NEXT = _NAMES.format(after=">="), _NAMES.format(after=">")
 
@@ -296,3 +442,18 @@ def read_names(connection: sqlite3.Connection) -> list[str]:
 def _page_of_names(connection: sqlite3.Connection, statement: str, after: str) -> list[str]:
     ((text,),) = connection.execute(statement, {"after": after, "limit": _PAGE_ROWS}).fetchall()
     return _decode_names(text)
+
+
+_DUE = "SELECT due, scope FROM scopes WHERE due IS NOT NULL ORDER BY due LIMIT ?"
+
+
+def read_due(connection: sqlite3.Connection, limit: int) -> list[tuple[int, str]]:
+    """Return up to `limit` scopes with the time at which their first key expires (ms), the earliest first."""
+    return connection.execute(_DUE, (limit,)).fetchall()
+
+
+COUNTS = (
+    "SELECT (SELECT count(*) FROM (SELECT 1 FROM scopes WHERE"  # noqa: S608 - constants
+    f" {_HOLDS_A_KEY} LIMIT :limit)), (SELECT count(*) FROM (SELECT 1 FROM state LIMIT :limit))"
+)
+"""Scopes that hold a key, and keys, up to a limit."""

@@ -31,7 +31,9 @@ class OneDictAdapter(Store):
     def save(self, batch: Sequence[ScopeChange]) -> None:
         self._dispatcher.give_way()
         for change in batch:
-            self.saved.setdefault(change.scope, {}).update(change.values)
+            self.saved.setdefault(change.scope, {}).update(
+                (key, entry and entry.json) for key, entry in change.entries.items()
+            )
 
     def close(self) -> None:
         """Nothing to release."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from commands import PATIENCE_S, Program, Run
+from stored import values_of
 
 from scopestate import Engine
 from scopestate.config import from_mapping
@@ -172,7 +173,7 @@ def test_an_import_into_a_directory_that_ends_early_leaves_nothing(tmp_path: Pat
         assert import_whole(lines(5000), adapter) == 5000
         with pytest.raises(Stopped):
             import_whole([b'{"scope":"s","key":"0","value":"new"}\n', *lines(5000)[1:]], adapter, stop_at(3000))
-        assert adapter.load("s").values["0"] == b"0"
+        assert values_of(adapter.load("s"))["0"] == b"0"
     finally:
         adapter.close()
 

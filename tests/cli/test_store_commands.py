@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from commands import Run
+from stored import values_of
 
 from scopestate import Engine
 from scopestate.config import from_mapping
@@ -46,7 +47,7 @@ def content(folder: Path) -> dict[str, list[tuple[str, str]]]:
     adapter = FileAdapter(folder)
     try:
         return {
-            scope: [(key, value.decode()) for key, value in adapter.load(scope).values.items()]
+            scope: [(key, value.decode()) for key, value in values_of(adapter.load(scope)).items()]
             for scope in adapter.scopes()
         }
     finally:
@@ -208,7 +209,9 @@ def test_no_database_and_it_stays_where_it_is(command: str, cli: Run, tmp_path: 
 
 def test_verify_names_the_row_that_is_wrong(cli: Run, store: Path) -> None:
     connection = sqlite3.connect(store / "state.db")
-    connection.execute("UPDATE state SET value = 'nonsense' WHERE scope = 'users' AND key = 'b'")
+    connection.execute(
+        "UPDATE state SET value = 'nonsense' WHERE id IN (SELECT id FROM entries WHERE scope = 'users' AND key = 'b')"
+    )
     connection.commit()
     connection.close()
 

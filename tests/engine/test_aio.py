@@ -263,7 +263,7 @@ def test_a_flush_blocks_no_loop(open_engine: Any) -> None:
     store.at_save = gate
 
     asyncio.run(waits_without_blocking(engine, gate, lambda engine: engine.aio.flush()))
-    assert store.states["s"].values == {"k": b"1"}
+    assert store.values("s") == {"k": b"1"}
 
 
 def test_a_drain_and_a_full_handler_block_no_loop(open_engine: Any) -> None:

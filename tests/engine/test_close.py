@@ -327,7 +327,7 @@ def test_a_last_save_that_fails_keeps_everything_and_can_be_tried_again(open_eng
     store.at_save = lambda: None
     engine.close()
 
-    assert store.states["s"].values == {"k": b"1"}
+    assert store.values("s") == {"k": b"1"}
     assert store.closed
     assert engine.health().unsaved_scopes == 0
 

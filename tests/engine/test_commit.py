@@ -28,13 +28,13 @@ def engine(store: GatedStore, open_engine: Callable[..., Engine]) -> Engine:
 
 
 def test_an_answer_means_that_the_write_is_in_the_store(engine: Engine, store: GatedStore) -> None:
-    assert store.states["s"].values == {"k": b"1"}
+    assert store.values("s") == {"k": b"1"}
 
     engine.update("s", "k", [ops.Increment("", 1)])
-    assert store.states["s"].values == {"k": b"2"}
+    assert store.values("s") == {"k": b"2"}
 
     engine.delete("s", "k")
-    assert store.states["s"].values == {}
+    assert store.values("s") == {}
 
 
 def test_nobody_sees_a_write_before_it_is_in_the_store(engine: Engine, store: GatedStore) -> None:
@@ -50,7 +50,7 @@ def test_nobody_sees_a_write_before_it_is_in_the_store(engine: Engine, store: Ga
         in_thread(lambda: engine.ask(messages.Get("s", "k"))),
         in_thread(lambda: asyncio.run(engine.aio.get("s", "k"))),
     ]
-    assert store.states["s"].values == {"k": b"1"}
+    assert store.values("s") == {"k": b"1"}
     assert seen.events == []
     gate.open()
 
@@ -89,7 +89,7 @@ def test_a_commit_that_fails_fails_the_call_and_nothing_has_happened(
 
     store.at_save = lambda: None
     assert engine.set("s", "k", 3).old_value == 1
-    assert store.states["s"].values == {"k": b"3"}
+    assert store.values("s") == {"k": b"3"}
     assert [event.new_value for event in seen.wait_for(1)] == [3]
 
 
@@ -107,7 +107,7 @@ def test_writers_that_wait_together_share_one_commit(engine: Engine, store: Gate
         reply.get(timeout=PATIENCE_S)
     # One for the first writer, and one more, or two if the hundred came while that one began.
     assert engine.stats().saves - before <= 3
-    assert sum(len(state.values) for state in store.states.values()) == 101
+    assert sum(len(state.entries) for state in store.states.values()) == 101
 
 
 def test_other_scopes_of_the_same_store_do_not_wait(engine: Engine, store: GatedStore) -> None:

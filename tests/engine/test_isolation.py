@@ -197,7 +197,7 @@ def test_a_filter_that_raises_stops_no_saving(open_engine: Any, tmp_path: Any) -
     finally:
         logger.removeFilter(bad)
 
-    assert store.states["s"].values == {"k": b"1"}
+    assert store.values("s") == {"k": b"1"}
 
 
 class Everything:

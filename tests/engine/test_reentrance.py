@@ -186,7 +186,7 @@ class ShortList(list):  # type: ignore[type-arg]
         return super().__iadd__(more)
 
 
-@pytest.mark.parametrize("table", ["_values", "_dirty", "_positions", "_registry", "_outbox"])
+@pytest.mark.parametrize("table", ["_values", "_dirty", "_created", "_removed", "_registry", "_outbox"])
 @pytest.mark.parametrize("write", ["create", "update", "delete"])
 def test_a_write_for_which_memory_does_not_suffice_has_not_happened_at_all(
     write: str, table: str, tmp_path: Any
@@ -201,7 +201,7 @@ def test_a_write_for_which_memory_does_not_suffice_has_not_happened_at_all(
         actor = engine._scopes["s"]
         state = (dict(actor._values or {}), actor._sequence)
         original = getattr(actor, table)
-        setattr(actor, table, ShortList(original) if table == "_outbox" else Short(original))
+        setattr(actor, table, ShortList(original) if isinstance(original, list) else Short(original))
         failed = False
         try:
             act(engine, write)

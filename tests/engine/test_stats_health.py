@@ -177,7 +177,7 @@ def test_a_store_that_fails_shows_in_health_until_it_works_again(open_engine: An
     store.at_save = lambda: None
     engine.flush()
     assert engine.health().ok
-    assert store.states["s"].values == {"k": b"2"}
+    assert store.values("s") == {"k": b"2"}
 
 
 def test_figures_can_be_written_as_json(engine: Engine) -> None:

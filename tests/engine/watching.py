@@ -105,28 +105,32 @@ class GatedStore(Store):
         self.at_save: Callable[[], None] = lambda: None
         self.closed = False
 
+    def values(self, scope: str) -> dict[str, bytes]:
+        """Return what is saved of a scope: key -> JSON."""
+        return {key: entry.json for key, entry in self.states[scope].entries.items()}
+
     def load(self, scope: str) -> ScopeState:
         self.at_load()
         state = self.states.get(scope, ScopeState({}, 0))
-        return ScopeState(dict(state.values), state.sequence)
+        return ScopeState(dict(state.entries), state.revision)
 
     def scopes(self) -> list[str]:
         self.at_scopes()
-        return [scope for scope, state in self.states.items() if state.values]
+        return [scope for scope, state in self.states.items() if state.entries]
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
         self.at_save()
         for change in batch:
             state = self.states.setdefault(change.scope, ScopeState({}, 0))
-            state.sequence = change.sequence
-            for key, data in change.values.items():
-                if data is None:
-                    state.values.pop(key, None)
-                elif key in change.positions:
-                    state.values.pop(key, None)
-                    state.values[key] = data
-                else:
-                    state.values[key] = data
+            state.revision = change.revision
+            for key, entry in change.entries.items():
+                if entry is None:
+                    state.entries.pop(key, None)
+                    continue
+                before = state.entries.get(key)
+                if before is not None and before.created != entry.created:
+                    del state.entries[key]
+                state.entries[key] = entry
 
     def close(self) -> None:
         self.closed = True

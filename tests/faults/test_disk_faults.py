@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from reliability.living import PATIENCE_S, Seen
+from stored import values_of
 
 from scopestate import Engine
 from scopestate.actors.scope import Passivate
@@ -81,7 +82,7 @@ def on_disk(store: Path) -> dict[str, list[tuple[str, bytes]]]:
     adapter = FileAdapter(store)
     try:
         assert adapter.check() == []
-        return {scope: list(adapter.load(scope).values.items()) for scope in sorted(adapter.scopes())}
+        return {scope: list(values_of(adapter.load(scope)).items()) for scope in sorted(adapter.scopes())}
     finally:
         adapter.close()
 

@@ -37,7 +37,13 @@ def figures() -> Iterator[None]:
 def contents(engine: Engine) -> Any:
     """Everything that a failed call might have touched: memory, what is to be saved, and the numbers of writes."""
     return {
-        name: (dict(actor._values or {}), dict(actor._dirty or {}), dict(actor._positions), actor._sequence)
+        name: (
+            dict(actor._values or {}),
+            dict(actor._dirty or {}),
+            dict(actor._created),
+            list(actor._removed),
+            actor._sequence,
+        )
         for name, actor in engine._scopes.items()
         if actor._sequence
     }

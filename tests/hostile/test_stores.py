@@ -121,17 +121,21 @@ def give_up(engine: Engine) -> None:
     engine.close()
 
 
+KEY_3 = "id = (SELECT id FROM entries WHERE scope = 'a' AND key = 'key-3')"
+
+
 @pytest.mark.parametrize(
     ("statement", "broken"),
     [
-        ("UPDATE state SET value = 'not json' WHERE scope = 'a' AND key = 'key-3'", "a"),
-        ("UPDATE state SET value = x'00ff' WHERE scope = 'a' AND key = 'key-3'", "a"),
-        ("UPDATE state SET value = 'NaN' WHERE scope = 'a' AND key = 'key-3'", "a"),
-        ("UPDATE state SET value = '\"\\ud800\"' WHERE scope = 'a' AND key = 'key-3'", "a"),
-        ("UPDATE state SET key = CAST(x'80ff' AS TEXT) WHERE scope = 'a' AND key = 'key-3'", "a"),
+        ("UPDATE state SET value = 'not json' WHERE " + KEY_3, "a"),
+        ("UPDATE state SET value = x'00ff' WHERE " + KEY_3, "a"),
+        ("UPDATE state SET value = 'NaN' WHERE " + KEY_3, "a"),
+        ("UPDATE state SET value = '\"\\ud800\"' WHERE " + KEY_3, "a"),
+        ("UPDATE state SET key = CAST(x'80ff' AS TEXT) WHERE " + KEY_3, "a"),
         ("UPDATE state SET value = NULL WHERE 0", None),
-        ("UPDATE state SET position = 'x' WHERE scope = 'a' AND key = 'key-3'", None),
-        ("DELETE FROM scopes", None),
+        ("UPDATE state SET revision = 'x' WHERE " + KEY_3, "a"),
+        ("UPDATE state SET expires = 'x' WHERE " + KEY_3, "a"),
+        ("DELETE FROM scopes WHERE scope = 'a'", None),
     ],
 )
 def test_a_row_that_somebody_changed_breaks_its_own_scope_at_most(
@@ -156,6 +160,6 @@ def test_a_row_that_somebody_changed_breaks_its_own_scope_at_most(
                 with pytest.raises(StorageError):
                     call()
             with sqlite3.connect(directory / "state.db") as connection:
-                count = connection.execute("SELECT count(*) FROM state WHERE scope = 'a'").fetchone()[0]
+                count = connection.execute("SELECT count(*) FROM entries WHERE scope = 'a'").fetchone()[0]
             connection.close()
             assert count == 60, "nothing of a scope that cannot be read was overwritten"

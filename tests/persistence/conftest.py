@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored import forget_scopes
 
 from scopestate.persistence import FileAdapter, Store
 from scopestate.persistence.sqlite.database import connect
@@ -28,6 +29,11 @@ class Place:
         self.adapter.close()
         self.adapter = self._make()
         return self.adapter
+
+
+@pytest.fixture(autouse=True)
+def _no_scopes() -> None:
+    forget_scopes()
 
 
 @pytest.fixture

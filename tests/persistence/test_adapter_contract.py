@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import pytest
+from stored import change, values_of
 
 from scopestate import Engine
 from scopestate.errors import ConfigError, StorageError
-from scopestate.persistence import ScopeChange, ScopeState, Store
+from scopestate.persistence import Entry, ScopeChange, ScopeState, Store
 from scopestate.persistence.local import LocalBackend
 
 
@@ -44,19 +45,19 @@ HOSTILE_NAMES = {
 }
 
 
-def created(scope: str, sequence: int, values: dict[str, bytes], first: int = 1) -> ScopeChange:
-    """A change that creates all its keys, ranked in the order given."""
-    return ScopeChange(scope, sequence, dict(values), {key: first + place for place, key in enumerate(values)})
+def created(scope: str, revision: int, values: dict[str, bytes], first: int = 1) -> ScopeChange:
+    """A change that creates all its keys, in the order given."""
+    return change(scope, revision, dict(values), {key: first + place for place, key in enumerate(values)})
 
 
 def ordered(state: ScopeState) -> list[tuple[str, bytes]]:
-    return list(state.values.items())
+    return list(values_of(state).items())
 
 
-def test_a_scope_never_saved_is_empty_with_sequence_0(store: Place) -> None:
+def test_a_scope_never_saved_is_empty_with_revision_0(store: Place) -> None:
     state = store.adapter.load("nobody")
 
-    assert state == ScopeState(values={}, sequence=0)
+    assert state == ScopeState({}, 0)
     assert store.adapter.scopes() == []
 
 
@@ -64,10 +65,12 @@ def test_a_backend_with_a_store_keeps_and_says_so(store: Place) -> None:
     assert LocalBackend(store.adapter, lambda scope: "interval").keeps is True
 
 
-def test_what_was_saved_is_loaded_with_its_sequence(store: Place) -> None:
+def test_what_was_saved_is_loaded_with_its_numbers(store: Place) -> None:
     store.adapter.save([created("users", 7, {"ada": b'{"age":36}', "bob": b"null"})])
 
-    assert store.adapter.load("users") == ScopeState(values={"ada": b'{"age":36}', "bob": b"null"}, sequence=7)
+    state = store.adapter.load("users")
+
+    assert state == ScopeState({"ada": Entry(b'{"age":36}', 7, 1), "bob": Entry(b"null", 7, 2)}, 7)
 
 
 def test_what_was_saved_is_there_after_a_restart(store: Place) -> None:
@@ -75,7 +78,7 @@ def test_what_was_saved_is_there_after_a_restart(store: Place) -> None:
 
     adapter = store.reopen()
 
-    assert adapter.load("users") == ScopeState(values={"ada": b"1"}, sequence=7)
+    assert adapter.load("users") == ScopeState({"ada": Entry(b"1", 7, 1)}, 7)
     assert adapter.scopes() == ["users"]
 
 
@@ -90,7 +93,7 @@ def test_what_was_saved_is_there_after_a_restart(store: Place) -> None:
 def test_a_value_comes_back_byte_for_byte(store: Place, value: bytes) -> None:
     store.adapter.save([created("s", 1, {"k": value})])
 
-    (loaded,) = store.reopen().load("s").values.values()
+    (loaded,) = values_of(store.reopen().load("s")).values()
 
     assert loaded == value
     assert type(loaded) is bytes
@@ -105,50 +108,92 @@ def test_integers_floats_and_booleans_stay_different(store: Place) -> None:
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
-def test_keys_come_back_in_the_order_of_their_ranks_not_of_their_names(store: Place) -> None:
-    store.adapter.save([ScopeChange("s", 3, {"a": b"1", "b": b"2", "c": b"3"}, {"c": 1, "a": 2, "b": 3})])
+def test_keys_come_back_in_the_order_of_their_creation_not_of_their_names(store: Place) -> None:
+    store.adapter.save([change("s", 3, {"a": b"1", "b": b"2", "c": b"3"}, {"c": 1, "a": 2, "b": 3})])
 
-    assert list(store.adapter.load("s").values) == ["c", "a", "b"]
-    assert list(store.reopen().load("s").values) == ["c", "a", "b"]
+    assert list(values_of(store.adapter.load("s"))) == ["c", "a", "b"]
+    assert list(values_of(store.reopen().load("s"))) == ["c", "a", "b"]
 
 
-def test_a_key_without_a_rank_keeps_the_one_it_has(store: Place) -> None:
+def test_a_key_that_is_overwritten_keeps_its_place(store: Place) -> None:
     store.adapter.save([created("s", 3, {"a": b"1", "b": b"2", "c": b"3"})])
-    store.adapter.save([ScopeChange("s", 4, {"a": b"9"}, {})])
+    store.adapter.save([change("s", 4, {"a": b"9"}, {})])
 
     assert ordered(store.reopen().load("s")) == [("a", b"9"), ("b", b"2"), ("c", b"3")]
 
 
 def test_a_key_deleted_and_created_again_between_two_saves_goes_to_the_end(store: Place) -> None:
     store.adapter.save([created("s", 3, {"a": b"1", "b": b"2", "c": b"3"})])
-    store.adapter.save([ScopeChange("s", 5, {"a": b"9"}, {"a": 5})])
+    store.adapter.save([change("s", 5, {"a": b"9"}, {"a": 5})])
 
     assert ordered(store.reopen().load("s")) == [("b", b"2"), ("c", b"3"), ("a", b"9")]
 
 
 def test_a_key_deleted_in_one_save_and_created_in_the_next_goes_to_the_end(store: Place) -> None:
     store.adapter.save([created("s", 2, {"a": b"1", "b": b"2"})])
-    store.adapter.save([ScopeChange("s", 3, {"a": None}, {})])
-    store.adapter.save([ScopeChange("s", 4, {"a": b"9"}, {"a": 4})])
+    store.adapter.save([change("s", 3, {"a": None}, {})])
+    store.adapter.save([change("s", 4, {"a": b"9"}, {"a": 4})])
 
     assert ordered(store.reopen().load("s")) == [("b", b"2"), ("a", b"9")]
 
 
-def test_ranks_use_64_bits(store: Place) -> None:
-    top = 2**63 - 1
-    store.adapter.save([ScopeChange("s", top, {"a": b"1", "b": b"2", "c": b"3"}, {"a": top, "b": top - 1, "c": 2**40})])
+def test_numbers_use_53_bits(store: Place) -> None:
+    top = 2**53 - 1
+    store.adapter.save([change("s", top, {"a": b"1", "b": b"2", "c": b"3"}, {"a": top, "b": top - 1, "c": 2**40})])
 
     state = store.reopen().load("s")
 
-    assert list(state.values) == ["c", "b", "a"]
-    assert state.sequence == top
+    assert list(state.entries) == ["c", "b", "a"]
+    assert [entry.created for entry in state.entries.values()] == [2**40, top - 1, top]
+    assert state.revision == top
 
 
-def test_an_unranked_key_that_is_not_stored_goes_to_the_end(store: Place) -> None:
-    store.adapter.save([created("s", 2, {"z": b"1", "y": b"2"})])
-    store.adapter.save([ScopeChange("s", 3, {"a": b"3"}, {})])
+def test_each_entry_keeps_its_numbers_and_its_deadline(store: Place) -> None:
+    entries: dict[str, Entry | None] = {
+        "plain": Entry(b"1", 9, 2), "new": Entry(b"2", 11, 11), "expires": Entry(b"3", 12, 3, 1_700_000_000_123)
+    }  # fmt: skip
+    store.adapter.save([ScopeChange("s", 12, entries, [], 1_700_000_000_123)])
 
-    assert list(store.reopen().load("s").values) == ["z", "y", "a"]
+    loaded = store.reopen().load("s")
+
+    assert loaded.entries == entries
+    assert list(loaded.entries) == ["plain", "expires", "new"]
+
+
+def test_keys_created_far_apart_stay_in_order(store: Place) -> None:
+    """They lie in several extents, some of which are emptied."""
+    numbers = [1, 2**24 - 1, 2**24, 2**24 + 1, 3 * 2**24 + 5, 2**40]
+    for number in numbers:
+        store.adapter.save([change("s", number, {f"k{number}": b"1"}, {f"k{number}": number})])
+        store.adapter.save([change("other", number, {f"k{number}": b"1"}, {f"k{number}": number})])
+    assert list(store.reopen().load("s").entries) == [f"k{number}" for number in numbers]
+
+    gone = numbers[1:4]
+    store.adapter.save([change("s", 2**41, {f"k{number}": None for number in gone})])
+    store.adapter.save([change("s", 2**41 + 1, {"last": b"1"}, {"last": 2**41 + 1})])
+
+    state = store.reopen().load("s")
+    assert list(state.entries) == ["k1", f"k{3 * 2**24 + 5}", f"k{2**40}", "last"]
+    assert [entry.created for entry in state.entries.values()] == [1, 3 * 2**24 + 5, 2**40, 2**41 + 1]
+    assert len(store.adapter.load("other").entries) == 6
+
+
+# --- deadlines -------------------------------------------------------------------------------------------------------
+
+
+def test_scopes_are_listed_by_when_their_first_key_expires(store: Place) -> None:
+    batch = [ScopeChange(f"s{due}", 1, {"k": Entry(b"1", 1, 1, due)}, [], due) for due in (30, 10, 20)]
+    store.adapter.save([*batch, created("without", 1, {"k": b"1"})])
+
+    assert store.reopen().due(2) == [(10, "s10"), (20, "s20")]
+    assert store.adapter.due(9) == [(10, "s10"), (20, "s20"), (30, "s30")]
+
+
+def test_a_scope_whose_deadlines_are_gone_is_not_due(store: Place) -> None:
+    store.adapter.save([ScopeChange("s", 1, {"k": Entry(b"1", 1, 1, 10)}, [], 10)])
+    store.adapter.save([ScopeChange("s", 2, {"k": Entry(b"2", 2, 1)})])
+
+    assert store.reopen().due(9) == []
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 31, 33, 255, 256, 257, 999, 1000, 1001, 2500])
@@ -159,10 +204,10 @@ def test_any_number_of_keys_is_saved_overwritten_and_deleted(store: Place, count
     assert ordered(store.reopen().load("s")) == list(values.items())
 
     doubled = {name: b"[%s]" % value for name, value in values.items()}
-    store.adapter.save([ScopeChange("s", count + 1, dict(reversed(doubled.items())), {})])
+    store.adapter.save([change("s", count + 1, dict(reversed(doubled.items())), {})])
     assert ordered(store.reopen().load("s")) == list(doubled.items())
 
-    store.adapter.save([ScopeChange("s", count + 2, dict.fromkeys(names[1:]), {})])
+    store.adapter.save([change("s", count + 2, dict.fromkeys(names[1:]), {})])
     assert ordered(store.reopen().load("s")) == [(names[0], doubled[names[0]])]
     assert ordered(store.adapter.load("t")) == [("only", b"1")]
 
@@ -183,10 +228,10 @@ def test_any_text_is_a_scope_name(store: Place, name: str) -> None:
 @pytest.mark.parametrize("name", HOSTILE_NAMES.values(), ids=HOSTILE_NAMES.keys())
 def test_any_text_is_a_key(store: Place, name: str) -> None:
     store.adapter.save([created("s", 2, {name: b"1", name + "2": b"2"})])
-    store.adapter.save([ScopeChange("s", 3, {name: b"3"}, {})])
+    store.adapter.save([change("s", 3, {name: b"3"}, {})])
     assert ordered(store.reopen().load("s")) == [(name, b"3"), (name + "2", b"2")]
 
-    store.adapter.save([ScopeChange("s", 4, {name: None}, {})])
+    store.adapter.save([change("s", 4, {name: None}, {})])
     assert ordered(store.reopen().load("s")) == [(name + "2", b"2")]
 
 
@@ -198,7 +243,7 @@ def test_names_that_look_alike_stay_apart(store: Place) -> None:
     adapter = store.reopen()
 
     assert sorted(adapter.scopes()) == sorted(names)
-    assert {name: adapter.load(name).values["k"] for name in names} == {
+    assert {name: values_of(adapter.load(name))["k"] for name in names} == {
         name: str(place).encode() for place, name in enumerate(names)
     }
 
@@ -224,9 +269,9 @@ def test_large_values_are_kept(store: Place, mebibytes: int) -> None:
 
     state = store.reopen().load("s")
 
-    assert list(state.values) == ["before", "large", "after"]
-    assert state.values["large"] == value
-    assert (state.values["before"], state.values["after"]) == (b"1", b"2")
+    assert list(values_of(state)) == ["before", "large", "after"]
+    assert values_of(state)["large"] == value
+    assert (values_of(state)["before"], values_of(state)["after"]) == (b"1", b"2")
 
 
 def test_many_middle_sized_values_are_kept_in_order(store: Place) -> None:
@@ -244,39 +289,39 @@ def test_small_and_large_values_mix(store: Place) -> None:
     assert ordered(store.reopen().load("s")) == list(values.items())
 
 
-# --- scopes and sequences --------------------------------------------------------------------------------------------
+# --- scopes and revisions ---------------------------------------------------------------------------------------------
 
 
-def test_an_emptied_scope_is_not_listed_and_keeps_its_sequence(store: Place) -> None:
+def test_an_emptied_scope_is_not_listed_and_keeps_its_revision(store: Place) -> None:
     store.adapter.save([created("s", 1, {"k": b"1"}), created("t", 1, {"k": b"1"})])
-    store.adapter.save([ScopeChange("s", 2, {"k": None}, {})])
+    store.adapter.save([change("s", 2, {"k": None}, {})])
 
     adapter = store.reopen()
 
     assert adapter.scopes() == ["t"]
-    assert adapter.load("s") == ScopeState(values={}, sequence=2)
+    assert adapter.load("s") == ScopeState({}, 2)
 
 
-def test_the_sequence_never_goes_back(store: Place) -> None:
+def test_the_revision_never_goes_back(store: Place) -> None:
     store.adapter.save([created("s", 9, {"k": b"1"})])
-    store.adapter.save([ScopeChange("s", 5, {"k": b"2"}, {})])
+    store.adapter.save([change("s", 5, {"k": b"2"}, {})])
 
-    assert store.reopen().load("s").sequence == 9
+    assert store.reopen().load("s").revision == 9
 
 
-def test_a_change_without_values_saves_the_sequence_only(store: Place) -> None:
-    store.adapter.save([ScopeChange("s", 4, {}, {})])
+def test_a_change_without_entries_saves_the_revision_only(store: Place) -> None:
+    store.adapter.save([change("s", 4, {}, {})])
 
     adapter = store.reopen()
 
-    assert adapter.load("s") == ScopeState(values={}, sequence=4)
+    assert adapter.load("s") == ScopeState({}, 4)
     assert adapter.scopes() == []
 
 
 def test_deleting_a_key_that_is_not_there_is_no_error(store: Place) -> None:
-    store.adapter.save([ScopeChange("s", 1, {"ghost": None}, {})])
+    store.adapter.save([change("s", 1, {"ghost": None}, {})])
 
-    assert store.adapter.load("s") == ScopeState(values={}, sequence=1)
+    assert store.adapter.load("s") == ScopeState({}, 1)
 
 
 def test_an_empty_batch_changes_nothing(store: Place) -> None:
@@ -297,25 +342,25 @@ def test_a_scope_twice_in_a_batch_the_later_change_wins(store: Place) -> None:
         [
             created("s", 2, {"a": b"1", "b": b"2"}),
             created("t", 1, {"k": b"1"}),
-            ScopeChange("s", 4, {"a": None, "b": b"3"}, {}),
-            ScopeChange("s", 5, {"a": b"4"}, {"a": 5}),
+            change("s", 4, {"a": None, "b": b"3"}, {}),
+            change("s", 5, {"a": b"4"}, {"a": 5}),
         ]
     )
 
     assert ordered(store.adapter.load("s")) == [("b", b"3"), ("a", b"4")]
-    assert store.reopen().load("s").sequence == 5
+    assert store.reopen().load("s").revision == 5
 
 
 def test_in_one_batch_a_create_before_a_delete_ends_deleted(store: Place) -> None:
-    store.adapter.save([created("s", 1, {"a": b"1"}), ScopeChange("s", 2, {"a": None}, {})])
+    store.adapter.save([created("s", 1, {"a": b"1"}), change("s", 2, {"a": None}, {})])
 
-    assert store.reopen().load("s") == ScopeState(values={}, sequence=2)
+    assert store.reopen().load("s") == ScopeState({}, 2)
 
 
-@pytest.mark.parametrize("number", [2**63, -(2**63) - 1])
-def test_a_number_over_64_bits_is_refused_and_nothing_is_written(store: Place, number: int) -> None:
+@pytest.mark.parametrize("number", [2**53, 2**63, -1, -(2**63) - 1])
+def test_a_number_over_53_bits_is_refused_and_nothing_is_written(store: Place, number: int) -> None:
     with pytest.raises(StorageError):
-        store.adapter.save([created("good", 1, {"k": b"1"}), ScopeChange("s", number, {"k": b"1"}, {"k": 1})])
+        store.adapter.save([created("good", 1, {"k": b"1"}), change("s", number, {"k": b"1"}, {"k": 1})])
 
     assert store.reopen().scopes() == []
 

@@ -7,20 +7,34 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from stored import values_of
+
 from scopestate.persistence import FileAdapter
 
 SAVE_FOR_EVER = """
 import sys
-from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence import Entry, FileAdapter, ScopeChange
 adapter = FileAdapter(sys.argv[1])
-start = adapter.load("count").sequence
+states = {scope: adapter.load(scope) for scope in ("count", "wide", "gone")}
+def change(scope, values):
+    state, changed, removed = states[scope], {}, []
+    for key, value in values.items():
+        state.revision += 1
+        before = state.entries.pop(key, None) if value is None else state.entries.get(key)
+        if value is not None:
+            created = before.created if before else state.revision
+            state.entries[key] = changed[key] = Entry(value, state.revision, created)
+        elif before:
+            removed.append(before.created)
+    return ScopeChange(scope, state.revision, changed, removed)
+start = int(states["count"].entries["n"].json) if states["count"].entries else 0
 for number in range(start + 1, start + 1_000_000):
     text = b"%d" % number
     keys = {f"k{place}": text for place in range(number % 400)}
     adapter.save([
-        ScopeChange("count", number, {"n": text}, {"n": number} if number == 1 else {}),
-        ScopeChange("wide", number, keys | {"last": text}, {key: number for key in keys}),
-        ScopeChange("gone", number, {f"g{number}": text, f"g{number - 1}": None}, {f"g{number}": number}),
+        change("count", {"n": text}),
+        change("wide", keys | {"last": text}),
+        change("gone", {f"g{number}": text, f"g{number - 1}": None}),
     ])
     print(number, flush=True)
 """
@@ -31,6 +45,7 @@ def test_killed_in_the_middle_of_saves_the_store_opens_with_every_finished_save_
 ) -> None:
     moments = random.Random(20250101)
     acknowledged = 0
+    revisions = [0, 0, 0]
     for _ in range(15):
         child = run_child(SAVE_FOR_EVER, str(directory))
         assert child.stdout is not None
@@ -43,12 +58,14 @@ def test_killed_in_the_middle_of_saves_the_store_opens_with_every_finished_save_
         assert child.wait(30) < 0
 
         adapter = FileAdapter(directory)
-        count, wide, gone = (adapter.load(scope) for scope in ("count", "wide", "gone"))
-        number = int(count.values["n"])
+        states = [adapter.load(scope) for scope in ("count", "wide", "gone")]
+        count, wide, gone = (values_of(state) for state in states)
+        number = int(count["n"])
         assert acknowledged <= number <= acknowledged + 1
-        assert count.sequence == wide.sequence == gone.sequence == number
-        assert wide.values["last"] == b"%d" % number
-        assert [wide.values[f"k{place}"] for place in range(number % 400)] == [b"%d" % number] * (number % 400)
-        assert gone.values == {f"g{number}": b"%d" % number}
+        assert all(state.revision > before for state, before in zip(states, revisions, strict=True))
+        revisions = [state.revision for state in states]
+        assert wide["last"] == b"%d" % number
+        assert [wide[f"k{place}"] for place in range(number % 400)] == [b"%d" % number] * (number % 400)
+        assert gone == {f"g{number}": b"%d" % number}
         assert adapter.check() == []
         adapter.close()

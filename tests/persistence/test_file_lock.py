@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 from forking import beside_threads
+from stored import change, values_of
 
 from scopestate.errors import StorageError, StoreLocked, StoreUnusable
-from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter
 from scopestate.persistence.sqlite.lock import StoreLock
 
 Open = Callable[..., FileAdapter]
@@ -211,17 +212,17 @@ def in_forked_child(action: Callable[[], object]) -> list[str]:
 
 def test_a_forked_child_is_refused_and_the_parent_goes_on(open_file: Open) -> None:
     adapter = open_file()
-    adapter.save([ScopeChange("s", 1, {"k": b"1"}, {"k": 1})])
+    adapter.save([change("s", 1, {"k": b"1"}, {"k": 1})])
     adapter.load("s")
-    change = ScopeChange("s", 2, {"k": b"2"}, {})
+    newer = change("s", 2, {"k": b"2"}, {})
 
-    for action in (lambda: adapter.load("s"), adapter.scopes, lambda: adapter.save([change])):
+    for action in (lambda: adapter.load("s"), adapter.scopes, lambda: adapter.save([newer])):
         (text,) = in_forked_child(action)
         assert f"belongs to process {os.getpid()}" in text
     assert in_forked_child(adapter.close) == []
 
-    adapter.save([change])
-    assert adapter.load("s").values == {"k": b"2"}
+    adapter.save([newer])
+    assert values_of(adapter.load("s")) == {"k": b"2"}
     with pytest.raises(StoreLocked):
         open_file()
 
@@ -256,7 +257,7 @@ def test_a_forked_child_never_closes_the_parents_connections(open_file: Open, di
             uri, uri=True, isolation_level=None, check_same_thread=False, factory=Connection
         )
     )
-    adapter.save([ScopeChange("s", 1, {"k": b"1"}, {"k": 1})])
+    adapter.save([change("s", 1, {"k": b"1"}, {"k": 1})])
     adapter.load("s")
     told, tell = os.pipe()
     with beside_threads():
@@ -270,7 +271,7 @@ def test_a_forked_child_never_closes_the_parents_connections(open_file: Open, di
     os.close(told)
     adapter.close()
     again = open_file()
-    again.save([ScopeChange("s", 2, {"k": b"2"}, {})])
+    again.save([change("s", 2, {"k": b"2"}, {})])
 
     os.close(tell)
     assert os.waitpid(child, 0)[1] == 0
@@ -279,8 +280,8 @@ def test_a_forked_child_never_closes_the_parents_connections(open_file: Open, di
     with pytest.raises(BlockingIOError):
         os.read(closed, 1)
     os.close(closed)
-    again.save([ScopeChange("t", 1, {"k": b"3"}, {"k": 1})])
+    again.save([change("t", 1, {"k": b"3"}, {"k": 1})])
     again.close()
     reopened = open_file()
     assert reopened.check() == []
-    assert (reopened.load("s").values, reopened.load("t").values) == ({"k": b"2"}, {"k": b"3"})
+    assert (values_of(reopened.load("s")), values_of(reopened.load("t"))) == ({"k": b"2"}, {"k": b"3"})

@@ -12,18 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stored import change
 
 from scopestate import Engine
-from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter
 from scopestate.persistence.sqlite.reading import StoreReader
 
 COMMITS = 100
 KILLED = """
 import os, sys
-from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence import Entry, FileAdapter, ScopeChange
 adapter = FileAdapter(sys.argv[1])
 for number in range(1, int(sys.argv[2]) + 1):
-    adapter.save([ScopeChange("s", number, {f"k{number}": b"1"}, {f"k{number}": number})])
+    adapter.save([ScopeChange("s", number, {f"k{number}": Entry(b"1", number, number)})])
 os._exit(0)
 """
 FRAME = 24 + 4096
@@ -135,7 +136,7 @@ def test_a_transaction_that_was_never_acknowledged_may_be_torn(
 
 def test_an_older_database_in_the_place_of_ours_is_told(killed: Path, directory: Path, tmp_path: Path) -> None:
     other = FileAdapter(tmp_path / "older")
-    other.save([ScopeChange("s", 7, {"k": b"1"}, {"k": 1})])
+    other.save([change("s", 7, {"k": b"1"}, {"k": 1})])
     other.close()
     for name in ("state.db-wal", "state.db-shm"):
         (directory / name).unlink()
@@ -147,7 +148,7 @@ def test_an_older_database_in_the_place_of_ours_is_told(killed: Path, directory:
 
 def test_a_clean_end_leaves_no_note(directory: Path) -> None:
     adapter = FileAdapter(directory)
-    adapter.save([ScopeChange("s", 1, {"k": b"1"}, {"k": 1})])
+    adapter.save([change("s", 1, {"k": b"1"}, {"k": 1})])
     assert len((directory / "state.lock").read_bytes().splitlines()) == 2
 
     adapter.close()
@@ -158,8 +159,8 @@ def test_a_clean_end_leaves_no_note(directory: Path) -> None:
 @pytest.mark.parametrize("scope", ["", "s\n\0\"'", "\U0001f600" * 250, "x" * 251])
 def test_the_note_holds_any_name_or_is_left_out(directory: Path, scope: str) -> None:
     adapter = FileAdapter(directory)
-    adapter.save([ScopeChange("before", 1, {"k": b"1"}, {"k": 1})])
-    adapter.save([ScopeChange(scope, 5, {"k": b"1"}, {"k": 1})])
+    adapter.save([change("before", 1, {"k": b"1"}, {"k": 1})])
+    adapter.save([change(scope, 5, {"k": b"1"}, {"k": 1})])
     lines = (directory / "state.lock").read_bytes().splitlines()
 
     assert json.loads(lines[1]) == ([scope, 5] if len(scope) <= 250 else ["before", 1])

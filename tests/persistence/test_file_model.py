@@ -10,8 +10,10 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from stored import change, crash, values_of
 
-from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence.sqlite.schema import RESERVED
 
 names = st.sampled_from(["", "a", "A", "\x00", "../x", "é", "\U0001f600"]) | st.text(
     st.characters(exclude_categories=["Cs"]), max_size=4
@@ -27,28 +29,27 @@ class FileStore(RuleBasedStateMachine):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
         self.adapter = FileAdapter(self.directory)
-        self.model: dict[str, dict[str, bytes]] = {}
-        self.sequences: dict[str, int] = {}
+        self.model: dict[str, dict[str, Entry]] = {}
+        self.revisions: dict[str, int] = {}
 
     @rule(steps=steps)
     def save(self, steps: list[tuple[str, list[tuple[str, bytes | None]]]]) -> None:
         """Write as an engine would, key by key, and save what changed per scope as one batch."""
         batch = []
         for scope, writes in steps:
-            change = ScopeChange(scope, self.sequences.get(scope, 0), {}, {})
-            values = self.model.setdefault(scope, {})
+            entries = self.model.setdefault(scope, {})
+            changed = ScopeChange(scope, self.revisions.get(scope, 0), {})
             for key, value in writes:
-                change.sequence += 1
-                if value is None:
-                    values.pop(key, None)
-                    change.positions.pop(key, None)
-                else:
-                    if key not in values:
-                        change.positions[key] = change.sequence
-                    values[key] = value
-                change.values[key] = value
-            self.sequences[scope] = change.sequence
-            batch.append(change)
+                changed.revision += 1
+                before = entries.pop(key, None) if value is None else entries.get(key)
+                if value is not None:
+                    created = changed.revision if before is None else before.created
+                    entries[key] = Entry(value, changed.revision, created)
+                elif before is not None:
+                    changed.removed.append(before.created)
+                changed.entries[key] = entries.get(key)
+            self.revisions[scope] = changed.revision
+            batch.append(changed)
         self.adapter.save(batch)
 
     @rule(scope=names, count=st.integers(1, 700), value=documents)
@@ -64,13 +65,21 @@ class FileStore(RuleBasedStateMachine):
         self.adapter.close()
         self.adapter = FileAdapter(self.directory)
 
+    @rule()
+    def crash(self) -> None:
+        """No scope gives a number again that it may have given before."""
+        crash(self.adapter)
+        self.adapter = FileAdapter(self.directory)
+        for scope in self.revisions:
+            self.revisions[scope] += RESERVED
+
     @invariant()
     def holds_what_the_model_holds(self) -> None:
-        assert sorted(self.adapter.scopes()) == sorted(scope for scope, values in self.model.items() if values)
-        for scope, values in self.model.items():
+        assert sorted(self.adapter.scopes()) == sorted(scope for scope, entries in self.model.items() if entries)
+        for scope, entries in self.model.items():
             state = self.adapter.load(scope)
-            assert list(state.values.items()) == list(values.items())
-            assert state.sequence == self.sequences[scope]
+            assert list(state.entries.items()) == list(entries.items())
+            assert state.revision == self.revisions.get(scope, 0)
 
     def teardown(self) -> None:
         assert self.adapter.check() == []
@@ -86,7 +95,7 @@ def test_loads_beside_saves_each_see_one_moment(directory: Path) -> None:
     """Every save gives all 2,500 keys the same value; a load of several pages must never see two of them."""
     keys = [f"k{number}" for number in range(2500)]
     adapter = FileAdapter(directory)
-    adapter.save([ScopeChange("s", 1, dict.fromkeys(keys, b"1"), {key: place for place, key in enumerate(keys)})])
+    adapter.save([change("s", 2500, dict.fromkeys(keys, b"2500"), {key: place for place, key in enumerate(keys)})])
     done = threading.Event()
     torn: list[set[bytes]] = []
     loads = [0, 0, 0]
@@ -95,15 +104,15 @@ def test_loads_beside_saves_each_see_one_moment(directory: Path) -> None:
         while not done.is_set() or loads[number] < 3:
             state = adapter.load("s")
             loads[number] += 1
-            seen = set(state.values.values())
-            if seen != {b"%d" % state.sequence} or list(state.values) != keys:
+            seen = {entry.json for entry in state.entries.values()}
+            if seen != {b"%d" % state.revision} or list(state.entries) != keys:
                 torn.append(seen)
 
     readers = [threading.Thread(target=read, args=(number,)) for number in range(3)]
     for reader in readers:
         reader.start()
-    for number in range(2, 20):
-        adapter.save([ScopeChange("s", number, dict.fromkeys(keys, b"%d" % number), {})])
+    for number in range(2501, 2520):
+        adapter.save([change("s", number, dict.fromkeys(keys, b"%d" % number), {})])
     done.set()
     for reader in readers:
         reader.join()
@@ -116,13 +125,13 @@ def test_loads_beside_saves_each_see_one_moment(directory: Path) -> None:
 
 def test_more_loads_at_once_than_connections_are_kept(directory: Path) -> None:
     adapter = FileAdapter(directory)
-    adapter.save([ScopeChange("s", 1, {"k": b"1"}, {"k": 1})])
+    adapter.save([change("s", 1, {"k": b"1"}, {"k": 1})])
     gate = threading.Barrier(12)
     results: list[dict[str, bytes]] = []
 
     def load() -> None:
         gate.wait(30)
-        results.extend(adapter.load("s").values for _ in range(20))
+        results.extend(values_of(adapter.load("s")) for _ in range(20))
 
     threads = [threading.Thread(target=load) for _ in range(12)]
     for thread in threads:

@@ -13,16 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stored import change
 
 from scopestate import Engine
 from scopestate.config import KvOptions, load
 from scopestate.errors import ConfigError, StorageError, StoreLocked, StoreUnusable
 from scopestate.paths import expand_home
-from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter
 from scopestate.persistence.sqlite.reading import StoreReader
 
 Open = Callable[..., FileAdapter]
-ONE = [ScopeChange("s", 1, {"k": b"1"}, {"k": 1})]
+ONE = [change("s", 1, {"k": b"1"}, {"k": 1})]
 
 
 def config_of(path: str) -> dict[str, object]:
@@ -204,7 +205,7 @@ def test_a_store_that_vanished_is_put_back_for_its_owner_alone(open_file: Open, 
     adapter.save(ONE)
     (directory / "state.db").unlink()
 
-    adapter.save([ScopeChange("s", 2, {"k": b"2"}, {})])
+    adapter.save([change("s", 2, {"k": b"2"}, {})])
 
     assert mode(directory / "state.db") == 0o600
     adapter.close()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import pytest
+from stored import change, values_of
 
 from scopestate.persistence import FileAdapter, ScopeChange
 from scopestate.persistence.sqlite import rows
@@ -29,7 +30,7 @@ class Faults(Protocol):
 def many(scopes: int, keys: int, value: bytes | None, *, created: bool) -> list[ScopeChange]:
     names = [f"k{number}" for number in range(keys)]
     positions = {name: place for place, name in enumerate(names, 1)} if created else {}
-    return [ScopeChange(f"s{number}", keys, dict.fromkeys(names, value), dict(positions)) for number in range(scopes)]
+    return [change(f"s{number}", keys, dict.fromkeys(names, value), dict(positions)) for number in range(scopes)]
 
 
 @pytest.mark.parametrize(("scopes", "keys"), [(1, 20_000), (20, 1_000), (20_000, 1)])
@@ -55,7 +56,7 @@ def test_listing_and_loading_take_few_statements(open_file: Open, faults: Faults
     assert len(faults.statements) < 10
 
     faults.statements.clear()
-    assert len(adapter.load("s0").values) == 900
+    assert len(values_of(adapter.load("s0"))) == 900
     assert len(faults.statements) == 1
 
 
@@ -64,15 +65,14 @@ def test_no_statement_scans_a_table(open_file: Open) -> None:
     adapter = open_file()
     adapter.close()
     connection = sqlite3.connect(adapter.path)
-    first = rows._parameters("s", None, 1)
-    following = rows._parameters("s", (2, 3), 1)
+    page = {"scope": "s", "after": 1 << 24, "limit": 1}
     statements: dict[str, Any] = {
-        rows._PAGE_FIRST: first,
-        rows._PAGE_NEXT: following,
-        rows._PLAIN_FIRST: first,
-        rows._PLAIN_NEXT: following,
+        rows._PAGE: page,
+        rows._PLAIN: page,
         rows._NAMES_NEXT: {"after": "s", "limit": 1},
-        rows._DELETE[4]: ("a",) * 8,
+        rows._PLACES[4]: ("a",) * 4,
+        rows._DELETE[4]: (1,) * 4,
+        rows._DUE: (1,),
     }
 
     for statement, parameters in statements.items():

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stored import change, values_of
 
 from scopestate import Engine
 from scopestate.config import Config, from_mapping
 from scopestate.errors import StoreCorrupt
-from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter
 from scopestate.persistence.sqlite.reading import StoreReader
 
 PATIENCE_S = 20.0
@@ -65,7 +66,7 @@ def test_openings_behind_a_quarantine_begin_anew_and_keep_what_they_save(
     directory: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter = FileAdapter(directory)
-    adapter.save([ScopeChange("s", 1, {"k": b"1"}, {"k": 1})])
+    adapter.save([change("s", 1, {"k": b"1"}, {"k": 1})])
     adapter.close()
     (directory / "state.db").write_bytes(b"noise" * 1000 if damage == "noise" else b"")
 
@@ -79,8 +80,10 @@ def test_openings_behind_a_quarantine_begin_anew_and_keep_what_they_save(
     for number in (1, 2, 3):
         adapter = FileAdapter(directory)
         state = adapter.load("s")
-        assert (state.values, state.sequence) == (({"k": b"%d" % (number - 1)}, number - 1) if number > 1 else ({}, 0))
-        adapter.save([ScopeChange("s", number, {"k": b"%d" % number}, {"k": 1} if number == 1 else {})])
+        assert (values_of(state), state.revision) == (
+            ({"k": b"%d" % (number - 1)}, number - 1) if number > 1 else ({}, 0)
+        )
+        adapter.save([change("s", number, {"k": b"%d" % number}, {"k": 1} if number == 1 else {})])
         assert adapter.problem() is None
         adapter.close()
 

@@ -13,6 +13,7 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from linearizability.model import MISSING, ScopeModel, State, text_of
+from stored import values_of
 
 from scopestate import Engine, messages
 from scopestate.actors.scope import Passivate
@@ -252,9 +253,9 @@ class EngineMachine(RuleBasedStateMachine):
                 assert adapter.check() == []
                 for scope, state in self.model.items():
                     saved = adapter.load(scope)
-                    content = [(key, text_of(msgspec.json.decode(data))) for key, data in saved.values.items()]
+                    content = [(key, text_of(msgspec.json.decode(data))) for key, data in values_of(saved).items()]
                     assert tuple(content) == state
-                    assert saved.sequence == self.writes[scope]
+                    assert saved.revision == self.writes[scope]
             finally:
                 adapter.close()
         finally:

@@ -59,7 +59,7 @@ def history(steps: list[Any], durability: str) -> tuple[Any, ...]:
         engine.flush()
         engine.drain(20)
     seen = [(event.event_type, event.key, event.old_json, event.new_json, event.sequence) for event in events]
-    saved = [(change.sequence, change.values, change.positions) for change in store.saved]
+    saved = [(change.revision, change.entries, change.removed) for change in store.saved]
     return answers, state, seen, saved
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stored import values_of
+
 from scopestate import Engine, StateEvent
 from scopestate.ops import turns
 from scopestate.ops.results import SetResult
@@ -42,7 +44,7 @@ def saved(directory: Path | str, scope: str) -> tuple[int, dict[str, bytes]]:
     try:
         assert adapter.check() == []
         state = adapter.load(scope)
-        return state.sequence, dict(state.values)
+        return state.revision, values_of(state)
     finally:
         adapter.close()
 

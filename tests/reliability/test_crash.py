@@ -17,9 +17,11 @@ import pytest
 from reliability.figures import record
 from reliability.history import COMMIT_PREFIX, KEYS, Replay
 from reliability.living import PATIENCE_S, start_child
+from stored import values_of
 
 from scopestate.ops.values import decode
 from scopestate.persistence import FileAdapter, ScopeState
+from scopestate.persistence.sqlite.schema import RESERVED
 
 KILLS = 200
 LONG_LIVES = 4
@@ -35,12 +37,14 @@ NAMES = (*ALONE, *SHARED, *(f"{scope}/{key}" for scope in SHARED for key in KEYS
 class Life:
     """What one child said between its begin and its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, highest: dict[str, int]) -> None:
         self.opened = False
         self.tried: dict[str, int] = defaultdict(int)
         self.acknowledged: dict[str, list[tuple[int, int]]] = defaultdict(list)
         """Name -> (number, NS) of each acknowledged write, in order."""
         self.events: dict[str, list[int]] = defaultdict(list)
+        self.highest = highest
+        """Scope -> the highest number of an event, of this life and of those before."""
         self.last_save_begun = 0
         self.last_save_done = 0
         self.safe_before = 0
@@ -57,7 +61,10 @@ class Life:
             case ["ack", name, number, ns]:
                 self.acknowledged[name].append((int(number), int(ns)))
             case ["event", scope, number, _]:
-                self.events[scope].append(int(number))
+                assert int(number) > self.highest[scope], f"{scope}: the number {number} was given before"
+                self.highest[scope] = int(number)
+                # What may have been given before a death is skipped, a whole range: how many writes there were is left.
+                self.events[scope].append(int(number) % RESERVED)
             case ["save", ns]:
                 self.last_save_begun = int(ns)
             case ["saved", ns]:
@@ -82,13 +89,14 @@ class Mortal:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._pipe, selectors.EVENT_READ)
         self._rest = b""
+        self._highest: dict[str, int] = defaultdict(int)
 
     def live(self, directory: Path, last: dict[str, int], span_s: float, *, after_open: bool) -> Life:
         """Let a child live for `span_s` seconds, from its start or from its engine's opening, and kill it."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([str(directory), INTERVAL_MS, last]).encode() + b"\n")
         self.process.stdin.flush()
-        life, pid = Life(), 0
+        life, pid = Life(self._highest), 0
         deadline: float | None = None
         patience = time.monotonic() + PATIENCE_S
         while True:
@@ -151,21 +159,21 @@ def open_after_death(directory: Path) -> dict[str, ScopeState]:
 
 def numbers_on_disk(states: dict[str, ScopeState]) -> dict[str, int]:
     """Name -> number of the last write that is on disk: of each scope, and of each key of the shared ones."""
-    found = {scope: state.sequence for scope, state in states.items()}
+    found = {scope: state.revision % RESERVED for scope, state in states.items()}
     for scope in SHARED:
         for key in KEYS:
-            found[f"{scope}/{key}"] = int(states[scope].values.get(key, b"0"))
+            found[f"{scope}/{key}"] = int(values_of(states[scope]).get(key, b"0"))
     return found
 
 
 def check_whole_prefix(states: dict[str, ScopeState], replays: dict[str, Replay]) -> None:
     """Memory as it was after some write, no more and no less: keys, values and their order."""
     for scope in ALONE:
-        expected = replays[scope].at(states[scope].sequence)
-        assert [(key, decode(data)) for key, data in states[scope].values.items()] == list(expected.items())
+        expected = replays[scope].at(states[scope].revision % RESERVED)
+        assert [(key, decode(data)) for key, data in values_of(states[scope]).items()] == list(expected.items())
     for scope in SHARED:
         # Each write adds one to one key, so this is true after every write and after nothing else.
-        assert sum(int(data) for data in states[scope].values.values()) == states[scope].sequence
+        assert sum(map(int, values_of(states[scope]).values())) == states[scope].revision % RESERVED
 
 
 def check_life(life: Life, before: dict[str, int], disk: dict[str, int]) -> float:

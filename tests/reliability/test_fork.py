@@ -13,8 +13,9 @@ import pytest
 from reliability.figures import record
 from reliability.living import PATIENCE_S, InThread, saved, start_child
 from reliability.slow import Gate
+from stored import values_of
 
-from scopestate.persistence import FileAdapter, ScopeChange
+from scopestate.persistence import Entry, FileAdapter, ScopeChange
 from scopestate.persistence.sqlite import adapter as file
 from scopestate.persistence.sqlite.database import connect
 
@@ -68,7 +69,7 @@ def test_a_fork_waits_until_no_thread_is_inside_sqlite(tmp_path: Path) -> None:
 
     adapter = FileAdapter(tmp_path / "store", connect=slow)
     waits, forked = True, threading.Event()
-    saving = InThread(lambda: adapter.save([ScopeChange("s", 1, {"k": b"1"}, {"k": 1})]))
+    saving = InThread(lambda: adapter.save([ScopeChange("s", 1, {"k": Entry(b"1", 1, 1)})]))
     assert gate.reached.wait(PATIENCE_S)
 
     def fork_and_stay() -> None:
@@ -83,5 +84,5 @@ def test_a_fork_waits_until_no_thread_is_inside_sqlite(tmp_path: Path) -> None:
     saving.result()
     forking.result()
     assert forked.is_set()
-    assert adapter.load("s").values == {"k": b"1"}
+    assert values_of(adapter.load("s")) == {"k": b"1"}
     adapter.close()

@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from stored import values_of
 
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.errors import StorageError
-from scopestate.persistence import FileAdapter, ScopeChange, ScopeState, Store
+from scopestate.persistence import Entry, FileAdapter, ScopeChange, ScopeState, Store
 from tests.simulation.model import Items, Model, Violation
 
 
 class Stored(msgspec.Struct):
     """One scope on the disk."""
 
-    values: dict[str, bytes]
-    ranks: dict[str, int]
-    sequence: int = 0
+    rows: dict[int, tuple[str, Entry]]
+    """The number of the write that created a key -> the key, and what is saved of it."""
+    revision: int = 0
 
     def items(self) -> Items:
-        """Keys and values in order of their ranks."""
-        return tuple((key, self.values[key]) for key in sorted(self.values, key=self.ranks.__getitem__))
+        """Keys and values in order of their creation."""
+        return tuple((key, entry.json) for _, (key, entry) in sorted(self.rows.items()))
+
+    def entries(self) -> dict[str, Entry]:
+        """Keys and entries in that order."""
+        return {key: entry for _, (key, entry) in sorted(self.rows.items())}
 
 
 class Disk:
@@ -44,7 +49,7 @@ class Disk:
     def sequence(self, scope: str) -> int:
         """Number of the last write of `scope` that is durable."""
         stored = self.stored.get(scope)
-        return 0 if stored is None else stored.sequence
+        return 0 if stored is None else stored.revision
 
     def items(self, scope: str) -> Items:
         """What is durable of `scope`, in order."""
@@ -53,19 +58,24 @@ class Disk:
 
     def write(self, change: ScopeChange) -> None:
         """Make one change durable, by the adapter's contract."""
-        stored = self.stored.setdefault(change.scope, Stored({}, {}))
-        if change.sequence < stored.sequence:
-            raise Violation(f"{change.scope}: write {change.sequence} is saved over the newer write {stored.sequence}")
-        stored.sequence = change.sequence
-        for key, data in change.values.items():
-            if data is None:
-                stored.values.pop(key, None)
-                stored.ranks.pop(key, None)
-            else:
-                stored.values[key] = data
-                stored.ranks[key] = change.positions.get(key, stored.ranks.get(key, 0))
-                if not stored.ranks[key]:
-                    raise Violation(f"{change.scope}: new key {key!r} is saved without its position")
+        stored = self.stored.setdefault(change.scope, Stored({}))
+        if change.revision < stored.revision:
+            raise Violation(f"{change.scope}: write {change.revision} is saved over the newer write {stored.revision}")
+        stored.revision = change.revision
+        for created in change.removed:
+            stored.rows.pop(created, None)
+        for key, entry in change.entries.items():
+            if entry is None:
+                continue
+            before = stored.rows.get(entry.created)
+            if before is not None and before[0] != key:
+                raise Violation(f"{change.scope}: key {key!r} is saved over the key {before[0]!r}")
+            stored.rows[entry.created] = key, entry
+        if len(stored.entries()) != len(stored.rows):
+            raise Violation(f"{change.scope}: a key is saved twice")
+        for key, entry in change.entries.items():
+            if entry is None and key in stored.entries():
+                raise Violation(f"{change.scope}: the deleted key {key!r} is still saved")
 
 
 class DiskAdapter(Store):
@@ -90,15 +100,16 @@ class DiskAdapter(Store):
         with self.model.watching():
             if self._real is not None:
                 state = self._real.load(scope)
-                if (tuple(state.values.items()), state.sequence) != (items, sequence):
+                if (tuple(values_of(state).items()), state.revision) != (items, sequence):
                     raise Violation(f"{scope}: the store holds {state}, saved was {items} at {sequence}")
             self.model.check_load(scope, items, sequence)
         self._dispatcher.give_way()
-        return ScopeState(dict(items), sequence)
+        stored = disk.stored.get(scope)
+        return ScopeState({} if stored is None else stored.entries(), sequence)
 
     def scopes(self) -> list[str]:
         """Names of the scopes that hold a saved key."""
-        return [scope for scope, stored in self._disk.stored.items() if stored.values]
+        return [scope for scope, stored in self._disk.stored.items() if stored.rows]
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
         """Save all or nothing; callers go on meanwhile."""

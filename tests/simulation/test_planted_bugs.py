@@ -82,8 +82,7 @@ def a_retried_save_writes_older_over_newer(patch: Patch) -> None:
         "merged",
         lambda older, newer: msgspec.structs.replace(
             merged(older, newer),
-            values={**newer.values, **older.values},
-            positions={**newer.positions, **older.positions},
+            entries={**newer.entries, **older.entries},
         ),
     )
 
@@ -106,7 +105,11 @@ def new_keys_are_saved_in_reverse(patch: Patch) -> None:
         change = collect(self)
         if change is None:
             return None
-        return msgspec.structs.replace(change, positions={key: 1000 - rank for key, rank in change.positions.items()})
+        entries = {
+            key: entry and msgspec.structs.replace(entry, created=10_000 - entry.created)
+            for key, entry in change.entries.items()
+        }
+        return msgspec.structs.replace(change, entries=entries)
 
     patch.setattr(LocalScope, "collect", misplace)
 
