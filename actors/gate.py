@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from scopestate.actors.ports import Entry, ScopeChange
+from scopestate.actors.ports import Row, ScopeChange
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Surroundings
 from scopestate.errors import ScopestateError, StorageError
@@ -79,7 +79,7 @@ class Gate:
         self.unsettled = False
         """True while memory has what may not be on disk."""
         self._waiting: list[Held] = []
-        self._committing: dict[str, Entry | None] = {}
+        self._committing: dict[str, Row | None] = {}
         """The changes of the commit that is under way."""
 
     def refuse_in_turns(self) -> None:

@@ -7,7 +7,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from scopestate.actors.gate import Gate
-from scopestate.actors.ports import Entry, ScopeChange
+from scopestate.actors.ports import Row, ScopeChange
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Collect, Housekeeping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY, HOLDER
@@ -27,7 +27,7 @@ LAST_SEQUENCE: Final = 2**53 - 2**32
 
 
 ABSENT: Final[Any] = object()
-ToSave = tuple[Entry | None, Any, tuple[int, ...]]
+ToSave = tuple[Row | None, Any, tuple[int, ...]]
 NOTHING: Final[ToSave] = (None, ABSENT, ())
 
 
@@ -73,7 +73,7 @@ class LocalScope(ScopeActor):
         if keeps:
             self._sequence = 0  # until it is loaded
         self._saved = 0
-        self._dirty: dict[str, Entry | None] | None = {} if keeps else None
+        self._dirty: dict[str, Row | None] | None = {} if keeps else None
         self._created: dict[str, int] = {} if keeps else _UNUSED
         """key -> the write that created it, of a scope that is kept."""
         self._removed: list[int] = [] if keeps else _NONE_GONE
@@ -231,10 +231,10 @@ class LocalScope(ScopeActor):
 
     def _to_save(self, key: str, old: bytes | None, new: bytes | None, sequence: int) -> ToSave:
         """Return what a change leaves to save: the entry, what was to be saved for its key before, and what is gone."""
-        entry: Entry | None = None
+        entry: Row | None = None
         gone: tuple[int, ...] = ()
         if new is not None:
-            entry = Entry(new, sequence, sequence if old is None else self._created[key])
+            entry = Row(new, sequence, sequence if old is None else self._created[key])
         elif old is not None and self._created[key] <= self._collected:
             gone = (self._created[key],)
         return entry, self._dirty.get(key, ABSENT), gone  # type: ignore[union-attr]  # it is kept
@@ -341,7 +341,7 @@ class LocalScope(ScopeActor):
         if self._dirty is None or (not self._dirty and self._saved == self._sequence):
             return None
         change = ScopeChange(self.scope, self._sequence, self._dirty, self._removed)
-        dirty, removed = dict[str, Entry | None](), list[int]()
+        dirty, removed = dict[str, Row | None](), list[int]()
         # Nothing below needs memory: what was collected reaches the store, or stays to be collected.
         self._dirty, self._removed, self._collected = dirty, removed, self._sequence
         return change

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scopestate.actors.scope import ScopeActor, Surroundings
 
 
-class Entry(msgspec.Struct, frozen=True, gc=False):
+class Row(msgspec.Struct, frozen=True, gc=False):
     """What is stored under a key."""
 
     json: bytes
@@ -35,7 +35,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 class ScopeState(msgspec.Struct):
     """One scope as it was saved."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, Row]
     """key -> entry, in the order of creation. Those that have expired are there too."""
     revision: int
     """The number behind which the scope goes on; 0 for one that was never saved. It never goes back.
@@ -50,7 +50,7 @@ class ScopeChange(msgspec.Struct):
     scope: str
     revision: int
     """The number of the last write that it includes."""
-    entries: dict[str, Entry | None]
+    entries: dict[str, Row | None]
     """key -> its new entry, or None for a deleted key."""
     removed: list[int] = []
     """`created` of each deleted entry that may be in the store, even if its key exists again."""

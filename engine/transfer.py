@@ -21,7 +21,7 @@ from msgspec import Raw
 
 from scopestate.errors import DeserializationError
 from scopestate.ops.values import parse
-from scopestate.persistence import Entry as Stored
+from scopestate.persistence import Row as Stored
 from scopestate.persistence import ScopeChange, Store
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scopestate.persistence import Entry, FileAdapter, ScopeChange, ScopeState
+from scopestate.persistence import FileAdapter, Row, ScopeChange, ScopeState
 
 _created: dict[tuple[str, str], int] = {}
 
@@ -21,7 +21,7 @@ def change(
 
     `created`: the numbers of the writes that created keys; a key that is not there was created by an earlier change.
     """
-    entries: dict[str, Entry | None] = {}
+    entries: dict[str, Row | None] = {}
     removed = [_created.pop((scope, key)) for key in [*values] if values[key] is None and (scope, key) in _created]
     for key, number in (created or {}).items():
         if _created.get((scope, key), number) != number:
@@ -34,7 +34,7 @@ def change(
         if (scope, key) not in _created:
             _created[scope, key] = 1 + max((found for (of, _), found in _created.items() if of == scope), default=0)
         number = _created[scope, key]
-        entries[key] = Entry(value, max(revision, number), number)
+        entries[key] = Row(value, max(revision, number), number)
     return ScopeChange(scope, revision, entries, removed)
 
 

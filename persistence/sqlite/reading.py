@@ -13,7 +13,7 @@ from typing import Self
 
 import msgspec
 
-from scopestate.actors.ports import Entry
+from scopestate.actors.ports import Row
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
 from scopestate.paths import expand_home
 from scopestate.persistence.sqlite.database import LIBRARY_ERRORS, connect, database_uri, storage_error
@@ -118,7 +118,7 @@ class StoreReader:
         for key, entry in self.entries(scope):
             yield key, entry.json
 
-    def entries(self, scope: str) -> Iterator[tuple[str, Entry]]:
+    def entries(self, scope: str) -> Iterator[tuple[str, Row]]:
         """Yield keys and entries in insertion order. Raises StorageError for a row that is not JSON."""
         with self._translated(f"read scope {scope!r}"):
             yield from read_pages(self._connection, scope)

@@ -15,7 +15,7 @@ from types import NoneType
 
 import msgspec
 
-from scopestate.actors.ports import Entry, ScopeChange, ScopeState
+from scopestate.actors.ports import Row, ScopeChange, ScopeState
 from scopestate.errors import StorageError, UnsavableValue
 from scopestate.persistence.sqlite.database import primary_code
 from scopestate.persistence.sqlite.schema import EXTENT_BITS, EXTENT_MASK, HIGHEST_REVISION, RESERVED, number
@@ -296,7 +296,7 @@ def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
     # Only a scope of several pages needs a transaction to be read as of one moment: it takes two more calls.
     connection.execute("BEGIN")
     try:
-        entries: dict[str, Entry] = {}
+        entries: dict[str, Row] = {}
         count = 0
         for rows in _pages(connection, scope):
             entries.update(_entries(rows))
@@ -308,7 +308,7 @@ def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
     return _state(scope, entries, count, revision)
 
 
-def _state(scope: str, entries: dict[str, Entry], rows: int, revision: int) -> ScopeState:
+def _state(scope: str, entries: dict[str, Row], rows: int, revision: int) -> ScopeState:
     if len(entries) != rows:
         raise StorageError(
             f"scope {scope!r} holds a key twice; was the database edited? `store verify` names the key: delete "
@@ -332,7 +332,7 @@ def _checked_revision(scope: str, revision: object) -> int:
     return revision
 
 
-def read_pages(connection: sqlite3.Connection, scope: str) -> Iterator[tuple[str, Entry]]:
+def read_pages(connection: sqlite3.Connection, scope: str) -> Iterator[tuple[str, Row]]:
     """Yield keys and entries in the order of their creation, in pages of about `_PAGE_BYTES`."""
     for rows in _pages(connection, scope):
         yield from _entries(rows).items()
@@ -359,8 +359,8 @@ def _pages(connection: sqlite3.Connection, scope: str) -> Iterator[list[_Row]]:
         limit = max(1, min(_PAGE_ROWS, len(rows) * _PAGE_BYTES // max(size, 1)))
 
 
-def _entries(rows: list[_Row]) -> dict[str, Entry]:
-    return {key: Entry(bytes(value), revision, created, expires) for _, created, key, revision, expires, value in rows}
+def _entries(rows: list[_Row]) -> dict[str, Row]:
+    return {key: Row(bytes(value), revision, created, expires) for _, created, key, revision, expires, value in rows}
 
 
 def _read_page(connection: sqlite3.Connection, scope: str, after: int, limit: int) -> tuple[int, list[_Row]]:

@@ -13,7 +13,7 @@ import pytest
 from scopestate import Engine, StorageError, messages, ops
 from scopestate.config import from_mapping
 from scopestate.errors import DeserializationError, ScopestateError, UnsavableValue, ValueTooLarge
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter, Row, ScopeChange
 from scopestate.persistence.sqlite.database import connect
 from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.transfer import read_lines
@@ -183,7 +183,7 @@ def test_a_scope_at_the_highest_number_that_a_store_holds_can_be_read_and_not_wr
     open_on: Open, tmp_path: Path
 ) -> None:
     store = FileAdapter(tmp_path)
-    store.save([ScopeChange("s", 2**53 - 1, {"k": Entry(b"1", 1, 1)})])
+    store.save([ScopeChange("s", 2**53 - 1, {"k": Row(b"1", 1, 1)})])
     store.close()
     engine = open_on()
     engine.set("t", "k", 1)

@@ -10,7 +10,7 @@ from stored import change, values_of
 
 from scopestate import Engine
 from scopestate.errors import ConfigError, StorageError
-from scopestate.persistence import Entry, ScopeChange, ScopeState, Store
+from scopestate.persistence import Row, ScopeChange, ScopeState, Store
 from scopestate.persistence.local import LocalBackend
 
 
@@ -70,7 +70,7 @@ def test_what_was_saved_is_loaded_with_its_numbers(store: Place) -> None:
 
     state = store.adapter.load("users")
 
-    assert state == ScopeState({"ada": Entry(b'{"age":36}', 7, 1), "bob": Entry(b"null", 7, 2)}, 7)
+    assert state == ScopeState({"ada": Row(b'{"age":36}', 7, 1), "bob": Row(b"null", 7, 2)}, 7)
 
 
 def test_what_was_saved_is_there_after_a_restart(store: Place) -> None:
@@ -78,7 +78,7 @@ def test_what_was_saved_is_there_after_a_restart(store: Place) -> None:
 
     adapter = store.reopen()
 
-    assert adapter.load("users") == ScopeState({"ada": Entry(b"1", 7, 1)}, 7)
+    assert adapter.load("users") == ScopeState({"ada": Row(b"1", 7, 1)}, 7)
     assert adapter.scopes() == ["users"]
 
 
@@ -149,8 +149,8 @@ def test_numbers_use_53_bits(store: Place) -> None:
 
 
 def test_each_entry_keeps_its_numbers_and_its_deadline(store: Place) -> None:
-    entries: dict[str, Entry | None] = {
-        "plain": Entry(b"1", 9, 2), "new": Entry(b"2", 11, 11), "expires": Entry(b"3", 12, 3, 1_700_000_000_123)
+    entries: dict[str, Row | None] = {
+        "plain": Row(b"1", 9, 2), "new": Row(b"2", 11, 11), "expires": Row(b"3", 12, 3, 1_700_000_000_123)
     }  # fmt: skip
     store.adapter.save([ScopeChange("s", 12, entries, [], 1_700_000_000_123)])
 
@@ -182,7 +182,7 @@ def test_keys_created_far_apart_stay_in_order(store: Place) -> None:
 
 
 def test_scopes_are_listed_by_when_their_first_key_expires(store: Place) -> None:
-    batch = [ScopeChange(f"s{due}", 1, {"k": Entry(b"1", 1, 1, due)}, [], due) for due in (30, 10, 20)]
+    batch = [ScopeChange(f"s{due}", 1, {"k": Row(b"1", 1, 1, due)}, [], due) for due in (30, 10, 20)]
     store.adapter.save([*batch, created("without", 1, {"k": b"1"})])
 
     assert store.reopen().due(2) == [(10, "s10"), (20, "s20")]
@@ -190,8 +190,8 @@ def test_scopes_are_listed_by_when_their_first_key_expires(store: Place) -> None
 
 
 def test_a_scope_whose_deadlines_are_gone_is_not_due(store: Place) -> None:
-    store.adapter.save([ScopeChange("s", 1, {"k": Entry(b"1", 1, 1, 10)}, [], 10)])
-    store.adapter.save([ScopeChange("s", 2, {"k": Entry(b"2", 2, 1)})])
+    store.adapter.save([ScopeChange("s", 1, {"k": Row(b"1", 1, 1, 10)}, [], 10)])
+    store.adapter.save([ScopeChange("s", 2, {"k": Row(b"2", 2, 1)})])
 
     assert store.reopen().due(9) == []
 

@@ -13,7 +13,7 @@ from scopestate.persistence import FileAdapter
 
 SAVE_FOR_EVER = """
 import sys
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import Row, FileAdapter, ScopeChange
 adapter = FileAdapter(sys.argv[1])
 states = {scope: adapter.load(scope) for scope in ("count", "wide", "gone")}
 def change(scope, values):
@@ -23,7 +23,7 @@ def change(scope, values):
         before = state.entries.pop(key, None) if value is None else state.entries.get(key)
         if value is not None:
             created = before.created if before else state.revision
-            state.entries[key] = changed[key] = Entry(value, state.revision, created)
+            state.entries[key] = changed[key] = Row(value, state.revision, created)
         elif before:
             removed.append(before.created)
     return ScopeChange(scope, state.revision, changed, removed)

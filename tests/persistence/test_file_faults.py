@@ -17,7 +17,7 @@ import pytest
 from stored import change, values_of
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreLocked, StoreUnusable
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter, Row, ScopeChange
 from scopestate.persistence.sqlite.database import connect
 from scopestate.persistence.sqlite.opening import publish
 from scopestate.persistence.sqlite.schema import RESERVED
@@ -48,11 +48,11 @@ def contents(adapter: FileAdapter) -> dict[str, tuple[int, list[tuple[str, bytes
 
 def mixed_batch() -> list[ScopeChange]:
     """Creates, overwrites, deletes, empties an extent, and has one scope twice: every kind of statement of a save."""
-    created: dict[str, Entry | None] = {f"new-{n}": Entry(b"1", 10 + n, 10 + n) for n in range(300)}
+    created: dict[str, Row | None] = {f"new-{n}": Row(b"1", 10 + n, 10 + n) for n in range(300)}
     return [
         ScopeChange("a", 310, created),
-        ScopeChange("b", 2**30, {"old": Entry(b"2", 2**30, 1), "gone": None, "far": Entry(b"3", 2**30, 2**30)}, [2]),
-        ScopeChange("a", 400, {"new-0": None, "new-1": Entry(b"3", 400, 400)}, [10, 11]),
+        ScopeChange("b", 2**30, {"old": Row(b"2", 2**30, 1), "gone": None, "far": Row(b"3", 2**30, 2**30)}, [2]),
+        ScopeChange("a", 400, {"new-0": None, "new-1": Row(b"3", 400, 400)}, [10, 11]),
         ScopeChange("b", 2**30 + 1, {"old": None}, [1]),
     ]
 
@@ -211,20 +211,20 @@ def test_a_full_disk_refuses_the_save_and_saving_resumes_when_there_is_room(open
 FILL_UNTIL_THE_LIMIT = """
 import resource, sys
 from scopestate.errors import StorageError
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import Row, FileAdapter, ScopeChange
 adapter = FileAdapter(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
 saved = 0
 try:
     for number in range(1, 1000):
-        adapter.save([ScopeChange("s", number, {f"k{number}": Entry(b'"' + b"x" * 5000 + b'"', number, number)})])
+        adapter.save([ScopeChange("s", number, {f"k{number}": Row(b'"' + b"x" * 5000 + b'"', number, number)})])
         saved = number
 except StorageError as error:
     print(type(error).__name__, error)
 loaded = adapter.load("s")
 assert list(loaded.entries) == [f"k{number}" for number in range(1, saved + 1)], len(loaded.entries)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-adapter.save([ScopeChange("s", saved + 1, {"after": Entry(b"1", saved + 1, saved + 1)})])
+adapter.save([ScopeChange("s", saved + 1, {"after": Row(b"1", saved + 1, saved + 1)})])
 assert adapter.check() == []
 adapter.close()
 print(saved)

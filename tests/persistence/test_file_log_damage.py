@@ -21,10 +21,10 @@ from scopestate.persistence.sqlite.reading import StoreReader
 COMMITS = 100
 KILLED = """
 import os, sys
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import Row, FileAdapter, ScopeChange
 adapter = FileAdapter(sys.argv[1])
 for number in range(1, int(sys.argv[2]) + 1):
-    adapter.save([ScopeChange("s", number, {f"k{number}": Entry(b"1", number, number)})])
+    adapter.save([ScopeChange("s", number, {f"k{number}": Row(b"1", number, number)})])
 os._exit(0)
 """
 FRAME = 24 + 4096

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from stored import change, crash, values_of
 
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter, Row, ScopeChange
 from scopestate.persistence.sqlite.schema import RESERVED
 
 names = st.sampled_from(["", "a", "A", "\x00", "../x", "é", "\U0001f600"]) | st.text(
@@ -29,7 +29,7 @@ class FileStore(RuleBasedStateMachine):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
         self.adapter = FileAdapter(self.directory)
-        self.model: dict[str, dict[str, Entry]] = {}
+        self.model: dict[str, dict[str, Row]] = {}
         self.revisions: dict[str, int] = {}
 
     @rule(steps=steps)
@@ -44,7 +44,7 @@ class FileStore(RuleBasedStateMachine):
                 before = entries.pop(key, None) if value is None else entries.get(key)
                 if value is not None:
                     created = changed.revision if before is None else before.created
-                    entries[key] = Entry(value, changed.revision, created)
+                    entries[key] = Row(value, changed.revision, created)
                 elif before is not None:
                     changed.removed.append(before.created)
                 changed.entries[key] = entries.get(key)

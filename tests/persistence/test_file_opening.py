@@ -16,7 +16,7 @@ import pytest
 from stored import change, values_of
 
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter, Row, ScopeChange
 from scopestate.persistence.sqlite import schema
 from scopestate.persistence.sqlite.database import connect
 
@@ -225,7 +225,7 @@ def test_a_directory_in_place_of_the_lock(open_file: Open, directory: Path) -> N
 
 OPEN_AS_NOBODY = """
 import os, sys
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import Row, FileAdapter, ScopeChange
 from scopestate.errors import StorageError
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -629,6 +629,6 @@ def test_a_row_of_another_key_is_never_overwritten(open_file: Open, directory: P
     fill(adapter, 3)
 
     with pytest.raises(StorageError, match="holds another key than the one that is saved"):
-        adapter.save([ScopeChange("s", 4, {"other": Entry(b"1", 4, 2)})])
+        adapter.save([ScopeChange("s", 4, {"other": Row(b"1", 4, 2)})])
 
     assert list(adapter.load("s").entries) == ["key-0", "key-1", "key-2"]

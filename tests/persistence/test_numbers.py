@@ -11,7 +11,7 @@ from stored import crash
 
 from scopestate import Engine
 from scopestate.config import from_mapping
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter, Row, ScopeChange
 from scopestate.persistence.sqlite.schema import RESERVED
 
 RunChild = Callable[..., subprocess.Popen[str]]
@@ -76,7 +76,7 @@ def test_after_an_orderly_end_numbers_go_on_without_a_gap(directory: Path) -> No
 
 
 def write(store: FileAdapter, scope: str, revision: int) -> None:
-    store.save([ScopeChange(scope, revision, {"k": Entry(b"1", revision, 1)})])
+    store.save([ScopeChange(scope, revision, {"k": Row(b"1", revision, 1)})])
 
 
 @pytest.mark.parametrize("ends", [1, 2, 5])
@@ -114,9 +114,9 @@ def test_what_an_older_database_in_its_place_lacks_is_skipped(directory: Path, r
     backup = (directory / "state.db").read_bytes()
     child = run_child(
         "import os, sys\n"
-        "from scopestate.persistence import Entry, FileAdapter, ScopeChange\n"
+        "from scopestate.persistence import Row, FileAdapter, ScopeChange\n"
         "store = FileAdapter(sys.argv[1])\n"
-        "store.save([ScopeChange('s', 9, {'k': Entry(b'2', 9, 1)})])\n"
+        "store.save([ScopeChange('s', 9, {'k': Row(b'2', 9, 1)})])\n"
         "os._exit(0)\n",
         str(directory),
     )

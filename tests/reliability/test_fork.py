@@ -15,7 +15,7 @@ from reliability.living import PATIENCE_S, InThread, saved, start_child
 from reliability.slow import Gate
 from stored import values_of
 
-from scopestate.persistence import Entry, FileAdapter, ScopeChange
+from scopestate.persistence import FileAdapter, Row, ScopeChange
 from scopestate.persistence.sqlite import adapter as file
 from scopestate.persistence.sqlite.database import connect
 
@@ -69,7 +69,7 @@ def test_a_fork_waits_until_no_thread_is_inside_sqlite(tmp_path: Path) -> None:
 
     adapter = FileAdapter(tmp_path / "store", connect=slow)
     waits, forked = True, threading.Event()
-    saving = InThread(lambda: adapter.save([ScopeChange("s", 1, {"k": Entry(b"1", 1, 1)})]))
+    saving = InThread(lambda: adapter.save([ScopeChange("s", 1, {"k": Row(b"1", 1, 1)})]))
     assert gate.reached.wait(PATIENCE_S)
 
     def fork_and_stay() -> None:

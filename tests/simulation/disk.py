@@ -9,14 +9,14 @@ from stored import values_of
 
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.errors import StorageError
-from scopestate.persistence import Entry, FileAdapter, ScopeChange, ScopeState, Store
+from scopestate.persistence import FileAdapter, Row, ScopeChange, ScopeState, Store
 from tests.simulation.model import Items, Model, Violation
 
 
 class Stored(msgspec.Struct):
     """One scope on the disk."""
 
-    rows: dict[int, tuple[str, Entry]]
+    rows: dict[int, tuple[str, Row]]
     """The number of the write that created a key -> the key, and what is saved of it."""
     revision: int = 0
 
@@ -24,7 +24,7 @@ class Stored(msgspec.Struct):
         """Keys and values in order of their creation."""
         return tuple((key, entry.json) for _, (key, entry) in sorted(self.rows.items()))
 
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, Row]:
         """Keys and entries in that order."""
         return {key: entry for _, (key, entry) in sorted(self.rows.items())}
 
