@@ -165,7 +165,7 @@ def test_messages_that_reach_a_scope_that_left_are_passed_on_and_each_is_answere
             read.get(timeout=30)
 
 
-class Claim(turns._OneKey[bool], frozen=True, gc=False):
+class Claim(turns.OneKey[bool], frozen=True, gc=False):
     """Write a key that does not exist yet; the answer is whether this turn wrote it."""
 
     function_id = "test::claim"
