@@ -14,7 +14,7 @@ from scopestate.actors.ports import ScopeChange, Store
 from scopestate.actors.pykka_face import PROXIES, Stop
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turn import BUSY, TurnActor
-from scopestate.errors import DeserializationError, EngineClosed, Overloaded, ReplyTimeout, ScopestateError
+from scopestate.errors import DeserializationError, EngineClosed, Overloaded, ReplyTimeout, ScopestateError, Unsupported
 from scopestate.ops.turns import Turn, answer_of, no_message, turn_of
 
 if TYPE_CHECKING:
@@ -164,6 +164,10 @@ class ScopeActor(TurnActor):
 
     def run(self, turn: Turn[A]) -> A:
         """Run a turn and wait for its answer, at most `call_timeout_s` seconds. Raises what the turn raises."""
+        return self.send_and_wait(turn)
+
+    def send_and_wait(self, turn: Turn[A]) -> A:
+        """As `run`, always by `send`: for a turn whose answer may have to wait, such as a `Durable` one."""
         timeout_s = self._around.limits.call_timeout_s
         reply: Reply[A] = self._dispatcher.reply()
         self.send(Envelope(turn, reply))
@@ -178,6 +182,16 @@ class ScopeActor(TurnActor):
         del turn
         answer: A = BUSY
         return answer
+
+    def with_durability(self, turn: Turn[A], durable: bool) -> Turn[A]:
+        """Return the turn that does the same with `durable` as the caller asks; it may be a `Durable` one.
+
+        Raises Unsupported if that cannot be promised, and DeserializationError for a write that would be less durable
+        than the scope's durability says.
+        """
+        if durable:
+            raise Unsupported("`durable=True`", f"scope {self.scope!r} is not saved by this engine")
+        return turn
 
     @abstractmethod
     def send(self, envelope: Envelope) -> None:

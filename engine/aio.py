@@ -26,6 +26,7 @@ from scopestate.ops.functions import BUILT_IN, fields_of, function_of
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
+from scopestate.ops.writes import Durable, unwrapped
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
@@ -63,7 +64,7 @@ class AioEngine:
             key = checked_name("key", key)
         turn = turns.Set(key, data)
         try:
-            answer = self._scopes[scope].run_now(turn)  # as in `_run`: one coroutine less for most writes
+            answer = self._scopes[scope].run_now(turn)  # as in `_at_once`: one coroutine less for most writes
         except HandlerFull:
             return await self._run_when_room(scope, turn)
         return await self._run_later(scope, turn) if answer is BUSY else answer
@@ -84,18 +85,16 @@ class AioEngine:
                 return decode(data)
         key = checked_name("key", key)  # as in `Engine.get`
         if values is None or actor.readable is not values:
-            data = await self._run(scope, turns.Get(key))
+            data = await self._at_once(scope, turns.Get(key))
         return default if data is None else decode(data)
 
     async def delete(self, scope: str, key: str) -> Any:
         """As `Engine.delete`."""
-        self._engine._tally["state::delete"].add()
         data = await self._run(scope, turns.Delete(checked_name("key", key)))
         return None if data is None else decode(data)
 
     async def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
         """As `Engine.update`."""
-        self._engine._tally["state::update"].add()
         return await self._run(scope, turns.Update(checked_name("key", key), checked(ops)))
 
     async def list(self, scope: str) -> builtins.list[Any]:
@@ -103,7 +102,7 @@ class AioEngine:
         self._engine._tally["state::list"].add()
         everything = self._scopes[checked_name("scope", scope)].values_now()
         if everything is None:
-            everything = await self._run(scope, turns.List())
+            everything = await self._at_once(scope, turns.List())
         return [decode(data) for data in everything]
 
     async def list_groups(self) -> builtins.list[str]:
@@ -171,7 +170,17 @@ class AioEngine:
     ) -> None:
         await self.close()
 
-    async def _run(self, scope: str, turn: turns.Turn[A]) -> A:
+    async def _run(self, scope: str, turn: turns.Turn[A], durable: bool | None = None) -> A:
+        """As `Engine._run`, without blocking the event loop."""
+        self._engine._tally[unwrapped(turn).function_id].add()
+        if durable is not None:
+            scope = checked_name("scope", scope)
+            turn = self._scopes[scope].with_durability(turn, durable)
+            if type(turn) is Durable:
+                return await self._run_later(scope, turn)
+        return await self._at_once(scope, turn)
+
+    async def _at_once(self, scope: str, turn: turns.Turn[A]) -> A:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
         scope = checked_name("scope", scope)
         try:

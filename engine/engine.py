@@ -39,6 +39,7 @@ from scopestate.ops.functions import BUILT_IN, fields_of
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import answer_of, checked_name, refuse_size, turn_of
 from scopestate.ops.values import decode, encode
+from scopestate.ops.writes import Durable, unwrapped
 from scopestate.parts import Parts
 from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.stats import Health, Stats, check_health, measure
@@ -219,13 +220,7 @@ class Engine(Reactive):
 
         Raises StorageError `DELETE_ERROR`, Overloaded, ReplyTimeout and EngineClosed, as `set` does.
         """
-        self._tally["state::delete"].add()
-        scope = checked_name("scope", scope)
-        turn = turns.Delete(checked_name("key", key))
-        try:
-            data = self._scopes[scope].run(turn)
-        except HandlerFull as full:
-            data = self._run_when_room(scope, turn, full)
+        data = self._run(scope, turns.Delete(checked_name("key", key)))
         return None if data is None else decode(data)
 
     def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
@@ -474,6 +469,24 @@ class Engine(Reactive):
 
     # ------------------------------------------------------------------------------------------- the slower ways
 
+    def _run(self, scope: str, turn: turns.Turn[A], durable: bool | None = None) -> A:
+        """Run a turn, count it, and wait for its answer. `durable`: True for an answer when it is on disk.
+
+        Raises what the turn raises, Unsupported if it cannot be durable, Overloaded, ReplyTimeout and EngineClosed.
+        """
+        self._tally[unwrapped(turn).function_id].add()
+        scope = checked_name("scope", scope)
+        if durable is not None:
+            turn = self._scopes[scope].with_durability(turn, durable)
+        try:
+            return self._run_once(scope, turn)
+        except HandlerFull as full:
+            return self._run_when_room(scope, turn, full)
+
+    def _run_once(self, scope: str, turn: turns.Turn[A]) -> A:
+        actor = self._scopes[scope]
+        return actor.send_and_wait(turn) if type(turn) is Durable else actor.run(turn)
+
     def _run_when_room(self, scope: str, turn: turns.Turn[A], full: HandlerFull) -> A:
         """Run `turn` when the handler that `full` is about has caught up."""
         dispatcher, backlog = self._parts.dispatcher, self._router.backlog
@@ -484,7 +497,7 @@ class Engine(Reactive):
             room: Reply[Any] = dispatcher.reply()
             backlog.when_room(room.set)
             try:
-                answer = self._scopes[scope].run(turn)
+                answer = self._run_once(scope, turn)
                 backlog.stop_waiting(room.set)
                 return answer
             except HandlerFull as still:

@@ -8,6 +8,7 @@
     |-- UpdateRefused                   an op did not fit, in a write that is all or nothing: `UPDATE_REFUSED`
     |-- BatchTooLarge                   a transaction over its limit of keys or bytes: `BATCH_TOO_LARGE`
     |-- IdempotencyMismatch             an idempotency key was used for another write: `IDEMPOTENCY_MISMATCH`
+    |-- Unsupported                     where the scope is kept, this cannot be done: `UNSUPPORTED`
     |-- InvalidPageLimits               a page of too few or too many keys or bytes: `INVALID_PAGE_LIMITS`
     |-- InvalidCursor                   a page cursor that cannot be used here: `INVALID_CURSOR`
     |-- MessageTooLarge                 a call or an answer over `max_message_bytes`: `MESSAGE_TOO_LARGE`
@@ -191,6 +192,23 @@ class IdempotencyMismatch(ScopestateError):
             f"the idempotency key {self.idempotency_key!r} was used for another write of scope {self.scope!r}; "
             "nothing was written: use a new key for a new write"
         )
+
+
+class Unsupported(ScopestateError):
+    """Where the scope is kept, this cannot be done as promised; nothing was sent or written.
+
+    `feature` is what was asked for, such as `durable=True`; `reason` says why it is not possible there.
+    """
+
+    code = "UNSUPPORTED"
+
+    def __init__(self, feature: str, reason: str) -> None:
+        super().__init__(feature, reason)
+        self.feature = feature
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.feature} is not supported: {self.reason}; nothing was done"
 
 
 class InvalidPageLimits(ScopestateError):

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from scopestate.errors import Conflict, DeserializationError, IdempotencyMismatch, KeyConflict
+from scopestate.errors import Conflict, DeserializationError, IdempotencyMismatch, KeyConflict, StorageError
 from scopestate.ops.results import (
     CasResult,
     DeleteResult,
@@ -487,6 +487,12 @@ class Once(Turn[A], frozen=True):
         keep = Keep(self.idempotency_key, Kept(fingerprint, self.turn.pack(answer)))
         return (*changes, keep), answer
 
+    def size(self) -> int:
+        return self.turn.size()
+
+    def failed(self, error: Exception) -> StorageError:
+        return self.turn.failed(error)
+
     # As the turn itself, with the key: the other engine keeps the answer.
 
     def call(self, scope: str) -> dict[str, Any]:
@@ -494,6 +500,41 @@ class Once(Turn[A], frozen=True):
 
     def effects_of(self, result: bytes | None) -> Effects[A]:
         return self.turn.effects_of(result)
+
+
+class Durable(Turn[A], frozen=True):
+    """A write that is answered when it is on disk, in a scope that answers others before."""
+
+    turn: Turn[A]
+    function_id = "state::set"
+    writes = True
+    failure = Failure("SET_ERROR", "Failed to set value")
+
+    @property
+    def keys(self) -> tuple[str, ...] | None:
+        return self.turn.keys
+
+    def decide(self, view: View) -> Effects[A]:
+        return self.turn.decide(view)
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {**self.turn.call(scope), "durable": True}
+
+    def effects_of(self, result: bytes | None) -> Effects[A]:
+        return self.turn.effects_of(result)
+
+    def size(self) -> int:
+        return self.turn.size()
+
+    def failed(self, error: Exception) -> StorageError:
+        return self.turn.failed(error)
+
+
+def unwrapped(turn: Turn[A]) -> Turn[A]:
+    """Return the operation itself, without its idempotency key and without `Durable`."""
+    while isinstance(turn, Once | Durable):
+        turn = turn.turn
+    return turn
 
 
 def fingerprint_of(turn: Turn[Any]) -> bytes:

@@ -102,6 +102,7 @@ ERRORS = [
     errors.UpdateRefused("s", [ops.RefusedOp(0, "set.path.proto_polluted", "x", index=1)]),
     errors.BatchTooLarge("s", 1001, 1000, "keys"),
     errors.IdempotencyMismatch("s", "i"),
+    errors.Unsupported("durable=True", "x"),
     errors.InvalidPageLimits("x"),
     errors.InvalidCursor("damaged"),
     errors.SerializationError("x"),

@@ -24,6 +24,7 @@ from scopestate.ops.writes import (
     UNSET,
     CompareAndSet,
     DeleteWith,
+    Durable,
     Expire,
     GetEntry,
     Modify,
@@ -37,6 +38,7 @@ from scopestate.ops.writes import (
     checked_revision,
     fingerprint_of,
     same_json,
+    unwrapped,
 )
 
 
@@ -422,3 +424,13 @@ def test_a_fingerprint_sees_every_part_of_a_write() -> None:
     ]
     assert len({fingerprint_of(turn) for turn in turns}) == len(turns)
     assert fingerprint_of(SetWith("a", b"1")) == fingerprint_of(SetWith("a", b"1"))
+
+
+def test_a_durable_turn_decides_as_the_turn_and_asks_another_engine_for_the_same() -> None:
+    turn = Durable(Once(Set("k", b"1"), "i"))
+
+    assert (turn.keys, turn.size(), unwrapped(turn)) == (("k",), 1, Set("k", b"1"))
+    assert turn.call("s")["durable"] is True
+    assert turn.call("s")["idempotency_key"] == "i"
+    assert turn.failed(ValueError("x")).code == "SET_ERROR"
+    assert Durable(Delete("k")).failed(ValueError("x")).code == "DELETE_ERROR"
