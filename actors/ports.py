@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -32,6 +32,24 @@ class Row(msgspec.Struct, frozen=True, gc=False):
     """When it expires, in milliseconds since the epoch; None: never."""
 
 
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """The answer to a write with an idempotency key, kept for its repetitions."""
+
+    fingerprint: bytes
+    """A digest of what the write asked for."""
+    answer: bytes
+    """As the turn packed it."""
+    time_ms: int
+    """When the write was done, in milliseconds since the epoch."""
+
+
+ANSWERS_KEPT_MS: Final = 24 * 60 * 60 * 1000
+"""An answer is kept for so many milliseconds, as long as its scope has no more than the next two numbers allow."""
+ANSWERS_OF_A_SCOPE: Final = 10_000
+ANSWER_BYTES_OF_A_SCOPE: Final = 64 * 1024 * 1024
+"""The oldest answers go first. The newest one is kept, whatever its size."""
+
+
 class ScopeState(msgspec.Struct):
     """One scope as it was saved."""
 
@@ -42,6 +60,8 @@ class ScopeState(msgspec.Struct):
 
     The number of the last write saved; higher if the store was not closed in order, by what the scope may have given.
     """
+    answers: dict[str, Answer] = {}
+    """idempotency key -> answer, the oldest first. Those older than `ANSWERS_KEPT_MS` may be there too."""
 
 
 class ScopeChange(msgspec.Struct):
@@ -51,11 +71,16 @@ class ScopeChange(msgspec.Struct):
     revision: int
     """The number of the last write that it includes."""
     entries: dict[str, Row | None]
-    """key -> its new entry, or None for a deleted key."""
+    """key -> its new row, or None for a deleted key. One that got another deadline only has the same revision."""
     removed: list[int] = []
     """`created` of each deleted entry that may be in the store, even if its key exists again."""
     due_ms: int | None = None
     """When the first key of the scope expires; None if none does. Earlier than that does no harm."""
+    answers: dict[str, Answer | None] = {}
+    """idempotency key -> an answer to keep, or None for one that is kept no longer because of newer ones.
+
+    Those that are too old may be named too; the store removes them by itself, also of scopes that are not in memory.
+    """
 
 
 class Store(ABC):
@@ -69,6 +94,9 @@ class Store(ABC):
     """Bytes of the largest value that it can hold; 0: no limit."""
     longest_name: int = sys.maxsize
     """Characters of the longest scope or key that it can hold."""
+    clock_ms: int = 0
+    """The time, in milliseconds since the epoch. The engine sets it before it saves, and each save keeps it: when the
+    store is opened, it is that of its last save, 0 if there was none. It never goes back."""
 
     @abstractmethod
     def load(self, scope: str) -> ScopeState:

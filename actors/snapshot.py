@@ -333,4 +333,5 @@ def merged(older: ScopeChange, newer: ScopeChange) -> ScopeChange:
         {**older.entries, **newer.entries},
         [*older.removed, *newer.removed],
         newer.due_ms,
+        {**older.answers, **newer.answers},
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from scopestate.actors.ports import Backend, Row, ScopeChange, ScopeState, Store
+from scopestate.actors.ports import Answer, Backend, Row, ScopeChange, ScopeState, Store
 
 if TYPE_CHECKING:
     from scopestate.persistence.sqlite.adapter import FileAdapter
 
-__all__ = ["Backend", "FileAdapter", "Row", "ScopeChange", "ScopeState", "Store"]
+__all__ = ["Answer", "Backend", "FileAdapter", "Row", "ScopeChange", "ScopeState", "Store"]
 
 
 def __getattr__(name: str) -> Any:
