@@ -218,14 +218,14 @@ class InvalidPageLimits(ScopestateError):
 
 
 class InvalidCursor(ScopestateError):
-    """A page cursor that is damaged, or was made for another scope, store or range. Begin without a cursor."""
+    """A page cursor that is damaged, or was made for another scope, store, range or version. Begin without a cursor."""
 
     code = "INVALID_CURSOR"
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        """`damaged`, `another store`, `another scope` or `another range`."""
+        """`damaged`, `another store`, `another scope`, `another range` or `another version` of scopestate."""
 
     def __str__(self) -> str:
         problem = "is damaged" if self.reason == "damaged" else f"was made for {self.reason}"

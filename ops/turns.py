@@ -188,6 +188,9 @@ class View(Protocol):
     def keys(self, within: Range) -> Iterable[str]:
         """Yield the keys within a range, in its order, at most `limit`."""
 
+    def count(self, within: Range) -> int:
+        """Return how many keys `keys` would yield."""
+
     def due(self, limit: int) -> Sequence[str]:
         """Return the keys that `lapsed` has an entry for, by deadline, then by key; at most `limit`."""
 
@@ -216,6 +219,10 @@ class PlainView:
     def keys(self, within: Range) -> Iterable[str]:
         """Not kept in order."""
         raise NotImplementedError
+
+    def count(self, within: Range) -> int:
+        """Count them."""
+        return sum(1 for _ in self.keys(within))
 
     def due(self, limit: int) -> Sequence[str]:
         """Nothing expires."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import string
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from turns.stored import Stored
 
 from scopestate.errors import DeserializationError, InvalidCursor
+from scopestate.ops import ranges
 from scopestate.ops.ranges import (
     MAX_DELETED,
     DeleteRange,
@@ -170,13 +170,26 @@ def test_any_changed_character_is_damage() -> None:
                 assert reason(CURSOR[:place] + new + CURSOR[place + 1 :]) == "damaged"
 
 
-def test_a_cursor_of_another_version_is_damaged_to_this_one() -> None:
-    from scopestate.ops import ranges
-
+def test_any_flipped_bit_of_its_bytes_is_damage() -> None:
     data = base64.urlsafe_b64decode(CURSOR + "=" * (-len(CURSOR) % 4))
-    for body in (b"\x02" + data[7:], b"\x01not msgpack", b"\x01"):
-        made: Any = ranges._text_of(ranges._digest(body, 6) + body)
-        assert reason(made) == "damaged"
+    for place in range(len(data)):
+        for bit in range(8):
+            flipped = data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :]
+            assert reason(ranges._text_of(flipped)) == "damaged"
+
+
+def with_checksum(body: bytes) -> str:
+    return ranges._text_of(ranges._digest(body, 6) + body)
+
+
+def test_a_cursor_of_a_later_version_is_refused_as_that() -> None:
+    data = base64.urlsafe_b64decode(CURSOR + "=" * (-len(CURSOR) % 4))
+
+    assert with_checksum(data[6:]) == CURSOR
+    assert reason(with_checksum(b"\x02" + data[7:])) == "another version"
+    assert reason(with_checksum(b"\x02 with other content")) == "another version"
+    for body in (b"", b"\x01", b"\x01not msgpack"):
+        assert reason(with_checksum(body)) == "damaged"
 
 
 def test_a_cursor_of_a_walk_with_another_scope_is_refused_by_the_page() -> None:

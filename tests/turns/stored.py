@@ -68,6 +68,9 @@ class Stored:
         there.sort(key=str.encode, reverse=within.reverse)
         return iter(there[: within.limit])
 
+    def count(self, within: Range) -> int:
+        return len(list(self.keys(within)))
+
     def due(self, limit: int) -> Sequence[str]:
         over = [(entry.expires_ms or 0, key) for key, entry in self.entries.items() if self._is_over(entry)]
         return [key for _, key in sorted(over)][:limit]
