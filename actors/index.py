@@ -21,9 +21,105 @@ _LARGEST: Final = 4 * BUCKET
 """A bucket with more keys is divided when it is next sorted."""
 SORTED_AT_ONCE: Final = 10_000
 """So many keys are sorted in one step, which no other thread can interrupt: a few milliseconds."""
+READ_WITHIN_TURN: Final = 10_000
+"""Keys that a turn reads, or sorts, or adds to the index, at most. More would keep other callers waiting."""
 
 # Seeded by the operating system: a caller that chooses its keys cannot make the buckets uneven.
 _sample: Final = Random().sample
+
+
+class TooLong(Exception):
+    """This many keys are not read within a turn: read them from copies, see `OrderedKeys.apart`."""
+
+
+class OrderedKeys:
+    """The keys of a dict of values in order, as the turns of its scope ask for them.
+
+    `creations`: how many keys the scope had created in its life. `exists`: whether a key exists.
+
+    Thread rules: within turns of the scope, but for `forget_if_unused`.
+    """
+
+    __slots__ = ("_index", "_used", "_values", "patient")
+
+    def __init__(self, values: dict[str, bytes]) -> None:
+        self._values = values
+        self._index: KeyIndex | None = None
+        self._used = False
+        self.patient = False
+        """True: however many keys it takes, they are read within the turn."""
+
+    def find(self, within: Range, creations: int, exists: Callable[[str], bool]) -> list[str]:
+        """Return the keys of a range that exist, in its order, at most `limit`. Raises TooLong."""
+        self._used = True
+        # Taken away while it is changed: what an exception leaves in the middle of a change is not used again.
+        index, self._index = self._index, None
+        if index is not None and index.is_wasteful(len(self._values)):
+            index = None
+        hurried = len(self._values) > READ_WITHIN_TURN and not self.patient
+        if index is None:
+            if hurried:
+                raise TooLong
+            index = KeyIndex(list(self._values), creations)
+        new = creations - index.creations
+        if hurried and (new > READ_WITHIN_TURN or index.most(within) > READ_WITHIN_TURN):
+            self._index = index
+            raise TooLong
+        if new:
+            index.add(created_since(self._values, new), creations)
+        found = index.find(within, exists)
+        self._index = index
+        return found
+
+    def apart(self, copied: dict[str, bytes], creations: int) -> KeysApart:
+        """Return the keys of a copy of the values, to be read outside of turns."""
+        index, fresh = self._index, list[str]()
+        if index is not None:
+            if creations - index.creations > len(copied) // 4 or index.is_wasteful(len(copied)):
+                index = None
+            else:
+                index, fresh = index.copy(), created_since(copied, creations - index.creations)
+        return KeysApart(self, copied, index, fresh, creations)
+
+    def accept(self, index: KeyIndex) -> None:
+        """Take an index that was made for an earlier moment: later turns need not make their own. From any thread."""
+        now = self._index
+        if now is None or now.creations <= index.creations:
+            self._index = index
+
+    def forget_if_unused(self) -> None:
+        """Drop the index if no turn has asked for keys since the last call. From any thread."""
+        if not self._used:
+            # A turn that uses it at this moment puts it back; then it goes with the next call.
+            self._index = None
+        self._used = False
+
+
+class KeysApart:
+    """The keys of copied values in order. Used by one thread, outside of turns."""
+
+    __slots__ = ("_creations", "_fresh", "_index", "_source", "_values")
+
+    def __init__(
+        self, source: OrderedKeys, values: dict[str, bytes], index: KeyIndex | None, fresh: list[str], creations: int
+    ) -> None:
+        """`fresh`: keys to add to the index, a copy; None: there is no index yet."""
+        self._source = source
+        self._values = values
+        self._index = index
+        self._fresh = fresh
+        self._creations = creations
+
+    def find(self, within: Range, exists: Callable[[str], bool]) -> list[str]:
+        """As `OrderedKeys.find`, however many keys there are. The scope's turns use the index from then on."""
+        if self._index is None:
+            self._index = KeyIndex(list(self._values), self._creations)
+        elif self._fresh:
+            self._index.add(self._fresh, self._creations)
+            self._fresh = []
+        found = self._index.find(within, exists)
+        self._source.accept(self._index.copy())
+        return found
 
 
 class KeyIndex:
@@ -72,11 +168,13 @@ class KeyIndex:
         self._size += size
         self.creations = creations
 
-    def buckets_within(self, within: Range) -> int:
-        """Return how many buckets a range touches, at least 1."""
+    def most(self, within: Range) -> int:
+        """Return about how many keys a range may have."""
         high = within.high()
-        first = bisect_right(self._lows, within.low()[0])
-        return max(1, (len(self._lows) if high is None else bisect_left(self._lows, high)) - first + 1)
+        first = bisect_right(self._lows, within.low()[0]) - 1
+        last = len(self._lows) if high is None else bisect_left(self._lows, high)
+        most = max(1, last - first) * (self._size // len(self._lows) + 1)
+        return most if within.limit is None else min(most, within.limit)
 
     def find(self, within: Range, exists: Callable[[str], bool]) -> list[str]:
         """Return the keys of a range that exist, in its order, at most `limit`."""
@@ -92,7 +190,7 @@ class KeyIndex:
             place = (len(self._lows) if high is None else bisect_left(self._lows, high)) - 1
         while 0 <= place < len(self._lows) and (limit is None or len(found) < limit):
             first = self._lows[place]
-            if high is not None and first >= high:
+            if high is not None and first >= high and not reverse:
                 break
             made = self._sort_in(place, exists)
             if reverse:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scopestate.actors import index
-from scopestate.actors.index import KeyIndex, created_since
+from scopestate.actors.index import KeyIndex, KeysApart, OrderedKeys, TooLong, created_since
 from scopestate.ops.turns import Range
 
 # Code points at the edges of UTF-8's lengths, and around the surrogates.
@@ -26,6 +26,7 @@ def small_buckets() -> Iterator[None]:
         patch.setattr(index, "BUCKET", 3)
         patch.setattr(index, "_LARGEST", 6)
         patch.setattr(index, "SORTED_AT_ONCE", 16)
+        patch.setattr(index, "READ_WITHIN_TURN", 10)
         yield
 
 
@@ -184,23 +185,173 @@ def test_buckets_are_even_whatever_the_order_of_the_keys(monkeypatch: pytest.Mon
         assert max(map(len, made._buckets)) <= 4 * 512
 
 
-def test_a_range_touches_the_buckets_between_its_bounds() -> None:
-    scope = Scope([f"{number:03}" for number in range(99)])
-    everything = len(scope.index._buckets)
+def test_it_knows_about_how_many_keys_a_range_may_have() -> None:
+    names = [f"{number:03}" for number in range(99)]
+    made = KeyIndex(names, 0)
 
-    assert scope.index.buckets_within(Range()) == everything
-    assert scope.index.buckets_within(Range(prefix="03")) < everything / 5
-    assert scope.index.buckets_within(Range(start="050", end="050\0")) == 1
-    assert scope.index.buckets_within(Range(start="9", end="0")) == 1
+    assert made.most(Range()) >= 90
+    assert made.most(Range(limit=5)) == 5
+    assert 10 <= made.most(Range(prefix="03")) <= 20
+    assert made.most(Range(start="050", end="050\0")) <= 4
+    assert made.most(Range(start="9", end="0")) <= 4
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("start", ["0", "010:5", "010:95"])
-def test_many_keys_that_come_between_two_are_divided_when_they_are_met(start: str, reverse: bool) -> None:
+@pytest.mark.parametrize("end", [None, "010:05", "010:7", "010:98", "02"])
+def test_many_keys_that_come_between_two_are_divided_when_they_are_met(
+    start: str, end: str | None, reverse: bool
+) -> None:
     scope = Scope([f"{number:03}" for number in range(30)])
     for number in range(100):
         scope.create(f"010:{number * 37 % 100:02}")
-    within = Range(start=start, reverse=reverse)
+    within = Range(start=start, end=end, reverse=reverse)
 
     assert scope.find(within) == expected(scope.values, within)
     assert max(map(len, scope.index._buckets)) <= 6
+
+
+# ------------------------------------------------------------------------------------- as the turns of a scope use it
+
+
+class Turns:
+    """A dict of values, whose keys are asked for as a scope does it. What is apart answers some steps later."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.values = dict.fromkeys(names, b"1")
+        self.creations = len(self.values)
+        self.keys = OrderedKeys(self.values)
+        self.apart: list[tuple[KeysApart, dict[str, bytes], Range]] = []
+        self.too_long = 0
+
+    def create(self, name: str) -> None:
+        if name not in self.values:
+            self.values[name] = b"1"
+            self.creations += 1
+
+    def find(self, within: Range) -> None:
+        try:
+            found = self.keys.find(within, self.creations, self.values.__contains__)
+        except TooLong:
+            self.too_long += 1
+            copied = self.values.copy()
+            self.apart.append((self.keys.apart(copied, self.creations), copied, within))
+        else:
+            assert found == expected(self.values, within)
+
+    def answer(self) -> None:
+        """Answer what was asked first."""
+        if self.apart:
+            keys, copied, within = self.apart.pop(0)
+            assert keys.find(within, copied.__contains__) == expected(copied, within)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(NAMES, max_size=40),
+    st.lists(
+        st.tuples(st.just("create"), NAMES)
+        | st.tuples(st.just("delete"), NAMES)
+        | st.tuples(st.just("find"), RANGES)
+        | st.sampled_from([("answer", ""), ("patient find", Range()), ("sweep", "")]),
+        max_size=40,
+    ),
+)
+def test_each_answer_is_that_of_its_turn_whenever_it_is_made(
+    names: list[str], steps: list[tuple[str, str | Range]]
+) -> None:
+    turns = Turns(names)
+    for kind, what in steps:
+        match kind:
+            case "create":
+                turns.create(str(what))
+            case "delete":
+                turns.values.pop(str(what), None)
+            case "answer":
+                turns.answer()
+            case "sweep":
+                turns.keys.forget_if_unused()
+            case _:
+                assert isinstance(what, Range)
+                turns.keys.patient = kind == "patient find"
+                turns.find(what)
+                turns.keys.patient = False
+    while turns.apart:
+        turns.answer()
+    turns.find(Range(limit=3))
+
+
+def test_the_first_look_at_many_keys_and_one_at_many_new_keys_are_too_long_for_a_turn() -> None:
+    turns = Turns([f"{number:03}" for number in range(30)])
+
+    turns.find(Range(limit=2))
+    assert turns.too_long == 1
+    turns.answer()
+    turns.find(Range(limit=2))  # the index that the answer has made
+    turns.find(Range(prefix="014"))
+    assert turns.too_long == 1
+    turns.find(Range())
+    assert turns.too_long == 2
+    for number in range(11):
+        turns.create(f"new {number}")
+    turns.find(Range(limit=2))
+    assert turns.too_long == 3
+    turns.answer()
+    turns.answer()
+    turns.find(Range(limit=2))
+    assert turns.too_long == 3
+
+
+def test_few_keys_are_read_within_the_turn_all_of_them() -> None:
+    turns = Turns(list("gfedcba"))
+
+    turns.find(Range())
+    assert turns.too_long == 0
+
+
+def test_a_patient_turn_reads_any_number_of_keys() -> None:
+    turns = Turns([f"{number:03}" for number in range(100)])
+    turns.keys.patient = True
+
+    turns.find(Range())
+    for number in range(100):
+        turns.create(f"new {number}")
+    turns.find(Range())
+    assert turns.too_long == 0
+
+
+def test_an_index_that_no_turn_uses_is_dropped_by_the_second_sweep() -> None:
+    turns = Turns(["a", "b"])
+    turns.find(Range())
+    turns.keys.forget_if_unused()
+    assert turns.keys._index is not None
+
+    turns.keys.forget_if_unused()
+    assert turns.keys._index is None
+    turns.find(Range())
+
+
+def test_what_is_cut_short_leaves_no_index_behind() -> None:
+    turns = Turns(["a", "b"])
+    turns.find(Range())
+
+    def cut(key: str) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        turns.keys.find(Range(), turns.creations, cut)
+    assert turns.keys._index is None
+    turns.find(Range())
+
+
+def test_a_wasteful_index_is_made_again() -> None:
+    turns = Turns([f"{number:03}" for number in range(10)])
+    turns.find(Range())
+    made = turns.keys._index
+    for _ in range(10):
+        for key in list(turns.values)[:5]:
+            del turns.values[key]
+            turns.create(key)
+        turns.find(Range(limit=1, start="9"))
+    assert turns.keys._index is not made
+    turns.find(Range())
