@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _ANOTHER_THREAD: Final = -2
 """The holder of a claim that counts as busy. No thread has this id."""
 
+START_S: Final = 1_767_225_600.0
+"""2026-01-01 in UTC: the virtual time of day at which a dispatcher begins."""
 PATIENCE_S: Final = 86_400.0
 """Virtual seconds after which a wait without a time limit counts as endless."""
 
@@ -52,7 +54,8 @@ class DeterministicDispatcher:
     threads.
     """
 
-    def __init__(self, seed: int, *, switch: float = 0.1, busy: float = 0.1) -> None:
+    def __init__(self, seed: int, *, switch: float = 0.1, busy: float = 0.1, wall_s: float = START_S) -> None:
+        """`wall_s`: the time of day at which it begins, in seconds since the epoch."""
         self.seed = seed
         self.history: list[tuple[float, str]] = []
         """(virtual seconds, what) of every turn that was started or continued, in order."""
@@ -62,6 +65,8 @@ class DeterministicDispatcher:
         self._random = random.Random(seed)
         self._owner = get_ident()
         self._now = 0.0
+        self._wall_s = wall_s
+        self._suspended_s = 0.0
         self._ready: list[tuple[str, Callable[[], object]]] = []
         self._timers: list[tuple[float, int, _Entry]] = []
         self._order = itertools.count()
@@ -96,6 +101,18 @@ class DeterministicDispatcher:
         while self._step(latest=until):
             pass
         self._now = max(self._now, until)
+
+    def set_clock(self, seconds: float) -> None:
+        """Set the time of day forward by `seconds`, or back if they are less than 0. No time passes."""
+        self._wall_s += seconds
+
+    def suspend(self, seconds: float) -> None:
+        """Suspend the machine: the time of day passes, and no timer notices."""
+        self._suspended_s += seconds
+
+    def wall_s(self) -> float:
+        """Return the time of day, in seconds since the epoch."""
+        return self._wall_s + self._suspended_s + self._now
 
     def waiting(self) -> list[str]:
         """Return the turns that have begun and wait: for an answer, for time to pass, or for their next step."""
@@ -162,6 +179,14 @@ class DeterministicDispatcher:
     def monotonic(self) -> float:
         """Virtual seconds since the dispatcher was made."""
         return self._now
+
+    def wall_ns(self) -> int:
+        """Return the virtual time of day; see `set_clock`."""
+        return round(self.wall_s() * 1_000_000) * 1000
+
+    def uptime_ns(self) -> int:
+        """Return the virtual time since the dispatcher was made, with that in which it was suspended."""
+        return round((self._now + self._suspended_s) * 1_000_000) * 1000
 
     def threads(self) -> int:
         """Threads alive now."""

@@ -55,6 +55,12 @@ class Directory(dict[str, ScopeActor]):
         return True
 
     @exclusive
+    def each(self, action: Callable[[ScopeActor], object]) -> None:
+        """Call `action`, which is quick, for each actor, while none is made."""
+        for actor in list(self.values()):
+            action(actor)
+
+    @exclusive
     def refuse(self, refusal: Callable[[], Exception], *, handlers_may: bool = False) -> None:
         """Make no more actors: raise `refusal()` instead. `handlers_may`: code that runs in handlers still gets them.
 

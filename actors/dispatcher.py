@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from scopestate.actors.containment import Log, contained
 from scopestate.actors.reply import Reply
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from scopestate.actors.turn import TurnActor
 
 log = Log("scopestate.actors")
+
+_SINCE_BOOT: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
+"""The clock of Linux that counts suspended time. Elsewhere the wall clock shows it, as long as it is not set back."""
 
 
 class Timer(Protocol):
@@ -66,6 +69,12 @@ class Dispatcher(Protocol):
 
     def monotonic(self) -> float:
         """Return the seconds of the clock that `call_later` uses."""
+
+    def wall_ns(self) -> int:
+        """Return the time of day in nanoseconds since the epoch. It may be set back, or forward."""
+
+    def uptime_ns(self) -> int:
+        """Return the nanoseconds since a fixed moment, with those in which the machine was suspended if it can tell."""
 
     def threads(self) -> int:
         """Return the number of live threads, without the timer's."""
@@ -146,6 +155,12 @@ class ThreadDispatcher:
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+    def wall_ns(self) -> int:
+        return time.time_ns()
+
+    def uptime_ns(self) -> int:
+        return time.monotonic_ns() if _SINCE_BOOT is None else time.clock_gettime_ns(_SINCE_BOOT)
 
     def threads(self) -> int:
         return self._workers

@@ -15,8 +15,22 @@ from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Protocol
 
 import msgspec
 
+from scopestate.ops.turns import TtlRule
+
 if TYPE_CHECKING:
     from scopestate.actors.scope import ScopeActor, Surroundings
+
+
+class WriteRule(msgspec.Struct, frozen=True):
+    """What the configuration says about the writes of a scope."""
+
+    ttl: TtlRule | None = None
+    """The deadline of keys that are written without one; None: they have none."""
+    strict: bool = False
+    """True: an update with an op that is refused writes nothing."""
+
+
+NO_RULE: Final = WriteRule()
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):

@@ -10,15 +10,17 @@ import msgspec
 import pykka
 
 from scopestate.actors.containment import Log
-from scopestate.actors.ports import ScopeChange, Store
+from scopestate.actors.ports import ScopeChange, Store, WriteRule
 from scopestate.actors.pykka_face import PROXIES, Stop
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turn import BUSY, TurnActor
+from scopestate.actors.wheel import NEVER
 from scopestate.errors import DeserializationError, EngineClosed, Overloaded, ReplyTimeout, ScopestateError, Unsupported
 from scopestate.ops.turns import Turn, answer_of, no_message, turn_of
 
 if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
+    from scopestate.actors.clock import Clock
     from scopestate.actors.directory import Directory
     from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.router import EventRouter
@@ -63,6 +65,8 @@ class Surroundings:
         router: EventRouter,
         snapshot: SnapshotActor,
         directory: Directory,
+        clock: Clock,
+        rule_of: Callable[[str], WriteRule],
     ) -> None:
         self.dispatcher = dispatcher
         self.store = store
@@ -70,6 +74,9 @@ class Surroundings:
         self.router = router
         self.snapshot = snapshot
         self.directory = directory
+        self.clock = clock
+        self.rule_of = rule_of
+        """Returns what the configuration says about the writes of a scope now."""
         self.highest_forgotten = 0
         """The highest sequence of a scope that has left memory, and of which no sequence is kept.
 
@@ -123,6 +130,8 @@ class ScopeActor(TurnActor):
         self._watch = around.router.triggers.watch(scope)
         self._sequence = around.highest_forgotten
         """The number of the last write; of the last event, where the writes are counted elsewhere or not at all."""
+        self.rule = around.rule_of(scope)
+        """A reload replaces it, on any thread: a turn reads it once."""
         self._closed = False
         self._shut = False
         """Closed for handlers too."""
@@ -159,6 +168,10 @@ class ScopeActor(TurnActor):
     def key_count(self) -> int:
         """Keys in memory."""
         return 0
+
+    def next_due(self) -> int:
+        """Return when to look for keys that have expired: the first deadline, or earlier. NEVER if there is none."""
+        return NEVER
 
     # ------------------------------------------------------------------------------------------------------- ways in
 

@@ -262,7 +262,7 @@ def _fits(info: msgspec.inspect.Type, value: Value) -> bool:
 def _words(info: msgspec.inspect.Type) -> str:
     match info:
         case msgspec.inspect.UnionType(types=types):
-            return " or ".join(_words(one) for one in types)
+            return ", or ".join(map(_words, types)) if _choices(info) else " or ".join(map(_words, types))
         case msgspec.inspect.IntType(ge=low, le=high):
             return f"a whole number from {low} to {high}"
         case msgspec.inspect.LiteralType(values=values):
@@ -277,6 +277,8 @@ def _words(info: msgspec.inspect.Type) -> str:
 
 
 def _choices(info: msgspec.inspect.Type) -> list[str]:
+    if isinstance(info, msgspec.inspect.UnionType):
+        return [choice for one in info.types for choice in _choices(one)]
     return [str(one) for one in info.values] if isinstance(info, msgspec.inspect.LiteralType) else []
 
 

@@ -70,14 +70,25 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """An entry of `scopes:`: the durability of some scopes. The first entry that fits counts. For `kv` only."""
+    """An entry of `scopes:`: what differs for some scopes.
 
-    durability: Literal["memory", "interval", "commit"]
-    """`memory`: these scopes are never saved."""
+    Each option is taken from the first entry that fits and has it. A reload changes `ttl_ms`, `ttl_from` and `strict`
+    for the writes that follow.
+    """
+
+    durability: Literal["memory", "interval", "commit"] | None = None
+    """`memory`: these scopes are never saved. For `kv` only."""
     name: str | None = None
     """Exact scope name. Give either `name` or `prefix`."""
     prefix: str | None = None
     """Scopes whose name starts with this."""
+    ttl_ms: Annotated[int, msgspec.Meta(ge=0, le=3_153_600_000_000)] | None = None
+    """Keys that are written without a time to live or a deadline expire after this time; 0 means never."""
+    ttl_from: Literal["write", "create"] | None = None
+    """`write`: each write of a key begins that time again. `create`: it counts from the creation of the key. Left out:
+    `write`."""
+    strict: bool | None = None
+    """True: an update with an op that is refused writes nothing, and raises `UpdateRefused`."""
 
 
 class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

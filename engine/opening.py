@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from scopestate.actors.ports import Backend, Store
+from scopestate.actors.ports import NO_RULE, Backend, Store, WriteRule
 from scopestate.actors.reply import deliver
 from scopestate.config import AdapterConfig, BridgeOptions, Config, KvOptions, RedisOptions, ScopeRule
 from scopestate.errors import ConfigError, StoreLocked
 from scopestate.lifecycle import wait_for_dropped
+from scopestate.ops.turns import TtlRule
 from scopestate.persistence.local import Durability, LocalBackend
 
 if TYPE_CHECKING:
@@ -54,11 +55,16 @@ def open_backend(config: Config, given: Store | Backend | None = None) -> Backen
         )
     options = config.adapter.config
     if given is None and isinstance(options, BridgeOptions | RedisOptions):
-        if config.scopes:
+        if any(rule.durability is not None for rule in config.scopes):
             log.warning(
-                "the rules under `scopes:` do nothing with the adapter %s: how long a write lasts is decided where the "
-                "state is",
+                "`durability` under `scopes:` does nothing with the adapter %s: how long a write lasts is decided "
+                "where the state is",
                 config.adapter.name,
+            )
+        if isinstance(options, BridgeOptions) and any(_is_about_writes(rule) for rule in config.scopes):
+            log.warning(
+                "`ttl_ms` and `strict` under `scopes:` do nothing with the adapter bridge: the other engine's "
+                "configuration counts"
             )
         return open_shared(config.adapter)
     kv = config.adapter.kv
@@ -68,11 +74,35 @@ def open_backend(config: Config, given: Store | Backend | None = None) -> Backen
 
 
 def durability_of(scope: str, rules: Iterable[ScopeRule], otherwise: Durability) -> Durability:
-    """Return how long the writes of `scope` must last: by the first rule that fits, or `otherwise`."""
-    for rule in rules:
-        if scope == rule.name or (rule.prefix is not None and scope.startswith(rule.prefix)):
+    """Return how long the writes of `scope` must last: by the first rule that fits and says so, or `otherwise`."""
+    for rule in _fitting(scope, rules):
+        if rule.durability is not None:
             return rule.durability
     return otherwise
+
+
+def write_rule_of(scope: str, rules: Iterable[ScopeRule]) -> WriteRule:
+    """Return what the rules say about the writes of `scope`: each option by the first rule that fits and has it."""
+    ttl_ms = strict = None
+    from_creation = False
+    for rule in _fitting(scope, rules):
+        if ttl_ms is None and rule.ttl_ms is not None:
+            ttl_ms, from_creation = rule.ttl_ms, rule.ttl_from == "create"
+        if strict is None:
+            strict = rule.strict
+    if not ttl_ms and not strict:
+        return NO_RULE
+    return WriteRule(TtlRule(ttl_ms, from_creation) if ttl_ms else None, bool(strict))
+
+
+def _is_about_writes(rule: ScopeRule) -> bool:
+    return rule.ttl_ms is not None or rule.strict is not None
+
+
+def _fitting(scope: str, rules: Iterable[ScopeRule]) -> Iterator[ScopeRule]:
+    for rule in rules:
+        if scope == rule.name or (rule.prefix is not None and scope.startswith(rule.prefix)):
+            yield rule
 
 
 def open_store(kv: KvOptions) -> FileAdapter:

@@ -12,12 +12,13 @@ from typing import Final
 import msgspec
 
 from scopestate.actors.backlog import Limits, Tally
+from scopestate.actors.clock import Clock
 from scopestate.actors.directory import Directory, Housekeeper
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.functions import Function, Functions
 from scopestate.actors.handler import HandlerServices
 from scopestate.actors.loops import LoopThread
-from scopestate.actors.ports import Backend, Store
+from scopestate.actors.ports import Backend, Store, WriteRule
 from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
@@ -32,7 +33,7 @@ from scopestate.config import (
 )
 from scopestate.config.functions import misfit_id
 from scopestate.errors import ConfigError, InvalidRegistration
-from scopestate.opening import open_backend
+from scopestate.opening import open_backend, write_rule_of
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.requests import NEW_FUNCTIONS
 from scopestate.ops.results import DeliveryFailure
@@ -71,8 +72,16 @@ class Parts:
         self.router = EventRouter(self.services)
         self.snapshot = SnapshotActor(self.dispatcher, self.backend.store, config.adapter.kv.save_interval_ms / 1000)
         self.directory = Directory(self._make_scope)
+        self.clock = Clock(self.dispatcher, 0 if self.backend.store is None else self.backend.store.clock_ms)
         self._around = Surroundings(
-            self.dispatcher, self.backend.store, self.limits, self.router, self.snapshot, self.directory
+            self.dispatcher,
+            self.backend.store,
+            self.limits,
+            self.router,
+            self.snapshot,
+            self.directory,
+            self.clock,
+            self._rule_of,
         )
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self.reconfigured: Callable[[Config], object] | None = None
@@ -82,6 +91,12 @@ class Parts:
     def _make_scope(self, scope: str) -> ScopeActor:
         checked_length("scope", scope, self.limits.longest_name)
         return self.backend.make_scope(scope, self._around)
+
+    def _rule_of(self, scope: str) -> WriteRule:
+        return write_rule_of(scope, self.config.scopes)
+
+    def _give_rule(self, actor: ScopeActor) -> None:
+        actor.rule = self._rule_of(actor.scope)
 
     def configure(self) -> None:
         """Register the configured functions and triggers, and start saving."""
@@ -104,6 +119,8 @@ class Parts:
         if config.limits.passivate_after_ms != before.limits.passivate_after_ms:
             self.housekeeper.arm()
         self.config = config
+        if config.scopes != before.scopes:
+            self.directory.each(self._give_rule)
         self._apply_functions(before.functions)
         self._apply_triggers(before)
         if self.reconfigured is not None:
@@ -120,8 +137,8 @@ class Parts:
         for name in _RESTART_ONLY:
             if waits(attrgetter(f"adapter.kv.{name}")):
                 log.warning("the new value of `%s` is used from the next start: a running store cannot change it", name)
-        if waits(attrgetter("scopes")):
-            log.warning("the new `scopes:` rules are used from the next start")
+        if waits(_durabilities):
+            log.warning("the new `durability` of rules under `scopes:` is used from the next start")
         if waits(_server_but_tokens if self.reconfigured is not None else attrgetter("server")):
             log.warning("the new options of `iii-worker-manager` are used from the next start")
 
@@ -179,6 +196,10 @@ def configured_triggers(entries: Iterable[TriggerConfig]) -> list[Trigger]:
             trigger_id = content if made[content] == 1 else f"{content}#{made[content]}"
         triggers.append(Trigger(trigger_id, entry.function_id, entry.scope, entry.key, entry.condition_function_id))
     return triggers
+
+
+def _durabilities(config: Config) -> list[tuple[str | None, str | None, str]]:
+    return [(rule.name, rule.prefix, rule.durability) for rule in config.scopes if rule.durability is not None]
 
 
 def _server_but_tokens(config: Config) -> ServerConfig | None:

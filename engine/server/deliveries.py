@@ -99,6 +99,12 @@ class LoopDispatcher:
     def monotonic(self) -> float:
         return self._behind.monotonic()
 
+    def wall_ns(self) -> int:
+        return self._behind.wall_ns()
+
+    def uptime_ns(self) -> int:
+        return self._behind.uptime_ns()
+
     def threads(self) -> int:
         return self._behind.threads()
 

@@ -218,12 +218,31 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
         "scopes[0]",
         "give either `name` or `prefix`, found both",
     ),
-    ("scopes:\n- {name: a}", 2, "scopes[0].durability", "`durability` is missing"),
+    ("scopes:\n- {name: a}", 2, "scopes[0]", "give `durability`, `ttl_ms` or `strict`, found none"),
+    (
+        "scopes:\n- name: a\n  durability: commit\n  ttl_from: write",
+        4,
+        "scopes[0].ttl_from",
+        "`ttl_from` says nothing without `ttl_ms`",
+    ),
+    (
+        "scopes: [{name: a, ttl_ms: -1}]",
+        1,
+        "scopes[0].ttl_ms",
+        "expected a whole number from 0 to 3153600000000 or null, found the integer -1",
+    ),
+    (
+        "scopes: [{name: a, ttl_ms: 1, ttl_from: creation}]",
+        1,
+        "scopes[0].ttl_from",
+        "expected `create` or `write`, or null, found the string 'creation', did you mean `create`?",
+    ),
+    ("scopes: [{name: a, ttl: 60}]", 1, "scopes[0].ttl", "unknown key `ttl`, did you mean `ttl_ms`?"),
     (
         "scopes: [{name: a, durability: commt}]",
         1,
         "scopes[0].durability",
-        "expected `commit`, `interval` or `memory`, found the string 'commt', did you mean `commit`?",
+        "expected `commit`, `interval` or `memory`, or null, found the string 'commt', did you mean `commit`?",
     ),
     # YAML that builds more than data.
     (

@@ -47,7 +47,7 @@ def test_rules_for_scopes_are_said_to_do_nothing(valkey: Server, caplog: pytest.
     rules = {"scopes": [{"prefix": "tmp:", "durability": "memory"}]}
 
     with Engine.from_config(config_at(valkey.url) | rules):
-        assert "the rules under `scopes:` do nothing with the adapter redis" in caplog.text
+        assert "`durability` under `scopes:` does nothing with the adapter redis" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------------- addresses

@@ -1,0 +1,51 @@
+"""The clock that deadlines are compared with: wall time that does not go back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from scopestate.signals import Guard
+
+if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher
+
+_MS: Final = 1_000_000
+"""Nanoseconds in a millisecond."""
+
+
+class Clock:
+    """Milliseconds since the epoch, which never go back (docs/design/0039-expiry.md).
+
+    It is the time since the machine has started, in suspend too, plus an offset that only grows. If the wall clock is
+    set back, this one goes on from where it is: nothing that has expired comes back, and no deadline is put off. If the
+    wall clock is set forward, this one follows at the next look. Methods may be called from any thread.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, at_least_ms: int = 0) -> None:
+        """`at_least_ms`: where an earlier process has stopped; 0 if there was none."""
+        self._wall_ns = dispatcher.wall_ns
+        self._uptime_ns = dispatcher.uptime_ns
+        self._exclusive = Guard()
+        self._offset_ns = at_least_ms * _MS - self._uptime_ns()
+        self.now_ms()  # from here on: a time of day that is set back before the first look is noticed too
+
+    def now_ms(self) -> int:
+        """Return the time. It is never before what an earlier call has returned, on any thread."""
+        # The wall clock first. If this thread is delayed between the two lines, their difference is too small, which
+        # changes nothing. The other way round each such delay would put the clock ahead, for good.
+        wall_ns = self._wall_ns()
+        uptime_ns = self._uptime_ns()
+        if wall_ns - uptime_ns > self._offset_ns:
+            self._exclusive.run(self._follow, wall_ns - uptime_ns)
+        return (uptime_ns + self._offset_ns) // _MS
+
+    def _follow(self, offset_ns: int) -> None:
+        self._offset_ns = max(self._offset_ns, offset_ns)
+
+    def ahead_ms(self) -> int:
+        """Return how far the clock is ahead of the wall clock, because that was set back; 0 if it is not."""
+        return max(0, self.now_ms() - self._wall_ns() // _MS)
+
+    def disown(self) -> None:
+        """In a forked child: the guard may be held by a thread that is not here."""
+        self._exclusive = Guard()

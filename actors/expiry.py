@@ -1,0 +1,1 @@
+"""The actor that removes keys whose deadline has passed."""
