@@ -46,6 +46,7 @@ from scopestate.ops.turns import (
     Update,
     View,
     changes_of,
+    checked_name,
     deadline_of,
     expiry_of,
     refuse_size,
@@ -458,6 +459,10 @@ class Expire(Turn[int], frozen=True):
 # ----------------------------------------------------------------------------------------------- idempotency keys
 
 
+LONGEST_IDEMPOTENCY_KEY: Final = 255
+"""Characters."""
+
+
 class Once(Turn[A], frozen=True):
     """A write that is done once for its idempotency key: a repetition gets the first answer, and changes nothing.
 
@@ -466,9 +471,18 @@ class Once(Turn[A], frozen=True):
 
     turn: Turn[A]
     idempotency_key: str
+    """1 to 255 characters."""
     function_id = "state::set"
     writes = True
     failure = Failure("SET_ERROR", "Failed to set value")
+
+    def __post_init__(self) -> None:
+        """Raises DeserializationError for a key that a store could not hold."""
+        key = checked_name("call's idempotency key", self.idempotency_key)
+        if not 0 < len(key) <= LONGEST_IDEMPOTENCY_KEY:
+            raise DeserializationError(
+                f"an idempotency key has 1 to {LONGEST_IDEMPOTENCY_KEY} characters, not {len(key)}"
+            )
 
     @property
     def keys(self) -> tuple[str, ...] | None:

@@ -90,7 +90,9 @@ class FileAdapter(Store):
         self._idle: list[sqlite3.Connection] = []
         self._lent: dict[_Loan, None] = {}
         self._writer: sqlite3.Connection | None
-        self._lock, self._writer, self._identity, self._lost, epoch = open_store(self.directory, self.path, self._open)
+        self._lock, self._writer, self._identity, self._lost, epoch, self.clock_ms = open_store(
+            self.directory, self.path, self._open
+        )
         self._rows = Writer(epoch)
         room = row_room(self._writer)
         self.longest_name = min(LONGEST_NAME, room // 64)
@@ -194,7 +196,7 @@ class FileAdapter(Store):
     def _end_session(self) -> None:
         try:
             if self._in_place() and self._writer is not None:
-                end_session(self._writer)
+                end_session(self._writer, self.clock_ms)
         except sqlite3.Error as error:
             # Harmless: the numbers of the next session leave a gap.
             log.warning("noting the end of the session in %s: %s", self.path, error)
@@ -237,7 +239,7 @@ class FileAdapter(Store):
     def _write(self, connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> tuple[str, int] | None:
         try:
             connection.execute("BEGIN IMMEDIATE")
-            last = self._rows.write(connection, batch)
+            last = self._rows.write(connection, batch, self.clock_ms)
             connection.execute("COMMIT")
             return last
         except BaseException:

@@ -1,9 +1,7 @@
 """Writing and reading rows in few large steps.
 
-Each `sqlite3` call releases the interpreter lock and takes it again, which waits up to 5 ms (the switch interval) while
-another thread is CPU-bound. Row by row, 100,000 rows would then take minutes. So several hundred rows are written by
-one INSERT, and a page of a scope is read as one JSON text. Both are bounded in rows and bytes, so that preparing one
-does not keep other threads waiting for more than about a millisecond.
+`statements.py` says why. Several hundred rows are written by one INSERT, and a page of a scope is read as one JSON
+text, bounded in rows and bytes as well.
 """
 
 from __future__ import annotations
@@ -15,14 +13,13 @@ from types import NoneType
 
 import msgspec
 
-from scopestate.actors.ports import Row, ScopeChange, ScopeState
+from scopestate.actors.ports import Answer, Row, ScopeChange, ScopeState
 from scopestate.errors import StorageError, UnsavableValue
+from scopestate.persistence.sqlite.answers import HAS_ANSWERS, AnswerWriter, read_answers
 from scopestate.persistence.sqlite.database import primary_code
 from scopestate.persistence.sqlite.schema import EXTENT_BITS, EXTENT_MASK, HIGHEST_REVISION, RESERVED, number
+from scopestate.persistence.sqlite.statements import CHUNK_ROWS, Parameter, Write, ladder
 
-_CHUNK_ROWS = (1024, 256, 32, 4, 1)
-"""Rows for each statement. Only these few sizes, so that the connection's cache of compiled statements has them."""
-_CHUNK_BYTES = 256 * 1024
 _PAGE_ROWS = 1000
 _PAGE_BYTES = 256 * 1024
 PAGE_LIMIT = 8 * 1024 * 1024
@@ -33,8 +30,9 @@ _ROW_OVERHEAD = 1024
 """Bytes reserved for a row's record header; the real one is much smaller."""
 _KNOWN_SCOPES = 4096
 """Scopes whose extents are remembered from one save to the next."""
+_CLOCK_STEP_MS = 1000
+"""The time is saved again when it is so much later: it takes a page of its own in each commit."""
 
-_Parameter = str | bytes | int | None
 _Row = tuple[int, int, str, int, int | None, msgspec.Raw]
 """id, created, key, revision, expires, value."""
 
@@ -45,39 +43,8 @@ _decode_names = msgspec.json.Decoder(list[str]).decode
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-class _Write:
-    """One kind of statement: collects its rows and runs them, many at a time."""
-
-    def __init__(self, connection: sqlite3.Connection, texts: dict[int, str], width: int) -> None:
-        self._connection = connection
-        self._texts = texts
-        self._width = width
-        self._parameters: list[_Parameter] = []
-        self._bytes = 0
-
-    def add(self, row: tuple[_Parameter, ...], size: int) -> None:
-        """Collect a row of about `size` bytes. Runs the collected rows when they fill the largest statement."""
-        self._parameters += row
-        self._bytes += size
-        if self._bytes >= _CHUNK_BYTES or len(self._parameters) >= _CHUNK_ROWS[0] * self._width:
-            self.flush()
-
-    def flush(self) -> None:
-        """Run the collected rows."""
-        parameters, self._parameters, self._bytes = self._parameters, [], 0
-        start = 0
-        for rows, text in self._texts.items():
-            step = rows * self._width
-            while len(parameters) - start >= step:
-                self._run(text, parameters[start : start + step], rows)
-                start += step
-
-    def _run(self, text: str, parameters: list[_Parameter], rows: int) -> None:
-        self._connection.execute(text, parameters)
-
-
-class _WriteState(_Write):
-    def _run(self, text: str, parameters: list[_Parameter], rows: int) -> None:
+class _WriteState(Write):
+    def _run(self, text: str, parameters: list[Parameter], rows: int) -> None:
         if self._connection.execute(text, parameters).rowcount != rows:
             keys = [parameter for parameter in parameters[1 :: self._width] if isinstance(parameter, str)]
             raise StorageError(
@@ -86,27 +53,23 @@ class _WriteState(_Write):
             )
 
 
-def _ladder(head: str, row: str, tail: str) -> dict[int, str]:
-    return {rows: f"{head} {','.join([row] * rows)} {tail}" for rows in _CHUNK_ROWS}
-
-
 # The value is bound as bytes and converted to text by SQLite. Refused: decoding it first, which copies every value once
 # more while other threads wait. The condition keeps an id that is wrong from overwriting another key.
-_STATE = _ladder(
+_STATE = ladder(
     "INSERT INTO state (id, key, revision, expires, value) VALUES",
     "(?, ?, ?, ?, CAST(? AS TEXT))",
     "ON CONFLICT (id) DO UPDATE SET revision = excluded.revision, expires = excluded.expires, value = excluded.value"
     " WHERE key = excluded.key",
 )
-_DELETE = _ladder("DELETE FROM state WHERE id IN (", "?", ")")
-_SCOPES = _ladder(
+_DELETE = ladder("DELETE FROM state WHERE id IN (", "?", ")")
+_SCOPES = ladder(
     "INSERT INTO scopes (number, scope, revision, epoch, due) VALUES",
     "(?, ?, ?, ?, ?)",
     "ON CONFLICT (scope) DO UPDATE SET epoch = max(epoch, excluded.epoch), due = excluded.due,"
     f" revision = max(excluded.revision, revision + max(excluded.epoch - epoch, 0) * {RESERVED})",
 )
-_EXTENTS = _ladder("INSERT INTO extents (extent, scope, high) VALUES", "(?, ?, ?)", "")
-_PLACES = _ladder(
+_EXTENTS = ladder("INSERT INTO extents (extent, scope, high) VALUES", "(?, ?, ?)", "")
+_PLACES = ladder(
     "SELECT scopes.scope, number, extent, high FROM scopes LEFT JOIN extents ON extents.scope = number"
     " WHERE scopes.scope IN (",
     "?",
@@ -133,27 +96,39 @@ class Writer:
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
         self._places: dict[str, _Place] = {}
+        self._answers = AnswerWriter()
+        self._clock_ms = 0
+        """The time that is saved."""
 
-    def write(self, connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> tuple[str, int] | None:
+    def write(
+        self, connection: sqlite3.Connection, batch: Iterable[ScopeChange], now_ms: int
+    ) -> tuple[str, int] | None:
         """Write the batch inside the caller's transaction; return scope and revision of its last change, None if empty.
 
         Raises `UnsavableValue`, which names the key, for a value too large for SQLite, and library errors.
         """
         last: tuple[str, int] | None = None
         changes = iter(batch)
-        while some := list(islice(changes, _CHUNK_ROWS[0])):
+        while some := list(islice(changes, CHUNK_ROWS[0])):
             self._write_some(connection, some)
             last = some[-1].scope, some[-1].revision
+        if now_ms:
+            self._answers.drop_old(connection, now_ms)
+            if now_ms - self._clock_ms >= _CLOCK_STEP_MS:
+                connection.execute("UPDATE store SET clock = max(clock, ?)", (now_ms,))
+                self._clock_ms = now_ms
         return last
 
     def forget(self) -> None:
         """A transaction was rolled back: scopes and extents that it made do not exist."""
         self._places.clear()
+        self._answers.forget()
+        self._clock_ms = 0
 
     def _write_some(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
         self._find(connection, changes)
         state = _WriteState(connection, _STATE, 5)
-        deleted = _Write(connection, _DELETE, 1)
+        deleted = Write(connection, _DELETE, 1)
         emptied: set[tuple[str, int]] = set()
         room = row_room(connection)
         seen: set[str] = set()
@@ -188,6 +163,8 @@ class Writer:
         state.flush()
         deleted.flush()
         self._forget_empty(connection, emptied)
+        if answers := [(self._places[change.scope].number, change.answers) for change in changes if change.answers]:
+            self._answers.write(connection, answers, room)
 
     def _find(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
         """Write the scopes of the changes, and know where their rows are, or will be."""
@@ -203,7 +180,7 @@ class Writer:
                     if extent is not None:
                         place.extents[high] = extent
                 start += rows
-        scopes = _Write(connection, _SCOPES, 5)
+        scopes = Write(connection, _SCOPES, 5)
         next_scope = 0
         for change in changes:
             scope, revision = change.scope, change.revision
@@ -223,7 +200,7 @@ class Writer:
         self._make_extents(connection, changes)
 
     def _make_extents(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
-        made = _Write(connection, _EXTENTS, 3)
+        made = Write(connection, _EXTENTS, 3)
         highest = first = -1
         for change in changes:
             place = self._places[change.scope]
@@ -273,7 +250,7 @@ _REVISION = (
 # A page is read as the text of a JSON array: decoding it both splits it and checks that each value is JSON.
 # Refused: rows with json_valid(value), which needs up to 40 times the size of a value in memory.
 _PAGE = (
-    f"SELECT ({_REVISION}), count(*), CAST('[' || group_concat("  # noqa: S608 - constants
+    f"SELECT ({_REVISION}), {HAS_ANSWERS}, count(*), CAST('[' || group_concat("  # noqa: S608 - constants
     "'[' || id || ',' || created || ',' || json_quote(key) || ',' || revision || ','"
     " || coalesce(expires, 'null') || ',' || value || ']') || ']' AS BLOB)"
     f" FROM (SELECT id, {_CREATED} AS created, key, state.revision, expires, value {_ORDERED})"
@@ -287,13 +264,13 @@ def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
     Raises `StorageError`, which names the row, for a row that is not JSON, and library errors.
     """
     try:
-        revision, rows = _read_page(connection, scope, -1, _PAGE_ROWS)
-        if len(rows) < _PAGE_ROWS:
-            return _state(scope, _entries(rows), len(rows), revision)
+        revision, answered, rows = _read_page(connection, scope, -1, _PAGE_ROWS)
+        if len(rows) < _PAGE_ROWS and not answered:
+            return _state(scope, _entries(rows), len(rows), revision, {})
     except sqlite3.DataError as error:
         if primary_code(error) != sqlite3.SQLITE_TOOBIG:
             raise
-    # Only a scope of several pages needs a transaction to be read as of one moment: it takes two more calls.
+    # Only several statements need a transaction to read as of one moment: it takes two more calls.
     connection.execute("BEGIN")
     try:
         entries: dict[str, Row] = {}
@@ -302,19 +279,20 @@ def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
             entries.update(_entries(rows))
             count += len(rows)
         revision = revision_of(connection, scope)
+        answers = read_answers(connection, scope)
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-    return _state(scope, entries, count, revision)
+    return _state(scope, entries, count, revision, answers)
 
 
-def _state(scope: str, entries: dict[str, Row], rows: int, revision: int) -> ScopeState:
+def _state(scope: str, entries: dict[str, Row], rows: int, revision: int, answers: dict[str, Answer]) -> ScopeState:
     if len(entries) != rows:
         raise StorageError(
             f"scope {scope!r} holds a key twice; was the database edited? `store verify` names the key: delete "
             "one of its rows with the sqlite3 tool (the view `entries` shows them)"
         )
-    return ScopeState(entries, revision)
+    return ScopeState(entries, revision, answers)
 
 
 def revision_of(connection: sqlite3.Connection, scope: str) -> int:
@@ -343,7 +321,7 @@ def _pages(connection: sqlite3.Connection, scope: str) -> Iterator[list[_Row]]:
     limit = _PAGE_ROWS
     while True:
         try:
-            _, rows = _read_page(connection, scope, after, limit)
+            _, _, rows = _read_page(connection, scope, after, limit)
         except sqlite3.DataError as error:
             if primary_code(error) != sqlite3.SQLITE_TOOBIG:
                 raise
@@ -363,12 +341,16 @@ def _entries(rows: list[_Row]) -> dict[str, Row]:
     return {key: Row(bytes(value), revision, created, expires) for _, created, key, revision, expires, value in rows}
 
 
-def _read_page(connection: sqlite3.Connection, scope: str, after: int, limit: int) -> tuple[int, list[_Row]]:
-    """Read the number behind which the scope goes on, and up to `limit` rows after an id, with one statement."""
-    ((revision, count, text),) = connection.execute(_PAGE, {"scope": scope, "after": after, "limit": limit}).fetchall()
+def _read_page(connection: sqlite3.Connection, scope: str, after: int, limit: int) -> tuple[int, bool, list[_Row]]:
+    """Read up to `limit` rows after an id, with one statement.
+
+    Before them: the number behind which the scope goes on, and whether it has kept answers.
+    """
+    asked = {"scope": scope, "after": after, "limit": limit}
+    ((revision, answered, count, text),) = connection.execute(_PAGE, asked).fetchall()
     revision = _checked_revision(scope, revision)
     if not count:
-        return revision, []
+        return revision, answered, []
     try:
         rows = _decode_page(_utf8(text))
         whole = len(rows) == count
@@ -377,7 +359,7 @@ def _read_page(connection: sqlite3.Connection, scope: str, after: int, limit: in
     if not whole:
         # One bad value makes the page unreadable: read its rows one by one to name it.
         rows = list(_read_plain(connection, scope, after, limit))
-    return revision, rows
+    return revision, answered, rows
 
 
 def _read_plain(connection: sqlite3.Connection, scope: str, after: int, limit: int) -> Iterator[_Row]:

@@ -38,7 +38,8 @@ _TABLES: Final = f"""
 CREATE TABLE store (  -- one row
     id TEXT NOT NULL,
     clean INTEGER NOT NULL,    -- 1: it was closed after everything was saved
-    extents INTEGER NOT NULL   -- the highest extent ever given
+    extents INTEGER NOT NULL,  -- the highest extent ever given
+    clock INTEGER NOT NULL     -- the time of the last save, in ms since 1970
 );
 CREATE TABLE epochs (  -- an epoch begins with each session after one that was not closed in order
     epoch INTEGER PRIMARY KEY,
@@ -113,15 +114,15 @@ CREATE TABLE dead_letters (
     error TEXT NOT NULL
 );
 CREATE INDEX dead_letters_consumer ON dead_letters (consumer, id);
-CREATE TABLE answers (  -- to calls with an idempotency key
+CREATE TABLE answers (  -- to calls with an idempotency key, in the order in which they were saved
+    id INTEGER PRIMARY KEY,
     scope INTEGER NOT NULL,
-    token TEXT NOT NULL,
-    request BLOB NOT NULL,     -- a digest of the call, to notice another one with the same key
+    token TEXT NOT NULL,       -- the idempotency key
     time INTEGER NOT NULL,
-    answer TEXT NOT NULL,
-    PRIMARY KEY (scope, token)
-) WITHOUT ROWID;
-CREATE INDEX answers_time ON answers (time)
+    request BLOB NOT NULL,     -- a digest of the call, to notice another one with the same key
+    answer BLOB NOT NULL,
+    UNIQUE (scope, token)
+)
 """  # noqa: S608 - constants
 
 _BOTH_ENDS = {
@@ -135,7 +136,7 @@ _BOTH_ENDS = {
     "consumers": ("number", "name"),
     "deliveries": ("consumer, position",),
     "dead_letters": ("id", "consumer, id"),
-    "answers": ("scope, token", "time"),
+    "answers": ("id", "scope, token"),
 }
 """Table -> the orders in which it can be read without sorting: its B-trees."""
 
@@ -145,7 +146,7 @@ def create_tables(connection: sqlite3.Connection) -> None:
     # Not executescript, which would end the transaction.
     for statement in _TABLES.split(";"):
         connection.execute(statement)
-    connection.execute("INSERT INTO store VALUES (?, 1, 0)", (uuid4().hex,))
+    connection.execute("INSERT INTO store VALUES (?, 1, 0, 0)", (uuid4().hex,))
     connection.execute("INSERT INTO epochs VALUES (0, 0)")
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {VERSION}")
@@ -203,8 +204,8 @@ def create_if_empty(connection: sqlite3.Connection, path: str) -> None:
         raise
 
 
-def begin_session(connection: sqlite3.Connection, *, lost: bool) -> int:
-    """Note on the disk that the store is in use, and return the epoch.
+def begin_session(connection: sqlite3.Connection, *, lost: bool) -> tuple[int, int]:
+    """Note on the disk that the store is in use. Return the epoch, and the time of the last save.
 
     `lost`: saved writes are missing. Then, or if the store was not closed in order, a new epoch begins: scopes may have
     given numbers that are not saved, and must not give them again. One commit, before any scope gives a number.
@@ -213,6 +214,7 @@ def begin_session(connection: sqlite3.Connection, *, lost: bool) -> int:
     try:
         clean = number(connection, "SELECT clean FROM store")
         epoch = number(connection, "SELECT max(epoch) FROM epochs")
+        clock_ms = number(connection, "SELECT clock FROM store")
         if lost or not clean:
             epoch += 1
             # Not max(position): the rows behind it may have been trimmed.
@@ -224,12 +226,12 @@ def begin_session(connection: sqlite3.Connection, *, lost: bool) -> int:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    return epoch
+    return epoch, clock_ms
 
 
-def end_session(connection: sqlite3.Connection) -> None:
+def end_session(connection: sqlite3.Connection, clock_ms: int) -> None:
     """Note that everything was saved: the next session goes on with the next number of each scope."""
-    connection.execute("UPDATE store SET clean = 1")
+    connection.execute("UPDATE store SET clean = 1, clock = max(clock, ?)", (clock_ms,))
 
 
 def probe(connection: sqlite3.Connection) -> None:
@@ -243,8 +245,8 @@ def probe(connection: sqlite3.Connection) -> None:
     missing -= names
     if missing:
         raise DamagedError(f"it has no {' and no '.join(sorted(missing))}")
-    facts = connection.execute("SELECT clean, extents, (SELECT max(epoch) FROM epochs) FROM store").fetchall()
-    if [[type(fact) for fact in row] for row in facts] != [[int, int, int]]:
+    facts = connection.execute("SELECT clean, extents, clock, (SELECT max(epoch) FROM epochs) FROM store").fetchall()
+    if [[type(fact) for fact in row] for row in facts] != [[int] * 4]:
         raise DamagedError("its table `store` does not have one row of numbers, or `epochs` is empty")
     for table, orders in _BOTH_ENDS.items():
         for order in orders:
@@ -268,13 +270,18 @@ def _foreign(path: str, reason: str) -> str:
 
 _ABOVE_ITS_SCOPE: Final = f"""
     SELECT entries.scope, key, entries.revision FROM entries JOIN scopes USING (scope)
-    WHERE entries.created > entries.revision
-        OR entries.revision > scopes.revision + ((SELECT max(epoch) FROM epochs) - scopes.epoch) * {RESERVED} LIMIT 100
+    WHERE max(entries.created, entries.revision)
+        > scopes.revision + ((SELECT max(epoch) FROM epochs) - scopes.epoch) * {RESERVED} LIMIT 100
 """  # noqa: S608 - constants
 _OF_NO_SCOPE: Final = f"""
     SELECT id, key FROM state WHERE NOT EXISTS (SELECT 1 FROM extents JOIN scopes ON scopes.number = extents.scope
         WHERE extents.extent = state.id >> {EXTENT_BITS}) LIMIT 100
 """  # noqa: S608 - constants
+
+
+_ANSWERS_OF_NO_SCOPE: Final = """
+    SELECT token FROM answers WHERE NOT EXISTS (SELECT 1 FROM scopes WHERE number = answers.scope) LIMIT 100
+"""
 
 
 def find_problems(connection: sqlite3.Connection) -> list[str]:
@@ -291,11 +298,15 @@ def find_problems(connection: sqlite3.Connection) -> list[str]:
         )
     ]
     problems += [
-        f"key {key!r} of scope {scope!r} has the revision {revision}, above that of its scope"
+        f"key {key!r} of scope {scope!r}, with the revision {revision}, has a number above that of its scope"
         for scope, key, revision in connection.execute(_ABOVE_ITS_SCOPE)
     ]
     problems += [
         f"the row {id_} of the table `state`, for key {key!r}, belongs to no scope"
         for id_, key in connection.execute(_OF_NO_SCOPE)
+    ]
+    problems += [
+        f"the answer for the idempotency key {token!r} belongs to no scope"
+        for (token,) in connection.execute(_ANSWERS_OF_NO_SCOPE)
     ]
     return problems

@@ -434,3 +434,10 @@ def test_a_durable_turn_decides_as_the_turn_and_asks_another_engine_for_the_same
     assert turn.call("s")["idempotency_key"] == "i"
     assert turn.failed(ValueError("x")).code == "SET_ERROR"
     assert Durable(Delete("k")).failed(ValueError("x")).code == "DELETE_ERROR"
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256, "\ud800", 7])
+def test_an_idempotency_key_that_a_store_could_not_hold_is_refused(key: Any) -> None:
+    """At once: a store that finds it in a save could not save anything."""
+    with pytest.raises(DeserializationError, match="idempotency key"):
+        Once(Set("k", b"1"), key)

@@ -9,8 +9,9 @@ import pytest
 from stored import change, values_of
 
 from scopestate import Engine
+from scopestate.actors.ports import ANSWERS_KEPT_MS
 from scopestate.errors import ConfigError, StorageError
-from scopestate.persistence import Row, ScopeChange, ScopeState, Store
+from scopestate.persistence import Answer, Row, ScopeChange, ScopeState, Store
 from scopestate.persistence.local import LocalBackend
 
 
@@ -438,3 +439,105 @@ def test_every_value_that_a_store_needs_to_answer_for_has_a_default() -> None:
 def test_what_is_neither_a_store_nor_a_backend_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"`adapter` is a Store or a Backend .*, not dict"):
         Engine(adapter={})  # type: ignore[arg-type]
+
+
+# --- deadlines, kept answers and the time -----------------------------------------------------------------------------
+
+
+def test_a_deadline_comes_back_and_can_be_changed_without_a_revision(store: Place) -> None:
+    store.adapter.save([ScopeChange("s", 1, {"k": Row(b"1", 1, 1, 5_000)}, due_ms=5_000)])
+    store.adapter.save([ScopeChange("s", 1, {"k": Row(b"1", 1, 1, 9_000)}, due_ms=9_000)])
+
+    assert store.reopen().load("s") == ScopeState({"k": Row(b"1", 1, 1, 9_000)}, 1)
+    assert store.adapter.due(10) == [(9_000, "s")]
+
+    store.adapter.save([ScopeChange("s", 1, {"k": Row(b"1", 1, 1, None)})])
+    assert store.reopen().load("s").entries["k"].expires_ms is None
+    assert store.adapter.due(10) == []
+
+
+def test_scopes_that_fall_due_come_in_the_order_of_their_deadlines(store: Place) -> None:
+    for scope, due_ms in {"c": 30, "a": 10, "none": None, "b": 20}.items():
+        store.adapter.save([ScopeChange(scope, 1, {"k": Row(b"1", 1, 1, due_ms)}, due_ms=due_ms)])
+
+    assert store.adapter.due(2) == [(10, "a"), (20, "b")]
+    assert store.reopen().due(10) == [(10, "a"), (20, "b"), (30, "c")]
+
+
+def answer(number: int, time_ms: int | None = None) -> Answer:
+    return Answer(b"digest", b"\x00\xff%d" % number, number if time_ms is None else time_ms)
+
+
+def test_kept_answers_come_back_the_oldest_first(store: Place) -> None:
+    kept = {"z": answer(1), "\x00": answer(2), "\U0001f600": answer(3), "a": answer(4)}
+    store.adapter.save([ScopeChange("s", 3, {"k": Row(b"1", 3, 1)}, answers=dict(kept))])
+    store.adapter.save([ScopeChange("s", 3, {}, answers={"later": answer(5)})])
+    store.adapter.save([ScopeChange("t", 1, {}, answers={"z": answer(9)})])
+
+    state = store.reopen().load("s")
+
+    assert list(state.answers.items()) == [*kept.items(), ("later", answer(5))]
+    assert store.adapter.load("t") == ScopeState({}, 1, {"z": answer(9)})
+
+
+def test_an_answer_that_is_kept_no_longer_is_gone(store: Place) -> None:
+    many: dict[str, Answer | None] = {f"{number:x}": answer(number) for number in range(1500)}
+    store.adapter.save([ScopeChange("s", 1, {}, answers=dict(many)), ScopeChange("t", 1, {}, answers=dict(many))])
+    store.adapter.save([ScopeChange("s", 1, {}, answers=dict.fromkeys(list(many)[:1400]))])
+
+    assert list(store.reopen().load("s").answers.items()) == list(many.items())[1400:]
+    assert len(store.adapter.load("t").answers) == 1500
+
+
+def test_of_two_changes_of_a_scope_in_one_save_the_later_one_holds_for_answers(store: Place) -> None:
+    keep = ScopeChange("s", 1, {}, answers={"a": answer(1), "b": answer(2)})
+    drop = ScopeChange("s", 1, {}, answers={"a": None, "b": answer(3)})
+    store.adapter.save([keep, drop])
+    store.adapter.save(
+        [ScopeChange("t", 1, {}, answers={"a": None}), ScopeChange("t", 1, {}, answers={"a": answer(4)})]
+    )
+
+    assert store.adapter.load("s").answers == {"b": answer(3)}
+    assert store.adapter.load("t").answers == {"a": answer(4)}
+
+
+def test_answers_that_are_a_day_old_are_removed_also_of_scopes_that_are_not_written(store: Place) -> None:
+    begin = 1_800_000_000_000
+    store.adapter.clock_ms = begin
+    answers: dict[str, Answer | None] = {f"{number}": answer(number, begin + number) for number in range(2500)}
+    store.adapter.save([ScopeChange("idle", 1, {}, answers=answers)])
+
+    def after(ms: int) -> list[str]:
+        store.adapter.clock_ms = begin + ms
+        store.adapter.save([ScopeChange("other", 1, {"k": Row(b"1", 1, 1)})])
+        return list(store.adapter.load("idle").answers)
+
+    assert len(after(ANSWERS_KEPT_MS - 1)) == 2500
+    assert after(ANSWERS_KEPT_MS + 4)[0] == "5"
+    for _ in range(3):
+        left = after(ANSWERS_KEPT_MS + 2400)
+    assert left[0] == "2401"
+    store.reopen()
+    assert after(2 * ANSWERS_KEPT_MS) == []
+
+
+def test_a_large_answer_is_kept(store: Place) -> None:
+    large = Answer(b"digest", bytes(10_000_000), 1)
+    kept = {"a": answer(0), "large": large, "z": answer(2)}
+    store.adapter.save([ScopeChange("s", 1, {}, answers=dict(kept))])
+
+    assert store.reopen().load("s").answers == kept
+
+
+def test_a_store_tells_the_time_of_its_last_save(store: Place) -> None:
+    assert store.adapter.clock_ms == 0
+    store.adapter.clock_ms = 5_000_000
+    store.adapter.save([created("s", 1, {"k": b"1"})])
+    assert store.reopen().clock_ms == 5_000_000
+
+    store.adapter.clock_ms = 5_000_400
+    assert store.reopen().clock_ms == 5_000_400
+
+    store.adapter.clock_ms = 4_000_000
+    store.adapter.save([change("s", 2, {"k": b"2"}, {})])
+    assert store.reopen().clock_ms == 5_000_400

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from stored import change, crash, values_of
 
-from scopestate.persistence import FileAdapter, Row, ScopeChange
+from scopestate.actors.ports import ANSWERS_KEPT_MS
+from scopestate.persistence import Answer, FileAdapter, Row, ScopeChange
 from scopestate.persistence.sqlite.schema import RESERVED
 
 names = st.sampled_from(["", "a", "A", "\x00", "../x", "é", "\U0001f600"]) | st.text(
@@ -31,6 +32,8 @@ class FileStore(RuleBasedStateMachine):
         self.adapter = FileAdapter(self.directory)
         self.model: dict[str, dict[str, Row]] = {}
         self.revisions: dict[str, int] = {}
+        self.answers: dict[str, dict[str, Answer]] = {}
+        self.clock_ms = self.adapter.clock_ms = 1_800_000_000_000
 
     @rule(steps=steps)
     def save(self, steps: list[tuple[str, list[tuple[str, bytes | None]]]]) -> None:
@@ -38,7 +41,7 @@ class FileStore(RuleBasedStateMachine):
         batch = []
         for scope, writes in steps:
             entries = self.model.setdefault(scope, {})
-            changed = ScopeChange(scope, self.revisions.get(scope, 0), {})
+            changed = ScopeChange(scope, self._number(scope), {})
             for key, value in writes:
                 changed.revision += 1
                 before = entries.pop(key, None) if value is None else entries.get(key)
@@ -52,6 +55,39 @@ class FileStore(RuleBasedStateMachine):
             batch.append(changed)
         self.adapter.save(batch)
 
+    @rule(scope=names, ttl_ms=st.none() | st.integers(1, 10**9), data=st.data())
+    def touch(self, scope: str, ttl_ms: int | None, data: st.DataObject) -> None:
+        """Give keys another deadline, which takes no number."""
+        entries = self.model.get(scope, {})
+        keys = data.draw(st.lists(st.sampled_from([*entries]), unique=True)) if entries else []
+        expires_ms = None if ttl_ms is None else self.clock_ms + ttl_ms
+        for key in keys:
+            entries[key] = Row(entries[key].json, entries[key].revision, entries[key].created, expires_ms)
+        self.adapter.save([ScopeChange(scope, self._number(scope), {key: entries[key] for key in keys})])
+
+    @rule(scope=names, tokens=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3)))
+    def keep_answers(self, scope: str, tokens: list[str]) -> None:
+        """Keep an answer for each key, or no longer if there is one: also within one batch."""
+        kept = self.answers.setdefault(scope, {})
+        batch = []
+        for token in tokens:
+            self.clock_ms += 1
+            answer = None if kept.pop(token, None) else Answer(b"", token.encode(), self.clock_ms)
+            if answer is not None:
+                kept[token] = answer
+            batch.append(ScopeChange(scope, self._number(scope), {}, answers={token: answer}))
+        self.adapter.save(batch)
+
+    @rule(hours=st.sampled_from([1, 10, 23]))
+    def wait(self, hours: int) -> None:
+        """Let time pass; a save removes the answers that are a day old."""
+        self.clock_ms += hours * 3_600_000
+        self.adapter.clock_ms = self.clock_ms
+        self.adapter.save([])
+        for kept in self.answers.values():
+            for token in [token for token, answer in kept.items() if self.clock_ms - answer.time_ms >= ANSWERS_KEPT_MS]:
+                del kept[token]
+
     @rule(scope=names, count=st.integers(1, 700), value=documents)
     def save_many(self, scope: str, count: int, value: bytes) -> None:
         self.save([(scope, [(f"{number:x}", value) for number in range(count)])])
@@ -63,15 +99,25 @@ class FileStore(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.adapter.close()
-        self.adapter = FileAdapter(self.directory)
+        self._reopen()
 
     @rule()
     def crash(self) -> None:
         """No scope gives a number again that it may have given before."""
         crash(self.adapter)
-        self.adapter = FileAdapter(self.directory)
+        self._reopen()
         for scope in self.revisions:
             self.revisions[scope] += RESERVED
+
+    def _number(self, scope: str) -> int:
+        """The number of the scope's last write; a scope that the model meets for the first time is loaded."""
+        self.model.setdefault(scope, {})
+        return self.revisions.setdefault(scope, self.adapter.load(scope).revision)
+
+    def _reopen(self) -> None:
+        self.adapter = FileAdapter(self.directory)
+        assert self.adapter.clock_ms <= self.clock_ms
+        self.adapter.clock_ms = self.clock_ms
 
     @invariant()
     def holds_what_the_model_holds(self) -> None:
@@ -79,7 +125,8 @@ class FileStore(RuleBasedStateMachine):
         for scope, entries in self.model.items():
             state = self.adapter.load(scope)
             assert list(state.entries.items()) == list(entries.items())
-            assert state.revision == self.revisions.get(scope, 0)
+            assert state.revision == self.revisions[scope]
+            assert list(state.answers.items()) == list(self.answers.get(scope, {}).items())
 
     def teardown(self) -> None:
         assert self.adapter.check() == []

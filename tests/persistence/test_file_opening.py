@@ -602,13 +602,15 @@ def test_check_names_what_is_wrong(open_file: Open, directory: Path) -> None:
         other.execute("UPDATE state SET key = 'key-0' WHERE key = 'key-2'")
         other.execute("UPDATE state SET revision = 99 WHERE key = 'k'")
         other.execute("INSERT INTO state VALUES (1 << 40, 'lost', 1, NULL, '1')")
+        other.execute("INSERT INTO answers VALUES (1, 99, 'token', 0, x'', x'')")
     other.close()
 
     assert adapter.check() == [
         "the value for key 'key-1' of scope 's' is not JSON",
         "key 'key-0' of scope 's' is stored 2 times",
-        "key 'k' of scope 't' has the revision 99, above that of its scope",
+        "key 'k' of scope 't', with the revision 99, has a number above that of its scope",
         f"the row {1 << 40} of the table `state`, for key 'lost', belongs to no scope",
+        "the answer for the idempotency key 'token' belongs to no scope",
     ]
 
 
