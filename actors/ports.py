@@ -104,6 +104,8 @@ class Store(ABC):
     Library errors never escape: each method raises `StorageError` or a subclass.
     """
 
+    id: str = ""
+    """The same for the life of the store, and of no other: cursors of pages name it. "": each engine takes its own."""
     largest_value: int = 0
     """Bytes of the largest value that it can hold; 0: no limit."""
     longest_name: int = sys.maxsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -74,6 +75,8 @@ class Surroundings:
         self.router = router
         self.snapshot = snapshot
         self.directory = directory
+        self.store_id = (store.id if store is not None else "") or os.urandom(16).hex()
+        """What the cursors of pages name this store by, or this engine if its store has no name."""
         self.clock = clock
         self.rule_of = rule_of
         """Returns what the configuration says about the writes of a scope now."""

@@ -153,8 +153,6 @@ class ReadPage(_Ranged[Page], frozen=True):
 
     function_id = "state::list_entries"
 
-    store: str = ""
-    """The id of the store, which the cursor names."""
     cursor: str | None = None
     """What the page before had."""
     max_bytes: int = 0
@@ -164,7 +162,7 @@ class ReadPage(_Ranged[Page], frozen=True):
         within = self.within
         limit = PAGE_KEYS if within.limit is None else within.limit
         if self.cursor is not None:
-            within = behind(within, read_cursor(self.cursor, self.store, view.scope, within))
+            within = behind(within, read_cursor(self.cursor, view.store_id, view.scope, within))
         entries: list[tuple[str, Entry]] = []
         size, more = 0, False
         for key in view.keys(msgspec.structs.replace(within, limit=limit + 1)):
@@ -176,7 +174,7 @@ class ReadPage(_Ranged[Page], frozen=True):
             if more:
                 break
             entries.append((key, entry))
-        cursor = make_cursor(self.store, view.scope, self.within, entries[-1][0]) if more else None
+        cursor = make_cursor(view.store_id, view.scope, self.within, entries[-1][0]) if more else None
         return (), Page(tuple(entries), cursor)
 
 

@@ -143,6 +143,10 @@ class View(Protocol):
         """The name of the scope."""
 
     @property
+    def store_id(self) -> str:
+        """What the cursors of pages name the place by where the scope is kept."""
+
+    @property
     def limits(self) -> Bounds:
         """The limits that the engine has now."""
 
@@ -201,6 +205,7 @@ class View(Protocol):
 class PlainView:
     """The view of a backend that keeps no revisions and no deadlines yet."""
 
+    store_id = ""
     revision = 0
     now_ms = 0
     strict = False

@@ -90,10 +90,11 @@ class FileAdapter(Store):
         self._idle: list[sqlite3.Connection] = []
         self._lent: dict[_Loan, None] = {}
         self._writer: sqlite3.Connection | None
-        self._lock, self._writer, self._identity, self._lost, epoch, self.clock_ms = open_store(
+        self._lock, self._writer, self._identity, self._lost, session = open_store(
             self.directory, self.path, self._open
         )
-        self._rows = Writer(epoch)
+        self._rows = Writer(session.epoch)
+        self.id, self.clock_ms = session.store_id, session.clock_ms
         room = row_room(self._writer)
         self.longest_name = min(LONGEST_NAME, room // 64)
         """Characters of a scope or key name at most; see `largest_value`."""

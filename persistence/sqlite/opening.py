@@ -33,6 +33,7 @@ from scopestate.persistence.sqlite.migration import migrate
 from scopestate.persistence.sqlite.rows import COUNTS
 from scopestate.persistence.sqlite.schema import (
     DamagedError,
+    Session,
     begin_session,
     check_header,
     create_if_empty,
@@ -87,9 +88,7 @@ class Opened(NamedTuple):
     """The status of the database file."""
     lost: str | None
     """Which saved writes are missing in it; None if none are."""
-    epoch: int
-    clock_ms: int
-    """The time of the last save, in milliseconds since the epoch."""
+    session: Session
 
 
 def open_store(directory: str, path: str, open_: Open) -> Opened:
@@ -98,15 +97,15 @@ def open_store(directory: str, path: str, open_: Open) -> Opened:
     try:
         _warn_of_foreign_files(directory)
         new = not os.path.lexists(path)
-        connection, missing, epoch, clock_ms = _open_locked(path, lock, open_)
+        connection, missing, session = _open_locked(path, lock, open_)
         log_opened(connection, directory, new=new)
-        return Opened(lock, connection, os.stat(path), missing, epoch, clock_ms)
+        return Opened(lock, connection, os.stat(path), missing, session)
     except BaseException:
         lock.release()
         raise
 
 
-def _open_locked(path: str, lock: StoreLock, open_: Open) -> tuple[sqlite3.Connection, str | None, int, int]:
+def _open_locked(path: str, lock: StoreLock, open_: Open) -> tuple[sqlite3.Connection, str | None, Session]:
     try:
         _check_files(path, lock)
         create_private(path)
@@ -125,13 +124,13 @@ def _open_locked(path: str, lock: StoreLock, open_: Open) -> tuple[sqlite3.Conne
                 _prepare(connection, path)
                 missing = _report_lost(connection, path, lock.committed)
             # Finds out now, not at the first save, whether the database may be written.
-            epoch, clock_ms = begin_session(connection, lost=missing is not None or killed)
+            session = begin_session(connection, lost=missing is not None or killed)
         except BaseException:
             connection.close()
             raise
         if not lock.created:
             lock.note(created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        return connection, missing, epoch, clock_ms
+        return connection, missing, session
     except DamagedError as error:
         raise _set_aside(path, lock, str(error)) from error
     except UnicodeDecodeError as error:

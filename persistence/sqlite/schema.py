@@ -7,7 +7,7 @@ A row of `state` is found by its `id`, which is made of an extent and the number
 from __future__ import annotations
 
 import sqlite3
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import uuid4
 
 from scopestate.errors import StoreUnusable
@@ -204,17 +204,25 @@ def create_if_empty(connection: sqlite3.Connection, path: str) -> None:
         raise
 
 
-def begin_session(connection: sqlite3.Connection, *, lost: bool) -> tuple[int, int]:
-    """Note on the disk that the store is in use. Return the epoch, and the time of the last save.
+class Session(NamedTuple):
+    """One opening of a store, until it is closed."""
+
+    store_id: str
+    epoch: int
+    clock_ms: int
+    """The time of the last save before it, in milliseconds since the epoch."""
+
+
+def begin_session(connection: sqlite3.Connection, *, lost: bool) -> Session:
+    """Note on the disk that the store is in use.
 
     `lost`: saved writes are missing. Then, or if the store was not closed in order, a new epoch begins: scopes may have
     given numbers that are not saved, and must not give them again. One commit, before any scope gives a number.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
-        clean = number(connection, "SELECT clean FROM store")
+        ((store_id, clean, clock_ms),) = connection.execute("SELECT id, clean, clock FROM store").fetchall()
         epoch = number(connection, "SELECT max(epoch) FROM epochs")
-        clock_ms = number(connection, "SELECT clock FROM store")
         if lost or not clean:
             epoch += 1
             # Not max(position): the rows behind it may have been trimmed.
@@ -226,7 +234,7 @@ def begin_session(connection: sqlite3.Connection, *, lost: bool) -> tuple[int, i
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    return epoch, clock_ms
+    return Session(store_id, epoch, clock_ms)
 
 
 def end_session(connection: sqlite3.Connection, clock_ms: int) -> None:
@@ -245,9 +253,9 @@ def probe(connection: sqlite3.Connection) -> None:
     missing -= names
     if missing:
         raise DamagedError(f"it has no {' and no '.join(sorted(missing))}")
-    facts = connection.execute("SELECT clean, extents, clock, (SELECT max(epoch) FROM epochs) FROM store").fetchall()
-    if [[type(fact) for fact in row] for row in facts] != [[int] * 4]:
-        raise DamagedError("its table `store` does not have one row of numbers, or `epochs` is empty")
+    read = "SELECT id, clean, extents, clock, (SELECT max(epoch) FROM epochs) FROM store"
+    if [[type(fact) for fact in row] for row in connection.execute(read)] != [[str, int, int, int, int]]:
+        raise DamagedError("its table `store` does not have one row with an id and numbers, or `epochs` is empty")
     for table, orders in _BOTH_ENDS.items():
         for order in orders:
             columns, backwards = f"SELECT {order} FROM {table}", order.replace(",", " DESC,")  # noqa: S608 - ours

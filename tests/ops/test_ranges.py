@@ -89,7 +89,7 @@ def test_keys_that_exist_all_the_while_come_exactly_once_while_others_come_and_g
         seen: list[str] = []
         cursor, number = None, 0
         while True:
-            page = stored.run(ReadPage(Range(limit=7, reverse=reverse), "store", cursor))
+            page = stored.run(ReadPage(Range(limit=7, reverse=reverse), cursor))
             seen += [key for key, _ in page.entries]
             # Before, at and behind the place where the walk is.
             for step in range(6):
@@ -110,9 +110,9 @@ def test_a_page_ends_at_its_bytes_but_has_one_entry_at_least() -> None:
     stored = Stored()
     stored.put(a="x" * 50, b="y", c="z")
 
-    page = stored.run(ReadPage(Range(), "store", None, max_bytes=10))
+    page = stored.run(ReadPage(Range(), None, max_bytes=10))
     assert [key for key, _ in page.entries] == ["a"]
-    page = stored.run(ReadPage(Range(), "store", page.cursor, max_bytes=10))
+    page = stored.run(ReadPage(Range(), page.cursor, max_bytes=10))
     assert [key for key, _ in page.entries] == ["b", "c"]
     assert page.done
 
@@ -195,4 +195,4 @@ def test_a_cursor_of_a_later_version_is_refused_as_that() -> None:
 def test_a_cursor_of_a_walk_with_another_scope_is_refused_by_the_page() -> None:
     stored = Stored("other")
     with pytest.raises(InvalidCursor, match="made for another scope; begin again without a cursor"):
-        stored.run(ReadPage(Range(prefix="a"), "store", CURSOR))
+        stored.run(ReadPage(Range(prefix="a"), CURSOR))

@@ -349,7 +349,7 @@ class Turns(RuleBasedStateMachine):
         found: list[str] = []
         cursor = None
         while True:
-            page = self.stored.run(ReadPage(within, "store", cursor, max_bytes))
+            page = self.stored.run(ReadPage(within, cursor, max_bytes))
             assert len(page.entries) <= size
             found += [key for key, _ in page.entries]
             cursor = page.cursor

@@ -66,6 +66,16 @@ def test_a_backend_with_a_store_keeps_and_says_so(store: Place) -> None:
     assert LocalBackend(store.adapter, lambda scope: "interval").keeps is True
 
 
+def test_a_store_has_an_id_of_its_own_for_its_life(store: Place) -> None:
+    given = store.adapter.id
+    with Engine() as one, Engine() as other, Engine(adapter=store.reopen()) as third:
+        ids = [engine._parts._around.store_id for engine in (one, other, third)]
+
+    assert store.reopen().id == given
+    assert ids[2] == given
+    assert len({*ids, ""}) == 4
+
+
 def test_what_was_saved_is_loaded_with_its_numbers(store: Place) -> None:
     store.adapter.save([created("users", 7, {"ada": b'{"age":36}', "bob": b"null"})])
 

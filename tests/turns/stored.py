@@ -25,6 +25,7 @@ class Stored:
 
     def __init__(self, scope: str = "s", *, now_ms: int = 1_000, strict: bool = False) -> None:
         self.scope = scope
+        self.store_id = "store"
         self.limits = Limits()
         self.strict = strict
         self.revision = 0
