@@ -324,9 +324,10 @@ def asked_deadline(
         seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
         if type(seconds) not in (int, float) or not 0 < seconds * 1000 <= LAST_MS:
             raise DeserializationError(f"`ttl` is a number of seconds, more than 0, or a timedelta, not {ttl!r:.40}")
-        ttl_ms = math.ceil(seconds * 1000)
+        ttl_ms = max(1, math.ceil(round(seconds * 1000, 3)))  # 2.007 * 1000 is a little more than 2007
     if expires_at is not None:
-        if expires_at.tzinfo is None:
+        moment: object = expires_at  # whatever the program passed
+        if not isinstance(moment, datetime) or moment.tzinfo is None:
             raise DeserializationError(f"`expires_at` is a datetime with a time zone, not {expires_at!r:.40}")
         expires_ms = max(0, (expires_at - _EPOCH) // _MS)
     return checked_deadline(ttl_ms, expires_ms, keep=keep_ttl)

@@ -335,13 +335,15 @@ def test_a_deadline_is_given_once_and_within_bounds() -> None:
 def test_python_gives_seconds_a_timedelta_or_a_moment_with_a_time_zone() -> None:
     assert asked_deadline(1.5) == asked_deadline(timedelta(milliseconds=1500)) == Deadline(ttl_ms=1500)
     assert asked_deadline(1e-9) == Deadline(ttl_ms=1)
+    assert asked_deadline(2.007) == asked_deadline(timedelta(milliseconds=2007)) == Deadline(ttl_ms=2007)
     assert asked_deadline(expires_at=datetime(1970, 1, 1, 0, 0, 2, tzinfo=UTC)) == Deadline(expires_ms=2000)
     assert asked_deadline(keep_ttl=True) == Deadline(keep=True)
     for wrong in (0, -1, float("nan"), float("inf"), True, "1"):
         with pytest.raises(DeserializationError, match="`ttl` is a number of seconds"):
             asked_deadline(wrong)  # type: ignore[arg-type]
-    with pytest.raises(DeserializationError, match="time zone"):
-        asked_deadline(expires_at=datetime(2030, 1, 1))  # noqa: DTZ001 - that is the mistake
+    for moment in (datetime(2030, 1, 1), "2030-01-01", 4_102_444_800):  # noqa: DTZ001 - that is the mistake
+        with pytest.raises(DeserializationError, match="time zone"):
+            asked_deadline(expires_at=moment)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ idempotency keys
