@@ -561,7 +561,7 @@ class HandlerActor(TurnActor):
     def _drop(self, event: StateEvent, reason: str, *, logged: bool = True) -> None:
         self.dropped += 1
         error = EventNotDelivered(
-            f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} reached no handler: {reason}"
+            f"event {event.revision} of scope {event.scope!r}, key {event.key!r} reached no handler: {reason}"
         )
         failure = DeliveryFailure(
             self.trigger.trigger_id, self.trigger.function_id, event, error, attempt=0, final=True
@@ -598,7 +598,7 @@ class HandlerActor(TurnActor):
         if event is None or self._overdue:
             return  # it was reported when it became overdue
         error = EventNotDelivered(
-            f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
+            f"event {event.revision} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
             "engine closed: its handler may or may not have done its work"
         )
         self.failed += 1

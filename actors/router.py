@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from scopestate.actors.backlog import HandlerFull, Tally, size_of
 from scopestate.actors.containment import Log
 from scopestate.actors.handler import Barrier, HandlerActor, HandlerServices
-from scopestate.actors.triggers import TriggerTable, Watchers
+from scopestate.actors.triggers import TriggerTable, Watchers, wanting
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventLoopDetected, Overloaded
 from scopestate.ops.results import DeliveryFailure, EventType, StateEvent
@@ -20,6 +20,8 @@ log = Log("scopestate.triggers")
 
 Prepared = tuple[tuple[HandlerActor, ...], StateEvent]
 """An event that is ready to be published: the handlers that it goes to, and the event."""
+Expired = tuple[int, int]
+"""Of a key that has expired: its deadline, and how many milliseconds later it is removed."""
 
 
 class Routed:
@@ -54,15 +56,29 @@ class EventRouter(TurnActor):
     # ------------------------------------------------------------------------------------------- before the write
 
     def prepare(
-        self, scope: str, watch: Watchers, key: str, old: bytes | None, new: bytes | None, sequence: int, depth: int
+        self,
+        scope: str,
+        watch: Watchers,
+        key: str,
+        old: bytes | None,
+        new: bytes | None,
+        revision: int,
+        depth: int,
+        expired: Expired | None = None,
     ) -> tuple[Prepared, ...]:
         """Return the event of a write that is about to happen, ready to be published; () if no trigger matches.
 
         Called within the scope's turn; `watch` is the scope's own table. Raises HandlerFull if a handler must catch up
         first, and Overloaded if it is a handler that writes, `depth` handlers deep: it might be waiting for itself.
+        `expired` is given if the key is removed because its deadline has passed.
         """
         handlers = watch.match(key)
         if not handlers:
+            return ()
+        kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
+        if expired is not None:
+            kind = "state:expired"
+        if self.triggers.selective and not (handlers := wanting(handlers, kind)):
             return ()
         backlog, limits, waiting = self.backlog, self._limits, len(self._mailbox)
         size = (len(old) if old else 0) + (len(new) if new else 0)
@@ -74,8 +90,7 @@ class EventRouter(TurnActor):
             for handler in handlers:
                 if len(handler._mailbox) >= room:
                     self._admit(scope, handlers, depth)
-        kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
-        return ((handlers, StateEvent(kind, scope, key, old, new, sequence, depth)),)
+        return ((handlers, StateEvent(kind, scope, key, old, new, revision, depth, *(expired or ()))),)
 
     def check_room(self, scope: str, watch: Watchers, key: str, depth: int) -> None:
         """Refuse, as `prepare` does, a write that is about to be sent elsewhere: no handler may miss its event."""
@@ -123,19 +138,31 @@ class EventRouter(TurnActor):
             certainly(self.wake_anyway)
 
     def prepare_late(
-        self, scope: str, watch: Watchers, key: str, old: bytes | None, new: bytes | None, sequence: int, depth: int
+        self,
+        scope: str,
+        watch: Watchers,
+        key: str,
+        old: bytes | None,
+        new: bytes | None,
+        revision: int,
+        depth: int,
+        expired: Expired | None = None,
     ) -> tuple[Prepared, ...]:
         """As `prepare`, for a write that has happened elsewhere: no limit stands in its way."""
         handlers = watch.match(key)
+        kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
+        if expired is not None:
+            kind = "state:expired"
+        if self.triggers.selective:
+            handlers = wanting(handlers, kind)
         if not handlers:
             return ()
-        kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
-        event = StateEvent(kind, scope, key, old, new, sequence, depth)
+        event = StateEvent(kind, scope, key, old, new, revision, depth, *(expired or ()))
         self.backlog.largest = max(self.backlog.largest, size_of(event))
         return ((handlers, event),)
 
     def arrive(
-        self, scope: str, key: str, old: bytes | None, new: bytes | None, sequence: int, depth: int, *, here: bool
+        self, scope: str, key: str, old: bytes | None, new: bytes | None, revision: int, depth: int, *, here: bool
     ) -> tuple[tuple[HandlerActor, ...], HandlerActor | None]:
         """Publish a change that another engine may have made, and return its handlers. From any thread, one at a time:
         events are delivered in the order of these calls.
@@ -147,7 +174,7 @@ class EventRouter(TurnActor):
         """
         watch = self.triggers.watchers(scope)
         self.check_room(scope, watch, key, 0)  # depth 0: the write has happened, so it may wait
-        events = self.prepare_late(scope, watch, key, old, new, sequence, depth)
+        events = self.prepare_late(scope, watch, key, old, new, revision, depth)
         if not events:
             return (), None
         handlers, event = events[0]
@@ -239,7 +266,7 @@ class EventRouter(TurnActor):
         for handler in handlers:
             trigger = handler.trigger
             error = EventLoopDetected(
-                f"event {event.sequence} of scope {event.scope!r}, key {event.key!r} was caused by a chain of "
+                f"event {event.revision} of scope {event.scope!r}, key {event.key!r} was caused by a chain of "
                 f"{event.depth} handlers, more than max_event_depth = {self._limits.max_event_depth}: it was "
                 f"not delivered to {trigger.function_id!r}; does a handler write what fires it?"
             )

@@ -81,14 +81,14 @@ class Surroundings:
         self.rule_of = rule_of
         """Returns what the configuration says about the writes of a scope now."""
         self.highest_forgotten = 0
-        """The highest sequence of a scope that has left memory, and of which no sequence is kept.
+        """The highest revision of a scope that has left memory, and of which no revision is kept.
 
-        Such a scope may return, and must not give a sequence again: it begins behind this one.
+        Such a scope may return, and must not give a revision again: it begins behind this one.
         """
 
-    def note_forgotten(self, sequence: int) -> None:
-        """Note that a scope leaves memory, with the sequence of its last write."""
-        self.highest_forgotten = max(self.highest_forgotten, sequence)
+    def note_forgotten(self, revision: int) -> None:
+        """Note that a scope leaves memory, with the revision of its last write."""
+        self.highest_forgotten = max(self.highest_forgotten, revision)
 
 
 class ScopeActor(TurnActor):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final
 
 import msgspec
 
 from scopestate.errors import InvalidRegistration
+from scopestate.ops.results import EventName, EventType
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Trigger(msgspec.Struct, frozen=True):
     """What a trigger watches and calls. Source: reference, "Trigger Type: state"."""
 
-    json_fields: ClassVar[tuple[str, ...]] = ("scope", "key", "condition_function_id")
+    json_fields: ClassVar[tuple[str, ...]] = ("scope", "key", "condition_function_id", "events")
     """What a registration's `config` object has."""
 
     trigger_id: str
@@ -32,6 +33,23 @@ class Trigger(msgspec.Struct, frozen=True):
         str | None, msgspec.Meta(description="Optional function ID to evaluate before invoking handler")
     ] = None
     """Called first, with the event; only `false` skips the handler."""
+    events: Annotated[
+        tuple[EventName, ...] | None,
+        msgspec.Meta(description="Optional kinds of changes to watch; all of them if absent"),
+    ] = None
+    """Kinds of events; None: every kind."""
+
+    def wants(self, kind: EventType) -> bool:
+        """Return whether events of this type are delivered."""
+        return self.events is None or kind[_PREFIX:] in self.events
+
+
+_PREFIX: Final = len("state:")
+
+
+def wanting(handlers: tuple[HandlerActor, ...], kind: EventType) -> tuple[HandlerActor, ...]:
+    """Return the handlers whose triggers want events of this type."""
+    return tuple([handler for handler in handlers if handler.trigger.wants(kind)])
 
 
 class Bucket:
@@ -110,6 +128,8 @@ class TriggerTable:
         self._retired = Counts()
         self._retiring: list[HandlerActor] = []
         self._most_retiring = 64
+        self.selective = False
+        """True if a trigger was ever registered that wants some kinds of events only."""
 
     def __bool__(self) -> bool:
         """False if no trigger is registered."""
@@ -121,6 +141,8 @@ class TriggerTable:
     def register(self, trigger: Trigger, make: Callable[[Trigger], HandlerActor] | None = None) -> HandlerActor:
         """Add the trigger; one with the same id is replaced. `make`: instead of the table's own."""
         known = self._by_id.get(trigger.trigger_id)
+        if trigger.events is not None:
+            self.selective = True
         if known is not None:
             handler = known[1]
             if (handler.trigger.scope, handler.trigger.key) == (trigger.scope, trigger.key):

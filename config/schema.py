@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from scopestate.ops.results import EventName
 from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.local import KvOptions
 from scopestate.persistence.redis.options import RedisOptions
@@ -103,6 +104,8 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Called first; if it returns `false` or raises, the handler is skipped."""
     id: str | None = None
     """Trigger id; left out: made from the content of the entry."""
+    events: tuple[EventName, ...] | None = None
+    """Kinds of changes: `created`, `updated`, `deleted`, `expired`; left out: all of them."""
 
 
 EVERYTHING: Final = ("*",)

@@ -287,6 +287,12 @@ class SectionReader:
                 if getattr(trigger, name) == "":
                     key = join(item.path, name)
                     self._problems.add("expected a non-empty string", self._line_of(item, name), key)
+            if trigger.events == ():
+                entries = item.node.entries if isinstance(item.node, Mapping) else ()
+                if any(entry.key.content == "events" and isinstance(entry.value, Sequence) for entry in entries):
+                    key = join(item.path, "events")
+                    self._problems.add("an empty list would never fire; leave it out for every kind", item.line, key)
+                trigger = msgspec.structs.replace(trigger, events=None)
             for name in ("function_id", "condition_function_id"):
                 function_id = getattr(trigger, name)
                 if function_id and function_id not in known:

@@ -38,6 +38,7 @@ from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.requests import NEW_FUNCTIONS
 from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.turns import checked_length
+from scopestate.reactive import read_events
 
 log = logging.getLogger("scopestate.engine")
 
@@ -189,12 +190,16 @@ def configured_triggers(entries: Iterable[TriggerConfig]) -> list[Trigger]:
     triggers: list[Trigger] = []
     made: Counter[str] = Counter()
     for entry in entries:
-        trigger_id = entry.id
+        trigger_id, events = entry.id, read_events(entry.events)
         if trigger_id is None:
             content = f"config:{entry.function_id}:{entry.scope!r}:{entry.key!r}:{entry.condition_function_id!r}"
+            if events is not None:
+                content += f":{events!r}"
             made[content] += 1
             trigger_id = content if made[content] == 1 else f"{content}#{made[content]}"
-        triggers.append(Trigger(trigger_id, entry.function_id, entry.scope, entry.key, entry.condition_function_id))
+        triggers.append(
+            Trigger(trigger_id, entry.function_id, entry.scope, entry.key, entry.condition_function_id, events)
+        )
     return triggers
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Never, TypeGuard, TypeVar, overload
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final, Never, TypeGuard, TypeVar, get_args, overload
 
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
@@ -12,7 +12,7 @@ from scopestate.actors.router import EventRouter
 from scopestate.actors.triggers import Trigger, TriggerTable
 from scopestate.errors import InvalidRegistration
 from scopestate.lifecycle import stay_ahead_of_executors
-from scopestate.ops.results import DeliveryFailure
+from scopestate.ops.results import DeliveryFailure, EventName
 from scopestate.ops.values import class_name, json_type
 
 log = Log("scopestate.triggers")
@@ -21,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Hook = Callable[[DeliveryFailure], object]
 
 _FILTERS: Final = ("scope", "key", "condition_function_id")
+_EVENTS: Final[tuple[EventName, ...]] = get_args(EventName)
 
 
 class Reactive:
@@ -73,16 +74,18 @@ class Reactive:
         scope: str | None = None,
         key: str | None = None,
         condition_function_id: str | None = None,
+        events: Collection[EventName] | None = None,
         trigger_id: str | None = None,
         config: object = ...,
     ) -> TriggerHandle:
         """Have a function called when a matching key changes. It need not be registered yet.
 
-        Filters are exact; None matches everything. `config` takes the raw object of the wire instead of them. A
+        Filters are exact; None matches everything. `events` names kinds of changes: "created", "updated", "deleted",
+        "expired". `config` takes the raw object of the wire instead of them. A
         trigger with the same `trigger_id` is replaced. The trigger sees every write that begins after this has
         returned. Raises InvalidRegistration (docs/semantics.md, section 4).
         """
-        filters = {"scope": scope, "key": key, "condition_function_id": condition_function_id}
+        filters = {"scope": scope, "key": key, "condition_function_id": condition_function_id, "events": events}
         if config is ...:
             config = filters
         elif any(value is not None for value in filters.values()):
@@ -98,18 +101,22 @@ class Reactive:
         scope: str | None = None,
         key: str | None = None,
         condition: str | Callable[..., Any] | None = None,
+        events: Collection[EventName] | None = None,
         function_id: str | None = None,
     ) -> Callable[[F], F]:
         """Decorate a handler: registers the function and a trigger for it, and returns the function unchanged.
 
-        `condition` is a function, or the id of one; only `False` skips the handler. The function id is made from the
-        module and name, unless given. Raises InvalidRegistration for `@on_change` without parentheses.
+        `events` names kinds of changes, such as `("created", "expired")`; None: all of them. `condition` is a function,
+        or the id of one; only `False` skips the handler. The function id is made from the module and name, unless
+        given. Raises InvalidRegistration for `@on_change` without parentheses.
         """
         if misplaced:
             raise InvalidRegistration(
                 "on_change takes its filters by name: write `@engine.on_change(scope=..., key=...)`, "
                 "or `@engine.on_change()` for every change"
             )
+
+        kinds = read_events(events)
 
         def register(handler: F) -> F:
             # The plain string that a subclass holds: the format of an Enum differs between versions of Python.
@@ -120,7 +127,9 @@ class Reactive:
                 condition_id = f"{name}::condition"
                 self.register_function(condition_id, condition)
             self.register_function(name, handler)
-            self.register_trigger(function_id=name, scope=scope, key=key, condition_function_id=condition_id)
+            self.register_trigger(
+                function_id=name, scope=scope, key=key, condition_function_id=condition_id, events=kinds
+            )
             return handler
 
         return register
@@ -155,7 +164,7 @@ class Reactive:
         event = failure.event
         log.error(
             "event %d of scope %r, key %r: function %r of trigger %r %s: %s",
-            event.sequence, event.scope, event.key, failure.function_id, failure.trigger_id,
+            event.revision, event.scope, event.key, failure.function_id, failure.trigger_id,
             "failed" if failure.final else f"failed at attempt {failure.attempt} and is tried again",
             described(failure.error), exc_info=failure.error, extra=_facts(failure),
         )  # fmt: skip
@@ -193,7 +202,7 @@ def _facts(failure: DeliveryFailure) -> dict[str, object]:
     return {
         "scope": event.scope,
         "key": event.key,
-        "sequence": event.sequence,
+        "revision": event.revision,
         "function_id": failure.function_id,
         "trigger_id": failure.trigger_id,
     }
@@ -241,8 +250,9 @@ def read_trigger(
     """Read a trigger from what a caller or the wire gives (docs/semantics.md, section 4).
 
     `config` is the raw config object: `scope`, `key` and `condition_function_id` are strings, or null or absent for
-    "matches everything"; other fields are ignored with a warning, because a misspelt one makes a catch-all trigger.
-    Raises InvalidRegistration for anything else; nothing is registered then.
+    "matches everything"; `events` is a list of kinds of events, or null or absent for all. Other fields are ignored
+    with a warning, because a misspelt one makes a catch-all trigger. Raises InvalidRegistration for anything else;
+    nothing is registered then.
     """
     if not _is_text(function_id) or not str.__len__(function_id):
         raise InvalidRegistration(f"a trigger needs a function_id, a non-empty string, not {_shown(function_id)}")
@@ -260,16 +270,33 @@ def read_trigger(
         if value is not None and not issubclass(type(value), str):
             raise InvalidRegistration(f"`{name}` of a trigger is a string or null, not {json_type(value)}")
         fields[name] = value if value is None else str.__str__(value)  # the plain string that a subclass holds
-    unknown = sorted(name for name in given if name not in _FILTERS)
+    fields["events"] = read_events(given.get("events"))
+    unknown = sorted(name for name in given if name not in fields)
     if unknown:
         log.warning(
             "trigger for function %r: field(s) %s are not known and ignored; known are %s",
             str.__str__(function_id),
             ", ".join(unknown),
-            ", ".join(_FILTERS),
+            ", ".join(fields),
         )
     made_id = str.__str__(trigger_id) if trigger_id is not None else str(uuid.uuid4())
     return Trigger(made_id, str.__str__(function_id), **fields)
+
+
+def read_events(events: object) -> tuple[EventName, ...] | None:
+    """Return the kinds of events that a trigger names, in one order; None for all. Raises InvalidRegistration."""
+    if events is None:
+        return None
+    if not isinstance(events, (list, tuple, set, frozenset)):
+        raise InvalidRegistration(f"`events` of a trigger is a list of kinds or null, not {json_type(events)}")
+    names = [str.__str__(name) if _is_text(name) else None for name in events]
+    for name in names:
+        if name not in _EVENTS:
+            found = "a value that is not a string" if name is None else f"{name!r:.40}"
+            raise InvalidRegistration(f"`events` of a trigger has {found}; the kinds are {', '.join(_EVENTS)}")
+    if not names:
+        raise InvalidRegistration("`events` of a trigger is empty: it would never fire. Leave it out for every kind")
+    return tuple(kind for kind in _EVENTS if kind in names)
 
 
 def _is_text(name: object) -> TypeGuard[str]:

@@ -11,7 +11,11 @@ from scopestate.ops.update_ops import OPTIONAL, OpError
 from scopestate.ops.values import decode
 
 # The `Meta` notes are the API reference's: `engine.functions()` and `engine.trigger_types()` are made from them.
-EventType = Annotated[Literal["state:created", "state:updated", "state:deleted"], msgspec.Meta(title="StateEventType")]
+EventType = Annotated[
+    Literal["state:created", "state:updated", "state:deleted", "state:expired"], msgspec.Meta(title="StateEventType")
+]
+EventName = Literal["created", "updated", "deleted", "expired"]
+"""The type of an event without its prefix, as triggers name it."""
 OldValue = Annotated[
     Any, msgspec.Meta(description="The value before the update (None if key didn't exist)", extra=OPTIONAL)
 ]
@@ -214,10 +218,20 @@ class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
 class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     """A change of one key, for handlers and conditions: has attributes, and is a mapping of the reference's six fields.
 
-    Source: reference, "State Event Payload". `sequence`, `existed` and `depth` are attributes only.
+    Source: reference, "State Event Payload". A `state:expired` event has `expired_at` and `late_ms` beside the six.
+    `revision`, `existed` and `depth` are attributes only.
     """
 
-    json_fields: ClassVar[tuple[str, ...]] = ("type", "event_type", "scope", "key", "old_value", "new_value")
+    json_fields: ClassVar[tuple[str, ...]] = (
+        "type",
+        "event_type",
+        "scope",
+        "key",
+        "old_value",
+        "new_value",
+        "expired_at",
+        "late_ms",
+    )
 
     event_type: Annotated[EventType, msgspec.Meta(description="Type of state change")]
     """What happened. A delete of a missing key is `state:deleted` too (docs/semantics.md, section 2): see `existed`."""
@@ -226,17 +240,25 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist."""
     new_json: bytes | None
-    """The new value as JSON, or None for a delete."""
-    sequence: int
-    """A number that rises from event to event of one scope, as long as the engine is open.
+    """The new value as JSON, or None for a key that was removed."""
+    revision: int
+    """The revision that the change gave to its key. It rises from event to event of one scope.
 
-    Memory and files: the number of the write in its scope. A store keeps it over a restart; numbers of writes that a
-    crash lost are used again. In memory it begins at 1. Redis with `events: shared`: the number of the event in the
-    database, the same in every engine, with gaps within a scope. Redis with `events: local`, and a bridge: the number
-    of the event in this engine, which begins at 1 and may have gaps.
+    Memory and files: the number of the write in its scope. A store keeps it over a restart, and never gives a number
+    again. In memory it begins at 1. Redis with `events: shared`: the number of the event in the database, the same in
+    every engine, with gaps within a scope. Redis with `events: local`, and a bridge: the number of the event in this
+    engine, which begins at 1 and may have gaps.
     """
     depth: int = 0
     """0 for a write from outside of handlers, 1 for a write by the handler of such an event, and so on."""
+    expired_at: Annotated[
+        int | None, msgspec.Meta(description="Deadline in milliseconds since the epoch (expired events only)")
+    ] = None
+    """`state:expired`: the deadline of the key, in milliseconds since the epoch; else None."""
+    late_ms: Annotated[
+        int | None, msgspec.Meta(description="Milliseconds from the deadline to the removal (expired events only)")
+    ] = None
+    """`state:expired`: the milliseconds from the deadline, at which the key is absent, to its removal; else None."""
 
     # A decoded value is kept in `__dict__`, which pickling, copying and `msgspec.structs.replace` do not copy: the copy
     # decodes its own.
@@ -272,23 +294,40 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     def copy(self) -> StateEvent:
         """Return the same event with its own values, so that changes that one handler makes to them reach no other."""
         return StateEvent(
-            self.event_type, self.scope, self.key, self.old_json, self.new_json, self.sequence, self.depth
+            self.event_type,
+            self.scope,
+            self.key,
+            self.old_json,
+            self.new_json,
+            self.revision,
+            self.depth,
+            self.expired_at,
+            self.late_ms,
+        )
+
+    def as_deleted(self) -> StateEvent:
+        """Return the event that a handler gets instead if it knows the reference's events only."""
+        return StateEvent(
+            "state:deleted", self.scope, self.key, self.old_json, self.new_json, self.revision, self.depth
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the six fields as a dict, with its own copies of the values."""
+        """Return the fields of the mapping as a dict, with its own copies of the values."""
         return dict(self.copy())
 
     def __getitem__(self, field: str) -> Any:
-        if field in _EVENT_FIELDS:
+        if field in self._fields():
             return getattr(self, field)
         raise KeyError(field)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_EVENT_FIELDS)
+        return iter(self._fields())
 
     def __len__(self) -> int:
-        return len(_EVENT_FIELDS)
+        return len(self._fields())
+
+    def _fields(self) -> tuple[str, ...]:
+        return _EVENT_FIELDS if self.expired_at is None else StateEvent.json_fields
 
     # The rest of the mapping protocol, from the standard library; a Struct cannot inherit from an ABC.
     __contains__ = Mapping.__contains__
@@ -303,7 +342,7 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     __hash__ = None  # type: ignore[assignment]  # equal to a dict, so as unhashable as one
 
 
-_EVENT_FIELDS: Final = StateEvent.json_fields
+_EVENT_FIELDS: Final = StateEvent.json_fields[:6]
 
 Mapping.register(StateEvent)
 

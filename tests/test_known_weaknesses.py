@@ -77,7 +77,7 @@ def test_semantics_8_03_events_of_a_scope_arrive_in_order_with_their_numbers(ope
         writer.result()
 
     events = seen.wait_for(800)
-    assert [event.sequence for event in events] == list(range(1, 801))
+    assert [event.revision for event in events] == list(range(1, 801))
     assert [event.new_value for event in events] == list(range(1, 801))
     assert engine.get("s", "n") == events[-1].new_value
 
@@ -117,14 +117,14 @@ def test_semantics_8_06_a_failing_event_is_tried_again_and_then_handed_to_the_de
 
     @engine.on_change(scope="s")
     def fails(event: Any) -> None:
-        attempts.append(event.sequence)
+        attempts.append(event.revision)
         raise ValueError("no")
 
     engine.set("s", "k", 1)
     engine.drain(PATIENCE_S)
 
     assert attempts == [1, 1, 1]
-    assert [(letter.attempt, letter.final, letter.event.sequence) for letter in letters] == [(3, True, 1)]
+    assert [(letter.attempt, letter.final, letter.event.revision) for letter in letters] == [(3, True, 1)]
 
 
 def test_semantics_8_06_events_that_no_handler_saw_before_the_end_are_reported(open_engine: Open) -> None:

@@ -97,9 +97,9 @@ def test_the_numbers_of_events_rise_within_a_scope_and_begin_anew_where_no_store
     opened: Open, where: Where
 ) -> None:
     with opened() as engine:
-        first = [event.sequence for event in written(engine, "b", "a")]
+        first = [event.revision for event in written(engine, "b", "a")]
     with opened() as engine:
-        first += [event.sequence for event in written(engine, "b")]
+        first += [event.revision for event in written(engine, "b")]
 
     assert first == where.numbers
 

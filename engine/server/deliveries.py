@@ -169,6 +169,7 @@ class WorkerHandler(HandlerActor):
         """Call a function with the rights that the worker of the trigger has now."""
         owner = getattr(self.trigger, "owner", None)  # None: the program has replaced the trigger by one of its own
         if owner is not None:
+            event = self._as_known(event)
             self._check(owner, function_id, event)
             own = self._hub.own_function(function_id)
             if own is not None:
@@ -180,6 +181,10 @@ class WorkerHandler(HandlerActor):
         if function.is_async:
             return target(event)
         return _OnThread(target, event, self._threads)
+
+    def _as_known(self, event: StateEvent) -> StateEvent:
+        """Return the event as the worker expects it: one that names no events may know the reference's only."""
+        return event.as_deleted() if event.expired_at is not None and self.trigger.events is None else event
 
     def _check(self, owner: Worker, function_id: str, event: StateEvent) -> None:
         if owner.access is not None:
@@ -220,7 +225,7 @@ class WorkerHandler(HandlerActor):
                 owner = getattr(trigger, "owner", None)
                 if owner is not None and owner.access is not None:
                     self._check(owner, trigger.function_id, event)
-                target.send_event(event, self._settled)
+                target.send_event(event if owner is None else self._as_known(event), self._settled)
             except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
                 self._claim[HOLDER] = get_ident()
                 self._drain(self._finish(trigger.function_id, event, 1, None, error))

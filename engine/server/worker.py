@@ -198,10 +198,14 @@ class WorkerFunction:
 
 def event_json(event: StateEvent) -> bytes:
     """Return the event as handlers receive it (docs/protocol.md, section 5); its values are inserted unparsed."""
-    return b'{"type":"state","event_type":"%b","scope":%b,"key":%b,"old_value":%b,"new_value":%b}' % (
+    more = (
+        b"" if event.expired_at is None else b',"expired_at":%d,"late_ms":%d' % (event.expired_at, event.late_ms or 0)
+    )
+    return b'{"type":"state","event_type":"%b","scope":%b,"key":%b,"old_value":%b,"new_value":%b%b}' % (
         event.event_type.encode(),
         encode(event.scope),
         encode(event.key),
         b"null" if event.old_json is None else event.old_json,
         b"null" if event.new_json is None else event.new_json,
+        more,
     )

@@ -48,7 +48,7 @@ def history_of(seed: int) -> tuple[list[tuple[float, str]], list[str]]:
     seen: list[str] = []
     with Engine(dispatcher=dispatcher) as engine:
         for name in ("a", "b", "c"):
-            engine.register_function(name, lambda event, name=name: seen.append(f"{name}{event.sequence}"))
+            engine.register_function(name, lambda event, name=name: seen.append(f"{name}{event.revision}"))
             engine.register_trigger(function_id=name, trigger_id=name, scope="s")
         engine.set("s", "k", 1)
         engine.set("s", "k", 2)

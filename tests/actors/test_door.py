@@ -48,12 +48,12 @@ class House:
         )
         for trigger in triggers:
             self.router.triggers.register(trigger)
-        self.sequence = 0
+        self.revision = 0
 
     def prepare(self, key: str = "k", size: int = 1, *, depth: int = 0, late: bool = False) -> Any:
-        self.sequence += 1
+        self.revision += 1
         how = self.router.prepare_late if late else self.router.prepare
-        return how("s", self.router.triggers.watch("s"), key, None, b"x" * size, self.sequence, depth)
+        return how("s", self.router.triggers.watch("s"), key, None, b"x" * size, self.revision, depth)
 
     def names(self) -> list[str]:
         return [name for name, _ in self.seen]
@@ -101,7 +101,7 @@ def test_a_full_handler_refuses_a_write_before_it_happens_and_none_that_has_happ
     house.router.publish(house.prepare(late=True))
 
     house.dispatcher.run_until_idle()
-    assert [event.sequence for _, event in house.seen] == [1, 3]
+    assert [event.revision for _, event in house.seen] == [1, 3]
 
 
 def test_a_turn_that_is_held_runs_on_the_thread_that_holds_it() -> None:
@@ -200,3 +200,72 @@ def test_the_error_of_a_delivery_is_not_kept(way: str, no_collection: None) -> N
     house.dispatcher.run_until_idle()
 
     assert [held() for held in kept] == [None]
+
+
+def fired(house: House, old: bytes | None, new: bytes | None, expired: tuple[int, int] | None = None) -> None:
+    house.revision += 1
+    watch = house.router.triggers.watch("s")
+    house.router.publish(house.router.prepare("s", watch, "k", old, new, house.revision, 0, expired))
+    house.dispatcher.run_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("events", "told"),
+    [
+        (None, ["created", "updated", "deleted", "expired"]),
+        (("created", "expired"), ["created", "expired"]),
+        (("deleted",), ["deleted"]),
+        (("updated",), ["updated"]),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_trigger_is_told_of_the_kinds_that_it_names(events: Any, told: list[str], late: bool) -> None:
+    house = House(Trigger("t", "f", events=events))
+    watch = house.router.triggers.watch("s")
+    prepare = house.router.prepare_late if late else house.router.prepare
+
+    for old, new, expired in ((None, b"1", None), (b"1", b"2", None), (b"2", None, None), (b"2", None, (1000, 7))):
+        house.router.publish(prepare("s", watch, "k", old, new, 1, 0, expired))
+        house.dispatcher.run_until_idle()
+
+    assert [event.event_type for _, event in house.seen] == [f"state:{kind}" for kind in told]
+
+
+def test_a_full_handler_that_does_not_want_the_event_stops_no_write() -> None:
+    house = House(Trigger("t", "f", events=("expired",)), handler_mailbox=1)
+    watch = house.router.triggers.watch("s")
+    for _ in range(2):
+        house.router.publish(house.router.prepare_late("s", watch, "k", b"1", None, 1, 0, (1000, 7)))
+
+    assert house.router.prepare("s", watch, "k", b"1", None, 2, 0) == ()
+    with pytest.raises(HandlerFull):
+        house.router.prepare("s", watch, "k", b"1", None, 2, 0, (1000, 7))
+
+
+def test_only_the_event_of_a_key_that_has_expired_has_its_two_fields() -> None:
+    house = House(Trigger("t", "f"))
+    fired(house, b"1", None, (1000, 7))
+    fired(house, b"1", None)
+
+    expired, deleted = (event for _, event in house.seen)
+    assert dict(expired) == {
+        "type": "state",
+        "event_type": "state:expired",
+        "scope": "s",
+        "key": "k",
+        "old_value": 1,
+        "new_value": None,
+        "expired_at": 1000,
+        "late_ms": 7,
+    }
+    assert (
+        dict(deleted)
+        == dict(expired.as_deleted())
+        == {
+            **{name: value for name, value in expired.items() if name not in ("expired_at", "late_ms")},
+            "event_type": "state:deleted",
+        }
+    )
+    assert (expired.copy(), expired.copy().late_ms) == (expired, 7)
+    with pytest.raises(KeyError):
+        deleted["late_ms"]

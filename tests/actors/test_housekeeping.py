@@ -99,7 +99,7 @@ def test_an_emptied_scope_goes_on_counting_its_writes_when_it_comes_back(
 ) -> None:
     engine = open_engine()
     sequences: list[int] = []
-    engine.on_change(scope="s")(lambda event: sequences.append(event.sequence))
+    engine.on_change(scope="s")(lambda event: sequences.append(event.revision))
     engine.set("s", "k", 1)
     engine.delete("s", "k")
     dispatcher.advance(2 * AFTER_S)

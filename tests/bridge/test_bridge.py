@@ -108,7 +108,7 @@ def test_events_of_a_key_form_a_chain_however_many_write_it(remote: RemoteProces
     engine.drain(PATIENCE_S)
 
     assert len(seen.events) == 400
-    assert [event.sequence for event in seen.events] == list(range(1, 401))
+    assert [event.revision for event in seen.events] == list(range(1, 401))
     values = [event.new_value for event in seen.events]
     assert [event.old_value for event in seen.events] == [None, *values[:-1]]
 
@@ -274,7 +274,7 @@ def test_with_remote_events_changes_of_others_are_seen_and_own_ones_once(
     events = seen.wait_for(51)
     assert [event.new_value for event in events] == [*range(50), None]
     assert [event.old_value for event in events] == [None, *range(50)]
-    assert [event.sequence for event in events] == list(range(1, 52))
+    assert [event.revision for event in events] == list(range(1, 52))
 
 
 def test_with_local_events_changes_of_others_fire_nothing(remote: RemoteProcess, open_bridge: OpenBridge) -> None:
@@ -333,7 +333,7 @@ def test_a_scope_may_leave_memory_and_its_numbers_do_not_go_back(
     engine.drain(PATIENCE_S)
 
     assert [event.new_value for event in seen.events] == [1, 2, 3, 4]
-    sequences = [event.sequence for event in seen.events]
+    sequences = [event.revision for event in seen.events]
     assert sequences == sorted(set(sequences))
 
 

@@ -146,7 +146,7 @@ def test_events_come_in_the_order_of_the_answers_and_before_them(engine: Engine,
     replies["b"].get(timeout=PATIENCE_S)
     engine.drain(PATIENCE_S)
 
-    assert [(event.key, event.sequence) for event in seen.events] == [("c", 1), ("b", 2)]
+    assert [(event.key, event.revision) for event in seen.events] == [("c", 1), ("b", 2)]
     with pytest.raises(StorageError, match="nothing was sent"):
         replies["a"].get(timeout=PATIENCE_S)
 
@@ -405,7 +405,7 @@ def test_a_scope_stays_in_memory_while_a_call_is_under_way_and_leaves_behind_it(
     engine.drain(PATIENCE_S)
 
     # The scope that comes next counts on where the one before it ended.
-    assert [event.sequence for event in seen.events] == [1, 2, 3]
+    assert [event.revision for event in seen.events] == [1, 2, 3]
 
 
 def test_a_call_that_reaches_a_scope_that_has_left_is_passed_on(engine: Engine, remote: PlayedRemote) -> None:
@@ -423,7 +423,7 @@ def test_a_call_that_reaches_a_scope_that_has_left_is_passed_on(engine: Engine, 
     assert reply.get(timeout=PATIENCE_S).created
     assert changed.get(timeout=PATIENCE_S) is None
     engine.drain(PATIENCE_S)
-    assert [(event.key, event.sequence) for event in seen.events] == [("k", 1), ("other", 2)]
+    assert [(event.key, event.revision) for event in seen.events] == [("k", 1), ("other", 2)]
     at_rest(engine, remote)
 
 

@@ -232,6 +232,13 @@ def test_anchors_and_aliases_stand_for_their_value() -> None:
     assert config.loads(text).triggers == (TriggerConfig("a", "s1"), TriggerConfig("a", "s2"))
 
 
+@pytest.mark.parametrize(("text", "events"), [("[expired, created]", ("expired", "created")), ("~", None), ("", None)])
+def test_a_trigger_names_kinds_of_events_or_all(text: str, events: tuple[str, ...] | None) -> None:
+    (trigger,) = config.loads(f"triggers:\n- function_id: a\n  events: {text}\n").triggers
+
+    assert trigger.events == events
+
+
 def test_core_tags_are_taken() -> None:
     text = 'triggers: !!seq [!!map {function_id: !!str 12, scope: ! on}]\nlimits: {scope_mailbox: !!int "7"}\n'
     loaded = config.loads(text)

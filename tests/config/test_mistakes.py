@@ -211,6 +211,18 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
         "triggers[1]",
         "this trigger stands on line 2 already; remove one or give it another id",
     ),
+    (
+        "triggers:\n- {function_id: a, events: []}",
+        2,
+        "triggers[0].events",
+        "an empty list would never fire; leave it out for every kind",
+    ),
+    (
+        "triggers:\n- {function_id: a, events: [expird]}",
+        2,
+        "triggers[0].events[0]",
+        "expected `created`, `deleted`, `expired` or `updated`, found the string 'expird', did you mean `expired`?",
+    ),
     ("scopes:\n- {durability: commit}", 2, "scopes[0]", "give either `name` or `prefix`, found neither"),
     (
         "scopes:\n- {durability: commit, name: a, prefix: b}",

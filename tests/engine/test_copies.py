@@ -36,7 +36,7 @@ def event(engine: Engine) -> StateEvent:
 
 
 def facts(event: StateEvent) -> tuple[Any, ...]:
-    return (event.to_json(), event.old_json, event.new_json, event.sequence, event.depth, event.existed, repr(event))
+    return (event.to_json(), event.old_json, event.new_json, event.revision, event.depth, event.existed, repr(event))
 
 
 @pytest.mark.parametrize("read", [False, True])

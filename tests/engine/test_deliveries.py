@@ -120,7 +120,7 @@ def test_a_handler_that_fails_is_reported_and_goes_on_with_the_next_event(open_e
     [failure] = failures.all
     assert isinstance(failure, DeliveryFailure)
     assert (failure.function_id, failure.attempt, failure.final) == ("app::h", 1, True)
-    assert (failure.event.scope, failure.event.key, failure.event.sequence) == ("s", "bad", 2)
+    assert (failure.event.scope, failure.event.key, failure.event.revision) == ("s", "bad", 2)
     assert failure.trigger_id == engine.triggers()[0].trigger_id
     assert str(failure.error) == "this one is bad"
     assert (engine.stats().deliveries, engine.stats().failures) == (2, 1)
@@ -153,7 +153,7 @@ def test_a_failure_is_logged_with_the_facts_that_find_it(engine: Engine, caplog:
 
     [record] = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert record.name == "scopestate.triggers"
-    assert (record.scope, record.key, record.sequence) == ("s", "k", 1)  # type: ignore[attr-defined]
+    assert (record.scope, record.key, record.revision) == ("s", "k", 1)  # type: ignore[attr-defined]
     assert (record.function_id, record.trigger_id) == ("nobody", "t")  # type: ignore[attr-defined]
     assert isinstance(record.exc_info[1], FunctionNotFound)  # type: ignore[index]
 

@@ -58,14 +58,14 @@ def test_its_fields_are_typed_attributes_too_and_more_stand_beside_them(engine: 
 
     assert (event.type, event.event_type, event.scope, event.key) == ("state", "state:updated", "users", "ada")
     assert same([event.old_value, event.new_value], [1, 2.0])
-    assert (event.sequence, event.existed, event.depth) == (2, True, 0)
+    assert (event.revision, event.existed, event.depth) == (2, True, 0)
 
 
 def test_what_is_not_one_of_the_six_is_not_in_the_mapping(engine: Engine, seen: Seen) -> None:
     engine.set("s", "k", 1)
     [event] = seen.wait_for(1)
 
-    for name in ("sequence", "depth", "existed", "old_json", "copy", "nothing"):
+    for name in ("revision", "depth", "existed", "old_json", "copy", "nothing"):
         assert name not in event
         assert event.get(name, "absent") == "absent"
         with pytest.raises(KeyError, match=name):
@@ -135,7 +135,7 @@ def test_sequence_numbers_count_the_writes_of_each_scope(engine: Engine, seen: S
     engine.get("a", "k")
     engine.update("a", "k", [])
 
-    assert [(event.scope, event.sequence) for event in seen.wait_for(5)] == [
+    assert [(event.scope, event.revision) for event in seen.wait_for(5)] == [
         ("a", 1),
         ("b", 1),
         ("a", 2),
@@ -151,7 +151,7 @@ def test_writes_without_a_trigger_count_too(engine: Engine) -> None:
     engine.on_change(scope="s")(seen)
     engine.set("s", "k", 2)
 
-    assert [event.sequence for event in seen.wait_for(1)] == [3]
+    assert [event.revision for event in seen.wait_for(1)] == [3]
 
 
 def test_sequence_numbers_go_on_after_a_restart(open_file_store: Any) -> None:
@@ -166,7 +166,7 @@ def test_sequence_numbers_go_on_after_a_restart(open_file_store: Any) -> None:
     second.on_change()(seen)
     second.set("s", "k", 1)
 
-    assert [event.sequence for event in seen.wait_for(1)] == [5]
+    assert [event.revision for event in seen.wait_for(1)] == [5]
 
 
 def test_each_handler_may_change_its_event_and_no_other_sees_it(engine: Engine) -> None:

@@ -214,7 +214,7 @@ def test_a_write_for_which_memory_does_not_suffice_has_not_happened_at_all(
         assert (dict(actor._values or {}), actor._sequence) == state
         act(engine, write)
         engine.drain(PATIENCE_S)
-        assert [event.sequence for event in seen.events] == [1, 2, 3]
+        assert [event.revision for event in seen.events] == [1, 2, 3]
         expected = {key: engine.get("s", key, "absent") for key in ("old", "other", "new")}
     with Engine(settings(tmp_path)) as again:
         assert {key: again.get("s", key, "absent") for key in expected} == expected
@@ -400,6 +400,6 @@ def test_an_emptied_scope_that_is_not_kept_leaves_memory_and_its_numbers_go_on(
     engine.set("s", "k", 2)
     engine.drain(PATIENCE_S)
 
-    numbers = [event.sequence for event in seen.events]
+    numbers = [event.revision for event in seen.events]
     assert numbers == sorted(set(numbers))
     assert len(numbers) == 3

@@ -48,6 +48,27 @@ def test_filters_by_name_and_as_the_raw_object_are_the_same(engine: Engine) -> N
     assert repr(raw) == "<TriggerHandle 'b' -> 'f'>"
 
 
+def test_kinds_of_events_by_name_and_in_the_raw_object_are_the_same(engine: Engine) -> None:
+    named = engine.register_trigger(function_id="f", events={"expired", "created"})
+    raw = engine.register_trigger(function_id="f", config={"events": ["expired", "created", "expired"]})
+
+    assert named.trigger.events == raw.trigger.events == ("created", "expired")
+    assert engine.register_trigger(function_id="f", config={"events": None}).trigger.events is None
+
+
+def test_a_trigger_that_is_replaced_wants_what_the_new_one_names(engine: Engine) -> None:
+    seen = Seen()
+    engine.register_function("f", seen)
+    engine.register_trigger(function_id="f", trigger_id="t")
+    engine.set("s", "k", 1)
+    engine.register_trigger(function_id="f", trigger_id="t", events=("deleted",))
+    engine.set("s", "k", 2)
+    engine.delete("s", "k")
+
+    engine.drain(timeout=PATIENCE_S)
+    assert [event.event_type for event in seen.events] == ["state:created", "state:deleted"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -62,6 +83,11 @@ def test_filters_by_name_and_as_the_raw_object_are_the_same(engine: Engine) -> N
         ({"function_id": "f", "config": []}, "object"),
         ({"function_id": "f", "config": {"scope": 5}}, "`scope`"),
         ({"function_id": "f", "config": {}, "scope": "s"}, "not both"),
+        ({"function_id": "f", "events": "expired"}, "`events`.*list.*string"),
+        ({"function_id": "f", "events": []}, "never fire"),
+        ({"function_id": "f", "events": ["state:expired"]}, "'state:expired'; the kinds are created, updated"),
+        ({"function_id": "f", "config": {"events": [["expired"]]}}, "not a string"),
+        ({"function_id": "f", "config": {"events": {}}}, "`events`.*object"),
     ],
 )
 def test_a_trigger_that_makes_no_sense_is_refused_whole(arguments: dict[str, Any], words: str, engine: Engine) -> None:
@@ -375,7 +401,7 @@ def test_events_of_a_scope_reach_a_handler_in_the_order_of_the_writes(kind: str,
         wait()
     engine.drain(timeout=PATIENCE_S)
 
-    assert [event.sequence for event in seen.events] == list(range(1, 401))
+    assert [event.revision for event in seen.events] == list(range(1, 401))
     assert [event.new_value for event in seen.events] == list(range(1, 401))
 
 

@@ -133,7 +133,7 @@ def test_commit_a_write_that_cannot_be_saved_fails_and_leaves_memory_disk_and_ev
     engine.drain(PATIENCE_S)
     assert engine.health().ok
     assert len(seen.events) == 2
-    assert [event.sequence for event in seen.events] == ([1, 1] if name == "create" else [1, 2])
+    assert [event.revision for event in seen.events] == ([1, 1] if name == "create" else [1, 2])
     memory = {scope: engine.list(scope) for scope in engine.list_groups()}
     engine.close()
     assert {scope: len(values) for scope, values in on_disk(store).items()} == {

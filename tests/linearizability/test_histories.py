@@ -157,12 +157,12 @@ def test_every_event_shows_one_link_of_one_chain_per_key(engine: Engine, switch_
         last: dict[str, bytes | None] = {}
         before = 0
         for event in events[scope]:
-            if event.sequence != before + 1:
+            if event.revision != before + 1:
                 # A scope that is not kept may leave memory while it is empty, and comes back behind a gap.
                 assert not engine._parts.backend.keeps
-                assert event.sequence > before
+                assert event.revision > before
                 assert not any(last.values()), "a gap while the scope held keys"
-            before = event.sequence
+            before = event.revision
             assert event.old_json == last.get(event.key)
             last[event.key] = event.new_json
         assert last == {

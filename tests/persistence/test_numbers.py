@@ -23,7 +23,7 @@ from scopestate.config import from_mapping
 kv = {"store_method": "file_based", "file_path": sys.argv[1], "save_interval_ms": 3_600_000}
 engine = Engine(from_mapping({"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}]}))
 for scope in ("saved", "new"):
-    engine.on_change(scope=scope)(lambda event: print(event.scope, event.sequence, flush=True))
+    engine.on_change(scope=scope)(lambda event: print(event.scope, event.revision, flush=True))
 for number in range(3):
     engine.set("saved", f"k{number}", number)
 engine.flush()

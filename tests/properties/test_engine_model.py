@@ -102,7 +102,7 @@ class EngineMachine(RuleBasedStateMachine):
         def note(event: Any) -> None:
             old = MISSING if event.old_json is None else text_of(event.old_value)
             new = MISSING if event.new_json is None else text_of(event.new_value)
-            self.seen[trigger_id].append((event.scope, event.key, old, new, event.sequence))
+            self.seen[trigger_id].append((event.scope, event.key, old, new, event.revision))
 
         return note
 

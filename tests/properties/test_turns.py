@@ -58,7 +58,7 @@ def history(steps: list[Any], durability: str) -> tuple[Any, ...]:
         state = list((actor._values or {}).items()), actor._sequence
         engine.flush()
         engine.drain(20)
-    seen = [(event.event_type, event.key, event.old_json, event.new_json, event.sequence) for event in events]
+    seen = [(event.event_type, event.key, event.old_json, event.new_json, event.revision) for event in events]
     saved = [(change.revision, change.entries, change.removed) for change in store.saved]
     return answers, state, seen, saved
 

@@ -71,7 +71,7 @@ class Seen:
 
     @property
     def numbers(self) -> list[int]:
-        return [event.sequence for event in list(self.events)]
+        return [event.revision for event in list(self.events)]
 
     def wait_for(self, what: Callable[[list[StateEvent]], Any]) -> list[StateEvent]:
         """Wait until `what(events)` holds, and return all that are here."""
@@ -111,7 +111,7 @@ class EngineProcess:
                 stream.close()
 
     def read(self) -> Any:
-        """Return the next thing it tells: `[sequence, scope, key, new value]` of an event."""
+        """Return the next thing it tells: `[revision, scope, key, new value]` of an event."""
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 

@@ -19,7 +19,7 @@ def main() -> None:
     config, hangs = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 
     def handle(event: StateEvent) -> None:
-        tell([event.sequence, event.scope, event.key, event.new_value])
+        tell([event.revision, event.scope, event.key, event.new_value])
         if hangs:
             threading.Event().wait()
 

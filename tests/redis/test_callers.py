@@ -260,7 +260,7 @@ def test_two_engines_of_one_process_share_what_they_write_and_nothing_else(valke
 
         assert first.get("s", "k") == second.get("s", "k") == 400
         events = seen.wait_for(200)  # its own
-        assert [event.sequence for event in events] == list(range(1, 201))
+        assert [event.revision for event in events] == list(range(1, 201))
         first.close()
         assert second.set("s", "k", 1).old_value == 400
 
@@ -279,7 +279,7 @@ def test_a_scope_that_leaves_memory_and_returns_gives_no_event_number_twice(valk
             until(lambda: "s" not in engine._scopes, "the scope stays in memory")
 
         events = seen.wait_for(8)
-        sequences = [event.sequence for event in events]
+        sequences = [event.revision for event in events]
         assert sequences == sorted(set(sequences))
         assert [(event.old_value, event.new_value) for event in events[2:4]] == [(1, 1), (1, 2)]
 

@@ -517,7 +517,7 @@ def test_a_group_is_made_anew_behind_entries_of_somebody_else(valkey: Server, en
         step.xadd(STREAM, {"foreign": "entry"})
         step.xadd(STREAM, {"n": 7, "s": "s", "k": "k", "v": "1"})
         step.execute()
-    assert seen.wait_for_count(1)[0].sequence == 7
+    assert seen.wait_for_count(1)[0].revision == 7
     assert valkey.ask("ZRANGE", "scopestate:ends:state::scopestate", 0, 0) == ["6"]
     assert_no_gap(reader)
 

@@ -56,7 +56,7 @@ def test_an_event_tells_every_engine_what_changed(redis_server: Server, engines:
     other.delete("orders", "a")
     for one in seen:
         events = one.wait_for_count(4)
-        assert [(event.sequence, event.event_type, event.old_value, event.new_value) for event in events] == [
+        assert [(event.revision, event.event_type, event.old_value, event.new_value) for event in events] == [
             (1, "state:created", None, 1),
             (2, "state:updated", 1, {"x": 2}),
             (3, "state:deleted", {"x": 2}, None),
@@ -86,8 +86,8 @@ def test_many_writers_in_two_processes_and_every_engine_sees_each_write_once_in_
     told = [there.read() for _ in range(500)]
     for one in seen:
         events = one.wait_for_count(500)
-        assert [event.sequence for event in events] == list(range(1, 501))
-        assert [[event.sequence, event.scope, event.key, event.new_value] for event in events] == told
+        assert [event.revision for event in events] == list(range(1, 501))
+        assert [[event.revision, event.scope, event.key, event.new_value] for event in events] == told
         assert [event.new_value for event in events if event.scope == "c"] == list(range(1, 101))
         for scope in ("a", "b"):
             # Each event's old value is the one before it: the order of the events is that of the writes.
@@ -321,7 +321,7 @@ def test_events_that_are_gone_with_a_deleted_stream_are_not_all_put_down_to_trim
     seen.wait_for_count(1)
     valkey.ask("INCR", COUNTER)  # as a write does whose event then finds a stream that is none
     writer.set("s", "k", 3)
-    assert seen.wait_for_count(2)[1].sequence == 3
+    assert seen.wait_for_count(2)[1].revision == 3
     assert f"1 events (2 to 2) were trimmed from the stream {STREAM!r}" in problems(writer)
     assert "or it was deleted, before this engine had read them" in problems(writer)
 
@@ -475,7 +475,7 @@ def test_after_a_fail_over_that_lost_even_more_than_it_had_read_no_old_event_is_
     valkey.ask("SET", COUNTER, 4)  # a fail-over that the reader does not notice
     writer.set("s", "k", "newest")
 
-    assert seen.wait_for_value("newest")[-1].sequence == 5
+    assert seen.wait_for_value("newest")[-1].revision == 5
     assert missed(reader) == 0
 
 
@@ -500,7 +500,7 @@ def test_a_fail_over_after_a_flush_is_no_loss_of_what_was_read_since(
     valkey.ask("SET", COUNTER, 1)  # as a fail-over leaves it that the reader does not notice
     writer.set("s", "k", "newest")
 
-    assert seen.wait_for_value("newest")[-1].sequence == 2
+    assert seen.wait_for_value("newest")[-1].revision == 2
     assert missed(reader) == before
     assert "lost its end after event 3" in problems(reader)
 
@@ -520,7 +520,7 @@ def test_a_new_stream_of_a_server_whose_clock_is_behind_is_read_from_its_beginni
         step.execute()
     kill_connections(valkey)
 
-    assert [event.sequence for event in seen.wait_for_value("new")] == [1, 2, 3, 1]
+    assert [event.revision for event in seen.wait_for_value("new")] == [1, 2, 3, 1]
     assert "has begun anew after event 3" in problems(reader)
 
 
@@ -541,7 +541,7 @@ def test_numbers_that_were_had_before_are_no_loss_to_a_reader_that_began_behind_
     writer.set("s", "k", "new")
 
     events = seen.wait_for_value("new")
-    assert [event.sequence for event in events] == [6, 7, 6]
+    assert [event.revision for event in events] == [6, 7, 6]
     assert missed(reader) == 0
     assert "lost its end after event 7" in problems(reader)
 
@@ -598,7 +598,7 @@ def test_what_somebody_else_put_into_the_stream_is_logged_and_passed_over(
     assert caplog.text.count("is no event") == 2
     late = Seen(engines.open(valkey))
     reader.set("s", "k", 3)
-    assert [event.sequence for event in late.wait_for_count(1)] == [3]
+    assert [event.revision for event in late.wait_for_count(1)] == [3]
 
 
 def test_writes_whose_event_cannot_be_appended_are_refused_and_leave_no_gap(

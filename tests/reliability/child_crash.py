@@ -49,7 +49,7 @@ class TellingAdapter(FileAdapter):
 
 
 def hear(event: StateEvent) -> None:
-    say("event", event.scope, event.sequence, time.monotonic_ns())
+    say("event", event.scope, event.revision, time.monotonic_ns())
 
 
 def write_alone(engine: Engine, scope: str, last: int) -> None:

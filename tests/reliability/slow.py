@@ -61,7 +61,7 @@ def check_agreement(engine: Engine, seen: Seen) -> None:
     engine.drain(PATIENCE_S)
     actor = engine._scopes["s"]
     mine = [event for event in seen.wait_for(actor._sequence) if event.scope == "s"]
-    assert [event.sequence for event in mine] == list(range(1, actor._sequence + 1))
+    assert [event.revision for event in mine] == list(range(1, actor._sequence + 1))
     state: dict[str, bytes] = {}
     for event in mine:
         assert event.old_json == state.get(event.key)

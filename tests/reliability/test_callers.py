@@ -163,7 +163,7 @@ def test_a_signal_handler_that_writes_to_the_scope_it_interrupts_is_told_instead
     assert engine.get("s", "turn") == 1
     assert engine.get("a scope of its own", "k") == "from the signal handler"
     engine.drain(PATIENCE_S)
-    assert [event.sequence for event in seen.events if event.scope == "s"] == [1, 2]
+    assert [event.revision for event in seen.events if event.scope == "s"] == [1, 2]
 
 
 @pytest.mark.parametrize("durability", DURABILITIES)

@@ -82,7 +82,7 @@ def check_agreement(engine: Engine, seen: Seen, *, start: dict[str, Any] | None 
     until(lambda: not actor._claim, "the claim is never released")
     until(lambda: not actor._mailbox, "a message is stuck")
     events = seen.wait_for(actor._sequence)
-    assert [event.sequence for event in events] == list(range(1, actor._sequence + 1))
+    assert [event.revision for event in events] == list(range(1, actor._sequence + 1))
     assert replay(events, start or {}) == state_of(actor)
 
 
@@ -159,7 +159,7 @@ def test_loading_a_scope_interrupted_at_any_opcode_can_be_tried_again(
         if not reached:
             break
     engine.set("s", "k0", "after")
-    assert seen.wait_for(1)[0].sequence == 11
+    assert seen.wait_for(1)[0].revision == 11
     InThread(engine.close).result()
     assert saved(tmp_path / "store", "s")[1]["k0"] == b'"after"'
 

@@ -456,6 +456,69 @@ def test_a_handler_gets_the_six_fields_and_no_caller(connect: OpenRaw, engine: E
     )
 
 
+def fire_expired(engine: Engine, scope: str, key: str) -> None:
+    """Publish the event of a key that has expired."""
+    router = engine._router
+    watch = router.triggers.watchers(scope)
+    router.publish(router.prepare_late(scope, watch, key, b"1", None, 7, 0, (1000, 5)))
+
+
+@pytest.mark.parametrize("condition", [None, "if"])
+def test_a_worker_that_names_no_events_is_told_of_expired_keys_as_the_reference_would(
+    connect: OpenRaw, engine: Engine, condition: str | None
+) -> None:
+    worker = connect()
+    worker.register("on")
+    worker.register("if")
+    worker.trigger("on", {"scope": "s", "condition_function_id": condition})
+
+    fire_expired(engine, "s", "k")
+
+    plain = {
+        "type": "state",
+        "event_type": "state:deleted",
+        "scope": "s",
+        "key": "k",
+        "old_value": 1,
+        "new_value": None,
+    }
+    if condition is not None:
+        asked = worker.take("if")
+        assert asked["data"] == plain
+        worker.answer(asked)
+    call = worker.take("on")
+    assert call["data"] == plain
+    worker.answer(call)
+
+
+@pytest.mark.parametrize("condition", [None, "if"])
+def test_a_worker_that_names_events_gets_those(connect: OpenRaw, engine: Engine, condition: str | None) -> None:
+    worker = connect()
+    worker.register("on")
+    worker.register("if")
+    worker.trigger("on", {"scope": "s", "condition_function_id": condition, "events": ["expired"]})
+
+    engine.set("s", "k", 1)
+    engine.delete("s", "k")
+    fire_expired(engine, "s", "k")
+
+    if condition is not None:
+        worker.answer(worker.take("if"))
+    call = worker.take("on")
+    assert call["data"] == {
+        "type": "state",
+        "event_type": "state:expired",
+        "scope": "s",
+        "key": "k",
+        "old_value": 1,
+        "new_value": None,
+        "expired_at": 1000,
+        "late_ms": 5,
+    }
+    worker.answer(call)
+    assert worker.call("engine::triggers::list", {})["triggers"][0]["config"]["events"] == ["expired"]
+
+
 def test_events_of_one_trigger_come_one_after_another(connect: OpenRaw, engine: Engine) -> None:
     worker = connect()
     worker.register("on")
@@ -543,7 +606,9 @@ def test_the_same_trigger_id_again_replaces_and_an_unknown_one_is_ignored(connec
     assert engine.triggers() == []
 
 
-@pytest.mark.parametrize("config", [None, 1, [], {"scope": 1}, {"key": []}, {"condition_function_id": {}}])
+@pytest.mark.parametrize(
+    "config", [None, 1, [], {"scope": 1}, {"key": []}, {"condition_function_id": {}}, {"events": "expired"}]
+)
 def test_a_bad_trigger_is_refused_and_says_so(connect: OpenRaw, engine: Engine, config: Any) -> None:
     worker = connect()
 

@@ -270,8 +270,8 @@ class Model:
     def check_call(self, trigger_id: str, event: StateEvent) -> None:
         """A handler is called."""
         history = self.history(event.scope)
-        if event.sequence > self.durable_sequence(history):
-            raise Violation(f"{trigger_id} is told of write {event.sequence} of {event.scope}, which is not durable")
+        if event.revision > self.durable_sequence(history):
+            raise Violation(f"{trigger_id} is told of write {event.revision} of {event.scope}, which is not durable")
         watcher = self.watchers.get(trigger_id)
         if watcher is not None:
             watcher.called(event, history, self.attempts)
@@ -310,7 +310,7 @@ def id_of(data: bytes) -> int:
 
 
 def _describes(event: StateEvent, write: Write) -> bool:
-    return (event.sequence, event.key, event.old_json, event.new_json) == (
+    return (event.revision, event.key, event.old_json, event.new_json) == (
         write.sequence,
         write.key,
         write.old,

@@ -322,7 +322,7 @@ class Life:
                 self._hear(event)
                 return
             place, writes = self._places.get(event.scope, 0), self.world.truth.writes
-            self.world.note(lambda: f"engine {self.number}: event {event.sequence} of {event.scope}/{event.key}")
+            self.world.note(lambda: f"engine {self.number}: event {event.revision} of {event.scope}/{event.key}")
             write = next(
                 (
                     write
@@ -333,9 +333,9 @@ class Life:
             )
             if write is None:
                 raise Violation(f"engine {self.number}: {event!r} comes twice, out of order, or from nowhere")
-            if event.sequence <= self._sequences.get(event.scope, 0):
-                raise Violation(f"engine {self.number}: event {event.sequence} of {event.scope} is behind its turn")
-            self._places[event.scope], self._sequences[event.scope] = write.place, event.sequence
+            if event.revision <= self._sequences.get(event.scope, 0):
+                raise Violation(f"engine {self.number}: event {event.revision} of {event.scope} is behind its turn")
+            self._places[event.scope], self._sequences[event.scope] = write.place, event.revision
             write.was_told = True
 
     def _describes(self, event: StateEvent, write: Write) -> bool:
@@ -344,7 +344,7 @@ class Life:
     def _hear(self, event: StateEvent) -> None:
         """With shared events: those of all engines, one after the other."""
         published = [write for write in self.world.truth.writes if write.engine]
-        self.world.note(lambda: f"engine {self.number}: event {event.sequence} of {event.scope}/{event.key}")
+        self.world.note(lambda: f"engine {self.number}: event {event.revision} of {event.scope}/{event.key}")
         if self.heard >= len(published) or not _is_of(event, published[self.heard]):
             expected = published[self.heard] if self.heard < len(published) else None
             raise Violation(f"engine {self.number}: {event!r} comes, and next is {expected}")

@@ -102,7 +102,7 @@ class Life:
 
     def _register(self) -> None:
         engine = self.engine
-        engine.register_function("is_odd", lambda event: event.sequence % 2 == 1)
+        engine.register_function("is_odd", lambda event: event.revision % 2 == 1)
         for trigger_id, (filters, after) in TRIGGERS.items():
             engine.register_function(trigger_id, self._handler(trigger_id, after))
             engine.register_trigger(function_id=trigger_id, trigger_id=trigger_id, **filters)
@@ -111,7 +111,7 @@ class Life:
         def handle(event: StateEvent) -> None:
             if self.ended:
                 return
-            self.note(lambda: f"{trigger_id} is called: {event.scope} {event.sequence} {event.key}")
+            self.note(lambda: f"{trigger_id} is called: {event.scope} {event.revision} {event.key}")
             with self.model.watching():
                 self.model.check_call(trigger_id, event)
             after(self, event)
@@ -129,9 +129,9 @@ class Life:
 
         def in_order(_: Life, event: StateEvent) -> None:
             with self.model.watching():
-                if event.sequence <= last.get(event.scope, 0):
-                    raise Violation(f"extra: write {event.sequence} of {event.scope} after {last[event.scope]}")
-            last[event.scope] = event.sequence
+                if event.revision <= last.get(event.scope, 0):
+                    raise Violation(f"extra: write {event.revision} of {event.scope} after {last[event.scope]}")
+            last[event.scope] = event.revision
 
         self.engine.register_function("extra", self._handler("extra", in_order))
         self.engine.register_trigger(function_id="extra", trigger_id="extra")

@@ -24,7 +24,7 @@ def _nothing(life: Life, event: StateEvent) -> None:
 
 
 def _fail_sometimes(life: Life, event: StateEvent) -> None:
-    if event.sequence % 3 == 0:
+    if event.revision % 3 == 0:
         raise ValueError("this handler fails on every third write")
 
 
@@ -34,10 +34,10 @@ def _take_time(life: Life, event: StateEvent) -> None:
 
 def _derive(life: Life, event: StateEvent) -> None:
     """Write into other scopes, as each of the ways that handlers have."""
-    scope = DERIVED[event.sequence % 2]
+    scope = DERIVED[event.revision % 2]
     number = life.next_id()
     with contextlib.suppress(Overloaded, StorageError, ReplyTimeout):
-        match event.sequence % 4:
+        match event.revision % 4:
             case 0 | 1:
                 life.engine.set(scope, event.key, {"id": number})
             case 2:
