@@ -22,11 +22,12 @@ from scopestate.actors.turn import BUSY
 from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout
 from scopestate.ops import checked, messages, turns
-from scopestate.ops.functions import BUILT_IN, fields_of, function_of
+from scopestate.ops.functions import BUILT_IN, from_payload, function_of
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable, unwrapped
+from scopestate.snapshots import REFUSED
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
@@ -127,8 +128,20 @@ class AioEngine:
         if not function.builtin or function.is_async:
             self._engine._refuse_if_closed()
             return await self._engine._caller.call_async(function, payload)
-        row = BUILT_IN[function_id]
-        return row.to_json(await getattr(self, row.method)(*fields_of(function_id, payload)))
+        if BUILT_IN[function_id].read is None:
+            from_payload(function_id, payload)
+            return {"groups": await self.list_groups()}
+        call = self._engine._builtin_call(function_id, payload)
+        text = call.answer_at_hand()
+        if text is not None:
+            self._engine._tally[function_id].add()
+        else:
+            request = call.request
+            try:
+                text = call.answer(await self._run(request.scope, request.turn, request.durable))
+            except REFUSED as error:
+                text = call.refusal(error)
+        return None if text is None else decode(text)
 
     async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as the engine's own
         """As `Engine.drain`."""

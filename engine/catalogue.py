@@ -7,6 +7,8 @@ types, ops inline in a `oneOf`. Scalars are left to msgspec.
 - A `Meta` with a `title` makes a type a definition of that name; notes behind it belong to the field that has it.
 - A result says by `json_fields` which of its fields and properties its JSON has.
 - `Meta(extra=OPTIONAL)` takes a field out of `required`.
+- What scopestate takes and returns beside the reference's fields is optional: without these properties the schemas are
+  the reference's.
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ def _builtin_functions() -> bytes:
         [
             _entry(
                 row.function_id,
-                summary(row.message),
-                schema(row.request, row.message),
+                summary(row.given),
+                schema(row.request, row.given),
                 None if row.response is None else schema(*row.response),
             )
             for row in BUILT_IN.values()
@@ -91,9 +93,15 @@ def _builtin_trigger_types() -> bytes:
 
 
 def schema(title: str, hint: Any) -> dict[str, Any]:
-    """Return the schema of an object, a struct or TypedDict, under the name that the reference gives it."""
+    """Return the schema of an object, a struct or TypedDict, or of one that may be null, under a name.
+
+    The name of one of the reference's is the reference's.
+    """
     writer = _Writer()
-    made: dict[str, Any] = {"$schema": _DIALECT, "title": title, **writer.object(hint)}
+    kinds = [kind for kind in get_args(hint) if kind is not types.NoneType] if _may_be_null(hint) else [hint]
+    made: dict[str, Any] = {"$schema": _DIALECT, "title": title, **writer.object(kinds[0])}
+    if _may_be_null(hint):
+        made["type"] = ["object", "null"]
     if writer.definitions:
         made["definitions"] = writer.definitions
     return made
@@ -156,9 +164,10 @@ class _Writer:
         if origin in (list, tuple):
             return {"type": "array", "items": self.of(args[0]), **words}
         if origin in (Union, types.UnionType):
-            return {**self._union(args), **words}
+            given = tuple([member for member in args if member is not msgspec.UnsetType])  # the field may be left out
+            return {**(self._union(given) if len(given) > 1 else self.of(given[0])), **words}
         if _is_struct(kind):
-            return self.object(Annotated[(kind, *metas)])
+            return self.object(Annotated[(kind, *metas)] if metas else kind)
         scalar = msgspec.json.schema(Annotated[(kind, *metas)] if metas else kind)
         scalar.pop("title", None)
         return scalar
@@ -181,6 +190,10 @@ def _split(hint: Any) -> tuple[Any, tuple[msgspec.Meta, ...]]:
         return hint, ()
     kind, *notes = get_args(hint)
     return kind, tuple(note for note in notes if isinstance(note, msgspec.Meta))
+
+
+def _may_be_null(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType) and types.NoneType in get_args(hint)
 
 
 def _is_struct(kind: Any) -> bool:

@@ -35,13 +35,14 @@ from scopestate.errors import (
     WouldDeadlock,
 )
 from scopestate.ops import checked, messages, turns
-from scopestate.ops.functions import BUILT_IN, fields_of
+from scopestate.ops.functions import BUILT_IN, from_payload, read_request
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import answer_of, checked_name, refuse_size, turn_of
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable, unwrapped
 from scopestate.parts import Parts
 from scopestate.reactive import Hook, Reactive, checked_hook
+from scopestate.snapshots import REFUSED, Call, Snapshots
 from scopestate.stats import Health, Stats, check_health, measure
 from scopestate.wire.depth import event_depth
 
@@ -101,6 +102,7 @@ class Engine(Reactive):
         self._count_update = parts.tally["state::update"].add
         self._hooks: dict[str, Hook | None] = {"error": on_error, "dead letter": on_dead_letter}
         self._caller = Caller(parts.services)
+        self._snapshots = Snapshots(parts.dispatcher)
         self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False
@@ -348,8 +350,25 @@ class Engine(Reactive):
         return self._caller.call(function, payload)
 
     def _call_builtin(self, function_id: str, payload: object) -> Any:
-        row = BUILT_IN[function_id]
-        return row.to_json(getattr(self, row.method)(*fields_of(function_id, payload)))
+        if BUILT_IN[function_id].read is None:
+            from_payload(function_id, payload)
+            return {"groups": self.list_groups()}
+        call = self._builtin_call(function_id, payload)
+        text = call.answer_at_hand()
+        if text is not None:
+            self._tally[function_id].add()
+        else:
+            request = call.request
+            try:
+                text = call.answer(self._run(request.scope, request.turn, request.durable))
+            except REFUSED as error:
+                text = call.refusal(error)
+        return None if text is None else decode(text)
+
+    def _builtin_call(self, function_id: str, payload: object) -> Call:
+        """Read the input of a built-in function on one scope. Raises what `read_request` raises."""
+        request = read_request(function_id, payload, self._limits.max_value_bytes)
+        return Call(BUILT_IN[function_id], request, self._snapshots)
 
     # ------------------------------------------------------------------------------------------------ waiting
 

@@ -11,6 +11,8 @@
     |-- Unsupported                     where the scope is kept, this cannot be done: `UNSUPPORTED`
     |-- InvalidPageLimits               a page of too few or too many keys or bytes: `INVALID_PAGE_LIMITS`
     |-- InvalidCursor                   a page cursor that cannot be used here: `INVALID_CURSOR`
+    |-- RowTooLarge                     one row is larger than a page may be: `ROW_TOO_LARGE`
+    |-- SnapshotCapacity                no room for a snapshot to page through: `SNAPSHOT_CAPACITY`
     |-- MessageTooLarge                 a call or an answer over `max_message_bytes`: `MESSAGE_TOO_LARGE`
     |-- SerializationError              a function returned what JSON cannot hold: `serialization_error`
     |-- FunctionNotFound                no function has that id: `function_not_found`
@@ -218,18 +220,52 @@ class InvalidPageLimits(ScopestateError):
 
 
 class InvalidCursor(ScopestateError):
-    """A page cursor that is damaged, or was made for another scope, store, range or version. Begin without a cursor."""
+    """A page cursor that is damaged, or was made for something else. Begin without a cursor."""
 
     code = "INVALID_CURSOR"
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        """`damaged`, `another store`, `another scope`, `another range` or `another version` of scopestate."""
+        """`damaged`, `no snapshot`, or `another` store, scope, range or version of scopestate."""
 
     def __str__(self) -> str:
-        problem = "is damaged" if self.reason == "damaged" else f"was made for {self.reason}"
+        problem = _CURSOR_PROBLEMS.get(self.reason, f"was made for {self.reason}")
         return f"the page cursor {problem}; begin again without a cursor"
+
+
+_CURSOR_PROBLEMS = {
+    "damaged": "is damaged",
+    "no snapshot": "was used already, is too old, or belongs to another caller",
+}
+
+
+class RowTooLarge(ScopestateError):
+    """A row of a snapshot takes more bytes than a page may have. The cursor can be used again."""
+
+    code = "ROW_TOO_LARGE"
+
+    def __init__(self, scope: str, key: str, size: int, limit: int) -> None:
+        super().__init__(scope, key, size, limit)
+        self.scope = scope
+        self.key = key
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"the row of key {self.key!r} of scope {self.scope!r} takes {self.size} bytes, and a page may have "
+            f"{self.limit}: ask for a larger `max_bytes`, or read the key by itself"
+        )
+
+
+class SnapshotCapacity(ScopestateError):
+    """There is no room for a snapshot to page through; nothing was read. Page by seek: `prefix: ""`."""
+
+    code = "SNAPSHOT_CAPACITY"
+
+    def __str__(self) -> str:
+        return f'no snapshot: {self.args[0]}; pages of keys as they are now have no such limit: ask with `prefix: ""`'
 
 
 class MessageTooLarge(ScopestateError):

@@ -35,7 +35,6 @@ from scopestate.config.functions import misfit_id
 from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.opening import open_backend, write_rule_of
 from scopestate.ops.functions import BUILT_IN
-from scopestate.ops.requests import NEW_FUNCTIONS
 from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.turns import checked_length
 from scopestate.reactive import read_events
@@ -87,7 +86,7 @@ class Parts:
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that applies changes of the file."""
-        self.tally = {function_id: Tally() for function_id in {**BUILT_IN, **NEW_FUNCTIONS}}
+        self.tally = {function_id: Tally() for function_id in BUILT_IN}
 
     def _make_scope(self, scope: str) -> ScopeActor:
         checked_length("scope", scope, self.limits.longest_name)

@@ -1,75 +1,127 @@
 """The built-in functions: one row for each, with everything that the rest of the program must know of it.
 
-`engine.call`, the server, its access rules and the schemas of `engine.functions()` read the row. CONTRIBUTING says what
-else a new function needs, under "A new operation".
+`engine.call`, the server, its access rights and the schemas of `engine.functions()` read the row. CONTRIBUTING says
+what else a new function needs, under "A new operation".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from scopestate.errors import DeserializationError, ScopestateError
-from scopestate.ops import convert_ops, messages, turns
+from scopestate.errors import Conflict, DeserializationError, ScopestateError, UpdateRefused
+from scopestate.ops import answers, messages, requests, results, turns
 from scopestate.ops.messages import Message
-from scopestate.ops.results import ListGroupsResult, SetResult, UpdateResult
-from scopestate.ops.values import class_name, json_type
+from scopestate.ops.requests import Request, misfit
+from scopestate.ops.values import class_name, json_type, normalise
 
-Right = Literal["read", "write", "list"]
+T = TypeVar("T")
+Right = Literal["read", "write"]
+Read = Callable[[Mapping[str, Any], int], Request]
+"""Reads an input; the number is the largest value in bytes, 0 for no limit."""
+
+_READ: Final[tuple[Right, ...]] = ("read",)
+_WRITE: Final[tuple[Right, ...]] = ("write",)
+_BOTH: Final[tuple[Right, ...]] = ("read", "write")
 
 
 class BuiltIn(NamedTuple):
     """One built-in function."""
 
     function_id: str
-    message: type[Message]
-    turn: type[turns.Turn[Any]] | None
-    """What it does on one scope; None: it answers for all scopes."""
-    method: str
-    """The method of `Engine` and of `engine.aio` that does it: its arguments are the fields of the message."""
+    given: type[Any]
+    """Its input. The docstring is the description of the function."""
     request: str
-    """The reference's name of its input, in the schemas."""
+    """The name of its input, in the schemas."""
+    read: Read | None
+    """None: it answers for all scopes."""
+    answer: Callable[..., bytes | None]
+    """Makes JSON text of the turn's answer, and of `Request.tell`; None: no value."""
+    rights: tuple[Right, ...] = ()
+    """The rights that it needs on the scope in its input. A write with a condition needs `read` as well."""
     response: tuple[str, Any] | None = None
-    """The reference's name of its result, and the type; None: a bare value."""
-    to_json: Callable[[Any], Any] = lambda answer: answer
-    """Makes plain JSON data of what the method returns."""
+    """The name of its result, and the type; None: a bare value."""
+    message: type[Message] | None = None
+    """The public message that asks for the same, if the reference has the function."""
+    method: str = ""
+    """The method of `Engine` and of `engine.aio` that takes the fields of this message."""
 
-    @property
-    def right(self) -> Right:
-        """The right that it needs on the scope in its input; `list`: none, it answers with the readable scopes."""
-        return "list" if self.turn is None else "write" if self.turn.writes else "read"
+    def refusal(self, error: Conflict | UpdateRefused) -> bytes:
+        """Return the answer that says why nothing was written. Raises the error itself if it is the answer."""
+        if self.function_id == "state::transaction":
+            return answers.refused(error)
+        raise error
 
 
-def _plain(result: SetResult) -> dict[str, Any]:
-    return result.to_json()
-
-
-_UPDATED: Final = Annotated[UpdateResult, msgspec.Meta(description="Result of an atomic update operation")]
+_UPDATED: Final = Annotated[results.UpdateResult, msgspec.Meta(description="Result of an atomic update operation")]
 
 BUILT_IN: Final[dict[str, BuiltIn]] = {
     row.function_id: row
     for row in (
-        BuiltIn(turns.Delete.function_id, messages.Delete, turns.Delete, "delete", "StateDeleteInput"),
-        BuiltIn(turns.Get.function_id, messages.Get, turns.Get, "get", "StateGetInput"),
-        BuiltIn(turns.List.function_id, messages.List, turns.List, "list", "StateGetGroupInput"),
         BuiltIn(
-            "state::list_groups", messages.ListGroups, None, "list_groups", "StateListGroupsInput",
-            ("StateListGroupsResult", ListGroupsResult), lambda groups: ListGroupsResult(groups=groups),
+            turns.Delete.function_id, requests.DeleteInput, "StateDeleteInput", requests.read_delete,
+            answers.deleted, _WRITE, None, messages.Delete, "delete",
         ),
         BuiltIn(
-            turns.Set.function_id, messages.Set, turns.Set, "set", "StateSetInput", ("SetResult", SetResult), _plain
+            turns.Get.function_id, requests.GetInput, "StateGetInput", requests.read_get,
+            answers.as_it_is, _READ, None, messages.Get, "get",
         ),
         BuiltIn(
-            turns.Update.function_id, messages.Update, turns.Update, "update", "StateUpdateInput",
-            ("UpdateResult", _UPDATED), _plain,
+            turns.List.function_id, requests.ListInput, "StateGetGroupInput", requests.read_list,
+            answers.listed, _READ, None, messages.List, "list",
+        ),
+        BuiltIn(
+            "state::list_groups", requests.ListGroupsInput, "StateListGroupsInput", None,
+            answers.groups, (), ("StateListGroupsResult", results.ListGroupsResult), messages.ListGroups, "list_groups",
+        ),
+        BuiltIn(
+            turns.Set.function_id, requests.SetInput, "StateSetInput", requests.read_set,
+            answers.set_result, _WRITE, ("SetResult", results.SetResult), messages.Set, "set",
+        ),
+        BuiltIn(
+            turns.Update.function_id, requests.UpdateInput, "StateUpdateInput", requests.read_update,
+            answers.update_result, _WRITE, ("UpdateResult", _UPDATED), messages.Update, "update",
+        ),
+        BuiltIn(
+            "state::compare-and-set", requests.CompareAndSetInput, "StateCompareAndSetInput",
+            requests.read_compare_and_set, answers.compared_and_set, _BOTH,
+            ("StateCompareAndSetResult", answers.ComparedAndSet),
+        ),
+        BuiltIn(
+            "state::count", requests.CountInput, "StateCountInput", requests.read_count,
+            answers.count, _READ, ("StateCountResult", answers.Counted),
+        ),
+        BuiltIn(
+            "state::delete-range", requests.DeleteRangeInput, "StateDeleteRangeInput", requests.read_delete_range,
+            answers.deleted_range, _WRITE, ("StateDeleteRangeResult", answers.RangeDeleted),
+        ),
+        BuiltIn(
+            "state::get-entry", requests.GetEntryInput, "StateGetEntryInput", requests.read_get_entry,
+            answers.entry, _READ, ("StateEntry", answers.EntryFound | None),
+        ),
+        BuiltIn(
+            "state::list_entries", requests.PageInput, "StateListEntriesInput", requests.read_list_entries,
+            answers.page, _READ, ("StateListEntriesResult", answers.PageFound),
+        ),
+        BuiltIn(
+            "state::list_keys", requests.RangeInput, "StateListKeysInput", requests.read_list_keys,
+            answers.keys, _READ, ("StateListKeysResult", answers.KeysFound),
+        ),
+        BuiltIn(
+            "state::touch", requests.TouchInput, "StateTouchInput", requests.read_touch,
+            answers.touched, _WRITE, ("StateTouchResult", results.TouchResult),
+        ),
+        BuiltIn(
+            "state::transaction", requests.TransactionInput, "StateTransactionInput", requests.read_transaction,
+            answers.committed, _WRITE, ("StateTransactionResult", answers.Transacted),
         ),
     )
 }  # fmt: skip
-"""Function id -> its row, in the order of the API reference."""
+"""Function id -> its row: the reference's six in its order, then those that scopestate adds."""
 
-_OF_MESSAGE: Final = {row.message: row for row in BUILT_IN.values()}
+_OF_MESSAGE: Final = {row.message: row for row in BUILT_IN.values() if row.message is not None}
 
 
 def function_of(message: object) -> BuiltIn:
@@ -81,71 +133,42 @@ def function_of(message: object) -> BuiltIn:
 
 
 def from_payload(function_id: str, payload: object) -> Message:
-    """Return the message for the input of a built-in function. Raises as `fields_of`."""
-    return BUILT_IN[function_id].message(*fields_of(function_id, payload))
+    """Return the message for the input of one of the reference's functions. Raises as `read_request`."""
+    message = BUILT_IN[function_id].message
+    if message is None:
+        raise KeyError(function_id)
+    return _reading(function_id, payload, lambda given: message(**requests.reference_fields(function_id, given)))
 
 
-def fields_of(function_id: str, payload: object) -> list[Any]:
-    """Read the input of a built-in function: the fields of its message, in order. Fields beyond those are ignored.
+def read_request(function_id: str, payload: object, max_value_bytes: int = 0) -> Request:
+    """Read the input of a function on one scope. Fields that it does not know are ignored.
 
-    Raises DeserializationError, worded as in iii-state, if a field is missing or has the wrong type; nothing has
-    happened then. `function_id` must be one of BUILT_IN.
+    Raises DeserializationError, for what the reference knows worded as in iii-state; ValueTooLarge, BatchTooLarge and
+    InvalidPageLimits. Nothing has happened then. `function_id` must be one of BUILT_IN.
     """
+    row = BUILT_IN[function_id]
+    read = row.read
+    if read is None:
+        raise KeyError(function_id)
+    if row.message is not None:
+        return _reading(function_id, payload, lambda given: read(given, max_value_bytes))
+
+    def read_new(given: Mapping[str, Any]) -> Request:
+        try:
+            return read(normalise(given), max_value_bytes)
+        except DeserializationError as error:
+            raise misfit(function_id, str(error)) from error
+
+    return _reading(function_id, payload, read_new)
+
+
+def _reading(function_id: str, payload: object, read: Callable[[Mapping[str, Any]], T]) -> T:
     try:
         if not isinstance(payload, Mapping):
             raise misfit(function_id, f"expected an object, got {json_type(payload)}")
-        return [read(function_id, payload, field) for field, read in _FIELDS[function_id]]
-    except ScopestateError:
+        return read(payload)
+    except (ScopestateError, MemoryError):
         raise
     except Exception as error:
         # A mapping, text or op of a class of the program's own, whose hooks raise.
         raise misfit(function_id, f"reading the input failed with {class_name(error)}") from error
-
-
-def misfit(function_id: str, problem: str) -> DeserializationError:
-    """Return the error for input that does not fit `function_id` (docs/protocol.md, section 4.4)."""
-    return DeserializationError(f"Failed to deserialize input for {function_id}: {problem}")
-
-
-def _text(function_id: str, payload: Mapping[str, Any], field: str) -> str:
-    if field not in payload:
-        raise misfit(function_id, f"missing field `{field}`")
-    text = payload[field]
-    if not issubclass(type(text), str):  # not isinstance, which believes the `__class__` of a mock
-        raise misfit(function_id, f"invalid type: expected a string, got {json_type(text)} - at `$.{field}`")
-    return str.__str__(text)  # of a subclass, what it holds
-
-
-def _value(function_id: str, payload: Mapping[str, Any], field: str) -> Any:
-    """`value`, or `data` as its alias; both together are a duplicate (docs/semantics.md, section 2)."""
-    if field in payload:
-        if "data" in payload:
-            raise misfit(function_id, "duplicate field `value`: give either `value` or its alias `data`")
-        return payload[field]
-    if "data" in payload:
-        return payload["data"]
-    raise misfit(function_id, "missing field `value`")
-
-
-def _ops(function_id: str, payload: Mapping[str, Any], field: str) -> Any:
-    if field not in payload:
-        raise misfit(function_id, "missing field `ops`")
-    try:
-        return convert_ops(payload[field])
-    except DeserializationError as error:
-        raise misfit(function_id, str(error)) from error
-
-
-_READERS: Final[dict[str, Callable[[str, Mapping[str, Any], str], Any]]] = {
-    "scope": _text,
-    "key": _text,
-    "value": _value,
-    "ops": _ops,
-}
-"""Field of a message -> what reads it."""
-
-_FIELDS: Final = {
-    function_id: [(field, _READERS[field]) for field in row.message.__struct_fields__]
-    for function_id, row in BUILT_IN.items()
-}
-"""Function id -> the fields of its message, each with its reader."""

@@ -15,6 +15,7 @@ import msgspec
 from scopestate.errors import DeserializationError, InvalidCursor
 from scopestate.ops.results import WriteResult
 from scopestate.ops.turns import A, Change, Effects, Entry, Failure, Range, Turn, View, changes_of
+from scopestate.ops.values import parse
 
 MAX_DELETED: Final = 1_000
 """Keys that one `DeleteRange` removes."""
@@ -48,21 +49,29 @@ class Keys(_Ranged[list[str]], frozen=True):
         return (), msgspec.json.decode(result or b"null", type=dict[str, list[str]])["keys"]
 
 
-class Pairs(_Ranged[list[tuple[str, bytes]]], frozen=True):
-    """Read keys with their values as JSON."""
+class _Listed(_Ranged[A], frozen=True):
+    """A turn that reads keys with what is stored under them. Over a bridge they all ask for the entries."""
 
     function_id = "state::list_entries"
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {**super().call(scope), "_entries": True}
+
+
+class Pairs(_Listed[list[tuple[str, bytes]]], frozen=True):
+    """Read keys with their values as JSON."""
 
     def decide(self, view: View) -> Effects[list[tuple[str, bytes]]]:
         get = view.get
         pairs = [(key, get(key)) for key in view.keys(self.within)]
         return (), pairs  # type: ignore[return-value]  # keys of a view exist
 
+    def effects_of(self, result: bytes | None) -> Effects[list[tuple[str, bytes]]]:
+        return (), [(key, entry.json) for key, entry in _entries_of(result).entries]
 
-class Values(_Ranged[list[bytes]], frozen=True):
+
+class Values(_Listed[list[bytes]], frozen=True):
     """Read values as JSON, by their keys."""
-
-    function_id = "state::list_entries"
 
     def decide(self, view: View) -> Effects[list[bytes]]:
         get = view.get
@@ -70,16 +79,20 @@ class Values(_Ranged[list[bytes]], frozen=True):
         found = [get(key) for key in view.keys(self.within)]
         return (), found  # type: ignore[return-value]  # keys of a view exist
 
+    def effects_of(self, result: bytes | None) -> Effects[list[bytes]]:
+        return (), [entry.json for _, entry in _entries_of(result).entries]
 
-class Entries(_Ranged[list[tuple[str, Entry]]], frozen=True):
+
+class Entries(_Listed[list[tuple[str, Entry]]], frozen=True):
     """Read keys with what is stored under them."""
-
-    function_id = "state::list_entries"
 
     def decide(self, view: View) -> Effects[list[tuple[str, Entry]]]:
         entry = view.entry
         found = [(key, entry(key)) for key in view.keys(self.within)]
         return (), found  # type: ignore[return-value]  # keys of a view exist
+
+    def effects_of(self, result: bytes | None) -> Effects[list[tuple[str, Entry]]]:
+        return (), list(_entries_of(result).entries)
 
 
 class Count(_Ranged[int], frozen=True):
@@ -101,6 +114,8 @@ class Deleted(WriteResult, frozen=True, eq=False):
     """Keys that were removed."""
     more: bool
     """True if keys are left in the range: the turn removes at most MAX_DELETED."""
+    removed: tuple[tuple[str, bytes], ...] = ()
+    """These keys with the values that they had, as JSON; of a repetition: none."""
 
     def to_json(self) -> dict[str, Any]:
         """The result as it goes over the wire."""
@@ -120,16 +135,44 @@ class DeleteRange(_Ranged[Deleted], frozen=True):
         changes: list[Change] = []
         for key in found[:limit]:
             changes += changes_of(view, key, view.entry(key), None)
-        answer = Deleted(len(changes), len(found) > limit, revision=view.revision + len(changes))
+        removed = tuple([(one.key, one.before) for one in changes if one.before is not None])
+        answer = Deleted(len(changes), len(found) > limit, removed, revision=view.revision + len(changes))
         return tuple(changes), answer
 
+    def call(self, scope: str) -> dict[str, Any]:
+        within = self.within
+        everything = within.prefix is within.start is within.after is within.end is None
+        return {**super().call(scope), "prefix": "" if everything else within.prefix, "_existed": True}
+
     def effects_of(self, result: bytes | None) -> Effects[Deleted]:
-        # Which keys they were is not told: their events come from the other engine.
-        told = msgspec.json.decode(result or b"null", type=Deleted)
-        return (), msgspec.structs.replace(told, detailed=told.revision != 0)
+        told = _decode_deleted(result or b"null")
+        removed = tuple([(key, parse(bytes(value))) for key, value in told.removed])
+        answer = Deleted(
+            told.deleted,
+            told.more,
+            removed,
+            revision=told.revision,
+            detailed=told.revision != 0,
+            replayed=told.replayed,
+        )
+        return tuple([Change(key, value, None) for key, value in removed]), answer
+
+    def pack(self, answer: Deleted) -> bytes:
+        return super().pack(msgspec.structs.replace(answer, removed=()))
 
     def unpack(self, kept: bytes) -> Deleted:
         return msgspec.structs.replace(msgspec.msgpack.decode(kept, type=Deleted), replayed=True)
+
+
+class _Deleted(msgspec.Struct):
+    deleted: int
+    more: bool
+    revision: int = 0
+    replayed: bool = False
+    removed: list[tuple[str, msgspec.Raw]] = []
+
+
+_decode_deleted: Final = msgspec.json.Decoder(_Deleted).decode
 
 
 # ---------------------------------------------------------------------------------------------------------- pages
@@ -148,10 +191,8 @@ class Page(msgspec.Struct, frozen=True):
         return self.cursor is None
 
 
-class ReadPage(_Ranged[Page], frozen=True):
+class ReadPage(_Listed[Page], frozen=True):
     """Read one page of a range. `within.limit` is the size of the page."""
-
-    function_id = "state::list_entries"
 
     cursor: str | None = None
     """What the page before had."""
@@ -176,6 +217,34 @@ class ReadPage(_Ranged[Page], frozen=True):
             entries.append((key, entry))
         cursor = make_cursor(view.store_id, view.scope, self.within, entries[-1][0]) if more else None
         return (), Page(tuple(entries), cursor)
+
+    def call(self, scope: str) -> dict[str, Any]:
+        # The cursor is the other engine's, with the id of its store.
+        return {**super().call(scope), "_by_page": True, "cursor": self.cursor, "max_bytes": self.max_bytes}
+
+    def effects_of(self, result: bytes | None) -> Effects[Page]:
+        return (), _entries_of(result)
+
+
+class _Entries(msgspec.Struct):
+    entries: list[tuple[str, _Stored]]
+    next_cursor: str | None = None
+
+
+class _Stored(msgspec.Struct):
+    value: msgspec.Raw
+    revision: int
+    expires_at: int | None = None
+
+
+_decode_entries: Final = msgspec.json.Decoder(_Entries).decode
+
+
+def _entries_of(result: bytes | None) -> Page:
+    """Return what another engine has answered to `_entries`."""
+    told = _decode_entries(result or b"null")
+    entries = [(key, Entry(parse(bytes(one.value)), one.revision, one.expires_at)) for key, one in told.entries]
+    return Page(tuple(entries), told.next_cursor)
 
 
 def checked_page(within: Range) -> Range:

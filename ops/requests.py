@@ -1,24 +1,35 @@
-"""The wire's inputs beyond the reference: new functions, and new fields of the six. Each is read into a turn.
+"""Inputs of the wire, read into turns: the new functions, and the options of the six of the reference.
 
-The schemas of `engine.functions()`, the access rules, and the reading come from the structs and rows here.
+The schemas of `engine.functions()` are made from the structs here; their docstrings are the descriptions. Numbers are
+whole numbers in JSON: `1.0` is refused, as in the ops of an update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
-from scopestate.errors import Conflict, DeserializationError, InvalidPageLimits, UpdateRefused
-from scopestate.ops import convert_ops
-from scopestate.ops.functions import misfit
-from scopestate.ops.ranges import Count, DeleteRange, Keys, Page, ReadPage
-from scopestate.ops.results import BatchResult, TouchResult
+from scopestate.errors import DeserializationError, InvalidPageLimits
+from scopestate.ops import UpdateOp, convert_ops
+from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage
 from scopestate.ops.transactions import Batch, Check, DeleteStep, SetStep, Step, TouchStep, UpdateStep
-from scopestate.ops.turns import Delete, Entry, Range, Set, Turn, Update, checked_name
-from scopestate.ops.values import decode, encode, json_type, json_words
+from scopestate.ops.turns import (
+    NO_DEADLINE,
+    Delete,
+    Get,
+    Items,
+    List,
+    Range,
+    Set,
+    Turn,
+    Update,
+    checked_name,
+    refuse_size,
+)
+from scopestate.ops.values import encode, encode_plain, json_type, json_words, normalise
 from scopestate.ops.writes import (
     CompareAndSet,
     DeleteWith,
@@ -26,57 +37,311 @@ from scopestate.ops.writes import (
     Once,
     SetWith,
     Touch,
+    Ttl,
     UpdateWith,
     checked_deadline,
     checked_revision,
 )
 
 T = TypeVar("T")
+Payload = Mapping[str, Any]
+"""The input of a call; for the new functions it is plain JSON data."""
+
+SNAPSHOT_CURSOR: Final = "snapshot."
+"""How cursors of snapshots begin; those of pages by seek have no full stop."""
+SNAPSHOT_ROWS: Final = 100_000
+"""Rows that a snapshot of `state::list_entries` may have."""
+
+
+class PageLimits(NamedTuple):
+    """What a page of a snapshot may hold, and the cursor of the page before."""
+
+    limit: int
+    max_bytes: int
+    cursor: str | None
 
 
 class Request(NamedTuple):
-    """A call of a built-in function, read."""
+    """A call of a built-in function on one scope, read."""
 
     scope: str
     turn: Turn[Any]
     durable: bool | None = None
     """True: answer when it is on disk; None: as the scope's durability says."""
+    reads: bool = False
+    """True if the answer of a write tells of keys that it may not have written: it has a condition."""
+    tell: bool = False
+    """True: a bridge asks for more in the answer (`ops/answers.py`)."""
+    page: PageLimits | None = None
+    """For a page of a snapshot: what it may hold. Its `turn` makes the snapshot."""
 
 
-class WriteOptions(msgspec.Struct, frozen=True):
-    """What `state::set`, `state::update` and `state::delete` take beside the reference's fields."""
+# ---------------------------------------------------------------------------------------------- options of the six
 
-    if_revision: int | None = None
-    if_absent: bool = False
-    ttl_ms: int | None = None
-    expires_at: int | None = None
-    keep_ttl: bool = False
-    atomic: bool = False
-    durable: bool | None = None
-    idempotency_key: str | None = None
+_Revision = Annotated[
+    int | None,
+    Meta(description="Only if the key has this revision; 0: only if it does not exist. Null: no condition"),
+]
+_Absent = Annotated[bool, Meta(description="Only if the key does not exist")]
+_Ttl = Annotated[int | None, Meta(description="Expire so many milliseconds from now")]
+_Moment = Annotated[int | None, Meta(description="Expire then, in milliseconds since the epoch")]
+_KeepTtl = Annotated[bool, Meta(description="Leave the deadline of the key as it is")]
+_Atomic = Annotated[bool, Meta(description="Apply all ops, or none if one does not fit")]
+_Durable = Annotated[bool | None, Meta(description="Answer when it is on disk")]
+_Idempotency = Annotated[
+    str | None, Meta(description="Do it once for this key: a repetition gets the first answer, and changes nothing")
+]
 
 
-class KeyInput(msgspec.Struct, frozen=True):
-    """Input of `state::get-entry`."""
+class WriteOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What `state::delete` takes beside the reference's fields. With any of them the answer has the revision."""
+
+    if_revision: _Revision | UnsetType = UNSET
+    if_absent: _Absent | UnsetType = UNSET
+    durable: _Durable | UnsetType = UNSET
+    idempotency_key: _Idempotency | UnsetType = UNSET
+
+
+class SetOptions(WriteOptions, frozen=True, kw_only=True):
+    """What `state::set` takes beside the reference's fields."""
+
+    ttl_ms: _Ttl | UnsetType = UNSET
+    expires_at: _Moment | UnsetType = UNSET
+    keep_ttl: _KeepTtl | UnsetType = UNSET
+
+
+class UpdateOptions(SetOptions, frozen=True, kw_only=True):
+    """What `state::update` takes beside the reference's fields."""
+
+    atomic: _Atomic | UnsetType = UNSET
+
+
+class SetInput(SetOptions, frozen=True, kw_only=True):
+    """Set a value in state."""
+
+    scope: str
+    key: str
+    value: Any
+
+
+class UpdateInput(UpdateOptions, frozen=True, kw_only=True):
+    """Update a value in state."""
+
+    scope: str
+    key: str
+    ops: tuple[UpdateOp, ...]
+
+
+class DeleteInput(WriteOptions, frozen=True, kw_only=True):
+    """Delete a value from state."""
+
+    scope: str
+    key: str
+
+
+OPTIONS: Final[dict[str, type[WriteOptions]]] = {
+    "state::delete": WriteOptions,
+    "state::set": SetOptions,
+    "state::update": UpdateOptions,
+}
+"""Function id -> what it takes beside the reference's fields."""
+
+
+def read_options(function_id: str, payload: Payload) -> WriteOptions | None:
+    """Return the options in the input of a `set`, `update` or `delete`; None if there are none.
+
+    Raises DeserializationError if one does not fit.
+    """
+    kind = OPTIONS[function_id]
+    given = {name: payload[name] for name in kind.__struct_fields__ if name in payload}
+    if not given:
+        return None
+    try:
+        return convert(normalise(given), kind)
+    except DeserializationError as error:
+        raise misfit(function_id, str(error)) from error
+
+
+def with_options(plain: Request, given: WriteOptions | None) -> Request:
+    """Return what the request for a plain `set`, `update` or `delete` becomes with options.
+
+    Raises DeserializationError if they contradict each other.
+    """
+    if given is None:
+        return plain
+    turn = plain.turn
+    try:
+        revision = checked_revision(_or_none(given.if_revision), if_absent=given.if_absent is True)
+        deadline = NO_DEADLINE
+        if isinstance(given, SetOptions):
+            ttl_ms, expires_ms = _or_none(given.ttl_ms), _or_none(given.expires_at)
+            deadline = checked_deadline(ttl_ms, expires_ms, keep=given.keep_ttl is True)
+        match turn:
+            case Set(key=key, data=data):
+                turn = SetWith(key, data, revision, deadline)
+            case Update(key=key, ops=ops):
+                atomic = isinstance(given, UpdateOptions) and given.atomic is True
+                turn = UpdateWith(key, ops, revision, deadline, atomic)
+            case Delete(key=key):
+                turn = DeleteWith(key, revision)
+        turn = _once(turn, _or_none(given.idempotency_key))
+    except DeserializationError as error:
+        raise misfit(plain.turn.function_id, str(error)) from error
+    return plain._replace(turn=turn, durable=_or_none(given.durable), reads=revision is not None)
+
+
+def _or_none(given: T | UnsetType) -> T | None:
+    return None if given is UNSET else given
+
+
+# ------------------------------------------------------------------------------------------- reading the reference's
+
+
+def reference_fields(function_id: str, payload: Payload) -> dict[str, Any]:
+    """Return the fields that the reference has. Raises DeserializationError, worded as in iii-state."""
+    return {field: _READERS[field](function_id, payload, field) for field in _FIELDS[function_id]}
+
+
+def read_set(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::set`. As all these functions: raises DeserializationError; this one ValueTooLarge."""
+    scope, key, value = reference_fields("state::set", payload).values()
+    options = read_options("state::set", payload)
+    data = encode(value)
+    refuse_size(scope, key, data, max_value_bytes)
+    return with_options(Request(scope, Set(checked_name("key", key), data), tell=asks(payload)), options)
+
+
+def read_update(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::update`."""
+    scope, key, ops = reference_fields("state::update", payload).values()
+    plain = Request(scope, Update(checked_name("key", key), ops), tell=asks(payload))
+    return with_options(plain, read_options("state::update", payload))
+
+
+def read_delete(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::delete`."""
+    scope, key = reference_fields("state::delete", payload).values()
+    plain = Request(scope, Delete(checked_name("key", key)), tell=asks(payload))
+    return with_options(plain, read_options("state::delete", payload))
+
+
+def read_get(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::get`."""
+    scope, key = reference_fields("state::get", payload).values()
+    return Request(scope, Get(checked_name("key", key)))
+
+
+def read_list(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::list`."""
+    (scope,) = reference_fields("state::list", payload).values()
+    if payload.get("_keys") is True:  # a bridge or a tool asks for the keys too
+        return Request(scope, Items(), tell=True)
+    return Request(scope, List())
+
+
+def asks(payload: Payload) -> bool:
+    """Return whether a bridge asks for `existed` in the results of a write."""
+    return payload.get("_existed") is True
+
+
+def misfit(function_id: str, problem: str) -> DeserializationError:
+    """Return the error for input that does not fit `function_id` (docs/protocol.md, section 4.4)."""
+    return DeserializationError(f"Failed to deserialize input for {function_id}: {problem}")
+
+
+def _text(function_id: str, payload: Payload, field: str) -> str:
+    if field not in payload:
+        raise misfit(function_id, f"missing field `{field}`")
+    text = payload[field]
+    if not issubclass(type(text), str):  # not isinstance, which believes the `__class__` of a mock
+        raise misfit(function_id, f"invalid type: expected a string, got {json_type(text)} - at `$.{field}`")
+    return str.__str__(text)  # of a subclass, what it holds
+
+
+def _value(function_id: str, payload: Payload, field: str) -> Any:
+    """`value`, or `data` as its alias; both together are a duplicate (docs/semantics.md, section 2)."""
+    if field in payload:
+        if "data" in payload:
+            raise misfit(function_id, "duplicate field `value`: give either `value` or its alias `data`")
+        return payload[field]
+    if "data" in payload:
+        return payload["data"]
+    raise misfit(function_id, "missing field `value`")
+
+
+def _ops(function_id: str, payload: Payload, field: str) -> Any:
+    if field not in payload:
+        raise misfit(function_id, "missing field `ops`")
+    try:
+        return convert_ops(payload[field])
+    except DeserializationError as error:
+        raise misfit(function_id, str(error)) from error
+
+
+_READERS: Final[dict[str, Callable[[str, Payload, str], Any]]] = {
+    "scope": _text,
+    "key": _text,
+    "value": _value,
+    "ops": _ops,
+}
+"""Field of the reference -> what reads it."""
+
+_FIELDS: Final = {
+    "state::delete": ("scope", "key"),
+    "state::get": ("scope", "key"),
+    "state::list": ("scope",),
+    "state::list_groups": (),
+    "state::set": ("scope", "key", "value"),
+    "state::update": ("scope", "key", "ops"),
+}
+"""Function id -> the fields that the reference has, in the order in which they are read."""
+
+
+# -------------------------------------------------------------------------------------------- inputs of new functions
+
+
+class ListGroupsInput(msgspec.Struct, frozen=True):
+    """List all state groups."""
+
+
+class GetInput(msgspec.Struct, frozen=True):
+    """Get a value from state."""
+
+    scope: str
+    key: str
+
+
+class ListInput(msgspec.Struct, frozen=True):
+    """Get a group from state."""
+
+    scope: str
+
+
+class GetEntryInput(msgspec.Struct, frozen=True):
+    """Get a value from state with its revision, and when it expires."""
 
     scope: str
     key: str
 
 
 class CompareAndSetInput(msgspec.Struct, frozen=True):
-    """Input of `state::compare-and-set`. Without `expected`, or with null: the key has no value."""
+    """Set a value in state if the key has the expected value."""
 
     scope: str
     key: str
     value: Any
-    expected: Any = UNSET
-    expected_revision: int | None = None
-    durable: bool | None = None
-    idempotency_key: str | None = None
+    expected: Annotated[
+        Any, Meta(description="The value that the key must have; left out or null: it has none, or null")
+    ] = UNSET
+    expected_revision: Annotated[
+        int | None, Meta(description="The revision that the key must have; 0: it does not exist")
+    ] = None
+    durable: _Durable = None
+    idempotency_key: _Idempotency = None
 
 
-class CheckInput(msgspec.Struct, frozen=True):
-    """One check of a transaction: exactly one of `revision`, `absent` and `value`."""
+class CheckInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a transaction expects of a key: exactly one of `revision`, `absent` and `value`."""
 
     key: str
     revision: int | None = None
@@ -84,114 +349,140 @@ class CheckInput(msgspec.Struct, frozen=True):
     value: Any = UNSET
 
 
-class StepInput(msgspec.Struct, frozen=True):
-    """One step of a transaction."""
+class StepInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One write of a transaction: `set` needs `value`, `update` needs `ops`."""
 
     type: Literal["set", "delete", "update", "touch"]
     key: str
     value: Any = UNSET
     ops: Any = UNSET
-    ttl_ms: int | None = None
-    expires_at: int | None = None
-    keep_ttl: bool = False
+    ttl_ms: _Ttl = None
+    expires_at: _Moment = None
+    keep_ttl: _KeepTtl = False
 
 
 class TransactionInput(msgspec.Struct, frozen=True):
-    """Input of `state::transaction`."""
+    """Write several keys of a scope in one step, or none of them."""
 
     scope: str
     ops: list[StepInput]
     checks: list[CheckInput] = []
-    if_revision: int | None = None
-    durable: bool | None = None
-    idempotency_key: str | None = None
+    if_revision: Annotated[int | None, Meta(description="Only if the last change of the scope has this revision")] = (
+        None
+    )
+    durable: _Durable = None
+    idempotency_key: _Idempotency = None
 
 
-class RangeInput(msgspec.Struct, frozen=True):
-    """Input of `state::list_keys`."""
-
-    scope: str
-    prefix: str | None = None
-    start: str | None = None
-    after: str | None = None
-    end: str | None = None
-    reverse: bool = False
-    limit: int | None = None
-
-
-class DeleteRangeInput(RangeInput, frozen=True):
-    """Input of `state::delete-range`."""
-
-    durable: bool | None = None
-    idempotency_key: str | None = None
-
-
-class PageInput(RangeInput, frozen=True):
-    """Input of `state::list_entries` that pages by seek: with a bound, `reverse`, or a cursor of such a page."""
-
-    limit: int = 100
-    max_bytes: int = 1_000_000
-    cursor: str | None = None
+_Prefix = Annotated[str | None, Meta(description="Keys that begin so")]
+_Start = Annotated[str | None, Meta(description="The first key, included")]
+_After = Annotated[str | None, Meta(description="Keys behind this one")]
+_End = Annotated[str | None, Meta(description="Keys before this one")]
 
 
 class CountInput(msgspec.Struct, frozen=True):
-    """Input of `state::count`."""
+    """Count keys of a scope."""
 
     scope: str
-    prefix: str | None = None
-    start: str | None = None
-    after: str | None = None
-    end: str | None = None
+    prefix: _Prefix = None
+    start: _Start = None
+    after: _After = None
+    end: _End = None
+
+
+class RangeInput(CountInput, frozen=True):
+    """List keys of a scope in the order of their UTF-8 bytes."""
+
+    reverse: bool = False
+    limit: Annotated[int | None, Meta(description="At most so many keys")] = None
+
+
+class DeleteRangeInput(RangeInput, frozen=True):
+    """Delete keys of a scope in one step, at most 1,000. Name a range: `prefix: ""` is the whole scope."""
+
+    durable: _Durable = None
+    idempotency_key: _Idempotency = None
+
+
+class PageInput(RangeInput, frozen=True):
+    """List keys with their values, a page at a time: of a snapshot, or, with bounds or `reverse`, as they are now."""
+
+    limit: Annotated[int, Meta(description="At most so many keys, 1 to 1,000")] = 100
+    max_bytes: Annotated[int, Meta(description="At most so many bytes of JSON, 256 to 8,000,000")] = 1_000_000
+    cursor: Annotated[str | None, Meta(description="`next_cursor` of the page before")] = None
+
+
+class _EntriesInput(RangeInput, frozen=True):
+    by_page: bool = msgspec.field(default=False, name="_by_page")
+    max_bytes: int = 0
+    cursor: str | None = None
 
 
 class TouchInput(msgspec.Struct, frozen=True):
-    """Input of `state::touch`. `ttl_ms: null`, without `expires_at`: the key never expires."""
+    """Give a key another deadline. `ttl_ms: null`, without `expires_at`: it never expires."""
 
     scope: str
     key: str
-    ttl_ms: int | None
-    expires_at: int | None = None
-    durable: bool | None = None
-    idempotency_key: str | None = None
+    ttl_ms: _Ttl
+    expires_at: _Moment = None
+    durable: _Durable = None
+    idempotency_key: _Idempotency = None
 
 
-def _get_entry(given: KeyInput) -> Request:
-    return Request(given.scope, GetEntry(checked_name("key", given.key)))
+# --------------------------------------------------------------------------------------------- reading new functions
 
 
-def _compare_and_set(given: CompareAndSetInput) -> Request:
+def read_get_entry(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::get-entry`."""
+    given = convert(payload, GetEntryInput)
+    key = checked_name("key", given.key)
+    if payload.get("_left") is True:  # a bridge asks how long the key is kept, by this engine's clock
+        return Request(given.scope, Ttl(key), tell=True)
+    return Request(given.scope, GetEntry(key))
+
+
+def read_compare_and_set(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::compare-and-set`. Raises ValueTooLarge too."""
+    given = convert(payload, CompareAndSetInput)
     expected: bytes | UnsetType | None = None
     if given.expected is not UNSET:
-        expected = encode(given.expected)
+        expected = encode_plain(given.expected)
     elif given.expected_revision is not None:
         expected = UNSET
-    turn = CompareAndSet(
-        checked_name("key", given.key), expected, encode(given.value), checked_revision(given.expected_revision)
-    )
-    return _request(given, turn)
+    data = _sized(given.scope, given.key, given.value, max_value_bytes)
+    turn = CompareAndSet(checked_name("key", given.key), expected, data, checked_revision(given.expected_revision))
+    return _write(payload, given, turn, reads=True)
 
 
-def _transaction(given: TransactionInput) -> Request:
-    steps = [_step(step, index) for index, step in enumerate(given.ops)]
+def read_transaction(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::transaction`. Raises ValueTooLarge and BatchTooLarge too."""
+    given = convert(payload, TransactionInput)
+    steps = [_step(given.scope, step, index, max_value_bytes) for index, step in enumerate(given.ops)]
     checks = tuple([_check(check, index) for index, check in enumerate(given.checks)])
     batch = Batch(tuple(steps), checks, checked_revision(given.if_revision))
     batch.refuse_size(given.scope)
-    return _request(given, batch)
+    return _write(payload, given, batch, reads=bool(checks) or given.if_revision is not None)
 
 
-def _step(given: StepInput, index: int) -> Step:
+def _step(scope: str, given: StepInput, index: int, max_value_bytes: int) -> Step:
     key = checked_name("key", given.key)
     deadline = checked_deadline(given.ttl_ms, given.expires_at, keep=given.keep_ttl)
+    if given.value is not UNSET and given.type != "set":
+        raise DeserializationError(f"`value` is for a step of type `set` - at `$.ops[{index}].value`")
+    if given.ops is not UNSET and given.type != "update":
+        raise DeserializationError(f"`ops` is for a step of type `update` - at `$.ops[{index}].ops`")
     match given.type:
         case "set":
             if given.value is UNSET:
                 raise DeserializationError(f"missing field `value` - at `$.ops[{index}].value`")
-            return SetStep(key, encode(given.value), deadline)
+            return SetStep(key, _sized(scope, key, given.value, max_value_bytes), deadline)
         case "update":
             if given.ops is UNSET:
                 raise DeserializationError(f"missing field `ops` - at `$.ops[{index}].ops`")
             return UpdateStep(key, convert_ops(given.ops), deadline)
         case "delete":
+            if deadline is not NO_DEADLINE:
+                raise DeserializationError(f"a `delete` has no deadline - at `$.ops[{index}]`")
             return DeleteStep(key)
         case "touch":
             if deadline.keep:
@@ -202,132 +493,91 @@ def _step(given: StepInput, index: int) -> Step:
 def _check(given: CheckInput, index: int) -> Check:
     if (given.revision is not None) + given.absent + (given.value is not UNSET) != 1:
         raise DeserializationError(f"a check has one of `revision`, `absent`, `value` - at `$.checks[{index}]`")
-    value = UNSET if given.value is UNSET else encode(given.value)
+    value = UNSET if given.value is UNSET else encode_plain(given.value)
     return Check(checked_name("key", given.key), checked_revision(given.revision, if_absent=given.absent), value)
 
 
-def _list_keys(given: RangeInput) -> Request:
+def _sized(scope: str, key: str, value: Any, max_value_bytes: int) -> bytes:
+    data = encode_plain(value)
+    refuse_size(scope, key, data, max_value_bytes)
+    return data
+
+
+def read_list_keys(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::list_keys`."""
+    given = convert(payload, RangeInput)
     return Request(given.scope, Keys(_range_of(given).checked()))
 
 
-def _list_entries(given: PageInput) -> Request:
+def read_list_entries(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::list_entries`. Raises InvalidPageLimits too."""
+    if payload.get("_entries") is True:  # a bridge asks for revisions too, and for pages of any size or everything
+        asked = convert(payload, _EntriesInput)
+        within = _range_of(asked).checked()
+        if not asked.by_page:
+            return Request(asked.scope, Entries(within), tell=True)
+        return Request(asked.scope, ReadPage(within, cursor=asked.cursor, max_bytes=asked.max_bytes), tell=True)
+    given = convert(payload, PageInput)
     for name, number, low, high in (("limit", given.limit, 1, 1_000), ("max_bytes", given.max_bytes, 256, 8_000_000)):
         if not low <= number <= high:
             raise InvalidPageLimits(f"`{name}` is from {low} to {high}, not {number}")
-    turn = ReadPage(_range_of(given), cursor=given.cursor, max_bytes=given.max_bytes)
-    return Request(given.scope, turn)
+    within = _range_of(given)
+    by_seek = within.reverse or any(bound is not None for bound in _bounds(given))
+    if by_seek or (given.cursor is not None and not given.cursor.startswith(SNAPSHOT_CURSOR)):
+        return Request(given.scope, ReadPage(within, cursor=given.cursor, max_bytes=given.max_bytes))
+    page = PageLimits(given.limit, given.max_bytes, given.cursor)
+    return Request(given.scope, Pairs(Range(limit=SNAPSHOT_ROWS + 1)), page=page)
 
 
-def _count(given: CountInput) -> Request:
-    return Request(given.scope, Count(Range(given.prefix, given.start, given.after, given.end)))
+def read_count(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::count`."""
+    given = convert(payload, CountInput)
+    return Request(given.scope, Count(Range(*_bounds(given))))
 
 
-def _delete_range(given: DeleteRangeInput) -> Request:
-    return _request(given, DeleteRange(_range_of(given).checked()))
+def read_delete_range(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::delete-range`. A range must be named: a misspelt `prefix` would delete everything."""
+    given = convert(payload, DeleteRangeInput)
+    if all(bound is None for bound in _bounds(given)):
+        raise DeserializationError(
+            'name what to delete by `prefix`, `start`, `after` or `end`; `prefix: ""` is the whole scope'
+        )
+    if given.limit is not None and given.limit < 1:
+        raise DeserializationError(f"`limit` is 1 or more, not {given.limit}")
+    return _write(payload, given, DeleteRange(_range_of(given)))
 
 
-def _touch(given: TouchInput) -> Request:
-    return _request(given, Touch(checked_name("key", given.key), checked_deadline(given.ttl_ms, given.expires_at)))
+def read_touch(payload: Payload, max_value_bytes: int) -> Request:
+    """Read the input of `state::touch`."""
+    given = convert(payload, TouchInput)
+    turn = Touch(checked_name("key", given.key), checked_deadline(given.ttl_ms, given.expires_at))
+    return _write(payload, given, turn)
+
+
+def _bounds(given: CountInput) -> tuple[str | None, str | None, str | None, str | None]:
+    return given.prefix, given.start, given.after, given.end
 
 
 def _range_of(given: RangeInput) -> Range:
     return Range(given.prefix, given.start, given.after, given.end, given.reverse, given.limit)
 
 
-def _request(given: CompareAndSetInput | DeleteRangeInput | TransactionInput | TouchInput, turn: Turn[Any]) -> Request:
-    if given.idempotency_key is not None:
-        turn = Once(turn, given.idempotency_key)
-    return Request(given.scope, turn, given.durable)
+def _write(
+    payload: Payload,
+    given: CompareAndSetInput | DeleteRangeInput | TransactionInput | TouchInput,
+    turn: Turn[Any],
+    *,
+    reads: bool = False,
+) -> Request:
+    return Request(given.scope, _once(turn, given.idempotency_key), given.durable, reads, asks(payload))
 
 
-# ------------------------------------------------------------------------------------------------------- answers
+def _once(turn: Turn[Any], idempotency_key: str | None) -> Turn[Any]:
+    return turn if idempotency_key is None else Once(turn, idempotency_key)
 
 
-def entry_to_json(entry: Entry | None) -> dict[str, Any] | None:
-    """Return the answer of `state::get-entry`."""
-    if entry is None:
-        return None
-    plain = {"value": entry.value, "revision": entry.revision}
-    if entry.expires_ms is not None:
-        plain["expires_at"] = entry.expires_ms
-    return plain
-
-
-def page_to_json(page: Page) -> dict[str, Any]:
-    """Return the answer of `state::list_entries` that pages by seek. `offset` and `total` are a snapshot's only."""
-    entries = [[key, decode(entry.json)] for key, entry in page.entries]
-    return {"entries": entries, "next_cursor": page.cursor, "done": page.done}
-
-
-def refusal_to_json(error: Conflict | UpdateRefused) -> dict[str, Any]:
-    """Return the answer of a transaction that was not committed."""
-    conflicts = error.conflicts if isinstance(error, Conflict) else ()
-    errors = error.errors if isinstance(error, UpdateRefused) else ()
-    return {
-        "committed": False,
-        "conflicts": [{"index": one.index, "key": one.key, "revision": one.revision} for one in conflicts],
-        "errors": [{**msgspec.to_builtins(one), "index": one.index} for one in errors],
-    }
-
-
-class NewFunction(NamedTuple):
-    """One built-in function that the reference of 0.11.6 does not have."""
-
-    function_id: str
-    given: type[Any]
-    read: Callable[[Any], Request]
-    to_json: Callable[[Any], Any]
-    right: Literal["read", "write"]
-    """The right that it needs on the scope in its input."""
-
-
-NEW_FUNCTIONS: Final[dict[str, NewFunction]] = {
-    row.function_id: row
-    for row in (
-        NewFunction("state::compare-and-set", CompareAndSetInput, _compare_and_set, lambda one: one.to_json(), "write"),
-        NewFunction("state::count", CountInput, _count, lambda count: {"count": count}, "read"),
-        NewFunction("state::delete-range", DeleteRangeInput, _delete_range, lambda one: one.to_json(), "write"),
-        NewFunction("state::get-entry", KeyInput, _get_entry, entry_to_json, "read"),
-        NewFunction("state::list_entries", PageInput, _list_entries, page_to_json, "read"),
-        NewFunction("state::list_keys", RangeInput, _list_keys, lambda keys: {"keys": keys}, "read"),
-        NewFunction("state::touch", TouchInput, _touch, lambda found: TouchResult(found).to_json(), "write"),
-        NewFunction("state::transaction", TransactionInput, _transaction, BatchResult.to_json, "write"),
-    )
-}
-"""Function id -> its row, in order."""
-
-
-def read_request(function_id: str, payload: object) -> Request:
-    """Read the input of a new function. Raises DeserializationError, InvalidPageLimits, BatchTooLarge."""
-    row = NEW_FUNCTIONS[function_id]
-    try:
-        return row.read(_converted(payload, row.given))
-    except DeserializationError as error:
-        raise misfit(function_id, str(error)) from error
-
-
-def with_options(turn: Turn[Any], payload: object) -> tuple[Turn[Any], bool | None]:
-    """Return what a plain `set`, `update` or `delete` becomes by the new fields of its input, and `durable`."""
-    if not isinstance(payload, Mapping) or not any(name in payload for name in WriteOptions.__struct_fields__):
-        return turn, None
-    given = _converted(payload, WriteOptions)
-    revision = checked_revision(given.if_revision, if_absent=given.if_absent)
-    deadline = checked_deadline(given.ttl_ms, given.expires_at, keep=given.keep_ttl)
-    match turn:
-        case Set(key=key, data=data):
-            turn = SetWith(key, data, revision, deadline)
-        case Update(key=key, ops=ops):
-            turn = UpdateWith(key, ops, revision, deadline, given.atomic)
-        case Delete(key=key):
-            turn = DeleteWith(key, revision)
-    if given.idempotency_key is not None:
-        turn = Once(turn, given.idempotency_key)
-    return turn, given.durable
-
-
-def _converted(payload: object, kind: type[T]) -> T:
-    if not isinstance(payload, Mapping):
-        raise DeserializationError(f"expected an object, got {json_type(payload)}")
+def convert(payload: Payload, kind: type[T]) -> T:
+    """Return plain JSON data as a struct. Raises DeserializationError, with JSON's names of types."""
     try:
         return msgspec.convert(payload, kind)
     except msgspec.ValidationError as error:

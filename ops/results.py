@@ -49,7 +49,7 @@ class WriteResult(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False)
 class SetResult(WriteResult, frozen=True, eq=False, gc=False):
     """Result of `set`. Reference: `old_value`, `new_value`."""
 
-    json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value")
+    json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value", "revision", "replayed")
 
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist.
@@ -98,7 +98,7 @@ class SetResult(WriteResult, frozen=True, eq=False, gc=False):
 class UpdateResult(SetResult, frozen=True, eq=False, gc=False):
     """Result of `update`. Reference: `old_value`, `new_value`, `errors`."""
 
-    json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value", "errors")
+    json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value", "errors", "revision", "replayed")
 
     errors: Annotated[
         tuple[
@@ -146,7 +146,7 @@ class CasResult(WriteResult, frozen=True, eq=False, gc=False):
 
     swapped: bool
     found_json: bytes | None
-    """The value that the key had, as JSON; None if it did not exist or held null."""
+    """The value that the key had, as JSON; None if it did not exist."""
 
     @property
     def current(self) -> Any:

@@ -309,6 +309,7 @@ class Batch(Turn[BatchResult], frozen=True):
             "checks": [fields for check in self.checks for fields in _fields_of_check(check)],
             "ops": [_fields_of_step(step) for step in self.steps],
             "if_revision": self.if_revision,
+            "_existed": True,
         }
 
     def effects_of(self, result: bytes | None) -> Effects[BatchResult]:
@@ -323,7 +324,7 @@ class Batch(Turn[BatchResult], frozen=True):
                 results.append(TouchResult(one.touched))
                 continue
             before, after = parse(bytes(one.old_value)), None
-            old = None if before == b"null" else before
+            old = None if before == b"null" and not one.existed else before
             if isinstance(step, DeleteStep):
                 results.append(DeleteResult(old))
             else:
@@ -350,6 +351,8 @@ class _Result(msgspec.Struct):
     old_value: msgspec.Raw = msgspec.Raw(b"null")
     new_value: msgspec.Raw = msgspec.Raw(b"null")
     touched: bool = False
+    existed: bool = False
+    """Whether the key existed before: a null in `old_value` was stored then."""
 
 
 class _Committed(msgspec.Struct):

@@ -155,11 +155,11 @@ class DeleteWith(OneKey[DeleteResult], frozen=True):
         return changes, DeleteResult(old, revision=view.revision + len(changes), detailed=True)
 
     def call(self, scope: str) -> dict[str, Any]:
-        return {**super().call(scope), **_asked(self.if_revision, NO_DEADLINE)}
+        return {**super().call(scope), **_asked(self.if_revision, NO_DEADLINE), "_existed": True}
 
     def effects_of(self, result: bytes | None) -> Effects[DeleteResult]:
         told = _decode_told(result or b"null")
-        before = _without_null(parse(bytes(told.old_value)))
+        before = told.before(told.old_value)
         return _detailed((Change(self.key, before, None),), DeleteResult(before), result)
 
     def unpack(self, kept: bytes) -> DeleteResult:
@@ -182,7 +182,7 @@ class CompareAndSet(OneKey[CasResult], frozen=True):
     def decide(self, view: View) -> Effects[CasResult]:
         before = view.entry(self.key)
         revision = 0 if before is None else before.revision
-        _, current = compared(None, before)
+        current = None if before is None else before.json
         detailed = self.expected_revision is not None
         if (self.expected_revision is not None and revision != self.expected_revision) or not (
             self.expected is UNSET or same_json(*compared(self.expected, before))
@@ -192,7 +192,7 @@ class CompareAndSet(OneKey[CasResult], frozen=True):
         return changes, CasResult(True, current, revision=view.revision + len(changes), detailed=detailed)
 
     def call(self, scope: str) -> dict[str, Any]:
-        call = {**super().call(scope), "value": msgspec.Raw(self.data)}
+        call = {**super().call(scope), "value": msgspec.Raw(self.data), "_existed": True}
         if not isinstance(self.expected, UnsetType):
             call["expected"] = msgspec.Raw(self.expected or _NULL)
         if self.expected_revision is not None:
@@ -202,17 +202,11 @@ class CompareAndSet(OneKey[CasResult], frozen=True):
     def effects_of(self, result: bytes | None) -> Effects[CasResult]:
         told = _decode_told(result or b"null")
         detailed = told.revision != 0
-        if not told.swapped:
-            found = parse(bytes(told.current))
-        elif detailed:
-            found = parse(bytes(told.old_value))
-        else:
-            found = b"null" if isinstance(self.expected, UnsetType) else self.expected or _NULL
-        found_json = _without_null(found)
-        answer = CasResult(told.swapped, found_json, revision=told.revision, detailed=detailed, replayed=told.replayed)
+        before = told.before(told.old_value if told.swapped else told.current)
+        answer = CasResult(told.swapped, before, revision=told.revision, detailed=detailed, replayed=told.replayed)
         if not told.swapped or told.replayed:
             return (), answer
-        return (Change(self.key, found_json, self.data),), answer
+        return (Change(self.key, before, self.data),), answer
 
     def unpack(self, kept: bytes) -> CasResult:
         return msgspec.structs.replace(_CAS_RESULT.decode(kept), replayed=True)
@@ -255,6 +249,13 @@ class _Told(msgspec.Struct):
     swapped: bool = False
     old_value: msgspec.Raw = msgspec.Raw(_NULL)
     current: msgspec.Raw = msgspec.Raw(_NULL)
+    existed: bool = False
+    """Whether the key existed before: a null in `old_value` was stored then."""
+
+    def before(self, value: msgspec.Raw) -> bytes | None:
+        """Return a value that the key had, or None if it did not exist."""
+        found = parse(bytes(value))
+        return None if found == _NULL and not self.existed else found
 
 
 _decode_told: Final = msgspec.json.Decoder(_Told).decode
@@ -351,10 +352,6 @@ def same_json(one: bytes | None, other: bytes | None) -> bool:
     return _canonical(decode(one)) == _canonical(decode(other))
 
 
-def _without_null(data: bytes | None) -> bytes | None:
-    return None if data == _NULL else data
-
-
 def compared(expected: bytes | None, found: Entry | None) -> tuple[bytes | None, bytes | None]:
     """Return the expected value of a key and the one it has, both None for a stored null too."""
     return None if expected == _NULL else expected, None if found is None or found.json == _NULL else found.json
@@ -385,6 +382,10 @@ class _Entry(msgspec.Struct):
     expires_at: int | None = None
 
 
+class _Left(msgspec.Struct):
+    left_ms: int | None
+
+
 _decode_entry: Final = msgspec.json.Decoder(_Entry).decode
 
 
@@ -398,6 +399,13 @@ class Ttl(OneKey["int | None"], frozen=True):
         entry = view.entry(self.key)
         left = None if entry is None or entry.expires_ms is None else entry.expires_ms - view.now_ms
         return (), left
+
+    def call(self, scope: str) -> dict[str, Any]:
+        # The other engine subtracts: its clock may differ from the one here.
+        return {**super().call(scope), "_left": True}
+
+    def effects_of(self, result: bytes | None) -> Effects[int | None]:
+        return (), msgspec.json.decode(result or b"null", type=_Left).left_ms
 
 
 class Touch(OneKey[bool], frozen=True):

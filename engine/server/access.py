@@ -17,7 +17,7 @@ import msgspec
 from scopestate.config import AuthConfig, ServerConfig, TokenConfig
 from scopestate.config.schema import with_every_list
 from scopestate.errors import ConfigError, Forbidden
-from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.functions import BUILT_IN, Right
 from scopestate.paths import expand_home
 
 if TYPE_CHECKING:
@@ -91,6 +91,14 @@ class Access:
         if not self._write(scope):
             raise Forbidden(f"the token of this connection does not allow to write scope {scope!r}")
 
+    def check_scope(self, scope: str, rights: tuple[Right, ...]) -> None:
+        """Refuse a scope on which one of these rights is missing."""
+        for right in rights:
+            if right == "write":
+                self.check_write(scope)
+            else:
+                self.check_read(scope)
+
     def check_watch(self, scope: str | None) -> None:
         """Refuse a trigger on a scope that may not be read; None: on every scope."""
         if scope is not None:
@@ -105,12 +113,10 @@ class Access:
         """
         self.check_call(function_id)
         row = BUILT_IN.get(function_id)
-        right = None if row is None else row.right
-        if right == "write" and scope is not None:
-            self.check_write(scope)
-        elif right == "read" and scope is not None:
-            self.check_read(scope)
-        elif (right == "write" and not self.writes_everything) or (right == "read" and not self.reads_everything):
+        rights = () if row is None else row.rights
+        if scope is not None:
+            self.check_scope(scope, rights)
+        elif ("write" in rights and not self.writes_everything) or ("read" in rights and not self.reads_everything):
             raise Forbidden(f"the token of this connection does not allow {function_id!r} on every scope")
 
     def check_delivery(self, function_id: str, scope: str) -> None:

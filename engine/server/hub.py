@@ -161,6 +161,7 @@ class Hub:
         worker.issued.clear()
         self.triggers.remove_all_of(worker)
         self.channels.abandon(worker.worker_id)
+        self.engine._snapshots.forget(worker.caller)
         del self.workers[worker.worker_id]
         access = worker.access
         if access is not None:
@@ -199,7 +200,7 @@ class Hub:
             if builtin is not None and worker.access is None:
                 # The state functions first, by the shortest way: most messages are calls of them.
                 try:
-                    outcome = builtin(action.data, None)
+                    outcome = builtin(action.data, worker)
                 except Exception as error:  # noqa: BLE001 - answered; what is a bug is logged as well
                     worker.answer(action, error=failure(action, error))
                     return
@@ -347,7 +348,7 @@ class Hub:
                 access.check_call(function_id)
             builtin = self._state.get(function_id)
             if builtin is not None:
-                outcome = builtin(call.data, access)
+                outcome = builtin(call.data, worker)
                 if outcome is None or type(outcome) is bytes:
                     worker.answer(call, outcome)
                 else:
@@ -380,7 +381,7 @@ class Hub:
         """Return what calls a function of the engine or of the server with a worker's rights; None: it is neither."""
         state = self._state.get(function_id)
         if state is not None:
-            return lambda worker, data: state(data, worker.access)
+            return lambda worker, data: state(data, worker)
         return self._engine_functions.by_id.get(function_id)
 
     async def call_for(self, worker: Worker, function_id: str, payload: object) -> None:

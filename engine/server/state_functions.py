@@ -1,8 +1,8 @@
-"""The six state functions on JSON text: for a server, so that values pass through unparsed."""
+"""The state functions on JSON text: for a server, so that values pass through unparsed."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -11,21 +11,25 @@ from msgspec import Raw
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.turn import BUSY
 from scopestate.errors import DeserializationError
-from scopestate.ops import convert_ops, turns
-from scopestate.ops.functions import BUILT_IN, BuiltIn, from_payload, misfit
-from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.ops.values import check, decode, encode_plain, parse
+from scopestate.ops import answers, convert_ops, turns
+from scopestate.ops.functions import BUILT_IN, BuiltIn, from_payload, read_request
+from scopestate.ops.requests import OPTIONS, Request, WriteOptions, misfit, with_options
+from scopestate.ops.values import check, decode, json_words, parse
+from scopestate.ops.writes import Durable, unwrapped
+from scopestate.snapshots import REFUSED, Call
 from scopestate.wire.frames import last_wins
 
 if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
     from scopestate.engine import Engine
-    from scopestate.server.access import Access
+    from scopestate.server.worker import Worker
 
 Result = bytes | None
 """JSON text, or None for "no value"."""
 Outcome = Result | Awaitable[Result]
 """A result, or an awaitable of it that does not block the event loop. Await it once."""
+Convert = Callable[[Any], Result]
+"""Makes JSON text of a turn's answer. It must not keep the input, which may be large."""
 
 _ABSENT: Final = Raw()
 _BAD: Final = (msgspec.DecodeError, RecursionError)
@@ -36,7 +40,7 @@ _SMALL_VALUE: Final = 64 * 1024
 
 
 class _Input(msgspec.Struct, gc=False):
-    """The input of a function on one scope, as far as the function reads it."""
+    """The input of one of the reference's functions on one scope: the fields that the reference has."""
 
     scope: str
 
@@ -48,9 +52,9 @@ class _Input(msgspec.Struct, gc=False):
         """Return the turn that does it. Raises DeserializationError and ValueTooLarge."""
         raise NotImplementedError
 
-    def converter(self) -> Callable[[Any], Result]:
-        """Return what makes JSON text of the turn's answer. It must not keep this input, which may be large."""
-        return _as_it_is
+    def tells(self) -> bool:
+        """Return whether a bridge or a tool asks for more in the answer."""
+        return False
 
 
 class _Keyed(_Input, gc=False):
@@ -66,6 +70,12 @@ class _Get(_Keyed, gc=False):
 
 
 class _Delete(_Keyed, gc=False):
+    tell_existed: Raw = msgspec.field(default=_ABSENT, name="_existed")
+    """As in `_Set`; for a delete with options."""
+
+    def tells(self) -> bool:
+        return self.tell_existed == _TRUE
+
     def turn(self, limits: Limits) -> turns.Turn[Any]:
         return turns.Delete(self.key)
 
@@ -87,8 +97,8 @@ class _Set(_Keyed, gc=False):
         turns.refuse_size(self.scope, self.key, text, limits.max_value_bytes)
         return turns.Set(self.key, text)
 
-    def converter(self) -> Callable[[Any], Result]:
-        return _set_result_existed if self.tell_existed == _TRUE else _set_result
+    def tells(self) -> bool:
+        return self.tell_existed == _TRUE
 
 
 class _Update(_Keyed, gc=False):
@@ -102,8 +112,8 @@ class _Update(_Keyed, gc=False):
     def turn(self, limits: Limits) -> turns.Turn[Any]:
         return turns.Update(self.key, convert_ops(decode(parse(bytes(self.ops)))))
 
-    def converter(self) -> Callable[[Any], Result]:
-        return _update_result_existed if self.tell_existed == _TRUE else _update_result
+    def tells(self) -> bool:
+        return self.tell_existed == _TRUE
 
 
 class _List(_Input, gc=False):
@@ -116,24 +126,24 @@ class _List(_Input, gc=False):
     def turn(self, limits: Limits) -> turns.Turn[Any]:
         return turns.Items() if self.tell_keys == _TRUE else turns.List()
 
-    def converter(self) -> Callable[[Any], Result]:
-        return _with_keys if self.tell_keys == _TRUE else _array
+    def tells(self) -> bool:
+        return self.tell_keys == _TRUE
 
 
-_INPUTS: Final[dict[type[turns.Turn[Any]], type[_Input]]] = {
-    turns.Get: _Get,
-    turns.Set: _Set,
-    turns.Delete: _Delete,
-    turns.Update: _Update,
-    turns.List: _List,
+_INPUTS: Final[dict[str, type[_Input]]] = {
+    "state::delete": _Delete,
+    "state::get": _Get,
+    "state::list": _List,
+    "state::set": _Set,
+    "state::update": _Update,
 }
+"""Function id -> its input. Of the other functions the input is read as `Engine.call` reads it."""
 
 
 class StateFunctions:
     """Function id -> the function. For one event loop, which it never blocks.
 
-    Each raises what the engine's method of the same name raises, worded as `Engine.call` words it, and Forbidden where
-    `access` says so.
+    Each raises what `Engine.call` raises, and Forbidden where the rights of the worker say so.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -142,29 +152,39 @@ class StateFunctions:
         self._limits = engine._limits
         self._router = engine._router
         self._run_later = engine.aio._run_later
-        self.by_id: dict[str, Callable[[Raw, Access | None], Outcome]] = {
-            row.function_id: self._list_groups if row.turn is None else self._on_one_scope(row, _INPUTS[row.turn])
-            for row in BUILT_IN.values()
+        self.by_id: dict[str, Callable[[Raw, Worker], Outcome]] = {
+            row.function_id: self._made(row) for row in BUILT_IN.values()
         }
 
-    def _on_one_scope(self, row: BuiltIn, kind: type[_Input]) -> Callable[[Raw, Access | None], Outcome]:
-        function_id, read, limits = row.function_id, msgspec.json.Decoder(kind).decode, self._limits
-        count, writes, gets = self._engine._tally[function_id].add, row.right == "write", kind is _Get
+    def _made(self, row: BuiltIn) -> Callable[[Raw, Worker], Outcome]:
+        kind = _INPUTS.get(row.function_id)
+        if row.read is None:
+            return self._list_groups
+        return self._added(row) if kind is None else self._reference(row, kind)
 
-        def call(data: Raw, access: Access | None) -> Outcome:
+    def _reference(self, row: BuiltIn, kind: type[_Input]) -> Callable[[Raw, Worker], Outcome]:
+        """Return one of the reference's functions: its input is read without making values of it."""
+        function_id, read, limits = row.function_id, msgspec.json.Decoder(kind).decode, self._limits
+        count, rights, gets = self._engine._tally[function_id].add, row.rights, kind is _Get
+        answer = row.answer
+        asked = OPTIONS.get(function_id)
+        read_options = None if asked is None else msgspec.json.Decoder(asked).decode
+        no_options = None if asked is None else asked()
+
+        def call(data: Raw, worker: Worker) -> Outcome:
             try:
                 fields = read(data)
             except _BAD:
                 fields = _misfit(function_id, data, read)
             size = fields.size()
+            options = None
             if len(data) > size:
                 _check(function_id, data, fits=size > 0)
-            scope = fields.scope
+                if read_options is not None:
+                    options = _options(function_id, data, read_options)
+            scope, access = fields.scope, worker.access
             if access is not None:
-                if writes:
-                    access.check_write(scope)
-                else:
-                    access.check_read(scope)
+                access.check_scope(scope, rights)
             if gets:
                 actor = self._scopes[scope]
                 if (values := actor.readable) is not None:
@@ -177,17 +197,58 @@ class StateFunctions:
                 turn = fields.turn(limits)
             except DeserializationError as error:
                 raise misfit(function_id, str(error)) from error
+            tells = fields.tells()
+            if options is not None and options != no_options:
+                request = with_options(Request(scope, turn, tell=tells), options)
+                if access is not None and request.reads:
+                    access.check_read(scope)
+                return self._run_request(request, lambda found: answer(found, tells))
             count()
-            return self._run(scope, turn, fields.converter())
+            return self._run(scope, turn, (lambda found: answer(found, True)) if tells else answer)
 
         return call
 
-    async def _list_groups(self, data: Raw, access: Access | None) -> Result:
+    def _added(self, row: BuiltIn) -> Callable[[Raw, Worker], Outcome]:
+        """Return a function that the reference does not have."""
+        function_id, snapshots = row.function_id, self._engine._snapshots
+
+        def call(data: Raw, worker: Worker) -> Outcome:
+            request = read_request(function_id, _decoded(function_id, data), self._limits.max_value_bytes)
+            access = worker.access
+            if access is not None:
+                access.check_scope(request.scope, row.rights)
+                if request.reads:
+                    access.check_read(request.scope)
+            made = Call(row, request, snapshots, worker.caller)
+            text = made.answer_at_hand()
+            if text is not None:
+                self._engine._tally[function_id].add()
+                return text
+            try:
+                outcome = self._run_request(request, made.answer)
+            except REFUSED as error:
+                return made.refusal(error)
+            return outcome if outcome is None or isinstance(outcome, bytes) else _refusing(outcome, made)
+
+        return call
+
+    async def _list_groups(self, data: Raw, worker: Worker) -> Result:
         from_payload("state::list_groups", _decoded("state::list_groups", data))
         groups = await self._engine.aio.list_groups()
-        return encode_plain({"groups": groups if access is None else access.readable(groups)})
+        access = worker.access
+        return answers.groups(groups if access is None else access.readable(groups))
 
-    def _run(self, scope: str, turn: turns.Turn[Any], convert: Callable[[Any], Result]) -> Outcome:
+    def _run_request(self, request: Request, convert: Convert) -> Outcome:
+        """Count and run a turn that may have to be durable."""
+        scope, turn, durable = request.scope, request.turn, request.durable
+        self._engine._tally[unwrapped(turn).function_id].add()
+        if durable is not None:
+            turn = self._scopes[scope].with_durability(turn, durable)
+            if type(turn) is Durable:
+                return self._run_behind(scope, turn, convert)
+        return self._run(scope, turn, convert)
+
+    def _run(self, scope: str, turn: turns.Turn[Any], convert: Convert) -> Outcome:
         """Run a turn at once if the scope is idle and in memory; else return the coroutine that waits for it."""
         router = self._router
         actor = self._scopes[scope]
@@ -199,9 +260,8 @@ class StateFunctions:
             # This thread runs the router's turn, below. A hand-over to a worker thread, and back to this loop for a
             # handler in a worker, would take longer than the rest of the call. Not if the turn itself may take long:
             # until it ends, no event of the engine would be routed.
-            quick = type(turn) is not turns.Update or (
-                len(turn.ops) < _FEW_OPS and len(values.get(turn.key) or b"") < _SMALL_VALUE
-            )
+            kind = type(turn)
+            quick = kind is turns.Set or kind is turns.Get or kind is turns.Delete or _is_quick(turn, values)
             if quick:
                 router.hold()
             try:
@@ -213,13 +273,33 @@ class StateFunctions:
                     router.run_held()
         if answer is not BUSY:
             return convert(answer)
+        return self._run_behind(scope, turn, convert)
+
+    def _run_behind(self, scope: str, turn: turns.Turn[Any], convert: Convert) -> Outcome:
+        """Send a turn to the scope, and return the coroutine that waits for its answer."""
         outcome = _begun(self._finish(scope, turn, convert))
         # The message is in the scope's mailbox now: the next call of this connection must not overtake it.
         self._scopes[scope].keep_order()
         return outcome
 
-    async def _finish(self, scope: str, turn: turns.Turn[Any], convert: Callable[[Any], Result]) -> Result:
+    async def _finish(self, scope: str, turn: turns.Turn[Any], convert: Convert) -> Result:
         return convert(await self._run_later(scope, turn))
+
+
+def _is_quick(turn: turns.Turn[Any], values: Mapping[str, bytes]) -> bool:
+    """Return whether a turn takes well under a millisecond."""
+    turn = unwrapped(turn)
+    if isinstance(turn, turns.Update):
+        return len(turn.ops) < _FEW_OPS and len(values.get(turn.key) or b"") < _SMALL_VALUE
+    return isinstance(turn, turns.OneKey) or type(turn) is turns.List or type(turn) is turns.Items
+
+
+async def _refusing(outcome: Awaitable[Result], call: Call) -> Result:
+    """Await what a turn answers, or why it has written nothing, where that is an answer."""
+    try:
+        return await outcome
+    except REFUSED as error:
+        return call.refusal(error)
 
 
 class _Begun:
@@ -251,38 +331,6 @@ def _begun(coroutine: Coroutine[Any, Any, Result]) -> Outcome:
         return done.value  # type: ignore[no-any-return]
 
 
-def _as_it_is(text: bytes | None) -> Result:
-    return text
-
-
-def _array(texts: list[bytes]) -> bytes:
-    return b"[%b]" % b",".join(texts)
-
-
-def _with_keys(items: list[tuple[str, bytes]]) -> bytes:
-    keys = msgspec.json.encode([key for key, _ in items])
-    return b'{"keys":%b,"values":%b}' % (keys, _array([value for _, value in items]))
-
-
-def _set_result(result: SetResult) -> bytes:
-    old = result.old_json
-    return b'{"old_value":%b,"new_value":%b}' % (b"null" if old is None else old, result.new_json)
-
-
-def _update_result(result: UpdateResult) -> bytes:
-    if not result.errors:
-        return _set_result(result)
-    return b'%b,"errors":%b}' % (_set_result(result)[:-1], msgspec.json.encode(result.errors))
-
-
-def _set_result_existed(result: SetResult) -> bytes:
-    return b'%b,"existed":%b}' % (_set_result(result)[:-1], b"false" if result.created else b"true")
-
-
-def _update_result_existed(result: UpdateResult) -> bytes:
-    return b'%b,"existed":%b}' % (_update_result(result)[:-1], b"false" if result.created else b"true")
-
-
 def _decoded(function_id: str, data: Raw) -> Any:
     try:
         return decode(parse(bytes(data) or b"null"))
@@ -300,6 +348,14 @@ def _misfit(function_id: str, data: Raw, read: Callable[[Raw], Any]) -> Any:
         return last_wins(read, bytes(data))  # type: ignore[arg-type]  # it reads bytes too
     except _BAD as error:  # pragma: no cover - the line before has raised
         raise misfit(function_id, "the input does not fit") from error
+
+
+def _options(function_id: str, data: Raw, read: Callable[[Raw], WriteOptions]) -> WriteOptions:
+    """Read the options of a `set`, `update` or `delete`."""
+    try:
+        return read(data)
+    except msgspec.ValidationError as error:
+        raise misfit(function_id, json_words(error)) from error
 
 
 def _check(function_id: str, data: Raw, *, fits: bool) -> None:

@@ -14,6 +14,7 @@ from scopestate.errors import RemoteFailure
 from scopestate.ops.results import StateEvent
 from scopestate.ops.values import decode, encode, parse
 from scopestate.server.connections import TEXT, TURN, Batches, Connection
+from scopestate.snapshots import Caller
 from scopestate.wire.frames import ErrorBody
 from scopestate.wire.session import value_of
 
@@ -48,6 +49,8 @@ class Worker:
         self.worker_id = session.worker_id
         self.access = access
         """None: it may do everything."""
+        self.caller = Caller(self if access is None else access)
+        """Tells callers apart: the workers of one token share the room for snapshots."""
         self.address = address
         self.send = send
         self.close = close

@@ -117,6 +117,8 @@ ERRORS = [
     errors.StoreUnusable("x"),
     errors.StoreCorrupt("x", quarantined="/there"),
     errors.UnsavableValue("x", "s", "k"),
+    errors.RowTooLarge("s", "k", 5, 3),
+    errors.SnapshotCapacity("x"),
     errors.MessageTooLarge("x"),
     errors.NotConnected("x"),
     errors.ConnectionLost("f", "ws://a", "x", may_be_applied=False),

@@ -18,7 +18,7 @@ from scopestate import Engine, StateEvent, StorageError, messages, ops
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.config import from_mapping
 from scopestate.errors import DeserializationError, ScopestateError
-from scopestate.ops.requests import NEW_FUNCTIONS
+from scopestate.ops.functions import BUILT_IN
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -31,7 +31,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_a_new_engine_has_done_nothing_and_is_well(engine: Engine) -> None:
     stats, health = engine.stats(), engine.health()
 
-    assert set(stats.calls) == {entry["name"] for entry in engine.functions()} | set(NEW_FUNCTIONS)
+    assert set(stats.calls) == {entry["name"] for entry in engine.functions()}
     assert set(stats.calls.values()) == {0}
     assert (stats.events, stats.deliveries, stats.failures, stats.dropped) == (0, 0, 0, 0)
     assert (stats.scopes, stats.keys, stats.saves, stats.threads) == (0, 0, 0, 0)
@@ -61,7 +61,7 @@ def test_calls_are_counted_whichever_way_they_are_made(engine: Engine) -> None:
     engine.scope("s").update("k", [])
     asyncio.run(main())
 
-    assert engine.stats().calls == dict.fromkeys(NEW_FUNCTIONS, 0) | {
+    assert engine.stats().calls == dict.fromkeys(BUILT_IN, 0) | {
         "state::set": 4,
         "state::get": 4,
         "state::delete": 3,

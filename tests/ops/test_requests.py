@@ -12,13 +12,13 @@ from scopestate.errors import (
     Conflict,
     DeserializationError,
     InvalidPageLimits,
-    ScopestateError,
     UpdateRefused,
 )
 from scopestate.ops import Increment
-from scopestate.ops.requests import NEW_FUNCTIONS, read_request, refusal_to_json, with_options
-from scopestate.ops.turns import Deadline, Delete, Get, Set, Update
-from scopestate.ops.writes import DeleteWith, Once, SetWith, UpdateWith
+from scopestate.ops.functions import BUILT_IN, read_request
+from scopestate.ops.turns import Deadline, Delete, Get, Set, Turn, Update
+from scopestate.ops.values import decode
+from scopestate.ops.writes import DeleteWith, Once, SetWith, UpdateWith, unwrapped
 
 
 @pytest.fixture
@@ -32,15 +32,15 @@ def call(stored: Stored, function_id: str, **fields: Any) -> Any:
     """Call a function as a worker does."""
     request = read_request(function_id, {"scope": "s", **fields})
     assert request.scope == "s"
-    row = NEW_FUNCTIONS[function_id]
-    assert row.right == ("write" if request.turn.writes else "read")
-    assert request.turn.function_id == function_id or isinstance(request.turn, Once)
+    row = BUILT_IN[function_id]
+    assert ("write" in row.rights) == request.turn.writes
+    assert unwrapped(request.turn).function_id == function_id
     try:
-        return row.to_json(stored.run(request.turn))
+        text = row.answer(stored.run(request.turn), request.tell)
     except (Conflict, UpdateRefused) as error:
-        if function_id == "state::transaction":
-            return refusal_to_json(error)
-        raise
+        text = row.refusal(error)
+    assert text is not None
+    return decode(text)
 
 
 def test_get_entry(stored: Stored) -> None:
@@ -115,10 +115,10 @@ def test_keys_counts_and_deletes(stored: Stored) -> None:
 
 
 def test_pages(stored: Stored) -> None:
-    first = call(stored, "state::list_entries", limit=2)
+    first = call(stored, "state::list_entries", limit=2, prefix="")
     assert first["entries"] == [["a", {"n": 1}], ["b", None]]
     assert not first["done"]
-    second = call(stored, "state::list_entries", limit=2, cursor=first["next_cursor"])
+    second = call(stored, "state::list_entries", limit=2, prefix="", cursor=first["next_cursor"])
     assert second == {"entries": [["c", 3]], "next_cursor": None, "done": True}
 
 
@@ -136,6 +136,27 @@ MISFITS: list[tuple[str, Any, str]] = [
     ("state::transaction", {"scope": "s", "ops": [{"type": "set", "key": "k"}]}, r"`value` - at `\$.ops\[0\].value`"),
     ("state::transaction", {"scope": "s", "ops": [{"type": "update", "key": "k"}]}, r"`ops` - at `\$.ops\[0\].ops`"),
     ("state::transaction", {"scope": "s", "ops": [{"type": "merge", "key": "k"}]}, "Invalid enum value"),
+    ("state::transaction", {"scope": "s", "ops": [{"type": ["set"], "key": "k"}]}, r"at `\$.ops\[0\].type`"),
+    ("state::transaction", {"scope": "s", "ops": [{"type": "delete", "key": "k", "value": 1}]}, "of type `set`"),
+    ("state::transaction", {"scope": "s", "ops": [{"type": "set", "key": "k", "value": 1, "ops": []}]}, "`update`"),
+    ("state::transaction", {"scope": "s", "ops": [{"type": "delete", "key": "k", "ttl_ms": 1}]}, "no deadline"),
+    (
+        "state::transaction",
+        {"scope": "s", "ops": [{"type": "delete", "key": "k", "tll_ms": 1}]},
+        "unknown field `tll_ms`",
+    ),
+    ("state::transaction", {"scope": "s", "ops": {}}, "Expected `array`, got `object`"),
+    (
+        "state::transaction",
+        {"scope": "s", "ops": [], "checks": [{"key": "k", "revison": 1}]},
+        "unknown field `revison`",
+    ),
+    ("state::transaction", {"scope": "s", "ops": [], "checks": [{"key": "k", "revision": 1.0}]}, "got `number`"),
+    ("state::transaction", {"scope": "s", "ops": [], "checks": [{"key": "k", "revision": 2**53}]}, "a whole number"),
+    ("state::delete-range", {"scope": "s"}, "name what to delete"),
+    ("state::delete-range", {"scope": "s", "perfix": "a"}, "name what to delete"),
+    ("state::delete-range", {"scope": "s", "prefix": "a", "limit": 0}, "1 or more"),
+    ("state::count", {"scope": 1}, r"Expected `string`, got `integer` - at `\$.scope`"),
     ("state::transaction", {"scope": "s", "ops": [{"type": "touch", "key": "k", "keep_ttl": True}]}, "not for a touch"),
     ("state::transaction", {"scope": "s", "ops": [], "checks": [{"key": "k"}]}, "a check has one of"),
     ("state::transaction", {"scope": "s", "ops": [], "checks": [{"key": "k", "absent": True, "value": 1}]}, "one of"),
@@ -171,44 +192,88 @@ def test_every_string_may_have_unknown_fields_beside_it(stored: Stored) -> None:
     assert call(stored, "state::count", unknown=1) == {"count": 3}
 
 
-PLAIN = [Set("k", b"1"), Update("k", (Increment("", 1),)), Delete("k"), Get("k")]
+PLAIN: dict[str, tuple[dict[str, Any], Turn[Any]]] = {
+    "state::set": ({"value": 1}, Set("k", b"1")),
+    "state::update": ({"ops": [{"type": "increment", "path": "", "by": 1}]}, Update("k", (Increment("", 1),))),
+    "state::delete": ({}, Delete("k")),
+    "state::get": ({}, Get("k")),
+}
 
 
-@pytest.mark.parametrize("turn", PLAIN)
-def test_without_a_new_field_a_turn_stays_what_it_is(turn: Any) -> None:
-    for payload in ({}, {"scope": "s", "key": "k", "value": 1, "other": 2}, [], None):
-        assert with_options(turn, payload) == (turn, None)
-        assert with_options(turn, payload)[0] is turn
+def asked(function_id: str, **options: Any) -> tuple[Turn[Any], bool | None]:
+    """Read a call of one of the reference's functions with options."""
+    request = read_request(function_id, {"scope": "s", "key": "k", **PLAIN[function_id][0], **options})
+    assert request.scope == "s"
+    return request.turn, request.durable
+
+
+@pytest.mark.parametrize("function_id", PLAIN)
+def test_without_a_new_field_a_turn_stays_what_it_is(function_id: str) -> None:
+    plain = PLAIN[function_id][1]
+    for options in ({}, {"other": 2, "_caller_worker_id": "x"}):
+        found, durable = asked(function_id, **options)
+        assert (type(found), found, durable) == (type(plain), plain, None)
 
 
 def test_new_fields_make_a_turn_with_conditions() -> None:
-    plain_set, plain_update, plain_delete, _ = PLAIN
-    assert with_options(plain_set, {"if_revision": 3, "ttl_ms": 5, "durable": True}) == (
+    assert asked("state::set", if_revision=3, ttl_ms=5, durable=True) == (
         SetWith("k", b"1", 3, Deadline(ttl_ms=5)),
         True,
     )
-    assert with_options(plain_set, {"if_absent": True}) == (SetWith("k", b"1", 0), None)
-    assert with_options(plain_set, {"if_absent": False}) == (SetWith("k", b"1"), None)
-    assert with_options(plain_update, {"atomic": True, "keep_ttl": True}) == (
+    assert asked("state::set", if_absent=True) == (SetWith("k", b"1", 0), None)
+    assert asked("state::set", if_absent=False) == (SetWith("k", b"1"), None)
+    assert asked("state::set", if_revision=None) == (SetWith("k", b"1"), None)
+    assert asked("state::update", atomic=True, keep_ttl=True) == (
         UpdateWith("k", (Increment("", 1),), None, Deadline(keep=True), True),
         None,
     )
-    assert with_options(plain_delete, {"if_revision": 2}) == (DeleteWith("k", 2), None)
-    assert with_options(plain_delete, {"idempotency_key": "i"}) == (Once(DeleteWith("k"), "i"), None)
+    assert asked("state::delete", if_revision=2) == (DeleteWith("k", 2), None)
+    assert asked("state::delete", idempotency_key="i") == (Once(DeleteWith("k"), "i"), None)
+
+
+def test_an_option_of_another_function_is_a_field_that_is_not_known() -> None:
+    assert asked("state::delete", ttl_ms="x", atomic=1) == (Delete("k"), None)
+    assert asked("state::set", atomic=1) == (Set("k", b"1"), None)
+    assert asked("state::get", if_revision="x") == (Get("k"), None)
+
+
+def test_a_condition_and_a_check_read_and_a_plain_write_does_not() -> None:
+    def reads(function_id: str, **fields: Any) -> bool:
+        return read_request(function_id, {"scope": "s", "key": "k", **fields}).reads
+
+    assert reads("state::set", value=1, if_revision=1)
+    assert reads("state::set", value=1, if_absent=True)
+    assert reads("state::delete", if_revision=0)
+    assert reads("state::compare-and-set", value=1)
+    assert reads("state::transaction", ops=[], checks=[{"key": "k", "absent": True}])
+    assert reads("state::transaction", ops=[], if_revision=1)
+    assert not reads("state::set", value=1, if_revision=None, if_absent=False, ttl_ms=1)
+    assert not reads("state::transaction", ops=[{"type": "delete", "key": "k"}])
+    assert not reads("state::touch", ttl_ms=1)
 
 
 @pytest.mark.parametrize(
-    "payload",
+    "options",
     [
         {"if_revision": "1"},
+        {"if_revision": 1.0},
+        {"if_revision": 2**53},
+        {"if_revision": 2**70},
+        {"if_revision": -1},
+        {"if_revision": True},
         {"if_revision": 1, "if_absent": True},
         {"ttl_ms": 1, "expires_at": 1},
+        {"ttl_ms": 2**53},
         {"durable": 1},
         {"idempotency_key": 1},
+        {"idempotency_key": ""},
+        {"idempotency_key": "x" * 257},
+        {"idempotency_key": chr(0xD800)},
         {"keep_ttl": None},
     ],
 )
-def test_new_fields_that_do_not_fit_are_refused(payload: Any) -> None:
-    with pytest.raises(ScopestateError) as caught:
-        with_options(PLAIN[0], payload)
+@pytest.mark.parametrize("function_id", ["state::set", "state::update"])
+def test_new_fields_that_do_not_fit_are_refused(function_id: str, options: Any) -> None:
+    with pytest.raises(DeserializationError, match=f"input for {function_id}: ") as caught:
+        asked(function_id, **options)
     assert caught.value.code == "deserialization_error"

@@ -185,13 +185,21 @@ def test_the_same_token_twice_is_an_error() -> None:
 
 
 def test_every_state_function_has_a_rule() -> None:
-    assert {function_id: row.right for function_id, row in BUILT_IN.items()} == {
-        "state::get": "read",
-        "state::list": "read",
-        "state::set": "write",
-        "state::delete": "write",
-        "state::update": "write",
-        "state::list_groups": "list",
+    assert {function_id: row.rights for function_id, row in BUILT_IN.items()} == {
+        "state::get": ("read",),
+        "state::list": ("read",),
+        "state::set": ("write",),
+        "state::delete": ("write",),
+        "state::update": ("write",),
+        "state::list_groups": (),
+        "state::compare-and-set": ("read", "write"),
+        "state::count": ("read",),
+        "state::delete-range": ("write",),
+        "state::get-entry": ("read",),
+        "state::list_entries": ("read",),
+        "state::list_keys": ("read",),
+        "state::touch": ("write",),
+        "state::transaction": ("write",),
     }
 
 
@@ -204,8 +212,22 @@ INPUTS: dict[str, dict[str, Any]] = {
     "state::set": {"key": "k", "value": 2},
     "state::update": {"key": "k", "ops": []},
     "state::delete": {"key": "k"},
+    "state::compare-and-set": {"key": "k", "value": 2},
+    "state::count": {},
+    "state::delete-range": {"prefix": "k"},
+    "state::get-entry": {"key": "k"},
+    "state::list_entries": {},
+    "state::list_keys": {},
+    "state::touch": {"key": "k", "ttl_ms": None},
+    "state::transaction": {"ops": [{"type": "delete", "key": "k"}]},
 }
-CELLS = [(function_id, scope) for function_id in INPUTS for scope in SCOPES]
+CELLS = [
+    (function_id, scope)
+    for function_id in INPUTS
+    for scope in SCOPES
+    if BUILT_IN[function_id].message is not None
+    or not all(right in SCOPES[scope] for right in BUILT_IN[function_id].rights)
+]
 
 
 @pytest.fixture
@@ -215,7 +237,7 @@ def guest(workers: Workers) -> RawWorker:
 
 
 def allowed(function_id: str, scope: str) -> bool:
-    return BUILT_IN[function_id].right in SCOPES[scope]
+    return all(right in SCOPES[scope] for right in BUILT_IN[function_id].rights)
 
 
 @pytest.mark.parametrize(("function_id", "scope"), CELLS)
@@ -225,6 +247,30 @@ def test_a_call(guest: RawWorker, engine: Engine, function_id: str, scope: str) 
     assert ("error" not in answer) == allowed(function_id, scope)
     if not allowed(function_id, scope):
         assert answer["error"]["code"] == "FORBIDDEN"
+        assert engine.stats().calls[function_id] == 0
+
+
+CONDITIONS: list[tuple[str, dict[str, Any]]] = [
+    ("state::set", {"key": "k", "value": 2, "if_revision": 1}),
+    ("state::set", {"key": "k", "value": 2, "if_absent": True}),
+    ("state::update", {"key": "k", "ops": [], "if_revision": 0}),
+    ("state::delete", {"key": "k", "if_revision": 1}),
+    ("state::transaction", {"ops": [], "checks": [{"key": "k", "absent": True}]}),
+    ("state::transaction", {"ops": [], "checks": [{"key": "k", "value": 1}]}),
+    ("state::transaction", {"ops": [], "if_revision": 0}),
+]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(("function_id", "data"), CONDITIONS)
+def test_a_condition_needs_the_right_to_read_too(
+    guest: RawWorker, engine: Engine, function_id: str, data: dict[str, Any], scope: str
+) -> None:
+    answer = guest.ask(function_id, {"scope": scope, **data})
+
+    refused = answer.get("error", {}).get("code") == "FORBIDDEN"
+    assert refused == (scope != "rw")
+    if refused:
         assert engine.stats().calls[function_id] == 0
 
 
