@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from scopestate.persistence import FileAdapter, Row, ScopeChange, ScopeState
+from scopestate.persistence.sqlite.reading import StoreReader
 
 _created: dict[tuple[str, str], int] = {}
 
@@ -41,6 +42,11 @@ def change(
 def values_of(state: ScopeState) -> dict[str, bytes]:
     """Return key -> JSON, in the order of the scope."""
     return {key: entry.json for key, entry in state.entries.items()}
+
+
+def read_values(reader: StoreReader, scope: str) -> dict[str, bytes]:
+    """Return key -> JSON, as a tool reads it from the directory."""
+    return {key: entry.json for key, entry in reader.entries(scope)}
 
 
 def crash(store: FileAdapter) -> None:

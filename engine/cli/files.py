@@ -16,7 +16,7 @@ from scopestate.cli.terminal import ReaderGone, standard_output
 from scopestate.errors import DeserializationError, StorageError
 from scopestate.paths import expand_home
 from scopestate.persistence.sqlite.reading import StoreReader
-from scopestate.transfer import Entry, Reader, read_lines
+from scopestate.transfer import KeyLine, Reader, read_lines
 
 
 class Output:
@@ -167,7 +167,7 @@ class Source:
     def count_keys(self) -> int:
         """Read the whole file and return its number of keys. Raises StorageError if it is not an export."""
         try:
-            return sum(isinstance(item, Entry) for item in read_lines(self.lines()))
+            return sum(isinstance(item, KeyLine) for item in read_lines(self.lines()))
         except DeserializationError as error:
             raise StorageError(f"{_named(self._name)}: {error}", code=error.code) from error
 

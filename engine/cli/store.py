@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Annotated, Final
 
@@ -32,11 +33,13 @@ from scopestate.cli.terminal import (
 )
 from scopestate.config import AdapterConfig, BridgeOptions, Config, KvOptions, RedisOptions, load, validate
 from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
+from scopestate.ops.turns import Range
 from scopestate.paths import expand_home
 from scopestate.persistence.redis.options import without_credentials
 from scopestate.persistence.sqlite.adapter import FileAdapter
-from scopestate.persistence.sqlite.reading import StoreReader
+from scopestate.persistence.sqlite.reading import StoreFacts, StoreReader
 from scopestate.transfer import (
+    Imported,
     Reader,
     SharedReader,
     SharedState,
@@ -74,20 +77,61 @@ def info(where: Where, as_json: AsJson = False) -> None:
 
 def _info(where: str, *, as_json: bool) -> None:
     with _reader(where) as reader:
-        sizes = reader.sizes()
+        sizes, facts = reader.sizes(), reader.facts()
         keys, size = sum(one.keys for one in sizes), reader.size_bytes()
     if as_json:
         whole = {"directory": reader.directory, "size_bytes": size, "keys": keys, "scopes": sizes}
-        out(json_of(whole))
+        out(json_of({**whole, **msgspec.structs.asdict(facts)}))
         return
     out(shown(f"{reader.directory}: {len(sizes)} scopes, {keys} keys, {decimal(size)} on disk"))
+    out(f"id {facts.id}, {_said(facts)}")
     if sizes:
         table = Table("scope", box=None, header_style="bold")
-        for name in ("keys", "bytes", "last write"):
+        for name in ("keys", "bytes", "last write", "with a deadline"):
             table.add_column(name, justify="right")
         for one in sizes:
-            table.add_row(ascii(one.scope)[1:-1] or '""', str(one.keys), str(one.bytes), str(one.sequence))
+            numbers = (one.keys, one.bytes, one.revision, one.expiring)
+            table.add_row(ascii(one.scope)[1:-1] or '""', *map(str, numbers))
         print_rich(table)
+
+
+def _said(facts: StoreFacts) -> str:
+    parts = ["in use, or not closed in order" if facts.in_use else "closed in order"]
+    if facts.saved_ms:
+        parts.append(f"last saved {_moment(facts.saved_ms)}")
+    if facts.ends:
+        parts.append(f"{facts.ends} times not closed in order before")
+    if facts.expired:
+        parts.append(f"{facts.expired} keys have expired and are removed at the next opening")
+    if facts.answers:
+        parts.append(f"{facts.answers} kept answers to calls with an idempotency key")
+    return ", ".join(parts)
+
+
+def _moment(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
+
+
+@app.command()
+def keys(
+    where: Where,
+    scope: Annotated[str, typer.Argument(help="The scope whose keys to list.")],
+    prefix: Annotated[str | None, typer.Option(help="Only keys that begin with this.")] = None,
+    start: Annotated[str | None, typer.Option(help="Only this key and later ones.")] = None,
+    after: Annotated[str | None, typer.Option(help="Only keys after this one.")] = None,
+    end: Annotated[str | None, typer.Option(help="Only keys before this one.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="At most so many keys.")] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="The last key first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the keys of a scope on the disk, each as JSON text on a line of its own, in the order of their UTF-8 bytes.
+
+    An engine may be using the store: what it has not saved yet is not there. Keys that have expired are left out.
+    """
+    with errors_to_exit_codes(as_json=as_json), _reader(where) as reader:
+        found = reader.keys(scope, Range(prefix, start, after, end, reverse, limit))
+        for key in found:
+            out(json_of(key))
 
 
 @app.command()
@@ -157,6 +201,9 @@ def import_(
     Triggers do not fire, and in Redis no events are published. Only a running engine (ws://...) handles each key as an
     ordinary call, with its event.
 
+    Keys that have expired are left out. In a directory, keys keep their revisions where the store has not given these
+    numbers; Redis and a running engine give their own.
+
     To copy from one store to another: scopestate store export ./data/old | scopestate store import redis://localhost:6379
     """
     imported = _Imported(_shown(target))
@@ -183,12 +230,27 @@ def import_(
         with _progress("importing", total) as advance, _said_if_it_fails(imported):
             imported.begin(advance, total, whole=whole)
             if isinstance(store, FileAdapter):
-                import_whole(file.lines(), store, advance)
+                done = import_whole(file.lines(), store, advance)
             else:
-                import_in_steps(file.lines(), store, advance)
-            imported.end()
+                done = import_in_steps(file.lines(), store, advance)
+            imported.end(done.keys)
         stack.close()
-        _report("imported", total, _shown(target), as_json=as_json)
+        if as_json:
+            left = {"expired": done.expired, "answers_left_out": done.left_out, "new_revisions": done.renumbered}
+            note_json({"imported": done.keys, **{name: value for name, value in left.items() if value}})
+        else:
+            _report("imported", done.keys, _shown(target), as_json=False)
+            for remark in _remarks(done):
+                standard_error().print(remark, markup=False)
+
+
+def _remarks(done: Imported) -> Iterator[str]:
+    if done.expired:
+        yield f"{done.expired} keys were left out: they have expired"
+    if done.left_out:
+        yield f"{done.left_out} kept answers were left out: a call repeated with its idempotency key is done again"
+    if done.renumbered:
+        yield "keys have other revisions than in the file: a write that expects one of those is refused"
 
 
 class _Imported:
@@ -200,19 +262,19 @@ class _Imported:
         """None before writing begins."""
         self._total = 0
         self._whole = True
-        self._ended = False
+        self._ended: int | None = None
 
     def begin(self, advance: _Advance, total: int, *, whole: bool) -> None:
         """Note that writing begins. `whole`: in one transaction."""
         self._advance, self._total, self._whole = advance, total, whole
 
-    def end(self) -> None:
-        """Note that everything is written."""
-        self._ended = True
+    def end(self, keys: int) -> None:
+        """Note that everything is written: so many keys."""
+        self._ended = keys
 
     def __str__(self) -> str:
-        if self._ended:
-            return f"all {self._total} keys were imported to {self._target}"
+        if self._ended is not None:
+            return f"all {self._ended} keys were imported to {self._target}"
         if self._advance is None or self._whole:
             return f"nothing was imported to {self._target}"
         return (

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -17,8 +18,9 @@ from scopestate.actors.loops import LoopReply
 from scopestate.actors.ports import Backend
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import DeserializationError, EngineClosed, ScopestateError, StorageError
-from scopestate.ops.turns import Delete, Items, Set
+from scopestate.ops.turns import Deadline, Delete, Entry, Items, Set, Turn
 from scopestate.ops.values import parse
+from scopestate.ops.writes import SetWith
 from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange
 from scopestate.signals import join, wait_for
@@ -37,6 +39,14 @@ class _Event(msgspec.Struct):
     key: str
     old_value: msgspec.Raw = msgspec.Raw(b"null")
     new_value: msgspec.Raw = msgspec.Raw(b"null")
+
+
+def _writing(key: str, entry: Entry | None) -> Turn[Any]:
+    if entry is None:
+        return Delete(key)
+    if entry.expires_ms is None:
+        return Set(key, entry.json)
+    return SetWith(key, entry.json, deadline=Deadline(expires_ms=entry.expires_ms))
 
 
 class _Groups(msgspec.Struct):
@@ -150,8 +160,8 @@ class BridgeBackend(Backend):
 
     # ----------------------------------------------------------------------------------------- for export and import
 
-    def read(self, scope: str) -> dict[str, bytes]:
-        """Return the keys and values of a scope as they are now, in the other engine's order.
+    def read(self, scope: str) -> dict[str, Entry]:
+        """Return what a scope holds, as of one moment, in the other engine's order. Revisions are not known.
 
         Raises StorageError if the other engine is not scopestate: its `state::list` names no keys.
         """
@@ -159,19 +169,19 @@ class BridgeBackend(Backend):
             turn = Items()
             result = self.call_and_wait(turn.function_id, msgspec.json.encode(turn.call(scope)))
             _, items = turn.effects_of(result)
-            return dict(items)
+            return {key: Entry(data, 0) for key, data in items}
         except ScopestateError as error:
             raise StorageError(f"scope {scope!r} cannot be loaded via bridge: {error}") from error
 
-    def write(self, changes: Mapping[str, Mapping[str, bytes | None]]) -> None:
-        """Set each key of each scope to its value, or delete it (None), and wait for the answers.
+    def write(self, changes: Mapping[str, Mapping[str, Entry | None]]) -> None:
+        """Set each key of each scope, or delete it (None), and wait for the answers. Its revision is not kept.
 
         Each key is a call of its own: on a raise, some of the keys may be written.
         """
         waiting: list[tuple[str, str, _Waiter]] = []
         for scope, values in changes.items():
-            for key, value in values.items():
-                turn = Delete(key) if value is None else Set(key, value)
+            for key, entry in values.items():
+                turn = _writing(key, entry)
                 waiter = _Waiter()
                 waiting.append((scope, key, waiter))
                 try:

@@ -13,7 +13,8 @@ import msgspec
 from scopestate.actors.backlog import Tally
 from scopestate.actors.ports import Backend
 from scopestate.actors.scope import ScopeActor, Surroundings
-from scopestate.errors import ConfigError, ConnectionLost, DeserializationError, NotConnected, StorageError
+from scopestate.errors import ConfigError, ConnectionLost, DeserializationError, NotConnected, StorageError, Unsupported
+from scopestate.ops.turns import Entry
 from scopestate.ops.values import parse
 from scopestate.persistence.redis.cluster import Clustered, slots_of
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
@@ -156,15 +157,15 @@ class RedisBackend(Backend):
                 log.warning("%r in Redis is no scope: its name is not UTF-8", key)
         return scopes
 
-    def read(self, scope: str) -> dict[str, bytes]:
-        """Return the current keys and values of a scope, sorted by key.
+    def read(self, scope: str) -> dict[str, Entry]:
+        """Return what a scope holds, sorted by key.
 
         Raises StorageError, which names the key, if a value is not JSON.
         """
         hash_key = self._hash_key(scope)
         with self._visit(self._servers.server_of(hash_key), "a read", hash_key) as connection:
             reply = connection.call("HGETALL", hash_key)
-        values: dict[str, bytes] = {}
+        found: dict[str, Entry] = {}
         for field, raw in sorted(zip(reply[::2], reply[1::2], strict=True)):
             try:
                 key = field.decode()
@@ -173,25 +174,27 @@ class RedisBackend(Backend):
                     f"key {field!r} of scope {scope!r} in Redis is not UTF-8, so it is no key of ours; delete it there"
                 ) from error
             try:
-                values[key] = parse(raw)
+                found[key] = Entry(parse(raw), 0)
             except DeserializationError as error:
                 raise StorageError(
                     f"what Redis holds for key {key!r} of scope {scope!r} is not JSON: {error}; set or delete the key"
                 ) from error
-        return values
+        return found
 
-    def write(self, changes: Mapping[str, Mapping[str, bytes | None]]) -> None:
-        """Set each key of each scope to its value, or delete it (None): each scope as one step.
+    def write(self, changes: Mapping[str, Mapping[str, Entry | None]]) -> None:
+        """Set each key of each scope, or delete it (None): each scope as one step. Its revision is not kept.
 
         It is not one transaction over several scopes, which may be on different servers. If it raises, some may be
-        written; the text says so.
+        written; the text says so. Raises Unsupported, before anything is sent, for a deadline.
         """
+        if any(entry and entry.expires_ms is not None for values in changes.values() for entry in values.values()):
+            raise Unsupported("a deadline", "this adapter keeps none")
         written = 0
         for scope, values in changes.items():
             entries: list[Any] = []
-            for key, value in values.items():
+            for key, entry in values.items():
                 checked = _text(key, "key")
-                entries += ("d", checked) if value is None else ("s", checked, value)
+                entries += ("d", checked) if entry is None else ("s", checked, entry.json)
             if not entries:
                 continue
             hash_key = self._hash_key(scope)

@@ -198,7 +198,7 @@ class FileAdapter(Store):
         try:
             if self._in_place() and self._writer is not None:
                 end_session(self._writer, self.clock_ms)
-        except sqlite3.Error as error:
+        except LIBRARY_ERRORS as error:
             # Harmless: the numbers of the next session leave a gap.
             log.warning("noting the end of the session in %s: %s", self.path, error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from tempfile import TemporaryDirectory
@@ -13,27 +14,55 @@ from typing import Self
 
 import msgspec
 
-from scopestate.actors.ports import Row
+from scopestate.actors.ports import Answer
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
+from scopestate.ops.turns import Entry, Range
 from scopestate.paths import expand_home
+from scopestate.persistence.sqlite.answers import read_answers
 from scopestate.persistence.sqlite.database import LIBRARY_ERRORS, connect, database_uri, storage_error
 from scopestate.persistence.sqlite.files import create_private, find_copies, open_regular
 from scopestate.persistence.sqlite.lock import may_be_held, read_committed
 from scopestate.persistence.sqlite.migration import rebuild
 from scopestate.persistence.sqlite.opening import lost
-from scopestate.persistence.sqlite.rows import read_names, read_pages, revision_of
-from scopestate.persistence.sqlite.schema import DamagedError, check_header, find_problems, probe, version_of
+from scopestate.persistence.sqlite.rows import read_keys, read_names, read_pages, revision_of
+from scopestate.persistence.sqlite.schema import (
+    DamagedError,
+    check_header,
+    find_problems,
+    number,
+    probe,
+    version_of,
+)
 
 
 class ScopeSize(msgspec.Struct, frozen=True):
-    """The size of a scope."""
+    """The size of a scope. Keys that have expired do not count."""
 
     scope: str
     keys: int
     bytes: int
     """Size of all its values, as JSON."""
-    sequence: int
+    revision: int
     """The number of its last write."""
+    expiring: int
+    """How many of its keys have a deadline."""
+
+
+class StoreFacts(msgspec.Struct, frozen=True):
+    """What a store notes about itself."""
+
+    id: str
+    """Given to the store when it was created; a copy of the directory has the same."""
+    in_use: bool
+    """True while an engine has it open; also if the last one ended without closing it."""
+    ends: int
+    """How often an engine ended without closing it. After each, the numbers of writes go on with a gap."""
+    saved_ms: int
+    """When it was saved last, in milliseconds since the epoch; 0 if that is not known."""
+    expired: int
+    """Keys that have expired, and whose removal is not saved yet."""
+    answers: int
+    """Kept answers to calls with an idempotency key."""
 
 
 class StoreReader:
@@ -78,18 +107,30 @@ class StoreReader:
             with self._translated("open the database"):
                 uri = self._uri()
                 self._connection = self._original = self._resources.enter_context(closing(connect(uri)))
+            now_ms = time.time_ns() // 1_000_000
             with self._translated("read the database"):
                 if version_of(self._original, self.path) == 1:
                     self._connection = self._migrated(uri)
                 self._connection.execute("PRAGMA query_only = 1")
                 self._connection.execute("BEGIN")
                 probe(self._connection)
+                self._now_ms = max(now_ms, number(self._connection, "SELECT clock FROM store"))
         except DamagedError as error:
             self.close()
             raise StoreCorrupt(f"the database {self.path} is damaged: {error}; nothing was changed") from error
         except BaseException:
             self.close()
             raise
+
+    def facts(self) -> StoreFacts:
+        """Return what the store notes about itself. Reads the deadline of every row."""
+        with self._translated("read what the store notes"):
+            ((id_, clean, saved_ms, ends, expired, answers),) = self._connection.execute(
+                "SELECT id, clean, clock, (SELECT max(epoch) FROM epochs),"
+                " (SELECT count(*) FROM state WHERE expires <= :now), (SELECT count(*) FROM answers) FROM store",
+                {"now": self._now_ms},
+            ).fetchall()
+            return StoreFacts(id_, not clean, ends, saved_ms, expired, answers)
 
     def sizes(self) -> list[ScopeSize]:
         """Return the sizes of the scopes that hold a key, sorted by name. Reads the length of every row."""
@@ -98,30 +139,41 @@ class StoreReader:
                 ScopeSize(*row)
                 for row in self._connection.execute(
                     "SELECT scope, count(*), sum(length(CAST(value AS BLOB))),"
-                    " (SELECT revision FROM scopes WHERE scopes.scope = entries.scope)"
-                    " FROM entries GROUP BY scope ORDER BY scope"
+                    " (SELECT revision FROM scopes WHERE scopes.scope = entries.scope), count(expires)"
+                    " FROM entries WHERE expires IS NULL OR expires > :now GROUP BY scope ORDER BY scope",
+                    {"now": self._now_ms},
                 )
             ]
 
-    def scopes(self) -> list[str]:
-        """Return the scopes that hold a key, sorted by name."""
+    def scopes(self, *, empty: bool = False) -> list[str]:
+        """Return the scopes that hold a key, sorted by name; with `empty`, also those that were written before."""
         with self._translated("list the scopes"):
-            return read_names(self._connection)
+            return read_names(self._connection, empty=empty)
 
-    def sequence(self, scope: str) -> int:
+    def revision(self, scope: str) -> int:
         """Return the number of a scope's last write."""
         with self._translated(f"read scope {scope!r}"):
             return revision_of(self._connection, scope)
 
-    def items(self, scope: str) -> Iterator[tuple[str, bytes]]:
-        """Yield keys and values, as JSON, in insertion order. Raises StorageError for a row that is not JSON."""
-        for key, entry in self.entries(scope):
-            yield key, entry.json
+    def entries(self, scope: str) -> Iterator[tuple[str, Entry]]:
+        """Yield keys and entries in insertion order, without those that have expired.
 
-    def entries(self, scope: str) -> Iterator[tuple[str, Row]]:
-        """Yield keys and entries in insertion order. Raises StorageError for a row that is not JSON."""
+        Raises StorageError for a row that is not JSON.
+        """
         with self._translated(f"read scope {scope!r}"):
-            yield from read_pages(self._connection, scope)
+            for key, row in read_pages(self._connection, scope):
+                if row.expires_ms is None or row.expires_ms > self._now_ms:
+                    yield key, Entry(row.json, row.revision, row.expires_ms)
+
+    def keys(self, scope: str, within: Range) -> Iterator[str]:
+        """Yield the keys within a range, in its order, without those that have expired. Reads no values."""
+        with self._translated(f"read the keys of scope {scope!r}"):
+            yield from read_keys(self._connection, scope, within, self._now_ms)
+
+    def answers(self, scope: str) -> dict[str, Answer]:
+        """Return the kept answers of a scope: idempotency key -> answer, the oldest first."""
+        with self._translated(f"read the answers of scope {scope!r}"):
+            return read_answers(self._connection, scope)
 
     def size_bytes(self) -> int:
         """Return the size of the database on the disk in bytes, its write-ahead log included."""

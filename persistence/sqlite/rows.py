@@ -15,6 +15,7 @@ import msgspec
 
 from scopestate.actors.ports import Answer, Row, ScopeChange, ScopeState
 from scopestate.errors import StorageError, UnsavableValue
+from scopestate.ops.turns import Range
 from scopestate.persistence.sqlite.answers import HAS_ANSWERS, AnswerWriter, read_answers
 from scopestate.persistence.sqlite.database import primary_code
 from scopestate.persistence.sqlite.schema import EXTENT_BITS, EXTENT_MASK, HIGHEST_REVISION, RESERVED, number
@@ -406,24 +407,50 @@ _HOLDS_A_KEY = (
 )
 _NAMES = (
     "SELECT json_group_array(scope) FROM (SELECT scope FROM scopes WHERE scope {after} :after"  # noqa: S608 - constants
-    f" AND {_HOLDS_A_KEY} ORDER BY scope LIMIT :limit)"
+    f" AND (:empty OR {_HOLDS_A_KEY}) ORDER BY scope LIMIT :limit)"
 )
 _NAMES_FIRST, _NAMES_NEXT = _NAMES.format(after=">="), _NAMES.format(after=">")
 
 
-def read_names(connection: sqlite3.Connection) -> list[str]:
-    """Return the scopes that hold a key, sorted by name. Reads them page by page."""
+def read_names(connection: sqlite3.Connection, *, empty: bool = False) -> list[str]:
+    """Return the scopes that hold a key, sorted by name; with `empty`, all of them. Reads them page by page."""
     names: list[str] = []
-    page = _page_of_names(connection, _NAMES_FIRST, "")
+    page = _page_of_names(connection, _NAMES_FIRST, "", empty=empty)
     while page:
         names += page
-        page = _page_of_names(connection, _NAMES_NEXT, page[-1])
+        page = _page_of_names(connection, _NAMES_NEXT, page[-1], empty=empty)
     return names
 
 
-def _page_of_names(connection: sqlite3.Connection, statement: str, after: str) -> list[str]:
-    ((text,),) = connection.execute(statement, {"after": after, "limit": _PAGE_ROWS}).fetchall()
+def _page_of_names(connection: sqlite3.Connection, statement: str, after: str, *, empty: bool) -> list[str]:
+    asked = {"after": after, "empty": empty, "limit": _PAGE_ROWS}
+    ((text,),) = connection.execute(statement, asked).fetchall()
     return _decode_names(text)
+
+
+# SQLite compares the UTF-8 bytes of names, which is the order of `Range`. The keys of a scope have no index: they are
+# sorted here, for tools.
+_KEYS = (
+    "SELECT key FROM entries WHERE scope = :scope AND (expires IS NULL OR expires > :now)"
+    " AND (key > :low OR (:included AND key = :low)) AND (:high IS NULL OR key < :high) ORDER BY key {order}"
+    " LIMIT coalesce(:limit, -1)"
+)
+_KEYS_UP, _KEYS_DOWN = _KEYS.format(order="ASC"), _KEYS.format(order="DESC")
+
+
+def read_keys(connection: sqlite3.Connection, scope: str, within: Range, now_ms: int) -> Iterator[str]:
+    """Yield the keys within a range, in its order, that have not expired at `now_ms`."""
+    low, included = within.low()
+    asked = {
+        "scope": scope,
+        "now": now_ms,
+        "low": low,
+        "included": included,
+        "high": within.high(),
+        "limit": within.limit,
+    }
+    for (key,) in connection.execute(_KEYS_DOWN if within.reverse else _KEYS_UP, asked):
+        yield key
 
 
 _DUE = "SELECT due, scope FROM scopes WHERE due IS NOT NULL ORDER BY due LIMIT ?"

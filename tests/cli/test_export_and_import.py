@@ -170,7 +170,7 @@ def test_an_import_into_a_directory_that_ends_early_leaves_nothing(tmp_path: Pat
         with pytest.raises(Stopped):
             import_whole(lines(5000), adapter, stop_at(3000))
         assert adapter.scopes() == []
-        assert import_whole(lines(5000), adapter) == 5000
+        assert import_whole(lines(5000), adapter).keys == 5000
         with pytest.raises(Stopped):
             import_whole([b'{"scope":"s","key":"0","value":"new"}\n', *lines(5000)[1:]], adapter, stop_at(3000))
         assert values_of(adapter.load("s"))["0"] == b"0"
@@ -234,10 +234,10 @@ def test_an_import_into_an_engine_that_ends_early_says_how_to_go_on(
         (b'{"scope":"x","key":"\xff","value":1}\n', "line 1: not UTF-8 text"),
         (lines(1)[0] + b'{"scope":"x","key":"k","value":"\xe9"}\n', "line 2: not Unicode text"),
         (lines(1)[0].decode().encode("utf-16"), "line 1: this is UTF-16 text"),
-        (b'{"scope":"x","sequence":9223372036854775807}\n', "line 1: "),
+        (b'{"scope":"x","revision":9223372036854775807}\n', "line 1: "),
         (b'{"scope":"x","key":"k","value":' + b"[" * 100_000 + b"\n", "line 1: "),
     ],
-    ids=["key", "value", "utf-16", "sequence", "deep"],
+    ids=["key", "value", "utf-16", "revision", "deep"],
 )
 def test_what_cannot_be_read_is_named_by_line(content: bytes, problem: str, cli: Run, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(content)

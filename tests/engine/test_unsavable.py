@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored import read_values
 
 from scopestate import Engine, StorageError, messages, ops
 from scopestate.config import from_mapping
@@ -67,7 +68,7 @@ def open_on(tmp_path: Path) -> Iterator[Open]:
 
 def on_disk(directory: Path, scope: str) -> dict[str, bytes]:
     with StoreReader(directory) as reader:
-        return dict(reader.items(scope))
+        return read_values(reader, scope)
 
 
 BIG = "x" * (LIMIT + 1)

@@ -56,6 +56,10 @@ def loaded(adapter: FileAdapter, scopes: Content) -> Content:
     }
 
 
+def shown(reader: StoreReader, scope: str) -> list[tuple[str, str]]:
+    return [(key, entry.json.decode()) for key, entry in reader.entries(scope)]
+
+
 def keys_of(content: Content) -> dict[str, list[tuple[str, str]]]:
     return {scope: items for scope, (_, items) in content.items()}
 
@@ -124,7 +128,7 @@ def test_a_reader_shows_version_1_and_does_not_touch_it(directory: Path, name: s
 
     with StoreReader(directory) as reader:
         scopes = reader.scopes()
-        found = {scope: [(key, value.decode()) for key, value in reader.items(scope)] for scope in scopes}
+        found = {scope: shown(reader, scope) for scope in scopes}
         assert {size.scope: size.keys for size in reader.sizes()} == {
             scope: len(items) for scope, items in found.items()
         }
@@ -146,7 +150,7 @@ def test_a_fault_at_any_statement_of_a_migration_leaves_version_1_whole(
             migrated = version(directory) == VERSION
             assert not (directory / "state.db.migrating").exists()
             with StoreReader(directory) as reader:
-                found = {scope: [(k, v.decode()) for k, v in reader.items(scope)] for scope in reader.scopes()}
+                found = {scope: shown(reader, scope) for scope in reader.scopes()}
             assert found == {scope: items for scope, items in keys_of(written).items() if items}
             if migrated:
                 break  # what follows is the opening of version 2

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stored import change, values_of
+from stored import change, read_values, values_of
 
 from scopestate import Engine
 from scopestate.config import Config, from_mapping
@@ -34,7 +34,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def on_disk(directory: Path) -> dict[str, bytes]:
     with StoreReader(directory) as reader:
-        return dict(reader.items("s"))
+        return read_values(reader, "s")
 
 
 @pytest.mark.parametrize("intervals", [(3_600_000, 20), (3_600_000, 50, 20), (20, 3_600_000, 30)])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from reliability.living import PATIENCE_S, saved, start_child, until
+from stored import read_values
 
 from scopestate.persistence.sqlite.reading import StoreReader
 
@@ -286,7 +287,7 @@ def wait_for_a_save(directory: Path, scope: str, keys: int) -> None:
 
     def is_saved() -> bool:
         with StoreReader(directory) as reader:
-            return len(list(reader.items(scope))) == keys
+            return len(read_values(reader, scope)) == keys
 
     until(is_saved, "nothing was saved before the handlers were waited for")
 
