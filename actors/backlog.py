@@ -30,6 +30,7 @@ class Limits(msgspec.Struct):
 
     max_value_bytes: int = 0
     """0: none. At most what the store can hold."""
+    max_batch_bytes: int = 8 << 20
     longest_name: int = sys.maxsize
     """Characters of the longest scope or key that the store can hold."""
     scope_mailbox: int = 10_000

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import msgspec
 import pykka
 
+from scopestate.actors.callbacks import guarded, refuse_in_callback
 from scopestate.actors.containment import Log
 from scopestate.actors.ports import ScopeChange, Store, WriteRule
 from scopestate.actors.pykka_face import PROXIES, Stop
@@ -17,7 +18,8 @@ from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turn import BUSY, TurnActor
 from scopestate.actors.wheel import NEVER
 from scopestate.errors import DeserializationError, EngineClosed, Overloaded, ReplyTimeout, ScopestateError, Unsupported
-from scopestate.ops.turns import Turn, answer_of, no_message, turn_of
+from scopestate.ops.arguments import answer_of, turn_of
+from scopestate.ops.turns import Turn, no_message
 
 if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
@@ -254,10 +256,11 @@ class ScopeActor(TurnActor):
     def _turn_for(self, message: Any) -> Turn[Any]:
         if isinstance(message, PROXIES):
             raise no_message(message)
-        turn = turn_of(message, self._around.limits.max_value_bytes)
+        refuse_in_callback()
+        turn, durable = turn_of(message, self._around.limits, guarded(self.scope, self._dispatcher.monotonic))
         if message.scope != self.scope:
             raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
-        return turn
+        return turn if durable is None else self.with_durability(turn, durable)
 
     # --------------------------------------------------------------------------------------------------- queueing
 

@@ -42,6 +42,8 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     max_value_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     """Largest value accepted, in bytes of JSON; 0 means no limit."""
+    max_batch_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] = 8_388_608
+    """Bytes of JSON that one transaction writes at most; a larger one is refused. It changes 1,000 keys at most."""
     scope_mailbox: Count = 10_000
     """Messages that may wait for one scope; one more is refused with `OVERLOADED`."""
     scope_mailbox_bytes: Bytes = 67_108_864

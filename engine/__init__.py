@@ -2,13 +2,33 @@
 
 from scopestate import ops
 from scopestate.engine import Engine
-from scopestate.errors import ScopestateError, StorageError
-from scopestate.ops import messages
-from scopestate.ops.results import DeliveryFailure, SetResult, StateEvent, UpdateResult
+from scopestate.errors import Conflict, ScopestateError, StorageError
+from scopestate.ops import MISSING, messages
+from scopestate.ops.results import (
+    BatchResult,
+    CasResult,
+    DeliveryFailure,
+    EntryView,
+    ModifyResult,
+    Page,
+    SetResult,
+    StateEvent,
+    UpdateResult,
+)
+from scopestate.ops.writes import DELETE, KEEP
 
 __all__ = [
+    "DELETE",
+    "KEEP",
+    "MISSING",
+    "BatchResult",
+    "CasResult",
+    "Conflict",
     "DeliveryFailure",
     "Engine",
+    "EntryView",
+    "ModifyResult",
+    "Page",
     "ScopestateError",
     "SetResult",
     "StateEvent",

@@ -8,21 +8,25 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import pykka
-from msgspec.structs import astuple
 
 from scopestate.actors.backlog import HandlerFull, no_room
+from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback
 from scopestate.actors.loops import Deadlines, LoopReply
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import Flush
 from scopestate.actors.turn import BUSY
+from scopestate.aio_state import AioStateCalls
 from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout
+from scopestate.handles import AioScope
 from scopestate.ops import checked, messages, turns
-from scopestate.ops.functions import BUILT_IN, from_payload, function_of
+from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
+from scopestate.ops.functions import BUILT_IN, from_payload
+from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 
 
-class AioEngine:
+class AioEngine(AioStateCalls):
     """The calls of an `Engine` as coroutines, from any number of event loops at once.
 
     A call on a scope that is idle and in memory is answered without suspending. A busy scope, one that must be loaded,
@@ -52,8 +56,10 @@ class AioEngine:
         self._count_get = engine._count_get
         self._deadlines: dict[asyncio.AbstractEventLoop, Deadlines] = {}
 
-    async def set(self, scope: str, key: str, value: object) -> SetResult:
+    async def set(self, scope: str, key: str, value: object, **options: Unpack[SetOptions]) -> SetResult:
         """As `Engine.set`."""
+        if IN_CALLBACK:
+            refuse_in_callback()
         data = encode(value)
         limit = self._limits.max_value_bytes
         if limit:
@@ -63,7 +69,13 @@ class AioEngine:
             scope = checked_name("scope", scope)
         if type(key) is not str or not key.isascii():
             key = checked_name("key", key)
-        turn = turns.Set(key, data)
+        turn: turns.Turn[SetResult]
+        if options:
+            turn, durable = set_turn(key, data, **options)
+            if durable is not None:
+                return await self._run_with(scope, turn, durable)
+        else:
+            turn = turns.Set(key, data)
         try:
             answer = self._scopes[scope].run_now(turn)  # as in `_at_once`: one coroutine less for most writes
         except HandlerFull:
@@ -72,6 +84,8 @@ class AioEngine:
 
     async def get(self, scope: str, key: str, default: Any = None) -> Any:
         """As `Engine.get`."""
+        if IN_CALLBACK:
+            refuse_in_callback()
         self._count_get()
         if type(scope) is not str:
             scope = checked_name("scope", scope)
@@ -89,19 +103,31 @@ class AioEngine:
             data = await self._at_once(scope, turns.Get(key))
         return default if data is None else decode(data)
 
-    async def delete(self, scope: str, key: str) -> Any:
+    async def delete(self, scope: str, key: str, **options: Unpack[DeleteOptions]) -> Any:
         """As `Engine.delete`."""
-        data = await self._run(scope, turns.Delete(checked_name("key", key)))
+        key = checked_name("key", key)
+        if options:
+            turn, durable = delete_turn(key, **options)
+            return (await self._run(scope, turn, durable)).old_value
+        data = await self._run(scope, turns.Delete(key))
         return None if data is None else decode(data)
 
-    async def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
+    async def update(
+        self, scope: str, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]
+    ) -> UpdateResult:
         """As `Engine.update`."""
+        if options:
+            turn, durable = update_turn(checked_name("key", key), ops, **options)
+            return await self._run(scope, turn, durable)
         return await self._run(scope, turns.Update(checked_name("key", key), checked(ops)))
 
     async def list(self, scope: str) -> builtins.list[Any]:
         """As `Engine.list`."""
+        if IN_CALLBACK:
+            refuse_in_callback()
         self._engine._tally["state::list"].add()
-        everything = self._scopes[checked_name("scope", scope)].values_now()
+        scope = checked_name("scope", scope)
+        everything = self._scopes[scope].values_now()
         if everything is None:
             everything = await self._at_once(scope, turns.List())
         return [decode(data) for data in everything]
@@ -120,7 +146,10 @@ class AioEngine:
 
     async def ask(self, message: messages.Message) -> Any:
         """As `Engine.ask`: send a message and wait for the answer."""
-        return await getattr(self, function_of(message).method)(*astuple(message))
+        if isinstance(message, messages.ListGroups):
+            return await self.list_groups()
+        turn, durable = turn_of(message, self._limits, self._engine._guard(getattr(message, "scope", "")))
+        return answer_of(message, await self._run(message.scope, turn, durable))
 
     async def call(self, function_id: str, payload: object = None) -> Any:
         """As `Engine.call`. A plain function runs on a worker thread, a coroutine function on its event loop."""
@@ -185,9 +214,13 @@ class AioEngine:
 
     async def _run(self, scope: str, turn: turns.Turn[A], durable: bool | None = None) -> A:
         """As `Engine._run`, without blocking the event loop."""
+        if IN_CALLBACK:
+            refuse_in_callback()
         self._engine._tally[unwrapped(turn).function_id].add()
+        return await self._run_with(checked_name("scope", scope), turn, durable)
+
+    async def _run_with(self, scope: str, turn: turns.Turn[A], durable: bool | None) -> A:
         if durable is not None:
-            scope = checked_name("scope", scope)
             turn = self._scopes[scope].with_durability(turn, durable)
             if type(turn) is Durable:
                 return await self._run_later(scope, turn)
@@ -195,7 +228,6 @@ class AioEngine:
 
     async def _at_once(self, scope: str, turn: turns.Turn[A]) -> A:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""
-        scope = checked_name("scope", scope)
         try:
             answer = self._scopes[scope].run_now(turn)
         except HandlerFull:
@@ -298,31 +330,3 @@ async def _outcome(start: Callable[[Callable[[], object]], object], work: Callab
     if error is not None:
         raise error
     return value
-
-
-class AioScope:
-    """One scope, for asyncio; holds no state of its own."""
-
-    def __init__(self, engine: AioEngine, scope: str) -> None:
-        self._engine = engine
-        self.name = scope
-
-    async def set(self, key: str, value: object) -> SetResult:
-        """As `Engine.set` on this scope."""
-        return await self._engine.set(self.name, key, value)
-
-    async def get(self, key: str, default: Any = None) -> Any:
-        """As `Engine.get` on this scope."""
-        return await self._engine.get(self.name, key, default)
-
-    async def delete(self, key: str) -> Any:
-        """As `Engine.delete` on this scope."""
-        return await self._engine.delete(self.name, key)
-
-    async def update(self, key: str, ops: Iterable[object]) -> UpdateResult:
-        """As `Engine.update` on this scope."""
-        return await self._engine.update(self.name, key, ops)
-
-    async def list(self) -> builtins.list[Any]:
-        """As `Engine.list` on this scope."""
-        return await self._engine.list(self.name)

@@ -9,12 +9,13 @@ import weakref
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 import pykka
 
 from scopestate import lifecycle
 from scopestate.actors.backlog import HandlerFull, no_room
+from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.functions import Function
 from scopestate.actors.ports import Backend, Store
@@ -34,26 +35,30 @@ from scopestate.errors import (
     StorageError,
     WouldDeadlock,
 )
+from scopestate.handles import Scope
+from scopestate.mapping import ScopeMapping
 from scopestate.ops import checked, messages, turns
+from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
 from scopestate.ops.functions import BUILT_IN, from_payload, read_request
+from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions
 from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.ops.turns import answer_of, checked_name, refuse_size, turn_of
+from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable, unwrapped
 from scopestate.parts import Parts
 from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.snapshots import REFUSED, Call, Snapshots
+from scopestate.state import StateCalls
 from scopestate.stats import Health, Stats, check_health, measure
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
-    from scopestate.actors.scope import ScopeActor
     from scopestate.aio import AioEngine
 
 A = TypeVar("A")
 
 
-class Engine(Reactive):
+class Engine(Reactive, StateCalls):
     """Scoped key-value state with reactive triggers; `aio` has the same calls for asyncio.
 
     Every method may be called from any thread and from handlers. Each call takes effect in one step, and every later
@@ -170,14 +175,20 @@ class Engine(Reactive):
 
     # --------------------------------------------------------------------------------------------- the functions
 
-    def set(self, scope: str, key: str, value: object) -> SetResult:
+    def set(self, scope: str, key: str, value: object, **options: Unpack[SetOptions]) -> SetResult:
         """Set a value: any JSON value, None included. Fires `state:created` or `state:updated`.
+
+        Options (`SetOptions` says what each means): `if_revision` or `if_absent` for a condition, which raises Conflict
+        if it does not hold; `ttl`, `expires_at` or `keep_ttl` for the deadline, which it clears otherwise; `durable`;
+        `idempotency_key`.
 
         Raises InvalidValue (with the path of what JSON cannot hold), ValueTooLarge, StorageError `SET_ERROR`,
         Overloaded, ReplyTimeout and EngineClosed. Then nothing was written, with two exceptions: after ReplyTimeout the
         write may still be made; in Redis and behind a bridge it may have been made if the cause of the StorageError is
         ConnectionLost or CallTimeout.
         """
+        if IN_CALLBACK:
+            refuse_in_callback()
         data = encode(value)
         limit = self._limits.max_value_bytes
         if limit:
@@ -187,7 +198,13 @@ class Engine(Reactive):
             scope = checked_name("scope", scope)
         if type(key) is not str or not key.isascii():
             key = checked_name("key", key)
-        turn = turns.Set(key, data)
+        turn: turns.Turn[SetResult]
+        if options:
+            turn, durable = set_turn(key, data, **options)
+            if durable is not None:
+                return self._run_with(scope, turn, durable)
+        else:
+            turn = turns.Set(key, data)
         try:
             return self._scopes[scope].run(turn)
         except HandlerFull as full:
@@ -199,6 +216,8 @@ class Engine(Reactive):
         Raises StorageError `GET_ERROR` if the scope cannot be loaded, Redis or the other engine cannot be reached, or
         what Redis holds is not JSON; ReplyTimeout, Overloaded and EngineClosed.
         """
+        if IN_CALLBACK:
+            refuse_in_callback()
         self._count_get()
         if type(scope) is not str:
             scope = checked_name("scope", scope)
@@ -217,28 +236,44 @@ class Engine(Reactive):
             data = actor.run(turns.Get(key))
         return default if data is None else decode(data)
 
-    def delete(self, scope: str, key: str) -> Any:
+    def delete(self, scope: str, key: str, **options: Unpack[DeleteOptions]) -> Any:
         """Delete a key and return the value it had, or None if it did not exist. Fires `state:deleted` in both cases.
 
-        Raises StorageError `DELETE_ERROR`, Overloaded, ReplyTimeout and EngineClosed, as `set` does.
+        Options: `if_revision`, `durable`, `idempotency_key`. Raises StorageError `DELETE_ERROR`, Overloaded,
+        ReplyTimeout and EngineClosed, as `set` does.
         """
-        data = self._run(scope, turns.Delete(checked_name("key", key)))
+        key = checked_name("key", key)
+        if options:
+            turn, durable = delete_turn(key, **options)
+            return self._run(scope, turn, durable).old_value
+        data = self._run(scope, turns.Delete(key))
         return None if data is None else decode(data)
 
-    def update(self, scope: str, key: str, ops: Iterable[object]) -> UpdateResult:
+    def update(self, scope: str, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult:
         """Apply ops to a value in one step: structs of `scopestate.ops`, or dicts with the same fields.
 
         An op that does not fit the value is skipped and reported in `errors`; the others are applied (docs/semantics.md
         3). A missing key starts as `{}`. Fires `state:created` or `state:updated`. Raises DeserializationError for an
         invalid op, ValueTooLarge if the new value exceeds the limit, StorageError `UPDATE_ERROR`, and what `set`
         raises. In Redis it is computed again if another engine changes the key; after `update_attempts` it fails.
+
+        Options: those of `set`, but the deadline stays if none is given for it; and `atomic=True`, which raises
+        UpdateRefused in place of skipping an op, and writes nothing then.
         """
+        if IN_CALLBACK:
+            refuse_in_callback()
         self._count_update()
         if type(scope) is not str:
             scope = checked_name("scope", scope)
         if type(key) is not str or not key.isascii():
             key = checked_name("key", key)
-        turn = turns.Update(key, checked(ops))
+        turn: turns.Turn[UpdateResult]
+        if options:
+            turn, durable = update_turn(key, ops, **options)
+            if durable is not None:
+                return self._run_with(scope, turn, durable)
+        else:
+            turn = turns.Update(key, checked(ops))
         try:
             return self._scopes[scope].run(turn)
         except HandlerFull as full:
@@ -251,6 +286,8 @@ class Engine(Reactive):
         value that is not JSON is left out. Through a bridge the order is that of the other engine. Raises StorageError
         `LIST_ERROR`, ReplyTimeout, Overloaded and EngineClosed.
         """
+        if IN_CALLBACK:
+            refuse_in_callback()
         self._tally["state::list"].add()
         actor = self._scopes[checked_name("scope", scope)]
         everything = actor.values_now()
@@ -283,6 +320,10 @@ class Engine(Reactive):
     def scope(self, scope: str) -> Scope:
         """Return a handle on one scope, which need not exist."""
         return Scope(self, checked_name("scope", scope))
+
+    def mapping(self, scope: str) -> ScopeMapping:
+        """Return a scope as a `collections.abc.MutableMapping` of keys to values. See `ScopeMapping`."""
+        return ScopeMapping(self, checked_name("scope", scope))
 
     # ------------------------------------------------------------------------------------------------- messages
 
@@ -324,9 +365,12 @@ class Engine(Reactive):
 
     def _send(self, message: messages.Message, kind: type[PatientReply], *, waits: bool) -> PatientReply:
         self._refuse_if_closed()
-        turn = turn_of(message, self._limits.max_value_bytes)
-        self._tally[turn.function_id].add()
-        scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
+        scope = getattr(message, "scope", "")
+        turn, durable = turn_of(message, self._limits, self._guard(scope))
+        self._tally[unwrapped(turn).function_id].add()
+        scope = checked_name("scope", scope)
+        if durable is not None:
+            turn = self._scopes[scope].with_durability(turn, durable)
         reply = kind(self._router, self._scopes, scope, lambda answer: answer_of(message, answer))
         actor = self._scopes[scope]
         actor.send(reply.wrap(turn))
@@ -388,6 +432,8 @@ class Engine(Reactive):
 
     def _refuse_if_drained(self) -> None:
         """Raise what `drain` raises when the engine is closed or forked."""
+        if IN_CALLBACK:
+            refuse_in_callback()
         if self._forked:
             raise forked()
         if self._closing.done:
@@ -465,6 +511,8 @@ class Engine(Reactive):
         self._router.triggers.disown()
 
     def _refuse_if_closed(self) -> None:
+        if IN_CALLBACK:
+            refuse_in_callback()
         if self._forked:
             raise forked()
         if self._closing.done or (self._closing.begun and not event_depth.get()):
@@ -489,12 +537,16 @@ class Engine(Reactive):
     # ------------------------------------------------------------------------------------------- the slower ways
 
     def _run(self, scope: str, turn: turns.Turn[A], durable: bool | None = None) -> A:
-        """Run a turn, count it, and wait for its answer. `durable`: True for an answer when it is on disk.
+        """Count a turn, run it, and wait for its answer. `durable`: True for an answer when it is on disk.
 
         Raises what the turn raises, Unsupported if it cannot be durable, Overloaded, ReplyTimeout and EngineClosed.
         """
+        if IN_CALLBACK:
+            refuse_in_callback()
         self._tally[unwrapped(turn).function_id].add()
-        scope = checked_name("scope", scope)
+        return self._run_with(checked_name("scope", scope), turn, durable)
+
+    def _run_with(self, scope: str, turn: turns.Turn[A], durable: bool | None) -> A:
         if durable is not None:
             turn = self._scopes[scope].with_durability(turn, durable)
         try:
@@ -527,43 +579,3 @@ class Engine(Reactive):
                 backlog.stop_waiting(room.set)
                 backlog.refused.add()
                 raise Overloaded(no_room(scope)) from full
-
-
-class Scope:
-    """One scope of an engine. It has no state of its own, so it may be kept and shared."""
-
-    def __init__(self, engine: Engine, scope: str) -> None:
-        self._engine = engine
-        self.name = scope
-
-    def set(self, key: str, value: object) -> SetResult:
-        """As `Engine.set` on this scope."""
-        return self._engine.set(self.name, key, value)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As `Engine.get` on this scope."""
-        return self._engine.get(self.name, key, default)
-
-    def delete(self, key: str) -> Any:
-        """As `Engine.delete` on this scope."""
-        return self._engine.delete(self.name, key)
-
-    def update(self, key: str, ops: Iterable[object]) -> UpdateResult:
-        """As `Engine.update` on this scope."""
-        return self._engine.update(self.name, key, ops)
-
-    def list(self) -> list[Any]:
-        """As `Engine.list` on this scope."""
-        return self._engine.list(self.name)
-
-    @property
-    def actor_ref(self) -> pykka.ActorRef[ScopeActor]:
-        """The Pykka ref of the scope's current actor, for the messages in `scopestate.messages`.
-
-        After passivation the scope has a new actor; the old ref passes messages on to it.
-        """
-        ref: pykka.ActorRef[ScopeActor] = self._engine._scopes[self.name].actor_ref
-        return ref
-
-    def __repr__(self) -> str:
-        return f"<Scope {self.name!r}>"

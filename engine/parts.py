@@ -216,6 +216,7 @@ def set_limits(limits: Limits, config: LimitsConfig, backend: Backend) -> None:
     # A value that can never be saved must not be acknowledged.
     holds = backend.largest_value
     limits.max_value_bytes = min(config.max_value_bytes or holds, holds or config.max_value_bytes)
+    limits.max_batch_bytes = config.max_batch_bytes
     limits.longest_name = backend.longest_name
     limits.scope_mailbox = config.scope_mailbox
     limits.scope_mailbox_bytes = config.scope_mailbox_bytes

@@ -121,16 +121,6 @@ BUILT_IN: Final[dict[str, BuiltIn]] = {
 }  # fmt: skip
 """Function id -> its row: the reference's six in its order, then those that scopestate adds."""
 
-_OF_MESSAGE: Final = {row.message: row for row in BUILT_IN.values() if row.message is not None}
-
-
-def function_of(message: object) -> BuiltIn:
-    """Return the function that a public message asks for. Raises DeserializationError if it is not a message."""
-    row = _OF_MESSAGE.get(type(message))  # type: ignore[arg-type]  # an unknown type has no row
-    if row is None:
-        raise turns.no_message(message)
-    return row
-
 
 def from_payload(function_id: str, payload: object) -> Message:
     """Return the message for the input of one of the reference's functions. Raises as `read_request`."""

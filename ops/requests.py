@@ -14,6 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from scopestate.errors import DeserializationError, InvalidPageLimits
 from scopestate.ops import UpdateOp, convert_ops
+from scopestate.ops.options import checked_revision
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage
 from scopestate.ops.transactions import Batch, Check, DeleteStep, SetStep, Step, TouchStep, UpdateStep
 from scopestate.ops.turns import (
@@ -40,7 +41,6 @@ from scopestate.ops.writes import (
     Ttl,
     UpdateWith,
     checked_deadline,
-    checked_revision,
 )
 
 T = TypeVar("T")

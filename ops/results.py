@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict
 
 import msgspec
@@ -192,6 +193,53 @@ class TouchResult(msgspec.Struct, frozen=True):
     def to_json(self) -> dict[str, Any]:
         """The result as it goes over the wire."""
         return {"touched": self.touched}
+
+
+class EntryView(msgspec.Struct, frozen=True, gc=False):
+    """What is stored under a key. Two are equal if all fields are."""
+
+    key: str
+    json: bytes
+    """The value as JSON."""
+    revision: int
+    """The number of the change that made it: each change of a scope takes the next one."""
+    expires_ms: int | None = None
+    """When it expires, in milliseconds since the epoch; None: never."""
+
+    @property
+    def value(self) -> Any:
+        """The value, a new copy at each reading."""
+        return decode(self.json)
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When it expires, in UTC; None: never. What is later than the year 9999 is shown as its end."""
+        if self.expires_ms is None:
+            return None
+        try:
+            return _EPOCH + timedelta(milliseconds=self.expires_ms)
+        except OverflowError:
+            return datetime.max.replace(tzinfo=UTC)
+
+    def __repr__(self) -> str:
+        expires = "" if self.expires_ms is None else f", expires_at={self.expires_at!r}"
+        return f"EntryView(key={self.key!r}, value={self.value!r}, revision={self.revision}{expires})"
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Some entries of a scope, in the order of the UTF-8 bytes of their keys."""
+
+    entries: tuple[EntryView, ...]
+    cursor: str | None
+    """Where the next page begins, for `pages(cursor=...)`; None: this is the last page."""
+
+    @property
+    def done(self) -> bool:
+        """True if this is the last page."""
+        return self.cursor is None
 
 
 StepResult = SetResult | UpdateResult | DeleteResult | TouchResult

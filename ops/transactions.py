@@ -8,17 +8,26 @@ scope that lives elsewhere. Both write each key once, whatever the number of ste
 from __future__ import annotations
 
 import heapq
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, assert_never
+from typing import Any, Final, Unpack, assert_never
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from scopestate.errors import BatchTooLarge, Conflict, DeserializationError, KeyConflict, UpdateRefused
-from scopestate.ops.results import BatchResult, DeleteResult, SetResult, StepResult, TouchResult, UpdateResult
+from scopestate.ops.callbacks import plain_answer
+from scopestate.ops.options import RangeOptions, range_of
+from scopestate.ops.results import (
+    BatchResult,
+    DeleteResult,
+    EntryView,
+    SetResult,
+    StepResult,
+    TouchResult,
+    UpdateResult,
+)
 from scopestate.ops.turns import (
     NO_DEADLINE,
     A,
@@ -37,6 +46,7 @@ from scopestate.ops.turns import (
     refuse_size,
     refused,
     updated,
+    view_of,
 )
 from scopestate.ops.update_ops import OpError, RefusedOp, UpdateOp, checked
 from scopestate.ops.values import decode, encode, parse
@@ -491,12 +501,16 @@ class Transaction:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, or `default` if it does not exist."""
-        entry = self.entry(key)
+        entry = self._draft.entry(checked_name("key", key))
         return default if entry is None else entry.value
 
-    def entry(self, key: str) -> Entry | None:
-        """Return what is stored under a key. After a write of this transaction its revision is 0: not known yet."""
-        return self._draft.entry(checked_name("key", key))
+    def entry(self, key: str) -> EntryView | None:
+        """Return a key with its value, revision and deadline, or None if it does not exist.
+
+        The revision of a key that this transaction has written is 0: not known yet.
+        """
+        key = checked_name("key", key)
+        return view_of(key, self._draft.entry(key))
 
     def set(
         self,
@@ -529,19 +543,19 @@ class Transaction:
         """Give a key another deadline, or none; return whether it exists."""
         return self._draft.touch(checked_name("key", key), asked_deadline(ttl, expires_at))
 
-    def keys(self, within: Range | None = None) -> list[str]:
+    def keys(self, **within: Unpack[RangeOptions]) -> list[str]:
         """Return the keys within a range, in the order of their UTF-8 bytes."""
-        return list(self._draft.keys(Range() if within is None else within.checked()))
+        return list(self._draft.keys(range_of(**within)))
 
-    def items(self, within: Range | None = None) -> list[tuple[str, Any]]:
+    def items(self, **within: Unpack[RangeOptions]) -> list[tuple[str, Any]]:
         """Return the keys within a range, with their values."""
-        return [(key, self[key]) for key in self.keys(within)]
+        return [(key, self[key]) for key in self.keys(**within)]
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.entry(key) is not None
 
     def __getitem__(self, key: str) -> Any:
-        entry = self.entry(key)
+        entry = self._draft.entry(checked_name("key", key))
         if entry is None:
             raise KeyError(key)
         return entry.value
@@ -585,29 +599,16 @@ class Transact(Turn[A], frozen=True):
         return draft.effects(self.run(draft), self.max_bytes)
 
     def run(self, draft: Draft) -> A:
-        """Call the function. Raises what it raises, and DeserializationError for a coroutine function."""
-        refuse_coroutine_function(self.function)
+        """Call the function. Raises what it raises, and DeserializationError if it would have to be awaited."""
         transaction = Transaction(draft)
         try:
             answer = self.function(transaction)
         finally:
             transaction._open = None  # its own
-        if inspect.isawaitable(answer):
-            if inspect.iscoroutine(answer):
-                answer.close()
-            raise DeserializationError(
-                "the function of a transaction returned an awaitable; it must be a plain function"
-            )
-        return answer
+        return plain_answer("transact", answer)
 
     def pack(self, answer: A) -> bytes:
         return encode(answer)
 
     def unpack(self, kept: bytes) -> A:
         return decode(kept)  # type: ignore[no-any-return]  # what the function returned, as JSON has it
-
-
-def refuse_coroutine_function(function: Callable[..., Any]) -> None:
-    """Raise DeserializationError for a function that would have to be awaited."""
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise DeserializationError("the function of a transaction is a plain function: nothing in it can be awaited")

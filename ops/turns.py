@@ -16,11 +16,10 @@ from typing import Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from scopestate.errors import DeserializationError, StorageError, UpdateRefused, ValueTooLarge
-from scopestate.ops import messages
 from scopestate.ops.apply import MISSING, apply
-from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.ops.update_ops import OpError, RefusedOp, UpdateOp, checked
-from scopestate.ops.values import class_name, decode, encode, encode_plain, json_type, parse
+from scopestate.ops.results import EntryView, SetResult, UpdateResult
+from scopestate.ops.update_ops import OpError, RefusedOp, UpdateOp
+from scopestate.ops.values import class_name, decode, encode_plain, json_type, parse
 
 A = TypeVar("A")
 
@@ -627,38 +626,11 @@ def checked_length(what: str, name: str, longest: int) -> str:
     return name
 
 
-def turn_of(message: object, max_value_bytes: int) -> Turn[Any]:
-    """Return what a scope does for a public message. Encodes the value: call it before the scope is claimed.
-
-    Raises InvalidValue, ValueTooLarge, and DeserializationError for what is no message of a scope.
-    """
-    match message:
-        case messages.Set(scope=scope, key=key, value=value):
-            data = encode(value)
-            refuse_size(scope, key, data, max_value_bytes)
-            return Set(checked_name("key", key), data)
-        case messages.Update(key=key, ops=ops):
-            return Update(checked_name("key", key), checked(ops))
-        case messages.Delete(key=key):
-            return Delete(checked_name("key", key))
-        case messages.Get(key=key):
-            return Get(checked_name("key", key))
-        case messages.List():
-            return List()
-    raise no_message(message)
-
-
 def no_message(found: object) -> DeserializationError:
     """Return the error for what is no message."""
     return DeserializationError(f"{class_name(found)} is not a message that a scope understands")
 
 
-def answer_of(message: object, answer: Any) -> Any:
-    """Return the answer to a public message: results stay as they are, JSON bytes become values."""
-    match message:
-        case messages.Set() | messages.Update():
-            return answer
-        case messages.List():
-            return [decode(data) for data in answer]
-        case _:
-            return None if answer is None else decode(answer)
+def view_of(key: str, found: Entry | None) -> EntryView | None:
+    """Return an entry as callers see it."""
+    return None if found is None else EntryView(key, found.json, found.revision, found.expires_ms)

@@ -5,6 +5,7 @@ A conflict raises, before anything has changed: an answer that says "not written
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from scopestate.errors import Conflict, DeserializationError, IdempotencyMismatch, KeyConflict, StorageError
+from scopestate.ops.callbacks import plain_answer
+from scopestate.ops.options import checked_flag
 from scopestate.ops.results import (
     CasResult,
     DeleteResult,
@@ -26,8 +29,8 @@ from scopestate.ops.results import (
     WriteResult,
 )
 from scopestate.ops.turns import (
+    KEEP_DEADLINE,
     LAST_MS,
-    LAST_REVISION,
     NO_DEADLINE,
     A,
     Change,
@@ -227,7 +230,7 @@ class Modify(OneKey[ModifyResult], frozen=True):
     def decide(self, view: View) -> Effects[ModifyResult]:
         before = view.entry(self.key)
         old = None if before is None else before.json
-        value = self.function(self.default if old is None else decode(old))
+        value = plain_answer("modify", self.function(self._default() if old is None else decode(old)))
         if value is KEEP or (value is DELETE and before is None):
             revision = 0 if before is None else before.revision
             return (), ModifyResult(old, old, revision=revision)
@@ -239,6 +242,10 @@ class Modify(OneKey[ModifyResult], frozen=True):
             expires_ms = deadline_of(view, before, NO_DEADLINE, update=True)
             changes = changes_of(view, self.key, before, data, expires_ms)
         return changes, ModifyResult(old, data, revision=view.revision + len(changes))
+
+    def _default(self) -> Any:
+        """A copy for each call of the function, which may change it."""
+        return copy.deepcopy(self.default) if isinstance(self.default, (dict, list)) else self.default
 
 
 class _Told(msgspec.Struct):
@@ -287,17 +294,6 @@ _DELETE_RESULT: Final = msgspec.msgpack.Decoder(DeleteResult)
 _CAS_RESULT: Final = msgspec.msgpack.Decoder(CasResult)
 
 
-def checked_revision(revision: object, *, if_absent: bool = False) -> int | None:
-    """Return the revision that a write expects, 0 for `if_absent`. Raises DeserializationError."""
-    if revision is None:
-        return 0 if if_absent else None
-    if type(revision) is not int or not 0 <= revision <= LAST_REVISION:
-        raise DeserializationError(f"a revision is a whole number from 0 to {LAST_REVISION}, not {revision!r:.40}")
-    if if_absent and revision != 0:
-        raise DeserializationError("`if_revision` and `if_absent` contradict each other: give one of them")
-    return revision
-
-
 def checked_deadline(ttl_ms: int | None = None, expires_ms: int | None = None, *, keep: bool = False) -> Deadline:
     """Return what a write asks for about its deadline. Raises DeserializationError."""
     if (ttl_ms is not None) + (expires_ms is not None) + keep > 1:
@@ -318,20 +314,30 @@ def asked_deadline(
     ttl: float | timedelta | None = None, expires_at: datetime | None = None, *, keep_ttl: bool = False
 ) -> Deadline:
     """Return what a Python caller asks for: a time to live in seconds, or a moment. Raises DeserializationError."""
-    if ttl is None and expires_at is None and not keep_ttl:
+    if ttl is None and expires_at is None and keep_ttl is False:
         return NO_DEADLINE
-    ttl_ms = expires_ms = None
-    if ttl is not None:
-        seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
-        if type(seconds) not in (int, float) or not 0 < seconds * 1000 <= LAST_MS:
-            raise DeserializationError(f"`ttl` is a number of seconds, more than 0, or a timedelta, not {ttl!r:.40}")
-        ttl_ms = max(1, math.ceil(round(seconds * 1000, 3)))  # 2.007 * 1000 is a little more than 2007
-    if expires_at is not None:
-        moment: object = expires_at  # whatever the program passed
-        if not isinstance(moment, datetime) or moment.tzinfo is None:
-            raise DeserializationError(f"`expires_at` is a datetime with a time zone, not {expires_at!r:.40}")
-        expires_ms = max(0, (expires_at - _EPOCH) // _MS)
-    return checked_deadline(ttl_ms, expires_ms, keep=keep_ttl)
+    whole: Any = ttl  # the usual case first
+    if type(whole) is int and 0 < whole <= LAST_MS // 1000 and expires_at is None and keep_ttl is False:
+        return Deadline(whole * 1000)
+    keep = checked_flag("keep_ttl", keep_ttl)
+    if (ttl is not None) + (expires_at is not None) + keep > 1:
+        raise DeserializationError("give one of `ttl`, `expires_at` and `keep_ttl`")
+    if keep:
+        return KEEP_DEADLINE
+    return Deadline(expires_ms=_ms_of(expires_at)) if ttl is None else Deadline(_ttl_ms(ttl))
+
+
+def _ttl_ms(ttl: object) -> int:
+    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds * 1000 <= LAST_MS:
+        raise DeserializationError(f"`ttl` is a number of seconds, more than 0, or a timedelta, not {ttl!r:.40}")
+    return max(1, math.ceil(round(seconds * 1000, 3)))  # 2.007 * 1000 is a little more than 2007
+
+
+def _ms_of(moment: object) -> int:
+    if not isinstance(moment, datetime) or moment.utcoffset() is None:
+        raise DeserializationError(f"`expires_at` is a datetime with a time zone, not {moment!r:.60}")
+    return max(0, (moment - _EPOCH) // _MS)
 
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

@@ -47,8 +47,17 @@ def test_the_names_that_programs_need_are_at_the_top() -> None:
     import scopestate
 
     assert scopestate.__all__ == [
+        "DELETE",
+        "KEEP",
+        "MISSING",
+        "BatchResult",
+        "CasResult",
+        "Conflict",
         "DeliveryFailure",
         "Engine",
+        "EntryView",
+        "ModifyResult",
+        "Page",
         "ScopestateError",
         "SetResult",
         "StateEvent",

@@ -30,8 +30,8 @@ from scopestate.ops.transactions import (
     Transaction,
     UpdateStep,
 )
-from scopestate.ops.turns import Deadline, Get, Range, Set, Turn
-from scopestate.ops.writes import Once, SetWith
+from scopestate.ops.turns import Deadline, Get, Set, Turn
+from scopestate.ops.writes import Modify, Once, SetWith
 
 
 @pytest.fixture
@@ -261,9 +261,9 @@ def test_the_methods_of_a_transaction(stored: Stored) -> None:
         del tx["b"]
         tx["aa"] = 2
         assert tx.keys() == list(tx) == ["a", "aa", "d"]
-        assert tx.keys(Range(reverse=True, limit=2)) == ["d", "aa"]
-        assert tx.keys(Range(prefix="a")) == ["a", "aa"]
-        assert tx.items(Range(start="aa")) == [("aa", 2), ("d", [1])]
+        assert tx.keys(reverse=True, limit=2) == ["d", "aa"]
+        assert tx.keys(prefix="a") == ["a", "aa"]
+        assert tx.items(start="aa") == [("aa", 2), ("d", [1])]
         assert len(tx) == 3
         assert tx.touch("a", 1)
         assert not tx.touch("c", 1)
@@ -277,9 +277,9 @@ def test_the_methods_of_a_transaction(stored: Stored) -> None:
 
 
 def test_keys_that_were_not_written_are_listed_from_the_scope(stored: Stored) -> None:
-    assert stored.run(Transact(lambda tx: tx.keys(Range(after="a")))) == ["b", "c"]
-    with pytest.raises(DeserializationError, match="a limit is 0 or more"):
-        stored.run(Transact(lambda tx: tx.keys(Range(limit=-1))))
+    assert stored.run(Transact(lambda tx: tx.keys(after="a"))) == ["b", "c"]
+    with pytest.raises(DeserializationError, match="from 0 on"):
+        stored.run(Transact(lambda tx: tx.keys(limit=-1)))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_transaction_is_bounded_as_a_batch_is(stored: Stored) -> None:
     assert stored.run(Transact(read_many)) == 0
 
 
-def test_a_coroutine_function_is_refused_at_once(stored: Stored) -> None:
+def test_a_function_that_would_have_to_be_awaited_changes_nothing(stored: Stored) -> None:
     called = []
 
     async def play(tx: Transaction) -> None:
@@ -333,12 +333,16 @@ def test_a_coroutine_function_is_refused_at_once(stored: Stored) -> None:
     async def generate(tx: Transaction) -> Any:
         yield called.append(tx)
 
+    def steps(tx: Transaction) -> Any:
+        yield called.append(tx)
+
     def hidden(tx: Transaction) -> Any:
         return play(tx)
 
-    for function in (play, generate):
+    for function in (play, generate, steps, hidden):
         assert "plain function" in str(refused(stored, Transact(function), DeserializationError))
-    assert "awaitable" in str(refused(stored, Transact(hidden), DeserializationError))
+        with pytest.raises(DeserializationError, match="plain function"):
+            stored.run(Modify("a", function))
     assert called == []
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from scopestate.errors import DeserializationError, InvalidValue, StorageError, ValueTooLarge
-from scopestate.ops import Increment, OpError, messages, turns
+from scopestate.errors import StorageError, ValueTooLarge
+from scopestate.ops import Increment, OpError, turns
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import Change, Turn
 
@@ -148,49 +148,6 @@ def test_a_turn_weighs_what_its_values_weigh() -> None:
     assert turns.Set("k", b"x" * 1000).size() == 1000
     assert turns.Update("k", (Increment("", 1),) * 3).size() == 24
     assert turns.Get("k").size() == turns.Delete("k").size() == turns.List().size() == 0
-
-
-# --------------------------------------------------------------------------------------------------- public messages
-
-
-def test_a_message_becomes_the_turn_of_the_same_name() -> None:
-    ops = (Increment("", 1),)
-
-    assert turns.turn_of(messages.Set("s", "k", [1]), 0) == turns.Set("k", b"[1]")
-    assert turns.turn_of(messages.Update("s", "k", ops), 0) == turns.Update("k", ops)
-    assert turns.turn_of(messages.Delete("s", "k"), 0) == turns.Delete("k")
-    assert turns.turn_of(messages.Get("s", "k"), 0) == turns.Get("k")
-    assert turns.turn_of(messages.List("s"), 0) == turns.List()
-
-
-@pytest.mark.parametrize(
-    ("message", "error"),
-    [
-        (messages.Set("s", "k", {1}), InvalidValue),
-        (messages.Set("s", "k", "long"), ValueTooLarge),
-        (messages.Set("s", "\ud800", 1), DeserializationError),
-        (messages.Get("s", 5), DeserializationError),  # type: ignore[arg-type]  # what is refused
-        (messages.ListGroups(), DeserializationError),
-        ("set", DeserializationError),
-    ],
-    ids=repr,
-)
-def test_what_is_refused_never_becomes_a_turn(message: object, error: type[Exception]) -> None:
-    with pytest.raises(error):
-        turns.turn_of(message, 5)
-
-
-def test_a_key_of_a_class_of_its_own_becomes_plain_text() -> None:
-    class Shouting(str):
-        __slots__ = ()
-
-        def __hash__(self) -> int:
-            raise AssertionError
-
-    turn = turns.turn_of(messages.Get("s", Shouting("k")), 0)
-
-    assert isinstance(turn, turns.Get)
-    assert type(turn.key) is str
 
 
 def test_turns_cannot_be_changed() -> None:

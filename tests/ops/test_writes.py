@@ -17,6 +17,7 @@ from scopestate.errors import (
     ValueTooLarge,
 )
 from scopestate.ops import Decrement, Increment
+from scopestate.ops.options import checked_revision
 from scopestate.ops.turns import Deadline, Delete, Get, Range, Set, TtlRule, Turn, Update
 from scopestate.ops.writes import (
     DELETE,
@@ -35,7 +36,6 @@ from scopestate.ops.writes import (
     UpdateWith,
     asked_deadline,
     checked_deadline,
-    checked_revision,
     fingerprint_of,
     same_json,
     unwrapped,

@@ -18,6 +18,7 @@ Event = tuple[str, str, bytes | None, bytes | None, int]
 @dataclass
 class Limits:
     max_value_bytes: int = 0
+    max_batch_bytes: int = 8 << 20
 
 
 class Stored:

@@ -1,0 +1,56 @@
+"""Running functions of callers within turns, and refusing the engine to them.
+
+While such a function runs, its scope serves no other call. If it called the engine, it would at best see a scope
+outside of its transaction, and at worst wait for itself, or for a thread that waits for it. So every call of the engine
+on that thread is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any, Final
+
+from scopestate.actors.containment import Log
+from scopestate.errors import WouldDeadlock
+
+log: Final = Log("scopestate.scope")
+
+LONG_S: Final = 0.25
+"""A function that runs longer is logged: other callers of its scope have waited for it."""
+
+IN_CALLBACK: Final[dict[int, str]] = {}
+"""Thread id -> the method whose function runs there. Nearly always empty, which every call of the engine checks."""
+
+
+def guarded(scope: str, monotonic: Callable[[], float]) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+    """Return what makes a function of a caller one that may run in a turn of `scope`."""
+
+    def guard(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(argument: Any) -> Any:
+            me = get_ident()
+            began = monotonic()
+            # No call between entering and leaving the table but that of the function: an interruption cannot leave it.
+            try:
+                IN_CALLBACK[me] = name
+                return function(argument)
+            finally:
+                if me in IN_CALLBACK:
+                    del IN_CALLBACK[me]
+                took_s = monotonic() - began
+                if took_s > LONG_S:
+                    log.warning("the function of a %s on scope %r took %.2f s: others waited", name, scope, took_s)
+
+        return call
+
+    return guard
+
+
+def refuse_in_callback() -> None:
+    """Raise WouldDeadlock if this thread runs a function of `modify` or `transact`."""
+    name = IN_CALLBACK.get(get_ident())
+    if name is not None:
+        other = "the methods of the transaction" if name == "transact" else "what it is given"
+        raise WouldDeadlock(
+            f"the function of `{name}` has called an engine: it may use {other} only, and nothing was changed"
+        )

@@ -1,0 +1,35 @@
+"""Functions of callers that run within a turn: those of `modify` and `transact`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Final, TypeVar
+
+from scopestate.errors import DeserializationError
+from scopestate.ops.values import class_name
+
+A = TypeVar("A")
+
+_PLAIN: Final = frozenset({dict, list, tuple, str, int, float, bool, type(None)})
+
+
+def refuse_callback(name: str, function: Any) -> None:
+    """Raise DeserializationError for what is no plain function. `name`: of the method that would call it."""
+    if not callable(function):
+        raise DeserializationError(f"`{name}` takes a function, not {class_name(function)}")
+    for called in (function, getattr(function, "__call__", None)):  # noqa: B004 - an object may define it as `async def`
+        if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+            raise DeserializationError(f"the function of `{name}` is a plain function: nothing in it can be awaited")
+        if inspect.isgeneratorfunction(called):
+            raise DeserializationError(f"the function of `{name}` is a plain function, not a generator function")
+
+
+def plain_answer(name: str, answer: A) -> A:
+    """Return what the function of `name` has returned. Raises DeserializationError for what never ran: a coroutine."""
+    if type(answer) in _PLAIN:
+        return answer
+    if inspect.iscoroutine(answer) or inspect.isgenerator(answer):
+        answer.close()
+    elif not (inspect.isawaitable(answer) or inspect.isasyncgen(answer)):
+        return answer
+    raise DeserializationError(f"the function of `{name}` returned {class_name(answer)}: it must be a plain function")

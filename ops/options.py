@@ -1,0 +1,148 @@
+"""The options of calls, and what is refused about them before anything is sent or written."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Final, TypedDict
+
+from scopestate.errors import DeserializationError
+from scopestate.ops.turns import LAST_REVISION, Range, checked_name
+
+LONGEST_IDEMPOTENCY_KEY: Final = 255
+"""Characters."""
+
+
+class WriteOptions(TypedDict, total=False):
+    """Options of every write."""
+
+    durable: bool | None
+    """True: return when it is on disk, whatever the durability of the scope. In memory and Redis: Unsupported."""
+    idempotency_key: str | None
+    """1 to 255 characters. A repetition with the same key gets the first answer and changes nothing, for 24 hours."""
+
+
+class DeadlineOptions(TypedDict, total=False):
+    """When the key of a write expires. Without an option: never, or as the rule of the scope says."""
+
+    ttl: float | timedelta | None
+    """In so many seconds, more than 0."""
+    expires_at: datetime | None
+    """At this moment, a datetime with a time zone."""
+    keep_ttl: bool
+    """True: as it was."""
+
+
+class DeleteOptions(WriteOptions, total=False):
+    """Options of `delete`."""
+
+    if_revision: int | None
+    """Only if the key has this revision, else Conflict is raised. 0: only if it does not exist."""
+
+
+class SetOptions(WriteOptions, DeadlineOptions, total=False):
+    """Options of `set`."""
+
+    if_revision: int | None
+    """Only if the key has this revision, else Conflict is raised. 0: only if it does not exist."""
+    if_absent: bool
+    """True: only if the key does not exist, the same as `if_revision=0`."""
+
+
+class UpdateOptions(SetOptions, total=False):
+    """Options of `update`. Without an option for it the deadline of the key stays."""
+
+    atomic: bool
+    """True: raise UpdateRefused if an op does not fit, and write nothing."""
+
+
+class Bounds(TypedDict, total=False):
+    """Some of the keys of a scope. Without a bound: all of them."""
+
+    prefix: str | None
+    """Keys that begin with this."""
+    start: str | None
+    """The first key; included."""
+    after: str | None
+    """Keys come after this one."""
+    end: str | None
+    """Keys come before this one."""
+
+
+class RangeOptions(Bounds, total=False):
+    """Some of the keys of a scope, in the order of their UTF-8 bytes. The bounds mean the same with `reverse`."""
+
+    reverse: bool
+    """True: the largest key first."""
+    limit: int | None
+    """At most so many keys."""
+
+
+class PageOptions(Bounds, total=False):
+    """The walk through pages of a scope. The bounds mean the same with `reverse`."""
+
+    reverse: bool
+    """True: the largest key first."""
+    cursor: str | None
+    """Go on behind the page that had this cursor, with the same bounds."""
+
+
+def checked_flag(name: str, given: object) -> bool:
+    """Return a bool. Raises DeserializationError for anything else."""
+    if type(given) is not bool:
+        raise DeserializationError(f"`{name}` is True or False, not {given!r:.40}")
+    return given
+
+
+def checked_idempotency_key(key: object) -> str:
+    """Return an idempotency key as it is. Raises DeserializationError."""
+    text = checked_name("idempotency key", key)
+    if not 1 <= len(text) <= LONGEST_IDEMPOTENCY_KEY:
+        raise DeserializationError(
+            f"an idempotency key has 1 to {LONGEST_IDEMPOTENCY_KEY} characters, not {len(text)}: use a uuid"
+        )
+    return text
+
+
+def range_of(
+    prefix: str | None = None,
+    start: str | None = None,
+    after: str | None = None,
+    end: str | None = None,
+    reverse: bool = False,
+    limit: int | None = None,
+) -> Range:
+    """Return the range with these bounds. Raises DeserializationError."""
+    return Range(
+        None if prefix is None else checked_name("prefix", prefix),
+        None if start is None else checked_name("start", start),
+        None if after is None else checked_name("after", after),
+        None if end is None else checked_name("end", end),
+        reverse if reverse is False else checked_flag("reverse", reverse),
+        limit if limit is None else checked_limit("limit", limit),
+    )
+
+
+def checked_limit(name: str, limit: object, least: int = 0) -> int | None:
+    """Return how many keys are asked for at most. Raises DeserializationError."""
+    if limit is None or (type(limit) is int and limit >= least):
+        return limit
+    raise DeserializationError(f"`{name}` is a whole number of keys from {least} on, not {limit!r:.40}")
+
+
+def checked_revision(revision: object, *, if_absent: bool = False) -> int | None:
+    """Return the revision that a write expects, 0 for `if_absent`. Raises DeserializationError."""
+    if if_absent is not False:
+        checked_flag("if_absent", if_absent)
+    if revision is None:
+        return 0 if if_absent else None
+    if type(revision) is not int or not 0 <= revision <= LAST_REVISION:
+        raise DeserializationError(f"a revision is a whole number from 0 to {LAST_REVISION}, not {revision!r:.40}")
+    if if_absent and revision != 0:
+        raise DeserializationError("`if_revision` and `if_absent` contradict each other: give one of them")
+    return revision
+
+
+def refuse_unbounded(within: Range) -> None:
+    """Raise DeserializationError for a range without any bound, where that would remove everything by mistake."""
+    if within.prefix is within.start is within.after is within.end is None:
+        raise DeserializationError('give a bound, such as `prefix`: `prefix=""` removes every key of the scope')
