@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from scopestate.actors.ports import Row, ScopeChange
+from scopestate.actors.program import RUNNING, refuse_within_function
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Surroundings
 from scopestate.errors import ScopestateError, StorageError
@@ -14,19 +14,20 @@ from scopestate.ops.turns import Turn
 
 if TYPE_CHECKING:
     from scopestate.actors.local import LocalScope
+    from scopestate.actors.stretch import Collected
 
 Outcome = tuple[ReplyTo, Any, BaseException | None]
 """A reply with its value or its error, ready to deliver."""
 
-Held = tuple[Turn[Any], ReplyTo, Any]
-"""A turn that was run, its reply, and the answer that waits."""
+Held = tuple[Turn[Any], ReplyTo, Any, BaseException | None]
+"""A turn that was run, its reply, and the answer or the refusal that waits."""
 
 
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """What one scope has in a commit: the changes, and what the commit lets out."""
 
     actor: LocalScope
-    change: ScopeChange | None
+    collected: Collected | None
     events: list[Any]
     waiting: list[Held]
 
@@ -79,14 +80,16 @@ class Gate:
         self.unsettled = False
         """True while memory has what may not be on disk."""
         self._waiting: list[Held] = []
-        self._committing: dict[str, Row | None] = {}
-        """The changes of the commit that is under way."""
+        self._committing: dict[str, None] = {}
+        """The keys that the commit under way writes."""
 
     def refuse_in_turns(self) -> None:
         """Raise WouldDeadlock if this thread is in the middle of a turn that the next commit must wait for.
 
         A finalizer may run anywhere: in the middle of a commit too.
         """
+        if RUNNING:
+            refuse_within_function()
         self._snapshot._refuse_own_turn()
         for actor in list(self._snapshot.committing.values()):
             actor._refuse_own_turn()
@@ -98,17 +101,23 @@ class Gate:
         """
         return self.unsettled or bool(self._waiting)
 
-    def hold(self, turn: Turn[Any], reply: ReplyTo, answer: Any) -> None:
-        """Deliver the answer of a turn, now or behind the commit that it depends on."""
+    def hold(self, turn: Turn[Any], reply: ReplyTo, answer: Any, error: BaseException | None = None) -> None:
+        """Deliver the answer of a turn, or its refusal, now or behind the commit that it depends on.
+
+        A refusal depends on it as an answer does: a conflict tells of the value that it conflicts with. The answer to a
+        write waits even if it has changed nothing, as a compare-and-set that found another value.
+        """
         if self.unsettled and (turn.writes or self._is_open(turn)):
-            self._waiting += ((turn, reply, answer),)
+            self._waiting += ((turn, reply, answer, error),)
             self._snapshot.committing[self._scope.scope] = self._scope
             self._snapshot.commit_soon()
+        elif error is not None:
+            reply.fail(error)
         else:
             reply.set(answer)
 
     def _is_open(self, turn: Turn[Any]) -> bool:
-        """True if a read touches what is not on disk yet."""
+        """True if one of the keys that a read touches has a value that is not on disk yet."""
         keys = turn.keys
         return keys is None or self._scope.is_dirty(keys) or any(key in self._committing for key in keys)
 
@@ -133,16 +142,16 @@ class Gate:
         batch = Batch(scope, scope.collect(), self.outbox, self._waiting)
         self.outbox = scope._outbox = []
         self._waiting = []
-        self._committing = batch.change.entries if batch.change is not None else {}
+        self._committing = batch.collected.keys if batch.collected is not None else {}
         return batch
 
     def _settle(self, batch: Batch) -> list[Outcome]:
         # What may need memory comes first, so that a turn that broke off can be done again: the events go out once.
-        outcomes: list[Outcome] = [(reply, answer, None) for _, reply, answer in batch.waiting]
-        if batch.change is not None:
-            self._scope.saved(batch.change.revision)
+        outcomes: list[Outcome] = [(reply, answer, error) for _, reply, answer, error in batch.waiting]
+        if batch.collected is not None:
+            self._scope.saved(batch.collected.revision)
         self._committing = {}
-        if not self._scope._dirty and not self._waiting:
+        if self._scope.is_clean() and not self._waiting:
             self.unsettled = False
             self._scope._allow_reading()
         # Events before answers: the caller that has the answer may call drain() and count on the event.
@@ -157,7 +166,7 @@ class Gate:
         self._waiting, self._committing = [], {}
         self.unsettled = False
         outcomes: list[Outcome] = []
-        for turn, reply, _ in waiting:
+        for turn, reply, _, _ in waiting:
             if turn.writes:
                 outcomes.append((reply, None, turn.failed(error)))
             else:

@@ -1,113 +1,115 @@
-"""The actor that owns one scope in memory."""
+"""The actor that owns one scope in memory: its turns, and how it is loaded, saved and closed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import time
+from collections.abc import Callable
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
+from scopestate.actors.answers import Answers
+from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.gate import Gate
-from scopestate.actors.ports import Row, ScopeChange
+from scopestate.actors.ports import NO_RULE, Answer
+from scopestate.actors.program import RUNNING, Stopwatch, refuse_within_function
 from scopestate.actors.reply import Envelope, ReplyTo
-from scopestate.actors.scope import Collect, Housekeeping, ScopeActor, Surroundings
+from scopestate.actors.scope import Collect, Housekeeping, Surroundings
+from scopestate.actors.stretch import LAST_SEQUENCE, Collected, ScopeInMemory, part
 from scopestate.actors.turn import BUSY, HOLDER
-from scopestate.errors import StorageError
-from scopestate.ops.results import SetResult
-from scopestate.ops.turns import List, PlainView, Set, Turn, checked_length
+from scopestate.actors.view import InMemory, Unexpired, WithDeadlines
+from scopestate.actors.wheel import NEVER, Wheel
+from scopestate.errors import DeserializationError, EngineClosed, Overloaded, StorageError, Unsupported
+from scopestate.ops.results import BatchResult, SetResult
+from scopestate.ops.transactions import SetAll, Transact
+from scopestate.ops.turns import LAST_MS, NO_DEADLINE, List, Set, Turn
+from scopestate.ops.writes import Durable, Modify, Once, SetWith, unwrapped
 from scopestate.signals import certainly
 from scopestate.wire.depth import event_depth
 
-if TYPE_CHECKING:
-    from scopestate.actors.backlog import Limits
-
 A = TypeVar("A")
 
-LAST_SEQUENCE: Final = 2**53 - 2**32
-"""A scope that comes this far is read only: numbers are below 2**53, and an acknowledged write is saved."""
 
-
-ABSENT: Final[Any] = object()
-ToSave = tuple[Row | None, Any, tuple[int, ...]]
-NOTHING: Final[ToSave] = (None, ABSENT, ())
-
-
-_UNUSED: Final[dict[str, int]] = {}
-_NONE_GONE: Final[list[int]] = []
-"""Shared by the scopes that are not kept: nothing is put into them."""
-
-
-class InMemory(PlainView):
-    """The view that turns have of values in memory."""
-
-    __slots__ = ("_table", "get", "limits", "scope")
-
-    def __init__(self, scope: str, table: dict[str, bytes], limits: Limits) -> None:
-        self.scope = scope
-        self._table = table
-        self.limits = limits
-        self.get: Callable[[str], bytes | None] = table.get
-        """The dict's own method, because every turn calls it."""
-
-    def values(self) -> list[bytes]:
-        return list(self._table.values())
-
-    def items(self) -> list[tuple[str, bytes]]:
-        return list(self._table.items())
-
-
-class LocalScope(ScopeActor):
+class LocalScope(ScopeInMemory):
     """Owns one scope in memory. Only the thread that runs its turn changes its values, so no lock guards them.
 
-    A turn decides what changes (`ops/turns.py`), and then that is committed in one stretch of code without a call or a
-    loop, so that no signal handler can cut it in two: memory, the changes to save and the event happen together or not
-    at all (docs/design/0004-interruption.md). Reading needs no turn: values are immutable bytes, and a dict lookup sees
-    them before or after a write, never between.
+    A turn decides what changes (`ops/turns.py`), and then that is committed: memory, the changes to save and the events
+    happen together or not at all (`actors/stretch.py`). Reading needs no turn.
     """
 
     def __init__(self, scope: str, around: Surroundings, *, keeps: bool, gated: bool = False) -> None:
         """`keeps`: the store keeps it. `gated`: a write counts as done when it is on disk, and is answered then."""
-        super().__init__(scope, around)
-        self._gate = Gate(self, around) if gated else None
-        self._outbox: list[Any] = around.router.outlet if self._gate is None else self._gate.outbox
-        self._registry: MutableMapping[str, Any] = around.snapshot.committing if gated else around.snapshot.dirty
+        super().__init__(scope, around, keeps=keeps)
+        if gated:
+            self._gate = Gate(self, around)
+            self._outbox, self._registry = self._gate.outbox, around.snapshot.committing
         if keeps:
             self._sequence = 0  # until it is loaded
         self._saved = 0
-        self._dirty: dict[str, Row | None] | None = {} if keeps else None
-        self._created: dict[str, int] = {} if keeps else _UNUSED
-        """key -> the write that created it, of a scope that is kept."""
-        self._removed: list[int] = [] if keeps else _NONE_GONE
-        """What was created, may be in the store, and is deleted."""
-        self._collected = 0
-        """The number of the last write that was collected: what was created behind it is not in the store."""
         self._left: dict[str, bytes] | None = None
         """The values of a closed scope, which only turns of handlers see."""
         self.pinned = False
         """True while the store cannot hold one of its values, which is then nowhere but here."""
-        self._values: dict[str, bytes] | None
-        self._view: InMemory | None
+        self._stopwatch = Stopwatch()
         self._hold(None if keeps else {})
 
     def _hold(self, values: dict[str, bytes] | None) -> None:
-        """Have these values in memory; None: none, they must be loaded first."""
-        view = None if values is None else InMemory(self.scope, values, self._around.limits)
-        self.readable, self._values, self._view = None, values, view
+        """Have these values in memory, with what the other tables say of them. None: they must be loaded first."""
+        self.readable, self._values, self._view, self._timed_view, self._unexpired = None, values, None, None, None
+        if values is not None:
+            around = self._around
+            self._view = InMemory(self.scope, around.limits, around.clock, values, self._revisions, self._answers.kept)
+            if self._deadlines:
+                self._see_deadlines()
         self._allow_reading()
+
+    def _see_deadlines(self) -> None:
+        """From now on keys may have deadlines, or there is a rule: have what turns and other readers need then."""
+        values, deadlines, around = self._values, self._deadlines, self._around
+        assert values is not None  # within a turn
+        wheel = self._wheel
+        if wheel is None:
+            wheel = self._wheel = Wheel(deadlines)
+            wheel.fill(around.clock.now_ms())
+        self._unexpired = Unexpired(values, deadlines, wheel, around.clock.now_ms, lambda: self._sequence)
+        self._timed_view = WithDeadlines(
+            self.scope, around.limits, around.clock, values, self._revisions, self._answers.kept, deadlines, wheel
+        )
 
     def _allow_reading(self) -> None:
         """Let callers read without a turn, where no message and no commit stands in the way. Within a turn."""
         if not self._closed and (self._gate is None or not self._gate.unsettled):
-            self.readable = self._values
+            self.readable = self._unexpired if self._deadlines else self._values  # with deadlines there is one
             # Read after that: a sender that keeps order in between has cleared the flag, or clears `readable`.
             if not self._direct:
                 self.readable = None
 
+    def _begin_deadlines(self) -> None:
+        """A key is about to get the first deadline of the scope: from now on readers look at deadlines."""
+        if self._unexpired is None:
+            self._see_deadlines()
+        if self.readable is not None:
+            self.readable = self._unexpired
+
+    def values_now(self) -> list[bytes] | None:
+        readable = self.readable
+        if type(readable) is not Unexpired:
+            return super().values_now()
+        self.touched = True
+        values = readable.everything()
+        return values if self.readable is readable else None
+
     def holds_keys(self) -> bool | None:
-        if self._gate is not None and self._gate.unsettled:
-            # A key that waits for its commit may never have been: this waits for it, as every reader does.
+        if (self._gate is not None and self._gate.unsettled) or (
+            self._deadlines and self.next_due() <= self._around.clock.now_ms()
+        ):
+            # A key that waits for its commit may never have been: this waits for it, as every reader does. And only a
+            # turn can tell whether some keys have not expired.
             return bool(self.run(List()))
         values = self._values
         return None if values is None else bool(values)
+
+    def next_due(self) -> int:
+        return NEVER if self._wheel is None else self._wheel.next_due()
 
     def key_count(self) -> int:
         return len(self._values or ())
@@ -117,6 +119,8 @@ class LocalScope(ScopeActor):
     def run(self, turn: Turn[A]) -> A:
         # `_if_idle`, written out: every write comes this way, and a call more would cost it 4 %.
         claim = self._claim
+        if RUNNING:
+            refuse_within_function()
         if self._direct and not claim and self._gate is None:
             me = get_ident()
             try:
@@ -135,15 +139,35 @@ class LocalScope(ScopeActor):
 
     def run_now(self, turn: Turn[A]) -> A:
         answer: A = BUSY  # there may be a commit to wait for, or a store
+        if RUNNING:
+            refuse_within_function()
         if self._gate is None and self._view is not None:
             answer = self._if_idle(self.on_receive, turn)
         return answer
 
     def send(self, envelope: Envelope) -> None:
+        if RUNNING:
+            refuse_within_function()
         must_load = self._view is None and not self._shut
         if must_load or self._if_idle(self._handle, envelope) is BUSY:
             self._refuse_own_turn()
             self.post(envelope)
+
+    def with_durability(self, turn: Turn[A], durable: bool) -> Turn[A]:
+        if self._gate is not None:
+            if not durable:
+                raise DeserializationError(
+                    f"`durable=False` for scope {self.scope!r}: its durability is `commit`, so every write is on disk "
+                    "before it is answered; leave the argument out"
+                )
+            return turn
+        if not durable:
+            return turn
+        if self._dirty is None:
+            raise Unsupported("`durable=True`", f"scope {self.scope!r} is kept in memory only")
+        # What it waits for may have to wait for a turn that a signal has interrupted on this thread.
+        self._around.snapshot.refuse_in_turns()
+        return Durable(turn)
 
     def keep_order(self) -> None:
         if self._mailbox:
@@ -156,100 +180,84 @@ class LocalScope(ScopeActor):
         view = self._view
         if view is None:
             return self._without_values(turn)
-        if type(turn) is Set:
+        if type(turn) is Set and self.rule is NO_RULE and not (self._deadlines and turn.key in self._deadlines):
             # The short way: `decide` would cost a set 16 % more. tests/properties/test_turns.py holds the two equal.
             old, data = view.get(turn.key), turn.data
-            result = SetResult(old, data)
             self._write(turn.key, old, data)
-            return result  # type: ignore[return-value]  # A is SetResult here
-        changes, answer = turn.decide(view)
-        if changes:
-            (change,) = changes  # how several are committed: docs/design/0033-turns.md
-            self._write(change.key, change.before, change.after)  # type: ignore[union-attr]
+            return SetResult(old, data, revision=self._sequence)  # type: ignore[return-value]  # A is SetResult here
+        way = _WAYS.get(type(turn))
+        return self._decide(turn) if way is None else way(self, turn)
+
+    def _decide(self, turn: Turn[A]) -> A:
+        """Have the turn decide, and commit what it has decided."""
+        rule = self.rule
+        if self._deadlines or rule is not NO_RULE:
+            if self._timed_view is None:
+                self._see_deadlines()
+            view: Any = self._timed_view
+            view.begin_under(rule, self._sequence, self._creations)
+        else:
+            view = self._view
+            view.begin(self._sequence, self._creations)
+        stored, answer = turn.decide(view)
+        if stored:
+            self._store(stored)
         return answer
 
-    def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
-        """Commit one change: memory, what to save, and the event, all or none of them."""
-        if old is None and new is not None and len(key) > self._around.limits.longest_name:
-            checked_length("key", key, self._around.limits.longest_name)
-        sequence = self._sequence + 1
-        watch, gate = self._watch, self._gate
-        anywhere = watch.anywhere
-        routed: tuple[Any, ...] = ()
-        if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
-            routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
-        values, dirty, created, removed, outbox = self._values, self._dirty, self._created, self._removed, self._outbox
-        assert values is not None  # within a turn
-        before = self._sequence
-        entry, earlier, gone = NOTHING if dirty is None else self._to_save(key, old, new, sequence)
-        if gate is not None:
-            gate.unsettled = True
-            self.readable = None  # before the value can be seen
-        self.touched = True
-        # From here to the end of the stretch: no call, no loop, no attribute with code behind it. CPython looks for
-        # signals only at those, so nothing can come between these lines. What may need memory stands before what is
-        # deleted, and the event last: a MemoryError takes back everything, without needing any memory itself.
+    def _set_with(self, turn: SetWith) -> SetResult:
+        """As `_decide`, for a set with a condition or a deadline: it takes half of the time."""
+        key, asked, deadlines = turn.key, turn.deadline, self._deadlines
+        expires_ms, now_ms = None, 0
+        if asked is not NO_DEADLINE or (deadlines and key in deadlines):
+            now_ms = self._around.clock.now_ms()
+            if asked.keep or (deadlines.get(key, NEVER) <= now_ms):
+                return self._decide(turn)
+            expires_ms = asked.expires_ms if asked.ttl_ms is None else min(now_ms + asked.ttl_ms, LAST_MS)
+        old = self._values.get(key)  # type: ignore[union-attr]  # within a turn
+        expected = turn.if_revision
+        if self.rule is not NO_RULE or (
+            expected is not None and expected != (0 if old is None else self._revisions[key])
+        ):
+            return self._decide(turn)  # the rule has a say, or it is refused
+        self._write(key, old, turn.data, expires_ms, now_ms=now_ms)
+        return SetResult(old, turn.data, revision=self._sequence, detailed=True)
+
+    def _set_all(self, turn: SetAll) -> BatchResult:
+        """As `_decide`, for sets of several keys."""
+        if self._deadlines or self.rule is not NO_RULE:
+            return self._decide(turn)
+        turn.refuse_values(self._view)  # type: ignore[arg-type]  # within a turn
+        before = list(map(self._values.get, turn.sets))  # type: ignore[union-attr]  # within a turn
+        self._write_all(turn.sets, before)
+        return turn.result(before, self._sequence)
+
+    def _run_function(self, turn: Turn[A]) -> A:
+        """As `_decide`, for a turn that calls a function of the program."""
+        me = get_ident()
+        began_s = time.monotonic()
+        # No call between these two lines, so no signal.
+        RUNNING[me] = self.scope
         try:
-            if dirty is not None:
-                if new is not None:
-                    dirty[key] = entry
-                    if old is None:
-                        created[key] = sequence
-                elif old is not None:
-                    dirty[key] = None
-                    removed += gone
-                self._registry[self.scope] = self
-            if new is not None:
-                values[key] = new
-            self._sequence = sequence
-            outbox += routed
-        except MemoryError:
-            self._sequence = before
-            if old is not None:
-                values[key] = old
-            elif key in values:
-                del values[key]
-            if dirty is not None:
-                if earlier is not ABSENT:
-                    dirty[key] = earlier
-                elif key in dirty:
-                    del dirty[key]
-                if old is None and key in created:
-                    del created[key]
-                if gone and removed and removed[-1] == gone[0]:
-                    del removed[-1]
-            raise
-        if new is None and old is not None:
-            del values[key]
-            if dirty is not None:
-                del created[key]
-        # End of the stretch.
-        if gate is not None:
-            self._around.snapshot.commit_soon()  # the events wait for the commit
-        elif routed:
-            self._router.wake()
+            return self._decide(turn)
+        finally:
+            del RUNNING[me]
+            self._stopwatch.note(self.scope, began_s)
 
-    def _to_save(self, key: str, old: bytes | None, new: bytes | None, sequence: int) -> ToSave:
-        """Return what a change leaves to save: the entry, what was to be saved for its key before, and what is gone."""
-        entry: Row | None = None
-        gone: tuple[int, ...] = ()
-        if new is not None:
-            entry = Row(new, sequence, sequence if old is None else self._created[key])
-        elif old is not None and self._created[key] <= self._collected:
-            gone = (self._created[key],)
-        return entry, self._dirty.get(key, ABSENT), gone  # type: ignore[union-attr]  # it is kept
-
-    def _refuse_write(self, key: str, old: bytes | None, new: bytes | None) -> None:
-        raise StorageError(
-            f"scope {self.scope!r} takes no more writes: its last one has the number {self._sequence}, next to the "
-            "highest that a store holds (was it imported?). Export it, and import it without its `sequence` line",
-            code="SET_ERROR" if new is not None else "DELETE_ERROR",
-        )
+    def _open(self, turn: Once[A] | Durable[A]) -> A:
+        """As `_decide`, for a turn around another one."""
+        inner = unwrapped(turn)
+        if type(inner) in _WITH_FUNCTION:
+            return self._run_function(turn)
+        if type(turn) is Durable and type(turn.turn) is not Once:
+            return self.on_receive(turn.turn)
+        return self._decide(turn)
 
     def _tell_again(self) -> None:
         self._router.wake_anyway()
         if self._gate is not None:
             self._around.snapshot.commit_anyway()
+        if self._wheel is not None:
+            self._expect()
 
     # ----------------------------------------------------------------------------------------------- from the mailbox
 
@@ -268,10 +276,20 @@ class LocalScope(ScopeActor):
             super()._handle(item)
 
     def _answer(self, message: Any, reply: ReplyTo, answer: Any) -> None:
-        if self._gate is None or isinstance(message, Housekeeping):
+        if isinstance(message, Housekeeping):
             reply.set(answer)
-        else:
+        elif self._gate is not None:
             self._gate.hold(message, reply, answer)
+        elif type(message) is Durable:
+            self._around.snapshot.answer_when_saved(self, message, reply, answer)
+        else:
+            reply.set(answer)
+
+    def _deliver_refusal(self, message: Any, reply: ReplyTo, error: BaseException) -> None:
+        if self._gate is None or isinstance(message, Housekeeping) or isinstance(error, _OF_NO_STATE):
+            reply.fail(error)
+        else:
+            self._gate.hold(message, reply, None, error)
 
     def _drain_mailbox(self) -> None:
         try:
@@ -299,9 +317,16 @@ class LocalScope(ScopeActor):
             raise turn.failed(error) from error
         self._sequence = self._saved = self._collected = state.revision
         if state.revision >= LAST_SEQUENCE:
-            self._write = self._refuse_write  # type: ignore[method-assign]  # costs the others nothing
-        self._created = {key: entry.created for key, entry in state.entries.items()}
-        self._hold({key: entry.json for key, entry in state.entries.items()})
+            # Costs the others nothing.
+            self._write = self._write_all = self._apply = self._refuse_write  # type: ignore[method-assign]
+        self._revisions = {key: row.revision for key, row in state.entries.items()}
+        self._created = {key: row.created for key, row in state.entries.items()}
+        self._deadlines = {key: row.expires_ms for key, row in state.entries.items() if row.expires_ms is not None}
+        self._wheel = None
+        self._answers = Answers(state.answers)
+        self._hold({key: row.json for key, row in state.entries.items()})
+        if self._deadlines:
+            self._expect()
 
     def _serve_handler(self, turn: Turn[A]) -> A:
         """A turn of a closed scope: refused to callers; for a handler, as if it were open, until all is drained."""
@@ -318,8 +343,7 @@ class LocalScope(ScopeActor):
 
     def disown(self, refusal: Callable[[], Exception]) -> None:
         super().disown(refusal)
-        self._left = None
-        self._hold(None)
+        self._forget()
 
     # --------------------------------------------------------------------------------------------- saving and leaving
 
@@ -336,15 +360,30 @@ class LocalScope(ScopeActor):
         super()._close(handlers_may)
         self._hold(None)
 
-    def collect(self) -> ScopeChange | None:
+    def collect(self) -> Collected | None:
         """Return what changed since it was last collected. Within a turn."""
-        if self._dirty is None or (not self._dirty and self._saved == self._sequence):
+        dirty, answers = self._dirty, self._answers.unsaved
+        if dirty is None or (self.is_clean() and self._saved == self._sequence):
             return None
-        change = ScopeChange(self.scope, self._sequence, self._dirty, self._removed)
-        dirty, removed = dict[str, Row | None](), list[int]()
+        values = self._values if self._values is not None else self._left
+        due_ms = self.next_due()
+        collected = Collected(
+            self.scope,
+            self._sequence,
+            dirty,
+            part(values or {}, dirty),
+            part(self._revisions, dirty),
+            part(self._created, dirty),
+            part(self._deadlines, dirty),
+            self._removed,
+            answers,
+            None if due_ms == NEVER else due_ms,
+        )
+        now_dirty, now_removed, now_answers = dict[str, None](), dict[int, None](), dict[str, Answer | None]()
         # Nothing below needs memory: what was collected reaches the store, or stays to be collected.
-        self._dirty, self._removed, self._collected = dirty, removed, self._sequence
-        return change
+        self._dirty, self._removed, self._answers.unsaved = now_dirty, now_removed, now_answers
+        self._collected = self._sequence
+        return collected
 
     def saved(self, sequence: int) -> None:
         """Note that everything up to write number `sequence` is on disk. Called by the actor that saves."""
@@ -352,10 +391,20 @@ class LocalScope(ScopeActor):
 
     def forget_changes(self) -> None:
         """Drop what is in memory, saved or not: the next call loads the scope as it is in the store. Within a turn."""
+        self._forget()
+        self._dirty, self._removed = {}, {}
+        self._saved = self._sequence
+
+    def _forget(self) -> None:
+        """Have nothing in memory."""
         self._left = None
         self._hold(None)
-        self._dirty, self._removed = {}, []
-        self._saved = self._sequence
+        self._revisions, self._created, self._deadlines, self._answers = {}, {}, {}, Answers({})
+        self._wheel = None
+
+    def is_clean(self) -> bool:
+        """True if everything that was to be saved is collected."""
+        return not self._dirty and not self._answers.unsaved
 
     def is_dirty(self, keys: tuple[str, ...]) -> bool:
         """True if one of these keys has a change that was not collected."""
@@ -367,7 +416,7 @@ class LocalScope(ScopeActor):
         # its successor; a reader that already has the values reads what was current after it began.
         if not super()._passivate():
             return False
-        self._hold(None)
+        self._forget()
         return True
 
     def _is_needed(self) -> bool:
@@ -382,5 +431,21 @@ class LocalScope(ScopeActor):
         if self._gate is not None and self._gate.is_waiting():
             return False
         if self._dirty is None:
-            return not self._values
-        return not self._dirty and self._saved == self._sequence and not self.pinned
+            return not self._values and not self._answers.kept
+        return self.is_clean() and self._saved == self._sequence and not self.pinned
+
+
+_WITH_FUNCTION: Final = frozenset({Modify, Transact})
+
+_WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
+    SetWith: LocalScope._set_with,
+    SetAll: LocalScope._set_all,
+    Modify: LocalScope._run_function,
+    Transact: LocalScope._run_function,
+    Once: LocalScope._open,
+    Durable: LocalScope._open,
+}
+"""Turns that do not simply decide. tests/properties/test_turns.py holds what they do equal to `decide`."""
+
+_OF_NO_STATE: Final = (HandlerFull, Overloaded, EngineClosed)
+"""Refusals that say nothing about the values of the scope."""

@@ -12,7 +12,7 @@ import pykka
 
 from scopestate.actors.callbacks import guarded, refuse_in_callback
 from scopestate.actors.containment import Log
-from scopestate.actors.ports import ScopeChange, Store, WriteRule
+from scopestate.actors.ports import Store, WriteRule
 from scopestate.actors.pykka_face import PROXIES, Stop
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turn import BUSY, TurnActor
@@ -38,8 +38,8 @@ class Housekeeping(msgspec.Struct, Generic[A], frozen=True):
     """What the engine itself asks of a scope, with `A` as its answer; needs no values in memory."""
 
 
-class Collect(Housekeeping[ScopeChange | None], frozen=True):
-    """Hand over what changed since the last Collect. For the actor that saves."""
+class Collect(Housekeeping[Any], frozen=True):
+    """Hand over what changed since the last Collect (`stretch.Collected`), or None. For the actor that saves."""
 
 
 class Ping(Housekeeping[None], frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
@@ -13,10 +13,11 @@ from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.gate import Batch, Outcome, TakeBatch
 from scopestate.actors.ports import ScopeChange, Store
-from scopestate.actors.reply import deliver
+from scopestate.actors.reply import ReplyTo, deliver
 from scopestate.actors.scope import Collect
 from scopestate.actors.turn import TurnActor, arranging, is_arranging
 from scopestate.errors import StorageError, UnsavableValue
+from scopestate.ops.turns import Turn
 from scopestate.ops.values import class_name
 from scopestate.signals import certainly
 
@@ -41,6 +42,25 @@ class Commit(msgspec.Struct, frozen=True):
 
 class Flush(msgspec.Struct, frozen=True):
     """Save everything now. Answer: None once it is on disk; raises StorageError if it cannot be saved."""
+
+
+class WaitsForSave(NamedTuple):
+    """The answer to a `durable` write, which waits until it is on disk."""
+
+    actor: LocalScope
+    turn: Turn[Any]
+    reply: ReplyTo
+    answer: Any
+
+    def failed(self, why: object) -> Outcome:
+        """Return what the caller gets if the save has failed."""
+        turn = self.turn
+        error = StorageError(
+            f"{turn.failure.words}: the write to scope {self.actor.scope!r} is in memory, and saving it has failed; it "
+            f"is saved later, if the engine does not end before: {why}",
+            code=turn.failure.code,
+        )
+        return self.reply, None, error
 
 
 class SnapshotActor(TurnActor):
@@ -69,6 +89,8 @@ class SnapshotActor(TurnActor):
         """The same for scopes whose callers wait for the commit."""
         self.failing: StorageError | None = None
         """Why the last save failed; None if it worked."""
+        self._waiting: list[WaitsForSave] = []
+        """Answers to `durable` writes, for the next commit."""
         self.unsavable: dict[tuple[str, str], str] = {}
         """(scope, key) -> why the store cannot hold its value, which is in memory only."""
         self.saves = self.saved_keys = self.failed_saves = 0
@@ -138,6 +160,11 @@ class SnapshotActor(TurnActor):
         """As `commit_soon`, for when that was interrupted. One commit too many does no harm."""
         arranging(self._ask_for_commit)
 
+    def answer_when_saved(self, actor: LocalScope, turn: Turn[Any], reply: ReplyTo, answer: Any) -> None:
+        """Deliver an answer when what its scope has written is on disk. Called within the turn; many share one save."""
+        self._waiting += (WaitsForSave(actor, turn, reply, answer),)
+        self.commit_soon()
+
     def _ask_for_commit(self) -> None:
         self._commit_asked = True
         self.tell(Commit())
@@ -185,21 +212,25 @@ class SnapshotActor(TurnActor):
         """Log a bug in a turn. Saving continues."""
         log.error("a turn of the snapshot actor failed", exc_info=sys.exc_info()[1])
 
-    def _save(self) -> None:
-        """Save what earlier saves have left, and what is dirty. If it fails, raise StorageError and keep it all."""
+    def _save(self, scopes: Iterable[str] | None = None) -> None:
+        """Save what earlier saves have left, and what is dirty. If it fails, raise StorageError and keep it all.
+
+        `scopes`: of what is dirty only these.
+        """
         dirty = self.dirty
-        for scope in list(dirty):
+        for scope in list(dirty) if scopes is None else scopes:
             # Removed from the table before it is collected: a write in between enters it again.
             actor = dirty.pop(scope, None)
             if actor is None:
                 continue
             try:
-                change = actor.housekeep(Collect())
+                collected = actor.housekeep(Collect())
             except BaseException:
                 certainly(lambda scope=scope, actor=actor: dirty.setdefault(scope, actor))  # type: ignore[misc]  # mypy cannot infer a default argument
                 raise
-            if change is None:
+            if collected is None:
                 continue
+            change = collected.change()
             _, waiting = self._backlog.get(scope, (actor, None))
             self._backlog[scope] = (actor, change if waiting is None else merged(waiting, change))
         if not self._backlog:
@@ -255,10 +286,33 @@ class SnapshotActor(TurnActor):
                     batches.append(actor.housekeep(TakeBatch()))
             actor = None
             self._commit_batches(batches)
+            self._save_for_callers()
         except BaseException as problem:
             name = class_name(problem)
             certainly(lambda: self._break_off(actor, batches, name))
             raise
+
+    def _save_for_callers(self) -> None:
+        """Save the scopes whose callers wait for that, and answer them."""
+        waiting = self._waiting[:]
+        if not waiting:
+            return
+        try:
+            self._save({one.actor.scope: None for one in waiting})
+        except StorageError as error:
+            outcomes = [one.failed(error) for one in waiting]
+        else:
+            outcomes = [self._saved(one) for one in waiting]
+        # Removed now: if the save broke off, they wait for the next one.
+        del self._waiting[: len(waiting)]
+        deliver(outcomes)
+
+    def _saved(self, one: WaitsForSave) -> Outcome:
+        """Return the answer to a write, unless the store cannot hold its value."""
+        for scope, key in self.unsavable:
+            if scope == one.actor.scope and key in (one.turn.keys or (key,)):
+                return one.failed(self.unsavable[scope, key])
+        return one.reply, one.answer, None
 
     @staticmethod
     def _settled(batch: Batch) -> Iterable[Outcome]:
@@ -279,7 +333,7 @@ class SnapshotActor(TurnActor):
 
     def _commit_batches(self, batches: list[Batch]) -> None:
         try:
-            if changes := [batch.change for batch in batches if batch.change is not None]:
+            if changes := [batch.collected.change() for batch in batches if batch.collected is not None]:
                 self._write(changes)
         except UnsavableValue as error:
             # Only the callers of that scope are refused; the other scopes are saved without it.

@@ -279,7 +279,7 @@ class TurnActor(PykkaFace):
             # It may be a signal handler's, raised after the write and before the router was told.
             certainly(self._tell_again)
             if reply is not None:
-                reply.fail(error)
+                self._deliver_refusal(message, reply, error)
             else:
                 self._fail()
         else:
@@ -289,6 +289,10 @@ class TurnActor(PykkaFace):
     def _answer(self, message: Any, reply: ReplyTo, answer: Any) -> None:
         """Deliver the answer; an actor may hold it back until what it says is safe."""
         reply.set(answer)
+
+    def _deliver_refusal(self, message: Any, reply: ReplyTo, error: BaseException) -> None:
+        """Deliver an error in place of an answer; an actor may hold it back as well."""
+        reply.fail(error)
 
     def _recover(self) -> None:
         """Leave the actor usable after an exception has passed through a turn on this thread."""

@@ -453,15 +453,23 @@ class SetAll(Turn[BatchResult], frozen=True):
     def decide(self, view: View) -> Effects[BatchResult]:
         if view.expiring:
             return self.as_batch().decide(view)
+        self.refuse_values(view)
+        before = list(map(view.get, self.sets))
+        changes = tuple([Change(key, old, data) for (key, data), old in zip(self.sets.items(), before, strict=True)])
+        return changes, self.result(before, view.revision + len(changes))
+
+    def refuse_values(self, view: View) -> None:
+        """Raise BatchTooLarge for too many keys or bytes, and ValueTooLarge for a value."""
         self.refuse_size(view.scope)
         limit = view.limits.max_value_bytes
         if limit:
             for key, data in self.sets.items():
                 refuse_size(view.scope, key, data, limit)
-        get = view.get
-        changes = tuple([Change(key, get(key), data) for key, data in self.sets.items()])
-        results = tuple([SetResult(change.before, self.sets[change.key]) for change in changes])
-        return changes, BatchResult(results, revision=view.revision + len(changes), detailed=True)
+
+    def result(self, before: Sequence[bytes | None], revision: int) -> BatchResult:
+        """Return the result, if the keys had these values before and the last change has this revision."""
+        results = tuple(map(SetResult, before, self.sets.values()))
+        return BatchResult(results, revision=revision, detailed=True)
 
     def call(self, scope: str) -> dict[str, Any]:
         return self.as_batch().call(scope)

@@ -54,7 +54,7 @@ def test_a_scope_stays_while_a_read_waits_for_a_commit(
     written = send(actor, turns.Set("k", b"2"))
     batch = actor.housekeep(TakeBatch())
     read = send(actor, turns.Get("k"))
-    engine._parts.backend.store.save([batch.change])
+    engine._parts.backend.store.save([batch.collected.change()])
     deliver(batch.settle())
     assert written.done
     assert not read.done
@@ -79,7 +79,7 @@ def test_a_scope_stays_while_a_write_waits_for_its_commit(actor: LocalScope) -> 
 def test_the_groups_wait_for_a_commit_that_decides_about_them(engine: Engine, actor: LocalScope) -> None:
     other = engine._scopes["new"]
     assert isinstance(other, LocalScope)
-    assert other.housekeep(TakeBatch()).change is None
+    assert other.housekeep(TakeBatch()).collected is None
     send(actor, turns.Set("k", b"2"))
     reading = Reply[object]()
     other.post(Envelope(turns.Get("k"), reading))

@@ -186,7 +186,7 @@ class ShortList(list):  # type: ignore[type-arg]
         return super().__iadd__(more)
 
 
-@pytest.mark.parametrize("table", ["_values", "_dirty", "_created", "_removed", "_registry", "_outbox"])
+@pytest.mark.parametrize("table", ["_values", "_revisions", "_dirty", "_created", "_removed", "_registry", "_outbox"])
 @pytest.mark.parametrize("write", ["create", "update", "delete"])
 def test_a_write_for_which_memory_does_not_suffice_has_not_happened_at_all(
     write: str, table: str, tmp_path: Any
@@ -207,9 +207,9 @@ def test_a_write_for_which_memory_does_not_suffice_has_not_happened_at_all(
             act(engine, write)
         except MemoryError:
             failed = True
-        setattr(actor, table, original)
         if not failed:  # this kind of write adds nothing to that table
             return
+        setattr(actor, table, original)
 
         assert (dict(actor._values or {}), actor._sequence) == state
         act(engine, write)

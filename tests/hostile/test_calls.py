@@ -39,6 +39,8 @@ def contents(engine: Engine) -> Any:
     return {
         name: (
             dict(actor._values or {}),
+            dict(actor._revisions),
+            dict(actor._deadlines),
             dict(actor._dirty or {}),
             dict(actor._created),
             list(actor._removed),
@@ -65,14 +67,17 @@ def attempt(engine: Engine, call: Callable[[], Any]) -> Any:
 
 def sound(engine: Engine) -> None:
     """The state is plain JSON under plain strings, as many keys to save as there are, and nobody holds a claim."""
-    for name, (values, dirty, positions, _) in contents(engine).items():
+    for name, (values, revisions, deadlines, dirty, created, _, number) in contents(engine).items():
         assert type(name) is str
-        for key in (*values, *dirty, *positions):
+        for key in (*values, *revisions, *deadlines, *dirty, *created):
             assert type(key) is str
-        for key, data in values.items():
+        for data in values.values():
             msgspec.json.decode(data)
-            if engine._scopes[name]._dirty is not None:
-                assert dirty.get(key, data) == data
+        assert revisions.keys() == values.keys()
+        assert all(0 < revision <= number for revision in revisions.values())
+        if engine._scopes[name]._dirty is not None:
+            assert created.keys() == values.keys()
+            assert all(created[key] <= revision for key, revision in revisions.items())
         assert not engine._scopes[name]._claim
 
 
@@ -301,7 +306,8 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     adapter = FileAdapter(directory)
     assert adapter.check() == []
     saved = {
-        name: [msgspec.json.decode(data) for data in adapter.load(name).values.values()] for name in adapter.scopes()
+        name: [msgspec.json.decode(row.json) for row in adapter.load(name).entries.values()]
+        for name in adapter.scopes()
     }
     assert repr(saved) == repr(memory)
     adapter.close()

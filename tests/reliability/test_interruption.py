@@ -285,8 +285,10 @@ def test_the_tables_that_the_stretch_changes_are_plain_dicts_and_lists(open_engi
         actor = scope_of(engine)
         assert type(actor._values) is dict
         assert type(actor._registry) is dict
+        assert type(actor._revisions) is dict
         assert type(actor._created) is dict
-        assert type(actor._removed) is list
+        assert type(actor._deadlines) is dict
+        assert type(actor._removed) is dict
         assert type(actor._outbox) is list
         assert type(actor._dirty) in (dict, type(None))
 

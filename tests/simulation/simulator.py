@@ -317,14 +317,16 @@ def observed() -> Iterator[None]:
         return
     write, roll_back = LocalScope._write, Gate._roll_back
 
-    def observed_write(actor: LocalScope, key: str, old: bytes | None, new: bytes | None) -> None:
+    def observed_write(
+        actor: LocalScope, key: str, old: bytes | None, new: bytes | None, *more: Any, **named: Any
+    ) -> None:
         model = _model_of(actor)
         # Before the write, because others may look right after it; nobody can look between here and its refusal.
         with model.watching():
             model.wrote(actor.scope, actor._sequence + 1, key, old, new)
         before = actor._sequence
         try:
-            write(actor, key, old, new)
+            write(actor, key, old, new, *more, **named)
         except BaseException:
             if actor._sequence == before:
                 model.refuse_write(actor.scope)

@@ -1,0 +1,500 @@
+"""How the memory of a scope is changed: everything that a turn has decided, or nothing.
+
+**The rule.** CPython runs signal handlers, and lets other threads run, only at calls, at jumps back, and at the start
+of a function. A *stretch* is code without any of these: nothing comes between its lines, so whatever it changes is
+changed as a whole for signal handlers, for exceptions that they raise, and for threads that read without a turn. In a
+stretch:
+
+- Single keys are written by `table[key] = value` and `del table[key]`. Many keys are written by `table |= other`, an
+  instruction and not a call. The tables are dicts and lists, not subclasses, and their keys are of type `str` or `int`:
+  so no code written in Python runs.
+- Many keys are removed by the only call of a stretch, its last instruction. What it calls is written in C, so a signal
+  handler runs when it has done everything. It is made beforehand, and allocates nothing.
+- What may need memory comes first, and what is there by then is taken back without needing any. Overwriting a key and
+  removing one need no memory. A union may need some, even if all keys exist: it asks for it before it changes anything,
+  and a second union with the same keys needs none.
+- Other threads may read between two stretches, so what is true only together is changed in one. The removal of an
+  expired key is true by itself: it is a stretch of its own, before the write of the same key.
+
+A build of CPython without the interpreter lock would need more: there a union is one step, and five of them are not.
+
+tests/reliability/test_interruption.py and test_stretch.py guard this: by the instructions of the functions here, by an
+interruption at each of them, by refusing memory at each allocation, and by threads that read meanwhile.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from functools import partial
+from itertools import chain, repeat
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from scopestate.actors.answers import Answers
+from scopestate.actors.gate import Gate
+from scopestate.actors.ports import Answer, Row, ScopeChange
+from scopestate.actors.router import Expired
+from scopestate.actors.scope import ScopeActor, Surroundings
+from scopestate.actors.view import InMemory, Unexpired, WithDeadlines
+from scopestate.actors.wheel import Wheel
+from scopestate.errors import StorageError
+from scopestate.ops.turns import Change, NewDeadline, Stored, checked_length
+from scopestate.wire.depth import event_depth
+
+LAST_SEQUENCE: Final = 2**53 - 2**32
+"""A scope that comes this far is read only: numbers are below 2**53, and an acknowledged write is saved."""
+
+_NONE_GONE: Final[dict[int, None]] = {}
+"""Shared by the scopes that are not kept: nothing is put into it."""
+
+
+class Collected(msgspec.Struct, frozen=True, eq=False):
+    """What changed in a scope since its last save, as tables. They are not changed any more."""
+
+    scope: str
+    revision: int
+    keys: dict[str, None]
+    """The keys that were written, created or deleted."""
+    values: dict[str, bytes]
+    revisions: dict[str, int]
+    created: dict[str, int]
+    deadlines: dict[str, int]
+    removed: dict[int, None]
+    answers: dict[str, Answer | None]
+    due_ms: int | None
+
+    def change(self) -> ScopeChange:
+        """Return it as the store takes it. Outside of the scope's turn: it takes 0.5 us for each key."""
+        values, revisions, created, deadlines = self.values, self.revisions, self.created, self.deadlines
+        rows = {
+            key: Row(values[key], revisions[key], created[key], deadlines.get(key)) if key in values else None
+            for key in self.keys
+        }
+        return ScopeChange(self.scope, self.revision, rows, list(self.removed), self.due_ms, self.answers)
+
+
+_PART: Final = 8
+"""A table is copied as a whole, unless only every eighth of its keys is wanted, or fewer."""
+
+
+def part(table: dict[str, Any], keys: dict[str, None]) -> dict[str, Any]:
+    """Return a copy of what a table has for these keys, or of all of it if that is quicker."""
+    if len(keys) * _PART > len(table):
+        return table.copy()
+    return {key: table[key] for key in keys if key in table}
+
+
+class ScopeInMemory(ScopeActor):
+    """What a scope holds in memory, and how that is changed. Only the thread that runs its turn changes it.
+
+    Reading needs no turn: values are immutable bytes, and a dict lookup sees them before or after a stretch.
+    """
+
+    def __init__(self, scope: str, around: Surroundings, *, keeps: bool) -> None:
+        """`keeps`: the store keeps it."""
+        super().__init__(scope, around)
+        self._gate: Gate | None = None
+        self._outbox: list[Any] = around.router.outlet
+        self._registry: MutableMapping[str, Any] = around.snapshot.dirty
+        self._values: dict[str, bytes] | None = None
+        """key -> JSON, in the order of creation; expired keys too, until a turn removes them. None: not in memory."""
+        self._revisions: dict[str, int] = {}
+        """key -> the number of the write that changed it last. The same keys as `_values`."""
+        self._created: dict[str, int] = {}
+        """key -> the write that created it, of a scope that is kept. The same keys as `_values`."""
+        self._deadlines: dict[str, int] = {}
+        """key -> when it expires, in milliseconds since the epoch; only keys that have a deadline."""
+        self._wheel: Wheel | None = None
+        """When to look at the keys that have deadlines; None: there was no deadline yet."""
+        self._view: InMemory | None = None
+        self._timed_view: WithDeadlines | None = None
+        self._unexpired: Unexpired | None = None
+        self._answers = Answers({})
+        self._creations = 0
+        """Keys that were created since this actor was made."""
+        self._dirty: dict[str, None] | None = {} if keeps else None
+        """Keys that are to be saved; None: the scope is not kept. One too many does no harm."""
+        self._removed: dict[int, None] = {} if keeps else _NONE_GONE
+        """`_created` of keys that may be in the store, and are deleted."""
+        self._collected = 0
+        """The number of the last write that was collected: what was created behind it is not in the store."""
+
+    # ---------------------------------------------------------------------------------------------------- one change
+
+    def _write(
+        self,
+        key: str,
+        old: bytes | None,
+        new: bytes | None,
+        expires_ms: int | None = None,
+        *,
+        expired: bool = False,
+        now_ms: int | None = None,
+    ) -> None:
+        """Commit one change: memory, what to save, and the event, all or none of them.
+
+        `expires_ms`: when `new` expires; of a key that is removed because it has `expired`, its deadline. `now_ms`: the
+        time, if it is known.
+        """
+        sequence = self._sequence + 1
+        watch, gate = self._watch, self._gate
+        anywhere = watch.anywhere
+        routed: tuple[Any, ...] = ()
+        if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
+            late = self._lateness(expires_ms) if expired else None
+            routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get(), late)
+        values, revisions, deadlines, dirty = self._values, self._revisions, self._deadlines, self._dirty
+        created, removed, outbox = self._created, self._removed, self._outbox
+        assert values is not None  # within a turn
+        creations, gone = self._creations, 0
+        untimed = sooner = False
+        timed = deadlines and key in deadlines
+        if old is None:
+            if new is not None:
+                if len(key) > self._around.limits.longest_name:
+                    checked_length("key", key, self._around.limits.longest_name)
+                creations += 1
+        elif new is None and dirty is not None and created[key] <= self._collected:
+            gone = created[key]
+        if expires_ms is not None and new is not None:
+            sooner = self._place({key: expires_ms}, now_ms)
+            untimed = not timed
+        if gate is not None:
+            gate.unsettled = True
+            self.readable = None  # before the value can be seen
+        self.touched = True
+        # The stretch begins here. What may need memory comes first, the event as the last of it.
+        try:
+            if dirty is not None:
+                if old is not None or new is not None:
+                    dirty[key] = None
+                self._registry[self.scope] = self
+            if old is None:
+                if new is not None:
+                    if dirty is not None:
+                        created[key] = sequence
+                    revisions[key] = sequence
+                    if untimed:
+                        deadlines[key] = expires_ms  # type: ignore[assignment]  # not None then
+                    values[key] = new
+            elif gone:
+                removed[gone] = None
+            elif untimed:
+                deadlines[key] = expires_ms  # type: ignore[assignment]  # as above
+            outbox += routed
+        except MemoryError:
+            if old is None:
+                if key in values:
+                    del values[key]
+                if key in revisions:
+                    del revisions[key]
+                if dirty is not None and key in created:
+                    del created[key]
+            elif gone and gone in removed:
+                del removed[gone]
+            if untimed and key in deadlines:
+                del deadlines[key]
+            raise
+        if old is not None:
+            if new is not None:
+                values[key] = new
+                revisions[key] = sequence
+                if expires_ms is not None:
+                    deadlines[key] = expires_ms
+                elif key in deadlines:
+                    del deadlines[key]
+            else:
+                del values[key]
+                del revisions[key]
+                if dirty is not None:
+                    del created[key]
+                if key in deadlines:
+                    del deadlines[key]
+        self._creations = creations
+        self._sequence = sequence
+        # The stretch has ended.
+        if gate is not None:
+            self._around.snapshot.commit_soon()  # the events wait for the commit
+        elif routed:
+            self._router.wake()
+        if timed and key not in deadlines:
+            self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
+        if sooner:
+            self._expect()
+
+    # -------------------------------------------------------------------------------------------------- many changes
+
+    def _store(self, stored: Sequence[Stored]) -> None:
+        """Commit what a turn has decided."""
+        if len(stored) == 1 and type(stored[0]) is Change:
+            self._write_change(stored[0])
+            return
+        expired = {one.key: one for one in stored if type(one) is Change and one.expired}
+        if expired:
+            written = {one.key for one in stored if type(one) is Change and not one.expired}
+            first = [one for key, one in expired.items() if key in written]
+            if first:
+                for change in first:
+                    self._write_change(change)
+                self._store([one for one in stored if one not in first])
+                return
+        self._commit(stored)
+
+    def _write_change(self, change: Change) -> None:
+        self._write(change.key, change.before, change.after, change.expires_ms, expired=change.expired)
+
+    def _commit(self, stored: Sequence[Stored]) -> None:
+        """Commit several changes, each of another key: all or none of them, and their events."""
+        changes = _Changes()
+        number = self._sequence
+        watched = bool(self._watch or self._watch.anywhere)
+        for one in stored:
+            if isinstance(one, Change):
+                number += 1
+                if watched:
+                    changes.routed += self._event(one, number)
+                self._add(changes, one, number)
+            elif isinstance(one, NewDeadline):
+                changes.dirty[one.key] = None
+                changes.set_deadline(self._deadlines, one.key, one.expires_ms)
+            else:
+                kept = one.kept
+                changes.answers[one.idempotency_key] = Answer(
+                    kept.fingerprint, kept.answer, self._around.clock.now_ms()
+                )
+        if changes.answers:
+            self._answers.drop_old(self._around.clock.now_ms())
+        sooner = bool(changes.times or changes.new_times) and self._place({**changes.times, **changes.new_times})
+        self._apply(changes, number)
+        if changes.untimed and self._wheel is not None:
+            self._wheel.forget_all(changes.untimed)
+        if changes.answers:
+            self._answers.note(changes.answers)
+        if sooner:
+            self._expect()
+
+    def _event(self, change: Change, number: int) -> tuple[Any, ...]:
+        late = self._lateness(change.expires_ms) if change.expired else None
+        return self._router.prepare(
+            self.scope, self._watch, change.key, change.before, change.after, number, event_depth.get(), late
+        )
+
+    def _lateness(self, expires_ms: int | None) -> Expired:
+        """Return a deadline that has passed, and by how much."""
+        assert expires_ms is not None  # of a key that has expired
+        return expires_ms, self._around.clock.now_ms() - expires_ms
+
+    def _add(self, changes: _Changes, change: Change, number: int) -> None:
+        """Add one change to those that are committed together."""
+        key, before, after = change.key, change.before, change.after
+        if after is not None:
+            changes.dirty[key] = None
+            if before is None:
+                checked_length("key", key, self._around.limits.longest_name)
+                changes.created[key] = after
+                changes.created_numbers[key] = number
+            else:
+                changes.values[key] = after
+                changes.numbers[key] = number
+            changes.set_deadline(self._deadlines, key, change.expires_ms)
+        elif before is not None:
+            changes.dirty[key] = None
+            changes.gone.append(key)
+            if key in self._deadlines:
+                changes.untimed.append(key)
+            if self._dirty is not None and self._created[key] <= self._collected:
+                changes.removed[self._created[key]] = None
+
+    def _apply(self, changes: _Changes, number: int) -> None:
+        """Change the tables, by one stretch. `number` is that of the last change."""
+        values, revisions, deadlines, dirty = self._values, self._revisions, self._deadlines, self._dirty
+        created, removed, outbox = self._created, self._removed, self._outbox
+        answers, unsaved = self._answers.kept, self._answers.unsaved
+        assert values is not None  # within a turn
+        made, made_numbers, made_times = changes.created, changes.created_numbers, changes.new_times
+        new, numbers, times = changes.values, changes.numbers, changes.times
+        routed, kept, gone, doomed, keys = changes.routed, changes.answers, changes.gone, changes.removed, changes.dirty
+        creations = self._creations + len(made)
+        take_back = _remover(
+            (values, made),
+            (revisions, made),
+            (created, made),
+            (deadlines, made_times),
+            (removed, doomed),
+            (answers, kept),
+            (unsaved, kept),
+        )
+        remove = None
+        if gone or changes.untimed:
+            remove = _remover((values, gone), (revisions, gone), (created, gone), (deadlines, changes.untimed))
+        if self._gate is not None:
+            self._gate.unsettled = True
+            self.readable = None  # before the values can be seen
+        self.touched = True
+        # The stretch begins here. What may need memory comes first, the events as the last of it.
+        try:
+            if dirty is not None:
+                dirty |= keys
+                self._registry[self.scope] = self
+                created |= made_numbers
+                removed |= doomed
+                unsaved |= kept
+            answers |= kept
+            deadlines |= made_times
+            revisions |= made_numbers
+            values |= made
+            outbox += routed
+        except MemoryError:
+            take_back()
+            raise
+        values |= new
+        revisions |= numbers
+        deadlines |= times
+        self._creations = creations
+        self._sequence = number
+        if remove is not None:
+            remove()
+        # The stretch has ended.
+        self._tell(routed)
+
+    def _write_all(self, sets: dict[str, bytes], before: list[bytes | None]) -> None:
+        """Commit sets of several keys that have no deadlines: as `_commit`, in half of the time."""
+        values, revisions, dirty = self._values, self._revisions, self._dirty
+        created, outbox = self._created, self._outbox
+        assert values is not None  # within a turn
+        first = self._sequence
+        number = first + len(sets)
+        numbers = dict(zip(sets, range(first + 1, number + 1), strict=True))
+        routed: list[Any] = []
+        if self._watch or self._watch.anywhere:
+            for (key, data), old in zip(sets.items(), before, strict=True):
+                routed += self._event(Change(key, old, data), numbers[key])
+        made: dict[str, bytes] = {}
+        made_numbers: dict[str, int] = {}
+        take_back: Callable[[], object] = _nothing
+        if None in before:
+            longest = self._around.limits.longest_name
+            made = {
+                checked_length("key", key, longest): sets[key]
+                for key, old in zip(sets, before, strict=True)
+                if old is None
+            }
+            made_numbers = {key: numbers[key] for key in made}
+            take_back = _remover((values, made), (revisions, made), (created, made))
+        keys = dict.fromkeys(sets) if dirty is not None else None
+        creations = self._creations + len(made)
+        if self._gate is not None:
+            self._gate.unsettled = True
+            self.readable = None  # before the values can be seen
+        self.touched = True
+        # The stretch begins here, as in `_apply`.
+        try:
+            if dirty is not None:
+                dirty |= keys  # type: ignore[arg-type]  # not None then
+                self._registry[self.scope] = self
+                created |= made_numbers
+            revisions |= made_numbers
+            values |= made
+            outbox += routed
+        except MemoryError:
+            take_back()
+            raise
+        values |= sets
+        revisions |= numbers
+        self._creations = creations
+        self._sequence = number
+        # The stretch has ended.
+        self._tell(routed)
+
+    def _tell(self, routed: list[Any]) -> None:
+        """Have the events of a commit published, or committed first."""
+        if self._gate is not None:
+            self._around.snapshot.commit_soon()
+        elif routed:
+            self._router.wake()
+
+    # ------------------------------------------------------------------------------------------------------ deadlines
+
+    def _place(self, times: dict[str, int], now_ms: int | None = None) -> bool:
+        """Before keys get these deadlines: have them looked at in time. Return whether the next look is earlier."""
+        if not self._deadlines:
+            self._begin_deadlines()
+        assert self._wheel is not None  # from then on
+        return self._wheel.place_all(times, self._around.clock.now_ms() if now_ms is None else now_ms)
+
+    @abstractmethod
+    def _begin_deadlines(self) -> None:
+        """A key is about to get the first deadline of the scope."""
+
+    def _expect(self) -> None:
+        """Tell the actor that removes expired keys when to look at this scope."""
+
+    # ---------------------------------------------------------------------------------------------------- no numbers
+
+    def _refuse_write(self, *what: Any, **_: Any) -> NoReturn:
+        """In place of the methods that commit, of a scope that has come to the end of its numbers."""
+        deletes = len(what) > 2 and what[2] is None
+        raise StorageError(
+            f"scope {self.scope!r} takes no more writes: its last one has the number {self._sequence}, next to the "
+            "highest that a store holds (was it imported?). Export it, and import it without its `sequence` line",
+            code="DELETE_ERROR" if deletes else "SET_ERROR",
+        )
+
+
+class _Changes:
+    """What several changes add to each table, and remove from it."""
+
+    __slots__ = (
+        "answers",
+        "created",
+        "created_numbers",
+        "dirty",
+        "gone",
+        "new_times",
+        "numbers",
+        "removed",
+        "routed",
+        "times",
+        "untimed",
+        "values",
+    )
+
+    def __init__(self) -> None:
+        self.created: dict[str, bytes] = {}
+        self.created_numbers: dict[str, int] = {}
+        self.values: dict[str, bytes] = {}
+        """Of keys that exist, as the next two."""
+        self.numbers: dict[str, int] = {}
+        self.times: dict[str, int] = {}
+        """Of keys that have a deadline."""
+        self.new_times: dict[str, int] = {}
+        self.gone: list[str] = []
+        self.untimed: list[str] = []
+        """Keys that have a deadline no more."""
+        self.removed: dict[int, None] = {}
+        self.dirty: dict[str, None] = {}
+        self.answers: dict[str, Answer] = {}
+        self.routed: list[Any] = []
+
+    def set_deadline(self, deadlines: dict[str, int], key: str, expires_ms: int | None) -> None:
+        """Give a key a deadline, or none."""
+        if key in deadlines:
+            if expires_ms is None:
+                self.untimed.append(key)
+            else:
+                self.times[key] = expires_ms
+        elif expires_ms is not None:
+            self.new_times[key] = expires_ms
+
+
+def _remover(*tables: tuple[dict[Any, Any], Iterable[Any]]) -> Callable[[], object]:
+    """Return what removes the keys from each of the tables, where they are there: in one step, without any memory."""
+    steps = chain(*[map(table.pop, [*keys], repeat(None)) for table, keys in tables if keys])
+    return partial(deque[object](maxlen=0).extend, steps)
+
+
+def _nothing() -> None:
+    """Nothing is to be taken back."""

@@ -1,0 +1,254 @@
+"""What turns see of a scope in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from scopestate.actors.ports import ANSWERS_KEPT_MS, Answer, WriteRule
+from scopestate.actors.wheel import Wheel
+from scopestate.ops.turns import Entry, Kept, Range, TtlRule
+
+if TYPE_CHECKING:
+    from scopestate.actors.backlog import Limits
+    from scopestate.actors.clock import Clock
+
+
+class InMemory:
+    """The view of a scope in which no key has a deadline, and for which there is no rule.
+
+    Made when the scope is loaded, and used by all its turns: each begins with `begin`.
+    """
+
+    __slots__ = (
+        "_answers",
+        "_clock",
+        "_now_ms",
+        "_revisions",
+        "_values",
+        "creations",
+        "get",
+        "limits",
+        "revision",
+        "scope",
+    )
+
+    plain = True
+    expiring = False
+    strict = False
+    ttl_rule: TtlRule | None = None
+
+    def __init__(
+        self,
+        scope: str,
+        limits: Limits,
+        clock: Clock,
+        values: dict[str, bytes],
+        revisions: dict[str, int],
+        answers: dict[str, Answer],
+    ) -> None:
+        self.scope = scope
+        self.limits = limits
+        self.revision = 0
+        self.creations = 0
+        """Keys that the scope has created in its life."""
+        self._clock = clock
+        self._now_ms = -1
+        self._values = values
+        self._revisions = revisions
+        self._answers = answers
+        self.get: Callable[[str], bytes | None] = values.get
+        """The dict's own method, because every turn calls it."""
+
+    def begin(self, revision: int, creations: int) -> None:
+        """A turn begins, in a scope whose last change has this number."""
+        self.revision = revision
+        self.creations = creations
+        self._now_ms = -1
+
+    @property
+    def now_ms(self) -> int:
+        """The time at which the turn asked for it first."""
+        if self._now_ms < 0:
+            self._now_ms = self._clock.now_ms()
+        return self._now_ms
+
+    def entry(self, key: str) -> Entry | None:
+        """Return what is stored under a key."""
+        data = self._values.get(key)
+        return None if data is None else Entry(data, self._revisions[key])
+
+    def lapsed(self, key: str) -> Entry | None:
+        """Nothing expires here."""
+        return None
+
+    def values(self) -> list[bytes]:
+        """Return the JSON of all keys, in the order of creation."""
+        return list(self._values.values())
+
+    def items(self) -> list[tuple[str, bytes]]:
+        """Return all keys with their JSON, in the order of creation."""
+        return list(self._values.items())
+
+    def keys(self, within: Range) -> Iterable[str]:
+        """Yield the keys within a range, in its order."""
+        return islice(sorted(filter(within.holds, self._there()), reverse=within.reverse), within.limit)
+
+    def count(self, within: Range) -> int:
+        """Return how many keys `keys` would yield."""
+        return sum(1 for _ in self.keys(within))
+
+    def _there(self) -> Iterator[str]:
+        """Yield the keys that exist."""
+        return iter(self._values)
+
+    def due(self, limit: int) -> Sequence[str]:
+        """Nothing expires here."""
+        return ()
+
+    def kept(self, idempotency_key: str) -> Kept | None:
+        """Return the answer that is kept under an idempotency key, if it is not too old."""
+        answer = self._answers.get(idempotency_key)
+        if answer is None or answer.time_ms + ANSWERS_KEPT_MS <= self.now_ms:
+            return None
+        return Kept(answer.fingerprint, answer.answer)
+
+
+class WithDeadlines(InMemory):
+    """The view of a scope where keys may expire, or which has a rule. A key that has expired is not there."""
+
+    __slots__ = ("_deadlines", "_wheel", "expiring", "strict", "ttl_rule")
+
+    plain = False
+
+    def __init__(
+        self,
+        scope: str,
+        limits: Limits,
+        clock: Clock,
+        values: dict[str, bytes],
+        revisions: dict[str, int],
+        answers: dict[str, Answer],
+        deadlines: dict[str, int],
+        wheel: Wheel,
+    ) -> None:
+        super().__init__(scope, limits, clock, values, revisions, answers)
+        self._deadlines = deadlines
+        self._wheel = wheel
+        self.get = self._get_unexpired
+        self.expiring = True
+        self.strict = False
+        self.ttl_rule: TtlRule | None = None
+
+    def begin_under(self, rule: WriteRule, revision: int, creations: int) -> None:
+        """As `begin`, with the rule of the scope."""
+        self.begin(revision, creations)
+        self.strict, self.ttl_rule = rule.strict, rule.ttl
+        self.expiring = bool(self._deadlines) or rule.ttl is not None
+
+    def _get_unexpired(self, key: str) -> bytes | None:
+        data = self._values.get(key)
+        return None if data is None or self._is_expired(key) else data
+
+    def _is_expired(self, key: str) -> bool:
+        expires_ms = self._deadlines.get(key)
+        return expires_ms is not None and expires_ms <= self.now_ms
+
+    def entry(self, key: str) -> Entry | None:
+        """Return what is stored under a key, unless it has expired."""
+        data = self._values.get(key)
+        if data is None:
+            return None
+        expires_ms = self._deadlines.get(key)
+        if expires_ms is not None and expires_ms <= self.now_ms:
+            return None
+        return Entry(data, self._revisions[key], expires_ms)
+
+    def lapsed(self, key: str) -> Entry | None:
+        """Return the entry of a key that has expired and is still stored."""
+        if key not in self._values or not self._is_expired(key):
+            return None
+        return Entry(self._values[key], self._revisions[key], self._deadlines[key])
+
+    def values(self) -> list[bytes]:
+        """Return the JSON of all keys that have not expired, in the order of creation."""
+        if not self._some_expired():
+            return list(self._values.values())
+        return [data for key, data in self._values.items() if not self._is_expired(key)]
+
+    def items(self) -> list[tuple[str, bytes]]:
+        """Return all keys that have not expired with their JSON, in the order of creation."""
+        if not self._some_expired():
+            return list(self._values.items())
+        return [item for item in self._values.items() if not self._is_expired(item[0])]
+
+    def _some_expired(self) -> bool:
+        """False if no key has expired. Filtering takes time, and keys that have expired are removed soon."""
+        return self._wheel.next_due() <= self.now_ms
+
+    def _there(self) -> Iterator[str]:
+        if not self._some_expired():
+            return iter(self._values)
+        return (key for key in self._values if not self._is_expired(key))
+
+    def due(self, limit: int) -> Sequence[str]:
+        """Return keys that have expired and are still stored, by deadline."""
+        return self._wheel.due(self.now_ms, limit)
+
+
+class Unexpired(Mapping[str, bytes]):
+    """The values of a scope for reads without a turn, where keys have deadlines: `get` checks the deadline of its key.
+
+    Thread rules: any thread, beside the thread that changes the scope. What a reader gets is what the scope had at one
+    moment between the begin and the end of the call: the number of the last change is the same before and after.
+    """
+
+    def __init__(
+        self,
+        values: dict[str, bytes],
+        deadlines: dict[str, int],
+        wheel: Wheel,
+        now_ms: Callable[[], int],
+        number: Callable[[], int],
+    ) -> None:
+        """`number` returns the number of the last change."""
+        self._values = values
+        self._deadlines = deadlines
+        self._wheel = wheel
+        self._now_ms = now_ms
+        self._number = number
+
+    def get(self, key: str, default: object = None) -> bytes | None:  # type: ignore[override]  # no default is needed
+        """Return the JSON of a key, or None if it does not exist or has expired."""
+        while True:
+            number = self._number()
+            data = self._values.get(key)
+            expires_ms = self._deadlines.get(key)
+            if self._number() == number:
+                break
+        if data is None or expires_ms is None or expires_ms > self._now_ms():
+            return data
+        return None
+
+    def everything(self) -> list[bytes] | None:
+        """Return all values; None if some have expired, so that only a turn can tell."""
+        number = self._number()
+        values = list(self._values.values())
+        # Nothing has expired now, and nothing was removed since: so nothing had expired when the list was made.
+        return values if self._wheel.next_due() > self._now_ms() and self._number() == number else None
+
+    def __getitem__(self, key: str) -> bytes:
+        data = self.get(key)
+        if data is None:
+            raise KeyError(key)
+        return data
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([key for key in list(self._values) if key in self])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.get(key) is not None
