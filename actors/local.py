@@ -256,8 +256,7 @@ class LocalScope(ScopeInMemory):
         self._router.wake_anyway()
         if self._gate is not None:
             self._around.snapshot.commit_anyway()
-        if self._wheel is not None:
-            self._expect()
+        self._expect()
 
     # ----------------------------------------------------------------------------------------------- from the mailbox
 
@@ -325,8 +324,7 @@ class LocalScope(ScopeInMemory):
         self._wheel = None
         self._answers = Answers(state.answers)
         self._hold({key: row.json for key, row in state.entries.items()})
-        if self._deadlines:
-            self._expect()
+        self._expect()
 
     def _serve_handler(self, turn: Turn[A]) -> A:
         """A turn of a closed scope: refused to callers; for a handler, as if it were open, until all is drained."""
@@ -391,6 +389,7 @@ class LocalScope(ScopeInMemory):
 
     def forget_changes(self) -> None:
         """Drop what is in memory, saved or not: the next call loads the scope as it is in the store. Within a turn."""
+        self._expect()
         self._forget()
         self._dirty, self._removed = {}, {}
         self._saved = self._sequence
@@ -423,6 +422,7 @@ class LocalScope(ScopeInMemory):
         return super()._is_needed() or not self._is_saved()
 
     def _note_leaving(self) -> None:
+        self._expect()  # its keys expire all the same
         if self._dirty is None:  # else the store keeps the number
             super()._note_leaving()
 

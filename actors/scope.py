@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from scopestate.actors.clock import Clock
     from scopestate.actors.directory import Directory
     from scopestate.actors.dispatcher import Dispatcher
+    from scopestate.actors.expiry import ExpiryActor
     from scopestate.actors.router import EventRouter
     from scopestate.actors.snapshot import SnapshotActor
 
@@ -70,6 +71,7 @@ class Surroundings:
         directory: Directory,
         clock: Clock,
         rule_of: Callable[[str], WriteRule],
+        expiry: ExpiryActor,
     ) -> None:
         self.dispatcher = dispatcher
         self.store = store
@@ -82,6 +84,7 @@ class Surroundings:
         self.clock = clock
         self.rule_of = rule_of
         """Returns what the configuration says about the writes of a scope now."""
+        self.expiry = expiry
         self.highest_forgotten = 0
         """The highest revision of a scope that has left memory, and of which no revision is kept.
 

@@ -22,6 +22,7 @@ from scopestate.ops.values import class_name
 from scopestate.signals import certainly
 
 if TYPE_CHECKING:
+    from scopestate.actors.clock import Clock
     from scopestate.actors.dispatcher import Dispatcher, Timer
     from scopestate.actors.local import LocalScope
 
@@ -72,9 +73,10 @@ class SnapshotActor(TurnActor):
     (docs/design/0006-durability.md).
     """
 
-    def __init__(self, dispatcher: Dispatcher, store: Store | None, interval_s: float) -> None:
+    def __init__(self, dispatcher: Dispatcher, store: Store | None, interval_s: float, clock: Clock) -> None:
         super().__init__(dispatcher)
         self._store = store
+        self._clock = clock
         self._interval_s = interval_s
         self._timer: Timer | None = None
         self._began_s = 0.0
@@ -349,6 +351,7 @@ class SnapshotActor(TurnActor):
     def _write(self, changes: list[ScopeChange]) -> None:
         store = self._store
         assert store is not None  # only scopes that are kept hand over changes
+        store.clock_ms = self._clock.now_ms()
         try:
             store.save(changes)
         except BaseException as problem:

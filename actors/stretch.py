@@ -39,7 +39,7 @@ from scopestate.actors.ports import Answer, Row, ScopeChange
 from scopestate.actors.router import Expired
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.view import InMemory, Unexpired, WithDeadlines
-from scopestate.actors.wheel import Wheel
+from scopestate.actors.wheel import NEVER, Wheel
 from scopestate.errors import StorageError
 from scopestate.ops.turns import Change, NewDeadline, Stored, checked_length
 from scopestate.wire.depth import event_depth
@@ -431,6 +431,9 @@ class ScopeInMemory(ScopeActor):
 
     def _expect(self) -> None:
         """Tell the actor that removes expired keys when to look at this scope."""
+        due_ms = self.next_due()
+        if due_ms < NEVER:
+            self._around.expiry.expect(self.scope, due_ms)
 
     # ---------------------------------------------------------------------------------------------------- no numbers
 

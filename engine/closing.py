@@ -76,6 +76,7 @@ class Closing:
         parts = self._parts
         self.begun = True
         parts.housekeeper.end()
+        parts.expiry.end()
         if not self._delivered:
             self._refuse(handlers_may=True)
             self._save_first()
@@ -86,6 +87,8 @@ class Closing:
         self._save()
         parts.loop_thread.close()
         parts.dispatcher.close()
+        if parts.backend.store is not None:
+            parts.backend.store.clock_ms = parts.clock.now_ms()  # the next engine on the store goes on from there
         parts.backend.close()
         self.done = True
 

@@ -507,6 +507,8 @@ class Engine(Reactive, StateCalls):
     def disown(self) -> None:
         """In a forked child: refuse every call. The store and the threads belong to the parent."""
         self._forked = True
+        self._parts.clock.disown()
+        self._parts.expiry.end()
         self._scopes.disown(forked)
         self._router.triggers.disown()
 

@@ -15,6 +15,7 @@ from scopestate.actors.backlog import Limits, Tally
 from scopestate.actors.clock import Clock
 from scopestate.actors.directory import Directory, Housekeeper
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
+from scopestate.actors.expiry import ExpiryActor
 from scopestate.actors.functions import Function, Functions
 from scopestate.actors.handler import HandlerServices
 from scopestate.actors.loops import LoopThread
@@ -70,18 +71,21 @@ class Parts:
             self.dispatcher, self.functions, self.limits, self.loop_thread, report, tell_hooks
         )
         self.router = EventRouter(self.services)
-        self.snapshot = SnapshotActor(self.dispatcher, self.backend.store, config.adapter.kv.save_interval_ms / 1000)
+        store = self.backend.store
+        self.clock = Clock(self.dispatcher, 0 if store is None else store.clock_ms)
+        self.snapshot = SnapshotActor(self.dispatcher, store, config.adapter.kv.save_interval_ms / 1000, self.clock)
         self.directory = Directory(self._make_scope)
-        self.clock = Clock(self.dispatcher, 0 if self.backend.store is None else self.backend.store.clock_ms)
+        self.expiry = ExpiryActor(self.dispatcher, self.clock, self.directory, store)
         self._around = Surroundings(
             self.dispatcher,
-            self.backend.store,
+            store,
             self.limits,
             self.router,
             self.snapshot,
             self.directory,
             self.clock,
             self._rule_of,
+            self.expiry,
         )
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self.reconfigured: Callable[[Config], object] | None = None
@@ -105,6 +109,7 @@ class Parts:
         self.backend.start(self._around)
         self.snapshot.start_interval()
         self.housekeeper.arm()
+        self.expiry.begin()
 
     # ---------------------------------------------------------------------------------------------------- reload
 

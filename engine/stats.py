@@ -55,6 +55,12 @@ class Stats(msgspec.Struct, frozen=True):
     """Scopes that have an actor now. Those in Redis or behind a bridge hold no values here."""
     keys: int
     """Keys in the memory of this engine; 0 in Redis and behind a bridge."""
+    expired: int
+    """Keys removed because their deadline had passed. 0 in Redis and behind a bridge, as are the next two."""
+    expiry_late_ms: int
+    """How many milliseconds after its deadline the oldest key of the last removal was removed."""
+    expiring_scopes: int
+    """Scopes that have keys with deadlines, in memory or not."""
     mailboxes: Mailboxes
     threads: int
     """Live worker threads."""
@@ -98,6 +104,9 @@ def measure(parts: Parts) -> Stats:
         unsaved_scopes=snapshot.waiting_scopes(),
         scopes=len(actors),
         keys=sum(actor.key_count() for actor in actors),
+        expired=parts.expiry.expired,
+        expiry_late_ms=parts.expiry.late_ms,
+        expiring_scopes=parts.expiry.scopes(),
         mailboxes=Mailboxes(
             scopes=sum(waiting),
             deepest_scope=max(waiting, default=0),
@@ -127,6 +136,7 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
     problems += [f"not saved: {why}" for why in list(dict.fromkeys(list(snapshot.unsavable.values())))[:10]]
     if (problem := parts.backend.problem()) is not None:
         problems.append(problem)
+    problems += parts.expiry.problems()
     problems += [
         f"the handler {handler.trigger.function_id!r} of trigger {handler.trigger.trigger_id!r} is overdue"
         for handler in parts.router.triggers.handlers()

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -449,8 +449,17 @@ def touched(view: View, asked: Deadline) -> int | None:
     return asked.expires_ms if asked.ttl_ms is None else min(view.now_ms + asked.ttl_ms, LAST_MS)
 
 
-class Expire(Turn[int], frozen=True):
-    """Remove keys whose deadline has passed, oldest first, at most `limit`. The answer is how many there were."""
+class Expired(NamedTuple):
+    """What an `Expire` has done."""
+
+    keys: int
+    """Keys that it has removed."""
+    late_ms: int = 0
+    """Milliseconds since the deadline of the oldest of them."""
+
+
+class Expire(Turn[Expired], frozen=True):
+    """Remove keys whose deadline has passed, oldest first, at most `limit`. An engine sends it to its own scopes."""
 
     function_id = "state::delete"
     writes = True
@@ -462,13 +471,13 @@ class Expire(Turn[int], frozen=True):
     def keys(self) -> None:
         return None
 
-    def decide(self, view: View) -> Effects[int]:
-        changes = []
-        for key in view.due(self.limit):
-            lapsed = view.lapsed(key)
-            if lapsed is not None:
-                changes.append(expiry_of(key, lapsed))
-        return tuple(changes), len(changes)
+    def decide(self, view: View) -> Effects[Expired]:
+        lapsed = [(key, entry) for key in view.due(self.limit) if (entry := view.lapsed(key)) is not None]
+        if not lapsed:
+            return (), Expired(0)
+        oldest_ms = lapsed[0][1].expires_ms or 0
+        changes = tuple([expiry_of(key, entry) for key, entry in lapsed])
+        return changes, Expired(len(changes), view.now_ms - oldest_ms)
 
 
 # ----------------------------------------------------------------------------------------------- idempotency keys

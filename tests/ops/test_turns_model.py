@@ -240,7 +240,7 @@ class Turns(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 3))
     def expire(self, limit: int) -> None:
-        self.both(Expire(limit), lambda: self.model.expire_some(limit))
+        self.both(Expire(limit), lambda: self.model.expire_some(limit), lambda answer: answer.keys)
 
     # ---- transactions
 

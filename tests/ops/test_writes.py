@@ -27,6 +27,7 @@ from scopestate.ops.writes import (
     DeleteWith,
     Durable,
     Expire,
+    Expired,
     GetEntry,
     Modify,
     Once,
@@ -313,10 +314,10 @@ def test_expire_removes_the_oldest_first_and_no_more_than_asked(stored: Stored) 
     later(stored, 5)
 
     count, events = stored.run_seeing(Expire(2))
-    assert (count, [(kind, key) for kind, key, *_ in events]) == (2, [("expired", "d"), ("expired", "e")])
+    assert (count, [(kind, key) for kind, key, *_ in events]) == (Expired(2, 4), [("expired", "d"), ("expired", "e")])
     count, events = stored.run_seeing(Expire(2))
-    assert (count, [key for _, key, *_ in events]) == (1, ["c"])
-    assert stored.run_seeing(Expire(2)) == (0, [])
+    assert (count, [key for _, key, *_ in events]) == (Expired(1, 2), ["c"])
+    assert stored.run_seeing(Expire(2)) == (Expired(0), [])
     assert stored.run(Get("f")) == b"1"
 
 
