@@ -14,7 +14,7 @@ from scopestate.actors.ports import NO_RULE, Answer
 from scopestate.actors.program import RUNNING, Stopwatch, refuse_within_function
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Collect, Housekeeping, Surroundings
-from scopestate.actors.stretch import LAST_SEQUENCE, Collected, ScopeInMemory, part
+from scopestate.actors.stretch import LAST_SEQUENCE, MOST_UNSAVED, Collected, ScopeInMemory, part
 from scopestate.actors.turn import BUSY, HOLDER
 from scopestate.actors.view import InMemory, Unexpired, WithDeadlines
 from scopestate.actors.wheel import NEVER, Wheel
@@ -316,8 +316,10 @@ class LocalScope(ScopeInMemory):
             raise turn.failed(error) from error
         self._sequence = self._saved = self._collected = state.revision
         if state.revision >= LAST_SEQUENCE:
-            # Costs the others nothing.
-            self._write = self._write_all = self._apply = self._refuse_write  # type: ignore[method-assign]
+            self._refuse_writes(
+                f"its last one has the number {self._sequence}, next to the highest that a store holds (was it "
+                "imported?). Export it, and import it without its revisions"
+            )
         self._revisions = {key: row.revision for key, row in state.entries.items()}
         self._created = {key: row.created for key, row in state.entries.items()}
         self._deadlines = {key: row.expires_ms for key, row in state.entries.items() if row.expires_ms is not None}
@@ -363,6 +365,11 @@ class LocalScope(ScopeInMemory):
         dirty, answers = self._dirty, self._answers.unsaved
         if dirty is None or (self.is_clean() and self._saved == self._sequence):
             return None
+        if self._sequence - self._saved >= MOST_UNSAVED and not self._no_writes:
+            self._refuse_writes(
+                f"{self._sequence - self._saved} of them are not saved yet, since saving fails. They are in memory; "
+                "`health()` says what is wrong"
+            )
         values = self._values if self._values is not None else self._left
         due_ms = self.next_due()
         collected = Collected(
@@ -386,6 +393,8 @@ class LocalScope(ScopeInMemory):
     def saved(self, sequence: int) -> None:
         """Note that everything up to write number `sequence` is on disk. Called by the actor that saves."""
         self._saved = sequence
+        if self._no_writes and self._sequence < LAST_SEQUENCE:
+            self._accept_writes()
 
     def forget_changes(self) -> None:
         """Drop what is in memory, saved or not: the next call loads the scope as it is in the store. Within a turn."""

@@ -46,6 +46,10 @@ from scopestate.wire.depth import event_depth
 
 LAST_SEQUENCE: Final = 2**53 - 2**32
 """A scope that comes this far is read only: numbers are below 2**53, and an acknowledged write is saved."""
+MOST_UNSAVED: Final = 2**31
+"""So many writes of a scope may wait to be saved: 2**32 numbers are skipped if the process ends before that, and no
+write may have had a higher one. It is compared at each save, which leaves the rest to the writes until the next one.
+"""
 
 _NONE_GONE: Final[dict[int, None]] = {}
 """Shared by the scopes that are not kept: nothing is put into it."""
@@ -121,6 +125,8 @@ class ScopeInMemory(ScopeActor):
         """`_created` of keys that may be in the store, and are deleted."""
         self._collected = 0
         """The number of the last write that was collected: what was created behind it is not in the store."""
+        self._no_writes = ""
+        """Why it takes no writes; "" if it does."""
 
     # ---------------------------------------------------------------------------------------------------- one change
 
@@ -437,14 +443,21 @@ class ScopeInMemory(ScopeActor):
 
     # ---------------------------------------------------------------------------------------------------- no numbers
 
+    def _refuse_writes(self, why: str) -> None:
+        """Take no more writes, and say why. It costs the scopes that do nothing."""
+        self._no_writes = f"scope {self.scope!r} takes no more writes: {why}"
+        self._write = self._write_all = self._apply = self._refuse_write  # type: ignore[method-assign]
+
+    def _accept_writes(self) -> None:
+        """Take writes again. From any thread."""
+        self._no_writes = ""
+        for name in ("_write", "_write_all", "_apply"):
+            self.__dict__.pop(name, None)
+
     def _refuse_write(self, *what: Any, **_: Any) -> NoReturn:
-        """In place of the methods that commit, of a scope that has come to the end of its numbers."""
+        """In place of the methods that commit."""
         deletes = len(what) > 2 and what[2] is None
-        raise StorageError(
-            f"scope {self.scope!r} takes no more writes: its last one has the number {self._sequence}, next to the "
-            "highest that a store holds (was it imported?). Export it, and import it without its `sequence` line",
-            code="DELETE_ERROR" if deletes else "SET_ERROR",
-        )
+        raise StorageError(self._no_writes, code="DELETE_ERROR" if deletes else "SET_ERROR")
 
 
 class _Changes:

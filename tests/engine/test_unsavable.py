@@ -12,6 +12,7 @@ import pytest
 from stored import read_values
 
 from scopestate import Engine, StorageError, messages, ops
+from scopestate.actors.stretch import MOST_UNSAVED
 from scopestate.config import from_mapping
 from scopestate.errors import DeserializationError, ScopestateError, UnsavableValue, ValueTooLarge
 from scopestate.persistence import FileAdapter, Row, ScopeChange
@@ -220,3 +221,52 @@ def test_an_import_with_a_number_behind_which_nothing_could_be_written_is_refuse
 
     with pytest.raises(DeserializationError, match=r"line 2: .*sequence"):
         list(read_lines(lines))
+
+
+class Failing(FileAdapter):
+    """A store on a disk that can be full."""
+
+    full = False
+
+    def save(self, batch: Sequence[ScopeChange]) -> None:
+        if self.full:
+            raise StorageError("the disk is full")
+        super().save(batch)
+
+
+def test_a_scope_that_cannot_be_saved_stops_before_its_numbers_could_repeat(open_on: Open) -> None:
+    """A killed process skips 2**32 numbers, so a scope may not give more than that without a save."""
+    engine = open_on(Failing)
+    store = engine._parts.backend.store
+    assert isinstance(store, Failing)
+    engine.set("s", "k", 1)
+    engine.set("t", "k", 1)
+    engine.flush()
+    store.full = True
+    engine._scopes["s"]._sequence += MOST_UNSAVED  # so many writes
+    engine.set("s", "k", 2)
+    with pytest.raises(StorageError, match="the disk is full"):
+        engine.flush()
+
+    writes: list[Callable[[], Any]] = [
+        lambda: engine.set("s", "k", 3),
+        lambda: engine.set("s", "new", 3),
+        lambda: engine.delete("s", "k"),
+        lambda: engine.update("s", "k", [ops.Increment("", 1)]),
+        lambda: engine.set("s", "k", 3, idempotency_key="i"),
+        lambda: engine.touch("s", "k", ttl=60),
+        lambda: engine.transact("s", lambda tx: tx.set("k", 3)),
+    ]
+    for write in writes:
+        with pytest.raises(StorageError, match="2147483649 of them are not saved yet"):
+            write()
+    assert engine.get("s", "k") == 2
+    engine.set("t", "k", 2)
+
+    store.full = False
+    engine.flush()
+
+    for write in writes:
+        write()
+    assert engine.get("s", "k") == 3
+    engine.flush()
