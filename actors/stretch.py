@@ -97,6 +97,27 @@ class ScopeInMemory(ScopeActor):
     Reading needs no turn: values are immutable bytes, and a dict lookup sees them before or after a stretch.
     """
 
+    # CPython looks up at most 30 attributes of an object quickly, unless they are slots.
+    __slots__ = (
+        "_answers",
+        "_collected",
+        "_created",
+        "_creations",
+        "_deadlines",
+        "_dirty",
+        "_gate",
+        "_no_writes",
+        "_outbox",
+        "_registry",
+        "_removed",
+        "_revisions",
+        "_timed_view",
+        "_unexpired",
+        "_values",
+        "_view",
+        "_wheel",
+    )
+
     def __init__(self, scope: str, around: Surroundings, *, keeps: bool) -> None:
         """`keeps`: the store keeps it."""
         super().__init__(scope, around)
@@ -130,17 +151,79 @@ class ScopeInMemory(ScopeActor):
 
     # ---------------------------------------------------------------------------------------------------- one change
 
-    def _write(
-        self,
-        key: str,
-        old: bytes | None,
-        new: bytes | None,
-        expires_ms: int | None = None,
-        *,
-        expired: bool = False,
-        now_ms: int | None = None,
+    def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
+        """Commit a change of a key without a deadline: memory, what to save, and the event, all or none of them."""
+        sequence = self._sequence + 1
+        watch = self._watch
+        anywhere = watch.anywhere
+        routed: tuple[Any, ...] = ()
+        if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
+            routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
+        values, revisions = self._values, self._revisions
+        created, removed = self._created, self._removed
+        dirty, outbox, gate = self._dirty, self._outbox, self._gate
+        assert values is not None  # within a turn
+        creations = gone = 0
+        if old is None:
+            if new is not None:
+                if len(key) > self._around.limits.longest_name:
+                    checked_length("key", key, self._around.limits.longest_name)
+                creations = self._creations + 1
+        elif new is None and dirty is not None and created[key] <= self._collected:
+            gone = created[key]
+        if gate is not None:
+            gate.unsettled = True
+            self.readable = None  # before the value can be seen
+        self.touched = True
+        # The stretch begins here. What may need memory comes first, the event as the last of it.
+        try:
+            if dirty is not None:
+                if old is not None or new is not None:
+                    dirty[key] = None
+                self._registry[self.scope] = self
+            if old is None:
+                if new is not None:
+                    if dirty is not None:
+                        created[key] = sequence
+                    revisions[key] = sequence
+                    values[key] = new
+            elif gone:
+                removed[gone] = None
+            if routed:
+                outbox += routed
+        except MemoryError:
+            if old is None:
+                if key in values:
+                    del values[key]
+                if key in revisions:
+                    del revisions[key]
+                if dirty is not None and key in created:
+                    del created[key]
+            elif gone and gone in removed:
+                del removed[gone]
+            raise
+        if old is None:
+            if creations:
+                self._creations = creations
+        elif new is not None:
+            values[key] = new
+            revisions[key] = sequence
+        else:
+            del values[key]
+            del revisions[key]
+            if dirty is not None:
+                del created[key]
+        self._sequence = sequence
+        # The stretch has ended.
+        if gate is not None:
+            self._around.snapshot.commit_soon()  # the events wait for the commit
+        elif routed:
+            self._router.wake()
+
+    def _write_timed(
+        self, key: str, old: bytes | None, new: bytes | None, expires_ms: int | None, expired: bool, now_ms: int | None
     ) -> None:
-        """Commit one change: memory, what to save, and the event, all or none of them.
+        """As `_write`, for a key that has a deadline or gets one.
 
         `expires_ms`: when `new` expires; of a key that is removed because it has `expired`, its deadline. `now_ms`: the
         time, if it is known.
@@ -157,26 +240,24 @@ class ScopeInMemory(ScopeActor):
         assert values is not None  # within a turn
         creations, gone = self._creations, 0
         untimed = sooner = False
-        timed = deadlines and key in deadlines
+        timed = key in deadlines
         if old is None:
             if new is not None:
-                if len(key) > self._around.limits.longest_name:
-                    checked_length("key", key, self._around.limits.longest_name)
+                checked_length("key", key, self._around.limits.longest_name)
                 creations += 1
         elif new is None and dirty is not None and created[key] <= self._collected:
             gone = created[key]
         if expires_ms is not None and new is not None:
-            sooner = self._place({key: expires_ms}, now_ms)
+            sooner = self._place(key, expires_ms, now_ms)
             untimed = not timed
         if gate is not None:
             gate.unsettled = True
             self.readable = None  # before the value can be seen
         self.touched = True
-        # The stretch begins here. What may need memory comes first, the event as the last of it.
+        # The stretch begins here, as in `_write`.
         try:
             if dirty is not None:
-                if old is not None or new is not None:
-                    dirty[key] = None
+                dirty[key] = None
                 self._registry[self.scope] = self
             if old is None:
                 if new is not None:
@@ -210,20 +291,20 @@ class ScopeInMemory(ScopeActor):
                 revisions[key] = sequence
                 if expires_ms is not None:
                     deadlines[key] = expires_ms
-                elif key in deadlines:
+                elif timed:
                     del deadlines[key]
             else:
                 del values[key]
                 del revisions[key]
                 if dirty is not None:
                     del created[key]
-                if key in deadlines:
+                if timed:
                     del deadlines[key]
         self._creations = creations
         self._sequence = sequence
         # The stretch has ended.
         if gate is not None:
-            self._around.snapshot.commit_soon()  # the events wait for the commit
+            self._around.snapshot.commit_soon()
         elif routed:
             self._router.wake()
         if timed and key not in deadlines:
@@ -250,7 +331,10 @@ class ScopeInMemory(ScopeActor):
         self._commit(stored)
 
     def _write_change(self, change: Change) -> None:
-        self._write(change.key, change.before, change.after, change.expires_ms, expired=change.expired)
+        if change.expires_ms is None and change.key not in self._deadlines:
+            self._write(change.key, change.before, change.after)
+        else:
+            self._write_timed(change.key, change.before, change.after, change.expires_ms, change.expired, None)
 
     def _commit(self, stored: Sequence[Stored]) -> None:
         """Commit several changes, each of another key: all or none of them, and their events."""
@@ -273,7 +357,7 @@ class ScopeInMemory(ScopeActor):
                 )
         if changes.answers:
             self._answers.drop_old(self._around.clock.now_ms())
-        sooner = bool(changes.times or changes.new_times) and self._place({**changes.times, **changes.new_times})
+        sooner = bool(changes.times or changes.new_times) and self._place_all({**changes.times, **changes.new_times})
         self._apply(changes, number)
         if changes.untimed and self._wheel is not None:
             self._wheel.forget_all(changes.untimed)
@@ -424,12 +508,19 @@ class ScopeInMemory(ScopeActor):
 
     # ------------------------------------------------------------------------------------------------------ deadlines
 
-    def _place(self, times: dict[str, int], now_ms: int | None = None) -> bool:
-        """Before keys get these deadlines: have them looked at in time. Return whether the next look is earlier."""
+    def _place(self, key: str, expires_ms: int, now_ms: int | None) -> bool:
+        """Before a key gets a deadline: have it looked at in time. Return whether the next look is earlier then."""
         if not self._deadlines:
             self._begin_deadlines()
         assert self._wheel is not None  # from then on
-        return self._wheel.place_all(times, self._around.clock.now_ms() if now_ms is None else now_ms)
+        return self._wheel.place(key, expires_ms, self._around.clock.now_ms() if now_ms is None else now_ms)
+
+    def _place_all(self, times: dict[str, int]) -> bool:
+        """As `_place`, for several keys."""
+        if not self._deadlines:
+            self._begin_deadlines()
+        assert self._wheel is not None  # from then on
+        return self._wheel.place_all(times, self._around.clock.now_ms())
 
     @abstractmethod
     def _begin_deadlines(self) -> None:
@@ -446,12 +537,13 @@ class ScopeInMemory(ScopeActor):
     def _refuse_writes(self, why: str) -> None:
         """Take no more writes, and say why. It costs the scopes that do nothing."""
         self._no_writes = f"scope {self.scope!r} takes no more writes: {why}"
-        self._write = self._write_all = self._apply = self._refuse_write  # type: ignore[method-assign]
+        self._write = self._write_timed = self._refuse_write  # type: ignore[method-assign]
+        self._write_all = self._apply = self._refuse_write  # type: ignore[method-assign]
 
     def _accept_writes(self) -> None:
         """Take writes again. From any thread."""
         self._no_writes = ""
-        for name in ("_write", "_write_all", "_apply"):
+        for name in ("_write", "_write_timed", "_write_all", "_apply"):
             self.__dict__.pop(name, None)
 
     def _refuse_write(self, *what: Any, **_: Any) -> NoReturn:

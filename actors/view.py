@@ -6,32 +6,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from scopestate.actors.ports import ANSWERS_KEPT_MS, Answer, WriteRule
+from scopestate.actors.ports import ANSWERS_KEPT_MS, Answer
 from scopestate.actors.wheel import Wheel
 from scopestate.ops.turns import Entry, Kept, Range, TtlRule
 
 if TYPE_CHECKING:
-    from scopestate.actors.backlog import Limits
-    from scopestate.actors.clock import Clock
+    from scopestate.actors.scope import Surroundings
 
 
 class InMemory:
     """The view of a scope in which no key has a deadline, and for which there is no rule.
 
-    Made when the scope is loaded, and used by all its turns: each begins with `begin`.
+    Made when the scope is loaded, and used by all its turns: each sets `revision`, and `now` to None.
     """
 
     __slots__ = (
         "_answers",
         "_clock",
-        "_now_ms",
+        "_creations",
         "_revisions",
         "_values",
-        "creations",
         "get",
         "limits",
+        "now",
         "revision",
         "scope",
+        "store_id",
     )
 
     plain = True
@@ -42,37 +42,39 @@ class InMemory:
     def __init__(
         self,
         scope: str,
-        limits: Limits,
-        clock: Clock,
+        around: Surroundings,
+        creations: Callable[[], int],
         values: dict[str, bytes],
         revisions: dict[str, int],
         answers: dict[str, Answer],
     ) -> None:
         self.scope = scope
-        self.limits = limits
+        self.limits = around.limits
+        self.store_id = around.store_id
         self.revision = 0
-        self.creations = 0
-        """Keys that the scope has created in its life."""
-        self._clock = clock
-        self._now_ms = -1
+        """The number of the last change of the scope; it and `now` are set at the begin of each turn."""
+        self._clock = around.clock
+        self._creations = creations
+        self.now: int | None = None
+        """The time, once the turn has asked for it."""
         self._values = values
         self._revisions = revisions
         self._answers = answers
         self.get: Callable[[str], bytes | None] = values.get
         """The dict's own method, because every turn calls it."""
 
-    def begin(self, revision: int, creations: int) -> None:
-        """A turn begins, in a scope whose last change has this number."""
-        self.revision = revision
-        self.creations = creations
-        self._now_ms = -1
+    @property
+    def creations(self) -> int:
+        """Keys that the scope has created in its life."""
+        return self._creations()
 
     @property
     def now_ms(self) -> int:
-        """The time at which the turn asked for it first."""
-        if self._now_ms < 0:
-            self._now_ms = self._clock.now_ms()
-        return self._now_ms
+        """The time at which the turn has asked for it first."""
+        now = self.now
+        if now is None:
+            now = self.now = self._clock.now_ms()
+        return now
 
     def entry(self, key: str) -> Entry | None:
         """Return what is stored under a key."""
@@ -125,27 +127,21 @@ class WithDeadlines(InMemory):
     def __init__(
         self,
         scope: str,
-        limits: Limits,
-        clock: Clock,
+        around: Surroundings,
+        creations: Callable[[], int],
         values: dict[str, bytes],
         revisions: dict[str, int],
         answers: dict[str, Answer],
         deadlines: dict[str, int],
         wheel: Wheel,
     ) -> None:
-        super().__init__(scope, limits, clock, values, revisions, answers)
+        super().__init__(scope, around, creations, values, revisions, answers)
         self._deadlines = deadlines
         self._wheel = wheel
         self.get = self._get_unexpired
         self.expiring = True
         self.strict = False
         self.ttl_rule: TtlRule | None = None
-
-    def begin_under(self, rule: WriteRule, revision: int, creations: int) -> None:
-        """As `begin`, with the rule of the scope."""
-        self.begin(revision, creations)
-        self.strict, self.ttl_rule = rule.strict, rule.ttl
-        self.expiring = bool(self._deadlines) or rule.ttl is not None
 
     def _get_unexpired(self, key: str) -> bytes | None:
         data = self._values.get(key)

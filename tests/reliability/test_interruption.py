@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MemberDescriptorType
 from typing import Any
 
 import pytest
@@ -252,7 +252,8 @@ def _names(instruction: dis.Instruction) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("method", "changed"),
     [
-        ("_write", {"values", "revisions", "created", "deadlines", "removed", "dirty", "outbox"}),
+        ("_write", {"values", "revisions", "created", "removed", "dirty", "outbox"}),
+        ("_write_timed", {"values", "revisions", "created", "deadlines", "removed", "dirty", "outbox"}),
         ("_apply", {"values", "revisions", "created", "deadlines", "removed", "dirty", "answers", "unsaved", "outbox"}),
         ("_write_all", {"values", "revisions", "created", "dirty", "outbox"}),
     ],
@@ -277,7 +278,7 @@ def test_a_stretch_has_no_place_where_a_signal_could_come(method: str, changed: 
     # Names read in the stretch are plain attributes: a property would be a call.
     attributes = {found.argval for found in stretch if found.opname in ("LOAD_ATTR", "STORE_ATTR", "LOAD_METHOD")}
     for name in attributes:
-        assert not hasattr(getattr(LocalScope, name, None), "__get__"), f"LocalScope.{name} has code behind it"
+        assert _is_plain(getattr(LocalScope, name, None)), f"LocalScope.{name} has code behind it"
 
 
 def _without_handler(found: list[dis.Instruction]) -> tuple[list[dis.Instruction], list[dis.Instruction]]:
@@ -288,6 +289,11 @@ def _without_handler(found: list[dis.Instruction]) -> tuple[list[dis.Instruction
     begin = names.index("PUSH_EXC_INFO")
     end = len(names) - names[::-1].index("RERAISE")
     return found[:begin] + found[end:], found[begin:end]
+
+
+def _is_plain(attribute: object) -> bool:
+    """Return whether code written in Python runs if the attribute is read or set: none does for a slot."""
+    return type(attribute) is MemberDescriptorType or not hasattr(attribute, "__get__")
 
 
 def _stores(instruction: dis.Instruction, attribute: str) -> bool:
