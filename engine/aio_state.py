@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from scopestate.batch import AioBatch
 from scopestate.ops import arguments
-from scopestate.ops.options import Bounds, PageOptions, RangeOptions, WriteOptions, range_of
+from scopestate.ops.options import Bounds, PageOptions, RangeOptions, WriteOptions, bounded, range_of
 from scopestate.ops.ranges import PAGE_KEYS, Count, Entries, Keys, Pairs, ReadPage, Values
 from scopestate.ops.results import CasResult, EntryView, ModifyResult, Page
 from scopestate.ops.transactions import Transaction
@@ -109,7 +109,7 @@ class AioStateCalls:
 
     async def count(self, scope: str, **bounds: Unpack[Bounds]) -> int:
         """As `Engine.count`."""
-        return await self._run(scope, Count(range_of(**bounds)))
+        return await self._run(scope, Count(bounded(**bounds)))
 
     async def delete_range(
         self,

@@ -57,7 +57,8 @@ class ScopeMapping(MutableMapping[str, Any]):
         if self._copies and (copy := self._copies.pop(get_ident(), None)) is not None:
             data = copy.take(_caller(), key)
             if data is not None:
-                self._copies[get_ident()] = copy
+                if copy.left:
+                    self._copies[get_ident()] = copy
                 return decode(data)
         value = self.get(key, MISSING)
         if value is MISSING:
@@ -211,10 +212,12 @@ class _Copy:
     def __init__(self, caller: _Caller, pairs: list[tuple[str, bytes]]) -> None:
         self._caller = caller
         self._pairs = iter(pairs)
+        self.left = len(pairs)
 
     def take(self, caller: _Caller, key: str) -> bytes | None:
         """Return the value of the next key; None if it is not this one that is asked for, by the same caller."""
-        expected, data = next(self._pairs, (None, None))
+        expected, data = next(self._pairs)
+        self.left -= 1
         return data if expected is key and caller == self._caller else None
 
 

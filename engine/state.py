@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 from scopestate.actors.callbacks import guarded
 from scopestate.batch import Batch
 from scopestate.ops import arguments
-from scopestate.ops.options import Bounds, PageOptions, RangeOptions, WriteOptions, range_of
+from scopestate.ops.options import Bounds, PageOptions, RangeOptions, WriteOptions, bounded, range_of
 from scopestate.ops.ranges import PAGE_KEYS, Count, Entries, Keys, Pairs, ReadPage, Values
 from scopestate.ops.results import CasResult, EntryView, ModifyResult, Page
 from scopestate.ops.transactions import Transaction
@@ -159,7 +159,7 @@ class StateCalls:
 
     def count(self, scope: str, **bounds: Unpack[Bounds]) -> int:
         """Return how many keys there are within the bounds of `keys`: `prefix`, `start`, `after` and `end`."""
-        return self._run(scope, Count(range_of(**bounds)))
+        return self._run(scope, Count(bounded(**bounds)))
 
     def delete_range(
         self,

@@ -19,6 +19,7 @@ from scopestate.ops import messages
 from scopestate.ops.apply import MISSING
 from scopestate.ops.callbacks import refuse_callback
 from scopestate.ops.options import (
+    bounded,
     checked_flag,
     checked_idempotency_key,
     checked_limit,
@@ -208,7 +209,7 @@ def delete_range_turn(
     **bounds: Any,
 ) -> Asked[Any]:
     """Return the turn that removes the first keys of a range. Raises DeserializationError if there is no bound."""
-    within = range_of(**bounds)
+    within = bounded(**bounds)
     refuse_unbounded(within)
     return asked(DeleteRange(within), durable, idempotency_key)
 
@@ -372,7 +373,7 @@ def _reading_of(message: object) -> Turn[Any]:
         case messages.Values():
             return Values(message.within())
         case messages.Count():
-            return Count(range_of(**messages.bounds_of(message)))
+            return Count(bounded(**messages.bounds_of(message)))
         case _:
             raise no_message(message)
 

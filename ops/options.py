@@ -122,6 +122,13 @@ def range_of(
     )
 
 
+def bounded(
+    prefix: str | None = None, start: str | None = None, after: str | None = None, end: str | None = None
+) -> Range:
+    """Return the range with these bounds, where order and number mean nothing. Raises DeserializationError."""
+    return range_of(prefix, start, after, end)
+
+
 def checked_limit(name: str, limit: object, least: int = 0) -> int | None:
     """Return how many keys are asked for at most. Raises DeserializationError."""
     if limit is None or (type(limit) is int and limit >= least):
