@@ -46,6 +46,31 @@ class WriteResult(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False)
                 plain["replayed"] = True
         return plain
 
+    def to_json(self) -> Any:
+        """Return the result as it is sent to workers."""
+        raise NotImplementedError
+
+    def _shown(self) -> dict[str, Any]:
+        """What two results are compared by."""
+        plain: dict[str, Any] = self.to_json()
+        return plain
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._shown() == other._shown()
+
+    # Needed, because the base class Struct compares by identity for `!=`.
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    __hash__ = None  # type: ignore[assignment]  # compares values, which may be dicts
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
+        return f"{type(self).__name__}({fields})"
+
 
 class SetResult(WriteResult, frozen=True, eq=False, gc=False):
     """Result of `set`. Reference: `old_value`, `new_value`."""
@@ -78,22 +103,6 @@ class SetResult(WriteResult, frozen=True, eq=False, gc=False):
     def to_json(self) -> dict[str, Any]:
         """Return the result as `call` returns it, and as it is sent to workers."""
         return self._with_details({"old_value": self.old_value, "new_value": self.new_value})
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self.to_json() == other.to_json()
-
-    # Needed, because the base class Struct compares by identity for `!=`.
-    def __ne__(self, other: object) -> bool:
-        equal = self.__eq__(other)
-        return equal if equal is NotImplemented else not equal
-
-    __hash__ = None  # type: ignore[assignment]  # compares values, which may be dicts
-
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={value!r}" for name, value in self.to_json().items())
-        return f"{type(self).__name__}({fields})"
 
 
 class UpdateResult(SetResult, frozen=True, eq=False, gc=False):
@@ -139,7 +148,10 @@ class DeleteResult(WriteResult, frozen=True, eq=False, gc=False):
 
     def to_json(self) -> Any:
         """The bare previous value, as the reference has it; an object if the caller asked for more."""
-        return self._with_details({"old_value": self.old_value}) if self.detailed else self.old_value
+        return self._shown() if self.detailed else self.old_value
+
+    def _shown(self) -> dict[str, Any]:
+        return self._with_details({"old_value": self.old_value})
 
 
 class CasResult(WriteResult, frozen=True, eq=False, gc=False):
@@ -182,6 +194,10 @@ class ModifyResult(WriteResult, frozen=True, eq=False, gc=False):
     def new_value(self) -> Any:
         """The value that the key has now, a fresh copy at each reading; None if it does not exist or holds null."""
         return None if self.new_json is None else decode(self.new_json)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain data; no worker can ask for it."""
+        return {"old_value": self.old_value, "new_value": self.new_value, "revision": self.revision}
 
 
 class TouchResult(msgspec.Struct, frozen=True):
@@ -380,7 +396,7 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     # The rest of the mapping protocol, from the standard library; a Struct cannot inherit from an ABC.
     __contains__ = Mapping.__contains__
     __eq__ = Mapping.__eq__
-    __ne__ = SetResult.__ne__  # as above
+    __ne__ = WriteResult.__ne__  # as above
     __reversed__ = None
     get = Mapping.get
     items = Mapping.items

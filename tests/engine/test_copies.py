@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest.mock import ANY
 
@@ -15,9 +16,9 @@ import msgspec
 import pytest
 from watching import Seen
 
-from scopestate import Engine, StateEvent, errors, messages, ops
+from scopestate import DELETE, KEEP, Engine, StateEvent, errors, messages, ops
 from scopestate.config import from_mapping
-from scopestate.ops.results import SetResult, UpdateResult
+from scopestate.ops.results import BatchResult, CasResult, DeleteResult, ModifyResult, SetResult, UpdateResult
 
 COPIES: list[Callable[[Any], Any]] = [
     copy.copy,
@@ -172,6 +173,58 @@ def test_results_messages_ops_and_configurations_are_copied_whole(
     assert copy_of(ops.MISSING) is ops.MISSING
 
 
+def add(number: int) -> int:
+    """A function that can be pickled."""
+    return number + 1
+
+
+@pytest.mark.parametrize("copy_of", COPIES)
+def test_results_and_messages_of_transactions_are_copied_whole(copy_of: Callable[[Any], Any], engine: Engine) -> None:
+    rows = engine.scope("rows")
+    moment = datetime(2030, 1, 1, tzinfo=UTC)
+    rows.set("k", 1, ttl=60)
+    with rows.batch(idempotency_key="i") as b:
+        b.set("a", 1)
+        b.update("b", [ops.Increment("", 1)])
+        b.delete("a")
+        b.touch("k", ttl=5)
+    results = [
+        rows.set("k", 2, keep_ttl=True, idempotency_key="j"),
+        rows.set("k", 2, keep_ttl=True, idempotency_key="j"),
+        rows.compare_and_set("k", 1, 2),
+        rows.compare_and_set("k", 2, 3),
+        rows.modify("k", add),
+        b.result,
+        *b.result.results,
+        rows.entry("k"),
+        next(rows.pages(1)),
+        engine.ask(messages.DeleteRange("rows", prefix="x")),
+    ]
+    asked = [
+        messages.Set("s", "k", [1], if_revision=3, expires_at=moment, durable=True, idempotency_key="i"),
+        messages.Delete("s", "k", if_revision=3),
+        messages.Update("s", "k", (ops.Increment("", 1),), atomic=True, ttl=timedelta(seconds=5)),
+        messages.GetEntry("s", "k"),
+        messages.CompareAndSet("s", "k", ops.MISSING, 1),
+        messages.Modify("s", "k", add, 0),
+        messages.Touch("s", "k"),
+        messages.Touch("s", "k", None),
+        messages.Batch("s", [messages.SetStep("a", 1), messages.TouchStep("a")], [messages.Check("a", absent=True)]),
+        messages.Transact("s", add),
+        messages.Keys("s", prefix="a", reverse=True, limit=3),
+        messages.Count("s", start="a"),
+        messages.DeleteRange("s", prefix="a"),
+    ]
+
+    for item in (*results, *asked):
+        other = copy_of(item)
+        assert type(other) is type(item)
+        assert other == item
+        assert repr(other) == repr(item)
+    assert (copy_of(DELETE), copy_of(KEEP)) == (DELETE, KEEP)
+    assert copy_of(KEEP) is KEEP
+
+
 SAME = [
     (SetResult(None, b"1"), SetResult(None, b"1")),
     (SetResult(None, b'{"a":1,"b":2}'), SetResult(None, b'{"b":2,"a":1}')),
@@ -182,6 +235,10 @@ SAME = [
         StateEvent("state:created", "s", "k", None, b"1", 1).to_json(),
     ),
     (SetResult(None, b"1"), ANY),
+    (DeleteResult(b"1"), DeleteResult(b"1")),
+    (CasResult(True, b"1"), CasResult(True, b"2")),
+    (ModifyResult(b"1", b"2", revision=3), ModifyResult(b"1", b"2", revision=3)),
+    (BatchResult((DeleteResult(b"1"),)), BatchResult((DeleteResult(b"1"),))),
     (StateEvent("state:created", "s", "k", None, b"1", 1), ANY),
 ]
 DIFFERENT = [
@@ -190,6 +247,11 @@ DIFFERENT = [
     (UpdateResult(None, b"1"), UpdateResult(None, b"1", (ops.OpError(0, "c", "m"),))),
     (SetResult(None, b"1"), {"old_value": None, "new_value": 1}),
     (SetResult(None, b"1"), None),
+    (DeleteResult(b"1"), DeleteResult(b"2")),
+    (DeleteResult(b"1"), SetResult(b"1", b"1")),
+    (CasResult(False, b"1"), CasResult(False, b"2")),
+    (ModifyResult(b"1", b"2", revision=3), ModifyResult(b"1", b"2", revision=4)),
+    (BatchResult((DeleteResult(b"1"),)), BatchResult((DeleteResult(b"2"),))),
     (StateEvent("state:created", "s", "k", None, b"1", 1), StateEvent("state:created", "s", "k", None, b"2", 1)),
     (StateEvent("state:created", "s", "k", None, b"1", 1), {"type": "state"}),
     (StateEvent("state:created", "s", "k", None, b"1", 1), None),
