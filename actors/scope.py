@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from scopestate.actors.directory import Directory
     from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.expiry import ExpiryActor
-    from scopestate.actors.router import EventRouter
+    from scopestate.actors.router import EventRouter, Expired
     from scopestate.actors.snapshot import SnapshotActor
 
 log: Final = Log("scopestate.scope")
@@ -323,11 +323,12 @@ class ScopeActor(TurnActor):
         """Before a write is sent: a full handler must stop it, not lose its event. Raises HandlerFull."""
         self._router.check_room(self.scope, self._watch, key, depth)
 
-    def _fire(self, key: str, old: bytes | None, new: bytes | None, depth: int) -> None:
+    def _fire(self, key: str, old: bytes | None, new: bytes | None, depth: int, expired: Expired | None = None) -> None:
         """Publish the event of one change, which has happened."""
         self._sequence += 1
         router = self._router
-        router.publish(router.prepare_late(self.scope, self._watch, key, old, new, self._sequence, depth))
+        events = router.prepare_late(self.scope, self._watch, key, old, new, self._sequence, depth, expired)
+        router.publish(events)
 
     # -------------------------------------------------------------------------------------------------- housekeeping
 

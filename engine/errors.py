@@ -47,7 +47,7 @@ ConnectionLost, CallTimeout or RemoteFailure as its `__cause__`: the cause says 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -264,8 +264,12 @@ class SnapshotCapacity(ScopestateError):
 
     code = "SNAPSHOT_CAPACITY"
 
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
     def __str__(self) -> str:
-        return f'no snapshot: {self.args[0]}; pages of keys as they are now have no such limit: ask with `prefix: ""`'
+        return f'no snapshot: {self.problem}; pages of keys as they are now have no such limit: ask with `prefix: ""`'
 
 
 class MessageTooLarge(ScopestateError):
@@ -319,6 +323,9 @@ class RemoteFailure(FunctionFailed):
         self.code = code
         self.message = message
         self.stacktrace = stacktrace
+
+    details: Mapping[str, Any] | None = None
+    """The facts of the error, if scopestate sent it; see docs/protocol.md, section 4.4."""
 
     def __str__(self) -> str:
         return self.message

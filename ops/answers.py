@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from scopestate.errors import Conflict, UpdateRefused
 from scopestate.ops.ranges import Deleted, Page
+from scopestate.ops.remote import KeysNow, Recalled
 from scopestate.ops.results import (
     BatchResult,
     CasResult,
@@ -118,6 +119,8 @@ def listed(found: list[Any], tell: bool = False) -> bytes:
     if not tell:
         return b"[%b]" % b",".join(found)
     names = _json([key for key, _ in found])
+    if found and isinstance(found[0][1], Entry):
+        return b'{"keys":%b,"entries":[%b]}' % (names, b",".join([entry(one) for _, one in found]))
     return b'{"keys":%b,"values":[%b]}' % (names, b",".join([value for _, value in found]))
 
 
@@ -161,8 +164,10 @@ def compared_and_set(result: CasResult, tell: bool = False) -> bytes:
     return b'{"swapped":true}'
 
 
-def committed(result: BatchResult, tell: bool = False) -> bytes:
+def committed(result: BatchResult | Recalled, tell: bool = False) -> bytes:
     """The answer of a transaction that was committed."""
+    if isinstance(result, Recalled):
+        return b'{"committed":true,"recalled":%b}' % result.answer if result.found else b'{"committed":false}'
     results = b",".join([_step_result(one, tell) for one in result.results])
     replayed = b',"replayed":true' if result.replayed else b""
     return b'{"committed":true,"revision":%d,"results":[%b]%b}' % (result.revision, results, replayed)
@@ -192,9 +197,9 @@ def refused(error: Conflict | UpdateRefused) -> bytes:
 
 
 def entry(found: Entry | int | None, tell: bool = False) -> bytes:
-    """The answer of `state::get-entry`; a bridge may ask how many milliseconds the key has left."""
+    """The answer of `state::get-entry`; a bridge may ask for a number of milliseconds."""
     if tell:
-        return _json({"left_ms": found})
+        return _json({"ms": found})
     assert not isinstance(found, int)
     if found is None:
         return _NULL
@@ -202,8 +207,10 @@ def entry(found: Entry | int | None, tell: bool = False) -> bytes:
     return b'{"value":%b,"revision":%d%b}' % (found.json, found.revision, expires)
 
 
-def keys(found: list[str], tell: bool = False) -> bytes:
+def keys(found: list[str] | KeysNow, tell: bool = False) -> bytes:
     """The answer of `state::list_keys`."""
+    if isinstance(found, KeysNow):
+        return b'{"keys":%b,"revision":%d}' % (_json(found.keys), found.revision)
     return b'{"keys":%b}' % _json(found)
 
 

@@ -16,6 +16,7 @@ from scopestate.errors import DeserializationError, InvalidPageLimits
 from scopestate.ops import UpdateOp, convert_ops
 from scopestate.ops.options import checked_revision
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage
+from scopestate.ops.remote import Committing, Everything, KeysAt, Now, Recall
 from scopestate.ops.transactions import Batch, Check, DeleteStep, SetStep, Step, TouchStep, UpdateStep
 from scopestate.ops.turns import (
     NO_DEADLINE,
@@ -234,8 +235,8 @@ def read_get(payload: Payload, max_value_bytes: int) -> Request:
 def read_list(payload: Payload, max_value_bytes: int) -> Request:
     """Read the input of `state::list`."""
     (scope,) = reference_fields("state::list", payload).values()
-    if payload.get("_keys") is True:  # a bridge or a tool asks for the keys too
-        return Request(scope, Items(), tell=True)
+    if payload.get("_keys") is True:  # a bridge or a tool asks for the keys too, and maybe for revisions
+        return Request(scope, Everything() if payload.get("_entries") is True else Items(), tell=True)
     return Request(scope, List())
 
 
@@ -438,6 +439,8 @@ def read_get_entry(payload: Payload, max_value_bytes: int) -> Request:
     key = checked_name("key", given.key)
     if payload.get("_left") is True:  # a bridge asks how long the key is kept, by this engine's clock
         return Request(given.scope, Ttl(key), tell=True)
+    if payload.get("_now") is True:  # or for that clock
+        return Request(given.scope, Now(), tell=True)
     return Request(given.scope, GetEntry(key))
 
 
@@ -457,11 +460,16 @@ def read_compare_and_set(payload: Payload, max_value_bytes: int) -> Request:
 def read_transaction(payload: Payload, max_value_bytes: int) -> Request:
     """Read the input of `state::transaction`. Raises ValueTooLarge and BatchTooLarge too."""
     given = convert(payload, TransactionInput)
+    if payload.get("_recall") is True and given.idempotency_key is not None:  # a bridge asks for what is kept
+        return Request(given.scope, Recall(given.idempotency_key), reads=True, tell=True)
     steps = [_step(given.scope, step, index, max_value_bytes) for index, step in enumerate(given.ops)]
     checks = tuple([_check(check, index) for index, check in enumerate(given.checks)])
     batch = Batch(tuple(steps), checks, checked_revision(given.if_revision))
     batch.refuse_size(given.scope)
-    return _write(payload, given, batch, reads=bool(checks) or given.if_revision is not None)
+    turn: Turn[Any] = batch
+    if "_returned" in payload:  # what the function of a `transact` has returned, on the other side of a bridge
+        turn = Committing(batch, encode_plain(payload["_returned"]))
+    return _write(payload, given, turn, reads=bool(checks) or given.if_revision is not None)
 
 
 def _step(scope: str, given: StepInput, index: int, max_value_bytes: int) -> Step:
@@ -506,7 +514,10 @@ def _sized(scope: str, key: str, value: Any, max_value_bytes: int) -> bytes:
 def read_list_keys(payload: Payload, max_value_bytes: int) -> Request:
     """Read the input of `state::list_keys`."""
     given = convert(payload, RangeInput)
-    return Request(given.scope, Keys(_range_of(given).checked()))
+    within = _range_of(given).checked()
+    if payload.get("_revision") is True:  # a bridge asks for the revision of the scope too
+        return Request(given.scope, KeysAt(within), tell=True)
+    return Request(given.scope, Keys(within))
 
 
 def read_list_entries(payload: Payload, max_value_bytes: int) -> Request:

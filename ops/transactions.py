@@ -325,7 +325,7 @@ class Batch(Turn[BatchResult], frozen=True):
     def effects_of(self, result: bytes | None) -> Effects[BatchResult]:
         told = _decode_committed(result or b"null")
         if not told.committed:
-            raise _refusal(told)
+            raise self._refusal(told)
         changed: dict[str, Change] = {}
         results: list[StepResult] = []
         for step, raw in zip(self.steps, told.results, strict=True):
@@ -345,6 +345,20 @@ class Batch(Turn[BatchResult], frozen=True):
         changes = tuple([one for one in changed.values() if one.before is not None or one.after is not None])
         answer = BatchResult(tuple(results), revision=told.revision, detailed=True, replayed=told.replayed)
         return () if told.replayed else changes, answer
+
+    def _refusal(self, told: _Committed) -> Conflict | UpdateRefused:
+        """Return why another engine has not committed. The caller adds the name of the scope."""
+        if told.errors:
+            return UpdateRefused("", told.errors)
+        sent = [*_on_the_wire(self.checks), (len(self.checks), self.if_revision)]
+        conflicts = [
+            KeyConflict(sent[one.index][0], one.key, sent[one.index][1], one.revision)
+            for one in told.conflicts
+            if 0 <= one.index < len(sent)
+        ]
+        if not conflicts:
+            raise DeserializationError("it is not committed, and no reason is given")
+        return Conflict("", conflicts)
 
     def pack(self, answer: BatchResult) -> bytes:
         return msgspec.msgpack.encode((answer.revision, answer.results))
@@ -386,11 +400,15 @@ _decode_result: Final = msgspec.json.Decoder(_Result).decode
 _decode_committed: Final = msgspec.json.Decoder(_Committed).decode
 
 
-def _refusal(told: _Committed) -> Conflict | UpdateRefused:
-    """Return why another engine has not committed. The caller adds the name of the scope."""
-    if told.conflicts:
-        return Conflict("", [KeyConflict(one.index, one.key, None, one.revision) for one in told.conflicts])
-    return UpdateRefused("", told.errors)
+def _on_the_wire(checks: Sequence[Check]) -> list[tuple[int, int | None]]:
+    """Return for each check on the wire its place here, and the revision that it expects."""
+    sent: list[tuple[int, int | None]] = []
+    for index, check in enumerate(checks):
+        if check.revision is not None:
+            sent.append((index, check.revision))
+        if not isinstance(check.value, UnsetType):
+            sent.append((index, None))
+    return sent
 
 
 def _fields_of_check(check: Check) -> list[dict[str, Any]]:

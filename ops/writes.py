@@ -389,7 +389,7 @@ class _Entry(msgspec.Struct):
 
 
 class _Left(msgspec.Struct):
-    left_ms: int | None
+    ms: int | None
 
 
 _decode_entry: Final = msgspec.json.Decoder(_Entry).decode
@@ -411,7 +411,7 @@ class Ttl(OneKey["int | None"], frozen=True):
         return {**super().call(scope), "_left": True}
 
     def effects_of(self, result: bytes | None) -> Effects[int | None]:
-        return (), msgspec.json.decode(result or b"null", type=_Left).left_ms
+        return (), msgspec.json.decode(result or b"null", type=_Left).ms
 
 
 class Touch(OneKey[bool], frozen=True):

@@ -9,11 +9,13 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+import msgspec
 from msgspec import Raw
 
 from scopestate.errors import CallTimeout, MessageTooLarge, NotConnected, RemoteFailure, ScopestateError
 from scopestate.wire import frames
 from scopestate.wire.depth import depth_in, event_depth
+from scopestate.wire.features import LIST, Features, Needs, read_features
 
 log = logging.getLogger("scopestate.wire.client")
 
@@ -26,10 +28,20 @@ Done = Callable[[bytes | None, ScopestateError | None], object]
 class PendingCall:
     """One call, from `post` to its outcome."""
 
-    __slots__ = ("done", "frame", "function_id", "invocation_id", "sent", "timeout_s", "timer")
+    __slots__ = ("done", "frame", "function_id", "invocation_id", "needs", "sent", "timeout_s", "timer")
 
-    def __init__(self, function_id: str, payload: bytes, done: Done, timeout_s: float, baggage: str | None) -> None:
+    def __init__(
+        self,
+        function_id: str,
+        payload: bytes,
+        done: Done,
+        timeout_s: float,
+        baggage: str | None = None,
+        needs: Needs | None = None,
+    ) -> None:
         self.function_id = function_id
+        self.needs = needs
+        """What the other engine must be able to do; else the call is not sent."""
         self.invocation_id = str(uuid.uuid4())
         self.done: Done | None = done
         """None once the outcome was delivered, or is no longer wanted."""
@@ -46,12 +58,24 @@ class PendingCalls:
 
     A call that was not sent survives a lost connection and is sent on the next one. A call that was sent fails: its
     answer can no longer arrive, and it may have been carried out.
+
+    A call that needs a feature of the other engine waits until this engine has said what it can do, which it is asked
+    once on each connection.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, url: str = "", wake: Callable[[], object] | None = None
+    ) -> None:
+        """`wake()` is called when there is something to send again."""
         self._loop = loop
+        self._url = url
+        self._wake = wake or (lambda: None)
         self._by_id: dict[str, PendingCall] = {}
         self.unsent: deque[PendingCall] = deque()
+        self._features: Features | None = None
+        self._asked: PendingCall | None = None
+        self._parked: list[PendingCall] = []
+        """Calls that wait for the features."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -66,13 +90,49 @@ class PendingCalls:
         """Return the next call to send and mark it as sent: from here on it may be carried out."""
         while self.unsent:
             call = self.unsent.popleft()
-            if call.done is not None:
+            if call.done is not None and (call.needs is None or self._is_supported(call, call.needs)):
                 call.sent = True
                 if call.timer is not None:
                     call.timer.cancel()
                 call.timer = self._loop.call_later(call.timeout_s, self._no_answer, call)
                 return call
         return None
+
+    def _is_supported(self, call: PendingCall, needs: Needs) -> bool:
+        """Return whether a call may be sent. If not, it is settled, or waits for the features."""
+        if self._features is not None:
+            refusal = self._features.refusal(needs, self._url)
+            if refusal is not None:
+                self.settle(call, None, refusal)
+            return refusal is None
+        self._parked.append(call)
+        if self._asked is None:
+            asked = self._asked = PendingCall(LIST, b"{}", self._learn, call.timeout_s)
+            self._by_id[asked.invocation_id] = asked
+            self.unsent.appendleft(asked)
+        return False
+
+    def _learn(self, result: bytes | None, error: ScopestateError | None) -> None:
+        if error is None:
+            self._features = read_features(result)
+        elif isinstance(error, RemoteFailure):
+            self._features = Features({}, f"{LIST} answers: {error} ({error.code})")
+        elif isinstance(error, CallTimeout):
+            self._features = Features({}, str(error))
+        self._asked = None
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self.unsent.extendleft(reversed(self._parked))
+        self._parked.clear()
+        self._wake()
+
+    def forget_features(self) -> None:
+        """The connection is lost: the next one may be to another engine."""
+        asked, self._features, self._asked = self._asked, None, None
+        if asked is not None:
+            self.forget(asked)
+        self._go_on()
 
     def answer(self, result: frames.InvocationResult) -> None:
         """Deliver an answer to its call. The answer to a call that has ended is dropped."""
@@ -82,7 +142,9 @@ class PendingCalls:
             return
         error = result.error
         if error is not None:
-            self.settle(call, None, RemoteFailure(call.function_id, error.code, error.message, error.stacktrace))
+            failure = RemoteFailure(call.function_id, error.code, error.message, error.stacktrace)
+            failure.details = _details_in(error)
+            self.settle(call, None, failure)
         else:
             # Absent and null differ: a missing key, and a stored null (docs/protocol.md, section 4.2).
             self.settle(call, bytes(result.result) or None, None)
@@ -97,6 +159,7 @@ class PendingCalls:
         for call in [call for call in self._by_id.values() if not call.sent]:
             self.settle(call, None, error())
         self.unsent.clear()
+        self._parked.clear()
 
     def forget(self, call: PendingCall) -> None:
         """Remove a call without an outcome."""
@@ -124,6 +187,14 @@ class PendingCalls:
 
     def _no_answer(self, call: PendingCall) -> None:
         self.settle(call, None, CallTimeout(call.function_id, call.timeout_s, sent=True))
+
+
+def _details_in(error: frames.ErrorBody) -> dict[str, Any] | None:
+    try:
+        details = msgspec.json.decode(error.details) if error.details else None
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return details if isinstance(details, dict) else None
 
 
 # ----------------------------------------------------------------------------------------- functions that it offers

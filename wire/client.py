@@ -29,6 +29,7 @@ from scopestate.ops.values import encode as encode_value
 from scopestate.wire import frames
 from scopestate.wire.calls import Done, Handler, OfferedFunctions, PendingCall, PendingCalls
 from scopestate.wire.depth import event_depth, with_depth
+from scopestate.wire.features import Needs
 from scopestate.wire.options import (
     DEFAULT_URL,
     LIMIT_HEADER,
@@ -108,7 +109,7 @@ class Client:
     def start(self) -> None:
         """Start connecting. Call it in a running event loop."""
         loop = asyncio.get_running_loop()
-        self._calls = PendingCalls(loop)
+        self._calls = PendingCalls(loop, self.url, self._wake.set)
         self._task = loop.create_task(self._keep_connected(), name="scopestate-client")
 
     async def close(self) -> None:
@@ -166,10 +167,12 @@ class Client:
         *,
         timeout_s: float | None = None,
         depth: int | None = None,
+        needs: Needs | None = None,
     ) -> PendingCall:
         """Send a call with the JSON `payload` as input. `done(result, error)` is called once, after this has returned.
 
-        `depth`: the event depth of the call; by default that of the running code.
+        `depth`: the event depth of the call; by default that of the running code. `needs`: what the server must be able
+        to do; if it cannot, the error is Unsupported, and nothing was sent.
         """
         calls = self._calls
         if calls is None:
@@ -179,7 +182,7 @@ class Client:
             depth = event_depth.get()
         baggage = with_depth(None, depth) if depth else None
         timeout_s = options.call_timeout_s if timeout_s is None else timeout_s
-        call = PendingCall(function_id, payload, done, timeout_s, baggage)
+        call = PendingCall(function_id, payload, done, timeout_s, baggage, needs)
         refusal = self._refusal(len(payload))
         if refusal is not None:
             asyncio.get_running_loop().call_soon(calls.settle, call, None, refusal)
@@ -352,6 +355,7 @@ class Client:
             self._notes.clear()
             reason = "this client is closed" if self._closed else self._goodbye or reason
             self._change(reason)
+            self._pending().forget_features()
             self._pending().fail_sent(lambda call: self._lost(call, reason))
             if self._closed:
                 await socket.close()  # the context manager would close it with 1011, "internal error"

@@ -42,6 +42,8 @@ class ErrorBody(msgspec.Struct, omit_defaults=True, frozen=True):
     code: str
     message: str
     stacktrace: str | None = None
+    details: Raw = ABSENT
+    """scopestate only: the facts of some errors, as an object."""
 
 
 class Void(msgspec.Struct, frozen=True, tag_field="type", tag="void"):

@@ -422,7 +422,7 @@ class WorkerSession:
                 call.invocation_id,
                 call.function_id,
                 ABSENT if outcome.error is not None else value_of(outcome),
-                outcome.error,
+                _without_details(outcome.error),
                 outcome.traceparent or call.traceparent,
                 outcome.baggage or call.baggage,
             ),
@@ -545,3 +545,8 @@ def _unfit(frame: _Register) -> str | None:
 
 def _place(frame: _Register | _Unregister) -> tuple[str, str]:
     return type(frame).__name__.lower().removeprefix("un").removeprefix("register"), frame.id
+
+
+def _without_details(error: ErrorBody | None) -> ErrorBody | None:
+    """Return an error of a worker as it is passed on: details are the server's own."""
+    return msgspec.structs.replace(error, details=ABSENT) if error is not None and error.details else error

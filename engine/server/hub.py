@@ -46,6 +46,7 @@ from scopestate.wire.frames import (
     with_caller,
 )
 from scopestate.wire.frames import encode as encode_frame
+from scopestate.wire.refusals import details_of
 from scopestate.wire.session import (
     Action,
     Answered,
@@ -552,6 +553,6 @@ def _size_of(call: InvokeFunction) -> int:
 def failure(call: InvokeFunction, error: Exception) -> ErrorBody:
     """Return an error as it is sent (docs/protocol.md 4.4). One outside our error tree is a bug, and is logged."""
     if isinstance(error, ScopestateError):
-        return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None))
+        return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None), details_of(error))
     log.error("a call of %r failed inside the server", shown(call.function_id), exc_info=error)
     return ErrorBody("invocation_error", f"{type(error).__name__}: {error}")

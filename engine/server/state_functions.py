@@ -13,6 +13,7 @@ from scopestate.actors.turn import BUSY
 from scopestate.errors import DeserializationError
 from scopestate.ops import answers, convert_ops, turns
 from scopestate.ops.functions import BUILT_IN, BuiltIn, from_payload, read_request
+from scopestate.ops.remote import Everything
 from scopestate.ops.requests import OPTIONS, Request, WriteOptions, misfit, with_options
 from scopestate.ops.values import check, decode, json_words, parse
 from scopestate.ops.writes import Durable, unwrapped
@@ -119,12 +120,16 @@ class _Update(_Keyed, gc=False):
 class _List(_Input, gc=False):
     tell_keys: Raw = msgspec.field(default=_ABSENT, name="_keys")
     """`true`: a bridge or a tool asks for the keys too: `{"keys": [...], "values": [...]}`."""
+    tell_entries: Raw = msgspec.field(default=_ABSENT, name="_entries")
+    """`true`: and for revisions and deadlines: `{"keys": [...], "entries": [...]}`."""
 
     def size(self) -> int:
         return len(self.scope) + len('{"scope": ""}')
 
     def turn(self, limits: Limits) -> turns.Turn[Any]:
-        return turns.Items() if self.tell_keys == _TRUE else turns.List()
+        if self.tell_keys != _TRUE:
+            return turns.List()
+        return Everything() if self.tell_entries == _TRUE else turns.Items()
 
     def tells(self) -> bool:
         return self.tell_keys == _TRUE

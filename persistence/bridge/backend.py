@@ -16,19 +16,25 @@ import msgspec
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.loops import LoopReply
 from scopestate.actors.ports import Backend
+from scopestate.actors.router import Expired
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import DeserializationError, EngineClosed, ScopestateError, StorageError
-from scopestate.ops.turns import Deadline, Delete, Entry, Items, Set, Turn
+from scopestate.ops.remote import Everything
+from scopestate.ops.turns import Deadline, Delete, Entry, Set, Turn
 from scopestate.ops.values import parse
 from scopestate.ops.writes import SetWith
+from scopestate.persistence.bridge.computed import Waiter
 from scopestate.persistence.bridge.options import BridgeOptions
-from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange
+from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange, message_of
 from scopestate.signals import join, wait_for
 from scopestate.wire.client import Client
 from scopestate.wire.depth import event_depth
+from scopestate.wire.features import Needs
 from scopestate.wire.options import ClientOptions
 
 log = logging.getLogger("scopestate.persistence.bridge")
+
+_EVENTS = ("created", "updated", "deleted", "expired")
 
 
 class _Event(msgspec.Struct):
@@ -39,6 +45,23 @@ class _Event(msgspec.Struct):
     key: str
     old_value: msgspec.Raw = msgspec.Raw(b"null")
     new_value: msgspec.Raw = msgspec.Raw(b"null")
+    expired_at: int | None = None
+    late_ms: int = 0
+
+    def old(self) -> bytes | None:
+        """Return the old value; None if there was none."""
+        old = parse(bytes(self.old_value))
+        # The event type tells a stored null from a missing key, except for a delete, where both look alike.
+        return old if self.event_type in {"state:updated", "state:expired"} or old != b"null" else None
+
+    def new(self) -> bytes | None:
+        """Return the new value; None if the key was removed."""
+        removed = self.event_type in {"state:deleted", "state:expired"}
+        return None if removed else parse(bytes(self.new_value))
+
+    def expired(self) -> Expired | None:
+        """Return the deadline of a key that has expired, and how late it was removed."""
+        return None if self.expired_at is None else (self.expired_at, self.late_ms)
 
 
 def _writing(key: str, entry: Entry | None) -> Turn[Any]:
@@ -98,18 +121,20 @@ class BridgeBackend(Backend):
         """True while there is a connection."""
         return self._client.connected
 
-    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
+    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0, needs: Needs | None = None) -> None:
         """As `Connection.call`: send and return at once."""
         if self._closed or os.getpid() != self._pid:
             raise EngineClosed("the bridge is closed")
         try:
-            self._loop.call_soon_threadsafe(partial(self._client.post, function_id, payload, done, depth=depth))
+            self._loop.call_soon_threadsafe(
+                partial(self._client.post, function_id, payload, done, depth=depth, needs=needs)
+            )
         except RuntimeError as error:
             raise EngineClosed("the bridge is closed") from error
 
     def call_and_wait(self, function_id: str, payload: bytes) -> bytes | None:
         """Call and wait for the result; not on an event loop's thread. Raises the error of the call."""
-        waiter = _Waiter()
+        waiter = Waiter()
         self.call(function_id, payload, waiter.done)
         return waiter.get()
 
@@ -128,7 +153,7 @@ class BridgeBackend(Backend):
             return
 
         async def on_event(payload: bytes) -> bytes | None:
-            await _fire(around, *_read_event(payload))
+            await _fire(around, _read_event(payload))
             return None
 
         function_id = f"scopestate::bridge::{os.urandom(8).hex()}"
@@ -137,7 +162,8 @@ class BridgeBackend(Backend):
             self._client.register_function(
                 function_id, on_event, description="changes for a scopestate bridge", ordered=True
             )
-            self._client.register_trigger("state", function_id, {})
+            # iii and older scopestate engines ignore `events`: they report changes of the first three kinds.
+            self._client.register_trigger("state", function_id, {"events": _EVENTS})
 
         self._loop.call_soon_threadsafe(register)
 
@@ -161,15 +187,15 @@ class BridgeBackend(Backend):
     # ----------------------------------------------------------------------------------------- for export and import
 
     def read(self, scope: str) -> dict[str, Entry]:
-        """Return what a scope holds, as of one moment, in the other engine's order. Revisions are not known.
+        """Return what a scope holds, as of one moment, in the other engine's order. Revision 0: it does not tell.
 
         Raises StorageError if the other engine is not scopestate: its `state::list` names no keys.
         """
         try:
-            turn = Items()
+            turn = Everything()
             result = self.call_and_wait(turn.function_id, msgspec.json.encode(turn.call(scope)))
-            _, items = turn.effects_of(result)
-            return {key: Entry(data, 0) for key, data in items}
+            _, entries = turn.effects_of(result)
+            return dict(entries)
         except ScopestateError as error:
             raise StorageError(f"scope {scope!r} cannot be loaded via bridge: {error}") from error
 
@@ -178,14 +204,15 @@ class BridgeBackend(Backend):
 
         Each key is a call of its own: on a raise, some of the keys may be written.
         """
-        waiting: list[tuple[str, str, _Waiter]] = []
+        waiting: list[tuple[str, str, Waiter]] = []
         for scope, values in changes.items():
             for key, entry in values.items():
                 turn = _writing(key, entry)
-                waiter = _Waiter()
+                waiter = Waiter()
                 waiting.append((scope, key, waiter))
                 try:
-                    self.call(turn.function_id, msgspec.json.encode(turn.call(scope)), waiter.done)
+                    function_id, payload, needs = message_of(turn, scope)
+                    self.call(function_id, payload, waiter.done, needs=needs)
                 except EngineClosed as error:
                     waiter.done(None, error)
         for scope, key, waiter in waiting:
@@ -236,34 +263,15 @@ class BridgeBackend(Backend):
             log.warning("bridge: %s; calls wait for it and it is tried again", reason)
 
 
-class _Waiter:
-    """The outcome of one call, for a thread to wait for."""
-
-    def __init__(self) -> None:
-        self._arrived = threading.Event()
-        self._result: bytes | None = None
-        self._error: ScopestateError | None = None
-
-    def done(self, result: bytes | None, error: ScopestateError | None) -> None:
-        self._result, self._error = result, error
-        self._arrived.set()
-
-    def get(self) -> bytes | None:
-        """Wait; every call has a deadline, so this ends."""
-        wait_for(self._arrived.wait)
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
-async def _fire(around: Surroundings, scope: str, key: str, old: bytes | None, new: bytes | None) -> None:
+async def _fire(around: Surroundings, event: _Event) -> None:
     """Fire the event of a reported change. While a handler is full this waits, and so does the other engine."""
     depth = max(0, event_depth.get() - 1)  # the depth of the event; that of this handler is one more
     room: LoopReply | None = None
     while True:
         told = LoopReply()
         try:
-            around.directory[scope].take_in(ReportedChange(key, old, new, told, depth))  # type: ignore[attr-defined]
+            change = ReportedChange(event.key, event.old(), event.new(), told, depth, event.expired())
+            around.directory[event.scope].take_in(change)  # type: ignore[attr-defined]
             await told.future
             return
         except EngineClosed:
@@ -276,13 +284,9 @@ async def _fire(around: Surroundings, scope: str, key: str, old: bytes | None, n
             around.router.backlog.when_room(room.set)
 
 
-def _read_event(payload: bytes) -> tuple[str, str, bytes | None, bytes | None]:
-    """Return scope, key, old and new value (None: no value) of an event. Raises DeserializationError."""
+def _read_event(payload: bytes) -> _Event:
+    """Return an event that the other engine has sent. Raises DeserializationError."""
     try:
-        event = msgspec.json.decode(payload, type=_Event)
+        return msgspec.json.decode(payload, type=_Event)
     except msgspec.DecodeError as error:
         raise DeserializationError(f"not a state event: {error}") from error
-    old, new = parse(bytes(event.old_value)), parse(bytes(event.new_value))
-    # The event type tells a stored null from a missing key, except for a delete, where both look alike.
-    had = event.event_type == "state:updated" or old != b"null"
-    return event.scope, event.key, old if had else None, None if event.event_type == "state:deleted" else new

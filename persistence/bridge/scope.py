@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
+import pykka
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log
 from scopestate.actors.reply import Envelope, ReplyTo
+from scopestate.actors.router import Expired
 from scopestate.actors.scope import Housekeeping, Ping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY
 from scopestate.errors import (
+    CallTimeout,
+    Conflict,
+    ConnectionLost,
     DeserializationError,
     EngineClosed,
+    MessageTooLarge,
+    NotConnected,
     Overloaded,
     RemoteFailure,
+    ReplyTimeout,
     ScopestateError,
     StorageError,
+    Unsupported,
+    UpdateRefused,
 )
-from scopestate.ops.turns import Change, Effects, Turn, changes_in
+from scopestate.ops.remote import Everything
+from scopestate.ops.requests import OPTIONS
+from scopestate.ops.turns import Delete, Effects, Get, Items, List, Set, Stored, Turn, Update, changes_in
+from scopestate.ops.writes import Durable, Once, unwrapped
+from scopestate.persistence.bridge.computed import Computation, Here, Waiter, compute, is_computed
+from scopestate.wire.features import Needs
+from scopestate.wire.refusals import refusal_of
 
 log = Log("scopestate.scope")
 
 Done = Callable[[bytes | None, ScopestateError | None], object]
 """Takes the outcome of a call: the result as JSON (None: no value), or an error."""
 
-_encode = msgspec.json.Encoder().encode
+A = TypeVar("A")
+
+_encode: Final = msgspec.json.Encoder().encode
+
+_RESENT: Final = 10
+"""How often a call with an idempotency key is sent again after its connection was lost."""
+
+_REFERENCE: Final = frozenset({Delete, Everything, Get, Items, List, Set, Update})
+"""Turns that iii 0.11.6 can do, too."""
 
 
 class Connection(Protocol):
@@ -37,10 +61,11 @@ class Connection(Protocol):
     def reports_changes(self) -> bool:
         """True if the other engine reports every change, those made through here included."""
 
-    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
+    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0, needs: Needs | None = None) -> None:
         """Send a call with its input as JSON, and return at once; calls are sent in the order in which they are made.
 
-        `depth`: the event depth of the call, which the other engine gets.
+        `depth`: the event depth of the call, which the other engine gets. `needs`: what that engine must be able to do;
+        else the outcome is Unsupported, and nothing was sent.
 
         `done` is called exactly once, later and on another thread, never before `call` returns; it must not block.
         Raises EngineClosed, and calls nothing, if the connection was closed for good.
@@ -61,13 +86,15 @@ class _Step:
 class _Call(_Step):
     """One call from its arrival to its answer."""
 
-    __slots__ = ("depth", "followers", "reply", "turn")
+    __slots__ = ("depth", "followers", "reply", "resent", "turn")
 
     def __init__(self, turn: Turn[Any], reply: ReplyTo, depth: int, start: Callable[[_Call], object]) -> None:
         super().__init__(lambda: start(self))
         self.turn = turn
         self.reply = reply
         self.depth = depth
+        self.resent = 0
+        """How often it was sent again because a connection was lost."""
         self.followers: list[_Step] = []
         """What waits for this call, in the order in which it came."""
 
@@ -83,12 +110,32 @@ class _Answer:
         self.error = error
 
 
+class _Computed:
+    """What a `modify` or `transact` has come to, as a message to the scope."""
+
+    __slots__ = ("call", "effects", "error")
+
+    def __init__(self, call: _Call, effects: Effects[Any] | None, error: BaseException | None) -> None:
+        self.call = call
+        self.effects = effects
+        self.error = error
+
+
 class ReportedChange:
     """A change that the other engine reported, as a message to the scope, which fires its event."""
 
-    __slots__ = ("depth", "key", "new", "old", "reply")
+    __slots__ = ("depth", "expired", "key", "new", "old", "reply")
 
-    def __init__(self, key: str, old: bytes | None, new: bytes | None, reply: ReplyTo, depth: int) -> None:
+    def __init__(
+        self,
+        key: str,
+        old: bytes | None,
+        new: bytes | None,
+        reply: ReplyTo,
+        depth: int,
+        expired: Expired | None = None,
+    ) -> None:
+        self.expired = expired
         self.key = key
         self.old = old
         self.new = new
@@ -113,9 +160,13 @@ class BridgeScope(ScopeActor):
 
     A turn never waits: it sends a call, or takes an answer in. So it may run on any thread, event loops included; the
     caller waits for its reply. The other engine may run two calls of one connection in either order (docs/protocol.md,
-    section 1). So a write is sent when every earlier call on its key has its answer, a read when every earlier write of
-    its key has, and a list when every earlier write has. Local events are fired in the order of the answers, which for
-    one key is the order of its writes.
+    section 1). So a write is sent when every earlier call on its keys has its answer, a read when every earlier write
+    of its key has, and a list when every earlier write has. A write of the whole scope waits for all earlier calls, and
+    all later ones wait for it. Local events are fired in the order of the answers, which for one key is the order of
+    its writes.
+
+    The function of a `modify` or `transact` runs on the thread of the caller, or on a worker thread if that caller does
+    not wait on a thread of its own: never on the connection's thread, which it would hold up.
     """
 
     def __init__(self, scope: str, around: Surroundings, connection: Connection) -> None:
@@ -124,20 +175,38 @@ class BridgeScope(ScopeActor):
         self._open: dict[_Call, None] = {}
         """Calls without an answer, in the order in which they came."""
         self._keys: dict[str, _KeyCalls] = {}
+        self._barrier: _Call | None = None
+        """The last write of the whole scope, if it has no answer yet."""
 
     def has_waiting(self) -> bool:
         return bool(self._open) or super().has_waiting()
 
     # ------------------------------------------------------------------------------------------------------- ways in
 
+    def send_and_wait(self, turn: Turn[A]) -> A:
+        if not is_computed(turn):
+            return super().send_and_wait(turn)
+        timeout_s = self._around.limits.call_timeout_s
+        here = Here(self._dispatcher)
+        self.send(Envelope(turn, here))
+        try:
+            here.work_here(timeout_s)
+            answer: A = here.answer.get(timeout=timeout_s)
+        except pykka.Timeout as error:
+            raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
+        return answer
+
+    def with_durability(self, turn: Turn[A], durable: bool) -> Turn[A]:
+        return Durable(turn) if durable else turn
+
     def send(self, envelope: Envelope) -> None:
         self._take(envelope)
 
-    def take_in(self, item: _Answer | ReportedChange) -> None:
+    def take_in(self, item: _Answer | _Computed | ReportedChange) -> None:
         """Take an answer, or a change, from the connection's thread. Never blocks."""
         self._take(item)
 
-    def _take(self, item: Envelope | _Answer | ReportedChange) -> None:
+    def _take(self, item: Envelope | _Answer | _Computed | ReportedChange) -> None:
         # Behind what waits: calls of one thread keep their order even if it does not wait for the first.
         if self._mailbox or self._if_idle(self._handle, item) is BUSY:
             if type(item) is Envelope:
@@ -153,6 +222,8 @@ class BridgeScope(ScopeActor):
         kind = type(item)
         if kind is _Answer:
             self._finish(item.call, item.result, item.error)
+        elif kind is _Computed:
+            self._finish_computed(item.call, item.effects, item.error)
         elif kind is ReportedChange:
             self._report_change(item)
         elif isinstance(item.message, Ping):
@@ -186,6 +257,7 @@ class BridgeScope(ScopeActor):
                 "done: slow down, or raise the limit"
             )
         if call.turn.writes:
+            # Of a write of the whole scope the keys are known when it has its answer: its events have no limit.
             for key in call.turn.keys or ():
                 self._refuse_if_full(key, call.depth)
 
@@ -195,6 +267,12 @@ class BridgeScope(ScopeActor):
         The last write of a key, and the reads behind it, are enough: they wait for the ones before them.
         """
         turn, before = call.turn, dict[_Call, None]()
+        if turn.keys is None and turn.writes:
+            before.update(self._open)
+            self._barrier = call
+            return before
+        if self._barrier is not None:
+            before[self._barrier] = None
         if turn.keys is None:
             before.update((other, None) for other in self._open if other.turn.writes)
             return before
@@ -220,37 +298,99 @@ class BridgeScope(ScopeActor):
             step.start()
 
     def _send(self, call: _Call) -> None:
-        turn = call.turn
+        if is_computed(call.turn):
+            self._begin(call)
+            return
         try:
-            self._connection.call(
-                turn.function_id,
-                _encode(turn.call(self.scope)),
-                lambda result, error: self.take_in(_Answer(call, result, error)),
-                call.depth,
-            )
+            self._call_remote(call.turn, lambda result, error: self.take_in(_Answer(call, result, error)), call.depth)
         except ScopestateError as error:
             self._enqueue(_Answer(call, None, error))
 
+    def _call_remote(self, turn: Turn[Any], done: Done, depth: int) -> None:
+        """Send a turn to the other engine. Raises EngineClosed."""
+        function_id, payload, needs = message_of(turn, self.scope)
+        if needs is None:
+            self._connection.call(function_id, payload, done, depth)
+        else:
+            self._connection.call(function_id, payload, done, depth, needs)
+
+    def _begin(self, call: _Call) -> None:
+        """Have a `modify` or `transact` computed: by its caller, or on a worker thread."""
+        computation = Computation(
+            lambda: self._compute(call), lambda effects, error: self.take_in(_Computed(call, effects, error))
+        )
+        if isinstance(call.reply, Here):
+            call.reply.grant(computation)
+        else:
+            self._dispatcher.submit_program(computation.run)
+
+    def _compute(self, call: _Call) -> Effects[Any]:
+        """Compute it on this thread, which waits for the answers of the other engine."""
+
+        def ask(turn: Turn[Any]) -> Effects[Any]:
+            for attempt in range(_RESENT + 1):
+                waiter = Waiter()
+                self._call_remote(turn, waiter.done, call.depth)
+                try:
+                    return _effects_of(turn, waiter.get())
+                except RemoteFailure as failure:
+                    raise refusal_of(failure) or failure from failure
+                except ConnectionLost:
+                    if attempt == _RESENT or (turn.writes and not _may_be_sent_again(turn)):
+                        raise
+            raise AssertionError("the last attempt has raised")
+
+        return compute(call.turn, self.scope, self._around.limits, ask)
+
     def _finish(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
+        """Read the answer to a call, and send the call again if it was lost and may be repeated."""
+        if (
+            isinstance(error, ConnectionLost)
+            and _may_be_sent_again(call.turn)
+            and call.resent < _RESENT
+            and not (call.reply.abandoned or self._shut)
+        ):
+            call.resent += 1
+            self._send(call)
+            return
+        try:
+            if error is not None:
+                raise error
+            effects = _effects_of(call.turn, result)
+        except Exception as problem:  # noqa: BLE001 - the caller gets it
+            self._settle(call, (), None, self._failure(call.turn, problem))
+        else:
+            self._settle(call, effects[0], effects[1], None)
+
+    def _finish_computed(self, call: _Call, effects: Effects[Any] | None, error: BaseException | None) -> None:
+        if effects is not None:
+            self._settle(call, effects[0], effects[1], None)
+        elif isinstance(error, _REMOTE):
+            self._settle(call, (), None, self._failure(call.turn, error))
+        else:
+            self._settle(call, (), None, error)  # of the function, or of this side: it reaches the caller as it is
+
+    def _failure(self, turn: Turn[Any], problem: Exception) -> ScopestateError:
+        """Return what the caller gets for a failure."""
+        if isinstance(problem, RemoteFailure) and (refusal := refusal_of(problem)) is not None:
+            return refusal
+        if isinstance(problem, Conflict):  # of a transaction, whose answer does not name the scope
+            return problem if problem.scope else Conflict(self.scope, problem.conflicts)
+        if isinstance(problem, UpdateRefused):
+            return problem if problem.scope else UpdateRefused(self.scope, problem.errors)
+        if isinstance(problem, Unsupported):
+            return problem
+        if not isinstance(problem, ScopestateError):
+            log.error("%s: reading the answer to a call failed", self.name, exc_info=problem)  # a bug: do not hang
+        return _via_bridge(turn, problem)
+
+    def _settle(self, call: _Call, stored: tuple[Stored, ...], answer: Any, failure: BaseException | None) -> None:
         """Fire the events of a call, give it its answer, and send what has waited for it.
 
         Events before answers: a caller that has its answer may call drain() and count on the event.
         """
-        changes: tuple[Change, ...] = ()
-        answer: Any = None
-        failure: StorageError | None = None
-        try:
-            if error is not None:
-                raise error
-            stored, answer = _effects_of(call.turn, result)
-            changes = changes_in(stored)
-        except ScopestateError as problem:
-            failure = _via_bridge(call.turn, problem)
-        except Exception as problem:
-            log.exception("%s: reading the answer to a call failed", self.name)  # a bug, which must not hang the caller
-            failure = _via_bridge(call.turn, problem)
         if not self._connection.reports_changes:
-            for change in changes:
+            for change in changes_in(stored):
                 if self._shut:
                     log.error(
                         "%s: a write of key %r was answered after the engine closed; its event is not delivered",
@@ -282,6 +422,8 @@ class BridgeScope(ScopeActor):
 
     def _forget(self, call: _Call) -> None:
         del self._open[call]
+        if self._barrier is call:
+            self._barrier = None
         for key in call.turn.keys or ():
             calls = self._keys[key]
             calls.reads.pop(call, None)
@@ -304,13 +446,52 @@ class BridgeScope(ScopeActor):
             change.reply.fail(error)
             return
         self.touched = True
-        self._fire(change.key, change.old, change.new, change.depth)
+        self._fire(change.key, change.old, change.new, change.depth, change.expired)
         change.reply.set()
 
     # ------------------------------------------------------------------------------------------------------- leaving
 
     def _is_needed(self) -> bool:
         return bool(self._open) or super()._is_needed()
+
+
+_REMOTE: Final = (
+    CallTimeout,
+    Conflict,
+    ConnectionLost,
+    MessageTooLarge,
+    NotConnected,
+    RemoteFailure,
+    Unsupported,
+)
+"""What a call of the other engine raises."""
+
+
+def _may_be_sent_again(turn: Turn[Any]) -> bool:
+    """Return whether the other engine does a call once, however often it gets it."""
+    while isinstance(turn, Durable | Once):
+        if isinstance(turn, Once):
+            return True
+        turn = turn.turn
+    return False
+
+
+def message_of(turn: Turn[Any], scope: str) -> tuple[str, bytes, Needs | None]:
+    """Return the call that has another engine do a turn: function id, input, and what that engine must be able to do.
+
+    None: any engine can do it.
+    """
+    function_id, fields = unwrapped(turn).function_id, turn.call(scope)
+    needs = None if type(turn) in _REFERENCE else _needs(function_id, fields)
+    return function_id, _encode(fields), needs
+
+
+def _needs(function_id: str, fields: dict[str, Any]) -> Needs:
+    asked = [name for name, given in fields.items() if not name.startswith("_") and given not in (None, False)]
+    options = OPTIONS.get(function_id)
+    if options is not None:
+        asked = [name for name in asked if name in options.__struct_fields__]
+    return Needs(function_id, tuple(asked))
 
 
 def _effects_of(turn: Turn[Any], result: bytes | None) -> Effects[Any]:

@@ -24,6 +24,7 @@ from scopestate.errors import (
     StorageError,
     ValueTooLarge,
 )
+from scopestate.ops.turns import Entry
 from scopestate.server.server import Server
 
 # ------------------------------------------------------------------------------------------------------------- values
@@ -504,5 +505,5 @@ def test_a_bridge_to_a_bridge(remote: RemoteProcess, open_bridge: OpenBridge) ->
         assert engine.get("s", "none", "missing") == "missing"
         assert engine.list("s") == [1]
         assert engine.list_groups() == ["s"]
-        assert engine._parts.backend.read("s") == {"k": b"1"}
+        assert engine._parts.backend.read("s") == {"k": Entry(b"1", 2)}
         engine.close()

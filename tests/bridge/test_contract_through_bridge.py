@@ -15,6 +15,7 @@ from second_engine import OpenBridge, RemoteProcess
 
 from scopestate.config import BridgeOptions
 from scopestate.errors import MessageTooLarge, StorageError
+from scopestate.ops.turns import Entry
 from scopestate.persistence.bridge.backend import BridgeBackend
 
 NAMES = {
@@ -130,24 +131,24 @@ def test_thousands_of_scopes_are_listed(stored_remote: RemoteProcess, open_bridg
     engine = open_bridge(stored_remote.url)
     backend = engine._parts.backend
     names = [f"many-{number:04}" for number in range(2000)]
-    backend.write({name: {"k": b"1"} for name in names})  # type: ignore[attr-defined]
+    backend.write({name: {"k": Entry(b"1", 0)} for name in names})  # type: ignore[attr-defined]
 
     assert [name for name in engine.list_groups() if name.startswith("many-")] == names
 
 
 def test_the_backend_by_itself(stored_remote: RemoteProcess) -> None:
     backend = BridgeBackend(BridgeOptions(stored_remote.url))
-    backend.write({"by itself": {"a": b"1", "b": b"null"}})
+    backend.write({"by itself": {"a": Entry(b"1", 0), "b": Entry(b"null", 0)}})
     backend.write({"by itself": {"a": None}})
 
     assert backend.keeps is True
     assert backend.store is None
     assert "by itself" in backend.scopes()
     assert backend.call_and_wait("state::list", b'{"scope":"by itself"}') == b"[null]"
-    assert backend.read("by itself") == {"b": b"null"}
+    assert [(key, entry.json) for key, entry in backend.read("by itself").items()] == [("b", b"null")]
     assert backend.read("nobody") == {}
     backend.close()
     backend.close()
-    for call in (backend.scopes, lambda: backend.read("s"), lambda: backend.write({"s": {"k": b"1"}})):
+    for call in (backend.scopes, lambda: backend.read("s"), lambda: backend.write({"s": {"k": Entry(b"1", 0)}})):
         with pytest.raises(StorageError, match="closed"):
             call()

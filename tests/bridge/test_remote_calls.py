@@ -123,9 +123,18 @@ def test_a_result_of_another_shape_is_an_error_and_not_an_answer(turn: Any, resu
         ("state:updated", "2", "null", (b"2", b"null")),
         ("state:deleted", "2", "null", (b"2", None)),
         ("state:deleted", "null", "null", (None, None)),
+        ("state:expired", "null", "null", (b"null", None)),
     ],
 )
 def test_an_event_of_the_remote(kind: str, old: str, new: str, expected: tuple[bytes | None, bytes | None]) -> None:
     event = f'{{"type":"state","event_type":"{kind}","scope":"s","key":"k","old_value":{old},"new_value":{new}}}'
 
-    assert _read_event(event.encode()) == ("s", "k", *expected)
+    read = _read_event(event.encode())
+
+    assert (read.scope, read.key, read.old(), read.new(), read.expired()) == ("s", "k", *expected, None)
+
+
+def test_an_event_of_a_key_that_has_expired_tells_when() -> None:
+    event = b'{"event_type":"state:expired","scope":"s","key":"k","old_value":1,"expired_at":5,"late_ms":2}'
+
+    assert _read_event(event).expired() == (5, 2)

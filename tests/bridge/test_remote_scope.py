@@ -19,6 +19,7 @@ from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeo
 from scopestate.ops import turns
 from scopestate.persistence import Backend
 from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange
+from scopestate.wire.features import Needs
 
 
 class PlayedRemote(Backend):
@@ -32,7 +33,7 @@ class PlayedRemote(Backend):
         self._sent = threading.Condition()
         self.closed = False
 
-    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
+    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0, needs: Needs | None = None) -> None:
         if self.closed:
             raise EngineClosed("the connection is closed")
         fields = json.loads(payload)

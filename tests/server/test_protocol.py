@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine
 from scopestate.errors import FunctionNotFound, InvalidRegistration, RemoteFailure
+from scopestate.ops.functions import BUILT_IN
 from scopestate.server.server import Server
 
 PLACE = {"scope": "users", "key": "profile"}
@@ -740,12 +741,7 @@ def test_functions_and_triggers_are_listed(connect: OpenRaw, engine: Engine) -> 
     trigger_id = worker.trigger("w.f", {"scope": "s"}, metadata={"m": 1})
 
     functions = {entry["function_id"]: entry for entry in worker.call("engine::functions::list", {})["functions"]}
-    assert set(functions) == {
-        *(f"state::{name}" for name in ("get", "set", "delete", "update", "list", "list_groups"))
-    } | {
-        "app.f",
-        "w.f",
-    }
+    assert set(functions) == {*BUILT_IN, "app.f", "w.f"}
     assert functions["w.f"] == {
         "function_id": "w.f",
         "description": "does",
@@ -865,7 +861,7 @@ def test_a_server_that_stops_closes_with_1012_and_frees_the_engine(
 
     assert worker.closed_with() == (1012, "the server stops")
     assert engine.triggers() == []
-    assert {entry["name"] for entry in engine.functions()} == {f"state::{name}" for name in STATE}
+    assert {entry["name"] for entry in engine.functions()} == set(BUILT_IN)
     with Server(engine, port=0):
         assert engine.call("engine::workers::list", {})["workers"] == []
 

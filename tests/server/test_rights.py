@@ -221,13 +221,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "state::touch": {"key": "k", "ttl_ms": None},
     "state::transaction": {"ops": [{"type": "delete", "key": "k"}]},
 }
-CELLS = [
-    (function_id, scope)
-    for function_id in INPUTS
-    for scope in SCOPES
-    if BUILT_IN[function_id].message is not None
-    or not all(right in SCOPES[scope] for right in BUILT_IN[function_id].rights)
-]
+CELLS = [(function_id, scope) for function_id in INPUTS for scope in SCOPES]
 
 
 @pytest.fixture

@@ -1,0 +1,79 @@
+"""What the engine at the other end of a connection can do: the functions that it lists, and the fields of their inputs.
+
+iii 0.11.6 and older scopestate engines ignore fields that they do not know: a condition would be overlooked, and the
+write made all the same. So a call that needs more than they have is refused before it is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from scopestate.errors import Unsupported
+
+LIST: Final = "engine::functions::list"
+"""The function that tells."""
+MARK: Final = "state::get-entry"
+"""A function that only scopestate has. Others may have functions of the same names that do less."""
+
+
+class Needs(NamedTuple):
+    """What a call needs of the other engine."""
+
+    function_id: str
+    fields: tuple[str, ...] = ()
+    """Fields of its input."""
+
+
+class Features(NamedTuple):
+    """What the other engine can do."""
+
+    fields: dict[str, frozenset[str]]
+    """Id of a state function -> the fields of its input."""
+    problem: str = ""
+    """Why it could not be found out."""
+
+    def refusal(self, needs: Needs, url: str) -> Unsupported | None:
+        """Return the error for a call that the other engine could not do as it is meant; None: it can."""
+        if self.problem:
+            return Unsupported(needs.function_id, f"it is not known what the engine at {url} can do: {self.problem}")
+        known = self.fields.get(needs.function_id)
+        if known is None or MARK not in self.fields:
+            return Unsupported(
+                needs.function_id, f"the engine at {url} is iii, or a scopestate from before it, and does not know it"
+            )
+        missing = [field for field in needs.fields if field not in known]
+        if missing:
+            return Unsupported(f"`{missing[0]}` of {needs.function_id}", f"the engine at {url} does not know it")
+        return None
+
+
+class _Function(msgspec.Struct):
+    function_id: str
+    request_format: Any = None
+
+
+class _Listed(msgspec.Struct):
+    functions: list[_Function]
+
+
+def read_features(result: bytes | None) -> Features:
+    """Return what the answer of `engine::functions::list` says."""
+    try:
+        listed = msgspec.json.decode(result or b"null", type=_Listed)
+    except (msgspec.DecodeError, RecursionError) as error:
+        return Features({}, f"its list of functions cannot be read: {error}")
+    return Features(
+        {
+            function.function_id: frozenset(_properties(function.request_format))
+            for function in listed.functions
+            if function.function_id.startswith("state::")
+        }
+    )
+
+
+def _properties(schema: Any) -> Iterable[str]:
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    return properties if isinstance(properties, dict) else ()

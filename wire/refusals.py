@@ -1,0 +1,96 @@
+"""The facts of refusals, as the wire carries them beside code and message (docs/protocol.md, section 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+from msgspec import Raw
+
+from scopestate.errors import (
+    BatchTooLarge,
+    Conflict,
+    IdempotencyMismatch,
+    InvalidCursor,
+    KeyConflict,
+    RemoteFailure,
+    RowTooLarge,
+    ScopestateError,
+    SnapshotCapacity,
+    Unsupported,
+    UpdateRefused,
+    ValueTooLarge,
+)
+from scopestate.ops.update_ops import RefusedOp
+from scopestate.wire.frames import ABSENT
+
+_FACTS: Final[dict[type[ScopestateError], tuple[str, ...]]] = {
+    BatchTooLarge: ("scope", "size", "limit", "unit"),
+    Conflict: ("scope", "key", "expected_revision", "revision", "conflicts"),
+    IdempotencyMismatch: ("scope", "idempotency_key"),
+    InvalidCursor: ("reason",),
+    RowTooLarge: ("scope", "key", "size", "limit"),
+    SnapshotCapacity: ("problem",),
+    Unsupported: ("feature", "reason"),
+    UpdateRefused: ("scope", "errors"),
+    ValueTooLarge: ("scope", "key", "size", "limit"),
+}
+"""Error -> the attributes that are sent."""
+
+
+def details_of(error: ScopestateError) -> Raw:
+    """Return the facts of an error as a JSON object; nothing for most errors."""
+    names = _FACTS.get(type(error))
+    if names is None:
+        return ABSENT
+    return Raw(msgspec.json.encode({name: getattr(error, name) for name in names}))
+
+
+class _Facts(msgspec.Struct):
+    scope: str = ""
+    key: str = ""
+    size: int = 0
+    limit: int = 0
+    unit: str = ""
+    reason: str = ""
+    feature: str = ""
+    problem: str = ""
+    idempotency_key: str = ""
+    conflicts: list[KeyConflict] = []
+    errors: list[RefusedOp] = []
+
+
+def refusal_of(failure: RemoteFailure) -> ScopestateError | None:
+    """Return the error that another engine has raised, where it has sent the facts of it; else None.
+
+    Not for `VALUE_TOO_LARGE`, which the reference's functions answer too: for those every failure of the other engine
+    is a failure of the store.
+    """
+    make = _MADE.get(failure.code)
+    if make is None or failure.details is None:
+        return None
+    try:
+        return make(msgspec.convert(failure.details, _Facts))
+    except msgspec.ValidationError:
+        return None
+
+
+def _conflict(facts: _Facts) -> Conflict | None:
+    return Conflict(facts.scope, facts.conflicts) if facts.conflicts else None
+
+
+def _update_refused(facts: _Facts) -> UpdateRefused | None:
+    return UpdateRefused(facts.scope, facts.errors) if facts.errors else None
+
+
+_MADE: Final[Mapping[str, Callable[[_Facts], ScopestateError | None]]] = {
+    BatchTooLarge.code: lambda facts: BatchTooLarge(facts.scope, facts.size, facts.limit, facts.unit),
+    Conflict.code: _conflict,
+    IdempotencyMismatch.code: lambda facts: IdempotencyMismatch(facts.scope, facts.idempotency_key),
+    InvalidCursor.code: lambda facts: InvalidCursor(facts.reason),
+    RowTooLarge.code: lambda facts: RowTooLarge(facts.scope, facts.key, facts.size, facts.limit),
+    SnapshotCapacity.code: lambda facts: SnapshotCapacity(facts.problem),
+    Unsupported.code: lambda facts: Unsupported(facts.feature, facts.reason),
+    UpdateRefused.code: _update_refused,
+}
