@@ -13,27 +13,28 @@ from scopestate.persistence import FileAdapter
 
 SAVE_FOR_EVER = """
 import sys
-from scopestate.persistence import Row, FileAdapter, ScopeChange
+from scopestate.persistence import Answer, Row, FileAdapter, ScopeChange
 adapter = FileAdapter(sys.argv[1])
 states = {scope: adapter.load(scope) for scope in ("count", "wide", "gone")}
-def change(scope, values):
+def change(scope, values, token=None):
     state, changed, removed = states[scope], {}, []
     for key, value in values.items():
         state.revision += 1
         before = state.entries.pop(key, None) if value is None else state.entries.get(key)
         if value is not None:
             created = before.created if before else state.revision
-            state.entries[key] = changed[key] = Row(value, state.revision, created)
+            state.entries[key] = changed[key] = Row(value, state.revision, created, int(text))
         elif before:
             removed.append(before.created)
-    return ScopeChange(scope, state.revision, changed, removed)
+    answers = {token: Answer(b"", token.encode(), int(token)), str(int(token) - 20): None} if token else {}
+    return ScopeChange(scope, state.revision, changed, removed, int(text), answers)
 start = int(states["count"].entries["n"].json) if states["count"].entries else 0
 for number in range(start + 1, start + 1_000_000):
     text = b"%d" % number
     keys = {f"k{place}": text for place in range(number % 400)}
     adapter.save([
         change("count", {"n": text}),
-        change("wide", keys | {"last": text}),
+        change("wide", keys | {"last": text}, str(number)),
         change("gone", {f"g{number}": text, f"g{number - 1}": None}),
     ])
     print(number, flush=True)
@@ -67,5 +68,9 @@ def test_killed_in_the_middle_of_saves_the_store_opens_with_every_finished_save_
         assert wide["last"] == b"%d" % number
         assert [wide[f"k{place}"] for place in range(number % 400)] == [b"%d" % number] * (number % 400)
         assert gone == {f"g{number}": b"%d" % number}
+        # Deadlines and answers are those of the same save.
+        assert {row.expires_ms for row in states[2].entries.values()} == {number}
+        assert sorted(adapter.due(3)) == [(number, "count"), (number, "gone"), (number, "wide")]
+        assert list(states[1].answers) == [str(kept) for kept in range(max(1, number - 19), number + 1)]
         assert adapter.check() == []
         adapter.close()

@@ -16,8 +16,9 @@ from typing import Protocol
 import pytest
 from stored import change, values_of
 
+from scopestate.actors.ports import ANSWERS_KEPT_MS
 from scopestate.errors import StorageError, StoreCorrupt, StoreLocked, StoreUnusable
-from scopestate.persistence import FileAdapter, Row, ScopeChange
+from scopestate.persistence import Answer, FileAdapter, Row, ScopeChange
 from scopestate.persistence.sqlite.database import connect
 from scopestate.persistence.sqlite.opening import publish
 from scopestate.persistence.sqlite.schema import RESERVED
@@ -41,18 +42,30 @@ def changed(scope: str, revision: int, **values: bytes | None) -> ScopeChange:
     return change(scope, revision, values)
 
 
+NOW = 1_800_000_000_000
+
+
+def everything(adapter: FileAdapter) -> dict[str, object]:
+    """What is kept of each scope, and when they are due."""
+    kept: dict[str, object] = {scope: adapter.load(scope) for scope in ("a", "b", "old answers")}
+    return {**kept, "due": adapter.due(10)}
+
+
 def contents(adapter: FileAdapter) -> dict[str, tuple[int, list[tuple[str, bytes]]]]:
     states = {scope: adapter.load(scope) for scope in adapter.scopes()}
     return {scope: (state.revision, list(values_of(state).items())) for scope, state in states.items()}
 
 
 def mixed_batch() -> list[ScopeChange]:
-    """Creates, overwrites, deletes, empties an extent, and has one scope twice: every kind of statement of a save."""
-    created: dict[str, Row | None] = {f"new-{n}": Row(b"1", 10 + n, 10 + n) for n in range(300)}
+    """Creates, overwrites, deletes, empties an extent, keeps and drops answers, and has one scope twice: every kind of
+    statement of a save.
+    """
+    created: dict[str, Row | None] = {f"new-{n}": Row(b"1", 10 + n, 10 + n, 5000 + n) for n in range(300)}
+    answers: dict[str, Answer | None] = {f"{n}": Answer(b"", b"%d" % n, NOW) for n in range(40)}
     return [
-        ScopeChange("a", 310, created),
+        ScopeChange("a", 310, created, due_ms=5000, answers=answers),
         ScopeChange("b", 2**30, {"old": Row(b"2", 2**30, 1), "gone": None, "far": Row(b"3", 2**30, 2**30)}, [2]),
-        ScopeChange("a", 400, {"new-0": None, "new-1": Row(b"3", 400, 400)}, [10, 11]),
+        ScopeChange("a", 400, {"new-0": None, "new-1": Row(b"3", 400, 400)}, [10, 11], 5000, {"7": None}),
         ScopeChange("b", 2**30 + 1, {"old": None}, [1]),
     ]
 
@@ -72,8 +85,11 @@ def test_a_fault_at_any_statement_of_a_save_leaves_nothing_of_it_behind(
     open_file: Open, faults: Faults, io_error: sqlite3.Error
 ) -> None:
     adapter = open_file(connect=faults.connect)
-    adapter.save([changed("b", 3, old=b"1", gone=b"1")])
-    before = contents(adapter)
+    adapter.clock_ms = NOW - 2 * ANSWERS_KEPT_MS
+    old = ScopeChange("old answers", 1, {}, answers={"old": Answer(b"", b"", adapter.clock_ms)})
+    adapter.save([changed("b", 3, old=b"1", gone=b"1"), old])
+    adapter.clock_ms = NOW
+    before = everything(adapter)
 
     for number in count(1):
         faults.fail_at(number, io_error)
@@ -82,9 +98,12 @@ def test_a_fault_at_any_statement_of_a_save_leaves_nothing_of_it_behind(
         if error is None:
             break  # a save has fewer statements
         assert error.__cause__ is io_error
-        assert contents(adapter) == before
+        assert everything(adapter) == before
 
-    assert number > 15
+    assert number > 20
+    assert len(adapter.load("a").answers) == 39
+    assert adapter.load("old answers").answers == {}
+    assert adapter.due(10) == [(5000, "a")]
     assert contents(adapter)["b"] == (2**30 + 1, [("far", b"3")])
     assert len(contents(adapter)["a"][1]) == 299
 
