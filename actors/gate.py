@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from scopestate.actors.program import RUNNING, refuse_within_function
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Surroundings
 from scopestate.errors import ScopestateError, StorageError
@@ -88,8 +87,6 @@ class Gate:
 
         A finalizer may run anywhere: in the middle of a commit too.
         """
-        if RUNNING:
-            refuse_within_function()
         self._snapshot._refuse_own_turn()
         for actor in list(self._snapshot.committing.values()):
             actor._refuse_own_turn()

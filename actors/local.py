@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any, Final, TypeVar
@@ -11,7 +10,6 @@ from scopestate.actors.answers import Answers
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.gate import Gate
 from scopestate.actors.ports import NO_RULE, Answer
-from scopestate.actors.program import RUNNING, Stopwatch, refuse_within_function
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Collect, Housekeeping, Surroundings
 from scopestate.actors.stretch import LAST_SEQUENCE, MOST_UNSAVED, Collected, ScopeInMemory, part
@@ -20,9 +18,9 @@ from scopestate.actors.view import InMemory, Unexpired, WithDeadlines
 from scopestate.actors.wheel import NEVER, Wheel
 from scopestate.errors import DeserializationError, EngineClosed, Overloaded, StorageError, Unsupported
 from scopestate.ops.results import BatchResult, SetResult
-from scopestate.ops.transactions import SetAll, Transact
+from scopestate.ops.transactions import SetAll
 from scopestate.ops.turns import LAST_MS, NO_DEADLINE, Delete, List, Set, Turn, Update
-from scopestate.ops.writes import Durable, Modify, Once, SetWith, unwrapped
+from scopestate.ops.writes import Durable, SetWith
 from scopestate.signals import certainly
 from scopestate.wire.depth import event_depth
 
@@ -36,7 +34,7 @@ class LocalScope(ScopeInMemory):
     happen together or not at all (`actors/stretch.py`). Reading needs no turn.
     """
 
-    __slots__ = ("_left", "_saved", "_stopwatch", "pinned")
+    __slots__ = ("_left", "_saved", "pinned")
 
     def __init__(self, scope: str, around: Surroundings, *, keeps: bool, gated: bool = False) -> None:
         """`keeps`: the store keeps it. `gated`: a write counts as done when it is on disk, and is answered then."""
@@ -51,7 +49,6 @@ class LocalScope(ScopeInMemory):
         """The values of a closed scope, which only turns of handlers see."""
         self.pinned = False
         """True while the store cannot hold one of its values, which is then nowhere but here."""
-        self._stopwatch = Stopwatch()
         self._hold(None if keeps else {})
 
     def _hold(self, values: dict[str, bytes] | None) -> None:
@@ -125,8 +122,6 @@ class LocalScope(ScopeInMemory):
     def run(self, turn: Turn[A]) -> A:
         # `_if_idle`, written out: every write comes this way, and a call more would cost it 4 %.
         claim = self._claim
-        if RUNNING:
-            refuse_within_function()
         if self._direct and not claim and self._gate is None:
             me = get_ident()
             try:
@@ -145,15 +140,11 @@ class LocalScope(ScopeInMemory):
 
     def run_now(self, turn: Turn[A]) -> A:
         answer: A = BUSY  # there may be a commit to wait for, or a store
-        if RUNNING:
-            refuse_within_function()
         if self._gate is None and self._view is not None:
             answer = self._if_idle(self.on_receive, turn)
         return answer
 
     def send(self, envelope: Envelope) -> None:
-        if RUNNING:
-            refuse_within_function()
         must_load = self._view is None and not self._shut
         if must_load or self._if_idle(self._handle, envelope) is BUSY:
             self._refuse_own_turn()
@@ -194,14 +185,23 @@ class LocalScope(ScopeInMemory):
             if self.rule is NO_RULE and not (self._deadlines and key in self._deadlines):
                 data: bytes = turn.data  # type: ignore[attr-defined]  # as above
                 old = view.get(key)
-                self._write(key, old, data)
+                if old is None:
+                    self._create(key, data)
+                else:
+                    self._write(key, old, data)
                 return SetResult(old, data, revision=self._sequence)  # type: ignore[return-value]  # A is SetResult here
-        elif kind is Update or kind is Delete:
+        elif kind is Update:
             if self.rule is NO_RULE and not self._deadlines:
                 view.revision = self._sequence
                 (change,), answer = turn.decide(view)
-                self._write(change.key, change.before, change.after)  # type: ignore[union-attr]  # each is a change
+                self._write(change.key, change.before, change.after)  # type: ignore[union-attr]  # it is a change
                 return answer
+        elif kind is Delete:
+            if not self._deadlines:
+                key = turn.key  # type: ignore[attr-defined]  # of a Delete
+                old = view.get(key)
+                self._remove(key, old)
+                return old  # type: ignore[return-value]  # A is bytes or None here
         elif kind in _WAYS:
             return _WAYS[kind](self, turn)  # type: ignore[no-any-return]  # as above
         return self._decide(turn)
@@ -243,8 +243,10 @@ class LocalScope(ScopeInMemory):
             expected is not None and expected != (0 if old is None else self._revisions[key])
         ):
             return self._decide(turn)  # the rule has a say, or it is refused
-        if now_ms:
-            self._write_timed(key, old, turn.data, expires_ms, False, now_ms)
+        if now_ms and old is not None:
+            self._write_timed(key, old, turn.data, expires_ms, now_ms)
+        elif now_ms:
+            self._create(key, turn.data, expires_ms, now_ms)
         else:
             self._write(key, old, turn.data)
         return SetResult(old, turn.data, revision=self._sequence, detailed=True)
@@ -258,26 +260,8 @@ class LocalScope(ScopeInMemory):
         self._write_all(turn.sets, before)
         return turn.result(before, self._sequence)
 
-    def _run_function(self, turn: Turn[A]) -> A:
-        """As `_decide`, for a turn that calls a function of the program."""
-        me = get_ident()
-        began_s = time.monotonic()
-        # No call between these two lines, so no signal.
-        RUNNING[me] = self.scope
-        try:
-            return self._decide(turn)
-        finally:
-            del RUNNING[me]
-            self._stopwatch.note(self.scope, began_s)
-
-    def _open(self, turn: Once[A] | Durable[A]) -> A:
-        """As `_decide`, for a turn around another one."""
-        inner = unwrapped(turn)
-        if type(inner) in _WITH_FUNCTION:
-            return self._run_function(turn)
-        if type(turn) is Durable and type(turn.turn) is not Once:
-            return self.on_receive(turn.turn)
-        return self._decide(turn)
+    def _open(self, turn: Durable[A]) -> A:
+        return self.on_receive(turn.turn)
 
     def _tell_again(self) -> None:
         self._router.wake_anyway()
@@ -471,14 +455,9 @@ class LocalScope(ScopeInMemory):
         return self.is_clean() and self._saved == self._sequence and not self.pinned
 
 
-_WITH_FUNCTION: Final = frozenset({Modify, Transact})
-
 _WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
     SetWith: LocalScope._set_with,
     SetAll: LocalScope._set_all,
-    Modify: LocalScope._run_function,
-    Transact: LocalScope._run_function,
-    Once: LocalScope._open,
     Durable: LocalScope._open,
 }
 """Turns that do not simply decide. tests/properties/test_turns.py holds what they do equal to `decide`."""

@@ -51,6 +51,8 @@ MOST_UNSAVED: Final = 2**31
 write may have had a higher one. It is compared at each save, which leaves the rest to the writes until the next one.
 """
 
+_COMMITS: Final = ("_write", "_create", "_write_timed", "_remove", "_write_all", "_apply")
+"""The methods that have a stretch."""
 _NONE_GONE: Final[dict[int, None]] = {}
 """Shared by the scopes that are not kept: nothing is put into it."""
 
@@ -152,67 +154,34 @@ class ScopeInMemory(ScopeActor):
     # ---------------------------------------------------------------------------------------------------- one change
 
     def _write(self, key: str, old: bytes | None, new: bytes | None) -> None:
-        """Commit a change of a key without a deadline: memory, what to save, and the event, all or none of them."""
+        """Commit a change of a key that has no deadline: memory, what to save, and the event, all or none of them."""
+        if new is None:
+            self._remove(key, old)
+            return
+        if old is None:
+            self._create(key, new)
+            return
         sequence = self._sequence + 1
         watch = self._watch
         anywhere = watch.anywhere
         routed: tuple[Any, ...] = ()
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
             routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
-        values, revisions = self._values, self._revisions
-        created, removed = self._created, self._removed
-        dirty, outbox, gate = self._dirty, self._outbox, self._gate
+        values, revisions, dirty = self._values, self._revisions, self._dirty
+        outbox, gate = self._outbox, self._gate
         assert values is not None  # within a turn
-        creations = gone = 0
-        if old is None:
-            if new is not None:
-                if len(key) > self._around.limits.longest_name:
-                    checked_length("key", key, self._around.limits.longest_name)
-                creations = self._creations + 1
-        elif new is None and dirty is not None and created[key] <= self._collected:
-            gone = created[key]
         if gate is not None:
             gate.unsettled = True
             self.readable = None  # before the value can be seen
         self.touched = True
-        # The stretch begins here. What may need memory comes first, the event as the last of it.
-        try:
-            if dirty is not None:
-                if old is not None or new is not None:
-                    dirty[key] = None
-                self._registry[self.scope] = self
-            if old is None:
-                if new is not None:
-                    if dirty is not None:
-                        created[key] = sequence
-                    revisions[key] = sequence
-                    values[key] = new
-            elif gone:
-                removed[gone] = None
-            if routed:
-                outbox += routed
-        except MemoryError:
-            if old is None:
-                if key in values:
-                    del values[key]
-                if key in revisions:
-                    del revisions[key]
-                if dirty is not None and key in created:
-                    del created[key]
-            elif gone and gone in removed:
-                del removed[gone]
-            raise
-        if old is None:
-            if creations:
-                self._creations = creations
-        elif new is not None:
-            values[key] = new
-            revisions[key] = sequence
-        else:
-            del values[key]
-            del revisions[key]
-            if dirty is not None:
-                del created[key]
+        # The stretch begins here. A key too many that is dirty need not be taken back.
+        if dirty is not None:
+            dirty[key] = None
+            self._registry[self.scope] = self
+        if routed:
+            outbox += routed
+        values[key] = new
+        revisions[key] = sequence
         self._sequence = sequence
         # The stretch has ended.
         if gate is not None:
@@ -220,97 +189,144 @@ class ScopeInMemory(ScopeActor):
         elif routed:
             self._router.wake()
 
-    def _write_timed(
-        self, key: str, old: bytes | None, new: bytes | None, expires_ms: int | None, expired: bool, now_ms: int | None
-    ) -> None:
-        """As `_write`, for a key that has a deadline or gets one.
-
-        `expires_ms`: when `new` expires; of a key that is removed because it has `expired`, its deadline. `now_ms`: the
-        time, if it is known.
-        """
+    def _create(self, key: str, new: bytes, expires_ms: int | None = None, now_ms: int | None = None) -> None:
+        """Commit a key that did not exist. `now_ms`: the time, if it is known."""
+        if len(key) > self._around.limits.longest_name:
+            checked_length("key", key, self._around.limits.longest_name)
         sequence = self._sequence + 1
-        watch, gate = self._watch, self._gate
+        watch = self._watch
         anywhere = watch.anywhere
         routed: tuple[Any, ...] = ()
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
-            late = self._lateness(expires_ms) if expired else None
-            routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get(), late)
-        values, revisions, deadlines, dirty = self._values, self._revisions, self._deadlines, self._dirty
-        created, removed, outbox = self._created, self._removed, self._outbox
+            routed = self._router.prepare(self.scope, watch, key, None, new, sequence, event_depth.get())
+        sooner = expires_ms is not None and self._place(key, expires_ms, now_ms)
+        values, revisions, created, deadlines = self._values, self._revisions, self._created, self._deadlines
+        dirty, outbox, gate = self._dirty, self._outbox, self._gate
         assert values is not None  # within a turn
-        creations, gone = self._creations, 0
-        untimed = sooner = False
-        timed = key in deadlines
-        if old is None:
-            if new is not None:
-                checked_length("key", key, self._around.limits.longest_name)
-                creations += 1
-        elif new is None and dirty is not None and created[key] <= self._collected:
-            gone = created[key]
-        if expires_ms is not None and new is not None:
-            sooner = self._place(key, expires_ms, now_ms)
-            untimed = not timed
+        creations = self._creations + 1
         if gate is not None:
             gate.unsettled = True
             self.readable = None  # before the value can be seen
         self.touched = True
-        # The stretch begins here, as in `_write`.
+        # The stretch begins here.
         try:
             if dirty is not None:
                 dirty[key] = None
                 self._registry[self.scope] = self
-            if old is None:
-                if new is not None:
-                    if dirty is not None:
-                        created[key] = sequence
-                    revisions[key] = sequence
-                    if untimed:
-                        deadlines[key] = expires_ms  # type: ignore[assignment]  # not None then
-                    values[key] = new
-            elif gone:
-                removed[gone] = None
-            elif untimed:
-                deadlines[key] = expires_ms  # type: ignore[assignment]  # as above
-            outbox += routed
+                created[key] = sequence
+            if expires_ms is not None:
+                deadlines[key] = expires_ms
+            revisions[key] = sequence
+            values[key] = new
+            if routed:
+                outbox += routed
         except MemoryError:
-            if old is None:
-                if key in values:
-                    del values[key]
-                if key in revisions:
-                    del revisions[key]
-                if dirty is not None and key in created:
-                    del created[key]
-            elif gone and gone in removed:
-                del removed[gone]
-            if untimed and key in deadlines:
-                del deadlines[key]
-            raise
-        if old is not None:
-            if new is not None:
-                values[key] = new
-                revisions[key] = sequence
-                if expires_ms is not None:
-                    deadlines[key] = expires_ms
-                elif timed:
-                    del deadlines[key]
-            else:
+            if key in values:
                 del values[key]
+            if key in revisions:
                 del revisions[key]
-                if dirty is not None:
-                    del created[key]
-                if timed:
-                    del deadlines[key]
+            if key in deadlines:
+                del deadlines[key]
+            if key in created:
+                del created[key]
+            raise
         self._creations = creations
         self._sequence = sequence
         # The stretch has ended.
-        if gate is not None:
-            self._around.snapshot.commit_soon()
-        elif routed:
-            self._router.wake()
-        if timed and key not in deadlines:
-            self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
+        if gate is not None or routed:
+            self._tell(routed)
         if sooner:
             self._expect()
+
+    def _write_timed(self, key: str, old: bytes, new: bytes, expires_ms: int | None, now_ms: int | None) -> None:
+        """As `_write`, for a key that exists and has a deadline or gets one."""
+        sequence = self._sequence + 1
+        watch = self._watch
+        routed: tuple[Any, ...] = ()
+        if watch or watch.anywhere:
+            routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
+        sooner = expires_ms is not None and self._place(key, expires_ms, now_ms)
+        values, revisions, deadlines, dirty = self._values, self._revisions, self._deadlines, self._dirty
+        outbox, gate = self._outbox, self._gate
+        assert values is not None  # within a turn
+        timed = key in deadlines
+        if gate is not None:
+            gate.unsettled = True
+            self.readable = None  # before the value can be seen
+        self.touched = True
+        # The stretch begins here.
+        try:
+            if dirty is not None:
+                dirty[key] = None
+                self._registry[self.scope] = self
+            if expires_ms is not None and not timed:
+                deadlines[key] = expires_ms
+            outbox += routed
+        except MemoryError:
+            if not timed and key in deadlines:
+                del deadlines[key]
+            raise
+        if timed:
+            if expires_ms is not None:
+                deadlines[key] = expires_ms
+            else:
+                del deadlines[key]
+        values[key] = new
+        revisions[key] = sequence
+        self._sequence = sequence
+        # The stretch has ended.
+        self._tell(routed)
+        if expires_ms is None:
+            self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
+        elif sooner:
+            self._expect()
+
+    def _remove(self, key: str, old: bytes | None, expired: Expired | None = None) -> None:
+        """Commit that a key exists no more. `old` None: it did not exist, which is an event all the same."""
+        sequence = self._sequence + 1
+        watch = self._watch
+        anywhere = watch.anywhere
+        routed: tuple[Any, ...] = ()
+        if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
+            routed = self._router.prepare(self.scope, watch, key, old, None, sequence, event_depth.get(), expired)
+        values, revisions, created, deadlines = self._values, self._revisions, self._created, self._deadlines
+        dirty, removed, outbox, gate = self._dirty, self._removed, self._outbox, self._gate
+        assert values is not None  # within a turn
+        gone = 0
+        if dirty is not None and old is not None and created[key] <= self._collected:
+            gone = created[key]
+        timed = key in deadlines
+        if gate is not None:
+            gate.unsettled = True
+            self.readable = None  # before it can be missed
+        self.touched = True
+        # The stretch begins here.
+        try:
+            if dirty is not None:
+                self._registry[self.scope] = self
+                if old is not None:
+                    dirty[key] = None
+                if gone:
+                    removed[gone] = None
+            if routed:
+                outbox += routed
+        except MemoryError:
+            if gone and gone in removed:
+                del removed[gone]
+            raise
+        if old is not None:
+            del values[key]
+            del revisions[key]
+            if dirty is not None:
+                del created[key]
+            if timed:
+                del deadlines[key]
+        self._sequence = sequence
+        # The stretch has ended.
+        if gate is not None or routed:
+            self._tell(routed)
+        if timed:
+            self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
 
     # -------------------------------------------------------------------------------------------------- many changes
 
@@ -331,10 +347,15 @@ class ScopeInMemory(ScopeActor):
         self._commit(stored)
 
     def _write_change(self, change: Change) -> None:
-        if change.expires_ms is None and change.key not in self._deadlines:
-            self._write(change.key, change.before, change.after)
+        key, before, after, expires_ms = change.key, change.before, change.after, change.expires_ms
+        if after is None:
+            self._remove(key, before, self._lateness(expires_ms) if change.expired else None)
+        elif before is None:
+            self._create(key, after, expires_ms)
+        elif expires_ms is None and key not in self._deadlines:
+            self._write(key, before, after)
         else:
-            self._write_timed(change.key, change.before, change.after, change.expires_ms, change.expired, None)
+            self._write_timed(key, before, after, expires_ms, None)
 
     def _commit(self, stored: Sequence[Stored]) -> None:
         """Commit several changes, each of another key: all or none of them, and their events."""
@@ -499,7 +520,7 @@ class ScopeInMemory(ScopeActor):
         # The stretch has ended.
         self._tell(routed)
 
-    def _tell(self, routed: list[Any]) -> None:
+    def _tell(self, routed: Sequence[Any]) -> None:
         """Have the events of a commit published, or committed first."""
         if self._gate is not None:
             self._around.snapshot.commit_soon()
@@ -537,18 +558,18 @@ class ScopeInMemory(ScopeActor):
     def _refuse_writes(self, why: str) -> None:
         """Take no more writes, and say why. It costs the scopes that do nothing."""
         self._no_writes = f"scope {self.scope!r} takes no more writes: {why}"
-        self._write = self._write_timed = self._refuse_write  # type: ignore[method-assign]
-        self._write_all = self._apply = self._refuse_write  # type: ignore[method-assign]
+        for name in _COMMITS:
+            setattr(self, name, partial(self._refuse_write, name))
 
     def _accept_writes(self) -> None:
         """Take writes again. From any thread."""
         self._no_writes = ""
-        for name in ("_write", "_write_timed", "_write_all", "_apply"):
+        for name in _COMMITS:
             self.__dict__.pop(name, None)
 
-    def _refuse_write(self, *what: Any, **_: Any) -> NoReturn:
+    def _refuse_write(self, name: str, *what: Any) -> NoReturn:
         """In place of the methods that commit."""
-        deletes = len(what) > 2 and what[2] is None
+        deletes = name == "_remove" or (name == "_write" and what[2] is None)
         raise StorageError(self._no_writes, code="DELETE_ERROR" if deletes else "SET_ERROR")
 
 

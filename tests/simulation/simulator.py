@@ -315,22 +315,33 @@ def observed() -> Iterator[None]:
     if LocalScope._write.__module__ == __name__:
         yield
         return
-    write, roll_back = LocalScope._write, Gate._roll_back
+    write, create, remove = LocalScope._write, LocalScope._create, LocalScope._remove
+    roll_back = Gate._roll_back
 
-    def observed_write(
-        actor: LocalScope, key: str, old: bytes | None, new: bytes | None, *more: Any, **named: Any
-    ) -> None:
+    def tell(actor: LocalScope, key: str, old: bytes | None, new: bytes | None, commit: Callable[[], None]) -> None:
         model = _model_of(actor)
         # Before the write, because others may look right after it; nobody can look between here and its refusal.
         with model.watching():
             model.wrote(actor.scope, actor._sequence + 1, key, old, new)
         before = actor._sequence
         try:
-            write(actor, key, old, new, *more, **named)
+            commit()
         except BaseException:
             if actor._sequence == before:
                 model.refuse_write(actor.scope)
             raise
+
+    def observed_write(actor: LocalScope, key: str, old: bytes | None, new: bytes | None) -> None:
+        if old is None or new is None:
+            write(actor, key, old, new)  # it ends in one of the other two
+        else:
+            tell(actor, key, old, new, lambda: write(actor, key, old, new))
+
+    def observed_create(actor: LocalScope, key: str, new: bytes, *more: Any) -> None:
+        tell(actor, key, None, new, lambda: create(actor, key, new, *more))
+
+    def observed_remove(actor: LocalScope, key: str, old: bytes | None, *more: Any) -> None:
+        tell(actor, key, old, None, lambda: remove(actor, key, old, *more))
 
     def observed_roll_back(gate: Gate, batch: Any, error: StorageError) -> Any:
         actor = gate._scope
@@ -345,6 +356,8 @@ def observed() -> Iterator[None]:
     try:
         with (
             mock.patch.object(LocalScope, "_write", observed_write),
+            mock.patch.object(LocalScope, "_create", observed_create),
+            mock.patch.object(LocalScope, "_remove", observed_remove),
             mock.patch.object(Gate, "_roll_back", observed_roll_back),
         ):
             yield
