@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -310,3 +311,31 @@ def test_a_database_that_changes_under_a_reader_without_locks_is_noticed(store: 
         os.utime(store / "state.db")
         with pytest.raises(StorageError, match="was changed while it was read"):
             reader.scopes()
+
+
+def test_an_export_of_a_running_engine_has_whole_transactions(cli: Run, server: Server, engine: Engine) -> None:
+    """Each scope is read as of one moment. The sum of all keys is 0 before and after each transaction."""
+    ended = threading.Event()
+
+    def move() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            with engine.batch("s") as batch:
+                batch.set(f"{number % 300}", number)
+                batch.set(f"-{number % 300}", -number)
+
+    moving = threading.Thread(target=move)
+    moving.start()
+    try:
+        sums = []
+        while len(sums) < 5 or not sums[-1][0]:
+            exported = [json.loads(line) for line in cli("store", "export", server.url).out.splitlines()]
+            values = [line["value"] for line in exported if "key" in line]
+            sums.append((len(values), sum(values)))
+    finally:
+        ended.set()
+        moving.join()
+
+    assert [total for _, total in sums] == [0] * len(sums)
+    assert all(keys % 2 == 0 for keys, _ in sums)
