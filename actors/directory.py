@@ -139,6 +139,7 @@ class Housekeeper(TurnActor):
         actors = left[-SLICE:]
         del left[-SLICE:]
         for actor in actors:
+            actor.forget_unused()
             if actor.touched:
                 actor.touched = False
             # Does not wait: a busy scope is not idle.

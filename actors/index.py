@@ -35,23 +35,24 @@ class TooLong(Exception):
 class OrderedKeys:
     """The keys of a dict of values in order, as the turns of its scope ask for them.
 
-    `creations`: how many keys the scope had created in its life. `exists`: whether a key exists.
-
-    Thread rules: within turns of the scope, but for `forget_if_unused`.
+    Thread rules: within turns of the scope, but for `accept` and `forget_if_unused`.
     """
 
-    __slots__ = ("_index", "_used", "_values", "patient")
+    __slots__ = ("_creations", "_index", "_used", "_values", "patient")
 
-    def __init__(self, values: dict[str, bytes]) -> None:
+    def __init__(self, values: dict[str, bytes], creations: Callable[[], int]) -> None:
+        """`creations` returns how many keys the scope has created in its life."""
         self._values = values
+        self._creations = creations
         self._index: KeyIndex | None = None
         self._used = False
         self.patient = False
         """True: however many keys it takes, they are read within the turn."""
 
-    def find(self, within: Range, creations: int, exists: Callable[[str], bool]) -> list[str]:
+    def find(self, within: Range, exists: Callable[[str], bool]) -> list[str]:
         """Return the keys of a range that exist, in its order, at most `limit`. Raises TooLong."""
         self._used = True
+        creations = self._creations()
         # Taken away while it is changed: what an exception leaves in the middle of a change is not used again.
         index, self._index = self._index, None
         if index is not None and index.is_wasteful(len(self._values)):
@@ -71,15 +72,20 @@ class OrderedKeys:
         self._index = index
         return found
 
-    def apart(self, copied: dict[str, bytes], creations: int) -> KeysApart:
+    def check_length(self) -> None:
+        """Raise TooLong if there are more keys than a turn reads."""
+        if len(self._values) > READ_WITHIN_TURN and not self.patient:
+            raise TooLong
+
+    def apart(self, copied: dict[str, bytes]) -> KeysApart:
         """Return the keys of a copy of the values, to be read outside of turns."""
-        index, fresh = self._index, list[str]()
+        index, fresh, creations = self._index, list[str](), self._creations()
         if index is not None:
             if creations - index.creations > len(copied) // 4 or index.is_wasteful(len(copied)):
                 index = None
             else:
                 index, fresh = index.copy(), created_since(copied, creations - index.creations)
-        return KeysApart(self, copied, index, fresh, creations)
+        return KeysApart(self, copied, creations, index, fresh)
 
     def accept(self, index: KeyIndex) -> None:
         """Take an index that was made for an earlier moment: later turns need not make their own. From any thread."""
@@ -96,19 +102,19 @@ class OrderedKeys:
 
 
 class KeysApart:
-    """The keys of copied values in order. Used by one thread, outside of turns."""
+    """The keys of copied values in order, in place of `OrderedKeys`. Used by one thread, outside of turns."""
 
     __slots__ = ("_creations", "_fresh", "_index", "_source", "_values")
 
     def __init__(
-        self, source: OrderedKeys, values: dict[str, bytes], index: KeyIndex | None, fresh: list[str], creations: int
+        self, source: OrderedKeys, values: dict[str, bytes], creations: int, index: KeyIndex | None, fresh: list[str]
     ) -> None:
         """`fresh`: keys to add to the index, a copy; None: there is no index yet."""
         self._source = source
         self._values = values
+        self._creations = creations
         self._index = index
         self._fresh = fresh
-        self._creations = creations
 
     def find(self, within: Range, exists: Callable[[str], bool]) -> list[str]:
         """As `OrderedKeys.find`, however many keys there are. The scope's turns use the index from then on."""
@@ -120,6 +126,9 @@ class KeysApart:
         found = self._index.find(within, exists)
         self._source.accept(self._index.copy())
         return found
+
+    def check_length(self) -> None:
+        """Any number of keys may be read here."""
 
 
 class KeyIndex:

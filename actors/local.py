@@ -9,22 +9,29 @@ from typing import Any, Final, TypeVar
 from scopestate.actors.answers import Answers
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.gate import Gate
+from scopestate.actors.index import OrderedKeys, TooLong
 from scopestate.actors.ports import NO_RULE, Answer
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Collect, Housekeeping, Surroundings
 from scopestate.actors.stretch import LAST_SEQUENCE, MOST_UNSAVED, Collected, ScopeInMemory, part
 from scopestate.actors.turn import BUSY, HOLDER
-from scopestate.actors.view import InMemory, Unexpired, WithDeadlines
+from scopestate.actors.view import AnswerApart, Apart, InMemory, Unexpired, WithDeadlines
 from scopestate.actors.wheel import NEVER, Wheel
 from scopestate.errors import DeserializationError, EngineClosed, Overloaded, StorageError, Unsupported
+from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
 from scopestate.ops.results import BatchResult, SetResult
 from scopestate.ops.transactions import SetAll
-from scopestate.ops.turns import LAST_MS, NO_DEADLINE, Delete, List, Set, Turn, Update
+from scopestate.ops.turns import LAST_MS, NO_DEADLINE, Delete, Items, List, Range, Set, Turn, Update
 from scopestate.ops.writes import Durable, SetWith
 from scopestate.signals import certainly
 from scopestate.wire.depth import event_depth
 
 A = TypeVar("A")
+
+LATER: Final[Any] = object()
+"""The answer of a turn that a worker thread must run."""
+_NO_KEYS: Final = OrderedKeys({}, lambda: 0)
+_FIRST_KEY: Final = Keys(Range(limit=1))
 
 
 class LocalScope(ScopeInMemory):
@@ -49,15 +56,17 @@ class LocalScope(ScopeInMemory):
         """The values of a closed scope, which only turns of handlers see."""
         self.pinned = False
         """True while the store cannot hold one of its values, which is then nowhere but here."""
+        self._drains = False
+        """True while a worker thread handles messages."""
         self._hold(None if keeps else {})
 
     def _hold(self, values: dict[str, bytes] | None) -> None:
         """Have these values in memory, with what the other tables say of them. None: they must be loaded first."""
         self.readable, self._values, self._view, self._timed_view, self._unexpired = None, values, None, None, None
+        self._ordered = _NO_KEYS
         if values is not None:
-            self._view = InMemory(
-                self.scope, self._around, self._creations_now, values, self._revisions, self._answers.kept
-            )
+            self._ordered = ordered = OrderedKeys(values, self._creations_now)
+            self._view = InMemory(self.scope, self._around, ordered, values, self._revisions, self._answers.kept)
             if self._deadlines:
                 self._see_deadlines()
         self._allow_reading()
@@ -72,7 +81,7 @@ class LocalScope(ScopeInMemory):
             wheel.fill(around.clock.now_ms())
         self._unexpired = Unexpired(values, deadlines, wheel, around.clock.now_ms, lambda: self._sequence)
         self._timed_view = WithDeadlines(
-            self.scope, around, self._creations_now, values, self._revisions, self._answers.kept, deadlines, wheel
+            self.scope, around, self._ordered, values, self._revisions, self._answers.kept, deadlines, wheel
         )
 
     def _allow_reading(self) -> None:
@@ -117,6 +126,9 @@ class LocalScope(ScopeInMemory):
     def key_count(self) -> int:
         return len(self._values or ())
 
+    def forget_unused(self) -> None:
+        self._ordered.forget_if_unused()
+
     # -------------------------------------------------------------------------------------------------------- ways in
 
     def run(self, turn: Turn[A]) -> A:
@@ -131,6 +143,9 @@ class LocalScope(ScopeInMemory):
                     if self._mailbox:
                         self.wake()
                     return answer
+            except TooLong:
+                certainly(self._recover)
+                return self._run_apart(turn)
             except BaseException:
                 certainly(self._recover)
                 raise
@@ -138,10 +153,25 @@ class LocalScope(ScopeInMemory):
             self._gate.refuse_in_turns()
         return super().run(turn)
 
+    def _run_apart(self, turn: Turn[A]) -> A:
+        """Run a turn that reads more keys than one may, or while others wait. The scope is not claimed."""
+        if self._mailbox:
+            pass
+        elif turn.writes:
+            self.run(_FIRST_KEY)  # has the index made
+        elif (apart := self._if_idle(self._apart, turn)) is not BUSY:
+            found: A = apart.answer()
+            return found
+        answer: A = self.ask(turn).get()
+        return answer
+
     def run_now(self, turn: Turn[A]) -> A:
         answer: A = BUSY  # there may be a commit to wait for, or a store
         if self._gate is None and self._view is not None:
-            answer = self._if_idle(self.on_receive, turn)
+            try:
+                answer = self._if_idle(self.on_receive, turn)
+            except TooLong:
+                return answer
         return answer
 
     def send(self, envelope: Envelope) -> None:
@@ -251,6 +281,16 @@ class LocalScope(ScopeInMemory):
             self._write(key, old, turn.data)
         return SetResult(old, turn.data, revision=self._sequence, detailed=True)
 
+    def _read_many(self, turn: Turn[A]) -> A:
+        """As `_decide`, for a turn that reads many keys.
+
+        It queues behind those that wait: a caller that reads page after page has the scope claimed nearly all the time,
+        and a thread that waits would find it claimed for hundreds of milliseconds.
+        """
+        if self._mailbox and not self._drains:
+            raise TooLong
+        return self._decide(turn)
+
     def _set_all(self, turn: SetAll) -> BatchResult:
         """As `_decide`, for sets of several keys."""
         if self._deadlines or self.rule is not NO_RULE:
@@ -262,6 +302,19 @@ class LocalScope(ScopeInMemory):
 
     def _open(self, turn: Durable[A]) -> A:
         return self.on_receive(turn.turn)
+
+    def _apart(self, turn: Turn[Any]) -> Any:
+        """Return what a turn reads, to be decided outside of it; BUSY if the scope has left memory. Within a turn."""
+        view = self._view
+        if view is None:
+            return BUSY
+        if self._deadlines:
+            if self._timed_view is None:
+                self._see_deadlines()
+            view = self._timed_view
+        assert view is not None  # from then on
+        view.revision, view.now = self._sequence, None
+        return Apart(turn, view.apart(self._around, self._ordered, numbered=turn.numbered))
 
     def _tell_again(self) -> None:
         self._router.wake_anyway()
@@ -285,8 +338,31 @@ class LocalScope(ScopeInMemory):
         else:
             super()._handle(item)
 
+    def _receive(self, message: Any) -> Any:
+        try:
+            return super()._receive(message)
+        except TooLong:
+            return self._receive_long(message)
+
+    def _receive_long(self, turn: Turn[Any]) -> Any:
+        """Answer a turn from the mailbox, or of a sender that does not wait, that reads more keys than one may."""
+        if not self._drains and (turn.writes or self._mailbox):
+            return LATER  # a worker thread runs it: this one may be that of an event loop
+        if not turn.writes:
+            return self._apart(turn)
+        # The index is made within the turn, so that what the sender writes next is written behind this turn.
+        self._ordered.patient = True
+        try:
+            return super()._receive(turn)
+        finally:
+            self._ordered.patient = False
+
     def _answer(self, message: Any, reply: ReplyTo, answer: Any) -> None:
-        if isinstance(message, Housekeeping):
+        if type(answer) is Apart:
+            reply = AnswerApart(reply, self._dispatcher)
+        if answer is LATER:
+            self._enqueue(Envelope(message, reply))
+        elif isinstance(message, Housekeeping):
             reply.set(answer)
         elif self._gate is not None:
             self._gate.hold(message, reply, answer)
@@ -302,9 +378,11 @@ class LocalScope(ScopeInMemory):
             self._gate.hold(message, reply, None, error)
 
     def _drain_mailbox(self) -> None:
+        self._drains = True
         try:
             super()._drain_mailbox()
         finally:
+            self._drains = False
             self._allow_reading()
 
     # --------------------------------------------------------------------------------------------- loading and closing
@@ -346,6 +424,7 @@ class LocalScope(ScopeInMemory):
             self._load(turn)
         else:
             self._hold(self._left)
+        self._ordered.patient = True  # few turns come, and the scope leaves memory then
         try:
             return self.on_receive(turn)
         finally:
@@ -458,6 +537,7 @@ class LocalScope(ScopeInMemory):
 _WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
     SetWith: LocalScope._set_with,
     SetAll: LocalScope._set_all,
+    **dict.fromkeys((Keys, Pairs, Values, Entries, Count, ReadPage, DeleteRange, Items), LocalScope._read_many),
     Durable: LocalScope._open,
 }
 """Turns that do not simply decide. tests/properties/test_turns.py holds what they do equal to `decide`."""

@@ -177,6 +177,9 @@ class ScopeActor(TurnActor):
         """Keys in memory."""
         return 0
 
+    def forget_unused(self) -> None:
+        """Drop what only makes calls quicker and was not used since the last call. From any thread."""
+
     def next_due(self) -> int:
         """Return when to look for keys that have expired: the first deadline, or earlier. NEVER if there is none."""
         return NEVER

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
+from scopestate.actors.containment import is_from_outside
+from scopestate.actors.index import READ_WITHIN_TURN, KeysApart, OrderedKeys
 from scopestate.actors.ports import ANSWERS_KEPT_MS, Answer
 from scopestate.actors.wheel import Wheel
-from scopestate.ops.turns import Entry, Kept, Range, TtlRule
+from scopestate.ops.turns import Entry, Kept, Range, TtlRule, Turn
 
 if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher
+    from scopestate.actors.reply import ReplyTo
     from scopestate.actors.scope import Surroundings
+
+_EVERY_KEY: Final = ("", True)
+"""The lower bound of a range without one."""
 
 
 class InMemory:
@@ -23,7 +30,7 @@ class InMemory:
     __slots__ = (
         "_answers",
         "_clock",
-        "_creations",
+        "_ordered",
         "_revisions",
         "_values",
         "get",
@@ -43,18 +50,19 @@ class InMemory:
         self,
         scope: str,
         around: Surroundings,
-        creations: Callable[[], int],
+        ordered: OrderedKeys | KeysApart,
         values: dict[str, bytes],
         revisions: dict[str, int],
         answers: dict[str, Answer],
     ) -> None:
+        """`ordered`: the keys of `values` in order."""
         self.scope = scope
         self.limits = around.limits
         self.store_id = around.store_id
         self.revision = 0
         """The number of the last change of the scope; it and `now` are set at the begin of each turn."""
         self._clock = around.clock
-        self._creations = creations
+        self._ordered = ordered
         self.now: int | None = None
         """The time, once the turn has asked for it."""
         self._values = values
@@ -62,11 +70,6 @@ class InMemory:
         self._answers = answers
         self.get: Callable[[str], bytes | None] = values.get
         """The dict's own method, because every turn calls it."""
-
-    @property
-    def creations(self) -> int:
-        """Keys that the scope has created in its life."""
-        return self._creations()
 
     @property
     def now_ms(self) -> int:
@@ -90,20 +93,36 @@ class InMemory:
         return list(self._values.values())
 
     def items(self) -> list[tuple[str, bytes]]:
-        """Return all keys with their JSON, in the order of creation."""
-        return list(self._values.items())
+        """Return all keys with their JSON, in the order of creation. Raises TooLong."""
+        self._ordered.check_length()
+        # Not `list`, which would keep other threads waiting: it makes a tuple for each key, in one step.
+        return [item for item in self._values.items()]  # noqa: C416 - see above
 
     def keys(self, within: Range) -> Iterable[str]:
-        """Yield the keys within a range, in its order."""
-        return islice(sorted(filter(within.holds, self._there()), reverse=within.reverse), within.limit)
+        """Return the keys within a range, in its order. Raises TooLong."""
+        return self._ordered.find(within, self._exists())
 
     def count(self, within: Range) -> int:
-        """Return how many keys `keys` would yield."""
-        return sum(1 for _ in self.keys(within))
+        """Return how many keys `keys` would yield. Raises TooLong."""
+        if within.low() == _EVERY_KEY and within.high() is None:
+            there = len(self._values) - self._count_expired()
+            return there if within.limit is None else min(there, within.limit)
+        return len(self._ordered.find(within, self._exists()))
 
-    def _there(self) -> Iterator[str]:
-        """Yield the keys that exist."""
-        return iter(self._values)
+    def _exists(self) -> Callable[[str], bool]:
+        """Return what tells whether a key exists."""
+        return self._values.__contains__
+
+    def _count_expired(self) -> int:
+        """Return how many keys have expired and are still stored."""
+        return 0
+
+    def apart(self, around: Surroundings, ordered: OrderedKeys, *, numbered: bool) -> InMemory:
+        """Return the same view of copies, for reads outside of turns; without revisions if not `numbered`."""
+        values, revisions = self._values.copy(), self._revisions.copy() if numbered else {}
+        view = InMemory(self.scope, around, ordered.apart(values), values, revisions, {})
+        view.revision = self.revision
+        return view
 
     def due(self, limit: int) -> Sequence[str]:
         """Nothing expires here."""
@@ -120,7 +139,7 @@ class InMemory:
 class WithDeadlines(InMemory):
     """The view of a scope where keys may expire, or which has a rule. A key that has expired is not there."""
 
-    __slots__ = ("_deadlines", "_wheel", "expiring", "strict", "ttl_rule")
+    __slots__ = ("_deadlines", "_expired", "_wheel", "expiring", "strict", "ttl_rule")
 
     plain = False
 
@@ -128,16 +147,18 @@ class WithDeadlines(InMemory):
         self,
         scope: str,
         around: Surroundings,
-        creations: Callable[[], int],
+        ordered: OrderedKeys | KeysApart,
         values: dict[str, bytes],
         revisions: dict[str, int],
         answers: dict[str, Answer],
         deadlines: dict[str, int],
         wheel: Wheel,
     ) -> None:
-        super().__init__(scope, around, creations, values, revisions, answers)
+        super().__init__(scope, around, ordered, values, revisions, answers)
         self._deadlines = deadlines
         self._wheel = wheel
+        self._expired: bool | None = None
+        """Whether some keys have expired; None: the wheel tells."""
         self.get = self._get_unexpired
         self.expiring = True
         self.strict = False
@@ -171,26 +192,101 @@ class WithDeadlines(InMemory):
         """Return the JSON of all keys that have not expired, in the order of creation."""
         if not self._some_expired():
             return list(self._values.values())
+        self._ordered.check_length()
         return [data for key, data in self._values.items() if not self._is_expired(key)]
 
     def items(self) -> list[tuple[str, bytes]]:
-        """Return all keys that have not expired with their JSON, in the order of creation."""
+        """Return all keys that have not expired with their JSON, in the order of creation. Raises TooLong."""
         if not self._some_expired():
-            return list(self._values.items())
+            return super().items()
+        self._ordered.check_length()
         return [item for item in self._values.items() if not self._is_expired(item[0])]
 
     def _some_expired(self) -> bool:
         """False if no key has expired. Filtering takes time, and keys that have expired are removed soon."""
-        return self._wheel.next_due() <= self.now_ms
+        return self._wheel.next_due() <= self.now_ms if self._expired is None else self._expired
 
-    def _there(self) -> Iterator[str]:
+    def _count_expired(self) -> int:
         if not self._some_expired():
-            return iter(self._values)
-        return (key for key in self._values if not self._is_expired(key))
+            return 0
+        if len(self._deadlines) > READ_WITHIN_TURN:
+            self._ordered.check_length()
+        now_ms = self.now_ms
+        return sum(1 for expires_ms in self._deadlines.values() if expires_ms <= now_ms)
+
+    def _exists(self) -> Callable[[str], bool]:
+        if not self._some_expired():
+            return self._values.__contains__
+        return lambda key: key in self._values and not self._is_expired(key)
+
+    def apart(self, around: Surroundings, ordered: OrderedKeys, *, numbered: bool) -> InMemory:
+        values, revisions = self._values.copy(), self._revisions.copy() if numbered else {}
+        deadlines = self._deadlines.copy()
+        view = WithDeadlines(self.scope, around, ordered.apart(values), values, revisions, {}, deadlines, self._wheel)
+        view.revision, view.now, view._expired = self.revision, self.now_ms, self._some_expired()
+        return view
 
     def due(self, limit: int) -> Sequence[str]:
         """Return keys that have expired and are still stored, by deadline."""
         return self._wheel.due(self.now_ms, limit)
+
+
+class Apart:
+    """A turn that only reads, and copies of what it reads: it can be decided later, outside of the scope."""
+
+    __slots__ = ("_turn", "_view")
+
+    def __init__(self, turn: Turn[Any], view: InMemory) -> None:
+        self._turn = turn
+        self._view = view
+
+    def answer(self) -> Any:
+        """Return the answer, which is that of the moment at which the copies were made. Raises what the turn raises."""
+        _, answer = self._turn.decide(self._view)
+        return answer
+
+
+class AnswerApart:
+    """A reply whose answer may be one that takes long: then it is made on a worker thread."""
+
+    loop_reply = None
+
+    def __init__(self, reply: ReplyTo, dispatcher: Dispatcher) -> None:
+        self._reply = reply
+        self._dispatcher = dispatcher
+
+    @property
+    def abandoned(self) -> bool:
+        """As of the reply."""
+        return self._reply.abandoned
+
+    @property
+    def done(self) -> bool:
+        """As of the reply."""
+        return getattr(self._reply, "done", False)
+
+    def set(self, value: Any = None) -> None:
+        """Deliver the answer, or have it made."""
+        if type(value) is Apart:
+            self._dispatcher.submit(partial(self._make, value))
+        else:
+            self._reply.set(value)
+
+    def fail(self, error: BaseException) -> None:
+        """Deliver an error instead."""
+        self._reply.fail(error)
+
+    def _make(self, apart: Apart) -> None:
+        if self._reply.abandoned:
+            return
+        try:
+            answer = apart.answer()
+        except BaseException as error:
+            self._reply.fail(error)
+            if is_from_outside(error):
+                raise
+        else:
+            self._reply.set(answer)
 
 
 class Unexpired(Mapping[str, bytes]):

@@ -279,6 +279,8 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
     function_id: ClassVar[str]
     """The id under which the operation is called over the wire."""
     writes: ClassVar[bool] = False
+    numbered: ClassVar[bool] = True
+    """False if it looks at no revisions: a copy of the scope for it needs none."""
     failure: ClassVar[Failure]
 
     @property
@@ -433,6 +435,7 @@ class Get(OneKey["bytes | None"], frozen=True, gc=False):
 
 class _WholeScope(Turn[A], frozen=True, gc=False):
     function_id = "state::list"
+    numbered = False
     failure = Failure("LIST_ERROR", "Failed to list values")
 
     @property

@@ -220,7 +220,7 @@ class Turns:
     def __init__(self, names: list[str]) -> None:
         self.values = dict.fromkeys(names, b"1")
         self.creations = len(self.values)
-        self.keys = OrderedKeys(self.values)
+        self.keys = OrderedKeys(self.values, lambda: self.creations)
         self.apart: list[tuple[KeysApart, dict[str, bytes], Range]] = []
         self.too_long = 0
 
@@ -231,11 +231,11 @@ class Turns:
 
     def find(self, within: Range) -> None:
         try:
-            found = self.keys.find(within, self.creations, self.values.__contains__)
+            found = self.keys.find(within, self.values.__contains__)
         except TooLong:
             self.too_long += 1
             copied = self.values.copy()
-            self.apart.append((self.keys.apart(copied, self.creations), copied, within))
+            self.apart.append((self.keys.apart(copied), copied, within))
         else:
             assert found == expected(self.values, within)
 
@@ -339,7 +339,7 @@ def test_what_is_cut_short_leaves_no_index_behind() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        turns.keys.find(Range(), turns.creations, cut)
+        turns.keys.find(Range(), cut)
     assert turns.keys._index is None
     turns.find(Range())
 
