@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from scopestate.cli import client, config, store
+from scopestate.cli import config, state, store, watch
 from scopestate.cli.serve import serve
 from scopestate.cli.terminal import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
 
@@ -61,14 +61,20 @@ app.command("serve")(serve)
 _NEGATIVE = {"ignore_unknown_options": True}
 """For commands that take JSON, where -5 is a number and not an option."""
 for _name, _function, _settings in (
-    ("get", client.get, {}),
-    ("set", client.set_, _NEGATIVE),
-    ("delete", client.delete, {}),
-    ("update", client.update, {}),
-    ("list", client.list_, {}),
-    ("list-groups", client.list_groups, {}),
-    ("call", client.call, _NEGATIVE),
-    ("watch", client.watch, {}),
+    ("get", state.get, {}),
+    ("set", state.set_, _NEGATIVE),
+    ("delete", state.delete, {}),
+    ("update", state.update, {}),
+    ("touch", state.touch, {}),
+    ("transaction", state.transaction, {}),
+    ("keys", state.keys, {}),
+    ("entries", state.entries, {}),
+    ("count", state.count, {}),
+    ("delete-range", state.delete_range, {}),
+    ("list", state.list_, {}),
+    ("list-groups", state.list_groups, {}),
+    ("call", state.call, _NEGATIVE),
+    ("watch", watch.watch, {}),
 ):
     app.command(_name, rich_help_panel=_ENGINE, epilog=EXIT_CODES, context_settings=_settings)(_function)
 app.add_typer(config.app, name="config", rich_help_panel=_FILES)

@@ -21,9 +21,11 @@ from rich.markup import escape
 from scopestate.errors import (
     CallTimeout,
     ConfigError,
+    Conflict,
     ConnectionLost,
     DeserializationError,
     NotConnected,
+    RemoteFailure,
     ReplyTimeout,
     ScopestateError,
     StorageError,
@@ -47,12 +49,15 @@ class Exit(IntEnum):
     UNREACHABLE = 5
     """No connection, or no answer in time."""
     MISSING = 6
+    CONFLICT = 7
+    """A key is not as a write expected it, so nothing was written."""
     INTERRUPTED = 130
 
 
 EXIT_CODES = """
 Exit codes: 0 done, 1 the engine or the function answered with an error, 2 wrong usage, 3 wrong configuration, 4 a store
-or a file cannot be used or is damaged, 5 no connection or no answer in time, 6 the key does not exist, 130 interrupted.
+or a file cannot be used or is damaged, 5 no connection or no answer in time, 6 the key does not exist, 7 a key is not
+as the write expected it, 130 interrupted.
 """
 
 
@@ -238,6 +243,8 @@ def exit_code(error: ScopestateError) -> Exit:
             return Exit.UNREACHABLE
         case StorageError():
             return Exit.STORE
+        case RemoteFailure(code=Conflict.code):
+            return Exit.CONFLICT
         case _:
             return Exit.REFUSED
 

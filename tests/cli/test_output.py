@@ -14,8 +14,8 @@ import pytest
 from commands import PATIENCE_S, Program, Run
 
 from scopestate import Engine
-from scopestate.cli.client import event_line
 from scopestate.cli.terminal import json_text, shown
+from scopestate.cli.watch import event_line
 from scopestate.config import from_mapping
 from scopestate.server.server import Server
 

@@ -11,7 +11,7 @@ import pytest
 from commands import Program, Run
 
 from scopestate import Engine
-from scopestate.cli.client import event_line
+from scopestate.cli.watch import event_line
 from scopestate.config import from_mapping
 from scopestate.server.server import Server
 
@@ -120,12 +120,23 @@ def limited(lists: dict[str, list[str]]) -> Iterator[Server]:
         ("state:created", None, {"a": 1}, 'created users / k  {"a":1}'),
         ("state:updated", 1, "x", 'updated users / k  1 -> "x"'),
         ("state:deleted", [1], None, "deleted users / k  [1]"),
+        ("state:expired", [1], None, "expired users / k  [1]"),
     ],
 )
 def test_a_line_for_people(event_type: str, old: object, new: object, line: str) -> None:
     event = {"event_type": event_type, "scope": "users", "key": "k", "old_value": old, "new_value": new}
 
     assert event_line(event).plain == line
+
+
+def test_a_key_that_expires_is_shown_as_expired(program: type[Program], server: Server, engine: Engine) -> None:
+    watch = program("watch", "--count", "2")
+    watch.error_line()
+
+    engine.call("state::set", {"scope": "s", "key": "k", "value": 1, "ttl_ms": 1})
+    kinds = [json.loads(watch.line())["event_type"] for _ in range(2)]
+
+    assert kinds == ["state:created", "state:expired"]
 
 
 def test_a_long_value_is_cut_in_a_line_for_people() -> None:
