@@ -25,6 +25,8 @@ class Needs(NamedTuple):
     function_id: str
     fields: tuple[str, ...] = ()
     """Fields of its input."""
+    later: Needs | None = None
+    """What a later call needs, without which this one is of no use."""
 
 
 class Features(NamedTuple):
@@ -47,7 +49,7 @@ class Features(NamedTuple):
         missing = [field for field in needs.fields if field not in known]
         if missing:
             return Unsupported(f"`{missing[0]}` of {needs.function_id}", f"the engine at {url} does not know it")
-        return None
+        return None if needs.later is None else self.refusal(needs.later, url)
 
 
 class _Function(msgspec.Struct):

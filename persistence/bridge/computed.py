@@ -22,6 +22,7 @@ from scopestate.ops.update_ops import UpdateOp
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import DeleteWith, Durable, GetEntry, Modify, Once, UpdateWith, unwrapped
 from scopestate.signals import wait_for
+from scopestate.wire.features import Needs
 
 if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
@@ -145,6 +146,15 @@ Ask = Callable[[Turn[Any]], Effects[Any]]
 def is_computed(turn: Turn[Any]) -> bool:
     """Return whether a turn calls a function of the program."""
     return isinstance(unwrapped(turn), Modify | Transact)
+
+
+def needs_of(turn: Turn[Any]) -> Needs:
+    """Return what the write of a `modify` or `transact` needs: without it the function is not called."""
+    durable = ("durable",) if isinstance(turn, Durable) else ()
+    if isinstance(unwrapped(turn), Modify):
+        return Needs("state::update", ("if_revision", *durable))
+    once = () if _idempotency_key(turn) is None else ("idempotency_key",)
+    return Needs("state::transaction", ("checks", "if_revision", *once, *durable))
 
 
 def compute(turn: Turn[Any], scope: str, limits: Limits, ask: Ask) -> Effects[Any]:

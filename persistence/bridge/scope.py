@@ -34,7 +34,7 @@ from scopestate.ops.remote import Everything
 from scopestate.ops.requests import OPTIONS
 from scopestate.ops.turns import Delete, Effects, Get, Items, List, Set, Stored, Turn, Update, changes_in
 from scopestate.ops.writes import Durable, Once, unwrapped
-from scopestate.persistence.bridge.computed import Computation, Here, Waiter, compute, is_computed
+from scopestate.persistence.bridge.computed import Computation, Here, Waiter, compute, is_computed, needs_of
 from scopestate.wire.features import Needs
 from scopestate.wire.refusals import refusal_of
 
@@ -306,9 +306,11 @@ class BridgeScope(ScopeActor):
         except ScopestateError as error:
             self._enqueue(_Answer(call, None, error))
 
-    def _call_remote(self, turn: Turn[Any], done: Done, depth: int) -> None:
+    def _call_remote(self, turn: Turn[Any], done: Done, depth: int, later: Needs | None = None) -> None:
         """Send a turn to the other engine. Raises EngineClosed."""
         function_id, payload, needs = message_of(turn, self.scope)
+        if needs is not None and later is not None:
+            needs = needs._replace(later=later)
         if needs is None:
             self._connection.call(function_id, payload, done, depth)
         else:
@@ -326,11 +328,12 @@ class BridgeScope(ScopeActor):
 
     def _compute(self, call: _Call) -> Effects[Any]:
         """Compute it on this thread, which waits for the answers of the other engine."""
+        writes = needs_of(call.turn)
 
         def ask(turn: Turn[Any]) -> Effects[Any]:
             for attempt in range(_RESENT + 1):
                 waiter = Waiter()
-                self._call_remote(turn, waiter.done, call.depth)
+                self._call_remote(turn, waiter.done, call.depth, writes)
                 try:
                     return _effects_of(turn, waiter.get())
                 except RemoteFailure as failure:

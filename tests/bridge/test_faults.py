@@ -15,6 +15,7 @@ from second_engine import PATIENCE_S, OpenBridge, RemoteProcess, Seen
 
 from scopestate import Engine, StorageError, messages
 from scopestate.errors import ConnectionLost, EngineClosed, NotConnected
+from scopestate.ops.transactions import Transaction
 
 
 @pytest.fixture
@@ -178,3 +179,47 @@ def test_the_remote_is_killed_and_started_again_under_load(tmp_path: Path, open_
     check_counters(engine, tallies)
     assert sum(tally["answered"] for tally in tallies) > 0
     remote.stop()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["between frames", "inside a frame"])
+def test_a_write_with_an_idempotency_key_is_done_once_whatever_is_cut(
+    inside: bool, proxy: CuttingProxy, open_bridge: OpenBridge
+) -> None:
+    engine = open_bridge(proxy.url)
+    increment = [{"type": "increment", "path": "", "by": 1}]
+
+    def pay(tx: Transaction) -> int:
+        tx["paid"] = tx.get("paid", 0) + 1
+        return int(tx["paid"])
+
+    for number in range(20):
+        proxy.cut_after(number % 7, inside=inside)
+        engine.update("s", "n", increment, idempotency_key=f"update-{number}")
+        with engine.batch("s", idempotency_key=f"batch-{number}") as batch:
+            batch.update("batches", increment)
+        assert engine.transact("s", pay, idempotency_key=f"pay-{number}") == number + 1
+
+    assert (engine.get("s", "n"), engine.get("s", "batches"), engine.get("s", "paid")) == (20, 20, 20)
+    assert proxy.cuts >= 19
+
+
+def test_a_write_without_one_is_sent_once_and_its_conflict_is_not_unknown(
+    proxy: CuttingProxy, open_bridge: OpenBridge
+) -> None:
+    engine = open_bridge(proxy.url)
+    engine.set("s", "k", 1, if_absent=True)
+    proxy.cut_after(1)  # the request passes, the answer does not
+
+    assert outcome(lambda: engine.compare_and_set("s", "k", 1, 2)) == "unknown"
+    assert engine.get("s", "k") == 2
+
+
+def test_a_computed_write_that_is_cut_off_says_so(proxy: CuttingProxy, open_bridge: OpenBridge) -> None:
+    engine = open_bridge(proxy.url)
+    engine.set("s", "k", 1, if_absent=True)
+    proxy.cut_after(3)  # the read, its answer, and the write
+
+    assert outcome(lambda: engine.modify("s", "k", lambda value: value + 1)) == "unknown"
+    assert engine.get("s", "k") == 2
+    proxy.cut_after(1)  # a read is done again
+    assert engine.modify("s", "k", lambda value: value + 1).new_value == 3
