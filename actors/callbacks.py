@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import get_ident
+from time import monotonic
 from typing import Any, Final
 
 from scopestate.actors.containment import Log
@@ -23,27 +24,23 @@ IN_CALLBACK: Final[dict[int, str]] = {}
 """Thread id -> the method whose function runs there. Nearly always empty, which every call of the engine checks."""
 
 
-def guarded(scope: str, monotonic: Callable[[], float]) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
-    """Return what makes a function of a caller one that may run in a turn of `scope`."""
+def run_callback(name: str, scope: str, function: Callable[[Any], Any], argument: Any) -> Any:
+    """Call a function of a caller in a turn of `scope`; `name` is the method that it was given to.
 
-    def guard(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(argument: Any) -> Any:
-            me = get_ident()
-            began = monotonic()
-            # No call between entering and leaving the table but that of the function: an interruption cannot leave it.
-            try:
-                IN_CALLBACK[me] = name
-                return function(argument)
-            finally:
-                if me in IN_CALLBACK:
-                    del IN_CALLBACK[me]
-                took_s = monotonic() - began
-                if took_s > LONG_S:
-                    log.warning("the function of a %s on scope %r took %.2f s: others waited", name, scope, took_s)
-
-        return call
-
-    return guard
+    It is the `runner` of such turns. Raises what the function raises.
+    """
+    me = get_ident()
+    began = monotonic()
+    # No call between entering and leaving the table but that of the function: an interruption cannot leave it there.
+    try:
+        IN_CALLBACK[me] = name
+        return function(argument)
+    finally:
+        if me in IN_CALLBACK:
+            del IN_CALLBACK[me]
+        took_s = monotonic() - began
+        if took_s > LONG_S:
+            log.warning("the function of a %s on scope %r took %.2f s: others waited", name, scope, took_s)
 
 
 def refuse_in_callback() -> None:

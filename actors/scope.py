@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import msgspec
 import pykka
 
-from scopestate.actors.callbacks import guarded, refuse_in_callback
+from scopestate.actors.callbacks import refuse_in_callback, run_callback
 from scopestate.actors.containment import Log
 from scopestate.actors.ports import Store, WriteRule
 from scopestate.actors.pykka_face import PROXIES, Stop
@@ -263,7 +263,7 @@ class ScopeActor(TurnActor):
         if isinstance(message, PROXIES):
             raise no_message(message)
         refuse_in_callback()
-        turn, durable = turn_of(message, self._around.limits, guarded(self.scope, self._dispatcher.monotonic))
+        turn, durable = turn_of(message, self._around.limits, run_callback)
         if message.scope != self.scope:
             raise DeserializationError(f"a message for scope {message.scope!r} was sent to scope {self.scope!r}")
         return turn if durable is None else self.with_durability(turn, durable)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import pykka
 
 from scopestate.actors.backlog import HandlerFull, no_room
-from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback
+from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback, run_callback
 from scopestate.actors.loops import Deadlines, LoopReply
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.scope import ScopeActor
@@ -30,7 +30,7 @@ from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
-from scopestate.ops.writes import Durable, unwrapped
+from scopestate.ops.writes import Durable
 from scopestate.snapshots import REFUSED
 
 if TYPE_CHECKING:
@@ -64,18 +64,15 @@ class AioEngine(AioStateCalls):
         limit = self._limits.max_value_bytes
         if limit:
             refuse_size(scope, key, data, limit)
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
+        if options:
+            turn_with, durable = set_turn(key, data, options)
+            return await self._run(scope, turn_with, durable)
         self._count_set()
         if type(scope) is not str:
             scope = checked_name("scope", scope)
-        if type(key) is not str or not key.isascii():
-            key = checked_name("key", key)
-        turn: turns.Turn[SetResult]
-        if options:
-            turn, durable = set_turn(key, data, **options)
-            if durable is not None:
-                return await self._run_with(scope, turn, durable)
-        else:
-            turn = turns.Set(key, data)
+        turn = turns.Set(key, data)
         try:
             answer = self._scopes[scope].run_now(turn)  # as in `_at_once`: one coroutine less for most writes
         except HandlerFull:
@@ -148,7 +145,7 @@ class AioEngine(AioStateCalls):
         """As `Engine.ask`: send a message and wait for the answer."""
         if isinstance(message, messages.ListGroups):
             return await self.list_groups()
-        turn, durable = turn_of(message, self._limits, self._engine._guard(getattr(message, "scope", "")))
+        turn, durable = turn_of(message, self._limits, run_callback)
         return answer_of(message, await self._run(message.scope, turn, durable))
 
     async def call(self, function_id: str, payload: object = None) -> Any:
@@ -216,15 +213,16 @@ class AioEngine(AioStateCalls):
         """As `Engine._run`, without blocking the event loop."""
         if IN_CALLBACK:
             refuse_in_callback()
-        self._engine._tally[unwrapped(turn).function_id].add()
-        return await self._run_with(checked_name("scope", scope), turn, durable)
-
-    async def _run_with(self, scope: str, turn: turns.Turn[A], durable: bool | None) -> A:
+        self._engine._tally[turn.function_id].add()
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
         if durable is not None:
-            turn = self._scopes[scope].with_durability(turn, durable)
-            if type(turn) is Durable:
-                return await self._run_later(scope, turn)
+            return await self._run_with(scope, turn, durable)
         return await self._at_once(scope, turn)
+
+    async def _run_with(self, scope: str, turn: turns.Turn[A], durable: bool) -> A:
+        turn = self._scopes[scope].with_durability(turn, durable)
+        return await (self._run_later(scope, turn) if type(turn) is Durable else self._at_once(scope, turn))
 
     async def _at_once(self, scope: str, turn: turns.Turn[A]) -> A:
         """Run `turn` at once if the scope is idle and in memory; else wait without blocking the event loop."""

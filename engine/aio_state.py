@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from msgspec import UNSET, UnsetType
 
+from scopestate.actors.callbacks import run_callback
 from scopestate.batch import AioBatch
 from scopestate.ops import arguments
 from scopestate.ops.options import Bounds, PageOptions, RangeOptions, WriteOptions, bounded, range_of
@@ -48,7 +49,7 @@ class AioStateCalls:
         self, scope: str, key: str, expected: object, value: object, **options: Unpack[WriteOptions]
     ) -> CasResult:
         """As `Engine.compare_and_set`."""
-        turn, durable = arguments.cas_turn(scope, key, expected, value, self._limits, **options)
+        turn, durable = arguments.cas_turn(scope, key, expected, value, self._limits, options)
         return await self._run(scope, turn, durable)
 
     async def modify(
@@ -61,7 +62,7 @@ class AioStateCalls:
         durable: bool | None = None,
     ) -> ModifyResult:
         """As `Engine.modify`."""
-        turn, durable = arguments.modify_turn(key, function, default, self._engine._guard(scope), durable=durable)
+        turn, durable = arguments.modify_turn(key, function, default, run_callback, durable)
         return await self._run(scope, turn, durable)
 
     async def touch(
@@ -84,11 +85,11 @@ class AioStateCalls:
 
     def batch(self, scope: str, **options: Unpack[WriteOptions]) -> AioBatch:
         """As `Engine.batch`, for `async with`."""
-        return AioBatch(self._run, checked_name("scope", scope), self._limits, **options)
+        return AioBatch(self._run, checked_name("scope", scope), self._limits, options)
 
     async def transact(self, scope: str, function: Callable[[Transaction], A], **options: Unpack[WriteOptions]) -> A:
         """As `Engine.transact`; `function` is a plain function."""
-        turn, durable = arguments.transact_turn(function, self._limits, self._engine._guard(scope), **options)
+        turn, durable = arguments.transact_turn(function, self._limits, run_callback, **options)
         return await self._run(scope, turn, durable)
 
     async def keys(self, scope: str, **within: Unpack[RangeOptions]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from threading import get_ident
 from types import TracebackType
@@ -17,6 +17,7 @@ from scopestate.ops.results import BatchResult
 from scopestate.ops.transactions import Check, DeleteStep, SetAll, SetStep, Step
 from scopestate.ops.turns import Turn, checked_name, refuse_size
 from scopestate.ops.values import encode
+from scopestate.ops.writes import asked_deadline
 
 if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
@@ -32,10 +33,14 @@ class Writes:
     and nothing at all if the block raises. It belongs to the thread that has entered it.
     """
 
-    def __init__(self, scope: str, limits: Limits, **options: Unpack[WriteOptions]) -> None:
+    __slots__ = ("_checks", "_limits", "_options", "_owner", "_result", "_run", "_sets", "_steps", "scope")
+
+    def __init__(self, run: Any, scope: str, limits: Limits, options: WriteOptions) -> None:
+        """`run`: the `_run` of an engine, for the end of the block."""
         if options:
             arguments.asked(_NOTHING, **options)
         self.scope = scope
+        self._run = run
         self._limits = limits
         self._options = options
         self._owner = _NOT_ENTERED
@@ -62,13 +67,13 @@ class Writes:
         data = encode(value)
         if type(key) is not str or not key.isascii():
             key = checked_name("key", key)
+        limit = self._limits.max_value_bytes
+        if limit:
+            refuse_size(self.scope, key, data, limit)
         sets = self._sets
         if sets is None or options or key in sets:
-            self._add(arguments.set_step(self.scope, key, data, self._limits, **options))
+            self._add(SetStep(key, data, asked_deadline(**options)))
         else:
-            limit = self._limits.max_value_bytes
-            if limit:
-                refuse_size(self.scope, key, data, limit)
             sets[key] = data
 
     def update(self, key: str, ops: Iterable[object], **options: Unpack[DeadlineOptions]) -> None:
@@ -116,12 +121,12 @@ class Writes:
 
     def _turn(self) -> tuple[Turn[BatchResult], bool | None]:
         """Return what is to be done. From here on nothing can be added."""
-        self._refuse_misuse()
+        if self._owner != get_ident():
+            self._refuse_misuse()
         self._owner = _OVER
         if self._sets and not self._checks:
-            turn = SetAll(self._sets, self._limits.max_batch_bytes)
-            turn.refuse_size(self.scope)
-            return arguments.asked(turn, **self._options)
+            turn = SetAll(self._sets, self._limits.max_batch_bytes)  # which refuses itself if it is too large
+            return arguments.asked(turn, **self._options) if self._options else (turn, None)
         steps = self._steps if self._sets is None else [SetStep(key, data) for key, data in self._sets.items()]
         return arguments.batch_turn(self.scope, steps, self._checks, self._limits, **self._options)
 
@@ -159,15 +164,7 @@ class Batch(Writes):
     name it. Each call sees what those before it have done. What the block raises goes on, and nothing is written.
     """
 
-    def __init__(
-        self,
-        run: Callable[[str, Turn[BatchResult], bool | None], BatchResult],
-        scope: str,
-        limits: Limits,
-        **options: Unpack[WriteOptions],
-    ) -> None:
-        super().__init__(scope, limits, **options)
-        self._run = run
+    __slots__ = ()
 
     def __enter__(self) -> Self:
         return self._enter()
@@ -185,15 +182,7 @@ class Batch(Writes):
 class AioBatch(Writes):
     """A `Batch` for `async with`: the calls within the block are plain calls, its end is awaited."""
 
-    def __init__(
-        self,
-        run: Callable[[str, Turn[BatchResult], bool | None], Awaitable[BatchResult]],
-        scope: str,
-        limits: Limits,
-        **options: Unpack[WriteOptions],
-    ) -> None:
-        super().__init__(scope, limits, **options)
-        self._run = run
+    __slots__ = ()
 
     async def __aenter__(self) -> Self:
         return self._enter()

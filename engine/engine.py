@@ -15,7 +15,7 @@ import pykka
 
 from scopestate import lifecycle
 from scopestate.actors.backlog import HandlerFull, no_room
-from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback
+from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback, run_callback
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.functions import Function
 from scopestate.actors.ports import Backend, Store
@@ -44,7 +44,7 @@ from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
-from scopestate.ops.writes import Durable, unwrapped
+from scopestate.ops.writes import Durable
 from scopestate.parts import Parts
 from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.snapshots import REFUSED, Call, Snapshots
@@ -104,6 +104,7 @@ class Engine(Reactive, StateCalls):
         self._tally = parts.tally
         self._count_set = parts.tally["state::set"].add
         self._count_get = parts.tally["state::get"].add
+        self._count_delete = parts.tally["state::delete"].add
         self._count_update = parts.tally["state::update"].add
         self._hooks: dict[str, Hook | None] = {"error": on_error, "dead letter": on_dead_letter}
         self._caller = Caller(parts.services)
@@ -187,6 +188,8 @@ class Engine(Reactive, StateCalls):
         write may still be made; in Redis and behind a bridge it may have been made if the cause of the StorageError is
         ConnectionLost or CallTimeout.
         """
+        if options:
+            return self._set_with(scope, key, value, options)
         if IN_CALLBACK:
             refuse_in_callback()
         data = encode(value)
@@ -198,17 +201,21 @@ class Engine(Reactive, StateCalls):
             scope = checked_name("scope", scope)
         if type(key) is not str or not key.isascii():
             key = checked_name("key", key)
-        turn: turns.Turn[SetResult]
-        if options:
-            turn, durable = set_turn(key, data, **options)
-            if durable is not None:
-                return self._run_with(scope, turn, durable)
-        else:
-            turn = turns.Set(key, data)
+        turn = turns.Set(key, data)
         try:
             return self._scopes[scope].run(turn)
         except HandlerFull as full:
             return self._run_when_room(scope, turn, full)
+
+    def _set_with(self, scope: str, key: str, value: object, options: SetOptions) -> SetResult:
+        data = encode(value)
+        limit = self._limits.max_value_bytes
+        if limit:
+            refuse_size(scope, key, data, limit)
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
+        turn, durable = set_turn(key, data, options)
+        return self._run(scope, turn, durable)
 
     def get(self, scope: str, key: str, default: Any = None) -> Any:
         """Return a new copy of a value, or `default` if the key does not exist. A stored null is None.
@@ -242,11 +249,21 @@ class Engine(Reactive, StateCalls):
         Options: `if_revision`, `durable`, `idempotency_key`. Raises StorageError `DELETE_ERROR`, Overloaded,
         ReplyTimeout and EngineClosed, as `set` does.
         """
-        key = checked_name("key", key)
+        if type(key) is not str or not key.isascii():
+            key = checked_name("key", key)
         if options:
-            turn, durable = delete_turn(key, **options)
-            return self._run(scope, turn, durable).old_value
-        data = self._run(scope, turns.Delete(key))
+            turn_with, durable = delete_turn(key, **options)
+            return self._run(scope, turn_with, durable).old_value
+        if IN_CALLBACK:
+            refuse_in_callback()
+        self._count_delete()
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
+        turn = turns.Delete(key)
+        try:
+            data = self._scopes[scope].run(turn)
+        except HandlerFull as full:
+            data = self._run_when_room(scope, turn, full)
         return None if data is None else decode(data)
 
     def update(self, scope: str, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult:
@@ -260,6 +277,9 @@ class Engine(Reactive, StateCalls):
         Options: those of `set`, but the deadline stays if none is given for it; and `atomic=True`, which raises
         UpdateRefused in place of skipping an op, and writes nothing then.
         """
+        if options:
+            turn_with, durable = update_turn(checked_name("key", key), ops, **options)
+            return self._run(scope, turn_with, durable)
         if IN_CALLBACK:
             refuse_in_callback()
         self._count_update()
@@ -267,13 +287,7 @@ class Engine(Reactive, StateCalls):
             scope = checked_name("scope", scope)
         if type(key) is not str or not key.isascii():
             key = checked_name("key", key)
-        turn: turns.Turn[UpdateResult]
-        if options:
-            turn, durable = update_turn(key, ops, **options)
-            if durable is not None:
-                return self._run_with(scope, turn, durable)
-        else:
-            turn = turns.Update(key, checked(ops))
+        turn = turns.Update(key, checked(ops))
         try:
             return self._scopes[scope].run(turn)
         except HandlerFull as full:
@@ -365,10 +379,9 @@ class Engine(Reactive, StateCalls):
 
     def _send(self, message: messages.Message, kind: type[PatientReply], *, waits: bool) -> PatientReply:
         self._refuse_if_closed()
-        scope = getattr(message, "scope", "")
-        turn, durable = turn_of(message, self._limits, self._guard(scope))
-        self._tally[unwrapped(turn).function_id].add()
-        scope = checked_name("scope", scope)
+        turn, durable = turn_of(message, self._limits, run_callback)
+        self._tally[turn.function_id].add()
+        scope = checked_name("scope", message.scope)  # type: ignore[union-attr]  # ListGroups is handled before
         if durable is not None:
             turn = self._scopes[scope].with_durability(turn, durable)
         reply = kind(self._router, self._scopes, scope, lambda answer: answer_of(message, answer))
@@ -545,12 +558,18 @@ class Engine(Reactive, StateCalls):
         """
         if IN_CALLBACK:
             refuse_in_callback()
-        self._tally[unwrapped(turn).function_id].add()
-        return self._run_with(checked_name("scope", scope), turn, durable)
-
-    def _run_with(self, scope: str, turn: turns.Turn[A], durable: bool | None) -> A:
+        self._tally[turn.function_id].add()
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
         if durable is not None:
-            turn = self._scopes[scope].with_durability(turn, durable)
+            return self._run_with(scope, turn, durable)
+        try:
+            return self._scopes[scope].run(turn)
+        except HandlerFull as full:
+            return self._run_when_room(scope, turn, full)
+
+    def _run_with(self, scope: str, turn: turns.Turn[A], durable: bool) -> A:
+        turn = self._scopes[scope].with_durability(turn, durable)
         try:
             return self._run_once(scope, turn)
         except HandlerFull as full:

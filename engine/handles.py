@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from msgspec import UNSET, UnsetType
 
+from scopestate.batch import Batch
 from scopestate.ops.apply import MISSING
 from scopestate.ops.options import (
     Bounds,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from scopestate.actors.scope import ScopeActor
     from scopestate.aio import AioEngine
-    from scopestate.batch import AioBatch, Batch
+    from scopestate.batch import AioBatch
     from scopestate.engine import Engine
     from scopestate.mapping import ScopeMapping
     from scopestate.ops.results import CasResult, EntryView, ModifyResult, Page, SetResult, UpdateResult
@@ -51,7 +52,7 @@ class Scope:
     def set(self, key: str, value: object, **options: Unpack[SetOptions]) -> SetResult:
         """As `Engine.set` on this scope."""
         if options:
-            return self._engine.set(self.name, key, value, **options)
+            return self._engine._set_with(self.name, key, value, options)
         return self._engine.set(self.name, key, value)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -78,7 +79,7 @@ class Scope:
 
     def compare_and_set(self, key: str, expected: object, value: object, **options: Unpack[WriteOptions]) -> CasResult:
         """As `Engine.compare_and_set` on this scope."""
-        return self._engine.compare_and_set(self.name, key, expected, value, **options)
+        return self._engine._compare_and_set(self.name, key, expected, value, options)
 
     def modify(
         self, key: str, function: Callable[[Any], Any], default: Any = None, *, durable: bool | None = None
@@ -103,7 +104,7 @@ class Scope:
 
     def batch(self, **options: Unpack[WriteOptions]) -> Batch:
         """As `Engine.batch` on this scope."""
-        return self._engine.batch(self.name, **options)
+        return Batch(self._engine._run, self.name, self._engine._limits, options)
 
     def transact(self, function: Callable[[Transaction], A], **options: Unpack[WriteOptions]) -> A:
         """As `Engine.transact` on this scope."""

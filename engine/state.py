@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from msgspec import UNSET, UnsetType
 
-from scopestate.actors.callbacks import guarded
+from scopestate.actors.callbacks import run_callback
 from scopestate.batch import Batch
 from scopestate.ops import arguments
 from scopestate.ops.options import Bounds, PageOptions, RangeOptions, WriteOptions, bounded, range_of
@@ -60,7 +60,12 @@ class StateCalls:
         the key does not exist, or holds null. A miss changes nothing and fires nothing. It clears the deadline, as
         `set` does.
         """
-        turn, durable = arguments.cas_turn(scope, key, expected, value, self._limits, **options)
+        return self._compare_and_set(scope, key, expected, value, options)
+
+    def _compare_and_set(
+        self, scope: str, key: str, expected: object, value: object, options: WriteOptions
+    ) -> CasResult:
+        turn, durable = arguments.cas_turn(scope, key, expected, value, self._limits, options)
         return self._run(scope, turn, durable)
 
     def modify(
@@ -79,7 +84,7 @@ class StateCalls:
         a bridge it is called again when another write comes in between. It must not call the engine, which raises
         WouldDeadlock. While it runs, the scope serves no other call; one that takes over 0.25 s is logged.
         """
-        turn, durable = arguments.modify_turn(key, function, default, self._guard(scope), durable=durable)
+        turn, durable = arguments.modify_turn(key, function, default, run_callback, durable)
         return self._run(scope, turn, durable)
 
     def touch(
@@ -113,7 +118,7 @@ class StateCalls:
 
         See `Batch`. At most 1,000 keys and `max_batch_bytes` of values.
         """
-        return Batch(self._run, checked_name("scope", scope), self._limits, **options)
+        return Batch(self._run, checked_name("scope", scope), self._limits, options)
 
     def transact(self, scope: str, function: Callable[[Transaction], A], **options: Unpack[WriteOptions]) -> A:
         """Call `function(tx)`, which reads and writes the scope as if it were alone, and return what it returns.
@@ -128,12 +133,8 @@ class StateCalls:
         engine, which raises WouldDeadlock. While it runs, the scope serves no other call; one that takes over 0.25 s is
         logged. With an idempotency key, the answer must be JSON.
         """
-        guard: arguments.Guard[A] = self._guard(scope)
-        turn, durable = arguments.transact_turn(function, self._limits, guard, **options)
+        turn, durable = arguments.transact_turn(function, self._limits, run_callback, **options)
         return self._run(scope, turn, durable)
-
-    def _guard(self, scope: str) -> arguments.Guard[Any]:
-        return guarded(scope, self._parts.dispatcher.monotonic)
 
     # ------------------------------------------------------------------------------------------------------ ranges
 

@@ -17,11 +17,12 @@ from msgspec import UNSET, UnsetType
 from scopestate.errors import DeserializationError
 from scopestate.ops import messages
 from scopestate.ops.apply import MISSING
-from scopestate.ops.callbacks import refuse_callback
+from scopestate.ops.callbacks import Runner, refuse_callback
 from scopestate.ops.options import (
+    SetOptions,
+    WriteOptions,
     bounded,
     checked_flag,
-    checked_idempotency_key,
     checked_limit,
     checked_revision,
     range_of,
@@ -51,6 +52,9 @@ from scopestate.ops.transactions import (
     UpdateStep,
 )
 from scopestate.ops.turns import (
+    LAST_MS,
+    LAST_REVISION,
+    Deadline,
     Delete,
     Entry,
     Get,
@@ -82,9 +86,6 @@ A = TypeVar("A")
 Asked = tuple[Turn[A], bool | None]
 """What a caller asks for, and `durable`."""
 
-Guard = Callable[[str, Callable[..., A]], Callable[..., A]]
-"""Returns the function that runs one of a caller in a turn; the name is that of the method, for errors and the log."""
-
 
 class Limits(Protocol):
     """The limits that are checked here."""
@@ -96,14 +97,29 @@ class Limits(Protocol):
 # ------------------------------------------------------------------------------------------------------------- writes
 
 
-def asked(turn: Turn[A], durable: object = None, idempotency_key: object = None) -> Asked[A]:
+def asked(turn: Turn[A], durable: object = None, idempotency_key: str | None = None) -> Asked[A]:
     """Return a write with the options that every write takes."""
+    if durable is None and idempotency_key is None:
+        return turn, None
     if idempotency_key is not None:
-        turn = Once(turn, checked_idempotency_key(idempotency_key))
+        turn = Once(turn, idempotency_key)
     return turn, None if durable is None else checked_flag("durable", durable)
 
 
-def set_turn(
+def set_turn(key: str, data: bytes, options: SetOptions) -> Asked[SetResult]:
+    """Return a `set` with options; `data` is the value as JSON, the key is checked."""
+    if len(options) == 1:
+        # One condition or one deadline is what most calls have; the general way takes half as long as the whole call.
+        revision: object = options.get("if_revision")
+        if type(revision) is int and 0 <= revision <= LAST_REVISION:
+            return SetWith(key, data, revision), None
+        ttl: object = options.get("ttl")
+        if type(ttl) is int and 0 < ttl <= LAST_MS // 1000:
+            return SetWith(key, data, None, Deadline(ttl * 1000)), None
+    return _set_turn(key, data, **options)
+
+
+def _set_turn(
     key: str,
     data: bytes,
     *,
@@ -115,11 +131,8 @@ def set_turn(
     durable: bool | None = None,
     idempotency_key: str | None = None,
 ) -> Asked[SetResult]:
-    """Return a `set` with options; `data` is the value as JSON, the key is checked."""
     revision = checked_revision(if_revision, if_absent=if_absent)
     turn = SetWith(key, data, revision, asked_deadline(ttl, expires_at, keep_ttl=keep_ttl))
-    if durable is None and idempotency_key is None:
-        return turn, None
     return asked(turn, durable, idempotency_key)
 
 
@@ -151,29 +164,28 @@ def delete_turn(
 
 
 def cas_turn(
-    scope: str,
-    key: str,
-    expected: object,
-    value: object,
-    limits: Limits,
-    *,
-    durable: bool | None = None,
-    idempotency_key: str | None = None,
+    scope: str, key: str, expected: object, value: object, limits: Limits, options: WriteOptions
 ) -> Asked[CasResult]:
     """Return a `compare_and_set`."""
-    key = checked_name("key", key)
+    if type(key) is not str or not key.isascii():
+        key = checked_name("key", key)
     data = encode(value)
-    refuse_size(scope, key, data, limits.max_value_bytes)
+    limit = limits.max_value_bytes
+    if limit:
+        refuse_size(scope, key, data, limit)
     turn = CompareAndSet(key, None if expected is MISSING or expected is None else encode(expected), data)
-    return asked(turn, durable, idempotency_key)
+    return asked(turn, **options) if options else (turn, None)
 
 
 def modify_turn(
-    key: str, function: Callable[[Any], Any], default: object, guard: Guard[Any], *, durable: bool | None = None
+    key: str, function: Callable[[Any], Any], default: object, runner: Runner, durable: bool | None
 ) -> Asked[ModifyResult]:
     """Return a `modify`."""
     refuse_callback("modify", function)
-    return asked(Modify(checked_name("key", key), guard("modify", function), default), durable)
+    if type(key) is not str or not key.isascii():
+        key = checked_name("key", key)
+    turn = Modify(key, function, default, runner)
+    return (turn, None) if durable is None else asked(turn, durable)
 
 
 def touch_turn(
@@ -192,14 +204,14 @@ def touch_turn(
 def transact_turn(
     function: Callable[[Transaction], A],
     limits: Limits,
-    guard: Guard[A],
+    runner: Runner,
     *,
     durable: bool | None = None,
     idempotency_key: str | None = None,
 ) -> Asked[A]:
     """Return a `transact`."""
     refuse_callback("transact", function)
-    return asked(Transact(guard("transact", function), limits.max_batch_bytes), durable, idempotency_key)
+    return asked(Transact(function, limits.max_batch_bytes, runner), durable, idempotency_key)
 
 
 def delete_range_turn(
@@ -321,7 +333,7 @@ def values_of(values: list[bytes]) -> list[Any]:
 # ----------------------------------------------------------------------------------------------------------- messages
 
 
-def turn_of(message: object, limits: Limits, guard: Guard[Any]) -> Asked[Any]:
+def turn_of(message: object, limits: Limits, runner: Runner) -> Asked[Any]:
     """Return what a scope does for a public message. Encodes the value: call it before the scope is claimed."""
     match message:
         case messages.Set(scope=scope, key=key, value=value):
@@ -329,7 +341,7 @@ def turn_of(message: object, limits: Limits, guard: Guard[Any]) -> Asked[Any]:
             refuse_size(scope, key, data, limits.max_value_bytes)
             key = checked_name("key", key)
             options = message.options()
-            return set_turn(key, data, **options) if options else (Set(key, data), None)
+            return _set_turn(key, data, **options) if options else (Set(key, data), None)
         case messages.Update(key=key, ops=ops):
             key = checked_name("key", key)
             options = message.options()
@@ -339,9 +351,9 @@ def turn_of(message: object, limits: Limits, guard: Guard[Any]) -> Asked[Any]:
             options = message.options()
             return delete_turn(key, **options) if options else (Delete(key), None)
         case messages.CompareAndSet(scope=scope, key=key, expected=expected, value=value):
-            return cas_turn(scope, key, expected, value, limits, **message.options())
-        case messages.Modify(key=key, function=function, default=default):
-            return modify_turn(key, function, default, guard, durable=message.durable)
+            return cas_turn(scope, key, expected, value, limits, message.options())
+        case messages.Modify(key=key, function=function, default=default, durable=durable):
+            return modify_turn(key, function, default, runner, durable)
         case messages.Touch(key=key, ttl=ttl, expires_at=expires_at):
             return touch_turn(key, ttl, expires_at, durable=message.durable, idempotency_key=message.idempotency_key)
         case messages.Batch(scope=scope, steps=steps, checks=checks):
@@ -349,7 +361,7 @@ def turn_of(message: object, limits: Limits, guard: Guard[Any]) -> Asked[Any]:
             expected = [_check_of(check) for check in checks]
             return batch_turn(scope, made, expected, limits, **message.options())
         case messages.Transact(function=function):
-            return transact_turn(function, limits, guard, **message.options())
+            return transact_turn(function, limits, runner, **message.options())
         case messages.DeleteRange():
             return delete_range_turn(**messages.bounds_of(message), **message.options())
         case _:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Final, TypeVar
 
 from scopestate.errors import DeserializationError
@@ -10,11 +12,26 @@ from scopestate.ops.values import class_name
 
 A = TypeVar("A")
 
+Runner = Callable[[str, str, Callable[[Any], Any], Any], Any]
+"""What calls a function of a caller: with the method that it was given to, the scope, the function and its argument."""
+
+
+def run_plainly(name: str, scope: str, function: Callable[[Any], Any], argument: Any) -> Any:
+    """Call a function, and nothing else."""
+    del name, scope
+    return function(argument)
+
+
+_NOT_PLAIN: Final = (
+    inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+)
 _PLAIN: Final = frozenset({dict, list, tuple, str, int, float, bool, type(None)})
 
 
 def refuse_callback(name: str, function: Any) -> None:
     """Raise DeserializationError for what is no plain function. `name`: of the method that would call it."""
+    if type(function) is FunctionType and not function.__code__.co_flags & _NOT_PLAIN:
+        return  # `inspect` would take longer than the call that follows
     if not callable(function):
         raise DeserializationError(f"`{name}` takes a function, not {class_name(function)}")
     for called in (function, getattr(function, "__call__", None)):  # noqa: B004 - an object may define it as `async def`

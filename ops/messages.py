@@ -23,7 +23,7 @@ class _Write(msgspec.Struct, frozen=True, kw_only=True):
     durable: bool | None = None
     idempotency_key: str | None = None
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Any:
         """Return the options that are given, for the functions of `ops/arguments.py`."""
         found = {}
         for name, default in _OPTIONS.items():

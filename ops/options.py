@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Final, TypedDict
+from typing import TypedDict
 
 from scopestate.errors import DeserializationError
 from scopestate.ops.turns import LAST_REVISION, Range, checked_name
-
-LONGEST_IDEMPOTENCY_KEY: Final = 255
-"""Characters."""
 
 
 class WriteOptions(TypedDict, total=False):
@@ -91,16 +88,6 @@ def checked_flag(name: str, given: object) -> bool:
     if type(given) is not bool:
         raise DeserializationError(f"`{name}` is True or False, not {given!r:.40}")
     return given
-
-
-def checked_idempotency_key(key: object) -> str:
-    """Return an idempotency key as it is. Raises DeserializationError."""
-    text = checked_name("idempotency key", key)
-    if not 1 <= len(text) <= LONGEST_IDEMPOTENCY_KEY:
-        raise DeserializationError(
-            f"an idempotency key has 1 to {LONGEST_IDEMPOTENCY_KEY} characters, not {len(text)}: use a uuid"
-        )
-    return text
 
 
 def range_of(

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from scopestate.errors import BatchTooLarge, Conflict, DeserializationError, KeyConflict, UpdateRefused
-from scopestate.ops.callbacks import plain_answer
+from scopestate.ops.callbacks import Runner, plain_answer, run_plainly
 from scopestate.ops.options import RangeOptions, range_of
 from scopestate.ops.results import (
     BatchResult,
@@ -257,11 +257,14 @@ class Batch(Turn[BatchResult], frozen=True):
     def content(self) -> Any:
         return self.steps, self.checks, self.if_revision
 
+    def size(self) -> int:
+        return sum([len(step.data) for step in self.steps if type(step) is SetStep])
+
     def refuse_size(self, scope: str) -> None:
         """Raise BatchTooLarge for too many keys or bytes: before the scope is claimed, and anything is sent."""
         if len(self.steps) + len(self.checks) > MAX_KEYS and (count := len(self.keys)) > MAX_KEYS:
             raise BatchTooLarge(scope, count, MAX_KEYS, "keys")
-        size = sum([len(step.data) for step in self.steps if type(step) is SetStep])
+        size = self.size()
         if size > self.max_bytes:
             raise BatchTooLarge(scope, size, self.max_bytes, "bytes")
 
@@ -456,12 +459,15 @@ class SetAll(Turn[BatchResult], frozen=True):
         return self.sets
 
     def refuse_size(self, scope: str) -> None:
-        """Raise BatchTooLarge for too many keys or bytes: before the scope is claimed, and anything is sent."""
+        """Raise BatchTooLarge for too many keys or bytes: before anything is written or sent."""
         if len(self.sets) > MAX_KEYS:
             raise BatchTooLarge(scope, len(self.sets), MAX_KEYS, "keys")
-        size = sum(map(len, self.sets.values()))
+        size = self.size()
         if size > self.max_bytes:
             raise BatchTooLarge(scope, size, self.max_bytes, "bytes")
+
+    def size(self) -> int:
+        return sum(map(len, self.sets.values()))
 
     def as_batch(self) -> Batch:
         """Return the same as steps."""
@@ -490,6 +496,7 @@ class SetAll(Turn[BatchResult], frozen=True):
         return BatchResult(results, revision=revision, detailed=True)
 
     def call(self, scope: str) -> dict[str, Any]:
+        self.refuse_size(scope)
         return self.as_batch().call(scope)
 
     def effects_of(self, result: bytes | None) -> Effects[BatchResult]:
@@ -612,6 +619,7 @@ class Transact(Turn[A], frozen=True):
 
     function: Callable[[Transaction], A]
     max_bytes: int = MAX_BYTES
+    runner: Runner = run_plainly
 
     @property
     def keys(self) -> None:
@@ -628,7 +636,7 @@ class Transact(Turn[A], frozen=True):
         """Call the function. Raises what it raises, and DeserializationError if it would have to be awaited."""
         transaction = Transaction(draft)
         try:
-            answer = self.function(transaction)
+            answer: A = self.runner("transact", draft.view.scope, self.function, transaction)
         finally:
             transaction._open = None  # its own
         return plain_answer("transact", answer)

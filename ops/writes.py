@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from scopestate.errors import Conflict, DeserializationError, IdempotencyMismatch, KeyConflict, StorageError
-from scopestate.ops.callbacks import plain_answer
+from scopestate.ops.callbacks import Runner, plain_answer, run_plainly
 from scopestate.ops.options import checked_flag
 from scopestate.ops.results import (
     CasResult,
@@ -87,7 +87,7 @@ def check_revision(view: View, key: str, found: Entry | None, expected: int | No
         raise Conflict(view.scope, (KeyConflict(0, key, expected, revision),))
 
 
-class SetWith(Set, frozen=True):
+class SetWith(Set, frozen=True, gc=False):
     """Set a key to a value, on a condition or with a deadline."""
 
     if_revision: int | None = None
@@ -226,11 +226,12 @@ class Modify(OneKey[ModifyResult], frozen=True):
     """Takes the value; returns the new one, DELETE or KEEP. What it raises reaches the caller, and nothing changes."""
     default: Any = None
     """What `function` gets if the key does not exist."""
+    runner: Runner = run_plainly
 
     def decide(self, view: View) -> Effects[ModifyResult]:
         before = view.entry(self.key)
         old = None if before is None else before.json
-        value = plain_answer("modify", self.function(self._default() if old is None else decode(old)))
+        value = self.value(view.scope, old)
         if value is KEEP or (value is DELETE and before is None):
             revision = 0 if before is None else before.revision
             return (), ModifyResult(old, old, revision=revision)
@@ -243,9 +244,13 @@ class Modify(OneKey[ModifyResult], frozen=True):
             changes = changes_of(view, self.key, before, data, expires_ms)
         return changes, ModifyResult(old, data, revision=view.revision + len(changes))
 
-    def _default(self) -> Any:
-        """A copy for each call of the function, which may change it."""
-        return copy.deepcopy(self.default) if isinstance(self.default, (dict, list)) else self.default
+    def value(self, scope: str, old: bytes | None) -> Any:
+        """Return what the function makes of the old value. Raises what it raises."""
+        if old is not None:
+            argument = decode(old)
+        else:  # a copy for each call, which may change it
+            argument = copy.deepcopy(self.default) if isinstance(self.default, (dict, list)) else self.default
+        return plain_answer("modify", self.runner("modify", scope, self.function, argument))
 
 
 class _Told(msgspec.Struct):
@@ -496,9 +501,12 @@ class Once(Turn[A], frozen=True):
     turn: Turn[A]
     idempotency_key: str
     """1 to 255 characters."""
-    function_id = "state::set"
     writes = True
     failure = Failure("SET_ERROR", "Failed to set value")
+
+    @property
+    def function_id(self) -> str:  # type: ignore[override]  # that of another turn, so not of the class
+        return self.turn.function_id
 
     def __post_init__(self) -> None:
         """Raises DeserializationError for a key that a store could not hold."""
@@ -544,9 +552,12 @@ class Durable(Turn[A], frozen=True):
     """A write that is answered when it is on disk, in a scope that answers others before."""
 
     turn: Turn[A]
-    function_id = "state::set"
     writes = True
     failure = Failure("SET_ERROR", "Failed to set value")
+
+    @property
+    def function_id(self) -> str:  # type: ignore[override]  # as above
+        return self.turn.function_id
 
     @property
     def keys(self) -> tuple[str, ...] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,6 +11,7 @@ from turns.stored import Limits
 
 from scopestate.errors import BatchTooLarge, DeserializationError, InvalidValue, ValueTooLarge
 from scopestate.ops import MISSING, Increment, arguments, messages, turns
+from scopestate.ops.callbacks import run_plainly
 from scopestate.ops.options import range_of
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, Values
 from scopestate.ops.transactions import Batch, Check, DeleteStep, SetStep, TouchStep, Transact, UpdateStep
@@ -32,13 +32,8 @@ NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 NOON_MS = 1_893_499_200_000
 
 
-def guard(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    del name
-    return function
-
-
 def turn_of(message: object, **limits: int) -> arguments.Asked[Any]:
-    return arguments.turn_of(message, Limits(**limits), guard)
+    return arguments.turn_of(message, Limits(**limits), run_plainly)
 
 
 def first(values: Any) -> Any:
