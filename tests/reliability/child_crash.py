@@ -9,6 +9,9 @@ so that no line is torn and what is there was said before the death:
     try SCOPE N NS          write number N is about to be made
     ack SCOPE N NS          ... is acknowledged
     event SCOPE N NS        ... was delivered to a handler
+    again SCOPE N CALLS ANSWER   transaction number N was repeated with its idempotency key
+    expired SCOPE KEY N     a handler was told that the key has expired, with this value
+    alive SCOPE KEY MS MS   the key was read; when it expires, and the time before that
     save NS / saved NS      a save of the interval scopes begins / is done
     end STATUS              the child is gone
 
@@ -24,7 +27,7 @@ import threading
 import time
 
 from forking import beside_threads
-from reliability.history import COMMIT_PREFIX, KEYS, SHARED, operation
+from reliability.history import COMMIT_PREFIX, EXPIRING, KEYS, LEDGER, SHARED, TTL_S, Transaction, operation
 from reliability.living import settings
 
 from scopestate import Engine, StateEvent
@@ -49,6 +52,8 @@ class TellingAdapter(FileAdapter):
 
 
 def hear(event: StateEvent) -> None:
+    if event.event_type == "state:expired":
+        say("expired", event.scope, event.key, event.old_value)
     say("event", event.scope, event.revision, time.monotonic_ns())
 
 
@@ -76,6 +81,42 @@ def write_shared(engine: Engine, scope: str, key: str, last: int) -> None:
         say("ack", f"{scope}/{key}", number, time.monotonic_ns())
 
 
+def write_ledger(engine: Engine, scope: str, last: int) -> None:
+    """Do the transactions behind `last`. Repeat those that may have been done, after each start and now and then."""
+
+    def transact(number: int) -> tuple[int, int]:
+        run = Transaction(number)
+        answer = engine.transact(scope, run, idempotency_key=f"{scope}-{number}")
+        return run.calls, answer
+
+    if last:
+        say("again", scope, last, *transact(last))
+    number = last
+    while True:
+        number += 1
+        say("try", scope, number, time.monotonic_ns())
+        calls, answer = transact(number)
+        assert (calls, answer) == (1, number)
+        say("ack", scope, number, time.monotonic_ns())
+        if number % 20 == 0:
+            say("again", scope, number - 5, *transact(number - 5))
+
+
+def write_expiring(engine: Engine, scope: str, last: int) -> None:
+    """Set keys that live for 40 ms. N is the value."""
+    now_ms = time.time_ns() // 1_000_000
+    for entry in engine.entries(scope):
+        assert entry.expires_at is not None
+        say("alive", scope, entry.key, round(entry.expires_at.timestamp() * 1000), now_ms)
+    number = last
+    while True:
+        number += 1
+        say("try", scope, number, time.monotonic_ns())
+        engine.set(scope, f"k{number % 6}", number, ttl=TTL_S)
+        say("ack", scope, number, time.monotonic_ns())
+        time.sleep(0.004)
+
+
 def live(directory: str, interval_ms: int, last: dict[str, int]) -> None:
     rules = [{"prefix": COMMIT_PREFIX, "durability": "commit"}, {"prefix": "session:", "durability": "memory"}]
     config = from_mapping(settings("interval", directory, save_interval_ms=interval_ms, scopes=rules))
@@ -84,8 +125,9 @@ def live(directory: str, interval_ms: int, last: dict[str, int]) -> None:
     engine.register_function("hear", hear)
     for scope in (scope for scope in last if "/" not in scope):
         engine.register_trigger(function_id="hear", scope=scope)
+    jobs = {LEDGER: write_ledger, EXPIRING: write_expiring}
     writers = [
-        threading.Thread(target=write_alone, args=(engine, scope, number))
+        threading.Thread(target=jobs.get(scope.partition("-")[2], write_alone), args=(engine, scope, number))
         for scope, number in last.items()
         if "/" not in scope and not scope.endswith(SHARED)
     ]

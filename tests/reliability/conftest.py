@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from leftovers import no_leftovers
 from reliability.living import settings
+from reliability.mortal import Mortal
 from reliability.slow import SlowDisk
 
 from scopestate import Engine
@@ -38,6 +40,18 @@ def open_engine(nothing_left: None, tmp_path: Path) -> Iterator[OpenEngine]:
     yield open_
     for engine in reversed(opened):
         engine.close()
+
+
+@pytest.fixture
+def mortal() -> Iterator[Mortal]:
+    """A process whose children are killed."""
+    started = Mortal()
+    yield started
+    try:
+        started.end()
+    except subprocess.TimeoutExpired:
+        started.process.kill()
+        started.process.communicate()
 
 
 @pytest.fixture
