@@ -22,6 +22,7 @@ from scopestate.actors.scope import Passivate
 from scopestate.errors import StorageError
 from scopestate.persistence import FileAdapter, ScopeChange, ScopeState
 from scopestate.persistence.sqlite.database import connect
+from scopestate.persistence.sqlite.reading import StoreReader
 
 OpenEngine = Callable[..., Engine]
 ADD = [{"type": "increment", "path": "", "by": 1}]
@@ -139,6 +140,76 @@ def test_commit_a_write_that_cannot_be_saved_fails_and_leaves_memory_disk_and_ev
     assert {scope: len(values) for scope, values in on_disk(store).items()} == {
         scope: len(values) for scope, values in memory.items()
     }
+
+
+def test_commit_a_transaction_that_cannot_be_saved_leaves_nothing_of_it(
+    open_engine: OpenEngine, adapter: Faulty, store: Path
+) -> None:
+    """Neither values, revisions and deadlines nor its kept answer: asked for again, it is done."""
+    engine = open_engine("commit", adapter=adapter, save_interval_ms=3_600_000)
+    seen = Seen()
+    engine.on_change()(seen)
+    engine.set("s", "a", 1, ttl=3600)
+    engine.set("s", "b", 2)
+    before = engine.entries("s"), engine.ttl("s", "a"), engine.keys("s")
+    calls: list[int] = []
+
+    def transfer(tx: Any) -> int:
+        calls.append(1)
+        tx.set("a", tx.get("a") + 1, ttl=60)
+        tx.delete("b")
+        tx.set("c", 3)
+        return len(calls)
+
+    adapter.break_("save")
+    for _ in range(2):
+        with pytest.raises(StorageError, match="the disk is full"):
+            engine.transact("s", transfer, idempotency_key="i")
+    with pytest.raises(StorageError, match="the disk is full"), engine.batch("s", idempotency_key="j") as batch:
+        batch.set("a", 9)
+        batch.touch("b", ttl=1)
+    with pytest.raises(StorageError, match="the disk is full"):
+        engine.touch("s", "a", ttl=1)
+
+    assert (engine.entries("s"), engine.keys("s")) == (before[0], before[2])
+    assert engine.ttl("s", "a") > 3000
+    adapter.mend()
+    assert engine.transact("s", transfer, idempotency_key="i") == 3
+    assert engine.transact("s", transfer, idempotency_key="i") == 3, "the first answer"
+    assert len(calls) == 3
+    engine.drain(PATIENCE_S)
+    assert [(event.key, event.revision) for event in seen.events] == [("a", 1), ("b", 2), ("a", 3), ("b", 4), ("c", 5)]
+    engine.close()
+    assert on_disk(store) == {"s": [("a", b"2"), ("c", b"3")]}
+
+
+def test_interval_transactions_stay_queued_and_are_saved_whole_with_their_answers(
+    open_engine: OpenEngine, adapter: Faulty, store: Path
+) -> None:
+    engine = open_engine("interval", adapter=adapter, save_interval_ms=5)
+    adapter.break_("save")
+
+    def add(tx: Any) -> int:
+        tx.set("n", tx.get("n", 0) + 1)
+        tx.set(f"only-{tx.get('n')}", 1, ttl=3600)
+        tx.delete(f"only-{tx.get('n') - 1}")
+        return int(tx.get("n"))
+
+    for number in range(1, 30):
+        assert engine.transact("s", add, idempotency_key=f"{number}") == number
+        if number % 10 == 0:
+            failed = engine.stats().failed_saves
+            wait_until(lambda failed=failed: engine.stats().failed_saves > failed)  # a part of them waits for a new try
+    with pytest.raises(StorageError, match="is in memory"):
+        engine.set("s", "durable", 1, durable=True)
+    adapter.mend()
+    engine.set("s", "durable", 2, durable=True)
+
+    with StoreReader(store) as reader:
+        found = dict(reader.entries("s"))
+        assert {key: entry.json for key, entry in found.items()} == {"n": b"29", "only-29": b"1", "durable": b"2"}
+        assert found["only-29"].expires_ms is not None
+        assert list(reader.answers("s")) == [f"{number}" for number in range(1, 30)]
 
 
 def test_commit_a_reader_never_sees_what_was_not_saved(open_engine: OpenEngine, adapter: Faulty) -> None:
