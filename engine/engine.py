@@ -424,7 +424,7 @@ class Engine(Reactive, StateCalls):
 
     def _builtin_call(self, function_id: str, payload: object) -> Call:
         """Read the input of a built-in function on one scope. Raises what `read_request` raises."""
-        request = read_request(function_id, payload, self._limits.max_value_bytes)
+        request = read_request(function_id, payload, self._limits)
         return Call(BUILT_IN[function_id], request, self._snapshots)
 
     # ------------------------------------------------------------------------------------------------ waiting

@@ -13,14 +13,15 @@ import msgspec
 
 from scopestate.errors import Conflict, DeserializationError, ScopestateError, UpdateRefused
 from scopestate.ops import answers, messages, requests, results, turns
+from scopestate.ops.arguments import Limits
 from scopestate.ops.messages import Message
 from scopestate.ops.requests import Request, misfit
 from scopestate.ops.values import class_name, json_type, normalise
 
 T = TypeVar("T")
 Right = Literal["read", "write"]
-Read = Callable[[Mapping[str, Any], int], Request]
-"""Reads an input; the number is the largest value in bytes, 0 for no limit."""
+Read = Callable[[Mapping[str, Any], Limits], Request]
+"""Reads an input."""
 
 _READ: Final[tuple[Right, ...]] = ("read",)
 _WRITE: Final[tuple[Right, ...]] = ("write",)
@@ -130,7 +131,7 @@ def from_payload(function_id: str, payload: object) -> Message:
     return _reading(function_id, payload, lambda given: message(**requests.reference_fields(function_id, given)))
 
 
-def read_request(function_id: str, payload: object, max_value_bytes: int = 0) -> Request:
+def read_request(function_id: str, payload: object, limits: Limits) -> Request:
     """Read the input of a function on one scope. Fields that it does not know are ignored.
 
     Raises DeserializationError, for what the reference knows worded as in iii-state; ValueTooLarge, BatchTooLarge and
@@ -141,11 +142,11 @@ def read_request(function_id: str, payload: object, max_value_bytes: int = 0) ->
     if read is None:
         raise KeyError(function_id)
     if row.message is not None:
-        return _reading(function_id, payload, lambda given: read(given, max_value_bytes))
+        return _reading(function_id, payload, lambda given: read(given, limits))
 
     def read_new(given: Mapping[str, Any]) -> Request:
         try:
-            return read(normalise(given), max_value_bytes)
+            return read(normalise(given), limits)
         except DeserializationError as error:
             raise misfit(function_id, str(error)) from error
 

@@ -14,6 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from scopestate.errors import DeserializationError, InvalidPageLimits
 from scopestate.ops import UpdateOp, convert_ops
+from scopestate.ops.arguments import Limits
 from scopestate.ops.options import checked_revision
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage
 from scopestate.ops.remote import Committing, Everything, KeysAt, Now, Recall
@@ -203,36 +204,36 @@ def reference_fields(function_id: str, payload: Payload) -> dict[str, Any]:
     return {field: _READERS[field](function_id, payload, field) for field in _FIELDS[function_id]}
 
 
-def read_set(payload: Payload, max_value_bytes: int) -> Request:
+def read_set(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::set`. As all these functions: raises DeserializationError; this one ValueTooLarge."""
     scope, key, value = reference_fields("state::set", payload).values()
     options = read_options("state::set", payload)
     data = encode(value)
-    refuse_size(scope, key, data, max_value_bytes)
+    refuse_size(scope, key, data, limits.max_value_bytes)
     return with_options(Request(scope, Set(checked_name("key", key), data), tell=asks(payload)), options)
 
 
-def read_update(payload: Payload, max_value_bytes: int) -> Request:
+def read_update(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::update`."""
     scope, key, ops = reference_fields("state::update", payload).values()
     plain = Request(scope, Update(checked_name("key", key), ops), tell=asks(payload))
     return with_options(plain, read_options("state::update", payload))
 
 
-def read_delete(payload: Payload, max_value_bytes: int) -> Request:
+def read_delete(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::delete`."""
     scope, key = reference_fields("state::delete", payload).values()
     plain = Request(scope, Delete(checked_name("key", key)), tell=asks(payload))
     return with_options(plain, read_options("state::delete", payload))
 
 
-def read_get(payload: Payload, max_value_bytes: int) -> Request:
+def read_get(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::get`."""
     scope, key = reference_fields("state::get", payload).values()
     return Request(scope, Get(checked_name("key", key)))
 
 
-def read_list(payload: Payload, max_value_bytes: int) -> Request:
+def read_list(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::list`."""
     (scope,) = reference_fields("state::list", payload).values()
     if payload.get("_keys") is True:  # a bridge or a tool asks for the keys too, and maybe for revisions
@@ -433,7 +434,7 @@ class TouchInput(msgspec.Struct, frozen=True):
 # --------------------------------------------------------------------------------------------- reading new functions
 
 
-def read_get_entry(payload: Payload, max_value_bytes: int) -> Request:
+def read_get_entry(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::get-entry`."""
     given = convert(payload, GetEntryInput)
     key = checked_name("key", given.key)
@@ -444,7 +445,7 @@ def read_get_entry(payload: Payload, max_value_bytes: int) -> Request:
     return Request(given.scope, GetEntry(key))
 
 
-def read_compare_and_set(payload: Payload, max_value_bytes: int) -> Request:
+def read_compare_and_set(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::compare-and-set`. Raises ValueTooLarge too."""
     given = convert(payload, CompareAndSetInput)
     expected: bytes | UnsetType | None = None
@@ -452,19 +453,19 @@ def read_compare_and_set(payload: Payload, max_value_bytes: int) -> Request:
         expected = encode_plain(given.expected)
     elif given.expected_revision is not None:
         expected = UNSET
-    data = _sized(given.scope, given.key, given.value, max_value_bytes)
+    data = _sized(given.scope, given.key, given.value, limits.max_value_bytes)
     turn = CompareAndSet(checked_name("key", given.key), expected, data, checked_revision(given.expected_revision))
     return _write(payload, given, turn, reads=True)
 
 
-def read_transaction(payload: Payload, max_value_bytes: int) -> Request:
+def read_transaction(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::transaction`. Raises ValueTooLarge and BatchTooLarge too."""
     given = convert(payload, TransactionInput)
     if payload.get("_recall") is True and given.idempotency_key is not None:  # a bridge asks for what is kept
         return Request(given.scope, Recall(given.idempotency_key), reads=True, tell=True)
-    steps = [_step(given.scope, step, index, max_value_bytes) for index, step in enumerate(given.ops)]
+    steps = [_step(given.scope, step, index, limits.max_value_bytes) for index, step in enumerate(given.ops)]
     checks = tuple([_check(check, index) for index, check in enumerate(given.checks)])
-    batch = Batch(tuple(steps), checks, checked_revision(given.if_revision))
+    batch = Batch(tuple(steps), checks, checked_revision(given.if_revision), limits.max_batch_bytes)
     batch.refuse_size(given.scope)
     turn: Turn[Any] = batch
     if "_returned" in payload:  # what the function of a `transact` has returned, on the other side of a bridge
@@ -511,7 +512,7 @@ def _sized(scope: str, key: str, value: Any, max_value_bytes: int) -> bytes:
     return data
 
 
-def read_list_keys(payload: Payload, max_value_bytes: int) -> Request:
+def read_list_keys(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::list_keys`."""
     given = convert(payload, RangeInput)
     within = _range_of(given).checked()
@@ -520,7 +521,7 @@ def read_list_keys(payload: Payload, max_value_bytes: int) -> Request:
     return Request(given.scope, Keys(within))
 
 
-def read_list_entries(payload: Payload, max_value_bytes: int) -> Request:
+def read_list_entries(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::list_entries`. Raises InvalidPageLimits too."""
     if payload.get("_entries") is True:  # a bridge asks for revisions too, and for pages of any size or everything
         asked = convert(payload, _EntriesInput)
@@ -540,13 +541,13 @@ def read_list_entries(payload: Payload, max_value_bytes: int) -> Request:
     return Request(given.scope, Pairs(Range(limit=SNAPSHOT_ROWS + 1)), page=page)
 
 
-def read_count(payload: Payload, max_value_bytes: int) -> Request:
+def read_count(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::count`."""
     given = convert(payload, CountInput)
     return Request(given.scope, Count(Range(*_bounds(given))))
 
 
-def read_delete_range(payload: Payload, max_value_bytes: int) -> Request:
+def read_delete_range(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::delete-range`. A range must be named: a misspelt `prefix` would delete everything."""
     given = convert(payload, DeleteRangeInput)
     if all(bound is None for bound in _bounds(given)):
@@ -558,7 +559,7 @@ def read_delete_range(payload: Payload, max_value_bytes: int) -> Request:
     return _write(payload, given, DeleteRange(_range_of(given)))
 
 
-def read_touch(payload: Payload, max_value_bytes: int) -> Request:
+def read_touch(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::touch`."""
     given = convert(payload, TouchInput)
     turn = Touch(checked_name("key", given.key), checked_deadline(given.ttl_ms, given.expires_at))

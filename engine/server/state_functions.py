@@ -215,10 +215,10 @@ class StateFunctions:
 
     def _added(self, row: BuiltIn) -> Callable[[Raw, Worker], Outcome]:
         """Return a function that the reference does not have."""
-        function_id, snapshots = row.function_id, self._engine._snapshots
+        function_id, snapshots, limits = row.function_id, self._engine._snapshots, self._limits
 
         def call(data: Raw, worker: Worker) -> Outcome:
-            request = read_request(function_id, _decoded(function_id, data), self._limits.max_value_bytes)
+            request = read_request(function_id, _decoded(function_id, data), limits)
             access = worker.access
             if access is not None:
                 access.check_scope(request.scope, row.rights)

@@ -496,3 +496,114 @@ def test_a_scope_that_is_used_or_hears_of_a_change_counts_as_touched(engine: Eng
         actor.touched = False
         actor.take_in(ReportedChange("k", None, b"1", Reply(), 0))
         assert actor.touched
+
+
+# ------------------------------------------------------------------------------------ several keys, computed writes
+
+
+def test_a_batch_waits_for_the_calls_of_its_keys_and_later_ones_wait_for_it(
+    engine: Engine, remote: PlayedRemote
+) -> None:
+    begin(engine, messages.Set("s", "a", 1))
+    batch = begin(engine, messages.Batch("s", [messages.SetStep("a", 2), messages.SetStep("b", 2)]))
+    begin(engine, messages.Get("s", "b"))
+    begin(engine, messages.Set("s", "c", 1))
+    remote.sent("set a", "set c")
+
+    remote.answer("set a", WRITTEN)
+    remote.sent("set c", "transaction")
+    results = [{"old_value": 1, "new_value": 2, "existed": True}, {"old_value": None, "new_value": 2, "existed": False}]
+    remote.answer("transaction", {"committed": True, "revision": 9, "results": results})
+    remote.sent("set c", "get b")
+
+    assert [result.created for result in batch.get(timeout=PATIENCE_S).results] == [False, True]
+    remote.answer("get b", 2)
+    remote.answer("set c", WRITTEN)
+
+
+def test_a_write_of_the_whole_scope_waits_for_all_calls_and_all_later_ones_wait_for_it(
+    engine: Engine, remote: PlayedRemote
+) -> None:
+    begin(engine, messages.Set("s", "a", 1))
+    begin(engine, messages.Get("s", "b"))
+    deleted = begin(engine, messages.DeleteRange("s", prefix=""))
+    begin(engine, messages.Set("s", "c", 1))
+    begin(engine, messages.List("s"))
+    remote.sent("set a", "get b")
+
+    remote.answer("set a", WRITTEN)
+    remote.sent("get b")
+    remote.answer("get b", 1)
+    remote.sent("delete-range")
+    remote.answer("delete-range", {"deleted": 1, "more": False, "removed": [["a", 1]]})
+    remote.sent("set c")
+    remote.answer("set c", WRITTEN)
+    remote.sent("list")
+    remote.answer("list", [1])
+
+    assert deleted.get(timeout=PATIENCE_S).deleted == 1
+
+
+def test_other_calls_of_a_key_wait_until_a_modify_is_done(engine: Engine, remote: PlayedRemote) -> None:
+    modified = begin(engine, messages.Modify("s", "k", lambda value: value + 1))
+    begin(engine, messages.Set("s", "k", 5))
+    begin(engine, messages.Set("s", "other", 5))
+    remote.sent("get-entry k", "set other")
+
+    remote.answer("get-entry k", {"value": 1, "revision": 3})
+    remote.sent("update k", "set other")
+    remote.answer("update k", {"old_value": 1, "new_value": 2, "existed": True, "revision": 4})
+    remote.sent("set k", "set other")
+
+    result = modified.get(timeout=PATIENCE_S)
+    assert (result.new_value, result.revision) == (2, 4)
+    remote.answer("set k", WRITTEN)
+    remote.answer("set other", WRITTEN)
+
+
+def test_a_modify_whose_caller_has_gone_is_not_done(engine: Engine, remote: PlayedRemote) -> None:
+    engine.reconfigure(from_mapping({"limits": {"call_timeout_ms": 50}}))
+    called: list[Any] = []
+    begin(engine, messages.Set("s", "k", 1))
+
+    with pytest.raises(ReplyTimeout):
+        engine.modify("s", "k", called.append)
+
+    later = begin(engine, messages.Get("s", "k"))
+    remote.answer("set k", WRITTEN)
+    remote.sent("get k")
+    remote.answer("get k", 1)
+    assert later.get(timeout=PATIENCE_S) == 1
+    assert called == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_a_function_that_is_interrupted_ends_its_call_alone(
+    engine: Engine, remote: PlayedRemote, error: type[BaseException]
+) -> None:
+    def work(value: Any) -> Any:
+        raise error("now")
+
+    def answer() -> None:
+        remote.sent("get-entry k")
+        remote.answer("get-entry k", {"value": 1, "revision": 3})
+
+    helper = threading.Thread(target=answer)
+    helper.start()
+    with pytest.raises(error, match="now"):
+        engine.modify("s", "k", work)
+    helper.join(PATIENCE_S)
+
+    begin(engine, messages.Set("s", "k", 5))
+    remote.sent("set k")
+    remote.answer("set k", WRITTEN)
+
+
+def test_an_answer_that_names_no_reason_is_a_failure_and_no_conflict(engine: Engine, remote: PlayedRemote) -> None:
+    batch = begin(engine, messages.Batch("s", [messages.SetStep("a", 2)]))
+    remote.sent("transaction")
+
+    remote.answer("transaction", {"committed": False, "conflicts": [], "errors": []})
+
+    with pytest.raises(StorageError, match="no reason is given"):
+        batch.get(timeout=PATIENCE_S)

@@ -39,7 +39,7 @@ def answer_elsewhere(far: Stored, turn: Turn[Any]) -> bytes:
     """Return the JSON that another engine answers to what the turn sends it."""
     payload = msgspec.json.decode(msgspec.json.encode(turn.call("s")))
     row = BUILT_IN[unwrapped(turn).function_id]
-    request = read_request(row.function_id, payload)
+    request = read_request(row.function_id, payload, far.limits)
     try:
         text = row.answer(far.run(request.turn), request.tell)
     except (Conflict, UpdateRefused) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from turns.stored import Stored
+from turns.stored import Limits, Stored
 
 from scopestate.errors import (
     BatchTooLarge,
@@ -13,6 +13,7 @@ from scopestate.errors import (
     DeserializationError,
     InvalidPageLimits,
     UpdateRefused,
+    ValueTooLarge,
 )
 from scopestate.ops import Increment
 from scopestate.ops.functions import BUILT_IN, read_request
@@ -30,7 +31,7 @@ def stored() -> Stored:
 
 def call(stored: Stored, function_id: str, **fields: Any) -> Any:
     """Call a function as a worker does."""
-    request = read_request(function_id, {"scope": "s", **fields})
+    request = read_request(function_id, {"scope": "s", **fields}, Limits())
     assert request.scope == "s"
     row = BUILT_IN[function_id]
     assert ("write" in row.rights) == request.turn.writes
@@ -171,21 +172,33 @@ def test_input_that_does_not_fit_names_the_function_and_the_problem(
     function_id: str, payload: Any, problem: str
 ) -> None:
     with pytest.raises(DeserializationError, match=problem) as caught:
-        read_request(function_id, payload)
+        read_request(function_id, payload, Limits())
     assert f"input for {function_id}: " in str(caught.value)
 
 
 @pytest.mark.parametrize("limits", [{"limit": 0}, {"limit": 1001}, {"max_bytes": 255}, {"max_bytes": 8_000_001}])
 def test_the_size_of_a_page_is_bounded(limits: Any) -> None:
     with pytest.raises(InvalidPageLimits, match="is from") as caught:
-        read_request("state::list_entries", {"scope": "s", **limits})
+        read_request("state::list_entries", {"scope": "s", **limits}, Limits())
     assert caught.value.code == "INVALID_PAGE_LIMITS"
+
+
+def test_a_transaction_keeps_to_the_limits_of_the_engine() -> None:
+    ops = [{"type": "set", "key": "k", "value": "x" * 100}]
+    with pytest.raises(BatchTooLarge, match="102 bytes, over the limit of 101"):
+        read_request("state::transaction", {"scope": "s", "ops": ops}, Limits(max_batch_bytes=101))
+    with pytest.raises(ValueTooLarge):
+        read_request("state::transaction", {"scope": "s", "ops": ops}, Limits(max_value_bytes=101))
+    with pytest.raises(ValueTooLarge):
+        read_request(
+            "state::compare-and-set", {"scope": "s", "key": "k", "value": "x" * 100}, Limits(max_value_bytes=101)
+        )
 
 
 def test_a_batch_that_is_too_large_is_refused_when_it_is_read() -> None:
     ops = [{"type": "delete", "key": str(number)} for number in range(1001)]
     with pytest.raises(BatchTooLarge):
-        read_request("state::transaction", {"scope": "s", "ops": ops})
+        read_request("state::transaction", {"scope": "s", "ops": ops}, Limits())
 
 
 def test_every_string_may_have_unknown_fields_beside_it(stored: Stored) -> None:
@@ -202,7 +215,7 @@ PLAIN: dict[str, tuple[dict[str, Any], Turn[Any]]] = {
 
 def asked(function_id: str, **options: Any) -> tuple[Turn[Any], bool | None]:
     """Read a call of one of the reference's functions with options."""
-    request = read_request(function_id, {"scope": "s", "key": "k", **PLAIN[function_id][0], **options})
+    request = read_request(function_id, {"scope": "s", "key": "k", **PLAIN[function_id][0], **options}, Limits())
     assert request.scope == "s"
     return request.turn, request.durable
 
@@ -239,7 +252,7 @@ def test_an_option_of_another_function_is_a_field_that_is_not_known() -> None:
 
 def test_a_condition_and_a_check_read_and_a_plain_write_does_not() -> None:
     def reads(function_id: str, **fields: Any) -> bool:
-        return read_request(function_id, {"scope": "s", "key": "k", **fields}).reads
+        return read_request(function_id, {"scope": "s", "key": "k", **fields}, Limits()).reads
 
     assert reads("state::set", value=1, if_revision=1)
     assert reads("state::set", value=1, if_absent=True)

@@ -41,6 +41,40 @@ def test_the_six_functions(sdk: str, start_sdk: OpenSdk) -> None:
 
 
 @pytest.mark.parametrize("sdk", SDKS)
+def test_the_functions_that_scopestate_adds(sdk: str, start_sdk: OpenSdk) -> None:
+    worker = start_sdk(sdk)
+
+    def call(name: str, **fields: Any) -> Any:
+        return worker.call(f"state::{name}", {"scope": "s", **fields})
+
+    written = call("set", key="a", value={"n": 1}, if_absent=True)
+    assert written == {"old_value": None, "new_value": {"n": 1}, "revision": 1}
+    assert call("get-entry", key="a") == {"value": {"n": 1}, "revision": 1}
+    assert call("get-entry", key="absent") is None
+    assert call("compare-and-set", key="a", expected={"n": 1}, value=2) == {"swapped": True}
+    assert call("compare-and-set", key="a", expected=1, value=3) == {"swapped": False, "current": 2}
+    ops = [{"type": "set", "key": "b", "value": "x", "ttl_ms": 60_000}, {"type": "delete", "key": "a"}]
+    committed = call("transaction", checks=[{"key": "a", "revision": 2}], ops=ops, idempotency_key="once")
+    assert (committed["committed"], committed["revision"]) == (True, 4)
+    assert call("transaction", checks=[{"key": "a", "revision": 2}], ops=ops, idempotency_key="once")["replayed"]
+    refused = call("transaction", checks=[{"key": "a", "revision": 2}], ops=ops)
+    assert refused == {"committed": False, "conflicts": [{"index": 0, "key": "a", "revision": 0}], "errors": []}
+    call("set", key="c", value=3)
+    assert call("list_keys") == {"keys": ["b", "c"]}
+    assert call("count", prefix="b") == {"count": 1}
+    page = call("list_entries", limit=1)
+    assert (page["entries"], page["total"], page["done"]) == ([["b", "x"]], 2, False)
+    assert call("list_entries", cursor=page["next_cursor"])["entries"] == [["c", 3]]
+    assert call("touch", key="b", ttl_ms=None) == {"touched": True}
+    assert call("delete-range", prefix="") == {"deleted": 2, "more": False}
+    late = worker.error_of("state::set", {"scope": "s", "key": "b", "value": 1, "if_revision": 4})
+    assert late["code"] == "CONFLICT"
+    assert "expected to have revision 4, and does not exist" in late["message"]
+
+    assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("sdk", SDKS)
 def test_no_value_and_stored_null(sdk: str, start_sdk: OpenSdk) -> None:
     worker = start_sdk(sdk)
     worker.call("state::set", {"scope": "s", "key": "null", "value": None})
