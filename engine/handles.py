@@ -38,7 +38,19 @@ A = TypeVar("A")
 
 
 class Scope:
-    """One scope of an engine. It has no state of its own, so it may be kept and shared."""
+    """One scope of an engine. It has no state of its own, so it may be kept and shared.
+
+    >>> from scopestate import Engine
+    >>> engine = Engine()
+    >>> users = engine.scope("users")
+    >>> users.set("ada", {"logins": 1}, if_absent=True).created
+    True
+    >>> users.modify("ada", lambda user: {"logins": user["logins"] + 1}).new_value
+    {'logins': 2}
+    >>> users.keys(prefix="a"), "bob" in users
+    (['ada'], False)
+    >>> engine.close()
+    """
 
     def __init__(self, engine: Engine, scope: str) -> None:
         self._engine = engine

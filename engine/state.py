@@ -33,6 +33,20 @@ class StateCalls:
     All of it holds for each scope: one call is one step, which no other call can interrupt. The calls raise what `get`
     and `set` raise, and DeserializationError for arguments that make no sense, before anything is done. What a backend
     cannot do it refuses with Unsupported.
+
+    >>> from scopestate import Conflict, Engine
+    >>> engine = Engine()
+    >>> revision = engine.set("pages", "home", "Welcome").revision
+    >>> engine.set("pages", "home", "Hello", if_revision=revision).old_value
+    'Welcome'
+    >>> try:
+    ...     engine.set("pages", "home", "Good day", if_revision=revision)
+    ... except Conflict as conflict:
+    ...     print(conflict.revision > revision)
+    True
+    >>> engine.transact("pages", lambda tx: [tx.get("home"), tx.delete("home"), tx.keys()])
+    ['Hello', 'Hello', []]
+    >>> engine.close()
     """
 
     _limits: Limits
