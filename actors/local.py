@@ -6,6 +6,8 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any, Final, TypeVar
 
+from msgspec import UNSET
+
 from scopestate.actors.answers import Answers
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.gate import Gate
@@ -19,10 +21,11 @@ from scopestate.actors.view import AnswerApart, Apart, InMemory, Unexpired, With
 from scopestate.actors.wheel import NEVER, Wheel
 from scopestate.errors import DeserializationError, EngineClosed, Overloaded, StorageError, Unsupported
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
-from scopestate.ops.results import BatchResult, SetResult
+from scopestate.ops.results import BatchResult, CasResult, ModifyResult, SetResult
 from scopestate.ops.transactions import SetAll
-from scopestate.ops.turns import LAST_MS, NO_DEADLINE, Delete, Items, List, Range, Set, Turn, Update
-from scopestate.ops.writes import Durable, SetWith
+from scopestate.ops.turns import LAST_MS, NO_DEADLINE, Delete, Items, List, Range, Set, Turn, Update, refuse_size
+from scopestate.ops.values import encode
+from scopestate.ops.writes import DELETE, KEEP, CompareAndSet, Durable, Modify, SetWith, same_json
 from scopestate.signals import certainly
 from scopestate.wire.depth import event_depth
 
@@ -264,9 +267,12 @@ class LocalScope(ScopeInMemory):
         expires_ms, now_ms = None, 0
         if asked is not NO_DEADLINE or (deadlines and key in deadlines):
             now_ms = self._around.clock.now_ms()
-            if asked.keep or (deadlines.get(key, NEVER) <= now_ms):
+            if asked.keep or (key in deadlines and deadlines[key] <= now_ms):
                 return self._decide(turn)
-            expires_ms = asked.expires_ms if asked.ttl_ms is None else min(now_ms + asked.ttl_ms, LAST_MS)
+            expires_ms = asked.expires_ms
+            if asked.ttl_ms is not None:
+                expires_ms = now_ms + asked.ttl_ms
+                expires_ms = min(expires_ms, LAST_MS)
         old = self._values.get(key)  # type: ignore[union-attr]  # within a turn
         expected = turn.if_revision
         if self.rule is not NO_RULE or (
@@ -290,6 +296,42 @@ class LocalScope(ScopeInMemory):
         if self._mailbox and not self._drains:
             raise TooLong
         return self._decide(turn)
+
+    def _compare_and_set(self, turn: CompareAndSet) -> CasResult:
+        """As `_decide`, for a compare-and-set by value of a key without a deadline."""
+        key, deadlines = turn.key, self._deadlines
+        if (
+            self.rule is not NO_RULE
+            or turn.expected is UNSET
+            or turn.expected_revision is not None
+            or turn.deadline is not NO_DEADLINE
+            or (deadlines and key in deadlines)
+        ):
+            return self._decide(turn)
+        old, expected = self._values.get(key), turn.expected  # type: ignore[union-attr]  # within a turn
+        found = None if old == b"null" else old
+        if found != expected and not same_json(None if expected == b"null" else expected, found):
+            return CasResult(False, found, revision=self._revisions.get(key, 0))
+        self._write(key, old, turn.data)
+        return CasResult(True, found, revision=self._sequence)
+
+    def _modify(self, turn: Modify) -> ModifyResult:
+        """As `_decide`, for a key without a deadline."""
+        key, deadlines = turn.key, self._deadlines
+        if self.rule is not NO_RULE or (deadlines and key in deadlines):
+            return self._decide(turn)
+        old = self._values.get(key)  # type: ignore[union-attr]  # within a turn
+        value = turn.value(self.scope, old)
+        if value is KEEP or (value is DELETE and old is None):
+            return ModifyResult(old, old, revision=self._revisions.get(key, 0))
+        data = None
+        if value is not DELETE:
+            data = encode(value)
+            limit = self._around.limits.max_value_bytes
+            if limit:
+                refuse_size(self.scope, key, data, limit)
+        self._write(key, old, data)
+        return ModifyResult(old, data, revision=self._sequence)
 
     def _set_all(self, turn: SetAll) -> BatchResult:
         """As `_decide`, for sets of several keys."""
@@ -538,6 +580,8 @@ _WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
     SetWith: LocalScope._set_with,
     SetAll: LocalScope._set_all,
     **dict.fromkeys((Keys, Pairs, Values, Entries, Count, ReadPage, DeleteRange, Items), LocalScope._read_many),
+    CompareAndSet: LocalScope._compare_and_set,
+    Modify: LocalScope._modify,
     Durable: LocalScope._open,
 }
 """Turns that do not simply decide. tests/properties/test_turns.py holds what they do equal to `decide`."""

@@ -245,7 +245,12 @@ class ScopeInMemory(ScopeActor):
         routed: tuple[Any, ...] = ()
         if watch or watch.anywhere:
             routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
-        sooner = expires_ms is not None and self._place(key, expires_ms, now_ms)
+        sooner = False
+        if expires_ms is not None:
+            if now_ms is None or not self._deadlines:
+                sooner = self._place(key, expires_ms, now_ms)
+            else:
+                sooner = self._wheel.place(key, expires_ms, now_ms)  # type: ignore[union-attr]  # there are deadlines
         values, revisions, deadlines, dirty = self._values, self._revisions, self._deadlines, self._dirty
         outbox, gate = self._outbox, self._gate
         assert values is not None  # within a turn
@@ -275,7 +280,8 @@ class ScopeInMemory(ScopeActor):
         revisions[key] = sequence
         self._sequence = sequence
         # The stretch has ended.
-        self._tell(routed)
+        if gate is not None or routed:
+            self._tell(routed)
         if expires_ms is None:
             self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
         elif sooner:
