@@ -162,7 +162,16 @@ class EventRouter(TurnActor):
         return ((handlers, event),)
 
     def arrive(
-        self, scope: str, key: str, old: bytes | None, new: bytes | None, revision: int, depth: int, *, here: bool
+        self,
+        scope: str,
+        key: str,
+        old: bytes | None,
+        new: bytes | None,
+        revision: int,
+        depth: int,
+        expired: Expired | None = None,
+        *,
+        here: bool,
     ) -> tuple[tuple[HandlerActor, ...], HandlerActor | None]:
         """Publish a change that another engine may have made, and return its handlers. From any thread, one at a time:
         events are delivered in the order of these calls.
@@ -174,7 +183,7 @@ class EventRouter(TurnActor):
         """
         watch = self.triggers.watchers(scope)
         self.check_room(scope, watch, key, 0)  # depth 0: the write has happened, so it may wait
-        events = self.prepare_late(scope, watch, key, old, new, revision, depth)
+        events = self.prepare_late(scope, watch, key, old, new, revision, depth, expired)
         if not events:
             return (), None
         handlers, event = events[0]

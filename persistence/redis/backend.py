@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -16,11 +16,13 @@ from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import ConfigError, ConnectionLost, DeserializationError, NotConnected, StorageError, Unsupported
 from scopestate.ops.turns import Entry
 from scopestate.ops.values import parse
+from scopestate.persistence.redis import sidecar
 from scopestate.persistence.redis.cluster import Clustered, slots_of
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
 from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.events import Arrivals, EachReader, Reader
 from scopestate.persistence.redis.group import GroupReader
+from scopestate.persistence.redis.numbered import NumberedShape
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.pump import Deliver, Means
 from scopestate.persistence.redis.scope import RedisScope
@@ -52,9 +54,15 @@ class RedisBackend(Backend):
 
         Raises StorageError, which names the address, if there is no connection within `connect_timeout_s`.
         """
-        self.shape = Shape(options.key_prefix, events_kept=options.events_kept if options.shares_events else 0)
+        kept = options.events_kept if options.shares_events else 0
+        make = NumberedShape if options.revisions else Shape
+        self.shape = make(options.key_prefix, events_kept=kept)
         self.update_attempts = options.update_attempts
         self.shares_events = options.shares_events
+        self.store_id = f"redis:{options.key_prefix}"
+        """What the cursors of pages name this store by."""
+        self.running: set[int] = set()
+        """Threads that run a function of the program for a scope: it may not call scopes here."""
         self.published = 0
         """Number of the newest event that this engine has published."""
         self.latest = 0
@@ -151,6 +159,8 @@ class RedisBackend(Backend):
                         break
         scopes: list[str] = []
         for key in found:
+            if key.startswith(sidecar.PREFIX):
+                continue  # with a prefix that it begins with
             try:
                 scopes.append(key.decode()[len(prefix) :])
             except UnicodeDecodeError:
@@ -164,9 +174,11 @@ class RedisBackend(Backend):
         """
         hash_key = self._hash_key(scope)
         with self._visit(self._servers.server_of(hash_key), "a read", hash_key) as connection:
-            reply = connection.call("HGETALL", hash_key)
+            reply, beside, lapsed = self._read_all(connection, hash_key)
         found: dict[str, Entry] = {}
         for field, raw in sorted(zip(reply[::2], reply[1::2], strict=True)):
+            if field in lapsed:
+                continue
             try:
                 key = field.decode()
             except UnicodeDecodeError as error:
@@ -174,42 +186,57 @@ class RedisBackend(Backend):
                     f"key {field!r} of scope {scope!r} in Redis is not UTF-8, so it is no key of ours; delete it there"
                 ) from error
             try:
-                found[key] = Entry(parse(raw), 0)
+                found[key] = _entry_of(parse(raw), raw, beside.get(field))
             except DeserializationError as error:
                 raise StorageError(
                     f"what Redis holds for key {key!r} of scope {scope!r} is not JSON: {error}; set or delete the key"
                 ) from error
         return found
 
+    def _read_all(
+        self, connection: Connection, hash_key: bytes
+    ) -> tuple[list[bytes], dict[bytes, bytes], Collection[bytes]]:
+        """Return fields and values, what is beside them, and the fields whose deadline has passed."""
+        if not self.shape.numbers:
+            return connection.call("HGETALL", hash_key), {}, ()
+        names = self.shape.names(hash_key)
+        _, lapsed, reply = _do(connection, self.shape.read_all(names))
+        beside = connection.call("HGETALL", names[1])
+        return reply, dict(zip(beside[::2], beside[1::2], strict=True)), lapsed
+
+    def _entry_for(self, key: str, entry: Entry | None) -> tuple[Any, ...]:
+        """Return the script's entry that writes a key."""
+        if entry is None:
+            return "d", key
+        if entry.expires_ms is None:
+            return self.shape.set_entry(key, entry.json)
+        return "t", "0", "1", "", "", "", "", "", "w", key, entry.json, "", str(entry.expires_ms)
+
     def write(self, changes: Mapping[str, Mapping[str, Entry | None]]) -> None:
-        """Set each key of each scope, or delete it (None): each scope as one step. Its revision is not kept.
+        """Set each key of each scope, or delete it (None): each scope as one step. It gets a new revision.
 
         It is not one transaction over several scopes, which may be on different servers. If it raises, some may be
-        written; the text says so. Raises Unsupported, before anything is sent, for a deadline.
+        written; the text says so. Without revisions it raises Unsupported for a deadline, before anything is sent.
         """
-        if any(entry and entry.expires_ms is not None for values in changes.values() for entry in values.values()):
-            raise Unsupported("a deadline", "this adapter keeps none")
+        entries_of_all = [entry for values in changes.values() for entry in values.values()]
+        if not self.shape.numbers and any(entry and entry.expires_ms is not None for entry in entries_of_all):
+            raise Unsupported("a deadline", "this Redis is without revisions and deadlines (`revisions: false`)")
         written = 0
         for scope, values in changes.items():
             entries: list[Any] = []
             for key, entry in values.items():
                 checked = _text(key, "key")
-                entries += ("d", checked) if entry is None else ("s", checked, entry.json)
+                entries += self._entry_for(checked, entry)
             if not entries:
                 continue
             hash_key = self._hash_key(scope)
-            parts = self.shape.write(hash_key, scope, entries)
+            parts = self.shape.write(self.shape.names(hash_key), scope, entries)
             nothing = f"nothing of scope {scope!r} was written"
             if written:
                 nothing += f", but the scopes before it are ({written} of {len(changes)})"
             server = self._servers.server_of(hash_key)
             with self._visit(server, "a write", *keys_of(parts), nothing=nothing) as connection:
-                try:
-                    connection.call(*parts)
-                except Refusal as refusal:
-                    if refusal.word != "NOSCRIPT":
-                        raise
-                    connection.call(*with_source(parts))
+                _do(connection, parts)
             written += 1
 
     def close(self) -> None:
@@ -320,6 +347,23 @@ def _mode_of(options: RedisOptions) -> bytes:
         return bytes(traits(connection).get(b"mode", b""))
     finally:
         connection.close()
+
+
+def _do(connection: Connection, parts: tuple[Any, ...]) -> Any:
+    """Have a script run, which the server may not know yet."""
+    try:
+        return connection.call(*parts)
+    except Refusal as refusal:
+        if refusal.word != "NOSCRIPT":
+            raise
+        return connection.call(*with_source(parts))
+
+
+def _entry_of(data: bytes, raw: bytes, beside: bytes | None) -> Entry:
+    """Return what is stored under a key. Of a value that another program wrote no revision is known."""
+    if beside is None or not sidecar.fits(beside, raw):
+        return Entry(data, 0)
+    return Entry(data, sidecar.revision_in(beside), sidecar.deadline_in(beside))
 
 
 def _text(name: str, what: str) -> str:

@@ -9,19 +9,37 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from scopestate.actors.backlog import Limits
 from scopestate.actors.containment import Log
+from scopestate.actors.ports import NO_RULE
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, ScopestateError, StorageError
 from scopestate.ops import turns
 from scopestate.ops.results import SetResult
-from scopestate.ops.turns import Change, Effects, PlainView, Turn, changes_in
-from scopestate.ops.values import parse
+from scopestate.ops.turns import Change, Effects, Keep, NewDeadline, Turn, changes_in
+from scopestate.ops.writes import Expire, Once
 from scopestate.persistence.redis.connection import Refusal, pack_text
-from scopestate.persistence.redis.script import DONE, SKIPPED, explain, keys_of
+from scopestate.persistence.redis.numbered import KEPT, SLOW, NumberedShape
+from scopestate.persistence.redis.script import DONE, SKIPPED, Shape, explain, keys_of
+from scopestate.persistence.redis.seen import BULKY, NOTHING, EntryView, Known, Seen, ValueView
+from scopestate.persistence.redis.sidecar import PLAIN_BYTES, number_text, revision_in
+from scopestate.persistence.redis.transacting import (
+    BuildIndex,
+    Commit,
+    Look,
+    ReadRange,
+    Replay,
+    after_of,
+    entry_for,
+    idempotency_key_of,
+    kept_in,
+    kept_key,
+    listed,
+    number_answer,
+)
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -43,39 +61,41 @@ _RIVALRY_S: Final = 1.0
 """How long after its last conflict a key counts as one that others update too."""
 _MOST_RIVALRIES: Final = 1024
 
+_MOST_REPEATS: Final = 3
+"""How often a call with an idempotency key is sent once more after its connection was lost."""
+_LOOKED: Final = 3
+"""Parts of the script's reply to `l`."""
 _MOST_CALLS: Final = 256
 _MOST_BYTES: Final = 1 << 18
 """Calls in one command, and about how many bytes of values: Redis runs it as one step, and does nothing else then."""
 _LARGEST_BYTES: Final = 512 << 20
 """The largest value that a server takes (`proto-max-bulk-len` by default). A larger one would cost the connection, and
 with it the calls of everything else on it."""
-BULKY: Final = 1 << 16
-"""A command or value of this many bytes is sent separately, so that it delays no other scope."""
-_MOST_KEYS_SEEN: Final = 1024
-_MOST_BYTES_SEEN: Final = 1 << 22
-
-Known = tuple[bytes | None, bytes | None]
-"""The value of a key: as it is in Redis, and as scopestate writes it. They differ if another program wrote it."""
-NOTHING: Final[Known] = (None, None)
 
 
 class _OneStep(NamedTuple):
     """A turn that needs no read first: it wants only the value that it replaces."""
 
-    entry: Callable[[Any], tuple[Any, ...]]
+    entry: Callable[[Shape, Any], tuple[Any, ...]]
     """The turn's entry for the script."""
     after: Callable[[Any], bytes | None]
     """What the key holds afterwards."""
-    answer: Callable[[Any, bytes | None], Any]
-    """Its answer, made of the value before; `decide` says the same, and a test holds the two equal."""
+    answer: Callable[[Any, bytes | None, int], Any]
+    """Its answer, made of the value before and the revision; `decide` says the same, and a test holds the two equal."""
 
 
 _ONE_STEP: Final[dict[type[Any], _OneStep]] = {
     turns.Set: _OneStep(
-        lambda turn: ("s", turn.key, turn.data), lambda turn: turn.data, lambda turn, old: SetResult(old, turn.data)
+        lambda shape, turn: shape.set_entry(turn.key, turn.data),
+        lambda turn: turn.data,
+        lambda turn, old, revision: SetResult(old, turn.data, revision=revision),
     ),
-    turns.Delete: _OneStep(lambda turn: ("d", turn.key), lambda turn: None, lambda turn, old: old),
+    turns.Delete: _OneStep(lambda shape, turn: ("d", turn.key), lambda turn: None, lambda turn, old, revision: old),
 }
+_READ_ALL: Final = frozenset({turns.List, turns.Items})
+"""Turns that read the whole scope. Several of them share a command."""
+_PLAIN: Final = frozenset({turns.Set, turns.Delete, turns.Update, turns.Get})
+"""Turns on one key that need no more than its value. In a scope with a rule, writes need more."""
 
 
 class Behind(Turn[None], frozen=True):
@@ -115,6 +135,16 @@ class Call(Envelope):
     """The event loop whose thread sends it, if that may drive the connection."""
     sends_write = False
     """True if the command that it is part of may write for it."""
+    view: EntryView | None = None
+    """What a turn has decided over that needs more than values."""
+    now_ms = 0
+    """The server's time at the last read for it."""
+    asks_kept = False
+    """True until the answer that is kept for it is here, the first of the replies that are awaited."""
+    replay: Replay | None = None
+    """That answer."""
+    repeats = 0
+    """How often its command was lost and it was sent again, as its idempotency key allows."""
 
     def __init__(self, turn: Any, reply_to: ReplyTo | None, depth: int) -> None:
         self.message = turn
@@ -206,104 +236,6 @@ class Command:
         return other
 
 
-class Seen:
-    """Key -> its last seen value; other engines may have changed it since. Used within the scope's turn."""
-
-    def __init__(
-        self, scope: str, note_misfit: Callable[[str, str, str], object], note_fit: Callable[[str, str], object]
-    ) -> None:
-        self._scope = scope
-        self._note_misfit = note_misfit
-        self._note_fit = note_fit
-        self._misfits: set[str] = set()
-        """Names that were reported as not UTF-8 or not holding JSON, until they are valid again."""
-        self._keys: dict[str, Known] = {}
-        self._bytes = 0
-        self.bulky = False
-        """True once a large value was seen."""
-        self.get = self._keys.get
-
-    def look(self, key: str, found: bytes | None) -> Known:
-        """Note the value of a key and return it. Raises DeserializationError if it is not JSON."""
-        if found is None:
-            self.remember(key, NOTHING)
-            return NOTHING
-        return found, self.valid(key, found)
-
-    def valid(self, key: str, raw: bytes, otherwise: bytes | None = None) -> bytes:
-        """Return a value of Redis as scopestate writes it.
-
-        If it is not JSON, return `otherwise` if that is given, or raise DeserializationError.
-        """
-        seen = self._keys.get(key)
-        if seen is not None and raw == seen[0]:
-            return seen[1]  # type: ignore[return-value]  # both are None, or neither
-        try:
-            data = parse(raw)
-        except DeserializationError as error:
-            self.forget(key)
-            self.note_misfit(key, str(error))
-            if otherwise is not None:
-                return otherwise
-            raise DeserializationError(
-                f"what Redis holds for key {key!r} of scope {self._scope!r} is not JSON: {error}; set or delete the key"
-            ) from error
-        self.remember(key, (raw, raw if data == raw else data))
-        return data
-
-    def remember(self, key: str, known: Known) -> None:
-        """Note the value of a key."""
-        raw, keys = known[0], self._keys
-        if key not in keys:  # those in `keys` are valid
-            self._misfits.discard(key)
-            self._note_fit(self._scope, key)
-        size = 0 if raw is None else len(raw)
-        if size >= BULKY:
-            self.bulky = True
-        self._bytes += size
-        if self._bytes > _MOST_BYTES_SEEN or len(keys) > _MOST_KEYS_SEEN:
-            # Refused: dropping only the oldest. That is more code, and saves one read in a thousand updates.
-            keys.clear()
-            self._bytes = size
-        if size <= _MOST_BYTES_SEEN:
-            keys[key] = known
-
-    def note_misfit(self, name: str, problem: str) -> None:
-        """Report a field of the hash that is not UTF-8 or does not hold JSON."""
-        self._misfits.add(name)
-        self._note_misfit(self._scope, name, problem)
-
-    def note_gone(self, present: Collection[str]) -> None:
-        """Withdraw the reports of names that are no longer in the hash; `present` has all of its names."""
-        for name in self._misfits.difference(present):
-            self._misfits.discard(name)
-            self._note_fit(self._scope, name)
-
-    def forget(self, key: str) -> None:
-        """Forget the value of a key: it is unknown."""
-        self._keys.pop(key, None)
-
-
-class _View(PlainView):
-    """What a turn sees of its scope: keys that were read. Used again for each turn."""
-
-    __slots__ = ("found", "limits", "scope")
-
-    def __init__(self, scope: str, limits: Limits) -> None:
-        self.scope = scope
-        self.limits = limits
-        self.found: Mapping[str, bytes | None] = {}
-
-    def get(self, key: str) -> bytes | None:
-        return self.found[key]
-
-    def values(self) -> list[bytes]:
-        return [data for data in self.found.values() if data is not None]
-
-    def items(self) -> list[tuple[str, bytes]]:
-        return [(key, data) for key, data in self.found.items() if data is not None]
-
-
 class ScopeCommands:
     """Makes the commands of one scope and takes their replies in. Used by the holder of its owner's claim.
 
@@ -316,12 +248,12 @@ class ScopeCommands:
         scope: RedisScope,
         store: RedisBackend,
         limits: Limits,
-        changed: Callable[[Call, str, bytes | None, bytes | None], None],
+        changed: Callable[[Call, Change, int], None],
         *,
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[float, float], float] | None = None,
     ) -> None:
-        """`changed(call, key, old, new)` is called for each key that was written, in the order of the writes."""
+        """`changed(call, change, number)` is called for each change, in order. 0: changes have no number."""
         self.name = scope.scope
         self.hash_key = store.shape.key_of(scope.scope)
         self.command: Command | None = None
@@ -332,9 +264,21 @@ class ScopeCommands:
         """Pauses that have begun; the owner takes them from here, and ends each in time."""
         self.seen = Seen(scope.scope, store.note_misfit, store.note_fit)
         self.publishes = store.shares_events
+        self.names = store.shape.names(self.hash_key)
+        """The keys of the scope in Redis."""
+        self._numbers = store.shape.numbers
+        self._has_deadlines = False
+        """True once a key had a deadline, or keys were listed: then all writes go by the script for those."""
+        self._ahead_ms: float | None = None
+        """How far the server's clock is ahead of this one; None: not known. Servers of a cluster differ."""
+        self.note_due: Callable[[int | None], object] = lambda _: None
+        """Called with the next deadline that is known of, in milliseconds by the server's clock."""
+        self._number = 0
+        """The number of the next change of the command that is taken in."""
+        self._limits = limits
         self._scope = scope
         self._store = store
-        self._view = _View(scope.scope, limits)
+        self._view = ValueView(scope.scope, limits)
         self._changed = changed
         self._clock = clock
         self._uniform = uniform
@@ -358,9 +302,9 @@ class ScopeCommands:
             reply_to = call.reply_to
             if not (call.gave_up or (reply_to is not None and reply_to.abandoned)):
                 keys = call.keys
-                if not keys:
+                if keys is None or (not keys and type(call.message) is not Look):
                     # Behind everything that came before, on whatever key.
-                    if self.paused or not making.may_end_with(keys):
+                    if self.paused or not making.may_end_with(call):
                         break
                     if keys is None:
                         making.whole = True
@@ -379,11 +323,13 @@ class ScopeCommands:
     def make_one(self, call: Call, ended: list[Call]) -> Command | None:
         """As `make`, for a call that goes alone: those of callers that lead, and most under load from many scopes."""
         keys = call.keys
-        if not keys:
+        if not keys and type(call.message) is not Look:
             return self.make([call], 1, ended)
-        shape, hash_key = self._store.shape, self.hash_key
+        assert keys is not None
+        shape, names = self._store.shape, self.names
+        kept: list[bytes] = []
         try:
-            entry = self.entry(call, keys, {})
+            entry = self.entry(call, keys, {}, kept)
         except Exception as error:  # noqa: BLE001 - as in `_Making.enter`
             call.fail(error)
             ended.append(call)
@@ -391,21 +337,30 @@ class ScopeCommands:
         calls = [call]
         if entry is not None:
             if call.depth and self._store.shares_events:
-                entry = ("p", str(call.depth), *entry)
-            return Command(self._scope, shape.write(hash_key, self.name, entry), calls, (), bulk=self.seen.bulky)
+                entry = ["p", str(call.depth), *entry]
+            if kept or self._has_deadlines:
+                parts = shape.write(names, self.name, entry, kept)
+            else:
+                parts = shape.write_one(names, self.name, tuple(entry))
+            return Command(self._scope, parts, calls, (), bulk=self.seen.bulky)
         again = calls if call.message.writes else ()
-        if len(keys) == 1:
-            return Command(self._scope, ("HGET", hash_key, keys[0]), calls, again, bulk=self.seen.bulky)
-        reads = [part for key in keys for part in ("g", key)]
-        parts = shape.write(hash_key, self.name, reads)
-        return Command(self._scope, parts, calls * len(keys), again, bulk=self.seen.bulky)
+        reads = self.reads(call, keys, kept)
+        if len(reads) == 2 and reads[0] == "g":
+            return Command(self._scope, shape.read(names, keys[0]), calls, again, bulk=self.seen.bulky)
+        parts = shape.write(names, self.name, reads, kept)
+        return Command(self._scope, parts, calls * call.awaited, again, bulk=self.seen.bulky)
 
-    def entry(self, call: Call, keys: tuple[str, ...], known: dict[str, Known]) -> tuple[Any, ...] | None:
+    def entry(
+        self, call: Call, keys: tuple[str, ...], known: dict[str, Known], kept: list[bytes]
+    ) -> Sequence[Any] | None:
         """Return the script's entry that does a call; None if its keys must be read, for its answer or for that entry.
 
-        `known`: what keys hold after the entries before it. Raises what refuses the call.
+        `known`: what keys hold after the entries before it. `kept`: the keys of kept answers that entries name. Raises
+        what refuses the call.
         """
         turn = call.message
+        if self._needs_entries(turn):
+            return self._general_entry(call, keys, known, kept)
         one_step = _ONE_STEP.get(type(turn))
         if one_step is not None:
             call.one_step = one_step
@@ -416,8 +371,8 @@ class ScopeCommands:
             else:
                 if len(after) > _LARGEST_BYTES:
                     raise _too_large(keys[0], after)
-                known[keys[0]] = (after, after)
-            return one_step.entry(turn)
+                known[keys[0]] = (after, after, None)
+            return one_step.entry(self._store.shape, turn)
         if turn.writes:
             looked, seen = call.looked, self.seen
             values: dict[str, Known] = {}
@@ -433,7 +388,109 @@ class ScopeCommands:
         call.awaited = len(keys)
         return None
 
-    def _decide(self, call: Call, values: dict[str, Known], known: dict[str, Known]) -> tuple[Any, ...]:
+    def _needs_entries(self, turn: Turn[Any]) -> bool:
+        """Return whether a turn needs more than values: revisions, deadlines, the time."""
+        if not self._numbers:
+            return False
+        return type(turn) not in _PLAIN or (turn.writes and self._scope.rule is not NO_RULE)
+
+    def reads(self, call: Call, keys: tuple[str, ...], kept: list[bytes]) -> list[Any]:
+        """Return the entries that read what a call needs."""
+        if not self._needs_entries(call.message):
+            return [part for key in keys for part in ("g", key)]
+        reads: list[Any] = []
+        if call.asks_kept:
+            reads += ("o", str(self._kept_index(call.message, kept)))
+        return reads + [part for key in keys for part in ("l", key)]
+
+    def _kept_index(self, turn: Turn[Any], kept: list[bytes]) -> int:
+        """Return the place of the key of a turn's kept answer, from 1; 0 if it has no idempotency key."""
+        idempotency_key = idempotency_key_of(turn)
+        if idempotency_key is None:
+            return 0
+        kept.append(kept_key(self.hash_key, idempotency_key))
+        return len(kept)
+
+    def _general_entry(
+        self, call: Call, keys: tuple[str, ...], known: dict[str, Known], kept: list[bytes]
+    ) -> list[Any] | None:
+        turn = call.message
+        if type(turn) is Commit:
+            call.view = turn.view
+            return self._stored_entry(call, turn.view, (turn.stored, None), known, kept)
+        if turn.writes and self._ahead_ms is not None:
+            values: dict[str, Known] = {}
+            is_fresh = call.looked is not None
+            for key in keys:
+                value = known.get(key)
+                if value is None and call.looked is not None:
+                    value = call.looked.get(key)
+                else:
+                    is_fresh = False
+                if value is None:
+                    is_fresh = False
+                    value = self.seen.get(key)
+                if value is None or value[2] is None:
+                    break
+                values[key] = value
+            else:
+                view = self._entry_view(values, call.now_ms if is_fresh else self._time_ms())
+                try:
+                    effects = turn.decide(view)
+                except ScopestateError:
+                    # It may be what was seen that is old.
+                    if is_fresh:
+                        raise
+                else:
+                    call.view = view
+                    return self._stored_entry(call, view, effects, known, kept)
+        call.sends_write = False
+        call.looked = {}
+        call.asks_kept = idempotency_key_of(turn) is not None
+        call.awaited = len(keys) + call.asks_kept
+        return None
+
+    def _stored_entry(
+        self, call: Call, view: EntryView, effects: Effects[Any], known: dict[str, Known], kept: list[bytes]
+    ) -> list[Any]:
+        call.effects = effects
+        stored = effects[0]
+        for one in stored:
+            if type(one) is Change:
+                if one.after is not None and len(one.after) > _LARGEST_BYTES:
+                    raise _too_large(one.key, one.after)
+                known[one.key] = NOTHING if one.after is None else (one.after, one.after, None)
+            elif type(one) is NewDeadline:
+                raw, data, _ = view.used[one.key]
+                known[one.key] = raw, data, None
+        call.sends_write = True
+        index = self._kept_index(call.message, kept)
+        return entry_for(view, stored, index)
+
+    def _entry_view(self, known: dict[str, Known], now_ms: int) -> EntryView:
+        return EntryView(self.name, self._store.store_id, self._limits, self._scope.rule, known, now_ms)
+
+    def view_of_seen(self) -> EntryView:
+        """Return a view of what was seen, which may be old. From any thread."""
+        now_ms = None if self._ahead_ms is None else self._time_ms()
+        return EntryView(
+            self.name, self._store.store_id, self._limits, self._scope.rule, {}, now_ms, recall=self.seen.get
+        )
+
+    def _time_ms(self) -> int:
+        """About the time of the server, in milliseconds since the epoch."""
+        assert self._ahead_ms is not None
+        return int(self._clock() * 1000 + self._ahead_ms)
+
+    def late_ms(self, deadline: int) -> int:
+        """Return how late it is for a deadline, in milliseconds by the server's clock."""
+        return 0 if self._ahead_ms is None else max(0, self._time_ms() - deadline)
+
+    def note_time(self, server_ms: int) -> None:
+        """Note the time of the server, which has just said it."""
+        self._ahead_ms = server_ms - self._clock() * 1000
+
+    def _decide(self, call: Call, values: dict[str, Known], known: dict[str, Known]) -> Sequence[Any]:
         view = self._view
         view.found = {key: value[1] for key, value in values.items()}
         call.effects = effects = call.message.decide(view)
@@ -443,23 +500,40 @@ class ScopeCommands:
                 raise _too_large(change.key, change.after)
         call.sends_write = True
         if len(changes) == 1 and len(values) == 1 and (after := changes[0].after) is not None:
-            ((key, (raw, _)),) = values.items()
-            known[key] = (after, after)
-            return ("n", key, after) if raw is None else ("c", key, raw, after)
+            ((key, (raw, _, _)),) = values.items()
+            known[key] = (after, after, None)
+            return self._store.shape.swap_entry(key, raw, after)
         for change in changes:
-            known[change.key] = NOTHING if change.after is None else (change.after, change.after)
+            known[change.key] = NOTHING if change.after is None else (change.after, change.after, None)
         return _stored(values, changes)
 
-    def command_of(self, entries: list[Any], calls: list[Call], again: list[Call], *, whole: bool) -> Command:
+    def command_of(
+        self, entries: list[Any], calls: list[Call], again: list[Call], kept: list[bytes], *, whole: bool
+    ) -> Command:
         """Return the command of several entries, or of a read of the whole scope."""
+        shape = self._store.shape
         if whole:
-            bulk = self._whole_bytes is None or self._whole_bytes > BULKY
-            return Command(self._scope, ("HGETALL", self.hash_key), calls, again, bulk=bulk)
+            turn = calls[0].message
+            bulk = type(turn) in _READ_ALL and (self._whole_bytes is None or self._whole_bytes > BULKY)
+            return Command(self._scope, self._parts_of_whole(turn), calls, again, bulk=bulk)
         if len(entries) == 2 and entries[0] == "g":
-            parts: tuple[Any, ...] = ("HGET", self.hash_key, entries[1])
+            parts: tuple[Any, ...] = shape.read(self.names, entries[1])
+        elif len(calls) == 1 and not (kept or self._has_deadlines or entries[0] == "p"):
+            parts = shape.write_one(self.names, self.name, tuple(entries))
         else:
-            parts = self._store.shape.write(self.hash_key, self.name, entries)
+            parts = shape.write(self.names, self.name, entries, kept)
         return Command(self._scope, parts, calls, again, bulk=self.seen.bulky)
+
+    def _parts_of_whole(self, turn: Turn[Any]) -> tuple[Any, ...]:
+        shape = self._store.shape
+        if isinstance(shape, NumberedShape):
+            if type(turn) is ReadRange:
+                return shape.read_range(self.names, turn.kind, turn.within)
+            if type(turn) is BuildIndex:
+                return shape.build_index(self.names, turn.cursor)
+            if type(turn) is Expire:
+                return shape.write(self.names, self.name, ("e", str(turn.limit)))
+        return shape.read_all(self.names)
 
     def _waits(self, call: Call, keys: tuple[str, ...]) -> bool:
         """Put a call behind the pause of one of its keys; False if none of them pauses."""
@@ -490,20 +564,44 @@ class ScopeCommands:
         """Give the calls of a command that is over their answers. Those that must go again are put in front."""
         reply = command.reply
         if command.error is not None:
-            self.give_up(command.calls, command.error, ended)
+            self.give_up(
+                [call for call in command.calls if not self._repeats(call, command.error, queue)], command.error, ended
+            )
         elif type(reply) is Refusal:
             self._refuse(command, reply, ended)
         elif command.calls[0].keys is None:
             self._finish_whole(command.calls, reply, ended)
         elif type(reply) is list:
+            # Not changed: a reply is taken in once more if that was interrupted.
+            if self._numbers:
+                self._number = int(reply[-1] or b"0")
             for call, found in zip(command.calls, reply, strict=False):
                 self._finish(call, found, ended)
-            if len(reply) > len(command.calls) and reply[-1]:
-                self._store.note_published(reply[-1])
+            if self.publishes and (last := reply[len(command.calls)]):
+                self._store.note_published(last)
         else:
-            self._finish(command.calls[0], reply, ended)  # HGET
+            self._finish(command.calls[0], reply, ended)  # of one key
         if command.again:
             queue[:0] = [call for call in command.again if not call.done]
+
+    def _repeats(self, call: Call, error: ScopestateError, queue: list[Call]) -> bool:
+        """Send a call once more that may have been applied, if its idempotency key allows that."""
+        if (
+            type(error) is not ConnectionLost
+            or call.done
+            or call.is_abandoned
+            or not isinstance(call.message, Once)
+            or call.repeats >= _MOST_REPEATS
+        ):
+            return False
+        call.repeats += 1
+        call.looked = call.effects = None
+        call.awaited = 0
+        for key in call.keys or ():
+            self.seen.forget(key)
+        if call not in queue:
+            queue.insert(0, call)
+        return True
 
     def give_up(self, calls: Iterable[Call], error: Exception, ended: list[Call]) -> None:
         """Fail the calls; nothing is known of the keys that they write."""
@@ -531,28 +629,92 @@ class ScopeCommands:
 
     def _finish(self, call: Call, found: Any, ended: list[Call]) -> None:
         """Take in what the script, or HGET, says of one entry."""
+        if type(found) is list and len(found) == _LOOKED:
+            self._note_look(found)
         if call.done:
             call.awaited = max(call.awaited - 1, 0)  # a key of it could not be read; or this was cut short before
         elif type(found) is int and found == SKIPPED:
             self._skip(call)
+        elif type(found) is int and found == SLOW:
+            self._has_deadlines = True
+            self._pause(call, 0.0)
         elif call.one_step is not None:
-            (key,) = call.keys  # type: ignore[misc]  # it has one
-            # A value that is not JSON reads as null here, and is gone: docs/semantics.md, section 7.
-            old = None if found is None else self.seen.valid(key, found, otherwise=b"null")
-            after = call.one_step.after(call.message)
-            call.answer = call.one_step.answer(call.message, old)
-            self._remember(key, after)
-            call.done = True
-            ended.append(call)
-            self._changed(call, key, old, after)
+            self._finish_one_step(call, found, ended)
         elif call.awaited:
             self._finish_read(call, found, ended)
         else:
             self._store.note_attempt()
+            if type(found) is list:
+                if found[0] == KEPT:
+                    self._finish_replay(call, found[1], ended)
+                    return
+                # The key had a value whose deadline had passed: it was removed first.
+                (key,) = call.keys  # type: ignore[misc]  # it has one
+                self._expired(call, key, found)
+                found = DONE
             if type(found) is int and found == DONE:
                 self._finish_decided(call, ended)
             else:
                 self._conflict(call, ended)
+
+    def _finish_one_step(self, call: Call, found: Any, ended: list[Call]) -> None:
+        assert call.one_step is not None
+        (key,) = call.keys  # type: ignore[misc]  # it has one
+        if type(found) is list:
+            self._expired(call, key, found)
+            found = None
+        # A value that is not JSON reads as null here, and is gone: docs/semantics.md, section 7.
+        old = None if found is None else self.seen.valid(key, found, otherwise=b"null")
+        after = call.one_step.after(call.message)
+        number = self._take_number()
+        call.answer = call.one_step.answer(call.message, old, number)
+        self._remember(key, after, number)
+        call.done = True
+        ended.append(call)
+        self._changed(call, Change(key, old, after), number)
+
+    def _note_look(self, found: list[Any]) -> None:
+        """Take in what the reply to `l` has beside the value."""
+        _, entry, now_ms = found
+        self.note_time(now_ms)
+        if entry:
+            if self._number and revision_in(entry) == self._number:
+                self._number += 1  # the script has just given it, since another program had written the value
+            if len(entry) > PLAIN_BYTES:
+                self._has_deadlines = True
+
+    def _take_number(self) -> int:
+        """Return the number of the next change that the script has made; 0 if changes have none."""
+        number = self._number
+        if number:
+            self._number = number + 1
+        return number
+
+    def _expired(self, call: Call, key: str, found: list[bytes]) -> None:
+        """A value was removed because its deadline had passed."""
+        raw, deadline = found
+        old = self.seen.valid(key, raw, otherwise=b"null")
+        self._has_deadlines = True
+        self._changed(call, Change(key, old, None, int(deadline), True), self._take_number())
+
+    def _finish_replay(self, call: Call, kept: bytes, ended: list[Call]) -> None:
+        """An earlier call with the same idempotency key has done it."""
+        replay = kept_in(kept)
+        if type(call.message) is Commit:
+            call.answer = replay
+        else:
+            view = self._entry_view({}, 0)
+            view.answers = {call.message.idempotency_key: replay.kept}
+            try:
+                _, call.answer = call.message.decide(view)
+            except ScopestateError as error:
+                call.fail(error)
+                ended.append(call)
+                return
+            if replay.revision:
+                number_answer(call.answer, replay.revision)
+        call.done = True
+        ended.append(call)
 
     def _skip(self, call: Call) -> None:
         """An entry before it, on one of its keys, has failed: it waits behind that."""
@@ -567,18 +729,39 @@ class ScopeCommands:
     def _finish_decided(self, call: Call, ended: list[Call]) -> None:
         effects = call.effects
         assert effects is not None
-        changes, call.answer = changes_in(effects[0]), effects[1]
-        for change in changes:
-            self._remember(change.key, change.after)
+        stored, call.answer = effects
         call.done = True
         ended.append(call)
-        for change in changes:
-            self._changed(call, change.key, change.before, change.after)
+        told: list[tuple[Change, int]] = []
+        number = 0
+        for one in stored:
+            if isinstance(one, Change):
+                number = self._take_number()
+                told.append((one, number))
+            if isinstance(one, Keep):
+                continue
+            if call.view is None:
+                assert isinstance(one, Change)
+                self._remember(one.key, one.after, 0)
+            else:
+                before = call.view.used.get(one.key, NOTHING)
+                known = after_of(one, number, before)
+                if len(known[2] or b"") > PLAIN_BYTES:
+                    self._has_deadlines = True
+                self.seen.remember(one.key, known)
+        if type(call.message) is Commit:
+            call.answer = number
+        elif told:
+            number_answer(call.answer, number)
+        for change, at in told:
+            self._changed(call, change, at)
         if self._rivalries:
             self._rest(call.keys or ())
 
-    def _remember(self, key: str, after: bytes | None) -> None:
-        self.seen.remember(key, NOTHING if after is None else (after, after))
+    def _remember(self, key: str, after: bytes | None, number: int) -> None:
+        """Note what a plain write has stored. `number`: that of a write that has left the key without a deadline."""
+        entry = number_text(number) if number else None
+        self.seen.remember(key, NOTHING if after is None else (after, after, entry))
         if after is not None and self._whole_bytes is not None:
             self._whole_bytes += len(after)
 
@@ -588,15 +771,35 @@ class ScopeCommands:
         call.awaited -= 1
         if looked is None:
             return
-        key = keys[0] if len(keys) == 1 else next(key for key in keys if key not in looked)
         turn = call.message
         try:
-            looked[key] = self.seen.look(key, found)
+            if call.asks_kept:
+                call.asks_kept = False
+                if found is not None:
+                    if type(turn) is Look:
+                        call.replay = kept_in(found)
+                    else:
+                        self._finish_replay(call, found, ended)
+                        return
+            else:
+                key = keys[0] if len(keys) == 1 else next(key for key in keys if key not in looked)
+                if type(found) is list:
+                    raw, entry, call.now_ms = found
+                    looked[key] = self.seen.look(key, raw, entry)
+                else:
+                    looked[key] = self.seen.look(key, found)
             if call.awaited or turn.writes:
                 return
-            view = self._view
-            view.found = {key: known[1] for key, known in looked.items()}
-            _, call.answer = turn.decide(view)
+            if self._needs_entries(turn):
+                view = self._entry_view(looked, call.now_ms)
+                if type(turn) is Look:
+                    view.replay = call.replay
+                    if turn.idempotency_key is not None:
+                        view.answers = {turn.idempotency_key: None if call.replay is None else call.replay.kept}
+                _, call.answer = turn.decide(view)
+            else:
+                self._view.found = {key: known[1] for key, known in looked.items()}
+                _, call.answer = turn.decide(self._view)
             call.done = True
         except ScopestateError as error:
             call.fail(error)
@@ -607,6 +810,7 @@ class ScopeCommands:
         self._store.note_conflict()
         call.tries += 1
         call.looked = None
+        is_commit = type(call.message) is Commit
         now = self._clock()
         if len(self._rivalries) >= _MOST_RIVALRIES:
             self._rivalries.clear()
@@ -617,8 +821,11 @@ class ScopeCommands:
         # Later calls on its keys were skipped, and wait for the same pause.
         draw = self._uniform or random.uniform
         gives_up = call.tries >= self._store.update_attempts
-        self._pause(call, now + draw(0, longest_s), empty=gives_up)
-        if gives_up:
+        self._pause(call, now if is_commit else now + draw(0, longest_s), empty=gives_up or is_commit)
+        if is_commit:
+            call.done = True  # the caller decides again
+            ended.append(call)
+        elif gives_up:
             call.fail(_contended(self.name, call.keys or (), call.tries))
             ended.append(call)
 
@@ -658,12 +865,56 @@ class ScopeCommands:
                 pause.keys.add(key)
                 self.pausing.append(pause)
 
-    def _finish_whole(self, calls: list[Call], reply: list[bytes], ended: list[Call]) -> None:
+    def _finish_whole(self, calls: list[Call], reply: Any, ended: list[Call]) -> None:
+        call = calls[0]
+        turn = call.message
+        if type(turn) in _READ_ALL or not self._numbers:
+            self._finish_all(calls, reply, ended)
+            return
+        if type(turn) is ReadRange:
+            call.answer = listed(turn, reply, self._data_of)
+        elif type(turn) is Expire:
+            self._number = int(reply[-1] or b"0")
+            if self.publishes and reply[1]:
+                self._store.note_published(reply[1])
+            call.answer = self._finish_sweep(call, reply[0])
+        else:
+            call.answer = reply
+        call.done = True
+        ended.append(call)
+
+    def _data_of(self, key: str, raw: bytes) -> bytes | None:
+        """Return a value as JSON; None if it is not JSON, which is reported."""
+        try:
+            return self.seen.valid(key, raw)
+        except DeserializationError as error:
+            log.error("a list of scope %r leaves a key out: %s", self.name, error)  # noqa: TRY400 - it says all
+            return None
+
+    def _finish_sweep(self, call: Call, swept: list[Any]) -> int:
+        """Take in what was removed because its deadline had passed."""
+        now_ms, _, due, *gone = swept
+        self.note_time(now_ms)
+        for field, raw, deadline in zip(gone[::3], gone[1::3], gone[2::3], strict=True):
+            key = field.decode(errors="replace")
+            self._expired(call, key, [raw, deadline])
+            self.seen.forget(key)
+        self.note_due(int(float(due)) if due else None)
+        return len(gone) // 3
+
+    def _finish_all(self, calls: list[Call], reply: list[Any], ended: list[Call]) -> None:
+        lapsed: set[bytes] = set()
+        if self._numbers:
+            now_ms, gone, reply = reply
+            self.note_time(now_ms)
+            lapsed.update(gone)
         items: list[tuple[str, bytes]] = []
         misfits: list[str] = []
         size = 0
         for field, raw in zip(reply[::2], reply[1::2], strict=True):
             size += len(raw)
+            if field in lapsed:
+                continue
             try:
                 key = field.decode()
                 items.append((key, self.seen.valid(key, raw)))
@@ -693,6 +944,8 @@ class _Making:
         self._entries: list[Any] = []
         self._known: dict[str, Known] = {}
         """What keys hold after the entries so far."""
+        self._kept: list[bytes] = []
+        """The keys of the kept answers that entries name."""
         self._held: set[str] = set()
         """Keys that are read first in this command, and those of the calls that wait for that."""
         self._depth = 0
@@ -702,9 +955,11 @@ class _Making:
         """True if it is a read of the whole scope, for each of the calls."""
         self.size = 0
 
-    def may_end_with(self, keys: tuple[str, ...] | None) -> bool:
+    def may_end_with(self, call: Call) -> bool:
         """Whether a call that concerns no key in particular may be part of this command."""
-        return (self.whole and keys is None) or not (self.calls or self.again)
+        if self.calls or self.again:
+            return self.whole and type(call.message) in _READ_ALL and type(self.calls[0].message) in _READ_ALL
+        return True
 
     def enter(self, call: Call, keys: tuple[str, ...]) -> bool:
         """Add a call on some keys; False if it has failed."""
@@ -714,7 +969,7 @@ class _Making:
             self.again.append(call)  # behind one that reads first
             return True
         try:
-            entry = commands.entry(call, keys, self._known)
+            entry = commands.entry(call, keys, self._known, self._kept)
         except Exception as error:  # noqa: BLE001 - a bug as well: its caller gets it, and the others go on
             call.fail(error)
             return False
@@ -722,27 +977,26 @@ class _Making:
             if call.message.writes:
                 held.update(keys)
                 self.again.append(call)
-            for key in keys:
-                self._entries += ("g", key)
-                self.calls.append(call)
+            self._entries += commands.reads(call, keys, self._kept)
+            self.calls += [call] * call.awaited
             return True
         if call.depth != self._depth and commands.publishes:
             self._depth = call.depth
             self._entries += ("p", str(self._depth))
         self._entries += entry
-        self.size += len(entry[-1])
+        self.size += call.message.size() if len(entry) > 6 else len(entry[-1])
         self.calls.append(call)
         return True
 
     def command(self) -> Command:
         """Return the command."""
-        return self._commands.command_of(self._entries, self.calls, self.again, whole=self.whole)
+        return self._commands.command_of(self._entries, self.calls, self.again, self._kept, whole=self.whole)
 
 
 def _stored(values: dict[str, Known], changes: tuple[Change, ...]) -> tuple[Any, ...]:
     """Return the script's entry that makes the changes if the keys still hold `values`."""
     entry: list[Any] = ["t", str(len(values)), str(len(changes))]
-    for key, (raw, _) in values.items():
+    for key, (raw, _, _) in values.items():
         entry += (key, "0", "") if raw is None else (key, "1", raw)
     for change in changes:
         assert change.key in values, f"a turn changes {change.key!r}, which is not one of its keys"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.handler import Barrier, HandlerActor
-from scopestate.actors.router import EventRouter
+from scopestate.actors.router import EventRouter, Expired
 from scopestate.errors import DeserializationError, NotConnected, StorageError
 from scopestate.ops.values import parse
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target, pack
@@ -61,6 +61,10 @@ class Event(NamedTuple):
     number: int
     """1, 2, 3, ... over all scopes of a database and a prefix."""
     depth: int
+    revision: int = 0
+    """The revision of the change; the number, where changes have no revisions."""
+    expired: Expired | None = None
+    """If the key was removed because its deadline had passed: the deadline, and how late that was, in milliseconds."""
 
 
 def event_of(fields: list[bytes]) -> Event:
@@ -71,7 +75,7 @@ def event_of(fields: list[bytes]) -> Event:
     if fields[0] != b"n" or fields[2] != b"s" or fields[4] != b"k":
         raise ValueError(f"an entry of other fields: {fields!r:.100}")
     old = new = None
-    depth = 0
+    depth = revision = deadline = 0
     for i in range(6, len(fields), 2):
         name = fields[i]
         if name == b"v":
@@ -80,7 +84,14 @@ def event_of(fields: list[bytes]) -> Event:
             old = _as_json(fields[i + 1])
         elif name == b"d":
             depth = int(fields[i + 1])
-    return Event(fields[3].decode(), fields[5].decode(), old, new, int(fields[1]), depth)
+        elif name == b"r":
+            revision = int(fields[i + 1])
+        elif name == b"x":
+            deadline = int(fields[i + 1])
+    number = int(fields[1])
+    # A revision is the time of the change in microseconds, or a little more.
+    expired = (deadline, max(0, revision // 1000 - deadline)) if deadline else None
+    return Event(fields[3].decode(), fields[5].decode(), old, new, number, depth, revision or number, expired)
 
 
 def number_of(fields: list[bytes]) -> int | None:
@@ -151,7 +162,9 @@ class Arrivals:
         """
         while not self._interrupted:
             try:
-                return self._router.arrive(*event, here=here)
+                return self._router.arrive(
+                    event.scope, event.key, event.old, event.new, event.revision, event.depth, event.expired, here=here
+                )
             except HandlerFull as full:
                 room = self._room = threading.Event()
                 self._router.backlog.when_room(room.set, full)

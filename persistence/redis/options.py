@@ -115,6 +115,9 @@ class RedisOptions(Options, frozen=True):
     """Connections to each server, at most."""
     update_attempts: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 100
     """Attempts of an update while other engines change the key, before it fails with nothing written."""
+    revisions: bool = True
+    """`true`: each key has a revision, and may have a deadline, kept in keys `scopestate:...` beside those of iii.
+    `false`: nothing is kept beside iii's keys, and what needs revisions or deadlines is refused."""
     events: Literal["local", "shared"] = "local"
     """`local`: triggers get the events of writes through this engine. `shared`: of every write of every engine with
     `events: shared` on this database and prefix."""

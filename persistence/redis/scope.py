@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import threading
+import time
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log
+from scopestate.actors.ports import NO_RULE
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Passivate, Ping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY
-from scopestate.errors import ScopestateError, WouldDeadlock
-from scopestate.ops.turns import Turn
+from scopestate.errors import ScopestateError, StorageError, Unsupported, WouldDeadlock
+from scopestate.ops.ranges import DeleteRange, Entries, ReadPage
+from scopestate.ops.transactions import Batch, SetAll, Transact
+from scopestate.ops.turns import Change, Delete, Get, Items, List, Set, Turn, Update
+from scopestate.ops.writes import (
+    CompareAndSet,
+    DeleteWith,
+    Expire,
+    GetEntry,
+    Modify,
+    Once,
+    SetWith,
+    Touch,
+    Ttl,
+    UpdateWith,
+    unwrapped,
+)
 from scopestate.persistence.redis.commands import Behind, Call, Command, ScopeCommands
+from scopestate.persistence.redis.functions import RANGED, Functions, has_function, read_range
+from scopestate.persistence.redis.seen import EntryView
+from scopestate.persistence.redis.transacting import BuildIndex, Listed, ReadRange
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
@@ -22,6 +42,17 @@ if TYPE_CHECKING:
 
 log = Log("scopestate.scope")
 
+_STEPS: Final = RANGED | {Modify, Transact, DeleteRange, Once}
+"""Turns that take several commands, or may."""
+_WITHOUT_REVISIONS: Final = frozenset({Set, Get, Delete, Update, List, Items, Behind})
+"""Turns that need nothing beside the hash: the frequent ones, which are not looked up further."""
+_NEED_REVISIONS: Final = frozenset(
+    {
+        *(SetWith, UpdateWith, DeleteWith, CompareAndSet, Modify, GetEntry, Ttl, Touch, Expire, Once),
+        *(Batch, SetAll, Transact, Entries, ReadPage, DeleteRange),
+    }
+)
+_INDEX_ATTEMPTS: Final = 20
 _MAIN: Final = threading.main_thread()
 """The thread that runs signal handlers."""
 
@@ -43,17 +74,70 @@ class RedisScope(ScopeActor):
         """True while the owner has it among those to ask for a command."""
         self.since = 0.0
         """When it was listed. Seconds on the monotonic clock."""
+        self._numbers = store.shape.numbers
+        self._running = store.running
+        self._functions = Functions(self, store.update_attempts, store.running)
 
     # --------------------------------------------------------------------------------------------- on a caller's thread
 
     def run(self, turn: Turn[Any]) -> Any:
         if self._passivated:
             return self._around.directory[self.scope].run(turn)
-        call = self._admitted(turn, None, event_depth.get())
+        if type(turn) in _STEPS and self._numbers:
+            return self._run_steps(turn, event_depth.get())
+        return self.call(turn, event_depth.get())
+
+    def call(self, turn: Turn[Any], depth: int) -> Any:
+        """Have a turn done by one command, and wait for its answer."""
+        call = self._admitted(turn, None, depth)
         self.owner.call(self, call, self._around.limits.call_timeout_s)
         if call.error is not None:
             raise call.error
         return call.answer
+
+    def _run_steps(self, turn: Turn[Any], depth: int) -> Any:
+        """Do a turn that takes several commands, or runs a function of the program."""
+        if type(turn) in RANGED:
+            return read_range(self, turn, depth)
+        if has_function(turn):
+            self._refuse_own_turn()
+            return self._functions.run(turn, depth)
+        return self.call(turn, depth)
+
+    def read(self, turn: ReadRange, depth: int) -> Listed:
+        """Read a range, and make the index of the keys first if there is none."""
+        for _ in range(_INDEX_ATTEMPTS):
+            found: Listed | None = self.call(turn, depth)
+            if found is not None:
+                return found
+            cursor = b""
+            while (cursor := self.call(BuildIndex(cursor), depth)) not in (b"", b"0"):
+                pass
+        raise StorageError(
+            f"the keys of {self.name} cannot be put in order: another program creates and deletes keys all the time; "
+            "try again"
+        )
+
+    @property
+    def call_timeout_s(self) -> float | None:
+        """How long a caller waits for its answer."""
+        return self._around.limits.call_timeout_s
+
+    def view_of_seen(self) -> EntryView:
+        """Return a view of what was seen, which may be old."""
+        return self.commands.view_of_seen()
+
+    def pause(self, seconds: float) -> None:
+        """Wait on the caller's thread."""
+        time.sleep(seconds)
+
+    def note_slow(self, took_s: float) -> None:
+        """Report a function of the program that holds others up."""
+        log.warning(
+            "%s: a function of modify or transact has taken %.1f s; others of this scope waited for it",
+            self.name,
+            took_s,
+        )
 
     def send(self, envelope: Envelope) -> None:
         # Always queued: the thread that sends an envelope may be an event loop's, which must not wait for Redis.
@@ -61,6 +145,9 @@ class RedisScope(ScopeActor):
         message, reply = envelope.message, envelope.reply_to
         if isinstance(message, Housekeeping):
             self._enqueue(envelope)
+            return
+        if type(message) in _STEPS and self._numbers and (type(message) is not Once or has_function(message)):
+            self._dispatcher.submit_program(lambda: self._answer(message, reply, envelope.depth))
             return
         try:
             call = self._admitted(message, reply, envelope.depth)
@@ -71,6 +158,16 @@ class RedisScope(ScopeActor):
         if waiter is not None and get_ident() != _MAIN.ident:
             call.loop = waiter.loop
         self.post(call)
+
+    def _answer(self, turn: Turn[Any], reply: ReplyTo, depth: int) -> None:
+        """Do a turn on a worker thread, and answer it."""
+        token = event_depth.set(depth)
+        try:
+            reply.set(self.run(turn))
+        except BaseException as error:  # noqa: BLE001 - whatever the function raises is the answer
+            reply.fail(error)
+        finally:
+            event_depth.reset(token)
 
     def housekeep_now(self, message: Housekeeping[Any]) -> Any:
         match message:
@@ -109,6 +206,13 @@ class RedisScope(ScopeActor):
     def _admitted(self, turn: Turn[Any], reply: ReplyTo | None, depth: int) -> Call:
         """Check a turn. Raises what refuses it: nothing was sent then."""
         self._refuse_if_closed(depth)
+        if self._running and get_ident() in self._running:
+            raise WouldDeadlock(
+                f"{self.name} was called within a function of modify or transact: such a function runs again when a "
+                "key has changed, so it may use its arguments only; nothing was done"
+            )
+        if not self._numbers and (type(turn) not in _WITHOUT_REVISIONS or (turn.writes and self.rule is not NO_RULE)):
+            self._refuse_revisions(turn)
         call = Call(turn, reply, depth)
         if turn.writes:
             if not self._store.shares_events:
@@ -118,6 +222,14 @@ class RedisScope(ScopeActor):
                 self._router.cascades.add()
         self.touched = True
         return call
+
+    def _refuse_revisions(self, turn: Turn[Any]) -> None:
+        """Raise Unsupported if a turn needs what is kept beside the hash."""
+        if type(turn) in _NEED_REVISIONS or (turn.writes and self.rule != NO_RULE):
+            raise Unsupported(
+                f"{type(unwrapped(turn)).__name__}",
+                f"{self.name} is in Redis without revisions and deadlines (`revisions: false`)",
+            )
 
     # ------------------------------------------------------------------------------------------- for the owner's holder
 
@@ -150,18 +262,28 @@ class RedisScope(ScopeActor):
         except ScopestateError as error:
             self.commands.give_up([call], error, self.owner.over)
 
-    def _changed(self, call: Call, key: str, old: bytes | None, new: bytes | None) -> None:
-        """Fire the event of a write, unless it comes from Redis."""
+    def _changed(self, call: Call, change: Change, number: int) -> None:
+        """Fire the event of a write, unless it comes from Redis. `number`: its revision; 0: it has none."""
         if self._store.shares_events:
             return
         if self._shut:
             log.error(
                 "%s: a write of key %r was answered after the engine closed; its event is not delivered",
                 self.name,
-                key,
+                change.key,
             )
         else:
-            self._fire(key, old, new, call.depth)
+            # Without revisions the events of this engine are numbered.
+            self._sequence = number or self._sequence + 1
+            deadline = change.expires_ms
+            expired = (deadline, self.commands.late_ms(deadline)) if change.expired and deadline is not None else None
+            router = self._router
+            router.publish(
+                router.prepare_late(
+                    *(self.scope, self._watch, change.key, change.before, change.after),
+                    *(self._sequence, call.depth, expired),
+                )
+            )
 
     # --------------------------------------------------------------------------------------------- waiting and leaving
 

@@ -123,12 +123,18 @@ return replies
 
 DIGEST: Final = hashlib.sha1(SOURCE).hexdigest()  # noqa: S324 - the name that Redis gives a script
 
+SOURCES: Final[dict[str, bytes]] = {DIGEST: SOURCE}
+"""All scripts by their names; `numbered.py` adds its own."""
+
 DONE: Final = 1
 SKIPPED: Final = 2
 
 
 class Shape:
-    """How the commands of one adapter are made: names of keys, and whether events are published."""
+    """How the commands of one adapter are made: names of keys, and whether events are published. Without revisions."""
+
+    numbers = False
+    """True if each key has a revision."""
 
     def __init__(self, key_prefix: str, *, events_kept: int = 0) -> None:
         """`events_kept`: how many the stream keeps; 0: none are published."""
@@ -143,12 +149,37 @@ class Shape:
         """The key of a scope's hash."""
         return (self.key_prefix + scope).encode()
 
-    def write(self, hash_key: bytes, scope: str, entries: Sequence[Any]) -> tuple[Any, ...]:
-        """Return the parts of the command that does the entries."""
+    def names(self, hash_key: bytes) -> tuple[bytes, ...]:
+        """Return the keys of a scope."""
+        return (hash_key,)
+
+    def set_entry(self, key: str, data: bytes) -> tuple[Any, ...]:
+        """Return the entry that sets a key."""
+        return "s", key, data
+
+    def swap_entry(self, key: str, raw: bytes | None, after: bytes) -> tuple[Any, ...]:
+        """Return the entry that sets a key if it has the value `raw`; None: if it has none."""
+        return ("n", key, after) if raw is None else ("c", key, raw, after)
+
+    def read(self, names: tuple[bytes, ...], key: str) -> tuple[Any, ...]:
+        """Return the parts of the command that reads one key."""
+        return "HGET", names[0], key
+
+    def read_all(self, names: tuple[bytes, ...]) -> tuple[Any, ...]:
+        """Return the parts of the command that reads all keys."""
+        return "HGETALL", names[0]
+
+    def write_one(self, names: tuple[bytes, ...], scope: str, entry: tuple[Any, ...]) -> tuple[Any, ...]:
+        """As `write`, for one entry."""
+        return self.write(names, scope, entry)
+
+    def write(
+        self, names: tuple[bytes, ...], scope: str, entries: Sequence[Any], kept: Sequence[bytes] = ()
+    ) -> tuple[Any, ...]:
+        """Return the parts of the command that does the entries. `kept`: the keys of kept answers that they name."""
         if self.publishes:
-            kept = self._kept
-            return ("EVALSHA", DIGEST, "3", hash_key, self.stream, self.counter, kept, scope, *entries)
-        return ("EVALSHA", DIGEST, "1", hash_key, *entries)
+            return ("EVALSHA", DIGEST, "3", *names, self.stream, self.counter, self._kept, scope, *entries)
+        return ("EVALSHA", DIGEST, "1", *names, *entries)
 
 
 def keys_of(parts: tuple[Any, ...]) -> tuple[bytes | str, ...]:
@@ -158,7 +189,7 @@ def keys_of(parts: tuple[Any, ...]) -> tuple[bytes | str, ...]:
 
 def with_source(parts: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the command for a server that does not have the script; it does afterwards."""
-    return ("EVAL", SOURCE, *parts[2:])
+    return ("EVAL", SOURCES[parts[1]], *parts[2:])
 
 
 _NOTHING: Final = "nothing was written"
@@ -168,7 +199,10 @@ _MEANINGS: Final[dict[str, str]] = {
     "READONLY": "Redis at {address} is a read-only replica{nothing}: connect to the primary, or set `sentinels`",
     "MISCONF": "Redis at {address} refuses writes because it cannot save its data{nothing}: see its log",
     "NOREPLICAS": "Redis at {address} refuses writes because too few replicas follow it{nothing}",
-    "NOPERM": "the user of this connection to Redis at {address} may not do that ({text}){nothing}",
+    "NOPERM": (
+        "the user of this connection to Redis at {address} may not do that ({text}){nothing}; beside the keys of "
+        "scopes it needs `~scopestate:*` and `+time`, or there are no revisions with `revisions: false`"
+    ),
     "NOAUTH": "Redis at {address} asks for a password{nothing}: set `password`",
     "WRONGTYPE": (
         "what Redis at {address} has at {keys} is not what scopestate keeps there{nothing}: delete it, or choose "

@@ -22,7 +22,8 @@ COUNTER = "scopestate:count:state:"
 
 
 def config(server: Server, *, limits: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    adapter = {"name": "redis", "config": {"redis_url": server.url, "events": "shared", **options}}
+    """Without revisions unless told otherwise: then an event has its number over all scopes, which shows each gap."""
+    adapter = {"name": "redis", "config": {"redis_url": server.url, "events": "shared", "revisions": False, **options}}
     return {"workers": [{"name": "iii-state", "config": {"adapter": adapter}}], "limits": limits or {}}
 
 

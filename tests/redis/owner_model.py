@@ -476,7 +476,7 @@ def a_pause_and_a_caller(world: World, kind: type[Owner] = Owner) -> None:
     model = Model(world, kind)
     scope = model.scope("a")
     model.server.do("HSET", "state:a", "k", "[0]")
-    scope.commands.seen.remember("k", (b"[0]", b"[0]"))  # so that it need not be read first
+    scope.commands.seen.remember("k", (b"[0]", b"[0]", None))  # so that it need not be read first
     model.poster("P", scope, add(1))
     model.caller("B", model.scope("b"), put(2))
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import hiredis
 
 from scopestate.persistence.redis import script
+from tests.redis.played_scripts import SCRIPTS, SortedSet
 
 EPOCH_S: Final = 1_700_000_000
 """What a server's clock says when the test's says 0."""
@@ -255,7 +256,7 @@ class Session:
 
     def _of_type(self, key: bytes, kind: type[Any]) -> Any:
         value = self._keys.get(key)
-        if value is not None and not isinstance(value, kind):
+        if value is not None and type(value) is not kind:
             raise Refused(_WRONG_TYPE)
         return value
 
@@ -449,16 +450,22 @@ class Session:
         return self._run(digest, parts)
 
     def _load(self, source: bytes) -> bytes:
-        if source != script.SOURCE:
-            raise Refused("ERR this played server runs the adapter's own script only")
-        self.server.scripts[script.DIGEST] = source
-        return script.DIGEST.encode()
+        digest = next((digest for digest, known in script.SOURCES.items() if known == source), None)
+        if digest is None:
+            raise Refused("ERR this played server runs the adapter's own scripts only")
+        self.server.scripts[digest] = source
+        return digest.encode()
 
     def _run(self, digest: str, parts: list[bytes]) -> Any:
-        assert digest == script.DIGEST
         count = int(parts[2])
+        keys, arguments = parts[3 : 3 + count], parts[3 + count :]
+        played = SCRIPTS.get(script.SOURCES[digest])
         try:
-            return _Script(self, parts[3 : 3 + count], parts[3 + count :]).run()
+            if played is None:
+                return _Script(self, keys, arguments).run()
+            now_ms = int((EPOCH_S + self.server.clock()) * 1000)
+            wrote, may_write = self.server.wrote, self._may_write
+            return played(keys, arguments, self._of_type, self._keys, now_ms, self.nested, may_write, wrote).run()
         except Refused as refusal:
             raise Refused(f"{refusal} script: {digest}, on @user_script:1.") from None
 
@@ -667,6 +674,8 @@ def _type_of(value: Value | None) -> str:
             return "string"
         case Stream():
             return "stream"
+        case SortedSet():
+            return "zset"
         case _:
             return "hash"
 

@@ -15,6 +15,7 @@ from servers import Binary, Cluster, Server, StartServer
 
 from scopestate import Engine
 from scopestate.errors import ConfigError, EngineClosed, NotConnected, StorageError
+from scopestate.ops.turns import Entry
 from scopestate.persistence.redis.backend import RedisBackend
 from scopestate.persistence.redis.options import RedisOptions
 
@@ -22,6 +23,12 @@ from scopestate.persistence.redis.options import RedisOptions
 @pytest.fixture
 def engine(cluster: Cluster) -> Iterator[Engine]:
     with open_at(cluster.urls[0]) as opened:
+        yield opened
+
+
+@pytest.fixture
+def plain_engine(cluster: Cluster) -> Iterator[Engine]:
+    with open_at(cluster.urls[0], revisions=False) as opened:
         yield opened
 
 
@@ -106,7 +113,8 @@ def test_every_call_works_on_scopes_of_all_servers(cluster: Cluster, engine: Eng
             assert engine.delete(scope, "k") == {"of": scope}
             assert engine.get(scope, "k") is None
 
-    assert [node.ask("DBSIZE") for node in cluster.nodes] == [5, 5, 5]
+    # Each with what is beside it.
+    assert [node.ask("DBSIZE") for node in cluster.nodes] == [10, 10, 10]
 
 
 def test_one_server_is_enough_to_find_the_others(cluster: Cluster) -> None:
@@ -181,7 +189,28 @@ def test_a_slot_that_moves_while_callers_write_loses_and_repeats_nothing(cluster
     assert {scope: engine.get(scope, "n") for scope in scopes} == dict(done)
 
 
-def test_a_slot_that_is_half_moved_is_served_whole(cluster: Cluster, engine: Engine) -> None:
+def test_calls_on_keys_with_revisions_wait_until_their_slot_is_moved(cluster: Cluster, engine: Engine) -> None:
+    """They concern several keys: a server of a slot that is half moved does not have all of these."""
+    there, here, new = "{one}there", "{one}here", "{one}new"
+    slot = cluster.slot(_key(there))
+    for scope in (there, here):
+        engine.set(scope, "k", scope)
+    counting = Counting(engine, [there, here, new])
+    counting.wait_for_more()
+
+    cluster.begin_move(slot, _other(cluster, cluster.owner(slot)), keys=[_key(there)])
+    waiting = InThread(lambda: engine.set(there, "k", "changed").old_value)
+    cluster.finish_move(slot)
+
+    assert waiting.result() == there
+    counting.wait_for_more()
+    done = counting.end()
+    assert counting.errors == {there: [], here: [], new: []}
+    assert {scope: engine.get(scope, "n") for scope in done} == dict(done)
+
+
+def test_without_revisions_a_slot_that_is_half_moved_is_served_whole(cluster: Cluster, plain_engine: Engine) -> None:
+    engine = plain_engine
     there, here, new = "{one}there", "{one}here", "{one}new"
     slot = cluster.slot(_key(there))
     source = cluster.owner(slot)
@@ -228,8 +257,9 @@ def test_a_moved_slot_is_asked_for_in_vain_only_once(cluster: Cluster, engine: E
     assert engine.get(scope, "n") == 5
 
 
-def test_what_is_read_and_saved_past_the_scopes_follows_its_slot(cluster: Cluster, engine: Engine) -> None:
+def test_what_is_read_and_saved_past_the_scopes_follows_its_slot(cluster: Cluster, plain_engine: Engine) -> None:
     """As `store export` and `store import` do."""
+    engine = plain_engine
     adapter = _adapter(engine)
     there, here = "{one}there", "{one}here"
     slot = cluster.slot(_key(there))
@@ -237,14 +267,14 @@ def test_what_is_read_and_saved_past_the_scopes_follows_its_slot(cluster: Cluste
     engine.set(here, "k", 2)
     cluster.begin_move(slot, _other(cluster, cluster.owner(slot)), keys=[_key(there)])
 
-    half_moved = [adapter.read(scope) for scope in (there, here)]
-    adapter.write({there: {"k": b"3"}})
+    half_moved = [adapter.read(scope)["k"].json for scope in (there, here)]
+    adapter.write({there: {"k": Entry(b"3", 0)}})
     cluster.finish_move(slot)
-    adapter.write({here: {"k": b"4"}})
-    moved = [adapter.read(scope) for scope in (there, here)]
+    adapter.write({here: {"k": Entry(b"4", 0)}})
+    moved = [adapter.read(scope)["k"].json for scope in (there, here)]
 
-    assert half_moved == [{"k": b"1"}, {"k": b"2"}]
-    assert moved == [{"k": b"3"}, {"k": b"4"}]
+    assert half_moved == [b"1", b"2"]
+    assert moved == [b"3", b"4"]
 
 
 # ----------------------------------------------------------------------------------------------------- servers that die

@@ -12,6 +12,7 @@ from servers import Server
 
 from scopestate import ops
 from scopestate.actors.backlog import Limits
+from scopestate.actors.ports import NO_RULE
 from scopestate.errors import ConnectionLost, StorageError
 from scopestate.ops.results import UpdateResult
 from scopestate.ops.turns import Change, Delete, Effects, Failure, Get, List, Set, Turn, Update, View
@@ -73,6 +74,7 @@ class Commands:
         self.conflicts = 0
         store: Any = SimpleNamespace(
             shape=Shape("state:"),
+            store_id="",
             update_attempts=3,
             shares_events=False,
             note_attempt=lambda: None,
@@ -80,13 +82,15 @@ class Commands:
             note_misfit=lambda *_: None,
             note_fit=lambda *_: None,
         )
-        scope: Any = SimpleNamespace(scope="s")
+        scope: Any = SimpleNamespace(scope="s", rule=NO_RULE)
         self.scope = ScopeCommands(
-            scope, store, Limits(), lambda _, *change: self.changes.append(change), clock=lambda: 100.0,
-            uniform=lambda low, high: high,
-        )  # fmt: skip
+            scope, store, Limits(), self._note, clock=lambda: 100.0, uniform=lambda low, high: high
+        )
         self.queue: list[Call] = []
         self.ended: list[Call] = []
+
+    def _note(self, call: Call, change: Change, number: int) -> None:
+        self.changes.append((change.key, change.before, change.after))
 
     def _count(self) -> None:
         self.conflicts += 1
@@ -163,8 +167,8 @@ def test_a_turn_that_decides_to_change_nothing_is_checked_all_the_same() -> None
 
 def test_a_conflict_pauses_every_key_of_the_turn_and_calls_behind_it_stay_behind() -> None:
     commands = Commands()
-    commands.scope.seen.remember("a", (b"5", b"5"))
-    commands.scope.seen.remember("b", (b"1", b"1"))
+    commands.scope.seen.remember("a", (b"5", b"5", None))
+    commands.scope.seen.remember("b", (b"1", b"1", None))
     first, second, third, free = commands.ask(Transfer("a", "b", 2), Set("b", b"7"), Get("a"), Set("c", b"1"))
     commands.sends()
     commands.gets([0, SKIPPED, SKIPPED, None])
@@ -189,7 +193,7 @@ def test_a_conflict_pauses_every_key_of_the_turn_and_calls_behind_it_stay_behind
 
 def test_a_call_that_waits_for_one_key_holds_its_other_keys_too() -> None:
     commands = Commands()
-    commands.scope.seen.remember("a", (b"5", b"5"))
+    commands.scope.seen.remember("a", (b"5", b"5", None))
     commands.ask(Update("a", ADD), Transfer("a", "b", 1))
     commands.sends()
     commands.gets([b"6", SKIPPED])  # what it found instead
@@ -233,7 +237,7 @@ def test_a_key_that_is_not_json_fails_the_read_of_several_and_no_other_call() ->
 
 def test_a_lost_command_says_of_each_call_whether_it_may_have_been_applied() -> None:
     commands = Commands()
-    commands.scope.seen.remember("b", (b"1", b"1"))
+    commands.scope.seen.remember("b", (b"1", b"1", None))
     reads, writes = commands.ask(Update("a", ADD), Update("b", ADD))
     commands.sends()
     commands.is_lost()
@@ -267,7 +271,7 @@ def test_one_call_alone_is_sent_as_it_is_among_others() -> None:
     for turn in (Set("a", b"1"), Delete("a"), Get("a"), Update("a", ADD), Transfer("a", "b", 1), Sum(("a", "b"))):
         alone, among = Commands(), Commands()
         for commands in (alone, among):
-            commands.scope.seen.remember("a", (b"5", b"5"))
+            commands.scope.seen.remember("a", (b"5", b"5", None))
         one = alone.scope.make_one(Call(turn, None, 0), [])
         among.ask(turn)
         assert one is not None
@@ -321,6 +325,7 @@ def test_the_script_undoes_nothing_and_writes_nothing_if_one_of_several_keys_dif
     with open_at(valkey.url) as engine:
         engine.set("s", "a", 5)
         engine.set("s", "b", 1)
+        assert not scope_of(engine).run(Transfer("a", "b", 9))  # it knows both
         valkey.client().hset("state:s", "b", "2")
         assert scope_of(engine).run(Transfer("a", "b", 2))
         assert (engine.get("s", "a"), engine.get("s", "b")) == (3, 4)

@@ -68,9 +68,12 @@ def test_a_password_with_characters_that_an_address_has_to_encode(start_server: 
 def test_a_user_who_may_only_touch_the_state(start_server: StartServer, server_binary: Binary) -> None:
     """The least that an engine needs, events not being shared."""
     rules = ">sesame-7 ~state:* +@read +@write +@scripting +@connection +scan"
-    server = start_server(server_binary, users={"app": rules})
+    server = start_server(server_binary, users={"app": f"{rules} ~scopestate:* +time", "plain": rules})
 
     _works(server.url_for(user="app", password="sesame-7"))
+    _works(server.url_for(user="plain", password="sesame-7"), revisions=False)
+    with pytest.raises(StorageError, match="no revisions"):
+        _works(server.url_for(user="plain", password="sesame-7"))
 
 
 def test_a_database_by_its_number(start_server: StartServer) -> None:

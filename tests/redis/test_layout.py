@@ -17,6 +17,7 @@ from servers import Server
 
 from scopestate import Engine, messages
 from scopestate.errors import StorageError
+from scopestate.ops.turns import Entry
 from scopestate.persistence.redis import backend as backend_module
 
 __all__ = ["open_redis"]
@@ -45,17 +46,19 @@ NO_JSON = [
 ]  # fmt: skip
 
 
-def test_what_is_written_is_iiis_layout(redis_server: Server, open_redis: OpenRedis) -> None:
-    engine = open_redis(redis_server.url)
+@pytest.mark.parametrize("revisions", [True, False])
+def test_what_is_written_is_iiis_layout(redis_server: Server, open_redis: OpenRedis, *, revisions: bool) -> None:
+    engine = open_redis(redis_server.url, revisions=revisions)
     engine.set("users", "ada", {"age": 36, "é": [1.0, None]})
     engine.update("users", "visits", ADD)
 
     there = bytes_client(redis_server)
-    assert there.keys() == [b"state:users"]
+    beside = [b"scopestate:side:{state:users}"] if revisions else []
+    assert sorted(there.keys()) == [*beside, b"state:users"]
     assert there.hgetall("state:users") == {b"ada": '{"age":36,"é":[1.0,null]}'.encode(), b"visits": b"1"}
     engine.delete("users", "ada")
     engine.delete("users", "visits")
-    assert there.keys() == []
+    assert there.keys() == beside
 
 
 @pytest.mark.parametrize("first", ["get", "list", "update"])
@@ -165,14 +168,14 @@ def test_of_scopes_that_are_saved_together_those_that_are_written_are_told_from_
 ) -> None:
     adapter = open_redis(valkey.url)._parts.backend
     valkey.ask("SET", "state:b", "text")
-    changes = {scope: {"k": b"1"} for scope in "abc"}
+    changes = {scope: {"k": Entry(b"1", 0)} for scope in "abc"}
 
     with pytest.raises(StorageError) as second:
         adapter.write(changes)
     with pytest.raises(StorageError) as first:
         adapter.write({scope: changes[scope] for scope in "bc"})
 
-    assert "has at 'state:b' is not what scopestate keeps there" in str(second.value)
+    assert "has at 'state:b', 'scopestate:side:{state:b}', 'scopestate:due:{state:b}' or" in str(second.value)
     assert "nothing of scope 'b' was written, but the scopes before it are (1 of 3)" in str(second.value)
     assert "nothing of scope 'b' was written: " in str(first.value)
     assert valkey.ask("HGET", "state:a", "k") == "1"
@@ -197,10 +200,10 @@ def test_a_key_of_another_type_is_named_and_those_of_the_events_only_where_they_
             text = text_of(call)
             assert "has at 'state:x' is not what" in text
             assert "nothing was written" not in text
-    assert "has at 'state:x' is not what scopestate keeps there; nothing was written" in text_of(
-        lambda: local.set("x", "k", 1)
+    assert "at 'state:x' or 'scopestate:side:{state:x}' is not what scopestate keeps there; nothing was written" in (
+        text_of(lambda: local.set("x", "k", 1))
     )
-    assert f"has at 'state:o', '{stream}' or '{counter}' is not what scopestate keeps there; nothing was written" in (
+    assert f"'{stream}' or '{counter}' is not what scopestate keeps there; nothing was written" in (
         text_of(lambda: shared.set("o", "k", 1))
     )
 

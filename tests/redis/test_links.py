@@ -67,6 +67,7 @@ def test_a_command_on_its_way_is_not_sent_for_its_second_copy(
     server = start_server()
     with open_at(server.url) as engine:
         engine.set("s", "k", 1)
+        engine.get("s", "k")  # the server knows its script
         monkeypatch.setattr(Connection, "send", noting)
         server.pause()
         (owner, *_) = owners_of(engine)

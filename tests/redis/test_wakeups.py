@@ -337,7 +337,7 @@ def test_a_write_that_fails_leaves_nothing_to_rely_on_and_lets_those_behind_it_g
         first, behind = queue
         command = commands.make(queue, 2, [])  # it reads the key for the first one
         assert command is not None
-        commands.seen.remember("k", (b"0", b"0"))
+        commands.seen.remember("k", (b"0", b"0", None))
         command.error = StorageError("the connection was lost, says the test")
 
         commands.settle(command, queue, [])

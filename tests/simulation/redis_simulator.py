@@ -262,6 +262,8 @@ class PlayedBackend(RedisBackend):
         for one in single.owners():
             one._claim = PlayedClaim(PLAY)
         super().__init__(options, deliver, servers=single)
+        shape: Any = self.shape
+        shape._wall_ns = world.dispatcher.wall_ns
         reader: Any = self.reader
         if reader is not None:
             reader._backoff._uniform = world.random.uniform
@@ -293,6 +295,7 @@ class Life:
             pool_size=draw.choice((1, 2)),
             update_attempts=draw.choice((2, 100)),
             events="shared" if self.shares_events else "local",
+            revisions=world.has_revisions,
         )
         limits = LimitsConfig(
             call_timeout_ms=draw.choice((None, 100, 1000, 10_000)) or LimitsConfig().call_timeout_ms,
@@ -565,6 +568,8 @@ class World:
         self.open_calls: dict[Call, str] = {}
         self.running = 0
         self.shares_events = draw.random() < 0.3
+        self.has_revisions = seed % 4 != 0
+        """Of all its engines."""
         self.network = Network(self.dispatcher, draw, lambda text: self.note(lambda: text))
         server = self.network.server
         server.before, server.wrote = self._before, self._wrote
