@@ -478,33 +478,26 @@ class ScopeInMemory(ScopeActor):
         self._tell(routed)
 
     def _write_all(self, sets: dict[str, bytes], before: list[bytes | None]) -> None:
-        """Commit sets of several keys that have no deadlines: as `_commit`, in half of the time."""
-        values, revisions, dirty = self._values, self._revisions, self._dirty
-        created, outbox = self._created, self._outbox
+        """Commit sets of several keys that have no deadlines: as `_commit`, in a third of the time."""
+        values, revisions, dirty, created = self._values, self._revisions, self._dirty, self._created
+        outbox, gate, watch = self._outbox, self._gate, self._watch
         assert values is not None  # within a turn
-        first = self._sequence
-        number = first + len(sets)
-        numbers = dict(zip(sets, range(first + 1, number + 1), strict=True))
+        number = self._sequence + len(sets)
+        numbers = dict(zip(sets, range(self._sequence + 1, number + 1)))  # noqa: B905 - `strict=` is slow, and they are as many
         routed: list[Any] = []
-        if self._watch or self._watch.anywhere:
+        if watch or watch.anywhere:
             for (key, data), old in zip(sets.items(), before, strict=True):
                 routed += self._event(Change(key, old, data), numbers[key])
         made: dict[str, bytes] = {}
-        made_numbers: dict[str, int] = {}
-        take_back: Callable[[], object] = _nothing
         if None in before:
             longest = self._around.limits.longest_name
-            made = {
-                checked_length("key", key, longest): sets[key]
-                for key, old in zip(sets, before, strict=True)
-                if old is None
-            }
+            made = {checked_length("key", key, longest): data for key, data in sets.items() if key not in values}
             made_numbers = {key: numbers[key] for key in made}
             take_back = _remover((values, made), (revisions, made), (created, made))
         keys = dict.fromkeys(sets) if dirty is not None else None
         creations = self._creations + len(made)
-        if self._gate is not None:
-            self._gate.unsettled = True
+        if gate is not None:
+            gate.unsettled = True
             self.readable = None  # before the values can be seen
         self.touched = True
         # The stretch begins here, as in `_apply`.
@@ -512,19 +505,24 @@ class ScopeInMemory(ScopeActor):
             if dirty is not None:
                 dirty |= keys  # type: ignore[arg-type]  # not None then
                 self._registry[self.scope] = self
-                created |= made_numbers
-            revisions |= made_numbers
-            values |= made
-            outbox += routed
+            if made:
+                if dirty is not None:
+                    created |= made_numbers
+                revisions |= made_numbers
+                values |= made
+            if routed:
+                outbox += routed
         except MemoryError:
-            take_back()
+            if made:
+                take_back()
             raise
         values |= sets
         revisions |= numbers
         self._creations = creations
         self._sequence = number
         # The stretch has ended.
-        self._tell(routed)
+        if gate is not None or routed:
+            self._tell(routed)
 
     def _tell(self, routed: Sequence[Any]) -> None:
         """Have the events of a commit published, or committed first."""
@@ -629,7 +627,3 @@ def _remover(*tables: tuple[dict[Any, Any], Iterable[Any]]) -> Callable[[], obje
     """Return what removes the keys from each of the tables, where they are there: in one step, without any memory."""
     steps = chain(*[map(table.pop, [*keys], repeat(None)) for table, keys in tables if keys])
     return partial(deque[object](maxlen=0).extend, steps)
-
-
-def _nothing() -> None:
-    """Nothing is to be taken back."""

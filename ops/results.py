@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict, overload
 
 import msgspec
 
@@ -261,10 +261,52 @@ class Page(msgspec.Struct, frozen=True):
 StepResult = SetResult | UpdateResult | DeleteResult | TouchResult
 
 
+class SetResults(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """The results of several sets, each made when it is read: making a hundred takes as long as writing them."""
+
+    before: list[bytes | None]
+    after: list[bytes]
+
+    def __len__(self) -> int:
+        return len(self.after)
+
+    @overload
+    def __getitem__(self, index: int) -> SetResult: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[SetResult, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> SetResult | tuple[SetResult, ...]:
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        return SetResult(self.before[index], self.after[index])
+
+    def __iter__(self) -> Iterator[SetResult]:
+        return map(SetResult, self.before, self.after)
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, Sequence) else NotImplemented
+
+    __ne__ = SetResult.__ne__  # as there
+    __hash__ = None  # type: ignore[assignment]  # as there
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+    # The rest of the protocol, from the standard library; a Struct cannot inherit from an ABC.
+    __contains__ = Sequence.__contains__
+    __reversed__ = Sequence.__reversed__
+    count = Sequence.count
+    index = Sequence.index
+
+
+Sequence.register(SetResults)
+
+
 class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
     """Result of a transaction. `revision` is that of its last change."""
 
-    results: tuple[StepResult, ...]
+    results: Sequence[StepResult]
     """One for each step, in order."""
 
     def to_json(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from scopestate.ops.results import (
     DeleteResult,
     EntryView,
     SetResult,
+    SetResults,
     StepResult,
     TouchResult,
     UpdateResult,
@@ -364,7 +365,7 @@ class Batch(Turn[BatchResult], frozen=True):
         return Conflict("", conflicts)
 
     def pack(self, answer: BatchResult) -> bytes:
-        return msgspec.msgpack.encode((answer.revision, answer.results))
+        return msgspec.msgpack.encode((answer.revision, tuple(answer.results)))
 
     def unpack(self, kept: bytes) -> BatchResult:
         revision, packed = msgspec.msgpack.decode(kept, type=tuple[int, list[msgspec.Raw]])
@@ -490,10 +491,10 @@ class SetAll(Turn[BatchResult], frozen=True):
             for key, data in self.sets.items():
                 refuse_size(view.scope, key, data, limit)
 
-    def result(self, before: Sequence[bytes | None], revision: int) -> BatchResult:
+    def result(self, before: list[bytes | None], revision: int) -> BatchResult:
         """Return the result, if the keys had these values before and the last change has this revision."""
-        results = tuple(map(SetResult, before, self.sets.values()))
-        return BatchResult(results, revision=revision, detailed=True)
+        results = SetResults(before, list(self.sets.values()))
+        return BatchResult(results, revision=revision, detailed=True)  # type: ignore[arg-type]  # it is registered as one
 
     def call(self, scope: str) -> dict[str, Any]:
         self.refuse_size(scope)
