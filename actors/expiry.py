@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log: Final = Log("scopestate.scope")
 
 WINDOW_S: Final = 0.01
+_ALMOST_S: Final = 0.0001
+"""What is left of a window that has ended: sums of seconds are not exact."""
 KEYS_OF_A_WINDOW: Final = 1000
 """Keys that are removed in each window at most, in all scopes together: the rest of the time is for other work."""
 LONGEST_S: Final = 1.0
@@ -216,10 +218,11 @@ class ExpiryActor(TurnActor):
                 self._arm(min((ms - now_ms) / 1000, LONGEST_S))
                 return
             now_s = self._dispatcher.monotonic()
-            if now_s - self._window_s >= WINDOW_S:
+            left_s = self._window_s + WINDOW_S - now_s
+            if left_s <= _ALMOST_S:
                 self._window_s, self._left = now_s, KEYS_OF_A_WINDOW
             if self._left <= 0:
-                self._arm(WINDOW_S - (now_s - self._window_s))
+                self._arm(left_s)
                 return
             heapq.heappop(heap)
             del self._next[scope]

@@ -51,9 +51,9 @@ class Wheel:
         return len(self._where)
 
     def next_due(self) -> int:
-        """Return when to look next: the first deadline, or earlier. NEVER if there is nothing to look at."""
+        """Return when to look next: the first deadline, or earlier. NEVER if no key has one."""
         try:
-            return self._starts[0][0]
+            return self._starts[0][0] if self._deadlines else NEVER
         except IndexError:
             return NEVER
 
@@ -66,10 +66,11 @@ class Wheel:
         """
         known = self._where.get(key)
         if known is not None and known[0] <= ms:
-            return False
+            return not self._deadlines
         away = abs(ms - now_ms)
         bits = 18 if away >= _HOUR_MS else 12 if away >= _MINUTE_MS else 6 if away >= 64 else 0
-        return self._move(key, (ms >> bits << bits, -bits), known)
+        # With the first deadline of all, what an earlier one has left in the wheel counts again.
+        return self._move(key, (ms >> bits << bits, -bits), known) or not self._deadlines
 
     def place_all(self, deadlines: Mapping[str, int], now_ms: int) -> bool:
         """As `place`, for several keys."""

@@ -16,10 +16,18 @@ class Scope:
     def __init__(self) -> None:
         self.deadlines: dict[str, int] = {}
         self.wheel = Wheel(self.deadlines)
+        self.told = NEVER
+        """When the actor for expiry looks here next."""
 
     def write(self, key: str, ms: int, now_ms: int) -> None:
-        self.wheel.place(key, ms, now_ms)
+        sooner = self.wheel.place(key, ms, now_ms)
         self.deadlines[key] = ms
+        if sooner:
+            self.told = min(self.told, self.wheel.next_due())
+
+    def tell_again(self) -> None:
+        """As after a turn that was cut short."""
+        self.told = min(self.told, self.wheel.next_due())
 
     def remove(self, *keys: str) -> None:
         for key in keys:
@@ -30,9 +38,11 @@ class Scope:
         """Remove what is due, in as many looks as it takes."""
         gone: list[str] = []
         while self.wheel.next_due() <= now_ms:
-            keys = self.wheel.due(now_ms, limit)
+            # A scope without deadlines shows its turns no wheel.
+            keys = self.wheel.due(now_ms, limit) if self.deadlines else []
             self.remove(*keys)
             gone += keys
+        self.told = self.wheel.next_due()
         return gone
 
     def due(self, now_ms: int) -> list[int]:
@@ -55,8 +65,10 @@ def test_what_is_due_is_found_by_its_deadline_and_nothing_earlier(seed: int) -> 
             scope.remove(key)
         elif draw < 0.65:
             scope.deadlines.pop(key, None)  # and the write was cut short before `forget`
+            scope.tell_again()
         elif draw < 0.7:
             scope.wheel.place(key, now + rng.randint(1, span), now)  # and the write was refused
+            scope.tell_again()
         elif draw < 0.9:
             now += rng.randint(0, span // 4)
         else:
@@ -68,6 +80,7 @@ def test_what_is_due_is_found_by_its_deadline_and_nothing_earlier(seed: int) -> 
             assert not scope.due(now)
         first = min(scope.deadlines.values(), default=NEVER)
         assert scope.wheel.next_due() <= first
+        assert scope.told <= first
 
     scope.expire(now + 10 * span)
     assert scope.deadlines == {}
