@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import msgspec
 
 from scopestate.actors.backlog import Tally
+from scopestate.actors.dispatcher import weakly
 from scopestate.actors.ports import Backend
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import ConfigError, ConnectionLost, DeserializationError, NotConnected, StorageError, Unsupported
@@ -33,6 +35,8 @@ log = logging.getLogger("scopestate.persistence.redis")
 
 _SCAN_COUNT: Final = 1000
 """Keys that Redis checks in one step of a scan: well under a millisecond, so that it delays no other client."""
+_LOOK_FOR_DUE_S: Final = 600.0
+"""How often an engine looks for scopes with deadlines that no engine uses any more."""
 _MOST_MISFITS: Final = 100
 _NAMED_MISFITS: Final = 5
 """The number that `problem` names."""
@@ -61,8 +65,6 @@ class RedisBackend(Backend):
         self.shares_events = options.shares_events
         self.store_id = f"redis:{options.key_prefix}"
         """What the cursors of pages name this store by."""
-        self.running: set[int] = set()
-        """Threads that run a function of the program for a scope: it may not call scopes here."""
         self.published = 0
         """Number of the newest event that this engine has published."""
         self.latest = 0
@@ -115,9 +117,35 @@ class RedisBackend(Backend):
 
     def start(self, around: Surroundings) -> None:
         """With `events: shared`, start reading the events of all engines."""
+        if self.shape.numbers:
+            self._around = around
+            around.dispatcher.submit(self._find_due)
         if self.reader is not None:
             self.arrivals = Arrivals(self, self.reader, around.router, around.dispatcher)
             self.reader.start(self.arrivals)
+
+    def _find_due(self) -> None:
+        """Have keys removed at their deadline in scopes that no engine uses; on a worker thread, from time to time."""
+        around = self._around
+        try:
+            for scope in self._scopes_with_deadlines():
+                around.expiry.expect(scope, around.clock.now_ms())
+        except StorageError as error:
+            if not self._closed:
+                log.warning("scopes with deadlines are not looked for, which is tried again: %s", error)
+        if not self._closed:
+            around.dispatcher.call_later(_LOOK_FOR_DUE_S, weakly(self._look_again))
+
+    def _look_again(self) -> None:
+        self._around.dispatcher.submit(self._find_due)
+
+    def _scopes_with_deadlines(self) -> Iterator[str]:
+        prefix = self.shape.key_prefix.encode()
+        for key in self._scan(sidecar.DUE_PREFIX, "zset"):
+            hash_key = sidecar.hash_of(sidecar.DUE_PREFIX, key)
+            if hash_key.startswith(prefix):
+                with suppress(UnicodeDecodeError):  # of another program
+                    yield hash_key[len(prefix) :].decode()
 
     def problem(self) -> str | None:
         """Return what is wrong now, as text; None if all is well."""
@@ -145,18 +173,7 @@ class RedisBackend(Backend):
         It scans in small steps, so a scope that is created, emptied, or moved to another server then may be missing.
         """
         prefix = self.shape.key_prefix
-        pattern = "".join(f"\\{letter}" if letter in "*?[]\\^-" else letter for letter in prefix) + "*"
-        found: set[bytes] = set()
-        for primary in self._servers.primaries():
-            with self._visit(primary, "state::list_groups") as connection:
-                cursor: Any = 0
-                while True:
-                    cursor, keys = connection.call(
-                        "SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT, "TYPE", "hash"
-                    )
-                    found.update(keys)
-                    if int(cursor) == 0:
-                        break
+        found = self._scan(prefix.encode(), "hash")
         scopes: list[str] = []
         for key in found:
             if key.startswith(sidecar.PREFIX):
@@ -166,6 +183,20 @@ class RedisBackend(Backend):
             except UnicodeDecodeError:
                 log.warning("%r in Redis is no scope: its name is not UTF-8", key)
         return scopes
+
+    def _scan(self, prefix: bytes, kind: str) -> set[bytes]:
+        """Return the keys of a type that begin with `prefix`, in small steps."""
+        pattern = re.sub(rb"([*?\[\]\\^-])", rb"\\\1", prefix) + b"*"
+        found: set[bytes] = set()
+        for primary in self._servers.primaries():
+            with self._visit(primary, "state::list_groups") as connection:
+                cursor: Any = 0
+                while True:
+                    cursor, keys = connection.call("SCAN", cursor, "MATCH", pattern, "COUNT", _SCAN_COUNT, "TYPE", kind)
+                    found.update(keys)
+                    if int(cursor) == 0:
+                        break
+        return found
 
     def read(self, scope: str) -> dict[str, Entry]:
         """Return what a scope holds, sorted by key.

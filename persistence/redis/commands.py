@@ -20,12 +20,12 @@ from scopestate.errors import ConnectionLost, DeserializationError, NotConnected
 from scopestate.ops import turns
 from scopestate.ops.results import SetResult
 from scopestate.ops.turns import Change, Effects, Keep, NewDeadline, Turn, changes_in
-from scopestate.ops.writes import Expire, Once
+from scopestate.ops.writes import Expire, Expired, Once
 from scopestate.persistence.redis.connection import Refusal, pack_text
 from scopestate.persistence.redis.numbered import KEPT, SLOW, NumberedShape
 from scopestate.persistence.redis.script import DONE, SKIPPED, Shape, explain, keys_of
 from scopestate.persistence.redis.seen import BULKY, NOTHING, EntryView, Known, Seen, ValueView
-from scopestate.persistence.redis.sidecar import PLAIN_BYTES, number_text, revision_in
+from scopestate.persistence.redis.sidecar import deadline_in, number_text, revision_in
 from scopestate.persistence.redis.transacting import (
     BuildIndex,
     Commit,
@@ -271,8 +271,12 @@ class ScopeCommands:
         """True once a key had a deadline, or keys were listed: then all writes go by the script for those."""
         self._ahead_ms: float | None = None
         """How far the server's clock is ahead of this one; None: not known. Servers of a cluster differ."""
-        self.note_due: Callable[[int | None], object] = lambda _: None
-        """Called with the next deadline that is known of, in milliseconds by the server's clock."""
+        self.due_ms: int | None = None
+        """The next deadline that is known of, in milliseconds by the server's clock."""
+        self.due_key: str | None = None
+        """The key that it belongs to, if that is known."""
+        self.note_due: Callable[[], object] = lambda: None
+        """Called when a key has an earlier deadline than those before."""
         self._number = 0
         """The number of the next change of the command that is taken in."""
         self._limits = limits
@@ -482,6 +486,10 @@ class ScopeCommands:
         assert self._ahead_ms is not None
         return int(self._clock() * 1000 + self._ahead_ms)
 
+    def server_ms(self, otherwise: int) -> int:
+        """Return about the time of the server, `otherwise` if it is not known."""
+        return otherwise if self._ahead_ms is None else self._time_ms()
+
     def late_ms(self, deadline: int) -> int:
         """Return how late it is for a deadline, in milliseconds by the server's clock."""
         return 0 if self._ahead_ms is None else max(0, self._time_ms() - deadline)
@@ -680,8 +688,8 @@ class ScopeCommands:
         if entry:
             if self._number and revision_in(entry) == self._number:
                 self._number += 1  # the script has just given it, since another program had written the value
-            if len(entry) > PLAIN_BYTES:
-                self._has_deadlines = True
+            if (deadline := deadline_in(entry)) is not None:
+                self._expect(deadline)
 
     def _take_number(self) -> int:
         """Return the number of the next change that the script has made; 0 if changes have none."""
@@ -746,8 +754,8 @@ class ScopeCommands:
             else:
                 before = call.view.used.get(one.key, NOTHING)
                 known = after_of(one, number, before)
-                if len(known[2] or b"") > PLAIN_BYTES:
-                    self._has_deadlines = True
+                if one.expires_ms is not None and (isinstance(one, NewDeadline) or one.after is not None):
+                    self._expect(one.expires_ms)
                 self.seen.remember(one.key, known)
         if type(call.message) is Commit:
             call.answer = number
@@ -891,16 +899,24 @@ class ScopeCommands:
             log.error("a list of scope %r leaves a key out: %s", self.name, error)  # noqa: TRY400 - it says all
             return None
 
-    def _finish_sweep(self, call: Call, swept: list[Any]) -> int:
+    def _finish_sweep(self, call: Call, swept: list[Any]) -> Expired:
         """Take in what was removed because its deadline had passed."""
-        now_ms, _, due, *gone = swept
+        now_ms, due_key, due, *gone = swept
         self.note_time(now_ms)
         for field, raw, deadline in zip(gone[::3], gone[1::3], gone[2::3], strict=True):
             key = field.decode(errors="replace")
             self._expired(call, key, [raw, deadline])
             self.seen.forget(key)
-        self.note_due(int(float(due)) if due else None)
-        return len(gone) // 3
+        self.due_ms = int(float(due)) if due else None
+        self.due_key = due_key.decode(errors="replace") if due else None
+        return Expired(len(gone) // 3, max(0, now_ms - int(gone[2])) if gone else 0)
+
+    def _expect(self, deadline: int) -> None:
+        """Note that a key has this deadline."""
+        self._has_deadlines = True
+        if self.due_ms is None or deadline < self.due_ms:
+            self.due_ms, self.due_key = deadline, None
+            self.note_due()
 
     def _finish_all(self, calls: list[Call], reply: list[Any], ended: list[Call]) -> None:
         lapsed: set[bytes] = set()

@@ -15,6 +15,7 @@ from collections import deque
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback
 from scopestate.errors import Conflict, KeyConflict, ReplyTimeout, StorageError, WouldDeadlock
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
 from scopestate.ops.transactions import Transact
@@ -33,8 +34,6 @@ _OF_FUNCTIONS: Final = frozenset({Modify, Transact, DeleteRange})
 _HOLDER: Final = "holder"
 _PAUSE_S: Final = (0.001, 0.064)
 """Longest pause after the first conflict, and after any; it is drawn at random from zero up."""
-_SLOW_S: Final = 1.0
-"""A function that takes longer is logged: other calls of functions on its scope wait for it."""
 
 
 def has_function(turn: Turn[Any]) -> bool:
@@ -46,11 +45,10 @@ def has_function(turn: Turn[Any]) -> bool:
 class Functions:
     """Runs the functions of one scope, one at a time: those of one engine would only conflict with each other."""
 
-    def __init__(self, scope: RedisScope, attempts: int, running: set[int]) -> None:
-        """`attempts`: how often a function is run at most because of conflicts. `running`: see `RedisBackend`."""
+    def __init__(self, scope: RedisScope, attempts: int) -> None:
+        """`attempts`: how often a function is run at most because of conflicts."""
         self._scope = scope
         self._attempts = attempts
-        self._running = running
         self._claim: dict[str, list[int]] = {}
         self._waiting: deque[Any] = deque()
         """The locks of threads that wait for the claim, in order."""
@@ -60,9 +58,9 @@ class Functions:
 
         Raises Conflict if keys that it reads were changed elsewhere in every attempt.
         """
+        if IN_CALLBACK:
+            refuse_in_callback()
         ticket = [get_ident()]
-        if self._running and ticket[0] in self._running:
-            raise self._refuse_reentrance()
         try:
             self._take(ticket)
             return self._run(turn, depth)
@@ -99,8 +97,8 @@ class Functions:
 
     def _refuse_reentrance(self) -> WouldDeadlock:
         return WouldDeadlock(
-            f"a call of {self._scope.name} that runs a function was made within such a function, or within a signal "
-            "handler that has interrupted one: it would wait for itself; nothing was done"
+            f"a call of {self._scope.name} that runs a function was made within a signal handler that has interrupted "
+            "another one: it would wait for itself; nothing was done: let the handler set a flag"
         )
 
     # ---------------------------------------------------------------------------------------------------- attempts
@@ -136,17 +134,10 @@ class Functions:
 
     def _attempt(self, turn: Turn[A], view: EntryView) -> tuple[Effects[A] | None, BaseException | None]:
         """Have the turn decide. Returns its effects, or what it has raised."""
-        thread, began = get_ident(), time.monotonic()
         try:
-            self._running.add(thread)
             return turn.decide(view), None
         except (NotSeen, Exception) as error:  # noqa: BLE001 - of the program: see `_is_final`
             return None, error
-        finally:
-            certainly(lambda: self._running.discard(thread))
-            took_s = time.monotonic() - began
-            if took_s > _SLOW_S:
-                self._scope.note_slow(took_s)
 
     def _look(self, turn: Turn[Any], view: EntryView, depth: int) -> EntryView:
         """Return a view with everything that the last attempt has looked at, or asked for, as it is now."""

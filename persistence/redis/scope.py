@@ -8,11 +8,13 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
 from scopestate.actors.backlog import HandlerFull
+from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback
 from scopestate.actors.containment import Log
 from scopestate.actors.ports import NO_RULE
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Passivate, Ping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY
+from scopestate.actors.wheel import NEVER
 from scopestate.errors import ScopestateError, StorageError, Unsupported, WouldDeadlock
 from scopestate.ops.ranges import DeleteRange, Entries, ReadPage
 from scopestate.ops.transactions import Batch, SetAll, Transact
@@ -68,6 +70,7 @@ class RedisScope(ScopeActor):
         super().__init__(scope, around)
         self._store = store
         self.commands = ScopeCommands(self, store, around.limits, self._changed)
+        self.commands.note_due = self._note_due
         self.owner = store.owner_of(self.commands.hash_key)
         self.mailbox: list[Call] = self._mailbox
         self.listed = False
@@ -75,8 +78,7 @@ class RedisScope(ScopeActor):
         self.since = 0.0
         """When it was listed. Seconds on the monotonic clock."""
         self._numbers = store.shape.numbers
-        self._running = store.running
-        self._functions = Functions(self, store.update_attempts, store.running)
+        self._functions = Functions(self, store.update_attempts)
 
     # --------------------------------------------------------------------------------------------- on a caller's thread
 
@@ -131,14 +133,6 @@ class RedisScope(ScopeActor):
         """Wait on the caller's thread."""
         time.sleep(seconds)
 
-    def note_slow(self, took_s: float) -> None:
-        """Report a function of the program that holds others up."""
-        log.warning(
-            "%s: a function of modify or transact has taken %.1f s; others of this scope waited for it",
-            self.name,
-            took_s,
-        )
-
     def send(self, envelope: Envelope) -> None:
         # Always queued: the thread that sends an envelope may be an event loop's, which must not wait for Redis.
         self._refuse_own_turn()
@@ -178,8 +172,32 @@ class RedisScope(ScopeActor):
             case _:  # flags are set, or nothing is done
                 return self._housekeep(message)
 
+    def next_due(self) -> int:
+        due = self.commands.due_ms
+        if due is None or not self._numbers:
+            return NEVER
+        clock = self._around.clock
+        return clock.now_ms() + max(0, due - self.commands.server_ms(clock.now_ms()))
+
+    def _note_due(self) -> None:
+        """A key has an earlier deadline than any other that is known of."""
+        self._around.expiry.expect(self.scope, self.next_due())
+
     def _enqueue(self, item: Envelope) -> None:
-        call = item if type(item) is Call else Call(Behind(), item.reply_to, 0)
+        if type(item) is Call:
+            call = item
+        elif type(item.message) is Expire:
+            # Several engines may ask for it: the server removes each key once.
+            call = Call(item.message, item.reply_to, 0)
+            due_key = self.commands.due_key
+            if due_key is not None and not self._store.shares_events:
+                try:
+                    self._refuse_if_full(due_key, 0)
+                except HandlerFull as full:
+                    item.reply_to.fail(full)
+                    return
+        else:
+            call = Call(Behind(), item.reply_to, 0)
         self._mailbox += (call,)
         if call.loop is None:
             self.owner.post(self)
@@ -206,11 +224,8 @@ class RedisScope(ScopeActor):
     def _admitted(self, turn: Turn[Any], reply: ReplyTo | None, depth: int) -> Call:
         """Check a turn. Raises what refuses it: nothing was sent then."""
         self._refuse_if_closed(depth)
-        if self._running and get_ident() in self._running:
-            raise WouldDeadlock(
-                f"{self.name} was called within a function of modify or transact: such a function runs again when a "
-                "key has changed, so it may use its arguments only; nothing was done"
-            )
+        if IN_CALLBACK:
+            refuse_in_callback()
         if not self._numbers and (type(turn) not in _WITHOUT_REVISIONS or (turn.writes and self.rule is not NO_RULE)):
             self._refuse_revisions(turn)
         call = Call(turn, reply, depth)

@@ -82,6 +82,12 @@ def beside(prefix: bytes, hash_key: bytes) -> bytes:
     return b"%b{%b}%b" % (prefix, _tag_of_slot(key_slot(hash_key)), hash_key)
 
 
+def hash_of(prefix: bytes, name: bytes) -> bytes:
+    """Return the hash that a key made by `beside` belongs to."""
+    tag, _, rest = name[len(prefix) + 1 :].partition(b"}")
+    return rest or tag
+
+
 def _tag_in(key: bytes) -> bytes:
     """Return what is in the first braces of a key, which alone decides its slot; "" if all of it does."""
     _, opening, rest = key.partition(b"{")

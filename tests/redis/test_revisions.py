@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from on_redis import OpenRedis, bytes_client, open_redis
 from opening import INCREMENT, open_at, scope_of
-from reliability.living import InThread
+from reliability.living import InThread, until
 from servers import Server
 
 from scopestate import Engine, ops
@@ -273,13 +273,14 @@ def test_a_function_that_calls_the_engine_is_refused_and_the_scope_goes_on(
     for call in (
         lambda _: engine.get("s", "k"),
         lambda _: engine.set("t", "k", 1),
+        lambda _: engine.modify("s", "k", lambda value: value),
+        lambda _: engine.transact("t", lambda tx: None),
+        lambda _: do(engine, GetEntry("k")),
         lambda _: do(engine, Modify("k", lambda value: value)),
-        lambda _: do(engine, Transact(lambda tx: None), "t"),
-        lambda _: engine.list("s"),
     ):
-        with pytest.raises(WouldDeadlock, match="within"):
-            do(engine, Transact(call))
-    assert do(engine, Modify("k", lambda value: (value or 0) + 1)).new_value == 1
+        with pytest.raises(WouldDeadlock, match="has called an engine"):
+            engine.transact("s", call)
+    assert engine.modify("s", "k", lambda value: (value or 0) + 1).new_value == 1
 
 
 def test_a_function_is_not_asked_without_end_where_others_always_come_first(
@@ -490,6 +491,38 @@ def test_what_another_program_writes_over_a_key_with_a_deadline_has_none(
     do(engine, Expire())
     assert engine.get("s", "k") == "theirs"
     assert do(engine, Ttl("k")) is None
+
+
+def kinds(engine: Engine, heard: list[Any]) -> None:
+    engine.on_change(scope="s", events=["expired"])(lambda event: heard.append((event.key, event.old_value)))
+
+
+@pytest.mark.parametrize("events", ["local", "shared"])
+def test_each_key_expires_once_whatever_the_number_of_engines(redis_server: Server, events: str) -> None:
+    heard: list[list[Any]] = [[], []]
+    with open_at(redis_server.url, events=events) as one, open_at(redis_server.url, events=events) as other:
+        for engine, into in zip((one, other), heard, strict=True):
+            kinds(engine, into)
+        names = [f"k{number}" for number in range(200)]
+        for number, name in enumerate(names):
+            do((one, other)[number % 2], SetWith(name, b"%d" % number, deadline=Deadline(ttl_ms=100 + number)))
+        until(lambda: redis_server.ask("EXISTS", "state:s") == 0, "the keys stay")
+        one.drain(10), other.drain(10)
+        until(lambda: len(heard[0]) + len(heard[1]) >= 200 * (1 + (events == "shared")), "events are missing")
+    wanted = sorted((name, number) for number, name in enumerate(names))
+    if events == "shared":
+        assert sorted(heard[0]) == sorted(heard[1]) == wanted
+    else:
+        assert sorted(heard[0] + heard[1]) == wanted
+    assert redis_server.ask("EXISTS", "scopestate:due:{state:s}") == 0
+
+
+def test_an_engine_that_is_opened_removes_what_engines_before_it_have_left(redis_server: Server) -> None:
+    with open_at(redis_server.url) as engine:
+        do(engine, SetWith("k", b"1", deadline=Deadline(ttl_ms=100)), "{odd}s")
+        do(engine, SetWith("k", b"1", deadline=Deadline(ttl_ms=100)), "never used again")
+    with open_at(redis_server.url):
+        until(lambda: not redis_server.ask("EXISTS", "state:{odd}s", "state:never used again"), "the keys stay")
 
 
 # ------------------------------------------------------------------------------------------------------ keys in order
