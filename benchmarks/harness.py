@@ -35,6 +35,7 @@ class Sizes:
     handovers: int = 2_000
     large_scope_keys: int = 1_000_000
     dirty_keys: int = 100_000
+    changed_keys: int = 10_000
     memory_keys: int = 1_000_000
     scopes: int = 100_000
     store_keys: int = 1_000_000
@@ -53,6 +54,7 @@ QUICK = Sizes(
     handovers=20,
     large_scope_keys=500,
     dirty_keys=500,
+    changed_keys=50,
     memory_keys=1_000,
     scopes=200,
     store_keys=1_000,

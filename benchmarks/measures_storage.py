@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness import Measure, Row, Sizes, compare, make_pairs, percentile
@@ -83,9 +84,62 @@ def open_store(sizes: Sizes) -> list[Row]:
         filled = run_probe("fill_store", folder, sizes.store_keys, sizes.store_scopes)
         opened = [run_probe("open_store", folder, sizes.store_scopes) for _ in range(sizes.repeats)]
     taken = [probe["first_get_s"] for probe in opened]
-    figures = {"worst_ms": max(taken) * 1e3, "fill_s": filled["fill_s"], "file_mb": filled["file_bytes"] / 1e6}
+    figures = {"worst_ms": max(taken) * 1e3, "fill_s": filled["fill_s"]}
     what = f"opening {sizes.store_keys} keys in {sizes.store_scopes} scopes: first get"
-    return [Row("open_store", what, statistics.median(taken) * 1e3, "ms", 100, figures=figures)]
+    size = f"file of {sizes.store_keys} keys with values of about 60 bytes, for each key"
+    return [
+        Row("open_store", what, statistics.median(taken) * 1e3, "ms", 100, figures=figures),
+        Row("store_size", size, filled["file_bytes"] / sizes.store_keys, "bytes", 100),
+    ]
+
+
+def load_scope(sizes: Sizes) -> list[Row]:
+    """A new process loads one large scope; its memory beside a plain dict[str, bytes] with the same content."""
+    with TemporaryDirectory() as folder:
+        run_probe("fill_store", folder, sizes.large_scope_keys, 1)
+        loaded = run_probe("load_scope", folder, sizes.large_scope_keys)
+    plain = run_probe("dict_memory", sizes.large_scope_keys)["grown_bytes"]
+    figures = {"cpu_s": loaded["load_cpu_s"], "load_s": loaded["load_s"]}
+    memory = {"ours_mb": loaded["grown_bytes"] / 1e6, "dict_mb": plain / 1e6}
+    count = sizes.large_scope_keys
+    return [
+        Row("load_scope", f"loading a scope of {count} keys", loaded["load_s"], "s", figures=figures, own="cpu_s"),
+        Row(
+            "memory_loaded",
+            f"memory of a loaded scope of {count} keys / dict[str, bytes]",
+            loaded["grown_bytes"] / max(plain, 1),
+            "x",
+            1.5,
+            figures=memory,
+            own="ours_mb",
+        ),
+    ]
+
+
+def save_many_keys(sizes: Sizes) -> list[Row]:
+    """`engine.flush()` after many changes of a large scope: processor time, as a disk that is busy says little."""
+    overwritten, created = [], []
+    with TemporaryDirectory() as folder, Engine.from_config(on_disk(folder)) as engine:
+        pairs = make_pairs(sizes.dirty_keys, keys=sizes.dirty_keys)
+        write = set_batch(engine)
+        write(pairs)
+        engine.flush()
+        for number in range(sizes.repeats):
+            write(pairs[:: max(1, len(pairs) // sizes.changed_keys)])
+            overwritten.append(_cpu_of(engine.flush))
+            write([(f"new-{number}-{key}", value) for key, value in pairs[: sizes.changed_keys]])
+            created.append(_cpu_of(engine.flush))
+    what = f"saving {sizes.changed_keys} {{}} keys of a scope of {sizes.dirty_keys}, processor time"
+    return [
+        Row("save_many_keys", what.format("changed"), statistics.median(overwritten) * 1e3, "ms"),
+        Row("save_new_keys", what.format("new"), statistics.median(created) * 1e3, "ms"),
+    ]
+
+
+def _cpu_of(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 MEASURES: dict[str, Measure] = {
@@ -93,4 +147,6 @@ MEASURES: dict[str, Measure] = {
     "save_one_key": save_one_key,
     "callers_during_save": callers_during_save,
     "open_store": open_store,
+    "load_scope": load_scope,
+    "save_many_keys": save_many_keys,
 }

@@ -118,7 +118,26 @@ def open_store(folder: str, scopes: str) -> Findings:
     return {"first_get_s": taken}
 
 
-PROBES = {probe.__name__: probe for probe in (engine_memory, dict_memory, many_scopes, fill_store, open_store)}
+def load_scope(folder: str, keys: str) -> Findings:
+    """Open the store, load its one scope, and see what it takes in memory."""
+    from benchmarks.ours import on_disk
+    from scopestate import Engine
+
+    engine = Engine.from_config(on_disk(folder))
+    before = _resident_bytes()
+    began, cpu = time.perf_counter(), time.process_time()
+    value = engine.get("scope-0", "key-0")
+    taken, cpu = time.perf_counter() - began, time.process_time() - cpu
+    grown = _resident_bytes() - before
+    assert value == make_value(0), value
+    assert engine.stats().keys == int(keys)
+    engine.close()
+    return {"load_s": taken, "load_cpu_s": cpu, "grown_bytes": grown}
+
+
+PROBES = {
+    probe.__name__: probe for probe in (engine_memory, dict_memory, many_scopes, fill_store, open_store, load_scope)
+}
 
 if __name__ == "__main__":
     print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))
