@@ -8,8 +8,9 @@ import msgspec
 from stored import values_of
 
 from scopestate.actors.deterministic import DeterministicDispatcher
+from scopestate.actors.ports import ANSWER_BYTES_OF_A_SCOPE, ANSWERS_KEPT_MS, ANSWERS_OF_A_SCOPE
 from scopestate.errors import StorageError
-from scopestate.persistence import FileAdapter, Row, ScopeChange, ScopeState, Store
+from scopestate.persistence import Answer, FileAdapter, Row, ScopeChange, ScopeState, Store
 from tests.simulation.model import Items, Model, Violation
 
 
@@ -19,6 +20,8 @@ class Stored(msgspec.Struct):
     rows: dict[int, tuple[str, Row]]
     """The number of the write that created a key -> the key, and what is saved of it."""
     revision: int = 0
+    due_ms: int | None = None
+    answers: dict[str, Answer] = {}
 
     def items(self) -> Items:
         """Keys and values in order of their creation."""
@@ -27,6 +30,18 @@ class Stored(msgspec.Struct):
     def entries(self) -> dict[str, Row]:
         """Keys and entries in that order."""
         return {key: entry for _, (key, entry) in sorted(self.rows.items())}
+
+    def check_due(self, scope: str) -> None:
+        """The scope must be looked at in time, even if it leaves memory now."""
+        first = min((row.expires_ms for _, row in self.rows.values() if row.expires_ms is not None), default=None)
+        if first is not None and (self.due_ms is None or self.due_ms > first):
+            raise Violation(f"{scope}: a key expires at {first}, but the scope is noted as due at {self.due_ms}")
+
+    def check_answers(self, scope: str) -> None:
+        """What is kept is bounded."""
+        size = sum(len(answer.answer) for answer in self.answers.values())
+        if len(self.answers) > ANSWERS_OF_A_SCOPE or (len(self.answers) > 1 and size > ANSWER_BYTES_OF_A_SCOPE):
+            raise Violation(f"{scope}: {len(self.answers)} answers of {size} bytes are kept")
 
 
 class Disk:
@@ -41,6 +56,8 @@ class Disk:
         self.slow_s = self.slowest_s = 0.0
         """How long a save takes, in virtual seconds, now and at most so far."""
         self.saves = self.failed = 0
+        self.clock_ms = 0
+        """The time of the last save."""
 
     def heal(self) -> None:
         """Work from now on."""
@@ -61,7 +78,12 @@ class Disk:
         stored = self.stored.setdefault(change.scope, Stored({}))
         if change.revision < stored.revision:
             raise Violation(f"{change.scope}: write {change.revision} is saved over the newer write {stored.revision}")
-        stored.revision = change.revision
+        stored.revision, stored.due_ms = change.revision, change.due_ms
+        for token, answer in change.answers.items():
+            stored.answers.pop(token, None)
+            if answer is not None:
+                stored.answers[token] = answer
+        stored.check_answers(change.scope)
         for created in change.removed:
             stored.rows.pop(created, None)
         for key, entry in change.entries.items():
@@ -76,6 +98,27 @@ class Disk:
         for key, entry in change.entries.items():
             if entry is None and key in stored.entries():
                 raise Violation(f"{change.scope}: the deleted key {key!r} is still saved")
+        stored.check_due(change.scope)
+
+    def note_time(self, now_ms: int) -> None:
+        """Note the time of a save, which removes the answers that are too old."""
+        if now_ms < self.clock_ms:
+            raise Violation(f"the time of a save, {now_ms}, is before that of an earlier one, {self.clock_ms}")
+        self.clock_ms = now_ms
+        for stored in self.stored.values():
+            for token in [
+                token for token, answer in stored.answers.items() if answer.time_ms + ANSWERS_KEPT_MS <= now_ms
+            ]:
+                del stored.answers[token]
+
+    def answers(self, scope: str) -> dict[str, Answer]:
+        """What is kept of `scope`, the oldest first."""
+        stored = self.stored.get(scope)
+        return {} if stored is None else dict(stored.answers)
+
+    def due(self) -> list[tuple[int, str]]:
+        """When each scope with deadlines must be looked at, the earliest first."""
+        return sorted((stored.due_ms, scope) for scope, stored in self.stored.items() if stored.due_ms is not None)
 
 
 class DiskAdapter(Store):
@@ -86,6 +129,8 @@ class DiskAdapter(Store):
         self._dispatcher = dispatcher
         self.model = model
         self._real: FileAdapter | None = None if disk.path is None else FileAdapter(disk.path)
+        self.clock_ms = disk.clock_ms
+        self.id = "simulated"
         self.crashed = False
 
     def load(self, scope: str) -> ScopeState:
@@ -102,14 +147,21 @@ class DiskAdapter(Store):
                 state = self._real.load(scope)
                 if (tuple(values_of(state).items()), state.revision) != (items, sequence):
                     raise Violation(f"{scope}: the store holds {state}, saved was {items} at {sequence}")
+                stored = disk.stored.get(scope)
+                if stored is not None and (state.entries, state.answers) != (stored.entries(), stored.answers):
+                    raise Violation(f"{scope}: the store holds {state}, saved was {stored}")
             self.model.check_load(scope, items, sequence)
         self._dispatcher.give_way()
         stored = disk.stored.get(scope)
-        return ScopeState({} if stored is None else stored.entries(), sequence)
+        return ScopeState({} if stored is None else stored.entries(), sequence, disk.answers(scope))
 
     def scopes(self) -> list[str]:
         """Names of the scopes that hold a saved key."""
         return [scope for scope, stored in self._disk.stored.items() if stored.rows]
+
+    def due(self, limit: int) -> list[tuple[int, str]]:
+        """Up to `limit` scopes with the time at which their first key expires."""
+        return self._disk.due()[:limit]
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
         """Save all or nothing; callers go on meanwhile."""
@@ -124,9 +176,11 @@ class DiskAdapter(Store):
             self._dispatcher.give_way()
             raise StorageError("the simulated disk is full")
         if self._real is not None:
+            self._real.clock_ms = self.clock_ms
             self._real.save(batch)
         disk.saves += 1
         with self.model.watching():
+            disk.note_time(self.clock_ms)
             for change in batch:
                 disk.write(change)
                 self.model.check_saved(change.scope, disk.items(change.scope), disk.sequence(change.scope))
