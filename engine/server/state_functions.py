@@ -91,7 +91,7 @@ class _Set(_Keyed, gc=False):
         value = len(self.value) or len(self.data)
         if not value or (self.value and self.data):
             return 0
-        return len(self.scope) + len(self.key) + value + len('{"scope": "", "key": "", "value": }')
+        return len(self.scope) + len(self.key) + value + len('{"scope": "", "key": "", "value": }') + _told(self)
 
     def turn(self, limits: Limits) -> turns.Turn[Any]:
         text = parse(bytes(self.value or self.data))
@@ -108,13 +108,19 @@ class _Update(_Keyed, gc=False):
     """As in `_Set`."""
 
     def size(self) -> int:
-        return len(self.scope) + len(self.key) + len(self.ops) + len('{"scope": "", "key": "", "ops": }')
+        size = len(self.scope) + len(self.key) + len(self.ops) + len('{"scope": "", "key": "", "ops": }')
+        return size + _told(self)
 
     def turn(self, limits: Limits) -> turns.Turn[Any]:
         return turns.Update(self.key, convert_ops(decode(parse(bytes(self.ops)))))
 
     def tells(self) -> bool:
         return self.tell_existed == _TRUE
+
+
+def _told(fields: _Set | _Update) -> int:
+    """Return the bytes of the field by which a bridge asks for more."""
+    return len(', "_existed": true') if fields.tell_existed == _TRUE else 0
 
 
 class _List(_Input, gc=False):
@@ -172,7 +178,7 @@ class StateFunctions:
         function_id, read, limits = row.function_id, msgspec.json.Decoder(kind).decode, self._limits
         count, rights, gets = self._engine._tally[function_id].add, row.rights, kind is _Get
         answer = row.answer
-        asked = OPTIONS.get(function_id)
+        scopes, asked = self._scopes, OPTIONS.get(function_id)
         read_options = None if asked is None else msgspec.json.Decoder(asked).decode
         no_options = None if asked is None else asked()
 
@@ -181,8 +187,7 @@ class StateFunctions:
                 fields = read(data)
             except _BAD:
                 fields = _misfit(function_id, data, read)
-            size = fields.size()
-            options = None
+            options, size = None, fields.size()
             if len(data) > size:
                 _check(function_id, data, fits=size > 0)
                 if read_options is not None:
@@ -191,7 +196,7 @@ class StateFunctions:
             if access is not None:
                 access.check_scope(scope, rights)
             if gets:
-                actor = self._scopes[scope]
+                actor = scopes[scope]
                 if (values := actor.readable) is not None:
                     actor.touched = True
                     text: Result = values.get(fields.key)  # type: ignore[attr-defined]  # _Get has it
@@ -266,7 +271,7 @@ class StateFunctions:
             # handler in a worker, would take longer than the rest of the call. Not if the turn itself may take long:
             # until it ends, no event of the engine would be routed.
             kind = type(turn)
-            quick = kind is turns.Set or kind is turns.Get or kind is turns.Delete or _is_quick(turn, values)
+            quick = kind is turns.Set or _is_quick(turn, values)
             if quick:
                 router.hold()
             try:
@@ -293,7 +298,8 @@ class StateFunctions:
 
 def _is_quick(turn: turns.Turn[Any], values: Mapping[str, bytes]) -> bool:
     """Return whether a turn takes well under a millisecond."""
-    turn = unwrapped(turn)
+    if type(turn) is not turns.Update:
+        turn = unwrapped(turn)
     if isinstance(turn, turns.Update):
         return len(turn.ops) < _FEW_OPS and len(values.get(turn.key) or b"") < _SMALL_VALUE
     return isinstance(turn, turns.OneKey) or type(turn) is turns.List or type(turn) is turns.Items
