@@ -176,7 +176,7 @@ class Draft:
     def keys(self, within: Range) -> Iterator[str]:
         """Yield the keys within a range, with those that the transaction has created, without those it has deleted."""
         self.looked_around = True
-        changed = {key: self._now[key] for key in self._written if within.holds(key)}
+        changed = {key: self.entry(key) for key in self._written if within.holds(key)}
         if not changed:
             return iter(self.view.keys(within))
         there = self.view.keys(msgspec.structs.replace(within, limit=None))
@@ -190,21 +190,21 @@ class Draft:
         return (*self.changes(), *[NewDeadline(key, entry.expires_ms) for key, entry in self._touched()]), answer
 
     def changes(self) -> list[Change]:
-        """Return the keys that the transaction changes."""
+        """Return the changes. The keys that have expired go first: those of the transaction itself are consecutive."""
         view, now, found = self.view, self._now, self.found
-        changes = []
+        expired, changes = [], []
         for key in self._written:
             before, after = found[key], now[key]
             if before is None:
                 if self._expiring and (lapsed := view.lapsed(key)) is not None:
-                    changes.append(expiry_of(key, lapsed))
+                    expired.append(expiry_of(key, lapsed))
                 if after is not None:
                     changes.append(Change(key, None, after.json, after.expires_ms))
             elif after is None:
                 changes.append(Change(key, before.json, None))
             else:
                 changes.append(Change(key, before.json, after.json, after.expires_ms))
-        return changes
+        return expired + changes
 
     def refuse_size(self, max_bytes: int) -> None:
         """Raise BatchTooLarge if the transaction has too many keys, or writes too many bytes."""

@@ -169,7 +169,7 @@ def test_deadlines_in_a_batch(stored: Stored) -> None:
     )
     result, events = stored.run_seeing(batch)
 
-    assert [event[:2] for event in events] == [("created", "k"), ("expired", "old"), ("created", "old")]
+    assert [event[:2] for event in events] == [("expired", "old"), ("created", "k"), ("created", "old")]
     assert [result.results[index].to_json() for index in (0, 3, 4)] == [
         {"touched": True},
         {"touched": True},

@@ -173,13 +173,13 @@ class Model:
         if problems:
             raise Refused("UPDATE_REFUSED", problems)
         for key in order:
+            self.expire(key)
+        for key in order:
             slot = trial.slots.get(key)
             if slot is not None:
                 self.write(key, slot.value, slot.expires)
             elif self.alive(key) is not None:
                 self.remove(key)
-            else:
-                self.expire(key)
         for key in touched:
             if key not in order and self.alive(key) is not None:
                 self.slots[key].expires = trial.slots[key].expires
