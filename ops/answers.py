@@ -157,10 +157,10 @@ def compared_and_set(result: CasResult, tell: bool = False) -> bytes:
     """The answer of `state::compare-and-set`."""
     found = result.found_json or _NULL
     if not result.swapped:
-        return b'{"swapped":false,"current":%b%b}' % (found, _details(result))
+        return b'{"swapped":false,"current":%b%b}' % (found, _details(result, tell))
     if result.detailed or tell:
         told = b',"old_value":' + found
-        return b'{"swapped":true%b%b%b}' % (told, _details(result), _existed(result.found_json, tell))
+        return b'{"swapped":true%b%b%b}' % (told, _details(result, tell), _existed(result.found_json, tell))
     return b'{"swapped":true}'
 
 
@@ -262,9 +262,9 @@ def touched(found: bool, tell: bool = False) -> bytes:
     return b'{"touched":true}' if found else b'{"touched":false}'
 
 
-def _details(result: WriteResult) -> bytes:
+def _details(result: WriteResult, tell: bool = False) -> bytes:
     """What an answer has beside the reference's fields, if the caller used an argument that the reference lacks."""
-    if not result.detailed:
+    if not (result.detailed or tell):
         return b""
     replayed: Any = b',"replayed":true' if result.replayed else b""
     return b',"revision":%d%b' % (result.revision, replayed)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -204,7 +204,7 @@ class CompareAndSet(OneKey[CasResult], frozen=True):
 
     def effects_of(self, result: bytes | None) -> Effects[CasResult]:
         told = _decode_told(result or b"null")
-        detailed = told.revision != 0
+        detailed = self.expected_revision is not None
         before = told.before(told.old_value if told.swapped else told.current)
         answer = CasResult(told.swapped, before, revision=told.revision, detailed=detailed, replayed=told.replayed)
         if not told.swapped or told.replayed:
@@ -528,8 +528,7 @@ class Once(Turn[A], frozen=True):
                 raise IdempotencyMismatch(view.scope, self.idempotency_key)
             return (), self.turn.unpack(kept.answer)
         changes, answer = self.turn.decide(view)
-        if isinstance(answer, WriteResult):
-            answer = msgspec.structs.replace(answer, detailed=True)
+        answer = _told(answer)
         keep = Keep(self.idempotency_key, Kept(fingerprint, self.turn.pack(answer)))
         return (*changes, keep), answer
 
@@ -545,7 +544,8 @@ class Once(Turn[A], frozen=True):
         return {**self.turn.call(scope), "idempotency_key": self.idempotency_key}
 
     def effects_of(self, result: bytes | None) -> Effects[A]:
-        return self.turn.effects_of(result)
+        stored, answer = self.turn.effects_of(result)
+        return stored, _told(answer)
 
 
 class Durable(Turn[A], frozen=True):
@@ -584,6 +584,13 @@ def unwrapped(turn: Turn[A]) -> Turn[A]:
     while isinstance(turn, Once | Durable):
         turn = turn.turn
     return turn
+
+
+def _told(answer: A) -> A:
+    """Return the answer to a write with an idempotency key: its JSON has the revision."""
+    if not isinstance(answer, WriteResult):
+        return answer
+    return cast("A", msgspec.structs.replace(answer, detailed=True))
 
 
 def fingerprint_of(turn: Turn[Any]) -> bytes:

@@ -15,6 +15,7 @@ from scopestate.actors.router import Expired
 from scopestate.actors.scope import Housekeeping, Ping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY
 from scopestate.errors import (
+    BatchTooLarge,
     CallTimeout,
     Conflict,
     ConnectionLost,
@@ -381,7 +382,7 @@ class BridgeScope(ScopeActor):
             return problem if problem.scope else Conflict(self.scope, problem.conflicts)
         if isinstance(problem, UpdateRefused):
             return problem if problem.scope else UpdateRefused(self.scope, problem.errors)
-        if isinstance(problem, Unsupported):
+        if isinstance(problem, Unsupported | BatchTooLarge):  # refused here, before anything was sent
             return problem
         if not isinstance(problem, ScopestateError):
             log.error("%s: reading the answer to a call failed", self.name, exc_info=problem)  # a bug: do not hang
