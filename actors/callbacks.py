@@ -7,6 +7,7 @@ on that thread is refused at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from threading import get_ident
 from time import monotonic
@@ -22,6 +23,10 @@ LONG_S: Final = 0.25
 
 IN_CALLBACK: Final[dict[int, str]] = {}
 """Thread id -> the method whose function runs there. Nearly always empty, which every call of the engine checks."""
+
+if hasattr(os, "register_at_fork"):
+    # Threads that run functions are not there in a forked child, and new ones may get their ids.
+    os.register_at_fork(after_in_child=IN_CALLBACK.clear)
 
 
 def run_callback(name: str, scope: str, function: Callable[[Any], Any], argument: Any) -> Any:

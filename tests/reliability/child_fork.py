@@ -28,6 +28,11 @@ def say(**facts: object) -> None:
     os.write(1, json.dumps(facts).encode() + b"\n")
 
 
+def written_by_batch(engine: Engine) -> None:
+    with engine.batch("s") as b:
+        b.set("k", 1)
+
+
 def every_call(engine: Engine, known: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """Each way to ask something of an engine; `known` was got from it before the fork."""
     handle, ref, aio, aio_handle = known["handle"], known["ref"], engine.aio, known["aio_handle"]
@@ -48,6 +53,22 @@ def every_call(engine: Engine, known: dict[str, Any]) -> dict[str, Callable[[], 
         "flush": engine.flush,
         "register_function": lambda: engine.register_function("f", print),
         "register_trigger": lambda: engine.register_trigger(function_id="f"),
+        "set with options": lambda: engine.set("s", "k", 1, if_revision=1, ttl=5),
+        "entry": lambda: engine.entry("s", "k"),
+        "compare_and_set": lambda: engine.compare_and_set("s", "k", 1, 2),
+        "modify": lambda: engine.modify("s", "k", str),
+        "touch": lambda: engine.touch("s", "k", 5),
+        "transact": lambda: engine.transact("s", print),
+        "batch": lambda: written_by_batch(engine),
+        "keys": lambda: engine.keys("s"),
+        "count": lambda: engine.count("s"),
+        "delete_range": lambda: engine.delete_range("s", prefix=""),
+        "pages": lambda: next(engine.pages("s")),
+        "mapping": lambda: dict(engine.mapping("s")),
+        "handle.in": lambda: "k" in handle,
+        "aio.transact": lambda: asyncio.run(aio.transact("s", print)),
+        "aio.keys": lambda: asyncio.run(aio.keys("s")),
+        "ref.ask for keys": lambda: ref.ask(messages.Keys("s"), timeout=5),
         "handle.set": lambda: handle.set("k", 1),
         "handle.get": lambda: handle.get("k"),
         "handle.list": handle.list,
