@@ -125,7 +125,8 @@ class Writes:
             self._refuse_misuse()
         self._owner = _OVER
         if self._sets and not self._checks:
-            turn = SetAll(self._sets, self._limits.max_batch_bytes)  # which refuses itself if it is too large
+            turn = SetAll(self._sets, self._limits.max_batch_bytes)
+            turn.refuse_size(self.scope)
             return arguments.asked(turn, **self._options) if self._options else (turn, None)
         steps = self._steps if self._sets is None else [SetStep(key, data) for key, data in self._sets.items()]
         return arguments.batch_turn(self.scope, steps, self._checks, self._limits, **self._options)

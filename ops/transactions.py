@@ -460,7 +460,7 @@ class SetAll(Turn[BatchResult], frozen=True):
         return self.sets
 
     def refuse_size(self, scope: str) -> None:
-        """Raise BatchTooLarge for too many keys or bytes: before anything is written or sent."""
+        """Raise BatchTooLarge for too many keys or bytes: before the scope is claimed, and anything is sent."""
         if len(self.sets) > MAX_KEYS:
             raise BatchTooLarge(scope, len(self.sets), MAX_KEYS, "keys")
         size = self.size()
@@ -497,7 +497,6 @@ class SetAll(Turn[BatchResult], frozen=True):
         return BatchResult(results, revision=revision, detailed=True)  # type: ignore[arg-type]  # it is registered as one
 
     def call(self, scope: str) -> dict[str, Any]:
-        self.refuse_size(scope)
         return self.as_batch().call(scope)
 
     def effects_of(self, result: bytes | None) -> Effects[BatchResult]:
