@@ -154,7 +154,11 @@ class AioEngine(AioStateCalls):
         if not function.builtin or function.is_async:
             self._engine._refuse_if_closed()
             return await self._engine._caller.call_async(function, payload)
-        if BUILT_IN[function_id].read is None:
+        row = BUILT_IN[function_id]
+        fields = row.plain_fields(payload)
+        if fields is not None:
+            return row.plain(await getattr(self, row.method)(*fields))
+        if row.read is None:
             from_payload(function_id, payload)
             return {"groups": await self.list_groups()}
         call = self._engine._builtin_call(function_id, payload)

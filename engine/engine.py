@@ -407,7 +407,11 @@ class Engine(Reactive, StateCalls):
         return self._caller.call(function, payload)
 
     def _call_builtin(self, function_id: str, payload: object) -> Any:
-        if BUILT_IN[function_id].read is None:
+        row = BUILT_IN[function_id]
+        fields = row.plain_fields(payload)
+        if fields is not None:
+            return row.plain(getattr(self, row.method)(*fields))
+        if row.read is None:
             from_payload(function_id, payload)
             return {"groups": self.list_groups()}
         call = self._builtin_call(function_id, payload)

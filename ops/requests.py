@@ -199,14 +199,14 @@ def _or_none(given: T | UnsetType) -> T | None:
 # ------------------------------------------------------------------------------------------- reading the reference's
 
 
-def reference_fields(function_id: str, payload: Payload) -> dict[str, Any]:
-    """Return the fields that the reference has. Raises DeserializationError, worded as in iii-state."""
-    return {field: _READERS[field](function_id, payload, field) for field in _FIELDS[function_id]}
+def reference_fields(function_id: str, payload: Payload) -> list[Any]:
+    """Return the fields that the reference has, in order. Raises DeserializationError, worded as in iii-state."""
+    return [read(function_id, payload, field) for field, read in _FIELDS[function_id]]
 
 
 def read_set(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::set`. As all these functions: raises DeserializationError; this one ValueTooLarge."""
-    scope, key, value = reference_fields("state::set", payload).values()
+    scope, key, value = reference_fields("state::set", payload)
     options = read_options("state::set", payload)
     data = encode(value)
     refuse_size(scope, key, data, limits.max_value_bytes)
@@ -215,27 +215,27 @@ def read_set(payload: Payload, limits: Limits) -> Request:
 
 def read_update(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::update`."""
-    scope, key, ops = reference_fields("state::update", payload).values()
+    scope, key, ops = reference_fields("state::update", payload)
     plain = Request(scope, Update(checked_name("key", key), ops), tell=asks(payload))
     return with_options(plain, read_options("state::update", payload))
 
 
 def read_delete(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::delete`."""
-    scope, key = reference_fields("state::delete", payload).values()
+    scope, key = reference_fields("state::delete", payload)
     plain = Request(scope, Delete(checked_name("key", key)), tell=asks(payload))
     return with_options(plain, read_options("state::delete", payload))
 
 
 def read_get(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::get`."""
-    scope, key = reference_fields("state::get", payload).values()
+    scope, key = reference_fields("state::get", payload)
     return Request(scope, Get(checked_name("key", key)))
 
 
 def read_list(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::list`."""
-    (scope,) = reference_fields("state::list", payload).values()
+    (scope,) = reference_fields("state::list", payload)
     if payload.get("_keys") is True:  # a bridge or a tool asks for the keys too, and maybe for revisions
         return Request(scope, Everything() if payload.get("_entries") is True else Items(), tell=True)
     return Request(scope, List())
@@ -288,7 +288,7 @@ _READERS: Final[dict[str, Callable[[str, Payload, str], Any]]] = {
 }
 """Field of the reference -> what reads it."""
 
-_FIELDS: Final = {
+FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "state::delete": ("scope", "key"),
     "state::get": ("scope", "key"),
     "state::list": ("scope",),
@@ -297,6 +297,9 @@ _FIELDS: Final = {
     "state::update": ("scope", "key", "ops"),
 }
 """Function id -> the fields that the reference has, in the order in which they are read."""
+
+_FIELDS: Final = {function_id: [(field, _READERS[field]) for field in fields] for function_id, fields in FIELDS.items()}
+"""The same, each field with its reader."""
 
 
 # -------------------------------------------------------------------------------------------- inputs of new functions

@@ -22,6 +22,7 @@ from scopestate.errors import (
     FunctionFailed,
     FunctionNotFound,
     InvalidRegistration,
+    ScopestateError,
     SerializationError,
     WouldDeadlock,
 )
@@ -370,3 +371,42 @@ def test_threads_may_register_and_call_at_the_same_time(engine: Engine) -> None:
     for wait in [in_thread(functools.partial(work, number)) for number in range(8)]:
         wait()
     assert len(engine.functions()) == len(BUILT_IN) + 8
+
+
+PLAIN_CALLS: list[tuple[str, Any]] = [
+    ("state::set", {"scope": "s", "key": "k", "value": {"n": 1}}),
+    ("state::set", {"scope": "s", "key": "k", "data": None}),
+    ("state::set", {"scope": "s", "key": "k", "other": 1}),
+    ("state::set", {"scope": "s", "key": 1, "value": 1}),
+    ("state::set", {"scope": "s", "key": "k", "value": float("nan")}),
+    ("state::set", {"scope": "s", "key": "k", "value": object()}),
+    ("state::set", {"scope": "s", "key": chr(0xD800), "value": 1}),
+    ("state::get", {"scope": "s", "key": "k"}),
+    ("state::get", {"scope": "s", "key": "absent"}),
+    ("state::get", {"scope": "s", "other": 1}),
+    ("state::update", {"scope": "s", "key": "n", "ops": [{"type": "increment", "path": "", "by": 1}]}),
+    ("state::update", {"scope": "s", "key": "n", "ops": [{"type": "increment", "path": "x", "by": 1}]}),
+    ("state::update", {"scope": "s", "key": "n", "ops": [{"type": "no such op"}]}),
+    ("state::update", {"scope": "s", "key": "n", "ops": 5}),
+    ("state::list", {"scope": "s"}),
+    ("state::list", {"scope": None}),
+    ("state::list_groups", {}),
+    ("state::delete", {"scope": "s", "key": "k"}),
+    ("state::delete", {"scope": "s", "key": "k"}),
+]
+
+
+def outcomes(engine: Engine, more: dict[str, Any]) -> list[Any]:
+    """Make the plain calls with a field that is not known, or without; return what each gives or raises."""
+    found: list[Any] = []
+    for function_id, payload in PLAIN_CALLS:
+        try:
+            found.append(engine.call(function_id, {**payload, **more}))
+        except ScopestateError as error:
+            found.append((type(error), error.code, str(error)))
+    return found
+
+
+def test_the_short_way_of_plain_calls_does_what_the_table_says() -> None:
+    with Engine() as short, Engine() as table:
+        assert outcomes(short, {}) == outcomes(table, {"unknown": 1})
