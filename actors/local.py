@@ -141,16 +141,23 @@ class LocalScope(ScopeInMemory):
             me = get_ident()
             try:
                 if claim.setdefault(HOLDER, me) == me:
-                    answer = self.on_receive(turn)
+                    try:
+                        answer = self.on_receive(turn)
+                    except TooLong:
+                        del claim[HOLDER]
+                        if self._mailbox:
+                            self.wake()
+                        return self._run_apart(turn)
                     del claim[HOLDER]
                     if self._mailbox:
                         self.wake()
                     return answer
-            except TooLong:
-                certainly(self._recover)
-                return self._run_apart(turn)
             except BaseException:
-                certainly(self._recover)
+                try:
+                    certainly(self._recover)
+                except BaseException:  # interrupted before it could begin; what is raised here may be a refusal
+                    certainly(self._recover)
+                    raise
                 raise
         if self._gate is not None:
             self._gate.refuse_in_turns()

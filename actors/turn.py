@@ -118,7 +118,11 @@ class TurnActor(PykkaFace):
                         self.wake()
                     return answer
             except BaseException:
-                certainly(self._recover)
+                try:
+                    certainly(self._recover)
+                except BaseException:  # interrupted before it could begin; what is raised here may be a refusal
+                    certainly(self._recover)
+                    raise
                 raise
         return BUSY
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import tempfile
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reliability.interrupting import interrupt_at
 
 from scopestate import Engine
 from scopestate.actors import index
@@ -22,8 +24,9 @@ from scopestate.actors.turn import HOLDER
 from scopestate.config import from_mapping
 from scopestate.ops.ranges import ALL, Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
 from scopestate.ops.transactions import Transact, Transaction
-from scopestate.ops.turns import Delete, Get, Items, List, Range, Set, Turn
+from scopestate.ops.turns import LAST_MS, Deadline, Delete, Get, Items, List, Range, Set, Turn
 from scopestate.ops.values import encode
+from scopestate.ops.writes import SetWith
 
 NAMES = st.text(st.sampled_from("\0ab\x7f\x80\ud7ff\ue000\uffff\U00010000\U0010ffff"), max_size=3)
 BOUND = st.none() | NAMES
@@ -113,6 +116,8 @@ def compare(place: Place, values: dict[str, bytes], within: Range) -> None:
         | st.tuples(st.just("delete"), NAMES)
         | st.tuples(st.just("compare"), RANGES)
         | st.tuples(st.just("delete range"), RANGES)
+        | st.tuples(st.just("set until later"), NAMES)
+        | st.tuples(st.just("set until a moment ago"), NAMES)
         | st.sampled_from([("restart", ""), ("passivate", ""), ("sweep", "")]),
         max_size=30,
     ),
@@ -130,6 +135,12 @@ def test_a_range_has_the_keys_that_exist_in_order(kind: str, first: list[str], d
                 case "delete":
                     values.pop(given, None)
                     place.run(Delete(given))
+                case "set until later":
+                    values[given] = encode(number)
+                    place.run(SetWith(given, values[given], None, Deadline(expires_ms=LAST_MS)))
+                case "set until a moment ago":
+                    values.pop(given, None)
+                    place.run(SetWith(given, b"0", None, Deadline(expires_ms=1)))
                 case "delete range":
                     for key in expected(values, given):
                         del values[key]
@@ -292,6 +303,29 @@ def test_a_failed_commit_leaves_no_key_in_the_index(monkeypatch: pytest.MonkeyPa
         assert place.run(Keys()) == ["a"]
         place.run(Set("c", b"3"))
         assert place.run(Keys(Range(reverse=True))) == ["c", "a"]
+    finally:
+        place.end()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("names", [5, 30])
+def test_a_look_at_keys_interrupted_at_any_opcode_does_no_harm(names: int) -> None:
+    place = Place("memory")
+    try:
+        for at in itertools.count(1):
+            for number in range(names):
+                place.run(Set(f"{number:03}", b"1"))
+            place.run(Keys(Range(limit=1)))
+            for number in range(7):
+                place.run(Set(f"002:{number}", b"1"))
+                place.run(Delete(f"{number:03}"))
+            reached = interrupt_at(at, lambda: place.run(Keys(Range(reverse=True))), KeyboardInterrupt)
+            there = sorted(dict(place.run(Items())))
+            assert place.run(Keys()) == there, f"at opcode {at}"
+            assert place.run(DeleteRange(Range(prefix=""))).deleted == len(there)
+            if not reached:
+                break
+        assert at > 100
     finally:
         place.end()
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, MemberDescriptorType
 from typing import Any
@@ -24,6 +24,7 @@ from reliability.living import PATIENCE_S, InThread, Seen, saved, until
 
 from scopestate import Engine, messages
 from scopestate.actors.local import LocalScope
+from scopestate.errors import Conflict
 from scopestate.ops.values import decode
 
 # An exception that a signal handler raises inside a weakref callback (the standard library has some) is dropped by
@@ -138,6 +139,27 @@ def test_a_read_interrupted_at_any_opcode_leaves_the_scope_usable(
             assert not scope_of(engine)._claim
             if not reached:
                 break
+    assert engine.list("s") == [1]
+    InThread(engine.close).result()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("durability", ["memory", "interval"])
+def test_a_refused_write_interrupted_at_any_opcode_leaves_the_scope_usable(
+    open_engine: OpenEngine, durability: str, error: type[BaseException]
+) -> None:
+    engine = open_engine(durability)
+    engine.set("s", "k", 1)
+
+    def refused() -> None:
+        with suppress(Conflict):
+            engine.set("s", "k", 2, if_revision=99)
+
+    for place in itertools.count(1):
+        reached = interrupt_at(place, refused, error)
+        until(lambda: not scope_of(engine)._claim, f"the claim is never released, at opcode {place}")
+        if not reached:
+            break
     assert engine.list("s") == [1]
     InThread(engine.close).result()
 
