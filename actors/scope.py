@@ -377,7 +377,7 @@ class ScopeActor(TurnActor):
         self.readable = None
         self._closed = self._shut = self._direct = True
         self._claim = {}
-        self._mailbox = []  # the parent's: behind them a second message of a ref would wait for ever
+        self._mailbox = []  # the parent's: behind them a second message of a ref would wait without end
 
 
 class Told(Reply[Any]):
