@@ -458,12 +458,10 @@ class LocalScope(ScopeInMemory):
                 f"its last one has the number {self._sequence}, next to the highest that a store holds (was it "
                 "imported?). Export it, and import it without its revisions"
             )
-        self._revisions = {key: row.revision for key, row in state.entries.items()}
-        self._created = {key: row.created for key, row in state.entries.items()}
-        self._deadlines = {key: row.expires_ms for key, row in state.entries.items() if row.expires_ms is not None}
+        self._revisions, self._created, self._deadlines = state.revisions, state.created, state.deadlines
         self._wheel = None
         self._answers = Answers(state.answers)
-        self._hold({key: row.json for key, row in state.entries.items()})
+        self._hold(state.values)
         self._expect()
 
     def _serve_handler(self, turn: Turn[A]) -> A:

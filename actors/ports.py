@@ -65,10 +65,19 @@ ANSWER_BYTES_OF_A_SCOPE: Final = 64 * 1024 * 1024
 
 
 class ScopeState(msgspec.Struct):
-    """One scope as it was saved."""
+    """One scope as it was saved, as the tables that a scope in memory has: nothing is made for each key.
 
-    entries: dict[str, Row]
-    """key -> entry, in the order of creation. Those that have expired are there too."""
+    The caller that loads it may keep and change them.
+    """
+
+    values: dict[str, bytes]
+    """key -> JSON, in the order of creation. Keys that have expired are there too."""
+    revisions: dict[str, int]
+    """key -> the number of the write that changed it last."""
+    created: dict[str, int]
+    """key -> the number of the write that created it: its place in the order of its scope, and in the store."""
+    deadlines: dict[str, int]
+    """key -> when it expires, in milliseconds since the epoch; only keys that do."""
     revision: int
     """The number behind which the scope goes on; 0 for one that was never saved. It never goes back.
 
@@ -76,6 +85,24 @@ class ScopeState(msgspec.Struct):
     """
     answers: dict[str, Answer] = {}
     """idempotency key -> answer, the oldest first. Those older than `ANSWERS_KEPT_MS` may be there too."""
+
+    @classmethod
+    def of(cls, rows: dict[str, Row], revision: int = 0, answers: dict[str, Answer] | None = None) -> ScopeState:
+        """Return the state with these rows."""
+        return cls(
+            {key: row.json for key, row in rows.items()},
+            {key: row.revision for key, row in rows.items()},
+            {key: row.created for key, row in rows.items()},
+            {key: row.expires_ms for key, row in rows.items() if row.expires_ms is not None},
+            revision,
+            answers or {},
+        )
+
+    @property
+    def entries(self) -> dict[str, Row]:
+        """key -> row, in the order of creation. For tools: it makes a row for each key."""
+        revisions, created, deadline = self.revisions, self.created, self.deadlines.get
+        return {key: Row(data, revisions[key], created[key], deadline(key)) for key, data in self.values.items()}
 
 
 class ScopeChange(msgspec.Struct):

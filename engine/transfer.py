@@ -404,11 +404,11 @@ class _Collector:
     def _begin(self, scope: str) -> _Scope:
         state = self._store.load(scope)
         found = self._scopes[scope] = _Scope(
-            {key: row.created for key, row in state.entries.items()},
+            state.created,
             state.revision,
             state.revision,
             state.revision,
-            min((row.expires_ms for row in state.entries.values() if row.expires_ms is not None), default=None),
+            min(state.deadlines.values(), default=None),
             {token: answer.time_ms for token, answer in state.answers.items()},
         )
         return found

@@ -34,8 +34,8 @@ _KNOWN_SCOPES = 4096
 _CLOCK_STEP_MS = 1000
 """The time is saved again when it is so much later: it takes a page of its own in each commit."""
 
-_Row = tuple[int, int, str, int, int | None, msgspec.Raw]
-"""id, created, key, revision, expires, value."""
+_Row = tuple[int, int, str, int | None, int | None, msgspec.Raw]
+"""id, created, key, revision (None: it is the same as created), expires, value."""
 
 _decode_page = msgspec.json.Decoder(list[_Row]).decode
 _decode_value = msgspec.json.Decoder(msgspec.Raw).decode
@@ -244,6 +244,7 @@ _ORDERED = (
     " ORDER BY extents.high, state.id LIMIT :limit"
 )
 _CREATED = f"(extents.high << {EXTENT_BITS}) | (state.id & {EXTENT_MASK})"
+_CHANGED = f"nullif(state.revision, {_CREATED})"
 _REVISION = (
     f"SELECT coalesce((SELECT revision - epoch * {RESERVED} FROM scopes WHERE scope = :scope), 0)"  # noqa: S608 - constants
     f" + (SELECT max(epoch) FROM epochs) * {RESERVED}"
@@ -252,11 +253,11 @@ _REVISION = (
 # Refused: rows with json_valid(value), which needs up to 40 times the size of a value in memory.
 _PAGE = (
     f"SELECT ({_REVISION}), {HAS_ANSWERS}, count(*), CAST('[' || group_concat("  # noqa: S608 - constants
-    "'[' || id || ',' || created || ',' || json_quote(key) || ',' || revision || ','"
+    "'[' || id || ',' || created || ',' || json_quote(key) || ',' || coalesce(changed, 'null') || ','"
     " || coalesce(expires, 'null') || ',' || value || ']') || ']' AS BLOB)"
-    f" FROM (SELECT id, {_CREATED} AS created, key, state.revision, expires, value {_ORDERED})"
+    f" FROM (SELECT id, {_CREATED} AS created, key, {_CHANGED} AS changed, expires, value {_ORDERED})"
 )
-_PLAIN = f"SELECT id, {_CREATED}, CAST(key AS BLOB), state.revision, expires, CAST(value AS BLOB) {_ORDERED}"
+_PLAIN = f"SELECT id, {_CREATED}, CAST(key AS BLOB), {_CHANGED}, expires, CAST(value AS BLOB) {_ORDERED}"
 
 
 def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
@@ -267,33 +268,57 @@ def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
     try:
         revision, answered, rows = _read_page(connection, scope, -1, _PAGE_ROWS)
         if len(rows) < _PAGE_ROWS and not answered:
-            return _state(scope, _entries(rows), len(rows), revision, {})
+            return _state(scope, _Tables(rows), len(rows), revision, {})
     except sqlite3.DataError as error:
         if primary_code(error) != sqlite3.SQLITE_TOOBIG:
             raise
     # Only several statements need a transaction to read as of one moment: it takes two more calls.
     connection.execute("BEGIN")
     try:
-        entries: dict[str, Row] = {}
+        tables = _Tables()
         count = 0
         for rows in _pages(connection, scope):
-            entries.update(_entries(rows))
+            tables.add(rows)
             count += len(rows)
         revision = revision_of(connection, scope)
         answers = read_answers(connection, scope)
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-    return _state(scope, entries, count, revision, answers)
+    return _state(scope, tables, count, revision, answers)
 
 
-def _state(scope: str, entries: dict[str, Row], rows: int, revision: int, answers: dict[str, Answer]) -> ScopeState:
-    if len(entries) != rows:
+class _Tables:
+    """What the rows of a scope say, as a scope in memory has it."""
+
+    def __init__(self, rows: list[_Row] | None = None) -> None:
+        self.values: dict[str, bytes] = {}
+        self.revisions: dict[str, int] = {}
+        self.created: dict[str, int] = {}
+        self.deadlines: dict[str, int] = {}
+        self.add(rows or [])
+
+    def add(self, rows: list[_Row]) -> None:
+        """Take the rows of a page. In few steps, as there may be millions of them."""
+        if not rows:
+            return
+        _, created, keys, revisions, deadlines, values = zip(*rows, strict=True)
+        self.values.update(zip(keys, map(bytes, values), strict=True))
+        self.created.update(zip(keys, created, strict=True))
+        # The same number is one object in both tables: 32 bytes for each key that was never overwritten.
+        shared = [first if last is None else last for first, last in zip(created, revisions, strict=True)]
+        self.revisions.update(zip(keys, shared, strict=True))
+        if deadlines.count(None) < len(rows):
+            self.deadlines.update((key, ms) for key, ms in zip(keys, deadlines, strict=True) if ms is not None)
+
+
+def _state(scope: str, tables: _Tables, rows: int, revision: int, answers: dict[str, Answer]) -> ScopeState:
+    if len(tables.values) != rows:
         raise StorageError(
             f"scope {scope!r} holds a key twice; was the database edited? `store verify` names the key: delete "
             "one of its rows with the sqlite3 tool (the view `entries` shows them)"
         )
-    return ScopeState(entries, revision, answers)
+    return ScopeState(tables.values, tables.revisions, tables.created, tables.deadlines, revision, answers)
 
 
 def revision_of(connection: sqlite3.Connection, scope: str) -> int:
@@ -339,7 +364,10 @@ def _pages(connection: sqlite3.Connection, scope: str) -> Iterator[list[_Row]]:
 
 
 def _entries(rows: list[_Row]) -> dict[str, Row]:
-    return {key: Row(bytes(value), revision, created, expires) for _, created, key, revision, expires, value in rows}
+    return {
+        key: Row(bytes(value), created if revision is None else revision, created, expires)
+        for _, created, key, revision, expires, value in rows
+    }
 
 
 def _read_page(connection: sqlite3.Connection, scope: str, after: int, limit: int) -> tuple[int, bool, list[_Row]]:
@@ -371,7 +399,7 @@ def _read_plain(connection: sqlite3.Connection, scope: str, after: int, limit: i
         try:
             for id_, created, key, revision, expires, value in found:
                 name, data = _decoded(scope, key or b"", value or b"")
-                if type(revision) is not int or type(expires) not in (int, NoneType):
+                if type(revision) not in (int, NoneType) or type(expires) not in (int, NoneType):
                     raise StorageError(
                         f"the row for key {name!r} of scope {scope!r} has no number as its revision or deadline; was "
                         "the database edited? Correct that row with the sqlite3 tool (table `state`) and try again"

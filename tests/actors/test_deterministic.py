@@ -23,7 +23,7 @@ class OneDictAdapter(Store):
         self._dispatcher = dispatcher
 
     def load(self, scope: str) -> ScopeState:
-        return ScopeState({}, 0)
+        return ScopeState.of({}, 0)
 
     def scopes(self) -> list[str]:
         return list(self.saved)

@@ -30,7 +30,7 @@ class KeepsAdapter(Store):
         self.saved_at: list[float] = []
 
     def load(self, scope: str) -> ScopeState:
-        return ScopeState({}, 0)
+        return ScopeState.of({}, 0)
 
     def scopes(self) -> list[str]:
         return []

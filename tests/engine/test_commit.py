@@ -107,7 +107,7 @@ def test_writers_that_wait_together_share_one_commit(engine: Engine, store: Gate
         reply.get(timeout=PATIENCE_S)
     # One for the first writer, and one more, or two if the hundred came while that one began.
     assert engine.stats().saves - before <= 3
-    assert sum(len(state.entries) for state in store.states.values()) == 101
+    assert sum(map(len, store.rows.values())) == 101
 
 
 def test_other_scopes_of_the_same_store_do_not_wait(engine: Engine, store: GatedStore) -> None:
@@ -128,5 +128,5 @@ def test_memory_scopes_are_never_saved(store: GatedStore, open_engine: Callable[
     engine.set("user:1", "k", 1)
     engine.flush()
 
-    assert list(store.states) == ["user:1"]
+    assert list(store.rows) == ["user:1"]
     assert engine.list_groups() == ["session:1", "user:1"]

@@ -10,7 +10,7 @@ from typing import Any
 from scopestate import DeliveryFailure, StateEvent, StorageError
 from scopestate.ops import turns
 from scopestate.ops.results import UpdateResult
-from scopestate.persistence import ScopeChange, ScopeState, Store
+from scopestate.persistence import Row, ScopeChange, ScopeState, Store
 
 PATIENCE_S = 20.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
@@ -99,7 +99,8 @@ class GatedStore(Store):
     """A store in memory that keeps, and can be made to block or to fail at loading, listing and saving."""
 
     def __init__(self) -> None:
-        self.states: dict[str, ScopeState] = {}
+        self.rows: dict[str, dict[str, Row]] = {}
+        self.revisions: dict[str, int] = {}
         self.at_load: Callable[[], None] = lambda: None
         self.at_scopes: Callable[[], None] = lambda: None
         self.at_save: Callable[[], None] = lambda: None
@@ -107,30 +108,29 @@ class GatedStore(Store):
 
     def values(self, scope: str) -> dict[str, bytes]:
         """Return what is saved of a scope: key -> JSON."""
-        return {key: entry.json for key, entry in self.states[scope].entries.items()}
+        return {key: row.json for key, row in self.rows[scope].items()}
 
     def load(self, scope: str) -> ScopeState:
         self.at_load()
-        state = self.states.get(scope, ScopeState({}, 0))
-        return ScopeState(dict(state.entries), state.revision)
+        return ScopeState.of(self.rows.get(scope, {}), self.revisions.get(scope, 0))
 
     def scopes(self) -> list[str]:
         self.at_scopes()
-        return [scope for scope, state in self.states.items() if state.entries]
+        return [scope for scope, rows in self.rows.items() if rows]
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
         self.at_save()
         for change in batch:
-            state = self.states.setdefault(change.scope, ScopeState({}, 0))
-            state.revision = change.revision
-            for key, entry in change.entries.items():
-                if entry is None:
-                    state.entries.pop(key, None)
+            rows = self.rows.setdefault(change.scope, {})
+            self.revisions[change.scope] = change.revision
+            for key, row in change.entries.items():
+                if row is None:
+                    rows.pop(key, None)
                     continue
-                before = state.entries.get(key)
-                if before is not None and before.created != entry.created:
-                    del state.entries[key]
-                state.entries[key] = entry
+                before = rows.get(key)
+                if before is not None and before.created != row.created:
+                    del rows[key]
+                rows[key] = row
 
     def close(self) -> None:
         self.closed = True

@@ -58,7 +58,7 @@ def ordered(state: ScopeState) -> list[tuple[str, bytes]]:
 def test_a_scope_never_saved_is_empty_with_revision_0(store: Place) -> None:
     state = store.adapter.load("nobody")
 
-    assert state == ScopeState({}, 0)
+    assert state == ScopeState.of({}, 0)
     assert store.adapter.scopes() == []
 
 
@@ -81,7 +81,7 @@ def test_what_was_saved_is_loaded_with_its_numbers(store: Place) -> None:
 
     state = store.adapter.load("users")
 
-    assert state == ScopeState({"ada": Row(b'{"age":36}', 7, 1), "bob": Row(b"null", 7, 2)}, 7)
+    assert state == ScopeState.of({"ada": Row(b'{"age":36}', 7, 1), "bob": Row(b"null", 7, 2)}, 7)
 
 
 def test_what_was_saved_is_there_after_a_restart(store: Place) -> None:
@@ -89,7 +89,7 @@ def test_what_was_saved_is_there_after_a_restart(store: Place) -> None:
 
     adapter = store.reopen()
 
-    assert adapter.load("users") == ScopeState({"ada": Row(b"1", 7, 1)}, 7)
+    assert adapter.load("users") == ScopeState.of({"ada": Row(b"1", 7, 1)}, 7)
     assert adapter.scopes() == ["users"]
 
 
@@ -310,7 +310,7 @@ def test_an_emptied_scope_is_not_listed_and_keeps_its_revision(store: Place) -> 
     adapter = store.reopen()
 
     assert adapter.scopes() == ["t"]
-    assert adapter.load("s") == ScopeState({}, 2)
+    assert adapter.load("s") == ScopeState.of({}, 2)
 
 
 def test_the_revision_never_goes_back(store: Place) -> None:
@@ -325,14 +325,14 @@ def test_a_change_without_entries_saves_the_revision_only(store: Place) -> None:
 
     adapter = store.reopen()
 
-    assert adapter.load("s") == ScopeState({}, 4)
+    assert adapter.load("s") == ScopeState.of({}, 4)
     assert adapter.scopes() == []
 
 
 def test_deleting_a_key_that_is_not_there_is_no_error(store: Place) -> None:
     store.adapter.save([change("s", 1, {"ghost": None}, {})])
 
-    assert store.adapter.load("s") == ScopeState({}, 1)
+    assert store.adapter.load("s") == ScopeState.of({}, 1)
 
 
 def test_an_empty_batch_changes_nothing(store: Place) -> None:
@@ -365,7 +365,7 @@ def test_a_scope_twice_in_a_batch_the_later_change_wins(store: Place) -> None:
 def test_in_one_batch_a_create_before_a_delete_ends_deleted(store: Place) -> None:
     store.adapter.save([created("s", 1, {"a": b"1"}), change("s", 2, {"a": None}, {})])
 
-    assert store.reopen().load("s") == ScopeState({}, 2)
+    assert store.reopen().load("s") == ScopeState.of({}, 2)
 
 
 @pytest.mark.parametrize("number", [2**53, 2**63, -1, -(2**63) - 1])
@@ -428,7 +428,7 @@ def test_a_local_backend_has_the_limits_of_its_store(store: Place) -> None:
 def test_every_value_that_a_store_needs_to_answer_for_has_a_default() -> None:
     class Least(Store):
         def load(self, scope: str) -> ScopeState:
-            return ScopeState({}, 0)
+            return ScopeState.of({}, 0)
 
         def scopes(self) -> list[str]:
             return []
@@ -458,7 +458,7 @@ def test_a_deadline_comes_back_and_can_be_changed_without_a_revision(store: Plac
     store.adapter.save([ScopeChange("s", 1, {"k": Row(b"1", 1, 1, 5_000)}, due_ms=5_000)])
     store.adapter.save([ScopeChange("s", 1, {"k": Row(b"1", 1, 1, 9_000)}, due_ms=9_000)])
 
-    assert store.reopen().load("s") == ScopeState({"k": Row(b"1", 1, 1, 9_000)}, 1)
+    assert store.reopen().load("s") == ScopeState.of({"k": Row(b"1", 1, 1, 9_000)}, 1)
     assert store.adapter.due(10) == [(9_000, "s")]
 
     store.adapter.save([ScopeChange("s", 1, {"k": Row(b"1", 1, 1, None)})])
@@ -487,7 +487,7 @@ def test_kept_answers_come_back_the_oldest_first(store: Place) -> None:
     state = store.reopen().load("s")
 
     assert list(state.answers.items()) == [*kept.items(), ("later", answer(5))]
-    assert store.adapter.load("t") == ScopeState({}, 1, {"z": answer(9)})
+    assert store.adapter.load("t") == ScopeState.of({}, 1, {"z": answer(9)})
 
 
 def test_an_answer_that_is_kept_no_longer_is_gone(store: Place) -> None:

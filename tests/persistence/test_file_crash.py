@@ -16,19 +16,20 @@ import sys
 from scopestate.persistence import Answer, Row, FileAdapter, ScopeChange
 adapter = FileAdapter(sys.argv[1])
 states = {scope: adapter.load(scope) for scope in ("count", "wide", "gone")}
+rows = {scope: state.entries for scope, state in states.items()}
 def change(scope, values, token=None):
-    state, changed, removed = states[scope], {}, []
+    state, entries, changed, removed = states[scope], rows[scope], {}, []
     for key, value in values.items():
         state.revision += 1
-        before = state.entries.pop(key, None) if value is None else state.entries.get(key)
+        before = entries.pop(key, None) if value is None else entries.get(key)
         if value is not None:
             created = before.created if before else state.revision
-            state.entries[key] = changed[key] = Row(value, state.revision, created, int(text))
+            entries[key] = changed[key] = Row(value, state.revision, created, int(text))
         elif before:
             removed.append(before.created)
     answers = {token: Answer(b"", token.encode(), int(token)), str(int(token) - 20): None} if token else {}
     return ScopeChange(scope, state.revision, changed, removed, int(text), answers)
-start = int(states["count"].entries["n"].json) if states["count"].entries else 0
+start = int(rows["count"]["n"].json) if rows["count"] else 0
 for number in range(start + 1, start + 1_000_000):
     text = b"%d" % number
     keys = {f"k{place}": text for place in range(number % 400)}

@@ -14,7 +14,7 @@ import pytest
 from stored import change, values_of
 
 from scopestate.persistence import FileAdapter, ScopeChange
-from scopestate.persistence.sqlite import rows
+from scopestate.persistence.sqlite import answers, rows
 
 Open = Callable[..., FileAdapter]
 
@@ -69,14 +69,18 @@ def test_no_statement_scans_a_table(open_file: Open) -> None:
     statements: dict[str, Any] = {
         rows._PAGE: page,
         rows._PLAIN: page,
-        rows._NAMES_NEXT: {"after": "s", "limit": 1},
+        rows._NAMES_NEXT: {"after": "s", "empty": False, "limit": 1},
         rows._PLACES[4]: ("a",) * 4,
         rows._DELETE[4]: (1,) * 4,
         rows._DUE: (1,),
+        answers._PAGE: {**page, "after": "a"},
+        answers._PLAIN: {**page, "after": "a"},
+        answers._DROP[4]: (1, "a") * 4,
     }
 
     for statement, parameters in statements.items():
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]
-        assert not [step for step in plan if step.startswith(("SCAN state", "SCAN scopes", "USE TEMP B-TREE"))], plan
+        scans = ("SCAN state", "SCAN scopes", "SCAN answers", "USE TEMP B-TREE")
+        assert not [step for step in plan if step.startswith(scans)], plan
         assert any(step.startswith("SEARCH") for step in plan)
     connection.close()

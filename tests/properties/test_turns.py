@@ -34,7 +34,7 @@ class InMemory(Store):
         self.saved: list[ScopeChange] = []
 
     def load(self, scope: str) -> ScopeState:
-        return ScopeState({}, 0)
+        return ScopeState.of({}, 0)
 
     def scopes(self) -> list[str]:
         return []

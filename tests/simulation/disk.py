@@ -153,7 +153,7 @@ class DiskAdapter(Store):
             self.model.check_load(scope, items, sequence)
         self._dispatcher.give_way()
         stored = disk.stored.get(scope)
-        return ScopeState({} if stored is None else stored.entries(), sequence, disk.answers(scope))
+        return ScopeState.of({} if stored is None else stored.entries(), sequence, disk.answers(scope))
 
     def scopes(self) -> list[str]:
         """Names of the scopes that hold a saved key."""
