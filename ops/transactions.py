@@ -192,11 +192,12 @@ class Draft:
     def changes(self) -> list[Change]:
         """Return the changes. The keys that have expired go first: those of the transaction itself are consecutive."""
         view, now, found = self.view, self._now, self.found
+        expiring = view.expiring  # now: in Redis a deadline is known once its key was read
         expired, changes = [], []
         for key in self._written:
             before, after = found[key], now[key]
             if before is None:
-                if self._expiring and (lapsed := view.lapsed(key)) is not None:
+                if expiring and (lapsed := view.lapsed(key)) is not None:
                     expired.append(expiry_of(key, lapsed))
                 if after is not None:
                     changes.append(Change(key, None, after.json, after.expires_ms))

@@ -314,6 +314,8 @@ class ScopeCommands:
                         making.whole = True
                         making.calls.append(call)
                     else:
+                        if type(call.message) is not Behind:  # a transaction that does nothing
+                            call.answer = call.message.decide(self._view)[1]
                         call.done = True
                         ended.append(call)
                 elif making.whole:

@@ -19,7 +19,7 @@ from scopestate.server import Server
 PATIENCE_S = 20.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
 
-PLACES = ("memory", "interval", "commit", "bridge")
+PLACES = ("memory", "interval", "commit", "redis", "bridge")
 
 LAST = "no such key"
 """Its event ends what `Events.take` waits for."""
