@@ -19,13 +19,13 @@ from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, ScopestateError, StorageError
 from scopestate.ops import turns
 from scopestate.ops.results import SetResult
-from scopestate.ops.turns import Change, Effects, Keep, NewDeadline, Turn, changes_in
-from scopestate.ops.writes import Expire, Expired, Once
+from scopestate.ops.turns import NO_DEADLINE, Change, Effects, Keep, NewDeadline, Turn, changes_in
+from scopestate.ops.writes import Expire, Expired, Once, SetWith
 from scopestate.persistence.redis.connection import Refusal, pack_text
 from scopestate.persistence.redis.numbered import KEPT, SLOW, NumberedShape
 from scopestate.persistence.redis.script import DONE, SKIPPED, Shape, explain, keys_of
 from scopestate.persistence.redis.seen import BULKY, NOTHING, EntryView, Known, Seen, ValueView
-from scopestate.persistence.redis.sidecar import deadline_in, number_text, revision_in
+from scopestate.persistence.redis.sidecar import NUMBER_BYTES, PLAIN_BYTES, deadline_in, number_text, revision_in
 from scopestate.persistence.redis.transacting import (
     BuildIndex,
     Commit,
@@ -39,6 +39,7 @@ from scopestate.persistence.redis.transacting import (
     kept_key,
     listed,
     number_answer,
+    small_entry_for,
 )
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ class ScopeCommands:
         shape, names = self._store.shape, self.names
         kept: list[bytes] = []
         try:
-            entry = self.entry(call, keys, {}, kept)
+            entry = self.entry(call, keys, {}, kept, alone=True)
         except Exception as error:  # noqa: BLE001 - as in `_Making.enter`
             call.fail(error)
             ended.append(call)
@@ -357,16 +358,21 @@ class ScopeCommands:
         return Command(self._scope, parts, calls * call.awaited, again, bulk=self.seen.bulky)
 
     def entry(
-        self, call: Call, keys: tuple[str, ...], known: dict[str, Known], kept: list[bytes]
+        self, call: Call, keys: tuple[str, ...], known: dict[str, Known], kept: list[bytes], *, alone: bool = False
     ) -> Sequence[Any] | None:
         """Return the script's entry that does a call; None if its keys must be read, for its answer or for that entry.
 
-        `known`: what keys hold after the entries before it. `kept`: the keys of kept answers that entries name. Raises
-        what refuses the call.
+        `known`: what keys hold after the entries before it. `kept`: the keys of kept answers that entries name.
+        `alone`: it is the only entry, for `write_one`. Raises what refuses the call.
         """
         turn = call.message
-        if self._needs_entries(turn):
-            return self._general_entry(call, keys, known, kept)
+        # As `_needs_entries`, written out.
+        if self._numbers and (type(turn) not in _PLAIN or (turn.writes and self._scope.rule is not NO_RULE)):
+            if alone and not (self._has_deadlines or self.publishes):
+                entry = self._small_entry(call, keys)
+                if entry is not None:
+                    return entry
+            return self._general_entry(call, keys, known, kept, alone=alone)
         one_step = _ONE_STEP.get(type(turn))
         if one_step is not None:
             call.one_step = one_step
@@ -417,13 +423,39 @@ class ScopeCommands:
         kept.append(kept_key(self.hash_key, idempotency_key))
         return len(kept)
 
+    def _small_entry(self, call: Call, keys: tuple[str, ...]) -> tuple[Any, ...] | None:
+        """Return the entry of a set on a condition that what was seen fulfils; None for everything else."""
+        turn, shape = call.message, self._store.shape
+        if type(turn) is not SetWith or turn.if_revision is None or turn.deadline is not NO_DEADLINE:
+            return None
+        known = self.seen.get(keys[0])
+        if known is None or known[2] is None or self._scope.rule is not NO_RULE or call.tries:
+            return None
+        raw, old, entry = known
+        after = turn.data
+        if raw is None:
+            if turn.if_revision:
+                return None
+            swap = shape.swap_entry(turn.key, None, after)
+        elif len(entry or b"") <= PLAIN_BYTES and revision_in(known[2]) == turn.if_revision:
+            assert isinstance(shape, NumberedShape)
+            swap = shape.swap_entry_of(turn.key, raw, known[2][:NUMBER_BYTES], after)
+        else:
+            return None
+        if len(after) > _LARGEST_BYTES:
+            raise _too_large(turn.key, after)
+        call.effects = (Change(turn.key, old, after),), SetResult(old, after, detailed=True)
+        call.view = None
+        call.sends_write = True
+        return swap
+
     def _general_entry(
-        self, call: Call, keys: tuple[str, ...], known: dict[str, Known], kept: list[bytes]
-    ) -> list[Any] | None:
+        self, call: Call, keys: tuple[str, ...], known: dict[str, Known], kept: list[bytes], *, alone: bool
+    ) -> Sequence[Any] | None:
         turn = call.message
         if type(turn) is Commit:
             call.view = turn.view
-            return self._stored_entry(call, turn.view, (turn.stored, None), known, kept)
+            return self._stored_entry(call, turn.view, (turn.stored, None), known, kept, alone=alone)
         if turn.writes and self._ahead_ms is not None:
             values: dict[str, Known] = {}
             is_fresh = call.looked is not None
@@ -449,7 +481,7 @@ class ScopeCommands:
                         raise
                 else:
                     call.view = view
-                    return self._stored_entry(call, view, effects, known, kept)
+                    return self._stored_entry(call, view, effects, known, kept, alone=alone)
         call.sends_write = False
         call.looked = {}
         call.asks_kept = idempotency_key_of(turn) is not None
@@ -457,8 +489,15 @@ class ScopeCommands:
         return None
 
     def _stored_entry(
-        self, call: Call, view: EntryView, effects: Effects[Any], known: dict[str, Known], kept: list[bytes]
-    ) -> list[Any]:
+        self,
+        call: Call,
+        view: EntryView,
+        effects: Effects[Any],
+        known: dict[str, Known],
+        kept: list[bytes],
+        *,
+        alone: bool,
+    ) -> Sequence[Any]:
         call.effects = effects
         stored = effects[0]
         for one in stored:
@@ -470,6 +509,10 @@ class ScopeCommands:
                 raw, data, _ = view.used[one.key]
                 known[one.key] = raw, data, None
         call.sends_write = True
+        if alone and not (self._has_deadlines or self.publishes):
+            small = small_entry_for(view, stored)
+            if small is not None:
+                return small
         index = self._kept_index(call.message, kept)
         return entry_for(view, stored, index)
 
@@ -646,7 +689,8 @@ class ScopeCommands:
         elif type(found) is int and found == SKIPPED:
             self._skip(call)
         elif type(found) is int and found == SLOW:
-            self._has_deadlines = True
+            self._has_deadlines = True  # or an index
+            call.looked = None
             self._pause(call, 0.0)
         elif call.one_step is not None:
             self._finish_one_step(call, found, ended)
@@ -752,7 +796,8 @@ class ScopeCommands:
                 continue
             if call.view is None:
                 assert isinstance(one, Change)
-                self._remember(one.key, one.after, 0)
+                # The deadline of an updated key is not known; a set on a condition has none.
+                self._remember(one.key, one.after, number if type(call.message) is SetWith else 0)
             else:
                 before = call.view.used.get(one.key, NOTHING)
                 known = after_of(one, number, before)

@@ -17,22 +17,68 @@ from scopestate.persistence.redis import sidecar
 from scopestate.persistence.redis.script import SOURCES, Shape
 
 # One plain write of one key, without events: KEYS hash, side; ARGV field, value, number, digest ('': compute it), and
-# for a condition `n` (there must be no value) or `c expected`. Replies: the value before, or DONE; the number. A key
-# with a deadline, or a scope with an index, is for `WRITES`: in a slot that is being moved a command has to find all
-# its KEYS.
+# for a condition `n` (there must be no value), `c expected`, or `r expected number`. Replies: the value before, or
+# DONE; the number. A key with a deadline, or a scope with an index, is for `WRITES`: in a slot that is being moved a
+# command has to find all its KEYS.
 SET_ONE: Final = b"""
 local call, hash, side, field, number = redis.call, KEYS[1], KEYS[2], ARGV[1], ARGV[3]
 local old = call('HGET', hash, field)
-local there = call('HMGET', side, '\\255', field, '\\254')
+local there, condition = call('HMGET', side, '\\255', field, '\\254'), ARGV[5]
 if there[3] or (there[2] and #there[2] > 32) then return {3, ''} end
-if (ARGV[5] == 'n' and old) or (ARGV[5] == 'c' and old ~= ARGV[6]) then return {0, ''} end
+if condition then
+  if condition == 'n' then
+    if old then return {0, ''} end
+  elseif old ~= ARGV[6] or (condition == 'r' and string.sub(there[2] or '', 1, 16) ~= ARGV[7]) then
+    return {0, ''}
+  end
+end
 if there[1] and number <= there[1] then number = string.format('%016.0f', tonumber(there[1]) + 1) end
 local digest = ARGV[4]
 if digest == '' then digest = string.sub(redis.sha1hex(ARGV[2]), 1, 16) end
 call('HSET', hash, field, ARGV[2])
 call('HSET', side, '\\255', number, field, number .. digest)
 if not old then call('PERSIST', side) end
-return {ARGV[5] and 1 or old, number}
+return {condition and 1 or old, number}
+"""
+
+# A transaction that only writes keys without deadlines, few of them, and without events: KEYS hash, side; ARGV a number
+# as above, how many fields are expected, how many written; the fields; the value and the number of each, '' for no
+# value; field, value and digest of each that is written. Replies DONE, 0, or 3 for what only `WRITES` can do; the
+# number.
+COMMIT: Final = b"""
+local call, hash, side, number = redis.call, KEYS[1], KEYS[2], ARGV[1]
+local expected, written = tonumber(ARGV[2]), tonumber(ARGV[3])
+local found = call('HMGET', hash, unpack(ARGV, 4, 3 + expected))
+local there = call('HMGET', side, '\\255', '\\254', unpack(ARGV, 4, 3 + expected))
+if there[2] then return {3, ''} end
+local at, creates = 4 + expected, false
+for i = 1, expected do
+  local entry = there[i + 2]
+  if ARGV[at + 1] == '' then
+    if found[i] then return {0, ''} end
+    creates = true
+  elseif found[i] ~= ARGV[at] or not entry or string.sub(entry, 1, 16) ~= ARGV[at + 1] then
+    return {0, ''}
+  elseif #entry > 32 then
+    return {3, ''}
+  end
+  at = at + 2
+end
+if written == 0 then return {1, ''} end
+if there[1] and number <= there[1] then number = string.format('%016.0f', tonumber(there[1]) + 1) end
+local values, entries, size, text = {}, {}, 0, number
+for i = 1, written do
+  if i > 1 then text = string.format('%016.0f', tonumber(number) + i - 1) end
+  local digest = ARGV[at + 2]
+  if digest == '' then digest = string.sub(redis.sha1hex(ARGV[at + 1]), 1, 16) end
+  values[size + 1], values[size + 2] = ARGV[at], ARGV[at + 1]
+  entries[size + 1], entries[size + 2] = ARGV[at], text .. digest
+  at, size = at + 3, size + 2
+end
+call('HSET', hash, unpack(values))
+call('HSET', side, '\\255', text, unpack(entries))
+if creates then call('PERSIST', side) end
+return {1, number}
 """
 
 # Functions that the other scripts share.
@@ -418,6 +464,10 @@ SLOW: Final = 3
 KEPT: Final = 4
 
 
+_ONE: Final = frozenset({"s", "n", "c", "r", "q"})
+"""Entries that `SET_ONE` and `COMMIT` do. Only these do `r` and `q`."""
+
+
 class NumberedShape(Shape):
     """How the commands of an adapter with revisions are made."""
 
@@ -467,18 +517,20 @@ class NumberedShape(Shape):
 
     def write_one(self, names: tuple[bytes, ...], scope: str, entry: tuple[Any, ...]) -> tuple[Any, ...]:
         """As `write`, for one entry of a key without a deadline."""
-        if self.publishes or entry[0] not in ("s", "n", "c"):
+        kind = entry[0]
+        if self.publishes or kind not in _ONE:
             return self.write(names, scope, entry)
-        number = self._number()
-        where = ("2", names[0], names[1])
-        match entry:
-            case ("c", key, raw, after, digest):
-                return "EVALSHA", _SET_ONE, *where, key, after, number, digest, "c", raw
-            case ("n", key, after, digest):
-                return "EVALSHA", _SET_ONE, *where, key, after, number, digest, "n"
-            case _:
-                _, key, after, digest = entry
-                return "EVALSHA", _SET_ONE, *where, key, after, number, digest
+        number = b"%d" % (self._wall_ns() // 1000)
+        if kind == "s":
+            return "EVALSHA", _SET_ONE, "2", names[0], names[1], entry[1], entry[2], number, entry[3]
+        if kind == "q":
+            return "EVALSHA", _COMMIT, "2", names[0], names[1], number, *entry[1:]
+        _, key, *expected, after, digest = entry
+        return "EVALSHA", _SET_ONE, "2", names[0], names[1], key, after, number, digest, kind, *expected
+
+    def swap_entry_of(self, key: str, raw: bytes, number: bytes, after: bytes) -> tuple[Any, ...]:
+        """Return the entry that sets a key if it has this value, and its last change this number. For `write_one`."""
+        return "r", key, raw, number, after, sidecar.digest_if_large(after)
 
     def write(
         self, names: tuple[bytes, ...], scope: str, entries: Sequence[Any], kept: Sequence[bytes] = ()
@@ -495,6 +547,7 @@ def _registered(source: bytes) -> str:
 
 
 _SET_ONE: Final = _registered(SET_ONE)
+_COMMIT: Final = _registered(COMMIT)
 _GET_ONE: Final = _registered(GET_ONE)
 _WHOLE: Final = _registered(WHOLE)
 _WRITES: Final = _registered(WRITES)

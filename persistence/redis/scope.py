@@ -87,7 +87,12 @@ class RedisScope(ScopeActor):
             return self._around.directory[self.scope].run(turn)
         if type(turn) in _STEPS and self._numbers:
             return self._run_steps(turn, event_depth.get())
-        return self.call(turn, event_depth.get())
+        # As `call`, written out.
+        call = self._admitted(turn, None, event_depth.get())
+        self.owner.call(self, call, self._around.limits.call_timeout_s)
+        if call.error is not None:
+            raise call.error
+        return call.answer
 
     def call(self, turn: Turn[Any], depth: int) -> Any:
         """Have a turn done by one command, and wait for its answer."""

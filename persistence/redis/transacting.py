@@ -169,6 +169,31 @@ def idempotency_key_of(turn: Turn[Any]) -> str | None:
     return None
 
 
+_FEW: Final = 50
+"""Keys of a transaction that `COMMIT` does: it unpacks them."""
+
+
+def small_entry_for(view: EntryView, stored: Sequence[Stored]) -> list[Any] | None:
+    """Return the entry of a transaction for `COMMIT`; None if that cannot do it."""
+    used = view.used
+    if view.asked_time or view.unchanged or not used or len(used) > _FEW:
+        return None
+    looked: list[Any] = []
+    for raw, _, entry in used.values():
+        if raw is None:
+            looked += ("", "")
+        elif entry is None or len(entry) > PLAIN_BYTES:
+            return None
+        else:
+            looked += (raw, entry[:NUMBER_BYTES])
+    written: list[Any] = []
+    for one in stored:
+        if type(one) is not Change or one.after is None or one.expires_ms is not None:
+            return None
+        written += (one.key, one.after, digest_if_large(one.after))
+    return ["q", str(len(used)), str(len(stored)), *used, *looked, *written]
+
+
 def entry_for(view: EntryView, stored: Sequence[Stored], kept_index: int) -> list[Any]:
     """Return the script's entry that stores `stored` if everything that was looked at is unchanged.
 

@@ -132,7 +132,10 @@ class SetOne(Numbered):
         old, side = self.hash().get(field), self.hash(1)
         if _INDEX in side or len(side.get(field, b"")) > PLAIN_BYTES:
             return [numbered.SLOW, b""]
-        if (condition[:1] == [b"n"] and old is not None) or (condition[:1] == [b"c"] and old != condition[1]):
+        kind = condition[:1]
+        if (kind == [b"n"] and old is not None) or (kind in ([b"c"], [b"r"]) and old != condition[1]):
+            return [0, b""]
+        if kind == [b"r"] and side.get(field, b"")[:16] != condition[2]:
             return [0, b""]
         there = side.get(_LAST)
         if there is not None and number <= there:
@@ -141,6 +144,37 @@ class SetOne(Numbered):
         self.put(1).update({_LAST: number, field: number + (digest or digest_of(value))})
         self.wrote(self.keys[0], field, old, value)
         return [script.DONE if condition else old, number]
+
+
+class Commit(Numbered):
+    def run(self) -> Any:
+        number, expected, written = self.arguments[0], int(self.arguments[1]), int(self.arguments[2])
+        fields, rest = self.arguments[3 : 3 + expected], self.arguments[3 + expected :]
+        found, side = self.hash(), self.hash(1)
+        if _INDEX in side:
+            return [numbered.SLOW, b""]
+        for field, value, known in zip(fields, rest[0 : 2 * expected : 2], rest[1 : 2 * expected : 2], strict=True):
+            entry = side.get(field)
+            if not known:
+                if field in found:
+                    return [0, b""]
+            elif found.get(field) != value or entry is None or entry[:16] != known:
+                return [0, b""]
+            elif len(entry) > PLAIN_BYTES:
+                return [numbered.SLOW, b""]
+        if not written:
+            return [script.DONE, b""]
+        there = side.get(_LAST)
+        if there is not None and number <= there:
+            number = b"%016d" % (int(there) + 1)
+        steps = [iter(rest[2 * expected :])] * 3
+        writes = [(field, self.hash().get(field), value, digest) for field, value, digest in zip(*steps, strict=True)]
+        for place, (field, old, value, digest) in enumerate(writes):
+            text = b"%016d" % (int(number) + place) if place else number
+            self.put(0)[field] = value
+            self.put(1).update({_LAST: text, field: text + (digest or digest_of(value))})
+            self.wrote(self.keys[0], field, old, value)
+        return [script.DONE, number]
 
 
 class GetOne(Numbered):
@@ -381,6 +415,7 @@ def _holds(name: bytes, low: bytes, high: bytes) -> bool:
 
 SCRIPTS: Final[dict[bytes, type[Any]]] = {
     numbered.SET_ONE: SetOne,
+    numbered.COMMIT: Commit,
     numbered.GET_ONE: GetOne,
     numbered.WHOLE: Whole,
     numbered.WRITES: Writes,

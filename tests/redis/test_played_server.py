@@ -19,7 +19,7 @@ from serving_played import ServedPlayed, on_this_clock
 
 from scopestate import Engine
 from scopestate.errors import StorageError
-from scopestate.persistence.redis.numbered import BUILD, GET_ONE, RANGE, SET_ONE, WHOLE, WRITES
+from scopestate.persistence.redis.numbered import BUILD, COMMIT, GET_ONE, RANGE, SET_ONE, WHOLE, WRITES
 from scopestate.persistence.redis.script import DIGEST, SOURCE
 
 __all__ = ["open_redis"]
@@ -261,10 +261,20 @@ def random_numbered(draw: random.Random, entries: dict[bytes, list[bytes]]) -> P
     writes = [part for _ in range(draw.randint(1, 4)) for part in entry()]
     low, high = draw.choice(["-", "[x", "(x"]), draw.choice(["+", "(y", "(z"])
     limits = [draw.choice("kvec"), low, high, draw.choice(["", "1"]), draw.choice(["", "1"])]
+    a_number = draw.choice([*entries.get(field, []), b"0" * 16])[:16]
+    names = draw.sample(FIELDS[:2], draw.randint(1, 2))
+    looked = [
+        draw.choice([["", ""], [draw.choice(SHORT), draw.choice([*entries.get(name, []), b"0" * 16])[-40:][:16]]])
+        for name in names
+    ]
+    written = [[name, draw.choice(SHORT), digest] for name in draw.sample(names, draw.randint(0, len(names)))]
+    commit = [number, str(len(names)), str(len(written)), *names]
+    commit += [part for row in (*looked, *written) for part in row]
     choices: list[tuple[int, bytes, Parts]] = [
+        (3, COMMIT, ["2", "state:n", "side", *commit]),
         (12, WRITES, [str(len(keys)), *keys, number, "100" if publishes else "", "n", *writes]),
         (3, SET_ONE, ["2", "state:n", "side", field, value, number, digest, *draw.choice(
-            [[], [], ["n"], ["c", draw.choice(SHORT)]]
+            [[], [], ["n"], ["c", draw.choice(SHORT)], ["r", draw.choice(SHORT), a_number]]
         )]),
         (1, GET_ONE, ["2", "state:n", "side", field]),
         (1, WHOLE, ["4", *NUMBERED_KEYS]),
