@@ -208,14 +208,24 @@ class Engine(Reactive, StateCalls):
             return self._run_when_room(scope, turn, full)
 
     def _set_with(self, scope: str, key: str, value: object, options: SetOptions) -> SetResult:
+        if IN_CALLBACK:
+            refuse_in_callback()
         data = encode(value)
         limit = self._limits.max_value_bytes
         if limit:
             refuse_size(scope, key, data, limit)
+        self._count_set()
+        if type(scope) is not str:
+            scope = checked_name("scope", scope)
         if type(key) is not str or not key.isascii():
             key = checked_name("key", key)
         turn, durable = set_turn(key, data, options)
-        return self._run(scope, turn, durable)
+        if durable is not None:
+            return self._run_with(scope, turn, durable)
+        try:
+            return self._scopes[scope].run(turn)
+        except HandlerFull as full:
+            return self._run_when_room(scope, turn, full)
 
     def get(self, scope: str, key: str, default: Any = None) -> Any:
         """Return a new copy of a value, or `default` if the key does not exist. A stored null is None.

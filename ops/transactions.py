@@ -464,7 +464,7 @@ class SetAll(Turn[BatchResult], frozen=True):
         """Raise BatchTooLarge for too many keys or bytes: before the scope is claimed, and anything is sent."""
         if len(self.sets) > MAX_KEYS:
             raise BatchTooLarge(scope, len(self.sets), MAX_KEYS, "keys")
-        size = self.size()
+        size = sum(map(len, self.sets.values()))
         if size > self.max_bytes:
             raise BatchTooLarge(scope, size, self.max_bytes, "bytes")
 
