@@ -318,9 +318,9 @@ class LocalScope(ScopeInMemory):
         old, expected = self._values.get(key), turn.expected  # type: ignore[union-attr]  # within a turn
         found = None if old == b"null" else old
         if found != expected and not same_json(None if expected == b"null" else expected, found):
-            return CasResult(False, found, revision=self._revisions.get(key, 0))
+            return CasResult(False, old, revision=self._revisions.get(key, 0))
         self._write(key, old, turn.data)
-        return CasResult(True, found, revision=self._sequence)
+        return CasResult(True, old, revision=self._sequence)
 
     def _modify(self, turn: Modify) -> ModifyResult:
         """As `_decide`, for a key without a deadline."""

@@ -110,6 +110,8 @@ class Draft:
         """What the scope has under each key that was looked at."""
         self.looked_around = False
         """True if keys were listed: then any other key matters too."""
+        self._found_before = 0
+        """How many keys were looked at before any were listed."""
         self._now: dict[str, Entry | None] = {}
         """What the transaction has under each key that it has changed. Revision 0: not known before the commit."""
         self._written: dict[str, None] = {}
@@ -175,7 +177,9 @@ class Draft:
 
     def keys(self, within: Range) -> Iterator[str]:
         """Yield the keys within a range, with those that the transaction has created, without those it has deleted."""
-        self.looked_around = True
+        if not self.looked_around:
+            self.looked_around = True
+            self._found_before = len(self.found)
         changed = {key: self.entry(key) for key in self._written if within.holds(key)}
         if not changed:
             return iter(self.view.keys(within))
@@ -228,8 +232,12 @@ class Draft:
                 if key in self._cleared:
                     steps.append(TouchStep(key))
         steps += [TouchStep(key, Deadline(expires_ms=entry.expires_ms)) for key, entry in self._touched()]
-        checks = [Check(key, 0 if entry is None else entry.revision) for key, entry in self.found.items()]
-        if_revision = self.view.revision if self.looked_around else None
+        found = list(self.found.items())
+        if_revision = None
+        if self.looked_around:
+            # The revision of the scope, at the first listing, stands for all that was looked at after it.
+            if_revision, found = self.view.revision, found[: self._found_before]
+        checks = [Check(key, 0 if entry is None else entry.revision) for key, entry in found]
         return Batch(tuple(steps), tuple(checks), if_revision, max_bytes)
 
     def _touched(self) -> list[tuple[str, Entry]]:

@@ -208,6 +208,22 @@ def test_transact_is_done_again_when_a_key_comes_that_it_has_listed(engine: Engi
     assert engine.get("s", "count") == 2
 
 
+def test_a_transaction_may_read_more_keys_than_it_may_write(engine: Engine) -> None:
+    with engine.batch("s") as first:
+        for number in range(900):
+            first.set(f"k{number:04}", number)
+    with engine.batch("s") as second:
+        for number in range(900, 1_100):
+            second.set(f"k{number:04}", number)
+
+    def work(tx: Transaction) -> None:
+        tx["sum"] = sum(value for _, value in tx.items())
+
+    engine.transact("s", work)
+
+    assert engine.get("s", "sum") == sum(range(1_100))
+
+
 def test_what_the_function_raises_aborts_everything_and_a_call_of_the_engine_is_refused(engine: Engine) -> None:
     def fail(tx: Transaction) -> None:
         tx["a"] = 1

@@ -12,6 +12,7 @@ from second_engine import OpenBridge
 
 from scopestate import Engine, ops
 from scopestate.errors import NotConnected, StorageError, Unsupported
+from scopestate.ops.turns import Entry
 
 IN_0_11_6 = {
     "state::set": ["scope", "key", "value"],
@@ -86,6 +87,14 @@ def test_a_batch_is_refused_before_it_is_sent(engine: Engine, played: PlayedEngi
     with pytest.raises(Unsupported), engine.batch("s") as batch:
         batch.set("a", 1)
         batch.set("b", 1)
+
+    assert played.calls == [LIST]
+
+
+def test_an_import_of_a_deadline_is_refused_too(engine: Engine, played: PlayedEngine) -> None:
+    backend: Any = engine._parts.backend
+    with pytest.raises(StorageError, match="nothing was done"):
+        backend.write({"s": {"k": Entry(b"1", 0, 5)}})
 
     assert played.calls == [LIST]
 

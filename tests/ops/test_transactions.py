@@ -399,6 +399,16 @@ def test_a_batch_of_what_a_function_did_has_the_last_deadline_that_it_gave(store
     assert stored.entries["e"].expires_ms is None
 
 
+def test_what_is_looked_at_after_a_listing_needs_no_check_of_its_own(stored: Stored) -> None:
+    draft = Draft(stored)
+    Transact(lambda tx: (tx.get("a"), tx.set("sum", len(tx.items())), tx.get("absent"))).run(draft)
+    batch = draft.as_batch(1000)
+
+    assert batch.checks == (Check("a", 1),)
+    assert batch.if_revision == 3
+    stored.run(batch)
+
+
 def test_after_a_listing_any_other_write_is_a_conflict(stored: Stored) -> None:
     draft = Draft(stored)
     Transact(lambda tx: tx.set("count", len(tx))).run(draft)
