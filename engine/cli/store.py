@@ -100,12 +100,16 @@ def _said(facts: StoreFacts) -> str:
     if facts.saved_ms:
         parts.append(f"last saved {_moment(facts.saved_ms)}")
     if facts.ends:
-        parts.append(f"{facts.ends} times not closed in order before")
+        parts.append(f"not closed in order {_many(facts.ends, 'time')} before")
     if facts.expired:
-        parts.append(f"{facts.expired} keys have expired and are removed at the next opening")
+        parts.append(f"{_many(facts.expired, 'key')} expired and not removed yet")
     if facts.answers:
-        parts.append(f"{facts.answers} kept answers to calls with an idempotency key")
+        parts.append(f"{_many(facts.answers, 'kept answer')} to calls with an idempotency key")
     return ", ".join(parts)
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _moment(ms: int) -> str:
@@ -246,9 +250,10 @@ def import_(
 
 def _remarks(done: Imported) -> Iterator[str]:
     if done.expired:
-        yield f"{done.expired} keys were left out: they have expired"
+        yield f"left out: {_many(done.expired, 'key')} that had expired"
     if done.left_out:
-        yield f"{done.left_out} kept answers were left out: a call repeated with its idempotency key is done again"
+        answers = _many(done.left_out, "kept answer")
+        yield f"left out: {answers}; a call that is repeated with its idempotency key is done again"
     if done.renumbered:
         yield "keys have other revisions than in the file: a write that expects one of those is refused"
 

@@ -287,6 +287,10 @@ _OF_NO_SCOPE: Final = f"""
 """  # noqa: S608 - constants
 
 
+_DUE_TOO_LATE: Final = """
+    SELECT scopes.scope, min(expires), due FROM entries JOIN scopes USING (scope) WHERE expires IS NOT NULL
+    GROUP BY scope HAVING due IS NULL OR due > min(expires) LIMIT 100
+"""
 _ANSWERS_OF_NO_SCOPE: Final = """
     SELECT token FROM answers WHERE NOT EXISTS (SELECT 1 FROM scopes WHERE number = answers.scope) LIMIT 100
 """
@@ -312,6 +316,10 @@ def find_problems(connection: sqlite3.Connection) -> list[str]:
     problems += [
         f"the row {id_} of the table `state`, for key {key!r}, belongs to no scope"
         for id_, key in connection.execute(_OF_NO_SCOPE)
+    ]
+    problems += [
+        f"a key of scope {scope!r} expires at {first_ms}, and the scope is looked at {'never' if due is None else due}"
+        for scope, first_ms, due in connection.execute(_DUE_TOO_LATE)
     ]
     problems += [
         f"the answer for the idempotency key {token!r} belongs to no scope"

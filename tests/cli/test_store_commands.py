@@ -104,7 +104,7 @@ def test_info_tells_of_deadlines_answers_and_ends_that_were_not_in_order(cli: Ru
         "keys": 5, "in_use": True, "ends": 1, "saved_ms": 1_800_000_000_123, "expired": 1, "answers": 1,
     }  # fmt: skip
     assert "in use, or not closed in order, last saved 2027-01-15T08:00:00+00:00" in shown
-    assert "1 keys have expired" in shown
+    assert "not closed in order 1 time before, 1 key expired and not removed yet, 1 kept answer to calls" in shown
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,26 @@ def test_into_a_running_engine(cli: Run, store: Path, server: Server, engine: En
     assert keys_in(exported.out) == keys_in(text)
     refused = cli("store", "info", server.url)
     assert (refused.code, "not a store" in refused.err) == (4, True)
+
+
+def test_deadlines_and_revisions_through_a_running_engine(
+    cli: Run, with_deadlines: Path, server: Server, engine: Engine
+) -> None:
+    text = cli("store", "export", str(with_deadlines)).out
+
+    imported = cli("store", "import", server.url, "-", "--json", stdin=text)
+
+    assert imported.code == 0, imported.err
+    assert json.loads(imported.err) == {"imported": 5, "answers_left_out": 1, "new_revisions": True}
+    assert {entry.key: entry.expires_at is not None for entry in engine.entries("s")} == {
+        "b": True, "a\n": False, "\U0001f600": True, "\uffff": False, "ab": False,
+    }  # fmt: skip
+    exported = [json.loads(line) for line in cli("store", "export", server.url).out.splitlines()]
+    entries = {entry.key: entry for entry in engine.entries("s")}
+    for line in exported:
+        if "key" in line:
+            assert line["revision"] == entries[line["key"]].revision
+            assert line.get("expires_at") == (LATER if line["key"] in {"b", "\U0001f600"} else None)
 
 
 def test_by_configuration_file(cli: Run, store: Path, server: Server, tmp_path: Path) -> None:

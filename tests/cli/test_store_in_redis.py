@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Run
@@ -36,12 +38,15 @@ def config(redis: Server, tmp_path: Path) -> Path:
     return file
 
 
+def settings(folder: Path) -> dict[str, Any]:
+    kv = {"store_method": "file_based", "file_path": str(folder)}
+    return {"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}]}
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     folder = tmp_path / "store"
-    kv = {"store_method": "file_based", "file_path": str(folder)}
-    entry = {"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}
-    with Engine(from_mapping({"workers": [entry]})) as engine:
+    with Engine(from_mapping(settings(folder))) as engine:
         for scope, values in CONTENT.items():
             for key, value in values.items():
                 engine.set(scope, key, value)
@@ -127,3 +132,43 @@ def test_no_server_there(cli: Run) -> None:
     refused = cli("store", "export", "redis://:hidden@localhost:1")
 
     assert (refused.code, "localhost:1" in refused.err, "hidden" in refused.err) == (4, True, False), refused.err
+
+
+def test_deadlines_move_into_redis_and_back_and_what_is_left_out_is_told(
+    cli: Run, store: Path, config: Path, tmp_path: Path
+) -> None:
+    with Engine(from_mapping(settings(store))) as engine:
+        engine.set("users", "guest", 1, ttl=3600, idempotency_key="once")
+    text = cli("store", "export", str(store)).out
+
+    imported = cli("store", "import", str(config), "-", stdin=text)
+    back = cli("store", "export", str(config)).out
+
+    assert imported.code == 0, imported.err
+    assert "left out: 1 kept answer; a call" in imported.err
+    assert "keys have other revisions than in the file" in imported.err
+    before, after = (
+        {(line["scope"], line["key"]): line for line in map(json.loads, lines.splitlines()) if "key" in line}
+        for lines in (text, back)
+    )
+    assert before.keys() == after.keys()
+    assert {name: line.get("expires_at") for name, line in after.items()} == {
+        name: line.get("expires_at") for name, line in before.items()
+    }
+    assert after["users", "guest"]["expires_at"] > 1_700_000_000_000
+    assert all(line["revision"] > 0 for line in after.values())
+    with Engine.from_config(config, watch=False) as engine:
+        assert 3000 < engine.ttl("users", "guest") <= 3600
+
+
+def test_a_deadline_is_refused_by_a_redis_without_revisions(cli: Run, store: Path, config: Path) -> None:
+    with Engine(from_mapping(settings(store))) as engine:
+        engine.set("users", "guest", 1, ttl=3600)
+    text = cli("store", "export", str(store)).out
+    config.write_text(config.read_text().replace("password:", "revisions: false, password:"), encoding="utf-8")
+
+    refused = cli("store", "import", str(config), "-", stdin=text)
+
+    assert refused.code != 0
+    assert "a deadline is not supported" in refused.err
+    assert "exported 0 keys" in cli("store", "export", str(config)).err

@@ -52,6 +52,7 @@ class FileStore(RuleBasedStateMachine):
                     changed.removed.append(before.created)
                 changed.entries[key] = entries.get(key)
             self.revisions[scope] = changed.revision
+            changed.due_ms = self._due_ms(scope)
             batch.append(changed)
         self.adapter.save(batch)
 
@@ -63,7 +64,8 @@ class FileStore(RuleBasedStateMachine):
         expires_ms = None if ttl_ms is None else self.clock_ms + ttl_ms
         for key in keys:
             entries[key] = Row(entries[key].json, entries[key].revision, entries[key].created, expires_ms)
-        self.adapter.save([ScopeChange(scope, self._number(scope), {key: entries[key] for key in keys})])
+        changed = {key: entries[key] for key in keys}
+        self.adapter.save([ScopeChange(scope, self._number(scope), changed, due_ms=self._due_ms(scope))])
 
     @rule(scope=names, tokens=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3)))
     def keep_answers(self, scope: str, tokens: list[str]) -> None:
@@ -75,7 +77,9 @@ class FileStore(RuleBasedStateMachine):
             answer = None if kept.pop(token, None) else Answer(b"", token.encode(), self.clock_ms)
             if answer is not None:
                 kept[token] = answer
-            batch.append(ScopeChange(scope, self._number(scope), {}, answers={token: answer}))
+            batch.append(
+                ScopeChange(scope, self._number(scope), {}, due_ms=self._due_ms(scope), answers={token: answer})
+            )
         self.adapter.save(batch)
 
     @rule(hours=st.sampled_from([1, 10, 23]))
@@ -113,6 +117,10 @@ class FileStore(RuleBasedStateMachine):
         """The number of the scope's last write; a scope that the model meets for the first time is loaded."""
         self.model.setdefault(scope, {})
         return self.revisions.setdefault(scope, self.adapter.load(scope).revision)
+
+    def _due_ms(self, scope: str) -> int | None:
+        deadlines = [row.expires_ms for row in self.model.get(scope, {}).values() if row.expires_ms is not None]
+        return min(deadlines, default=None)
 
     def _reopen(self) -> None:
         self.adapter = FileAdapter(self.directory)

@@ -602,6 +602,7 @@ def test_check_names_what_is_wrong(open_file: Open, directory: Path) -> None:
         other.execute("UPDATE state SET key = 'key-0' WHERE key = 'key-2'")
         other.execute("UPDATE state SET revision = 99 WHERE key = 'k'")
         other.execute("INSERT INTO state VALUES (1 << 40, 'lost', 1, NULL, '1')")
+        other.execute("UPDATE state SET expires = 5000 WHERE key = 'k'")
         other.execute("INSERT INTO answers VALUES (1, 99, 'token', 0, x'', x'')")
     other.close()
 
@@ -610,6 +611,7 @@ def test_check_names_what_is_wrong(open_file: Open, directory: Path) -> None:
         "key 'key-0' of scope 's' is stored 2 times",
         "key 'k' of scope 't', with the revision 99, has a number above that of its scope",
         f"the row {1 << 40} of the table `state`, for key 'lost', belongs to no scope",
+        "a key of scope 't' expires at 5000, and the scope is looked at never",
         "the answer for the idempotency key 'token' belongs to no scope",
     ]
 
