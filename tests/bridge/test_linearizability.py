@@ -1,4 +1,4 @@
-"""Threads and tasks through two bridges to one remote, all six functions: every history is linearizable."""
+"""Threads and tasks through two bridges to one remote: every history is linearizable."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 
 import pytest
 from linearizability.history import History, run_clients
+from linearizability.revised_history import RevisedHistory
 from second_engine import OpenBridge, RemoteProcess
 
 SCOPES = ("a", "b", "")
@@ -14,12 +15,13 @@ KEYS = ("k", "l", "m")
 CALLS = 150
 
 
+@pytest.mark.parametrize("kind", [History, RevisedHistory])
 @pytest.mark.parametrize("events", ["local", "remote"])
 def test_every_history_of_two_bridges_is_linearizable(
-    events: str, remote: RemoteProcess, open_bridge: OpenBridge
+    events: str, kind: type[History], remote: RemoteProcess, open_bridge: OpenBridge
 ) -> None:
     seed = random.randrange(10**9)
-    one, other = (History(open_bridge(remote.url, events=events), SCOPES, KEYS) for _ in range(2))
+    one, other = (kind(open_bridge(remote.url, events=events), SCOPES, KEYS) for _ in range(2))
     other.note_into(one)
 
     async def tasks() -> None:

@@ -15,6 +15,7 @@ from typing import Any, Self
 import msgspec
 import pytest
 from linearizability.history import History, run_clients
+from linearizability.revised_history import RevisedHistory
 from reliability.figures import record
 
 from scopestate import Engine
@@ -123,8 +124,10 @@ def shuffled(actors: list[Any]) -> list[Any]:
     return random.sample(actors, len(actors))
 
 
-def record_history(engine: Engine, *, threads: int, tasks: int, calls: int, seed: int) -> History:
-    history = History(engine, SCOPES, KEYS)
+def record_history(
+    engine: Engine, *, threads: int, tasks: int, calls: int, seed: int, kind: type[History] = History
+) -> History:
+    history = kind(engine, SCOPES, KEYS)
 
     async def loop() -> None:
         await asyncio.gather(*(history.task(seed + 100 + n, calls, f"task-{n}") for n in range(tasks)))
@@ -142,6 +145,18 @@ def test_every_history_is_linearizable(engine: Engine, switch_interval: float) -
 
     history.check()
     assert history.refused == 0
+
+
+def test_every_history_with_conditions_and_transactions_is_linearizable(engine: Engine, switch_interval: float) -> None:
+    seed = random.randrange(10**9)
+    history = record_history(engine, threads=3, tasks=3, calls=250, seed=seed, kind=RevisedHistory)
+
+    history.check()
+    assert history.refused == 0
+    assert isinstance(history, RevisedHistory)
+    outcomes = history.outcomes()
+    assert min(outcomes[f"{kind} {word}"] for kind in ("set_if", "pair") for word in ("written", "conflict")) > 10
+    assert min(outcomes["compare_and_set swapped"], outcomes["compare_and_set missed"]) > 10
 
 
 def test_every_event_shows_one_link_of_one_chain_per_key(engine: Engine, switch_interval: float) -> None:
@@ -186,12 +201,13 @@ class Flaky(FileAdapter):
         super().save(batch)
 
 
-def test_a_write_whose_commit_failed_never_was(tmp_path: Path, switch_interval: float) -> None:
+@pytest.mark.parametrize("kind", [History, RevisedHistory])
+def test_a_write_whose_commit_failed_never_was(tmp_path: Path, switch_interval: float, kind: type[History]) -> None:
     adapter = Flaky(tmp_path / "store")
     kv = KvOptions("file_based", str(tmp_path / "store"), 1, "commit")
     plain = config(tmp_path)
     with Engine(Config(type(plain.adapter)("kv", kv)), adapter=adapter) as engine:
-        history = record_history(engine, threads=4, tasks=4, calls=60, seed=random.randrange(10**9))
+        history = record_history(engine, threads=4, tasks=4, calls=60, seed=random.randrange(10**9), kind=kind)
         adapter.works = True
 
         history.check()
@@ -201,9 +217,12 @@ def test_a_write_whose_commit_failed_never_was(tmp_path: Path, switch_interval: 
         assert {scope: engine.list(scope) for scope in SCOPES} == after
 
 
-def test_a_call_that_was_cut_off_happened_once_or_not_at_all(tmp_path: Path, switch_interval: float) -> None:
+@pytest.mark.parametrize("kind", [History, RevisedHistory])
+def test_a_call_that_was_cut_off_happened_once_or_not_at_all(
+    tmp_path: Path, switch_interval: float, kind: type[History]
+) -> None:
     engine = file_commit(tmp_path / "store")
-    history = History(engine, SCOPES[:1], KEYS[:2])
+    history = kind(engine, SCOPES[:1], KEYS[:2])
 
     async def cut_off(seed: int) -> None:
         rng = random.Random(seed)

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -142,7 +143,87 @@ def history(url: str, *, number: int, calls: int, threads: int, scopes: list[str
         return record._calls, record.refused
 
 
-WORK: dict[str, Callable[..., Any]] = {"count": count, "history": history}
+def revised_history(url: str, *, number: int, calls: int, threads: int, scopes: list[str], keys: list[str]) -> Any:
+    """As `history`, with conditional writes and transactions; return how their conditions came out too."""
+    from linearizability.revised_history import RevisedHistory
+
+    with open_at(url) as engine:
+        record = RevisedHistory(engine, scopes, keys, by_key=True)
+        record._now = Clock(number)  # type: ignore[assignment]
+        seed = told_to_begin()
+        run_threads([record.thread(seed * 100 + n, calls, f"{number}.{n}") for n in range(threads)])
+        return record._calls, record.refused, record.outcomes()
+
+
+def modify(url: str, *, number: int, calls: int, threads: int) -> list[int]:
+    """Increment one key by `modify`, all threads together; return the new values."""
+    results: list[int] = []
+    with open_at(url) as engine:
+
+        def work() -> None:
+            results.extend(engine.modify("s", "n", add_one, default=0).new_value for _ in range(calls // threads))
+
+        told_to_begin()
+        run_threads([threading.Thread(target=work) for _ in range(threads)])
+    return results
+
+
+def add_one(value: int) -> int:
+    return value + 1
+
+
+def move(url: str, *, number: int, calls: int, threads: int, accounts: int) -> dict[str, Any]:
+    """Move money between accounts by `transact`; one more thread reads them all. Return the sums that it found.
+
+    Of two accounts each is moved from and to; a mover that finds too little moves nothing.
+    """
+    sums: list[int] = []
+    moved: list[int] = []
+    failures: list[str] = []
+    done = threading.Event()
+    with open_at(url) as engine:
+        bank = engine.scope("bank")
+
+        def mover(seed: int) -> None:
+            rng = random.Random(seed)
+            try:
+                for _ in range(calls // threads):
+                    giver, taker = (f"account-{place}" for place in rng.sample(range(accounts), 2))
+                    amount = rng.randrange(1, 200)
+
+                    def work(tx: Any, giver: str = giver, taker: str = taker, amount: int = amount) -> int:
+                        if tx[giver] < amount:
+                            return 0
+                        tx[giver] -= amount
+                        tx[taker] += amount
+                        return amount
+
+                    moved.append(bank.transact(work))
+            except Exception as error:  # noqa: BLE001 - the test shows it
+                failures.append(repr(error))
+
+        def watcher() -> None:
+            while not done.is_set():
+                balances = bank.values()
+                assert min(balances) >= 0
+                sums.append(sum(balances))
+
+        seed = told_to_begin()
+        watching = threading.Thread(target=watcher)
+        watching.start()
+        run_threads([threading.Thread(target=mover, args=(seed * 100 + n,)) for n in range(threads)])
+        done.set()
+        watching.join()
+    return {"sums": sums, "moved": moved, "failures": failures}
+
+
+WORK: dict[str, Callable[..., Any]] = {
+    "count": count,
+    "history": history,
+    "revised_history": revised_history,
+    "modify": modify,
+    "move": move,
+}
 
 if __name__ == "__main__":
     outcome = WORK[sys.argv[1]](**json.loads(sys.argv[2]))
