@@ -35,9 +35,9 @@ class Clock:
         # changes nothing. The other way round each such delay would put the clock ahead, for good.
         wall_ns = self._wall_ns()
         uptime_ns = self._uptime_ns()
-        if wall_ns - uptime_ns > self._offset_ns:
+        if wall_ns > uptime_ns + self._offset_ns:
             self._exclusive.run(self._follow, wall_ns - uptime_ns)
-        return (uptime_ns + self._offset_ns) // _MS
+        return (uptime_ns + self._offset_ns) // 1_000_000
 
     def _follow(self, offset_ns: int) -> None:
         self._offset_ns = max(self._offset_ns, offset_ns)

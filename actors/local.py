@@ -44,7 +44,7 @@ class LocalScope(ScopeInMemory):
     happen together or not at all (`actors/stretch.py`). Reading needs no turn.
     """
 
-    __slots__ = ("_left", "_saved", "pinned")
+    __slots__ = ("_left", "_saved", "_saving", "pinned")
 
     def __init__(self, scope: str, around: Surroundings, *, keeps: bool, gated: bool = False) -> None:
         """`keeps`: the store keeps it. `gated`: a write counts as done when it is on disk, and is answered then."""
@@ -55,6 +55,8 @@ class LocalScope(ScopeInMemory):
         if keeps:
             self._sequence = 0  # until it is loaded
         self._saved = 0
+        self._saving = False
+        """True if something was collected that is not saved: a new deadline, for one, has no number."""
         self._left: dict[str, bytes] | None = None
         """The values of a closed scope, which only turns of handlers see."""
         self.pinned = False
@@ -524,12 +526,12 @@ class LocalScope(ScopeInMemory):
         now_dirty, now_removed, now_answers = dict[str, None](), dict[int, None](), dict[str, Answer | None]()
         # Nothing below needs memory: what was collected reaches the store, or stays to be collected.
         self._dirty, self._removed, self._answers.unsaved = now_dirty, now_removed, now_answers
-        self._collected = self._sequence
+        self._collected, self._saving = self._sequence, True
         return collected
 
     def saved(self, sequence: int) -> None:
         """Note that everything up to write number `sequence` is on disk. Called by the actor that saves."""
-        self._saved = sequence
+        self._saved, self._saving = sequence, False
         if self._no_writes and self._sequence < LAST_SEQUENCE:
             self._accept_writes()
 
@@ -538,7 +540,7 @@ class LocalScope(ScopeInMemory):
         self._expect()
         self._forget()
         self._dirty, self._removed = {}, {}
-        self._saved = self._sequence
+        self._saved, self._saving = self._sequence, False
 
     def _forget(self) -> None:
         """Have nothing in memory."""
@@ -578,7 +580,7 @@ class LocalScope(ScopeInMemory):
             return False
         if self._dirty is None:
             return not self._values and not self._answers.kept
-        return self.is_clean() and self._saved == self._sequence and not self.pinned
+        return self.is_clean() and not self._saving and self._saved == self._sequence and not self.pinned
 
 
 _WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {

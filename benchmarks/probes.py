@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import gc
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -32,9 +34,13 @@ def time_import(program: str) -> float:
 
 
 def _resident_bytes() -> int:
+    gc.collect()
+    return _resident_now()
+
+
+def _resident_now() -> int:
     import psutil
 
-    gc.collect()
     return int(psutil.Process().memory_info().rss)
 
 
@@ -135,8 +141,99 @@ def load_scope(folder: str, keys: str) -> Findings:
     return {"load_s": taken, "load_cpu_s": cpu, "grown_bytes": grown}
 
 
+def expiry_at_random(count: str, span_s: str) -> Findings:
+    """Give keys random deadlines within some seconds, read them all the while, and note when their events come."""
+    from datetime import UTC, datetime, timedelta
+
+    from scopestate import Engine
+
+    rng, late_ms, readable, reads = random.Random(1), list[float](), 0, 0
+    with Engine() as engine:
+        engine.on_change(scope="s", events=("expired",))(
+            lambda event: late_ms.append(time.time() * 1000 - event.expired_at)
+        )
+        begin = datetime.now(UTC) + timedelta(seconds=2)
+        deadlines = {
+            f"k{index}": begin + timedelta(seconds=rng.random() * float(span_s)) for index in range(int(count))
+        }
+        for key, deadline in deadlines.items():
+            engine.set("s", key, 1, expires_at=deadline)
+        keys, end = list(deadlines), begin + timedelta(seconds=float(span_s) + 1)
+        while (now := datetime.now(UTC)) < end:
+            key = rng.choice(keys)
+            reads += 1
+            readable += engine.get("s", key) is not None and now >= deadlines[key]
+            time.sleep(0.001)  # the machine is idle otherwise
+        engine.drain(timeout=10)
+        late_ms.sort()
+        return {
+            "events": len(late_ms),
+            "reads": reads,
+            "readable_after_deadline": readable,
+            "late_ms_median": late_ms[len(late_ms) // 2],
+            "late_ms_99": late_ms[len(late_ms) * 99 // 100],
+            "late_ms_worst": late_ms[-1],
+        }
+
+
+def expiry_together(folder: str, count: str) -> Findings:
+    """Have many keys fall due at one moment, and note how long writers of the same scope wait meanwhile."""
+    from datetime import UTC, datetime, timedelta
+
+    from scopestate import Engine
+
+    number, told, waits, over = int(count), list[float](), list[float](), threading.Event()
+    kv = {"store_method": "file_based", "file_path": folder}
+    with Engine.from_config(
+        {"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}]}
+    ) as engine:
+        engine.on_change(scope="s", events=("expired",))(lambda event: told.append(time.perf_counter()))
+        deadline = datetime.now(UTC) + timedelta(seconds=3 + number / 20_000)
+        for index in range(number):
+            engine.set("s", f"k{index}", index, expires_at=deadline)
+        engine.flush()
+
+        def write(name: str) -> None:
+            while not over.is_set():
+                began = time.perf_counter()
+                engine.set("s", name, 1)
+                waits.append(time.perf_counter() - began)
+                time.sleep(0.0005)
+
+        time.sleep(max(0.0, (deadline - datetime.now(UTC)).total_seconds() - 0.5))
+        before = largest = _resident_bytes()
+        writers = [threading.Thread(target=write, args=(f"w{index}",)) for index in range(2)]
+        for writer in writers:
+            writer.start()
+        while len(told) < number:
+            time.sleep(0.02)
+            largest = max(largest, _resident_now())
+        over.set()
+        for writer in writers:
+            writer.join()
+        waits.sort()
+        return {
+            "seconds": told[-1] - told[0],
+            "events_in_100_ms": max(bisect.bisect(told, told[index] + 0.1) - index for index in range(0, number, 100)),
+            "writes": len(waits),
+            "wait_ms_99": waits[len(waits) * 99 // 100] * 1000,
+            "wait_ms_worst": waits[-1] * 1000,
+            "grown_bytes": largest - before,
+        }
+
+
 PROBES = {
-    probe.__name__: probe for probe in (engine_memory, dict_memory, many_scopes, fill_store, open_store, load_scope)
+    probe.__name__: probe
+    for probe in (
+        engine_memory,
+        dict_memory,
+        many_scopes,
+        fill_store,
+        open_store,
+        load_scope,
+        expiry_at_random,
+        expiry_together,
+    )
 }
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Never, TypeGuard, TypeVar, get_args, overload
 
 from scopestate.actors.containment import Log, described, is_from_outside
@@ -21,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Hook = Callable[[DeliveryFailure], object]
 
 _FILTERS: Final = ("scope", "key", "condition_function_id")
+EventNames = tuple[EventName, ...] | list[EventName] | set[EventName] | frozenset[EventName]
 _EVENTS: Final[tuple[EventName, ...]] = get_args(EventName)
 
 
@@ -74,7 +75,7 @@ class Reactive:
         scope: str | None = None,
         key: str | None = None,
         condition_function_id: str | None = None,
-        events: Collection[EventName] | None = None,
+        events: EventNames | None = None,
         trigger_id: str | None = None,
         config: object = ...,
     ) -> TriggerHandle:
@@ -101,7 +102,7 @@ class Reactive:
         scope: str | None = None,
         key: str | None = None,
         condition: str | Callable[..., Any] | None = None,
-        events: Collection[EventName] | None = None,
+        events: EventNames | None = None,
         function_id: str | None = None,
     ) -> Callable[[F], F]:
         """Decorate a handler: registers the function and a trigger for it, and returns the function unchanged.

@@ -414,6 +414,33 @@ def test_a_commit_that_fails_loses_no_event_and_repeats_none(tmp_path: Path) -> 
     engine.close()
 
 
+def test_a_new_deadline_that_could_not_be_saved_keeps_its_scope_in_memory(tmp_path: Path) -> None:
+    world = World(tmp_path / "store", "interval")
+    engine = world.open(passivate_after_ms=1000)
+    engine.set("s", "a", 1)
+    engine.flush()
+    store = engine._parts.backend.store
+    assert store is not None
+    save, failing = store.save, [True]
+
+    def save_or_fail(batch: Any) -> None:
+        if failing[0]:
+            raise StorageError("no space left")
+        save(batch)
+
+    store.save = save_or_fail  # type: ignore[method-assign]
+    engine.touch("s", "a", ttl=100)  # no change has a number here
+    world.dispatcher.advance(10)
+    assert engine.ttl("s", "a") == 90.0
+    failing[0] = False
+    world.dispatcher.advance(80)
+    assert engine.stats().scopes == 0
+    world.dispatcher.advance(10)
+
+    assert [kind for kind, _, _ in world.told()] == ["created", "expired"]
+    engine.close()
+
+
 # -------------------------------------------------------------------------------------------------------------- rules
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.simulation import redis_simulator
+from tests.simulation.expiry_simulator import quiet, simulate_expiry
 from tests.simulation.simulator import observed, simulate
 
 
@@ -24,12 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--file", action="store_true", help="on real files instead of a disk in memory")
     parser.add_argument("--redis", action="store_true", help="on a played Redis server, with a network that fails")
     parser.add_argument("--most", type=int, default=10, metavar="N", help="stop after so many failures (default: 10)")
+    parser.add_argument("--expiry", action="store_true", help="keys with deadlines, and clocks that jump")
     options = parser.parse_args(arguments)
     seeds = range(options.first, options.first + options.seeds) if options.seed is None else [options.seed]
     began = time.perf_counter()
     done = failures = 0
-    how = " --redis" if options.redis else " --file" if options.file else ""
-    with redis_simulator.played() if options.redis else observed():
+    how = " --redis" if options.redis else " --expiry" if options.expiry else " --file" if options.file else ""
+    with redis_simulator.played() if options.redis else quiet() if options.expiry else observed():
         for seed in seeds:
             failure = _simulated(seed, how, trace=options.seed is not None)
             done += 1
@@ -49,6 +51,8 @@ def _simulated(seed: int, how: str, *, trace: bool) -> Any:
     """Run a seed; return what went wrong, or None."""
     if "redis" in how:
         return redis_simulator.simulate(seed, trace=trace)
+    if "expiry" in how:
+        return simulate_expiry(seed, trace=trace)
     with tempfile.TemporaryDirectory(prefix="scopestate-simulation-") as directory:
         path = str(Path(directory) / "store") if how else None
         return simulate(seed, path=path, trace=trace)

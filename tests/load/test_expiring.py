@@ -1,0 +1,107 @@
+"""Keys that expire on a real clock: when they are told of, and how long they hold others up."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from scopestate import Engine
+from scopestate.actors.local import LocalScope
+from scopestate.ops.results import StateEvent
+from scopestate.ops.writes import Expire
+
+PATIENCE_S = 60.0
+
+
+def test_no_key_is_readable_after_its_deadline_and_each_event_comes_soon() -> None:
+    """`python -m benchmarks.probes expiry_at_random 10000 10` is the same for ten seconds, with figures."""
+    number, rng = 2000, random.Random(1)
+    events: list[StateEvent] = []
+    late_ms: list[float] = []
+    with Engine() as engine:
+
+        @engine.on_change(scope="s", events=("expired",))
+        def note(event: StateEvent) -> None:
+            late_ms.append(time.time() * 1000 - (event.expired_at or 0))
+            events.append(event)
+
+        begin = datetime.now(UTC) + timedelta(seconds=1)
+        deadlines = {f"k{index}": begin + timedelta(seconds=2 * rng.random()) for index in range(number)}
+        for key, deadline in deadlines.items():
+            engine.set("s", key, 1, expires_at=deadline)
+        keys, until = list(deadlines), begin + timedelta(seconds=2)
+        while (now := datetime.now(UTC)) < until:
+            key = rng.choice(keys)
+            there = engine.get("s", key) is not None
+            assert not (there and now >= deadlines[key])
+            assert len(engine.list("s")) <= sum(deadline > now for deadline in deadlines.values())
+        await_(lambda: len(events) == number)
+
+    assert {event.key for event in events} == set(keys)
+    assert all((event.late_ms or 0) >= 0 for event in events)
+    late_ms.sort()
+    assert late_ms[0] >= -1
+    assert late_ms[number // 2] < 50  # on an idle machine 99 of 100 are
+
+
+def test_keys_that_fall_due_together_hold_no_writer_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    number, told, spent_ms = 20_000, list[str](), list[float]()
+    receive = LocalScope.on_receive
+
+    def timed(self: LocalScope, turn: Any) -> Any:
+        if type(turn) is not Expire:
+            return receive(self, turn)
+        began = time.thread_time()
+        answer = receive(self, turn)
+        spent_ms.append((time.thread_time() - began) * 1000)
+        return answer
+
+    monkeypatch.setattr(LocalScope, "on_receive", timed)
+    kv = {"store_method": "file_based", "file_path": str(tmp_path / "store")}
+    worker = {"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}
+    with Engine.from_config({"workers": [worker]}) as engine:
+        engine.on_change(scope="s", events=("expired",))(lambda event: told.append(event.key))
+        deadline = datetime.now(UTC) + timedelta(seconds=6)
+        for index in range(number):
+            engine.set("s", f"k{index}", index, expires_at=deadline)
+        assert datetime.now(UTC) < deadline
+        before = psutil.Process().memory_info().rss
+        written = [0]
+        over = threading.Event()
+
+        def write() -> None:
+            while not over.is_set():
+                engine.set("s", "w", written[0])
+                written[0] += 1
+
+        await_(lambda: bool(told))
+        writer = threading.Thread(target=write)
+        writer.start()
+        at_first = written[0]
+        await_(lambda: len(told) == number)
+        meanwhile = written[0] - at_first
+        grown = psutil.Process().memory_info().rss - before
+        over.set()
+        writer.join()
+
+    assert sorted(told) == sorted(f"k{index}" for index in range(number))
+    assert len(spent_ms) >= number / 256
+    # In processor time, which other processes do not change: the scope is held for this long.
+    assert sorted(spent_ms)[len(spent_ms) * 95 // 100] < 20
+    assert meanwhile > 50  # the writer came between the turns
+    assert grown < 64 << 20
+
+
+def await_(condition: Any) -> None:
+    """Wait until something has happened on other threads."""
+    ends = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < ends
+        threading.Event().wait(0.005)
