@@ -37,7 +37,7 @@ class Clock:
         uptime_ns = self._uptime_ns()
         if wall_ns > uptime_ns + self._offset_ns:
             self._exclusive.run(self._follow, wall_ns - uptime_ns)
-        return (uptime_ns + self._offset_ns) // 1_000_000
+        return (uptime_ns + self._offset_ns) // _MS
 
     def _follow(self, offset_ns: int) -> None:
         self._offset_ns = max(self._offset_ns, offset_ns)

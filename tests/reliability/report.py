@@ -40,6 +40,28 @@ ROWS: Final = (
         ("SIGKILL under load",),
     ),
     Row(
+        "The process is killed in the middle of transactions",
+        "Each transaction is there as a whole, with its deadlines and its kept answer, or not at all. Repeated with "
+        "its idempotency key it gets the first answer, or is done once. No revision is given twice, and what was told "
+        "to have expired does not come back.",
+        (
+            "reliability/test_crash_transactions.py",
+            "persistence/test_file_crash.py",
+            "persistence/test_numbers.py",
+        ),
+        ("SIGKILL with transactions",),
+    ),
+    Row(
+        "Another program reads the files while transactions run",
+        "It sees each save as a whole, and with it whole transactions; so does an export.",
+        ("persistence/test_whole_transactions.py", "cli/test_export_and_import.py"),
+    ),
+    Row(
+        "A store of an earlier version is opened; the process is killed while it is migrated",
+        "Either the old database is there, unchanged, or the new one with the same content.",
+        ("persistence/test_migration.py",),
+    ),
+    Row(
         "SIGTERM, SIGINT, exit without close",
         "Nothing acknowledged is lost; events are delivered or reported within `close_grace_ms`; the process ends with "
         "the signal's status.",
