@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
-from stored import values_of
 
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.ports import ANSWER_BYTES_OF_A_SCOPE, ANSWERS_KEPT_MS, ANSWERS_OF_A_SCOPE
 from scopestate.errors import StorageError
 from scopestate.persistence import Answer, FileAdapter, Row, ScopeChange, ScopeState, Store
 from tests.simulation.model import Items, Model, Violation
+from tests.stored import values_of
 
 
 class Stored(msgspec.Struct):
