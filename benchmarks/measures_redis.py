@@ -70,6 +70,100 @@ def redis_update(sizes: Sizes) -> list[Row]:
     return _beside_hset("redis_update", "redis: increment, one caller, p50 / redis-py HSET", 1.6, adder, sizes)
 
 
+def redis_revisions(sizes: Sizes) -> list[Row]:
+    """One caller sets, with revisions and without."""
+    with (
+        redis_server() as url,
+        Engine.from_config(config(url)) as numbered,
+        Engine.from_config(config(url, revisions=False)) as plain,
+    ):
+
+        def set_numbered(key: str, value: Value) -> object:
+            return numbered.set("ours", key, value)
+
+        def set_plain(key: str, value: Value) -> object:
+            return plain.set("plain", key, value)
+
+        _p50(set_numbered, sizes.slow_calls), _p50(set_plain, sizes.slow_calls)
+        samples = [
+            (_p50(set_numbered, sizes.slow_calls), _p50(set_plain, sizes.slow_calls)) for _ in range(sizes.repeats)
+        ]
+    figures = {
+        "ours_us": statistics.median(mine for mine, _ in samples) * 1e6,
+        "plain_us": statistics.median(theirs for _, theirs in samples) * 1e6,
+    }
+    ratio = statistics.median(mine / theirs for mine, theirs in samples)
+    what = "redis: set with revisions, one caller, p50 / without"
+    return [Row("redis_revisions", what, ratio, "x", 1.15, figures=figures, own="ours_us")]
+
+
+def redis_if_revision(sizes: Sizes) -> list[Row]:
+    """One caller sets a key if it has the revision that its last set has answered."""
+
+    def setter(engine: Engine) -> Any:
+        last: dict[str, int] = {}
+
+        def set_if(key: str, value: Value) -> None:
+            last[key] = engine.set("ours", key, value, if_revision=last.get(key, 0)).revision
+
+        return set_if
+
+    what = "redis: set(if_revision=), one caller, p50 / redis-py HSET"
+    return _beside_hset("redis_if_revision", what, 1.3, setter, sizes)
+
+
+def redis_transact(sizes: Sizes) -> list[Row]:
+    """One caller moves an amount between two keys that no other caller writes."""
+
+    def mover(engine: Engine) -> Any:
+        engine.set("ours", "from", 0)
+        engine.set("ours", "to", 0)
+
+        def move(tx: Any) -> None:
+            tx["from"] -= 1
+            tx["to"] += 1
+
+        return lambda *_: engine.transact("ours", move)
+
+    what = "redis: transact of two keys, one caller, p50 / redis-py HSET"
+    return _beside_hset("redis_transact", what, 2, mover, sizes)
+
+
+def redis_transact_beside_watch(sizes: Sizes) -> list[Row]:
+    """The same job with redis-py: WATCH, read, MULTI, EXEC."""
+    with redis_server() as url, redis.Redis.from_url(url) as client, Engine.from_config(config(url)) as engine:
+        for key in ("from", "to"):
+            engine.set("ours", key, 0)
+            client.hset("theirs", key, "0")
+
+        def move(tx: Any) -> None:
+            tx["from"] -= 1
+            tx["to"] += 1
+
+        def ours(*_: object) -> object:
+            return engine.transact("ours", move)
+
+        def work(pipe: Any) -> None:
+            source, to = pipe.hmget("theirs", "from", "to")
+            pipe.multi()
+            pipe.hset(
+                "theirs", mapping={"from": json.dumps(json.loads(source) - 1), "to": json.dumps(json.loads(to) + 1)}
+            )
+
+        def theirs(*_: object) -> object:
+            return client.transaction(work, "theirs")
+
+        _p50(ours, sizes.slow_calls), _p50(theirs, sizes.slow_calls)
+        samples = [(_p50(ours, sizes.slow_calls), _p50(theirs, sizes.slow_calls)) for _ in range(sizes.repeats)]
+    figures = {
+        "ours_us": statistics.median(mine for mine, _ in samples) * 1e6,
+        "watch_us": statistics.median(peer for _, peer in samples) * 1e6,
+    }
+    ratio = statistics.median(mine / peer for mine, peer in samples)
+    what = "redis: transact of two keys, p50 / redis-py WATCH, MULTI, EXEC"
+    return [Row("redis_transact_watch", what, ratio, "x", 1, figures=figures, own="ours_us")]
+
+
 def _together(name: str, callers: str, loaders: Callable[[], tuple[Loader, Loader]], sizes: Sizes) -> list[Row]:
     """Calls per second of many callers, theirs and ours in turn: on a scope each, and all on one."""
     rows = []
@@ -246,6 +340,10 @@ def redis_contention(sizes: Sizes) -> list[Row]:
 MEASURES: dict[str, Measure] = {
     "redis_set": redis_set,
     "redis_update": redis_update,
+    "redis_revisions": redis_revisions,
+    "redis_if_revision": redis_if_revision,
+    "redis_transact": redis_transact,
+    "redis_transact_watch": redis_transact_beside_watch,
     "redis_tasks": redis_tasks,
     "redis_threads": redis_threads,
     "redis_event": redis_event,

@@ -62,7 +62,7 @@ _RIVALRY_S: Final = 1.0
 """How long after its last conflict a key counts as one that others update too."""
 _MOST_RIVALRIES: Final = 1024
 
-_MOST_REPEATS: Final = 3
+MOST_REPEATS: Final = 3
 """How often a call with an idempotency key is sent once more after its connection was lost."""
 _LOOKED: Final = 3
 """Parts of the script's reply to `l`."""
@@ -644,7 +644,7 @@ class ScopeCommands:
             or call.done
             or call.is_abandoned
             or not isinstance(call.message, Once)
-            or call.repeats >= _MOST_REPEATS
+            or call.repeats >= MOST_REPEATS
         ):
             return False
         call.repeats += 1

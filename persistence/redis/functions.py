@@ -16,11 +16,12 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback
-from scopestate.errors import Conflict, KeyConflict, ReplyTimeout, StorageError, WouldDeadlock
+from scopestate.errors import Conflict, ConnectionLost, KeyConflict, ReplyTimeout, StorageError, WouldDeadlock
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
 from scopestate.ops.transactions import Transact
 from scopestate.ops.turns import Effects, Turn
 from scopestate.ops.writes import Modify, Once, unwrapped
+from scopestate.persistence.redis.commands import MOST_REPEATS
 from scopestate.persistence.redis.seen import EntryView, NotSeen
 from scopestate.persistence.redis.transacting import Commit, Look, ReadRange, Replay, number_answer
 from scopestate.signals import SLICE_S, certainly, wait_for
@@ -54,15 +55,22 @@ class Functions:
         """The locks of threads that wait for the claim, in order."""
 
     def run(self, turn: Turn[A], depth: int) -> A:
-        """Do a turn, and wait until it is done. Raises what its function raises; then nothing was stored.
+        """Do a turn, and wait until it is done. With an idempotency key it is begun again if the connection was lost.
 
-        Raises Conflict if keys that it reads were changed elsewhere in every attempt.
+        Raises what its function raises; then nothing was stored. Raises Conflict if keys that it reads were changed
+        elsewhere in every attempt.
         """
         if IN_CALLBACK:
             refuse_in_callback()
         ticket = [get_ident()]
         try:
             self._take(ticket)
+            for _ in range(MOST_REPEATS if type(turn) is Once else 0):
+                try:
+                    return self._run(turn, depth)
+                except StorageError as error:
+                    if not isinstance(error.__cause__, ConnectionLost):
+                        raise
             return self._run(turn, depth)
         finally:
             certainly(lambda: self._give_back(ticket))
