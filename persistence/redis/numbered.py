@@ -32,7 +32,7 @@ if condition then
     return {0, ''}
   end
 end
-if there[1] and number <= there[1] then number = string.format('%016.0f', tonumber(there[1]) + 1) end
+if there[1] and number <= there[1] then number = string.format('%016d', tonumber(there[1]) + 1) end
 local digest = ARGV[4]
 if digest == '' then digest = string.sub(redis.sha1hex(ARGV[2]), 1, 16) end
 call('HSET', hash, field, ARGV[2])
@@ -65,10 +65,10 @@ for i = 1, expected do
   at = at + 2
 end
 if written == 0 then return {1, ''} end
-if there[1] and number <= there[1] then number = string.format('%016.0f', tonumber(there[1]) + 1) end
+if there[1] and number <= there[1] then number = string.format('%016d', tonumber(there[1]) + 1) end
 local values, entries, size, text = {}, {}, 0, number
 for i = 1, written do
-  if i > 1 then text = string.format('%016.0f', tonumber(number) + i - 1) end
+  if i > 1 then text = string.format('%016d', tonumber(number) + i - 1) end
   local digest = ARGV[at + 2]
   if digest == '' then digest = string.sub(redis.sha1hex(ARGV[at + 1]), 1, 16) end
   values[size + 1], values[size + 2] = ARGV[at], ARGV[at + 1]
@@ -81,8 +81,8 @@ if creates then call('PERSIST', side) end
 return {1, number}
 """
 
-# Functions that the other scripts share.
-_SHARED: Final = b"""
+# Functions that the other scripts share. `put` writes an entry of the side hash; `WRITES` has its own.
+_FIRST: Final = b"""
 local call, hash, side, due, index = redis.call, KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local now
 local function time()
@@ -93,7 +93,12 @@ local function time()
   return now
 end
 local function digest_of(value) return string.sub(redis.sha1hex(value), 1, 16) end
+"""
+_DIRECT: Final = b"""
 local function entry_of(field) return call('HGET', side, field) or '' end
+local function put(field, entry, text) call('HSET', side, '\\255', text, field, entry) end
+"""
+_REST: Final = b"""
 local function has_lapsed(entry, value)
   return value and #entry > 32 and tonumber(string.sub(entry, 33)) <= time()
     and string.sub(entry, 17, 32) == digest_of(value)
@@ -104,22 +109,23 @@ local function take()
   if not number then
     local there = call('HGET', side, '\\255')
     first = ARGV[1]
-    if there and first <= there then first = string.format('%016.0f', tonumber(there) + 1) end
+    if there and first <= there then first = string.format('%016d', tonumber(there) + 1) end
     number = tonumber(first)
   else
     number = number + 1
   end
-  return string.format('%016.0f', number)
+  return string.format('%016d', number)
 end
 local function adopted(field, value, entry)
   if string.sub(entry, 17, 32) == digest_of(value) then return entry end
   if #entry > 32 then call('ZREM', due, field) end
   local text = take()
   entry = text .. digest_of(value)
-  call('HSET', side, '\\255', text, field, entry)
+  put(field, entry, text)
   return entry
 end
 """
+_SHARED: Final = _FIRST + _DIRECT + _REST
 
 # One read: KEYS hash, side, due; ARGV field. Reply: the value, none if its deadline has passed.
 GET_ONE: Final = b"""
@@ -166,12 +172,54 @@ return {now, lapsed, call('HGETALL', hash)}
 # Replies: as in `script.py`. A set or delete of a key whose deadline had passed removes that first, by a change of its
 # own, and replies {value, deadline}; so does a successful `n`. A `t` replies {4, kept} if an answer is kept. Last come,
 # with shared events, the number of the newest event, and the number of the first change, '' without any.
+_PENDING: Final = b"""
+local pending, order, size = {}, {}, 0
+local function entry_of(field)
+  local entry = pending[field]
+  if entry == nil then entry = call('HGET', side, field) or '' end
+  return entry
+end
+local function put(field, entry)
+  if pending[field] == nil then
+    size = size + 1
+    order[size] = field
+  end
+  pending[field] = entry
+end
+"""
 WRITES: Final = (
-    _SHARED
+    _FIRST
+    + _PENDING
+    + _REST
     + b"""
 local stream, counter, kept_keys = nil, nil, 4
 if ARGV[2] ~= '' then stream, counter, kept_keys = KEYS[5], KEYS[6], 6 end
 local replies, count, failed, last, depth = {}, 0, nil, 0, nil
+local creates, emptied, indexed = false, false, nil
+
+local function has_index()
+  if indexed == nil then indexed = call('HEXISTS', side, '\\254') == 1 end
+  return indexed
+end
+
+local function flush()
+  local entries, count, gone, lost = {}, 0, {}, 0
+  for i = 1, size do
+    local field, entry = order[i], pending[order[i]]
+    if entry == '' then
+      lost = lost + 1
+      gone[lost] = field
+    else
+      entries[count + 1], entries[count + 2], count = field, entry, count + 2
+    end
+  end
+  if number then
+    entries[count + 1], entries[count + 2], count = '\\255', string.format('%016d', number), count + 2
+  end
+  for i = 1, count, 4000 do call('HSET', side, unpack(entries, i, math.min(i + 3999, count))) end
+  for i = 1, lost, 4000 do call('HDEL', side, unpack(gone, i, math.min(i + 3999, lost))) end
+  if emptied then call('EXPIRE', side, 86400) elseif creates then call('PERSIST', side) end
+end
 
 local function store(field, old, entry, new, digest, deadline, expired)
   local text = take()
@@ -193,10 +241,10 @@ local function store(field, old, entry, new, digest, deadline, expired)
   if new then
     if digest == '' then digest = digest_of(new) end
     call('HSET', hash, field, new)
-    call('HSET', side, '\\255', text, field, text .. digest .. deadline)
+    put(field, text .. digest .. deadline)
     if not old then
-      call('PERSIST', side)
-      if call('HEXISTS', side, '\\254') == 1 then call('ZADD', index, 0, field) end
+      creates, emptied = true, false
+      if has_index() then call('ZADD', index, 0, field) end
     end
     if deadline ~= '' then
       call('ZADD', due, deadline, field)
@@ -205,14 +253,16 @@ local function store(field, old, entry, new, digest, deadline, expired)
     end
   else
     if old then call('HDEL', hash, field) end
-    call('HSET', side, '\\255', text)
-    if entry ~= '' then call('HDEL', side, field) end
+    if entry ~= '' then put(field, '') end
     if #entry > 32 then call('ZREM', due, field) end
     if call('EXISTS', hash) == 0 then
-      call('EXPIRE', side, 86400)
-      call('HDEL', side, '\\254')
-      call('DEL', index)
-    elseif old and call('HEXISTS', side, '\\254') == 1 then
+      emptied = true
+      if has_index() then
+        call('HDEL', side, '\\254')
+        call('DEL', index)
+        indexed = false
+      end
+    elseif old and has_index() then
       call('ZREM', index, field)
     end
   end
@@ -226,7 +276,7 @@ local function transact(at)
   local fits, skipped, here = true, false, at
   if assumed ~= '' and math.abs(time() - assumed) > 1000 then fits = false end
   if unchanged ~= '' then
-    local last = call('HGET', side, '\\255') or ''
+    local last = number and string.format('%016d', number) or call('HGET', side, '\\255') or ''
     if unchanged ~= last .. ':' .. call('HLEN', hash) then fits = false end
   end
   for j = 1, expected do
@@ -260,14 +310,14 @@ local function transact(at)
     elseif kind == 'x' then
       failure = store(field, old, entry, nil, nil, nil, string.sub(entry, 33))
     else
-      call('HSET', side, field, string.sub(entry, 1, 32) .. deadline)
+      put(field, string.sub(entry, 1, 32) .. deadline)
       if deadline ~= '' then call('ZADD', due, deadline, field) else call('ZREM', due, field) end
     end
     if failure then return failure end
     at = at + 5
   end
   if index ~= '' then
-    call('SET', KEYS[kept_keys + index], fingerprint .. string.format('%016.0f', number or 0) .. answer, 'PX', 86400000)
+    call('SET', KEYS[kept_keys + index], fingerprint .. string.format('%016d', number or 0) .. answer, 'PX', 86400000)
   end
   return 1
 end
@@ -284,7 +334,7 @@ local function sweep(limit)
     else
       -- Another program has written or removed it: what it wrote has no deadline.
       call('ZREM', due, field)
-      if entry ~= '' then call('HSET', side, field, string.sub(entry, 1, 32)) end
+      if entry ~= '' then put(field, string.sub(entry, 1, 32)) end
     end
   end
   local next = call('ZRANGE', due, 0, 0, 'WITHSCORES')
@@ -294,67 +344,73 @@ end
 
 local sizes = {g = 2, l = 2, o = 2, d = 2, e = 2, s = 4, n = 4, c = 5}
 
-local i = 4
-while ARGV[i] do
-  local kind, field, value = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-  local reply, failure
-  if kind == 'p' then
-    depth = field ~= '0' and field or nil
-    i = i + 2
-  else
-    if kind == 't' then
-      reply = transact(i + 1)
-      i = i + 8 + 4 * field + 5 * value
-    elseif kind == 'e' then
-      reply = sweep(field)
-    elseif kind == 'o' then
-      reply = call('GET', KEYS[kept_keys + field])
-    elseif failed and failed[field] then
-      reply = 2
+local function run()
+  local i = 4
+  while ARGV[i] do
+    local kind, field, value = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+    local reply, failure
+    if kind == 'p' then
+      depth = field ~= '0' and field or nil
+      i = i + 2
     else
-      local old, entry = call('HGET', hash, field), entry_of(field)
-      if kind == 'l' then
-        if old then entry = adopted(field, old, entry) end
-        reply = {old, entry, time()}
-      elseif kind == 'g' then
-        reply = not has_lapsed(entry, old) and old
+      if kind == 't' then
+        reply = transact(i + 1)
+        i = i + 8 + 4 * field + 5 * value
+      elseif kind == 'e' then
+        reply = sweep(field)
+      elseif kind == 'o' then
+        reply = call('GET', KEYS[kept_keys + field])
+      elseif failed and failed[field] then
+        reply = 2
       else
-        local lapsed, digest, deadline = has_lapsed(entry, old), ARGV[i + 3], ''
-        local fits = true
-        if kind == 'n' then
-          fits = not old or lapsed
-        elseif kind == 'c' then
-          fits = old == value and not lapsed
-          value, digest, deadline = ARGV[i + 3], ARGV[i + 4], string.sub(entry, 33)
-        end
-        if not fits then
-          failed = failed or {}
-          failed[field] = true
-          reply = 0
+        local old, entry = call('HGET', hash, field), entry_of(field)
+        if kind == 'l' then
+          if old then entry = adopted(field, old, entry) end
+          reply = {old, entry, time()}
+        elseif kind == 'g' then
+          reply = not has_lapsed(entry, old) and old
         else
-          reply = old
-          if lapsed then
-            local at = string.sub(entry, 33)
-            failure = store(field, old, entry, nil, nil, nil, at)
-            reply, old, entry = {old, at}, nil, ''
-          elseif kind == 'n' or kind == 'c' then
-            reply = 1
+          local lapsed, digest, deadline = has_lapsed(entry, old), ARGV[i + 3], ''
+          local fits = true
+          if kind == 'n' then
+            fits = not old or lapsed
+          elseif kind == 'c' then
+            fits = old == value and not lapsed
+            value, digest, deadline = ARGV[i + 3], ARGV[i + 4], string.sub(entry, 33)
           end
-          if kind == 'd' then
-            failure = failure or store(field, old, entry)
+          if not fits then
+            failed = failed or {}
+            failed[field] = true
+            reply = 0
           else
-            failure = failure or store(field, old, entry, value, digest, deadline)
+            reply = old
+            if lapsed then
+              local at = string.sub(entry, 33)
+              failure = store(field, old, entry, nil, nil, nil, at)
+              reply, old, entry = {old, at}, nil, ''
+            elseif kind == 'n' or kind == 'c' then
+              reply = 1
+            end
+            if kind == 'd' then
+              failure = failure or store(field, old, entry)
+            else
+              failure = failure or store(field, old, entry, value, digest, deadline)
+            end
           end
         end
       end
+      i = i + (sizes[kind] or 0)
+      if failure then return failure end
+      if type(reply) == 'table' and reply.err then return reply end
+      count = count + 1
+      replies[count] = reply or false
     end
-    i = i + (sizes[kind] or 0)
-    if failure then return failure end
-    if type(reply) == 'table' and reply.err then return reply end
-    count = count + 1
-    replies[count] = reply or false
   end
 end
+
+local failure = run()
+flush()
+if failure then return failure end
 if stream then
   count = count + 1
   replies[count] = last

@@ -335,7 +335,8 @@ class Writes(Numbered):
             elif kind == b"x":
                 self._store(field, old, entry, expired=entry[PLAIN_BYTES:])
             else:
-                self.put(1)[field] = entry[:PLAIN_BYTES] + deadline
+                if entry or deadline:
+                    self.put(1)[field] = entry[:PLAIN_BYTES] + deadline
                 if deadline:
                     self.add(2, field, int(deadline))
                 else:
