@@ -164,9 +164,6 @@ class Scope:
         """Return whether a key exists; one that holds null does."""
         return isinstance(key, str) and self._engine.get(self.name, key, MISSING) is not MISSING
 
-    __iter__ = None
-    """Not a sequence: without this, Python would ask for the keys 0, 1, ..."""
-
     @property
     def actor_ref(self) -> pykka.ActorRef[ScopeActor]:
         """The Pykka ref of the scope's current actor, for the messages in `scopestate.messages`.

@@ -55,7 +55,7 @@ class ScopeMapping(MutableMapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         if self._copies and (copy := self._copies.pop(get_ident(), None)) is not None:
-            data = copy.take(_caller(), key)
+            data = copy.take(key)
             if data is not None:
                 if copy.left:
                     self._copies[get_ident()] = copy
@@ -89,10 +89,10 @@ class ScopeMapping(MutableMapping[str, Any]):
         """Return a view of the keys."""
         return _Keys(self, _caller())
 
-    def _copied_keys(self, caller: _Caller) -> Iterator[str]:
+    def _copied_keys(self) -> Iterator[str]:
         pairs = self._engine._run(self._scope, Pairs(_ALL))
         if pairs:
-            self._copies[get_ident()] = _Copy(caller, pairs)
+            self._copies[get_ident()] = _Copy(pairs)
         return iter([key for key, _ in pairs])
 
     def items(self) -> ItemsView[str, Any]:
@@ -192,9 +192,9 @@ class ScopeMapping(MutableMapping[str, Any]):
 
 
 # `dict(mapping)` asks for all keys and then, one by one, for their values. To give it one moment, the values are read
-# with the keys. It is known by the place of the calls: C code makes all of them within one instruction of one frame.
-# Python code that calls `keys()`, iterates over it and reads values does that in several, and always reads what is
-# there now. Refused: keys of a class of their own that bring their values along, as they would stay in the dict.
+# with the keys. It is known by the place of the calls: C code calls `keys()` and iterates over it in one instruction
+# of one frame. Python code does that in two, gets other key objects, and always reads what is there now. Refused: keys
+# of a class of their own that bring their values along, as they would stay in the dict.
 _Caller = tuple[int, int, CodeType]
 """A frame by its id, the instruction that it is at, and its code, which keeps the id from meaning another function."""
 
@@ -209,16 +209,15 @@ def _caller() -> _Caller:
 class _Copy:
     """The rest of what `dict(mapping)` will ask for."""
 
-    def __init__(self, caller: _Caller, pairs: list[tuple[str, bytes]]) -> None:
-        self._caller = caller
+    def __init__(self, pairs: list[tuple[str, bytes]]) -> None:
         self._pairs = iter(pairs)
         self.left = len(pairs)
 
-    def take(self, caller: _Caller, key: str) -> bytes | None:
-        """Return the value of the next key; None if it is not this one that is asked for, by the same caller."""
+    def take(self, key: str) -> bytes | None:
+        """Return the value of the next key; None if another one is asked for, or one of another object."""
         expected, data = next(self._pairs)
         self.left -= 1
-        return data if expected is key and caller == self._caller else None
+        return data if expected is key else None
 
 
 class _Keys(KeysView[str]):
@@ -230,8 +229,7 @@ class _Keys(KeysView[str]):
         self._caller = caller
 
     def __iter__(self) -> Iterator[str]:
-        caller = _caller()
-        return self._of._copied_keys(caller) if caller == self._caller else iter(self._of)
+        return self._of._copied_keys() if _caller() == self._caller else iter(self._of)
 
 
 class _Items(ItemsView[str, Any]):

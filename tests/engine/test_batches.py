@@ -94,6 +94,16 @@ def test_each_key_fires_one_event_and_all_have_consecutive_revisions(engine: Eng
     assert len(seen.events) == 3
     assert [one.revision for one in events] == [1, 2, 3]
     assert b.result.revision == 3
+    assert [one.old_value for one in b.result.results] == [None, 1, 0, None, None, 3]  # type: ignore[union-attr]
+
+
+def test_a_plain_set_that_names_a_key_again_has_a_result_of_its_own(users: Scope) -> None:
+    with users.batch() as b:
+        b.set("a", 1)
+        b.set("b", 1)
+        b.set("a", 2)
+    assert [one.old_value for one in b.result.results] == [None, None, 1]  # type: ignore[union-attr]
+    assert users.items() == [("a", 2), ("b", 1)]
 
 
 def test_a_check_that_fails_refuses_everything_and_names_every_conflict(users: Scope) -> None:

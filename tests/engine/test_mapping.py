@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import ChainMap
 from collections.abc import ItemsView, KeysView, Mapping, MutableMapping, ValuesView
@@ -166,9 +167,12 @@ def changing(rows: ScopeMapping) -> Any:
                 for place in range(5):
                     b.delete(f"k{place}")
 
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # or one thread makes all of a copy before the other one runs
     wait = in_thread(write)
 
     def stop() -> None:
+        sys.setswitchinterval(interval)
         enough.set()
         wait()
 
@@ -197,15 +201,37 @@ def keywords(**given: Any) -> dict[str, Any]:
     ids=["dict", "unpack", "keywords", "or", "ror", "copy", "items"],
 )
 def test_a_copy_shows_one_moment(copy: Any, rows: ScopeMapping) -> None:
-    stop, seen = changing(rows), set()
+    stop, seen = changing(rows), list[int]()
     try:
-        for _ in range(300):
+        while len(set(seen)) < 2 or len(seen) < 300:
             copied = copy(rows)
             assert len(copied) in (0, 5)
             assert len(set(copied.values())) <= 1
-            seen.add(len(copied))
+            seen.append(len(copied))
     finally:
         stop()
+    assert rows._copies == {}
+
+
+class Disturbed(ScopeMapping):
+    """A mapping whose scope is changed by another caller before each value is read."""
+
+    def __getitem__(self, key: str) -> Any:
+        with self._engine.batch(self._scope) as b:
+            b.set("a", "changed")
+            b.delete("b")
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize(
+    "copy", [dict, lambda mapping: {**mapping}, lambda mapping: keywords(**mapping)], ids=["dict", "unpack", "keywords"]
+)
+def test_a_copy_shows_the_moment_at_which_it_began(copy: Any, engine: Engine) -> None:
+    rows = Disturbed(engine, "rows")
+    rows.update(a=1, b=2)
+
+    assert copy(rows) == {"a": 1, "b": 2}
+    assert rows.copy() == {"a": "changed"}
     assert rows._copies == {}
 
 
