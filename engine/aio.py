@@ -164,6 +164,7 @@ class AioEngine(AioStateCalls):
         call = self._engine._builtin_call(function_id, payload)
         text = call.answer_at_hand()
         if text is not None:
+            self._engine._refuse_if_closed()
             self._engine._tally[function_id].add()
         else:
             request = call.request

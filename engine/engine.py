@@ -427,6 +427,7 @@ class Engine(Reactive, StateCalls):
         call = self._builtin_call(function_id, payload)
         text = call.answer_at_hand()
         if text is not None:
+            self._refuse_if_closed()
             self._tally[function_id].add()
         else:
             request = call.request

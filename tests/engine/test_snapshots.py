@@ -142,3 +142,14 @@ def test_the_bytes_of_snapshots_are_shared_fairly(snapshots: Snapshots) -> None:
     with pytest.raises(InvalidCursor):
         go_on(snapshots, greedy, first, size=20_000_000)
     assert len(snapshots) == 3
+
+
+def test_of_two_callers_that_would_hold_the_same_the_one_that_asks_is_refused(snapshots: Snapshots) -> None:
+    callers = {Caller("a"): 6, Caller("b"): 5, Caller("c"): 5}
+    for caller, count in callers.items():
+        for _ in range(count):
+            begin(snapshots, caller, rows(2))
+    _, asking, _ = callers
+    with pytest.raises(SnapshotCapacity):
+        begin(snapshots, asking, rows(2))
+    assert len(snapshots) == MOST

@@ -11,7 +11,7 @@ from raw import RawWorker
 from serving import OpenRaw, OpenServer, eventually
 
 from scopestate import Engine
-from scopestate.errors import ScopestateError
+from scopestate.errors import EngineClosed, ScopestateError
 
 STEPS: list[tuple[str, dict[str, Any], Any]] = [
     (
@@ -362,3 +362,12 @@ def test_a_row_that_is_too_large_leaves_the_cursor(connect: OpenRaw, engine: Eng
 
     assert (error["code"], error["details"]["key"], error["details"]["limit"]) == ("ROW_TOO_LARGE", "b", 500)
     assert worker.call("state::list_entries", {"scope": "s", "cursor": cursor, "max_bytes": 2_000})["done"]
+
+
+def test_a_closed_engine_gives_no_further_page(engine: Engine) -> None:
+    fill(engine)
+    cursor = engine.call("state::list_entries", {"scope": "s", "limit": 1})["next_cursor"]
+    engine.close()
+
+    with pytest.raises(EngineClosed):
+        engine.call("state::list_entries", {"scope": "s", "cursor": cursor})
