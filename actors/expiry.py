@@ -132,7 +132,9 @@ class ExpiryActor(TurnActor):
 
     def expect(self, scope: str, ms: int) -> None:
         """Have a scope looked at by `ms`, in milliseconds since the epoch. Idempotent."""
-        if not self._ended:
+        # What is planned already need not be told: a scope in the table will be asked, and is read again after its
+        # answer. Each refused turn of a scope comes here.
+        if not self._ended and ms < self._next.get(scope, NEVER):
             self._enqueue(Expect(scope, ms))
 
     def end(self) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from forking import beside_threads
 
 from scopestate import Engine
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, ScopeRule
-from scopestate.errors import StorageError, UpdateRefused
+from scopestate.errors import Conflict, StorageError, UpdateRefused
 from scopestate.ops.results import StateEvent
 from scopestate.ops.writes import Expire
 
@@ -484,6 +487,44 @@ def test_a_reload_changes_the_rules_for_the_writes_that_follow(world: World) -> 
     parts.reconfigure(msgspec.structs.replace(parts.config, scopes=()))
     engine.set("s", "after", 1)
     assert engine.ttl("s", "after") is None
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def test_a_forked_child_removes_nothing_and_its_parent_goes_on() -> None:
+    seen: list[str] = []
+    with Engine() as engine:
+        engine.on_change(events=("expired",))(lambda event: seen.append(event.key))
+        engine.set("s", "a", 1, ttl=0.3)
+        with beside_threads():
+            child = os.fork()
+        if child == 0:
+            expiry = engine._parts.expiry
+            expiry.expect("s", 1)
+            expiry._ring()
+            time.sleep(0.5)
+            os._exit(expiry.expired or (0 if expiry._ended and not seen else 1))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        ends = time.monotonic() + 20
+        while not seen:
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        assert engine.get("s", "a") is None
+
+    assert seen == ["a"]
+
+
+def test_refused_turns_do_not_wake_the_actor_again_and_again(world: World) -> None:
+    engine = world.open(watch=False)
+    engine.set("s", "a", 1, ttl=1000)
+    world.dispatcher.run_until_idle()
+
+    for _ in range(50):
+        with pytest.raises(Conflict):
+            engine.set("s", "a", 2, if_revision=77)
+
+    assert engine._parts.expiry._mailbox == []
 
 
 # ------------------------------------------------------------------------------------------------------------ many keys
