@@ -15,11 +15,13 @@ from benchmarks import (
     against,
     measures_calls,
     measures_events,
+    measures_keys,
     measures_redis,
     measures_size,
     measures_storage,
     measures_threads,
     measures_wire,
+    measures_writes,
 )
 from benchmarks.builds import BuildError
 from benchmarks.harness import FULL, QUICK, Measure, Row
@@ -27,6 +29,8 @@ from benchmarks.report import environment, summary, table, write_json, write_svg
 
 MEASURES: dict[str, Measure] = {
     **measures_calls.MEASURES,
+    **measures_writes.MEASURES,
+    **measures_keys.MEASURES,
     **measures_threads.MEASURES,
     **measures_events.MEASURES,
     **measures_storage.MEASURES,
