@@ -12,12 +12,12 @@ from msgspec import UNSET, UnsetType
 
 from scopestate.errors import DeserializationError
 from scopestate.ops import arguments
+from scopestate.ops.arguments import step_deadline
 from scopestate.ops.options import DeadlineOptions, WriteOptions
 from scopestate.ops.results import BatchResult
 from scopestate.ops.transactions import Check, DeleteStep, SetAll, SetStep, Step
 from scopestate.ops.turns import Turn, checked_name, refuse_size
 from scopestate.ops.values import encode
-from scopestate.ops.writes import asked_deadline
 
 if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
@@ -38,7 +38,7 @@ class Writes:
     def __init__(self, run: Any, scope: str, limits: Limits, options: WriteOptions) -> None:
         """`run`: the `_run` of an engine, for the end of the block."""
         if options:
-            arguments.asked(_NOTHING, **options)
+            arguments.asked(_NOTHING, call="batch()", **options)
         self.scope = scope
         self._run = run
         self._limits = limits
@@ -72,14 +72,14 @@ class Writes:
             refuse_size(self.scope, key, data, limit)
         sets = self._sets
         if sets is None or options or key in sets:
-            self._add(SetStep(key, data, asked_deadline(**options)))
+            self._add(SetStep(key, data, step_deadline("set()", **options)))
         else:
             sets[key] = data
 
     def update(self, key: str, ops: Iterable[object], **options: Unpack[DeadlineOptions]) -> None:
         """As `Engine.update`, but an op that does not fit raises UpdateRefused at the end, and nothing is written."""
         self._refuse_misuse()
-        self._add(arguments.update_step(key, ops, **options))
+        self._add(arguments.update_step(key, ops, options))
 
     def delete(self, key: str) -> None:
         """Delete a key, if it exists; if not, no event fires."""

@@ -19,7 +19,10 @@ from scopestate.ops import messages
 from scopestate.ops.apply import MISSING
 from scopestate.ops.callbacks import Runner, refuse_callback
 from scopestate.ops.options import (
+    DeadlineOptions,
+    DeleteOptions,
     SetOptions,
+    UpdateOptions,
     WriteOptions,
     bounded,
     checked_flag,
@@ -27,6 +30,7 @@ from scopestate.ops.options import (
     checked_revision,
     range_of,
     refuse_unbounded,
+    refuse_unknown,
 )
 from scopestate.ops.ranges import PAGE_KEYS, Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
 from scopestate.ops.ranges import Page as PageOfScope
@@ -97,8 +101,17 @@ class Limits(Protocol):
 # ------------------------------------------------------------------------------------------------------------- writes
 
 
-def asked(turn: Turn[A], durable: object = None, idempotency_key: str | None = None) -> Asked[A]:
-    """Return a write with the options that every write takes."""
+def asked(
+    turn: Turn[A],
+    durable: object = None,
+    idempotency_key: str | None = None,
+    *,
+    call: str = "",
+    **unknown: object,
+) -> Asked[A]:
+    """Return a write with the options that every write takes. `call` names the method, for an error."""
+    if unknown:
+        refuse_unknown(call, unknown, WriteOptions)
     if durable is None and idempotency_key is None:
         return turn, None
     if idempotency_key is not None:
@@ -130,7 +143,10 @@ def _set_turn(
     keep_ttl: bool = False,
     durable: bool | None = None,
     idempotency_key: str | None = None,
+    **unknown: object,
 ) -> Asked[SetResult]:
+    if unknown:
+        refuse_unknown("set()", unknown, SetOptions)
     revision = checked_revision(if_revision, if_absent=if_absent)
     turn = SetWith(key, data, revision, asked_deadline(ttl, expires_at, keep_ttl=keep_ttl))
     return asked(turn, durable, idempotency_key)
@@ -148,8 +164,11 @@ def update_turn(
     atomic: bool = False,
     durable: bool | None = None,
     idempotency_key: str | None = None,
+    **unknown: object,
 ) -> Asked[UpdateResult]:
     """Return an `update` with options."""
+    if unknown:
+        refuse_unknown("update()", unknown, UpdateOptions)
     revision = checked_revision(if_revision, if_absent=if_absent)
     deadline = asked_deadline(ttl, expires_at, keep_ttl=keep_ttl)
     turn = UpdateWith(key, checked(ops), revision, deadline, checked_flag("atomic", atomic))
@@ -157,9 +176,16 @@ def update_turn(
 
 
 def delete_turn(
-    key: str, *, if_revision: int | None = None, durable: bool | None = None, idempotency_key: str | None = None
+    key: str,
+    *,
+    if_revision: int | None = None,
+    durable: bool | None = None,
+    idempotency_key: str | None = None,
+    **unknown: object,
 ) -> Asked[DeleteResult]:
     """Return a `delete` with options."""
+    if unknown:
+        refuse_unknown("delete()", unknown, DeleteOptions)
     return asked(DeleteWith(key, checked_revision(if_revision)), durable, idempotency_key)
 
 
@@ -174,7 +200,7 @@ def cas_turn(
     if limit:
         refuse_size(scope, key, data, limit)
     turn = CompareAndSet(key, None if expected is MISSING or expected is None else encode(expected), data)
-    return asked(turn, **options) if options else (turn, None)
+    return asked(turn, call="compare_and_set()", **options) if options else (turn, None)
 
 
 def modify_turn(
@@ -195,8 +221,11 @@ def touch_turn(
     *,
     durable: bool | None = None,
     idempotency_key: str | None = None,
+    **unknown: object,
 ) -> Asked[bool]:
     """Return a `touch`."""
+    if unknown:
+        refuse_unknown("touch()", unknown, WriteOptions)
     step = touch_step(key, ttl, expires_at)
     return asked(Touch(step.key, step.deadline), durable, idempotency_key)
 
@@ -208,8 +237,11 @@ def transact_turn(
     *,
     durable: bool | None = None,
     idempotency_key: str | None = None,
+    **unknown: object,
 ) -> Asked[A]:
     """Return a `transact`."""
+    if unknown:
+        refuse_unknown("transact()", unknown, WriteOptions)
     refuse_callback("transact", function)
     return asked(Transact(function, limits.max_batch_bytes, runner), durable, idempotency_key)
 
@@ -229,32 +261,23 @@ def delete_range_turn(
 # --------------------------------------------------------------------------------------------------- parts of a batch
 
 
-def set_step(
-    scope: str,
-    key: str,
-    data: bytes,
-    limits: Limits,
-    *,
-    ttl: float | timedelta | None = None,
-    expires_at: datetime | None = None,
-    keep_ttl: bool = False,
-) -> SetStep:
-    """Return a `set` of a batch; `data` is the value as JSON."""
-    key = checked_name("key", key)
-    refuse_size(scope, key, data, limits.max_value_bytes)
-    return SetStep(key, data, asked_deadline(ttl, expires_at, keep_ttl=keep_ttl))
-
-
-def update_step(
-    key: str,
-    ops: Iterable[object],
-    *,
-    ttl: float | timedelta | None = None,
-    expires_at: datetime | None = None,
-    keep_ttl: bool = False,
-) -> UpdateStep:
+def update_step(key: str, ops: Iterable[object], options: DeadlineOptions) -> UpdateStep:
     """Return an `update` of a batch."""
-    return UpdateStep(checked_name("key", key), checked(ops), asked_deadline(ttl, expires_at, keep_ttl=keep_ttl))
+    return UpdateStep(checked_name("key", key), checked(ops), step_deadline("update()", **options))
+
+
+def step_deadline(
+    call: str,
+    *,
+    ttl: float | timedelta | None = None,
+    expires_at: datetime | None = None,
+    keep_ttl: bool = False,
+    **unknown: object,
+) -> Deadline:
+    """Return what a step of a batch asks for about the deadline of its key. `call` names the method, for an error."""
+    if unknown:
+        refuse_unknown(f"{call} of a batch", unknown, DeadlineOptions)
+    return asked_deadline(ttl, expires_at, keep_ttl=keep_ttl)
 
 
 def touch_step(
@@ -393,9 +416,11 @@ def _reading_of(message: object) -> Turn[Any]:
 def _step_of(scope: str, step: object, limits: Limits) -> Step:
     match step:
         case messages.SetStep(key=key, value=value, ttl=ttl, expires_at=expires_at, keep_ttl=keep_ttl):
-            return set_step(scope, key, encode(value), limits, ttl=ttl, expires_at=expires_at, keep_ttl=keep_ttl)
+            key, data = checked_name("key", key), encode(value)
+            refuse_size(scope, key, data, limits.max_value_bytes)
+            return SetStep(key, data, asked_deadline(ttl, expires_at, keep_ttl=keep_ttl))
         case messages.UpdateStep(key=key, ops=ops, ttl=ttl, expires_at=expires_at, keep_ttl=keep_ttl):
-            return update_step(key, ops, ttl=ttl, expires_at=expires_at, keep_ttl=keep_ttl)
+            return update_step(key, ops, {"ttl": ttl, "expires_at": expires_at, "keep_ttl": keep_ttl})
         case messages.DeleteStep(key=key):
             return DeleteStep(checked_name("key", key))
         case messages.TouchStep(key=key, ttl=ttl, expires_at=expires_at):

@@ -49,4 +49,4 @@ def plain_answer(name: str, answer: A) -> A:
         answer.close()
     elif not (inspect.isawaitable(answer) or inspect.isasyncgen(answer)):
         return answer
-    raise DeserializationError(f"the function of `{name}` returned {class_name(answer)}: it must be a plain function")
+    raise DeserializationError(f"the function of `{name}` returned a {class_name(answer)}: it must be a plain function")

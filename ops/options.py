@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
-from typing import TypedDict
+from typing import Any, NoReturn, TypedDict
 
 from scopestate.errors import DeserializationError
 from scopestate.ops.turns import LAST_REVISION, Range, checked_name
@@ -83,6 +84,16 @@ class PageOptions(Bounds, total=False):
     """Go on behind the page that had this cursor, with the same bounds."""
 
 
+def refuse_unknown(call: str, unknown: Iterable[str], known: Any) -> NoReturn:
+    """Raise TypeError for a keyword argument that a call does not take; `known`: the TypedDict of what it takes."""
+    import difflib  # noqa: PLC0415 - for an error
+
+    name, names = next(iter(unknown)), sorted(known.__optional_keys__)
+    close = difflib.get_close_matches(name, names, 1)
+    advice = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(names)}"
+    raise TypeError(f"{call} got an unexpected keyword argument {name!r}: {advice}")
+
+
 def checked_flag(name: str, given: object) -> bool:
     """Return a bool. Raises DeserializationError for anything else."""
     if type(given) is not bool:
@@ -97,8 +108,11 @@ def range_of(
     end: str | None = None,
     reverse: bool = False,
     limit: int | None = None,
+    **unknown: object,
 ) -> Range:
     """Return the range with these bounds. Raises DeserializationError."""
+    if unknown:
+        refuse_unknown("a range", unknown, RangeOptions)
     return Range(
         None if prefix is None else checked_name("prefix", prefix),
         None if start is None else checked_name("start", start),
@@ -110,9 +124,15 @@ def range_of(
 
 
 def bounded(
-    prefix: str | None = None, start: str | None = None, after: str | None = None, end: str | None = None
+    prefix: str | None = None,
+    start: str | None = None,
+    after: str | None = None,
+    end: str | None = None,
+    **unknown: object,
 ) -> Range:
     """Return the range with these bounds, where order and number mean nothing. Raises DeserializationError."""
+    if unknown:
+        refuse_unknown("a range without order", unknown, Bounds)
     return range_of(prefix, start, after, end)
 
 

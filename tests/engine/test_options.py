@@ -277,17 +277,41 @@ def test_an_argument_that_makes_no_sense_is_refused_before_anything_is_done(
     assert users.entries() == [before]
 
 
-def test_an_option_that_does_not_exist_is_a_type_error(engine: Engine) -> None:
-    users: Any = engine.scope("users")
-    for call in (users.set, users.aio.set):
-        with pytest.raises(TypeError, match="tll"):
-            made = call("k", 1, tll=5)
-            asyncio.run(made)
-    with pytest.raises(TypeError, match="ttl"):
-        users.delete("k", ttl=5)
-    with pytest.raises(TypeError, match="prefx"):
-        users.keys(prefx="a")
-    assert users.keys() == []
+UNKNOWN: list[tuple[Any, str]] = [
+    (lambda users: users.set("k", 1, tll=5), r"set\(\) got an unexpected keyword argument 'tll': did you mean 'ttl'\?"),
+    (lambda users: asyncio.run(users.aio.set("k", 1, tll=5)), r"set\(\) got .*'tll'"),
+    (lambda users: users.update("k", [], atmic=True), r"update\(\) got .*'atmic': did you mean 'atomic'"),
+    (lambda users: users.delete("k", ttl=5), r"delete\(\) got .*'ttl': it takes durable, idempotency_key, if_revision"),
+    (lambda users: users.compare_and_set("k", 1, 2, ttl=5), r"compare_and_set\(\) got .*'ttl'"),
+    (lambda users: users.touch("k", 5, keep_ttl=True), r"touch\(\) got .*'keep_ttl'"),
+    (lambda users: users.batch(atomic=True), r"batch\(\) got .*'atomic'"),
+    (lambda users: users.aio.batch(atomic=True), r"batch\(\) got .*'atomic'"),
+    (lambda users: users.transact(str, atomic=True), r"transact\(\) got .*'atomic'"),
+    (lambda users: users.modify("k", str, atomic=True), r"modify\(\) got .*'atomic'"),
+    (lambda users: users.keys(prefx="a"), "a range got .*'prefx': did you mean 'prefix'"),
+    (lambda users: users.count(limit=5), "'limit': it takes after, end, prefix, start"),
+    (lambda users: users.delete_range(prefix="a", limit=5), "'limit': it takes after, end, prefix, start"),
+    (lambda users: users.pages(5, prefx="a"), "'prefx': did you mean 'prefix'"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), UNKNOWN)
+def test_an_option_that_does_not_exist_is_a_type_error_with_advice(call: Any, words: str, engine: Engine) -> None:
+    users = engine.scope("users")
+    users.set("k", 1)
+    with pytest.raises(TypeError, match=words):
+        call(users)
+    assert users.items() == [("k", 1)]
+
+
+def test_an_option_of_a_batch_that_does_not_exist_is_a_type_error_with_advice(engine: Engine) -> None:
+    b: Any
+    with engine.batch("users") as b:
+        with pytest.raises(TypeError, match=r"set\(\) of a batch got .*'tll': did you mean 'ttl'"):
+            b.set("k", 1, tll=5)
+        with pytest.raises(TypeError, match=r"update\(\) of a batch got .*'atomic'"):
+            b.update("k", [], atomic=True)
+    assert engine.keys("users") == []
 
 
 def test_values_that_json_cannot_hold_are_refused_with_their_place(users: Scope) -> None:
