@@ -6,13 +6,16 @@ import json
 from typing import Any
 
 import msgspec
+import pykka
 import pytest
 from conformance import load, same
 
+from scopestate.actors.reply import Reply
 from scopestate.errors import RemoteFailure
 from scopestate.ops import checked, turns
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.persistence.bridge.backend import _read_event
+from scopestate.persistence.bridge.computed import Computation, Here
 from scopestate.persistence.bridge.scope import _effects_of
 
 VECTORS: list[dict[str, Any]] = load("vectors.json")
@@ -112,6 +115,37 @@ def test_a_result_of_another_shape_is_an_error_and_not_an_answer(turn: Any, resu
 
     assert caught.value.code == "serialization_error"
     assert "state::" in str(caught.value)
+
+
+class _Dispatcher:
+    def reply(self) -> Reply[Any]:
+        return Reply()
+
+
+@pytest.mark.parametrize("granted_first", [True, False])
+def test_a_computation_whose_caller_has_gone_is_given_up_once(granted_first: bool) -> None:
+    here = Here(_Dispatcher())  # type: ignore[arg-type]  # as far as it is used
+    ended: list[Any] = []
+    computation = Computation(lambda: ((), 1), lambda effects, error: ended.append((effects, error)))
+    if granted_first:
+
+        def interrupted() -> Any:
+            raise KeyboardInterrupt
+
+        here.grant(computation)
+        computation.run = interrupted  # type: ignore[method-assign]  # a signal arrives before it begins
+        with pytest.raises(KeyboardInterrupt):
+            here.work_here(None)
+    else:
+        with pytest.raises(pykka.Timeout):
+            here.work_here(0.0)
+        here.grant(computation)
+
+    ((effects, error),) = ended
+    assert effects is None
+    assert "stopped waiting" in str(error)
+    computation.give_up()
+    assert len(ended) == 1
 
 
 @pytest.mark.parametrize(
