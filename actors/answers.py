@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from scopestate.actors.ports import ANSWER_BYTES_OF_A_SCOPE, ANSWERS_KEPT_MS, ANSWERS_OF_A_SCOPE, Answer
 
 
@@ -37,3 +39,7 @@ class Answers:
         # Without a call, so that the sum agrees with the table.
         del kept[key]
         self._bytes -= size
+
+
+NO_ANSWERS: Final = Answers({})
+"""Of the scopes that keep none, which are most of them: nothing is put into it."""

@@ -8,14 +8,14 @@ from typing import Any, Final, TypeVar
 
 from msgspec import UNSET
 
-from scopestate.actors.answers import Answers
+from scopestate.actors.answers import NO_ANSWERS, Answers
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.gate import Gate
 from scopestate.actors.index import OrderedKeys, TooLong
 from scopestate.actors.ports import NO_RULE, Answer
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Collect, Housekeeping, Surroundings
-from scopestate.actors.stretch import LAST_SEQUENCE, MOST_UNSAVED, Collected, ScopeInMemory, part
+from scopestate.actors.stretch import LAST_SEQUENCE, MOST_UNSAVED, NO_DEADLINES, Collected, ScopeInMemory, part
 from scopestate.actors.turn import BUSY, HOLDER
 from scopestate.actors.view import AnswerApart, Apart, InMemory, Unexpired, WithDeadlines
 from scopestate.actors.wheel import NEVER, Wheel
@@ -78,6 +78,8 @@ class LocalScope(ScopeInMemory):
 
     def _see_deadlines(self) -> None:
         """From now on keys may have deadlines, or there is a rule: have what turns and other readers need then."""
+        if self._deadlines is NO_DEADLINES:
+            self._deadlines = {}
         values, deadlines, around = self._values, self._deadlines, self._around
         assert values is not None  # within a turn
         wheel = self._wheel
@@ -459,9 +461,10 @@ class LocalScope(ScopeInMemory):
                 f"its last one has the number {self._sequence}, next to the highest that a store holds (was it "
                 "imported?). Export it, and import it without its revisions"
             )
-        self._revisions, self._created, self._deadlines = state.revisions, state.created, state.deadlines
+        self._revisions, self._created = state.revisions, state.created
+        self._deadlines = state.deadlines or NO_DEADLINES
         self._wheel = None
-        self._answers = Answers(state.answers)
+        self._answers = Answers(state.answers) if state.answers else NO_ANSWERS
         self._hold(state.values)
         self._expect()
 
@@ -523,8 +526,11 @@ class LocalScope(ScopeInMemory):
             None if due_ms == NEVER else due_ms,
         )
         now_dirty, now_removed, now_answers = dict[str, None](), dict[int, None](), dict[str, Answer | None]()
+        kept = self._answers
         # Nothing below needs memory: what was collected reaches the store, or stays to be collected.
-        self._dirty, self._removed, self._answers.unsaved = now_dirty, now_removed, now_answers
+        self._dirty, self._removed = now_dirty, now_removed
+        if answers:
+            kept.unsaved = now_answers
         self._collected, self._saving = self._sequence, True
         return collected
 
@@ -545,7 +551,7 @@ class LocalScope(ScopeInMemory):
         """Have nothing in memory."""
         self._left = None
         self._hold(None)
-        self._revisions, self._created, self._deadlines, self._answers = {}, {}, {}, Answers({})
+        self._revisions, self._created, self._deadlines, self._answers = {}, {}, NO_DEADLINES, NO_ANSWERS
         self._wheel = None
 
     def is_clean(self) -> bool:

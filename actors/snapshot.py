@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from scopestate.actors.clock import Clock
     from scopestate.actors.dispatcher import Dispatcher, Timer
     from scopestate.actors.local import LocalScope
+    from scopestate.actors.stretch import Collected
 
 log = Log("scopestate.persistence")
 
@@ -91,6 +92,8 @@ class SnapshotActor(TurnActor):
         """The same for scopes whose callers wait for the commit."""
         self.failing: StorageError | None = None
         """Why the last save failed; None if it worked."""
+        self._taken: list[tuple[LocalScope, Collected]] = []
+        """What was collected and is not in the backlog yet: making its rows may need more memory than there is."""
         self._waiting: list[WaitsForSave] = []
         """Answers to `durable` writes, for the next commit."""
         self.unsavable: dict[tuple[str, str], str] = {}
@@ -230,11 +233,14 @@ class SnapshotActor(TurnActor):
             except BaseException:
                 certainly(lambda scope=scope, actor=actor: dirty.setdefault(scope, actor))  # type: ignore[misc]  # mypy cannot infer a default argument
                 raise
-            if collected is None:
-                continue
+            if collected is not None:
+                self._taken += ((actor, collected),)
+        while self._taken:
+            actor, collected = self._taken[0]
             change = collected.change()
-            _, waiting = self._backlog.get(scope, (actor, None))
-            self._backlog[scope] = (actor, change if waiting is None else merged(waiting, change))
+            _, waiting = self._backlog.get(actor.scope, (actor, None))
+            self._backlog[actor.scope] = (actor, change if waiting is None else merged(waiting, change))
+            del self._taken[0]  # a second time would change nothing
         if not self._backlog:
             return  # `failing` stays: having nothing to save does not show that saving works
         began = time.perf_counter()

@@ -33,7 +33,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from scopestate.actors.answers import Answers
+from scopestate.actors.answers import NO_ANSWERS, Answers
 from scopestate.actors.gate import Gate
 from scopestate.actors.ports import Answer, Row, ScopeChange
 from scopestate.actors.router import Expired
@@ -53,8 +53,11 @@ write may have had a higher one. It is compared at each save, which leaves the r
 
 _COMMITS: Final = ("_write", "_create", "_write_timed", "_remove", "_write_all", "_apply")
 """The methods that have a stretch."""
+_UNUSED: Final[dict[str, int]] = {}
 _NONE_GONE: Final[dict[int, None]] = {}
-"""Shared by the scopes that are not kept: nothing is put into it."""
+"""Shared by the scopes that are not kept: nothing is put into them."""
+NO_DEADLINES: Final[dict[str, int]] = {}
+"""Shared by the scopes that have no deadlines: nothing is put into it."""
 
 
 class Collected(msgspec.Struct, frozen=True, eq=False):
@@ -130,16 +133,16 @@ class ScopeInMemory(ScopeActor):
         """key -> JSON, in the order of creation; expired keys too, until a turn removes them. None: not in memory."""
         self._revisions: dict[str, int] = {}
         """key -> the number of the write that changed it last. The same keys as `_values`."""
-        self._created: dict[str, int] = {}
+        self._created: dict[str, int] = {} if keeps else _UNUSED
         """key -> the write that created it, of a scope that is kept. The same keys as `_values`."""
-        self._deadlines: dict[str, int] = {}
+        self._deadlines = NO_DEADLINES
         """key -> when it expires, in milliseconds since the epoch; only keys that have a deadline."""
         self._wheel: Wheel | None = None
         """When to look at the keys that have deadlines; None: there was no deadline yet."""
         self._view: InMemory | None = None
         self._timed_view: WithDeadlines | None = None
         self._unexpired: Unexpired | None = None
-        self._answers = Answers({})
+        self._answers = NO_ANSWERS
         self._creations = 0
         """Keys that were created since this actor was made."""
         self._dirty: dict[str, None] | None = {} if keeps else None
@@ -341,14 +344,16 @@ class ScopeInMemory(ScopeActor):
         if len(stored) == 1 and type(stored[0]) is Change:
             self._write_change(stored[0])
             return
-        expired = {one.key: one for one in stored if type(one) is Change and one.expired}
+        # No generators here and below: CPython 3.12 crashes if there is no memory for one.
+        expired = [one for one in stored if type(one) is Change and one.expired]
         if expired:
             written = {one.key for one in stored if type(one) is Change and not one.expired}
-            first = [one for key, one in expired.items() if key in written]
+            first = [one for one in expired if one.key in written]
             if first:
                 for change in first:
                     self._write_change(change)
-                self._store([one for one in stored if one not in first])
+                again = {change.key for change in first}
+                self._store([one for one in stored if not (type(one) is Change and one.expired and one.key in again)])
                 return
         self._commit(stored)
 
@@ -383,6 +388,11 @@ class ScopeInMemory(ScopeActor):
                     kept.fingerprint, kept.answer, self._around.clock.now_ms()
                 )
         if changes.answers:
+            if self._answers is NO_ANSWERS:
+                self._answers = Answers({})
+                for view in (self._view, self._timed_view):
+                    if view is not None:
+                        view.answers = self._answers.kept
             self._answers.drop_old(self._around.clock.now_ms())
         sooner = bool(changes.times or changes.new_times) and self._place_all({**changes.times, **changes.new_times})
         self._apply(changes, number)

@@ -28,11 +28,11 @@ class InMemory:
     """
 
     __slots__ = (
-        "_answers",
         "_clock",
         "_ordered",
         "_revisions",
         "_values",
+        "answers",
         "get",
         "limits",
         "now",
@@ -67,7 +67,8 @@ class InMemory:
         """The time, once the turn has asked for it."""
         self._values = values
         self._revisions = revisions
-        self._answers = answers
+        self.answers = answers
+        """idempotency key -> answer."""
         self.get: Callable[[str], bytes | None] = values.get
         """The dict's own method, because every turn calls it."""
 
@@ -130,7 +131,7 @@ class InMemory:
 
     def kept(self, idempotency_key: str) -> Kept | None:
         """Return the answer that is kept under an idempotency key, if it is not too old."""
-        answer = self._answers.get(idempotency_key)
+        answer = self.answers.get(idempotency_key)
         if answer is None or answer.time_ms + ANSWERS_KEPT_MS <= self.now_ms:
             return None
         return Kept(answer.fingerprint, answer.answer)
