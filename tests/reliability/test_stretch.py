@@ -16,10 +16,12 @@ import pytest
 from reliability.conftest import OpenEngine
 from reliability.figures import record
 from reliability.interrupting import Interruption, interrupt_at
-from reliability.living import PATIENCE_S, InThread, Seen, saved, until
+from reliability.living import PATIENCE_S, InThread, Seen, saved, settings, until
 
 from scopestate import Engine
+from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.local import LocalScope
+from scopestate.config import from_mapping
 from scopestate.ops import transactions as tx
 from scopestate.ops import turns
 from scopestate.ops.ranges import DeleteRange
@@ -191,7 +193,7 @@ def test_a_call_with_a_function_interrupted_at_any_opcode_leaves_the_scope_usabl
 
 @contextmanager
 def without_memory(begin: int, count: int) -> Iterator[None]:
-    """Refuse `count` allocations, after so many that succeed."""
+    """Refuse `count` allocations, after so many that succeed. It holds for all threads."""
     _testcapi.set_nomemory(begin, begin + count)
     try:
         yield
@@ -199,23 +201,22 @@ def without_memory(begin: int, count: int) -> Iterator[None]:
         _testcapi.remove_mem_hooks()
 
 
+@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("count", [1, 1000])
-def test_a_commit_without_memory_has_happened_whole_or_not_at_all(
-    open_engine: OpenEngine, kept: bool, count: int
-) -> None:
-    """With one allocation refused, and with all of them from some moment on."""
-    engine = open_engine("interval" if kept else "memory")
+def test_a_commit_without_memory_has_happened_whole_or_not_at_all(tmp_path: Path, kept: bool, count: int) -> None:
+    """With one allocation refused, and with all of them from some moment on. On this thread alone."""
+    config = from_mapping(settings("interval" if kept else "memory", tmp_path / "store"))
+    engine = Engine(config, dispatcher=DeterministicDispatcher(1, switch=0, busy=0))
     watched(engine)
     actor = scope_of(engine)
-    # Everything on this thread: the refusals hold for all of them, and are not meant for the router.
     routed: list[Any] = []
     actor._outbox, actor._registry = routed, {}
-    actor._expect = lambda: None  # type: ignore[method-assign]  # as above
+    actor._expect = lambda: None  # type: ignore[method-assign]  # expired keys stay until a write removes them
     engine.set("s", "a", 0)
     draw = random.Random(count)
     refused = 0
-    for number in range(400):
+    for number in range(200):
         turn = any_turn(draw, number)
         for begin in itertools.count():
             stored, _ = turn.decide(view_of(actor))
@@ -233,6 +234,7 @@ def test_a_commit_without_memory_has_happened_whole_or_not_at_all(
             break
     assert refused > 1000
     record(f"memory refused within commits: {'kept' if kept else 'not kept'}, {count}", refusals=refused)
+    engine.close()
 
 
 def view_of(actor: LocalScope) -> Any:
