@@ -298,7 +298,7 @@ def patient(store: GatedStore, open_engine: Callable[..., Engine]) -> Engine:
 
 def test_a_durable_write_is_answered_when_it_is_in_the_store(patient: Engine, store: GatedStore) -> None:
     patient.set("users", "before", 1)
-    assert "users" not in store.states
+    assert "users" not in store.rows
 
     patient.set("users", "k", 2, durable=True)
     assert store.values("users") == {"before": b"1", "k": b"2"}
