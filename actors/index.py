@@ -72,6 +72,13 @@ class OrderedKeys:
         self._index = index
         return found
 
+    def is_behind(self) -> bool:
+        """Tell whether a turn would have to index more keys than it may. From any thread: it may be true no more."""
+        if len(self._values) <= READ_WITHIN_TURN:
+            return False
+        index = self._index
+        return index is None or self._creations() - index.creations > READ_WITHIN_TURN
+
     def check_length(self) -> None:
         """Raise TooLong if there are more keys than a turn reads."""
         if len(self._values) > READ_WITHIN_TURN and not self.patient:

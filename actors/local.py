@@ -133,6 +133,9 @@ class LocalScope(ScopeInMemory):
     def key_count(self) -> int:
         return len(self._values or ())
 
+    def turn_before_range(self) -> Turn[Any] | None:
+        return _FIRST_KEY if self._ordered.is_behind() else None
+
     def forget_unused(self) -> None:
         self._ordered.forget_if_unused()
 

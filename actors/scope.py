@@ -177,6 +177,10 @@ class ScopeActor(TurnActor):
         """Keys in memory."""
         return 0
 
+    def turn_before_range(self) -> Turn[Any] | None:
+        """Return a read to make before a write of a range, so that the write keeps no other caller waiting."""
+        return None
+
     def forget_unused(self) -> None:
         """Drop what only makes calls quicker and was not used since the last call. From any thread."""
 

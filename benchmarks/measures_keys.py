@@ -55,6 +55,32 @@ def walk_by_pages(sizes: Sizes) -> list[Row]:
     ]
 
 
+def held_by_lists(sizes: Sizes) -> list[Row]:
+    """The longest `set` while another thread reads all keys of a large scope, in each way: the best of a few runs."""
+    count = sizes.large_scope_keys
+    with Engine() as engine:
+        set_batch(engine)(make_pairs(count, keys=count))
+        scope = engine.scope(SCOPE)
+
+        def first_keys() -> None:
+            actor = engine._scopes[SCOPE]
+            actor.forget_unused()
+            actor.forget_unused()  # the index is gone: this call makes it
+            scope.keys(limit=100)
+
+        ways: dict[str, Callable[[], object]] = {
+            "first_call_ms": first_keys,
+            "keys_ms": scope.keys,
+            "items_ms": scope.items,
+            "entries_ms": scope.entries,
+            "count_ms": lambda: scope.count(prefix="k"),
+        }
+        repeats = max(1, sizes.repeats // 3)
+        held = {name: min(_longest_set(engine, way) for _ in range(repeats)) * 1e3 for name, way in ways.items()}
+    what = f"the longest set while another thread lists {count} keys"
+    return [Row("held_by_lists", what, max(held.values()), "ms", 20, figures=held)]
+
+
 def _longest_set(engine: Engine, work: Callable[[], object]) -> float:
     """Return the longest time that a `set` takes while another thread does the work."""
     thread = threading.Thread(target=work, name="walk")
@@ -76,4 +102,5 @@ def _seconds(work: Callable[[], object]) -> float:
 MEASURES: dict[str, Measure] = {
     "keys_of_a_page": keys_of_a_page,
     "walk_by_pages": walk_by_pages,
+    "held_by_lists": held_by_lists,
 }

@@ -41,6 +41,9 @@ class AioStateCalls:
     async def _run(self, scope: str, turn: Turn[A], durable: bool | None = None) -> A:
         raise NotImplementedError
 
+    async def _at_once(self, scope: str, turn: Turn[A]) -> A:
+        raise NotImplementedError
+
     async def entry(self, scope: str, key: str) -> EntryView | None:
         """As `Engine.entry`."""
         return view_of(key, await self._run(scope, GetEntry(checked_name("key", key))))
@@ -124,6 +127,8 @@ class AioStateCalls:
         deleted, more, pieces = 0, True, 0
         while more:
             turn, _ = arguments.delete_range_turn(idempotency_key=of_piece(idempotency_key, pieces), **bounds)
+            if not pieces and (first := self._engine._parts.directory[scope].turn_before_range()) is not None:
+                await self._at_once(scope, first)
             answer = await self._run(scope, turn, durable)
             deleted, more, pieces = deleted + answer.deleted, answer.more, pieces + 1
         return deleted

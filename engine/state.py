@@ -192,6 +192,8 @@ class StateCalls:
         deleted, more, pieces = 0, True, 0
         while more:
             turn, _ = arguments.delete_range_turn(idempotency_key=of_piece(idempotency_key, pieces), **bounds)
+            if not pieces and (first := self._parts.directory[scope].turn_before_range()) is not None:
+                self._parts.directory[scope].run(first)
             answer = self._run(scope, turn, durable)
             deleted, more, pieces = deleted + answer.deleted, answer.more, pieces + 1
         return deleted

@@ -46,7 +46,7 @@ def _output_may_end() -> Iterator[None]:
 app = typer.Typer(
     name="scopestate",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Scoped key-value state: serve an engine, call or watch a running one, check configurations and stores.",
@@ -108,7 +108,8 @@ def installed_version() -> str:
 def main() -> None:
     """Run the command line. The entry point of the console script."""
     prepare_output()
-    app()
+    # By its name, which a shell's completion asks for; `python -m scopestate` would have another one.
+    app(prog_name="scopestate")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -222,7 +222,22 @@ def test_an_answer_shows_what_was_there_in_its_turn_not_what_was_written_behind_
     assert after.get(timeout=20) == [f"{number:03}" for number in range(1, 51)]
 
 
-def test_other_callers_are_served_while_the_index_is_made(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def delete_by_a_task(engine: Engine) -> Any:
+    return asyncio.run(engine.aio.delete_range("s", prefix="01"))
+
+
+@pytest.mark.parametrize(
+    ("work", "answer"),
+    [
+        (lambda engine: engine.keys("s", limit=2), ["000", "001"]),
+        (lambda engine: engine.delete_range("s", prefix="01"), 10),
+        (delete_by_a_task, 10),
+    ],
+    ids=["keys", "delete range", "delete range by a task"],
+)
+def test_other_callers_are_served_while_the_index_is_made(
+    place: Place, work: Callable[[Engine], Any], answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(index, "READ_WITHIN_TURN", 10)
     for number in range(50):
         place.run(Set(f"{number:03}", encode(number)))
@@ -235,8 +250,8 @@ def test_other_callers_are_served_while_the_index_is_made(place: Place, monkeypa
         return divide(keys)
 
     monkeypatch.setattr(index, "_divided", slowly)
-    answers: list[list[str]] = []
-    reader = threading.Thread(target=lambda: answers.append(place.run(Keys(Range(limit=2)))))
+    answers: list[Any] = []
+    reader = threading.Thread(target=lambda: answers.append(work(place.engine)))
     reader.start()
     assert making.wait(20)
     place.run(Set("new", encode(1)))
@@ -245,7 +260,7 @@ def test_other_callers_are_served_while_the_index_is_made(place: Place, monkeypa
     go_on.set()
     reader.join()
 
-    assert answers == [["000", "001"]]
+    assert answers == [answer]
     assert place.run(Keys(Range(start="049"))) == ["049", "new"]
 
 

@@ -321,3 +321,18 @@ def test_each_command_says_what_it_does(cli: Run) -> None:
         assert told.code == 0
         assert "Exit codes" in told.out
     assert "--if-absent" in cli("set", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("scopestate ke", ["keys"]),
+        ("scopestate set s k 1 --if", ["--if-revision", "--if-absent"]),
+        ("scopestate delete", ["delete", "delete-range"]),
+    ],
+)
+def test_a_shell_completes_commands_and_options(line: str, expected: list[str], program: type[Program]) -> None:
+    asked = {"_SCOPESTATE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    completed = program(**asked).wait()
+
+    assert (completed.code, completed.out.split()) == (0, expected)
