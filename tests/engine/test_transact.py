@@ -231,6 +231,17 @@ def test_a_transaction_with_an_idempotency_key_runs_once(users: Scope) -> None:
         users.set("n", 5, idempotency_key="i")
 
 
+def test_with_an_idempotency_key_the_answer_must_be_json(users: Scope) -> None:
+    def work(tx: Transaction) -> set[int]:
+        tx.set("n", 1)
+        return {1}
+
+    with pytest.raises(InvalidValue):
+        users.transact(work, idempotency_key="i")
+    assert users.keys() == []
+    assert users.transact(work) == {1}
+
+
 def test_a_function_that_takes_long_is_logged(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
