@@ -698,6 +698,8 @@ class ScopeCommands:
             self._finish_read(call, found, ended)
         else:
             self._store.note_attempt()
+            if type(found) is list and len(found) == _LOOKED:
+                found = None  # taken in before, when that was cut short: read again
             if type(found) is list:
                 if found[0] == KEPT:
                     self._finish_replay(call, found[1], ended)

@@ -22,7 +22,7 @@ from scopestate.ops.transactions import Transact
 from scopestate.ops.turns import Effects, Turn
 from scopestate.ops.writes import Modify, Once, unwrapped
 from scopestate.persistence.redis.commands import MOST_REPEATS
-from scopestate.persistence.redis.seen import EntryView, NotSeen
+from scopestate.persistence.redis.seen import NOTHING, EntryView, NotSeen
 from scopestate.persistence.redis.transacting import Commit, Look, ReadRange, Replay, number_answer
 from scopestate.signals import SLICE_S, certainly, wait_for
 
@@ -65,15 +65,22 @@ class Functions:
         ticket = [get_ident()]
         try:
             self._take(ticket)
-            for _ in range(MOST_REPEATS if type(turn) is Once else 0):
-                try:
-                    return self._run(turn, depth)
-                except StorageError as error:
-                    if not isinstance(error.__cause__, ConnectionLost):
-                        raise
-            return self._run(turn, depth)
-        finally:
+            answer = self._repeatedly(turn, depth)
+            self._give_back(ticket)
+            return answer
+        except BaseException:
+            # Not `finally`: an interruption at its first step would leave the claim taken.
             certainly(lambda: self._give_back(ticket))
+            raise
+
+    def _repeatedly(self, turn: Turn[A], depth: int) -> A:
+        for _ in range(MOST_REPEATS if type(turn) is Once else 0):
+            try:
+                return self._run(turn, depth)
+            except StorageError as error:
+                if not isinstance(error.__cause__, ConnectionLost):
+                    raise
+        return self._run(turn, depth)
 
     # ------------------------------------------------------------------------------------------------ one at a time
 
@@ -134,7 +141,10 @@ class Functions:
                 scope.pause(random.uniform(0, min(_PAUSE_S[0] * 2.0 ** min(conflicts, 16), _PAUSE_S[1])))
             elif error is not None and self._is_final(turn, view):
                 raise error
-            view = self._look(turn, view, depth)
+            before, view = view, self._look(turn, view, depth)
+            if error is not None and not before.missing and view.replay is None and _is_same(before, view):
+                # Also what a signal handler has raised meanwhile: it must not be lost because the function runs again.
+                raise error
 
     def _is_final(self, turn: Turn[Any], view: EntryView) -> bool:
         """Return whether what was raised is the answer: it was not for a value that may be old, or not read."""
@@ -178,6 +188,15 @@ class Functions:
         conflict = Conflict(self._scope.scope, [KeyConflict(place, key, None, 0) for place, key in enumerate(keys)])
         conflict.__cause__ = StorageError(f"a key that the function reads was changed elsewhere {conflicts} times")
         return conflict
+
+
+def _is_same(before: EntryView, now: EntryView) -> bool:
+    """Return whether everything that was looked at still has the same value."""
+    return all(
+        now.known.get(key, NOTHING)[0] == known[0]
+        and before.is_lapsed(known) == now.is_lapsed(now.known.get(key, NOTHING))
+        for key, known in before.used.items()
+    )
 
 
 def _acquire(lock: Any, slice_s: float) -> bool:

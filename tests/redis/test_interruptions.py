@@ -40,7 +40,18 @@ INTERRUPTED: dict[str, Callable[[Engine, int], Any]] = {
     "delete": lambda engine, number: engine.delete("s", "k"),
     "get": lambda engine, number: engine.get("s", "k"),
     "list": lambda engine, number: engine.list("s"),
+    "set if it has a revision": lambda engine, number: engine.set(
+        "s", "k", number, if_revision=engine.entry("s", "k").revision
+    ),
+    "modify": lambda engine, number: engine.modify("s", "n", lambda value: value + 1, default=0),
+    "transact": lambda engine, number: engine.transact("s", _add_to_both),
+    "keys": lambda engine, number: engine.keys("s"),
 }
+
+
+def _add_to_both(tx: Any) -> None:
+    for key in ("one", "two"):
+        tx[key] = tx.get(key, 0) + 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Interruption])
