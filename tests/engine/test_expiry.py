@@ -211,6 +211,7 @@ def test_a_clock_that_is_set_back_revives_nothing_and_puts_nothing_off(world: Wo
 def test_a_clock_that_is_set_forward_expires_at_once(world: World) -> None:
     engine = world.open()
     engine.set("s", "a", 1, ttl=3600)
+    world.dispatcher.advance(0.5)  # the timer is set
 
     world.dispatcher.set_clock(3600)
     assert engine.get("s", "a") is None
@@ -222,6 +223,7 @@ def test_a_clock_that_is_set_forward_expires_at_once(world: World) -> None:
 def test_the_time_of_a_suspended_machine_counts(world: World) -> None:
     engine = world.open()
     engine.set("s", "a", 1, ttl=3600)
+    world.dispatcher.advance(0.5)  # the timer is set
 
     world.dispatcher.suspend(3600)
     assert engine.get("s", "a") is None
@@ -360,6 +362,29 @@ def test_a_full_handler_holds_expired_keys_back_and_loses_none(world: World, cap
     assert seen == [f"k{number:03}" for number in range(1000)]
     assert engine.health().ok
     assert engine.stats().expired == 1000
+
+
+def test_keys_before_the_one_whose_handler_is_full_are_removed(world: World) -> None:
+    engine = world.open(handler_mailbox=1, call_timeout_ms=0, watch=False)
+    stuck = [True]
+
+    def slow(event: StateEvent) -> None:
+        while stuck[0]:
+            world.dispatcher.sleep(1)
+
+    engine.on_change(key="stuck", events=("expired",))(slow)
+    for scope in ("in the handler", "in its mailbox"):
+        engine.set(scope, "stuck", 1, ttl=1)
+        world.dispatcher.advance(2)
+    for key in ("a", "b", "stuck", "c"):
+        engine.set("s", key, 1, ttl=5)
+    world.dispatcher.advance(30)
+
+    assert list(engine._parts.directory["s"]._values) == ["stuck", "c"]  # type: ignore[attr-defined]
+    assert engine.list("s") == []
+    stuck[0] = False
+    world.dispatcher.advance(30)
+    assert engine.stats().expired == 6
 
 
 def test_a_store_that_cannot_be_read_is_tried_again(kept: World, caplog: pytest.LogCaptureFixture) -> None:
