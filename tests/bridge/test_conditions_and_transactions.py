@@ -255,6 +255,9 @@ def test_transact_with_an_idempotency_key_is_done_once(engine: Engine, other: En
     assert engine.get("s", "balance") == 0
     with pytest.raises(ValueError, match="not enough"):
         engine.transact("s", pay, idempotency_key="order-2")
+    engine.set("s", "other", 1, idempotency_key="order-3")
+    with pytest.raises(IdempotencyMismatch):
+        engine.transact("s", pay, idempotency_key="order-3")
 
 
 def test_a_write_with_an_idempotency_key_is_done_once(engine: Engine, other: Engine) -> None:

@@ -11,8 +11,9 @@ from played_engine import LIST, PlayedEngine, Refusal
 from second_engine import OpenBridge
 
 from scopestate import Engine, ops
-from scopestate.errors import NotConnected, StorageError, Unsupported
+from scopestate.errors import NotConnected, RemoteFailure, StorageError, Unsupported
 from scopestate.ops.turns import Entry
+from scopestate.wire.refusals import refusal_of
 
 IN_0_11_6 = {
     "state::set": ["scope", "key", "value"],
@@ -197,3 +198,29 @@ def test_a_function_is_not_called_if_its_write_could_not_be_made(engine: Engine)
         engine.modify("s", "k", called.append)
 
     assert called == []
+
+
+def test_an_older_scopestate_names_keys_without_revisions_and_iii_names_none(
+    engine: Engine, played: PlayedEngine
+) -> None:
+    backend: Any = engine._parts.backend
+    played.answers["state::list"] = lambda data: {"keys": ["b", "a"], "values": [1, None]}
+    assert backend.read("s") == {"b": Entry(b"1", 0), "a": Entry(b"null", 0)}
+    played.answers["state::list"] = lambda data: {
+        "keys": ["a"],
+        "entries": [{"value": 1, "revision": 3, "expires_at": 5}],
+    }
+    assert backend.read("s") == {"a": Entry(b"1", 3, 5)}
+    played.answers["state::list"] = lambda data: [1]
+    with pytest.raises(StorageError, match="cannot be loaded"):
+        backend.read("s")
+
+
+@pytest.mark.parametrize(
+    "details", [{"scope": 5}, {"scope": "s", "conflicts": []}, {"scope": "s", "conflicts": [{"key": 1}]}, {}]
+)
+def test_a_conflict_without_its_facts_is_a_failure_of_the_store(details: Any) -> None:
+    failure = RemoteFailure("state::set", "CONFLICT", "a conflict")
+    failure.details = details
+
+    assert refusal_of(failure) is None
