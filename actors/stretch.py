@@ -10,9 +10,8 @@ stretch:
   so no code written in Python runs.
 - Many keys are removed by the only call of a stretch, its last instruction. What it calls is written in C, so a signal
   handler runs when it has done everything. It is made beforehand, and allocates nothing.
-- What may need memory comes first, and what is there by then is taken back without needing any. Overwriting a key and
-  removing one need no memory. A union may need some, even if all keys exist: it asks for it before it changes anything,
-  and a second union with the same keys needs none.
+- What may need memory comes first, and what is there by then is taken back without needing any. Overwriting keys that
+  exist needs none, by a union either, and neither does removing keys: so these come last, and are never taken back.
 - Other threads may read between two stretches, so what is true only together is changed in one. The removal of an
   expired key is true by itself: it is a stretch of its own, before the write of the same key.
 
@@ -20,6 +19,7 @@ A build of CPython without the interpreter lock would need more: there a union i
 
 tests/reliability/test_interruption.py and test_stretch.py guard this: by the instructions of the functions here, by an
 interruption at each of them, by refusing memory at each allocation, and by threads that read meanwhile.
+docs/design/0037-many-changes-as-one.md has the reasons.
 """
 
 from __future__ import annotations
