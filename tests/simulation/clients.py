@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from scopestate import ops
+from scopestate import MISSING, ops
 from scopestate.actors.reply import Reply
-from scopestate.errors import EngineClosed, Overloaded, ReplyTimeout, StorageError
+from scopestate.errors import Conflict, EngineClosed, Overloaded, ReplyTimeout, StorageError
 from scopestate.ops import messages
 from scopestate.ops.values import encode
-from tests.simulation.model import Violation, Write, visible
+from tests.simulation.model import Violation, Write, id_of, visible
 
 if TYPE_CHECKING:
     from tests.simulation.simulator import Life
@@ -20,7 +20,10 @@ KEYS: Final = ("k0", "k1", "k2")
 SCOPES: Final = ("memory-0", "interval-0", "interval-1", "commit-0", "commit-1")
 
 # Weights: writes of values first, because they carry the most proof.
-_KINDS: Final = {"set": 8, "update": 4, "delete": 3, "get": 4, "list": 2, "ask": 5, "tell": 2, "flush": 1, "drain": 1}
+_KINDS: Final = {
+    "set": 8, "update": 4, "delete": 3, "get": 4, "list": 2, "ask": 5, "tell": 2, "flush": 1, "drain": 1,
+    "entry": 2, "set_if": 4, "compare_and_set": 3, "batch": 5, "transact": 4,
+}  # fmt: skip
 
 
 class Call:
@@ -46,13 +49,28 @@ class Call:
         self._life.note(lambda: f"{self._label} -> {error!r}")
         if isinstance(error, ReplyTimeout):
             return  # may still be applied, as its text says
-        if not isinstance(error, (StorageError, Overloaded, EngineClosed)):
+        if isinstance(error, Conflict):
+            self._conflict(error)
+        elif not isinstance(error, (StorageError, Overloaded, EngineClosed)):
             raise Violation(f"{self._label} raised {error!r}") from error
         if self._number is not None:
             self._model.refused.add(self._number)
             write = self._model.by_id.get(self._number)
             if write is not None and not write.dropped:
                 raise Violation(f"{self._label} was refused ({error}) and is written: {write}")
+
+    def _conflict(self, conflict: Conflict) -> None:
+        """What it conflicts with has happened, and the outside may know of it."""
+        revision = conflict.revision
+        if revision == conflict.expected_revision:
+            raise Violation(f"{self._label} conflicts with what it has expected: {conflict}")
+        if revision > self._model.durable_sequence(self._history):
+            raise Violation(f"{self._label} conflicts with a write that is not durable: {conflict}")
+        writes = self._history.writes
+        if revision > self._history.base and not any(
+            (write.sequence, write.key) == (revision, conflict.key) for write in writes
+        ):
+            raise Violation(f"{self._label} conflicts with what never happened: {conflict}")
 
     def wrote(self, old: bytes | None, new: bytes | None) -> None:
         """It ended well, with this answer."""
@@ -66,11 +84,31 @@ class Call:
         if write.sequence > self._model.durable_sequence(self._history):
             raise Violation(f"{self._label} was acknowledged and is not durable: {write}")
 
+    def wrote_if(self, revision: int, old: bytes | None, new: bytes | None) -> None:
+        """It ended well, where the key was expected to have this revision."""
+        self.wrote(old, new)
+        before = None if old is None else self._model.by_id.get(id_of(old))
+        if (old is None) != (revision == 0) or (before is not None and before.sequence != revision):
+            raise Violation(f"{self._label} was written over {before or old}")
+
     def read(self, value: bytes | None) -> None:
         """A read ended with this value."""
         self._end(value)
         if not any(dict(state.items).get(self._key) == value for state in self._visible()):
             raise Violation(f"{self._label} gave {value!r}; the scope was {[state.items for state in self._visible()]}")
+
+    def found(self, value: bytes | None, revision: int) -> None:
+        """A read ended with this value, which has this revision."""
+        self.read(value)
+        write = None if value is None else self._model.by_id.get(id_of(value))
+        if write is not None and write.sequence != revision:
+            raise Violation(f"{self._label} gave the revision {revision} for {write}")
+
+    def missed(self, value: bytes | None) -> None:
+        """It was not made, because the key has this value."""
+        assert self._number is not None
+        self._model.refused.add(self._number)
+        self.read(value)
 
     def listed(self, values: list[bytes]) -> None:
         """A list ended with these values."""
@@ -153,6 +191,112 @@ class Client:
         call = Call(self._life, self._name, "update", scope, key, number)
         work = [ops.Merge(value), ops.Increment("count", 1)]
         self._checked(call, lambda: self._engine.update(scope, key, work), lambda r: call.wrote(r.old_json, r.new_json))
+
+    def _set_if(self, scope: str, key: str) -> None:
+        """Expect what the key had a moment ago, or another revision."""
+        try:
+            entry = self._engine.entry(scope, key)
+        except (StorageError, Overloaded, ReplyTimeout):
+            return
+        revision = 0 if entry is None else entry.revision
+        if self._random.random() < 0.3:
+            revision = max(0, revision - 1)
+        self._life.dispatcher.give_way()
+        number, value = self._value()
+        call = Call(self._life, self._name, f"set if {revision}", scope, key, number)
+        self._checked(
+            call,
+            lambda: self._engine.set(scope, key, value, if_revision=revision),
+            lambda r: call.wrote_if(revision, r.old_json, r.new_json),
+        )
+
+    def _compare_and_set(self, scope: str, key: str) -> None:
+        try:
+            expected = self._engine.get(scope, key)
+        except (StorageError, Overloaded, ReplyTimeout):
+            return
+        self._life.dispatcher.give_way()
+        number, value = self._value()
+        call = Call(self._life, self._name, "compare and set", scope, key, number)
+
+        def done(result: Any) -> None:
+            if result.swapped:
+                call.wrote(_json(expected), encode(value))
+            else:
+                call.missed(_json(result.current))
+
+        self._checked(
+            call,
+            lambda: self._engine.compare_and_set(scope, key, MISSING if expected is None else expected, value),
+            done,
+        )
+
+    def _entry(self, scope: str, key: str) -> None:
+        call = Call(self._life, self._name, "entry", scope, key)
+        self._checked(
+            call,
+            lambda: self._engine.entry(scope, key),
+            lambda e: call.found(None, 0) if e is None else call.found(_json(e.value), e.revision),
+        )
+
+    def _together(self, scope: str, what: str) -> tuple[dict[str, Any], dict[str, Call]]:
+        """Return values for several keys that are written together or not at all, and a call for each of them."""
+        keys = self._random.sample(KEYS, self._random.randint(2, 3))
+        pairs = [self._value() for _ in keys]
+        numbers = {number for number, _ in pairs}
+        self._life.model.groups.update(dict.fromkeys(numbers, numbers))
+        calls = {
+            key: Call(self._life, self._name, what, scope, key, number)
+            for key, (number, _) in zip(keys, pairs, strict=True)
+        }
+        return {key: value for key, (_, value) in zip(keys, pairs, strict=True)}, calls
+
+    def _end_together(self, calls: dict[str, Call], work: Callable[[], dict[str, tuple[bytes | None, bytes]]]) -> None:
+        """Do the work, which returns what each key had and has now."""
+        try:
+            written = work()
+        except Exception as error:  # noqa: BLE001 - which errors are allowed is what is checked
+            for call in calls.values():
+                call.refused(error)
+        else:
+            for key, call in calls.items():
+                call.wrote(*written[key])
+
+    def _batch(self, scope: str, key: str) -> None:
+        """A batch of sets, half of them with a check, and with a step that makes it more than sets."""
+        values, calls = self._together(scope, "batch")
+        checked = self._random.random() < 0.5
+        revision = 0 if self._random.random() < 0.3 else self._random.randrange(1, 30)
+
+        def work() -> dict[str, tuple[bytes | None, bytes]]:
+            with self._engine.batch(scope) as batch:
+                if checked:
+                    batch.check(key, revision=revision)
+                for one, value in values.items():
+                    batch.set(one, value)
+            return {
+                one: (result.old_json, result.new_json)
+                for one, result in zip(values, batch.result.results, strict=True)
+            }
+
+        self._end_together(calls, work)
+
+    def _transact(self, scope: str, key: str) -> None:
+        """A transaction that writes what it has read elsewhere, with ids of its own."""
+        values, calls = self._together(scope, "transact")
+
+        def work() -> dict[str, tuple[bytes | None, bytes]]:
+            before: dict[str, bytes | None] = {}
+
+            def function(tx: Any) -> None:
+                for one, value in values.items():
+                    before[one] = _json(tx.get(one))
+                    tx.set(one, value)
+
+            self._engine.transact(scope, function)
+            return {one: (before[one], encode(value)) for one, value in values.items()}
+
+        self._end_together(calls, work)
 
     def _delete(self, scope: str, key: str) -> None:
         call = Call(self._life, self._name, "delete", scope, key)

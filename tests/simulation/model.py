@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -152,6 +152,8 @@ class Model:
         self.histories: dict[str, History] = {}
         self.by_id: dict[int, Write] = {}
         """Id in the written value -> the write. Every write of a value has an id of its own."""
+        self.groups: dict[int, set[int]] = {}
+        """Id -> the ids that are written together with it, or not at all."""
         self.refused: set[int] = set()
         self.senders: dict[int, str] = {}
         """Id -> who sent it; a sender's ids rise, and so must its writes to one scope."""
@@ -194,6 +196,13 @@ class Model:
 
     def wrote(self, scope: str, sequence: int, key: str, old: bytes | None, new: bytes | None) -> None:
         """A scope is about to write."""
+        if new is not None and len(self.groups.get(id_of(new), ())) > 1:
+            raise Violation(
+                f"{scope}: message {id_of(new)} is written by itself, and not with {self.groups[id_of(new)]}"
+            )
+        self._wrote(scope, sequence, key, old, new)
+
+    def _wrote(self, scope: str, sequence: int, key: str, old: bytes | None, new: bytes | None) -> None:
         write = self.history(scope).write(sequence, key, old, new, self._clock())
         if new is None:
             return
@@ -210,13 +219,28 @@ class Model:
                 raise Violation(f"{scope}: message {number} of {sender} was overtaken by its later message {latest}")
             self._latest[sender, scope] = number
 
-    def refuse_write(self, scope: str) -> None:
-        """The write that `wrote` announced was refused inside its turn."""
+    def wrote_together(
+        self, scope: str, sequence: int, changes: Sequence[tuple[str, bytes | None, bytes | None]]
+    ) -> None:
+        """A scope is about to write several keys as one; `sequence` is that of the first write."""
+        together = {id_of(new) for _, _, new in changes if new is not None}
+        for number in together:
+            if not self.groups.get(number, together) <= together:
+                raise Violation(f"{scope}: of the messages {self.groups[number]} only {together} are written")
         history = self.history(scope)
-        new = history.writes[-1].new
-        history.forget()
-        if new is not None:
-            del self.by_id[id_of(new)]
+        for place, (key, old, new) in enumerate(changes):
+            if place:
+                history.now().dropped = True
+            self._wrote(scope, sequence + place, key, old, new)
+
+    def refuse_write(self, scope: str, count: int = 1) -> None:
+        """The writes that were announced last were refused inside their turn."""
+        history = self.history(scope)
+        for _ in range(count):
+            new = history.writes[-1].new
+            history.forget()
+            if new is not None:
+                del self.by_id[id_of(new)]
 
     def rolled_back(self, scope: str) -> None:
         """A commit of the scope failed: it is as it is on disk."""

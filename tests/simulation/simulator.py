@@ -20,6 +20,7 @@ from scopestate.actors.scope import Passivate
 from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, ScopeRule
 from scopestate.errors import ReplyTimeout, ScopestateError, StorageError
 from scopestate.opening import durability_of
+from scopestate.ops.turns import Change
 from tests.simulation.clients import SCOPES, Client
 from tests.simulation.disk import Disk, DiskAdapter
 from tests.simulation.model import Model, Violation
@@ -316,6 +317,7 @@ def observed() -> Iterator[None]:
         yield
         return
     write, create, remove = LocalScope._write, LocalScope._create, LocalScope._remove
+    commit, write_all = LocalScope._commit, LocalScope._write_all
     roll_back = Gate._roll_back
 
     def tell(actor: LocalScope, key: str, old: bytes | None, new: bytes | None, commit: Callable[[], None]) -> None:
@@ -330,6 +332,28 @@ def observed() -> Iterator[None]:
             if actor._sequence == before:
                 model.refuse_write(actor.scope)
             raise
+
+    def tell_together(
+        actor: LocalScope, changes: list[tuple[str, bytes | None, bytes | None]], commit: Callable[[], None]
+    ) -> None:
+        model = _model_of(actor)
+        with model.watching():
+            model.wrote_together(actor.scope, actor._sequence + 1, changes)
+        before = actor._sequence
+        try:
+            commit()
+        except BaseException:
+            if actor._sequence == before:
+                model.refuse_write(actor.scope, len(changes))
+            raise
+
+    def observed_commit(actor: LocalScope, stored: Any) -> None:
+        changes = [(one.key, one.before, one.after) for one in stored if isinstance(one, Change)]
+        tell_together(actor, changes, lambda: commit(actor, stored))
+
+    def observed_write_all(actor: LocalScope, sets: dict[str, bytes], before: list[bytes | None]) -> None:
+        changes = [(key, old, new) for (key, new), old in zip(sets.items(), before, strict=True)]
+        tell_together(actor, changes, lambda: write_all(actor, sets, before))
 
     def observed_write(actor: LocalScope, key: str, old: bytes | None, new: bytes | None) -> None:
         if old is None or new is None:
@@ -358,6 +382,8 @@ def observed() -> Iterator[None]:
             mock.patch.object(LocalScope, "_write", observed_write),
             mock.patch.object(LocalScope, "_create", observed_create),
             mock.patch.object(LocalScope, "_remove", observed_remove),
+            mock.patch.object(LocalScope, "_commit", observed_commit),
+            mock.patch.object(LocalScope, "_write_all", observed_write_all),
             mock.patch.object(Gate, "_roll_back", observed_roll_back),
         ):
             yield

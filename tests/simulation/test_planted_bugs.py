@@ -9,15 +9,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from scopestate.actors import snapshot
+from scopestate.actors import local, snapshot
 from scopestate.actors.gate import Gate
 from scopestate.actors.handler import HandlerActor
 from scopestate.actors.local import LocalScope
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import SnapshotActor
+from scopestate.actors.stretch import Collected
 from scopestate.actors.turn import HOLDER
 from scopestate.closing import Closing
 from scopestate.errors import StorageError
+from scopestate.ops import writes
 from scopestate.persistence import ScopeChange
 from tests.simulation.__main__ import main
 from tests.simulation.simulator import Failure, observed, simulate
@@ -162,6 +164,38 @@ def a_sender_overtakes_itself(patch: Patch) -> None:
     patch.setattr(LocalScope, "keep_order", lambda self: None)
 
 
+def a_conflict_is_answered_before_the_commit(patch: Patch) -> None:
+    patch.setattr(LocalScope, "_deliver_refusal", lambda self, message, reply, error: reply.fail(error))
+
+
+def a_batch_is_written_key_by_key(patch: Patch) -> None:
+    def write_all(self: LocalScope, sets: dict[str, bytes], before: list[bytes | None]) -> None:
+        for (key, new), old in zip(sets.items(), before, strict=True):
+            if old is None:
+                self._create(key, new)
+            else:
+                self._write(key, old, new)
+
+    patch.setattr(LocalScope, "_write_all", write_all)
+
+
+def half_of_a_transaction_is_saved(patch: Patch) -> None:
+    collect = LocalScope.collect
+
+    def leave_one_out(self: LocalScope) -> Collected | None:
+        collected = collect(self)
+        if collected is not None and len(collected.keys) > 1:
+            del collected.keys[next(iter(collected.keys))]
+        return collected
+
+    patch.setattr(LocalScope, "collect", leave_one_out)
+
+
+def a_condition_is_not_looked_at(patch: Patch) -> None:
+    patch.setattr(writes, "check_revision", lambda *_: None)
+    patch.delitem(local._WAYS, writes.SetWith)
+
+
 BUGS: list[Callable[[Patch], None]] = [
     events_of_a_commit_scope_leave_before_the_commit,
     a_commit_scope_answers_before_the_commit,
@@ -177,6 +211,10 @@ BUGS: list[Callable[[Patch], None]] = [
     closing_does_not_save,
     the_interval_is_not_kept,
     a_sender_overtakes_itself,
+    a_conflict_is_answered_before_the_commit,
+    a_batch_is_written_key_by_key,
+    half_of_a_transaction_is_saved,
+    a_condition_is_not_looked_at,
 ]
 
 

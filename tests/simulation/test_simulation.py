@@ -71,6 +71,10 @@ def test_the_seeds_reach_what_they_are_there_for() -> None:
         "odd ones is called",
         "extra is called",
         "deriving too is called",
+        "batch commit-0/",
+        "transact interval-0/",
+        "compare and set memory-0/",
+        "-> Conflict(",
     ):
         assert wanted in trace
 
