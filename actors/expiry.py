@@ -40,6 +40,8 @@ FIRST_PAUSE_S: Final = 0.05
 LONGEST_PAUSE_S: Final = 10.0
 FULL_PAUSE_S: Final = 1.0
 """The longest pause for a handler that is full."""
+AHEAD_MS: Final = 60_000
+"""A time of day that was set back by more than this is a problem too: deadlines that are moments come early."""
 OVERDUE_MS: Final = 10_000
 """Keys that have not been removed so long after their deadline are a problem of the engine's health."""
 
@@ -158,6 +160,10 @@ class ExpiryActor(TurnActor):
         late_ms = now_ms - min(self._heap[:1], default=(now_ms, ""))[0]
         if late_ms > OVERDUE_MS and not self._ended and not found:
             found.append(f"keys that expired {late_ms / 1000:.0f} s ago are not removed yet; reads do not see them")
+        if self._next and (ahead_ms := self._clock.ahead_ms()) > AHEAD_MS:
+            found.append(
+                f"the time of day was set back: deadlines go by a clock that is {ahead_ms / 1000:.0f} s ahead of it"
+            )
         return found
 
     # -------------------------------------------------------------------------------------------------------- turns

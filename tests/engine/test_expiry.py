@@ -202,10 +202,15 @@ def test_a_clock_that_is_set_back_revives_nothing_and_puts_nothing_off(world: Wo
     world.dispatcher.set_clock(-3600)
     assert engine.get("s", "a") is None
     assert engine.ttl("s", "b") == 10.0
+    world.dispatcher.run_until_idle()
+    assert engine.health().problems == (
+        "the time of day was set back: deadlines go by a clock that is 3600 s ahead of it",
+    )
     world.dispatcher.advance(10.05)
 
     assert [event.key for event in world.seen if event.event_type == "state:expired"] == ["a", "b"]
     assert engine.get("s", "b") is None
+    assert engine.health().ok  # no key has a deadline now
 
 
 def test_a_clock_that_is_set_forward_expires_at_once(world: World) -> None:
