@@ -194,7 +194,7 @@ def test_an_error_that_is_no_size_error_is_not_taken_for_one(open_file: Open, fa
     for wanted in (1, 2):
         faults.statements.clear()
         faults.fail = lambda _, wanted=wanted: (
-            odd if sum("json_quote" in earlier for earlier in faults.statements) == wanted else None
+            odd if sum("json_group_array(key)" in earlier for earlier in faults.statements) == wanted else None
         )
 
         with pytest.raises(StorageError, match="odd"):
@@ -512,7 +512,7 @@ def test_closing_waits_for_a_load_that_is_running(open_file: Open, faults: Fault
     loading, go_on, closed = threading.Event(), threading.Event(), threading.Event()
 
     def hold(statement: str) -> None:
-        if "json_quote" in statement:
+        if "json_group_array(key)" in statement:
             loading.set()
             assert go_on.wait(30)
 
