@@ -49,7 +49,7 @@ class OrderedKeys:
         self.patient = False
         """True: however many keys it takes, they are read within the turn."""
 
-    def find(self, within: Range, exists: Callable[[str], bool]) -> list[str]:
+    def find(self, within: Range, exists: Callable[[str], object]) -> list[str]:
         """Return the keys of a range that exist, in its order, at most `limit`. Raises TooLong."""
         self._used = True
         creations = self._creations()
@@ -84,10 +84,16 @@ class OrderedKeys:
         if len(self._values) > READ_WITHIN_TURN and not self.patient:
             raise TooLong
 
-    def apart(self, copied: dict[str, bytes]) -> KeysApart:
-        """Return the keys of a copy of the values, to be read outside of turns."""
+    def is_made(self) -> bool:
+        """Tell whether there is an index."""
+        return self._index is not None
+
+    def apart(self, copied: dict[str, bytes] | list[str]) -> KeysApart:
+        """Return the keys of a copy for reads outside of turns: of the values, or of the keys if there is no index."""
         index, fresh, creations = self._index, list[str](), self._creations()
-        if index is not None:
+        if not isinstance(copied, dict):
+            index = None  # another thread may have made one meanwhile
+        elif index is not None:
             if creations - index.creations > len(copied) // 4 or index.is_wasteful(len(copied)):
                 index = None
             else:
@@ -114,7 +120,12 @@ class KeysApart:
     __slots__ = ("_creations", "_fresh", "_index", "_source", "_values")
 
     def __init__(
-        self, source: OrderedKeys, values: dict[str, bytes], creations: int, index: KeyIndex | None, fresh: list[str]
+        self,
+        source: OrderedKeys,
+        values: dict[str, bytes] | list[str],
+        creations: int,
+        index: KeyIndex | None,
+        fresh: list[str],
     ) -> None:
         """`fresh`: keys to add to the index, a copy; None: there is no index yet."""
         self._source = source
@@ -123,7 +134,7 @@ class KeysApart:
         self._index = index
         self._fresh = fresh
 
-    def find(self, within: Range, exists: Callable[[str], bool]) -> list[str]:
+    def find(self, within: Range, exists: Callable[[str], object]) -> list[str]:
         """As `OrderedKeys.find`, however many keys there are. The scope's turns use the index from then on."""
         if self._index is None:
             self._index = KeyIndex(list(self._values), self._creations)
@@ -192,7 +203,7 @@ class KeyIndex:
         most = max(1, last - first) * (self._size // len(self._lows) + 1)
         return most if within.limit is None else min(most, within.limit)
 
-    def find(self, within: Range, exists: Callable[[str], bool]) -> list[str]:
+    def find(self, within: Range, exists: Callable[[str], object]) -> list[str]:
         """Return the keys of a range that exist, in its order, at most `limit`."""
         low, included = within.low()
         high = within.high()
@@ -231,7 +242,7 @@ class KeyIndex:
             place += -1 if reverse else 1
         return found
 
-    def _sort_in(self, place: int, exists: Callable[[str], bool]) -> int:
+    def _sort_in(self, place: int, exists: Callable[[str], object]) -> int:
         """Sort what was added to a bucket into it. Return how many buckets it is then."""
         added = self._added[place]
         if added is None:

@@ -369,7 +369,7 @@ class LocalScope(ScopeInMemory):
             view = self._timed_view
         assert view is not None  # from then on
         view.revision, view.now = self._sequence, None
-        return Apart(turn, view.apart(self._around, self._ordered, numbered=turn.numbered))
+        return Apart(turn, view.apart(self._around, self._ordered, turn.looks_at))
 
     def _tell_again(self) -> None:
         self._router.wake_anyway()

@@ -110,7 +110,7 @@ class InMemory:
             return there if within.limit is None else min(there, within.limit)
         return len(self._ordered.find(within, self._exists()))
 
-    def _exists(self) -> Callable[[str], bool]:
+    def _exists(self) -> Callable[[str], object]:
         """Return what tells whether a key exists."""
         return self._values.__contains__
 
@@ -118,9 +118,13 @@ class InMemory:
         """Return how many keys have expired and are still stored."""
         return 0
 
-    def apart(self, around: Surroundings, ordered: OrderedKeys, *, numbered: bool) -> InMemory:
-        """Return the same view of copies, for reads outside of turns; without revisions if not `numbered`."""
-        values, revisions = self._values.copy(), self._revisions.copy() if numbered else {}
+    def apart(self, around: Surroundings, ordered: OrderedKeys, looks_at: str) -> InMemory:
+        """Return the same view of copies, for reads outside of turns, with what they look at."""
+        if looks_at == "keys" and not ordered.is_made():
+            # A list of the keys is quicker to copy than the dict, and is all that the index needs.
+            names = ordered.apart(list(self._values))
+            return KeysOnly(self.scope, around, names, {}, {}, {})
+        values, revisions = self._values.copy(), self._revisions.copy() if looks_at == "entries" else {}
         view = InMemory(self.scope, around, ordered.apart(values), values, revisions, {})
         view.revision = self.revision
         return view
@@ -135,6 +139,18 @@ class InMemory:
         if answer is None or answer.time_ms + ANSWERS_KEPT_MS <= self.now_ms:
             return None
         return Kept(answer.fingerprint, answer.answer)
+
+
+class KeysOnly(InMemory):
+    """The view of a copy that has the keys alone, all of which exist."""
+
+    __slots__ = ()
+
+    def count(self, within: Range) -> int:
+        return len(self._ordered.find(within, self._exists()))
+
+    def _exists(self) -> Callable[[str], object]:
+        return id  # of every object it is true
 
 
 class WithDeadlines(InMemory):
@@ -215,13 +231,15 @@ class WithDeadlines(InMemory):
         now_ms = self.now_ms
         return sum(1 for expires_ms in self._deadlines.values() if expires_ms <= now_ms)
 
-    def _exists(self) -> Callable[[str], bool]:
+    def _exists(self) -> Callable[[str], object]:
         if not self._some_expired():
             return self._values.__contains__
         return lambda key: key in self._values and not self._is_expired(key)
 
-    def apart(self, around: Surroundings, ordered: OrderedKeys, *, numbered: bool) -> InMemory:
-        values, revisions = self._values.copy(), self._revisions.copy() if numbered else {}
+    def apart(self, around: Surroundings, ordered: OrderedKeys, looks_at: str) -> InMemory:
+        if looks_at == "keys" and not self._some_expired():
+            return super().apart(around, ordered, looks_at)
+        values, revisions = self._values.copy(), self._revisions.copy() if looks_at == "entries" else {}
         deadlines = self._deadlines.copy()
         view = WithDeadlines(self.scope, around, ordered.apart(values), values, revisions, {}, deadlines, self._wheel)
         view.revision, view.now, view._expired = self.revision, self.now_ms, self._some_expired()

@@ -40,7 +40,7 @@ class _Ranged(Turn[A], frozen=True):
 class Keys(_Ranged[list[str]], frozen=True):
     """Read keys."""
 
-    numbered = False
+    looks_at = "keys"
     function_id = "state::list_keys"
 
     def decide(self, view: View) -> Effects[list[str]]:
@@ -62,7 +62,7 @@ class _Listed(_Ranged[A], frozen=True):
 class Pairs(_Listed[list[tuple[str, bytes]]], frozen=True):
     """Read keys with their values as JSON."""
 
-    numbered = False
+    looks_at = "values"
 
     def decide(self, view: View) -> Effects[list[tuple[str, bytes]]]:
         get = view.get
@@ -76,7 +76,7 @@ class Pairs(_Listed[list[tuple[str, bytes]]], frozen=True):
 class Values(_Listed[list[bytes]], frozen=True):
     """Read values as JSON, by their keys."""
 
-    numbered = False
+    looks_at = "values"
 
     def decide(self, view: View) -> Effects[list[bytes]]:
         get = view.get
@@ -103,7 +103,7 @@ class Entries(_Listed[list[tuple[str, Entry]]], frozen=True):
 class Count(_Ranged[int], frozen=True):
     """Count keys."""
 
-    numbered = False
+    looks_at = "keys"
     function_id = "state::count"
 
     def decide(self, view: View) -> Effects[int]:

@@ -11,7 +11,7 @@ before the key is written again. Each change takes the next revision of its scop
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -279,8 +279,8 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
     function_id: ClassVar[str]
     """The id under which the operation is called over the wire."""
     writes: ClassVar[bool] = False
-    numbered: ClassVar[bool] = True
-    """False if it looks at no revisions: a copy of the scope for it needs none."""
+    looks_at: ClassVar[Literal["keys", "values", "entries"]] = "entries"
+    """What a copy of the scope must have for it."""
     failure: ClassVar[Failure]
 
     @property
@@ -435,7 +435,7 @@ class Get(OneKey["bytes | None"], frozen=True, gc=False):
 
 class _WholeScope(Turn[A], frozen=True, gc=False):
     function_id = "state::list"
-    numbered = False
+    looks_at = "values"
     failure = Failure("LIST_ERROR", "Failed to list values")
 
     @property

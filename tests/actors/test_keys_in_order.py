@@ -295,6 +295,25 @@ def test_a_caller_that_reads_many_keys_queues_behind_those_that_wait(place: Plac
         reply.get(timeout=20)
 
 
+def test_a_function_that_lists_keys_does_not_make_the_index_within_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "READ_WITHIN_TURN", 10)
+    place = Place("memory")
+    try:
+        for number in range(50):
+            place.run(Set(f"{number:03}", encode(number)))
+        divide, claimed = index._divided, list[bool]()
+
+        def noted(keys: list[str]) -> Any:
+            claimed.append(bool(place.actor._claim))
+            return divide(keys)
+
+        monkeypatch.setattr(index, "_divided", noted)
+        assert place.engine.transact("s", len) == 50
+        assert claimed == [False]
+    finally:
+        place.end()
+
+
 def test_no_scope_has_an_index_before_its_keys_are_asked_for(place: Place) -> None:
     place.run(Set("a", b"1"))
     place.run(List())
