@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback
 from scopestate.errors import Conflict, ConnectionLost, KeyConflict, ReplyTimeout, StorageError, WouldDeadlock
-from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
+from scopestate.ops.ranges import ALL, Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
 from scopestate.ops.transactions import Transact
-from scopestate.ops.turns import Effects, Turn
+from scopestate.ops.turns import Effects, Items, Turn
 from scopestate.ops.writes import Modify, Once, unwrapped
 from scopestate.persistence.redis.commands import MOST_REPEATS
 from scopestate.persistence.redis.seen import NOTHING, EntryView, NotSeen
@@ -209,9 +209,13 @@ def _numbered(answer: A, revision: int) -> A:
     return answer
 
 
-def read_range(scope: RedisScope, turn: Turn[A], depth: int) -> A:
+def read_range(scope: RedisScope, turn: Any, depth: int) -> Any:
     """Do a turn that reads keys in order."""
     kind = _KINDS[type(turn)]
+    if kind == "v" and turn.within == ALL:
+        # In Python's order of the keys, not the server's: of 1 M keys it would do nothing else for seconds.
+        items = scope.call(Items(), depth)
+        return items if type(turn) is Pairs else [data for _, data in items]
     view = scope.view_of_seen().without_recall()
     while True:
         try:

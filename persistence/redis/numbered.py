@@ -466,6 +466,12 @@ if is_small then
   return {time(), stamp(), 1, found, values, entries}
 end
 local wanted = limit or -1
+if kind == 'k' and #gone == 0 then
+  local first, last = low, high
+  if backwards then first, last = high, low end
+  local names = call(backwards and 'ZREVRANGEBYLEX' or 'ZRANGEBYLEX', index, first, last, 'LIMIT', 0, wanted)
+  return {time(), stamp(), 0, names, {}, {}}
+end
 while true do
   local chunk
   if backwards then
@@ -499,7 +505,7 @@ if cursor == '' then
   cursor = '0'
   call('HSET', side, '\\254', 'building')
 end
-local scan = call('HSCAN', hash, cursor, 'COUNT', 1000)
+local scan = call('HSCAN', hash, cursor, 'COUNT', 250)
 for at = 1, #scan[2], 2 do call('ZADD', index, 0, scan[2][at]) end
 if scan[1] == '0' then
   if call('ZCARD', index) ~= call('HLEN', hash) then
