@@ -351,9 +351,8 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     """The revision that the change gave to its key. It rises from event to event of one scope.
 
     Memory and files: the number of the write in its scope. A store keeps it over a restart, and never gives a number
-    again. In memory it begins at 1. Redis with `events: shared`: the number of the event in the database, the same in
-    every engine, with gaps within a scope. Redis with `events: local`, and a bridge: the number of the event in this
-    engine, which begins at 1 and may have gaps.
+    again. In memory it begins at 1. Redis: made from the time of day, so large and with gaps, the same in every
+    engine; with `revisions: false`, and behind a bridge, the number of the event in this engine, which begins at 1.
     """
     depth: int = 0
     """0 for a write from outside of handlers, 1 for a write by the handler of such an event, and so on."""

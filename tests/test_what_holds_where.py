@@ -23,8 +23,8 @@ class Where(NamedTuple):
 
     listed: str
     """The values of keys that were first written in the order "b", "a"."""
-    numbers: list[int]
-    """Of two events of one scope, and of one more after the engine was opened again."""
+    numbers: list[int] | None
+    """Of two events of one scope, and of one more after the engine was opened again; None: they rise, with gaps."""
     keys_in_memory: int
     lost: bool = False
     """The state is gone when the engine closes."""
@@ -33,8 +33,8 @@ class Where(NamedTuple):
 PLACES = {
     "memory": Where("ba", [1, 2, 1], 2, lost=True),
     "file": Where("ba", [1, 2, 3], 2),
-    "redis": Where("ab", [1, 2, 1], 0),
-    "redis shared": Where("ab", [1, 2, 3], 0),
+    "redis": Where("ab", None, 0),
+    "redis shared": Where("ab", None, 0),
     "bridge": Where("ba", [1, 2, 1], 0),
     "bridge remote": Where("ba", [1, 2, 1], 0),
 }
@@ -101,7 +101,10 @@ def test_the_numbers_of_events_rise_within_a_scope_and_begin_anew_where_no_store
     with opened() as engine:
         first += [event.revision for event in written(engine, "b")]
 
-    assert first == where.numbers
+    if where.numbers is None:
+        assert first[0] < first[1] < first[2]
+    else:
+        assert first == where.numbers
 
 
 def test_flush_returns_at_once_where_there_is_nothing_to_save(opened: Open, where: Where) -> None:
