@@ -14,10 +14,13 @@ from watching import PATIENCE_S, Gate, Seen, in_thread
 
 from scopestate import Engine, StateEvent
 from scopestate.actors.dispatcher import ThreadDispatcher
+from scopestate.actors.local import LocalScope
 from scopestate.actors.scope import Passivate
+from scopestate.actors.stretch import Collected
 from scopestate.config import from_mapping
 from scopestate.errors import Overloaded, WouldDeadlock
 from scopestate.ops import turns
+from scopestate.persistence import ScopeChange
 
 
 class Interrupting(ThreadDispatcher):
@@ -227,6 +230,31 @@ def act(engine: Engine, write: str) -> None:
         engine.set("s", "old", "after")
     else:
         engine.delete("s", "old")
+
+
+def test_what_was_collected_without_memory_for_its_rows_is_saved_later(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, fails = Collected.change, [1]
+
+    def change(collected: Collected) -> ScopeChange:
+        if fails:
+            fails.pop()
+            raise MemoryError
+        return original(collected)
+
+    monkeypatch.setattr(Collected, "change", change)
+    with Engine(settings(tmp_path)) as engine:
+        engine.set("s", "old", 1)
+        with pytest.raises(MemoryError):
+            engine.flush()
+        engine.set("s", "new", 2)
+        engine.flush()
+        actor = engine._scopes["s"]
+        assert isinstance(actor, LocalScope)
+        assert actor._is_saved()
+    with Engine(settings(tmp_path)) as again:
+        assert again.list("s") == [1, 2]
 
 
 def test_an_event_for_which_the_router_has_no_memory_at_first_is_delivered_all_the_same(engine: Engine) -> None:
