@@ -138,9 +138,9 @@ def bounded(
 
 def checked_limit(name: str, limit: object, least: int = 0) -> int | None:
     """Return how many keys are asked for at most. Raises DeserializationError."""
-    if limit is None or (type(limit) is int and limit >= least):
+    if limit is None or (type(limit) is int and least <= limit <= LAST_REVISION):
         return limit
-    raise DeserializationError(f"`{name}` is a whole number of keys from {least} on, not {limit!r:.40}")
+    raise DeserializationError(f"`{name}` is a whole number of keys from {least} to {LAST_REVISION}, not {limit!r:.40}")
 
 
 def checked_revision(revision: object, *, if_absent: bool = False) -> int | None:

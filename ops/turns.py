@@ -108,8 +108,9 @@ class Range(msgspec.Struct, frozen=True):
 
     def checked(self) -> Range:
         """Return the range itself. Raises DeserializationError if `limit` is not a number of keys."""
-        if self.limit is not None and self.limit < 0:
-            raise DeserializationError(f"a limit is 0 or more, not {self.limit}")
+        if self.limit is not None and not 0 <= self.limit <= LAST_REVISION:
+            bound = "0 or more" if self.limit < 0 else f"{LAST_REVISION} or less"
+            raise DeserializationError(f"a limit is {bound}, not {self.limit}")
         return self
 
 
