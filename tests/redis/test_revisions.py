@@ -618,3 +618,14 @@ def test_a_value_that_is_not_json_fails_what_reads_it_and_nothing_else(
     assert [key for key, _ in do(engine, Entries())] == ["a"]
     engine.set("s", "bad", 1)
     assert do(engine, SetWith("bad", b"2")).old_value == 1
+
+
+def test_shared_events_have_the_revisions_of_their_keys(redis_server: Server) -> None:
+    heard: list[Any] = []
+    with open_at(redis_server.url, events="shared") as one, open_at(redis_server.url, events="shared") as other:
+        other.on_change(scope="s")(lambda event: heard.append((event.key, event.new_value, event.revision)))
+        first = one.set("s", "a", 1).revision
+        second = do(one, SetAll({"a": b"2", "b": b"3"})).revision
+        until(lambda: len(heard) == 3, "events are missing")
+        assert heard == [("a", 1, first), ("a", 2, second - 1), ("b", 3, second)]
+        assert do(other, SetWith("b", b"4", if_revision=heard[-1][2])).old_value == 3
