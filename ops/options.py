@@ -14,20 +14,21 @@ class WriteOptions(TypedDict, total=False):
     """Options of every write."""
 
     durable: bool | None
-    """True: return when it is on disk, whatever the durability of the scope. In memory and Redis: Unsupported."""
+    """True: return when it is on disk. Raises Unsupported where this engine saves nothing: scopes kept in memory only,
+    and Redis. False is refused for scopes with durability `commit`. None and False are the same elsewhere."""
     idempotency_key: str | None
     """1 to 255 characters. A repetition with the same key gets the first answer and changes nothing, for 24 hours."""
 
 
 class DeadlineOptions(TypedDict, total=False):
-    """When the key of a write expires. Without an option: never, or as the rule of the scope says."""
+    """When the key of a write expires; at most one of them. Without one, see the call."""
 
     ttl: float | timedelta | None
-    """In so many seconds, more than 0."""
+    """After so many seconds, more than 0; they are rounded up to milliseconds."""
     expires_at: datetime | None
-    """At this moment, a datetime with a time zone."""
+    """At this moment, a datetime with a time zone. If it has passed, the key expires at once."""
     keep_ttl: bool
-    """True: as it was."""
+    """True: the deadline that the key has, if any, stays."""
 
 
 class DeleteOptions(WriteOptions, total=False):
@@ -61,9 +62,9 @@ class Bounds(TypedDict, total=False):
     start: str | None
     """The first key; included."""
     after: str | None
-    """Keys come after this one."""
+    """Only keys behind this one; not included."""
     end: str | None
-    """Keys come before this one."""
+    """Only keys before this one; not included."""
 
 
 class RangeOptions(Bounds, total=False):

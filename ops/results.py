@@ -33,7 +33,11 @@ class WriteResult(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False)
     """What the results of all writes have beside the reference's fields."""
 
     revision: int = 0
-    """The revision that the write gave to its key. 0: the store does not number changes."""
+    """The revision that the write gave to its key.
+
+    0 where there is none to tell: in the results of a batch, which has one of its own; of a `modify` that left a
+    missing key as it was; in Redis with `revisions: false`; through a bridge, of a `set` or `update` without options.
+    """
     detailed: bool = False
     """True if the caller used an argument that the reference does not have: the JSON then has `revision` too."""
     replayed: bool = False
@@ -51,7 +55,7 @@ class WriteResult(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False)
         raise NotImplementedError
 
     def _shown(self) -> dict[str, Any]:
-        """What two results are compared by."""
+        """Return the fields by which two results are compared."""
         plain: dict[str, Any] = self.to_json()
         return plain
 
@@ -147,7 +151,7 @@ class DeleteResult(WriteResult, frozen=True, eq=False, gc=False):
         return None if self.old_json is None else decode(self.old_json)
 
     def to_json(self) -> Any:
-        """The bare previous value, as the reference has it; an object if the caller asked for more."""
+        """Return the bare previous value, as the reference has it; an object if the caller asked for more."""
         return self._shown() if self.detailed else self.old_value
 
     def _shown(self) -> dict[str, Any]:
@@ -155,7 +159,10 @@ class DeleteResult(WriteResult, frozen=True, eq=False, gc=False):
 
 
 class CasResult(WriteResult, frozen=True, eq=False, gc=False):
-    """Result of `compare_and_set`. Reference: `swapped`, and `current` if it is false."""
+    """Result of `compare_and_set`. Reference: `swapped`, and `current` if it is false.
+
+    `revision` is the one that the key has now, whether or not it was swapped.
+    """
 
     swapped: bool
     found_json: bytes | None
@@ -178,7 +185,7 @@ class CasResult(WriteResult, frozen=True, eq=False, gc=False):
 
 
 class ModifyResult(WriteResult, frozen=True, eq=False, gc=False):
-    """Result of `modify`."""
+    """Result of `modify`. `revision` is the one that the key has now, or that its removal had."""
 
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist."""
@@ -307,7 +314,7 @@ class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
     """Result of a transaction. `revision` is that of its last change."""
 
     results: Sequence[StepResult]
-    """One for each step, in order."""
+    """One for each write of the batch, in order. `revision` is 0 in them: that of a key is told by `Engine.entry`."""
 
     def to_json(self) -> dict[str, Any]:
         """The result as it goes over the wire."""
@@ -351,8 +358,10 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     """The revision that the change gave to its key. It rises from event to event of one scope.
 
     Memory and files: the number of the write in its scope. A store keeps it over a restart, and never gives a number
-    again. In memory it begins at 1. Redis: made from the time of day, so large and with gaps, the same in every
-    engine; with `revisions: false`, and behind a bridge, the number of the event in this engine, which begins at 1.
+    again. In memory it begins at 1. Redis: made from the time of day, so large and with gaps, the same in every engine.
+    In two cases it is the number of an event, not the revision of a key: through a bridge (of the events in this
+    engine, from 1 on), and in Redis with `revisions: false` (the same, or with `events: shared` of the events in the
+    database).
     """
     depth: int = 0
     """0 for a write from outside of handlers, 1 for a write by the handler of such an event, and so on."""
