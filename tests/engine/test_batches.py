@@ -7,7 +7,6 @@ import threading
 from typing import Any
 
 import pytest
-from conftest import OpenEngine
 from watching import Seen, in_thread
 
 from scopestate import Conflict, Engine, ops
@@ -22,6 +21,7 @@ from scopestate.errors import (
     ValueTooLarge,
 )
 from scopestate.handles import Scope
+from tests.engine.conftest import OpenEngine
 
 
 @pytest.fixture

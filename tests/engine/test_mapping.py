@@ -9,7 +9,6 @@ from collections.abc import ItemsView, KeysView, Mapping, MutableMapping, Values
 from typing import Any
 
 import pytest
-from conftest import OpenEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from watching import Seen, in_thread
@@ -17,6 +16,7 @@ from watching import Seen, in_thread
 from scopestate import Engine
 from scopestate.errors import BatchTooLarge, DeserializationError, InvalidValue
 from scopestate.mapping import ScopeMapping
+from tests.engine.conftest import OpenEngine
 
 
 @pytest.fixture

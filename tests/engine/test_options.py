@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import OpenEngine
 from watching import Seen
 
 from scopestate import DELETE, KEEP, MISSING, Conflict, Engine, messages, ops
@@ -21,6 +20,7 @@ from scopestate.errors import (
     ValueTooLarge,
 )
 from scopestate.handles import Scope
+from tests.engine.conftest import OpenEngine
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import OpenEngine
 from watching import Seen, in_thread
 
 from scopestate import Engine, EntryView
 from scopestate.errors import DeserializationError, InvalidCursor
 from scopestate.handles import Scope
+from tests.engine.conftest import OpenEngine
 
 NAMES = ["", "a", "a1", "a2", "b", "é", "\uffff", "😀"]
 """In the order of their UTF-8 bytes."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import OpenEngine
 from watching import PATIENCE_S, Gate, Seen, in_steps, in_thread
 
 from scopestate import KEEP, Engine, messages, ops
@@ -24,6 +23,7 @@ from scopestate.errors import (
 )
 from scopestate.handles import Scope
 from scopestate.ops.transactions import Transaction
+from tests.engine.conftest import OpenEngine
 
 
 @pytest.fixture
