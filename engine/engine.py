@@ -180,8 +180,8 @@ class Engine(Reactive, StateCalls):
         """Set a value: any JSON value, None included. Fires `state:created` or `state:updated`.
 
         Options (`SetOptions` says what each means): `if_revision` or `if_absent` for a condition, which raises Conflict
-        if it does not hold; `ttl`, `expires_at` or `keep_ttl` for the deadline, which it clears otherwise; `durable`;
-        `idempotency_key`.
+        if it does not hold; `ttl`, `expires_at` or `keep_ttl` for the deadline, which is cleared otherwise, or as the
+        rule of the scope says; `durable`; `idempotency_key`.
 
         Raises InvalidValue (with the path of what JSON cannot hold), ValueTooLarge, StorageError `SET_ERROR`,
         Overloaded, ReplyTimeout and EngineClosed. Then nothing was written, with two exceptions: after ReplyTimeout the

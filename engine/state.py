@@ -30,9 +30,9 @@ A = TypeVar("A")
 class StateCalls:
     """What an engine can do with the keys of a scope, beyond `set`, `get`, `delete`, `update` and `list`.
 
-    All of it holds for each scope: one call is one step, which no other call can interrupt. The calls raise what `get`
-    and `set` raise, and DeserializationError for arguments that make no sense, before anything is done. What a backend
-    cannot do it refuses with Unsupported.
+    Each call may be made from any thread, and is one step, which no other call can interrupt; only `pages` and
+    `delete_range` take several. The calls raise what `get` and `set` raise, and DeserializationError for arguments that
+    make no sense, before anything is done. What a backend cannot do it refuses with Unsupported.
 
     >>> from scopestate import Conflict, Engine
     >>> engine = Engine()
@@ -60,8 +60,9 @@ class StateCalls:
     def entry(self, scope: str, key: str) -> EntryView | None:
         """Return a key with its `value`, `revision` and `expires_at`, or None if it does not exist.
 
-        The revision is a number below 2**53: each change of a scope takes the next one, and none is ever given twice,
-        not after a crash either. Give it to `set(..., if_revision=...)` to write only if nothing has changed since.
+        The revision is a number below 2**53. Each change of a scope takes a larger one. With a store and in Redis none
+        is ever given twice, not even after a crash; in memory each engine begins at 1. Give it to `set(...,
+        if_revision=...)` to write only if the key has not changed since.
         """
         return view_of(key, self._run(scope, GetEntry(checked_name("key", key))))
 
@@ -112,7 +113,7 @@ class StateCalls:
     ) -> bool:
         """Have a key expire in `ttl` seconds, or at `expires_at`; `ttl=None`: never. Return whether the key exists.
 
-        The value and the revision stay, and no event fires.
+        The value and the revision stay, and no event fires. Raises DeserializationError if no time is given.
         """
         turn, durable = arguments.touch_turn(key, ttl, expires_at, **options)
         return self._run(scope, turn, durable)
@@ -138,14 +139,14 @@ class StateCalls:
         """Call `function(tx)`, which reads and writes the scope as if it were alone, and return what it returns.
 
         `tx` has `get`, `set`, `delete`, `update`, `entry`, `keys`, `items` and `touch`, and can be used as a dict of
-        keys. It reads its own writes. What it has written is written in one step when the function has returned:
-        one event for each key that has changed. What it raises reaches the caller, and nothing is written. At most
+        keys. It reads its own writes. They take effect in one step when the function has returned: one event for each
+        key that has changed. What it raises reaches the caller, and nothing is written. At most
         1,000 keys and `max_batch_bytes` of values; more raises BatchTooLarge.
 
         The function must be a plain function without other effects: in Redis and through a bridge it is called again
         when another write comes in between, and Conflict is raised if that happens too often. It must not call the
         engine, which raises WouldDeadlock. While it runs, the scope serves no other call; one that takes over 0.25 s is
-        logged. With an idempotency key, the answer must be JSON.
+        logged. With an idempotency key, the answer must be JSON, and a repetition does not call the function.
         """
         turn, durable = arguments.transact_turn(function, self._limits, run_callback, **options)
         return self._run(scope, turn, durable)

@@ -133,7 +133,7 @@ def bounded(
 ) -> Range:
     """Return the range with these bounds, where order and number mean nothing. Raises DeserializationError."""
     if unknown:
-        refuse_unknown("a range without order", unknown, Bounds)
+        refuse_unknown("count() or delete_range()", unknown, Bounds)
     return range_of(prefix, start, after, end)
 
 

@@ -225,7 +225,7 @@ class EntryView(msgspec.Struct, frozen=True, gc=False):
     json: bytes
     """The value as JSON."""
     revision: int
-    """The number of the change that made it: each change of a scope takes the next one."""
+    """The number of the key's last change: each change of a scope takes a larger one."""
     expires_ms: int | None = None
     """When it expires, in milliseconds since the epoch; None: never."""
 

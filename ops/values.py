@@ -386,6 +386,8 @@ _ADVICE: Final = {
     "builtins.coroutine": "await it, and store its result",
     "builtins.async_generator": "store [item async for item in value]",
     "scopestate.SetResult": "store value.to_json()",
+    "scopestate.Missing": "MISSING stands for a key that does not exist: delete the key, or store None",
+    "scopestate.Absence": "KEEP and DELETE are for the function of `modify`",
     "msgspec.Raw": "store msgspec.json.decode(value)",
     "msgspec.Struct": "store msgspec.to_builtins(value)",
     "numpy.generic": "store value.item()",

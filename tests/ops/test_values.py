@@ -35,7 +35,9 @@ from hypothesis import strategies as st
 
 from scopestate.errors import DeserializationError, InvalidValue
 from scopestate.ops import values
+from scopestate.ops.apply import MISSING
 from scopestate.ops.results import SetResult, StateEvent, UpdateResult
+from scopestate.ops.writes import DELETE
 
 
 def nested(levels: int, innermost: object = 1) -> Any:
@@ -181,6 +183,8 @@ NOT_JSON: list[tuple[object, str]] = [
     ({1, 2}, "set is not JSON; store sorted(value)"),
     (frozenset(), "frozenset is not JSON; store sorted(value)"),
     (Colour.RED, "Colour is not JSON; store value.value"),
+    (MISSING, "Missing is not JSON; MISSING stands for a key that does not exist"),
+    (DELETE, "Absence is not JSON; KEEP and DELETE are for the function of `modify`"),
     (Account(), "Account is not JSON; store msgspec.to_builtins(value)"),
     (Row(), "Row is not JSON; store msgspec.to_builtins(value)"),
     (msgspec.Raw(b"1"), "Raw is not JSON; store msgspec.json.decode(value)"),
