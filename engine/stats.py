@@ -60,7 +60,7 @@ class Stats(msgspec.Struct, frozen=True):
     expiry_late_ms: int
     """How many milliseconds after its deadline the oldest key of the last removal was removed."""
     expiring_scopes: int
-    """Scopes that have keys with deadlines, in memory or not."""
+    """Scopes that have keys with deadlines, in memory or not. A scope may be counted a moment later."""
     mailboxes: Mailboxes
     threads: int
     """Live worker threads."""
