@@ -13,7 +13,7 @@ from redis.connection import AbstractConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from scopestate.errors import NotConnected
-from scopestate.persistence.redis.commands import Command
+from scopestate.persistence.redis.calls import Command
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, pack
 from scopestate.persistence.redis.dialling import Server
 from scopestate.persistence.redis.options import RedisAddress, RedisOptions

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from scopestate.actors.turn import BUSY
 from scopestate.errors import EngineClosed, NotConnected, ReplyTimeout, ScopestateError
 from scopestate.inbox import Empty, Inbox
-from scopestate.persistence.redis.commands import Call, Command
+from scopestate.persistence.redis.calls import Call, Command
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.pump import AGAIN_S, NOT_BEGUN, Means, Pump, Routes

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from scopestate.errors import ConnectionLost, NotConnected, ScopestateError, StorageError
-from scopestate.persistence.redis.commands import Call, Command, Pause
+from scopestate.persistence.redis.calls import Call, Command, Pause
 from scopestate.persistence.redis.connection import NOT_ALL, PASSING, Broken, Connection, Refusal, Target, pack
 from scopestate.persistence.redis.dialling import Attempts
 from scopestate.persistence.redis.options import RedisOptions

@@ -32,7 +32,8 @@ from scopestate.ops.writes import (
     UpdateWith,
     unwrapped,
 )
-from scopestate.persistence.redis.commands import Behind, Call, Command, ScopeCommands
+from scopestate.persistence.redis.calls import Behind, Call, Command
+from scopestate.persistence.redis.commands import ScopeCommands
 from scopestate.persistence.redis.functions import RANGED, Functions, has_function, read_range
 from scopestate.persistence.redis.seen import EntryView
 from scopestate.persistence.redis.transacting import BuildIndex, Listed, ReadRange

@@ -12,7 +12,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import msgspec
 
 from scopestate.errors import NotConnected
-from scopestate.persistence.redis.commands import Command
+from scopestate.persistence.redis.calls import Command
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target
 from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.options import RedisAddress, RedisOptions

@@ -30,7 +30,8 @@ from scopestate.ops import turns
 from scopestate.ops.update_ops import Append
 from scopestate.persistence.redis import owner as owner_module
 from scopestate.persistence.redis import scope as scope_module
-from scopestate.persistence.redis.commands import Call, ScopeCommands
+from scopestate.persistence.redis.calls import Call
+from scopestate.persistence.redis.commands import ScopeCommands
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Refusal
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.owner import Owner

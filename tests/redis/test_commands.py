@@ -17,7 +17,8 @@ from scopestate.errors import ConnectionLost, StorageError
 from scopestate.ops.results import UpdateResult
 from scopestate.ops.turns import Change, Delete, Effects, Failure, Get, List, Set, Turn, Update, View
 from scopestate.persistence.redis import commands as redis_commands
-from scopestate.persistence.redis.commands import Call, ScopeCommands
+from scopestate.persistence.redis.calls import Call
+from scopestate.persistence.redis.commands import ScopeCommands
 from scopestate.persistence.redis.script import DONE, SKIPPED, Shape
 
 

@@ -16,7 +16,7 @@ from servers import Binary, Server, StartServer
 
 from scopestate import Engine, messages
 from scopestate.errors import ConnectionLost, NotConnected, StorageError
-from scopestate.persistence.redis import commands as redis_commands
+from scopestate.persistence.redis import making as redis_making
 from scopestate.persistence.redis.connection import Broken, Connection
 
 QUICK = {"call_timeout_ms": 200, "connect_timeout_ms": 200, "connect_wait_ms": 200}
@@ -472,7 +472,7 @@ def test_a_value_that_no_server_takes_is_refused_before_anything_is_sent(
 ) -> None:
     """With a server's least limit in the place of its usual one, which is 512 times that."""
     largest = 1 << 20
-    monkeypatch.setattr(redis_commands, "_LARGEST_BYTES", largest)
+    monkeypatch.setattr(redis_making, "_LARGEST_BYTES", largest)
     server = start_server(server_binary, extra=[f"proto-max-bulk-len {largest}"])
     with open_at(server.url) as engine:
         fits = "x" * (largest - 2)

@@ -15,7 +15,7 @@ from scopestate import Engine, messages
 from scopestate.errors import ConnectionLost, EngineClosed, NotConnected, StorageError
 from scopestate.ops import turns
 from scopestate.persistence.redis import dialling
-from scopestate.persistence.redis.commands import Call, Command
+from scopestate.persistence.redis.calls import Call, Command
 from scopestate.persistence.redis.connection import Connection
 from scopestate.persistence.redis.owner import Owner
 

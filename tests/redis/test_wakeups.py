@@ -20,7 +20,8 @@ from scopestate.actors.scope import Passivate
 from scopestate.errors import ReplyTimeout, StorageError, WouldDeadlock
 from scopestate.ops import turns
 from scopestate.persistence.redis import commands as redis_commands
-from scopestate.persistence.redis.commands import Call, Command, Pause, ScopeCommands
+from scopestate.persistence.redis.calls import Call, Command, Pause
+from scopestate.persistence.redis.commands import ScopeCommands
 from scopestate.persistence.redis.owner import Owner
 from scopestate.persistence.redis.script import SKIPPED
 

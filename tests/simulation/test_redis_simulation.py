@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from scopestate.ops import messages
-from scopestate.persistence.redis.commands import Call, ScopeCommands
+from scopestate.persistence.redis.calls import Call
+from scopestate.persistence.redis.commands import ScopeCommands
 from scopestate.persistence.redis.connection import Broken
 from scopestate.persistence.redis.owner import Owner
 from scopestate.persistence.redis.scope import RedisScope

@@ -1,0 +1,495 @@
+"""What goes to Redis for the calls of one scope: their entries, formed into commands. No threads, sockets or clocks.
+
+An operation needs no line here: a turn says which keys it touches, and decides over their last seen values. What it
+decides is stored if those keys still hold what it has seen (docs/design/0034-one-owner-for-each-connection.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from scopestate.actors.backlog import Limits
+from scopestate.actors.ports import NO_RULE
+from scopestate.errors import ScopestateError, StorageError
+from scopestate.ops import turns
+from scopestate.ops.results import SetResult
+from scopestate.ops.turns import NO_DEADLINE, Change, Effects, NewDeadline, Turn, changes_in
+from scopestate.ops.writes import Expire, SetWith
+from scopestate.persistence.redis.calls import ONE_STEP, Behind, Call, Command, Pause
+from scopestate.persistence.redis.numbered import NumberedShape
+from scopestate.persistence.redis.seen import BULKY, NOTHING, EntryView, Known, Seen, ValueView
+from scopestate.persistence.redis.sidecar import NUMBER_BYTES, PLAIN_BYTES, revision_in
+from scopestate.persistence.redis.transacting import (
+    BuildIndex,
+    Commit,
+    Look,
+    ReadRange,
+    entry_for,
+    idempotency_key_of,
+    kept_key,
+    small_entry_for,
+)
+
+if TYPE_CHECKING:
+    from scopestate.persistence.redis.backend import RedisBackend
+    from scopestate.persistence.redis.scope import RedisScope
+
+_MOST_CALLS: Final = 256
+_MOST_BYTES: Final = 1 << 18
+"""Calls in one command, and about how many bytes of values: Redis runs it as one step, and does nothing else then."""
+_LARGEST_BYTES: Final = 512 << 20
+"""The largest value that a server takes (`proto-max-bulk-len` by default). A larger one would cost the connection, and
+with it the calls of everything else on it."""
+READ_ALL: Final = frozenset({turns.List, turns.Items})
+"""Turns that read the whole scope. Several of them share a command."""
+_PLAIN: Final = frozenset({turns.Set, turns.Delete, turns.Update, turns.Get})
+"""Turns on one key that need no more than its value. In a scope with a rule, writes need more."""
+
+
+class CommandMaker:
+    """Forms the commands of one scope, and holds back calls that must wait. Used by the holder of its owner's claim.
+
+    A scope has one command on its way at a time, and what comes meanwhile goes out as the next one, all together: so
+    calls take effect in the order in which they came, and many callers cost few round trips.
+    """
+
+    def __init__(
+        self, scope: RedisScope, store: RedisBackend, limits: Limits, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.name = scope.scope
+        self.hash_key = store.shape.key_of(scope.scope)
+        self.command: Command | None = None
+        """The one on its way."""
+        self.paused: dict[str, Pause] = {}
+        """Key -> the pause that calls on it wait for."""
+        self.pausing: list[Pause] = []
+        """Pauses that have begun; the owner takes them from here, and ends each in time."""
+        self.seen = Seen(scope.scope, store.note_misfit, store.note_fit)
+        self.publishes = store.shares_events
+        self.names = store.shape.names(self.hash_key)
+        """The keys of the scope in Redis."""
+        self._numbers = store.shape.numbers
+        self._has_deadlines = False
+        """True once a key had a deadline, or keys were listed: then all writes go by the script for those."""
+        self._ahead_ms: float | None = None
+        """How far the server's clock is ahead of this one; None: not known. Servers of a cluster differ."""
+        self._limits = limits
+        self._scope = scope
+        self._store = store
+        self._view = ValueView(scope.scope, limits)
+        self._clock = clock
+        self._whole_bytes: int | None = None
+        """About how many bytes the whole scope has; None: never read."""
+
+    def make(self, queue: list[Call], most: int, ended: list[Call]) -> Command | None:
+        """Take calls from the front of `queue` that go together, and return their command.
+
+        None if there is nothing to send. Calls that end without being sent are added to `ended`.
+        """
+        making = _Making(self)
+        taken = 0
+        most = min(most, _MOST_CALLS)
+        while taken < len(queue) and len(making.calls) < most and making.size < _MOST_BYTES:
+            call = queue[taken]
+            reply_to = call.reply_to
+            if not (call.gave_up or (reply_to is not None and reply_to.abandoned)):
+                keys = call.keys
+                if keys is None or (not keys and type(call.message) is not Look):
+                    # Behind everything that came before, on whatever key.
+                    if self.paused or not making.may_end_with(call):
+                        break
+                    if keys is None:
+                        making.whole = True
+                        making.calls.append(call)
+                    else:
+                        if type(call.message) is not Behind:  # a transaction that does nothing
+                            call.answer = call.message.decide(self._view)[1]
+                        call.done = True
+                        ended.append(call)
+                elif making.whole:
+                    break
+                elif not (self.paused and self._waits(call, keys)) and not making.enter(call, keys):
+                    ended.append(call)
+            taken += 1
+        del queue[:taken]
+        return making.command() if making.calls else None
+
+    def make_one(self, call: Call, ended: list[Call]) -> Command | None:
+        """As `make`, for a call that goes alone: those of callers that lead, and most under load from many scopes."""
+        keys = call.keys
+        if not keys and type(call.message) is not Look:
+            return self.make([call], 1, ended)
+        assert keys is not None
+        shape, names = self._store.shape, self.names
+        kept: list[bytes] = []
+        try:
+            entry = self.entry(call, keys, {}, kept, alone=True)
+        except Exception as error:  # noqa: BLE001 - as in `_Making.enter`
+            call.fail(error)
+            ended.append(call)
+            return None
+        calls = [call]
+        if entry is not None:
+            if call.depth and self._store.shares_events:
+                entry = ["p", str(call.depth), *entry]
+            if kept or self._has_deadlines:
+                parts = shape.write(names, self.name, entry, kept)
+            else:
+                parts = shape.write_one(names, self.name, tuple(entry))
+            return Command(self._scope, parts, calls, (), bulk=self.seen.bulky)
+        again = calls if call.message.writes else ()
+        reads = self.reads(call, keys, kept)
+        if len(reads) == 2 and reads[0] == "g":
+            return Command(self._scope, shape.read(names, keys[0]), calls, again, bulk=self.seen.bulky)
+        parts = shape.write(names, self.name, reads, kept)
+        return Command(self._scope, parts, calls * call.awaited, again, bulk=self.seen.bulky)
+
+    def entry(
+        self, call: Call, keys: tuple[str, ...], known: dict[str, Known], kept: list[bytes], *, alone: bool = False
+    ) -> Sequence[Any] | None:
+        """Return the script's entry that does a call; None if its keys must be read, for its answer or for that entry.
+
+        `known`: what keys hold after the entries before it. `kept`: the keys of kept answers that entries name.
+        `alone`: it is the only entry, for `write_one`. Raises what refuses the call.
+        """
+        turn = call.message
+        # As `_needs_entries`, written out.
+        if self._numbers and (type(turn) not in _PLAIN or (turn.writes and self._scope.rule is not NO_RULE)):
+            if alone and not (self._has_deadlines or self.publishes):
+                entry = self._small_entry(call, keys)
+                if entry is not None:
+                    return entry
+            return self._general_entry(call, keys, known, kept, alone=alone)
+        one_step = ONE_STEP.get(type(turn))
+        if one_step is not None:
+            call.one_step = one_step
+            call.sends_write = True
+            after = one_step.after(turn)
+            if after is None:
+                known[keys[0]] = NOTHING
+            else:
+                if len(after) > _LARGEST_BYTES:
+                    raise _too_large(keys[0], after)
+                known[keys[0]] = (after, after, None)
+            return one_step.entry(self._store.shape, turn)
+        if turn.writes:
+            looked, seen = call.looked, self.seen
+            values: dict[str, Known] = {}
+            for key in keys:
+                value = known.get(key) or (looked and looked.get(key)) or seen.get(key)
+                if value is None:
+                    call.sends_write = False
+                    break
+                values[key] = value
+            else:
+                return self._decide(call, values, known)
+        call.looked = {}
+        call.awaited = len(keys)
+        return None
+
+    def _needs_entries(self, turn: Turn[Any]) -> bool:
+        """Return whether a turn needs more than values: revisions, deadlines, the time."""
+        if not self._numbers:
+            return False
+        return type(turn) not in _PLAIN or (turn.writes and self._scope.rule is not NO_RULE)
+
+    def reads(self, call: Call, keys: tuple[str, ...], kept: list[bytes]) -> list[Any]:
+        """Return the entries that read what a call needs."""
+        if not self._needs_entries(call.message):
+            return [part for key in keys for part in ("g", key)]
+        reads: list[Any] = []
+        if call.asks_kept:
+            reads += ("o", str(self._kept_index(call.message, kept)))
+        return reads + [part for key in keys for part in ("l", key)]
+
+    def _kept_index(self, turn: Turn[Any], kept: list[bytes]) -> int:
+        """Return the place of the key of a turn's kept answer, from 1; 0 if it has no idempotency key."""
+        idempotency_key = idempotency_key_of(turn)
+        if idempotency_key is None:
+            return 0
+        kept.append(kept_key(self.hash_key, idempotency_key))
+        return len(kept)
+
+    def _small_entry(self, call: Call, keys: tuple[str, ...]) -> tuple[Any, ...] | None:
+        """Return the entry of a set on a condition that what was seen fulfils; None for everything else."""
+        turn, shape = call.message, self._store.shape
+        if type(turn) is not SetWith or turn.if_revision is None or turn.deadline is not NO_DEADLINE:
+            return None
+        known = self.seen.get(keys[0])
+        if known is None or known[2] is None or self._scope.rule is not NO_RULE or call.tries:
+            return None
+        raw, old, entry = known
+        after = turn.data
+        if raw is None:
+            if turn.if_revision:
+                return None
+            swap = shape.swap_entry(turn.key, None, after)
+        elif len(entry or b"") <= PLAIN_BYTES and revision_in(known[2]) == turn.if_revision:
+            assert isinstance(shape, NumberedShape)
+            swap = shape.swap_entry_of(turn.key, raw, known[2][:NUMBER_BYTES], after)
+        else:
+            return None
+        if len(after) > _LARGEST_BYTES:
+            raise _too_large(turn.key, after)
+        call.effects = (Change(turn.key, old, after),), SetResult(old, after, detailed=True)
+        call.view = None
+        call.sends_write = True
+        return swap
+
+    def _general_entry(
+        self, call: Call, keys: tuple[str, ...], known: dict[str, Known], kept: list[bytes], *, alone: bool
+    ) -> Sequence[Any] | None:
+        turn = call.message
+        if type(turn) is Commit:
+            call.view = turn.view
+            return self._stored_entry(call, turn.view, (turn.stored, None), known, kept, alone=alone)
+        if turn.writes and self._ahead_ms is not None:
+            values: dict[str, Known] = {}
+            is_fresh = call.looked is not None
+            for key in keys:
+                value = known.get(key)
+                if value is None and call.looked is not None:
+                    value = call.looked.get(key)
+                else:
+                    is_fresh = False
+                if value is None:
+                    is_fresh = False
+                    value = self.seen.get(key)
+                if value is None or value[2] is None:
+                    break
+                values[key] = value
+            else:
+                view = self._entry_view(values, call.now_ms if is_fresh else self._time_ms())
+                try:
+                    effects = turn.decide(view)
+                except ScopestateError:
+                    # It may be what was seen that is old.
+                    if is_fresh:
+                        raise
+                else:
+                    call.view = view
+                    return self._stored_entry(call, view, effects, known, kept, alone=alone)
+        call.sends_write = False
+        call.looked = {}
+        call.asks_kept = idempotency_key_of(turn) is not None
+        call.awaited = len(keys) + call.asks_kept
+        return None
+
+    def _stored_entry(
+        self,
+        call: Call,
+        view: EntryView,
+        effects: Effects[Any],
+        known: dict[str, Known],
+        kept: list[bytes],
+        *,
+        alone: bool,
+    ) -> Sequence[Any]:
+        call.effects = effects
+        stored = effects[0]
+        for one in stored:
+            if type(one) is Change:
+                if one.after is not None and len(one.after) > _LARGEST_BYTES:
+                    raise _too_large(one.key, one.after)
+                known[one.key] = NOTHING if one.after is None else (one.after, one.after, None)
+            elif type(one) is NewDeadline:
+                raw, data, _ = view.used[one.key]
+                known[one.key] = raw, data, None
+        call.sends_write = True
+        if alone and not (self._has_deadlines or self.publishes):
+            small = small_entry_for(view, stored)
+            if small is not None:
+                return small
+        index = self._kept_index(call.message, kept)
+        return entry_for(view, stored, index)
+
+    def _entry_view(self, known: dict[str, Known], now_ms: int) -> EntryView:
+        return EntryView(self.name, self._store.store_id, self._limits, self._scope.rule, known, now_ms)
+
+    def view_of_seen(self) -> EntryView:
+        """Return a view of what was seen, which may be old. From any thread."""
+        now_ms = None if self._ahead_ms is None else self._time_ms()
+        return EntryView(
+            self.name, self._store.store_id, self._limits, self._scope.rule, {}, now_ms, recall=self.seen.get
+        )
+
+    def _time_ms(self) -> int:
+        """About the time of the server, in milliseconds since the epoch."""
+        assert self._ahead_ms is not None
+        return int(self._clock() * 1000 + self._ahead_ms)
+
+    def server_ms(self, otherwise: int) -> int:
+        """Return about the time of the server, `otherwise` if it is not known."""
+        return otherwise if self._ahead_ms is None else self._time_ms()
+
+    def late_ms(self, deadline: int) -> int:
+        """Return how late it is for a deadline, in milliseconds by the server's clock."""
+        return 0 if self._ahead_ms is None else max(0, self._time_ms() - deadline)
+
+    def note_time(self, server_ms: int) -> None:
+        """Note the time of the server, which has just said it."""
+        self._ahead_ms = server_ms - self._clock() * 1000
+
+    def _decide(self, call: Call, values: dict[str, Known], known: dict[str, Known]) -> Sequence[Any]:
+        view = self._view
+        view.found = {key: value[1] for key, value in values.items()}
+        call.effects = effects = call.message.decide(view)
+        changes = changes_in(effects[0])
+        for change in changes:
+            if change.after is not None and len(change.after) > _LARGEST_BYTES:
+                raise _too_large(change.key, change.after)
+        call.sends_write = True
+        if len(changes) == 1 and len(values) == 1 and (after := changes[0].after) is not None:
+            ((key, (raw, _, _)),) = values.items()
+            known[key] = (after, after, None)
+            return self._store.shape.swap_entry(key, raw, after)
+        for change in changes:
+            known[change.key] = NOTHING if change.after is None else (change.after, change.after, None)
+        return _stored(values, changes)
+
+    def command_of(
+        self, entries: list[Any], calls: list[Call], again: list[Call], kept: list[bytes], *, whole: bool
+    ) -> Command:
+        """Return the command of several entries, or of a read of the whole scope."""
+        shape = self._store.shape
+        if whole:
+            turn = calls[0].message
+            bulk = type(turn) in READ_ALL and (self._whole_bytes is None or self._whole_bytes > BULKY)
+            return Command(self._scope, self._parts_of_whole(turn), calls, again, bulk=bulk)
+        if len(entries) == 2 and entries[0] == "g":
+            parts: tuple[Any, ...] = shape.read(self.names, entries[1])
+        elif len(calls) == 1 and not (kept or self._has_deadlines or entries[0] == "p"):
+            parts = shape.write_one(self.names, self.name, tuple(entries))
+        else:
+            parts = shape.write(self.names, self.name, entries, kept)
+        return Command(self._scope, parts, calls, again, bulk=self.seen.bulky)
+
+    def _parts_of_whole(self, turn: Turn[Any]) -> tuple[Any, ...]:
+        shape = self._store.shape
+        if isinstance(shape, NumberedShape):
+            if type(turn) is ReadRange:
+                return shape.read_range(self.names, turn.kind, turn.within)
+            if type(turn) is BuildIndex:
+                return shape.build_index(self.names, turn.cursor)
+            if type(turn) is Expire:
+                return shape.write(self.names, self.name, ("e", str(turn.limit)))
+        return shape.read_all(self.names)
+
+    def _waits(self, call: Call, keys: tuple[str, ...]) -> bool:
+        """Put a call behind the pause of one of its keys; False if none of them pauses."""
+        pause = next((self.paused[key] for key in keys if key in self.paused), None)
+        if pause is None:
+            return False
+        pause.calls.append(call)
+        self._extend(pause, keys)
+        return True
+
+    def _extend(self, pause: Pause, keys: Iterable[str]) -> None:
+        """Later calls on `keys` wait for this pause too."""
+        for key in keys:
+            if self.paused.setdefault(key, pause) is pause:
+                pause.keys.add(key)
+
+    def resume(self, pause: Pause, queue: list[Call]) -> None:
+        """A pause is over: its calls go next. Once too often does no harm."""
+        for key in pause.keys:
+            if self.paused.get(key) is pause:
+                del self.paused[key]
+        calls, pause.calls = pause.calls, deque()
+        queue[:0] = calls
+
+    def _pause(self, call: Call, due: float, *, empty: bool = False) -> None:
+        """Let the call wait, in front of whatever waits for its keys already. `empty`: only the others wait."""
+        pause = Pause(due)
+        for key in call.keys or ():
+            other = self.paused.get(key)
+            if other is not None and other is not pause:
+                pause.calls.extend(other.calls)
+                pause.keys |= other.keys
+                other.calls.clear()
+                for taken in other.keys:
+                    self.paused[taken] = pause
+        if not empty:
+            pause.calls.appendleft(call)
+        for key in call.keys or ():
+            self.paused[key] = pause
+            pause.keys.add(key)
+        self.pausing.append(pause)
+
+
+class _Making:
+    """One command for several calls while it is made."""
+
+    def __init__(self, maker: CommandMaker) -> None:
+        self._maker = maker
+        self._entries: list[Any] = []
+        self._known: dict[str, Known] = {}
+        """What keys hold after the entries so far."""
+        self._kept: list[bytes] = []
+        """The keys of the kept answers that entries name."""
+        self._held: set[str] = set()
+        """Keys that are read first in this command, and those of the calls that wait for that."""
+        self._depth = 0
+        self.calls: list[Call] = []
+        self.again: list[Call] = []
+        self.whole = False
+        """True if it is a read of the whole scope, for each of the calls."""
+        self.size = 0
+
+    def may_end_with(self, call: Call) -> bool:
+        """Whether a call that concerns no key in particular may be part of this command."""
+        if self.calls or self.again:
+            return self.whole and type(call.message) in READ_ALL and type(self.calls[0].message) in READ_ALL
+        return True
+
+    def enter(self, call: Call, keys: tuple[str, ...]) -> bool:
+        """Add a call on some keys; False if it has failed."""
+        held, maker = self._held, self._maker
+        if held and not held.isdisjoint(keys):
+            held.update(keys)
+            self.again.append(call)  # behind one that reads first
+            return True
+        try:
+            entry = maker.entry(call, keys, self._known, self._kept)
+        except Exception as error:  # noqa: BLE001 - a bug as well: its caller gets it, and the others go on
+            call.fail(error)
+            return False
+        if entry is None:
+            if call.message.writes:
+                held.update(keys)
+                self.again.append(call)
+            self._entries += maker.reads(call, keys, self._kept)
+            self.calls += [call] * call.awaited
+            return True
+        if call.depth != self._depth and maker.publishes:
+            self._depth = call.depth
+            self._entries += ("p", str(self._depth))
+        self._entries += entry
+        self.size += call.message.size() if len(entry) > 6 else len(entry[-1])
+        self.calls.append(call)
+        return True
+
+    def command(self) -> Command:
+        """Return the command."""
+        return self._maker.command_of(self._entries, self.calls, self.again, self._kept, whole=self.whole)
+
+
+def _stored(values: dict[str, Known], changes: tuple[Change, ...]) -> tuple[Any, ...]:
+    """Return the script's entry that makes the changes if the keys still hold `values`."""
+    entry: list[Any] = ["t", str(len(values)), str(len(changes))]
+    for key, (raw, _, _) in values.items():
+        entry += (key, "0", "") if raw is None else (key, "1", raw)
+    for change in changes:
+        assert change.key in values, f"a turn changes {change.key!r}, which is not one of its keys"
+        entry += (change.key, "0", "") if change.after is None else (change.key, "1", change.after)
+    return tuple(entry)
+
+
+def _too_large(key: str, data: bytes) -> StorageError:
+    return StorageError(
+        f"the value for key {key!r} takes {len(data)} bytes as JSON, and Redis takes {_LARGEST_BYTES} at most; nothing "
+        "was written: split it over several keys"
+    )
