@@ -7,7 +7,7 @@ of the one that holds most, and is refused if that would be itself.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -127,7 +127,7 @@ class Snapshots:
             self._make_room(snapshot)
         snapshot.offset = offset
         snapshot.expires = self._dispatcher.monotonic() + LIFETIME_S
-        cursor = SNAPSHOT_CURSOR + secrets.token_urlsafe(24)
+        cursor = SNAPSHOT_CURSOR + os.urandom(24).hex()
         self._by_cursor[cursor] = snapshot
         self._dispatcher.call_later(LIFETIME_S, self._drop_expired)
         return cursor

@@ -7,7 +7,6 @@ restart, and gives a key that exists all the while exactly once.
 from __future__ import annotations
 
 import base64
-import hashlib
 from typing import Any, Final
 
 import msgspec
@@ -324,5 +323,7 @@ def _bounds(within: Range) -> bytes:
 
 
 def _digest(content: str | bytes, size: int) -> bytes:
+    import hashlib  # noqa: PLC0415 - it loads OpenSSL
+
     data = content.encode(errors="surrogatepass") if isinstance(content, str) else content
     return hashlib.blake2b(data, digest_size=size).digest()

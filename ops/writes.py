@@ -6,7 +6,6 @@ A conflict raises, before anything has changed: an answer that says "not written
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -332,6 +331,15 @@ def asked_deadline(
     return Deadline(expires_ms=_ms_of(expires_at)) if ttl is None else Deadline(_ttl_ms(ttl))
 
 
+def touch_deadline(ttl: float | timedelta | UnsetType | None = UNSET, expires_at: datetime | None = None) -> Deadline:
+    """Return what a `touch` asks for, without a field: none. Raises DeserializationError, also if nothing is given."""
+    if isinstance(ttl, UnsetType):
+        if expires_at is None:
+            raise DeserializationError("give `ttl` or `expires_at`; `ttl=None`: the key never expires")
+        ttl = None
+    return asked_deadline(ttl, expires_at)
+
+
 def _ttl_ms(ttl: object) -> int:
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds * 1000 <= LAST_MS:
@@ -595,5 +603,7 @@ def _told(answer: A) -> A:
 
 def fingerprint_of(turn: Turn[Any]) -> bytes:
     """Return a digest of everything that a turn asks for. What it computes from a function is not seen."""
+    import hashlib  # noqa: PLC0415 - it loads OpenSSL
+
     content = msgspec.msgpack.encode((type(turn).__name__, turn.content()))
     return hashlib.blake2b(content, digest_size=16).digest()
