@@ -97,23 +97,23 @@ class AioStateCalls:
 
     async def keys(self, scope: str, **within: Unpack[RangeOptions]) -> list[str]:
         """As `Engine.keys`."""
-        return await self._run(scope, Keys(range_of(**within)))
+        return await self._run(scope, Keys(range_of("keys()", **within)))
 
     async def items(self, scope: str, **within: Unpack[RangeOptions]) -> builtins.list[tuple[str, Any]]:
         """As `Engine.items`."""
-        return arguments.items_of(await self._run(scope, Pairs(range_of(**within))))
+        return arguments.items_of(await self._run(scope, Pairs(range_of("items()", **within))))
 
     async def entries(self, scope: str, **within: Unpack[RangeOptions]) -> builtins.list[EntryView]:
         """As `Engine.entries`."""
-        return arguments.views_of(await self._run(scope, Entries(range_of(**within))))
+        return arguments.views_of(await self._run(scope, Entries(range_of("entries()", **within))))
 
     async def values(self, scope: str, **within: Unpack[RangeOptions]) -> builtins.list[Any]:
         """As `Engine.values`."""
-        return arguments.values_of(await self._run(scope, Values(range_of(**within))))
+        return arguments.values_of(await self._run(scope, Values(range_of("values()", **within))))
 
     async def count(self, scope: str, **bounds: Unpack[Bounds]) -> int:
         """As `Engine.count`."""
-        return await self._run(scope, Count(bounded(**bounds)))
+        return await self._run(scope, Count(bounded("count()", **bounds)))
 
     async def delete_range(
         self,
@@ -148,7 +148,7 @@ class AioStateCalls:
 
     def iter(self, scope: str, **within: Unpack[RangeOptions]) -> AsyncIterator[tuple[str, Any]]:
         """As `Engine.iter`, for `async for`: the scope is read when the first pair is asked for."""
-        return self._decoded(checked_name("scope", scope), Pairs(range_of(**within)))
+        return self._decoded(checked_name("scope", scope), Pairs(range_of("iter()", **within)))
 
     async def _decoded(self, scope: str, turn: Pairs) -> AsyncIterator[tuple[str, Any]]:
         for key, data in await self._run(scope, turn):

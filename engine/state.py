@@ -159,23 +159,23 @@ class StateCalls:
         `prefix`, `start` (included), `after` and `end` (both not included) say which; with `reverse` they mean the
         same, and the largest key comes first; at most `limit`. No value is decoded.
         """
-        return self._run(scope, Keys(range_of(**within)))
+        return self._run(scope, Keys(range_of("keys()", **within)))
 
     def items(self, scope: str, **within: Unpack[RangeOptions]) -> builtins.list[tuple[str, Any]]:
         """Return keys with their values, as of one moment. The arguments are those of `keys`."""
-        return arguments.items_of(self._run(scope, Pairs(range_of(**within))))
+        return arguments.items_of(self._run(scope, Pairs(range_of("items()", **within))))
 
     def entries(self, scope: str, **within: Unpack[RangeOptions]) -> builtins.list[EntryView]:
         """Return keys with value, revision and deadline, as of one moment. The arguments are those of `keys`."""
-        return arguments.views_of(self._run(scope, Entries(range_of(**within))))
+        return arguments.views_of(self._run(scope, Entries(range_of("entries()", **within))))
 
     def values(self, scope: str, **within: Unpack[RangeOptions]) -> builtins.list[Any]:
         """Return values in the order of their keys, as of one moment. The arguments are those of `keys`."""
-        return arguments.values_of(self._run(scope, Values(range_of(**within))))
+        return arguments.values_of(self._run(scope, Values(range_of("values()", **within))))
 
     def count(self, scope: str, **bounds: Unpack[Bounds]) -> int:
         """Return how many keys there are within the bounds of `keys`: `prefix`, `start`, `after` and `end`."""
-        return self._run(scope, Count(bounded(**bounds)))
+        return self._run(scope, Count(bounded("count()", **bounds)))
 
     def delete_range(
         self,
@@ -220,7 +220,7 @@ class StateCalls:
 
     def iter(self, scope: str, **within: Unpack[RangeOptions]) -> Iterator[tuple[str, Any]]:
         """As `items`, as an iterator over what is there now: each value is decoded when it is reached."""
-        return _decoded(self._run(scope, Pairs(range_of(**within))))
+        return _decoded(self._run(scope, Pairs(range_of("iter()", **within))))
 
 
 def _decoded(pairs: builtins.list[tuple[str, bytes]]) -> Iterator[tuple[str, Any]]:

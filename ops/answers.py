@@ -1,7 +1,7 @@
 """Answers of turns as JSON text, as they go over the wire. Values pass through as they are stored.
 
-`tell`: a bridge asks for more: of a write, whether the key existed before, which tells a stored null from a missing
-key; of a list, the keys.
+`tell`: a bridge asks for more: of a write, its revision, and whether the key existed before, which tells a stored null
+from a missing key; of a list, the keys.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def set_result(result: SetResult, tell: bool = False) -> bytes:
     """The answer of `state::set`."""
     old = result.old_json
     if result.detailed or tell:
-        more = _details(result) + _existed(old, tell)
+        more = _details(result, tell) + _existed(old, tell)
         return b'{"old_value":%b,"new_value":%b%b}' % (old or _NULL, result.new_json, more)
     return b'{"old_value":%b,"new_value":%b}' % (_NULL if old is None else old, result.new_json)
 
@@ -178,7 +178,7 @@ def _step_result(result: StepResult, tell: bool) -> bytes:
         case TouchResult():
             return touched(result.touched)
         case DeleteResult(old_json=old):
-            return b'{"old_value":%b%b}' % (old or _NULL, _existed(old, tell))
+            return b'{"old_value":%b%b%b}' % (old or _NULL, _details(result, tell), _existed(old, tell))
         case _:
             return set_result(result, tell)
 

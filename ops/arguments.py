@@ -83,6 +83,7 @@ from scopestate.ops.writes import (
     Touch,
     UpdateWith,
     asked_deadline,
+    touch_deadline,
 )
 
 A = TypeVar("A")
@@ -253,7 +254,7 @@ def delete_range_turn(
     **bounds: Any,
 ) -> Asked[Any]:
     """Return the turn that removes the first keys of a range. Raises DeserializationError if there is no bound."""
-    within = bounded(**bounds)
+    within = bounded("delete_range()", **bounds)
     refuse_unbounded(within)
     return asked(DeleteRange(within), durable, idempotency_key)
 
@@ -284,11 +285,7 @@ def touch_step(
     key: str, ttl: float | timedelta | UnsetType | None = UNSET, expires_at: datetime | None = None
 ) -> TouchStep:
     """Return a `touch` of a batch."""
-    if isinstance(ttl, UnsetType):
-        if expires_at is None:
-            raise DeserializationError("give `ttl` or `expires_at`; `ttl=None`: the key never expires")
-        ttl = None
-    return TouchStep(checked_name("key", key), asked_deadline(ttl, expires_at))
+    return TouchStep(checked_name("key", key), touch_deadline(ttl, expires_at))
 
 
 def check_of(key: str, *, revision: int | None = None, absent: bool = False, value: object = UNSET) -> Check:
@@ -324,7 +321,7 @@ def page_turn(limit: int = PAGE_KEYS, cursor: str | None = None, **bounds: Any) 
         raise DeserializationError("a page has a limit: leave `limit` out for the usual one")
     if cursor is not None and not isinstance(cursor, str):
         raise DeserializationError(f"a cursor is a string, not {class_name(cursor)}")
-    within = range_of(limit=checked_limit("limit", limit, 1), **bounds)
+    within = range_of("pages()", limit=checked_limit("limit", limit, 1), **bounds)
     return ReadPage(within, cursor=cursor)
 
 
@@ -408,7 +405,7 @@ def _reading_of(message: object) -> Turn[Any]:
         case messages.Values():
             return Values(message.within())
         case messages.Count():
-            return Count(bounded(**messages.bounds_of(message)))
+            return Count(bounded("count()", **messages.bounds_of(message)))
         case _:
             raise no_message(message)
 

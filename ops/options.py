@@ -102,7 +102,21 @@ def checked_flag(name: str, given: object) -> bool:
     return given
 
 
+class _Pages(RangeOptions, total=False):
+    cursor: str | None
+
+
+class _DeleteRange(Bounds, WriteOptions, total=False):
+    pass
+
+
+_TAKES = {"pages()": _Pages, "count()": Bounds, "delete_range()": _DeleteRange}
+"""What calls take that are about a range, for an error; the others: RangeOptions."""
+
+
 def range_of(
+    call: str = "keys()",
+    /,
     prefix: str | None = None,
     start: str | None = None,
     after: str | None = None,
@@ -111,9 +125,9 @@ def range_of(
     limit: int | None = None,
     **unknown: object,
 ) -> Range:
-    """Return the range with these bounds. Raises DeserializationError."""
+    """Return the range with these bounds. Raises DeserializationError. `call` names the method, for an error."""
     if unknown:
-        refuse_unknown("a range", unknown, RangeOptions)
+        refuse_unknown(call, unknown, _TAKES.get(call, RangeOptions))
     return Range(
         None if prefix is None else checked_name("prefix", prefix),
         None if start is None else checked_name("start", start),
@@ -125,16 +139,18 @@ def range_of(
 
 
 def bounded(
+    call: str,
+    /,
     prefix: str | None = None,
     start: str | None = None,
     after: str | None = None,
     end: str | None = None,
     **unknown: object,
 ) -> Range:
-    """Return the range with these bounds, where order and number mean nothing. Raises DeserializationError."""
+    """Return the range with these bounds, where order and number mean nothing. `call`: as in `range_of`."""
     if unknown:
-        refuse_unknown("count() or delete_range()", unknown, Bounds)
-    return range_of(prefix, start, after, end)
+        refuse_unknown(call, unknown, _TAKES[call])
+    return range_of(call, prefix, start, after, end)
 
 
 def checked_limit(name: str, limit: object, least: int = 0) -> int | None:

@@ -21,6 +21,7 @@ from scopestate.ops.remote import Committing, Everything, KeysAt, Now, Recall
 from scopestate.ops.transactions import Batch, Check, DeleteStep, SetStep, Step, TouchStep, UpdateStep
 from scopestate.ops.turns import (
     NO_DEADLINE,
+    Deadline,
     Delete,
     Get,
     Items,
@@ -355,15 +356,21 @@ class CheckInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One write of a transaction: `set` needs `value`, `update` needs `ops`."""
+    """One write of a transaction: `set` needs `value`, `update` needs `ops`, `touch` needs `ttl_ms` or `expires_at`."""
 
     type: Literal["set", "delete", "update", "touch"]
     key: str
     value: Any = UNSET
     ops: Any = UNSET
-    ttl_ms: _Ttl = None
-    expires_at: _Moment = None
+    ttl_ms: _Ttl | UnsetType = UNSET
+    expires_at: _Moment | UnsetType = UNSET
     keep_ttl: _KeepTtl = False
+
+    def deadline(self) -> Deadline:
+        """Return what it asks for about the deadline. Raises DeserializationError."""
+        ttl_ms = None if isinstance(self.ttl_ms, UnsetType) else self.ttl_ms
+        expires_ms = None if isinstance(self.expires_at, UnsetType) else self.expires_at
+        return checked_deadline(ttl_ms, expires_ms, keep=self.keep_ttl)
 
 
 class TransactionInput(msgspec.Struct, frozen=True):
@@ -478,7 +485,7 @@ def read_transaction(payload: Payload, limits: Limits) -> Request:
 
 def _step(scope: str, given: StepInput, index: int, max_value_bytes: int) -> Step:
     key = checked_name("key", given.key)
-    deadline = checked_deadline(given.ttl_ms, given.expires_at, keep=given.keep_ttl)
+    deadline = given.deadline()
     if given.value is not UNSET and given.type != "set":
         raise DeserializationError(f"`value` is for a step of type `set` - at `$.ops[{index}].value`")
     if given.ops is not UNSET and given.type != "update":
@@ -499,6 +506,10 @@ def _step(scope: str, given: StepInput, index: int, max_value_bytes: int) -> Ste
         case "touch":
             if deadline.keep:
                 raise DeserializationError(f"`keep_ttl` is not for a touch - at `$.ops[{index}].keep_ttl`")
+            if given.ttl_ms is given.expires_at is UNSET:
+                raise DeserializationError(
+                    f"a `touch` needs `ttl_ms` or `expires_at`; null: the key never expires - at `$.ops[{index}]`"
+                )
             return TouchStep(key, deadline)
 
 

@@ -35,8 +35,8 @@ class WriteResult(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False)
     revision: int = 0
     """The revision that the write gave to its key.
 
-    0 where there is none to tell: in the results of a batch, which has one of its own; of a `modify` that left a
-    missing key as it was; in Redis with `revisions: false`; through a bridge, of a `set` or `update` without options.
+    0 where there is none to tell: of a `modify` that left a missing key as it was, and of what a batch did to a key
+    that exists neither before nor afterwards; in Redis with `revisions: false`; through a bridge to iii.
     """
     detailed: bool = False
     """True if the caller used an argument that the reference does not have: the JSON then has `revision` too."""
@@ -273,6 +273,8 @@ class SetResults(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     before: list[bytes | None]
     after: list[bytes]
+    last: int
+    """The revision of the last one. Those before it have the numbers before it."""
 
     def __len__(self) -> int:
         return len(self.after)
@@ -286,10 +288,11 @@ class SetResults(msgspec.Struct, frozen=True, eq=False, gc=False):
     def __getitem__(self, index: int | slice) -> SetResult | tuple[SetResult, ...]:
         if isinstance(index, slice):
             return tuple(self)[index]
-        return SetResult(self.before[index], self.after[index])
+        at = range(len(self.after))[index]
+        return SetResult(self.before[at], self.after[at], revision=self.last - len(self.after) + 1 + at)
 
     def __iter__(self) -> Iterator[SetResult]:
-        return map(SetResult, self.before, self.after)
+        return map(self.__getitem__, range(len(self.after)))
 
     def __eq__(self, other: object) -> bool:
         return tuple(self) == tuple(other) if isinstance(other, Sequence) else NotImplemented
@@ -314,7 +317,11 @@ class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
     """Result of a transaction. `revision` is that of its last change."""
 
     results: Sequence[StepResult]
-    """One for each write of the batch, in order. `revision` is 0 in them: that of a key is told by `Engine.entry`."""
+    """One for each write of the batch, in order.
+
+    Each has the revision that the batch gave to its key: the same for all writes of one key, 0 if the key exists
+    neither before nor afterwards. A result of `touch` has none.
+    """
 
     def to_json(self) -> dict[str, Any]:
         """The result as it goes over the wire."""

@@ -28,6 +28,7 @@ from scopestate.ops.results import (
     StepResult,
     TouchResult,
     UpdateResult,
+    WriteResult,
 )
 from scopestate.ops.turns import (
     NO_DEADLINE,
@@ -39,6 +40,7 @@ from scopestate.ops.turns import (
     Failure,
     NewDeadline,
     Range,
+    Stored,
     Turn,
     View,
     checked_name,
@@ -51,7 +53,7 @@ from scopestate.ops.turns import (
 )
 from scopestate.ops.update_ops import OpError, RefusedOp, UpdateOp, checked
 from scopestate.ops.values import decode, encode, parse
-from scopestate.ops.writes import asked_deadline, compared, same_json, touched
+from scopestate.ops.writes import asked_deadline, compared, same_json, touch_deadline, touched
 
 MAX_KEYS: Final = 1_000
 """Keys that one transaction changes; of a batch, those that it only checks included."""
@@ -284,6 +286,7 @@ class Batch(Turn[BatchResult], frozen=True):
             self._check(view, draft)
         results = tuple(self._run(view, draft))
         stored, results = draft.effects(results, self.max_bytes)
+        self._number(results, stored, view.revision)
         count = sum([type(one) is Change for one in stored])
         return stored, BatchResult(results, revision=view.revision + count, detailed=True)
 
@@ -326,6 +329,14 @@ class Batch(Turn[BatchResult], frozen=True):
             raise UpdateRefused(view.scope, errors)
         return results
 
+    def _number(self, results: Sequence[StepResult], stored: Sequence[Stored], revision: int) -> None:
+        """Put into each result the revision that its key gets; `revision`: the one before them."""
+        changes = [one for one in stored if type(one) is Change]
+        given = {one.key: number for number, one in enumerate(changes, revision + 1) if not one.expired}
+        for step, result in zip(self.steps, results, strict=True):
+            if isinstance(result, WriteResult):  # just made; it is known only now which keys have changed
+                msgspec.structs.force_setattr(result, "revision", given.get(step.key, 0))
+
     def call(self, scope: str) -> dict[str, Any]:
         return {
             "scope": scope,
@@ -349,10 +360,13 @@ class Batch(Turn[BatchResult], frozen=True):
             before, after = parse(bytes(one.old_value)), None
             old = None if before == b"null" and not one.existed else before
             if isinstance(step, DeleteStep):
-                results.append(DeleteResult(old))
+                results.append(DeleteResult(old, revision=one.revision))
+                if old is None:
+                    continue
             else:
                 after = step.data if isinstance(step, SetStep) else parse(bytes(one.new_value))
-                results.append((SetResult if isinstance(step, SetStep) else UpdateResult)(old, after))
+                kind = SetResult if isinstance(step, SetStep) else UpdateResult
+                results.append(kind(old, after, revision=one.revision))
             first = changed.get(step.key)
             changed[step.key] = Change(step.key, old if first is None else first.before, after)
         changes = tuple([one for one in changed.values() if one.before is not None or one.after is not None])
@@ -388,6 +402,7 @@ class _Result(msgspec.Struct):
     old_value: msgspec.Raw = msgspec.Raw(b"null")
     new_value: msgspec.Raw = msgspec.Raw(b"null")
     touched: bool = False
+    revision: int = 0
     existed: bool = False
     """Whether the key existed before: a null in `old_value` was stored then."""
 
@@ -502,7 +517,7 @@ class SetAll(Turn[BatchResult], frozen=True):
 
     def result(self, before: list[bytes | None], revision: int) -> BatchResult:
         """Return the result, if the keys had these values before and the last change has this revision."""
-        results = SetResults(before, list(self.sets.values()))
+        results = SetResults(before, list(self.sets.values()), revision)
         return BatchResult(results, revision=revision, detailed=True)  # type: ignore[arg-type]  # it is registered as one
 
     def call(self, scope: str) -> dict[str, Any]:
@@ -581,17 +596,23 @@ class Transaction:
         old = self._draft.delete(checked_name("key", key))
         return None if old is None else decode(old)
 
-    def touch(self, key: str, ttl: float | timedelta | None = None, *, expires_at: datetime | None = None) -> bool:
-        """Give a key another deadline, or none; return whether it exists."""
-        return self._draft.touch(checked_name("key", key), asked_deadline(ttl, expires_at))
+    def touch(
+        self,
+        key: str,
+        ttl: float | timedelta | UnsetType | None = UNSET,
+        *,
+        expires_at: datetime | None = None,
+    ) -> bool:
+        """Give a key another deadline, with `ttl=None` none; return whether it exists. As `Engine.touch`."""
+        return self._draft.touch(checked_name("key", key), touch_deadline(ttl, expires_at))
 
     def keys(self, **within: Unpack[RangeOptions]) -> list[str]:
         """Return the keys within a range, in the order of their UTF-8 bytes."""
-        return list(self._draft.keys(range_of(**within)))
+        return list(self._draft.keys(range_of("keys()", **within)))
 
     def items(self, **within: Unpack[RangeOptions]) -> list[tuple[str, Any]]:
         """Return the keys within a range, with their values."""
-        return [(key, self[key]) for key in self.keys(**within)]
+        return [(key, self[key]) for key in self._draft.keys(range_of("items()", **within))]
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.entry(key) is not None

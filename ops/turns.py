@@ -361,8 +361,9 @@ class Set(OneKey[SetResult], frozen=True, gc=False):
         return {"scope": scope, "key": self.key, "value": msgspec.Raw(self.data), "_existed": True}
 
     def effects_of(self, result: bytes | None) -> Effects[SetResult]:
-        before = _decode_written(result or b"null").before()
-        return (Change(self.key, before, self.data),), SetResult(before, self.data)
+        written = _decode_written(result or b"null")
+        before = written.before()
+        return (Change(self.key, before, self.data),), SetResult(before, self.data, revision=written.revision)
 
     def size(self) -> int:
         return len(self.data)
@@ -396,7 +397,8 @@ class Update(OneKey[UpdateResult], frozen=True, gc=False):
     def effects_of(self, result: bytes | None) -> Effects[UpdateResult]:
         written = _decode_written(result or b"null")
         before, after = written.before(), parse(bytes(written.new_value))
-        return (Change(self.key, before, after),), UpdateResult(before, after, written.errors)
+        answer = UpdateResult(before, after, written.errors, revision=written.revision)
+        return (Change(self.key, before, after),), answer
 
     def size(self) -> int:
         return sum(_size_of(getattr(op, "value", None)) for op in self.ops)
@@ -482,6 +484,7 @@ class _Written(msgspec.Struct):
     new_value: msgspec.Raw
     old_value: msgspec.Raw = msgspec.Raw(b"null")
     errors: tuple[OpError, ...] = ()
+    revision: int = 0
     existed: bool | None = None
     """Whether the key existed before. Only a scopestate engine says so; else a stored null looks like a missing key."""
 

@@ -387,7 +387,7 @@ _ADVICE: Final = {
     "builtins.async_generator": "store [item async for item in value]",
     "scopestate.SetResult": "store value.to_json()",
     "scopestate.Missing": "MISSING stands for a key that does not exist: delete the key, or store None",
-    "scopestate.Absence": "KEEP and DELETE are for the function of `modify`",
+    "scopestate.Absence": "KEEP and DELETE are what the function of `modify` may return; to remove the key, delete it",
     "msgspec.Raw": "store msgspec.json.decode(value)",
     "msgspec.Struct": "store msgspec.to_builtins(value)",
     "numpy.generic": "store value.item()",

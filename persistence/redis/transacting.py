@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple, final
 
 import msgspec
 
-from scopestate.ops.results import WriteResult
+from scopestate.ops.results import BatchResult, SetResults, StepResult, WriteResult
 from scopestate.ops.turns import Change, Effects, Failure, Keep, Kept, NewDeadline, Range, Stored, Turn, View
 from scopestate.ops.writes import Once
 from scopestate.persistence.redis.seen import NOTHING, EntryView, Known, entry_in, keys_within
@@ -242,6 +242,18 @@ def after_of(one: Change | NewDeadline, number: int, before: Known) -> Known:
 
 def number_answer(answer: Any, revision: int) -> None:
     """Put a revision into the answer of a write: Redis gives it, after the turn was decided."""
+    if isinstance(answer, BatchResult):
+        _number_results(answer.results, revision - answer.revision)
     if isinstance(answer, WriteResult):
         # An object that the turn has just made, and that no other code has yet. A copy would cost 0.5 us.
         msgspec.structs.force_setattr(answer, "revision", revision)
+
+
+def _number_results(results: Sequence[StepResult], more: int) -> None:
+    """Add to the revisions of the results of a batch, whose changes take consecutive numbers."""
+    if isinstance(results, SetResults):
+        msgspec.structs.force_setattr(results, "last", results.last + more)
+        return
+    for one in results:
+        if isinstance(one, WriteResult) and one.revision:  # else its key has not changed
+            msgspec.structs.force_setattr(one, "revision", one.revision + more)

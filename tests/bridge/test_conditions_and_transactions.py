@@ -46,6 +46,20 @@ def test_an_entry_has_the_revision_of_the_other_engine(engine: Engine, other: En
     assert engine.entry("s", "absent") is None
 
 
+def test_plain_writes_have_the_revision_of_the_other_engine(engine: Engine, other: Engine) -> None:
+    other.set("s", "another", 1)
+    written = engine.set("s", "k", {"n": 1})
+    assert written.revision == 2
+    assert engine.set("s", "k", {"n": 2}, if_revision=written.revision).revision == 3
+    updated = engine.update("s", "k", [ops.Increment("n", 1), ops.Increment("", 1)])
+    assert (updated.revision, len(updated.errors)) == (4, 1)
+    assert "revision" not in updated.to_json()
+    assert engine.call("state::set", {"scope": "s", "key": "k", "value": 1}) == {
+        "old_value": {"n": 3},
+        "new_value": 1,
+    }
+
+
 def test_a_conflict_is_the_error_of_this_side(engine: Engine, other: Engine) -> None:
     engine.set("s", "k", 1)
     seen = engine.entry("s", "k")

@@ -288,10 +288,20 @@ UNKNOWN: list[tuple[Any, str]] = [
     (lambda users: users.aio.batch(atomic=True), r"batch\(\) got .*'atomic'"),
     (lambda users: users.transact(str, atomic=True), r"transact\(\) got .*'atomic'"),
     (lambda users: users.modify("k", str, atomic=True), r"modify\(\) got .*'atomic'"),
-    (lambda users: users.keys(prefx="a"), "a range got .*'prefx': did you mean 'prefix'"),
-    (lambda users: users.count(limit=5), "'limit': it takes after, end, prefix, start"),
-    (lambda users: users.delete_range(prefix="a", limit=5), "'limit': it takes after, end, prefix, start"),
-    (lambda users: users.pages(5, prefx="a"), "'prefx': did you mean 'prefix'"),
+    (lambda users: users.keys(prefx="a"), r"keys\(\) got .*'prefx': did you mean 'prefix'"),
+    (lambda users: users.items(size=5), r"items\(\) got .*'size': it takes after, end, limit, prefix, reverse, start"),
+    (lambda users: asyncio.run(users.aio.values(size=5)), r"values\(\) got .*'size'"),
+    (lambda users: users.transact(lambda tx: tx.items(size=5)), r"items\(\) got .*'size'"),
+    (lambda users: users.count(limit=5), r"count\(\) got .*'limit': it takes after, end, prefix, start"),
+    (
+        lambda users: users.delete_range(prefix="a", limit=5),
+        r"delete_range\(\) got .*'limit': it takes after, durable, end, idempotency_key, prefix, start",
+    ),
+    (lambda users: users.pages(5, prefx="a"), r"pages\(\) got .*'prefx': did you mean 'prefix'"),
+    (
+        lambda users: users.pages(size=3),
+        r"pages\(\) got .*'size': it takes after, cursor, end, limit, prefix, reverse, start",
+    ),
 ]
 
 

@@ -159,6 +159,7 @@ MISFITS: list[tuple[str, Any, str]] = [
     ("state::delete-range", {"scope": "s", "prefix": "a", "limit": 0}, "1 or more"),
     ("state::count", {"scope": 1}, r"Expected `string`, got `integer` - at `\$.scope`"),
     ("state::transaction", {"scope": "s", "ops": [{"type": "touch", "key": "k", "keep_ttl": True}]}, "not for a touch"),
+    ("state::transaction", {"scope": "s", "ops": [{"type": "touch", "key": "k"}]}, "needs `ttl_ms` or `expires_at`"),
     ("state::transaction", {"scope": "s", "ops": [], "checks": [{"key": "k"}]}, "a check has one of"),
     ("state::transaction", {"scope": "s", "ops": [], "checks": [{"key": "k", "absent": True, "value": 1}]}, "one of"),
     ("state::list_keys", {"scope": "s", "limit": -1}, "a limit is 0 or more"),

@@ -278,7 +278,7 @@ def test_the_methods_of_a_transaction(stored: Stored) -> None:
 
 def test_keys_that_were_not_written_are_listed_from_the_scope(stored: Stored) -> None:
     assert stored.run(Transact(lambda tx: tx.keys(after="a"))) == ["b", "c"]
-    with pytest.raises(DeserializationError, match="from 0 on"):
+    with pytest.raises(DeserializationError, match="from 0 to"):
         stored.run(Transact(lambda tx: tx.keys(limit=-1)))
 
 
@@ -386,10 +386,10 @@ def test_what_a_function_did_can_be_sent_as_a_batch_that_checks_what_it_has_read
 def test_a_batch_of_what_a_function_did_has_the_last_deadline_that_it_gave(stored: Stored) -> None:
     def play(tx: Transaction) -> None:
         tx.set("d", 1)
-        tx.touch("d")
+        tx.touch("d", None)
         tx.touch("d", 5)
         tx.set("e", 1, ttl=5)
-        tx.touch("e")
+        tx.touch("e", None)
 
     draft = Draft(stored)
     Transact(play).run(draft)

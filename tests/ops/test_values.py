@@ -184,7 +184,7 @@ NOT_JSON: list[tuple[object, str]] = [
     (frozenset(), "frozenset is not JSON; store sorted(value)"),
     (Colour.RED, "Colour is not JSON; store value.value"),
     (MISSING, "Missing is not JSON; MISSING stands for a key that does not exist"),
-    (DELETE, "Absence is not JSON; KEEP and DELETE are for the function of `modify`"),
+    (DELETE, "Absence is not JSON; KEEP and DELETE are what the function of `modify` may return; to remove the key"),
     (Account(), "Account is not JSON; store msgspec.to_builtins(value)"),
     (Row(), "Row is not JSON; store msgspec.to_builtins(value)"),
     (msgspec.Raw(b"1"), "Raw is not JSON; store msgspec.json.decode(value)"),

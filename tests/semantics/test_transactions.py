@@ -62,6 +62,71 @@ def test_a_batch_is_committed_at_the_end_of_its_block(users: Scope, events: Even
     assert (users.ttl("a") or 0) > 3500
 
 
+def test_each_result_of_a_batch_has_the_revision_of_its_key(users: Scope) -> None:
+    users.set("old", 1)
+    users.set("lapsed", 1, expires_at=LONG_AGO)
+    with users.batch() as batch:
+        batch.delete("late")
+        batch.set("a", 1)
+        batch.update("n", [ops.Increment("x", 5)])
+        batch.update("a", INCREMENT)
+        batch.set("gone", 1)
+        batch.delete("gone")
+        batch.delete("absent")
+        batch.delete("old")
+        batch.set("lapsed", 2)
+        batch.set("late", 1)
+
+    absent, a, n, a_again, *nothing, old, lapsed, late = [one.revision for one in batch.result.results]  # type: ignore[union-attr]  # no touch
+    assert [a, n, lapsed, late] == [revision_of(users, key) for key in ("a", "n", "lapsed", "late")]
+    assert (a_again, absent) == (a, late)
+    assert nothing == [0, 0, 0]
+    assert [n, old, lapsed, late] == [a + 1, a + 2, a + 3, a + 4]
+    assert late == batch.result.revision
+    users.set("a", 3, if_revision=a)
+
+    with users.batch(idempotency_key="once") as first:
+        first.update("a", INCREMENT)
+        first.delete("absent")
+    with users.batch(idempotency_key="once") as again:
+        again.update("a", INCREMENT)
+        again.delete("absent")
+    assert again.result.replayed
+    for batch in (first, again):
+        assert [one.revision for one in batch.result.results] == [revision_of(users, "a"), 0]  # type: ignore[union-attr]  # no touch
+
+
+@pytest.mark.parametrize("count", [1, 2, 60])
+def test_each_plain_set_of_a_batch_has_its_own_revision(users: Scope, count: int) -> None:
+    with users.batch(idempotency_key="once") as batch:
+        for n in range(count):
+            batch.set(f"{n:02}", n)
+    with users.batch(idempotency_key="once") as again:
+        for n in range(count):
+            again.set(f"{n:02}", n)
+    with users.batch() as last:
+        for n in range(count):
+            last.set(f"z{n:02}", n)
+
+    stored = [entry.revision for entry in users.entries()]
+    results = last.result.results
+    told = [[one.revision for one in one.result.results] for one in (batch, again, last)]  # type: ignore[union-attr]  # they are sets
+    assert told == [stored[:count], stored[:count], stored[count:]]
+    assert (results[0].revision, results[-1].revision) == (stored[count], stored[-1])  # type: ignore[union-attr]  # they are sets
+
+
+def test_a_touch_without_a_time_is_refused(users: Scope) -> None:
+    users.set("k", 1, ttl=3600)
+
+    with pytest.raises(DeserializationError, match="`ttl=None`: the key never expires"):
+        users.transact(lambda tx: tx.touch("k"))
+    with users.batch() as batch, pytest.raises(DeserializationError, match="`ttl=None`: the key never expires"):
+        batch.touch("k")
+    assert users.ttl("k") is not None
+    assert users.transact(lambda tx: tx.touch("k", None))
+    assert users.ttl("k") is None
+
+
 def test_the_changes_of_a_batch_have_consecutive_revisions(users: Scope, events: Events) -> None:
     with users.batch() as batch:
         for key in "abc":
