@@ -265,18 +265,17 @@ class ScopeCommands(CommandMaker):
             if isinstance(one, Change):
                 number = self._take_number()
                 told.append((one, number))
-            if isinstance(one, Keep):
+                if call.view is None:
+                    # The deadline of an updated key is not known; a set on a condition has none.
+                    self._remember(one.key, one.after, number if type(call.message) is SetWith else 0)
+                    continue
+            elif isinstance(one, Keep):
                 continue
-            if call.view is None:
-                assert isinstance(one, Change)
-                # The deadline of an updated key is not known; a set on a condition has none.
-                self._remember(one.key, one.after, number if type(call.message) is SetWith else 0)
-            else:
-                before = call.view.used.get(one.key, NOTHING)
-                known = after_of(one, number, before)
-                if one.expires_ms is not None and (isinstance(one, NewDeadline) or one.after is not None):
-                    self._expect(one.expires_ms)
-                self.seen.remember(one.key, known)
+            assert call.view is not None
+            known = after_of(one, number, call.view.used.get(one.key, NOTHING))
+            if one.expires_ms is not None and (isinstance(one, NewDeadline) or one.after is not None):
+                self._expect(one.expires_ms)
+            self.seen.remember(one.key, known)
         if type(call.message) is Commit:
             call.answer = number
         elif told:

@@ -214,7 +214,9 @@ class Owner(Pump):
         connection = self._connection
         if connection is None or self._leaving or self._under_way or self._inbox or self._ready or not scope.is_idle:
             return False
-        commands, queue, ended = scope.commands, list[Call](), list[Call]()
+        commands = scope.commands
+        queue: list[Call] = []
+        ended: list[Call] = []
         while True:
             queue.clear()
             command = commands.make_one(call, ended)

@@ -299,12 +299,11 @@ class RedisScope(ScopeActor):
             deadline = change.expires_ms
             expired = (deadline, self.commands.late_ms(deadline)) if change.expired and deadline is not None else None
             router = self._router
-            router.publish(
-                router.prepare_late(
-                    *(self.scope, self._watch, change.key, change.before, change.after),
-                    *(self._sequence, call.depth, expired),
-                )
+            events = router.prepare_late(
+                self.scope, self._watch, change.key, change.before, change.after, self._sequence, call.depth, expired
             )
+            if events:
+                router.publish(events)
 
     # --------------------------------------------------------------------------------------------- waiting and leaving
 
