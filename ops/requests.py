@@ -368,9 +368,7 @@ class StepInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def deadline(self) -> Deadline:
         """Return what it asks for about the deadline. Raises DeserializationError."""
-        ttl_ms = None if isinstance(self.ttl_ms, UnsetType) else self.ttl_ms
-        expires_ms = None if isinstance(self.expires_at, UnsetType) else self.expires_at
-        return checked_deadline(ttl_ms, expires_ms, keep=self.keep_ttl)
+        return checked_deadline(_or_none(self.ttl_ms), _or_none(self.expires_at), keep=self.keep_ttl)
 
 
 class TransactionInput(msgspec.Struct, frozen=True):
@@ -431,12 +429,12 @@ class _EntriesInput(RangeInput, frozen=True):
 
 
 class TouchInput(msgspec.Struct, frozen=True):
-    """Give a key another deadline. `ttl_ms: null`, without `expires_at`: it never expires."""
+    """Give a key another deadline: `ttl_ms` or `expires_at` is needed. `ttl_ms: null`: it never expires."""
 
     scope: str
     key: str
-    ttl_ms: _Ttl
-    expires_at: _Moment = None
+    ttl_ms: _Ttl | UnsetType = UNSET
+    expires_at: _Moment | UnsetType = UNSET
     durable: _Durable = None
     idempotency_key: _Idempotency = None
 
@@ -506,11 +504,15 @@ def _step(scope: str, given: StepInput, index: int, max_value_bytes: int) -> Ste
         case "touch":
             if deadline.keep:
                 raise DeserializationError(f"`keep_ttl` is not for a touch - at `$.ops[{index}].keep_ttl`")
-            if given.ttl_ms is given.expires_at is UNSET:
-                raise DeserializationError(
-                    f"a `touch` needs `ttl_ms` or `expires_at`; null: the key never expires - at `$.ops[{index}]`"
-                )
+            _refuse_no_time(given, f"$.ops[{index}]")
             return TouchStep(key, deadline)
+
+
+def _refuse_no_time(given: StepInput | TouchInput, where: str) -> None:
+    if given.ttl_ms is given.expires_at is UNSET:
+        raise DeserializationError(
+            f"give `ttl_ms` or `expires_at`; `ttl_ms: null`: the key never expires - at `{where}`"
+        )
 
 
 def _check(given: CheckInput, index: int) -> Check:
@@ -576,8 +578,9 @@ def read_delete_range(payload: Payload, limits: Limits) -> Request:
 def read_touch(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::touch`."""
     given = convert(payload, TouchInput)
-    turn = Touch(checked_name("key", given.key), checked_deadline(given.ttl_ms, given.expires_at))
-    return _write(payload, given, turn)
+    _refuse_no_time(given, "$")
+    deadline = checked_deadline(_or_none(given.ttl_ms), _or_none(given.expires_at))
+    return _write(payload, given, Touch(checked_name("key", given.key), deadline))
 
 
 def _bounds(given: CountInput) -> tuple[str | None, str | None, str | None, str | None]:

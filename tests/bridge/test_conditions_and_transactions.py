@@ -292,6 +292,7 @@ def test_a_batch_is_whole_or_not_at_all(engine: Engine) -> None:
     events = Seen()
     engine.on_change()(events)
     with engine.batch("s") as batch:
+        batch.delete("b")  # it does not exist yet: this changes nothing
         batch.set("a", 1)
         batch.set("b", {"n": 1})
         batch.update("b", [ops.Increment("n", 1)])

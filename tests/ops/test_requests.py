@@ -112,6 +112,7 @@ def test_keys_counts_and_deletes(stored: Stored) -> None:
     assert call(stored, "state::count", start="b") == {"count": 2}
     assert call(stored, "state::delete-range", prefix="b") == {"deleted": 1, "more": False}
     assert call(stored, "state::touch", key="a", ttl_ms=5) == {"touched": True}
+    assert call(stored, "state::touch", key="a", expires_at=9_000_000_000_000) == {"touched": True}
     assert call(stored, "state::touch", key="x", ttl_ms=None) == {"touched": False}
 
 
@@ -159,11 +160,11 @@ MISFITS: list[tuple[str, Any, str]] = [
     ("state::delete-range", {"scope": "s", "prefix": "a", "limit": 0}, "1 or more"),
     ("state::count", {"scope": 1}, r"Expected `string`, got `integer` - at `\$.scope`"),
     ("state::transaction", {"scope": "s", "ops": [{"type": "touch", "key": "k", "keep_ttl": True}]}, "not for a touch"),
-    ("state::transaction", {"scope": "s", "ops": [{"type": "touch", "key": "k"}]}, "needs `ttl_ms` or `expires_at`"),
+    ("state::transaction", {"scope": "s", "ops": [{"type": "touch", "key": "k"}]}, "give `ttl_ms` or `expires_at`"),
     ("state::transaction", {"scope": "s", "ops": [], "checks": [{"key": "k"}]}, "a check has one of"),
     ("state::transaction", {"scope": "s", "ops": [], "checks": [{"key": "k", "absent": True, "value": 1}]}, "one of"),
     ("state::list_keys", {"scope": "s", "limit": -1}, "a limit is 0 or more"),
-    ("state::touch", {"scope": "s", "key": "k"}, "missing required field `ttl_ms`"),
+    ("state::touch", {"scope": "s", "key": "k"}, "give `ttl_ms` or `expires_at`"),
     ("state::touch", {"scope": "s", "key": "k", "ttl_ms": 0}, "`ttl` is more than 0"),
 ]
 
