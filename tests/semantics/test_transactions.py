@@ -493,7 +493,7 @@ def test_a_transaction_touches_keys(users: Scope) -> None:
     revision = revision_of(users, "a")
 
     def work(tx: Any) -> tuple[bool, bool, bool]:
-        return tx.touch("a", 3600), tx.touch("b"), tx.touch("none", 5)
+        return tx.touch("a", 3600), tx.touch("b", None), tx.touch("none", 5)
 
     assert users.transact(work) == (True, True, False)
     assert (users.ttl("a") or 0) > 3500
