@@ -34,8 +34,8 @@ class History:
         self.engine = engine
         self.scopes = tuple(scopes)
         self.keys = tuple(keys)
-        self.refused = 0
-        """Calls that failed for certain: the history does not have them."""
+        self.refused: list[str] = []
+        """The errors of calls that failed for certain: the history does not have them."""
         self.may_begin = threading.Event()
         """Clear it to let scopes be idle for a moment: calls that have begun go on, no other begins."""
         self.may_begin.set()
@@ -117,8 +117,8 @@ class History:
         began = next(self._now)
         try:
             result = self._make(self.engine, kind, scope, arguments)
-        except StorageError:
-            self.refused += 1
+        except StorageError as error:
+            self.refused.append(f"{choice}: {error!r}")
         except ReplyTimeout:
             self._note(choice, None, began, None, client, cut_off=True)
         else:
@@ -130,8 +130,8 @@ class History:
         began = next(self._now)
         try:
             result = await self._make(self.engine.aio, kind, scope, arguments)
-        except StorageError:
-            self.refused += 1
+        except StorageError as error:
+            self.refused.append(f"{choice}: {error!r}")
         except asyncio.CancelledError:
             # Its turn is over or will never come once another turn of the scope has begun.
             await self.engine.aio.list(scope)

@@ -144,7 +144,7 @@ def test_every_history_is_linearizable(engine: Engine, switch_interval: float) -
     history = record_history(engine, threads=4, tasks=4, calls=300, seed=random.randrange(10**9))
 
     history.check()
-    assert history.refused == 0
+    assert history.refused == []
 
 
 def test_every_history_with_conditions_and_transactions_is_linearizable(engine: Engine, switch_interval: float) -> None:
@@ -152,7 +152,7 @@ def test_every_history_with_conditions_and_transactions_is_linearizable(engine: 
     history = record_history(engine, threads=3, tasks=3, calls=250, seed=seed, kind=RevisedHistory)
 
     history.check()
-    assert history.refused == 0
+    assert history.refused == []
     assert isinstance(history, RevisedHistory)
     outcomes = history.outcomes()
     assert min(outcomes[f"{kind} {word}"] for kind in ("set_if", "pair") for word in ("written", "conflict")) > 10
@@ -211,7 +211,7 @@ def test_a_write_whose_commit_failed_never_was(tmp_path: Path, switch_interval: 
         adapter.works = True
 
         history.check()
-        assert history.refused > 10
+        assert len(history.refused) > 10
         after = {scope: engine.list(scope) for scope in SCOPES}
     with Engine(Config(type(plain.adapter)("kv", kv))) as engine:
         assert {scope: engine.list(scope) for scope in SCOPES} == after

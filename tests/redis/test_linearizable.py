@@ -37,7 +37,7 @@ class ByKey(ScopeModel):
 def histories(server: Server, seed: int, **options: Any) -> list[tuple[str, Call]]:
     """Return the calls of all processes, each with its scope."""
     outcomes = run_together("history", PROCESSES, seed, url=server.url, **options)
-    assert [refused for _, refused in outcomes] == [0] * PROCESSES
+    assert [refused for _, refused in outcomes] == [[]] * PROCESSES
     recorded = [call for calls, _ in outcomes for call in calls]
     assert [str(call) for _, call in recorded if call.cut_off] == [], "nobody may wait until he gives up"
     return recorded

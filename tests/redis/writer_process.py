@@ -132,7 +132,7 @@ def count(url: str, *, number: int, calls: int, threads: int) -> dict[str, Any]:
 
 
 def history(url: str, *, number: int, calls: int, threads: int, scopes: list[str], keys: list[str]) -> Any:
-    """Record what the threads of this process get; return the calls as (scope, call), and how many failed."""
+    """Record what the threads of this process get; return the calls as (scope, call), and the errors of others."""
     from linearizability.history import History
 
     with open_at(url) as engine:
