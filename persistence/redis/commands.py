@@ -247,9 +247,10 @@ class ScopeCommands(CommandMaker):
         """An entry before it, on one of its keys, has failed: it waits behind that."""
         reads = call.awaited
         call.awaited = max(reads - 1, 0)
-        if reads and (call.looked is None or call.message.writes):
+        waits = call.looked is None or call.message.writes
+        call.looked = None  # replies for its other keys are still to come: they count for nothing
+        if reads and waits:
             return  # it waits already, or goes again in any case
-        call.looked = None
         if not self._waits(call, call.keys or ()):
             self._pause(call, 0.0)  # the call that failed has been given up
 

@@ -48,6 +48,24 @@ class Transfer(Turn[bool], frozen=True):
         ), True
 
 
+class SetEach(Turn[None], frozen=True):
+    """Set several keys to the same value, with events that have the values before."""
+
+    function_id = "test::set-each"
+    writes = True
+    failure = Failure("SET_ERROR", "Failed to set")
+
+    names: tuple[str, ...]
+    data: bytes
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.names
+
+    def decide(self, view: View) -> Effects[None]:
+        return tuple(Change(key, view.get(key), self.data) for key in self.names), None
+
+
 class Sum(Turn[int], frozen=True):
     """Read several keys."""
 
@@ -203,6 +221,30 @@ def test_a_call_that_waits_for_one_key_holds_its_other_keys_too() -> None:
     assert commands.scope.make(commands.queue, 256, commands.ended) is None
     assert not later.done
     assert set(commands.scope.paused) == {"a", "b"}
+
+
+@pytest.mark.parametrize("others", [("b",), ("b", "c")], ids=["one other key", "two other keys"])
+def test_what_is_read_of_the_other_keys_of_a_call_behind_a_conflict_is_taken_for_no_other_key(
+    others: tuple[str, ...],
+) -> None:
+    """Else the next attempt would expect the value of another key, and fail, without end."""
+    commands = Commands()
+    commands.scope.seen.remember("a", (b"5", b"5", None))
+    first, second = commands.ask(Update("a", ADD), SetEach(("a", *others), b"0"))
+    commands.sends()
+    commands.gets([0, SKIPPED, *[b"7"] * len(others)])
+    assert commands.scope.seen.get("a") is None
+
+    commands.scope.resume(commands.scope.pausing.pop(), commands.queue)
+    assert commands.queue == [first, second]
+    assert commands.sends() == ("HGET", b"state:s", "a")
+    commands.gets(b"6")
+    assert commands.sends()[:4] == ("c", "a", b"6", b"7")
+    commands.gets([DONE, b"7", *[b"7"] * len(others)])
+    assert first.done
+    assert commands.sends()[:3] == ("t", str(1 + len(others)), str(1 + len(others)))
+    commands.gets([DONE])
+    assert (second.done, second.error, commands.conflicts) == (True, None, 1)
 
 
 def test_after_as_many_conflicts_as_allowed_the_caller_is_told_and_those_behind_it_go_on() -> None:
