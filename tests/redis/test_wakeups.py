@@ -115,6 +115,8 @@ def test_a_reply_that_is_taken_in_after_the_server_has_died_leaves_nothing_behin
         # It waits for a connection, and longer than it may.
         with pytest.raises(Exception, match="nothing was sent"):
             behind.get(timeout=PATIENCE_S)
+        for owner in owners_of(engine):
+            owner._connect_wait_s = PATIENCE_S  # the next call may have to wait until the server is tried again
         server.start()
 
         at_rest_without_pauses(engine)
