@@ -417,8 +417,9 @@ class _Counted:
 
 
 def test_of_many_who_lose_their_server_one_asks_for_the_map_though_nobody_answers(
-    cluster: Cluster, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, plain_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine = plain_engine  # one with revisions looks for keys that have expired, and reads the map for that
     asked: list[tuple[Any, ...]] = []
     answer = threading.Event()
 
