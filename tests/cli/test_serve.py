@@ -47,7 +47,7 @@ def test_a_signal_ends_it_with_everything_saved(number: int, program: type[Progr
     assert "stopped, everything is saved" in ended.err
     assert "Traceback" not in ended.err
     exported = cli("store", "export", str(tmp_path / "store")).out
-    assert '{"scope":"users","key":"k","value":{"n":1}}' in exported
+    assert '{"scope":"users","key":"k","value":{"n":1},"revision":1}' in exported
 
 
 def test_started_with_nohup_it_outlives_its_terminal(program: type[Program], cli: Run, tmp_path: Path) -> None:
