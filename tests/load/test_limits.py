@@ -208,6 +208,7 @@ def test_a_handler_that_writes_what_fires_it_is_cut_at_the_bound_and_reported(
 
     assert engine.get("s", "n") == 51
     assert engine.stats().loops_cut == 1
+    wait_until(lambda: letters)  # `drain` does not wait for hooks
     assert [type(letter.error) for letter in letters] == [EventLoopDetected]
     assert "max_event_depth = 50" in str(letters[0].error)
     engine.set("other", "k", 1)
