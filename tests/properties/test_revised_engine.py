@@ -62,8 +62,11 @@ RANGES = st.fixed_dictionaries(
         "limit": st.sampled_from([None, None, 0, 1, 3]),
     }
 )
-SETTLE_S = 1.2
-"""Virtual seconds after which what was due when they began has been removed: a clock that is set wakes no timer."""
+SETTLE_S = 1.237
+"""Virtual seconds after which what was due when they began has been removed: a clock that is set wakes no timer.
+
+Not a round number, so that no deadline falls due in the very millisecond in which the waiting ends.
+"""
 
 
 class RevisedMachine(RuleBasedStateMachine):

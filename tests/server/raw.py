@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import uuid
@@ -127,8 +128,9 @@ class RawWorker:
         self._open.close()
 
     def cut(self) -> None:
-        """Go away without a word."""
-        self.socket.socket.shutdown(socket.SHUT_RDWR)
+        """Go away without a word. The server may have gone first."""
+        with contextlib.suppress(OSError):
+            self.socket.socket.shutdown(socket.SHUT_RDWR)
 
 
 def masked(message: dict[str, Any] | bytes, opcode: int = 0x81) -> bytes:
