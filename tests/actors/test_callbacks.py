@@ -32,7 +32,6 @@ def test_a_function_that_raises_leaves_no_thread_behind() -> None:
     assert IN_CALLBACK == {}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_has_no_functions_running() -> None:
     def fork(_: Any) -> int:
         with beside_threads():
