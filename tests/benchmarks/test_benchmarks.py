@@ -40,6 +40,7 @@ JUDGED = {
     "keys_of_a_page": {"at_most": 2},
     "walk_by_pages": {"at_most": 2},
     "set_beside_pages": {"at_most": 20},
+    "held_by_lists": {"at_most": 20},
     "set_beside_cpu": {"at_least": 50},
     "threads_one_scope": {"at_least": 0.7},
     "threads_own_scopes": {"at_least": 0.7},
@@ -73,6 +74,10 @@ JUDGED = {
     "redis_event": {"at_most": 4},
     "redis_conflicts": {"at_most": 0.25},
     "redis_lost": {"at_most": 0},
+    "redis_revisions": {"at_most": 1.15},
+    "redis_if_revision": {"at_most": 1.3},
+    "redis_transact": {"at_most": 2},
+    "redis_transact_watch": {"at_most": 1},
 }
 SHOWN = {
     "set_beside_cpu_p99",

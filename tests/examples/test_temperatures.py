@@ -147,7 +147,14 @@ def test_a_row_that_is_missing_on_disk_fails_the_second_check(
             cls.opened += 1
             if cls.opened == 2:
                 with sqlite3.connect("data/temperatures/state.db") as connection:
-                    connection.execute("DELETE FROM state WHERE scope = 'journal/task-2'")
+                    connection.executescript(
+                        """
+                        CREATE TEMP TABLE theirs AS SELECT extent FROM extents JOIN scopes ON number = extents.scope
+                            WHERE scopes.scope = 'journal/task-2';
+                        DELETE FROM state WHERE id >> 24 IN (SELECT extent FROM theirs);
+                        DELETE FROM extents WHERE extent IN (SELECT extent FROM theirs);
+                        """
+                    )
                 connection.close()
             return super().from_config(*args, **options)
 
