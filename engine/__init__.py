@@ -2,8 +2,9 @@
 
 from scopestate import ops
 from scopestate.engine import Engine
-from scopestate.errors import Conflict, ScopestateError, StorageError
+from scopestate.errors import Compacted, Conflict, ScopestateError, StorageError, WatchOverrun
 from scopestate.ops import MISSING, messages
+from scopestate.ops.changes import Change
 from scopestate.ops.results import (
     BatchResult,
     CasResult,
@@ -23,6 +24,8 @@ __all__ = [
     "MISSING",
     "BatchResult",
     "CasResult",
+    "Change",
+    "Compacted",
     "Conflict",
     "DeliveryFailure",
     "Engine",
@@ -34,6 +37,7 @@ __all__ = [
     "StateEvent",
     "StorageError",
     "UpdateResult",
+    "WatchOverrun",
     "messages",
     "ops",
 ]

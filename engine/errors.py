@@ -10,7 +10,9 @@
     |-- IdempotencyMismatch             an idempotency key was used for another write: `IDEMPOTENCY_MISMATCH`
     |-- Unsupported                     where the scope is kept, this cannot be done: `UNSUPPORTED`
     |-- InvalidPageLimits               a page of too few or too many keys or bytes: `INVALID_PAGE_LIMITS`
-    |-- InvalidCursor                   a page cursor that cannot be used here: `INVALID_CURSOR`
+    |-- InvalidCursor                   a cursor that cannot be used here: `INVALID_CURSOR`
+    |-- Compacted                       the changes behind a cursor are not kept any more: `COMPACTED`
+    |-- WatchOverrun                    a watch was read too slowly: `OVERRUN`; has the cursor to go on from
     |-- RowTooLarge                     one row is larger than a page may be: `ROW_TOO_LARGE`
     |-- SnapshotCapacity                no room for a snapshot to page through: `SNAPSHOT_CAPACITY`
     |-- MessageTooLarge                 a call or an answer over `max_message_bytes`: `MESSAGE_TOO_LARGE`
@@ -220,7 +222,7 @@ class InvalidPageLimits(ScopestateError):
 
 
 class InvalidCursor(ScopestateError):
-    """A page cursor that is damaged, or was made for something else. Begin without a cursor."""
+    """A cursor of pages or of a watch that is damaged, or was made for something else. Begin without a cursor."""
 
     code = "INVALID_CURSOR"
 
@@ -231,13 +233,62 @@ class InvalidCursor(ScopestateError):
 
     def __str__(self) -> str:
         problem = _CURSOR_PROBLEMS.get(self.reason, f"was made for {self.reason}")
-        return f"the page cursor {problem}; begin again without a cursor"
+        return f"the cursor {problem}; begin again without a cursor"
 
 
 _CURSOR_PROBLEMS = {
     "damaged": "is damaged",
     "no snapshot": "was used already, is too old, or belongs to another caller",
 }
+
+
+class Compacted(ScopestateError):
+    """A watch cannot go on from a cursor: some of the changes behind it are gone. Read the state, and watch anew.
+
+    `on_compacted="resync"` does both in one step.
+    """
+
+    code = "COMPACTED"
+
+    def __init__(self, requested: str, reason: str, oldest: str | None = None) -> None:
+        super().__init__(requested, reason, oldest)
+        self.requested = requested
+        """The cursor that was given."""
+        self.reason = reason
+        """`trimmed`: the changes are older than what is kept. `other store`: the cursor is of another one, or of an
+        engine in memory that has ended. `lost in a crash`: the cursor is of a change that was never saved."""
+        self.oldest = oldest
+        """The oldest cursor from which a watch can go on now; None if that is not known."""
+
+    def __str__(self) -> str:
+        why = _COMPACTED.get(self.reason, self.reason)
+        return f"the watch cannot go on from its cursor: {why}; watch anew, with a snapshot"
+
+
+_COMPACTED = {
+    "trimmed": "some of the changes behind it are no longer kept",
+    "other store": "it was made by another store, or by an engine in memory that has ended",
+    "lost in a crash": "it stands behind a change that was lost in a crash",
+}
+
+
+class WatchOverrun(ScopestateError):
+    """More changes wait for a watch than its `buffer` allows. It has ended; nothing was skipped before its `cursor`."""
+
+    code = "OVERRUN"
+
+    def __init__(self, cursor: str, waiting: int) -> None:
+        super().__init__(cursor, waiting)
+        self.cursor = cursor
+        """Where to go on: `since=error.cursor`."""
+        self.waiting = waiting
+        """How many changes waited."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.waiting} changes wait for this watch, more than its buffer allows: read faster, ask for a larger "
+            "`buffer`, or for `latest=True`; go on with `since=error.cursor`"
+        )
 
 
 class RowTooLarge(ScopestateError):

@@ -339,7 +339,7 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     """A change of one key, for handlers and conditions: has attributes, and is a mapping of the reference's six fields.
 
     Source: reference, "State Event Payload". A `state:expired` event has `expired_at` and `late_ms` beside the six.
-    `revision`, `existed` and `depth` are attributes only.
+    The other fields, and `existed`, are attributes only.
     """
 
     json_fields: ClassVar[tuple[str, ...]] = (
@@ -380,6 +380,19 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
         int | None, msgspec.Meta(description="Milliseconds from the deadline to the removal (expired events only)")
     ] = None
     """`state:expired`: the milliseconds from the deadline, at which the key is absent, to its removal; else None."""
+    transaction: int = 0
+    """The revision of the last change of the transaction that this change is part of; its own if it is alone.
+
+    0 where a change is made elsewhere: in Redis, and through a bridge.
+    """
+    time_ms: int = 0
+    """When the change was made, in milliseconds since the epoch; 0 if neither a watch nor the journal needs it."""
+    position: int = 0
+    """The number of the change in the journal of its engine, over all scopes; 0 if it is in none."""
+    coalesced: int = 0
+    """How many earlier changes of the key this event stands for, at a trigger with `debounce`."""
+    metadata: Any = None
+    """The `metadata` of the trigger whose handler gets the event."""
 
     # A decoded value is kept in `__dict__`, which pickling, copying and `msgspec.structs.replace` do not copy: the copy
     # decodes its own.
@@ -424,12 +437,30 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
             self.depth,
             self.expired_at,
             self.late_ms,
+            self.transaction,
+            self.time_ms,
+            self.position,
+            self.coalesced,
+            self.metadata,
         )
 
     def as_deleted(self) -> StateEvent:
         """Return the event that a handler gets instead if it knows the reference's events only."""
         return StateEvent(
-            "state:deleted", self.scope, self.key, self.old_json, self.new_json, self.revision, self.depth
+            "state:deleted",
+            self.scope,
+            self.key,
+            self.old_json,
+            self.new_json,
+            self.revision,
+            self.depth,
+            None,
+            None,
+            self.transaction,
+            self.time_ms,
+            self.position,
+            self.coalesced,
+            self.metadata,
         )
 
     def to_json(self) -> dict[str, Any]:

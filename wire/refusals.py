@@ -10,6 +10,7 @@ from msgspec import Raw
 
 from scopestate.errors import (
     BatchTooLarge,
+    Compacted,
     Conflict,
     IdempotencyMismatch,
     InvalidCursor,
@@ -21,12 +22,14 @@ from scopestate.errors import (
     Unsupported,
     UpdateRefused,
     ValueTooLarge,
+    WatchOverrun,
 )
 from scopestate.ops.update_ops import RefusedOp
 from scopestate.wire.frames import ABSENT
 
 _FACTS: Final[dict[type[ScopestateError], tuple[str, ...]]] = {
     BatchTooLarge: ("scope", "size", "limit", "unit"),
+    Compacted: ("requested", "reason", "oldest"),
     Conflict: ("scope", "key", "expected_revision", "revision", "conflicts"),
     IdempotencyMismatch: ("scope", "idempotency_key"),
     InvalidCursor: ("reason",),
@@ -35,6 +38,7 @@ _FACTS: Final[dict[type[ScopestateError], tuple[str, ...]]] = {
     Unsupported: ("feature", "reason"),
     UpdateRefused: ("scope", "errors"),
     ValueTooLarge: ("scope", "key", "size", "limit"),
+    WatchOverrun: ("cursor", "waiting"),
 }
 """Error -> the attributes that are sent."""
 
@@ -54,6 +58,10 @@ class _Facts(msgspec.Struct):
     limit: int = 0
     unit: str = ""
     reason: str = ""
+    requested: str = ""
+    oldest: str | None = None
+    cursor: str = ""
+    waiting: int = 0
     feature: str = ""
     problem: str = ""
     idempotency_key: str = ""
@@ -86,6 +94,7 @@ def _update_refused(facts: _Facts) -> UpdateRefused | None:
 
 _MADE: Final[Mapping[str, Callable[[_Facts], ScopestateError | None]]] = {
     BatchTooLarge.code: lambda facts: BatchTooLarge(facts.scope, facts.size, facts.limit, facts.unit),
+    Compacted.code: lambda facts: Compacted(facts.requested, facts.reason, facts.oldest),
     Conflict.code: _conflict,
     IdempotencyMismatch.code: lambda facts: IdempotencyMismatch(facts.scope, facts.idempotency_key),
     InvalidCursor.code: lambda facts: InvalidCursor(facts.reason),
@@ -93,4 +102,5 @@ _MADE: Final[Mapping[str, Callable[[_Facts], ScopestateError | None]]] = {
     SnapshotCapacity.code: lambda facts: SnapshotCapacity(facts.problem),
     Unsupported.code: lambda facts: Unsupported(facts.feature, facts.reason),
     UpdateRefused.code: _update_refused,
+    WatchOverrun.code: lambda facts: WatchOverrun(facts.cursor, facts.waiting),
 }

@@ -118,6 +118,8 @@ ERRORS = [
     errors.StoreUnusable("x"),
     errors.StoreCorrupt("x", quarantined="/there"),
     errors.UnsavableValue("x", "s", "k"),
+    errors.Compacted("c", "trimmed", "d"),
+    errors.WatchOverrun("c", 1001),
     errors.RowTooLarge("s", "k", 5, 3),
     errors.SnapshotCapacity("x"),
     errors.MessageTooLarge("x"),

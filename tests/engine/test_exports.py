@@ -52,6 +52,8 @@ def test_the_names_that_programs_need_are_at_the_top() -> None:
         "MISSING",
         "BatchResult",
         "CasResult",
+        "Change",
+        "Compacted",
         "Conflict",
         "DeliveryFailure",
         "Engine",
@@ -63,6 +65,7 @@ def test_the_names_that_programs_need_are_at_the_top() -> None:
         "StateEvent",
         "StorageError",
         "UpdateResult",
+        "WatchOverrun",
         "messages",
         "ops",
     ]

@@ -1,0 +1,89 @@
+"""What a watch yields: the changes of keys."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from scopestate.ops.values import decode
+
+ChangeKind = Literal["put", "delete", "expire", "synced", "progress"]
+
+
+class CursorMaker(Protocol):
+    """What knows the cursor of each change of a watch."""
+
+    def cursor_of(self, change: Change) -> str:
+        """Return the cursor behind this change."""
+
+
+class KnownCursor(msgspec.Struct, frozen=True, gc=False):
+    """The cursor of one change, as another engine has sent it."""
+
+    cursor: str
+
+    def cursor_of(self, change: Change) -> str:
+        """Return it."""
+        del change
+        return self.cursor
+
+
+class Change(msgspec.Struct, frozen=True, eq=False):
+    """A change of one key, as a watch yields it; with `markers=True` also a mark, which has no key."""
+
+    kind: ChangeKind
+    """`put`: the key has a new value. `delete`, `expire`: it exists no more, by a call or because its time is over.
+
+    Of a mark: `synced`, all of the snapshot was yielded, and changes follow; `progress`, up to `cursor` nothing else
+    has changed that the watch asks for.
+    """
+    scope: str
+    """The scope; of a mark, that of the watch, "" if it is for many."""
+    key: str
+    """The key; "" of a mark."""
+    json: bytes | None
+    """The new value as JSON; None if the key was removed, or with `values=False`."""
+    old_json: bytes | None
+    """The value before as JSON; None if there was none, for an entry of the snapshot, or with `values=False`."""
+    revision: int
+    """The revision that the change gave to its key. It rises from change to change of a scope."""
+    transaction: int
+    """The revision of the last change of its transaction; its own if it is alone."""
+    initial: bool
+    """True for an entry of a snapshot: how the key is where the watch begins."""
+    position: int
+    """The number of the change over all scopes of its engine; 0 for an entry of a snapshot."""
+    cursors: CursorMaker
+    """What makes `cursor` when it is read."""
+
+    @property
+    def value(self) -> Any:
+        """The new value, a new copy at each reading; None if the key was removed, or with `values=False`."""
+        return None if self.json is None else decode(self.json)
+
+    @property
+    def old_value(self) -> Any:
+        """The value before, a new copy at each reading; None where `old_json` is None."""
+        return None if self.old_json is None else decode(self.old_json)
+
+    @property
+    def cursor(self) -> str:
+        """Where a watch goes on behind this change: `since=change.cursor`. It is opaque text, to be kept or sent.
+
+        A watch that goes on from within a transaction gets the rest of it. The cursor of an entry of a snapshot begins
+        with the whole snapshot again.
+        """
+        return self.cursors.cursor_of(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What makes cursors belongs to one engine; a copy travels.
+        return Change, (*[getattr(self, name) for name in self.__struct_fields__[:-1]], KnownCursor(self.cursor))
+
+    def __repr__(self) -> str:
+        what = "".join(
+            f", {name}={value!r}"
+            for name, value in (("key", self.key), ("value", self.value), ("initial", self.initial))
+            if value not in ("", None, False) or (name == "value" and self.kind == "put")
+        )
+        return f"Change({self.kind!r}, scope={self.scope!r}{what}, revision={self.revision})"
