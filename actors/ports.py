@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Protocol
 
 import msgspec
 
+from scopestate.actors.journal import ConsumerChange, Journal
+from scopestate.ops.results import StateEvent
 from scopestate.ops.turns import TtlRule
 
 if TYPE_CHECKING:
@@ -122,6 +124,16 @@ class ScopeChange(msgspec.Struct):
 
     Those that are too old may be named too; the store removes them by itself, also of scopes that are not in memory.
     """
+    log: Sequence[StateEvent] = ()
+    """Its changes for the journal, in order: each since the last save, not just the newest of a key. They have their
+    positions, and revisions up to `revision`. The journal keeps all that says of an event, except what belongs to a
+    trigger (`coalesced`, `metadata`)."""
+    logged_since: int | None = None
+    """Every change of the scope behind this number is in `log`, or was in that of an earlier save. None: there may be
+    others. It is the revision before the first event of the scope that was entered since this engine began to log it
+    without a gap."""
+    acks: Sequence[tuple[int, int]] = ()
+    """Consumer and position of deliveries that are over because of this change."""
 
 
 class Store(ABC):
@@ -140,6 +152,8 @@ class Store(ABC):
     clock_ms: int = 0
     """The time, in milliseconds since the epoch. The engine sets it before it saves, and each save keeps it: when the
     store is opened, it is that of its last save, 0 if there was none. It never goes back."""
+    journal: Journal | None = None
+    """Its journal; None if it has none: then it is never given a `log`, `acks` or consumers."""
 
     @abstractmethod
     def load(self, scope: str) -> ScopeState:
@@ -150,8 +164,8 @@ class Store(ABC):
         """Return the names of the scopes that hold at least one saved key, in no particular order."""
 
     @abstractmethod
-    def save(self, batch: Sequence[ScopeChange]) -> None:
-        """Write the batch in order, as one transaction.
+    def save(self, batch: Sequence[ScopeChange], consumers: Sequence[ConsumerChange] = ()) -> None:
+        """Write the batch in order, and what has changed of consumers, as one transaction.
 
         On return every change survives power loss; on raise none of them was written. A scope may occur more than
         once; the later change is the newer one.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from typing import TypeVar
 
+from scopestate.actors.journal import ConsumerChange
 from scopestate.actors.ports import ScopeChange, ScopeState, Store
 from scopestate.errors import StorageError, StoreCorrupt
 from scopestate.persistence.sqlite.database import (
@@ -114,11 +115,11 @@ class FileAdapter(Store):
         """Return up to `limit` scopes with the time at which their first key expires (ms), the earliest first."""
         return self._read("find what expires", lambda connection: read_due(connection, limit))
 
-    def save(self, batch: Sequence[ScopeChange]) -> None:
+    def save(self, batch: Sequence[ScopeChange], consumers: Sequence[ConsumerChange] = ()) -> None:
         """Write the batch in one transaction and sync it to the disk. If it raises, nothing was written.
 
-        After an error the next call may succeed. Once damage was seen every call raises `StoreCorrupt`: nothing is
-        written to a damaged database.
+        There is no journal yet, so `consumers` is empty. After an error the next call may succeed. Once damage was seen
+        every call raises `StoreCorrupt`: nothing is written to a damaged database.
         """
         self._save(batch, f"save {len(batch)} changed scopes")
 
