@@ -5,6 +5,7 @@ from scopestate.engine import Engine
 from scopestate.errors import Compacted, Conflict, ScopestateError, StorageError, WatchOverrun
 from scopestate.ops import MISSING, messages
 from scopestate.ops.changes import Change
+from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater
 from scopestate.ops.results import (
     BatchResult,
     CasResult,
@@ -27,11 +28,15 @@ __all__ = [
     "Change",
     "Compacted",
     "Conflict",
+    "Delivery",
     "DeliveryFailure",
+    "Discard",
     "Engine",
     "EntryView",
     "ModifyResult",
     "Page",
+    "Retry",
+    "RetryLater",
     "ScopestateError",
     "SetResult",
     "StateEvent",

@@ -1,0 +1,203 @@
+"""What the handler of a durable trigger gets and says: its delivery, and how a failed one is tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import msgspec
+
+from scopestate.errors import InvalidRegistration
+
+if TYPE_CHECKING:
+    from scopestate.ops.results import StateEvent
+
+Errors = type[BaseException] | tuple[type[BaseException], ...]
+
+LONGEST_S: Final = 366 * 86_400.0
+"""No pause is longer, in seconds: a mistake in units stays away from timers."""
+MOST_ATTEMPTS: Final = 1_000_000
+
+
+def _is_within(value: object, least: float, most: float) -> bool:
+    """Return whether `value` is a number from `least` to `most`, whatever a program has given."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How often, and after which pauses, a failed delivery is tried again.
+
+    The pause after attempt n is `first * factor ** (n - 1)` seconds, at most `longest`, varied at random by `jitter`.
+    Raises InvalidRegistration for values that make no sense.
+    """
+
+    attempts: int = 10
+    """Attempts in all, the first included. After the last one the delivery is given up. At least 1."""
+    first: float = 1.0
+    """Seconds between the first attempt and the second."""
+    factor: float = 2.0
+    """Each pause is so many times the one before; at least 1."""
+    longest: float = 300.0
+    """Seconds of the longest pause."""
+    jitter: float = 0.2
+    """Part of the pause by which it is varied, up and down: 0.2 makes 10 s into 8 to 12 s. From 0 to 1."""
+    on: Errors = Exception
+    """Classes of errors that are tried again. Any other error gives the delivery up at once."""
+
+    def __post_init__(self) -> None:
+        if type(self.attempts) is not int or not 1 <= self.attempts <= MOST_ATTEMPTS:
+            raise InvalidRegistration(
+                f"`attempts` of a retry is a whole number from 1 to {MOST_ATTEMPTS:,}, not {self.attempts!r:.40}"
+            )
+        for name, least, most in (
+            ("first", 0.0, LONGEST_S),
+            ("factor", 1.0, 1000.0),
+            ("longest", 0.0, LONGEST_S),
+            ("jitter", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if not _is_within(value, least, most):
+                raise InvalidRegistration(
+                    f"`{name}` of a retry is a number from {least:g} to {most:g}, not {value!r:.40}"
+                )
+        given: object = self.on  # whatever the program passed
+        kinds = given if isinstance(given, tuple) else (given,)
+        if not kinds or not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
+            raise InvalidRegistration(
+                f"`on` of a retry is a class of exceptions, or a tuple of them, not {self.on!r:.80}"
+            )
+
+    def tries_again(self, attempt: int, error: BaseException) -> bool:
+        """Return whether another attempt follows the one with this number, which has failed with `error`."""
+        return attempt < self.attempts and isinstance(error, self.on)
+
+    def pause_s(self, attempt: int, random: float) -> float:
+        """Return the seconds between this attempt and the next. `random`: from 0 to 1, not included."""
+        try:
+            pause = min(self.first * self.factor ** (attempt - 1), self.longest)
+        except OverflowError:
+            pause = self.longest
+        return min(pause * (1.0 + self.jitter * (2.0 * random - 1.0)), LONGEST_S)
+
+
+_NUMBERS: Final = ("attempts", "first", "factor", "longest", "jitter")
+
+
+def read_retry(given: object) -> Retry:
+    """Return a `Retry` of what a program, a file or a worker gives: one, or a mapping with the names of its fields.
+
+    Raises InvalidRegistration. A mapping cannot name `on`: it is for programs in Python.
+    """
+    if isinstance(given, Retry):
+        return given
+    if not isinstance(given, Mapping):
+        raise InvalidRegistration(f"`retry` is a Retry, or an object with {', '.join(_NUMBERS)}")
+    unknown = [str(name) for name in given if name not in _NUMBERS]
+    if unknown:
+        raise InvalidRegistration(
+            f"`retry` has unknown field(s) {', '.join(sorted(unknown))[:80]}; known are {', '.join(_NUMBERS)}"
+        )
+    return Retry(**given)
+
+
+class RetryLater(Exception):
+    """Raised by the handler of a durable trigger: deliver this event again, after so many seconds.
+
+    It does not count as a failed attempt: `Delivery.attempt` stays, and nothing is reported. The events behind it, in
+    the order of the trigger, wait as long.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        if not _is_within(seconds, 0, LONGEST_S):
+            raise ValueError(f"RetryLater takes seconds, from 0 to {LONGEST_S:g}, not {seconds!r:.40}")
+        super().__init__(f"in {seconds:g} s")
+        self.seconds = float(seconds)
+
+
+class Discard(Exception):
+    """Raised by the handler of a durable trigger: do not deliver this event again.
+
+    It goes to the dead letters at once, with the reason, and the events behind it go on, also with
+    `on_giving_up="block"`. A handler that has nothing to do with an event returns instead.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = str(why)
+
+
+class DeliveryRuntime(Protocol):
+    """What stands behind a delivery."""
+
+    def extend(self, delivery: Delivery, seconds: float) -> None:
+        """See `Delivery.extend`."""
+
+    def transaction(self, delivery: Delivery, scope: str) -> Any:
+        """See `Delivery.transaction`."""
+
+
+class Delivery:
+    """One attempt to have an event handled by a durable trigger: the second argument of its handler, if it takes two.
+
+    It is of use as long as the handler runs. Its methods may be called from any thread.
+    """
+
+    __slots__ = ("_runtime", "attempt", "consumer", "event", "first_ms", "metadata", "position")
+
+    def __init__(
+        self,
+        consumer: str,
+        position: int,
+        event: StateEvent,
+        attempt: int,
+        first_ms: int,
+        metadata: Any,
+        runtime: DeliveryRuntime,
+    ) -> None:
+        self.consumer = consumer
+        """The name of the durable trigger."""
+        self.position = position
+        """The number of the event in the journal."""
+        self.event = event
+        self.attempt = attempt
+        """1 for the first attempt. An attempt that was cut off by the end of the process counts too."""
+        self.first_ms = first_ms
+        """When the first attempt began, in milliseconds since the epoch."""
+        self.metadata = metadata
+        """What the trigger was registered with as `metadata`."""
+        self._runtime = runtime
+
+    @property
+    def id(self) -> str:
+        """Such as "ship-orders:81234": the same for every attempt, and for no other event of the store."""
+        return f"{self.consumer}:{self.position}"
+
+    @property
+    def first_at(self) -> datetime:
+        """When the first attempt began, in UTC."""
+        return datetime.fromtimestamp(self.first_ms / 1000, UTC)
+
+    def extend(self, seconds: float) -> None:
+        """Give this attempt so many seconds from now on, in place of what is left of the trigger's `ack_wait`.
+
+        Raises ValueError for what is no positive number, and EngineClosed or Unsupported if it has ended.
+        """
+        if not _is_within(seconds, 0, LONGEST_S) or not seconds:
+            raise ValueError(f"extend takes seconds, more than 0 and at most {LONGEST_S:g}, not {seconds!r:.40}")
+        self._runtime.extend(self, float(seconds))
+
+    def transaction(self, scope: str) -> Any:
+        """Return a transaction on one scope that also acknowledges this delivery: all of it, or nothing.
+
+        `with delivery.transaction("stock") as tx:` or, in a coroutine, `async with`. `tx` has `get`, `set`, `update`
+        and `delete`; it reads its own writes. What was read is checked again at the end of the block: if another
+        writer has changed it, `Conflict` is raised, and a handler that lets it through is called again at once. If the
+        block raises, nothing is written and nothing acknowledged. After the block the delivery is done, whatever the
+        handler does then: a later failure is reported, and not tried again. Raises Unsupported for a second
+        transaction of one delivery, and where the scope is kept elsewhere than the journal.
+        """
+        return self._runtime.transaction(self, scope)
+
+    def __repr__(self) -> str:
+        return f"<Delivery {self.id!r}, attempt {self.attempt}>"
