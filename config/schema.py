@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Final, Literal
 
@@ -112,6 +113,8 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 EVERYTHING: Final = ("*",)
 """The pattern that matches every name."""
+TOKEN_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+"""The name of a token."""
 EVERY_REGISTRATION: Final = ("*", "engine::*", "state::*")
 """The patterns of `registers` that match every id: `*` alone does not cover the engine's own."""
 
@@ -139,6 +142,9 @@ class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Scopes that it may read and watch."""
     write: tuple[str, ...] | None = None
     """Scopes that it may write. The answer to a write contains the old value."""
+    name: str | None = None
+    """Under which its durable triggers keep their consumers; left out: none, unless it may do everything. Letters,
+    digits, `-`, `_` and `.`. Tokens with the same name share them, as the old and the new token of one service do."""
 
     def __repr__(self) -> str:
         token = None if self.token is None else "***"

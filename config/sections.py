@@ -28,6 +28,7 @@ from scopestate.config.scalars import (
 )
 from scopestate.config.schema import (
     ADAPTERS,
+    TOKEN_NAME,
     AdapterConfig,
     AdapterName,
     AdapterOptions,
@@ -394,6 +395,12 @@ class SectionReader:
             self._problems.add("give one of `token`, `env` and `file`", place.line, place.path)
         elif token is not None and token.token is not None and not token.token.strip():
             self._problems.add("the token is empty", place.line, place.path)
+        if token is not None and token.name is not None and not TOKEN_NAME.fullmatch(token.name):
+            self._problems.add(
+                "the name of a token has 1 to 100 letters, digits, `-`, `_` and `.`",
+                place.line,
+                join(place.path, "name"),
+            )
         return token
 
     def _typed(self, place: Place, wanted: object) -> object:

@@ -59,9 +59,9 @@ class Access:
         self._registers_ours = _matcher(name for name in config.registers if name.startswith(ENGINE_NAMESPACES))
         self._read = _matcher(read)
         self._write = _matcher(write)
-        self.reads_everything = "*" in read
-        self.writes_everything = "*" in write
-        self.full = self.reads_everything and self.writes_everything and "*" in functions and "*" in config.registers
+        self._begun = {"read": _beginnings(read), "write": _beginnings(write)}
+        self.name = config.name
+        self.full = all("*" in patterns for patterns in (functions, config.registers, read, write))
         """Whether it may do everything; then it sees everything that other tokens have registered as well."""
 
     def check_call(self, function_id: str) -> None:
@@ -99,14 +99,20 @@ class Access:
             else:
                 self.check_read(scope)
 
-    def check_watch(self, scope: str | None) -> None:
-        """Refuse a trigger on a scope that may not be read; None: on every scope."""
+    def covers(self, right: Right, scope_prefix: str) -> bool:
+        """Return whether there is this right on every scope whose name begins so, whatever follows."""
+        return scope_prefix.startswith(self._begun[right])
+
+    def check_watch(self, scope: str | None, scope_prefix: str | None = None) -> None:
+        """Refuse a trigger on a scope that may not be read; None: on every scope, or those that begin so."""
         if scope is not None:
             self.check_read(scope)
-        elif not self.reads_everything:
-            raise Forbidden("the token of this connection does not allow a trigger on every scope: name one")
+        elif not self.covers("read", scope_prefix or ""):
+            if scope_prefix is None:
+                raise Forbidden("the token of this connection does not allow a trigger on every scope: name one")
+            raise Forbidden(f"the token of this connection does not allow to read every scope {scope_prefix!r}...")
 
-    def check_trigger_call(self, function_id: str, scope: str | None) -> None:
+    def check_trigger_call(self, function_id: str, scope: str | None, scope_prefix: str | None = None) -> None:
         """Refuse a function that a trigger would call with an event of `scope`; None: with any scope in its input.
 
         For a state function the token needs the right on that scope too: it would act on the scope of the event.
@@ -116,8 +122,27 @@ class Access:
         rights = () if row is None else row.rights
         if scope is not None:
             self.check_scope(scope, rights)
-        elif ("write" in rights and not self.writes_everything) or ("read" in rights and not self.reads_everything):
+        elif not all(self.covers(right, scope_prefix or "") for right in rights):
             raise Forbidden(f"the token of this connection does not allow {function_id!r} on every scope")
+
+    def consumer(self, name: str) -> str:
+        """Return the whole name of the consumer that the bearer calls `name`.
+
+        The consumers of a limited token have its own name in front, so that no token can name those of another. Raises
+        Forbidden if it may have none.
+        """
+        if self.full:
+            return name
+        if self.name is None:
+            raise Forbidden("the token of this connection has no consumers: give it a `name` in the configuration")
+        return f"{self.name}/{name}"
+
+    def own_consumer(self, whole: str) -> str | None:
+        """Return what the bearer calls a consumer, by its whole name; None: it may not know of it."""
+        if self.full:
+            return whole
+        owner, slash, name = whole.partition("/")
+        return name if slash and owner == self.name else None
 
     def check_delivery(self, function_id: str, scope: str) -> None:
         """Refuse to call a function with an event of `scope`: it must be readable, and the function callable."""
@@ -327,6 +352,12 @@ def is_loopback(host: str) -> bool:
 def _digest(token: str) -> bytes:
     # Tokens of different lengths compare in the same time, and the tokens themselves are not kept.
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def _beginnings(patterns: Iterable[str]) -> tuple[str, ...]:
+    """Return how the names begin of which these patterns match every one: `a-` for `a-*`."""
+    ended = [pattern.rstrip("*") for pattern in patterns if pattern.endswith("*")]
+    return tuple(begun for begun in ended if not {"*", "?"}.intersection(begun))
 
 
 def _matcher(patterns: Iterable[str]) -> Callable[[str], object]:

@@ -178,6 +178,55 @@ def test_a_pattern_covers_the_engines_ids_only_if_it_names_them(
     assert _forbids(lambda: access.check_register(function_id)) != allowed
 
 
+@pytest.mark.parametrize(
+    ("patterns", "scope_prefix", "allowed"),
+    [
+        (["*"], "", True),
+        (["shop-*"], "shop-", True),
+        (["shop-*"], "shop-eu-", True),
+        (["shop-*"], "shop", False),
+        (["shop-*"], "", False),
+        (["shop-?*"], "shop-e", False),
+        (["*-shop"], "a-shop", False),
+        (["shop-"], "shop-", False),
+        ([], "shop-", False),
+    ],
+)
+def test_a_trigger_on_scopes_that_begin_so_needs_them_all(
+    patterns: list[str], scope_prefix: str, *, allowed: bool
+) -> None:
+    access = Access(TokenConfig(token=GUEST, read=tuple(patterns), functions=("*",)))
+
+    assert _forbids(lambda: access.check_watch(None, scope_prefix)) != allowed
+    assert _forbids(lambda: access.check_trigger_call("state::get", None, scope_prefix)) != allowed
+    assert _forbids(lambda: access.check_trigger_call("state::set", None, scope_prefix))
+
+
+def test_the_consumers_of_a_token_have_its_name_in_front() -> None:
+    shop = Access(TokenConfig(token=GUEST, read=("s",), name="shop"))
+    nameless = Access(TokenConfig(token=OTHER, read=("s",)))
+    admin = Access(server_config({"auth": {"tokens": [ADMIN]}}).auth.tokens[0])
+
+    assert shop.consumer("ship") == "shop/ship"
+    assert shop.consumer("bank/ship") == "shop/bank/ship"
+    assert _forbids(lambda: nameless.consumer("ship"))
+    assert admin.consumer("shop/ship") == "shop/ship"
+    assert [shop.own_consumer(name) for name in ("shop/ship", "bank/ship", "ship", "shop")] == [
+        "ship",
+        None,
+        None,
+        None,
+    ]
+    assert [nameless.own_consumer(name) for name in ("shop/ship", "/ship", "None/ship")] == [None, None, None]
+    assert admin.own_consumer("shop/ship") == "shop/ship"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "x" * 101])
+def test_a_name_of_a_token_that_is_none_is_a_mistake_in_the_file(name: str) -> None:
+    with pytest.raises(ConfigError, match="the name of a token"):
+        server_config({"auth": {"tokens": [{"token": GUEST, "name": name}]}})
+
+
 def test_the_same_token_twice_is_an_error() -> None:
     tokens = (TokenConfig(token=GUEST), TokenConfig(token=GUEST, read=("*",)))
     with pytest.raises(ConfigError, match="same token"):
