@@ -16,10 +16,10 @@ from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import Functions, close_unrun, is_awaitable, is_unrun
 from scopestate.actors.loops import Continue, LoopCalls, LoopThread, OnLoop, Overdue, Pending
 from scopestate.actors.reply import Reply
-from scopestate.actors.triggers import Trigger
 from scopestate.actors.turn import HOLDER, TurnActor
 from scopestate.errors import EventNotDelivered, HandlerTimeout
 from scopestate.ops.results import DeliveryFailure, StateEvent
+from scopestate.ops.triggers import Trigger
 from scopestate.ops.values import class_name
 from scopestate.signals import Guard, certainly, exclusive
 from scopestate.wire.depth import event_depth

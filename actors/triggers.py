@@ -4,47 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from scopestate.errors import InvalidRegistration
-from scopestate.ops.results import EventName, EventType
+from scopestate.ops.results import EventType
+from scopestate.ops.triggers import Trigger
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
     from scopestate.actors.handler import HandlerActor
-
-
-class Trigger(msgspec.Struct, frozen=True):
-    """What a trigger watches and calls. Source: reference, "Trigger Type: state"."""
-
-    json_fields: ClassVar[tuple[str, ...]] = ("scope", "key", "condition_function_id", "events")
-    """What a registration's `config` object has."""
-
-    trigger_id: str
-    function_id: str
-    # The `Meta` notes are the API reference's: `engine.trigger_types()` is made from them.
-    scope: Annotated[str | None, msgspec.Meta(description="State scope to watch (exact match filter)")] = None
-    """Exact scope; None: every scope."""
-    key: Annotated[str | None, msgspec.Meta(description="State key to watch (exact match filter)")] = None
-    """Exact key; None: every key."""
-    condition_function_id: Annotated[
-        str | None, msgspec.Meta(description="Optional function ID to evaluate before invoking handler")
-    ] = None
-    """Called first, with the event; only `false` skips the handler."""
-    events: Annotated[
-        tuple[EventName, ...] | None,
-        msgspec.Meta(description="Optional kinds of changes to watch; all of them if absent"),
-    ] = None
-    """Kinds of events; None: every kind."""
-
-    def wants(self, kind: EventType) -> bool:
-        """Return whether events of this type are delivered."""
-        return self.events is None or kind[_PREFIX:] in self.events
-
-
-_PREFIX: Final = len("state:")
 
 
 def wanting(handlers: tuple[HandlerActor, ...], kind: EventType) -> tuple[HandlerActor, ...]:

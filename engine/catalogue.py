@@ -22,9 +22,9 @@ import msgspec
 from msgspec import NODEFAULT
 
 from scopestate.actors.functions import Functions
-from scopestate.actors.triggers import Trigger
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.results import StateEvent
+from scopestate.ops.triggers import Trigger
 from scopestate.ops.update_ops import OPTIONAL
 from scopestate.ops.values import decode, encode
 

@@ -23,7 +23,6 @@ from scopestate.actors.ports import Backend, Store, WriteRule
 from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.snapshot import SnapshotActor
-from scopestate.actors.triggers import Trigger
 from scopestate.config import (
     AuthConfig,
     Config,
@@ -37,8 +36,8 @@ from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.opening import open_backend, write_rule_of
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.results import DeliveryFailure
+from scopestate.ops.triggers import OPTIONS, Trigger, read_options
 from scopestate.ops.turns import checked_length
-from scopestate.reactive import read_events
 
 log = logging.getLogger("scopestate.engine")
 
@@ -194,16 +193,16 @@ def configured_triggers(entries: Iterable[TriggerConfig]) -> list[Trigger]:
     triggers: list[Trigger] = []
     made: Counter[str] = Counter()
     for entry in entries:
-        trigger_id, events = entry.id, read_events(entry.events)
+        trigger_id = entry.id
+        # The file was checked where it was read, so there are no mistakes.
+        fields, _ = read_options({name: getattr(entry, name, None) for name in OPTIONS})
         if trigger_id is None:
             content = f"config:{entry.function_id}:{entry.scope!r}:{entry.key!r}:{entry.condition_function_id!r}"
-            if events is not None:
-                content += f":{events!r}"
+            if entry.events is not None:
+                content += f":{fields['events']!r}"
             made[content] += 1
             trigger_id = content if made[content] == 1 else f"{content}#{made[content]}"
-        triggers.append(
-            Trigger(trigger_id, entry.function_id, entry.scope, entry.key, entry.condition_function_id, events)
-        )
+        triggers.append(Trigger(trigger_id, entry.function_id, **fields))
     return triggers
 
 

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Never, TypeGuard, TypeVar, get_args, overload
+from typing import Any, Never, TypeGuard, TypeVar, Unpack, overload
 
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
 from scopestate.actors.router import EventRouter
-from scopestate.actors.triggers import Trigger, TriggerTable
+from scopestate.actors.triggers import TriggerTable
 from scopestate.errors import InvalidRegistration
 from scopestate.lifecycle import stay_ahead_of_executors
-from scopestate.ops.results import DeliveryFailure, EventName
+from scopestate.ops.options import refuse_unknown
+from scopestate.ops.results import DeliveryFailure
+from scopestate.ops.triggers import OPTIONS, EventNames, Trigger, TriggerOptions, read_options
 from scopestate.ops.values import class_name, json_type
 
 log = Log("scopestate.triggers")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Hook = Callable[[DeliveryFailure], object]
-
-_FILTERS: Final = ("scope", "key", "condition_function_id")
-EventNames = tuple[EventName, ...] | list[EventName] | set[EventName] | frozenset[EventName]
-_EVENTS: Final[tuple[EventName, ...]] = get_args(EventName)
 
 
 class Reactive:
@@ -78,15 +76,23 @@ class Reactive:
         events: EventNames | None = None,
         trigger_id: str | None = None,
         config: object = ...,
+        **options: Unpack[TriggerOptions],
     ) -> TriggerHandle:
         """Have a function called when a matching key changes. It need not be registered yet.
 
-        Filters are exact; None matches everything. `events` names kinds of changes: "created", "updated", "deleted",
-        "expired". `config` takes the raw object of the wire instead of them. A
-        trigger with the same `trigger_id` is replaced. The trigger sees every write that begins after this has
-        returned. Raises InvalidRegistration (docs/semantics.md, section 4).
+        `scope` and `key` are exact; None matches everything. `events` names kinds of changes: "created", "updated",
+        "deleted", "expired". The other options: `TriggerOptions` (docs/triggers.md). `config` takes the raw object of
+        the wire instead of all of them. A trigger with the same `trigger_id` is replaced. The trigger sees every write
+        that begins after this has returned. Raises InvalidRegistration (docs/semantics.md, section 4).
         """
-        filters = {"scope": scope, "key": key, "condition_function_id": condition_function_id, "events": events}
+        _refuse_unknown_options("register_trigger()", options)
+        filters = {
+            "scope": scope,
+            "key": key,
+            "condition_function_id": condition_function_id,
+            "events": events,
+            **options,
+        }
         if config is ...:
             config = filters
         elif any(value is not None for value in filters.values()):
@@ -104,12 +110,14 @@ class Reactive:
         condition: str | Callable[..., Any] | None = None,
         events: EventNames | None = None,
         function_id: str | None = None,
+        **options: Unpack[TriggerOptions],
     ) -> Callable[[F], F]:
         """Decorate a handler: registers the function and a trigger for it, and returns the function unchanged.
 
         `events` names kinds of changes, such as `("created", "expired")`; None: all of them. `condition` is a function,
         or the id of one; only `False` skips the handler. The function id is made from the module and name, unless
-        given. Raises InvalidRegistration for `@on_change` without parentheses.
+        given. The other options: `TriggerOptions` (docs/triggers.md). Raises InvalidRegistration for options that are
+        wrong, before the function is registered, and for `@on_change` without parentheses.
         """
         if misplaced:
             raise InvalidRegistration(
@@ -117,7 +125,9 @@ class Reactive:
                 "or `@engine.on_change()` for every change"
             )
 
-        kinds = read_events(events)
+        _refuse_unknown_options("on_change()", options)
+        filters = {"scope": scope, "key": key, "events": events, **options}
+        read_trigger("checked before the function is there", None, filters)
 
         def register(handler: F) -> F:
             # The plain string that a subclass holds: the format of an Enum differs between versions of Python.
@@ -128,9 +138,7 @@ class Reactive:
                 condition_id = f"{name}::condition"
                 self.register_function(condition_id, condition)
             self.register_function(name, handler)
-            self.register_trigger(
-                function_id=name, scope=scope, key=key, condition_function_id=condition_id, events=kinds
-            )
+            self.register_trigger(function_id=name, config={**filters, "condition_function_id": condition_id})
             return handler
 
         return register
@@ -250,10 +258,9 @@ def read_trigger(
 ) -> Trigger:
     """Read a trigger from what a caller or the wire gives (docs/semantics.md, section 4).
 
-    `config` is the raw config object: `scope`, `key` and `condition_function_id` are strings, or null or absent for
-    "matches everything"; `events` is a list of kinds of events, or null or absent for all. Other fields are ignored
-    with a warning, because a misspelt one makes a catch-all trigger. Raises InvalidRegistration for anything else;
-    nothing is registered then.
+    `config` is the raw config object: each of its fields is an option (`ops.triggers.read_options`), or null or absent
+    for its default. Other fields are ignored with a warning, because a misspelt one makes a catch-all trigger. Raises
+    InvalidRegistration for anything else; nothing is registered then.
     """
     if not _is_text(function_id) or not str.__len__(function_id):
         raise InvalidRegistration(f"a trigger needs a function_id, a non-empty string, not {_shown(function_id)}")
@@ -266,38 +273,26 @@ def read_trigger(
     except Exception as error:
         # A mapping of a class of the program, whose methods raise.
         raise InvalidRegistration(f"reading a trigger's config failed with {class_name(error)}") from error
-    fields: dict[str, Any] = {name: given.get(name) for name in _FILTERS}
-    for name, value in fields.items():
-        if value is not None and not issubclass(type(value), str):
-            raise InvalidRegistration(f"`{name}` of a trigger is a string or null, not {json_type(value)}")
-        fields[name] = value if value is None else str.__str__(value)  # the plain string that a subclass holds
-    fields["events"] = read_events(given.get("events"))
-    unknown = sorted(name for name in given if name not in fields)
+    fields, mistakes = read_options(given)
+    if mistakes:
+        raise InvalidRegistration(mistakes[0][1])
+    unknown = sorted(name for name in given if name not in OPTIONS)
     if unknown:
         log.warning(
             "trigger for function %r: field(s) %s are not known and ignored; known are %s",
             str.__str__(function_id),
             ", ".join(unknown),
-            ", ".join(fields),
+            ", ".join(OPTIONS),
         )
     made_id = str.__str__(trigger_id) if trigger_id is not None else str(uuid.uuid4())
     return Trigger(made_id, str.__str__(function_id), **fields)
 
 
-def read_events(events: object) -> tuple[EventName, ...] | None:
-    """Return the kinds of events that a trigger names, in one order; None for all. Raises InvalidRegistration."""
-    if events is None:
-        return None
-    if not isinstance(events, (list, tuple, set, frozenset)):
-        raise InvalidRegistration(f"`events` of a trigger is a list of kinds or null, not {json_type(events)}")
-    names = [str.__str__(name) if _is_text(name) else None for name in events]
-    for name in names:
-        if name not in _EVENTS:
-            found = "a value that is not a string" if name is None else f"{name!r:.40}"
-            raise InvalidRegistration(f"`events` of a trigger has {found}; the kinds are {', '.join(_EVENTS)}")
-    if not names:
-        raise InvalidRegistration("`events` of a trigger is empty: it would never fire. Leave it out for every kind")
-    return tuple(kind for kind in _EVENTS if kind in names)
+def _refuse_unknown_options(call: str, options: Mapping[str, object]) -> None:
+    """Raise TypeError for an option of a program that no trigger has."""
+    unknown = [name for name in options if name not in TriggerOptions.__optional_keys__]
+    if unknown:
+        refuse_unknown(call, unknown, TriggerOptions)
 
 
 def _is_text(name: object) -> TypeGuard[str]:

@@ -18,10 +18,10 @@ from msgspec import Raw
 
 from scopestate.actors.backlog import size_of
 from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices
-from scopestate.actors.triggers import Trigger
 from scopestate.actors.turn import HOLDER
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
 from scopestate.ops.results import StateEvent
+from scopestate.ops.triggers import Trigger
 from scopestate.server.worker import TimedOut, WorkerFunction, event_json
 from scopestate.wire.depth import event_depth
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import msgspec
 
 from scopestate.actors.handler import HandlerActor
-from scopestate.actors.triggers import Trigger
 from scopestate.errors import DeserializationError, Forbidden, InvalidRegistration, ScopestateError
+from scopestate.ops.triggers import Trigger
 from scopestate.ops.values import decode, parse
 from scopestate.reactive import read_trigger
 from scopestate.server.access import Claims

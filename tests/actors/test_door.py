@@ -20,9 +20,9 @@ from scopestate.actors.functions import Function, Functions
 from scopestate.actors.handler import HandlerServices
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.router import EventRouter
-from scopestate.actors.triggers import Trigger
 from scopestate.errors import Overloaded
 from scopestate.ops.results import StateEvent
+from scopestate.ops.triggers import Trigger
 
 
 @pytest.fixture

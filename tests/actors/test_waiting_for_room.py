@@ -13,10 +13,11 @@ from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.functions import Functions
 from scopestate.actors.handler import HandlerActor, HandlerServices
 from scopestate.actors.loops import LoopThread
-from scopestate.actors.triggers import Trigger, TriggerTable
+from scopestate.actors.triggers import TriggerTable
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import Overloaded
 from scopestate.ops import messages
+from scopestate.ops.triggers import Trigger
 from scopestate.persistence import ScopeChange, ScopeState, Store
 
 SLOW_S = 10.0
