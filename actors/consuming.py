@@ -1,0 +1,221 @@
+"""What a durable trigger needs of the place where its events are kept: the port between the runtime and a backend.
+
+`actors/durable.py` runs the handlers: order, attempts, pauses, time limits. Behind the port it is remembered which
+deliveries are over. Two backends implement it: the journal of a store (`actors/consumers.py`), whose consumers belong
+to one engine, and a consumer group in Redis, which several engines share.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from scopestate.ops.results import StateEvent
+
+if TYPE_CHECKING:
+    from scopestate.actors.triggers import Trigger
+
+Verdict = Literal["done", "retry", "dead", "held"]
+"""How an attempt ended. "held": given up, and its lane waits until the letter is replayed or purged."""
+
+
+class Held(msgspec.Struct, gc=False):
+    """An event that a consumer has to handle."""
+
+    event: StateEvent
+    """With its position."""
+    attempts: int = 0
+    """Attempts that have begun, here or elsewhere, and count."""
+    first_ms: int = 0
+    """When the first one began, in milliseconds since the epoch; 0: there was none."""
+    due_ms: int = 0
+    """Not to be tried before this moment, in milliseconds since the epoch; 0: now."""
+    error: str | None = None
+    """The text of the last error."""
+    blocked: bool = False
+    """True: it was given up and holds its lane back, until it is replayed or purged."""
+
+
+class Outcome(msgspec.Struct, frozen=True, gc=False):
+    """How an attempt ended."""
+
+    position: int
+    verdict: Verdict
+    attempts: int = 0
+    """Attempts that have begun and count, this one included if it does. Not needed for "done"."""
+    first_ms: int = 0
+    due_ms: int = 0
+    """"retry": when the next attempt is due. The runtime that holds the event makes it itself."""
+    error: str = ""
+    """"retry", "dead", "held": the error as text."""
+    traceback: str = ""
+    """"dead", "held": where it was raised."""
+    event: StateEvent | None = None
+    """"dead", "held": the event, for the letter."""
+
+
+class ConsumerStatus(msgspec.Struct, frozen=True):
+    """One consumer: how far a durable trigger has come with its events."""
+
+    name: str
+    """The name that the trigger was given with `durable`."""
+    lag_events: int
+    """Events in the journal that may be its, and are not over: approximately, as they are not compared with its
+    filters."""
+    lag_seconds: float
+    """The age of the oldest of them; 0.0 if there is none."""
+    in_flight: int
+    """Attempts that are running in this engine."""
+    waiting: int
+    """Events that this engine holds for it and that wait: for their turn, or for their next attempt."""
+    dead: int
+    """Its dead letters."""
+    paused: str | None
+    """Why it is paused; None if it is not."""
+    trigger: str | None = None
+    """The id of its trigger in this engine; None: there is none, and its events are kept."""
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """An event that a durable trigger has given up."""
+
+    id: str
+    """Names the letter to `get`, `replay` and `purge`."""
+    consumer: str
+    event: StateEvent
+    attempts: int
+    """Attempts that were made."""
+    first_ms: int
+    """When the first one began, in milliseconds since the epoch."""
+    died_ms: int
+    """When it was given up, in milliseconds since the epoch."""
+    error: str
+    """The last error: its class and text."""
+    traceback: str = ""
+    """Where it was raised, if that is known."""
+    replays: int = 0
+    """How often it was replayed before."""
+
+
+class ConsumerPort(ABC):
+    """One consumer. Every method may be called from any thread. `fetch`, `began` and `flush` may wait for a disk or a
+    connection, so they are called on worker threads only.
+
+    Library errors never escape: what fails raises StorageError, and the runtime tries again later.
+    """
+
+    name: str
+    notes_at_once: int = 1
+    """How many attempts `began` is given together. All of them count if the process ends in one of them."""
+
+    @abstractmethod
+    def start(self, trigger: Trigger, wake: Callable[[], object], lost: Callable[[Sequence[int]], object]) -> None:
+        """Begin to take events. `wake()`: `fetch` may return something now; from any thread, and it is quick.
+
+        `lost(positions)`: other engines have these now. What has not begun is dropped; the rest ends, and its outcomes
+        do not count.
+        """
+
+    @abstractmethod
+    def change(self, trigger: Trigger) -> None:
+        """Another trigger has taken the name: its filters apply to what is fetched from now on."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Take no more events: the trigger is gone or the engine closes. Outcomes are still taken. Idempotent."""
+
+    @abstractmethod
+    def fetch(self, most: int) -> list[Held]:
+        """Return the next events, [] if there are none now; in the order in which those of a lane are handled.
+
+        Events that do not match the trigger may be among them. Each event is returned once, until the engine ends.
+        """
+
+    @abstractmethod
+    def began(self, attempts: Sequence[tuple[int, int]]) -> None:
+        """Note attempts that are about to begin, as position and number. They count from then on, also if the process
+        is killed."""
+
+    @abstractmethod
+    def ended(self, outcomes: Sequence[Outcome]) -> None:
+        """Note how attempts ended. It need not be saved yet: what is not is delivered again after an end of the
+        process."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Return when what has ended is saved. Raises StorageError."""
+
+    @abstractmethod
+    def transaction(self, position: int, scope: str) -> Any:
+        """Return what acknowledges `position` within a write to `scope`: the acks for its turn. Raises Unsupported."""
+
+    @abstractmethod
+    def status(self) -> ConsumerStatus:
+        """Return how far it is; what the runtime knows (`in_flight`, `waiting`, `trigger`) is filled in there."""
+
+    def full(self) -> bool:
+        """Return whether it has as many dead letters as it may. The runtime then pauses it."""
+        return False
+
+    def paused(self) -> str | None:
+        """Return why it is paused; None if it is not. Cheap: asked before each fetch."""
+        return None
+
+
+class Consumers(ABC):
+    """The consumers of one backend, with and without a trigger in this engine, and their dead letters.
+
+    Every method may be called from any thread, and may wait for a disk or a connection. Raises StorageError.
+    """
+
+    @abstractmethod
+    def open(self, name: str, trigger: Trigger) -> ConsumerPort:
+        """Return the consumer with this name; it is made if there is none, with the trigger's `start`."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of all consumers, in order."""
+
+    @abstractmethod
+    def status(self, name: str) -> ConsumerStatus | None:
+        """Return how far a consumer is, also one without a trigger here; None if there is none of this name."""
+
+    @abstractmethod
+    def pause(self, name: str, why: str) -> bool:
+        """Note that a consumer is paused; False if there is none of this name. Its events are kept."""
+
+    @abstractmethod
+    def resume(self, name: str) -> bool:
+        """Note that a consumer is paused no longer; False if there is none."""
+
+    @abstractmethod
+    def forget(self, name: str) -> bool:
+        """Remove a consumer, with what it was to handle and its dead letters; False if there is none."""
+
+    # -------------------------------------------------------------------------------------------------- dead letters
+
+    @abstractmethod
+    def letters(self, consumer: str | None, limit: int, after: str | None) -> list[DeadLetter]:
+        """Return dead letters, the oldest first: those behind the one with the id `after`."""
+
+    @abstractmethod
+    def letter(self, letter_id: str) -> DeadLetter | None:
+        """Return one; None if there is none with this id."""
+
+    @abstractmethod
+    def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
+        """Make deliveries of letters, and remove them; return how many. `ids` None: all. Each one whole, or not.
+
+        `reset`: attempts, times and errors begin anew; else the attempts go on, with one more.
+        """
+
+    @abstractmethod
+    def purge(self, consumer: str | None, ids: Sequence[str] | None, *, before_ms: int | None) -> int:
+        """Remove letters for good; return how many. `ids` None: all, or those that died before `before_ms`."""
+
+    @abstractmethod
+    def count(self, consumer: str | None) -> int:
+        """Return how many letters there are."""
