@@ -16,7 +16,7 @@ import msgspec
 from scopestate.ops.results import StateEvent
 
 if TYPE_CHECKING:
-    from scopestate.actors.triggers import Trigger
+    from scopestate.ops.triggers import Trigger
 
 Verdict = Literal["done", "retry", "dead", "held"]
 """How an attempt ended. "held": given up, and its lane waits until the letter is replayed or purged."""
