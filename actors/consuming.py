@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scopestate.ops.triggers import Trigger
 
 Verdict = Literal["done", "retry", "dead", "held"]
-"""How an attempt ended. "held": given up, and its lane waits until the letter is replayed or purged."""
+"""How an attempt ended. "held": given up, and what is behind it in order waits until the letter is replayed or purged."""
 
 
 class Held(msgspec.Struct, gc=False):
@@ -36,7 +36,7 @@ class Held(msgspec.Struct, gc=False):
     error: str | None = None
     """The text of the last error."""
     blocked: bool = False
-    """True: it was given up and holds its lane back, until it is replayed or purged."""
+    """True: it was given up and holds back what is behind it in order, until it is replayed or purged."""
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -129,7 +129,7 @@ class ConsumerPort(ABC):
 
     @abstractmethod
     def fetch(self, most: int) -> list[Held]:
-        """Return the next events, [] if there are none now; in the order in which those of a lane are handled.
+        """Return the next events, [] if there are none now; in the order in which they are handled.
 
         Events that do not match the trigger may be among them. Each event is returned once, until the engine ends.
         """
