@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scopestate.ops.triggers import Trigger
 
 Verdict = Literal["done", "retry", "dead", "held"]
-"""How an attempt ended. "held": given up, and what is behind it in order waits until the letter is replayed or purged."""
+"""How an attempt ended. "held": given up, and what is behind it in order waits for a replay or a purge."""
 
 
 class Held(msgspec.Struct, gc=False):
