@@ -19,7 +19,7 @@ NOT_ALL: Final = object()
 """What `Connection.next_reply` gives while a reply is not all there."""
 
 
-PASSING: Final = frozenset({"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN"})
+PASSING: Final = frozenset({"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "JOURNALFULL"})
 """Refusals of a server that will take the command later. It has not begun it."""
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from scopestate.ops.turns import Range
 from scopestate.persistence.redis import sidecar
-from scopestate.persistence.redis.script import SOURCES, Shape
+from scopestate.persistence.redis.script import LIMITED, SOURCES, Shape
 
 # One plain write of one key, without events: KEYS hash, side; ARGV field, value, number, digest ('': compute it), and
 # for a condition `n` (there must be no value), `c expected`, or `r expected number`. Replies: the value before, or
@@ -153,9 +153,10 @@ return {now, lapsed, call('HGETALL', hash)}
 """
 )
 
-# Everything else. KEYS: hash, side, due, index; with shared events also the stream and the counter of its events; then
-# the keys of kept answers. ARGV: the number that the first change takes unless the last one was larger; how many events
-# are kept ('': they are not shared); the scope; then the entries of `script.py`, each new value followed by its digest
+# Everything else. KEYS: hash, side, due, index; with shared events also the stream, the counter of its events and its
+# limit; then the keys of kept answers. ARGV: the number that the first change takes unless the last one was larger; how
+# many events are kept ('': they are not shared); the scope; then the entries of `script.py`, each new value followed by
+# its digest
 # ('' lets the script compute it), and:
 #   l field                    look: replies {value, entry of the side hash, the server's time in milliseconds}; a value
 #                              that another program wrote gets the next number first, without an event
@@ -192,10 +193,13 @@ WRITES: Final = (
     + _PENDING
     + _REST
     + b"""
-local stream, counter, kept_keys = nil, nil, 4
-if ARGV[2] ~= '' then stream, counter, kept_keys = KEYS[5], KEYS[6], 6 end
+local stream, counter, limit, kept, kept_keys = nil, nil, nil, ARGV[2], 4
+if kept ~= '' then stream, counter, limit, kept_keys = KEYS[5], KEYS[6], KEYS[7], 7 end
 local replies, count, failed, last, depth = {}, 0, nil, 0, nil
 local creates, emptied, indexed = false, false, nil
+"""
+    + LIMITED
+    + b"""
 
 local function has_index()
   if indexed == nil then indexed = call('HEXISTS', side, '\\254') == 1 end
@@ -222,6 +226,10 @@ local function flush()
 end
 
 local function store(field, old, entry, new, digest, deadline, expired)
+  if stream then
+    local full = is_full()
+    if full then return full end
+  end
   local text = take()
   if stream then
     last = call('INCR', counter)
@@ -232,7 +240,7 @@ local function store(field, old, entry, new, digest, deadline, expired)
     if depth then event[size + 1], event[size + 2], size = 'd', depth, size + 2 end
     event[size + 1], event[size + 2], size = 'r', text, size + 2
     if expired then event[size + 1], event[size + 2] = 'x', expired end
-    local added = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[2], '*', unpack(event))
+    local added = add(event)
     if type(added) == 'table' then
       call('DECR', counter)
       return added
@@ -597,7 +605,7 @@ class NumberedShape(Shape):
     def write(
         self, names: tuple[bytes, ...], scope: str, entries: Sequence[Any], kept: Sequence[bytes] = ()
     ) -> tuple[Any, ...]:
-        events: tuple[Any, ...] = (self.stream, self.counter) if self.publishes else ()
+        events: tuple[Any, ...] = (self.stream, self.counter, self.limit) if self.publishes else ()
         count = str(len(names) + len(events) + len(kept))
         return "EVALSHA", _WRITES, count, *names, *events, *kept, self._number(), self._kept, scope, *entries
 

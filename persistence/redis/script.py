@@ -14,7 +14,32 @@ from typing import Any, Final
 from scopestate.errors import StorageError
 from scopestate.persistence.redis.connection import PASSING, Refusal
 
-# KEYS: the hash; with shared events also the stream and the counter of its events.
+# How an event is added. While there are durable triggers, `limit` has what the stream may hold, behind a `b` or a `p`.
+# Above that, `b` refuses writes, those of handlers at twice as many; `p` trims the stream, and a consumer that has not
+# read that far is paused. Nothing has been written when `is_full` refuses: it looks once in each command.
+LIMITED: Final = b"""
+local looked
+local function is_full()
+  if looked then return end
+  looked = true
+  local text = redis.call('GET', limit)
+  if not text then return end
+  kept = string.sub(text, 2)
+  if string.sub(text, 1, 1) ~= 'b' then return end
+  local most = tonumber(kept)
+  kept = nil
+  if redis.call('XLEN', stream) >= (depth and 2 * most or most) then
+    looked = nil
+    return redis.error_reply('JOURNALFULL durable triggers have not handled ' .. most .. ' events (journal_events)')
+  end
+end
+local function add(event)
+  if kept then return redis.pcall('XADD', stream, 'MAXLEN', '~', kept, '*', unpack(event)) end
+  return redis.pcall('XADD', stream, '*', unpack(event))
+end
+"""
+
+# KEYS: the hash; with shared events also the stream, the counter of its events, and its limit (see `LIMITED`).
 # ARGV: with shared events first how many are kept and the scope; then the entries:
 #   g field                   read
 #   s field value             set
@@ -29,20 +54,25 @@ from scopestate.persistence.redis.connection import PASSING, Refusal
 # Once an `n`, `c` or `t` has failed, later entries of its fields are left undone and answered SKIPPED: they were made
 # behind it. Last, with shared events, the number of the newest event. An event that cannot be appended is not counted:
 # readers would take its number for an event that they have missed.
-SOURCE: Final = b"""
-local hash, stream, counter = KEYS[1], KEYS[2], KEYS[3]
+SOURCE: Final = (
+    b"""
+local hash, stream, counter, limit, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]
 local i = stream and 3 or 1
 local replies, count, failed, last, depth = {}, 0, nil, 0, nil
-
+"""
+    + LIMITED
+    + b"""
 local function store(field, old, new)
   if stream then
+    local full = is_full()
+    if full then return full end
     last = redis.call('INCR', counter)
     local event = {'n', last, 's', ARGV[2], 'k', field}
     local size = 6
     if old then event[size + 1], event[size + 2], size = 'o', old, size + 2 end
     if new then event[size + 1], event[size + 2], size = 'v', new, size + 2 end
     if depth then event[size + 1], event[size + 2] = 'd', depth end
-    local entry = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[1], '*', unpack(event))
+    local entry = add(event)
     if type(entry) == 'table' then
       redis.call('DECR', counter)
       return entry
@@ -120,6 +150,7 @@ end
 if stream then replies[count + 1] = last end
 return replies
 """
+)
 
 DIGEST: Final = hashlib.sha1(SOURCE).hexdigest()  # noqa: S324 - the name that Redis gives a script
 
@@ -142,6 +173,8 @@ class Shape:
         self.stream = f"scopestate:events:{key_prefix}"
         """The stream of events: field `n` number, `s` scope, `k` key, `o` old and `v` new value if any, `d` depth."""
         self.counter = f"scopestate:count:{key_prefix}"
+        self.limit = f"scopestate:limit:{key_prefix}"
+        """What the stream may hold while there are durable triggers: see `LIMITED`."""
         self.publishes = bool(events_kept)
         self._kept = str(events_kept)
 
@@ -178,7 +211,8 @@ class Shape:
     ) -> tuple[Any, ...]:
         """Return the parts of the command that does the entries. `kept`: the keys of kept answers that they name."""
         if self.publishes:
-            return ("EVALSHA", DIGEST, "3", *names, self.stream, self.counter, self._kept, scope, *entries)
+            keys = (*names, self.stream, self.counter, self.limit)
+            return ("EVALSHA", DIGEST, "4", *keys, self._kept, scope, *entries)
         return ("EVALSHA", DIGEST, "1", *names, *entries)
 
 

@@ -194,7 +194,7 @@ class Writes(Numbered):
 
     def run(self) -> Any:
         self.publishes = self.arguments[1] != b""
-        self.kept_at = 6 if self.publishes else 4
+        self.kept_at = 7 if self.publishes else 4
         self.last = 0
         self.depth: bytes | None = None
         self.failed: set[bytes] = set()

@@ -114,7 +114,7 @@ def random_script(draw: random.Random, *, publishes: bool) -> Parts:
     key = draw.choice(KEYS[:2] if draw.random() < 0.9 else KEYS)
     if publishes:
         stream, counter = (b"events", b"count") if draw.random() < 0.9 else (draw.choice(KEYS), draw.choice(KEYS))
-        return ["EVALSHA", DIGEST, "3", key, stream, counter, "100", key, *entries]
+        return ["EVALSHA", DIGEST, "4", key, stream, counter, b"limit", "100", key, *entries]
     return ["EVALSHA", DIGEST, "1", key, *entries]
 
 
@@ -257,7 +257,7 @@ def random_numbered(draw: random.Random, entries: dict[bytes, list[bytes]]) -> P
         return [*head, *[part for name in names for part in expected(name)], *[part for step in steps for part in step]]
 
     publishes = draw.random() < 0.3
-    keys = [*NUMBERED_KEYS, *(["events", "count"] if publishes else []), "kept"]
+    keys = [*NUMBERED_KEYS, *(["events", "count", "limit"] if publishes else []), "kept"]
     writes = [part for _ in range(draw.randint(1, 4)) for part in entry()]
     low, high = draw.choice(["-", "[x", "(x"]), draw.choice(["+", "(y", "(z"])
     limits = [draw.choice("kvec"), low, high, draw.choice(["", "1"]), draw.choice(["", "1"])]
@@ -346,7 +346,7 @@ def both(real: Server, played: PlayedServer, *commands: Parts) -> list[Any]:
 
 def write(*entries: bytes | str, publishes: bool = False) -> Parts:
     if publishes:
-        return ["EVALSHA", DIGEST, "3", "state:a", "events", "count", "120", "a", *entries]
+        return ["EVALSHA", DIGEST, "4", "state:a", "events", "count", "limit", "120", "a", *entries]
     return ["EVALSHA", DIGEST, "1", "state:a", *entries]
 
 
