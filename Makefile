@@ -58,10 +58,10 @@ bench: $(READY_DEV)
 simulate: $(READY_DEV)
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST) $(SIMULATE_ARGS)
 
-# The tests that record figures, then docs/reliability.md from what they recorded.
+# The proofs in their full sizes, then docs/reliability.md from the figures that they recorded.
 reliability: $(READY_DEV)
-	$(BIN)/python -m pytest --no-cov -q tests/reliability tests/simulation tests/linearizability tests/load tests/hostile \
-		tests/faults tests/persistence tests/redis
+	SCOPESTATE_PROOF=full $(BIN)/python -m pytest --no-cov -q tests/reliability tests/simulation tests/linearizability tests/load \
+		tests/hostile tests/faults tests/persistence tests/redis tests/properties tests/wire tests/config
 	@$(BIN)/python -m tests.reliability.report
 
 clean:

@@ -120,6 +120,7 @@ def _classes() -> Iterator[type]:
                 yield thing
 
 
+@cache
 def _private_names_of(base: type) -> set[str]:
     """Return the private names of a class of a library: its attributes, and what its methods set."""
     try:

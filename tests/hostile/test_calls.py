@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import msgspec
 import pytest
+from effort import size
 from hostile.weird import Fickle, Liar, Rude, RudeDict, RudeMapping, RudeStr, deep, zoo
 from hypothesis import HealthCheck, given, settings
 from reliability.figures import record
@@ -22,7 +23,7 @@ from scopestate.persistence import FileAdapter
 
 OpenEngine = Callable[..., Engine]
 
-QUICK = settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=size(400, 1500), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 cases = itertools.count()
 

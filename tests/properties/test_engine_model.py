@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import msgspec
+from effort import size
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from linearizability.model import MISSING, ScopeModel, State, text_of
@@ -267,7 +268,11 @@ class CommitMachine(EngineMachine):
 
 
 SETTINGS = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=size(20, 60),
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
 )
 
 TestInterval = EngineMachine.TestCase

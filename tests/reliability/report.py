@@ -34,7 +34,7 @@ ROWS: Final = (
         "a prefix of each scope's history, at most `save_interval_ms` and the duration of the save old. The store "
         "opens.",
         (
-            "reliability/test_crash.py::test_200_kills_under_load_lose_nothing_that_was_promised",
+            "reliability/test_crash.py::test_kills_under_load_lose_nothing_that_was_promised",
             "persistence/test_file_crash.py",
         ),
         ("SIGKILL under load",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from effort import size
 from reliability.figures import record
 from reliability.history import COMMIT_PREFIX, KEYS, Replay
 from reliability.mortal import INTERVAL_MS, Life, Mortal
@@ -14,7 +15,7 @@ from scopestate.ops.values import decode
 from scopestate.persistence import FileAdapter, ScopeState
 from scopestate.persistence.sqlite.schema import RESERVED
 
-KILLS = 200
+KILLS = size(40, 200)
 LONG_LIVES = 4
 SLACK_S = 1.0
 """How much later than its time a save may begin on a busy machine."""
@@ -79,7 +80,7 @@ def check_life(life: Life, before: dict[str, int], disk: dict[str, int]) -> floa
     return oldest
 
 
-def test_200_kills_under_load_lose_nothing_that_was_promised(mortal: Mortal, tmp_path: Path) -> None:
+def test_kills_under_load_lose_nothing_that_was_promised(mortal: Mortal, tmp_path: Path) -> None:
     directory = tmp_path / "store"
     moments = random.Random(20250301)
     replays = {scope: Replay() for scope in ALONE}

@@ -6,6 +6,7 @@ import random
 import time
 from pathlib import Path
 
+from effort import size
 from reliability.figures import record
 from reliability.history import COMMIT_PREFIX, Ledger
 from reliability.living import settings
@@ -18,7 +19,7 @@ from scopestate.ops.values import decode
 from scopestate.persistence import FileAdapter, ScopeState
 from scopestate.persistence.sqlite.schema import RESERVED
 
-KILLS = 100
+KILLS = size(25, 100)
 LEDGERS = ("orders-ledger", "notes-ledger")
 EXPIRING = ("orders-expiring", "notes-expiring")
 
@@ -86,7 +87,7 @@ def check_acknowledged_keys(scope: str, state: ScopeState, life: Life) -> None:
             assert life.killed_at >= told + 40_000_000, f"{scope}: the acknowledged key {key} is lost before it expires"
 
 
-def test_100_kills_leave_no_half_transaction_and_repeat_none(mortal: Mortal, tmp_path: Path) -> None:
+def test_kills_leave_no_half_transaction_and_repeat_none(mortal: Mortal, tmp_path: Path) -> None:
     directory = tmp_path / "store"
     moments = random.Random(20251127)
     whole = {scope: Ledger() for scope in LEDGERS}

@@ -17,6 +17,7 @@ from types import FrameType, MemberDescriptorType
 from typing import Any
 
 import pytest
+from effort import size
 from reliability.conftest import OpenEngine
 from reliability.figures import record
 from reliability.interrupting import Interruption, interrupt_at
@@ -33,6 +34,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 ERRORS = [KeyboardInterrupt, Interruption]
 DURABILITIES = ["memory", "interval", "commit"]
+
+
+def places_of(error: type[BaseException]) -> Iterator[int]:
+    """Every place; in a run of the suite every other one, and those between them with the other error."""
+    step = size(2, 1)
+    return itertools.count(1 + ERRORS.index(error) % step, step)
+
 
 Write = Callable[[Engine, str, int], Any]
 
@@ -101,7 +109,7 @@ def test_a_write_interrupted_at_any_opcode_has_wholly_happened_or_not_at_all(
     actor = scope_of(engine)
     places = 0
     for write in WRITES.values():
-        for place in itertools.count(1):
+        for place in places_of(error):
             reached = interrupt_at(place, lambda: write(engine, "k", place), error)  # noqa: B023 - runs at once
             # The loss of one event, or a step of the sequence without its event, shows here: nothing else is called.
             until(lambda: not actor._claim and not actor._mailbox, f"stuck at opcode {place}")
@@ -134,9 +142,9 @@ def test_a_read_interrupted_at_any_opcode_leaves_the_scope_usable(
         engine.list_groups,
         lambda: engine.ask(messages.Get("s", "k")),
     ):
-        for place in itertools.count(1):
+        for place in places_of(error):
             reached = interrupt_at(place, read, error)
-            assert not scope_of(engine)._claim
+            until(lambda: not scope_of(engine)._claim, f"the claim is never released, at opcode {place}")
             if not reached:
                 break
     assert engine.list("s") == [1]
@@ -174,7 +182,7 @@ def test_loading_a_scope_interrupted_at_any_opcode_can_be_tried_again(
             before.set("s", f"k{number}", number)
     engine = open_engine(durability)
     seen = watched(engine)
-    for place in itertools.count(1):
+    for place in places_of(error):
         engine._scopes.pop("s", None)  # as after passivation
         reached = interrupt_at(place, lambda: engine.get("s", "k3"), error)
         assert InThread(lambda: engine.list("s")).result() == list(range(10)), f"at opcode {place}"
@@ -189,8 +197,8 @@ def test_loading_a_scope_interrupted_at_any_opcode_can_be_tried_again(
 @pytest.mark.parametrize("error", ERRORS)
 def test_the_very_first_write_interrupted_at_any_opcode_still_gets_its_event_out(error: type[BaseException]) -> None:
     """The first event starts the engine's threads, on the caller's thread."""
-    # An engine for each place, and threads: every other opcode, the others in the other variant.
-    for place in itertools.count(1 + ERRORS.index(error), 2):
+    # An engine for each place, and threads: some of the opcodes, other ones in the other variant.
+    for place in itertools.count(1 + ERRORS.index(error), size(6, 2)):
         with Engine() as engine:
             seen = watched(engine)
             reached = interrupt_at(place, lambda: engine.set("s", "k", 1), error)
@@ -244,7 +252,7 @@ def test_registering_interrupted_at_any_opcode_can_be_repeated(
 def test_close_interrupted_at_any_opcode_can_be_repeated_and_loses_nothing(
     open_engine: OpenEngine, tmp_path: Path, durability: str, error: type[BaseException]
 ) -> None:
-    step = 11  # an engine and a store for each place: every eleventh opcode, other ones in each variant
+    step = size(29, 11)  # an engine and a store for each place: some of the opcodes, other ones in each variant
     start = 1 + DURABILITIES.index(durability) + 3 * ERRORS.index(error)
     for place in itertools.count(start, step):
         engine = open_engine(durability, folder=f"store-{place}")

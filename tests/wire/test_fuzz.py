@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from effort import size, untraced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ from scopestate.server.connections import Batches
 from scopestate.server.hub import Hub
 from scopestate.wire.session import Close, SessionLimits, WorkerSession
 
-MESSAGES = 100_000
+MESSAGES = size(20_000, 100_000)
 SEED = 4
 
 IDS = [str(uuid.UUID(int=number)) for number in range(20)]
@@ -150,7 +151,7 @@ def hub() -> Iterator[tuple[Hub, asyncio.AbstractEventLoop]]:
         loop.close()
 
 
-def test_the_server_stands_a_hundred_thousand_hostile_messages(
+def test_the_server_stands_many_thousands_of_hostile_messages(
     hub: tuple[Hub, asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, loop = hub
@@ -192,7 +193,8 @@ def test_the_server_stands_a_hundred_thousand_hostile_messages(
         return sent, max(sizes[5:]) - max(sizes[:5])
 
     try:
-        sent, grown = loop.run_until_complete(play())
+        with untraced():
+            sent, grown = loop.run_until_complete(play())
     finally:
         logging.disable(logging.NOTSET)
 
@@ -203,7 +205,7 @@ def test_the_server_stands_a_hundred_thousand_hostile_messages(
     assert bugs == []
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=size(200, 500), deadline=None)
 @given(st.binary(max_size=300), st.booleans())
 def test_no_bytes_make_a_conversation_raise(message: bytes, text: bool) -> None:
     session = WorkerSession("w")
@@ -220,7 +222,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=size(100, 300), deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values), st.sampled_from(TYPES))
 def test_no_json_makes_a_conversation_raise(fields: dict[str, Any], kind: Any) -> None:
     text = json.dumps({"type": kind, **fields}).encode()
