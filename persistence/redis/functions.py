@@ -126,7 +126,7 @@ class Functions:
             if not view.missing and effects is not None:
                 stored, answer = effects
                 if view.replay is not None and not stored:
-                    return _numbered(answer, view.replay.revision)
+                    return _numbered(turn, answer, view.replay.revision)
                 if not view.used and not stored:
                     return answer
                 number = scope.call(Commit(view, stored), depth)
@@ -134,7 +134,7 @@ class Functions:
                     view = self._look(turn, view, depth)
                     continue
                 if number is not None:
-                    return _numbered(answer, number)
+                    return _numbered(turn, answer, number)
                 conflicts += 1
                 if conflicts >= self._attempts:
                     raise self._conflict(view, conflicts)
@@ -203,8 +203,9 @@ def _acquire(lock: Any, slice_s: float) -> bool:
     return bool(lock.acquire(timeout=slice_s))
 
 
-def _numbered(answer: A, revision: int) -> A:
-    if revision:
+def _numbered(turn: Turn[A], answer: A, revision: int) -> A:
+    """Return the answer with its revision. What the function of a transaction has returned is given as it is."""
+    if revision and type(unwrapped(turn)) is not Transact:
         number_answer(answer, revision)
     return answer
 

@@ -385,6 +385,18 @@ def test_another_engine_sees_batches_whole(place: Place) -> None:
 # --------------------------------------------------------------------------------------------------------- transact
 
 
+def test_what_the_function_returns_is_returned_as_it_is(users: Scope) -> None:
+    earlier = users.set("a", 1, if_absent=True)
+    revision = earlier.revision
+
+    def work(tx: Any) -> object:
+        tx.set("b", 2)
+        return earlier
+
+    assert users.transact(work) is earlier
+    assert earlier.revision == revision
+
+
 def test_a_transaction_reads_its_own_writes(users: Scope, events: Events) -> None:
     users.set("a", {"n": 1})
     users.set("b", 2)
