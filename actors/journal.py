@@ -64,7 +64,7 @@ class Pending(msgspec.Struct, frozen=True, gc=False):
     error: str | None = None
     """The error of the last attempt, as text."""
     held: bool = False
-    """True: it was given up, and holds back its lane until a caller acts (`on_giving_up="block"`)."""
+    """True: it was given up, and what follows in order waits until a caller replays or purges its dead letter."""
 
 
 class Letter(msgspec.Struct, frozen=True):
@@ -82,8 +82,6 @@ class Letter(msgspec.Struct, frozen=True):
     """When it was given up."""
     error: str
     traceback: str = ""
-    replays: int = 0
-    """How often it was replayed before."""
 
 
 class ConsumerChange(msgspec.Struct):
@@ -97,7 +95,10 @@ class ConsumerChange(msgspec.Struct):
     done: int = 0
     """Every delivery up to this position is over, except those that are pending. It never goes back."""
     acked: Sequence[int] = ()
-    """Positions of deliveries that are over, in any order, also above `done`. A letter's position is over by itself."""
+    """Positions of deliveries that are over, in any order, also above `done`.
+
+    That of a letter is over by itself, unless `pending` says that it is held.
+    """
     pending: Sequence[Pending] = ()
     """Deliveries that are not over, each in place of what was saved of it; also above `done`."""
     letters: Sequence[Letter] = ()
@@ -150,8 +151,10 @@ class Journal(ABC):
     """The epoch of this session. A cursor for many scopes names it."""
     first: int
     """The position behind which this session goes on: no cursor of an earlier session has a higher one of its epoch."""
+    given: int
+    """The last position that was given. The engine sets it before each save, and before the store is closed."""
     settled: int
-    """Everything up to this position is saved by the next save, or was before. The engine sets it before each save."""
+    """Everything up to this position is saved by the next save, or was before. The engine sets it as `given`."""
     rules: Rules | None = None
     """What to keep; None: everything. Assign it again when a rule has changed or a consumer has come or gone."""
     behind: bool = False
@@ -254,14 +257,19 @@ class Journal(ABC):
     @abstractmethod
     def replay(
         self, ids: Sequence[int] | None, consumer: int | None = None, *, reset: bool = True
-    ) -> list[tuple[int, Pending, StateEvent]]:
-        """Make pending deliveries of dead letters, and remove the letters. `ids` None: all, those of a consumer only.
+    ) -> list[tuple[int, Pending]]:
+        """Make pending deliveries of dead letters, and remove the letters. `ids` None: all, or all of a consumer.
 
-        Returns the consumer, the delivery and the event of each, by id. With `reset` a delivery begins anew: attempts,
-        times, error and what was noted of attempts are as of one that was never tried. Without, its attempts go on.
-        Letters that are not there are left out. At most 1,000 are replayed by a call: call again until it returns [].
+        Returns the consumer and the delivery of each, by id; `read_at` reads the events: the journal has them again.
+        With `reset` a delivery begins anew: attempts, times and error are as of one that was never tried. Without, its
+        attempts go on. Letters that are not there are left out.
         """
 
     @abstractmethod
-    def purge(self, ids: Sequence[int] | None, consumer: int | None = None, *, before_ms: int | None = None) -> int:
-        """Remove dead letters; return how many. `ids` None: all, those of a consumer, or that died before, only."""
+    def purge(
+        self, ids: Sequence[int] | None, consumer: int | None = None, *, before_ms: int | None = None
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Remove dead letters. `ids` None: all, those of a consumer, or those that died before a moment, only.
+
+        Returns how many, and consumer and position of each delivery that was held: it is over now.
+        """

@@ -28,6 +28,7 @@ from scopestate.persistence.sqlite.database import (
     is_corruption,
     storage_error,
 )
+from scopestate.persistence.sqlite.journal import SavedJournal
 from scopestate.persistence.sqlite.lock import StoreLock
 from scopestate.persistence.sqlite.opening import copy_database, open_directory, open_store, publish
 from scopestate.persistence.sqlite.rows import (
@@ -96,6 +97,9 @@ class FileAdapter(Store):
         )
         self._rows = Writer(session.epoch)
         self.id, self.clock_ms = session.store_id, session.clock_ms
+        self.journal: SavedJournal = SavedJournal(
+            self._read, self._transact, lambda: self.clock_ms, self.directory, session
+        )
         room = row_room(self._writer)
         self.longest_name = min(LONGEST_NAME, room // 64)
         """Characters of a scope or key name at most; see `largest_value`."""
@@ -118,10 +122,10 @@ class FileAdapter(Store):
     def save(self, batch: Sequence[ScopeChange], consumers: Sequence[ConsumerChange] = ()) -> None:
         """Write the batch in one transaction and sync it to the disk. If it raises, nothing was written.
 
-        There is no journal yet, so `consumers` is empty. After an error the next call may succeed. Once damage was seen
-        every call raises `StoreCorrupt`: nothing is written to a damaged database.
+        After an error the next call may succeed. Once damage was seen every call raises `StoreCorrupt`: nothing is
+        written to a damaged database.
         """
-        self._save(batch, f"save {len(batch)} changed scopes")
+        self._save(batch, consumers, f"save {len(batch)} changed scopes")
 
     def save_whole(self, changes: Iterable[ScopeChange]) -> None:
         """As `save`, for more changes than fit into memory: `changes` is iterated inside the transaction.
@@ -130,27 +134,48 @@ class FileAdapter(Store):
         """
         self._importing = get_ident()
         try:
-            self._save(changes, "import")
+            self._save(changes, (), "import")
         finally:
             self._importing = 0
 
-    def _save(self, batch: Iterable[ScopeChange], doing: str) -> None:
-        self._saving.run(self._save_alone, batch, doing)
+    def _save(self, batch: Iterable[ScopeChange], consumers: Sequence[ConsumerChange], doing: str) -> None:
+        def write(connection: sqlite3.Connection) -> tuple[str, int] | None:
+            self._rows.given = self.journal.given
+            last = self._rows.write(connection, batch, self.clock_ms)
+            done = [*self._rows.acks, *consumers] if self._rows.acks else consumers
+            self.journal.write(connection, done, self._rows.logged, self._rows.log_size, self.clock_ms)
+            return last
 
-    def _save_alone(self, batch: Iterable[ScopeChange], doing: str) -> None:
+        self._saving.run(self._save_alone, write, doing, consumers)
+
+    def _transact(self, doing: str, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Call `work` in a transaction of its own. Raises what `save` raises."""
+        return self._saving.run(self._write_alone, work, doing)
+
+    def _save_alone(
+        self,
+        write: Callable[[sqlite3.Connection], tuple[str, int] | None],
+        doing: str,
+        consumers: Sequence[ConsumerChange],
+    ) -> None:
+        last = self._write_alone(write, doing)
+        self.journal.written([*self._rows.acks, *consumers])
+        if last is not None:
+            self._lock.note_commit(*last)
+
+    def _write_alone(self, work: Callable[[sqlite3.Connection], _T], doing: str) -> _T:
         self._check_usable(doing)
         if self._damage:
             raise StoreCorrupt(self._damage)
         self._secure_place(doing)
         try:
             connection = self._writer = self._writer or self._open(database_uri(self.path, "rw"))
-            last = self._write(connection, batch)
+            result = self._write(connection, work)
         except LIBRARY_ERRORS as error:
             raise self._translate(error, doing) from error
         # Checked again: if the database was removed while this wrote, the batch is lost with it.
         self._check_place(doing)
-        if last is not None:
-            self._lock.note_commit(*last)
+        return result
 
     def size_bytes(self) -> int:
         """Return the size of the database on the disk in bytes, its write-ahead log included."""
@@ -198,7 +223,7 @@ class FileAdapter(Store):
     def _end_session(self) -> None:
         try:
             if self._in_place() and self._writer is not None:
-                end_session(self._writer, self.clock_ms)
+                end_session(self._writer, self.clock_ms, self.journal.given)
         except LIBRARY_ERRORS as error:
             # Harmless: the numbers of the next session leave a gap.
             log.warning("noting the end of the session in %s: %s", self.path, error)
@@ -210,6 +235,7 @@ class FileAdapter(Store):
         self._idle, self._writer = [], None
         # Safe if another database has replaced ours: SQLite notices and leaves the log of that one alone.
         self._close_connections(connections)
+        self.journal.close()
         self._lock.release()
         self._released = True
 
@@ -238,14 +264,15 @@ class FileAdapter(Store):
             raise
         return connection
 
-    def _write(self, connection: sqlite3.Connection, batch: Iterable[ScopeChange]) -> tuple[str, int] | None:
+    def _write(self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], _T]) -> _T:
         try:
             connection.execute("BEGIN IMMEDIATE")
-            last = self._rows.write(connection, batch, self.clock_ms)
+            result = work(connection)
             connection.execute("COMMIT")
-            return last
+            return result
         except BaseException:
             self._rows.forget()
+            self.journal.rolled_back()
             # For KeyboardInterrupt too, and for a COMMIT that failed: SQLite leaves that transaction open.
             try:
                 if connection.in_transaction:
@@ -406,6 +433,7 @@ class FileAdapter(Store):
         """In a forked child: abandon what belongs to the parent, without changing it."""
         abandon([*self._idle, *([self._writer] if self._writer else [])])
         self._lock.abandon()
+        self.journal.abandon()
 
 
 _opened: weakref.WeakSet[FileAdapter] = weakref.WeakSet()

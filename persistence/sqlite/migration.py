@@ -1,4 +1,6 @@
-"""Stores of version 1: their content is written into a new file, which then takes the place of the old one.
+"""Stores of earlier versions. Version 2 gets its new tables in one transaction, as it has all the rows already.
+
+Of version 1 the content is written into a new file, which then takes the place of the old one.
 
 The old file is not changed until the new one is complete and on the disk, so a process that is killed leaves one of
 them whole. The same copy is what `StoreReader` reads, in a temporary directory, without changing the store.
@@ -17,7 +19,16 @@ from typing import Final
 from scopestate.errors import StoreCorrupt
 from scopestate.persistence.sqlite.database import Connect, connect, database_uri, is_corruption
 from scopestate.persistence.sqlite.files import create_private, sync_directory
-from scopestate.persistence.sqlite.schema import EXTENT_BITS, EXTENT_MASK, HIGHEST_REVISION, RESERVED, create_tables
+from scopestate.persistence.sqlite.schema import (
+    EXTENT_BITS,
+    EXTENT_MASK,
+    HIGHEST_REVISION,
+    JOURNAL_TABLES,
+    RESERVED,
+    VERSION,
+    create_tables,
+    version_of,
+)
 
 log = logging.getLogger("scopestate.persistence.file")
 
@@ -25,8 +36,9 @@ _HIGHEST: Final = HIGHEST_REVISION - RESERVED
 """A scope with a higher number could hardly be written to: it begins anew behind its keys."""
 
 _SCOPES: Final = """
-    INSERT INTO scopes (scope, revision, epoch, due)
-    SELECT scope, max(keys, CASE WHEN sequence > :highest THEN 0 ELSE sequence END), 0, NULL
+    INSERT INTO scopes (scope, revision, epoch, due, floor, floor_at, events, bytes)
+    SELECT scope, max(keys, CASE WHEN sequence > :highest THEN 0 ELSE sequence END), 0, NULL,
+        max(keys, CASE WHEN sequence > :highest THEN 0 ELSE sequence END), 0, 0, 0
     FROM (SELECT scope, max(sequence) AS sequence, max(keys) AS keys
           FROM (SELECT scope, sequence, 0 AS keys FROM old.scopes
                 UNION ALL SELECT scope, 0, count(*) FROM old.state GROUP BY scope)
@@ -116,3 +128,36 @@ def migrate(connection: sqlite3.Connection, path: str, connect: Connect) -> None
         connection.close()
         if os.path.lexists(new):
             os.unlink(new)
+
+
+_UPGRADE: Final = f"""
+DROP TABLE journal;
+DROP TABLE consumers;
+DROP TABLE deliveries;
+DROP TABLE dead_letters;
+{JOURNAL_TABLES};
+ALTER TABLE scopes ADD COLUMN floor INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE scopes ADD COLUMN floor_at INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE scopes ADD COLUMN events INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE scopes ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX scopes_logged ON scopes (number) WHERE events > 0;
+UPDATE scopes SET floor = revision;
+PRAGMA user_version = {VERSION}
+"""  # noqa: S608 - constants
+
+
+def upgrade(connection: sqlite3.Connection, path: str) -> None:
+    """Bring a database of version 2 to the present one, in one transaction; others stay as they are."""
+    if version_of(connection, path) != 2:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        if version_of(connection, path) == 2:
+            for statement in _UPGRADE.split(";"):
+                connection.execute(statement)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    log.info("migrated the store %r to a new version", path)

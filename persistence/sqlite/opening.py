@@ -29,7 +29,7 @@ from scopestate.persistence.sqlite.files import (
     sync_directory,
 )
 from scopestate.persistence.sqlite.lock import StoreLock
-from scopestate.persistence.sqlite.migration import migrate
+from scopestate.persistence.sqlite.migration import migrate, upgrade
 from scopestate.persistence.sqlite.rows import COUNTS
 from scopestate.persistence.sqlite.schema import (
     DamagedError,
@@ -173,6 +173,7 @@ def _check_files(path: str, lock: StoreLock) -> None:
 
 def _prepare(connection: sqlite3.Connection, path: str) -> None:
     create_if_empty(connection, path)
+    upgrade(connection, path)
     probe(connection)
     # After the migration: its journal rolls back an incomplete one, and there is never a log without a database.
     ((mode,),) = connection.execute("PRAGMA journal_mode = WAL").fetchall()

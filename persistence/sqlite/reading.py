@@ -22,10 +22,11 @@ from scopestate.persistence.sqlite.answers import read_answers
 from scopestate.persistence.sqlite.database import LIBRARY_ERRORS, connect, database_uri, storage_error
 from scopestate.persistence.sqlite.files import create_private, find_copies, open_regular
 from scopestate.persistence.sqlite.lock import may_be_held, read_committed
-from scopestate.persistence.sqlite.migration import rebuild
+from scopestate.persistence.sqlite.migration import rebuild, upgrade
 from scopestate.persistence.sqlite.opening import lost
 from scopestate.persistence.sqlite.rows import read_keys, read_names, read_pages, revision_of
 from scopestate.persistence.sqlite.schema import (
+    VERSION,
     DamagedError,
     check_header,
     find_problems,
@@ -75,7 +76,7 @@ class StoreReader:
     - no engine does, and the write-ahead log is empty: the database file alone, which must not change in that time;
     - no engine does, and the log has content, as after a crash: a copy of both in a temporary directory.
 
-    A store of version 1 is not migrated: its content is read from a migrated copy in a temporary directory.
+    A store of an earlier version is not migrated: a migrated copy in a temporary directory is read.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -109,8 +110,8 @@ class StoreReader:
                 self._connection = self._original = self._resources.enter_context(closing(connect(uri)))
             now_ms = time.time_ns() // 1_000_000
             with self._translated("read the database"):
-                if version_of(self._original, self.path) == 1:
-                    self._connection = self._migrated(uri)
+                if 0 < (version := version_of(self._original, self.path)) < VERSION:
+                    self._connection = self._migrated(uri, version)
                 self._connection.execute("PRAGMA query_only = 1")
                 self._connection.execute("BEGIN")
                 probe(self._connection)
@@ -181,7 +182,7 @@ class StoreReader:
 
     def is_own_file(self, path: str) -> bool:
         """Tell whether `path` is one of the files of this store."""
-        for suffix in ("state.db", "state.db-wal", "state.db-shm", "state.lock"):
+        for suffix in ("state.db", "state.db-wal", "state.db-shm", "state.lock", "state.attempts"):
             try:
                 if os.path.samefile(path, os.path.join(self.directory, suffix)):
                     return True
@@ -221,10 +222,15 @@ class StoreReader:
             shutil.copyfile(self.path + suffix, copy + suffix)
         return database_uri(copy, "ro")
 
-    def _migrated(self, uri: str) -> sqlite3.Connection:
+    def _migrated(self, uri: str, version: int) -> sqlite3.Connection:
         path = os.path.join(self._resources.enter_context(TemporaryDirectory(prefix="scopestate-")), "migrated.db")
         create_private(path)
-        rebuild(uri, path)
+        if version == 1:
+            rebuild(uri, path)
+        else:
+            with closing(connect(database_uri(path, "rw"))) as copy:
+                self._original.backup(copy)
+                upgrade(copy, path)
         return self._resources.enter_context(closing(connect(database_uri(path, "ro"))))
 
     def _content(self) -> tuple[int, ...]:

@@ -7,16 +7,19 @@ text, bounded in rows and bytes as well.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import NoneType
 
 import msgspec
 
+from scopestate.actors.journal import ConsumerChange
 from scopestate.actors.ports import Answer, Row, ScopeChange, ScopeState
 from scopestate.errors import StorageError, UnsavableValue
+from scopestate.ops.results import StateEvent
 from scopestate.ops.turns import Range
 from scopestate.persistence.sqlite.answers import HAS_ANSWERS, AnswerWriter, read_answers
+from scopestate.persistence.sqlite.changes import ROOM_FOR_TEXTS, size_of, write_changes
 from scopestate.persistence.sqlite.database import primary_code
 from scopestate.persistence.sqlite.schema import EXTENT_BITS, EXTENT_MASK, HIGHEST_REVISION, RESERVED, number
 from scopestate.persistence.sqlite.statements import CHUNK_ROWS, Parameter, Write, ladder
@@ -33,6 +36,9 @@ _KNOWN_SCOPES = 4096
 """Scopes whose extents are remembered from one save to the next."""
 _CLOCK_STEP_MS = 1000
 """The time is saved again when it is so much later: it takes a page of its own in each commit."""
+
+Log = Sequence[tuple[StateEvent, int]]
+"""Changes for the journal, with their sizes."""
 
 _Row = tuple[int, int, str, int, int | None, msgspec.Raw]
 """id, created, key, revision, expires, value."""
@@ -66,11 +72,16 @@ _STATE = ladder(
     " WHERE key = excluded.key",
 )
 _DELETE = ladder("DELETE FROM state WHERE id IN (", "?", ")")
+_GOES_ON = f"(revision + max(excluded.epoch - epoch, 0) * {RESERVED})"
 _SCOPES = ladder(
-    "INSERT INTO scopes (number, scope, revision, epoch, due) VALUES",
-    "(?, ?, ?, ?, ?)",
+    "INSERT INTO scopes (number, scope, revision, epoch, due, floor, floor_at, events, bytes) VALUES",
+    "(?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "ON CONFLICT (scope) DO UPDATE SET epoch = max(epoch, excluded.epoch), due = excluded.due,"
-    f" revision = max(excluded.revision, revision + max(excluded.epoch - epoch, 0) * {RESERVED})",
+    f" revision = max(excluded.revision, {_GOES_ON}),"
+    # A log that begins where the scope goes on leaves the floor where it is.
+    f" floor = CASE WHEN excluded.floor > {_GOES_ON} THEN excluded.floor ELSE floor END,"
+    f" floor_at = CASE WHEN excluded.floor > {_GOES_ON} THEN max(floor_at, excluded.floor_at) ELSE floor_at END,"
+    " events = events + excluded.events, bytes = bytes + excluded.bytes",
 )
 _EXTENTS = ladder("INSERT INTO extents (extent, scope, high) VALUES", "(?, ?, ?)", "")
 _PLACES = ladder(
@@ -103,6 +114,14 @@ class Writer:
         self._answers = AnswerWriter()
         self._clock_ms = 0
         """The time that is saved."""
+        self.given = 0
+        """The last position of the journal that was given. Set before `write`."""
+        self.logged: list[int] = []
+        """The numbers of the scopes with changes for the journal that the last call of `write` has written."""
+        self.log_size = 0
+        """How many changes it has written into the journal."""
+        self.acks: list[ConsumerChange] = []
+        """What the changes that it has written acknowledge."""
 
     def write(
         self, connection: sqlite3.Connection, batch: Iterable[ScopeChange], now_ms: int
@@ -112,6 +131,7 @@ class Writer:
         Raises `UnsavableValue`, which names the key, for a value too large for SQLite, and library errors.
         """
         last: tuple[str, int] | None = None
+        self.logged, self.log_size, self.acks = [], 0, []
         changes = iter(batch)
         while some := list(islice(changes, CHUNK_ROWS[0])):
             self._write_some(connection, some)
@@ -130,7 +150,10 @@ class Writer:
         self._clock_ms = 0
 
     def _write_some(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
-        self._find(connection, changes)
+        logs = {
+            at: [(event, size_of(event)) for event in change.log] for at, change in enumerate(changes) if change.log
+        }
+        self._find(connection, changes, logs)
         state = _WriteState(connection, _STATE, 5)
         deleted = Write(connection, _DELETE, 1)
         emptied: set[tuple[str, int]] = set()
@@ -169,8 +192,14 @@ class Writer:
         self._forget_empty(connection, emptied)
         if answers := [(self._places[change.scope].number, change.answers) for change in changes if change.answers]:
             self._answers.write(connection, answers, room)
+        self.acks += [ConsumerChange(to, acked=(at,)) for change in changes for to, at in change.acks]
+        if logs:
+            numbered = [(self._places[changes[at].scope].number, log) for at, log in logs.items()]
+            write_changes(connection, numbered, room - ROOM_FOR_TEXTS)
+            self.logged += [number for number, _ in numbered]
+            self.log_size += sum(len(log) for _, log in numbered)
 
-    def _find(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
+    def _find(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange], logs: Mapping[int, Log]) -> None:
         """Write the scopes of the changes, and know where their rows are, or will be."""
         places = self._places
         if len(places) > _KNOWN_SCOPES:
@@ -184,9 +213,9 @@ class Writer:
                     if extent is not None:
                         place.extents[high] = extent
                 start += rows
-        scopes = Write(connection, _SCOPES, 5)
+        scopes = Write(connection, _SCOPES, 9)
         next_scope = 0
-        for change in changes:
+        for at, change in enumerate(changes):
             scope, revision = change.scope, change.revision
             if not 0 <= revision <= HIGHEST_REVISION:
                 raise UnsavableValue(
@@ -199,9 +228,30 @@ class Writer:
                 next_scope = next_scope or number(connection, "SELECT coalesce(max(number), 0) + 1 FROM scopes")
                 places[scope] = _Place(next_scope, {})
                 next_scope += 1
-            scopes.add((places[scope].number, scope, revision, self._epoch, change.due_ms), len(scope))
+            scopes.add(
+                (
+                    places[scope].number,
+                    scope,
+                    revision,
+                    self._epoch,
+                    change.due_ms,
+                    *self._logged(change, logs.get(at)),
+                ),
+                len(scope),
+            )
         scopes.flush()
         self._make_extents(connection, changes)
+
+    def _logged(self, change: ScopeChange, log: Log | None) -> tuple[int, int, int, int]:
+        """Return where the journal of a scope begins to be complete, if it was not before, and what is added to it."""
+        since = change.logged_since
+        if since is None:
+            return change.revision, self.given, 0, 0
+        if since <= self._epoch * RESERVED:
+            since = floor_at = 0  # all that the scope ever had
+        else:
+            floor_at = change.log[0].position - 1 if log else self.given
+        return since, floor_at, len(log or ()), sum(size for _, size in log or ())
 
     def _make_extents(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
         made = Write(connection, _EXTENTS, 3)

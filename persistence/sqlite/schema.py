@@ -10,12 +10,13 @@ import sqlite3
 from typing import Final, NamedTuple
 from uuid import uuid4
 
+from scopestate.actors.journal import EPOCH_STEP
 from scopestate.errors import StoreUnusable
 
 APPLICATION_ID: Final = 0x73636F70
 """`scop` in ASCII, at offset 68 of the file: shown by `file state.db`, and how a store of ours is recognised."""
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 RESERVED: Final = 2**32
 """Numbers that a scope may give after those that are saved. They are skipped if the store was not closed in order."""
@@ -34,6 +35,69 @@ class DamagedError(Exception):
     """The file is not the complete database that was written here; the text says why. Stays inside this package."""
 
 
+JOURNAL_TABLES: Final = """
+CREATE TABLE journal (  -- the changes that a history rule or a consumer needs
+    position INTEGER PRIMARY KEY,
+    scope INTEGER NOT NULL,
+    revision INTEGER NOT NULL,
+    last INTEGER,              -- the last revision of its transaction, if that is not its own
+    kind INTEGER NOT NULL,     -- 0 created, 1 updated, 2 deleted, 3 expired
+    time INTEGER NOT NULL,
+    depth INTEGER NOT NULL,    -- how many handlers deep it was caused
+    size INTEGER NOT NULL,     -- what it counts in bytes
+    expired INTEGER,           -- the deadline that has passed
+    late INTEGER,              -- and by how many ms
+    key TEXT NOT NULL,
+    old TEXT,
+    new TEXT
+);
+CREATE UNIQUE INDEX journal_scope ON journal (scope, revision);
+CREATE TABLE consumers (  -- durable triggers
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL UNIQUE,
+    filter TEXT NOT NULL,
+    created INTEGER NOT NULL,
+    paused TEXT,               -- why, or NULL if it is not
+    done INTEGER NOT NULL      -- up to this position every delivery is over, unless `deliveries` has it as not over
+);
+CREATE TABLE deliveries (  -- what is not over yet, and what is over before what stands in front of it
+    consumer INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    over INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    first INTEGER NOT NULL,
+    due INTEGER NOT NULL,
+    held INTEGER NOT NULL,     -- 1: it was given up, and holds back what follows
+    error TEXT,
+    PRIMARY KEY (consumer, position)
+) WITHOUT ROWID;
+CREATE TABLE dead_letters (  -- each with a copy of its event: the journal may be trimmed
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    consumer INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    first INTEGER NOT NULL,
+    died INTEGER NOT NULL,
+    error TEXT NOT NULL,
+    traceback TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    scope INTEGER NOT NULL,
+    revision INTEGER NOT NULL,
+    last INTEGER,
+    kind INTEGER NOT NULL,
+    time INTEGER NOT NULL,
+    depth INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    expired INTEGER,
+    late INTEGER,
+    key TEXT NOT NULL,
+    old TEXT,
+    new TEXT
+);
+CREATE UNIQUE INDEX dead_letters_consumer ON dead_letters (consumer, position);
+CREATE INDEX dead_letters_died ON dead_letters (died)
+"""
+"""The tables that version 3 has made anew: no store of version 2 has anything in them."""
+
 _TABLES: Final = f"""
 CREATE TABLE store (  -- one row
     id TEXT NOT NULL,
@@ -43,16 +107,21 @@ CREATE TABLE store (  -- one row
 );
 CREATE TABLE epochs (  -- an epoch begins with each session after one that was not closed in order
     epoch INTEGER PRIMARY KEY,
-    position INTEGER NOT NULL  -- of the journal at that moment
+    position INTEGER NOT NULL  -- of the journal: everything up to it is saved, what the epoch gave behind it is lost
 );
 CREATE TABLE scopes (
     number INTEGER PRIMARY KEY,
     scope TEXT NOT NULL UNIQUE,
     revision INTEGER NOT NULL, -- the number of its last write
     epoch INTEGER NOT NULL,    -- in which that was saved
-    due INTEGER                -- when its first key expires, in ms since 1970, or earlier
+    due INTEGER,               -- when its first key expires, in ms since 1970, or earlier
+    floor INTEGER NOT NULL,    -- every change of a higher number is in the journal
+    floor_at INTEGER NOT NULL, -- every change of a higher position is in the journal
+    events INTEGER NOT NULL,   -- how many changes of it are in the journal
+    bytes INTEGER NOT NULL     -- and the sum of their sizes
 );
 CREATE INDEX scopes_due ON scopes (due) WHERE due IS NOT NULL;
+CREATE INDEX scopes_logged ON scopes (number) WHERE events > 0;
 CREATE TABLE extents (
     extent INTEGER PRIMARY KEY,
     scope INTEGER NOT NULL,
@@ -72,48 +141,7 @@ CREATE VIEW entries AS
         state.id AS id
     FROM scopes JOIN extents ON extents.scope = scopes.number JOIN state
         ON state.id BETWEEN extents.extent << {EXTENT_BITS} AND (extents.extent << {EXTENT_BITS}) + {EXTENT_MASK};
-CREATE TABLE journal (  -- the changes of scopes that keep a history
-    position INTEGER PRIMARY KEY AUTOINCREMENT,
-    scope INTEGER NOT NULL,
-    revision INTEGER NOT NULL,
-    batch INTEGER,             -- the last revision of its transaction, if that changed several keys
-    kind INTEGER NOT NULL,
-    time INTEGER NOT NULL,
-    depth INTEGER NOT NULL,    -- how many handlers deep it was caused
-    key TEXT NOT NULL,
-    old TEXT,
-    new TEXT
-);
-CREATE UNIQUE INDEX journal_scope ON journal (scope, revision);
-CREATE TABLE consumers (  -- durable triggers
-    number INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    filter TEXT NOT NULL,
-    created INTEGER NOT NULL,
-    paused INTEGER NOT NULL,
-    done INTEGER NOT NULL      -- everything up to this position of the journal is acknowledged
-);
-CREATE TABLE deliveries (  -- what is tried again, and what is acknowledged out of order
-    consumer INTEGER NOT NULL,
-    position INTEGER NOT NULL,
-    done INTEGER NOT NULL,
-    attempts INTEGER NOT NULL,
-    first_at INTEGER,
-    due INTEGER,
-    error TEXT,
-    PRIMARY KEY (consumer, position)
-) WITHOUT ROWID;
-CREATE TABLE dead_letters (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    consumer INTEGER NOT NULL,
-    position INTEGER NOT NULL,
-    attempts INTEGER NOT NULL,
-    first_at INTEGER NOT NULL,
-    died_at INTEGER NOT NULL,
-    event TEXT NOT NULL,       -- a copy: the journal may be trimmed
-    error TEXT NOT NULL
-);
-CREATE INDEX dead_letters_consumer ON dead_letters (consumer, id);
+{JOURNAL_TABLES};
 CREATE TABLE answers (  -- to calls with an idempotency key, in the order in which they were saved
     id INTEGER PRIMARY KEY,
     scope INTEGER NOT NULL,
@@ -129,13 +157,14 @@ _BOTH_ENDS = {
     "state": ("id",),
     "scopes": ("number", "scope"),
     "scopes WHERE due IS NOT NULL": ("due",),
+    "scopes WHERE events > 0": ("number",),
     "sqlite_sequence": ("rowid",),
     "extents": ("extent", "scope, high"),
     "epochs": ("epoch",),
     "journal": ("position", "scope, revision"),
     "consumers": ("number", "name"),
     "deliveries": ("consumer, position",),
-    "dead_letters": ("id", "consumer, id"),
+    "dead_letters": ("id", "consumer, position", "died"),
     "answers": ("id", "scope, token"),
 }
 """Table -> the orders in which it can be read without sorting: its B-trees."""
@@ -208,9 +237,15 @@ class Session(NamedTuple):
     """One opening of a store, until it is closed."""
 
     store_id: str
-    epoch: int
+    epochs: dict[int, int]
+    """Epoch -> the position up to which it has saved everything. The last one is that of the session."""
     clock_ms: int
     """The time of the last save before it, in milliseconds since the epoch."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the session."""
+        return max(self.epochs)
 
 
 def begin_session(connection: sqlite3.Connection, *, lost: bool) -> Session:
@@ -222,24 +257,42 @@ def begin_session(connection: sqlite3.Connection, *, lost: bool) -> Session:
     connection.execute("BEGIN IMMEDIATE")
     try:
         ((store_id, clean, clock_ms),) = connection.execute("SELECT id, clean, clock FROM store").fetchall()
-        epoch = number(connection, "SELECT max(epoch) FROM epochs")
+        epochs = dict(connection.execute("SELECT epoch, position FROM epochs ORDER BY epoch").fetchall())
         if lost or not clean:
-            epoch += 1
-            # Not max(position): the rows behind it may have been trimmed.
-            given = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'journal'), 0)"
-            connection.execute("INSERT INTO epochs VALUES (?, ?)", (epoch, number(connection, given)))
+            epoch, position = max(epochs) + 1, max(epochs.values()) + EPOCH_STEP
+            epochs[epoch] = position
+            connection.execute("INSERT INTO epochs VALUES (?, ?)", (epoch, position))
         connection.execute("UPDATE store SET clean = 0")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    return Session(store_id, epoch, clock_ms)
+    return Session(store_id, epochs, clock_ms)
 
 
-def end_session(connection: sqlite3.Connection, clock_ms: int) -> None:
-    """Note that everything was saved: the next session goes on with the next number of each scope."""
-    connection.execute("UPDATE store SET clean = 1, clock = max(clock, ?)", (clock_ms,))
+def end_session(connection: sqlite3.Connection, clock_ms: int, settled: int) -> None:
+    """Note that everything was saved: the next session goes on with the next number of each scope, and the journal.
+
+    `settled` is the last position that was given.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute("UPDATE store SET clean = 1, clock = max(clock, ?)", (clock_ms,))
+        note_settled(connection, settled)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def note_settled(connection: sqlite3.Connection, position: int) -> None:
+    """Note that everything up to a position is saved, within the caller's transaction."""
+    connection.execute(
+        "UPDATE epochs SET position = ? WHERE epoch = (SELECT max(epoch) FROM epochs) AND position < ?",
+        (position, position),
+    )
 
 
 def probe(connection: sqlite3.Connection) -> None:
@@ -296,6 +349,68 @@ _ANSWERS_OF_NO_SCOPE: Final = """
 """
 
 
+_WRONG_SIZES: Final = """
+    SELECT scopes.scope, events, bytes, count(position), coalesce(sum(size), 0) FROM scopes
+    LEFT JOIN journal ON journal.scope = number GROUP BY number
+    HAVING events != count(position) OR bytes != coalesce(sum(size), 0) LIMIT 100
+"""
+_NO_PLACE_IN_THE_JOURNAL: Final = """
+    SELECT position, CASE
+        WHEN number IS NULL THEN 'belongs to no scope'
+        WHEN journal.revision > scopes.revision THEN 'has a revision above that of its scope'
+        WHEN last < journal.revision THEN 'has a revision above the last one of its transaction'
+        WHEN kind NOT BETWEEN 0 AND 3 THEN 'has an unknown kind'
+        WHEN old NOT NULL AND NOT json_valid(old) OR new NOT NULL AND NOT json_valid(new) THEN 'does not hold JSON'
+        WHEN position > (SELECT max(position) FROM epochs) + {EPOCH_STEP} THEN 'has a position that was never given'
+        END AS problem
+    FROM journal LEFT JOIN scopes ON number = journal.scope WHERE problem NOT NULL LIMIT 100
+""".replace("{EPOCH_STEP}", str(EPOCH_STEP))
+_OUT_OF_ORDER: Final = """
+    SELECT later.position, scopes.scope FROM journal AS later JOIN scopes ON number = later.scope
+    WHERE later.position < (SELECT position FROM journal AS earlier WHERE earlier.scope = later.scope
+        AND earlier.revision < later.revision ORDER BY earlier.revision DESC LIMIT 1) LIMIT 100
+"""
+_DELIVERIES: Final = """
+    SELECT position, consumer, CASE
+        WHEN name IS NULL THEN 'belongs to no consumer'
+        WHEN NOT over AND NOT EXISTS (SELECT 1 FROM journal WHERE journal.position = deliveries.position)
+            THEN 'is not over, and its event is not in the journal'
+        WHEN over AND position <= done THEN 'is kept although it is over'
+        END AS problem
+    FROM deliveries LEFT JOIN consumers ON number = consumer WHERE problem NOT NULL LIMIT 100
+"""
+_LETTERS: Final = """
+    SELECT id, CASE
+        WHEN NOT EXISTS (SELECT 1 FROM consumers WHERE number = consumer) THEN 'belongs to no consumer'
+        WHEN NOT EXISTS (SELECT 1 FROM scopes WHERE number = dead_letters.scope) THEN 'belongs to no scope'
+        WHEN EXISTS (SELECT 1 FROM deliveries WHERE deliveries.consumer = dead_letters.consumer
+            AND deliveries.position = dead_letters.position AND NOT over) THEN 'is still being delivered'
+        WHEN old NOT NULL AND NOT json_valid(old) OR new NOT NULL AND NOT json_valid(new) THEN 'does not hold JSON'
+        END AS problem
+    FROM dead_letters WHERE problem NOT NULL LIMIT 100
+"""
+
+
+def _find_in_journal(connection: sqlite3.Connection) -> list[str]:
+    problems = [
+        f"scope {scope!r} is noted with {events} changes of {size} bytes in the journal, which has {found} of {bytes_}"
+        for scope, events, size, found, bytes_ in connection.execute(_WRONG_SIZES)
+    ]
+    problems += [
+        f"the change at position {position} of the journal {problem}"
+        for position, problem in connection.execute(_NO_PLACE_IN_THE_JOURNAL)
+    ]
+    problems += [
+        f"the change at position {position} of the journal, of scope {scope!r}, stands before an earlier one"
+        for position, scope in connection.execute(_OUT_OF_ORDER)
+    ]
+    problems += [
+        f"the delivery of position {position} to consumer {consumer} {problem}"
+        for position, consumer, problem in connection.execute(_DELIVERIES)
+    ]
+    return problems + [f"the dead letter {id_} {problem}" for id_, problem in connection.execute(_LETTERS)]
+
+
 def find_problems(connection: sqlite3.Connection) -> list[str]:
     """Read the whole database and return its problems as text; empty if it is sound."""
     problems = [str(text) for (text,) in connection.execute("PRAGMA integrity_check(100)") if text != "ok"]
@@ -325,4 +440,4 @@ def find_problems(connection: sqlite3.Connection) -> list[str]:
         f"the answer for the idempotency key {token!r} belongs to no scope"
         for (token,) in connection.execute(_ANSWERS_OF_NO_SCOPE)
     ]
-    return problems
+    return problems + _find_in_journal(connection)
