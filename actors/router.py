@@ -28,6 +28,11 @@ class Routed:
     """Answered with None when every event that was published before it is in the mailboxes of its handlers."""
 
 
+def _differing(handlers: tuple[HandlerActor, ...], event: StateEvent) -> tuple[HandlerActor, ...]:
+    """Return the handlers whose triggers want an event after they have compared its values."""
+    return tuple([handler for handler in handlers if handler.trigger.differs(event)])
+
+
 class EventRouter(TurnActor):
     """Takes the events of all writes, and passes them on to handler actors (docs/design/0035-one-door-for-events.md).
 
@@ -78,7 +83,7 @@ class EventRouter(TurnActor):
         kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
         if expired is not None:
             kind = "state:expired"
-        if self.triggers.selective and not (handlers := wanting(handlers, kind)):
+        if self.triggers.selective and not (handlers := wanting(handlers, kind, old, new)):
             return ()
         backlog, limits, waiting = self.backlog, self._limits, len(self._mailbox)
         size = (len(old) if old else 0) + (len(new) if new else 0)
@@ -154,7 +159,7 @@ class EventRouter(TurnActor):
         if expired is not None:
             kind = "state:expired"
         if self.triggers.selective:
-            handlers = wanting(handlers, kind)
+            handlers = wanting(handlers, kind, old, new)
         if not handlers:
             return ()
         event = StateEvent(kind, scope, key, old, new, revision, depth, *(expired or ()))
@@ -187,6 +192,8 @@ class EventRouter(TurnActor):
         if not events:
             return (), None
         handlers, event = events[0]
+        if here and self.triggers.sifting and not (handlers := _differing(handlers, event)):
+            return (), None
         if here and len(handlers) == 1 and self._give_to_idle(handlers[0], event):
             return handlers, handlers[0]
         self.publish(events)
@@ -248,6 +255,8 @@ class EventRouter(TurnActor):
             self._handle(item)
             return
         handlers, event = item
+        if self.triggers.sifting and not (handlers := _differing(handlers, event)):
+            return
         self.routed += 1
         if event.depth > self._limits.max_event_depth:
             self._cut_loop(handlers, event)

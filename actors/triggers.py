@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from scopestate.errors import InvalidRegistration
 from scopestate.ops.results import EventType
@@ -14,10 +15,20 @@ from scopestate.signals import Guard, exclusive
 if TYPE_CHECKING:
     from scopestate.actors.handler import HandlerActor
 
+T = TypeVar("T")
 
-def wanting(handlers: tuple[HandlerActor, ...], kind: EventType) -> tuple[HandlerActor, ...]:
-    """Return the handlers whose triggers want events of this type."""
-    return tuple([handler for handler in handlers if handler.trigger.wants(kind)])
+
+def wanting(
+    handlers: tuple[HandlerActor, ...], kind: EventType, old: bytes | None, new: bytes | None
+) -> tuple[HandlerActor, ...]:
+    """Return the handlers whose triggers may want an event: it is of their kinds, and writes another value if need be.
+
+    What takes decoding is left to `Trigger.differs`, which is asked on another thread than the writer's.
+    """
+    same = old == new
+    return tuple(
+        [handler for handler in handlers if (trigger := handler.trigger).wants(kind) and not (same and trigger.sifts)]
+    )
 
 
 class Bucket:
@@ -40,40 +51,166 @@ class Bucket:
         return listed[0]
 
 
+class Prefixes(Generic[T]):
+    """Things by a prefix of a name. To find those that fit takes a look-up for each length that a prefix has.
+
+    `put` and `pop` run under the guard of the table; `find` needs none.
+    """
+
+    __slots__ = ("_by_length",)
+
+    def __init__(self) -> None:
+        self._by_length: tuple[tuple[int, dict[str, T]], ...] = ()
+
+    def __bool__(self) -> bool:
+        return any(things for _, things in self._by_length)
+
+    def find(self, name: str) -> list[T]:
+        """Return what was put under a prefix of this name, the shortest first."""
+        size = len(name)
+        found = []
+        for length, things in self._by_length:
+            if length > size:
+                break
+            thing = things.get(name[:length])
+            if thing is not None:
+                found.append(thing)
+        return found
+
+    def get(self, prefix: str) -> T | None:
+        """Return what was put under exactly this prefix."""
+        return next((things.get(prefix) for length, things in self._by_length if length == len(prefix)), None)
+
+    def put(self, prefix: str, thing: T) -> None:
+        """Put something under a prefix."""
+        size = len(prefix)
+        things = next((things for length, things in self._by_length if length == size), None)
+        if things is None:
+            things = {}
+            # With an empty dict first, which does no harm if a signal handler raises behind this line.
+            self._by_length = tuple(sorted((*self._by_length, (size, things)), key=itemgetter(0)))
+        things[prefix] = thing
+
+    def pop(self, prefix: str) -> None:
+        """Forget what was put under exactly this prefix, if anything."""
+        for length, things in self._by_length:
+            if length == len(prefix):
+                things.pop(prefix, None)
+                if not things:
+                    self._by_length = tuple(pair for pair in self._by_length if pair[1])
+
+
 class Watchers(dict[str | None, Bucket]):
-    """The triggers on one scope: key filter (None: every key) -> handlers."""
+    """The triggers on one scope: key filter (None: every key) -> handlers.
 
-    __slots__ = ("anywhere", "held")
+    A scope whose turn finds neither the key nor None in here, nor in `anywhere`, has nothing to tell of a write, and
+    looks no further. So the bucket under None is there, though it may be empty, as long as there is more to look at.
+    """
 
-    def __init__(self, anywhere: Watchers | None = None) -> None:
+    __slots__ = ("anywhere", "fed", "groups", "held", "prefixes")
+
+    def __init__(self, anywhere: Watchers | None = None, groups: tuple[Watchers, ...] = ()) -> None:
         super().__init__()
         self.anywhere: Watchers = self if anywhere is None else anywhere
         """The triggers without a scope filter."""
+        self.groups = groups
+        """The tables of the scope prefixes that this scope begins with."""
+        self.prefixes: Prefixes[Bucket] | None = None
+        """The triggers with a key prefix; None if there was none yet."""
+        self.fed = False
+        """True while the changes of the scope are entered into the feed."""
         self.held = False
         """True while a scope in memory has this table."""
+        self.settle()
 
     def match(self, key: str) -> tuple[HandlerActor, ...]:
         """Return the handlers for a write to `key` of this scope, in order of registration. Needs no guard."""
         anywhere = self.anywhere
+        if self.groups or self.prefixes is not None or anywhere.prefixes is not None:
+            return _merged(self._fitting(key))
         if not anywhere:
             table = self
         elif not self:
             table = anywhere
         else:
-            return self._merged(key)
+            return _merged(self._fitting(key))
         one, every = table.get(key), table.get(None)
         if every is None:
             return () if one is None else one.all()
-        return every.all() if one is None else self._merged(key)
+        return every.all() if one is None else _merged([one, every])
 
-    def _merged(self, key: str) -> tuple[HandlerActor, ...]:
-        numbered: dict[int, HandlerActor] = {}
-        for table in (self, self.anywhere):
+    def _fitting(self, key: str) -> list[Bucket]:
+        """Return the buckets whose filters a write to `key` fits."""
+        found: list[Bucket] = []
+        anywhere = self.anywhere
+        for table in (self, *self.groups, anywhere) if anywhere is not self else (self,):
             for name in (key, None):
                 bucket = table.get(name)
                 if bucket is not None:
-                    numbered.update(bucket.members.copy())
-        return tuple(numbered[number] for number in sorted(numbered))
+                    found.append(bucket)
+            if table.prefixes is not None:
+                found += table.prefixes.find(key)
+        return found
+
+    # -------------------------------------------------------------------------------------- under the table's guard
+
+    def bucket(self, trigger: Trigger) -> Bucket:
+        """Return the bucket of triggers with the key filter of this one; it is made if need be."""
+        if trigger.prefix is None:
+            return self.setdefault(trigger.key, Bucket())
+        if self.prefixes is None:
+            self.prefixes = Prefixes()
+        bucket = self.prefixes.get(trigger.prefix)
+        if bucket is None:
+            bucket = Bucket()
+            self.prefixes.put(trigger.prefix, bucket)
+            self.settle()
+        return bucket
+
+    def drop(self, trigger: Trigger) -> None:
+        """Forget the bucket of triggers with the key filter of this one if it is empty."""
+        if trigger.prefix is None:
+            bucket = self.get(trigger.key)
+            if bucket is not None and not bucket.members:
+                del self[trigger.key]
+        elif self.prefixes is not None:
+            bucket = self.prefixes.get(trigger.prefix)
+            if bucket is not None and not bucket.members:
+                self.prefixes.pop(trigger.prefix)
+                if not self.prefixes:
+                    self.prefixes = None
+        self.settle()
+
+    def settle(self) -> None:
+        """Have a bucket under None if a write must look further, or forget it if it is empty and need not."""
+        if self.fed or self.groups or self.prefixes is not None:
+            self.setdefault(None, Bucket())
+        else:
+            every = self.get(None)
+            if every is not None and not every.members:
+                del self[None]
+
+    def is_idle(self) -> bool:
+        """True if no trigger of its own is in here, and the changes are not fed."""
+        if self.fed or self.prefixes is not None:
+            return False
+        return not self or (len(self) == 1 and None in self and not self[None].members)
+
+
+def _merged(buckets: list[Bucket]) -> tuple[HandlerActor, ...]:
+    """Return the handlers of all of them, in order of registration."""
+    if len(buckets) == 1:
+        return buckets[0].all()
+    numbered: dict[int, HandlerActor] = {}
+    for bucket in buckets:
+        if bucket.members:
+            numbered.update(bucket.members.copy())
+    return tuple([numbered[number] for number in sorted(numbered)])
+
+
+def _place(trigger: Trigger) -> tuple[str | None, ...]:
+    """What says in which bucket a trigger is, and how its handler gets its events."""
+    return trigger.scope, trigger.key, trigger.scope_prefix, trigger.prefix, trigger.durable
 
 
 class TriggerTable:
@@ -91,13 +228,20 @@ class TriggerTable:
         self._numbers = itertools.count(1)
         self._by_id: dict[str, tuple[int, HandlerActor]] = {}
         self._by_scope: dict[str, Watchers] = {}
+        self._by_scope_prefix: Prefixes[Watchers] = Prefixes()
         self._anywhere = Watchers()
         self._nothing = Watchers(self._anywhere)
+        self.durable = Bucket()
+        """The handlers of durable triggers. They take what was committed, so no write looks for them."""
+        self.fed_at_start: Callable[[str], bool] = lambda scope: False
+        """Tells of a scope that comes into memory whether its changes are entered into the feed."""
         self._retired = Counts()
         self._retiring: list[HandlerActor] = []
         self._most_retiring = 64
         self.selective = False
-        """True if a trigger was ever registered that wants some kinds of events only."""
+        """True if a trigger was ever registered that does not want every event of its keys."""
+        self.sifting = False
+        """True if a trigger was ever registered that compares values."""
 
     def __bool__(self) -> bool:
         """False if no trigger is registered."""
@@ -109,17 +253,17 @@ class TriggerTable:
     def register(self, trigger: Trigger, make: Callable[[Trigger], HandlerActor] | None = None) -> HandlerActor:
         """Add the trigger; one with the same id is replaced. `make`: instead of the table's own."""
         known = self._by_id.get(trigger.trigger_id)
-        if trigger.events is not None:
-            self.selective = True
+        self.sifting = self.sifting or trigger.sifts
+        self.selective = self.selective or trigger.sifts or trigger.events is not None
         if known is not None:
             handler = known[1]
-            if (handler.trigger.scope, handler.trigger.key) == (trigger.scope, trigger.key):
+            if _place(handler.trigger) == _place(trigger):
                 handler.trigger = trigger  # order and waiting events are kept
                 return handler
             self._remove(*known)
         number = next(self._numbers)
         handler = (make or self._make)(trigger)
-        bucket = self._watchers(trigger).setdefault(trigger.key, Bucket())
+        bucket = self._bucket(trigger)
         trigger_id, entry = trigger.trigger_id, (number, handler)
         unlisted: list[tuple[HandlerActor, ...]] = []
         # No call or loop between these lines, as in `ScopeActor._write`: a trigger that is listed also fires.
@@ -143,17 +287,44 @@ class TriggerTable:
         if known is not None and known[1].trigger is trigger:
             self._remove(*known)
 
-    def _watchers(self, trigger: Trigger) -> Watchers:
-        return self._anywhere if trigger.scope is None else self._of(trigger.scope)
+    def _bucket(self, trigger: Trigger) -> Bucket:
+        """Return the bucket for a trigger that is to be registered."""
+        if trigger.durable is not None:
+            return self.durable
+        if trigger.scope is not None:
+            table = self._of(trigger.scope)
+        elif trigger.scope_prefix is not None:
+            table = self._group(trigger.scope_prefix)
+        else:
+            table = self._anywhere
+        return table.bucket(trigger)
 
     def _of(self, scope: str) -> Watchers:
         watchers = self._by_scope.get(scope)
-        return self._by_scope.setdefault(scope, Watchers(self._anywhere)) if watchers is None else watchers
+        if watchers is None:
+            watchers = Watchers(self._anywhere, tuple(self._by_scope_prefix.find(scope)))
+            watchers = self._by_scope.setdefault(scope, watchers)
+        return watchers
+
+    def _group(self, prefix: str) -> Watchers:
+        """Return the table of the triggers with a scope prefix. A new one is made known to the scopes that fit."""
+        group = self._by_scope_prefix.get(prefix)
+        if group is None:
+            group = Watchers()
+            self._by_scope_prefix.put(prefix, group)
+        if not group:
+            # Also if it is not new: a signal handler may have raised here before. An empty group does no harm.
+            for scope, watchers in list(self._by_scope.items()):
+                if scope.startswith(prefix):
+                    if not any(other is group for other in watchers.groups):
+                        watchers.groups += (group,)
+                    watchers.settle()
+        return group
 
     def _remove(self, number: int, handler: HandlerActor) -> None:
-        watchers = self._watchers(handler.trigger)
-        trigger_id, key = handler.trigger.trigger_id, handler.trigger.key
-        bucket = watchers[key]
+        trigger = handler.trigger
+        bucket = self._bucket(trigger)
+        trigger_id = trigger.trigger_id
         unlisted: list[tuple[HandlerActor, ...]] = []
         # No call or loop between these lines, as above.
         handler.active = False
@@ -162,17 +333,34 @@ class TriggerTable:
         del self._by_id[trigger_id]
         # What it is doing now still counts, and so do the events that it drops from here on.
         self._retiring += (handler,)
-        if not bucket.members:
-            del watchers[key]
-            scope = handler.trigger.scope
-            if scope is not None and not watchers and not watchers.held:
-                del self._by_scope[scope]
+        if not bucket.members and trigger.durable is None:
+            self._tidy(trigger)
         if len(self._retiring) > self._most_retiring:
             busy = [handler for handler in self._retiring if handler.is_busy()]
             for done in set(self._retiring).difference(busy):
                 self._retired.add(done)
             self._retiring = busy
             self._most_retiring = 2 * len(busy) + 64
+
+    def _tidy(self, trigger: Trigger) -> None:
+        """Forget what was made for the filters of a trigger, if no other has them."""
+        scope, prefix = trigger.scope, trigger.scope_prefix
+        if scope is not None:
+            watchers = self._of(scope)
+            watchers.drop(trigger)
+            if watchers.is_idle() and not watchers.held:
+                del self._by_scope[scope]
+        elif prefix is not None:
+            group = self._group(prefix)
+            group.drop(trigger)
+            if group.is_idle():
+                self._by_scope_prefix.pop(prefix)
+                for name, watchers in list(self._by_scope.items()):
+                    if name.startswith(prefix):
+                        watchers.groups = tuple([other for other in watchers.groups if other is not group])
+                        watchers.settle()
+        else:
+            self._anywhere.drop(trigger)
 
     # -------------------------------------------------------------------------------------------------- look-ups
 
@@ -181,20 +369,34 @@ class TriggerTable:
         """Return the live table of the triggers on `scope`, for an actor that keeps it until `forget`."""
         watchers = self._of(scope)
         watchers.held = True
+        if self.fed_at_start(scope):
+            watchers.fed = True
+            watchers.settle()
         return watchers
+
+    @exclusive
+    def feed(self, watchers: Watchers, fed: bool) -> None:
+        """Have the writes of a scope prepare their events for the feed too, or no longer."""
+        watchers.fed = fed
+        watchers.settle()
 
     @exclusive
     def forget(self, scope: str) -> None:
         """Drop the table of a scope that leaves memory, if no trigger is in it."""
         watchers = self._by_scope.get(scope)
         if watchers is not None:
-            watchers.held = False
-            if not watchers:
+            watchers.held = watchers.fed = False
+            watchers.settle()
+            if watchers.is_idle():
                 del self._by_scope[scope]
 
     def watchers(self, scope: str) -> Watchers:
         """Return the triggers on `scope` as they are now, for one look-up."""
-        return self._by_scope.get(scope, self._nothing)
+        watchers = self._by_scope.get(scope)
+        if watchers is not None:
+            return watchers
+        groups = self._by_scope_prefix.find(scope)
+        return Watchers(self._anywhere, tuple(groups)) if groups else self._nothing
 
     def find(self, trigger_id: str) -> Trigger | None:
         """Return the trigger that is registered under this id, or None."""

@@ -143,6 +143,11 @@ class Trigger(msgspec.Struct, frozen=True):
         """Return whether events of this type are delivered."""
         return self.events is None or kind[_PREFIX:] in self.events
 
+    @property
+    def sifts(self) -> bool:
+        """True if it compares values: the same one twice is no event for it."""
+        return self.only_if_changed or self.fields is not None
+
     def differs(self, event: StateEvent) -> bool:
         """Return whether the value differs as `only_if_changed` and `fields` ask. Decodes values only for that."""
         if self.fields is not None:
