@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 from scopestate.actors.functions import is_generator
 from scopestate.config.schema import FunctionRef
-from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.functions import BUILT_IN_IDS
 
 
 def misfit_id(function_id: object) -> str | None:
     """Return why a function cannot be registered under this id; None if it can."""
     if not isinstance(function_id, str) or not function_id:
         return f"a function id is a non-empty string, not {function_id!r:.80}"
-    if function_id in BUILT_IN:
+    if function_id in BUILT_IN_IDS:
         return "this function is built in and cannot be replaced: choose another id"
     return None
 

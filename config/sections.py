@@ -43,7 +43,7 @@ from scopestate.config.schema import (
     with_every_list,
 )
 from scopestate.errors import ConfigError
-from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.functions import BUILT_IN_IDS
 
 log = logging.getLogger("scopestate.config")
 
@@ -127,7 +127,7 @@ class SectionReader:
         return Config(
             adapter=adapter,
             functions=functions,
-            triggers=self._triggers(sections.get("triggers"), known=(*functions, *self._broken, *BUILT_IN)),
+            triggers=self._triggers(sections.get("triggers"), known=(*functions, *self._broken, *BUILT_IN_IDS)),
             scopes=self._scopes(sections.get("scopes")),
             limits=self._limits(sections.get("limits")),
             server=self._server,

@@ -7,6 +7,7 @@ import builtins
 import contextvars
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
@@ -154,7 +155,9 @@ class AioEngine(AioStateCalls):
         if not function.builtin or function.is_async:
             self._engine._refuse_if_closed()
             return await self._engine._caller.call_async(function, payload)
-        row = BUILT_IN[function_id]
+        row = BUILT_IN.get(function_id)
+        if row is None:
+            return await self.elsewhere(partial(function.target, payload))
         fields = row.plain_fields(payload)
         if fields is not None:
             return row.plain(await getattr(self, row.method)(*fields))
@@ -173,6 +176,11 @@ class AioEngine(AioStateCalls):
             except REFUSED as error:
                 text = call.refusal(error)
         return None if text is None else decode(text)
+
+    async def elsewhere(self, work: Callable[[], Any]) -> Any:
+        """Run `work()`, which may wait for a disk, on a worker thread, and return what it gives or raises."""
+        self._engine._refuse_if_closed()  # in a forked child no thread would run it
+        return await _outcome(self._engine._parts.dispatcher.submit, work)
 
     async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as the engine's own
         """As `Engine.drain`."""

@@ -22,7 +22,7 @@ import msgspec
 from msgspec import NODEFAULT
 
 from scopestate.actors.functions import Functions
-from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.functions import DESCRIBED
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Trigger
 from scopestate.ops.update_ops import OPTIONAL
@@ -72,7 +72,7 @@ def _builtin_functions() -> bytes:
                 schema(row.request, row.given),
                 None if row.response is None else schema(*row.response),
             )
-            for row in BUILT_IN.values()
+            for row in DESCRIBED
         ]
     )
 

@@ -24,6 +24,7 @@ from scopestate.actors.snapshot import Flush
 from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
 from scopestate.config import Config, ConfigWatcher, from_mapping, load, validate
+from scopestate.consumer_functions import EVERYTHING, ConsumerFunctions
 from scopestate.draining import drain, refuse_on_loop_of_handlers
 from scopestate.errors import (
     ConfigError,
@@ -39,6 +40,7 @@ from scopestate.handles import Scope
 from scopestate.mapping import ScopeMapping
 from scopestate.ops import checked, messages, turns
 from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
+from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.functions import BUILT_IN, from_payload, read_request
 from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions
 from scopestate.ops.results import SetResult, UpdateResult
@@ -112,8 +114,12 @@ class Engine(Reactive, StateCalls):
         self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False
+        self._consumer_functions = ConsumerFunctions(lambda: parts.consumers)
         for function_id in BUILT_IN:
             self._functions.add(Function(function_id, partial(self._call_builtin, function_id), builtin=True))
+        for row in CONSUMER_FUNCTIONS:
+            called = partial(self._call_consumers, row.function_id)
+            self._functions.add(Function(row.function_id, called, builtin=True))
         parts.configure()
         lifecycle.watch_over(self)
         if handle_sigterm and parts.backend.keeps:
@@ -436,6 +442,10 @@ class Engine(Reactive, StateCalls):
             except REFUSED as error:
                 text = call.refusal(error)
         return None if text is None else decode(text)
+
+    def _call_consumers(self, function_id: str, payload: object) -> Any:
+        self._refuse_if_closed()
+        return self._consumer_functions.call(EVERYTHING, function_id, payload)
 
     def _builtin_call(self, function_id: str, payload: object) -> Call:
         """Read the input of a built-in function on one scope. Raises what `read_request` raises."""

@@ -13,6 +13,7 @@ import msgspec
 
 from scopestate.actors.backlog import Limits, Tally
 from scopestate.actors.clock import Clock
+from scopestate.actors.consuming import Consumers
 from scopestate.actors.directory import Directory, Housekeeper
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.expiry import ExpiryActor
@@ -64,6 +65,8 @@ class Parts:
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
         self.backend = open_backend(config, adapter)
         set_limits(self.limits, config.limits, self.backend)
+        self.consumers: Consumers | None = None
+        """The consumers of durable triggers; None: what the backend keeps has no journal."""
         self.functions = Functions()
         self.loop_thread = LoopThread("scopestate-loop")
         self.services = HandlerServices(

@@ -7,13 +7,15 @@ what else a new function needs, under "A new operation".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args
 
 import msgspec
 
 from scopestate.errors import Conflict, DeserializationError, ScopestateError, UpdateRefused
 from scopestate.ops import answers, messages, requests, results, turns
 from scopestate.ops.arguments import Limits
+from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.messages import Message
 from scopestate.ops.requests import Request, misfit
 from scopestate.ops.values import class_name, json_type, normalise
@@ -75,6 +77,12 @@ class BuiltIn(NamedTuple):
 
 
 _UPDATED: Final = Annotated[results.UpdateResult, msgspec.Meta(description="Result of an atomic update operation")]
+
+
+def _result_name(kind: Any) -> str:
+    named = [one for one in get_args(kind) if one is not NoneType] or [kind]
+    return str(named[0].__name__)
+
 
 BUILT_IN: Final[dict[str, BuiltIn]] = {
     row.function_id: row
@@ -142,6 +150,31 @@ BUILT_IN: Final[dict[str, BuiltIn]] = {
     )
 }  # fmt: skip
 """Function id -> its row: the reference's six in its order, then those that scopestate adds."""
+
+
+class Described(NamedTuple):
+    """What the schemas say of a built-in function."""
+
+    function_id: str
+    given: type[Any]
+    """Its input. The docstring is the description of the function."""
+    request: str
+    """The name of its input."""
+    response: tuple[str, Any] | None
+    """The name of its result, and the type; None: a bare value."""
+
+
+DESCRIBED: Final = (
+    *[Described(row.function_id, row.given, row.request, row.response) for row in BUILT_IN.values()],
+    *[
+        Described(row.function_id, row.given, row.given.__name__, (_result_name(row.response), row.response))
+        for row in CONSUMER_FUNCTIONS
+    ],
+)
+"""All built-in functions of an engine: those on one scope, and those about changes and about consumers."""
+
+BUILT_IN_IDS: Final = frozenset(row.function_id for row in DESCRIBED)
+"""Ids that no program and no worker can register."""
 
 
 def from_payload(function_id: str, payload: object) -> Message:

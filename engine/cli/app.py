@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from scopestate.cli import config, state, store, watch
+from scopestate.cli import config, consumers, state, store, watch
 from scopestate.cli.serve import serve
 from scopestate.cli.terminal import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
 
@@ -77,6 +77,8 @@ for _name, _function, _settings in (
     ("watch", watch.watch, {}),
 ):
     app.command(_name, rich_help_panel=_ENGINE, epilog=EXIT_CODES, context_settings=_settings)(_function)
+app.add_typer(consumers.consumers, name="consumers", rich_help_panel=_ENGINE)
+app.add_typer(consumers.dead_letters, name="dead-letters", rich_help_panel=_ENGINE)
 app.add_typer(config.app, name="config", rich_help_panel=_FILES)
 app.add_typer(store.app, name="store", rich_help_panel=_FILES)
 

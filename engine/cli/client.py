@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Annotated, Any, Final, NamedTuple, TypeVar
 
@@ -106,6 +107,11 @@ class EngineAt(NamedTuple):
     ca_file: str | None
     timeout_s: float
     as_json: bool
+
+    @property
+    def for_people(self) -> bool:
+        """Whether results are shown to people: standard output is a terminal, and there is no --json."""
+        return sys.stdout is not None and sys.stdout.isatty() and not self.as_json
 
     def work(self, work: Callable[[Client], Awaitable[T]]) -> T:
         """Connect, do `work`, disconnect. Errors end the program."""

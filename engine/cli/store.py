@@ -338,27 +338,28 @@ def _reader(where: str) -> StoreReader:
         raise StoreUnusable(
             f"{_shown(where)} is not a store on this disk; give the directory of one, or use `store export`"
         )
-    return StoreReader(_directory(where))
+    return StoreReader(directory_of(where))
 
 
 def _is_elsewhere(where: str) -> bool:
     """Tell whether the state is in another engine or in Redis."""
     if where.startswith((*_ENGINE, *_REDIS)):
         return True
-    return _is_config(where) and isinstance(load(where).adapter.config, (BridgeOptions, RedisOptions))
+    return names_config(where) and isinstance(load(where).adapter.config, (BridgeOptions, RedisOptions))
 
 
 def _shown(where: str) -> str:
     return without_credentials(where) if where.startswith(_REDIS) else where
 
 
-def _is_config(where: str) -> bool:
+def names_config(where: str) -> bool:
+    """Return whether this names a configuration file, not a directory."""
     return where.endswith((".yaml", ".yml")) and not os.path.isdir(where)
 
 
-def _directory(where: str) -> str:
+def directory_of(where: str) -> str:
     """Return the directory that an argument names. Raises ConfigError."""
-    if not _is_config(where):
+    if not names_config(where):
         if _HOST_AND_PORT.fullmatch(where) and not os.path.exists(where):
             raise StoreUnusable(
                 f"there is no store in {where}; for Redis write redis://{where}, for a running engine ws://{where}, "
@@ -381,7 +382,7 @@ def _open_target(target: str, token: str | None, ca_file: str | None) -> FileAda
         return _open_shared(target, token, ca_file)
     from scopestate.opening import open_store  # noqa: PLC0415 - not needed for most commands
 
-    return open_store(KvOptions("file_based", _directory(target)))
+    return open_store(KvOptions("file_based", directory_of(target)))
 
 
 def _open_shared(where: str, token: str | None, ca_file: str | None) -> SharedState:

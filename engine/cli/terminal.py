@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from scopestate.errors import (
     CallTimeout,
+    Compacted,
     ConfigError,
     Conflict,
     ConnectionLost,
@@ -51,13 +52,15 @@ class Exit(IntEnum):
     MISSING = 6
     CONFLICT = 7
     """A key is not as a write expected it, so nothing was written."""
+    COMPACTED = 8
+    """A watch cannot go on from its cursor: changes behind it are gone."""
     INTERRUPTED = 130
 
 
 EXIT_CODES = """
 Exit codes: 0 done, 1 the engine or the function answered with an error, 2 wrong usage, 3 wrong configuration, 4 a store
 or a file cannot be used or is damaged, 5 no connection or no answer in time, 6 the key does not exist, 7 a key is not
-as the write expected it, 130 interrupted.
+as the write expected it, 8 a watch cannot go on from its cursor, 130 interrupted.
 """
 
 
@@ -245,6 +248,8 @@ def exit_code(error: ScopestateError) -> Exit:
             return Exit.STORE
         case RemoteFailure(code=Conflict.code):
             return Exit.CONFLICT
+        case Compacted():
+            return Exit.COMPACTED
         case _:
             return Exit.REFUSED
 

@@ -27,13 +27,30 @@ from scopestate.cli.terminal import (
     shown,
     standard_error,
 )
-from scopestate.errors import Forbidden, RemoteFailure, ScopestateError
+from scopestate.errors import (
+    Compacted,
+    ConnectionLost,
+    Forbidden,
+    FunctionNotFound,
+    NotConnected,
+    RemoteFailure,
+    ScopestateError,
+    Unsupported,
+)
 from scopestate.wire.client import Client
 from scopestate.wire.options import DEFAULT_URL
+from scopestate.wire.refusals import refusal_of
 
 FOREVER_S: Final = 86_400.0 * 365
 _KINDS: Final = ["created", "updated", "deleted", "expired"]
 """Named, because a worker that names no kinds gets `state:deleted` for a key that has expired."""
+
+_WAIT_MS: Final = 30_000
+"""How long an engine is asked to wait for a change."""
+_MOST: Final = 1_000
+"""Changes that are asked for at a time."""
+_NULL: Final = msgspec.Raw(b"null")
+_ABSENT: Final = msgspec.Raw()
 
 _COLOURS: Final = {
     "state:created": "green",
@@ -46,6 +63,22 @@ _COLOURS: Final = {
 def watch(
     scope: Annotated[str | None, typer.Option("--scope", "-s", help="Only this scope.")] = None,
     key: Annotated[str | None, typer.Option("--key", "-k", help="Only this key.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", "-p", help="Only keys that begin so.", metavar="TEXT")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="Begin behind this cursor, not now.", metavar="CURSOR")
+    ] = None,
+    snapshot: Annotated[
+        bool, typer.Option("--snapshot", help="Begin with what the keys have now; needs --scope.")
+    ] = False,
+    resync: Annotated[
+        bool,
+        typer.Option("--resync", help="If changes are gone, go on with what the keys have then; needs --scope."),
+    ] = False,
+    cursors: Annotated[
+        bool, typer.Option("--cursors", "-c", help="With the cursor and the revision of each change.")
+    ] = False,
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after this many events; 0: no limit.")] = 0,
     url: Url = DEFAULT_URL,
     token: Token = None,
@@ -55,15 +88,25 @@ def watch(
     """Print each change as it happens, on one line, until interrupted.
 
     On a terminal the lines are for people; in a pipe, or with --json, each is the event as JSON. If the connection is
-    lost, the command reconnects and says so on standard error: changes in between are not shown.
+    lost, the command reconnects and goes on behind the last change that it has printed. If changes in between are gone,
+    it ends with exit code 8, or, with --resync, prints what the keys have then.
+
+    An engine that cannot tell what was missed, such as iii, is watched all the same: changes without a connection are
+    not shown then, which standard error says.
     """
-    given = {"scope": scope, "key": key}
+    _check_options(scope, key, prefix, since, snapshot=snapshot, resync=resync)
+    given = {"scope": scope, "key": key, "prefix": prefix}
     filters: dict[str, Any] = {
         name: given_text(value, f"--{name}") for name, value in given.items() if value is not None
     }
-    filters["events"] = _KINDS
     readable = sys.stdout is not None and sys.stdout.isatty() and not as_json
-    watched = _Watch(filters, count, readable=readable)
+    watched = _Watch(
+        filters,
+        _Lines(count, readable=readable, cursors=cursors),
+        None if since is None else given_text(since, "--since"),
+        snapshot=snapshot,
+        resync=resync,
+    )
     with_client(
         url,
         token,
@@ -76,17 +119,123 @@ def watch(
     )
 
 
-class _Watch:
-    """A watch: prints events until there are enough, the trigger is refused, or the output has no reader."""
+def _check_options(
+    scope: str | None, key: str | None, prefix: str | None, since: str | None, *, snapshot: bool, resync: bool
+) -> None:
+    if key is not None and prefix is not None:
+        raise typer.BadParameter("give --key or --prefix, not both")
+    if snapshot and since is not None:
+        raise typer.BadParameter("give --snapshot or --since, not both")
+    if (snapshot or resync) and scope is None:
+        raise typer.BadParameter(f"{'--snapshot' if snapshot else '--resync'} needs --scope")
 
-    def __init__(self, filters: dict[str, Any], count: int, *, readable: bool) -> None:
-        """`count`: events to print before it ends; 0: no limit."""
-        self._filters = filters
+
+class _Lines:
+    """Prints events, and knows when there were enough."""
+
+    def __init__(self, count: int, *, readable: bool, cursors: bool) -> None:
+        """`count`: events to print in all; 0: no limit."""
         self._count = count
         self._readable = readable
-        self._notes = standard_error()
+        self._cursors = cursors
         self._printed = 0
+
+    def print_event(self, payload: bytes) -> bool:
+        """Print an event that a trigger has delivered; return whether there were enough. Raises as `out`."""
+        if self._readable:
+            print_rich(event_line(msgspec.json.decode(payload)))
+        else:
+            out(json_text(payload))
+        return self._count_one()
+
+    def print_change(self, change: _Change) -> bool:
+        """Print a change as the event that it is; return whether there were enough."""
+        event: dict[str, Any] = {
+            "type": "state",
+            "event_type": change.event_type,
+            "scope": change.scope,
+            "key": change.key,
+            "old_value": change.old_value or _NULL,
+            "new_value": change.value or _NULL,
+        }
+        if change.expired_at is not None:
+            event |= {"expired_at": change.expired_at, "late_ms": change.late_ms}
+        if change.initial:
+            event["initial"] = True
+        if self._readable:
+            line = event_line(msgspec.json.decode(msgspec.json.encode(event)))
+            if self._cursors:
+                line.append(f"  {shown(change.cursor)}", style="dim")
+            print_rich(line)
+        else:
+            if self._cursors:
+                event |= {"revision": change.revision, "cursor": change.cursor}
+            out(json_text(msgspec.json.encode(event)))
+        return self._count_one()
+
+    def print_mark(self, kind: str, words: str, **facts: str) -> None:
+        """Print what is not a change: for programs, an object with this `type`."""
+        if self._readable:
+            print_rich(Text(shown(words), style="dim"))
+        else:
+            out(json_text(msgspec.json.encode({"type": kind, **facts})))
+
+    def _count_one(self) -> bool:
+        self._printed += 1
+        return self._printed == self._count
+
+
+class _Change(msgspec.Struct):
+    kind: str
+    scope: str
+    key: str
+    revision: int
+    cursor: str
+    value: msgspec.Raw = _ABSENT
+    old_value: msgspec.Raw = _ABSENT
+    initial: bool = False
+    expired_at: int | None = None
+    late_ms: int | None = None
+
+    @property
+    def event_type(self) -> str:
+        """The type of the event that this change has fired."""
+        if self.kind == "put":
+            return "state:updated" if self.old_value else "state:created"
+        return {"delete": "state:deleted", "expire": "state:expired"}.get(self.kind, f"state:{self.kind}")
+
+
+class _Changes(msgspec.Struct):
+    changes: list[_Change]
+    cursor: str
+    more: bool
+
+
+class _Watch:
+    """A watch: prints changes until there are enough, it is refused, or the output has no reader."""
+
+    def __init__(
+        self, filters: dict[str, Any], lines: _Lines, since: str | None, *, snapshot: bool, resync: bool
+    ) -> None:
+        self._filters = filters
+        self._lines = lines
+        self._cursor = since
+        self._needed = [
+            option
+            for option, given in (
+                ("--since", since is not None),
+                ("--snapshot", snapshot),
+                ("--resync", resync),
+                ("--prefix", "prefix" in filters),
+            )
+            if given
+        ]
+        """Options that need `state::changes`."""
+        self._snapshot = snapshot
+        self._resync = resync
+        self._notes = standard_error()
         self._connections = 0
+        self._told = False
 
     @cached_property
     def _over(self) -> asyncio.Future[None]:
@@ -94,10 +243,107 @@ class _Watch:
         return asyncio.get_running_loop().create_future()
 
     async def follow(self, client: Client) -> None:
-        """Register the trigger and wait for the end of the watch."""
+        """Watch until the end."""
+        following = asyncio.ensure_future(self._follow(client))
+        following.add_done_callback(self._ended)
+        try:
+            with _reader_watched(lambda: self.end(ReaderGone())):
+                await self._over
+        finally:
+            following.cancel()
+
+    def _ended(self, following: asyncio.Future[None]) -> None:
+        if not (following.cancelled() or self._over.done()):
+            error = following.exception()
+            if error is None:
+                self._over.set_result(None)
+            else:
+                self._over.set_exception(error)
+
+    async def _follow(self, client: Client) -> None:
+        if self._needed or await self._knows_changes(client):
+            await self._poll(client)
+        else:
+            await self._by_trigger(client)
+
+    # ------------------------------------------------------------------------------------------------- by polling
+
+    async def _knows_changes(self, client: Client) -> bool:
+        """Return whether the engine has `state::changes`, and the token may call it."""
+        try:
+            self._take(await self._ask(client, wait_ms=0))
+        except RemoteFailure as error:
+            if error.code in (FunctionNotFound.code, Forbidden.code):
+                return False
+            raise
+        return True
+
+    async def _poll(self, client: Client) -> None:
+        while True:
+            try:
+                # The first answer comes at once: it says where the watch begins.
+                found = await self._ask(client, wait_ms=_WAIT_MS if self._told else 0)
+            except (ConnectionLost, NotConnected):
+                if not client.connections or client.was_refused:
+                    raise
+                continue
+            except RemoteFailure as error:
+                self._compacted_or_raise(error, client)
+                continue
+            if self._take(found):
+                return
+            if not self._told:
+                self._told = True
+                self._notes.print(f"watching {client.url}", markup=False, style="dim")
+
+    async def _ask(self, client: Client, wait_ms: int) -> _Changes:
+        asked = {**self._filters, "limit": _MOST, "wait_ms": wait_ms}
+        if self._cursor is not None:
+            asked["cursor"] = self._cursor
+        elif self._snapshot:
+            asked["snapshot"] = True
+        result = await client.call_raw("state::changes", msgspec.json.encode(asked))
+        return msgspec.json.decode(result or b"null", type=_Changes)
+
+    def _take(self, found: _Changes) -> bool:
+        """Print what was found; return whether there were enough."""
+        initial = True
+        for change in found.changes:
+            if self._snapshot and not change.initial:
+                self._synced()
+            initial = change.initial
+            enough = self._lines.print_change(change)
+            self._cursor = change.cursor
+            if enough:
+                return True
+        self._cursor = found.cursor
+        if self._snapshot and not (found.more and initial):
+            self._synced()
+        return False
+
+    def _synced(self) -> None:
+        self._snapshot = False
+        self._lines.print_mark("synced", "these are all keys; changes follow")
+
+    def _compacted_or_raise(self, error: RemoteFailure, client: Client) -> None:
+        """Begin anew after a compaction, if that was asked for. Raises the error of the watch in any other case."""
+        if error.code in (FunctionNotFound.code, Forbidden.code) and not self._told:
+            if error.code == FunctionNotFound.code:
+                raise Unsupported(self._needed[0], f"the engine at {client.url} is iii, or a scopestate from before it")
+            raise error
+        refusal = refusal_of(error)
+        if not isinstance(refusal, Compacted) or not self._resync:
+            raise refusal or error
+        self._cursor, self._snapshot = None, True
+        self._lines.print_mark("resync", f"begin anew: {refusal}", reason=refusal.reason)
+
+    # ----------------------------------------------------------------------------------------------- by a trigger
+
+    async def _by_trigger(self, client: Client) -> None:
+        """Register a trigger and wait for the end of the watch."""
         function_id = f"scopestate::watch::{os.urandom(8).hex()}"
         client.register_function(function_id, self._on_event, description="scopestate watch", ordered=True)
-        client.register_trigger("state", function_id, self._filters)
+        client.register_trigger("state", function_id, {**self._filters, "events": _KINDS})
         # The server handles messages in order: once it answers this call, the trigger is in place
         # (docs/protocol.md, section 1, "Order"). A refusal is an answer too.
         try:
@@ -107,23 +353,16 @@ class _Watch:
                 raise
         if not self._over.done():
             self._notes.print(f"watching {client.url}", markup=False, style="dim")
-        with _reader_watched(lambda: self.end(ReaderGone())):
-            await self._over
+        await self._over
 
     async def _on_event(self, payload: bytes) -> bytes | None:
         if self._over.done():
             return None
         try:
-            if self._readable:
-                print_rich(event_line(msgspec.json.decode(payload)))
-            else:
-                out(json_text(payload))
+            if self._lines.print_event(payload):
+                self._over.set_result(None)
         except (ReaderGone, ScopestateError) as error:
             self.end(error)
-            return None
-        self._printed += 1
-        if self._printed == self._count:
-            self._over.set_result(None)
         return None
 
     def on_change(self, connected: bool, reason: str) -> None:

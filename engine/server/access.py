@@ -149,6 +149,10 @@ class Access:
         self.check_read(scope)
         self.check_trigger_call(function_id, scope)
 
+    def may_read(self, scope: str) -> bool:
+        """Return whether a scope may be read."""
+        return bool(self._read(scope))
+
     def readable(self, scopes: Iterable[str]) -> list[str]:
         """Return the scopes that may be read."""
         return [scope for scope in scopes if self._read(scope)]

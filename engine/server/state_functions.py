@@ -10,12 +10,14 @@ from msgspec import Raw
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.turn import BUSY
+from scopestate.consumer_functions import EVERYTHING
 from scopestate.errors import DeserializationError
 from scopestate.ops import answers, convert_ops, turns
+from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.functions import BUILT_IN, BuiltIn, from_payload, read_request
 from scopestate.ops.remote import Everything
 from scopestate.ops.requests import OPTIONS, Request, WriteOptions, misfit, with_options
-from scopestate.ops.values import check, decode, json_words, parse
+from scopestate.ops.values import check, decode, encode, json_words, parse
 from scopestate.ops.writes import Durable, unwrapped
 from scopestate.snapshots import REFUSED, Call
 from scopestate.wire.frames import last_wins
@@ -164,7 +166,8 @@ class StateFunctions:
         self._router = engine._router
         self._run_later = engine.aio._run_later
         self.by_id: dict[str, Callable[[Raw, Worker], Outcome]] = {
-            row.function_id: self._made(row) for row in BUILT_IN.values()
+            **{row.function_id: self._made(row) for row in BUILT_IN.values()},
+            **{row.function_id: self._of_consumers(row.function_id) for row in CONSUMER_FUNCTIONS},
         }
 
     def _made(self, row: BuiltIn) -> Callable[[Raw, Worker], Outcome]:
@@ -239,6 +242,20 @@ class StateFunctions:
             except REFUSED as error:
                 return made.refusal(error)
             return outcome if outcome is None or isinstance(outcome, bytes) else _refusing(outcome, made)
+
+        return call
+
+    def _of_consumers(self, function_id: str) -> Callable[[Raw, Worker], Outcome]:
+        """Return a function for consumers or dead letters. It may wait for a disk, so it runs on a worker thread."""
+        functions = self._engine._consumer_functions
+
+        async def call(data: Raw, worker: Worker) -> Result:
+            asker, payload = worker.access or EVERYTHING, _decoded(function_id, data)
+            async with worker.slow:
+                result: bytes = await self._engine.aio.elsewhere(
+                    lambda: encode(functions.call(asker, function_id, payload))
+                )
+                return result
 
         return call
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from scopestate.wire.session import Execution, Settle, WorkerSession
 
 
+_SLOW_CALLS: Final = 4
+"""Calls of one worker that may hold a worker thread of the engine at the same time; more wait."""
 _MOST_REFUSED: Final = 100
 _LONGEST_REFUSED: Final = 200
 """Characters: what is kept of a refused function is small, whatever the worker sent."""
@@ -60,6 +62,8 @@ class Worker:
         self.functions: dict[str, WorkerFunction] = {}
         self.refused: dict[str, str] = {}
         """Function id -> why it was not registered; the last few."""
+        self.slow = asyncio.Semaphore(_SLOW_CALLS)
+        """Held by its calls that need a worker thread."""
         self.issued: dict[Execution, int] = {}
         """Calls of this worker that other workers execute -> bytes that each holds here."""
 

@@ -26,7 +26,7 @@ from scopestate.errors import (
     SerializationError,
     WouldDeadlock,
 )
-from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.functions import BUILT_IN_IDS
 
 
 def double(payload: Any) -> Any:
@@ -137,7 +137,7 @@ def test_an_unregistered_function_is_gone(engine: Engine) -> None:
         assert refused.value.function_id == "app::f"
     with pytest.raises(FunctionNotFound):
         asyncio.run(engine.aio.call("app::f", 1))
-    assert len(engine.functions()) == len(BUILT_IN)
+    assert len(engine.functions()) == len(BUILT_IN_IDS)
 
 
 def test_built_in_functions_can_be_neither_replaced_nor_unregistered(engine: Engine) -> None:
@@ -366,11 +366,11 @@ def test_threads_may_register_and_call_at_the_same_time(engine: Engine) -> None:
         for turn in range(50):
             engine.register_function(f"app::f{number}", functools.partial(scaled, turn))
             assert engine.call(f"app::f{number}", 2) == 2 * turn
-            assert len(engine.functions()) > len(BUILT_IN)
+            assert len(engine.functions()) > len(BUILT_IN_IDS)
 
     for wait in [in_thread(functools.partial(work, number)) for number in range(8)]:
         wait()
-    assert len(engine.functions()) == len(BUILT_IN) + 8
+    assert len(engine.functions()) == len(BUILT_IN_IDS) + 8
 
 
 PLAIN_CALLS: list[tuple[str, Any]] = [

@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from scopestate import Engine
 from scopestate.config import ServerConfig
 from scopestate.errors import HandlerTimeout, RemoteFailure
-from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.functions import BUILT_IN_IDS
 from scopestate.server.server import Server
 
 MEBIBYTE = 1024 * 1024
@@ -118,7 +118,7 @@ def test_a_flood_of_registrations_is_closed_with_the_reason(connect: OpenRaw) ->
 
         assert flooding.closed_with() == (1008, "more than 100 functions and triggers registered")
         assert other.call("state::list_groups", {}) == {"groups": []}
-        while len(engine.functions()) > len(BUILT_IN):
+        while len(engine.functions()) > len(BUILT_IN_IDS):
             other.settle()
 
 

@@ -1,0 +1,64 @@
+"""Functions of an engine on a store that no engine is using, for commands that need no running engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Protocol
+
+import msgspec
+import typer
+
+from scopestate.cli.client import EngineAt
+from scopestate.cli.store import directory_of, names_config
+from scopestate.cli.terminal import errors_to_exit_codes
+from scopestate.config import AdapterConfig, Config, KvOptions, load
+from scopestate.engine import Engine
+
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="STORE",
+        help="In place of a running engine: the directory of a store that no engine is using, or the configuration "
+        "file (.yaml) that names it or Redis.",
+    ),
+]
+
+
+class Place(Protocol):
+    """Where functions are called."""
+
+    def call(self, function_id: str, asked: dict[str, Any]) -> Any:
+        """Call a function and return its result. Errors end the program."""
+
+
+def at(engine: EngineAt, store: str | None) -> Place:
+    """Return the running engine, or the store if one is named."""
+    return _Running(engine) if store is None else _Files(engine, store)
+
+
+class _Running:
+    def __init__(self, engine: EngineAt) -> None:
+        self._engine = engine
+
+    def call(self, function_id: str, asked: dict[str, Any]) -> Any:
+        result = self._engine.call(function_id, msgspec.json.encode(asked))
+        return None if result is None else msgspec.json.decode(result)
+
+
+class _Files:
+    """A store that no engine is using: opened for each call, without the functions and triggers of its program."""
+
+    def __init__(self, engine: EngineAt, store: str) -> None:
+        self._engine = engine
+        self._store = store
+
+    def call(self, function_id: str, asked: dict[str, Any]) -> Any:
+        with errors_to_exit_codes(as_json=self._engine.as_json):
+            config = self._config()
+            with Engine(msgspec.structs.replace(config, functions={}, triggers=())) as engine:
+                return engine.call(function_id, asked)
+
+    def _config(self) -> Config:
+        if names_config(self._store):
+            return load(self._store)
+        return Config(AdapterConfig("kv", KvOptions("file_based", directory_of(self._store))))

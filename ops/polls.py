@@ -1,0 +1,141 @@
+"""`state::changes`: a poll for what has changed since a cursor, and its answer as JSON text.
+
+A poll that finds nothing waits for the next change, up to `wait_ms`. Its answer has the cursor of the next poll, also
+if nothing has changed that it asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from scopestate.errors import DeserializationError, InvalidPageLimits
+from scopestate.ops.requests import Payload, convert
+from scopestate.ops.results import EventName
+
+FUNCTION_ID: Final = "state::changes"
+
+LONGEST_WAIT_MS: Final = 30_000
+MOST_CHANGES: Final = 1_000
+MOST_BYTES: Final = 8_000_000
+_LEAST_BYTES: Final = 256
+
+_json: Final = msgspec.json.Encoder().encode
+
+
+class ChangesInput(msgspec.Struct, frozen=True, kw_only=True):
+    """Read what has changed since a cursor; if nothing has, wait for a change."""
+
+    scope: Annotated[str | None, Meta(description="Only this scope; absent: every scope that may be read")] = None
+    scope_prefix: Annotated[str | None, Meta(description="Only scopes whose names begin so; instead of `scope`")] = None
+    key: Annotated[str | None, Meta(description="Only this key")] = None
+    prefix: Annotated[str | None, Meta(description="Only keys that begin so")] = None
+    events: Annotated[
+        tuple[EventName, ...] | None, Meta(description="Only these kinds of changes; all of them if absent")
+    ] = None
+    cursor: Annotated[
+        str | None, Meta(description="The `cursor` of the poll before, or of a change; absent: from now on")
+    ] = None
+    limit: Annotated[int, Meta(description="At most so many changes, 1 to 1,000")] = 100
+    max_bytes: Annotated[
+        int, Meta(description="At most so many bytes of JSON, 256 to 8,000,000; one change may take more")
+    ] = 1_000_000
+    wait_ms: Annotated[int, Meta(description="How long to wait for a change if there is none, 0 to 30,000")] = 0
+    snapshot: Annotated[
+        bool, Meta(description="Without a cursor: begin with the values that the keys have now; needs `scope`")
+    ] = False
+    values: Annotated[bool, Meta(description="False: changes without their values")] = True
+
+
+class ChangeFound(msgspec.Struct):
+    """One change."""
+
+    kind: Annotated[str, Meta(description="`put`, `delete` or `expire`")]
+    scope: str
+    key: str
+    revision: Annotated[int, Meta(description="The revision that the change gave to its key")]
+    cursor: Annotated[str, Meta(description="Where to go on behind this change")]
+    value: Annotated[Any, Meta(description="The new value; absent if the key was removed")] = None
+    old_value: Annotated[Any, Meta(description="The value before; absent if there was none")] = None
+    transaction: Annotated[
+        int, Meta(description="The revision of the last change of its transaction; absent if it is alone")
+    ] = 0
+    initial: Annotated[bool, Meta(description="True for what a key has where the poll begins")] = False
+    expired_at: Annotated[
+        int | None, Meta(description="The deadline that has passed, in milliseconds since the epoch")
+    ] = None
+    late_ms: Annotated[int | None, Meta(description="Milliseconds from the deadline to the removal")] = None
+    time_ms: Annotated[int, Meta(description="When it was made, in milliseconds since the epoch")] = 0
+
+
+class ChangesFound(msgspec.Struct):
+    """Result of `state::changes`."""
+
+    changes: list[ChangeFound]
+    cursor: Annotated[str, Meta(description="The `cursor` of the next poll")]
+    more: Annotated[bool, Meta(description="True if the next poll will find changes at once")]
+
+
+def read_poll(payload: Payload) -> ChangesInput:
+    """Read the input of `state::changes`. Raises DeserializationError and InvalidPageLimits."""
+    poll = convert(payload, ChangesInput)
+    for name, number, low, high in (
+        ("limit", poll.limit, 1, MOST_CHANGES),
+        ("max_bytes", poll.max_bytes, _LEAST_BYTES, MOST_BYTES),
+        ("wait_ms", poll.wait_ms, 0, LONGEST_WAIT_MS),
+    ):
+        if not low <= number <= high:
+            raise InvalidPageLimits(f"`{name}` is from {low} to {high}, not {number}")
+    for one, other in (("scope", "scope_prefix"), ("key", "prefix")):
+        if getattr(poll, one) is not None and getattr(poll, other) is not None:
+            raise DeserializationError(f"give `{one}` or `{other}`, not both")
+    if poll.events is not None and not poll.events:
+        raise DeserializationError("`events` is empty: nothing would be found. Leave it out for every kind")
+    if poll.snapshot and poll.scope is None:
+        raise DeserializationError("`snapshot` needs `scope`: a snapshot is of one scope")
+    return poll
+
+
+def change_text(
+    kind: str,
+    scope: str,
+    key: str,
+    revision: int,
+    cursor: str,
+    *,
+    value: bytes | None = None,
+    old_value: bytes | None = None,
+    transaction: int = 0,
+    initial: bool = False,
+    expired_at: int | None = None,
+    late_ms: int | None = None,
+    time_ms: int = 0,
+) -> bytes:
+    """Return one change as JSON text; the values are inserted as they are stored."""
+    parts = [b'{"kind":"%b","scope":%b,"key":%b,"revision":%d' % (kind.encode(), _json(scope), _json(key), revision)]
+    if value is not None:
+        parts.append(b',"value":' + value)
+    if old_value is not None:
+        parts.append(b',"old_value":' + old_value)
+    if transaction not in (0, revision):
+        parts.append(b',"transaction":%d' % transaction)
+    if initial:
+        parts.append(b',"initial":true')
+    if expired_at is not None:
+        parts.append(b',"expired_at":%d,"late_ms":%d' % (expired_at, late_ms or 0))
+    if time_ms:
+        parts.append(b',"time_ms":%d' % time_ms)
+    parts.append(b',"cursor":%b}' % _json(cursor))
+    return b"".join(parts)
+
+
+def changes_text(changes: Sequence[bytes], cursor: str, *, more: bool) -> bytes:
+    """Return the answer of `state::changes`."""
+    return b'{"changes":[%b],"cursor":%b,"more":%b}' % (
+        b",".join(changes),
+        _json(cursor),
+        b"true" if more else b"false",
+    )
