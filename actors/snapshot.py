@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -24,12 +25,16 @@ from scopestate.signals import certainly
 if TYPE_CHECKING:
     from scopestate.actors.clock import Clock
     from scopestate.actors.dispatcher import Dispatcher, Timer
+    from scopestate.actors.journal import ConsumerChange
     from scopestate.actors.local import LocalScope
     from scopestate.actors.stretch import Collected
+    from scopestate.ops.results import StateEvent
 
 log = Log("scopestate.persistence")
 
 LONGEST_BACKOFF_S: Final = 30.0
+TRIM_EVERY_S: Final = 60.0
+"""So often the journal is trimmed by itself: changes become too old although nothing is saved."""
 SOONEST_OVERDUE_S: Final = 0.2
 """A save is not overdue before it is this late: a busy machine may delay it, however short the interval."""
 
@@ -44,6 +49,45 @@ class Commit(msgspec.Struct, frozen=True):
 
 class Flush(msgspec.Struct, frozen=True):
     """Save everything now. Answer: None once it is on disk; raises StorageError if it cannot be saved."""
+
+
+class SaveSoon(msgspec.Struct, frozen=True):
+    """Some scopes, or what consumers have done, are to be saved before the interval is over."""
+
+
+class Feed(Protocol):
+    """What numbers the changes of the scopes, as the actor that saves needs it."""
+
+    position: int
+    """The last position that was given."""
+
+    def number(self) -> None:
+        """Give positions to the changes that were entered."""
+
+    def take(self, scope: str, revision: int) -> tuple[Sequence[StateEvent], int | None]:
+        """Return the changes of a scope up to a revision that no save has taken, and behind which all of them are."""
+
+    def take_held(self, batch: Batch) -> tuple[Sequence[StateEvent], int | None]:
+        """As `take`, for the changes that wait for a commit."""
+
+    def settled(self, batches: Sequence[Batch]) -> int:
+        """Return up to where everything is on disk when all that was taken is, and these commits."""
+
+    def committed(self, events: Sequence[StateEvent]) -> None:
+        """These changes are on disk now."""
+
+
+class Progress(Protocol):
+    """What knows how far consumers are, as the actor that saves needs it."""
+
+    def collect(self) -> list[ConsumerChange]:
+        """Return what is to be saved of consumers; once more what the last save has not saved."""
+
+    def saved(self) -> None:
+        """What was collected last is on disk."""
+
+    def acks_saved(self, acks: Iterable[tuple[int, int]]) -> None:
+        """These acknowledgements of transactions are on disk: consumer and position."""
 
 
 class WaitsForSave(NamedTuple):
@@ -96,6 +140,15 @@ class SnapshotActor(TurnActor):
         """What was collected and is not in the backlog yet: making its rows may need more memory than there is."""
         self._waiting: list[WaitsForSave] = []
         """Answers to `durable` writes, for the next commit."""
+        self.feed: Feed | None = None
+        """What numbers the changes; None: there is no journal."""
+        self.consumers: Progress | None = None
+        """What knows how far consumers are; None: there are none."""
+        self._soon: dict[str, None] = {}
+        """Scopes to be saved before the interval is over."""
+        self._soon_asked = False
+        self._acks_timer: Timer | None = None
+        self._trim_s = 0.0
         self.unsavable: dict[tuple[str, str], str] = {}
         """(scope, key) -> why the store cannot hold its value, which is in memory only."""
         self.saves = self.saved_keys = self.failed_saves = 0
@@ -156,6 +209,33 @@ class SnapshotActor(TurnActor):
     def _ring(self) -> None:
         self.tell(Tick())
 
+    def save_soon(self, scopes: Iterable[str]) -> None:
+        """Save scopes before the interval is over: a consumer waits for their changes. From any thread."""
+        self._soon.update(dict.fromkeys(scopes))
+        if self._soon and not self._soon_asked:
+            self._ask_for_save()
+
+    def save_acks_soon(self, delay_s: float) -> None:
+        """Save what consumers have done, with the next save or so many seconds later. From any thread."""
+        if delay_s <= 0:
+            self._ask_for_save()
+        elif self._acks_timer is None:
+            self._acks_timer = self._dispatcher.call_later(delay_s, weakly(self._ring_acks))
+
+    def _ring_acks(self) -> None:
+        self._acks_timer = None
+        self._ask_for_save()
+
+    def _ask_for_save(self) -> None:
+        self._soon_asked = True
+        self.tell(SaveSoon())
+
+    def note_positions(self) -> None:
+        """Before the store is closed, in which everything is saved: note up to where changes were numbered."""
+        if self.feed is not None and self._store is not None and self._store.journal is not None:
+            self.feed.number()
+            self._store.journal.given = self._store.journal.settled = self.feed.position
+
     def commit_soon(self) -> None:
         """Ask for a commit, unless one was asked for. Called within turns of scopes."""
         if not self._commit_asked or is_arranging():
@@ -191,14 +271,18 @@ class SnapshotActor(TurnActor):
                 try:
                     if self._save_quietly():
                         self._fresh_s = began
+                        self._tidy()
                 finally:
                     if not self._stopped:
                         took_s = self._dispatcher.monotonic() - began
                         pause_s = self._interval_s - took_s if self.failing is None else self._backoff_s()
                         self._arm(max(pause_s, 0.001))
+            case SaveSoon():
+                self._save_soon()
             case Flush():
                 self._commit()
                 self._save()
+                self._save_acks()
             case _:
                 raise TypeError(f"a snapshot actor does not understand {message!r:.80}")
 
@@ -217,12 +301,47 @@ class SnapshotActor(TurnActor):
         """Log a bug in a turn. Saving continues."""
         log.error("a turn of the snapshot actor failed", exc_info=sys.exc_info()[1])
 
+    def _save_soon(self) -> None:
+        """Save the scopes that consumers wait for, and what consumers have done."""
+        self._soon_asked = False
+        if self.failing is not None:
+            return  # the interval tries again, with pauses
+        soon = list(self._soon)
+        for scope in soon:
+            del self._soon[scope]
+        try:
+            if soon:
+                self._save(soon)
+            self._save_acks()
+        except StorageError:
+            log.debug("save failed; it is tried again", exc_info=True)  # `_write` has logged it at ERROR
+
+    def _save_acks(self) -> None:
+        """Save what consumers have done, if the last save has left something."""
+        if self.consumers is not None and (changes := self.consumers.collect()):
+            self._write([], changes)
+            self._tell_of([])
+
+    def _tidy(self) -> None:
+        """After an interval: save and remove what no save of a scope has taken along."""
+        store, now_s = self._store, self._dispatcher.monotonic()
+        if store is None or store.journal is None or self.failing is not None:
+            return
+        try:
+            self._save_acks()
+            if store.journal.rules is not None and (store.journal.behind or now_s >= self._trim_s):
+                self._trim_s = now_s + TRIM_EVERY_S
+                store.clock_ms = self._clock.now_ms()
+                store.journal.trim()
+        except StorageError as error:
+            log.warning("the journal was not tidied, which is tried again: %s", error)
+
     def _save(self, scopes: Iterable[str] | None = None) -> None:
         """Save what earlier saves have left, and what is dirty. If it fails, raise StorageError and keep it all.
 
         `scopes`: of what is dirty only these.
         """
-        dirty = self.dirty
+        dirty, feed = self.dirty, self.feed
         for scope in list(dirty) if scopes is None else scopes:
             # Removed from the table before it is collected: a write in between enters it again.
             actor = dirty.pop(scope, None)
@@ -235,10 +354,14 @@ class SnapshotActor(TurnActor):
                 raise
             if collected is not None:
                 self._taken += ((actor, collected),)
+        if feed is not None:
+            feed.number()  # all that was collected was entered before
         while self._taken:
             actor, collected = self._taken[0]
             change = collected.change()
             _, waiting = self._backlog.get(actor.scope, (actor, None))
+            if feed is not None:
+                change.log, change.logged_since = feed.take(actor.scope, change.revision)
             self._backlog[actor.scope] = (actor, change if waiting is None else merged(waiting, change))
             del self._taken[0]  # a second time would change nothing
         if not self._backlog:
@@ -246,15 +369,27 @@ class SnapshotActor(TurnActor):
         began = time.perf_counter()
         while self._backlog:
             try:
-                self._write([change for _, change in self._backlog.values()])
+                self._write([change for _, change in self._backlog.values()], self._collect_acks(), all_taken=True)
                 break
             except UnsavableValue as error:
                 self._leave_out(error)
         self.last_save_s = time.perf_counter() - began
+        saved = [change for _, change in self._backlog.values()]
         for scope, (actor, change) in self._backlog.items():
             self._note_saved(scope, actor, change.entries)
             actor.saved(change.revision)
         self._backlog.clear()
+        self._tell_of(saved)
+
+    def _collect_acks(self) -> Sequence[ConsumerChange]:
+        return () if self.consumers is None else self.consumers.collect()
+
+    def _tell_of(self, saved: Sequence[ScopeChange]) -> None:
+        """Tell those that wait for changes on disk what is there now."""
+        if self.consumers is not None and (acks := [ack for change in saved for ack in change.acks]):
+            self.consumers.acks_saved(acks)
+        if self.feed is not None:
+            self.feed.committed(sorted([event for change in saved for event in change.log], key=_position))
 
     def _leave_out(self, error: UnsavableValue) -> None:
         """Remove from the backlog what the store cannot hold, so that the rest is saved. It stays in memory only."""
@@ -267,7 +402,11 @@ class SnapshotActor(TurnActor):
             if self.unsavable.get((scope, key)) != str(error):
                 log.error("not saved, and kept in memory only: %s", error)
                 self.unsavable[scope, key] = str(error)
-            change.entries.pop(key)
+            change.entries.pop(key, None)
+        if any(event.key in keys for event in change.log):
+            # What is not saved is not told of, and the journal has a gap.
+            change.log = [event for event in change.log if event.key not in keys]
+            change.logged_since = None
         actor.pinned = True
         if error.key is None:
             del self._backlog[scope]
@@ -341,8 +480,9 @@ class SnapshotActor(TurnActor):
 
     def _commit_batches(self, batches: list[Batch]) -> None:
         try:
-            if changes := [batch.collected.change() for batch in batches if batch.collected is not None]:
-                self._write(changes)
+            changes = [self._change_of(batch) for batch in batches if batch.collected is not None]
+            if changes:
+                self._write(changes, self._collect_acks(), batches)
         except UnsavableValue as error:
             # Only the callers of that scope are refused; the other scopes are saved without it.
             refused = [batch for batch in batches if batch.actor.scope == error.scope] or batches
@@ -353,14 +493,40 @@ class SnapshotActor(TurnActor):
             deliver([outcome for batch in batches for outcome in batch.roll_back(error)])
         else:
             deliver([outcome for batch in batches for outcome in self._settled(batch)])
+            self._tell_of(changes)
 
-    def _write(self, changes: list[ScopeChange]) -> None:
+    def _change_of(self, batch: Batch) -> ScopeChange:
+        assert batch.collected is not None  # the caller has seen to it
+        change = batch.collected.change()
+        if self.feed is not None:
+            change.log, change.logged_since = self.feed.take_held(batch)
+        return change
+
+    def _write(
+        self,
+        changes: list[ScopeChange],
+        consumers: Sequence[ConsumerChange] = (),
+        batches: Sequence[Batch] = (),
+        *,
+        all_taken: bool = False,
+    ) -> None:
+        """Save changes. `all_taken`: what earlier saves have left, and what was taken from the feed, is among them."""
         store = self._store
         assert store is not None  # only scopes that are kept hand over changes
         store.clock_ms = self._clock.now_ms()
+        journal, feed, settled = store.journal, self.feed, 0
+        if journal is not None and feed is not None:
+            settled, journal.given = journal.settled, feed.position
+            if all_taken or not self._backlog:
+                journal.settled = max(feed.settled(batches), settled)
         try:
-            store.save(changes)
+            if consumers:
+                store.save(changes, consumers)
+            else:
+                store.save(changes)
         except BaseException as problem:
+            if journal is not None and feed is not None:
+                journal.settled = settled
             if is_from_outside(problem):
                 raise
             # A store promises StorageError. Any other exception must not stop the saving either.
@@ -377,6 +543,8 @@ class SnapshotActor(TurnActor):
                 log.error("saving failed, the data stays in memory and is saved later: %s", error)  # noqa: TRY400 - the text says it all
             self.failing = error
             raise error from (None if error is problem else problem)
+        if consumers and self.consumers is not None:
+            self.consumers.saved()
         self.saves += 1
         self.saved_keys += sum(len(change.entries) for change in changes)
         self._note_success()
@@ -388,8 +556,14 @@ class SnapshotActor(TurnActor):
         self._failures = 0
 
 
+_position: Final[Callable[[StateEvent], int]] = attrgetter("position")
+
+
 def merged(older: ScopeChange, newer: ScopeChange) -> ScopeChange:
-    """Return one change for two of a scope. While saving fails, memory grows with the keys, not with the attempts."""
+    """Return one change for two of a scope. While saving fails, memory grows with the keys, not with the attempts.
+
+    And with the changes for the journal, each of which is kept.
+    """
     return ScopeChange(
         newer.scope,
         newer.revision,
@@ -397,4 +571,7 @@ def merged(older: ScopeChange, newer: ScopeChange) -> ScopeChange:
         [*older.removed, *newer.removed],
         newer.due_ms,
         {**older.answers, **newer.answers},
+        [*older.log, *newer.log] if older.log else newer.log,
+        newer.logged_since,
+        [*older.acks, *newer.acks],
     )

@@ -89,6 +89,7 @@ class Closing:
         parts.dispatcher.close()
         if parts.backend.store is not None:
             parts.backend.store.clock_ms = parts.clock.now_ms()  # the next engine on the store goes on from there
+            parts.snapshot.note_positions()
         parts.backend.close()
         self.done = True
 
