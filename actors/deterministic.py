@@ -147,6 +147,9 @@ class DeterministicDispatcher:
     def schedule_next(self, actor: TurnActor) -> None:
         self.schedule(actor)
 
+    def schedule_now(self, actor: TurnActor) -> None:
+        self.schedule(actor)
+
     def submit(self, work: Callable[[], object]) -> None:
         """Call `work()` in a later step. It may wait for replies."""
         self._add(getattr(work, "__qualname__", "work"), work)

@@ -43,6 +43,9 @@ class Dispatcher(Protocol):
     def schedule_next(self, actor: TurnActor) -> None:
         """As `schedule`, called at the end of a short turn: this worker may run `actor` itself, after that turn."""
 
+    def schedule_now(self, actor: TurnActor) -> None:
+        """As `schedule`, for an actor whose turns are known to block their threads: another thread is there at once."""
+
     def submit(self, work: Callable[[], object]) -> None:
         """Call `work()`, code of the engine, soon on a worker thread. It may wait for a disk or a connection."""
 
@@ -132,6 +135,14 @@ class ThreadDispatcher:
             mine.next = self._turns_of(actor)
         else:
             self.schedule(actor)
+
+    def schedule_now(self, actor: TurnActor) -> None:
+        self._ready.put(self._turns_of(actor))
+        if len(self._idle) < 2 and not self._closed:
+            # One more than is needed now: what comes next must not wait until all others are found to be blocked.
+            self._add_worker()
+        if not self._idle:
+            self._look_after_queue()
 
     def submit(self, work: Callable[[], object]) -> None:
         self._ready.put(work)

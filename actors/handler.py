@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from scopestate.actors.backlog import Backlog, Limits, size_of
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import Functions, close_unrun, is_awaitable, is_unrun
+from scopestate.actors.lanes import Lanes, Run
 from scopestate.actors.loops import Continue, LoopCalls, LoopThread, OnLoop, Overdue, Pending
 from scopestate.actors.reply import Reply
-from scopestate.actors.turn import HOLDER, TurnActor
+from scopestate.actors.turn import HOLDER, TurnActor, is_arranging
 from scopestate.errors import EventNotDelivered, HandlerTimeout
 from scopestate.ops.results import DeliveryFailure, StateEvent
 from scopestate.ops.triggers import Trigger
@@ -29,10 +31,8 @@ if TYPE_CHECKING:
 
 log = Log("scopestate.triggers")
 
-NOBODY: Final = -1
-"""The holder of the claim while a delivery waits without a thread; no thread has this id."""
-
 LONGEST_BACKOFF_S: Final = 60.0
+_NOTHING: Final[dict[Run, None]] = {}
 
 
 class Barrier:
@@ -150,6 +150,8 @@ class HandlerServices:
         self.reporter = Reporter(dispatcher, report)
         """Reports from threads that must not run the hooks themselves."""
         self.backlog = Backlog(dispatcher, limits)
+        self.exclusive = Guard()
+        """Held while a count is raised that several threads may raise."""
         self.loop_calls = LoopCalls(dispatcher, loop_thread.replace)
         """The calls in progress on event loops."""
 
@@ -161,24 +163,63 @@ class HandlerServices:
 
 
 class HandlerActor(TurnActor):
-    """Delivers events to one trigger's function, one at a time, in the order in which they came.
+    """Delivers events to one trigger's function: those of one lane in order, others side by side.
 
-    A slow, failing or hung function holds up this trigger alone. While a coroutine runs or a retry waits, the actor
-    stays claimed but keeps no thread.
+    One turn at a time, whose thread holds the claim, decides what begins. As long as nothing else is under way it calls
+    the function itself and keeps the claim: a function that returns at once costs no more than that. If one does not
+    return, and events of other lanes wait, another turn takes the claim over and goes on (`_take_over`); the first
+    thread brings nothing but the outcome of its call. Once a function is known to block, its calls are made apart, with
+    the claim given back. An awaitable, or a pause before the next attempt, keeps a lane and no thread.
     """
 
     runs_program = True
+
+    takes_over: ClassVar[bool] = True
+    """False if no turn is ever blocked by a function."""
+    keeps_runs: ClassVar[bool] = False
+    """True: `begin`, `wait_s` and `ended` are called for each run."""
+
+    FIRST_LOOK_S = 0.001
+    """A call is looked at after this time, if events of other lanes wait behind it."""
+    LONGEST_LOOK_S = 0.032
+    """The time doubles, up to this, as long as calls are found to return."""
+    SHORT_S = 0.0005
+    """A call that takes less does not block."""
+    SHORT_CALLS = 16
+    """After so many such calls in a row they are no longer made apart."""
 
     def __init__(self, trigger: Trigger, services: HandlerServices) -> None:
         super().__init__(services.dispatcher)
         # A deque, unlike other mailboxes: with `drop_oldest` the router takes events out at the front.
         self._mailbox: deque[Any] = deque()  # type: ignore[assignment]
         self._services = services
-        self._deadline: float | None = None
-        self._running_id = ""
+        self._inline: dict[int, StateEvent] = {}
+        """Holder of the claim -> the event whose function it is calling. Whoever removes the entry goes on with the
+        claim: the holder when the function has returned, or the turn that takes over."""
+        self._run: Run | None = None
+        """Of the event in `_inline`."""
+        self._lanes: Lanes | None = None
+        """None while nothing is under way but the event in `_inline`."""
+        self._aside: Mapping[Run, None] = _NOTHING
+        """`Lanes.aside`: events that have left the mailbox and wait."""
+        self._news: list[Run] = []
+        """Runs of which the holder of the claim must know something."""
+        self._stuck = False
+        """True if nothing that waits can begin before something ends."""
+        self._apart = False
+        """True while the function is known to block."""
+        self._short_calls = 0
+        self._scope: str | None = None
+        self._mixed = False
+        """True if events of several lanes may wait."""
+        self._looking = False
+        """True while a timer is set that looks at the call in `_inline`."""
+        self._look_s = self.FIRST_LOOK_S
+        self._looked_at: StateEvent | None = None
+        self._watched: dict[Run, None] = {}
+        """Plain functions that run under a time limit."""
         self._looks_s = math.inf
-        """When a timer next checks whether the running function is overdue; inf: no timer is set."""
-        self._overdue = False
+        """When a timer next checks whether one of them is overdue; inf: no timer is set."""
         self.trigger = trigger
         """May be replaced by one with the same filters; applies from the next event."""
         self.active = True
@@ -187,10 +228,8 @@ class HandlerActor(TurnActor):
         self.offered = 0
         """Bytes of the events that were ever queued. Written by the router's turn alone."""
         self.taken = 0
-        """Bytes of those that have left the mailbox. Written by this actor's turn alone."""
+        """Bytes of those that have begun. Written by the holder of the claim alone."""
         self._told = 0
-        self.current: StateEvent | None = None
-        """The event being delivered; None between deliveries."""
 
     @property
     def name(self) -> str:
@@ -198,11 +237,22 @@ class HandlerActor(TurnActor):
 
     def depth(self) -> int:
         """Events that wait."""
-        return len(self._mailbox)
+        return len(self._mailbox) + len(self._aside)
 
     def is_busy(self) -> bool:
         """True if events wait or one is being delivered."""
-        return bool(self._mailbox or self._claim)
+        return bool(self._mailbox or self._claim or self._lanes or self._news)
+
+    def under_way(self) -> list[StateEvent]:
+        """The events whose delivery has begun and not ended, approximately: other threads begin and end some."""
+        return [run.event for run in self._runs_under_way()]
+
+    def _runs_under_way(self) -> list[Run]:
+        lanes, run = self._lanes, self._run
+        runs = [] if lanes is None else list(lanes.begun)
+        if run is not None and self._inline and run not in runs:
+            runs.append(run)
+        return runs
 
     def withdraw(self, item: object) -> None:
         """Take `item` out of the mailbox, if it is in there. From any thread."""
@@ -212,22 +262,28 @@ class HandlerActor(TurnActor):
             except IndexError:
                 continue  # the mailbox was changed during the search
             except ValueError:
-                pass
+                lanes = self._lanes
+                if lanes is not None:
+                    lanes.withdraw(item)
             return
 
     def is_overdue(self) -> bool:
         """True while a plain function runs past its time limit."""
-        return self._overdue and self._deadline is not None
+        return any(run.overdue and run.deadline is not None for run in list(self._watched))
 
     def offer(self, event: StateEvent) -> None:
         """Queue an event, within the mailbox's bound. Called by the router's turn alone."""
         if self._services.limits.handler_when_full != "block" and not self._make_way(event):
             return
         self.put(event)
-        if not self._scheduled and not self._claim:
+        if not self._scheduled:
             try:
-                self._scheduled = True
-                self._dispatcher.schedule_next(self)
+                if self._claim:
+                    if not self._looking and self._may_block_others():
+                        self._look_soon()
+                elif not self._stuck:
+                    self._scheduled = True
+                    self._dispatcher.schedule_next(self)
             except BaseException:
                 certainly(self.wake_anyway)
                 raise
@@ -236,6 +292,9 @@ class HandlerActor(TurnActor):
         """As `offer`, with no bound, and without a worker thread being woken."""
         old, new, mailbox = event.old_json, event.new_json, self._mailbox
         size = (len(old) if old else 0) + (len(new) if new else 0)
+        if event.scope != self._scope:
+            self._mixed = self._scope is not None
+            self._scope = event.scope
         mailbox += (event,)
         self.offered += size
         self._services.backlog.offered += size
@@ -254,102 +313,221 @@ class HandlerActor(TurnActor):
     def is_full(self) -> bool:
         limits = self._services.limits
         most = limits.handler_mailbox_bytes
-        return len(self._mailbox) >= limits.handler_mailbox or bool(most and self.offered - self.taken >= most)
+        return self.depth() >= limits.handler_mailbox or bool(most and self.offered - self.taken >= most)
 
     def offer_once(self, event: StateEvent) -> None:
         """As `offer`, unless `event` is what came last."""
         if not self._mailbox or self._mailbox[-1] is not event:
             self.offer(event)
 
-    # -------------------------------------------------------------------------------------------------- delivery
+    # -------------------------------------------------------------------------------------------------- the turn
+
+    def wake(self) -> None:
+        """Have what waits handled, unless that is arranged already, or has to wait for what is under way."""
+        if self._has_work() and not self._claim and (not self._scheduled or is_arranging()):
+            self.wake_anyway()
+
+    def _has_work(self) -> bool:
+        if self._news or (self._mailbox and not self._stuck):
+            return True
+        lanes = self._lanes
+        return lanes is not None and bool(lanes.going or (lanes.has_ready() and not self._stuck))
 
     def run_batch(self) -> None:
         self._scheduled = False
+        hold = Hold(get_ident())
         try:
-            me = get_ident()
-            if self._claim.setdefault(HOLDER, me) == me:
-                self._drain()
+            if self._claim.setdefault(HOLDER, hold) is hold:
+                self._drain(hold)
         except BaseException:
-            certainly(self._recover)
+            certainly(functools.partial(self._recover_from, hold))
             raise
+
+    def _recover_from(self, hold: Hold) -> None:
+        """Give the claim back after an exception has passed through this turn, unless it was taken over."""
+        if self._claim.get(HOLDER) is hold:
+            self._inline.pop(hold, None)
+            del self._claim[HOLDER]
+        if self._has_work():
+            self.wake_anyway()
 
     def on_receive(self, message: Any) -> Any:
         raise TypeError(f"a handler takes events from its router, not {message!r:.80}")
 
-    def _drain(
-        self, delivery: Coroutine[Pending, Any, None] | None = None, value: Any = None, error: Any = None
-    ) -> None:
-        """Deliver what waits, a batch at most; runs claimed, and keeps the claim while a delivery is pending."""
-        mailbox = self._mailbox
+    def _drain(self, hold: Hold) -> None:
+        """Begin what can begin, a batch at most; runs claimed. Gives the claim back, or another turn has taken it."""
+        left = self.batch
+        if len(self._mailbox) > 1 and not self._looking and self._may_block_others():
+            self._look_soon(next(iter(self._mailbox.copy()), None))
+        while left > 0:
+            if self._lanes is None and not self._news and not self._apart and not self.keeps_runs:
+                left = self._drain_quickly(hold, left)
+            else:
+                left = left - 1 if self._advance(hold) else 0
+            if self._claim.get(HOLDER) is not hold:
+                return
+        self._give_back()
+
+    def _drain_quickly(self, hold: Hold, left: int) -> int:
+        """Handle events one after the other while nothing else is under way. Returns how many more may follow."""
+        mailbox, inline = self._mailbox, self._inline
+        run = self._run = Run()
         depth = -1  # what event_depth holds: setting it costs as much as a small handler
-        for _ in range(self.batch):
-            if delivery is None:
-                try:
-                    item = mailbox.popleft()
-                except IndexError:
-                    break
-                if type(item) is Barrier:
-                    item.arrive(self)
-                    continue
-                old, new = item.old_json, item.new_json
-                self.taken += (len(old) if old else 0) + (len(new) if new else 0)
-                if not self.active:
-                    self.dropped += 1
-                    continue
-                self.current = item
+        while left > 0:
+            left -= 1
+            try:
+                item = mailbox.popleft()
+            except IndexError:
+                self._mixed = False
+                return 0
+            if type(item) is Barrier:
+                item.arrive(self)
+                continue
+            try:
+                run.event = inline[hold] = item
                 if depth != item.depth:
                     depth = item.depth
                     event_depth.set(depth + 1)
-                trigger = self.trigger
-                if trigger.condition_function_id is None:
-                    # The first call needs no coroutine, and a plain function that returns nothing is done with it.
-                    try:
-                        result = self._call(trigger.function_id, item)
-                    except BaseException as problem:  # noqa: BLE001 - user code may raise anything
-                        delivery = self._finish(trigger.function_id, item, 1, None, problem)
-                    else:
-                        if result is None:
-                            self.delivered += 1
-                            self.current = None
-                            continue
-                        delivery = self._finish(trigger.function_id, item, 1, result)
-                else:
-                    delivery = self._deliver(trigger, item)
-            elif depth < 0:
-                depth = self.current.depth  # type: ignore[union-attr]  # set as long as there is a delivery
-                event_depth.set(depth + 1)
-            try:
-                pending = delivery.send(value) if error is None else delivery.throw(error)
-            except StopIteration:
-                delivery = value = error = self.current = None
-                continue
-            except BaseException as problem:
-                delivery = value = error = self.current = None
-                if is_from_outside(problem):
-                    self._give_back()
-                    raise
-                self.failed += 1
-                log.exception("a delivery of %s broke off", self.name)
-                continue
-            self._wait_for(pending, delivery)
-            return
-        self._give_back()
-
-    def _wait_for(self, pending: Pending, delivery: Coroutine[Pending, Any, None]) -> None:
-        """Start what the delivery waits for, and keep the claim until it has ended."""
-        self.tell_taken()
-        self._claim[HOLDER] = NOBODY
-        go_on = self._continuation(delivery)
-        try:
-            pending.start(go_on)  # with the depth still set: code on a loop runs in this context
-        except BaseException as problem:
-            go_on(None, problem)
-            if is_from_outside(problem):
+                old, new = item.old_json, item.new_json
+                self.taken += (len(old) if old else 0) + (len(new) if new else 0)
+            except BaseException:  # a MemoryError: it has not begun
+                mailbox.appendleft(item)
                 raise
+            if not self.active:
+                self.dropped += 1
+                del inline[hold]
+                continue
+            trigger = self.trigger
+            if trigger.condition_function_id is None:
+                # The first call needs no coroutine, and a plain function that returns nothing is done with it.
+                try:
+                    result = self._call(trigger.function_id, run)
+                except BaseException as problem:  # noqa: BLE001 - user code may raise anything
+                    run.delivery = self._finish(run, trigger.function_id, None, problem)
+                else:
+                    if result is None:
+                        try:
+                            del inline[hold]
+                        except KeyError:
+                            run.outcome = "delivered"
+                            self._bring(run, None)
+                            return 0
+                        self.delivered += 1
+                        continue
+                    run.delivery = self._finish(run, trigger.function_id, result)
+            else:
+                run.delivery = self._deliver(run, trigger)
+            pending = self._step(run)
+            if inline.pop(hold, None) is None:
+                self._bring(run, pending)
+                return 0
+            if pending is not None or run.passing is not None:
+                self._settle(run, pending)
+                return left
+            self._count(run)
+            run = self._run = Run()
+        return 0
+
+    def _advance(self, hold: Hold) -> bool:
+        """Begin or continue one run. False: none can go on, or the claim is not held any more."""
+        self._stuck = False
+        self._hear()
+        run = self._next()
+        if run is None:
+            return False
+        inline, apart = self._inline, self._apart
+        try:
+            if apart:
+                self._leave_to_others()
+            else:
+                self._run = run
+                inline[hold] = run.event
+                event_depth.set(run.event.depth + 1)
+                if not self._looking and self._may_block_others():
+                    self._look_soon(run.event)
+        except BaseException:  # a MemoryError: it has not begun
+            inline.pop(hold, None)
+            self._lanes.going.appendleft(run)  # type: ignore[union-attr]  # it is in there
+            raise
+        if apart:
+            self._run_apart(run)
+            return False
+        pending = self._carry_on(run)
+        if inline.pop(hold, None) is None:
+            self._bring(run, pending)
+            return False
+        self._settle(run, pending)
+        return True
+
+    def _leave_to_others(self) -> None:
+        """Have another thread begin what else can begin: this one will be in a call that may block."""
+        self.tell_taken()
+        if not self._scheduled and self._has_more():
+            self._scheduled = True
+            try:
+                self._dispatcher.schedule_now(self)
+            except BaseException:
+                self._scheduled = False
+                raise
+
+    def _run_apart(self, run: Run) -> None:
+        """Give the claim back, and then carry the run on."""
+        clock = self._dispatcher.monotonic
+        del self._claim[HOLDER]
+        try:
+            self._services.backlog.made_room()
+            began = clock()
+            event_depth.set(run.event.depth + 1)
+        except BaseException:  # as above
+            run.news = "answered"
+            self._tell(run)
+            raise
+        pending = self._carry_on(run)
+        # Threads may overwrite each other's count: it decides nothing but which way is quicker.
+        self._short_calls = self._short_calls + 1 if clock() - began < self.SHORT_S else 0
+        if self._short_calls >= self.SHORT_CALLS:
+            self._apart = False
+        self._bring(run, pending)
+
+    def _bring(self, run: Run, pending: Pending | None) -> None:
+        """Without the claim: bring the outcome of a step to its holder."""
         event_depth.set(0)
+        if pending is None:
+            run.news = "over"
+        elif isinstance(pending, Pause):
+            run.news, run.pending = "pause", pending
+        else:
+            self._start(run, pending)
+            return
+        self._tell(run)
+        if run.passing is not None:
+            passing, run.passing = run.passing, None
+            raise passing
+
+    def _tell(self, run: Run) -> None:
+        """Leave news for the holder of the claim. From any thread."""
+        news = self._news
+        try:
+            news += (run,)
+            self.wake_next()
+        except BaseException:
+            if not any(other is run for other in news):
+                certainly(lambda: news.append(run))
+            certainly(self.wake_anyway)
+            raise
+
+    def wake_next(self) -> None:
+        """As `wake`, at the end of a turn: this thread may run the next one."""
+        if not self._claim and (not self._scheduled or is_arranging()):
+            self._scheduled = True
+            try:
+                self._dispatcher.schedule_next(self)
+            except BaseException:
+                self._scheduled = False
+                raise
 
     def tell_taken(self) -> None:
-        """Tell the router how many bytes have left the mailbox. Within this actor's turn."""
+        """Tell the router how many bytes have begun. Within this actor's turn."""
         taken = self.taken
         if taken != self._told:
             self._services.backlog.released += (taken - self._told,)
@@ -362,95 +540,367 @@ class HandlerActor(TurnActor):
         self.wake()
         self._services.backlog.made_room()
 
-    def _continuation(self, delivery: Coroutine[Pending, Any, None]) -> Continue:
-        once = [delivery]
+    # ------------------------------------------------------------------------------------- lanes, within the turn
 
-        def go_on_here(value: Any, error: BaseException | None) -> None:
+    def _hear(self) -> None:
+        """Take note of what other threads have brought."""
+        news = self._news
+        while news:
+            run = news[0]
+            lanes = self._lanes
+            if run.news == "over":
+                self._end(run)
+            elif lanes is None:
+                log.error("%s has lost track of an event", self.name)
+            elif run.news == "pause":
+                self._pause(run)
+            elif run.news == "resumed":
+                lanes.resume(run)
+            else:
+                lanes.going.append(run)
+            del news[0]
+
+    def _has_more(self) -> bool:
+        """Return whether another run may be able to begin."""
+        lanes = self._lanes
+        if self._news or lanes is None or lanes.going:
+            return True
+        return lanes.running < self.trigger.concurrency and bool(self._mailbox or lanes.has_ready())
+
+    def _next(self) -> Run | None:
+        """Return the next run that can go on, with a place; None if there is none."""
+        most = self.trigger.concurrency
+        while True:
+            lanes = self._lanes
+            if lanes is not None:
+                if lanes.going:
+                    return lanes.going.popleft()
+                if lanes.running >= most:
+                    self._stuck = True
+                    return None
+            if not self.keeps_runs:
+                return self._next_with_place()
+            if not self._begin_several(most):
+                return None
+
+    def _begin_several(self, most: int) -> bool:
+        """Begin all that can, in one step of a subclass. False if that is none."""
+        runs = list[Run]()
+        while (lanes := self._lanes) is None or lanes.running < most:
+            run = self._next_with_place()
+            if run is None:
+                break
+            delay_s = self.wait_s(run)
+            if delay_s > 0:
+                run.pending = Pause(delay_s)
+                self._pause(run)
+            else:
+                runs.append(run)
+        if not runs:
+            return False
+        wanted = self.begin(runs)
+        for run in runs:
+            if run in wanted:
+                self._lanes.going.append(run)  # type: ignore[union-attr]  # it is in there
+            else:
+                run.outcome = "dropped"
+                self._end(run)
+        return True
+
+    def _next_with_place(self) -> Run | None:
+        while True:
+            lanes = self._lanes
+            run = None if lanes is None else lanes.next_ready()
+            if run is None:
+                run = self._take()
+                if run is None:
+                    return None
+            lanes = self._lanes
+            assert lanes is not None, "a run is in it"
+            self.taken += size_of(run.event)
+            lanes.begin(run)
+            if not self.active:
+                self.dropped += 1
+                run.outcome = "dropped"
+                self._end(run)
+                continue
+            return run
+
+    def _take(self) -> Run | None:
+        """Take events out of the mailbox, up to the first one whose lane is free. None if there is none."""
+        mailbox = self._mailbox
+        while True:
+            lanes, order = self._lanes, self.trigger.order
+            if lanes is not None and lanes.order != order:
+                # The trigger was replaced: what it had before is handled first.
+                self._stuck = bool(mailbox)
+                return None
+            try:
+                item = mailbox.popleft()
+            except IndexError:
+                if lanes is None:
+                    self._mixed = False
+                return None
+            if type(item) is Barrier:
+                if lanes is None:
+                    item.arrive(self)
+                else:
+                    lanes.place(item)
+                continue
+            run = Run()
+            run.event = item
+            if self._enter(run):
+                return run
+
+    def _enter(self, run: Run) -> bool:
+        lanes = self._lanes
+        if lanes is None:
+            lanes = self._lanes = Lanes(self.trigger.order)
+            self._aside = lanes.aside
+        return lanes.enter(run)
+
+    def _settle(self, run: Run, pending: Pending | None) -> None:
+        """Note what became of a step of a run, with the claim held."""
+        if pending is None:
+            self._end(run)
+        else:
+            if not run.entered:
+                self._enter(run)
+                self._lanes.begin(run)  # type: ignore[union-attr]  # it is in there
+            if isinstance(pending, Pause):
+                run.pending = pending
+                self._pause(run)
+            else:
+                self._start(run, pending)
+        if run.passing is not None:
+            passing, run.passing = run.passing, None
+            raise passing
+
+    def _pause(self, run: Run) -> None:
+        """Let a run wait for its next attempt: it counts as waiting, and others may have its place."""
+        pause, run.pending = run.pending, None
+        self._lanes.pause(run)  # type: ignore[union-attr]  # it is in there
+        self.taken -= size_of(run.event)
+        run.news = "resumed"
+        self._dispatcher.call_later(pause.delay_s, lambda: self._tell(run))  # type: ignore[union-attr]  # it has one
+
+    def _end(self, run: Run) -> None:
+        """A run is over."""
+        self._count(run)
+        lanes = self._lanes
+        if lanes is None or not run.entered:
+            return
+        lanes.end(run)
+        for barrier in lanes.reached():
+            barrier.arrive(self)
+        if lanes.is_idle():
+            self._lanes, self._aside = None, _NOTHING
+
+    def _count(self, run: Run) -> None:
+        if run.outcome == "delivered":
+            self.delivered += 1
+        elif run.outcome == "skipped":
+            self.skipped += 1
+        if self.keeps_runs:
+            self.ended(run)
+
+    def _start(self, run: Run, pending: Pending) -> None:
+        """Start what a run waits for. It keeps its lane and its place."""
+        once = [run]
+
+        def go_on(value: Any, error: BaseException | None) -> None:
             try:
                 going_on = once.pop()  # one step: an outcome that comes twice goes on once
             except IndexError:
                 return
-            self._claim[HOLDER] = get_ident()
-            self._drain(going_on, value, error)
+            # It comes on an event loop's or the timer's thread, which must not run code of the program.
+            going_on.value, going_on.error, going_on.news = value, error, "answered"
+            self._tell(going_on)
 
-        # The outcome comes on an event loop's or the timer's thread, which must not run code of the program.
-        return lambda value, error: self._dispatcher.submit_program(lambda: go_on_here(value, error))
+        try:
+            pending.start(go_on)  # with the depth still set: code on a loop runs in this context
+        except BaseException as problem:
+            go_on(None, problem)
+            if is_from_outside(problem):
+                raise
 
-    # `_drain` drives these coroutines. They await Pending objects only, and never raise.
+    # ----------------------------------------------------------------------------------------- calls that block
 
-    async def _deliver(self, trigger: Trigger, event: StateEvent) -> None:
+    def _may_block_others(self) -> bool:
+        """Return whether events that the running call does not concern may wait behind it."""
+        if self._lanes is not None and (self._lanes.going or self._lanes.has_ready()):
+            return True
+        return bool(self._mailbox) and (self._mixed or self.trigger.order != "scope")
+
+    def _look_soon(self, event: StateEvent | None = None) -> None:
+        """Look soon whether the function that this actor's turn is calling, for `event`, returns."""
+        trigger = self.trigger
+        if not self.takes_over or trigger.concurrency <= 1 or trigger.order == "trigger":
+            return
+        if event is None:
+            victim = self._claim.get(HOLDER)
+            event = None if victim is None else self._inline.get(victim)
+        self._looked_at = event
+        self._looking = True
+        self._dispatcher.call_later(self._look_s, weakly(self._look))
+
+    def _look(self) -> None:
+        self._looking = False
+        victim = self._claim.get(HOLDER)
+        event = None if victim is None else self._inline.get(victim)
+        if event is not None and event is self._looked_at:
+            self._look_s = self.FIRST_LOOK_S
+            if self._may_block_others() and self._has_more():
+                self._dispatcher.submit_program(self._take_over)
+            return
+        self._look_s = min(2 * self._look_s, self.LONGEST_LOOK_S)
+        if event is not None and self._may_block_others():
+            self._look_soon()
+
+    def _take_over(self) -> None:
+        """Go on in the place of a turn whose function does not return; that thread only brings its outcome."""
+        hold = Hold(get_ident())
+        victim = self._claim.get(HOLDER)
+        if victim is None or self._inline.pop(victim, None) is None:
+            return
+        self._claim[HOLDER] = hold
+        try:
+            run, self._run = self._run, None
+            if run is not None and not run.entered:
+                self._enter(run)
+                self._lanes.begin(run)  # type: ignore[union-attr]  # it is in there
+            self._apart, self._short_calls = True, 0
+            self._drain(hold)
+        except BaseException:
+            certainly(functools.partial(self._recover_from, hold))
+            raise
+
+    # -------------------------------------------------------------------------- what a subclass may do otherwise
+
+    def begin(self, runs: list[Run]) -> list[Run]:
+        """Called with the claim held, with `keeps_runs` only, before attempts of these runs begin.
+
+        Returns those that may begin; the others are over.
+        """
+        return runs
+
+    def wait_s(self, run: Run) -> float:
+        """As `begin`: for how many seconds this run, whose turn it is, must still wait."""
+        return 0.0
+
+    def ended(self, run: Run) -> None:
+        """Called with the claim held, with `keeps_runs` only, when a run is over; see `Run.outcome`."""
+
+    def pause_after(self, run: Run, error: BaseException) -> float | None:
+        """Return how many seconds to wait before the next attempt of a run that has failed; None: it is given up."""
+        limits = self._services.limits
+        if run.attempt >= limits.handler_attempts or issubclass(type(error), HandlerTimeout) or not self.active:
+            return None
+        doublings = min(run.attempt - 1, 64)  # far more than LONGEST_BACKOFF_S needs; 2.0**1024 would raise
+        return min(limits.handler_backoff_s * 2.0**doublings, LONGEST_BACKOFF_S)
+
+    # The turn drives these coroutines. They await Pending objects only, and never raise.
+
+    def _carry_on(self, run: Run) -> Pending | None:
+        """Begin a run, or go on with it, up to its end or to what it waits for, which is returned. Never raises."""
+        if run.delivery is None:
+            trigger = self.trigger
+            if trigger.condition_function_id is None:
+                try:
+                    result = self._call(trigger.function_id, run)
+                except BaseException as problem:  # noqa: BLE001 - user code may raise anything
+                    run.delivery = self._finish(run, trigger.function_id, None, problem)
+                else:
+                    if result is None:
+                        run.outcome = "delivered"
+                        return None
+                    run.delivery = self._finish(run, trigger.function_id, result)
+            else:
+                run.delivery = self._deliver(run, trigger)
+        return self._step(run)
+
+    def _step(self, run: Run) -> Pending | None:
+        delivery, value, error = run.delivery, run.value, run.error
+        run.value = run.error = None
+        try:
+            return delivery.send(value) if error is None else delivery.throw(error)  # type: ignore[union-attr]  # set
+        except StopIteration:
+            run.delivery = None
+        except BaseException as problem:
+            run.delivery = None
+            if is_from_outside(problem):
+                run.passing = problem
+            else:
+                self._note("failed")
+                log.exception("a delivery of %s broke off", self.name)
+        return None
+
+    async def _deliver(self, run: Run, trigger: Trigger) -> None:
         """Condition, then handler, with retries."""
         condition: str = trigger.condition_function_id  # type: ignore[assignment]  # without one it is not called
         try:
-            verdict = self._call(condition, event)
+            verdict = self._call(condition, run)
             if type(verdict) is not bool:
-                verdict = await self._outcome_of(condition, verdict)
+                verdict = await self._outcome_of(run, condition, verdict)
         except BaseException as error:  # noqa: BLE001 - user code may raise anything; a worker thread outlives it
-            self._report(condition, event, error, attempt=1, final=True)
+            run.outcome = "failed"
+            self._report(run, condition, error, final=True)
             return
         if verdict is False:
-            self.skipped += 1
+            run.outcome = "skipped"
             return
         if not self.active:  # unregistered while the condition ran
-            self.dropped += 1
+            run.outcome = "dropped"
+            self._note("dropped")
             return
-        await self._finish(trigger.function_id, event, 1, *self._outcome_of_call(trigger.function_id, event))
+        await self._finish(run, trigger.function_id, *self._outcome_of_call(run, trigger.function_id))
 
-    def _outcome_of_call(self, function_id: str, event: StateEvent) -> tuple[Any, BaseException | None]:
+    def _outcome_of_call(self, run: Run, function_id: str) -> tuple[Any, BaseException | None]:
         try:
-            return self._call(function_id, event), None
+            return self._call(function_id, run), None
         except BaseException as error:  # noqa: BLE001 - as above
             return None, error
 
-    async def _finish(
-        self, function_id: str, event: StateEvent, attempt: int, result: Any, error: BaseException | None = None
-    ) -> None:
-        """Finish an attempt whose call gave `result` or raised `error`, and retry as often as the limits allow."""
-        limits = self._services.limits
+    async def _finish(self, run: Run, function_id: str, result: Any, error: BaseException | None = None) -> None:
+        """Finish an attempt whose call gave `result` or raised `error`, and retry as often as `pause_after` says."""
         while True:
             if error is None:
                 try:
                     if result is not None:
-                        await self._outcome_of(function_id, result)
-                    self.delivered += 1
+                        await self._outcome_of(run, function_id, result)
+                    run.outcome = "delivered"
                     return
                 except BaseException as problem:  # noqa: BLE001 - as above
                     error = problem
-            final = attempt >= limits.handler_attempts or issubclass(type(error), HandlerTimeout) or not self.active
-            self._report(function_id, event, error, attempt=attempt, final=final)
+            pause_s = self.pause_after(run, error)
+            if pause_s is None:
+                run.outcome = "failed"
+            self._report(run, function_id, error, final=pause_s is None)
             result = error = None  # or this frame and the traceback would keep each other
-            if final:
+            if pause_s is None:
                 return
-            self.retried += 1
-            await self.pause_after(attempt)
-            attempt += 1
+            self._note("retried")
+            run.attempt += 1
+            await Pause(pause_s)
             if not self.active:  # unregistered during the pause
-                self.dropped += 1
+                run.outcome = "dropped"
+                self._note("dropped")
                 return
-            result, error = self._outcome_of_call(function_id, event)
+            result, error = self._outcome_of_call(run, function_id)
 
-    def pause_after(self, attempt: int) -> Awaitable[None]:
-        """Return an awaitable for the pause between a failed attempt and the next."""
-        doublings = min(attempt - 1, 64)  # far more than LONGEST_BACKOFF_S needs; 2.0**1024 would raise
-        return self.later(min(self._services.limits.handler_backoff_s * 2.0**doublings, LONGEST_BACKOFF_S))
-
-    def later(self, delay_s: float) -> Awaitable[None]:
-        """Return an awaitable that ends after `delay_s` seconds, and needs no thread."""
-        return _Later(self._dispatcher, delay_s)
-
-    def _call(self, function_id: str, event: StateEvent) -> Any:
+    def _call(self, function_id: str, run: Run) -> Any:
         """Call a function. The result of a coroutine function must still be awaited."""
         services = self._services
         function = services.functions.get(function_id)
         timeout_s = services.limits.handler_timeout_s
         if timeout_s and not function.is_async:
-            return self._call_watched(function.target, function_id, event, timeout_s)
-        return function.target(event)
+            return self._call_watched(function.target, function_id, run, timeout_s)
+        return function.target(run.event)
 
-    async def _outcome_of(self, function_id: str, result: Any) -> Any:
+    async def _outcome_of(self, run: Run, function_id: str, result: Any) -> Any:
         """Return the result of a function, awaited if it is awaitable."""
         if is_awaitable(result):
-            return await self._on_loop(function_id, result)
+            return await self._on_loop(run, function_id, result)
         if is_unrun(result):
             raise TypeError(
                 f"function {function_id!r} returned a {class_name(result)}, whose code has not run and never would: "
@@ -458,11 +908,11 @@ class HandlerActor(TurnActor):
             )
         return result
 
-    async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
+    async def _on_loop(self, run: Run, function_id: str, result: Awaitable[Any]) -> Any:
         """Await the result of a function, on the event loop that the function belongs to."""
         services = self._services
         timeout_s = services.limits.handler_timeout_s
-        self._overdue = False
+        run.overdue = False
         try:
             function = services.functions.get(function_id)
             loop = function.loop or services.loop_thread.get()
@@ -473,93 +923,105 @@ class HandlerActor(TurnActor):
         try:
             return await OnLoop(result, loop, services.loop_calls, what, timeout_s)
         except Overdue as error:
-            self.timeouts += 1
+            self._note("timeouts")
             raise HandlerTimeout(function_id, timeout_s) from error
 
     def _report(
-        self,
-        function_id: str,
-        event: StateEvent,
-        error: BaseException,
-        *,
-        attempt: int,
-        final: bool,
-        later: bool = False,
+        self, run: Run, function_id: str, error: BaseException, *, final: bool, event: StateEvent | None = None
     ) -> None:
-        """Report a failed attempt. `later`: on another thread, because this one must not run code of the program."""
-        if issubclass(type(error), HandlerTimeout) and self._overdue:
+        """Report a failed attempt. `event`: on another thread, because this one must not run code of the program."""
+        if issubclass(type(error), HandlerTimeout) and run.overdue:
             return  # reported when it became overdue
         if final:
-            self.failed += 1
-        failure = DeliveryFailure(self.trigger.trigger_id, function_id, event, error, attempt, final)
-        if later:
+            self._note("failed")
+        failure = DeliveryFailure(self.trigger.trigger_id, function_id, event or run.event, error, run.attempt, final)
+        if event is not None:
             self._services.reporter.report(failure)
         else:
             self._services.report(failure)
 
+    def _note(self, name: str) -> None:
+        """Count what several threads may count at the same time."""
+        self._services.exclusive.run(self._add_one, name)
+
+    def _add_one(self, name: str) -> None:
+        setattr(self, name, getattr(self, name) + 1)
+
     # --------------------------------------------------------------------------------------- overdue plain functions
 
-    def _call_watched(self, target: Callable[[Any], Any], function_id: str, event: StateEvent, timeout_s: float) -> Any:
+    def _call_watched(self, target: Callable[[Any], Any], function_id: str, run: Run, timeout_s: float) -> Any:
         """Call a plain function, which nothing can stop: that it exceeds its time limit is reported while it runs."""
-        self._overdue = False
-        self._running_id = function_id
-        self._deadline = self._dispatcher.monotonic() + timeout_s
-        if self._deadline < self._looks_s:
-            # One timer for each handler, not for each event: it follows the deadline. A timer that was set before a
+        run.overdue = False
+        run.function_id = function_id
+        run.deadline = deadline = self._dispatcher.monotonic() + timeout_s
+        self._watched[run] = None
+        if deadline < self._looks_s:
+            # One timer for each handler, not for each event: it follows the deadlines. A timer that was set before a
             # reload, for a longer time limit, would come too late.
-            self._looks_s = self._deadline
-            self._dispatcher.call_later(timeout_s, weakly(self._look_at_deadline))
+            self._looks_s = deadline
+            self._dispatcher.call_later(timeout_s, weakly(self._look_at_deadlines))
         try:
-            result = target(event)
+            result = target(run.event)
         except BaseException as error:
-            if self._overdue:
+            if run.overdue:
                 raise HandlerTimeout(function_id, timeout_s) from error
             raise
         finally:
-            self._deadline = None
-        if self._overdue:
+            run.deadline = None
+            del self._watched[run]
+        if run.overdue:
             raise HandlerTimeout(function_id, timeout_s)
         return result
 
-    def _look_at_deadline(self) -> None:
-        # Cleared before the deadline is read: a call that begins in between is seen here or sets its own timer.
+    def _look_at_deadlines(self) -> None:
+        # Cleared before the deadlines are read: a call that begins in between is seen here or sets its own timer.
         self._looks_s = math.inf
-        deadline, event = self._deadline, self.current
-        if deadline is None or event is None or self._overdue:
-            return
-        left_s = deadline - self._dispatcher.monotonic()
-        if left_s > 0:
-            self._looks_s = deadline
-            self._dispatcher.call_later(left_s, weakly(self._look_at_deadline))
-            return
-        self.timeouts += 1
-        error = HandlerTimeout(self._running_id, self._services.limits.handler_timeout_s)
-        self._report(self._running_id, event, error, attempt=1, final=True, later=True)
-        self._overdue = True
+        now, next_s = self._dispatcher.monotonic(), math.inf
+        for run in list(self._watched):
+            deadline, event = run.deadline, run.event
+            if deadline is None or run.overdue:
+                continue
+            if deadline > now:
+                next_s = min(next_s, deadline)
+                continue
+            self._note("timeouts")
+            error = HandlerTimeout(run.function_id, self._services.limits.handler_timeout_s)
+            self._report(run, run.function_id, error, final=True, event=event)
+            run.overdue = True
+        if next_s < self._looks_s:
+            self._looks_s = next_s
+            self._dispatcher.call_later(next_s - now, weakly(self._look_at_deadlines))
 
     # ---------------------------------------------------------------------------------------------- events not tried
 
     def _drop_oldest(self) -> bool:
         """Drop the event that has waited longest. False if no event waits."""
+        lanes = self._lanes
+        run = None if lanes is None else lanes.drop_oldest()
+        event = self._oldest_in_mailbox() if run is None else run.event
+        if event is None:
+            return False
+        size = size_of(event)
+        self.offered -= size
+        self._services.backlog.offered -= size
+        self._drop(event, "newer events came while its handler's mailbox was full (handler_when_full: drop_oldest)")
+        return True
+
+    def _oldest_in_mailbox(self) -> StateEvent | None:
         mailbox = self._mailbox
         for _ in range(len(mailbox)):
             try:
                 item = mailbox.popleft()
             except IndexError:
-                return False
+                return None
             if type(item) is not Barrier:
-                size = size_of(item)
-                self.offered -= size
-                self._services.backlog.offered -= size
-                self._drop(
-                    item, "newer events came while its handler's mailbox was full (handler_when_full: drop_oldest)"
-                )
-                return True
+                event: StateEvent = item
+                return event
             mailbox += (item,)
-        return False
+        return None
 
     def _drop(self, event: StateEvent, reason: str, *, logged: bool = True) -> None:
-        self.dropped += 1
+        self._note("dropped")
         error = EventNotDelivered(
             f"event {event.revision} of scope {event.scope!r}, key {event.key!r} reached no handler: {reason}"
         )
@@ -577,10 +1039,17 @@ class HandlerActor(TurnActor):
 
     def waiting_events(self) -> list[StateEvent]:
         """The events that wait for their delivery, approximately: other threads may add and take some."""
-        return [item for item in self._mailbox.copy() if type(item) is StateEvent]
+        aside = [run.event for run in list(self._aside) if not run.paused]
+        return aside + [item for item in self._mailbox.copy() if type(item) is StateEvent]
 
     def abandon(self, reason: str) -> None:
         """Report each waiting event to the hooks as not delivered. The closing engine logs how many there were."""
+        lanes = self._lanes
+        while lanes is not None and (run := lanes.drop_oldest()) is not None:
+            if self.active:
+                self._drop(run.event, reason, logged=False)
+        for barrier in [] if lanes is None else lanes.barriers():
+            barrier.arrive(self)
         mailbox = self._mailbox
         while True:
             try:
@@ -592,31 +1061,37 @@ class HandlerActor(TurnActor):
             elif self.active:
                 self._drop(item, reason, logged=False)
 
-    def abandon_current(self) -> None:
-        """Report the event whose delivery has begun and not ended, as `abandon` does. After the grace time."""
-        event = self.current
-        if event is None or self._overdue:
-            return  # it was reported when it became overdue
-        error = EventNotDelivered(
-            f"event {event.revision} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
-            "engine closed: its handler may or may not have done its work"
-        )
-        self.failed += 1
-        trigger = self.trigger
-        self._services.tell_hooks(
-            DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, attempt=1, final=True)
-        )
+    def abandon_under_way(self) -> None:
+        """Report each event whose delivery has begun and not ended, as `abandon` does. After the grace time."""
+        for run in self._runs_under_way():
+            event = run.event
+            if run.overdue:
+                continue  # it was reported when it became overdue
+            error = EventNotDelivered(
+                f"event {event.revision} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
+                "engine closed: its handler may or may not have done its work"
+            )
+            self._note("failed")
+            trigger = self.trigger
+            self._services.tell_hooks(
+                DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, attempt=1, final=True)
+            )
 
 
-class _Later:
-    """A pause without a thread."""
+class Pause:
+    """A pause without a thread, between two attempts."""
 
-    def __init__(self, dispatcher: Dispatcher, delay_s: float) -> None:
-        self._dispatcher = dispatcher
-        self._delay_s = delay_s
+    def __init__(self, delay_s: float) -> None:
+        self.delay_s = delay_s
 
-    def __await__(self) -> Generator[_Later, Any, None]:
+    def __await__(self) -> Generator[Pause, Any, None]:
         yield self
 
     def start(self, go_on: Continue) -> None:
-        self._dispatcher.call_later(self._delay_s, lambda: go_on(None, None))
+        """Not called: the turn lets the run pause."""
+        raise NotImplementedError
+
+
+class Hold(int):
+    """The id of a thread, as the holder of a claim. Compared by identity: a turn knows by it whether it holds the
+    claim, although an earlier turn of the same thread may have lost it to another."""

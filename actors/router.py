@@ -93,7 +93,7 @@ class EventRouter(TurnActor):
             self._admit(scope, handlers, depth)
         elif limits.handler_when_full == "block":
             for handler in handlers:
-                if len(handler._mailbox) >= room:
+                if len(handler._mailbox) + len(handler._aside) >= room:
                     self._admit(scope, handlers, depth)
         return ((handlers, StateEvent(kind, scope, key, old, new, revision, depth, *(expired or ()))),)
 
@@ -111,7 +111,7 @@ class EventRouter(TurnActor):
             most = limits.handler_mailbox_bytes or sys.maxsize
             queued = backlog.queued(self._mailbox) if backlog.largest else 0
             for handler in handlers:
-                if len(handler._mailbox) >= room or handler.offered - handler.taken + queued >= most:
+                if handler.depth() >= room or handler.offered - handler.taken + queued >= most:
                     self._refuse(scope, handlers, depth, progress)
             if backlog.is_over(queued):
                 self._refuse(scope, handlers, depth, progress)

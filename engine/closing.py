@@ -126,7 +126,7 @@ class Closing:
         with contextlib.suppress(pykka.Timeout):
             self._parts.router.ask(Routed()).get(timeout=HOOKS_S)
         handlers = self._parts.router.triggers.working()
-        left = {handler: (handler.waiting(), handler.current is not None) for handler in handlers}
+        left = {handler: (handler.waiting(), len(handler.under_way())) for handler in handlers}
         left = {handler: (waiting, hangs) for handler, (waiting, hangs) in left.items() if waiting or hangs}
         if not left:
             return
@@ -151,7 +151,7 @@ class Closing:
                 for handler in handlers:
                     handler.abandon("the engine closed before its turn came")
                 for handler in handlers:
-                    handler.abandon_current()
+                    handler.abandon_under_way()
             finally:
                 over.set()
 

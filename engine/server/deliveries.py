@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 from collections.abc import Awaitable, Callable, Generator
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
 
-from scopestate.actors.backlog import size_of
-from scopestate.actors.handler import NOBODY, HandlerActor, HandlerServices
-from scopestate.actors.turn import HOLDER
+from scopestate.actors.handler import HandlerActor, HandlerServices, Hold
+from scopestate.actors.lanes import Run
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Trigger
@@ -54,6 +54,9 @@ class LoopDispatcher:
         self.submit(actor.run_batch)
 
     def schedule_next(self, actor: TurnActor) -> None:
+        self.submit(actor.run_batch)
+
+    def schedule_now(self, actor: TurnActor) -> None:
         self.submit(actor.run_batch)
 
     def submit(self, work: Callable[[], object]) -> None:
@@ -116,6 +119,8 @@ class LoopDispatcher:
 class WorkerHandler(HandlerActor):
     """Delivers one trigger's events to a function that, as a rule, runs in a worker. Turns run on the event loop."""
 
+    takes_over = False
+
     def __init__(self, trigger: Trigger, services: HandlerServices, hub: Hub, threads: Dispatcher) -> None:
         super().__init__(trigger, services)
         self._hub = hub
@@ -129,18 +134,18 @@ class WorkerHandler(HandlerActor):
         """`dropped` at the last check."""
 
     def offer(self, event: StateEvent) -> None:
-        if not self._mailbox:
+        if not self.depth():
             self._largest = 0
         size = _size(event)
         self._largest = max(self._largest, size)
         super().offer(event)
-        if len(self._mailbox) * self._largest > self._hub.triggers.max_waiting_bytes:
+        if self.depth() * self._largest > self._hub.triggers.max_waiting_bytes:
             self._hub.triggers.look_soon()
 
     def waiting_bytes(self, *, exactly: bool) -> int:
         """Bytes of the events that wait; not `exactly`: an upper bound, which costs next to nothing."""
         if not exactly:
-            return len(self._mailbox) * self._largest
+            return self.depth() * self._largest
         return sum(map(_size, self.waiting_events()))
 
     def silent_s(self, now: float) -> float:
@@ -150,10 +155,10 @@ class WorkerHandler(HandlerActor):
         room at each check, because large events were dropped for small ones.
         """
         dropped, self._dropped_before = self.dropped - self._dropped_before, self.dropped
-        if self._full is not None and (self._full[0] != self.answered or not self._mailbox):
+        if self._full is not None and (self._full[0] != self.answered or not self.depth()):
             self._full = None
         if self._full is None:
-            if not (self._mailbox and (dropped or self.is_full() or self._holds_up_all())):
+            if not (self.depth() and (dropped or self.is_full() or self._holds_up_all())):
                 return 0.0
             self._full = (self.answered, now)
         return now - self._full[1]
@@ -165,8 +170,9 @@ class WorkerHandler(HandlerActor):
         handlers = len(self._hub.engine._router.triggers.handlers())
         return (self.offered - self.taken) * handlers >= self._services.limits.events_bytes
 
-    def _call(self, function_id: str, event: StateEvent) -> Any:
+    def _call(self, function_id: str, run: Run) -> Any:
         """Call a function with the rights that the worker of the trigger has now."""
+        event = run.event
         owner = getattr(self.trigger, "owner", None)  # None: the program has replaced the trigger by one of its own
         if owner is not None:
             event = self._as_known(event)
@@ -194,78 +200,70 @@ class WorkerHandler(HandlerActor):
                 self._hub.note_refusal(error)
                 raise
 
-    # The short way: a function in a worker, no condition, no time limit. Everything else is left to the base class,
-    # which needs a coroutine for each event: that takes as long as the rest of a delivery.
+    def _drain(self, hold: Hold) -> None:
+        """Begin what can begin; none of it blocks the event loop."""
+        # This may run within a call that is some handlers deep: the depth is restored for that call.
+        depth = event_depth.get()
+        while True:
+            self._stuck = False
+            self._hear()
+            run = self._next()
+            if run is None:
+                break
+            if run.delivery is not None or not self._send(run):
+                event_depth.set(run.event.depth + 1)
+                self._settle(run, self._carry_on(run))
+        self._give_back()
+        if depth:
+            event_depth.set(depth)
 
-    def run_batch(self) -> None:
-        self._scheduled = False
-        me = get_ident()
-        if self._claim.setdefault(HOLDER, me) == me:
-            self._next()
+    def _send(self, run: Run) -> bool:
+        """The short way: a function in a worker, no condition, no time limit. False if this is another case.
 
-    def _next(self) -> None:
-        """Deliver what waits, up to the first event whose outcome has to be waited for; runs claimed."""
+        The base class needs a coroutine for each event: that takes as long as the rest of a delivery.
+        """
         services, trigger = self._services, self.trigger
         if trigger.condition_function_id is not None or services.limits.handler_timeout_s:
-            self._drain()
-            return
-        mailbox = self._mailbox
-        while mailbox:
-            function = services.functions.find(trigger.function_id)
-            target = None if function is None else function.target
-            if type(target) is not WorkerFunction or type(mailbox[0]) is not StateEvent or not self.active:
-                self._drain()
-                return
-            event: StateEvent = mailbox.popleft()
-            self.taken += size_of(event)
-            self.tell_taken()
-            self.current = event
-            self._claim[HOLDER] = NOBODY
-            try:
-                owner = getattr(trigger, "owner", None)
-                if owner is not None and owner.access is not None:
+            return False
+        function = services.functions.find(trigger.function_id)
+        target = None if function is None else function.target
+        if type(target) is not WorkerFunction:
+            return False
+        event, owner = run.event, getattr(trigger, "owner", None)
+        try:
+            if owner is not None:
+                if owner.access is not None:
                     self._check(owner, trigger.function_id, event)
-                target.send_event(event if owner is None else self._as_known(event), self._settled)
-            except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
-                self._claim[HOLDER] = get_ident()
-                self._drain(self._finish(trigger.function_id, event, 1, None, error))
-            return
-        del self._claim[HOLDER]
-        self.wake()
-        services.backlog.made_room()
+                event = self._as_known(event)
+            target.send_event(event, functools.partial(self._settled, run))
+        except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
+            run.delivery = self._finish(run, trigger.function_id, None, error)
+            self._settle(run, self._step(run))
+        return True
 
     def note_answer(self, outcome: InvocationResult) -> None:
         """Count an answer of the worker; a timeout does not count."""
         if type(outcome.error) is not TimedOut:
             self.answered += 1
 
-    def _settled(self, outcome: InvocationResult) -> None:
-        event: StateEvent = self.current  # type: ignore[assignment]  # set as long as it is pending
-        self._claim[HOLDER] = get_ident()
+    def _settled(self, run: Run, outcome: InvocationResult) -> None:
         self.note_answer(outcome)
         error = outcome.error
-        if error is not None:
-            failure = RemoteFailure(self.trigger.function_id, error.code, error.message, error.stacktrace)
-            self._drain(self._finish(self.trigger.function_id, event, 1, None, failure))
-            return
-        self.delivered += 1
-        self.current = None
-        self._next()
+        if error is None:
+            run.outcome, run.news = "delivered", "over"
+        else:
+            function_id = self.trigger.function_id
+            failure = RemoteFailure(function_id, error.code, error.message, error.stacktrace)
+            run.delivery, run.news = self._finish(run, function_id, None, failure), "answered"
+        self._tell(run)
 
-    def _drain(self, *args: Any) -> None:
-        # On the event loop this may run within a call that is some handlers deep: the depth is restored for that call.
-        depth = event_depth.get()
-        super()._drain(*args)
-        if depth:
-            event_depth.set(depth)
-
-    async def _on_loop(self, function_id: str, result: Awaitable[Any]) -> Any:
+    async def _on_loop(self, run: Run, function_id: str, result: Awaitable[Any]) -> Any:
         if not isinstance(result, (_InWorker, _InServer, _OnThread)):
-            return await super()._on_loop(function_id, result)
+            return await super()._on_loop(run, function_id, result)
         try:
             return await result
         except HandlerTimeout:
-            self.timeouts += 1
+            self._note("timeouts")
             raise
 
 

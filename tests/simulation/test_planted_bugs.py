@@ -11,7 +11,7 @@ import pytest
 
 from scopestate.actors import local, snapshot
 from scopestate.actors.gate import Gate
-from scopestate.actors.handler import HandlerActor
+from scopestate.actors.handler import HandlerActor, Hold
 from scopestate.actors.local import LocalScope
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import SnapshotActor
@@ -145,8 +145,9 @@ def two_threads_run_one_scope(patch: Patch) -> None:
 def two_threads_run_one_handler(patch: Patch) -> None:
     def run_batch(self: HandlerActor) -> None:
         self._scheduled = False
-        self._claim.setdefault(HOLDER, get_ident())
-        self._drain()
+        hold = Hold(get_ident())
+        self._claim.setdefault(HOLDER, hold)
+        self._drain(hold)
 
     patch.setattr(HandlerActor, "run_batch", run_batch)
 

@@ -1,0 +1,227 @@
+"""The lanes of one trigger: which of the events that were taken out of its mailbox may be handled now.
+
+Pure bookkeeping: no threads, no clock, no calls of the program (docs/design/0047-side-by-side.md).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Coroutine, Hashable
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+if TYPE_CHECKING:
+    from scopestate.actors.handler import Barrier
+    from scopestate.actors.loops import Pending
+    from scopestate.ops.results import StateEvent
+    from scopestate.ops.triggers import Order
+
+NO_LANE: Final = object()
+"""The lane of an event that waits for no other."""
+
+_DROPPED: Final = object()
+
+Outcome = Literal["", "delivered", "skipped", "failed", "dropped"]
+
+
+class Run:
+    """One event on its way through the function of its trigger: all attempts, with the pauses between them.
+
+    Its fields belong to the thread that carries it on, and to the holder of the actor's claim in between.
+    """
+
+    __slots__ = (
+        "attempt", "deadline", "delivery", "entered", "error", "event", "extra", "function_id", "lane", "news",
+        "outcome", "overdue", "passing", "paused", "pending", "stage", "value",
+    )  # fmt: skip
+
+    event: StateEvent
+    lane: Hashable
+
+    def __init__(self) -> None:
+        self.attempt = 1
+        """Number of the attempt that runs, or that comes next."""
+        self.deadline: float | None = None
+        """When the plain function that runs exceeds its time limit; None: none runs, or it has no limit."""
+        self.overdue = False
+        """True once that was reported."""
+        self.function_id = ""
+        """The function that runs under a time limit."""
+        self.delivery: Coroutine[Pending, Any, None] | None = None
+        """The rest of the attempt, and of those that follow; None before the first call."""
+        self.value: Any = None
+        self.error: BaseException | None = None
+        """What `delivery` goes on with."""
+        self.pending: Pending | None = None
+        """The pause that it asks for."""
+        self.passing: BaseException | None = None
+        """An exception that must reach the caller of the turn."""
+        self.news: Literal["", "over", "pause", "resumed", "answered"] = ""
+        """What the holder of the claim is to be told."""
+        self.outcome: Outcome = ""
+        self.entered = False
+        """True while it is in `Lanes`."""
+        self.stage: Stage | None = None
+        """Where it counts for barriers; None: nowhere."""
+        self.paused = False
+        self.extra: Any = None
+        """Of a subclass of the actor."""
+
+
+class Stage:
+    """The runs between two barriers."""
+
+    __slots__ = ("barriers", "open")
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.barriers: list[Barrier] = []
+        """Those that are reached when these runs, and all before them, are over."""
+
+
+class Lanes:
+    """Everything that one trigger has taken out of its mailbox and that is not over.
+
+    A run enters its lane. It is ready when all runs before it in the lane are over. One that is under way holds one of
+    the places that `concurrency` allows; one that pauses between two attempts holds its lane and no place.
+    Used by the holder of the claim alone, but for `aside`, from which other threads may take runs that have not begun.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        """Of all runs that are here."""
+        self.running = 0
+        """Runs that are under way."""
+        self.begun: dict[Run, None] = {}
+        """Runs that have begun, those that pause included."""
+        self.aside: OrderedDict[Run, None] = OrderedDict()
+        """Runs that wait: for their lane, for a place, or for the next attempt. Oldest first. An ordered dict, because
+        a plain one takes long to find its first key when many before it were removed."""
+        self.going: deque[Run] = deque()
+        """Runs with a place that can go on at once."""
+        self._ready: deque[Run] = deque()
+        self._behind: dict[Hashable, deque[Run] | None] = {}
+        """Lane that is in use -> the runs that wait in it."""
+        self._stages: deque[Stage] = deque((Stage(),))
+
+    def is_idle(self) -> bool:
+        """True if nothing is here."""
+        return not (self.begun or self.aside or self._behind or len(self._stages) > 1 or self._stages[0].open)
+
+    def lane_of(self, event: StateEvent) -> Hashable:
+        """Return what an event has in common with those that it waits for."""
+        order = self.order
+        if order == "scope":
+            return event.scope
+        if order == "key":
+            return (event.scope, event.key)
+        return NO_LANE if order == "none" else ""
+
+    def enter(self, run: Run) -> bool:
+        """Put a run behind those of its lane. Returns False if there are any: it waits."""
+        lane, behind = self.lane_of(run.event), self._behind
+        run.lane, run.stage = lane, self._stages[-1]
+        waits = False
+        if lane is not NO_LANE:
+            if lane in behind:
+                queue = behind[lane]
+                if queue is None:
+                    queue = behind[lane] = deque()
+                self.aside[run] = None
+                queue.append(run)
+                waits = True
+            else:
+                behind[lane] = None
+        run.stage.open += 1
+        run.entered = True
+        return not waits
+
+    def begin(self, run: Run) -> None:
+        """Give a run that is ready a place."""
+        self.begun[run] = None
+        self.running += 1
+
+    def pause(self, run: Run) -> None:
+        """Take the place from a run, which keeps its lane."""
+        run.paused = True
+        self.aside[run] = None
+        self.running -= 1
+
+    def resume(self, run: Run) -> None:
+        """End its pause: it is ready."""
+        self._ready.append(run)
+
+    def has_ready(self) -> bool:
+        """Return whether a run may wait for nothing but a place."""
+        return bool(self._ready)
+
+    def next_ready(self) -> Run | None:
+        """Take out the run that has been ready longest; None if there is none."""
+        ready = self._ready
+        while ready:
+            run = ready.popleft()
+            run.paused = False
+            if self.aside.pop(run, _DROPPED) is not _DROPPED:
+                return run
+            self._go_from_lane(run)  # it was dropped while it waited
+        return None
+
+    def end(self, run: Run) -> None:
+        """A run that has begun is over, its attempts included. Does nothing if it has not entered."""
+        if self.begun.pop(run, _DROPPED) is not _DROPPED:
+            self.running -= 1
+        self._go_from_lane(run)
+
+    def _go_from_lane(self, run: Run) -> None:
+        if not run.entered:
+            return
+        run.entered = False
+        self.excuse(run)
+        lane, behind = run.lane, self._behind
+        if lane is not NO_LANE:
+            queue = behind[lane]
+            if queue:
+                self._ready.append(queue.popleft())
+            else:
+                del behind[lane]
+
+    def excuse(self, run: Run) -> None:
+        """Let barriers not wait for this run."""
+        stage, run.stage = run.stage, None
+        if stage is not None:
+            stage.open -= 1
+
+    def drop_oldest(self) -> Run | None:
+        """Take out the run that has waited longest for its first attempt; None if there is none. From any thread."""
+        aside = self.aside
+        while True:
+            try:
+                run = next((run for run in aside if not run.paused), None)
+            except RuntimeError:
+                continue  # it was changed meanwhile
+            if run is None or aside.pop(run, _DROPPED) is not _DROPPED:
+                return run
+
+    def place(self, barrier: Barrier) -> None:
+        """Put a barrier behind all that is here now."""
+        last = self._stages[-1]
+        if not last.open and len(self._stages) > 1:
+            self._stages[-2].barriers.append(barrier)
+        else:
+            last.barriers.append(barrier)
+            self._stages.append(Stage())
+
+    def withdraw(self, barrier: object) -> None:
+        """Forget a barrier. From any thread."""
+        for stage in self._stages.copy():
+            stage.barriers[:] = [other for other in stage.barriers if other is not barrier]
+
+    def barriers(self) -> list[Barrier]:
+        """Return the barriers that are here. From any thread."""
+        return [barrier for stage in self._stages.copy() for barrier in stage.barriers]
+
+    def reached(self) -> list[Barrier]:
+        """Take out the barriers that have nothing before them any more."""
+        stages, reached = self._stages, []
+        while len(stages) > 1 and not stages[0].open:
+            reached += stages.popleft().barriers
+        return reached
