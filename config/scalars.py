@@ -221,6 +221,13 @@ def misfit(wanted: object, value: Value) -> str | None:
     return f"expected {_words(info)}, found {value.found}{hint}"
 
 
+def content(value: Value) -> object:
+    """Return the Python value of a scalar that fits. Text of a number with a fraction is read here."""
+    if value.kind != "float":
+        return value.value
+    return float(value.text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
 def misfit_shape(wanted: object, shape: str) -> str:
     """Return the message for a list or mapping where a scalar of type `wanted` must stand."""
     return f"expected {_words(msgspec.inspect.type_info(wanted))}, found {shape}"
@@ -249,6 +256,8 @@ def _fits(info: msgspec.inspect.Type, value: Value) -> bool:
             if value.kind != "integer" or not isinstance(number, int):
                 return False
             return (low is None or number >= low) and (high is None or number <= high)
+        case msgspec.inspect.FloatType():
+            return value.kind in ("integer", "float")
         case msgspec.inspect.LiteralType(values=values):
             return value.kind == "string" and value.value in values
         case msgspec.inspect.StrType():
@@ -264,7 +273,9 @@ def _words(info: msgspec.inspect.Type) -> str:
         case msgspec.inspect.UnionType(types=types):
             return ", or ".join(map(_words, types)) if _choices(info) else " or ".join(map(_words, types))
         case msgspec.inspect.IntType(ge=low, le=high):
-            return f"a whole number from {low} to {high}"
+            return "a whole number" if low is None else f"a whole number from {low} to {high}"
+        case msgspec.inspect.FloatType():
+            return "a number"
         case msgspec.inspect.LiteralType(values=values):
             *front, last = (f"`{one}`" for one in values)
             return f"{', '.join(front)} or {last}"

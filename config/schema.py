@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 from scopestate.ops.results import EventName
+from scopestate.ops.triggers import OPTIONS, Order
 from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.local import KvOptions
 from scopestate.persistence.redis.options import RedisOptions
@@ -95,6 +96,20 @@ class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """True: an update with an op that is refused writes nothing, and raises `UpdateRefused`."""
 
 
+class RetryConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`retry:` of a durable trigger. The pause after attempt n is `first * factor ** (n - 1)`, at most `longest`."""
+
+    attempts: int = 10
+    """Attempts in all, the first included."""
+    first: float = 1.0
+    """Seconds between the first attempt and the second."""
+    factor: float = 2.0
+    longest: float = 300.0
+    """Seconds of the longest pause."""
+    jitter: float = 0.2
+    """Part of the pause by which it is varied at random, from 0 to 1."""
+
+
 class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """An entry of `triggers:`."""
 
@@ -109,6 +124,49 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Trigger id; left out: made from the content of the entry."""
     events: tuple[EventName, ...] | None = None
     """Kinds of changes: `created`, `updated`, `deleted`, `expired`; left out: all of them."""
+    # The rest is checked by `ops.triggers.read_options`, as for a program; what each means is said there.
+    prefix: str | None = None
+    """Keys that begin with this; not together with `key`."""
+    scope_prefix: str | None = None
+    """Scopes whose name begins with this; not together with `scope`."""
+    only_if_changed: bool | None = None
+    """True: not for a write that leaves the same JSON value."""
+    fields: tuple[str, ...] | None = None
+    """Only if one of these top-level fields of the value has changed, come or gone."""
+    order: Order | None = None
+    """Which events are handled one after the other: of the same `scope` or `key`, all of the `trigger`, or `none`."""
+    concurrency: int | None = None
+    """How many events are handled side by side at most; left out: 8."""
+    durable: str | None = None
+    """The name of its consumer in the store; left out: events are in memory only."""
+    retry: RetryConfig | None = None
+    """For durable triggers: when a failed delivery is tried again."""
+    ack_wait: float | None = None
+    """For durable triggers: seconds after which a delivery is tried again; left out: 30."""
+    start: str | None = None
+    """For durable triggers: where a new consumer begins, `now`, `earliest`, or a cursor."""
+    on_giving_up: Literal["skip", "block"] | None = None
+    """For durable triggers: what becomes of the events behind one that is given up; left out: `skip`."""
+    max_dead: int | None = None
+    """For durable triggers: how many dead letters are kept; left out: 100,000."""
+    debounce: float | None = None
+    """Seconds for which a key must not change before its newest event is delivered."""
+    debounce_max: float | None = None
+    """Seconds after which it is delivered in any case; left out: ten times `debounce`."""
+    batch: int | None = None
+    """Deliver lists of at most so many events."""
+    batch_wait: float | None = None
+    """Seconds for which the first event of a list waits for more; left out: 0.2."""
+    metadata: dict[str, Any] | None = None
+    """A JSON object that the handler finds in `event.metadata`."""
+
+
+def options_of(trigger: TriggerConfig) -> dict[str, object]:
+    """Return the options of an entry as `ops.triggers.read_options` takes them."""
+    given: dict[str, object] = {name: getattr(trigger, name) for name in OPTIONS}
+    if trigger.retry is not None:
+        given["retry"] = msgspec.structs.asdict(trigger.retry)
+    return given
 
 
 EVERYTHING: Final = ("*",)

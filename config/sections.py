@@ -17,6 +17,7 @@ from scopestate.config.nodes import Mapping, Node, Problems, Scalar, Sequence, f
 from scopestate.config.scalars import (
     Value,
     VariableError,
+    content,
     did_you_mean,
     expand,
     misfit,
@@ -40,10 +41,12 @@ from scopestate.config.schema import (
     TokenConfig,
     TriggerConfig,
     full_token,
+    options_of,
     with_every_list,
 )
 from scopestate.errors import ConfigError
 from scopestate.ops.functions import BUILT_IN_IDS
+from scopestate.ops.triggers import read_options
 
 log = logging.getLogger("scopestate.config")
 
@@ -288,12 +291,9 @@ class SectionReader:
                 if getattr(trigger, name) == "":
                     key = join(item.path, name)
                     self._problems.add("expected a non-empty string", self._line_of(item, name), key)
-            if trigger.events == ():
-                entries = item.node.entries if isinstance(item.node, Mapping) else ()
-                if any(entry.key.content == "events" and isinstance(entry.value, Sequence) for entry in entries):
-                    key = join(item.path, "events")
-                    self._problems.add("an empty list would never fire; leave it out for every kind", item.line, key)
-                trigger = msgspec.structs.replace(trigger, events=None)
+            trigger = self._without_empty_lists(item, trigger)
+            for name, problem in read_options(options_of(trigger))[1]:
+                self._problems.add(problem, self._line_of(item, name), join(item.path, name))
             for name in ("function_id", "condition_function_id"):
                 function_id = getattr(trigger, name)
                 if function_id and function_id not in known:
@@ -303,7 +303,7 @@ class SectionReader:
                         self._line_of(item, name),
                         join(item.path, name),
                     )
-            twin = seen.setdefault(trigger if trigger.id is None else trigger.id, item)
+            twin = seen.setdefault(msgspec.json.encode(trigger) if trigger.id is None else trigger.id, item)
             if twin is not item:
                 what = "this trigger" if trigger.id is None else f"trigger id {trigger.id!r}"
                 where = f"on line {twin.line}" if twin.line else f"at `{twin.path}`"
@@ -312,6 +312,17 @@ class SectionReader:
                 )
             triggers.append(trigger)
         return tuple(triggers)
+
+    def _without_empty_lists(self, item: Place, trigger: TriggerConfig) -> TriggerConfig:
+        """Report a list of a trigger that is empty. One that is null is as if it were left out."""
+        for name, meant in (("events", "kind"), ("fields", "field")):
+            if getattr(trigger, name) == ():
+                entries = item.node.entries if isinstance(item.node, Mapping) else ()
+                if any(entry.key.content == name and isinstance(entry.value, Sequence) for entry in entries):
+                    problem = f"an empty list would never fire; leave it out for every {meant}"
+                    self._problems.add(problem, self._line_of(item, name), join(item.path, name))
+                trigger = msgspec.structs.replace(trigger, **{name: None})
+        return trigger
 
     def _scopes(self, place: Place | None) -> tuple[ScopeRule, ...]:
         rules: list[ScopeRule] = []
@@ -364,6 +375,8 @@ class SectionReader:
                 return tuple(self._part(item, get_args(kind)[0]) for item in self._items(place))
         if wanted is TokenConfig:
             return self._token(place)
+        if any(get_origin(kind) is dict for kind in get_args(wanted)):
+            return None if self._is_null(place) else self._json(place)
         for kind in (wanted, *get_args(wanted)):
             if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
                 optional = kind is not wanted
@@ -415,7 +428,18 @@ class SectionReader:
         if problem is not None:
             self._problems.add(problem, place.line, place.path)
             return None
-        return value.value
+        return content(value)
+
+    def _json(self, place: Place) -> object:
+        """Return any JSON value."""
+        if isinstance(place.node, Mapping):
+            return {key: self._json(at) for key, at in self._fields(place, None).items()}
+        if isinstance(place.node, Sequence):
+            return [self._json(item) for item in self._items(place)]
+        value = self._value(place, place.node)
+        if value is None or value.kind in ("ambiguous", "other"):
+            return None if value is None else self._typed(place, str)
+        return content(value)
 
     def _value(self, place: Place, scalar: Scalar) -> Value | None:
         if scalar.style == "native":

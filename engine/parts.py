@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from operator import attrgetter
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -33,11 +33,12 @@ from scopestate.config import (
     TriggerConfig,
 )
 from scopestate.config.functions import misfit_id
+from scopestate.config.schema import options_of
 from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.opening import open_backend, write_rule_of
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.results import DeliveryFailure
-from scopestate.ops.triggers import OPTIONS, Trigger, read_options
+from scopestate.ops.triggers import Trigger, read_options
 from scopestate.ops.turns import checked_length
 
 log = logging.getLogger("scopestate.engine")
@@ -197,16 +198,31 @@ def configured_triggers(entries: Iterable[TriggerConfig]) -> list[Trigger]:
     made: Counter[str] = Counter()
     for entry in entries:
         trigger_id = entry.id
-        # The file was checked where it was read, so there are no mistakes.
-        fields, _ = read_options({name: getattr(entry, name, None) for name in OPTIONS})
+        # There are no mistakes: the entry was checked when the file was read.
+        fields, _ = read_options(options_of(entry))
         if trigger_id is None:
-            content = f"config:{entry.function_id}:{entry.scope!r}:{entry.key!r}:{entry.condition_function_id!r}"
-            if entry.events is not None:
-                content += f":{fields['events']!r}"
+            content = _content(entry, fields)
             made[content] += 1
             trigger_id = content if made[content] == 1 else f"{content}#{made[content]}"
         triggers.append(Trigger(trigger_id, entry.function_id, **fields))
     return triggers
+
+
+def _content(entry: TriggerConfig, fields: Mapping[str, Any]) -> str:
+    """Return what tells triggers without an id from each other.
+
+    That is the consumer, or what is watched and the function. A reload that changes how events are delivered, such as
+    `order` or `debounce`, finds the trigger again, with the events that wait.
+    """
+    if entry.durable is not None:
+        return f"config:consumer:{entry.durable}"
+    content = f"config:{entry.function_id}:{entry.scope!r}:{entry.key!r}:{entry.condition_function_id!r}"
+    if entry.events is not None:
+        content += f":{fields['events']!r}"
+    for name in ("scope_prefix", "prefix", "only_if_changed", "fields"):
+        if name in fields:
+            content += f":{name}={fields[name]!r}"
+    return content
 
 
 def _durabilities(config: Config) -> list[tuple[str | None, str | None, str]]:

@@ -12,8 +12,10 @@ import msgspec
 import pytest
 
 from scopestate import config
-from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, ScopeRule, TriggerConfig
+from scopestate.config import AdapterConfig, Config, KvOptions, LimitsConfig, RetryConfig, ScopeRule, TriggerConfig
 from scopestate.errors import ConfigError
+from scopestate.ops.deliveries import Retry
+from scopestate.ops.triggers import OPTIONS
 
 IN_MEMORY = AdapterConfig("kv", KvOptions())
 
@@ -232,6 +234,59 @@ def test_anchors_and_aliases_stand_for_their_value() -> None:
     assert config.loads(text).triggers == (TriggerConfig("a", "s1"), TriggerConfig("a", "s2"))
 
 
+def test_a_trigger_has_all_options_of_a_program() -> None:
+    text = """
+triggers:
+  - function_id: f
+    scope_prefix: "orders:"
+    prefix: o-
+    only_if_changed: true
+    fields: [status, "1"]
+    order: key
+    concurrency: 3
+    durable: ship
+    retry: {attempts: 3, first: 0.5}
+    ack_wait: 60
+    start: earliest
+    on_giving_up: block
+    max_dead: 10
+    debounce: 0.5
+    debounce_max: 5
+    batch: 100
+    batch_wait: .25
+    metadata:
+      team: shipping
+      limits: [1, 2.5, true, ~, {deep: "7"}]
+"""
+    (trigger,) = config.loads(text).triggers
+
+    assert trigger == TriggerConfig(
+        "f",
+        scope_prefix="orders:",
+        prefix="o-",
+        only_if_changed=True,
+        fields=("status", "1"),
+        order="key",
+        concurrency=3,
+        durable="ship",
+        retry=RetryConfig(attempts=3, first=0.5),
+        ack_wait=60,
+        start="earliest",
+        on_giving_up="block",
+        max_dead=10,
+        debounce=0.5,
+        debounce_max=5,
+        batch=100,
+        batch_wait=0.25,
+        metadata={"team": "shipping", "limits": [1, 2.5, True, None, {"deep": "7"}]},
+    )
+    assert set(OPTIONS) == set(TriggerConfig.__struct_fields__) - {"function_id", "id"}
+    assert msgspec.structs.asdict(RetryConfig()) == {
+        name: getattr(Retry(), name) for name in RetryConfig.__struct_fields__
+    }
+    config.validate(config.Config(triggers=(trigger,)))
+
+
 @pytest.mark.parametrize(("text", "events"), [("[expired, created]", ("expired", "created")), ("~", None), ("", None)])
 def test_a_trigger_names_kinds_of_events_or_all(text: str, events: tuple[str, ...] | None) -> None:
     (trigger,) = config.loads(f"triggers:\n- function_id: a\n  events: {text}\n").triggers
@@ -302,7 +357,18 @@ class TestDefaultFile:
         loaded = config.loads(uncommented)
 
         assert list(loaded.functions) == ["app::greet", "app::is_adult"]
-        assert loaded.triggers == (TriggerConfig("app::greet", "users", "profile", "app::is_adult", "greet-adults"),)
+        assert loaded.triggers == (
+            TriggerConfig("app::greet", "users", "profile", "app::is_adult", "greet-adults"),
+            TriggerConfig(
+                "app::greet",
+                scope_prefix="users:",
+                prefix="profile",
+                events=("created", "updated"),
+                fields=("name", "email"),
+                debounce=0.5,
+                metadata={"template": "short"},
+            ),
+        )
         assert [(rule.name, rule.prefix, rule.durability) for rule in loaded.scopes] == [
             ("orders", None, "commit"),
             (None, "session:", "memory"),
