@@ -115,8 +115,8 @@ class ConsumerPort(ABC):
     def start(self, trigger: Trigger, wake: Callable[[], object], lost: Callable[[Sequence[int]], object]) -> None:
         """Begin to take events. `wake()`: `fetch` may return something now; from any thread, and it is quick.
 
-        `lost(positions)`: other engines have these now. What has not begun is dropped; the rest ends, and its outcomes
-        do not count.
+        `lost(positions)`: these are not this engine's any more: other engines have them, or their dead letters were
+        purged. What has not begun is dropped; the rest ends, and its outcomes do not count.
         """
 
     @abstractmethod
@@ -151,6 +151,22 @@ class ConsumerPort(ABC):
     @abstractmethod
     def transaction(self, position: int, scope: str) -> Any:
         """Return what acknowledges `position` within a write to `scope`: the acks for its turn. Raises Unsupported."""
+
+    def transaction_failed(self, position: int) -> None:  # noqa: B027 - a backend may have nothing to forget
+        """The write that was to acknowledge it has failed, and nothing of it is left."""
+
+    def mark(self) -> int:
+        """Return a mark for `reached`: what is committed by now, as far as the backend can tell."""
+        return 0
+
+    def reached(self, mark: int) -> bool:
+        """Return whether everything up to a mark was returned by `fetch`."""
+        del mark
+        return True
+
+    @abstractmethod
+    def pause(self, why: str) -> None:
+        """Note that the runtime takes no more events, and why, until `Consumers.resume`."""
 
     @abstractmethod
     def status(self) -> ConsumerStatus:

@@ -191,6 +191,10 @@ class DeterministicDispatcher:
         """Return the virtual time since the dispatcher was made, with that in which it was suspended."""
         return round((self._now + self._suspended_s) * 1_000_000) * 1000
 
+    def random(self) -> float:
+        """Return the next random number of the seed."""
+        return self._random.random()
+
     def threads(self) -> int:
         """Threads alive now."""
         return len(self._workers)

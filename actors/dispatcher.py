@@ -6,6 +6,7 @@ import _thread
 import functools
 import heapq
 import itertools
+import random
 import threading
 import time
 import weakref
@@ -78,6 +79,9 @@ class Dispatcher(Protocol):
 
     def uptime_ns(self) -> int:
         """Return the nanoseconds since a fixed moment, with those in which the machine was suspended if it can tell."""
+
+    def random(self) -> float:
+        """Return a random number from 0 to 1, which is not included."""
 
     def threads(self) -> int:
         """Return the number of live threads, without the timer's."""
@@ -172,6 +176,9 @@ class ThreadDispatcher:
     uptime_ns = staticmethod(
         time.monotonic_ns if _SINCE_BOOT is None else functools.partial(time.clock_gettime_ns, _SINCE_BOOT)
     )
+
+    def random(self) -> float:
+        return random.random()
 
     def threads(self) -> int:
         return self._workers

@@ -195,6 +195,10 @@ class Journal(ABC):
         """Return what is saved in the journal."""
 
     @abstractmethod
+    def count_behind(self, position: int) -> int:
+        """Return how many events are behind a position."""
+
+    @abstractmethod
     def oldest(self, scope: str) -> tuple[int, int] | None:
         """Return revision and position of the oldest event of a scope; None if there is none."""
 

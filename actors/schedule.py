@@ -43,10 +43,19 @@ class Schedule:
         self._lanes: dict[Hashable, Lane] = {}
         self._ready: deque[Lane] = deque()
         self._parked: list[tuple[int, int, Lane]] = []
+        self._blocked: dict[int, Lane] = {}
+        """Position of the first delivery -> lane, of those that are held back."""
         self._numbers = itertools.count()
         self.held = 0
         """Deliveries that are here: waiting, running, parked or held back."""
         self.running = 0
+        self._waiting_long = 0
+        """Deliveries in lanes that are parked or held back."""
+
+    @property
+    def active(self) -> int:
+        """Deliveries that do not wait for a moment, or for a caller."""
+        return self.held - self._waiting_long
 
     def __len__(self) -> int:
         return self.held
@@ -56,8 +65,13 @@ class Schedule:
         return bool(self._ready)
 
     def add(self, item: Held) -> None:
-        """Put a delivery behind those of its lane."""
+        """Put a delivery behind those of its lane; one that was given up and held its lane back goes where it was."""
         event = item.event
+        if self._blocked and not item.blocked and (blocked := self._blocked.pop(event.position, None)) is not None:
+            self._waiting_long -= len(blocked.items)
+            blocked.items[0] = item
+            self._offer(blocked)
+            return
         order = self.order
         name: Hashable
         if order == "key":
@@ -75,6 +89,8 @@ class Schedule:
         self.held += 1
         if lane.state == _IDLE:
             self._offer(lane)
+        elif lane.state >= _PARKED:
+            self._waiting_long += 1
 
     def take(self, now_ms: int) -> Lane | None:
         """Return a lane whose first delivery begins now; None if there is none."""
@@ -82,6 +98,7 @@ class Schedule:
         while parked and parked[0][0] <= now_ms:
             due_ms, _, lane = heapq.heappop(parked)
             if lane.state == _PARKED and lane.due_ms == due_ms:
+                self._waiting_long -= len(lane.items)
                 lane.state = _READY
                 self._ready.append(lane)
         if not self._ready:
@@ -114,22 +131,14 @@ class Schedule:
         """The first delivery of a lane, which was running, was given up: it holds the lane back."""
         self.running -= 1
         lane.items[0].blocked = True
-        lane.state = _BLOCKED
-
-    def replay(self, item: Held) -> None:
-        """A dead letter is delivered again: in the place of the one that holds its lane back, or at the end."""
-        lane = self._blocked_by(item.event.position)
-        if lane is None:
-            self.add(item)
-        else:
-            lane.items[0] = item
-            self._offer(lane)
+        self._hold_back(lane)
 
     def release(self, position: int) -> bool:
         """The dead letter at `position` was purged: the lane that it holds back goes on. False if it holds none."""
-        lane = self._blocked_by(position)
+        lane = self._blocked.pop(position, None)
         if lane is None:
             return False
+        self._waiting_long -= len(lane.items)
         self.held -= 1
         lane.items.popleft()
         self._offer(lane)
@@ -145,11 +154,14 @@ class Schedule:
             if len(left) == len(lane.items):
                 continue
             self.held -= len(lane.items) - len(left)
-            moved = not left or left[0] is not lane.items[0]
+            if lane.state == _BLOCKED:
+                del self._blocked[lane.items[0].event.position]
+            if lane.state >= _PARKED:
+                self._waiting_long -= len(lane.items)
+            elif lane.state == _READY:
+                self._ready.remove(lane)
             lane.items = deque(left)
-            if moved and lane.state != _RUNNING:
-                if lane.state == _READY:
-                    self._ready.remove(lane)
+            if lane.state != _RUNNING:
                 self._offer(lane)
 
     def reorder(self, order: Order) -> None:
@@ -159,7 +171,8 @@ class Schedule:
         self._lanes.clear()
         self._ready.clear()
         self._parked.clear()
-        self.held = 0
+        self._blocked.clear()
+        self.held = self._waiting_long = 0
         for item in items:
             self.add(item)
 
@@ -187,12 +200,6 @@ class Schedule:
             for item in lane.items
         }
 
-    def _blocked_by(self, position: int) -> Lane | None:
-        for lane in self._lanes.values():
-            if lane.state == _BLOCKED and lane.items[0].event.position == position:
-                return lane
-        return None
-
     def _offer(self, lane: Lane) -> None:
         """The first delivery of a lane has changed, and none is running."""
         if not lane.items:
@@ -201,14 +208,20 @@ class Schedule:
             return
         first = lane.items[0]
         if first.blocked:
-            lane.state = _BLOCKED
+            self._hold_back(lane)
         elif first.due_ms:
             self._park(lane, first.due_ms)
         else:
             lane.state = _READY
             self._ready.append(lane)
 
+    def _hold_back(self, lane: Lane) -> None:
+        lane.state = _BLOCKED
+        self._blocked[lane.items[0].event.position] = lane
+        self._waiting_long += len(lane.items)
+
     def _park(self, lane: Lane, due_ms: int) -> None:
         lane.state = _PARKED
+        self._waiting_long += len(lane.items)
         lane.due_ms = due_ms
         heapq.heappush(self._parked, (due_ms, next(self._numbers), lane))

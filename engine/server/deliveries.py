@@ -108,6 +108,9 @@ class LoopDispatcher:
     def uptime_ns(self) -> int:
         return self._behind.uptime_ns()
 
+    def random(self) -> float:
+        return self._behind.random()
+
     def threads(self) -> int:
         return self._behind.threads()
 

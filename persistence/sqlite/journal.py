@@ -163,6 +163,10 @@ class SavedJournal(Journal):
             "measure the journal", lambda connection: JournalSize(*connection.execute(_SIZE).fetchall()[0])
         )
 
+    def count_behind(self, position: int) -> int:
+        """See Journal."""
+        return self._read("count the events in the journal", lambda connection: _count_behind(connection, position))
+
     def oldest(self, scope: str) -> tuple[int, int] | None:
         return self._read(
             f"look into the journal of scope {scope!r}", lambda connection: changes.oldest_of(connection, scope)
@@ -259,3 +263,8 @@ class SavedJournal(Journal):
 
 _ANY: Final = 2**32
 """More than the number of any attempt."""
+
+
+def _count_behind(connection: sqlite3.Connection, position: int) -> int:
+    ((count,),) = connection.execute("SELECT count(*) FROM journal WHERE position > ?", (position,)).fetchall()
+    return int(count)

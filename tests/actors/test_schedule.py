@@ -101,7 +101,7 @@ class AgainstAModel(RuleBasedStateMachine):
         if again:
             old = self.waiting[index]
             self.waiting[index] = held(position, old.event.key, old.event.scope)
-            self.schedule.replay(self.waiting[index])
+            self.schedule.add(self.waiting[index])
         else:
             del self.waiting[index]
             assert self.schedule.release(position)
@@ -127,6 +127,10 @@ class AgainstAModel(RuleBasedStateMachine):
     def counts(self) -> None:
         assert len(self.schedule) == len(self.waiting)
         assert self.schedule.running == len(self.running)
+        long = {self.lane_of(item) for item in self.waiting if item.event.position in self.blocked}
+        sure = [item for item in self.waiting if self.lane_of(item) not in long]
+        assert len(self.schedule.positions_before(10**9)) == len(sure)
+        assert self.schedule.active == len(self.schedule.positions_before(-1))
         dues = [
             item.due_ms
             for item in {self.lane_of(item): item for item in reversed(self.waiting)}.values()

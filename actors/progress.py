@@ -1,0 +1,198 @@
+"""How far a consumer of the journal has come: what is fetched, what is over, and what a save has to write. Pure.
+
+Positions are those of the journal. A save writes `done`, which says that every delivery up to it is over but for those
+with a row of their own, and rows for what that does not say. Events of different scopes are saved in any order, so an
+event below the newest one may come later: `floor` is how far all of them are here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from scopestate.actors.consuming import Held, Outcome
+from scopestate.actors.journal import ConsumerChange, Letter, Pending, SavedConsumer
+from scopestate.ops.results import StateEvent
+
+MANY: Final = 256
+"""With more rows than this for what is over behind `done`, it is looked at which rows are fewer."""
+
+
+class Progress:
+    """What one consumer has done. Not for several threads at once."""
+
+    def __init__(self, saved: SavedConsumer) -> None:
+        self.number = saved.number
+        self.floor = saved.done
+        """Everything up to here was fetched."""
+        self.above = {*saved.acked, *(position for position in saved.pending if position > saved.done)}
+        """Positions behind `floor` that were fetched."""
+        self.open: dict[int, None] = {}
+        """Deliveries that are not over."""
+        self.dead = saved.dead
+        """Dead letters that it has."""
+        self._done = saved.done
+        """As it was saved."""
+        self._known = saved.pending
+        self._begun = saved.begun
+        self._rows = set(saved.pending)
+        """Deliveries that have a row as pending in the store."""
+        self._acked: list[int] = []
+        """Over, and not saved yet."""
+        self._pending: dict[int, Pending] = {}
+        """Not over, and not saved yet as it is."""
+        self._letters: list[Letter] = []
+        self._joined: set[int] = set()
+        """Deliveries that a transaction acknowledges: over when the change of its scope is saved."""
+        for position in saved.pending:
+            self.open[position] = None
+
+    # ------------------------------------------------------------------------------------------------------ fetching
+
+    def pending_at_start(self) -> list[int]:
+        """Return the positions of the deliveries that an earlier session has left, in order."""
+        return sorted(self._known)
+
+    def held(self, event: StateEvent) -> Held:
+        """Return an event as a delivery, with what is known of its attempts."""
+        position = event.position
+        known, begun = self._known.pop(position, None), self._begun.pop(position, 0)
+        if known is None:
+            return Held(event, begun)
+        # An attempt that a kill has cut off is tried again at once.
+        due_ms = known.due_ms if begun <= known.attempts else 0
+        return Held(event, max(known.attempts, begun), known.first_ms, due_ms, known.error, known.held)
+
+    def lost(self, position: int) -> None:
+        """The journal does not have the event of a pending delivery."""
+        self._known.pop(position, None)
+        self._acked.append(position)
+        self.open.pop(position, None)
+
+    def fetched(self, position: int) -> bool:
+        """Note an event that is fetched and is to be handled. False: it was fetched before."""
+        if position <= self.floor or position in self.above:
+            return False
+        self.above.add(position)
+        self.open[position] = None
+        return True
+
+    def passed(self, position: int) -> None:
+        """Note an event that is fetched and is not for this consumer."""
+        if position > self.floor:
+            self.above.add(position)
+
+    def reach(self, floor: int) -> None:
+        """Every event up to here was fetched, or passed."""
+        if floor > self.floor:
+            self.floor = floor
+            self.above = {position for position in self.above if position > floor}
+
+    # ------------------------------------------------------------------------------------------------------- outcomes
+
+    def join(self, position: int) -> None:
+        """A transaction is about to acknowledge a delivery."""
+        self._joined.add(position)
+
+    def part(self, position: int) -> None:
+        """The transaction has failed."""
+        self._joined.discard(position)
+
+    def joined_is_saved(self, position: int) -> None:
+        """The change with the acknowledgement is on disk."""
+        self._joined.discard(position)
+        self._pending.pop(position, None)
+        self._rows.discard(position)
+        self.open.pop(position, None)
+
+    def end(self, outcome: Outcome, now_ms: int) -> None:
+        """Note how an attempt has ended."""
+        position = outcome.position
+        if position not in self.open or position in self._joined:
+            return
+        if outcome.verdict == "done":
+            self._pending.pop(position, None)
+            self._acked.append(position)
+            del self.open[position]
+            return
+        blocked = outcome.verdict == "held"
+        if outcome.verdict == "retry" or blocked:
+            self._pending[position] = Pending(
+                position, outcome.attempts, outcome.first_ms, outcome.due_ms, outcome.error, blocked
+            )
+        if outcome.verdict == "retry":
+            return
+        assert outcome.event is not None  # of what is given up the runtime gives the event
+        self._letters.append(
+            Letter(
+                0,
+                self.number,
+                outcome.event,
+                outcome.attempts,
+                outcome.first_ms,
+                now_ms,
+                outcome.error,
+                outcome.traceback,
+            )
+        )
+        self.dead += 1
+        if not blocked:
+            self._pending.pop(position, None)
+            self._rows.discard(position)
+            del self.open[position]
+
+    def reopen(self, pending: Pending) -> None:
+        """A dead letter is a delivery again, and saved as one."""
+        self.open[pending.position] = None
+        self._rows.add(pending.position)
+        self._known[pending.position] = pending
+        self._begun.pop(pending.position, None)
+
+    def released(self, position: int) -> None:
+        """The letter that held its lane back was purged: the delivery is over, and that is saved."""
+        self._pending.pop(position, None)
+        self._rows.discard(position)
+        self.open.pop(position, None)
+
+    # --------------------------------------------------------------------------------------------------------- saving
+
+    def unsaved(self) -> int:
+        """Return how much of what has ended is not saved."""
+        return len(self._acked) + len(self._pending) + len(self._letters)
+
+    def change(self) -> ConsumerChange | None:
+        """Return what a save has to write; None if nothing has changed. `saved` or nothing follows."""
+        done = min(self.floor, min(self.open) - 1) if self.open else self.floor
+        done = max(done, self._done)
+        pending = list(self._pending.values())
+        acked, rows = self._acked.copy(), self._rows
+        behind = [position for position in acked if position > done]
+        if len(behind) > MANY:
+            high = min(self.floor, min(self._joined) - 1) if self._joined else self.floor
+            bare = [p for p in self.open if p <= high and p not in rows and p not in self._pending]
+            if len(bare) < len(behind):
+                done = max(done, high)
+                pending += [Pending(position) for position in bare]
+        if done == self._done and not acked and not pending and not self._letters:
+            return None
+        self._sending = (len(self._acked), dict(self._pending))
+        told = [position for position in acked if position > done or position in rows]
+        return ConsumerChange(self.number, done, told, pending, self._letters.copy())
+
+    def saved(self, change: ConsumerChange) -> None:
+        """What `change` has returned last is on disk."""
+        count, pending = self._sending
+        del self._acked[:count]
+        del self._letters[: len(change.letters)]
+        self._rows.difference_update(change.acked)
+        over = set(self._acked)
+        self._rows.update(one.position for one in change.pending if one.position in self.open or one.position in over)
+        for position, sent in pending.items():
+            if self._pending.get(position) is sent:
+                del self._pending[position]
+        self._done = max(self._done, change.done)
+
+    _sending: tuple[int, dict[int, Pending]] = (0, {})
+
+    def oldest(self) -> int | None:
+        """Return the position of the oldest delivery that is not over; None if there is none."""
+        return min(self.open) if self.open else None
