@@ -12,8 +12,10 @@ from scopestate.errors import ScopestateError, StorageError
 from scopestate.ops.turns import Turn
 
 if TYPE_CHECKING:
+    from scopestate.actors.feed import Hold
     from scopestate.actors.local import LocalScope
     from scopestate.actors.stretch import Collected
+    from scopestate.ops.results import StateEvent
 
 Outcome = tuple[ReplyTo, Any, BaseException | None]
 """A reply with its value or its error, ready to deliver."""
@@ -29,6 +31,13 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     collected: Collected | None
     events: list[Any]
     waiting: list[Held]
+    held: Hold | None = None
+    """Its changes in the feed, with their positions; None: the scope is not fed."""
+
+    @property
+    def log(self) -> list[StateEvent]:
+        """Its changes for the journal, in order; [] if the scope is not fed."""
+        return [] if self.held is None else self.held.events
 
     def settle(self) -> list[Outcome]:
         """The commit worked."""
@@ -76,6 +85,8 @@ class Gate:
         self._snapshot = around.snapshot
         self.outbox: list[Any] = []
         """Events that wait for the next commit."""
+        self.incoming: dict[int, StateEvent] = {}
+        """The same for the feed."""
         self.unsettled = False
         """True while memory has what may not be on disk."""
         self._waiting: list[Held] = []
@@ -136,8 +147,10 @@ class Gate:
 
     def _take_batch(self) -> Batch:
         scope = self._scope
-        batch = Batch(scope, scope.collect(), self.outbox, self._waiting)
+        held = self._router.feed.hold(list(self.incoming.values()))
+        batch = Batch(scope, scope.collect(), self.outbox, self._waiting, held)
         self.outbox = scope._outbox = []
+        self.incoming = scope._incoming = {}
         self._waiting = []
         self._committing = batch.collected.keys if batch.collected is not None else {}
         return batch
@@ -151,6 +164,8 @@ class Gate:
         if self._scope.is_clean() and not self._waiting:
             self.unsettled = False
             self._scope._allow_reading()
+        if batch.held is not None:
+            self._router.feed.settle(batch.held)
         # Events before answers: the caller that has the answer may call drain() and count on the event.
         self._router.publish(batch.events)
         return outcomes
@@ -158,8 +173,11 @@ class Gate:
     def _roll_back(self, batch: Batch, error: StorageError) -> list[Outcome]:
         scope = self._scope
         waiting = batch.waiting + self._waiting
+        if batch.held is not None:
+            self._router.feed.drop(batch.held)
         scope.forget_changes()
         self.outbox = scope._outbox = []
+        self.incoming = scope._incoming = {}
         self._waiting, self._committing = [], {}
         self.unsettled = False
         outcomes: list[Outcome] = []

@@ -20,7 +20,7 @@ from scopestate.actors.turn import BUSY, HOLDER
 from scopestate.actors.view import AnswerApart, Apart, InMemory, Unexpired, WithDeadlines
 from scopestate.actors.wheel import NEVER, Wheel
 from scopestate.errors import DeserializationError, EngineClosed, Overloaded, StorageError, Unsupported
-from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
+from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, State, Values
 from scopestate.ops.results import BatchResult, CasResult, ModifyResult, SetResult
 from scopestate.ops.transactions import SetAll
 from scopestate.ops.turns import LAST_MS, NO_DEADLINE, Delete, Items, List, Range, Set, Turn, Update, refuse_size
@@ -52,6 +52,7 @@ class LocalScope(ScopeInMemory):
         if gated:
             self._gate = Gate(self, around)
             self._outbox, self._registry = self._gate.outbox, around.snapshot.committing
+            self._incoming = self._gate.incoming
         if keeps:
             self._sequence = 0  # until it is loaded
         self._saved = 0
@@ -594,7 +595,7 @@ class LocalScope(ScopeInMemory):
 _WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
     SetWith: LocalScope._set_with,
     SetAll: LocalScope._set_all,
-    **dict.fromkeys((Keys, Pairs, Values, Entries, Count, ReadPage, DeleteRange, Items), LocalScope._read_many),
+    **dict.fromkeys((Keys, Pairs, Values, Entries, State, Count, ReadPage, DeleteRange, Items), LocalScope._read_many),
     CompareAndSet: LocalScope._compare_and_set,
     Modify: LocalScope._modify,
     Durable: LocalScope._open,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -21,6 +21,10 @@ from scopestate.ops.turns import TtlRule
 
 if TYPE_CHECKING:
     from scopestate.actors.scope import ScopeActor, Surroundings
+
+
+Durability = Literal["memory", "interval", "commit"]
+"""When a write is durable: never, after the next save, or when it is acknowledged."""
 
 
 class WriteRule(msgspec.Struct, frozen=True):
@@ -225,6 +229,11 @@ class Backend(ABC):
 
         Of scopes that are in this engine's memory it need not know.
         """
+
+    def durability(self, scope: str) -> Durability:
+        """Return when this engine saves the writes of a scope; `memory` if that is not its business."""
+        del scope
+        return "memory"
 
     def start(self, around: Surroundings) -> None:  # noqa: B027 - most have nothing to start
         """The engine is complete and its configured triggers are registered: events may come from elsewhere."""

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 
 from scopestate.actors.backlog import HandlerFull, Tally, size_of
 from scopestate.actors.containment import Log
+from scopestate.actors.feed import Feed
 from scopestate.actors.handler import Barrier, HandlerActor, HandlerServices
 from scopestate.actors.triggers import TriggerTable, Watchers, wanting
-from scopestate.actors.turn import HOLDER, TurnActor
+from scopestate.actors.turn import HOLDER, TurnActor, is_arranging
 from scopestate.errors import EventLoopDetected, Overloaded
 from scopestate.ops.results import DeliveryFailure, EventType, StateEvent
 from scopestate.signals import certainly
@@ -19,7 +20,10 @@ from scopestate.signals import certainly
 log = Log("scopestate.triggers")
 
 Prepared = tuple[tuple[HandlerActor, ...], StateEvent]
-"""An event that is ready to be published: the handlers that it goes to, and the event."""
+"""An event that is ready to be published: the handlers that it goes to, and the event.
+
+Of a scope that is fed there may be no handlers: such an event is entered into the feed, and not published.
+"""
 Expired = tuple[int, int]
 """Of a key that has expired: its deadline, and how many milliseconds later it is removed."""
 
@@ -50,6 +54,7 @@ class EventRouter(TurnActor):
         self.triggers = TriggerTable(lambda trigger: HandlerActor(trigger, services))
         self.backlog = services.backlog
         self.backlog.working = self.triggers.working
+        self.feed = Feed(services.dispatcher, self.wake, self.triggers)
         self.outlet: list[Prepared] = self._mailbox
         """Where a scope appends what it has prepared, in the stretch that no signal can cut; `wake` follows."""
         self.routed = 0
@@ -71,20 +76,28 @@ class EventRouter(TurnActor):
         depth: int,
         expired: Expired | None = None,
     ) -> tuple[Prepared, ...]:
-        """Return the event of a write that is about to happen, ready to be published; () if no trigger matches.
+        """Return the event of a write that is about to happen, ready to be published.
+
+        () if no trigger matches, and the scope is not fed.
 
         Called within the scope's turn; `watch` is the scope's own table. Raises HandlerFull if a handler must catch up
         first, and Overloaded if it is a handler that writes, `depth` handlers deep: it might be waiting for itself.
         `expired` is given if the key is removed because its deadline has passed.
         """
         handlers = watch.match(key)
-        if not handlers:
+        if not handlers and not (watch.fed or watch.anywhere.fed):
             return ()
         kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
+        expired_at = late_ms = None
         if expired is not None:
             kind = "state:expired"
-        if self.triggers.selective and not (handlers := wanting(handlers, kind, old, new)):
-            return ()
+            expired_at, late_ms = expired
+        if self.triggers.selective:
+            handlers = wanting(handlers, kind, old, new)
+        if not handlers:
+            if not (watch.fed or watch.anywhere.fed):
+                return ()
+            return (((), StateEvent(kind, scope, key, old, new, revision, depth, expired_at, late_ms, revision)),)
         backlog, limits, waiting = self.backlog, self._limits, len(self._mailbox)
         size = (len(old) if old else 0) + (len(new) if new else 0)
         backlog.largest = max(backlog.largest, size)
@@ -95,7 +108,7 @@ class EventRouter(TurnActor):
             for handler in handlers:
                 if len(handler._mailbox) + len(handler._aside) >= room:
                     self._admit(scope, handlers, depth)
-        return ((handlers, StateEvent(kind, scope, key, old, new, revision, depth, *(expired or ()))),)
+        return ((handlers, StateEvent(kind, scope, key, old, new, revision, depth, expired_at, late_ms, revision)),)
 
     def check_room(self, scope: str, watch: Watchers, key: str, depth: int) -> None:
         """Refuse, as `prepare` does, a write that is about to be sent elsewhere: no handler may miss its event."""
@@ -238,8 +251,13 @@ class EventRouter(TurnActor):
         """Events that wait here."""
         return len(self._mailbox)
 
+    def wake(self) -> None:
+        if (self._mailbox or self.feed.is_waited_for()) and not self._claim and (not self._scheduled or is_arranging()):
+            self.wake_anyway()
+
     def _drain_mailbox(self) -> None:
         mailbox, backlog = self._mailbox, self.backlog
+        self.feed.number()
         batch = mailbox[: self.batch]
         backlog.begin_turn(len(batch))
         # As many as were copied: others may have been appended since.
@@ -260,13 +278,14 @@ class EventRouter(TurnActor):
         self.routed += 1
         if event.depth > self._limits.max_event_depth:
             self._cut_loop(handlers, event)
-        elif len(handlers) == 1:
+        elif len(handlers) == 1 and not event.time_ms:
             try:
                 handlers[0].offer(event)
             except MemoryError:
                 self._offer_again(handlers[0], event)
         else:
-            # All copied before the first handler gets its own: what one does to its event reaches no other.
+            # All copied before the first handler gets its own: what one does to its event reaches no other, and the
+            # feed has one as well.
             for handler, own in zip(handlers, [event.copy() for _ in handlers], strict=True):
                 try:
                     handler.offer(own)

@@ -10,7 +10,8 @@ stretch:
   so no code written in Python runs.
 - Many keys are removed by the only call of a stretch, its last instruction. What it calls is written in C, so a signal
   handler runs when it has done everything. It is made beforehand, and allocates nothing.
-- What may need memory comes first, and what is there by then is taken back without needing any. Overwriting keys that
+- What may need memory comes first, the entry of the feed before the event, and what is there by then is taken back
+  without needing any. Overwriting keys that
   exist needs none, by a union either, and neither does removing keys: so these come last, and are never taken back.
 - Other threads may read between two stretches, so what is true only together is changed in one. The removal of an
   expired key is true by itself: it is a stretch of its own, before the write of the same key.
@@ -36,11 +37,12 @@ import msgspec
 from scopestate.actors.answers import NO_ANSWERS, Answers
 from scopestate.actors.gate import Gate
 from scopestate.actors.ports import Answer, Row, ScopeChange
-from scopestate.actors.router import Expired
+from scopestate.actors.router import Expired, Prepared
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.view import InMemory, Unexpired, WithDeadlines
 from scopestate.actors.wheel import NEVER, Wheel
 from scopestate.errors import StorageError
+from scopestate.ops.results import StateEvent
 from scopestate.ops.turns import Change, NewDeadline, Stored, checked_length
 from scopestate.wire.depth import event_depth
 
@@ -111,6 +113,7 @@ class ScopeInMemory(ScopeActor):
         "_deadlines",
         "_dirty",
         "_gate",
+        "_incoming",
         "_no_writes",
         "_outbox",
         "_registry",
@@ -128,6 +131,7 @@ class ScopeInMemory(ScopeActor):
         super().__init__(scope, around)
         self._gate: Gate | None = None
         self._outbox: list[Any] = around.router.outlet
+        self._incoming: dict[int, StateEvent] = around.router.feed.incoming
         self._registry: MutableMapping[str, Any] = around.snapshot.dirty
         self._values: dict[str, bytes] | None = None
         """key -> JSON, in the order of creation; expired keys too, until a turn removes them. None: not in memory."""
@@ -168,10 +172,13 @@ class ScopeInMemory(ScopeActor):
         watch = self._watch
         anywhere = watch.anywhere
         routed: tuple[Any, ...] = ()
+        logged = None
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
             routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
+            if watch.fed or watch.anywhere.fed:
+                routed, logged, mark = self._entry_of(routed)
         values, revisions, dirty = self._values, self._revisions, self._dirty
-        outbox, gate = self._outbox, self._gate
+        outbox, incoming, gate = self._outbox, self._incoming, self._gate
         assert values is not None  # within a turn
         if gate is not None:
             gate.unsettled = True
@@ -181,15 +188,22 @@ class ScopeInMemory(ScopeActor):
         if dirty is not None:
             dirty[key] = None
             self._registry[self.scope] = self
+        if logged is not None:
+            incoming[mark] = logged
         if routed:
-            outbox += routed
+            try:
+                outbox += routed
+            except MemoryError:
+                if logged is not None:
+                    del incoming[mark]
+                raise
         values[key] = new
         revisions[key] = sequence
         self._sequence = sequence
         # The stretch has ended.
         if gate is not None:
             self._around.snapshot.commit_soon()  # the events wait for the commit
-        elif routed:
+        elif routed or logged is not None:
             self._router.wake()
 
     def _create(self, key: str, new: bytes, expires_ms: int | None = None, now_ms: int | None = None) -> None:
@@ -200,11 +214,14 @@ class ScopeInMemory(ScopeActor):
         watch = self._watch
         anywhere = watch.anywhere
         routed: tuple[Any, ...] = ()
+        logged = None
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
             routed = self._router.prepare(self.scope, watch, key, None, new, sequence, event_depth.get())
+            if watch.fed or watch.anywhere.fed:
+                routed, logged, mark = self._entry_of(routed)
         sooner = expires_ms is not None and self._place(key, expires_ms, now_ms)
         values, revisions, created, deadlines = self._values, self._revisions, self._created, self._deadlines
-        dirty, outbox, gate = self._dirty, self._outbox, self._gate
+        dirty, outbox, incoming, gate = self._dirty, self._outbox, self._incoming, self._gate
         assert values is not None  # within a turn
         creations = self._creations + 1
         if gate is not None:
@@ -221,9 +238,13 @@ class ScopeInMemory(ScopeActor):
                 deadlines[key] = expires_ms
             revisions[key] = sequence
             values[key] = new
+            if logged is not None:
+                incoming[mark] = logged
             if routed:
                 outbox += routed
         except MemoryError:
+            if logged is not None and mark in incoming:
+                del incoming[mark]
             if key in values:
                 del values[key]
             if key in revisions:
@@ -236,8 +257,8 @@ class ScopeInMemory(ScopeActor):
         self._creations = creations
         self._sequence = sequence
         # The stretch has ended.
-        if gate is not None or routed:
-            self._tell(routed)
+        if gate is not None or routed or logged is not None:
+            self._tell()
         if sooner:
             self._expect()
 
@@ -246,8 +267,11 @@ class ScopeInMemory(ScopeActor):
         sequence = self._sequence + 1
         watch = self._watch
         routed: tuple[Any, ...] = ()
+        logged = None
         if watch or watch.anywhere:
             routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
+            if watch.fed or watch.anywhere.fed:
+                routed, logged, mark = self._entry_of(routed)
         sooner = False
         if expires_ms is not None:
             if now_ms is None or not self._deadlines:
@@ -255,7 +279,7 @@ class ScopeInMemory(ScopeActor):
             else:
                 sooner = self._wheel.place(key, expires_ms, now_ms)  # type: ignore[union-attr]  # there are deadlines
         values, revisions, deadlines, dirty = self._values, self._revisions, self._deadlines, self._dirty
-        outbox, gate = self._outbox, self._gate
+        outbox, incoming, gate = self._outbox, self._incoming, self._gate
         assert values is not None  # within a turn
         timed = key in deadlines
         if gate is not None:
@@ -269,8 +293,12 @@ class ScopeInMemory(ScopeActor):
                 self._registry[self.scope] = self
             if expires_ms is not None and not timed:
                 deadlines[key] = expires_ms
+            if logged is not None:
+                incoming[mark] = logged
             outbox += routed
         except MemoryError:
+            if logged is not None and mark in incoming:
+                del incoming[mark]
             if not timed and key in deadlines:
                 del deadlines[key]
             raise
@@ -283,8 +311,8 @@ class ScopeInMemory(ScopeActor):
         revisions[key] = sequence
         self._sequence = sequence
         # The stretch has ended.
-        if gate is not None or routed:
-            self._tell(routed)
+        if gate is not None or routed or logged is not None:
+            self._tell()
         if expires_ms is None:
             self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
         elif sooner:
@@ -296,10 +324,14 @@ class ScopeInMemory(ScopeActor):
         watch = self._watch
         anywhere = watch.anywhere
         routed: tuple[Any, ...] = ()
+        logged = None
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
             routed = self._router.prepare(self.scope, watch, key, old, None, sequence, event_depth.get(), expired)
+            if watch.fed or watch.anywhere.fed:
+                routed, logged, mark = self._entry_of(routed)
         values, revisions, created, deadlines = self._values, self._revisions, self._created, self._deadlines
-        dirty, removed, outbox, gate = self._dirty, self._removed, self._outbox, self._gate
+        dirty, removed, gate = self._dirty, self._removed, self._gate
+        outbox, incoming = self._outbox, self._incoming
         assert values is not None  # within a turn
         gone = 0
         if dirty is not None and old is not None and created[key] <= self._collected:
@@ -317,9 +349,13 @@ class ScopeInMemory(ScopeActor):
                     dirty[key] = None
                 if gone:
                     removed[gone] = None
+            if logged is not None:
+                incoming[mark] = logged
             if routed:
                 outbox += routed
         except MemoryError:
+            if logged is not None and mark in incoming:
+                del incoming[mark]
             if gone and gone in removed:
                 del removed[gone]
             raise
@@ -332,8 +368,8 @@ class ScopeInMemory(ScopeActor):
                 del deadlines[key]
         self._sequence = sequence
         # The stretch has ended.
-        if gate is not None or routed:
-            self._tell(routed)
+        if gate is not None or routed or logged is not None:
+            self._tell()
         if timed:
             self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
 
@@ -394,6 +430,8 @@ class ScopeInMemory(ScopeActor):
                     if view is not None:
                         view.answers = self._answers.kept
             self._answers.drop_old(self._around.clock.now_ms())
+        if watched:
+            changes.routed, changes.logged = self._entries_of(changes.routed, number)
         sooner = bool(changes.times or changes.new_times) and self._place_all({**changes.times, **changes.new_times})
         self._apply(changes, number)
         if changes.untimed and self._wheel is not None:
@@ -408,6 +446,23 @@ class ScopeInMemory(ScopeActor):
         return self._router.prepare(
             self.scope, self._watch, change.key, change.before, change.after, number, event_depth.get(), late
         )
+
+    def _entry_of(self, routed: tuple[Prepared, ...]) -> tuple[tuple[Prepared, ...], StateEvent, int]:
+        """Return what of a prepared event of a fed scope is published; the event for the feed; and its key there."""
+        ((handlers, event),) = routed
+        event.time_ms = self._around.clock.now_ms()
+        return routed if handlers else (), event, id(event)
+
+    def _entries_of(self, routed: list[Prepared], last: int) -> tuple[list[Prepared], dict[int, StateEvent]]:
+        """As `_entry_of`, for the events of one transaction. `last`: the revision of its last change."""
+        for _, event in routed:
+            event.transaction = last
+        if not (self._watch.fed or self._watch.anywhere.fed):
+            return routed, {}
+        now_ms = self._around.clock.now_ms()
+        for _, event in routed:
+            event.time_ms = now_ms
+        return [one for one in routed if one[0]], {id(event): event for _, event in routed}
 
     def _lateness(self, expires_ms: int | None) -> Expired:
         """Return a deadline that has passed, and by how much."""
@@ -438,12 +493,13 @@ class ScopeInMemory(ScopeActor):
     def _apply(self, changes: _Changes, number: int) -> None:
         """Change the tables, by one stretch. `number` is that of the last change."""
         values, revisions, deadlines, dirty = self._values, self._revisions, self._deadlines, self._dirty
-        created, removed, outbox = self._created, self._removed, self._outbox
+        created, removed, outbox, incoming = self._created, self._removed, self._outbox, self._incoming
         answers, unsaved = self._answers.kept, self._answers.unsaved
         assert values is not None  # within a turn
         made, made_numbers, made_times = changes.created, changes.created_numbers, changes.new_times
         new, numbers, times = changes.values, changes.numbers, changes.times
         routed, kept, gone, doomed, keys = changes.routed, changes.answers, changes.gone, changes.removed, changes.dirty
+        logged = changes.logged
         creations = self._creations + len(made)
         take_back = _remover(
             (values, made),
@@ -453,6 +509,7 @@ class ScopeInMemory(ScopeActor):
             (removed, doomed),
             (answers, kept),
             (unsaved, kept),
+            (incoming, logged),
         )
         remove = None
         if gone or changes.untimed:
@@ -473,6 +530,7 @@ class ScopeInMemory(ScopeActor):
             deadlines |= made_times
             revisions |= made_numbers
             values |= made
+            incoming |= logged
             outbox += routed
         except MemoryError:
             take_back()
@@ -485,25 +543,30 @@ class ScopeInMemory(ScopeActor):
         if remove is not None:
             remove()
         # The stretch has ended.
-        self._tell(routed)
+        self._tell()
 
     def _write_all(self, sets: dict[str, bytes], before: list[bytes | None]) -> None:
         """Commit sets of several keys that have no deadlines: as `_commit`, in a third of the time."""
         values, revisions, dirty, created = self._values, self._revisions, self._dirty, self._created
-        outbox, gate, watch = self._outbox, self._gate, self._watch
+        outbox, incoming, gate, watch = self._outbox, self._incoming, self._gate, self._watch
         assert values is not None  # within a turn
         number = self._sequence + len(sets)
         numbers = dict(zip(sets, range(self._sequence + 1, number + 1)))  # noqa: B905 - `strict=` is slow, and they are as many
-        routed: list[Any] = []
+        routed: list[Prepared] = []
+        logged: dict[int, StateEvent] = {}
+        take_back = None
         if watch or watch.anywhere:
             for (key, data), old in zip(sets.items(), before, strict=True):
                 routed += self._event(Change(key, old, data), numbers[key])
+            routed, logged = self._entries_of(routed, number)
+            if logged:
+                take_back = _remover((incoming, logged))
         made: dict[str, bytes] = {}
         if None in before:
             longest = self._around.limits.longest_name
             made = {checked_length("key", key, longest): data for key, data in sets.items() if key not in values}
             made_numbers = {key: numbers[key] for key in made}
-            take_back = _remover((values, made), (revisions, made), (created, made))
+            take_back = _remover((values, made), (revisions, made), (created, made), (incoming, logged))
         keys = dict.fromkeys(sets) if dirty is not None else None
         creations = self._creations + len(made)
         if gate is not None:
@@ -520,10 +583,12 @@ class ScopeInMemory(ScopeActor):
                     created |= made_numbers
                 revisions |= made_numbers
                 values |= made
+            if logged:
+                incoming |= logged
             if routed:
                 outbox += routed
         except MemoryError:
-            if made:
+            if take_back is not None:
                 take_back()
             raise
         values |= sets
@@ -531,14 +596,14 @@ class ScopeInMemory(ScopeActor):
         self._creations = creations
         self._sequence = number
         # The stretch has ended.
-        if gate is not None or routed:
-            self._tell(routed)
+        if gate is not None or routed or logged is not None:
+            self._tell()
 
-    def _tell(self, routed: Sequence[Any]) -> None:
-        """Have the events of a commit published, or committed first."""
+    def _tell(self) -> None:
+        """Have the events of a commit passed on, or committed first."""
         if self._gate is not None:
             self._around.snapshot.commit_soon()
-        elif routed:
+        else:
             self._router.wake()
 
     # ------------------------------------------------------------------------------------------------------ deadlines
@@ -596,6 +661,7 @@ class _Changes:
         "created_numbers",
         "dirty",
         "gone",
+        "logged",
         "new_times",
         "numbers",
         "removed",
@@ -620,7 +686,8 @@ class _Changes:
         self.removed: dict[int, None] = {}
         self.dirty: dict[str, None] = {}
         self.answers: dict[str, Answer] = {}
-        self.routed: list[Any] = []
+        self.routed: list[Prepared] = []
+        self.logged: dict[int, StateEvent] = {}
 
     def set_deadline(self, deadlines: dict[str, int], key: str, expires_ms: int | None) -> None:
         """Give a key a deadline, or none."""

@@ -233,8 +233,8 @@ class TriggerTable:
         self._nothing = Watchers(self._anywhere)
         self.durable = Bucket()
         """The handlers of durable triggers. They take what was committed, so no write looks for them."""
-        self.fed_at_start: Callable[[str], bool] = lambda scope: False
-        """Tells of a scope that comes into memory whether its changes are entered into the feed."""
+        self.is_fed: Callable[[str | None], bool] = lambda scope: False
+        """Tells whether the changes of a scope are entered into the feed; of None: those of every scope."""
         self._retired = Counts()
         self._retiring: list[HandlerActor] = []
         self._most_retiring = 64
@@ -369,16 +369,22 @@ class TriggerTable:
         """Return the live table of the triggers on `scope`, for an actor that keeps it until `forget`."""
         watchers = self._of(scope)
         watchers.held = True
-        if self.fed_at_start(scope):
+        if self.is_fed(scope):
             watchers.fed = True
             watchers.settle()
         return watchers
 
     @exclusive
-    def feed(self, watchers: Watchers, fed: bool) -> None:
-        """Have the writes of a scope prepare their events for the feed too, or no longer."""
-        watchers.fed = fed
-        watchers.settle()
+    def refeed(self, scope: str | None) -> None:
+        """Have the writes of a scope, or of every one, prepare their events for the feed too, or no longer."""
+        if scope is None:
+            self._anywhere.fed = self.is_fed(None)
+            self._anywhere.settle()
+        for name in list(self._by_scope) if scope is None else [scope]:
+            watchers = self._by_scope.get(name)
+            if watchers is not None and watchers.held:
+                watchers.fed = self.is_fed(name)
+                watchers.settle()
 
     @exclusive
     def forget(self, scope: str) -> None:

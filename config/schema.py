@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
+from scopestate.actors.journal import History
 from scopestate.ops.results import EventName
 from scopestate.ops.triggers import OPTIONS, Order
 from scopestate.persistence.bridge.options import BridgeOptions
@@ -74,11 +75,26 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """A saved scope that is not used for this long leaves memory; 0 means never."""
 
 
+class HistoryConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`history:` of an entry of `scopes:`: how many of the changes are kept. The oldest go first; 0 means no limit."""
+
+    events: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 100_000
+    """Changes of each scope."""
+    age_s: Annotated[int, msgspec.Meta(ge=0, le=315_360_000)] = 604_800
+    """Seconds."""
+    bytes: Bytes = 64 << 20
+    """Bytes of keys and values, and 64 for each change."""
+
+    def limits(self) -> History:
+        """Return it as the journal takes it."""
+        return History(self.events, self.age_s * 1000, self.bytes)
+
+
 class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """An entry of `scopes:`: what differs for some scopes.
 
-    Each option is taken from the first entry that fits and has it. A reload changes `ttl_ms`, `ttl_from` and `strict`
-    for the writes that follow.
+    Each option is taken from the first entry that fits and has it. A reload changes `ttl_ms`, `ttl_from`, `strict` and
+    `history` for the writes that follow.
     """
 
     durability: Literal["memory", "interval", "commit"] | None = None
@@ -94,6 +110,8 @@ class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     `write`."""
     strict: bool | None = None
     """True: an update with an op that is refused writes nothing, and raises `UpdateRefused`."""
+    history: HistoryConfig | None = None
+    """Keep the changes, so that a watch can go on from a cursor: in a store of files, after a restart too."""
 
 
 class RetryConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -336,8 +336,10 @@ class SectionReader:
             if rule.ttl_from is not None and not rule.ttl_ms:
                 key = join(item.path, "ttl_from")
                 self._problems.add("`ttl_from` says nothing without `ttl_ms`", self._line_of(item, "ttl_from"), key)
-            elif (rule.durability, rule.ttl_ms, rule.strict) == (None, None, None):
-                self._problems.add("give `durability`, `ttl_ms` or `strict`, found none", item.line, item.path)
+            elif (rule.durability, rule.ttl_ms, rule.strict, rule.history) == (None, None, None, None):
+                self._problems.add(
+                    "give `durability`, `ttl_ms`, `strict` or `history`, found none", item.line, item.path
+                )
             rules.append(rule)
         return tuple(rules)
 

@@ -27,12 +27,13 @@ from scopestate.handles import AioScope
 from scopestate.ops import checked, messages, turns
 from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
 from scopestate.ops.functions import BUILT_IN, from_payload
-from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions
+from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, WatchOptions
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
 from scopestate.snapshots import REFUSED
+from scopestate.watching import AioChanges, WatchSettings
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
@@ -137,6 +138,12 @@ class AioEngine(AioStateCalls):
             return engine.list_groups()  # nothing to wait for; in a forked child it raises, and no thread would run it
         groups: list[str] = await _outcome(engine._parts.dispatcher.submit, engine.list_groups)
         return groups
+
+    def watch(
+        self, scope: str | None = None, scope_prefix: str | None = None, **options: Unpack[WatchOptions]
+    ) -> AioChanges:
+        """As `Engine.watch`, for `async with` and `async for`. It begins where it is entered, or first read."""
+        return AioChanges(self._engine, WatchSettings(scope, scope_prefix, options))
 
     def scope(self, scope: str) -> AioScope:
         """Return a handle on one scope."""

@@ -85,6 +85,7 @@ class Closing:
         self._refuse(handlers_may=False)
         parts.snapshot.stop_interval()
         self._save()
+        parts.router.feed.end()
         parts.loop_thread.close()
         parts.dispatcher.close()
         if parts.backend.store is not None:

@@ -42,7 +42,7 @@ from scopestate.ops import checked, messages, turns
 from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
 from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.functions import BUILT_IN, from_payload, read_request
-from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions
+from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, WatchOptions
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
@@ -52,6 +52,7 @@ from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.snapshots import REFUSED, Call, Snapshots
 from scopestate.state import StateCalls
 from scopestate.stats import Health, Stats, check_health, measure
+from scopestate.watching import Changes, WatchSettings
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
@@ -347,6 +348,25 @@ class Engine(Reactive, StateCalls):
             raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from cause
         return sorted(groups)
 
+    def watch(
+        self, scope: str | None = None, scope_prefix: str | None = None, **options: Unpack[WatchOptions]
+    ) -> Changes:
+        """Watch a scope, or all scopes with a prefix, or all scopes: an iterator of their changes, for `with`.
+
+        It begins with the entries that are there (`Change.initial`), unless `since` or `snapshot=False` is given. Then
+        each change comes once, in the order in which they were made, without a gap; several of one transaction follow
+        one another. The writes do not wait for it. Options (`WatchOptions` says what each means): `key`, `prefix`,
+        `events`, `snapshot`, `since`, `values`, `latest`, `buffer`, `on_compacted`, `known`, `markers`.
+
+        A change of a `commit` scope comes when it is on disk, one of an `interval` scope when it is made. The cursor of
+        a watch holds for 60 s after it has ended, or as long as the rule `history` of the scopes says, in a store of
+        files after a restart too.
+
+        Raises Compacted if the changes behind `since` are gone, InvalidCursor, DeserializationError for arguments that
+        make no sense, Unsupported for scopes that this engine does not keep, and what `get` raises.
+        """
+        return Changes(self, WatchSettings(scope, scope_prefix, options))
+
     def scope(self, scope: str) -> Scope:
         """Return a handle on one scope, which need not exist."""
         return Scope(self, checked_name("scope", scope))
@@ -549,6 +569,7 @@ class Engine(Reactive, StateCalls):
         self._parts.expiry.end()
         self._scopes.disown(forked)
         self._router.triggers.disown()
+        self._router.feed.disown()
 
     def _refuse_if_closed(self) -> None:
         if IN_CALLBACK:

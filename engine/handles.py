@@ -19,6 +19,7 @@ from scopestate.ops.options import (
     RangeOptions,
     SetOptions,
     UpdateOptions,
+    WatchOptions,
     WriteOptions,
 )
 from scopestate.ops.ranges import PAGE_KEYS
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from scopestate.mapping import ScopeMapping
     from scopestate.ops.results import CasResult, EntryView, ModifyResult, Page, SetResult, UpdateResult
     from scopestate.ops.transactions import Transaction
+    from scopestate.watching import AioChanges, Changes
 
 A = TypeVar("A")
 
@@ -156,6 +158,10 @@ class Scope:
         """As `Engine.iter` on this scope."""
         return self._engine.iter(self.name, **within)
 
+    def watch(self, **options: Unpack[WatchOptions]) -> Changes:
+        """As `Engine.watch` on this scope."""
+        return self._engine.watch(self.name, **options)
+
     def mapping(self) -> ScopeMapping:
         """Return the scope as a `collections.abc.MutableMapping` of keys to values. See `ScopeMapping`."""
         return self._engine.mapping(self.name)
@@ -276,6 +282,10 @@ class AioScope:
     def iter(self, **within: Unpack[RangeOptions]) -> AsyncIterator[tuple[str, Any]]:
         """As `Engine.iter` on this scope, for `async for`."""
         return self._engine.iter(self.name, **within)
+
+    def watch(self, **options: Unpack[WatchOptions]) -> AioChanges:
+        """As `Engine.watch` on this scope, for `async with`."""
+        return self._engine.watch(self.name, **options)
 
     def __repr__(self) -> str:
         return f"<AioScope {self.name!r}>"

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from scopestate.actors.ports import NO_RULE, Backend, Store, WriteRule
+from scopestate.actors.journal import History
+from scopestate.actors.ports import NO_RULE, Backend, Durability, Store, WriteRule
 from scopestate.actors.reply import deliver
 from scopestate.config import AdapterConfig, BridgeOptions, Config, KvOptions, RedisOptions, ScopeRule
 from scopestate.errors import ConfigError, StoreLocked
 from scopestate.lifecycle import wait_for_dropped
 from scopestate.ops.turns import TtlRule
-from scopestate.persistence.local import Durability, LocalBackend
+from scopestate.persistence.local import LocalBackend
 
 if TYPE_CHECKING:
     from scopestate.persistence.bridge.backend import BridgeBackend
@@ -93,6 +94,14 @@ def write_rule_of(scope: str, rules: Iterable[ScopeRule]) -> WriteRule:
     if not ttl_ms and not strict:
         return NO_RULE
     return WriteRule(TtlRule(ttl_ms, from_creation) if ttl_ms else None, bool(strict))
+
+
+def history_of(scope: str, rules: Iterable[ScopeRule]) -> History | None:
+    """Return how much of the changes of `scope` is kept: by the first rule that fits and says so; None: nothing."""
+    for rule in _fitting(scope, rules):
+        if rule.history is not None:
+            return rule.history.limits()
+    return None
 
 
 def _is_about_writes(rule: ScopeRule) -> bool:

@@ -19,6 +19,7 @@ from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.expiry import ExpiryActor
 from scopestate.actors.functions import Function, Functions
 from scopestate.actors.handler import HandlerServices
+from scopestate.actors.journal import History
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.ports import Backend, Store, WriteRule
 from scopestate.actors.router import EventRouter
@@ -35,7 +36,7 @@ from scopestate.config import (
 from scopestate.config.functions import misfit_id
 from scopestate.config.schema import options_of
 from scopestate.errors import ConfigError, InvalidRegistration
-from scopestate.opening import open_backend, write_rule_of
+from scopestate.opening import history_of, open_backend, write_rule_of
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.triggers import Trigger, read_options
@@ -90,6 +91,16 @@ class Parts:
             self._rule_of,
             self.expiry,
         )
+        self.router.feed.connect(
+            self._around.store_id,
+            None if store is None else store.journal,
+            self.clock.now_ms,
+            self._history_of,
+            self.backend.durability,
+        )
+        if store is not None and store.journal is not None:
+            self.snapshot.feed = self.router.feed
+            self.router.feed.save_soon = self.snapshot.save_soon
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that applies changes of the file."""
@@ -101,6 +112,9 @@ class Parts:
 
     def _rule_of(self, scope: str) -> WriteRule:
         return write_rule_of(scope, self.config.scopes)
+
+    def _history_of(self, scope: str) -> History | None:
+        return history_of(scope, self.config.scopes)
 
     def _give_rule(self, actor: ScopeActor) -> None:
         actor.rule = self._rule_of(actor.scope)
@@ -129,6 +143,7 @@ class Parts:
         self.config = config
         if config.scopes != before.scopes:
             self.directory.each(self._give_rule)
+            self.router.feed.history_changed()
         self._apply_functions(before.functions)
         self._apply_triggers(before)
         if self.reconfigured is not None:

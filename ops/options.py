@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
-from typing import Any, NoReturn, TypedDict
+from typing import Any, Literal, NoReturn, TypedDict
 
 from scopestate.errors import DeserializationError
+from scopestate.ops.results import EventName
 from scopestate.ops.turns import LAST_REVISION, Range, checked_name
 
 
@@ -177,3 +178,33 @@ def refuse_unbounded(within: Range) -> None:
     """Raise DeserializationError for a range without any bound, where that would remove everything by mistake."""
     if within.prefix is within.start is within.after is within.end is None:
         raise DeserializationError('give a bound, such as `prefix`: `prefix=""` removes every key of the scope')
+
+
+class WatchOptions(TypedDict, total=False):
+    """Options of a watch: which changes, from where on, and what happens if they cannot be given."""
+
+    key: str | None
+    """Only this key."""
+    prefix: str | None
+    """Only keys that begin with this."""
+    events: Collection[EventName] | None
+    """Only changes of these kinds; None: all. Entries of a snapshot come in any case."""
+    snapshot: bool
+    """True (default): begin with the entries that are there, each with `initial` true, unless `since` is given."""
+    since: str | int | None
+    """A cursor: go on behind it, with everything that has changed since. For one scope a revision will do."""
+    values: bool
+    """False: without the values, which saves memory and decoding."""
+    latest: bool
+    """True: of changes that wait only the newest of each key is kept, so that it is never too slow."""
+    buffer: int
+    """How many changes may wait; more raise WatchOverrun. Default: 10,000."""
+    on_compacted: Literal["raise", "resync"]
+    """What happens if the changes behind `since` are gone: Compacted is raised, or a new snapshot is given."""
+    known: Iterable[str] | Iterable[tuple[str, str]]
+    """With `resync`: the keys that the caller has, of many scopes pairs of scope and key.
+
+    Those that are not there any more come as deletes, behind the snapshot.
+    """
+    markers: bool
+    """True: yield marks too, `synced` behind the snapshot, and `progress` now and then if nothing else comes."""

@@ -99,6 +99,14 @@ class Entries(_Listed[list[tuple[str, Entry]]], frozen=True):
         return (), list(_entries_of(result).entries)
 
 
+class State(_Listed[tuple[int, list[tuple[str, Entry]]]], frozen=True):
+    """Read the revision of the scope, with entries of the same moment: where a watch begins."""
+
+    def decide(self, view: View) -> Effects[tuple[int, list[tuple[str, Entry]]]]:
+        found = [] if self.within.limit == 0 else Entries(self.within).decide(view)[1]
+        return (), (view.revision, found)
+
+
 class Count(_Ranged[int], frozen=True):
     """Count keys."""
 

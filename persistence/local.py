@@ -7,12 +7,9 @@ from collections.abc import Callable
 from typing import Literal
 
 from scopestate.actors.local import LocalScope
-from scopestate.actors.ports import Backend, Options, Store, Wait
+from scopestate.actors.ports import Backend, Durability, Options, Store, Wait
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.paths import expand_home
-
-Durability = Literal["memory", "interval", "commit"]
-"""When a write is durable: never, after the next save, or when it is acknowledged."""
 
 
 class KvOptions(Options, frozen=True):
@@ -50,10 +47,12 @@ class LocalBackend(Backend):
 
     def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
         """Return a new actor for `scope`."""
-        if self.store is None:
-            return LocalScope(scope, around, keeps=False)
-        durability = self._durability_of(scope)
+        durability = self.durability(scope)
         return LocalScope(scope, around, keeps=durability != "memory", gated=durability == "commit")
+
+    def durability(self, scope: str) -> Durability:
+        """Return when the writes of a scope are saved."""
+        return "memory" if self.store is None else self._durability_of(scope)
 
     def scopes(self) -> list[str]:
         """Return the names of the scopes that have a saved key.

@@ -68,6 +68,8 @@ class Model:
         self.registered: dict[str, Trigger] = {}
         """In order of registration: a trigger that is replaced by one for other keys goes to the end."""
         self.held: dict[str, Watchers] = {}
+        self.fed: set[str | None] = set()
+        self.table.is_fed = self.fed.__contains__
 
     def register(self, trigger: Trigger) -> None:
         before = self.registered.get(trigger.trigger_id)
@@ -91,7 +93,8 @@ class Model:
 
     def feed(self, scope: str) -> None:
         if scope in self.held:
-            self.table.feed(self.held[scope], not self.held[scope].fed)
+            self.fed ^= {scope}
+            self.table.refeed(scope)
 
     def write(self, what: tuple[str, str, bytes | None, bytes | None]) -> None:
         scope, key, old, new = what

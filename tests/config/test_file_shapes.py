@@ -372,6 +372,7 @@ class TestDefaultFile:
         assert [(rule.name, rule.prefix, rule.durability) for rule in loaded.scopes] == [
             ("orders", None, "commit"),
             (None, "session:", "memory"),
+            (None, "cart:", None),
         ]
         assert loaded.limits == LimitsConfig()
 

@@ -1,0 +1,703 @@
+"""The feed of one engine: it numbers the changes of all scopes, keeps the newest in memory, and gives them to watches.
+
+A scope is *fed* while its changes are wanted: by a watch, by a `history` rule, or by a durable trigger. A write of a
+fed scope enters its event into `incoming`, in the stretch that changes memory: the order there is the one order of all
+changes. `number` gives them their positions, puts them into the *ring*, and hands them to the watches that want them.
+docs/design/0044-the-feed.md has the reasons.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+from scopestate.actors.containment import Log, contained
+from scopestate.actors.dispatcher import weakly
+from scopestate.actors.journal import History, Journal, Rules
+from scopestate.actors.watcher import Watcher, changes_of
+from scopestate.ops.cursors import ManyCursor, ScopeCursor
+from scopestate.signals import Guard, exclusive
+
+if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher, Timer
+    from scopestate.actors.gate import Batch
+    from scopestate.actors.triggers import TriggerTable
+    from scopestate.ops.changes import Change
+    from scopestate.ops.results import StateEvent
+
+log = Log("scopestate.watch")
+
+RING_EVENTS: Final = 100_000
+RING_BYTES: Final = 64 << 20
+"""How much the ring holds at most. The newest change is always there."""
+OVERHEAD: Final = 500
+"""Bytes that a change in the ring takes, beside its values."""
+LINGER_S: Final = 60.0
+"""So long a scope stays fed after the last watch of it, for a watch that comes back with its cursor."""
+
+Kept = Literal["memory", "interval", "commit"]
+"""When the changes of a scope are on disk: never, after the next save, or before they are visible."""
+
+
+class Interest:
+    """Wants the changes of a scope, or of all scopes with a prefix: for watches, or for one durable trigger."""
+
+    __slots__ = ("began", "consumer", "ended_s", "prefix", "scope", "users")
+
+    def __init__(self, scope: str | None, prefix: str, consumer: int | None, began: int) -> None:
+        self.scope = scope
+        """The scope; None: those with the prefix."""
+        self.prefix = prefix
+        self.consumer = consumer
+        """The number of the durable trigger; None: it is of watches."""
+        self.began = began
+        """Everything of these scopes behind this position was entered."""
+        self.users = 0
+        self.ended_s = 0.0
+        """When the last user has gone."""
+
+    def wants(self, scope: str) -> bool:
+        """Return whether it wants the changes of a scope."""
+        return scope == self.scope if self.scope is not None else scope.startswith(self.prefix)
+
+    def covers(self, scope: str | None, prefix: str) -> bool:
+        """Return whether it wants everything that another one would."""
+        if self.scope is not None:
+            return self.scope == scope
+        return (prefix if scope is None else scope).startswith(self.prefix)
+
+
+class FedScope:
+    """What the feed has of one scope. Changed under the feed's guard. It makes the cursors of watches of this scope."""
+
+    __slots__ = (
+        "_store",
+        "awaited",
+        "begin",
+        "by_key",
+        "floor",
+        "journaled",
+        "kept",
+        "last",
+        "many",
+        "name",
+        "ring",
+        "unsaved",
+        "unsaved_from",
+    )
+
+    def __init__(self, name: str, store: str, kept: Kept, *, journaled: bool) -> None:
+        self.name = name
+        self._store = store
+        self.kept = kept
+        self.journaled = journaled
+        self.awaited = False
+        """True if a durable trigger waits for its changes, which are saved soon for that."""
+        self.ring: deque[StateEvent] = deque()
+        """Its changes that are in the ring, or will be as soon as those before them are settled."""
+        self.floor: int | None = None
+        """Every change behind this revision is in `ring`. None: not known yet."""
+        self.begin: int | None = None
+        """Every change behind this revision was entered into the feed."""
+        self.last = 0
+        """The revision of the last change that was given to the watches of this scope."""
+        self.unsaved: deque[StateEvent] = deque()
+        """Changes that no save has taken, of a scope that is journaled."""
+        self.unsaved_from: int | None = None
+        """The position of the oldest change that no save has taken, where `unsaved` does not tell."""
+        self.by_key: dict[str | None, tuple[Watcher, ...]] = {}
+        """key (None: every key) -> the watches of this scope."""
+        self.many: tuple[Watcher, ...] = ()
+        """The watches of many scopes that want this one."""
+
+    def cursor_of(self, change: Change) -> str:
+        """Return the cursor behind a change of this scope."""
+        return self.cursor_at(None if change.initial else change.revision)
+
+    def cursor_at(self, revision: int | None) -> str:
+        """Return the cursor behind a revision; None: before the snapshot."""
+        return ScopeCursor(self._store, self.name, revision).text()
+
+    def begins_at(self, revision: int) -> None:
+        """Note that every change behind this revision is entered."""
+        if self.floor is None:
+            self.floor = revision
+        if self.begin is None:
+            self.begin = revision
+
+
+class Hold(msgspec.Struct, eq=False):
+    """The changes of one scope in one commit. They have positions, and are shown when the commit is on disk."""
+
+    events: list[StateEvent]
+
+
+class Feed:
+    """The changes of all fed scopes of one engine, in one order.
+
+    Thread rules: scopes write `incoming` in their stretches; `number` and what is below it run on worker threads, where
+    no signal handler comes in between; all other methods may be called from any thread. A guard keeps them apart.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, wake: Callable[[], object], triggers: TriggerTable) -> None:
+        """`wake` has a worker thread call `number` soon."""
+        self.incoming: dict[int, StateEvent] = {}
+        """id -> event, in the order of the changes. A dict: what was entered can be taken back without any memory."""
+        self.sleeping: dict[Watcher, None] = {}
+        """The watches that wait for a change."""
+        self.position = 0
+        """The last position that was given."""
+        self.epoch = 0
+        self.store_id = ""
+        self.journal: Journal | None = None
+        self.now_ms: Callable[[], int] = lambda: 0
+        self._dispatcher = dispatcher
+        self._wake = wake
+        self._triggers = triggers
+        triggers.is_fed = self.is_wanted
+        self._history: Callable[[str], History | None] = lambda scope: None
+        self._kept: Callable[[str], Kept] = lambda scope: "memory"
+        self._exclusive = Guard()
+        self._interests: dict[tuple[str | None, str, int | None], Interest] = {}
+        self._exact: dict[str, int] = {}
+        """Scope -> how many interests name it."""
+        self._wide: tuple[Interest, ...] = ()
+        """The interests in many scopes."""
+        self._durable: tuple[Interest, ...] = ()
+        """The interests of durable triggers."""
+        self._scopes: dict[str, FedScope] = {}
+        self._many: tuple[Watcher, ...] = ()
+        self._ring: deque[StateEvent] = deque()
+        self._ring_bytes = 0
+        self._floor = 0
+        """Changes up to this position are not in the ring."""
+        self._shown = 0
+        """The position up to which watches of many scopes have everything."""
+        self._later: list[StateEvent] = []
+        """Changes behind one that is not settled."""
+        self._holds: dict[Hold, int] = {}
+        """Commits under way, with the position of their first change."""
+        self.save_soon: Callable[[list[str]], object] = lambda scopes: None
+        """Has these scopes saved before the interval is over."""
+        self._soon: dict[str, None] = {}
+        self._committed: list[Callable[[Sequence[StateEvent]], object]] = []
+        self._dropped: list[Watcher] = []
+        """Watches that nothing refers to any more."""
+        self._timer: Timer | None = None
+        self._ended = False
+        self.entered = 0
+        """Changes that were numbered."""
+
+    def connect(
+        self,
+        store_id: str,
+        journal: Journal | None,
+        now_ms: Callable[[], int],
+        history: Callable[[str], History | None],
+        kept: Callable[[str], Kept],
+    ) -> None:
+        """Make it the feed of this store. `history` returns the rule of a scope, `kept` when it is on disk."""
+        self.store_id, self.journal, self.now_ms = store_id, journal, now_ms
+        self._history, self._kept = history, kept
+        if journal is not None:
+            self.epoch = journal.epoch
+            self.position = journal.first
+            self._give_rules()
+        # One position is left out, so that a cursor of this session differs from the last one of the session before.
+        self.position += 1
+        self._floor = self._shown = self.position
+
+    # ------------------------------------------------------------------------------------------------------ interests
+
+    def is_wanted(self, scope: str | None) -> bool:
+        """Return whether the changes of a scope are wanted; None: those of every scope, also of ones to come."""
+        if scope is None:
+            return any(not one.prefix for one in self._wide)
+        if scope in self._exact or any(scope.startswith(one.prefix) for one in self._wide):
+            return True
+        return self._history(scope) is not None
+
+    def is_journaled(self, scope: str) -> bool:
+        """Return whether the changes of a scope are kept on disk."""
+        if self.journal is None or self._kept(scope) == "memory":
+            return False
+        return self._history(scope) is not None or any(one.wants(scope) for one in self._durable)
+
+    def want(self, scope: str | None, prefix: str = "", consumer: int | None = None) -> Interest:
+        """Have a scope fed, or all scopes with a prefix, from the next turn of each on."""
+        interest, new = self._exclusive.run(self._want, (scope, prefix, consumer))
+        if new:
+            self._feed(interest)
+        return interest
+
+    def _want(self, what: tuple[str | None, str, int | None]) -> tuple[Interest, bool]:
+        found = self._interests.get(what)
+        if found is not None:
+            found.users += 1
+            return found, False
+        # What was entered before was not for it.
+        self.position += 1
+        interest = self._interests[what] = Interest(*what, self.position)
+        interest.users = 1
+        self._list_interests()
+        return interest, True
+
+    def unwant(self, interest: Interest) -> None:
+        """Take a wish back: of a durable trigger at once, of a watch after a while, in which it may come back."""
+        self._exclusive.run(self._unwant, interest)
+        if interest.consumer is not None and not interest.users:
+            self._feed(interest)
+
+    def _unwant(self, interest: Interest) -> None:
+        interest.users -= 1
+        if interest.users:
+            return
+        interest.ended_s = self._dispatcher.monotonic()
+        if interest.consumer is not None:
+            self._end_interest(interest)
+        else:
+            self._arm(LINGER_S)
+
+    def _end_interest(self, interest: Interest) -> None:
+        self._interests.pop((interest.scope, interest.prefix, interest.consumer), None)
+        self._list_interests()
+        # What is not entered from now on comes behind every cursor that was given before.
+        self.position += 1
+
+    def _list_interests(self) -> None:
+        every = self._interests.values()
+        exact: dict[str, int] = {}
+        for one in every:
+            if one.scope is not None:
+                exact[one.scope] = exact.get(one.scope, 0) + 1
+        self._exact = exact
+        self._wide = tuple([one for one in every if one.scope is None])
+        self._durable = tuple([one for one in every if one.consumer is not None])
+
+    def _feed(self, interest: Interest) -> None:
+        """Apply what is wanted now to the scopes that an interest is about."""
+        if interest.consumer is not None:
+            self._give_rules()
+        self._triggers.refeed(interest.scope)
+        if interest.consumer is not None or not interest.users:
+            self._exclusive.run(self._refresh, interest.scope)
+
+    def history_changed(self) -> None:
+        """The rules of the configuration are others now."""
+        self._give_rules()
+        self._triggers.refeed(None)
+        self._exclusive.run(self._refresh, None)
+
+    def _refresh(self, only: str | None) -> None:
+        """Forget the scopes that are not fed any more, and note which ones are journaled. `only`: one scope."""
+        for name in list(self._scopes) if only is None else [only]:
+            scope = self._scopes.get(name)
+            if scope is None:
+                continue
+            scope.awaited = bool(self._consumers(name))
+            if not self.is_wanted(name):
+                del self._scopes[name]
+            elif scope.journaled != (journaled := self.is_journaled(name)):
+                if scope.unsaved:
+                    scope.unsaved_from = scope.unsaved[0].position
+                scope.journaled, scope.begin = journaled, None
+                scope.unsaved.clear()
+
+    def _consumers(self, scope: str) -> Collection[int]:
+        return [one.consumer for one in self._durable if one.consumer is not None and one.wants(scope)]
+
+    def _give_rules(self) -> None:
+        if self.journal is not None:
+            self.journal.rules = Rules(self._history, self._consumers)
+
+    def on_committed(self, callback: Callable[[Sequence[StateEvent]], object]) -> None:
+        """Call it after each save with the journaled changes that are on disk now, in order. On the saving thread."""
+        self._committed.append(callback)
+
+    # ------------------------------------------------------------------------------------------------------ numbering
+
+    def is_waited_for(self) -> bool:
+        """True if there is something to number, and a watch that sleeps, or a durable trigger, may want it."""
+        return bool(self.incoming and (self.sleeping or self._durable))
+
+    def number(self) -> None:
+        """Give positions to the changes that were entered, and hand them on. On a worker thread."""
+        if self.incoming or self._dropped:
+            deliver_to(self._exclusive.run(self._number))
+            if self._soon:
+                soon, self._soon = self._soon, {}
+                self.save_soon(list(soon))
+
+    def _number(self) -> list[Watcher]:
+        woken: list[Watcher] = []
+        incoming = self.incoming
+        while incoming:
+            batch = list(incoming.values())
+            self._give_positions(batch)
+            try:
+                self._enter(batch, woken)
+            finally:
+                # In every case: they have positions, and a second time would be one too many.
+                for event in batch:
+                    del incoming[id(event)]
+            self._show(batch, woken)
+        self._forget_dropped()
+        return woken
+
+    def _give_positions(self, events: Sequence[StateEvent]) -> None:
+        position = self.position
+        for event in events:
+            position += 1
+            event.position = position
+        self.position = position
+        self.entered += len(events)
+
+    def _enter(self, events: Sequence[StateEvent], woken: list[Watcher]) -> None:
+        """Put changes that are in order of position into their scopes, and hand them to the watches of these."""
+        begin = 0
+        while begin < len(events):
+            name = events[begin].scope
+            end = begin + 1
+            while end < len(events) and events[end].scope == name:
+                end += 1
+            run = events if end - begin == len(events) else events[begin:end]
+            begin = end
+            scope = self._scopes.get(name) or self._make_scope(name)
+            self._enter_scope(scope, run, woken)
+
+    def _make_scope(self, name: str) -> FedScope:
+        scope = FedScope(name, self.store_id, self._kept(name), journaled=self.is_journaled(name))
+        scope.many = tuple([watcher for watcher in self._many if name.startswith(watcher.scope_prefix)])
+        scope.awaited = bool(self._consumers(name))
+        self._scopes[name] = scope
+        return scope
+
+    def _enter_scope(self, scope: FedScope, events: Sequence[StateEvent], woken: list[Watcher]) -> None:
+        scope.begins_at(events[0].revision - 1)
+        if scope.kept == "interval":
+            if scope.awaited:
+                self._soon[scope.name] = None
+            if scope.journaled:
+                scope.unsaved.extend(events)
+            elif scope.unsaved_from is None:
+                scope.unsaved_from = events[0].position
+        scope.ring.extend(events)
+        by_key = scope.by_key
+        if by_key:
+            made = changes_of(events, scope)
+            for watcher in by_key.get(None, ()):
+                watcher.take(scope.name, made, woken)
+            if len(by_key) > 1 or None not in by_key:
+                for change in made:
+                    for watcher in by_key.get(change.key, ()):
+                        watcher.take(scope.name, (change,), woken)
+        # Behind the watches: one that finds nothing to read may go on from here.
+        scope.last = events[-1].revision
+
+    def _show(self, events: list[StateEvent], woken: list[Watcher]) -> None:
+        """Put settled changes into the ring and hand them to watches of many scopes, behind all that come first."""
+        if self._later or self._holds:
+            self._later += events
+            self._later.sort(key=_position)
+            first = min(self._holds.values(), default=self.position + 1)
+            count = bisect_right(self._later, first - 1, key=_position)
+            events = self._later[:count]
+            del self._later[:count]
+        self._ring.extend(events)
+        # Only values are counted in the loop: it is half of the time of numbering.
+        self._ring_bytes += sum([size_of(event) for event in events]) + OVERHEAD * len(events)
+        if self._many and events:
+            begin = 0
+            made = changes_of(events, self)
+            while begin < len(made):
+                name = made[begin].scope
+                end = begin + 1
+                while end < len(made) and made[end].scope == name:
+                    end += 1
+                for watcher in self._scopes[name].many if name in self._scopes else ():
+                    watcher.take(name, made[begin:end], woken)
+                begin = end
+        # As of a scope: behind the watches. Positions that were never shown to anyone are passed too.
+        self._shown = self.position if not self._holds else min(self._holds.values()) - 1
+        if len(self._ring) > RING_EVENTS or self._ring_bytes > RING_BYTES:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Remove the oldest changes from the ring, an eighth more than is necessary."""
+        ring, scopes = self._ring, self._scopes
+        too_large = self._ring_bytes > RING_BYTES
+        most, most_bytes = RING_EVENTS * 7 // 8, RING_BYTES * 7 // 8
+        while len(ring) > 1 and (len(ring) > most or self._ring_bytes > most_bytes):
+            event = ring.popleft()
+            self._ring_bytes -= size_of(event) + OVERHEAD
+            self._floor = event.position
+            scope = scopes.get(event.scope)
+            if scope is not None and scope.ring and scope.ring[0] is event:
+                scope.ring.popleft()
+                scope.floor = event.revision
+        if too_large:
+            # What waits for a watch may take no more memory than the ring does.
+            for watcher in self.watchers():
+                watcher.drop_up_to(self._floor)
+
+    def watchers(self) -> list[Watcher]:
+        """Return all watches."""
+        found = list(self._many)
+        for scope in self._scopes.values():
+            for group in scope.by_key.values():
+                found += group
+        return found
+
+    # -------------------------------------------------------------------------------------------------------- commits
+
+    def hold(self, events: list[StateEvent]) -> Hold | None:
+        """Give positions to the changes of a commit that begins. They are not shown before `settle`."""
+        return self._exclusive.run(self._hold, events) if events else None
+
+    def _hold(self, events: list[StateEvent]) -> Hold:
+        held = Hold(events)
+        name = events[0].scope
+        scope = self._scopes.get(name) or self._make_scope(name)
+        scope.begins_at(events[0].revision - 1)
+        self._give_positions(events)
+        self._holds[held] = events[0].position
+        return held
+
+    def settle(self, held: Hold) -> None:
+        """The commit is on disk: show its changes. A second time it does nothing."""
+        deliver_to(self._exclusive.run(self._settle, held, shown=True))
+
+    def drop(self, held: Hold) -> None:
+        """The commit has failed: its positions stay unused. A second time it does nothing."""
+        deliver_to(self._exclusive.run(self._settle, held, shown=False))
+
+    def _settle(self, held: Hold, *, shown: bool) -> list[Watcher]:
+        woken: list[Watcher] = []
+        if self._holds.pop(held, None) is None:
+            return woken
+        if shown:
+            self._enter(held.events, woken)
+        self._show(held.events if shown else [], woken)
+        return woken
+
+    # ---------------------------------------------------------------------------------------------------------- saves
+
+    @exclusive
+    def take(self, scope: str, revision: int) -> tuple[list[StateEvent], int | None]:
+        """Return the numbered changes of an interval scope up to a revision that no save has taken, for the journal.
+
+        And the revision behind which all of them were entered. Nothing, and None, of a scope that is not journaled.
+        """
+        fed = self._scopes.get(scope)
+        if fed is None:
+            return [], None
+        if fed.unsaved_from is not None:
+            left = [event for event in reversed(fed.ring) if event.revision > revision] if fed.last > revision else []
+            if not left:
+                fed.unsaved_from = None
+            elif not fed.journaled:
+                fed.unsaved_from = max(fed.unsaved_from, left[-1].position)
+        if not fed.journaled:
+            return [], None
+        unsaved, taken = fed.unsaved, list[StateEvent]()
+        while unsaved and unsaved[0].revision <= revision:
+            taken.append(unsaved.popleft())
+        return taken, fed.begin
+
+    @exclusive
+    def take_held(self, batch: Batch) -> tuple[list[StateEvent], int | None]:
+        """As `take`, for the changes of a commit. It may be asked again."""
+        fed = self._scopes.get(batch.actor.scope)
+        if fed is None or not fed.journaled or batch.held is None:
+            return [], None
+        return batch.held.events, fed.begin
+
+    @exclusive
+    def settled(self, batches: Sequence[Batch] = ()) -> int:
+        """Return the position up to which everything is on disk when what `take` has given is, and these commits."""
+        done = {batch.held for batch in batches}
+        scopes = self._scopes.values()
+        unsaved = [scope.unsaved[0].position for scope in scopes if scope.unsaved]
+        others = [scope.unsaved_from for scope in scopes if scope.unsaved_from is not None]
+        held = [position for hold, position in self._holds.items() if hold not in done]
+        return min([self.position + 1, *unsaved, *others, *held]) - 1
+
+    def unsaved_events(self) -> int:
+        """Return how many changes wait to be written into the journal."""
+        return sum(len(scope.unsaved) for scope in list(self._scopes.values()) if scope.journaled)
+
+    def committed(self, events: Sequence[StateEvent]) -> None:
+        """These journaled changes are on disk now, in order of position. For the actor that saves."""
+        for callback in self._committed:
+            contained(lambda callback=callback: callback(events), "telling of saved changes", log)  # type: ignore[misc]  # mypy cannot infer a default argument
+
+    # -------------------------------------------------------------------------------------------------------- watches
+
+    def add(self, watcher: Watcher, owner: object) -> None:
+        """Give a watch the changes from now on. It is forgotten when nothing refers to `owner` any more."""
+        dropped = self._dropped
+        watcher.owner = weakref.ref(owner, lambda _: dropped.append(watcher))
+        watcher.interest = self.want(watcher.scope, watcher.scope_prefix)
+        self._exclusive.run(self._add, watcher)
+
+    def _add(self, watcher: Watcher) -> None:
+        if watcher.scope is None:
+            self._many = (*self._many, watcher)
+            for name, scope in self._scopes.items():
+                if name.startswith(watcher.scope_prefix):
+                    scope.many = (*scope.many, watcher)
+        else:
+            scope = self._scopes.get(watcher.scope) or self._make_scope(watcher.scope)
+            scope.by_key = {**scope.by_key, watcher.key: (*scope.by_key.get(watcher.key, ()), watcher)}
+        watcher.ending = self._ended
+
+    def remove(self, watcher: Watcher) -> None:
+        """Give a watch no more changes. Its scopes stay fed for a while. Idempotent."""
+        self._exclusive.run(self._remove, watcher)
+
+    def _remove(self, watcher: Watcher) -> None:
+        self.sleeping.pop(watcher, None)
+        if watcher.interest is None:
+            return
+        if watcher.scope is None:
+            self._many = _without(self._many, watcher)
+            for scope in self._scopes.values():
+                if watcher in scope.many:
+                    scope.many = _without(scope.many, watcher)
+        elif (found := self._scopes.get(watcher.scope)) is not None:
+            left = _without(found.by_key.get(watcher.key, ()), watcher)
+            found.by_key = {key: group for key, group in found.by_key.items() if key != watcher.key}
+            if left:
+                found.by_key[watcher.key] = left
+        interest, watcher.interest = watcher.interest, None
+        self._unwant(interest)
+
+    def _forget_dropped(self) -> None:
+        while self._dropped:
+            self._remove(self._dropped.pop())
+
+    def _arm(self, delay_s: float) -> None:
+        if self._timer is None and not self._ended:
+            self._timer = self._dispatcher.call_later(delay_s, weakly(self._ring_timer))
+
+    def _ring_timer(self) -> None:
+        self._dispatcher.submit(self.forget_unused)
+
+    def forget_unused(self) -> None:
+        """Feed no more the scopes whose last watch has ended a while ago. Called now and then."""
+        self._timer = None
+        gone, next_s = self._exclusive.run(self._end_interests)
+        for interest in gone:
+            self._feed(interest)
+        if next_s is not None:
+            self._arm(next_s)
+
+    def _end_interests(self) -> tuple[list[Interest], float | None]:
+        self._forget_dropped()
+        now_s = self._dispatcher.monotonic()
+        unused = [one for one in self._interests.values() if not one.users]
+        gone = [one for one in unused if one.ended_s + LINGER_S <= now_s]
+        for interest in gone:
+            self._end_interest(interest)
+        left = [one.ended_s + LINGER_S - now_s for one in unused if one not in gone]
+        return gone, min(left) if left else None
+
+    @exclusive
+    def from_ring(self, watcher: Watcher, cursor: ScopeCursor | ManyCursor) -> bool:
+        """Give a new watch what the ring has behind its cursor. False: the ring does not reach so far."""
+        if isinstance(cursor, ScopeCursor):
+            scope = self._scopes[cursor.scope]
+            revision = cursor.revision or 0
+            if scope.floor is None or revision < scope.floor:
+                return False
+            found = [event for event in scope.ring if event.revision > revision]
+            watcher.begin({cursor.scope: revision}, changes_of(found, scope))
+            return True
+        position, prefix = cursor.position or 0, watcher.scope_prefix
+        covered = any(one.began <= position and one.covers(None, prefix) for one in self._wide)
+        if cursor.epoch != self.epoch or not self._floor <= position <= self.position or not covered:
+            return False
+        found = [event for event in self._ring if event.position > position and event.scope.startswith(prefix)]
+        watcher.begin({}, changes_of(found, self), position)
+        return True
+
+    @exclusive
+    def begin_at(self, watcher: Watcher, revisions: dict[str, int], position: int) -> None:
+        """A new watch has what was changed up to these revisions, or to this position: from a snapshot, or from now."""
+        if watcher.scope is not None:
+            scope = self._scopes[watcher.scope]
+            revision = revisions[watcher.scope]
+            scope.begins_at(revision)
+        watcher.begin(revisions, (), position)
+
+    def shown(self) -> int:
+        """Return the position up to which watches of many scopes have everything."""
+        return self._shown
+
+    def scope(self, name: str) -> FedScope:
+        """Return what the feed has of a scope that is watched."""
+        return self._scopes[name]
+
+    def last_of(self, name: str) -> int:
+        """Return the revision up to which watches of a scope have everything; 0 if that is not known."""
+        scope = self._scopes.get(name)
+        return 0 if scope is None else scope.last
+
+    def scope_cursor(self, name: str, revision: int | None) -> str:
+        """Return the cursor of a scope behind a revision; None: before the snapshot."""
+        return ScopeCursor(self.store_id, name, revision).text()
+
+    def cursor_of(self, change: Change) -> str:
+        """Return the cursor of many scopes behind a change."""
+        return self.cursor_at(None if change.initial else change.position)
+
+    def cursor_at(self, position: int | None) -> str:
+        """Return the cursor of many scopes behind a position; None: before the snapshot."""
+        return ManyCursor(self.store_id, self.epoch, position).text()
+
+    def look_soon(self) -> None:
+        """Have a worker thread number what was entered. From any thread."""
+        if self.incoming:
+            self._wake()
+
+    def end(self) -> None:
+        """The engine has closed: watches end behind the changes that they have. Idempotent."""
+        self.number()
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        watchers = self._exclusive.run(self.watchers)
+        for watcher in watchers:
+            watcher.ending = True
+        deliver_to(watchers)
+
+    def disown(self) -> None:
+        """In a forked child: the guard may be held by a thread that is not here."""
+        self._exclusive = Guard()
+        self._ended = True
+        for watcher in self.watchers():
+            watcher.ending = True
+
+
+def deliver_to(watchers: Iterable[Watcher]) -> None:
+    """Wake those that wait."""
+    for watcher in watchers:
+        watcher.wake()
+
+
+def size_of(event: StateEvent) -> int:
+    """Bytes of the values of an event."""
+    return len(event.old_json or b"") + len(event.new_json or b"")
+
+
+def _position(event: StateEvent) -> int:
+    return event.position
+
+
+def _without(group: tuple[Watcher, ...], watcher: Watcher) -> tuple[Watcher, ...]:
+    return tuple([one for one in group if one is not watcher])

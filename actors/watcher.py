@@ -1,0 +1,266 @@
+"""One watch as the feed sees it: what it wants, and what waits to be read."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from scopestate.ops.changes import Change, ChangeKind, CursorMaker
+
+if TYPE_CHECKING:
+    from scopestate.actors.feed import Interest
+    from scopestate.actors.reply import ReplyTo
+    from scopestate.ops.results import EventName, EventType, StateEvent
+
+_KINDS: Final[dict[EventType, ChangeKind]] = {
+    "state:created": "put",
+    "state:updated": "put",
+    "state:deleted": "delete",
+    "state:expired": "expire",
+}
+
+
+def changes_of(events: Iterable[StateEvent], cursors: CursorMaker) -> list[Change]:
+    """Return the changes that watches get for these events. A delete of a key that did not exist gives nothing."""
+    return [
+        Change(
+            _KINDS[event.event_type],
+            event.scope,
+            event.key,
+            event.new_json,
+            event.old_json,
+            event.revision,
+            event.transaction or event.revision,
+            False,
+            event.position,
+            cursors,
+        )
+        for event in events
+        if event.new_json is not None or event.old_json is not None
+    ]
+
+
+class Filter(msgspec.Struct, frozen=True):
+    """Which changes of its scopes a watch wants."""
+
+    key: str | None = None
+    """None: every key."""
+    prefix: str = ""
+    events: frozenset[EventName] | None = None
+    """None: every kind."""
+
+    def wants(self, change: Change) -> bool:
+        """Return whether the watch wants this change."""
+        return self.wants_key(change.key) and (self.events is None or _name_of(change) in self.events)
+
+    def wants_key(self, key: str) -> bool:
+        """Return whether the watch wants changes of this key."""
+        return key.startswith(self.prefix) if self.key is None else key == self.key
+
+
+def _name_of(change: Change) -> EventName:
+    if change.kind == "put":
+        return "created" if change.old_json is None else "updated"
+    return "expired" if change.kind == "expire" else "deleted"
+
+
+class Watcher:
+    """What one watch wants, and the changes that wait for it.
+
+    The feed adds changes under its guard; one thread, or several, take them away at the other end.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_begun",
+        "_floors",
+        "_newest",
+        "_selective",
+        "at",
+        "buffer",
+        "closed",
+        "ending",
+        "filter",
+        "interest",
+        "key",
+        "lost",
+        "owner",
+        "pending",
+        "scope",
+        "scope_prefix",
+        "values",
+        "waiters",
+    )
+
+    def __init__(
+        self,
+        scope: str | None,
+        scope_prefix: str,
+        wanted: Filter,
+        *,
+        values: bool = True,
+        latest: bool = False,
+        buffer: int,
+    ) -> None:
+        self.scope = scope
+        """The scope; None: those with the prefix."""
+        self.scope_prefix = scope_prefix
+        self.filter = wanted
+        self.key = wanted.key
+        self.values = values
+        self.buffer = buffer
+        self.pending: deque[Change] = deque()
+        self._newest: dict[tuple[str, str], Change] | None = {} if latest else None
+        """(scope, key) -> its newest change that waits, in the order of these; None: every change is wanted."""
+        self._selective = bool(wanted.prefix or wanted.events is not None or (scope is None and wanted.key is not None))
+        self._floors: dict[str, int] = {}
+        """scope -> the revision up to which its changes are known already."""
+        self._begun = False
+        self.at = 0
+        """The position behind which a watch of many scopes has begun."""
+        self.lost = 0
+        """How many changes waited when there were too many; 0: there never were."""
+        self.closed = False
+        self.ending = False
+        """True: no more changes come."""
+        self.waiters: list[ReplyTo] = []
+        self.interest: Interest | None = None
+        self.owner: weakref.ref[object] | None = None
+
+    # ------------------------------------------------------------------------------------------- by the feed, guarded
+
+    def begin(self, floors: dict[str, int], first: Iterable[Change], position: int = 0) -> None:
+        """Begin with these changes, and with what has come since behind these revisions and this position."""
+        came = list(self.pending) if self._newest is None else list(self._newest.values())
+        self.pending.clear()
+        if self._newest is not None:
+            self._newest.clear()
+        self._floors, self.at = floors, position
+        known = [change for change in first if self.filter.wants(change)]
+        seen = {change.position for change in known}
+        self._add([*self._as_wanted(known), *[one for one in came if self._is_new(one) and one.position not in seen]])
+        self._begun = True
+        self._check_buffer()
+
+    def _is_new(self, change: Change) -> bool:
+        return change.revision > self._floors.get(change.scope, 0) and change.position > self.at
+
+    def take(self, scope: str, changes: Sequence[Change], woken: list[Watcher]) -> None:
+        """Add changes of one scope, in order."""
+        if self.lost or self.closed or not changes:
+            return
+        floor = self._floors.get(scope)
+        if floor is not None and changes[0].revision <= floor:
+            changes = [change for change in changes if change.revision > floor]
+        if self._selective:
+            wants = self.filter.wants
+            changes = [change for change in changes if wants(change)]
+        if not changes:
+            return
+        self._add(self._as_wanted(changes))
+        if self._begun:
+            self._check_buffer()
+        if self.waiters:
+            woken.append(self)
+
+    def _as_wanted(self, changes: Sequence[Change]) -> Sequence[Change]:
+        if self.values:
+            return changes
+        return [msgspec.structs.replace(change, json=None, old_json=None) for change in changes]
+
+    def _add(self, changes: Sequence[Change]) -> None:
+        newest = self._newest
+        if newest is None:
+            self.pending.extend(changes)
+            return
+        for change in changes:
+            name = change.scope, change.key
+            newest.pop(name, None)
+            newest[name] = change
+
+    def _check_buffer(self) -> None:
+        """If too many changes wait, take no more: keep as many as the buffer holds, and the rest of a transaction."""
+        waiting = len(self.pending)
+        if waiting <= self.buffer:
+            return
+        changes = list(self.pending)
+        end = max(self.buffer, 1)
+        while end < waiting and _same_transaction(changes[end - 1], changes[end]):
+            end += 1
+        if end < waiting:
+            self._lose(waiting - end, waiting)
+
+    def _lose(self, count: int, waiting: int) -> None:
+        """Drop so many of the newest changes. Another thread may take the oldest at the same time."""
+        self.lost = waiting
+        for _ in range(count):
+            try:
+                self.pending.pop()
+            except IndexError:
+                return
+
+    def drop_up_to(self, position: int) -> None:
+        """If a change up to this position still waits, drop all that waits but the rest of its transaction."""
+        changes = list(self.pending)
+        if self._newest is not None or not changes or changes[0].position > position or self.lost:
+            return
+        end = 1
+        while end < len(changes) and _same_transaction(changes[end - 1], changes[end]):
+            end += 1
+        self._lose(len(changes) - end, len(changes))
+
+    # ----------------------------------------------------------------------------------------------- from any thread
+
+    def next_now(self) -> Change | None:
+        """Take the next change; None: none waits."""
+        newest = self._newest
+        try:
+            if newest is None:
+                return self.pending.popleft()
+            return newest.pop(next(iter(newest)))
+        except (IndexError, StopIteration, KeyError, RuntimeError):
+            # Another thread has taken it, or has added one in between.
+            return None
+
+    def peek(self) -> Change | None:
+        """Return the next change without taking it; None: none waits."""
+        waiting = self.pending if self._newest is None else self._newest.values()
+        try:
+            # The oldest of those that wait. With `latest` it may have been replaced: then the next oldest.
+            return min(waiting, key=_place) if self._newest is not None else self.pending[0]
+        except (IndexError, ValueError, RuntimeError):
+            return None
+
+    def filtered(self, changes: Sequence[Change]) -> Sequence[Change]:
+        """Return those of some changes that the watch wants, as it wants them."""
+        return self._as_wanted([change for change in changes if self.filter.wants(change)])
+
+    def has_next(self) -> bool:
+        """True if a change waits."""
+        return bool(self.pending or self._newest)
+
+    def is_over(self) -> bool:
+        """True if there is a reason not to wait."""
+        return bool(self.closed or self.lost or self.ending)
+
+    def wake(self) -> None:
+        """Wake the threads and tasks that wait."""
+        waiters = self.waiters
+        while waiters:
+            try:
+                waiter = waiters.pop()
+            except IndexError:
+                return
+            waiter.set(None)
+
+
+def _place(change: Change) -> tuple[int, int]:
+    return change.position, change.revision
+
+
+def _same_transaction(one: Change, other: Change) -> bool:
+    return one.scope == other.scope and one.transaction == other.transaction

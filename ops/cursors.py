@@ -1,0 +1,64 @@
+"""The cursors of watches: opaque text that says where a watch goes on."""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode, urlsafe_b64encode
+from typing import Final
+
+import msgspec
+
+from scopestate.errors import InvalidCursor
+
+
+class ScopeCursor(msgspec.Struct, frozen=True, array_like=True, tag="s"):
+    """Behind one revision of one scope. Revisions never repeat, so it holds for the life of the store."""
+
+    store: str
+    scope: str
+    revision: int | None
+    """None: before the snapshot."""
+
+    def text(self) -> str:
+        """Return it as text."""
+        return _text_of(self)
+
+
+class ManyCursor(msgspec.Struct, frozen=True, array_like=True, tag="m"):
+    """Behind one position, of many scopes. What a crash took back had positions of an epoch that has ended."""
+
+    store: str
+    epoch: int
+    position: int | None
+    """None: before the snapshot."""
+
+    def text(self) -> str:
+        """Return it as text."""
+        return _text_of(self)
+
+
+_VERSION: Final = b"\x01"
+_decode: Final = msgspec.msgpack.Decoder(ScopeCursor | ManyCursor).decode
+
+
+def _text_of(cursor: ScopeCursor | ManyCursor) -> str:
+    body = _VERSION + msgspec.msgpack.encode(cursor)
+    return urlsafe_b64encode(binascii.crc32(body).to_bytes(4, "big") + body).rstrip(b"=").decode()
+
+
+def read_cursor(text: object) -> ScopeCursor | ManyCursor:
+    """Return what a text says. Raises InvalidCursor."""
+    try:
+        assert isinstance(text, str)
+        data = b64decode(text.encode("ascii") + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        checksum, body = data[:4], data[4:]
+        if checksum != binascii.crc32(body).to_bytes(4, "big") or not body:
+            raise InvalidCursor("damaged")
+        if body[:1] != _VERSION:
+            raise InvalidCursor("another version")
+        found: ScopeCursor | ManyCursor = _decode(body[1:])
+    except (AssertionError, ValueError):  # msgspec's errors are ValueErrors
+        raise InvalidCursor("damaged") from None
+    if found.text() != text:
+        raise InvalidCursor("damaged")  # two texts that differ in bits that base64 ignores
+    return found
