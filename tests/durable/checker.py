@@ -97,6 +97,8 @@ class Consumer:
         """Deliveries that were over when an engine was closed in order."""
         self.done: set[str] = set()
         self.asked: frozenset[str] | None = None
+        self.replayed: set[str] = set()
+        """Letters that were asked for: they may come again at any time, and count from 1 again."""
 
 
 class Checker:
@@ -118,7 +120,9 @@ class Checker:
                 self._check_committed(fact.durable)
                 self._over(killed=fact.killed)
             case Asked():
-                self._consumer(fact.consumer).asked = fact.ids
+                consumer = self._consumer(fact.consumer)
+                consumer.asked = fact.ids
+                consumer.replayed |= fact.ids
             case Left():
                 self._left(self._consumer(fact.consumer), fact.ids)
             case Counted():
@@ -140,6 +144,8 @@ class Checker:
             self._say("same id", f"{what}; the id was that of {consumer.ids[fact.id]}")
         if consumer.events.setdefault(event, fact.id) != fact.id:
             self._say("same id", f"{what}; the event was {consumer.events[event]}")
+        if fact.id in consumer.replayed:
+            return
         self._check_attempt(consumer, fact, what)
         if fact.id in consumer.settled:
             self._say("not again", f"{what}; it was over when the engine was closed")
@@ -162,7 +168,8 @@ class Checker:
 
     def _ended(self, consumer: Consumer, fact: Ended) -> None:
         scope, key, number = consumer.ids[fact.id]
-        consumer.open.pop((scope, key), None)
+        if consumer.open.get((scope, key)) == number:
+            del consumer.open[scope, key]
         if fact.verdict != "failed":
             consumer.over[scope, key].add(number)
             consumer.done.add(fact.id)
@@ -190,11 +197,6 @@ class Checker:
         kept = asked & ids
         if kept and kept != asked:
             self._say("all or nothing", f"{consumer.name}: of {len(asked)} letters, {len(kept)} are left")
-        if not kept:  # they were replayed, or purged: each of them may come again
-            for one in asked:
-                consumer.attempts.pop(one, None)
-                consumer.settled.discard(one)
-                consumer.done.discard(one)
 
     def _counted(self, fact: Counted) -> None:
         for event, count in fact.effects.items():

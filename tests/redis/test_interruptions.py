@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from effort import size
 from opening import INCREMENT, at_rest, open_at, owners_of
 from reliability.interrupting import Interruption, interrupt_at
 from reliability.living import InThread, until
@@ -62,8 +63,8 @@ def test_a_call_interrupted_at_any_opcode_leaves_the_next_ones_their_own_answers
     elsewhere = valkey.client()
     with open_at(valkey.url, LIMITS) as engine:
         engine.set("s", "k", 0)
-        step = 2  # the other places in the other variant
-        for place in itertools.count(1 + (error is Interruption), step):
+        step = size(6, 2)  # other places in the other variant
+        for place in itertools.count(1 + step // 2 * (error is Interruption), step):
             elsewhere.hset("state:s", "other", str(place))
             reached = interrupt_at(place, lambda: INTERRUPTED[work](engine, place), error)  # noqa: B023 - runs at once
             at_rest(engine)

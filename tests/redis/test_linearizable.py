@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from effort import size
 from linearizability.checker import Call, NotLinearizable, check
 from linearizability.model import ScopeModel, State
 from on_redis import OpenRedis, open_redis
@@ -44,7 +45,9 @@ def histories(server: Server, seed: int, **options: Any) -> list[tuple[str, Call
 
 
 @pytest.mark.parametrize(
-    ("scopes", "threads", "calls"), [(SCOPES, 2, 250), (["one"], 3, 60)], ids=["three scopes", "one scope"]
+    ("scopes", "threads", "calls"),
+    [(SCOPES, 2, size(120, 250)), (["one"], 3, size(40, 60))],
+    ids=["three scopes", "one scope"],
 )
 def test_every_history_of_four_processes_is_linearizable(
     redis_server: Server, scopes: list[str], threads: int, calls: int
@@ -84,7 +87,7 @@ def test_a_lost_write_would_be_found(valkey: Server) -> None:
 @pytest.mark.parametrize("threads", [1, 4])
 def test_four_processes_that_increment_one_key_count_to_the_sum(redis_server: Server, threads: int) -> None:
     """Each of them exactly once, each tried few times, and not more than every fourth try in vain."""
-    calls = 1000
+    calls = size(300, 1000)
 
     outcomes = run_together("count", PROCESSES, 0, url=redis_server.url, calls=calls, threads=threads)
 

@@ -17,7 +17,7 @@ from scopestate.persistence.sqlite.schema import RESERVED
 
 KILLS = size(40, 200)
 LONG_LIVES = 4
-SLACK_S = 1.0
+SLACK_S = 3.0
 """How much later than its time a save may begin on a busy machine."""
 
 ALONE = ("orders-1", "notes-1")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from effort import size
 from reliability.conftest import OpenEngine
 from reliability.figures import record
 from reliability.interrupting import Interruption, interrupt_at
@@ -130,9 +131,9 @@ def test_a_turn_of_several_changes_interrupted_at_any_opcode_is_whole_or_has_not
     actor._expect = lambda: None  # type: ignore[method-assign]  # expired keys would be removed during a check
     draw = random.Random(f"{durability} {error.__name__}")
     places = 0
-    # Each opcode of a batch; of the others every fifth, beginning at another one each time.
+    # Each opcode of a batch; of the others every fifth, beginning at another one each time. Fewer in the suite.
     for kind in range(7):
-        step = 1 if kind == 6 else 5
+        step = size(3, 1) if kind == 6 else size(12, 5)
         for place in itertools.count(1 + draw.randrange(step), step):
             turn = any_turn(draw, place, kind)
             reached = interrupt_at(place, lambda: actor.run(turn), error)  # noqa: B023 - runs at once
@@ -147,7 +148,7 @@ def test_a_turn_of_several_changes_interrupted_at_any_opcode_is_whole_or_has_not
     InThread(engine.close).result()
     if durability != "memory":
         assert saved(tmp_path / "store", "s") == expected
-    assert places > 300
+    assert places > size(120, 300)
     record(f"several changes, interrupted at each opcode: {durability}, {error.__name__}", places=places)
 
 
@@ -177,7 +178,7 @@ def test_a_call_with_a_function_interrupted_at_any_opcode_leaves_the_scope_usabl
                 batch.set("a", -1)
                 batch.set("b", 1)
 
-    for place in itertools.count(1, 3):
+    for place in itertools.count(1 + (error is Interruption), size(8, 3)):
         reached = interrupt_at(place, call, error)
         until(lambda: not actor._claim and not actor._mailbox, f"stuck at opcode {place}")
         check(actor, seen.wait_for(actor._sequence), f"opcode {place}")
