@@ -13,6 +13,7 @@ so that no line is torn and what is there was said before the death:
     expired SCOPE KEY N     a handler was told that the key has expired, with this value
     alive SCOPE KEY MS MS   the key was read; when it expires, and the time before that
     save NS / saved NS      a save of the interval scopes begins / is done
+    busy NS / idle NS       any save or commit begins / is done
     end STATUS              the child is gone
 
 NS is CLOCK_MONOTONIC in nanoseconds, the same clock in all processes of a machine.
@@ -42,13 +43,15 @@ def say(*words: object) -> None:
 class TellingAdapter(FileAdapter):
     """Says when it saves the scopes of durability `interval`."""
 
-    def save(self, batch: object) -> None:
+    def save(self, batch: object, *more: object) -> None:
         told = any(not change.scope.startswith(COMMIT_PREFIX) for change in batch)  # type: ignore[attr-defined]
+        say("busy", time.monotonic_ns())
         if told:
             say("save", time.monotonic_ns())
-        super().save(batch)  # type: ignore[arg-type]
+        super().save(batch, *more)  # type: ignore[arg-type]
         if told:
             say("saved", time.monotonic_ns())
+        say("idle", time.monotonic_ns())
 
 
 def hear(event: StateEvent) -> None:

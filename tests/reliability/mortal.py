@@ -32,6 +32,10 @@ class Life:
         self.last_save_done = 0
         self.safe_before = 0
         """Whatever was acknowledged before this time is in a save that is done: the one before it had ended by then."""
+        self.busy_since = 0
+        """When the save or commit began that was not done at the death; 0 if there was none."""
+        self.longest_call = 0
+        """Nanoseconds that the longest save or commit took."""
         self.killed_at = 0
         self.repeated = 0
         """Transactions that were asked for again, and were not done again."""
@@ -62,10 +66,20 @@ class Life:
                 assert int(expires_ms) > int(now_ms), f"{scope}: {key} was read, and had expired"
             case ["save", ns]:
                 self.last_save_begun = int(ns)
+            case ["busy", ns]:
+                self.busy_since = int(ns)
+            case ["idle", ns]:
+                self.longest_call = max(self.longest_call, int(ns) - self.busy_since)
+                self.busy_since = 0
             case ["saved", ns]:
                 self.safe_before, self.last_save_done = self.last_save_done, int(ns)
             case _:
                 raise AssertionError(f"the child said {words}")
+
+    def longest_call_s(self) -> float:
+        """Seconds that the longest save or commit took, also one that was not done at the death."""
+        running = self.killed_at - self.busy_since if self.busy_since else 0
+        return max(running, self.longest_call) / 1e9
 
     def last_acknowledged(self, name: str, *, before: int | None = None) -> int:
         """Number of the last acknowledged write; with `before`, of those acknowledged before that time. 0 if none."""
