@@ -504,7 +504,8 @@ class Feed:
                 fed.unsaved_from = max(fed.unsaved_from, left[-1].position)
         if not fed.journaled:
             return [], None
-        unsaved, taken = fed.unsaved, list[StateEvent]()
+        unsaved = fed.unsaved
+        taken: list[StateEvent] = []
         while unsaved and unsaved[0].revision <= revision:
             taken.append(unsaved.popleft())
         return taken, fed.begin
