@@ -9,9 +9,12 @@ from collections import OrderedDict, deque
 from collections.abc import Coroutine, Hashable
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from scopestate.signals import Guard, exclusive
+
 if TYPE_CHECKING:
-    from scopestate.actors.handler import Barrier
+    from scopestate.actors.handler import HandlerActor
     from scopestate.actors.loops import Pending
+    from scopestate.actors.reply import Reply
     from scopestate.ops.results import StateEvent
     from scopestate.ops.triggers import Order
 
@@ -65,6 +68,43 @@ class Run:
         self.paused = False
         self.extra: Any = None
         """Of a subclass of the actor."""
+
+
+class Barrier:
+    """A message that goes behind the waiting events of every handler; its reply is set when all have reached it."""
+
+    def __init__(self, handlers: list[HandlerActor], reply: Reply[None]) -> None:
+        self.handlers = tuple(handlers)
+        self._waiting: dict[HandlerActor, bool] = dict.fromkeys(handlers, True)
+        self._exclusive = Guard()
+        self._reply = reply
+        self.over = False
+        """True once `withdraw` was called."""
+        if not handlers:
+            reply.set()
+
+    def arrive(self, handler: HandlerActor) -> None:
+        """Note that `handler` has handled everything that came before."""
+        if self._exclusive.run(self._is_last, handler):
+            self._reply.set()
+
+    def _is_last(self, handler: HandlerActor) -> bool:
+        return self._waiting.pop(handler, None) is not None and not self._waiting and not self._reply.done
+
+    def withdraw(self) -> None:
+        """The caller has stopped waiting: take it out of the mailboxes where it still is."""
+        self.over = True
+        for handler in self._still():
+            handler.withdraw(self)
+
+    @exclusive
+    def _still(self) -> list[HandlerActor]:
+        return list(self._waiting)
+
+    def missing(self) -> list[str]:
+        """The triggers whose handlers have not reached it yet, each as `id (function id)`."""
+        triggers = [handler.trigger for handler in self._still()]
+        return [f"{trigger.trigger_id} ({trigger.function_id})" for trigger in triggers]
 
 
 class Stage:

@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 from scopestate.actors.backlog import HandlerFull, Tally, size_of
 from scopestate.actors.containment import Log
 from scopestate.actors.feed import Feed
-from scopestate.actors.handler import Barrier, HandlerActor, HandlerServices
+from scopestate.actors.handler import HandlerActor
+from scopestate.actors.lanes import Barrier
+from scopestate.actors.services import HandlerServices
 from scopestate.actors.triggers import TriggerTable, Watchers, wanting
 from scopestate.actors.turn import HOLDER, TurnActor, is_arranging
 from scopestate.errors import EventLoopDetected, Overloaded

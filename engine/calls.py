@@ -22,8 +22,8 @@ from scopestate.ops.values import class_name, decode, encode
 if TYPE_CHECKING:
     import asyncio
 
-    from scopestate.actors.handler import HandlerServices
     from scopestate.actors.reply import Reply
+    from scopestate.actors.services import HandlerServices
 
 
 def plain_payload(function_id: str, payload: object) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pykka
 
 from scopestate.actors.functions import running_loop
-from scopestate.actors.handler import Barrier
+from scopestate.actors.lanes import Barrier
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.scope import Ping
 from scopestate.actors.snapshot import Commit

@@ -18,12 +18,12 @@ from scopestate.actors.directory import Directory, Housekeeper
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.expiry import ExpiryActor
 from scopestate.actors.functions import Function, Functions
-from scopestate.actors.handler import HandlerServices
 from scopestate.actors.journal import History
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.ports import Backend, Store, WriteRule
 from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
+from scopestate.actors.services import HandlerServices
 from scopestate.actors.snapshot import SnapshotActor
 from scopestate.config import (
     AuthConfig,

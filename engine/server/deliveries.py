@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
 
-from scopestate.actors.handler import HandlerActor, HandlerServices, Hold
+from scopestate.actors.handler import HandlerActor, Hold
 from scopestate.actors.lanes import Run
+from scopestate.actors.services import HandlerServices
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Trigger

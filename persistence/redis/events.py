@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.dispatcher import Dispatcher
-from scopestate.actors.handler import Barrier, HandlerActor
+from scopestate.actors.handler import HandlerActor
+from scopestate.actors.lanes import Barrier
 from scopestate.actors.router import EventRouter, Expired
 from scopestate.errors import DeserializationError, NotConnected, StorageError
 from scopestate.ops.values import parse

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from scopestate.actors.backlog import HandlerFull, Limits
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.functions import Function, Functions
-from scopestate.actors.handler import HandlerServices
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.router import EventRouter
+from scopestate.actors.services import HandlerServices
 from scopestate.errors import Overloaded
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Trigger

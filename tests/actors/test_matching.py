@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scopestate.actors.backlog import Limits
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.functions import Functions
-from scopestate.actors.handler import HandlerServices
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.router import EventRouter
+from scopestate.actors.services import HandlerServices
 from scopestate.actors.triggers import Prefixes, Watchers
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Trigger

@@ -11,8 +11,9 @@ from scopestate import Engine, StateEvent
 from scopestate.actors.backlog import Backlog, Limits
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.functions import Functions
-from scopestate.actors.handler import HandlerActor, HandlerServices
+from scopestate.actors.handler import HandlerActor
 from scopestate.actors.loops import LoopThread
+from scopestate.actors.services import HandlerServices
 from scopestate.actors.triggers import TriggerTable
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import Overloaded

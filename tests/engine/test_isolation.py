@@ -20,9 +20,9 @@ from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, SlowUpdate, i
 
 from scopestate import Engine, StateEvent, messages
 from scopestate.actors import gate
-from scopestate.actors.handler import Reporter
 from scopestate.actors.local import LocalScope
 from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.services import Reporter
 from scopestate.config import from_mapping
 from scopestate.errors import FunctionFailed, HandlerTimeout, InvalidRegistration, ReplyTimeout, StorageError
 from scopestate.ops.results import DeliveryFailure

@@ -1,0 +1,272 @@
+"""The attempts to deliver one event: condition, function, time limits, retries, reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any, Final
+
+from scopestate.actors.containment import Log, is_from_outside
+from scopestate.actors.dispatcher import weakly
+from scopestate.actors.functions import close_unrun, is_awaitable, is_unrun
+from scopestate.actors.loops import Continue, OnLoop, Overdue, Pending
+from scopestate.actors.turn import TurnActor
+from scopestate.errors import HandlerTimeout
+from scopestate.ops.results import DeliveryFailure, StateEvent
+from scopestate.ops.values import class_name
+
+if TYPE_CHECKING:
+    from scopestate.actors.lanes import Run
+    from scopestate.actors.services import HandlerServices
+    from scopestate.ops.triggers import Trigger
+
+log = Log("scopestate.triggers")
+
+LONGEST_BACKOFF_S: Final = 60.0
+
+
+class Attempts(TurnActor):
+    """An actor that calls the function of one trigger. `HandlerActor` says when, and for which events.
+
+    These methods may run on several threads at a time, each for a `Run` of its own.
+    """
+
+    runs_program = True
+
+    def __init__(self, trigger: Trigger, services: HandlerServices) -> None:
+        super().__init__(services.dispatcher)
+        self._services = services
+        self._watched: dict[Run, None] = {}
+        """Plain functions that run under a time limit."""
+        self._looks_s = math.inf
+        """When a timer next checks whether one of them is overdue; inf: no timer is set."""
+        self.trigger = trigger
+        """May be replaced by one with the same filters; applies from the next event."""
+        self.active = True
+        """False once unregistered: events that wait are dropped."""
+        self.delivered = self.skipped = self.failed = self.retried = self.dropped = self.timeouts = 0
+
+    @property
+    def name(self) -> str:
+        return f"handler of trigger {self.trigger.trigger_id!r}"
+
+    def is_overdue(self) -> bool:
+        """True while a plain function runs past its time limit."""
+        return any(run.overdue and run.deadline is not None for run in list(self._watched))
+
+    # ------------------------------------------------------------------------------------------------- attempts
+
+    # The turn drives these coroutines. They await Pending objects only, and never raise.
+
+    def _carry_on(self, run: Run) -> Pending | None:
+        """Begin a run, or go on with it, up to its end or to what it waits for, which is returned. Never raises."""
+        if run.delivery is None:
+            trigger = self.trigger
+            if trigger.condition_function_id is None:
+                try:
+                    result = self._call(trigger.function_id, run)
+                except BaseException as problem:  # noqa: BLE001 - user code may raise anything
+                    run.delivery = self._finish(run, trigger.function_id, None, problem)
+                else:
+                    if result is None:
+                        run.outcome = "delivered"
+                        return None
+                    run.delivery = self._finish(run, trigger.function_id, result)
+            else:
+                run.delivery = self._deliver(run, trigger)
+        return self._step(run)
+
+    def _step(self, run: Run) -> Pending | None:
+        delivery, value, error = run.delivery, run.value, run.error
+        run.value = run.error = None
+        try:
+            return delivery.send(value) if error is None else delivery.throw(error)  # type: ignore[union-attr]  # set
+        except StopIteration:
+            run.delivery = None
+        except BaseException as problem:
+            run.delivery = None
+            if is_from_outside(problem):
+                run.passing = problem
+            else:
+                self._note("failed")
+                log.exception("a delivery of %s broke off", self.name)
+        return None
+
+    async def _deliver(self, run: Run, trigger: Trigger) -> None:
+        """Condition, then handler, with retries."""
+        condition: str = trigger.condition_function_id  # type: ignore[assignment]  # without one it is not called
+        try:
+            verdict = self._call(condition, run)
+            if type(verdict) is not bool:
+                verdict = await self._outcome_of(run, condition, verdict)
+        except BaseException as error:  # noqa: BLE001 - user code may raise anything; a worker thread outlives it
+            run.outcome = "failed"
+            self._report(run, condition, error, final=True)
+            return
+        if verdict is False:
+            run.outcome = "skipped"
+            return
+        if not self.active:  # unregistered while the condition ran
+            run.outcome = "dropped"
+            self._note("dropped")
+            return
+        await self._finish(run, trigger.function_id, *self._outcome_of_call(run, trigger.function_id))
+
+    def _outcome_of_call(self, run: Run, function_id: str) -> tuple[Any, BaseException | None]:
+        try:
+            return self._call(function_id, run), None
+        except BaseException as error:  # noqa: BLE001 - as above
+            return None, error
+
+    async def _finish(self, run: Run, function_id: str, result: Any, error: BaseException | None = None) -> None:
+        """Finish an attempt whose call gave `result` or raised `error`, and retry as often as `pause_after` says."""
+        while True:
+            if error is None:
+                try:
+                    if result is not None:
+                        await self._outcome_of(run, function_id, result)
+                    run.outcome = "delivered"
+                    return
+                except BaseException as problem:  # noqa: BLE001 - as above
+                    error = problem
+            pause_s = self.pause_after(run, error)
+            if pause_s is None:
+                run.outcome = "failed"
+            self._report(run, function_id, error, final=pause_s is None)
+            result = error = None  # or this frame and the traceback would keep each other
+            if pause_s is None:
+                return
+            self._note("retried")
+            run.attempt += 1
+            await Pause(pause_s)
+            if not self.active:  # unregistered during the pause
+                run.outcome = "dropped"
+                self._note("dropped")
+                return
+            result, error = self._outcome_of_call(run, function_id)
+
+    def pause_after(self, run: Run, error: BaseException) -> float | None:
+        """Return how many seconds to wait before the next attempt of a run that has failed; None: it is given up."""
+        limits = self._services.limits
+        if run.attempt >= limits.handler_attempts or issubclass(type(error), HandlerTimeout) or not self.active:
+            return None
+        doublings = min(run.attempt - 1, 64)  # far more than LONGEST_BACKOFF_S needs; 2.0**1024 would raise
+        return min(limits.handler_backoff_s * 2.0**doublings, LONGEST_BACKOFF_S)
+
+    def _call(self, function_id: str, run: Run) -> Any:
+        """Call a function. The result of a coroutine function must still be awaited."""
+        services = self._services
+        function = services.functions.get(function_id)
+        timeout_s = services.limits.handler_timeout_s
+        if timeout_s and not function.is_async:
+            return self._call_watched(function.target, function_id, run, timeout_s)
+        return function.target(run.event)
+
+    async def _outcome_of(self, run: Run, function_id: str, result: Any) -> Any:
+        """Return the result of a function, awaited if it is awaitable."""
+        if is_awaitable(result):
+            return await self._on_loop(run, function_id, result)
+        if is_unrun(result):
+            raise TypeError(
+                f"function {function_id!r} returned a {class_name(result)}, whose code has not run and never would: "
+                "return a value or a coroutine"
+            )
+        return result
+
+    async def _on_loop(self, run: Run, function_id: str, result: Awaitable[Any]) -> Any:
+        """Await the result of a function, on the event loop that the function belongs to."""
+        services = self._services
+        timeout_s = services.limits.handler_timeout_s
+        run.overdue = False
+        try:
+            function = services.functions.get(function_id)
+            loop = function.loop or services.loop_thread.get()
+        except BaseException:
+            close_unrun(result)
+            raise
+        what = f"the handler {function_id!r} of trigger {self.trigger.trigger_id!r}"
+        try:
+            return await OnLoop(result, loop, services.loop_calls, what, timeout_s)
+        except Overdue as error:
+            self._note("timeouts")
+            raise HandlerTimeout(function_id, timeout_s) from error
+
+    def _report(
+        self, run: Run, function_id: str, error: BaseException, *, final: bool, event: StateEvent | None = None
+    ) -> None:
+        """Report a failed attempt. `event`: on another thread, because this one must not run code of the program."""
+        if issubclass(type(error), HandlerTimeout) and run.overdue:
+            return  # reported when it became overdue
+        if final:
+            self._note("failed")
+        failure = DeliveryFailure(self.trigger.trigger_id, function_id, event or run.event, error, run.attempt, final)
+        if event is not None:
+            self._services.reporter.report(failure)
+        else:
+            self._services.report(failure)
+
+    def _note(self, name: str) -> None:
+        """Count what several threads may count at the same time."""
+        self._services.exclusive.run(self._add_one, name)
+
+    def _add_one(self, name: str) -> None:
+        setattr(self, name, getattr(self, name) + 1)
+
+    # --------------------------------------------------------------------------------------- overdue plain functions
+
+    def _call_watched(self, target: Callable[[Any], Any], function_id: str, run: Run, timeout_s: float) -> Any:
+        """Call a plain function, which nothing can stop: that it exceeds its time limit is reported while it runs."""
+        run.overdue = False
+        run.function_id = function_id
+        run.deadline = deadline = self._dispatcher.monotonic() + timeout_s
+        self._watched[run] = None
+        if deadline < self._looks_s:
+            # One timer for each handler, not for each event: it follows the deadlines. A timer that was set before a
+            # reload, for a longer time limit, would come too late.
+            self._looks_s = deadline
+            self._dispatcher.call_later(timeout_s, weakly(self._look_at_deadlines))
+        try:
+            result = target(run.event)
+        except BaseException as error:
+            if run.overdue:
+                raise HandlerTimeout(function_id, timeout_s) from error
+            raise
+        finally:
+            run.deadline = None
+            del self._watched[run]
+        if run.overdue:
+            raise HandlerTimeout(function_id, timeout_s)
+        return result
+
+    def _look_at_deadlines(self) -> None:
+        # Cleared before the deadlines are read: a call that begins in between is seen here or sets its own timer.
+        self._looks_s = math.inf
+        now, next_s = self._dispatcher.monotonic(), math.inf
+        for run in list(self._watched):
+            deadline, event = run.deadline, run.event
+            if deadline is None or run.overdue:
+                continue
+            if deadline > now:
+                next_s = min(next_s, deadline)
+                continue
+            self._note("timeouts")
+            error = HandlerTimeout(run.function_id, self._services.limits.handler_timeout_s)
+            self._report(run, run.function_id, error, final=True, event=event)
+            run.overdue = True
+        if next_s < self._looks_s:
+            self._looks_s = next_s
+            self._dispatcher.call_later(next_s - now, weakly(self._look_at_deadlines))
+
+
+class Pause:
+    """A pause without a thread, between two attempts."""
+
+    def __init__(self, delay_s: float) -> None:
+        self.delay_s = delay_s
+
+    def __await__(self) -> Generator[Pause, Any, None]:
+        yield self
+
+    def start(self, go_on: Continue) -> None:
+        """Not called: the turn lets the run pause."""
+        raise NotImplementedError
