@@ -167,6 +167,13 @@ class HandlerActor(Attempts):
         if not self._mailbox or self._mailbox[-1] is not event:
             self.offer(event)
 
+    def change(self, trigger: Trigger) -> None:
+        """Replace the trigger by one with the same filters. Events that wait are kept; the new `order` applies when
+        those that have begun are over."""
+        self.trigger = trigger
+        self._stuck = False  # more may begin now
+        self.wake()
+
     # -------------------------------------------------------------------------------------------------- the turn
 
     def wake(self) -> None:

@@ -258,7 +258,7 @@ class TriggerTable:
         if known is not None:
             handler = known[1]
             if _place(handler.trigger) == _place(trigger):
-                handler.trigger = trigger  # order and waiting events are kept
+                handler.change(trigger)  # order and waiting events are kept
                 return handler
             self._remove(*known)
         number = next(self._numbers)
