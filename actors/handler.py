@@ -80,6 +80,8 @@ class HandlerActor(Attempts):
         """True while a timer is set that looks at the call in `_inline`."""
         self._look_s = self.FIRST_LOOK_S
         self._looked_at: StateEvent | None = None
+        self.paused = False
+        """True while nothing begins; see `pause`."""
         self.offered = 0
         """Bytes of the events that were ever queued. Written by the router's turn alone."""
         self.taken = 0
@@ -174,6 +176,15 @@ class HandlerActor(Attempts):
         self._stuck = False  # more may begin now
         self.wake()
 
+    def pause(self) -> None:
+        """Begin nothing until `go_on`: events wait, and what has begun goes on."""
+        self.paused = True
+
+    def go_on(self) -> None:
+        """End the pause."""
+        self.paused = self._stuck = False
+        self.wake()
+
     # -------------------------------------------------------------------------------------------------- the turn
 
     def wake(self) -> None:
@@ -247,9 +258,12 @@ class HandlerActor(Attempts):
             except BaseException:  # a MemoryError: it has not begun
                 mailbox.appendleft(item)
                 raise
-            if not self.active:
-                self.dropped += 1
+            if not self.active or self.paused:
                 del inline[hold]
+                if self.active:
+                    self._put_back(item)
+                    return 0
+                self.dropped += 1
                 continue
             trigger = self.trigger
             if trigger.condition_function_id is None:
@@ -281,6 +295,12 @@ class HandlerActor(Attempts):
             self._count(run)
             run = self._run = Run()
         return 0
+
+    def _put_back(self, event: StateEvent) -> None:
+        """The trigger was paused before this event began."""
+        self.taken -= size_of(event)
+        self._stuck = True
+        self._mailbox.appendleft(event)
 
     def _advance(self, hold: Hold) -> bool:
         """Begin or continue one run. False: none can go on, or the claim is not held any more."""
@@ -432,6 +452,9 @@ class HandlerActor(Attempts):
                 if lanes.running >= most:
                     self._stuck = True
                     return None
+            if self.paused and self.active:
+                self._stuck = True
+                return None
             if not self.keeps_runs:
                 return self._next_with_place()
             if not self._begin_several(most):
