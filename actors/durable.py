@@ -13,9 +13,11 @@ from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, Outc
 from scopestate.actors.containment import Log, contained, described, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import close_unrun, is_awaitable, is_unrun
-from scopestate.actors.handler import Barrier, HandlerActor, HandlerServices
+from scopestate.actors.handler import HandlerActor
+from scopestate.actors.lanes import Barrier
 from scopestate.actors.loops import OnLoop, Overdue, Pending
 from scopestate.actors.schedule import Lane, Schedule
+from scopestate.actors.services import HandlerServices
 from scopestate.errors import Conflict, EventLoopDetected, HandlerTimeout, StorageError, Unsupported
 from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater
 from scopestate.ops.results import DeliveryFailure, StateEvent
