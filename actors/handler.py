@@ -58,8 +58,8 @@ class HandlerActor(Attempts):
         # A deque, unlike other mailboxes: with `drop_oldest` the router takes events out at the front.
         self._mailbox: deque[Any] = deque()  # type: ignore[assignment]
         self._inline: dict[int, StateEvent] = {}
-        """Holder of the claim -> the event whose function it is calling. The thread that removes the entry goes on with the
-        claim: the holder when the function has returned, or the turn that takes over."""
+        """Holder of the claim -> the event whose function it is calling. The thread that removes the entry goes on with
+        the claim: the holder when the function has returned, or the turn that takes over."""
         self._run: Run | None = None
         """Of the event in `_inline`."""
         self._lanes: Lanes | None = None

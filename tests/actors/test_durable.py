@@ -16,8 +16,9 @@ from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.durable import DurableHandler, takes_two
 from scopestate.actors.functions import Function, Functions
-from scopestate.actors.handler import Barrier, HandlerServices
+from scopestate.actors.lanes import Barrier
 from scopestate.actors.loops import LoopThread
+from scopestate.actors.services import HandlerServices
 from scopestate.errors import HandlerTimeout, StorageError, Unsupported
 from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater
 from scopestate.ops.results import DeliveryFailure, StateEvent
