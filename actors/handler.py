@@ -285,16 +285,21 @@ class HandlerActor(Attempts):
                     run.delivery = self._finish(run, trigger.function_id, result)
             else:
                 run.delivery = self._deliver(run, trigger)
-            pending = self._step(run)
-            if inline.pop(hold, None) is None:
-                self._bring(run, pending)
+            if not self._step_quickly(run, hold):
                 return 0
-            if pending is not None or run.passing is not None:
-                self._settle(run, pending)
+            if run.entered:
                 return left
-            self._count(run)
             run = self._run = Run()
         return 0
+
+    def _step_quickly(self, run: Run, hold: Hold) -> bool:
+        """Go on with a run whose first call was not all. False: the claim is not held any more."""
+        pending = self._step(run)
+        if self._inline.pop(hold, None) is None:
+            self._bring(run, pending)
+            return False
+        self._settle(run, pending)
+        return True
 
     def _put_back(self, event: StateEvent) -> None:
         """The trigger was paused before this event began."""
