@@ -466,7 +466,7 @@ class HandlerActor(Attempts):
                 return None
 
     def _begin_several(self, most: int) -> bool:
-        """Begin all that can, in one step of a subclass. False if that is none."""
+        """Begin all that can, in one step of a subclass. False if nothing can."""
         runs = list[Run]()
         while (lanes := self._lanes) is None or lanes.running < most:
             run = self._next_with_place()
