@@ -242,6 +242,9 @@ class Feed:
             return found, False
         # What was entered before was not for it.
         self.position += 1
+        if not self._holds:
+            # Or the cursor of a watch that has seen nothing yet would stand before the begin of its interest.
+            self._shown = self.position
         interest = self._interests[what] = Interest(*what, self.position)
         interest.users = 1
         self._list_interests()

@@ -24,7 +24,7 @@ from scopestate.aio_state import AioStateCalls
 from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout
 from scopestate.handles import AioScope
-from scopestate.ops import checked, messages, turns
+from scopestate.ops import checked, messages, polls, turns
 from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
 from scopestate.ops.functions import BUILT_IN, from_payload
 from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, WatchOptions
@@ -163,6 +163,10 @@ class AioEngine(AioStateCalls):
             self._engine._refuse_if_closed()
             return await self._engine._caller.call_async(function, payload)
         row = BUILT_IN.get(function_id)
+        if function_id == polls.FUNCTION_ID:
+            self._engine._refuse_if_closed()
+            self._engine._tally[function_id].add()
+            return decode(await self._engine._polls.answer_later(payload))
         if row is None:
             return await self.elsewhere(partial(function.target, payload))
         fields = row.plain_fields(payload)

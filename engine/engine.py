@@ -38,7 +38,7 @@ from scopestate.errors import (
 )
 from scopestate.handles import Scope
 from scopestate.mapping import ScopeMapping
-from scopestate.ops import checked, messages, turns
+from scopestate.ops import checked, messages, polls, turns
 from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
 from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.functions import BUILT_IN, from_payload, read_request
@@ -48,6 +48,7 @@ from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
 from scopestate.parts import Parts
+from scopestate.polls import Polls
 from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.snapshots import REFUSED, Call, Snapshots
 from scopestate.state import StateCalls
@@ -112,12 +113,14 @@ class Engine(Reactive, StateCalls):
         self._hooks: dict[str, Hook | None] = {"error": on_error, "dead letter": on_dead_letter}
         self._caller = Caller(parts.services)
         self._snapshots = Snapshots(parts.dispatcher)
+        self._polls = Polls(self)
         self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False
         self._consumer_functions = ConsumerFunctions(lambda: parts.consumers)
         for function_id in BUILT_IN:
             self._functions.add(Function(function_id, partial(self._call_builtin, function_id), builtin=True))
+        self._functions.add(Function(polls.FUNCTION_ID, self._poll, builtin=True))
         for row in CONSUMER_FUNCTIONS:
             called = partial(self._call_consumers, row.function_id)
             self._functions.add(Function(row.function_id, called, builtin=True))
@@ -462,6 +465,11 @@ class Engine(Reactive, StateCalls):
             except REFUSED as error:
                 text = call.refusal(error)
         return None if text is None else decode(text)
+
+    def _poll(self, payload: object) -> Any:
+        self._refuse_if_closed()
+        self._tally[polls.FUNCTION_ID].add()
+        return decode(self._polls.answer(payload))
 
     def _call_consumers(self, function_id: str, payload: object) -> Any:
         self._refuse_if_closed()

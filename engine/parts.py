@@ -37,6 +37,7 @@ from scopestate.config.functions import misfit_id
 from scopestate.config.schema import options_of
 from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.opening import history_of, open_backend, write_rule_of
+from scopestate.ops import polls
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.triggers import Trigger, read_options
@@ -104,7 +105,7 @@ class Parts:
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that applies changes of the file."""
-        self.tally = {function_id: Tally() for function_id in BUILT_IN}
+        self.tally = {function_id: Tally() for function_id in (*BUILT_IN, polls.FUNCTION_ID)}
 
     def _make_scope(self, scope: str) -> ScopeActor:
         checked_length("scope", scope, self.limits.longest_name)

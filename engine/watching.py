@@ -343,12 +343,22 @@ class _Watch:
         return self._feed.cursor_at(at) if scope is None else self._feed.scope_cursor(scope, at)
 
     @property
+    def in_snapshot(self) -> bool:
+        """True while entries of a snapshot are left to be yielded."""
+        return self._snapshot and isinstance(self._first, _Ahead) and self._first.more
+
+    @property
+    def over(self) -> bool:
+        """True if no more changes are taken in: it was closed, its engine was, or too many have waited."""
+        return self._watcher.is_over()
+
+    @property
     def cursor(self) -> str:
         """Where a watch goes on, with `since=`: behind the last change that was yielded, or later if nothing else came.
 
         While a snapshot is yielded it is its begin, so that the whole snapshot comes again.
         """
-        if self._snapshot and isinstance(self._first, _Ahead) and self._first.more:
+        if self.in_snapshot:
             return self._cursor_at(None)
         return self._cursor_at(self._at())
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args
 import msgspec
 
 from scopestate.errors import Conflict, DeserializationError, ScopestateError, UpdateRefused
-from scopestate.ops import answers, messages, requests, results, turns
+from scopestate.ops import answers, messages, polls, requests, results, turns
 from scopestate.ops.arguments import Limits
 from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.messages import Message
@@ -166,6 +166,7 @@ class Described(NamedTuple):
 
 DESCRIBED: Final = (
     *[Described(row.function_id, row.given, row.request, row.response) for row in BUILT_IN.values()],
+    Described(polls.FUNCTION_ID, polls.ChangesInput, "StateChangesInput", ("StateChangesResult", polls.ChangesFound)),
     *[
         Described(row.function_id, row.given, row.given.__name__, (_result_name(row.response), row.response))
         for row in CONSUMER_FUNCTIONS

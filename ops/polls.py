@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from scopestate.errors import DeserializationError, InvalidPageLimits
+from scopestate.ops.changes import Change
 from scopestate.ops.requests import Payload, convert
 from scopestate.ops.results import EventName
 
@@ -57,7 +58,9 @@ class ChangeFound(msgspec.Struct):
     scope: str
     key: str
     revision: Annotated[int, Meta(description="The revision that the change gave to its key")]
-    cursor: Annotated[str, Meta(description="Where to go on behind this change")]
+    cursor: Annotated[
+        str, Meta(description="Where to go on behind this change; absent in a snapshot: use that of the answer")
+    ] = ""
     value: Annotated[Any, Meta(description="The new value; absent if the key was removed")] = None
     old_value: Annotated[Any, Meta(description="The value before; absent if there was none")] = None
     transaction: Annotated[
@@ -99,37 +102,23 @@ def read_poll(payload: Payload) -> ChangesInput:
     return poll
 
 
-def change_text(
-    kind: str,
-    scope: str,
-    key: str,
-    revision: int,
-    cursor: str,
-    *,
-    value: bytes | None = None,
-    old_value: bytes | None = None,
-    transaction: int = 0,
-    initial: bool = False,
-    expired_at: int | None = None,
-    late_ms: int | None = None,
-    time_ms: int = 0,
-) -> bytes:
+def change_text(change: Change) -> bytes:
     """Return one change as JSON text; the values are inserted as they are stored."""
-    parts = [b'{"kind":"%b","scope":%b,"key":%b,"revision":%d' % (kind.encode(), _json(scope), _json(key), revision)]
-    if value is not None:
-        parts.append(b',"value":' + value)
-    if old_value is not None:
-        parts.append(b',"old_value":' + old_value)
-    if transaction not in (0, revision):
-        parts.append(b',"transaction":%d' % transaction)
-    if initial:
+    parts = [
+        b'{"kind":"%b","scope":%b,"key":%b,"revision":%d'
+        % (change.kind.encode(), _json(change.scope), _json(change.key), change.revision)
+    ]
+    if change.json is not None:
+        parts.append(b',"value":' + change.json)
+    if change.old_json is not None:
+        parts.append(b',"old_value":' + change.old_json)
+    if change.transaction != change.revision:
+        parts.append(b',"transaction":%d' % change.transaction)
+    if change.initial:
         parts.append(b',"initial":true')
-    if expired_at is not None:
-        parts.append(b',"expired_at":%d,"late_ms":%d' % (expired_at, late_ms or 0))
-    if time_ms:
-        parts.append(b',"time_ms":%d' % time_ms)
-    parts.append(b',"cursor":%b}' % _json(cursor))
-    return b"".join(parts)
+    else:
+        parts.append(b',"cursor":%b' % _json(change.cursor))
+    return b"".join(parts) + b"}"
 
 
 def changes_text(changes: Sequence[bytes], cursor: str, *, more: bool) -> bytes:

@@ -32,6 +32,7 @@ from scopestate.errors import (
     ConnectionLost,
     Forbidden,
     FunctionNotFound,
+    InvalidCursor,
     NotConnected,
     RemoteFailure,
     ScopestateError,
@@ -165,11 +166,11 @@ class _Lines:
         if self._readable:
             line = event_line(msgspec.json.decode(msgspec.json.encode(event)))
             if self._cursors:
-                line.append(f"  {shown(change.cursor)}", style="dim")
+                line.append(f"  {shown(change.cursor, keep='')}", style="dim")
             print_rich(line)
         else:
             if self._cursors:
-                event |= {"revision": change.revision, "cursor": change.cursor}
+                event |= {"revision": change.revision, **({"cursor": change.cursor} if change.cursor else {})}
             out(json_text(msgspec.json.encode(event)))
         return self._count_one()
 
@@ -190,7 +191,7 @@ class _Change(msgspec.Struct):
     scope: str
     key: str
     revision: int
-    cursor: str
+    cursor: str = ""
     value: msgspec.Raw = _ABSENT
     old_value: msgspec.Raw = _ABSENT
     initial: bool = False
@@ -313,7 +314,7 @@ class _Watch:
                 self._synced()
             initial = change.initial
             enough = self._lines.print_change(change)
-            self._cursor = change.cursor
+            self._cursor = change.cursor or self._cursor
             if enough:
                 return True
         self._cursor = found.cursor
@@ -325,6 +326,10 @@ class _Watch:
         self._snapshot = False
         self._lines.print_mark("synced", "these are all keys; changes follow")
 
+    def _begin_anew(self, reason: str) -> None:
+        self._cursor, self._snapshot = None, True
+        self._lines.print_mark("resync", f"all keys again: {reason}", reason=reason)
+
     def _compacted_or_raise(self, error: RemoteFailure, client: Client) -> None:
         """Begin anew after a compaction, if that was asked for. Raises the error of the watch in any other case."""
         if error.code in (FunctionNotFound.code, Forbidden.code) and not self._told:
@@ -332,10 +337,12 @@ class _Watch:
                 raise Unsupported(self._needed[0], f"the engine at {client.url} is iii, or a scopestate from before it")
             raise error
         refusal = refusal_of(error)
-        if not isinstance(refusal, Compacted) or not self._resync:
+        if isinstance(refusal, Compacted) and self._resync:
+            self._begin_anew(refusal.reason)
+        elif isinstance(refusal, InvalidCursor) and self._snapshot and self._cursor is not None:
+            self._begin_anew("the connection was lost")
+        else:
             raise refusal or error
-        self._cursor, self._snapshot = None, True
-        self._lines.print_mark("resync", f"begin anew: {refusal}", reason=refusal.reason)
 
     # ----------------------------------------------------------------------------------------------- by a trigger
 

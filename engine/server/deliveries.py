@@ -187,7 +187,9 @@ class WorkerHandler(HandlerActor):
         function = self._services.functions.get(function_id)
         target = function.target
         if type(target) is WorkerFunction and target.hub is self._hub:
-            return _InWorker(self, target, event)
+            # A condition gets no metadata, unless it is the handler as well.
+            metadata = self.trigger.metadata_json if function_id == self.trigger.function_id else None
+            return _InWorker(self, target, event, metadata)
         if function.is_async:
             return target(event)
         return _OnThread(target, event, self._threads)
@@ -239,7 +241,7 @@ class WorkerHandler(HandlerActor):
                 if owner.access is not None:
                     self._check(owner, trigger.function_id, event)
                 event = self._as_known(event)
-            target.send_event(event, functools.partial(self._settled, run))
+            target.send_event(event, functools.partial(self._settled, run), trigger.metadata_json)
         except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
             run.delivery = self._finish(run, trigger.function_id, None, error)
             self._settle(run, self._step(run))
@@ -274,7 +276,10 @@ class WorkerHandler(HandlerActor):
 class _InWorker:
     """What a delivery waits for while a worker executes its function."""
 
-    def __init__(self, handler: WorkerHandler, function: WorkerFunction, event: StateEvent) -> None:
+    def __init__(
+        self, handler: WorkerHandler, function: WorkerFunction, event: StateEvent, metadata: bytes | None
+    ) -> None:
+        self._metadata = metadata
         self._handler = handler
         self._function = function
         self._event = event
@@ -299,7 +304,7 @@ class _InWorker:
                 go_on(None, HandlerTimeout(function.frame.id, self._timeout_s))
 
         try:
-            execution = function.send_event(self._event, settle)
+            execution = function.send_event(self._event, settle, self._metadata)
         except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
             go_on(None, error)
             return

@@ -162,7 +162,9 @@ class Hub:
         worker.issued.clear()
         self.triggers.remove_all_of(worker)
         self.channels.abandon(worker.worker_id)
+        worker.end_polls()
         self.engine._snapshots.forget(worker.caller)
+        self.engine._polls.forget(worker.caller)
         del self.workers[worker.worker_id]
         access = worker.access
         if access is not None:
@@ -433,11 +435,14 @@ class Hub:
         call: InvokeFunction | None = None,
         *,
         depth: int | None = None,
+        metadata: Raw = ABSENT,
+        timed: bool = True,
     ) -> Execution:
         """Send a call to the worker of `target`; `settle` gets the outcome: an answer, a loss or a timeout.
 
-        `depth`: how many handlers deep it is; by default that of the running code. Raises Overloaded if the worker has
-        too many calls in progress, RemoteFailure if it is gone, and MessageTooLarge.
+        `depth`: how many handlers deep it is; by default that of the running code. `metadata` goes beside the data.
+        `timed`: False if the caller itself gives up after a time. Raises Overloaded if the worker has too many calls in
+        progress, RemoteFailure if it is gone, and MessageTooLarge.
         """
         worker = target.worker
         if worker.session.closed:
@@ -445,7 +450,7 @@ class Hub:
         if depth is None:
             depth = event_depth.get()
         if call is None:
-            started = worker.session.execute(target.frame.id, data, settle, depth=depth)
+            started = worker.session.execute(target.frame.id, data, settle, metadata=metadata, depth=depth)
         else:
             started = worker.session.execute(
                 target.frame.id,
@@ -462,7 +467,7 @@ class Hub:
                 f"the worker of {target.frame.id!r} executes {len(worker.session.executing)} calls; try again later"
             )
         execution, message = started
-        if self._timeout_s:
+        if self._timeout_s and timed:
             self._deadlines[execution] = self.loop.time() + self._timeout_s
             if self._timer is None:
                 self._timer = self.loop.call_later(self._timeout_s, self._expire)

@@ -12,7 +12,7 @@ from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.turn import BUSY
 from scopestate.consumer_functions import EVERYTHING
 from scopestate.errors import DeserializationError
-from scopestate.ops import answers, convert_ops, turns
+from scopestate.ops import answers, convert_ops, polls, turns
 from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.functions import BUILT_IN, BuiltIn, from_payload, read_request
 from scopestate.ops.remote import Everything
@@ -167,6 +167,7 @@ class StateFunctions:
         self._run_later = engine.aio._run_later
         self.by_id: dict[str, Callable[[Raw, Worker], Outcome]] = {
             **{row.function_id: self._made(row) for row in BUILT_IN.values()},
+            polls.FUNCTION_ID: self._changes,
             **{row.function_id: self._of_consumers(row.function_id) for row in CONSUMER_FUNCTIONS},
         }
 
@@ -244,6 +245,21 @@ class StateFunctions:
             return outcome if outcome is None or isinstance(outcome, bytes) else _refusing(outcome, made)
 
         return call
+
+    async def _changes(self, data: Raw, worker: Worker) -> Result:
+        """Answer a poll. The task that awaits it ends with the connection."""
+        payload, access = _decoded(polls.FUNCTION_ID, data), worker.access
+        self._engine._tally[polls.FUNCTION_ID].add()
+        scope = payload.get("scope") if isinstance(payload, dict) else None
+        with worker.polling():
+            if access is None:
+                return await self._engine._polls.answer_later(payload, worker.caller)
+            if isinstance(scope, str):
+                access.check_read(scope)
+            found = await self._engine._polls.answer_later(payload, worker.caller, access.may_read)
+            if isinstance(scope, str):
+                access.check_read(scope)  # the rights may have changed while it waited
+            return found
 
     def _of_consumers(self, function_id: str) -> Callable[[Raw, Worker], Outcome]:
         """Return a function for consumers or dead letters. It may wait for a disk, so it runs on a worker thread."""

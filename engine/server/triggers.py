@@ -138,10 +138,10 @@ class WorkerTriggers:
             raise InvalidRegistration(f"its config is not JSON: {error}") from error
         read = read_trigger(frame.function_id, frame.id, config)
         if access is not None:
-            access.check_watch(read.scope)
+            access.check_watch(read.scope, read.scope_prefix)
             for function_id in (read.function_id, read.condition_function_id):
                 if function_id is not None:
-                    access.check_trigger_call(function_id, read.scope)
+                    access.check_trigger_call(function_id, read.scope, read.scope_prefix)
         return WorkerTrigger(**msgspec.structs.asdict(read), owner=worker)
 
     def _check_other(self, worker: Worker, frame: RegisterTrigger) -> None:

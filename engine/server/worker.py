@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import picows
 from msgspec import Raw
 
 from scopestate.errors import RemoteFailure
+from scopestate.ops.deliveries import Delivery, Discard, RetryLater
 from scopestate.ops.results import StateEvent
 from scopestate.ops.values import decode, encode, parse
 from scopestate.server.connections import TEXT, TURN, Batches, Connection
 from scopestate.snapshots import Caller
-from scopestate.wire.frames import ErrorBody
+from scopestate.wire.frames import ABSENT, ErrorBody
 from scopestate.wire.session import value_of
 
 if TYPE_CHECKING:
@@ -30,6 +33,14 @@ _SLOW_CALLS: Final = 4
 _MOST_REFUSED: Final = 100
 _LONGEST_REFUSED: Final = 200
 """Characters: what is kept of a refused function is small, whatever the worker sent."""
+
+
+RETRY_LATER: Final = "RETRY_LATER"
+"""The code of an error by which a worker asks for a later delivery, with `seconds` in its `details`."""
+DISCARD: Final = "DISCARD"
+"""The code of an error by which a worker gives an event up."""
+LATER_S: Final = 1.0
+"""After so many seconds, if the worker does not say."""
 
 
 class TimedOut(ErrorBody, frozen=True):
@@ -64,6 +75,7 @@ class Worker:
         """Function id -> why it was not registered; the last few."""
         self.slow = asyncio.Semaphore(_SLOW_CALLS)
         """Held by its calls that need a worker thread."""
+        self._polls: set[asyncio.Task[Any]] = set()
         self.issued: dict[Execution, int] = {}
         """Calls of this worker that other workers execute -> bytes that each holds here."""
 
@@ -76,6 +88,22 @@ class Worker:
     def sees(self, other: Worker) -> bool:
         """Return whether it may know of another worker: the token is the same, or allows everything."""
         return self.access is None or self.access is other.access or self.access.full
+
+    @contextmanager
+    def polling(self) -> Iterator[None]:
+        """Within it, the running task ends when the worker is gone: what it waits for may not come for long."""
+        task = asyncio.current_task()
+        assert task is not None  # it is called by coroutines
+        self._polls.add(task)
+        try:
+            yield
+        finally:
+            self._polls.discard(task)
+
+    def end_polls(self) -> None:
+        """End its polls: their answers can go nowhere."""
+        for task in self._polls:
+            task.cancel()
 
     def note_refused(self, function_id: str, reason: str) -> None:
         """Remember why a function was not registered: its trigger will be refused with that reason."""
@@ -188,9 +216,32 @@ class WorkerFunction:
         result = self._checked(outcome)
         return decode(parse(result)) if result else None
 
-    def send_event(self, event: StateEvent, settle: Settle) -> Execution:
-        """Send an event to the worker. As `Hub.execute`."""
-        return self.hub.execute(self, Raw(event_json(event)), settle, depth=event.depth + 1)
+    async def deliver(self, event: StateEvent, delivery: Delivery) -> None:
+        """Have the worker handle the event of a durable trigger. On the server's event loop.
+
+        Raises what the worker says of it: RetryLater, Discard, or RemoteFailure; and as `Hub.execute`.
+        """
+        future: asyncio.Future[InvocationResult] = asyncio.get_running_loop().create_future()
+
+        def settle(outcome: InvocationResult) -> None:
+            if not future.done():
+                future.set_result(outcome)
+
+        data, metadata = delivery_json(event, delivery)
+        execution = self.hub.execute(self, data, settle, depth=event.depth + 1, metadata=metadata, timed=False)
+        try:
+            outcome = await future
+        finally:
+            self.hub.drop(execution)
+        verdict = verdict_in(outcome)
+        if verdict is not None:
+            raise verdict
+        self._checked(outcome)
+
+    def send_event(self, event: StateEvent, settle: Settle, metadata: bytes | None = None) -> Execution:
+        """Send an event to the worker, with the metadata of its trigger as JSON. As `Hub.execute`."""
+        beside = ABSENT if metadata is None else Raw(metadata)
+        return self.hub.execute(self, Raw(event_json(event)), settle, depth=event.depth + 1, metadata=beside)
 
     def result_for_event(self, outcome: InvocationResult) -> bool | None:
         """Return False if the answer to an event is a literal `false`, as that of a condition may be; else None."""
@@ -201,6 +252,63 @@ class WorkerFunction:
         if error is not None:
             raise RemoteFailure(self.frame.id, error.code, error.message, error.stacktrace)
         return bytes(value_of(outcome))
+
+
+def delivery_json(event: StateEvent, delivery: Delivery) -> tuple[Raw, Raw]:
+    """Return the data and the metadata of the call that delivers an event of a durable trigger.
+
+    The facts of the delivery are in both: SDKs before 0.22 show no metadata to a function.
+    """
+    facts = encode(
+        {
+            "id": delivery.id,
+            "consumer": delivery.consumer,
+            "attempt": delivery.attempt,
+            "first_at": delivery.first_ms,
+        }
+    )
+    data = b'%b,"_delivery":%b}' % (event_json(event)[:-1], facts)
+    given = delivery.metadata
+    metadata = encode(given) if given else b"{}"
+    comma = b"," if given else b""
+    return Raw(data), Raw(b'%b%b"_delivery":%b}' % (metadata[:-1], comma, facts))
+
+
+class _Verdict(msgspec.Struct):
+    """What a function says of a delivery, in its result or in the details of its error."""
+
+    retry_later: float | None = None
+    discard: str | None = None
+    seconds: float | None = None
+
+
+class _Result(msgspec.Struct):
+    verdict: _Verdict | None = msgspec.field(default=None, name="_delivery")
+
+
+def verdict_in(outcome: InvocationResult) -> RetryLater | Discard | None:
+    """Return what the answer to a delivery asks for, if that is no more than success or failure.
+
+    Raises RemoteFailure for a verdict that cannot be read: the delivery has failed then.
+    """
+    error = outcome.error
+    try:
+        if error is not None:
+            if error.code == RETRY_LATER:
+                return RetryLater(msgspec.json.decode(error.details or b"{}", type=_Verdict).seconds or LATER_S)
+            return Discard(error.message) if error.code == DISCARD else None
+        if b'"_delivery"' not in bytes(outcome.result):
+            return None
+        verdict = msgspec.json.decode(outcome.result, type=_Result).verdict
+        if verdict is None:
+            return None
+        if verdict.discard is not None:
+            return Discard(verdict.discard)
+        return None if verdict.retry_later is None else RetryLater(verdict.retry_later)
+    except (msgspec.DecodeError, RecursionError, ValueError) as problem:
+        raise RemoteFailure(
+            outcome.function_id, "serialization_error", f"what it says of its delivery cannot be read: {problem}"
+        ) from problem
 
 
 def event_json(event: StateEvent) -> bytes:

@@ -15,7 +15,7 @@ from watching import PATIENCE_S, Failures, Gate, GatedStore, LoopThread, Seen, b
 
 from scopestate import DeliveryFailure, Engine, StateEvent, StorageError, lifecycle, messages
 from scopestate.errors import EngineClosed, EventNotDelivered
-from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.functions import BUILT_IN_IDS
 from scopestate.persistence.sqlite.reading import StoreReader
 
 CALLS: dict[str, Callable[[Engine], Any]] = {
@@ -75,7 +75,7 @@ def test_what_only_looks_still_works_on_a_closed_engine(engine: Engine) -> None:
 
     assert engine.stats().calls["state::set"] == 1
     assert engine.health().problems == ("the engine is closed",)
-    assert len(engine.functions()) == len(BUILT_IN) + 1
+    assert len(engine.functions()) == len(BUILT_IN_IDS) + 1
     assert len(engine.triggers()) == 1
 
 

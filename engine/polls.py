@@ -1,0 +1,369 @@
+"""`state::changes`: polls for changes, each answered with what has come since the one before.
+
+Between two polls the watch behind them is kept, for a minute: the next poll, which has the cursor of the last answer,
+goes on with it. Nothing depends on that but time: without it, the cursor says where to go on. Only a snapshot is read
+to its end by polls that come in time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from scopestate.actors.dispatcher import weakly
+from scopestate.actors.router import Routed
+from scopestate.errors import DeserializationError, InvalidCursor, Overloaded, SnapshotCapacity, WatchOverrun
+from scopestate.ops.polls import FUNCTION_ID, ChangesInput, change_text, changes_text, read_poll
+from scopestate.ops.ranges import Count
+from scopestate.ops.requests import SNAPSHOT_ROWS, misfit
+from scopestate.ops.turns import Range
+from scopestate.ops.values import json_type, normalise
+from scopestate.signals import Guard
+from scopestate.snapshots import PROGRAM, Caller
+from scopestate.watching import AioChanges, Changes, WatchSettings
+
+if TYPE_CHECKING:
+    from scopestate.engine import Engine
+    from scopestate.ops.changes import Change
+
+    _Watch = Changes | AioChanges
+
+KEPT: Final = 16
+"""Watches that are kept for one caller, between its polls."""
+KEPT_S: Final = 60.0
+"""How long one is kept."""
+MOST_POLLS: Final = 64
+"""Polls of one caller that may be in progress."""
+SNAPSHOTS: Final = 16
+"""Snapshots of one engine that polls are reading."""
+SNAPSHOTS_OF_A_SHARE: Final = 4
+BUFFER: Final = 2_000
+"""Changes that wait in a watch that is kept; with more, the next poll looks for them where they are kept."""
+PROGRAM_LATER: Final = Caller()
+"""The program, by asyncio: its watches are of another kind."""
+SNAPSHOT: Final = "poll."
+"""How cursors within a snapshot begin; those of watches have no full stop."""
+
+
+class _Watched:
+    """A watch, and what the last poll has read of it too far."""
+
+    __slots__ = ("ahead", "asked", "caller", "snapshot", "until_s", "watch")
+
+    def __init__(self, watch: _Watch, asked: ChangesInput, caller: Caller) -> None:
+        self.watch = watch
+        self.asked = _filter_of(asked)
+        self.caller = caller
+        self.ahead: Change | None = None
+        """A change that did not fit into the last answer."""
+        self.until_s = 0.0
+        self.snapshot = asked.snapshot
+        """True while it may be that a poll reads its snapshot."""
+
+
+class _Open(NamedTuple):
+    """A step: open a watch."""
+
+    settings: WatchSettings
+
+
+class _Size(NamedTuple):
+    """A step: count the keys that a snapshot would have."""
+
+    scope: str
+    within: Range
+
+
+class _Entered(NamedTuple):
+    """A step: wait until the changes that were made by now are in the feed."""
+
+
+class _Next(NamedTuple):
+    """A step: the next change of a watch, None if it does not come in time."""
+
+    watch: _Watch
+    timeout_s: float
+
+
+_Step = _Open | _Size | _Entered | _Next
+_Steps = Generator[_Step, Any, bytes]
+
+
+class Polls:
+    """The polls of one engine. Every method may be called from any thread; `answer` waits, `answer_later` does not."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._exclusive = Guard()
+        self._kept: dict[tuple[Caller, str, tuple[Any, ...]], _Watched] = {}
+        self._polling: Counter[Caller] = Counter()
+        self._snapshots: Counter[Hashable] = Counter()
+        """Share -> snapshots that its polls are reading."""
+
+    def answer(self, payload: object) -> bytes:
+        """Answer a poll of the program, as JSON text; wait on this thread. Raises as `answer_later`."""
+        steps = self._begin(payload, PROGRAM, lambda scope: True)
+        outcome: Any = None
+        try:
+            while True:
+                step = steps.send(outcome)
+                match step:
+                    case _Open(settings=settings):
+                        outcome = Changes(self._engine, settings)
+                    case _Size(scope=scope, within=within):
+                        outcome = self._engine._run(scope, Count(within))
+                    case _Entered():
+                        outcome = self._engine._router.ask(Routed()).get()
+                    case _Next(watch=watch, timeout_s=timeout_s):
+                        assert isinstance(watch, Changes)  # `_take` gives no other to this caller
+                        try:
+                            outcome = watch.get(timeout_s)
+                        except TimeoutError:
+                            outcome = None
+        except StopIteration as end:
+            return bytes(end.value)
+        finally:
+            steps.close()
+
+    async def answer_later(
+        self, payload: object, caller: Caller = PROGRAM_LATER, readable: Callable[[str], bool] = lambda scope: True
+    ) -> bytes:
+        """Answer a poll, as JSON text, without blocking the event loop. Cancelling the task ends the poll.
+
+        `readable(scope)`: changes of other scopes are not told; asked for each answer anew. Raises
+        DeserializationError, InvalidPageLimits, InvalidCursor, Compacted, SnapshotCapacity, Overloaded, Unsupported and
+        EngineClosed.
+        """
+        from scopestate.aio import _answer  # noqa: PLC0415 - brings asyncio, which takes 20 ms
+
+        steps = self._begin(payload, caller, readable)
+        outcome: Any = None
+        try:
+            while True:
+                step = steps.send(outcome)
+                match step:
+                    case _Open(settings=settings):
+                        outcome = AioChanges(self._engine, settings)
+                        await outcome._begin()
+                    case _Size(scope=scope, within=within):
+                        outcome = await self._engine.aio._run(scope, Count(within))
+                    case _Entered():
+                        outcome = await _answer(self._engine._router.ask(Routed()), None)
+                    case _Next(watch=watch, timeout_s=timeout_s):
+                        assert isinstance(watch, AioChanges)  # as above
+                        try:
+                            outcome = await watch.get(timeout_s)
+                        except TimeoutError:
+                            outcome = None
+        except StopIteration as end:
+            return bytes(end.value)
+        finally:
+            steps.close()
+
+    def forget(self, caller: Caller) -> None:
+        """End the watches that are kept for a caller that is gone."""
+        for kept in self._exclusive.run(self._pop, lambda one: one.caller is caller):
+            self._end(kept)
+
+    # ---------------------------------------------------------------------------------------------------- the poll
+
+    def _begin(self, payload: object, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
+        """Read the input and return the steps of the poll. Raises Overloaded too."""
+        try:
+            if not isinstance(payload, Mapping):
+                raise DeserializationError(f"expected an object, got {json_type(payload)}")
+            poll = read_poll(normalise(payload))
+        except DeserializationError as error:
+            raise misfit(FUNCTION_ID, str(error)) from error
+        return self._counted(poll, caller, readable)
+
+    def _counted(self, poll: ChangesInput, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
+        self._exclusive.run(self._enter, caller)
+        try:
+            return (yield from self._poll(poll, caller, readable))
+        finally:
+            self._exclusive.run(self._leave, caller)
+
+    def _enter(self, caller: Caller) -> None:
+        if self._polling[caller] >= MOST_POLLS:
+            raise Overloaded(f"{MOST_POLLS} polls of this caller are in progress; wait for some of them")
+        self._polling[caller] += 1
+
+    def _leave(self, caller: Caller) -> None:
+        self._polling[caller] -= 1
+        if not self._polling[caller]:
+            del self._polling[caller]
+
+    def _poll(self, poll: ChangesInput, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
+        now_s = self._engine._parts.dispatcher.monotonic
+        deadline_s = now_s() + poll.wait_ms / 1000
+        watched = self._take(poll, caller)
+        kept = watched is not None
+        if watched is None:
+            watched = yield from self._open(poll, caller)
+        answer = _Answer(poll, readable)
+        try:
+            if kept and self._engine._router.feed.incoming:
+                yield _Entered()
+            while not answer.is_full:
+                change = watched.ahead
+                watched.ahead = None
+                if change is None:
+                    wait_s = 0.0 if answer.changes else max(0.0, deadline_s - now_s())
+                    try:
+                        change = yield _Next(watched.watch, wait_s)
+                    except WatchOverrun:
+                        # What it has missed is in the ring, or in the journal.
+                        answer.more = True
+                        return self._finish(watched, answer, kept=False)
+                    if change is None:
+                        break
+                if not answer.add(change):
+                    watched.ahead = change
+        except BaseException:
+            self._end(watched)
+            raise
+        return self._finish(watched, answer, kept=True)
+
+    def _open(self, poll: ChangesInput, caller: Caller) -> Generator[_Step, Any, _Watched]:
+        cursor = poll.cursor
+        if cursor is not None and cursor.startswith(SNAPSHOT):
+            raise InvalidCursor("no snapshot")
+        options: dict[str, Any] = {"since": cursor, "snapshot": poll.snapshot and cursor is None}
+        options |= {"key": poll.key, "prefix": poll.prefix, "events": poll.events, "values": poll.values}
+        try:
+            settings = WatchSettings(poll.scope, poll.scope_prefix, {**options, "buffer": BUFFER})  # type: ignore[typeddict-item]
+            if not options["snapshot"]:
+                return _Watched((yield _Open(settings)), poll, caller)
+        except DeserializationError as error:
+            raise misfit(FUNCTION_ID, str(error).replace("`since`", "`cursor`")) from error
+        assert poll.scope is not None  # `read_poll` has seen to it
+        keys = yield _Size(poll.scope, settings.within())
+        if keys > SNAPSHOT_ROWS:
+            raise SnapshotCapacity(
+                f"scope {poll.scope!r} has more than {SNAPSHOT_ROWS} keys: poll without `snapshot` for a cursor first, "
+                "then read the keys by pages"
+            )
+        self._exclusive.run(self._enter_snapshot, caller.share)
+        try:
+            return _Watched((yield _Open(settings)), poll, caller)
+        except BaseException:
+            self._exclusive.run(self._leave_snapshot, caller.share)
+            raise
+
+    def _enter_snapshot(self, share: Hashable) -> None:
+        if self._snapshots.total() >= SNAPSHOTS or self._snapshots[share] >= SNAPSHOTS_OF_A_SHARE:
+            raise SnapshotCapacity(
+                f"{self._snapshots[share]} snapshots of this caller, and {self._snapshots.total()} in all, are being "
+                "read: read those to the end, or wait until they expire"
+            )
+        self._snapshots[share] += 1
+
+    def _leave_snapshot(self, share: Hashable) -> None:
+        self._snapshots[share] -= 1
+        if not self._snapshots[share]:
+            del self._snapshots[share]
+
+    def _finish(self, watched: _Watched, answer: _Answer, *, kept: bool) -> bytes:
+        watch, last, ahead = watched.watch, answer.last, watched.ahead is not None
+        # A change behind the snapshot that did not fit: the cursor behind the snapshot is not known any more.
+        reading = watched.snapshot and (watch.in_snapshot or (ahead and last is not None and last.initial))
+        if reading:
+            cursor = SNAPSHOT + os.urandom(18).hex()
+        elif ahead and last is not None:
+            cursor = last.cursor
+        else:
+            cursor = watch.cursor
+        if not reading:
+            self._snapshot_read(watched)
+        if kept:
+            self._keep(cursor, watched)
+        else:
+            self._end(watched)
+        return changes_text(answer.changes, cursor, more=answer.more or ahead or reading)
+
+    def _snapshot_read(self, watched: _Watched) -> None:
+        if watched.snapshot:
+            watched.snapshot = False
+            self._exclusive.run(self._leave_snapshot, watched.caller.share)
+
+    # ------------------------------------------------------------------------------------------------ between polls
+
+    def _take(self, poll: ChangesInput, caller: Caller) -> _Watched | None:
+        """Return the watch that was kept for a poll, if it asks for the same."""
+        if poll.cursor is None:
+            return None
+        name = caller, poll.cursor, _filter_of(poll)
+        found = self._exclusive.run(self._kept.pop, name, None)
+        if found is not None and found.watch.over and not found.snapshot:
+            self._end(found)
+            return None
+        return found
+
+    def _keep(self, cursor: str, watched: _Watched) -> None:
+        dispatcher = self._engine._parts.dispatcher
+        watched.until_s = dispatcher.monotonic() + KEPT_S
+        for ended in self._exclusive.run(self._put, cursor, watched):
+            self._end(ended)
+        dispatcher.call_later(KEPT_S, weakly(self._drop_expired))
+
+    def _put(self, cursor: str, watched: _Watched) -> list[_Watched]:
+        name = watched.caller, cursor, watched.asked
+        before = self._kept.pop(name, None)
+        self._kept[name] = watched
+        mine = [one for one in self._kept.items() if one[0][0] is watched.caller]
+        ended = [] if before is None else [before]
+        if len(mine) > KEPT:
+            ended.append(self._kept.pop(mine[0][0]))
+        return ended
+
+    def _drop_expired(self) -> None:
+        now_s = self._engine._parts.dispatcher.monotonic()
+        for kept in self._exclusive.run(self._pop, lambda one: one.until_s <= now_s):
+            self._end(kept)
+
+    def _pop(self, which: Callable[[_Watched], bool]) -> list[_Watched]:
+        names = [name for name, kept in self._kept.items() if which(kept)]
+        return [self._kept.pop(name) for name in names]
+
+    def _end(self, watched: _Watched) -> None:
+        self._snapshot_read(watched)
+        watched.watch.close()
+
+
+class _Answer:
+    """The changes of one answer."""
+
+    def __init__(self, poll: ChangesInput, readable: Callable[[str], bool]) -> None:
+        self._limit = poll.limit
+        self._bytes = poll.max_bytes
+        self._readable = readable
+        self.changes: list[bytes] = []
+        self.last: Change | None = None
+        """The last change that it tells of, or passes over."""
+        self.more = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another change, of any size."""
+        if len(self.changes) >= self._limit:
+            self.more = True
+        return self.more
+
+    def add(self, change: Change) -> bool:
+        """Add a change if there is room; return False if there is not. The first one is always added."""
+        if self._readable(change.scope):
+            text = change_text(change)
+            self._bytes -= len(text) + 1
+            if self._bytes < 0 and self.changes:
+                self.more = True
+                return False
+            self.changes.append(text)
+        self.last = change
+        return True
+
+
+def _filter_of(poll: ChangesInput) -> tuple[Any, ...]:
+    return poll.scope, poll.scope_prefix, poll.key, poll.prefix, poll.events, poll.values
