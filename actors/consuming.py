@@ -155,6 +155,11 @@ class ConsumerPort(ABC):
     def transaction_failed(self, position: int) -> None:  # noqa: B027 - a backend may have nothing to forget
         """The write that was to acknowledge it has failed, and nothing of it is left."""
 
+    def is_acknowledged(self, position: int) -> bool:
+        """Return whether a delivery is over, as far as what `flush` has saved tells."""
+        del position
+        return False
+
     def mark(self) -> int:
         """Return a mark for `reached`: what is committed by now, as far as the backend can tell."""
         return 0
@@ -194,6 +199,10 @@ class Consumers(ABC):
     @abstractmethod
     def names(self) -> list[str]:
         """Return the names of all consumers, in order."""
+
+    def states(self) -> list[tuple[str, str | None]]:
+        """Return each consumer that is known without asking anywhere, with why it is paused (None: it is not)."""
+        return []
 
     @abstractmethod
     def status(self, name: str) -> ConsumerStatus | None:

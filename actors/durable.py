@@ -7,7 +7,7 @@ import math
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, Outcome
 from scopestate.actors.containment import Log, contained, described, is_from_outside
@@ -21,6 +21,7 @@ from scopestate.actors.services import HandlerServices
 from scopestate.errors import Conflict, EventLoopDetected, HandlerTimeout, StorageError, Unsupported
 from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater
 from scopestate.ops.results import DeliveryFailure, StateEvent
+from scopestate.ops.transactions import DeliveryBatch
 from scopestate.ops.values import class_name
 from scopestate.signals import Guard, certainly
 from scopestate.wire.depth import event_depth
@@ -40,7 +41,7 @@ FETCHED: Final = 256
 """Events that are fetched at a time."""
 NEAR_S: Final = 1.0
 """`drain` waits for a retry that is due within this time, not for one that is later."""
-TROUBLE_S: Final = 1.0
+TROUBLE_S: Final = 2.0
 """Pause after the store or the connection has failed."""
 FIRST_LOOK_S: Final = 0.001
 LONGEST_LOOK_S: Final = 0.064
@@ -57,18 +58,8 @@ class Attempt:
     """One call of the handler with one event. It stands behind the `Delivery` that the handler gets."""
 
     __slots__ = (
-        "call",
-        "due_s",
-        "event",
-        "handler",
-        "item",
-        "lane",
-        "late",
-        "lost",
-        "number",
-        "over",
-        "transaction_of",
-    )
+        "call", "due_s", "event", "handler", "item", "lane", "late", "lost", "number", "over", "transaction_of", "turn",
+    )  # fmt: skip
 
     def __init__(self, handler: DurableHandler, lane: Lane, item: Held, due_s: float) -> None:
         self.handler = handler
@@ -85,8 +76,10 @@ class Attempt:
         self.lost = False
         """True: it is not this engine's any more, and its outcome does not count."""
         self.over = False
-        self.transaction_of: str | None = None
-        """"open", or "done" if a transaction has acknowledged it."""
+        self.transaction_of: Literal["open", "failed", "done", "unknown"] | None = None
+        """What became of its transaction; None: it has had none."""
+        self.turn: DeliveryBatch | None = None
+        """The commit of its transaction."""
 
     @property
     def position(self) -> int:
@@ -95,7 +88,8 @@ class Attempt:
 
     def extend(self, delivery: Delivery, seconds: float) -> None:
         """See `Delivery.extend`."""
-        self.refuse_if_over(delivery)
+        del delivery
+        self.refuse_if_over()
         self.due_s = self.handler._dispatcher.monotonic() + seconds
         if self.call is not None:
             self.call.due_s = self.due_s
@@ -103,22 +97,33 @@ class Attempt:
 
     def transaction(self, delivery: Delivery, scope: str) -> Any:
         """See `Delivery.transaction`."""
-        self.refuse_if_over(delivery)
-        if self.transaction_of is not None:
-            raise Unsupported(
-                "a second transaction of one delivery",
-                f"the first one acknowledges {delivery.id!r}: write everything in it, to one scope",
-            )
+        del delivery
+        self.refuse_if_over()
         make = self.handler.make_transaction
         if make is None:
             raise Unsupported("a transaction of a delivery", "this engine has no scopes of its own")
         return make(self, scope)
 
-    def refuse_if_over(self, delivery: Delivery) -> None:
+    def open_transaction(self) -> None:
+        """Note that its transaction is open. Raises Unsupported if it has had one that wrote, or may have written."""
+        self.refuse_if_over()
+        if self.transaction_of not in (None, "failed"):
+            raise Unsupported(
+                "a second transaction of one delivery",
+                f"the first one acknowledges {self.id!r}: write everything in it, to one scope",
+            )
+        self.transaction_of = "open"
+
+    @property
+    def id(self) -> str:
+        """The id of its delivery."""
+        return f"{self.handler.port.name}:{self.position}"
+
+    def refuse_if_over(self) -> None:
         """Raise Unsupported for an attempt that does not count any more."""
         if self.late or self.over or self.lost:
             why = "it took longer than `ack_wait`, and is tried again" if self.late else "it has ended"
-            raise Unsupported("a delivery whose attempt is over", f"{delivery.id!r}: {why}")
+            raise Unsupported("a delivery whose attempt is over", f"{self.id!r}: {why}")
 
 
 class DurableHandler(HandlerActor):
@@ -156,25 +161,20 @@ class DurableHandler(HandlerActor):
 
     # ---------------------------------------------------------------------------------------- what the engine asks
 
-    def start_taking(self) -> None:
-        """Take events, from now on."""
-        self.port.start(self.trigger, self.wake_up, self.lost)
-
     def replace(self, trigger: Trigger) -> None:
-        """Go on with another trigger of the same name: its function, its filters, its options."""
+        """Begin, or go on with another trigger of the same name: its function, its filters, its options."""
         self.trigger = trigger
         self.active = True
         self.port.start(trigger, self.wake_up, self.lost)
 
+    def forget(self) -> None:
+        """Its consumer is forgotten: nothing that is here counts any more."""
+        positions = self._exclusive.run(lambda: [item.event.position for item in self._held.items()])
+        self.lost(positions)
+
     def stop(self) -> None:
         """Begin no more attempts. What is running may end; its outcome is noted. Idempotent."""
         self._stopped = True
-        self.port.stop()
-        self.check_barriers()
-
-    def retire(self) -> None:
-        """The trigger is unregistered: as `stop`, until `replace`."""
-        self.active = False
         self.port.stop()
         self.check_barriers()
 
@@ -403,6 +403,9 @@ class DurableHandler(HandlerActor):
         """Make an attempt: all of it, or up to where it waits for something."""
         item, trigger = attempt.item, self.trigger
         event = item.event
+        if self._lacks_function(trigger):
+            self._exclusive.run(self._put_off, attempt)
+            return
         try:
             self.port.began([(event.position, attempt.number)])
         except StorageError as error:
@@ -423,6 +426,22 @@ class DurableHandler(HandlerActor):
             self._drive(attempt, self._ask_first(attempt, trigger, trigger.condition_function_id))
         else:
             self._call_it(attempt, trigger)
+
+    def _lacks_function(self, trigger: Trigger) -> bool:
+        """Return whether a function that it calls is not registered: then its events wait, and health reports it."""
+        find = self._services.functions.find
+        condition = trigger.condition_function_id
+        return find(trigger.function_id) is None or (condition is not None and find(condition) is None)
+
+    def problem(self) -> str | None:
+        """Return what keeps its deliveries from being made, as text; None if nothing does."""
+        trigger = self.trigger
+        if self.active and self._lacks_function(trigger):
+            return (
+                f"the function {trigger.function_id!r}, or the condition, of durable trigger {self.port.name!r} is not "
+                "registered: its events wait"
+            )
+        return None
 
     def _call_it(self, attempt: Attempt, trigger: Trigger) -> None:
         try:
@@ -581,6 +600,8 @@ class DurableHandler(HandlerActor):
             return
         if attempt.late and attempt in self._attempts:
             error = HandlerTimeout(trigger.function_id, trigger.ack_wait)
+        if attempt.turn is not None:
+            self._resolve(attempt)
         if error is None:
             self._conclude(attempt, Outcome(attempt.item.event.position, "done"), "skipped" if skipped else "delivered")
         elif attempt.transaction_of == "done":
@@ -590,10 +611,29 @@ class DurableHandler(HandlerActor):
         else:
             self._fail_attempt(attempt, trigger, error, function_id or trigger.function_id)
 
+    def _resolve(self, attempt: Attempt) -> None:
+        """Find out what became of a transaction whose end was not told. After this its turn cannot happen any more."""
+        turn = attempt.turn
+        assert turn is not None  # the caller has looked
+        happened = turn.fence.setdefault("won", "end") == "turn"
+        if attempt.transaction_of not in ("open", "unknown"):
+            return
+        attempt.transaction_of = "failed"
+        if happened:
+            # It was changed in memory, or is just being changed. A commit that holds it back ends with this.
+            try:
+                self.port.flush()
+            except StorageError as error:
+                log.debug("saving a transaction of %r: %s", attempt.id, error)
+            if self.port.is_acknowledged(attempt.position):
+                attempt.transaction_of = "done"
+                return
+        self.port.transaction_failed(attempt.position)
+
     def _fail_attempt(self, attempt: Attempt, trigger: Trigger, error: BaseException, function_id: str) -> None:
         item, retry = attempt.item, trigger.retry or Retry()
         position, now_ms = item.event.position, self._clock.now_ms()
-        pause_s = pause_of(error, retry, attempt.number, self._random(), conflict=attempt.transaction_of is not None)
+        pause_s = pause_of(error, retry, attempt.number, self._random(), conflict=attempt.turn is not None)
         if pause_s is not None:
             counts = not isinstance(error, RetryLater) and not _is_own_conflict(error, attempt)
             if counts:
@@ -749,7 +789,7 @@ def pause_of(error: BaseException, retry: Retry, attempt: int, random: float, *,
 
 
 def _is_own_conflict(error: BaseException, attempt: Attempt) -> bool:
-    return attempt.transaction_of is not None and isinstance(error, Conflict)
+    return attempt.turn is not None and isinstance(error, Conflict)
 
 
 def text_of(error: BaseException) -> str:

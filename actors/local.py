@@ -22,7 +22,7 @@ from scopestate.actors.wheel import NEVER, Wheel
 from scopestate.errors import DeserializationError, EngineClosed, Overloaded, StorageError, Unsupported
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, State, Values
 from scopestate.ops.results import BatchResult, CasResult, ModifyResult, SetResult
-from scopestate.ops.transactions import SetAll
+from scopestate.ops.transactions import DeliveryBatch, SetAll
 from scopestate.ops.turns import LAST_MS, NO_DEADLINE, Delete, Items, List, Range, Set, Turn, Update, refuse_size
 from scopestate.ops.values import encode
 from scopestate.ops.writes import DELETE, KEEP, CompareAndSet, Durable, Modify, SetWith, same_json
@@ -44,7 +44,7 @@ class LocalScope(ScopeInMemory):
     happen together or not at all (`actors/stretch.py`). Reading needs no turn.
     """
 
-    __slots__ = ("_left", "_saved", "_saving", "pinned")
+    __slots__ = ("_acks", "_left", "_saved", "_saving", "pinned")
 
     def __init__(self, scope: str, around: Surroundings, *, keeps: bool, gated: bool = False) -> None:
         """`keeps`: the store keeps it. `gated`: a write counts as done when it is on disk, and is answered then."""
@@ -58,6 +58,8 @@ class LocalScope(ScopeInMemory):
         self._saved = 0
         self._saving = False
         """True if something was collected that is not saved: a new deadline, for one, has no number."""
+        self._acks: tuple[tuple[int, int], ...] = ()
+        """Deliveries that changes which are not collected yet acknowledge."""
         self._left: dict[str, bytes] | None = None
         """The values of a closed scope, which only turns of handlers see."""
         self.pinned = False
@@ -275,6 +277,21 @@ class LocalScope(ScopeInMemory):
         if stored:
             self._store(stored)
         return answer
+
+    def _acknowledge(self, turn: DeliveryBatch) -> BatchResult:
+        """As `_decide`; what is changed is saved with the acknowledgement of a delivery."""
+        if turn.fence.setdefault("won", "turn") != "turn":
+            raise Unsupported("the transaction of a delivery", "its attempt has ended before its turn came")
+        before, acks = self._sequence, self._acks
+        # Entered before the change: whatever interrupts this turn behind the change finds both.
+        self._acks = acks + turn.acks
+        try:
+            return self._decide(turn)
+        finally:
+            if self._sequence == before:
+                self._acks = acks
+            else:
+                turn.fence["changed"] = "yes"
 
     def _set_with(self, turn: SetWith) -> SetResult:
         """As `_decide`, for a set with a condition or a deadline: it takes half of the time."""
@@ -528,11 +545,12 @@ class LocalScope(ScopeInMemory):
             self._removed,
             answers,
             None if due_ms == NEVER else due_ms,
+            self._acks,
         )
         now_dirty, now_removed, now_answers = dict[str, None](), dict[int, None](), dict[str, Answer | None]()
         kept = self._answers
         # Nothing below needs memory: what was collected reaches the store, or stays to be collected.
-        self._dirty, self._removed = now_dirty, now_removed
+        self._dirty, self._removed, self._acks = now_dirty, now_removed, ()
         if answers:
             kept.unsaved = now_answers
         self._collected, self._saving = self._sequence, True
@@ -548,7 +566,7 @@ class LocalScope(ScopeInMemory):
         """Drop what is in memory, saved or not: the next call loads the scope as it is in the store. Within a turn."""
         self._expect()
         self._forget()
-        self._dirty, self._removed = {}, {}
+        self._dirty, self._removed, self._acks = {}, {}, ()
         self._saved, self._saving = self._sequence, False
 
     def _forget(self) -> None:
@@ -595,6 +613,7 @@ class LocalScope(ScopeInMemory):
 _WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
     SetWith: LocalScope._set_with,
     SetAll: LocalScope._set_all,
+    DeliveryBatch: LocalScope._acknowledge,
     **dict.fromkeys((Keys, Pairs, Values, Entries, State, Count, ReadPage, DeleteRange, Items), LocalScope._read_many),
     CompareAndSet: LocalScope._compare_and_set,
     Modify: LocalScope._modify,

@@ -20,6 +20,7 @@ from scopestate.ops.results import StateEvent
 from scopestate.ops.turns import TtlRule
 
 if TYPE_CHECKING:
+    from scopestate.actors.consuming import Consumers
     from scopestate.actors.scope import ScopeActor, Surroundings
 
 
@@ -216,6 +217,8 @@ class Backend(ABC):
     """Bytes of the largest value that a scope can hold; 0: no limit."""
     longest_name: int = sys.maxsize
     """Characters of the longest scope or key."""
+    consumers: Consumers | None = None
+    """What keeps the events of durable triggers, if they are not in the journal of `store`; None: nothing does."""
     arrivals: Arrivals | None = None
     """What brings events of other engines; None if every event is one of a write through this engine."""
 

@@ -76,6 +76,8 @@ class Collected(msgspec.Struct, frozen=True, eq=False):
     removed: dict[int, None]
     answers: dict[str, Answer | None]
     due_ms: int | None
+    acks: tuple[tuple[int, int], ...] = ()
+    """Deliveries that the changes acknowledge."""
 
     def change(self) -> ScopeChange:
         """Return it as the store takes it. Outside of the scope's turn: it takes 0.5 us for each key."""
@@ -84,7 +86,8 @@ class Collected(msgspec.Struct, frozen=True, eq=False):
             key: Row(values[key], revisions[key], created[key], deadlines.get(key)) if key in values else None
             for key in self.keys
         }
-        return ScopeChange(self.scope, self.revision, rows, list(self.removed), self.due_ms, self.answers)
+        removed = list(self.removed)
+        return ScopeChange(self.scope, self.revision, rows, removed, self.due_ms, self.answers, acks=self.acks)
 
 
 _PART: Final = 8

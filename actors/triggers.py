@@ -273,6 +273,21 @@ class TriggerTable:
         return handler
 
     @exclusive
+    def enter(self, trigger: Trigger, handler: HandlerActor) -> None:
+        """Add a durable trigger with its handler, which may have had another trigger of the same name before."""
+        for number, other in list(self._by_id.values()):
+            if other is handler or other.trigger.trigger_id == trigger.trigger_id:
+                self._remove(number, other)
+        if handler in self._retiring:
+            self._retiring = [other for other in self._retiring if other is not handler]
+        handler.trigger = trigger
+        handler.active = True
+        number = next(self._numbers)
+        self.durable.members[number] = handler
+        self.durable.listed = []
+        self._by_id[trigger.trigger_id] = (number, handler)
+
+    @exclusive
     def unregister(self, trigger_id: str) -> None:
         """Remove the trigger: no delivery begins after this has returned. Raises InvalidRegistration if unknown."""
         known = self._by_id.get(trigger_id)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
 
 _NOT_ENTERED: Final = 0
-_OVER: Final = -1
+OVER: Final = -1
 
 
 class Writes:
@@ -103,7 +103,7 @@ class Writes:
         if self._result is None:
             raise DeserializationError(
                 "this batch has no result: its block "
-                + ("has not ended" if self._owner != _OVER else "or its commit raised, and nothing was written")
+                + ("has not ended" if self._owner != OVER else "or its commit raised, and nothing was written")
             )
         return self._result
 
@@ -123,7 +123,7 @@ class Writes:
         """Return what is to be done. From here on nothing can be added."""
         if self._owner != get_ident():
             self._refuse_misuse()
-        self._owner = _OVER
+        self._owner = OVER
         if self._sets and not self._checks:
             turn = SetAll(self._sets, self._limits.max_batch_bytes)
             turn.refuse_size(self.scope)
@@ -137,7 +137,7 @@ class Writes:
             return
         if owner == _NOT_ENTERED:
             problem = "was not entered: use it as `with ...batch() as b`"
-        elif owner == _OVER:
+        elif owner == OVER:
             problem = "has ended: what is written to it now would be lost"
         else:
             problem = "belongs to the thread that has entered it"
@@ -174,7 +174,7 @@ class Batch(Writes):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._owner = _OVER
+            self._owner = OVER
             return
         turn, durable = self._turn()
         self._result = self._run(self.scope, turn, durable)
@@ -192,7 +192,7 @@ class AioBatch(Writes):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._owner = _OVER
+            self._owner = OVER
             return
         turn, durable = self._turn()
         self._result = await self._run(self.scope, turn, durable)

@@ -111,6 +111,8 @@ class Closing:
                 # Events that have arrived from other engines since then. No more can arrive.
                 self._drained(max(ends - parts.dispatcher.monotonic(), 0.0))
             arrivals.end()
+        if parts.consumers is not None:
+            parts.consumers.stop()
         self._abandon()
 
     def _drained(self, grace_s: float) -> bool:

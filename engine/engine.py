@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 import pykka
 
 from scopestate import lifecycle
+from scopestate.acknowledging import TransactionOfDelivery
 from scopestate.actors.backlog import HandlerFull, no_room
 from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback, run_callback
 from scopestate.actors.dispatcher import Dispatcher
@@ -44,6 +45,7 @@ from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.functions import BUILT_IN, from_payload, read_request
 from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, WatchOptions
 from scopestate.ops.results import SetResult, UpdateResult
+from scopestate.ops.triggers import Trigger
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
@@ -124,6 +126,8 @@ class Engine(Reactive, StateCalls):
         for row in CONSUMER_FUNCTIONS:
             called = partial(self._call_consumers, row.function_id)
             self._functions.add(Function(row.function_id, called, builtin=True))
+        if parts.consumers is not None:
+            parts.consumers.make_transaction = partial(TransactionOfDelivery, self)
         parts.configure()
         lifecycle.watch_over(self)
         if handle_sigterm and parts.backend.keeps:
@@ -578,6 +582,9 @@ class Engine(Reactive, StateCalls):
         self._scopes.disown(forked)
         self._router.triggers.disown()
         self._router.feed.disown()
+
+    def _register(self, trigger: Trigger) -> None:
+        self._parts.register(trigger)
 
     def _refuse_if_closed(self) -> None:
         if IN_CALLBACK:

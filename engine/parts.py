@@ -13,7 +13,7 @@ import msgspec
 
 from scopestate.actors.backlog import Limits, Tally
 from scopestate.actors.clock import Clock
-from scopestate.actors.consuming import Consumers
+from scopestate.actors.consumers import JournalConsumers
 from scopestate.actors.directory import Directory, Housekeeper
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.expiry import ExpiryActor
@@ -35,6 +35,7 @@ from scopestate.config import (
 )
 from scopestate.config.functions import misfit_id
 from scopestate.config.schema import options_of
+from scopestate.durable_triggers import DurableTriggers
 from scopestate.errors import ConfigError, InvalidRegistration
 from scopestate.opening import history_of, open_backend, write_rule_of
 from scopestate.ops import polls
@@ -68,8 +69,6 @@ class Parts:
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
         self.backend = open_backend(config, adapter)
         set_limits(self.limits, config.limits, self.backend)
-        self.consumers: Consumers | None = None
-        """The consumers of durable triggers; None: what the backend keeps has no journal."""
         self.functions = Functions()
         self.loop_thread = LoopThread("scopestate-loop")
         self.services = HandlerServices(
@@ -102,10 +101,39 @@ class Parts:
         if store is not None and store.journal is not None:
             self.snapshot.feed = self.router.feed
             self.router.feed.save_soon = self.snapshot.save_soon
+        self.consumers = self._open_consumers(store)
+        """The consumers of durable triggers; None: what the backend keeps has no journal."""
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that applies changes of the file."""
         self.tally = {function_id: Tally() for function_id in (*BUILT_IN, polls.FUNCTION_ID)}
+
+    def _open_consumers(self, store: Store | None) -> DurableTriggers | None:
+        consumers = self.backend.consumers
+        if consumers is None and store is not None and store.journal is not None:
+            consumers = self.snapshot.consumers = JournalConsumers(
+                store.journal,
+                self.router.feed,
+                self.snapshot,
+                self.dispatcher,
+                self.clock.now_ms,
+                self.backend.durability,
+            )
+        if consumers is None:
+            return None
+        return DurableTriggers(consumers, self.router.triggers, self.services, self.clock)
+
+    def register(self, trigger: Trigger) -> None:
+        """Register a trigger. Raises what a durable one may raise; see `DurableTriggers.register`."""
+        if trigger.durable is None:
+            self.router.triggers.register(trigger)
+            return
+        if self.consumers is None:
+            raise ConfigError(
+                f"the durable trigger {trigger.durable!r} needs a store that outlives the process: give the adapter kv "
+                "`store_method: file_based`, or use the adapter redis; or leave out `durable`"
+            )
+        self.consumers.register(trigger)
 
     def _make_scope(self, scope: str) -> ScopeActor:
         checked_length("scope", scope, self.limits.longest_name)
@@ -180,7 +208,7 @@ class Parts:
         new = {trigger.trigger_id: trigger for trigger in configured_triggers(self.config.triggers)}
         for trigger_id, trigger in new.items():
             if old.get(trigger_id) != trigger:
-                self.router.triggers.register(trigger)
+                self.register(trigger)
                 self._warn_of_unknown_functions(trigger)
         # Triggers that the program has unregistered or replaced are left alone.
         running = {handler.trigger.trigger_id: handler.trigger for handler in self.router.triggers.handlers()}

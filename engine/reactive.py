@@ -33,6 +33,9 @@ class Reactive:
     def _refuse_if_closed(self) -> None:
         """Raise EngineClosed if the engine takes no more registrations."""
 
+    def _register(self, trigger: Trigger) -> None:
+        """Have its events delivered from now on."""
+
     @overload
     def register_function(self, function_id: str, target: F, *, description: str | None = None) -> F: ...
 
@@ -99,7 +102,7 @@ class Reactive:
             raise InvalidRegistration("give the filters either by name or as `config`, not both")
         self._refuse_if_closed()
         trigger = read_trigger(function_id, trigger_id, config)
-        self._router.triggers.register(trigger)
+        self._register(trigger)
         return TriggerHandle(self._router.triggers, trigger)
 
     def on_change(

@@ -137,6 +137,8 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
     if (problem := parts.backend.problem()) is not None:
         problems.append(problem)
     problems += parts.expiry.problems()
+    if parts.consumers is not None:
+        problems += parts.consumers.problems()
     problems += [
         f"the handler {handler.trigger.function_id!r} of trigger {handler.trigger.trigger_id!r} is overdue"
         for handler in parts.router.triggers.handlers()

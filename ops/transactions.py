@@ -398,6 +398,18 @@ class Batch(Turn[BatchResult], frozen=True):
         return BatchResult(tuple(results), revision=revision, detailed=True, replayed=True)
 
 
+class DeliveryBatch(Batch, frozen=True):
+    """A batch that acknowledges a delivery: what it changes is saved together with that."""
+
+    acks: tuple[tuple[int, int], ...] = ()
+    """Number of the consumer, and position of the event."""
+    fence: dict[str, str] = msgspec.field(default_factory=dict)
+    """Decides between this turn and the end of the attempt that asked for it: what sets `won` first, "turn" or "end".
+
+    The turn also sets `changed` if it has changed something: its acknowledgement is saved with that, and not otherwise.
+    """
+
+
 class _Result(msgspec.Struct):
     old_value: msgspec.Raw = msgspec.Raw(b"null")
     new_value: msgspec.Raw = msgspec.Raw(b"null")

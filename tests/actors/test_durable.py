@@ -122,7 +122,7 @@ class Stage:
         options = {"order": "key", "retry": Retry(jitter=0.0), **options}
         trigger = Trigger("t", "f", durable="ship", **options)
         self.handler = DurableHandler(trigger, self.services, self.port, Clock(self.dispatcher))
-        self.handler.start_taking()
+        self.handler.replace(trigger)
         return self.handler
 
 

@@ -1,0 +1,591 @@
+"""Consumers of the journal: they take committed events, and save what is over with the next save."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from scopestate.actors.consuming import ConsumerPort, Consumers, ConsumerStatus, DeadLetter, Held, Outcome
+from scopestate.actors.containment import Log
+from scopestate.actors.progress import Progress
+from scopestate.actors.snapshot import Flush
+from scopestate.errors import Compacted, ConfigError, Unsupported
+from scopestate.ops.cursors import ManyCursor, read_cursor
+from scopestate.signals import Guard, exclusive
+
+if TYPE_CHECKING:
+    from scopestate.actors.dispatcher import Dispatcher
+    from scopestate.actors.feed import Feed, Interest
+    from scopestate.actors.journal import ConsumerChange, Journal, Letter, Pending, SavedConsumer
+    from scopestate.actors.snapshot import SnapshotActor
+    from scopestate.ops.results import StateEvent
+    from scopestate.ops.triggers import Trigger
+
+log = Log("scopestate.triggers")
+
+MOST_LIVE: Final = 4096
+"""Committed events that wait in memory for one consumer; with more it reads them from the journal."""
+PAGE: Final = 1000
+"""Events that are read from the journal at a time."""
+MANY_ENDED: Final = 1000
+"""So many outcomes are saved at once; fewer wait for the next save, at most `SAVED_AFTER_S`."""
+SAVED_AFTER_S: Final = 0.1
+LOOK_AGAIN_S: Final = 0.05
+"""While a consumer is behind: when it looks again for events whose saves have overtaken one another."""
+
+
+class Filter(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which scopes a consumer needs, as the store keeps it: its events are kept also while it has no trigger."""
+
+    scope: str | None = None
+    scope_prefix: str | None = None
+
+    @classmethod
+    def of(cls, trigger: Trigger) -> Filter:
+        """Return the filter of a trigger."""
+        return cls(trigger.scope, trigger.scope_prefix)
+
+
+class JournalConsumer(ConsumerPort):
+    """One consumer of a store's journal.
+
+    Committed events come from the saving actor. What does not fit into memory, and what an earlier session has left,
+    is read from the journal in pages. While that goes on, new events are collected again from the moment a page is
+    read: each is either on a page, or collected behind it.
+    """
+
+    def __init__(self, saved: SavedConsumer, owner: JournalConsumers) -> None:
+        self.name = saved.name
+        self.number = saved.number
+        self._owner = owner
+        self._journal = owner.journal
+        self._exclusive = Guard()
+        self._progress = Progress(saved)
+        self._left = deque(self._progress.pending_at_start())
+        """Positions of deliveries that an earlier session has left and that are not fetched yet."""
+        self._live: deque[StateEvent] = deque()
+        self._collects = False
+        self._settled = owner.settled
+        """Every event up to here is on disk, and was told of."""
+        self._behind_to = owner.settled
+        """Events up to here may be in the journal only."""
+        self._ended: list[Outcome] = []
+        self._paused = saved.paused
+        self._max_dead = 0
+        self.trigger: Trigger | None = None
+        """The trigger that takes its events; None: there is none."""
+        self.filter = msgspec.json.decode(saved.filter, type=Filter) if saved.filter else Filter()
+        self.interest: Interest | None = None
+        self._wake: Callable[[], object] | None = None
+        self._lost: Callable[[Sequence[int]], object] | None = None
+        self.forgotten = False
+        self.last_saved_s = 0.0
+
+    # ------------------------------------------------------------------------------------------------------ fetching
+
+    def start(self, trigger: Trigger, wake: Callable[[], object], lost: Callable[[Sequence[int]], object]) -> None:
+        self._wake, self._lost = wake, lost
+        self.change(trigger)
+        wake()
+
+    def change(self, trigger: Trigger) -> None:
+        self.trigger = trigger
+        self._max_dead = trigger.max_dead
+        wanted = Filter.of(trigger)
+        if wanted != self.filter:
+            self._owner.change_filter(self, wanted)
+
+    def stop(self) -> None:
+        self.trigger = None
+        self._exclusive.run(self._forget_live)
+
+    def _forget_live(self) -> None:
+        self._collects = False
+        if self._live:
+            self._behind_to = max(self._behind_to, *[event.position for event in self._live])
+            self._live.clear()
+
+    def committed(self, events: Sequence[StateEvent], settled: int) -> None:
+        """Take events that are on disk now. On the saving thread."""
+        if self._exclusive.run(self._committed, events, settled):
+            self.wake()
+
+    def _committed(self, events: Sequence[StateEvent], settled: int) -> bool:
+        self._settled = settled
+        if self._collects and len(self._live) + len(events) <= MOST_LIVE:
+            self._live.extend(events)
+            if not self._live and self._behind_to <= self._progress.floor:
+                self._progress.reach(settled)
+        elif events:
+            self._collects = False
+            self._live.clear()
+            self._behind_to = max(self._behind_to, *[event.position for event in events])
+        return bool(events)
+
+    def wake(self) -> None:
+        """There may be something to fetch. From any thread."""
+        wake = self._wake
+        if wake is not None and self.trigger is not None:
+            wake()
+
+    def fetch(self, most: int) -> list[Held]:
+        trigger = self.trigger
+        if trigger is None or self.forgotten:
+            return []
+        found, page = self._exclusive.run(self._fetch_live, trigger, most)
+        if page is None:
+            return found
+        if self._left:
+            return self._fetch_left(most)
+        floor, settled = page
+        events = self._journal.read(floor, settled, most=min(most, PAGE)) if settled > floor else []
+        found, look_s = self._exclusive.run(self._take_page, trigger, events, floor, settled)
+        if look_s:
+            self._owner.dispatcher.call_later(look_s, self.wake)
+        elif look_s is not None and not found:
+            self.wake()
+        return found
+
+    def _fetch_live(self, trigger: Trigger, most: int) -> tuple[list[Held], tuple[int, int] | None]:
+        """Return what is in memory; else from where to where a page is to be read, or None."""
+        progress, live = self._progress, self._live
+        found: list[Held] = []
+        self._collects = True
+        if self._left or self._behind_to > progress.floor:
+            return [], (progress.floor, self._settled)
+        while live and len(found) < most:
+            event = live.popleft()
+            if not trigger.matches(event):
+                progress.passed(event.position)
+            elif progress.fetched(event.position):
+                found.append(progress.held(event))
+        if not live:
+            progress.reach(self._settled)
+        return found, None
+
+    def _fetch_left(self, most: int) -> list[Held]:
+        positions = self._exclusive.run(self._take_left, min(most, PAGE))
+        events = self._journal.read_at(positions)
+        found = self._exclusive.run(self._hold_left, positions, events)
+        if not found:
+            self.wake()
+        return found
+
+    def _take_left(self, most: int) -> list[int]:
+        return [self._left.popleft() for _ in range(min(most, len(self._left)))]
+
+    def _hold_left(self, positions: list[int], events: list[StateEvent]) -> list[Held]:
+        there = {event.position for event in events}
+        for position in positions:
+            if position not in there:
+                log.error("consumer %r: the journal has lost the event at position %d", self.name, position)
+                self._progress.lost(position)
+        return [self._progress.held(event) for event in events]
+
+    def _take_page(
+        self, trigger: Trigger, events: list[StateEvent], floor: int, settled: int
+    ) -> tuple[list[Held], float | None]:
+        """Return what is on a page, and after how many seconds there may be more; None: when it is told of it."""
+        progress = self._progress
+        found = [
+            progress.held(event) for event in events if trigger.matches(event) and progress.fetched(event.position)
+        ]
+        progress.reach(events[-1].position if events else settled)
+        if progress.floor >= self._behind_to:
+            # What was collected since the page was asked for, and is not on it, follows.
+            self._live = deque([event for event in self._live if event.position > progress.floor])
+            return found, 0.0 if self._live else None
+        # Nothing to read although there is more: a save has overtaken another one.
+        return found, LOOK_AGAIN_S if progress.floor == floor else 0.0
+
+    # ------------------------------------------------------------------------------------------------------ outcomes
+
+    def began(self, attempts: Sequence[tuple[int, int]]) -> None:
+        number = self.number
+        self._journal.note_attempts([(number, position, attempt) for position, attempt in attempts])
+
+    def ended(self, outcomes: Sequence[Outcome]) -> None:
+        self._ended += outcomes
+        self._owner.note_ended(len(self._ended) >= MANY_ENDED)
+
+    def flush(self) -> None:
+        self._owner.flush()
+
+    def _settle_ended(self) -> None:
+        ended = self._ended
+        count = len(ended)
+        if count:
+            now_ms = self._owner.now_ms()
+            for outcome in ended[:count]:
+                self._progress.end(outcome, now_ms)
+            del ended[:count]
+
+    @exclusive
+    def collect(self) -> ConsumerChange | None:
+        """Return what the save that is being made has to write."""
+        self._settle_ended()
+        return None if self.forgotten else self._progress.change()
+
+    @exclusive
+    def saved(self, change: ConsumerChange) -> None:
+        """What `collect` has returned is on disk."""
+        self._progress.saved(change)
+
+    def transaction(self, position: int, scope: str) -> Any:
+        if self._owner.durability_of(scope) == "memory":
+            raise Unsupported(
+                "a transaction of a delivery", f"what is written to scope {scope!r} is never saved (durability memory)"
+            )
+        self._exclusive.run(self._progress.join, position)
+        return ((self.number, position),)
+
+    @exclusive
+    def transaction_failed(self, position: int) -> None:
+        self._progress.part(position)
+
+    @exclusive
+    def is_acknowledged(self, position: int) -> bool:
+        self._settle_ended()
+        return position not in self._progress.open
+
+    @exclusive
+    def joined_is_saved(self, position: int) -> None:
+        """The transaction that acknowledges this delivery is on disk."""
+        self._progress.joined_is_saved(position)
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def full(self) -> bool:
+        return self._progress.dead >= self._max_dead
+
+    def paused(self) -> str | None:
+        return self._paused
+
+    @exclusive
+    def read_from_disk(self) -> None:
+        """A new consumer begins before what is told from now on."""
+        self._behind_to = max(self._behind_to, self._settled, self._owner.feed.position)
+
+    def pause(self, why: str) -> None:
+        self.set_paused(why)
+        self._journal.pause_consumer(self.number, why)
+
+    def set_paused(self, why: str | None) -> None:
+        """Note that it is paused, or not."""
+        self._paused = why
+        self.wake()
+
+    @exclusive
+    def status(self) -> ConsumerStatus:
+        self._settle_ended()
+        oldest = self._progress.oldest()
+        after = self._progress.floor if oldest is None else min(oldest - 1, self._progress.floor)
+        more, oldest_ms = self._owner.lag(after, self._progress.floor)
+        lag_events = len(self._progress.open) + max(more - len(self._progress.above), 0)
+        lag_ms = self._owner.now_ms() - oldest_ms if oldest_ms else 0
+        return ConsumerStatus(
+            self.name,
+            lag_events,
+            max(lag_ms, 0) / 1000,
+            0,
+            0,
+            self._progress.dead,
+            self._paused,
+            None if self.trigger is None else self.trigger.trigger_id,
+        )
+
+    def mark(self) -> int:
+        return self._settled
+
+    def reached(self, mark: int) -> bool:
+        return self._exclusive.run(self._reached_all, mark)
+
+    def _reached_all(self, mark: int) -> bool:
+        return not (self._left or self._live) and self._progress.floor >= min(mark, self._settled)
+
+    def reopen(self, deliveries: Sequence[Pending]) -> None:
+        """Dead letters of it are deliveries again. They are fetched as those that an earlier session has left."""
+        self._exclusive.run(self._reopen, deliveries)
+        self._recount()
+        self.wake()
+
+    def _reopen(self, deliveries: Sequence[Pending]) -> None:
+        self._settle_ended()
+        known = set(self._left)
+        for pending in deliveries:
+            self._progress.reopen(pending)
+            if pending.position not in known:
+                self._left.append(pending.position)
+
+    def purged(self, held: Sequence[int]) -> None:
+        """Dead letters were removed, some of them perhaps its own: what these positions held back goes on."""
+        self._exclusive.run(self._purged, held)
+        self._recount()
+        if self._lost is not None and held:
+            self._lost(held)
+
+    def _purged(self, held: Sequence[int]) -> None:
+        self._settle_ended()
+        for position in held:
+            if position in self._left:
+                self._left.remove(position)
+            self._progress.released(position)
+
+    def _recount(self) -> None:
+        self._progress.dead = self._journal.count_letters(self.number)
+
+
+class JournalConsumers(Consumers):
+    """The consumers of a store's journal."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        feed: Feed,
+        snapshot: SnapshotActor,
+        dispatcher: Dispatcher,
+        now_ms: Callable[[], int],
+        durability_of: Callable[[str], str],
+    ) -> None:
+        self.journal = journal
+        self.feed = feed
+        self.dispatcher = dispatcher
+        self.now_ms = now_ms
+        self._snapshot = snapshot
+        self.durability_of = durability_of
+        self._exclusive = Guard()
+        self.settled = feed.position
+        self._by_name: dict[str, JournalConsumer] = {}
+        self._by_number: dict[int, JournalConsumer] = {}
+        self._asked = False
+        self._force = False
+        self._collected: list[tuple[JournalConsumer, ConsumerChange]] = []
+        self._next_s = 0.0
+        for saved in journal.consumers():
+            self._add(JournalConsumer(saved, self))
+        feed.on_committed(self.committed)
+
+    def _add(self, consumer: JournalConsumer) -> None:
+        self._by_name[consumer.name] = self._by_number[consumer.number] = consumer
+        wanted = consumer.filter
+        consumer.interest = self.feed.want(wanted.scope, wanted.scope_prefix or "", consumer.number)
+
+    def change_filter(self, consumer: JournalConsumer, wanted: Filter) -> None:
+        """Have the events of other scopes kept for a consumer."""
+        old, consumer.filter = consumer.interest, wanted
+        self.journal.change_filter(consumer.number, _text(wanted))
+        consumer.interest = self.feed.want(wanted.scope, wanted.scope_prefix or "", consumer.number)
+        if old is not None:
+            self.feed.unwant(old)
+
+    # ------------------------------------------------------------------------------------------------------ consumers
+
+    @exclusive
+    def open(self, name: str, trigger: Trigger) -> JournalConsumer:
+        if trigger.scope is not None and self.durability_of(trigger.scope) == "memory":
+            raise ConfigError(
+                f"a durable trigger needs what is on disk, and scope {trigger.scope!r} has durability memory: give it "
+                "`durability: interval` or `commit` under `scopes:`, or leave out `durable`"
+            )
+        consumer = self._by_name.get(name)
+        if consumer is None:
+            done = self._start(trigger)
+            saved = self.journal.create_consumer(name, _text(Filter.of(trigger)), done, self.now_ms())
+            consumer = JournalConsumer(saved, self)
+            if done < self.settled:
+                consumer.read_from_disk()
+            self._add(consumer)
+        return consumer
+
+    def _start(self, trigger: Trigger) -> int:
+        """Return the position behind which a new consumer begins. Raises Compacted and InvalidRegistration."""
+        if trigger.start == "now":
+            self.feed.number()
+            return self.feed.position
+        if trigger.start == "earliest":
+            return 0
+        return position_of(trigger.start, self.feed, self.journal)
+
+    @exclusive
+    def _all(self) -> list[JournalConsumer]:
+        return [self._by_name[name] for name in sorted(self._by_name)]
+
+    def names(self) -> list[str]:
+        return [consumer.name for consumer in self._all()]
+
+    def states(self) -> list[tuple[str, str | None]]:
+        return [(consumer.name, consumer.paused()) for consumer in self._all()]
+
+    def status(self, name: str) -> ConsumerStatus | None:
+        consumer = self._by_name.get(name)
+        return None if consumer is None else consumer.status()
+
+    def pause(self, name: str, why: str) -> bool:
+        return self._set_paused(name, why)
+
+    def resume(self, name: str) -> bool:
+        return self._set_paused(name, None)
+
+    def _set_paused(self, name: str, why: str | None) -> bool:
+        consumer = self._by_name.get(name)
+        if consumer is None:
+            return False
+        self.journal.pause_consumer(consumer.number, why)
+        consumer.set_paused(why)
+        return True
+
+    @exclusive
+    def forget(self, name: str) -> bool:
+        consumer = self._by_name.get(name)
+        if consumer is None:
+            return False
+        self.journal.forget_consumer(consumer.number)
+        consumer.forgotten = True
+        del self._by_name[name], self._by_number[consumer.number]
+        if consumer.interest is not None:
+            self.feed.unwant(consumer.interest)
+        return True
+
+    def lag(self, after: int, floor: int) -> tuple[int, int]:
+        """Return how many events are behind `floor`, and when the oldest one behind `after` was made (ms; 0: none)."""
+        oldest = self.journal.read(after, most=1)
+        return self.journal.count_behind(floor), oldest[0].time_ms if oldest else 0
+
+    # ---------------------------------------------------------------------------------------------------------- saves
+
+    def committed(self, events: Sequence[StateEvent]) -> None:
+        """These events are on disk now. On the saving thread, after each save."""
+        self.settled = self.journal.settled
+        for consumer in list(self._by_number.values()):
+            consumer.committed(events, self.settled)
+
+    def note_ended(self, many: bool) -> None:
+        """Something has ended: it is saved at once if it is much, else soon."""
+        if many:
+            self._force = True
+            self._snapshot.save_acks_soon(0.0)
+        elif not self._asked:
+            self._asked = True
+            self._snapshot.save_acks_soon(SAVED_AFTER_S)
+
+    def flush(self) -> None:
+        """Return when what has ended is saved. Raises StorageError."""
+        self._force = True
+        self._snapshot.ask(Flush()).get()
+
+    def collect(self) -> list[ConsumerChange]:
+        """Return what the save that is being made has to write of consumers. On the saving thread."""
+        now_s = self.dispatcher.monotonic()
+        if not self._force and now_s < self._next_s:
+            return []
+        self._force = self._asked = False
+        self._next_s = now_s + SAVED_AFTER_S / 2
+        changes = [(consumer, consumer.collect()) for consumer in list(self._by_number.values())]
+        self._collected = [(consumer, change) for consumer, change in changes if change is not None]
+        return [change for _, change in self._collected]
+
+    def saved(self) -> None:
+        """What `collect` has returned last is on disk; if it is not, it is returned again by the next call."""
+        for consumer, change in self._collected:
+            consumer.saved(change)
+        self._collected = []
+
+    def acks_saved(self, acks: Iterable[tuple[int, int]]) -> None:
+        """These acknowledgements of transactions are on disk, as consumer and position."""
+        for number, position in acks:
+            consumer = self._by_number.get(number)
+            if consumer is not None:
+                consumer.joined_is_saved(position)
+
+    # --------------------------------------------------------------------------------------------------- dead letters
+
+    def _number_of(self, consumer: str | None) -> int | None:
+        """Return the number of a consumer; -1, which none has, for one that is not there."""
+        if consumer is None:
+            return None
+        found = self._by_name.get(consumer)
+        return -1 if found is None else found.number
+
+    def _letter(self, letter: Letter) -> DeadLetter | None:
+        consumer = self._by_number.get(letter.consumer)
+        if consumer is None:
+            return None
+        return DeadLetter(
+            str(letter.id),
+            consumer.name,
+            letter.event,
+            letter.attempts,
+            letter.first_ms,
+            letter.died_ms,
+            letter.error,
+            letter.traceback,
+        )
+
+    def letters(self, consumer: str | None, limit: int, after: str | None) -> list[DeadLetter]:
+        self.flush()
+        found = self.journal.letters(self._number_of(consumer), after=_id(after) if after else 0, most=limit)
+        return [letter for one in found if (letter := self._letter(one)) is not None]
+
+    def letter(self, letter_id: str) -> DeadLetter | None:
+        self.flush()
+        found = self.journal.letter(_id(letter_id))
+        return None if found is None else self._letter(found)
+
+    def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
+        self.flush()
+        numbers = None if ids is None else [_id(one) for one in ids]
+        replayed = self.journal.replay(numbers, self._number_of(consumer), reset=reset)
+        by_consumer: dict[int, list[Pending]] = {}
+        for number, pending in replayed:
+            by_consumer.setdefault(number, []).append(pending)
+        for number, deliveries in by_consumer.items():
+            if (one := self._by_number.get(number)) is not None:
+                one.reopen(deliveries)
+        return len(replayed)
+
+    def purge(self, consumer: str | None, ids: Sequence[str] | None, *, before_ms: int | None) -> int:
+        self.flush()
+        numbers = None if ids is None else [_id(one) for one in ids]
+        count, released = self.journal.purge(numbers, self._number_of(consumer), before_ms=before_ms)
+        held: dict[int, list[int]] = {}
+        for number, position in released:
+            held.setdefault(number, []).append(position)
+        for number, one in list(self._by_number.items()):
+            one.purged(held.get(number, []))
+        return count
+
+    def count(self, consumer: str | None) -> int:
+        self.flush()
+        return self.journal.count_letters(self._number_of(consumer))
+
+
+def _text(wanted: Filter) -> str:
+    return msgspec.json.encode(wanted).decode()
+
+
+def _id(letter_id: str) -> int:
+    """Return the number of a letter. -1, which none has, for what is no id."""
+    return int(letter_id) if letter_id.isascii() and letter_id.isdigit() and len(letter_id) < 19 else -1
+
+
+def position_of(cursor: str, feed: Feed, journal: Journal) -> int:
+    """Return the position behind which a consumer that starts at a cursor begins.
+
+    Raises InvalidCursor, and Compacted if the journal does not have what follows it.
+    """
+    found = read_cursor(cursor)
+    if found.store != feed.store_id:
+        raise Compacted(cursor, "other store")
+    if isinstance(found, ManyCursor):
+        position = found.position or 0
+        if (gone := journal.gone(found.epoch, position)) is not None:
+            raise Compacted(cursor, gone)
+        return position
+    revision = found.revision or 0
+    if (gone := journal.gone_in_scope(found.scope, revision)) is not None:
+        raise Compacted(cursor, gone)
+    following = journal.read_scope(found.scope, revision, most=1)
+    return following[0].position - 1 if following else feed.position

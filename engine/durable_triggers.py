@@ -1,0 +1,138 @@
+"""The durable triggers of one engine: which handler has which consumer, and what an engine says of its consumers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from scopestate.actors.consuming import Consumers, ConsumerStatus, DeadLetter
+from scopestate.actors.durable import DurableHandler
+from scopestate.errors import InvalidRegistration
+from scopestate.signals import Guard, exclusive
+
+if TYPE_CHECKING:
+    from scopestate.actors.clock import Clock
+    from scopestate.actors.durable import Attempt
+    from scopestate.actors.handler import HandlerServices
+    from scopestate.actors.triggers import TriggerTable
+    from scopestate.ops.triggers import Trigger
+
+
+class DurableTriggers(Consumers):
+    """The consumers of the backend, with the handlers that take their events in this engine.
+
+    Methods may be called from any thread.
+    """
+
+    def __init__(self, consumers: Consumers, table: TriggerTable, services: HandlerServices, clock: Clock) -> None:
+        self._consumers = consumers
+        self._table = table
+        self._services = services
+        self._clock = clock
+        self._exclusive = Guard()
+        self._handlers: dict[str, DurableHandler] = {}
+        self.make_transaction: Callable[[Attempt, str], Any] | None = None
+        """Makes the transaction of a delivery; set by the engine."""
+
+    @exclusive
+    def register(self, trigger: Trigger) -> DurableHandler:
+        """Register a durable trigger. One with the same name is replaced: its consumer, and what waits, are kept.
+
+        Raises ConfigError, InvalidRegistration, InvalidCursor, Compacted and StorageError; nothing is changed then.
+        """
+        name = trigger.durable
+        assert name is not None  # the caller has looked
+        for option in ("debounce", "batch"):
+            if getattr(trigger, option) is not None:
+                raise InvalidRegistration(f"`{option}` of a trigger cannot be combined with `durable`")
+        handler = self._handlers.get(name)
+        port = self._consumers.open(name, trigger)
+        if handler is None:
+            handler = DurableHandler(trigger, self._services, port, self._clock)
+            handler.make_transaction = self.make_transaction
+        self._table.enter(trigger, handler)
+        self._handlers[name] = handler
+        handler.replace(trigger)
+        return handler
+
+    def open(self, name: str, trigger: Trigger) -> Any:
+        return self._consumers.open(name, trigger)
+
+    def handlers(self) -> list[DurableHandler]:
+        """Return the handlers, also of triggers that were unregistered."""
+        return list(self._handlers.values())
+
+    def stop(self) -> None:
+        """The engine closes: no attempt begins any more. What is running may end."""
+        for handler in self.handlers():
+            handler.stop()
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with consumers, for `Health.problems`. It waits for nothing."""
+        found: list[str] = []
+        for name, why in self._consumers.states():
+            handler = self._handlers.get(name)
+            if handler is None or not handler.active:
+                found.append(
+                    f"the consumer {name!r} has no trigger here: its events are kept; register one with "
+                    f"durable={name!r}, or forget it"
+                )
+            elif (problem := handler.problem()) is not None:
+                found.append(problem)
+            if why:
+                found.append(f"the consumer {name!r} is paused: {why}")
+        return found
+
+    def states(self) -> list[tuple[str, str | None]]:
+        return self._consumers.states()
+
+    # ------------------------------------------------------------------------------------------------------ consumers
+
+    def names(self) -> list[str]:
+        return self._consumers.names()
+
+    def status(self, name: str) -> ConsumerStatus | None:
+        handler = self._handlers.get(name)
+        return self._consumers.status(name) if handler is None else handler.status()
+
+    def pause(self, name: str, why: str) -> bool:
+        return self._consumers.pause(name, why)
+
+    def resume(self, name: str) -> bool:
+        done = self._consumers.resume(name)
+        handler = self._handlers.get(name)
+        if handler is not None:
+            handler.wake_up()
+        return done
+
+    @exclusive
+    def forget(self, name: str) -> bool:
+        done = self._consumers.forget(name)
+        handler = self._handlers.pop(name, None)
+        if handler is None:
+            return done
+        handler.forget()
+        if handler.active:
+            # Its trigger goes on as a new consumer, with the events from now on.
+            trigger = handler.trigger
+            handler.port = self._consumers.open(name, trigger)
+            self._handlers[name] = handler
+            handler.replace(trigger)
+        return done
+
+    # --------------------------------------------------------------------------------------------------- dead letters
+
+    def letters(self, consumer: str | None, limit: int, after: str | None) -> list[DeadLetter]:
+        return self._consumers.letters(consumer, limit, after)
+
+    def letter(self, letter_id: str) -> DeadLetter | None:
+        return self._consumers.letter(letter_id)
+
+    def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
+        return self._consumers.replay(consumer, ids, reset=reset)
+
+    def purge(self, consumer: str | None, ids: Sequence[str] | None, *, before_ms: int | None) -> int:
+        return self._consumers.purge(consumer, ids, before_ms=before_ms)
+
+    def count(self, consumer: str | None) -> int:
+        return self._consumers.count(consumer)
