@@ -13,7 +13,7 @@ from scopestate.signals import Guard, exclusive
 if TYPE_CHECKING:
     from scopestate.actors.clock import Clock
     from scopestate.actors.durable import Attempt
-    from scopestate.actors.handler import HandlerServices
+    from scopestate.actors.services import HandlerServices
     from scopestate.actors.triggers import TriggerTable
     from scopestate.ops.triggers import Trigger
 
