@@ -15,7 +15,7 @@ from scopestate import Engine, StateEvent
 from scopestate.actors.dispatcher import ThreadDispatcher
 from scopestate.errors import EngineClosed, InvalidRegistration
 from scopestate.ops import Increment
-from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.functions import DESCRIBED
 
 PLACES = [(scope, key) for scope in ("users", "Users", "", "u") for key in ("profile", "PROFILE", "")]
 
@@ -292,7 +292,7 @@ def test_handlers_with_the_same_name_do_not_replace_each_other(engine: Engine) -
 
     for one in seen:
         one.wait_for(1)
-    assert len({entry["name"] for entry in engine.functions()}) == len(BUILT_IN) + 3
+    assert len({entry["name"] for entry in engine.functions()}) == len(DESCRIBED) + 3
 
 
 def test_on_change_takes_an_id_a_condition_and_the_id_of_one(engine: Engine) -> None:
