@@ -1,0 +1,407 @@
+"""Whole engines on real files, from a seed: writes, watches, durable triggers, saves, trims, crashes and restarts.
+
+Every turn runs in an order that the seed decides. What is true is noted where the engine numbers its changes. What each
+watch has yielded, and each durable trigger has handled, is held against it by `checker.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import shutil
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+
+import msgspec
+
+from scopestate import Engine, StateEvent, lifecycle
+from scopestate.actors.deterministic import START_S, DeterministicDispatcher
+from scopestate.actors.feed import Feed
+from scopestate.actors.scope import Passivate
+from scopestate.config import from_mapping
+from scopestate.errors import Compacted, EngineClosed, Overloaded, ReplyTimeout, WatchOverrun
+from scopestate.persistence import FileAdapter
+from scopestate.persistence.sqlite.schema import RESERVED
+from tests.durable.checker import Change, Watched, watch_violations
+
+SCOPES: Final = ("interval-a", "interval-b", "commit-a", "commit-b")
+KEYS: Final = ("k0", "k1", "l0", "l1")
+KINDS: Final = {"created": "put", "updated": "put", "deleted": "delete", "expired": "expire"}
+MEMORY: Final = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A seed that showed a bug."""
+
+    seed: int
+    problem: str
+    trace: list[str]
+
+
+class Watcher:
+    """A client that watches, goes away, and comes back with its cursor."""
+
+    def __init__(self, world: World, name: str) -> None:
+        draw = world.random
+        self.name = name
+        self.world = world
+        self.scope = draw.choice((*SCOPES, None))
+        self.options: dict[str, Any] = draw.choice(({}, {}, {"key": "k0"}, {"prefix": "k"}))
+        if draw.random() < 0.2:
+            self.options = {**self.options, "events": draw.choice((["created"], ["deleted", "expired"]))}
+        self.buffer = draw.choice((3, 50, 10_000))
+        self.cursor: str | None = None
+        self.at = 0
+        """The revision, or the position if it watches many scopes, that the cursor stands behind."""
+        self.changes: Any = None
+        self._began = 0
+        self._saw: list[tuple[str, str, str, int]] = []
+        self._marks: dict[int, int] = {}
+
+    def wanted(self) -> list[int]:
+        """The places of the truth that its filters match."""
+        events = self.options.get("events")
+        return [
+            place
+            for place, event in enumerate(self.world.events)
+            if (self.scope is None or event.scope == self.scope)
+            and (event.existed or event.new_json is not None)  # a delete of an absent key is an event, and no change
+            and self.options.get("key", event.key) == event.key
+            and event.key.startswith(self.options.get("prefix", ""))
+            and (events is None or event.event_type.removeprefix("state:") in events)
+        ]
+
+    def look(self, engine: Engine, most: int) -> None:
+        """Open the watch if it is not, and read some of what is there."""
+        if self.changes is None and not self._open(engine):
+            return
+        try:
+            for _ in range(most):
+                self._see(self.changes.get(timeout=0.0))
+        except TimeoutError:
+            pass
+        except WatchOverrun as error:
+            self.world.note(f"{self.name} was too slow")
+            self._end(error.cursor, overrun=True)
+        except Compacted as error:
+            self._refused(error)
+
+    def _open(self, engine: Engine) -> bool:
+        scopes = {} if self.scope is None else {"scope": self.scope}
+        self._began, self._saw, self._marks = self.at, [], {}
+        fresh = self.cursor is None
+        try:
+            self.changes = engine.watch(
+                **scopes, **self.options, since=self.cursor, snapshot=False, markers=True, buffer=self.buffer
+            )
+        except Compacted as error:
+            self._refused(error)
+            return False
+        if fresh:
+            self._began = self.at = self.changes._at()
+        self.world.note(f"{self.name} watches from {self.at}")
+        return True
+
+    def _see(self, change: Any) -> None:
+        self.world.note(f"{self.name} sees {change!r}")
+        self.cursor = change.cursor
+        if change.kind in ("synced", "progress"):
+            self.at = max(self.at, change.revision if self.scope is not None else change.position)
+            self._marks[len(self._saw)] = self.at
+            return
+        self._saw.append((change.scope, change.key, change.kind, change.revision))
+        self.at = change.revision if self.scope is not None else change.position
+
+    def _place(self, at: int) -> int:
+        """Return how many changes of the truth are up to a revision, or a position: changes are numbered late."""
+        events = self.world.events
+        if self.scope is None:
+            return sum(event.position <= at for event in events)
+        ours = [place for place, event in enumerate(events) if event.scope == self.scope]
+        return max((place + 1 for place in ours if events[place].revision <= at), default=0)
+
+    def _refused(self, error: Compacted) -> None:
+        self.world.note(f"{self.name}: {error}")
+        self._check(Watched(self._place(self.at), (), refused=error.reason))
+        self.changes = self.cursor = None
+
+    def _end(self, cursor: str | None, *, overrun: bool = False, complete: bool = False) -> None:
+        marks = {after: self._place(at) for after, at in self._marks.items()}
+        self._check(Watched(self._place(self._began), self._saw, marks, overrun=overrun, complete=complete))
+        self.changes.close()
+        self.changes, self.cursor = None, cursor
+
+    def leave(self, *, complete: bool = False) -> None:
+        """Close the watch and keep its cursor."""
+        if self.changes is not None:
+            self._end(self.changes.cursor if complete else self.cursor, complete=complete)
+
+    def _check(self, watched: Watched) -> None:
+        world, wanted = self.world, self.wanted()
+        truth = world.truth()
+        cursor = watched.since - 1
+        behind_lost = 0 <= cursor < world.life_began and truth[cursor].lost
+        world.found += [
+            f"{self.name} of {self.scope} {self.options}: {text}"
+            for text in watch_violations(truth, watched, wanted, world.trimmed(self.scope))
+        ]
+        if watched.refused is None and behind_lost:
+            world.found.append(f"{self.name}: resumable: it goes on behind a change that a crash took back")
+
+
+class World:
+    """One run: a directory and the engines that live on it, one after another."""
+
+    def __init__(self, seed: int, directory: Path, *, trace: bool = False) -> None:
+        self.random = random.Random(seed)
+        self.directory = directory
+        self.trace: list[str] | None = [] if trace else None
+        self.events: list[StateEvent] = []
+        """Every change that an engine has numbered, in that order."""
+        self.lost: set[int] = set()
+        self.found: list[str] = []
+        self.history = self.random.choice((3, 20, 1_000))
+        self.engine: Engine | None = None
+        self.dispatcher = DeterministicDispatcher(0)
+        self.watchers = [Watcher(self, f"watcher {number}") for number in range(self.random.randint(1, 4))]
+        self.life_began = 0
+        self.running = 0
+        self._wall_s = START_S
+        self._copies = 0
+
+    def note(self, text: str) -> None:
+        """Add a line to the trace, if there is one."""
+        if self.trace is not None:
+            self.trace.append(f"{self.dispatcher.monotonic():9.3f}  {text}")
+
+    def numbered(self, events: Sequence[StateEvent]) -> None:
+        """Note what the engine has given positions to."""
+        for event in events:
+            self.events.append(event)
+            self.note(f"{event.position}: {event.scope} {event.revision} {event.event_type} {event.key}")
+
+    def truth(self) -> list[Change]:
+        """What has happened, as the checker takes it."""
+        return [
+            Change(
+                event.scope,
+                event.key,
+                KINDS[event.event_type.removeprefix("state:")],
+                event.revision,
+                event.transaction,
+                place in self.lost,
+            )
+            for place, event in enumerate(self.events)
+        ]
+
+    def trimmed(self, scope: str | None) -> int:
+        """Return up to which place changes may be forgotten: behind it, each scope has no more than are kept."""
+        last = 0
+        for name in SCOPES if scope is None else (scope,):
+            ours = [place for place, event in enumerate(self.events) if event.scope == name and place not in self.lost]
+            if len(ours) > self.history:
+                last = max(last, ours[-self.history])
+        return last
+
+    # ---------------------------------------------------------------------------------------------------- the run
+
+    def run(self) -> None:
+        """Live through some engines."""
+        draw = self.random
+        ends = draw.choices(("crash", "close"), k=draw.randint(0, 3))
+        for end in (*ends, "settle"):
+            self._start()
+            for number in range(draw.randint(1, 3)):
+                self.running += 1
+                seed = draw.getrandbits(32)
+                self.dispatcher.submit(lambda number=number, seed=seed: self._client(number, random.Random(seed)))
+            for _ in range(draw.randint(20, 200)):
+                self._happen()
+                if not self.dispatcher.step():
+                    break
+            if end == "crash":
+                self._crash()
+            else:
+                self._close()
+            if self.found:
+                return
+
+    def _start(self) -> None:
+        draw = self.random
+        self.dispatcher = DeterministicDispatcher(
+            draw.getrandbits(32), switch=draw.choice((0.0, 0.1)), busy=draw.choice((0.0, 0.2)), wall_s=self._wall_s
+        )
+        kv = {
+            "store_method": "file_based",
+            "file_path": str(self.directory),
+            "save_interval_ms": draw.choice((50, 500)),
+        }
+        history = {"events": self.history}
+        config = {
+            "workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}],
+            "scopes": [
+                {"prefix": "commit-", "durability": "commit", "history": history},
+                {"prefix": "interval-", "history": history},
+            ],
+        }
+        self.engine = Engine(from_mapping(config), dispatcher=self.dispatcher, handle_sigterm=False)
+        self.life_began = len(self.events)
+        self.running = 0
+        self.note(f"an engine starts: {kv}, {history}")
+
+    def _client(self, number: int, draw: random.Random) -> None:
+        engine = self.engine
+        assert engine is not None
+        try:
+            for _ in range(draw.randint(3, 15)):
+                self._write(engine, draw)
+                if draw.random() < 0.2:
+                    self.dispatcher.sleep(draw.random() * 0.1)
+        except (EngineClosed, Overloaded, ReplyTimeout):
+            pass
+        finally:
+            self.running -= 1
+        self.note(f"client {number} has ended")
+
+    def _write(self, engine: Engine, draw: random.Random) -> None:
+        scope, key, value = draw.choice(SCOPES), draw.choice(KEYS), draw.randrange(1_000)
+        match draw.randrange(10):
+            case 0 | 1 | 2 | 3:
+                engine.set(scope, key, value)
+            case 4:
+                engine.delete(scope, key)
+            case 5:
+                engine.set(scope, key, value, ttl=draw.choice((0.01, 0.1)))
+            case 6:
+                engine.update(scope, key, [{"type": "set", "path": "", "value": value}])
+            case _:
+                with engine.batch(scope) as batch:
+                    for one in draw.sample(KEYS, draw.randint(1, 4)):
+                        batch.set(one, value)
+
+    def _happen(self) -> None:
+        """Perhaps something happens from outside."""
+        draw, engine = self.random, self.engine
+        assert engine is not None
+        chance = draw.random()
+        if chance < 0.15:
+            draw.choice(self.watchers).look(engine, draw.choice((1, 5, 100)))
+        elif chance < 0.18:
+            draw.choice(self.watchers).leave()
+        elif chance < 0.22:
+            self.dispatcher.advance(draw.choice((0.05, 0.3, 2.0)))
+        elif chance < 0.24:
+            actors = list(engine._scopes.values())
+            if actors:
+                actor = draw.choice(actors)
+                self.note(f"passivate {actor.scope}")
+                self.dispatcher.submit(lambda: actor.housekeep(Passivate()))
+        elif chance < 0.245:
+            self.dispatcher.advance(70.0)  # the ring of a scope that is not watched is forgotten
+
+    def _crash(self) -> None:
+        """The process dies: what is in its files now is what the next one finds."""
+        engine = self.engine
+        assert engine is not None
+        self.note("crash")
+        self._copies += 1
+        copy = self.directory.with_name(f"store-{self._copies}")
+        self.dispatcher.kill()
+        shutil.copytree(self.directory, copy)
+        for watcher in self.watchers:
+            watcher.leave()
+        lifecycle.release(engine)
+        engine.disown()
+        engine._parts.loop_thread.close()
+        engine._parts.backend.close()
+        shutil.rmtree(self.directory)
+        self.directory, self.engine = copy, None
+        self._wall_s = self.dispatcher.wall_s()
+        self._note_lost()
+
+    def _note_lost(self) -> None:
+        adapter = FileAdapter(self.directory)
+        try:
+            if problems := adapter.check():
+                self.found.append(f"the store is damaged: {problems}")
+            on_disk = {scope: adapter.load(scope).revision % RESERVED for scope in SCOPES}
+        finally:
+            adapter.close()
+        for place in range(self.life_began, len(self.events)):
+            event = self.events[place]
+            if event.revision % RESERVED > on_disk[event.scope]:
+                self.lost.add(place)
+
+    def _close(self) -> None:
+        """Let all clients end, then read every watch to its end, and close the engine in order."""
+        engine = self.engine
+        assert engine is not None
+        while self.running:
+            if not self.dispatcher.step():
+                raise AssertionError(f"clients do not end: {self.dispatcher.waiting()}")
+        self.dispatcher.advance(1.0)
+        engine.flush()
+        self.dispatcher.run_until_idle()
+        for watcher in self.watchers:
+            for _ in range(2):  # one that was refused, or too slow, goes on
+                if watcher.cursor is not None or watcher.changes is not None:
+                    watcher.look(engine, 100_000)
+            watcher.leave(complete=True)
+        self.note("close")
+        engine.close()
+        self.engine = None
+        self._wall_s = self.dispatcher.wall_s()
+
+    def abandon(self) -> None:
+        """After a failure: end what is left."""
+        if self.engine is not None:
+            with contextlib.suppress(Exception):
+                self._crash()
+
+
+_WORLDS: Final[list[World]] = []
+"""The world of the run that goes on."""
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """Have feeds tell the world of the run what they number. Logs nothing."""
+    give = Feed._give_positions
+
+    def give_and_note(feed: Feed, events: Sequence[StateEvent]) -> None:
+        give(feed, events)
+        for world in _WORLDS:
+            world.numbered(events)
+
+    logger = logging.getLogger("scopestate")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with mock.patch.object(Feed, "_give_positions", give_and_note):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def simulate(seed: int, *, trace: bool = False) -> Failure | None:
+    """Run one seed, within `noted()`. Returns what went wrong, or None."""
+    with tempfile.TemporaryDirectory(prefix="scopestate-durable-", dir=MEMORY) as folder:
+        world = World(seed, Path(folder) / "store", trace=trace)
+        _WORLDS[:] = [world]
+        try:
+            world.run()
+        except Exception as error:  # noqa: BLE001 - whatever escapes from an engine is what the seeds look for
+            world.abandon()
+            return Failure(seed, "".join(traceback.format_exception(error)), world.trace or [])
+        finally:
+            _WORLDS.clear()
+        if world.found:
+            world.abandon()
+            return Failure(seed, "\n".join(world.found[:5]), world.trace or [])
+    return None
