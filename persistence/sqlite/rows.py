@@ -244,14 +244,13 @@ class Writer:
 
     def _logged(self, change: ScopeChange, log: Log | None) -> tuple[int, int, int, int]:
         """Return where the journal of a scope begins to be complete, if it was not before, and what is added to it."""
+        added = len(log or ()), sum(size for _, size in log or ())
         since = change.logged_since
         if since is None:
-            return change.revision, self.given, 0, 0
+            return change.revision, self.given, *added
         if since <= self._epoch * RESERVED:
-            since = floor_at = 0  # all that the scope ever had
-        else:
-            floor_at = change.log[0].position - 1 if log else self.given
-        return since, floor_at, len(log or ()), sum(size for _, size in log or ())
+            return 0, 0, *added  # all that the scope ever had
+        return since, change.log[0].position - 1 if log else self.given, *added
 
     def _make_extents(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
         made = Write(connection, _EXTENTS, 3)

@@ -204,6 +204,7 @@ class JournalMachine(RuleBasedStateMachine):
             and event.position <= self.journal.settled
             and (event.position > consumer.done or event.position in consumer.pending)
             and event.position not in consumer.acked
+            and (consumer.number, event.position) not in self.letters
         ]
         change = ConsumerChange(consumer.number)
         acked, pending, letters = [], [], []
@@ -271,7 +272,9 @@ class JournalMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------ rules, ends, failures
 
-    @rule(name=scopes, rule=st.none() | st.builds(History, st.integers(1, 6), st.integers(0, 3000), st.integers(0, 900)))
+    @rule(
+        name=scopes, rule=st.none() | st.builds(History, st.integers(1, 6), st.integers(0, 3000), st.integers(0, 900))
+    )
     def keep(self, name: str, rule: History | None) -> None:
         self.history.pop(name, None)
         if rule is not None:
