@@ -199,10 +199,6 @@ class Journal(ABC):
         """Return how many events are behind a position."""
 
     @abstractmethod
-    def count_behind(self, position: int) -> int:
-        """Return how many events have a higher position. It counts them one by one."""
-
-    @abstractmethod
     def oldest(self, scope: str) -> tuple[int, int] | None:
         """Return revision and position of the oldest event of a scope; None if there is none."""
 

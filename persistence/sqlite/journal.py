@@ -167,13 +167,6 @@ class SavedJournal(Journal):
         """See Journal."""
         return self._read("count the events in the journal", lambda connection: _count_behind(connection, position))
 
-    def count_behind(self, position: int) -> int:
-        statement = "SELECT count(*) FROM journal WHERE position > ?"
-        return self._read(
-            "count what is in the journal",
-            lambda connection: int(connection.execute(statement, (position,)).fetchall()[0][0]),
-        )
-
     def oldest(self, scope: str) -> tuple[int, int] | None:
         return self._read(
             f"look into the journal of scope {scope!r}", lambda connection: changes.oldest_of(connection, scope)

@@ -7,7 +7,7 @@ text, bounded in rows and bytes as well.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from types import NoneType
 
@@ -16,10 +16,9 @@ import msgspec
 from scopestate.actors.journal import ConsumerChange
 from scopestate.actors.ports import Answer, Row, ScopeChange, ScopeState
 from scopestate.errors import StorageError, UnsavableValue
-from scopestate.ops.results import StateEvent
 from scopestate.ops.turns import Range
 from scopestate.persistence.sqlite.answers import HAS_ANSWERS, AnswerWriter, read_answers
-from scopestate.persistence.sqlite.changes import ROOM_FOR_TEXTS, size_of, write_changes
+from scopestate.persistence.sqlite.changes import ROOM_FOR_TEXTS, sizes_of, write_changes
 from scopestate.persistence.sqlite.database import primary_code
 from scopestate.persistence.sqlite.schema import EXTENT_BITS, EXTENT_MASK, HIGHEST_REVISION, RESERVED, number
 from scopestate.persistence.sqlite.statements import CHUNK_ROWS, Parameter, Write, ladder
@@ -36,9 +35,6 @@ _KNOWN_SCOPES = 4096
 """Scopes whose extents are remembered from one save to the next."""
 _CLOCK_STEP_MS = 1000
 """The time is saved again when it is so much later: it takes a page of its own in each commit."""
-
-Log = Sequence[tuple[StateEvent, int]]
-"""Changes for the journal, with their sizes."""
 
 _Row = tuple[int, int, str, int, int | None, msgspec.Raw]
 """id, created, key, revision, expires, value."""
@@ -150,10 +146,8 @@ class Writer:
         self._clock_ms = 0
 
     def _write_some(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
-        logs = {
-            at: [(event, size_of(event)) for event in change.log] for at, change in enumerate(changes) if change.log
-        }
-        self._find(connection, changes, logs)
+        sizes = {at: sizes_of(change.log) for at, change in enumerate(changes) if change.log}
+        self._find(connection, changes, sizes)
         state = _WriteState(connection, _STATE, 5)
         deleted = Write(connection, _DELETE, 1)
         emptied: set[tuple[str, int]] = set()
@@ -193,14 +187,19 @@ class Writer:
         if answers := [(self._places[change.scope].number, change.answers) for change in changes if change.answers]:
             self._answers.write(connection, answers, room)
         self.acks += [ConsumerChange(to, acked=(at,)) for change in changes for to, at in change.acks]
-        if logs:
-            numbered = [(self._places[changes[at].scope].number, log) for at, log in logs.items()]
-            write_changes(connection, numbered, room - ROOM_FOR_TEXTS)
-            self.logged += [number for number, _ in numbered]
-            self.log_size += sum(len(log) for _, log in numbered)
+        if sizes:
+            logs = [(self._places[changes[at].scope].number, changes[at].log, of) for at, of in sizes.items()]
+            write_changes(connection, logs, room - ROOM_FOR_TEXTS)
+            self.logged += [number for number, _, _ in logs]
+            self.log_size += sum(len(log) for _, log, _ in logs)
 
-    def _find(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange], logs: Mapping[int, Log]) -> None:
-        """Write the scopes of the changes, and know where their rows are, or will be."""
+    def _find(
+        self, connection: sqlite3.Connection, changes: Sequence[ScopeChange], sizes: dict[int, list[int]]
+    ) -> None:
+        """Write the scopes of the changes, and know where their rows are, or will be.
+
+        `sizes`: of the changes for the journal, by the place of the scope's change in the batch.
+        """
         places = self._places
         if len(places) > _KNOWN_SCOPES:
             places.clear()
@@ -235,22 +234,22 @@ class Writer:
                     revision,
                     self._epoch,
                     change.due_ms,
-                    *self._logged(change, logs.get(at)),
+                    *self._logged(change, sizes.get(at, [])),
                 ),
                 len(scope),
             )
         scopes.flush()
         self._make_extents(connection, changes)
 
-    def _logged(self, change: ScopeChange, log: Log | None) -> tuple[int, int, int, int]:
+    def _logged(self, change: ScopeChange, sizes: list[int]) -> tuple[int, int, int, int]:
         """Return where the journal of a scope begins to be complete, if it was not before, and what is added to it."""
-        added = len(log or ()), sum(size for _, size in log or ())
+        added = len(sizes), sum(sizes)
         since = change.logged_since
         if since is None:
             return change.revision, self.given, *added
         if since <= self._epoch * RESERVED:
             return 0, 0, *added  # all that the scope ever had
-        return since, change.log[0].position - 1 if log else self.given, *added
+        return since, change.log[0].position - 1 if change.log else self.given, *added
 
     def _make_extents(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
         made = Write(connection, _EXTENTS, 3)

@@ -34,6 +34,13 @@ class Write:
         if self._bytes >= _CHUNK_BYTES or len(self._parameters) >= CHUNK_ROWS[0] * self._width:
             self.flush()
 
+    def extend(self, rows: list[Parameter], size: int) -> None:
+        """Collect the parameters of several rows, of about `size` bytes together, as `add` does."""
+        self._parameters += rows
+        self._bytes += size
+        if self._bytes >= _CHUNK_BYTES or len(self._parameters) >= CHUNK_ROWS[0] * self._width:
+            self.flush()
+
     def flush(self) -> None:
         """Run the collected rows."""
         parameters, self._parameters, self._bytes = self._parameters, [], 0

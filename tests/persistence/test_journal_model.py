@@ -321,7 +321,7 @@ class JournalMachine(RuleBasedStateMachine):
 
     @invariant()
     def consumers_are_as_they_were_saved(self) -> None:
-        dead = {number: 0 for number in self.consumers}
+        dead = dict.fromkeys(self.consumers, 0)
         for number, _ in self.letters:
             dead[number] += 1
         for number, consumer in self.consumers.items():
