@@ -258,8 +258,13 @@ class JournalConsumer(ConsumerPort):
 
     # --------------------------------------------------------------------------------------------------------- state
 
+    @exclusive
     def full(self) -> bool:
-        return self._progress.dead >= self._max_dead
+        progress = self._progress
+        if progress.dead >= self._max_dead:
+            return True
+        progress.dead += 1
+        return False
 
     def paused(self) -> str | None:
         return self._paused
@@ -361,7 +366,7 @@ class JournalConsumers(Consumers):
         self._by_name: dict[str, JournalConsumer] = {}
         self._by_number: dict[int, JournalConsumer] = {}
         self._asked = False
-        self._force = False
+        self._many = False
         self._collected: list[tuple[JournalConsumer, ConsumerChange]] = []
         self._next_s = 0.0
         for saved in journal.consumers():
@@ -465,7 +470,7 @@ class JournalConsumers(Consumers):
     def note_ended(self, many: bool) -> None:
         """Something has ended: it is saved at once if it is much, else soon."""
         if many:
-            self._force = True
+            self._many = True
             self._snapshot.save_acks_soon(0.0)
         elif not self._asked:
             self._asked = True
@@ -473,15 +478,17 @@ class JournalConsumers(Consumers):
 
     def flush(self) -> None:
         """Return when what has ended is saved. Raises StorageError."""
-        self._force = True
         self._snapshot.ask(Flush()).get()
 
-    def collect(self) -> list[ConsumerChange]:
-        """Return what the save that is being made has to write of consumers. On the saving thread."""
+    def collect(self, *, everything: bool) -> list[ConsumerChange]:
+        """Return what the save that is being made has to write of consumers. On the saving thread.
+
+        Each save could write a little. Without `everything` it does so now and then, or if there is much.
+        """
         now_s = self.dispatcher.monotonic()
-        if not self._force and now_s < self._next_s:
+        if not everything and not self._many and now_s < self._next_s:
             return []
-        self._force = self._asked = False
+        self._many = self._asked = False
         self._next_s = now_s + SAVED_AFTER_S / 2
         changes = [(consumer, consumer.collect()) for consumer in list(self._by_number.values())]
         self._collected = [(consumer, change) for consumer, change in changes if change is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -97,7 +98,17 @@ class DeadLetter(msgspec.Struct, frozen=True):
     traceback: str = ""
     """Where it was raised, if that is known."""
     replays: int = 0
-    """How often it was replayed before."""
+    """How often it was replayed before, where that is counted: in Redis."""
+
+    @property
+    def first_at(self) -> datetime:
+        """When the first attempt began, in UTC."""
+        return datetime.fromtimestamp(self.first_ms / 1000, UTC)
+
+    @property
+    def died_at(self) -> datetime:
+        """When it was given up, in UTC."""
+        return datetime.fromtimestamp(self.died_ms / 1000, UTC)
 
 
 class ConsumerPort(ABC):
@@ -178,7 +189,7 @@ class ConsumerPort(ABC):
         """Return how far it is; what the runtime knows (`in_flight`, `waiting`, `trigger`) is filled in there."""
 
     def full(self) -> bool:
-        """Return whether it has as many dead letters as it may. The runtime then pauses it."""
+        """Return whether it has as many dead letters as it may; the runtime then pauses it. False reserves a place."""
         return False
 
     def paused(self) -> str | None:

@@ -134,7 +134,6 @@ class Progress:
                 outcome.traceback,
             )
         )
-        self.dead += 1
         if not blocked:
             self._pending.pop(position, None)
             self._rows.discard(position)

@@ -80,8 +80,11 @@ class Feed(Protocol):
 class Progress(Protocol):
     """What knows how far consumers are, as the actor that saves needs it."""
 
-    def collect(self) -> list[ConsumerChange]:
-        """Return what is to be saved of consumers; once more what the last save has not saved."""
+    def collect(self, *, everything: bool) -> list[ConsumerChange]:
+        """Return what is to be saved of consumers; once more what the last save has not saved.
+
+        `everything`: also if a later save may take it along just as well.
+        """
 
     def saved(self) -> None:
         """What was collected last is on disk."""
@@ -312,13 +315,14 @@ class SnapshotActor(TurnActor):
         try:
             if soon:
                 self._save(soon)
-            self._save_acks()
+            else:
+                self._save_acks()
         except StorageError:
             log.debug("save failed; it is tried again", exc_info=True)  # `_write` has logged it at ERROR
 
     def _save_acks(self) -> None:
         """Save what consumers have done, if the last save has left something."""
-        if self.consumers is not None and (changes := self.consumers.collect()):
+        if self.consumers is not None and (changes := self.consumers.collect(everything=True)):
             self._write([], changes)
             self._tell_of([])
 
@@ -382,7 +386,7 @@ class SnapshotActor(TurnActor):
         self._tell_of(saved)
 
     def _collect_acks(self) -> Sequence[ConsumerChange]:
-        return () if self.consumers is None else self.consumers.collect()
+        return () if self.consumers is None else self.consumers.collect(everything=False)
 
     def _tell_of(self, saved: Sequence[ScopeChange]) -> None:
         """Tell those that wait for changes on disk what is there now."""

@@ -1,6 +1,7 @@
 """scopestate: scoped key-value state, owned by actors, with reactive triggers."""
 
 from scopestate import ops
+from scopestate.actors.consuming import ConsumerStatus, DeadLetter
 from scopestate.engine import Engine
 from scopestate.errors import Compacted, Conflict, ScopestateError, StorageError, WatchOverrun
 from scopestate.ops import MISSING, messages
@@ -28,6 +29,8 @@ __all__ = [
     "Change",
     "Compacted",
     "Conflict",
+    "ConsumerStatus",
+    "DeadLetter",
     "Delivery",
     "DeliveryFailure",
     "Discard",

@@ -21,6 +21,7 @@ from scopestate.actors.scope import ScopeActor
 from scopestate.actors.snapshot import Flush
 from scopestate.actors.turn import BUSY
 from scopestate.aio_state import AioStateCalls
+from scopestate.consumers import AioDeadLetters, AioEngineConsumers
 from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout
 from scopestate.handles import AioScope
@@ -192,6 +193,14 @@ class AioEngine(AioStateCalls):
         """Run `work()`, which may wait for a disk, on a worker thread, and return what it gives or raises."""
         self._engine._refuse_if_closed()  # in a forked child no thread would run it
         return await _outcome(self._engine._parts.dispatcher.submit, work)
+
+    def consumers(self) -> AioEngineConsumers:
+        """As `Engine.consumers`; `await` it for a list."""
+        return AioEngineConsumers(self)
+
+    def dead_letters(self, consumer: str | None = None) -> AioDeadLetters:
+        """As `Engine.dead_letters`."""
+        return AioDeadLetters(self, consumer)
 
     async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as the engine's own
         """As `Engine.drain`."""

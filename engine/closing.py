@@ -121,6 +121,9 @@ class Closing:
         except ReplyTimeout as error:
             log.error("closing without waiting any longer for handlers: %s", error)  # noqa: TRY400 - the text says it all
             return False
+        except StorageError as error:
+            log.debug("closing without the events that are not saved: %s", error)  # `_save` tries again
+            return False
         return True
 
     def _abandon(self) -> None:

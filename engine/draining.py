@@ -11,7 +11,7 @@ from scopestate.actors.functions import running_loop
 from scopestate.actors.lanes import Barrier
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.scope import Ping
-from scopestate.actors.snapshot import Commit
+from scopestate.actors.snapshot import Commit, Flush
 from scopestate.errors import ReplyTimeout, WouldDeadlock
 from scopestate.wire.depth import event_depth
 
@@ -50,6 +50,9 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
     everything that a handler had begun to fire when the first one started. Events that come through Redis are waited
     for first. With `delivery: each` these are the events of this engine's own writes. With `one`, if there is a trigger
     here, it is until engines of the group have taken all events; another engine may then still be handling some.
+
+    For durable triggers everything is saved first: StorageError is raised if that fails. A retry of theirs that is due
+    within a second is waited for, but not one that is due later, nor what waits behind it; nor for a paused consumer.
     """
     if event_depth.get():
         raise WouldDeadlock("drain() in a handler would wait for that handler to end")
@@ -105,10 +108,11 @@ def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -
             actor._refuse_own_turn()
             # Not a read: a closing scope refuses those, and a full mailbox is the more reason to wait.
             yield from _behind(actor, Ping(), parts, deadline, ReplyTimeout(actor.scope, timeout or 0.0))
-    if parts.snapshot.has_open_commits():
+    durable = parts.router.triggers.durable.members  # their events are those that are on disk
+    if durable or parts.snapshot.has_open_commits():
         late = ReplyTimeout("", timeout or 0.0, behind="(all: a commit has not ended)")
         parts.snapshot._refuse_own_turn()
-        yield from _behind(parts.snapshot, Commit(), parts, deadline, late)
+        yield from _behind(parts.snapshot, Flush() if durable else Commit(), parts, deadline, late)
 
 
 def _behind(actor: TurnActor, message: object, parts: Parts, deadline: float | None, late: ReplyTimeout) -> Steps:

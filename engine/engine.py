@@ -26,6 +26,7 @@ from scopestate.calls import Caller
 from scopestate.closing import Closing, forked
 from scopestate.config import Config, ConfigWatcher, from_mapping, load, validate
 from scopestate.consumer_functions import EVERYTHING, ConsumerFunctions
+from scopestate.consumers import DeadLetters, EngineConsumers
 from scopestate.draining import drain, refuse_on_loop_of_handlers
 from scopestate.errors import (
     ConfigError,
@@ -582,6 +583,18 @@ class Engine(Reactive, StateCalls):
         self._scopes.disown(forked)
         self._router.triggers.disown()
         self._router.feed.disown()
+
+    def consumers(self) -> EngineConsumers:
+        """Return the consumers of durable triggers: iterate to see how far each is; `pause`, `resume`, `forget`.
+
+        They are those of the store, with or without a trigger in this program. Without a journal there are none.
+        """
+        return EngineConsumers(self)
+
+    def dead_letters(self, consumer: str | None = None) -> DeadLetters:
+        """Return the events that durable triggers have given up, of one consumer or all: `list`, `get`, `replay`,
+        `purge`, `count`."""
+        return DeadLetters(self, consumer)
 
     def _register(self, trigger: Trigger) -> None:
         self._parts.register(trigger)

@@ -55,6 +55,8 @@ def test_the_names_that_programs_need_are_at_the_top() -> None:
         "Change",
         "Compacted",
         "Conflict",
+        "ConsumerStatus",
+        "DeadLetter",
         "Delivery",
         "DeliveryFailure",
         "Discard",

@@ -1,0 +1,610 @@
+"""Durable triggers on files: what is delivered, after restarts too, what is kept, and what engines say of consumers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scopestate import Delivery, Discard, Engine, Retry, StateEvent
+from scopestate.errors import ConfigError, Conflict, InvalidRegistration, StorageError, Unsupported
+from scopestate.ops import update_ops
+
+PATIENCE_S = 20.0
+
+
+class Opener:
+    """Opens engines on one store, one after the other."""
+
+    def __init__(self, path: Path, durability: str) -> None:
+        self.path = path
+        self.durability = durability
+        self.engine: Engine | None = None
+
+    def __call__(self, **limits: Any) -> Engine:
+        self.close()
+        options = {"store_method": "file_based", "file_path": str(self.path), "durability": self.durability}
+        state: dict[str, Any] = {"adapter": {"name": "kv", "config": {**options, "save_interval_ms": 60_000}}}
+        scopes = [{"name": "volatile", "durability": "memory"}]
+        workers = [{"name": "iii-state", "config": state}]
+        self.engine = Engine.from_config({"workers": workers, "scopes": scopes, "limits": limits})
+        return self.engine
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+
+
+@pytest.fixture(params=["commit", "interval"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    logging.getLogger("scopestate").setLevel(logging.CRITICAL)
+    opener = Opener(tmp_path / "store", request.param)
+    yield opener
+    opener.close()
+    logging.getLogger("scopestate").setLevel(logging.NOTSET)
+
+
+def no_retry(**options: Any) -> dict[str, Any]:
+    return {"retry": Retry(attempts=1), **options}
+
+
+def test_each_write_is_delivered_once_it_is_on_disk(opened: Opener) -> None:
+    engine = opened()
+    seen: list[tuple[str, Any, str, str]] = []
+
+    @engine.on_change(scope="orders", durable="ship")
+    def ship(event: StateEvent, delivery: Delivery) -> None:
+        seen.append((event.key, event.new_value, event.event_type, delivery.consumer))
+
+    engine.set("orders", "a", 1)
+    engine.set("orders", "a", 2)
+    engine.delete("orders", "a")
+    engine.set("others", "a", 3)
+    engine.drain(PATIENCE_S)
+
+    assert seen == [
+        ("a", 1, "state:created", "ship"),
+        ("a", 2, "state:updated", "ship"),
+        ("a", None, "state:deleted", "ship"),
+    ]
+    assert engine.consumers()["ship"].lag_events == 0
+
+
+def test_what_is_written_while_the_trigger_is_gone_is_delivered_when_it_is_back(opened: Opener) -> None:
+    engine = opened()
+    engine.register_function("f", lambda event: None)
+    handle = engine.register_trigger(function_id="f", scope="orders", durable="ship")
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+    handle.unregister()
+    engine.set("orders", "a", 2)
+
+    engine = opened()
+    assert any("'ship' has no trigger" in problem for problem in engine.health().problems)
+    engine.set("orders", "a", 3)
+    assert engine.consumers()["ship"].trigger is None
+    seen: list[Any] = []
+    engine.on_change(scope="orders", durable="ship")(lambda event: seen.append(event.new_value))
+    engine.drain(PATIENCE_S)
+
+    assert seen == [2, 3]
+    assert engine.health().ok
+
+
+def test_a_trigger_whose_function_is_not_registered_keeps_its_events(opened: Opener) -> None:
+    engine = opened()
+    engine.register_trigger(function_id="later", scope="orders", durable="ship", retry={"attempts": 1})
+    engine.set("orders", "a", 1)
+    seen = threading.Event()
+
+    assert any("'later'" in problem for problem in engine.health().problems)
+    engine.register_function("later", lambda event: seen.set())
+
+    assert seen.wait(PATIENCE_S)
+    assert engine.dead_letters().count() == 0
+
+
+def test_a_renamed_trigger_is_a_new_consumer(opened: Opener) -> None:
+    engine = opened()
+    seen: list[Any] = []
+    engine.on_change(scope="orders", durable="one")(lambda event: None)
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+
+    engine = opened()
+    engine.on_change(scope="orders", durable="two")(lambda event: seen.append(event.new_value))
+    engine.set("orders", "a", 2)
+    engine.drain(PATIENCE_S)
+
+    assert seen == [2]
+    assert [status.name for status in engine.consumers()] == ["one", "two"]
+
+
+def test_the_same_name_again_takes_the_place_and_keeps_what_waits(opened: Opener) -> None:
+    engine = opened()
+    seen: list[tuple[str, Any]] = []
+
+    def old(event: StateEvent) -> None:
+        seen.append(("old", event.new_value))
+        raise OSError("away")
+
+    engine.on_change(scope="orders", durable="ship", retry=Retry(first=30.0))(old)
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+    engine.on_change(scope="orders", durable="ship")(lambda event: seen.append(("new", event.new_value)))
+    engine.set("orders", "b", 2)
+    engine.drain(PATIENCE_S)
+
+    assert seen == [("old", 1), ("new", 2)]
+    assert len(engine.triggers()) == 1
+    assert engine.consumers()["ship"].waiting == 1
+
+
+def test_a_consumer_that_begins_at_the_earliest_gets_what_the_journal_has(opened: Opener) -> None:
+    engine = opened()
+    engine.on_change(scope="orders", durable="slow")(lambda event: None)
+    engine.consumers().pause("slow")
+    for number in range(5):
+        engine.set("orders", "a", number)
+    engine.drain(PATIENCE_S)
+    seen: list[Any] = []
+
+    engine.on_change(scope="orders", durable="all", start="earliest")(lambda event: seen.append(event.new_value))
+    engine.drain(PATIENCE_S)
+
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_a_paused_consumer_keeps_its_events_over_a_restart(opened: Opener) -> None:
+    engine = opened()
+    seen: list[Any] = []
+
+    def ship(event: StateEvent) -> None:
+        seen.append(event.new_value)
+
+    engine.on_change(scope="orders", durable="ship")(ship)
+    engine.consumers().pause("ship", "maintenance")
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+    assert seen == []
+    assert engine.consumers()["ship"].paused == "maintenance"
+
+    engine = opened()
+    engine.on_change(scope="orders", durable="ship")(ship)
+    engine.drain(PATIENCE_S)
+    assert seen == []
+    assert any("maintenance" in problem for problem in engine.health().problems)
+    engine.consumers().resume("ship")
+    engine.drain(PATIENCE_S)
+
+    assert seen == [1]
+
+
+def test_a_forgotten_consumer_is_gone_with_its_events_and_letters(opened: Opener) -> None:
+    engine = opened()
+    seen: list[Any] = []
+
+    def ship(event: StateEvent) -> None:
+        if event.new_value == 1:
+            raise Discard("no")
+        seen.append(event.new_value)
+
+    engine.on_change(scope="orders", durable="ship")(ship)
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+    engine.consumers().pause("ship")
+    engine.set("orders", "a", 2)
+    engine.drain(PATIENCE_S)
+
+    engine.consumers().forget("ship")
+    engine.set("orders", "a", 3)
+    engine.drain(PATIENCE_S)
+
+    assert seen == [3]
+    assert engine.dead_letters().count() == 0
+    with pytest.raises(InvalidRegistration, match="no consumer 'other'"):
+        engine.consumers().forget("other")
+
+
+def test_one_that_is_behind_reads_pages_from_disk_in_order(opened: Opener) -> None:
+    engine = opened()
+    seen: list[Any] = []
+    engine.on_change(scope="orders", durable="ship")(lambda event: seen.append(event.new_value))
+    engine.consumers().pause("ship")
+    with engine.batch("orders") as writes:
+        for number in range(900):
+            writes.set(f"k{number}", number)
+    for burst in range(8):
+        with engine.batch("orders") as writes:
+            for number in range(900):
+                writes.set(f"k{number}", 1000 * (burst + 1) + number)
+    engine.consumers().resume("ship")
+    engine.drain(PATIENCE_S)
+
+    assert len(seen) == 8100
+    for number in range(0, 900, 100):
+        assert [value for value in seen if value % 1000 == number] == [1000 * burst + number for burst in range(9)]
+
+
+# ------------------------------------------------------------------------------------------------------- dead letters
+
+
+def failing_on(bad: Any, seen: list[Any]) -> Callable[[StateEvent], None]:
+    def ship(event: StateEvent) -> None:
+        seen.append(event.new_value)
+        if event.new_value in bad:
+            raise ValueError("no address")
+
+    return ship
+
+
+def test_a_dead_letter_tells_what_happened_and_can_be_replayed(opened: Opener) -> None:
+    engine = opened()
+    seen: list[Any] = []
+    bad = {1}
+    engine.on_change(scope="orders", durable="ship", retry=Retry(attempts=2, first=0.0))(failing_on(bad, seen))
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+
+    letters = engine.dead_letters("ship")
+    (letter,) = letters.list()
+    assert (letter.consumer, letter.attempts, letter.error) == ("ship", 2, "ValueError: no address")
+    assert letter.event.new_value == 1
+    assert "in ship" in letter.traceback
+    assert letter.first_at <= letter.died_at
+    assert letters.get(letter.id) == letter
+    assert engine.dead_letters("other").list() == []
+
+    bad.clear()
+    assert letters.replay([letter.id]) == 1
+    engine.drain(PATIENCE_S)
+    assert seen == [1, 1, 1]
+    assert letters.count() == 0
+    assert engine.consumers()["ship"].dead == 0
+
+
+def test_a_replay_resets_every_field_that_decides_when_it_is_tried(opened: Opener) -> None:
+    """As strata 378, where a replayed job kept its schedule and never ran."""
+    engine = opened()
+    attempts: list[int] = []
+    fail = [True]
+
+    def ship(event: StateEvent, delivery: Delivery) -> None:
+        attempts.append(delivery.attempt)
+        if fail[0]:
+            raise ValueError("no")
+
+    engine.on_change(scope="orders", durable="ship", retry=Retry(attempts=2, first=0.0))(ship)
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+    before = engine.dead_letters().list()[0].first_ms
+    engine.dead_letters().replay(all=True)
+    engine.drain(PATIENCE_S)
+    assert attempts == [1, 2, 1, 2]
+    again = engine.dead_letters().list()[0]
+    assert again.attempts == 2
+    assert again.first_ms > before
+
+    engine.dead_letters().replay(all=True, reset=False)
+    engine.drain(PATIENCE_S)
+    assert attempts[4:] == [3]
+
+    # Over a restart between the replay and the delivery too.
+    engine.consumers().pause("ship")
+    engine.dead_letters().replay(all=True)
+    engine = opened()
+    fail[0] = False
+    engine.on_change(scope="orders", durable="ship")(ship)
+    engine.consumers().resume("ship")
+    engine.drain(PATIENCE_S)
+    assert attempts[5:] == [1]
+
+
+@pytest.mark.parametrize("how", ["replay", "purge", "purge after a restart"])
+def test_what_blocks_its_key_is_released_by_a_replay_or_a_purge(opened: Opener, how: str) -> None:
+    engine = opened()
+    seen: list[Any] = []
+    bad = {1}
+    options = no_retry(scope="orders", durable="ship", on_giving_up="block")
+    engine.on_change(**options)(failing_on(bad, seen))
+    for key, value in (("a", 1), ("a", 2), ("b", 3)):
+        engine.set("orders", key, value)
+    engine.drain(PATIENCE_S)
+    assert sorted(seen) == [1, 3]
+
+    if "restart" in how:
+        engine = opened()
+        engine.on_change(**options)(failing_on(bad, seen))
+        engine.set("orders", "a", 4)
+        engine.drain(PATIENCE_S)
+        assert sorted(seen) == [1, 3]
+    bad.clear()
+    if how == "replay":
+        assert engine.dead_letters("ship").replay(all=True) == 1
+    else:
+        assert engine.dead_letters("ship").purge(all=True) == 1
+    engine.drain(PATIENCE_S)
+
+    assert [value for value in seen if value != 3] == {"replay": [1, 1, 2], "purge": [1, 2]}.get(how, [1, 2, 4])
+    assert engine.dead_letters().count() == 0
+
+
+def test_a_full_list_of_dead_letters_pauses_and_health_says_so(opened: Opener) -> None:
+    engine = opened()
+    seen: list[Any] = []
+    engine.on_change(**no_retry(scope="orders", durable="ship", max_dead=2))(failing_on(range(10), seen))
+    for number in range(4):
+        engine.set("orders", str(number), number)
+    engine.drain(PATIENCE_S)
+
+    assert engine.dead_letters().count() == 2
+    assert any("dead letters is full" in problem for problem in engine.health().problems)
+    engine.dead_letters().purge([letter.id for letter in engine.dead_letters().list()])
+    engine.consumers().resume("ship")
+    engine.drain(PATIENCE_S)
+    assert engine.dead_letters().count() == 2
+    assert {letter.event.new_value for letter in engine.dead_letters().list()} | set(seen) == {0, 1, 2, 3}
+
+
+def test_nothing_is_replayed_or_purged_by_leaving_everything_out(opened: Opener) -> None:
+    engine = opened()
+    for call in (engine.dead_letters().replay, engine.dead_letters().purge):
+        with pytest.raises(Exception, match="takes the ids of letters, or"):
+            call()
+
+
+# ------------------------------------------------------------------------------------------------------- transactions
+
+
+def test_a_transaction_writes_and_acknowledges_in_one_step(opened: Opener) -> None:
+    engine = opened()
+    problems: list[BaseException] = []
+
+    @engine.on_change(scope="orders", durable="count", retry=Retry(attempts=2, first=0.0))
+    def count(event: StateEvent, delivery: Delivery) -> None:
+        with delivery.transaction("totals") as tx:
+            tx.set("sum", tx.get("sum", 0) + event.new_value)
+            assert tx.get("sum") >= event.new_value
+            tx.update("log", [update_ops.Append("", str(event.new_value))])
+            tx.set("gone", 1)
+            tx.delete("gone")
+        try:
+            delivery.transaction("totals").__enter__()
+        except Unsupported as error:
+            problems.append(error)
+        raise ValueError("after it: not tried again")
+
+    for number in range(20):
+        engine.set("orders", str(number % 4), number)
+    engine.drain(PATIENCE_S)
+
+    assert engine.get("totals", "sum") == sum(range(20))
+    assert len(problems) == 20
+    assert engine.dead_letters().count() == 0
+    engine = opened()
+    seen: list[Any] = []
+    engine.on_change(scope="orders", durable="count")(lambda event: seen.append(event.new_value))
+    engine.drain(PATIENCE_S)
+    assert seen == []
+    assert engine.get("totals", "sum") == sum(range(20))
+
+
+def test_a_transaction_whose_block_raises_writes_nothing_and_counts_as_a_failure(opened: Opener) -> None:
+    engine = opened()
+    attempts: list[int] = []
+
+    @engine.on_change(scope="orders", durable="count", retry=Retry(attempts=2, first=0.0))
+    def count(event: StateEvent, delivery: Delivery) -> None:
+        attempts.append(delivery.attempt)
+        with delivery.transaction("totals") as tx:
+            tx.set("n", delivery.attempt)
+            if delivery.attempt == 1:
+                raise OSError("away")
+
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+
+    assert attempts == [1, 2]
+    assert engine.get("totals", "n") == 2
+
+
+def test_a_conflict_of_a_transaction_is_tried_again_and_is_no_failure(opened: Opener) -> None:
+    engine = opened()
+    attempts: list[int] = []
+    engine.set("totals", "n", 0)
+
+    @engine.on_change(**no_retry(scope="orders", durable="count"))
+    def count(event: StateEvent, delivery: Delivery) -> None:
+        attempts.append(delivery.attempt)
+        with delivery.transaction("totals") as tx:
+            n = tx.get("n")
+            if len(attempts) == 1:
+                engine.set("totals", "n", 10)
+            tx.set("n", n + 1)
+
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+
+    assert attempts == [1, 1]
+    assert engine.get("totals", "n") == 11
+    assert engine.dead_letters().count() == 0
+
+
+def test_a_transaction_that_caught_its_conflict_may_be_tried_again_in_the_handler(opened: Opener) -> None:
+    engine = opened()
+    engine.set("totals", "n", 0)
+
+    @engine.on_change(**no_retry(scope="orders", durable="count"))
+    def count(event: StateEvent, delivery: Delivery) -> None:
+        for attempt in range(2):
+            try:
+                with delivery.transaction("totals") as tx:
+                    n = tx.get("n")
+                    if attempt == 0:
+                        engine.set("totals", "n", 10)
+                    tx.set("n", n + 1)
+            except Conflict:
+                continue
+
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+
+    assert engine.get("totals", "n") == 11
+
+
+def test_a_transaction_in_a_coroutine(opened: Opener) -> None:
+    engine = opened()
+
+    @engine.on_change(scope="orders", durable="count", concurrency=4)
+    async def count(event: StateEvent, delivery: Delivery) -> None:
+        async with delivery.transaction("totals") as tx:
+            tx.set("n", await tx.get("n", 0) + 1)
+
+    for number in range(20):
+        engine.set("orders", str(number), number)
+    engine.drain(PATIENCE_S)
+
+    assert engine.get("totals", "n") == 20
+
+
+def test_a_transaction_that_changes_nothing_acknowledges_all_the_same(opened: Opener) -> None:
+    engine = opened()
+    calls: list[int] = []
+
+    @engine.on_change(scope="orders", durable="count")
+    def count(event: StateEvent, delivery: Delivery) -> None:
+        calls.append(1)
+        with delivery.transaction("totals") as tx:
+            tx.get("n")
+
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+    engine = opened()
+    engine.on_change(scope="orders", durable="count")(lambda event: calls.append(2))
+    engine.drain(PATIENCE_S)
+
+    assert calls == [1]
+
+
+def test_a_transaction_needs_a_scope_that_is_saved(opened: Opener) -> None:
+    engine = opened()
+    problems: list[Unsupported] = []
+
+    @engine.on_change(scope="orders", durable="count")
+    def count(event: StateEvent, delivery: Delivery) -> None:
+        try:
+            with delivery.transaction("volatile") as tx:
+                tx.set("n", 1)
+        except Unsupported as error:
+            problems.append(error)
+
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+
+    assert "never saved" in str(problems[0])
+    assert engine.get("volatile", "n") is None
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_where_nothing_is_saved_a_durable_trigger_is_refused_with_what_to_do(opened: Opener) -> None:
+    engine = opened()
+    with pytest.raises(ConfigError, match="durability: interval"):
+        engine.on_change(scope="volatile", durable="ship")(lambda event: None)
+    with Engine() as memory:
+        with pytest.raises(ConfigError, match="store_method: file_based"):
+            memory.on_change(scope="orders", durable="ship")(lambda event: None)
+        assert list(memory.consumers()) == []
+        assert memory.dead_letters().list() == []
+        with pytest.raises(Unsupported):
+            memory.consumers().pause("ship")
+
+
+# -------------------------------------------------------------------------------------------------------------- asyncio
+
+
+def test_consumers_and_letters_for_asyncio(opened: Opener) -> None:
+    engine = opened()
+    seen: list[Any] = []
+    bad = {1}
+    engine.on_change(**no_retry(scope="orders", durable="ship"))(failing_on(bad, seen))
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+
+    async def run() -> None:
+        letters = engine.aio.dead_letters("ship")
+        (letter,) = await letters.list()
+        assert (await letters.get(letter.id)) == letter
+        assert await letters.count() == 1
+        await engine.aio.consumers().pause("ship")
+        assert [(one.name, one.paused) for one in await engine.aio.consumers()] == [("ship", "paused by the program")]
+        await engine.aio.consumers().resume("ship")
+        bad.clear()
+        assert await letters.replay([letter.id]) == 1
+        await engine.aio.drain(PATIENCE_S)
+        assert await letters.purge(all=True) == 0
+
+    asyncio.run(run())
+    assert seen == [1, 1]
+
+
+def test_a_handler_that_runs_when_the_engine_closes_may_end_and_others_are_delivered_later(opened: Opener) -> None:
+    engine = opened(close_grace_ms=5000)
+    begun, go = threading.Event(), threading.Event()
+    seen: list[Any] = []
+
+    def ship(event: StateEvent) -> None:
+        begun.set()
+        assert go.wait(PATIENCE_S)
+        seen.append(event.new_value)
+
+    engine.on_change(scope="orders", durable="ship", retry=Retry(first=100.0))(ship)
+    engine.set("orders", "a", 1)
+    assert begun.wait(PATIENCE_S)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    go.set()
+    closing.join(PATIENCE_S)
+    opened.engine = None
+    assert seen == [1]
+
+    engine = opened()
+    engine.on_change(scope="orders", durable="ship")(ship)
+    engine.drain(PATIENCE_S)
+    assert seen == [1]
+
+
+def test_a_store_that_fails_delivers_nothing_before_it_works_again(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened()
+    seen: list[Any] = []
+    engine.on_change(scope="orders", durable="ship")(lambda event: seen.append(event.new_value))
+    store = engine._parts.backend.store
+    assert store is not None
+    real = store.save
+    with monkeypatch.context() as patch:
+
+        def broken(*given: Any) -> None:
+            raise StorageError("no space left")
+
+        patch.setattr(store, "save", broken)
+        if opened.durability == "commit":
+            with pytest.raises(StorageError):
+                engine.set("orders", "a", 1)
+        else:
+            engine.set("orders", "a", 1)
+            with pytest.raises(StorageError):
+                engine.drain(PATIENCE_S)
+        assert seen == []
+    assert store.save == real
+    engine.set("orders", "a", 2)
+    engine.drain(PATIENCE_S)
+
+    assert seen == ([2] if opened.durability == "commit" else [1, 2])
