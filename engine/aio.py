@@ -189,7 +189,7 @@ class AioEngine(AioStateCalls):
                 text = call.refusal(error)
         return None if text is None else decode(text)
 
-    async def elsewhere(self, work: Callable[[], Any]) -> Any:
+    async def elsewhere(self, work: Callable[[], A]) -> A:
         """Run `work()`, which may wait for a disk, on a worker thread, and return what it gives or raises."""
         self._engine._refuse_if_closed()  # in a forked child no thread would run it
         return await _outcome(self._engine._parts.dispatcher.submit, work)

@@ -119,7 +119,7 @@ class _Letters(_Access):
         self._consumer = consumer
 
     def _page(self, limit: int, after: str | None) -> builtins.list[DeadLetter]:
-        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        if type(limit) is not int or limit < 1:
             raise DeserializationError(f"`limit` is a whole number from 1 on, not {limit!r:.40}")
         found = self._found()
         return [] if found is None else found.letters(self._consumer, limit, after)
@@ -136,8 +136,8 @@ class _Letters(_Access):
     def _purge(self, ids: Iterable[str] | None, *, every: bool, before: datetime | None) -> int:
         before_ms = None
         if before is not None:
-            if not isinstance(before, datetime) or before.tzinfo is None:
-                raise DeserializationError(f"`before` is a datetime with a time zone, not {before!r:.40}")
+            if before.tzinfo is None:
+                raise DeserializationError(f"`before` is a datetime with a time zone; {before} has none")
             before_ms = int(before.timestamp() * 1000)
         otherwise = every or before is not None
         chosen = _chosen("purge()", ids, chosen_otherwise=otherwise, otherwise="`before` or `all=True`")

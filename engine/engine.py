@@ -492,10 +492,12 @@ class Engine(Reactive, StateCalls):
 
         Redis with `events: shared`: it waits for the events of this engine's own writes; with `delivery: one`, other
         engines of the group may have taken some of them and still be handling those (docs/from-one-process-to-many.md).
-        Bridge with `events: remote`: it waits for the events that have arrived.
+        Bridge with `events: remote`: it waits for the events that have arrived. With durable triggers everything is saved
+        first; a retry of theirs is waited for if it is due within a second.
 
-        `timeout` is in seconds. Raises ReplyTimeout, which names the triggers that are behind, and WouldDeadlock if it
-        would wait for itself: in a handler, and on an event loop that runs handlers (use `await engine.aio.drain()`).
+        `timeout` is in seconds. Raises ReplyTimeout, which names the triggers that are behind, StorageError if what
+        durable triggers wait for cannot be saved, and WouldDeadlock if it would wait for itself: in a handler, and on
+        an event loop that runs handlers (use `await engine.aio.drain()`).
         """
         self._refuse_if_drained()
         refuse_on_loop_of_handlers(self._parts, "drain")
