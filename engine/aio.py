@@ -192,7 +192,8 @@ class AioEngine(AioStateCalls):
     async def elsewhere(self, work: Callable[[], A]) -> A:
         """Run `work()`, which may wait for a disk, on a worker thread, and return what it gives or raises."""
         self._engine._refuse_if_closed()  # in a forked child no thread would run it
-        return await _outcome(self._engine._parts.dispatcher.submit, work)
+        answer: A = await _outcome(self._engine._parts.dispatcher.submit, work)
+        return answer
 
     def consumers(self) -> AioEngineConsumers:
         """As `Engine.consumers`; `await` it for a list."""

@@ -492,8 +492,8 @@ class Engine(Reactive, StateCalls):
 
         Redis with `events: shared`: it waits for the events of this engine's own writes; with `delivery: one`, other
         engines of the group may have taken some of them and still be handling those (docs/from-one-process-to-many.md).
-        Bridge with `events: remote`: it waits for the events that have arrived. With durable triggers everything is saved
-        first; a retry of theirs is waited for if it is due within a second.
+        Bridge with `events: remote`: it waits for the events that have arrived. With durable triggers everything is
+        saved first; a retry of theirs is waited for if it is due within a second.
 
         `timeout` is in seconds. Raises ReplyTimeout, which names the triggers that are behind, StorageError if what
         durable triggers wait for cannot be saved, and WouldDeadlock if it would wait for itself: in a handler, and on
