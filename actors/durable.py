@@ -157,6 +157,8 @@ class DurableHandler(HandlerActor):
         self._barriers: list[tuple[Barrier, int, set[int] | None]] = []
         self._stopped = False
         self._target: tuple[object, bool] = (None, False)
+        self.call: Callable[[str, Attempt], Any] | None = None
+        """Calls the function, or the condition, with this id in place of the handler: for the trigger of a worker."""
         self.loops_cut = 0
 
     # ---------------------------------------------------------------------------------------- what the engine asks
@@ -456,6 +458,8 @@ class DurableHandler(HandlerActor):
 
     def _call_durable(self, function_id: str, attempt: Attempt) -> Any:
         """Call the function of the trigger. The result of a coroutine function must still be awaited."""
+        if self.call is not None:
+            return self.call(function_id, attempt)
         target = self._services.functions.get(function_id).target
         known, takes_delivery = self._target
         if known is not target:
@@ -481,7 +485,8 @@ class DurableHandler(HandlerActor):
     async def _ask_first(self, attempt: Attempt, trigger: Trigger, condition: str) -> None:
         """Condition, then handler."""
         try:
-            verdict = self._services.functions.get(condition).target(attempt.event)
+            call = self.call or (lambda name, one: self._services.functions.get(name).target(one.event))
+            verdict = call(condition, attempt)
             if type(verdict) is not bool:
                 verdict = await self._awaited(attempt, condition, verdict)
         except BaseException as error:  # noqa: BLE001 - as above

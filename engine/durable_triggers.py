@@ -35,9 +35,10 @@ class DurableTriggers(Consumers):
         """Makes the transaction of a delivery; set by the engine."""
 
     @exclusive
-    def register(self, trigger: Trigger) -> DurableHandler:
+    def register(self, trigger: Trigger, call: Callable[[str, Attempt], Any] | None = None) -> DurableHandler:
         """Register a durable trigger. One with the same name is replaced: its consumer, and what waits, are kept.
 
+        `call(function_id, attempt)` calls its function and its condition, in place of the handler.
         Raises ConfigError, InvalidRegistration, InvalidCursor, Compacted and StorageError; nothing is changed then.
         """
         name = trigger.durable
@@ -52,6 +53,7 @@ class DurableTriggers(Consumers):
             handler.make_transaction = self.make_transaction
         self._table.enter(trigger, handler)
         self._handlers[name] = handler
+        handler.call = call
         handler.replace(trigger)
         return handler
 

@@ -120,6 +120,8 @@ class Connection(picows.WSListener):
         self._scheduled = False
         self._reading = True
         self._full = False
+        self._held = False
+        """Whether messages wait until `resume_messages` is called."""
         self._unsent_seen = 0
         self._gathered: list[bytes] = []
         self._gathered_bytes = 0
@@ -158,6 +160,17 @@ class Connection(picows.WSListener):
                 self.flush()
         else:
             self._transport.send(TEXT, message)  # type: ignore[union-attr]  # set as long as it is not closing
+
+    def pause_messages(self) -> None:
+        """Handle no further message until `resume_messages` is called: what the last one asks for takes a while."""
+        self._held = True
+        self._look()
+        self._pause()
+
+    def resume_messages(self) -> None:
+        """Go on after `pause_messages`."""
+        self._held = False
+        self._schedule()
 
     def flush(self) -> None:
         """Write what was gathered, in one system call."""
@@ -312,7 +325,7 @@ class Connection(picows.WSListener):
 
     def _take(self, message: bytes, text: bool) -> None:
         """Handle a message now, or later if this connection has had its turn."""
-        if self._turn and not self._backlog and not self._full:
+        if self._turn and not self._backlog and not self._full and not self._held:
             self._turn -= 1
             self.on_message(message, text)
         else:
@@ -325,7 +338,7 @@ class Connection(picows.WSListener):
         """Recompute what may be done with the next whole text message."""
         in_order = not self._closing and self._fragments_text is None
         waiting = bool(self._backlog)
-        self._plain = in_order and not waiting and not self._full
+        self._plain = in_order and not waiting and not self._full and not self._held
         self._deferring = in_order and waiting
 
     def _schedule(self) -> None:
@@ -339,13 +352,13 @@ class Connection(picows.WSListener):
         backlog, take, on_message = self._backlog, self._backlog.popleft, self.on_message
         self._batches.open = len(backlog) > 1
         for _ in range(min(TURN, len(backlog))):
-            if self._full or not backlog:
+            if self._full or self._held or not backlog:
                 break
             message, text = take()
             on_message(message, text)
         if self._batches.open:
             self._batches.finish()
-        if self._full or self._closing:
+        if self._full or self._held or self._closing:
             return
         if backlog:
             self._schedule()

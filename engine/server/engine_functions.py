@@ -147,7 +147,7 @@ class EngineFunctions:
             if frame.metadata:
                 info["metadata"] = frame.metadata
             infos.append(info)
-        theirs = {registered.frame.id for registered in of_workers}
+        theirs = {registered.place[1] for registered in of_workers}
         everything = worker is None or worker.access is None or worker.access.full
         for handle in self._hub.engine.triggers() if everything else ():
             if handle.trigger_id not in theirs:

@@ -322,16 +322,30 @@ class Hub:
 
     def _register_trigger(self, worker: Worker, frame: RegisterTrigger) -> None:
         try:
-            self.triggers.register(worker, frame)
+            rest = self.triggers.register(worker, frame)
         except ScopestateError as error:
-            self.log.warning("worker %s: trigger %r was not registered: %s", worker.worker_id, frame.id, error)
-            self.refuse(worker, frame, error)
-            refusal = ErrorBody("trigger_registration_failed", shown(error))
-            worker.send(
-                encode_frame(TriggerRegistrationResult(frame.id, frame.trigger_type, frame.function_id, refusal))
-            )
-        else:
-            self.log.debug("worker %s registered trigger %r of type %r", worker.worker_id, frame.id, frame.trigger_type)
+            self._refuse_trigger(worker, frame, error)
+            return
+        if rest is not None:
+            # It waits for the disk. What the worker sends behind it must find it registered.
+            worker.pause_messages()
+            self.spawn(self._register_later(worker, frame, rest))
+            return
+        self.log.debug("worker %s registered trigger %r of type %r", worker.worker_id, frame.id, frame.trigger_type)
+
+    async def _register_later(self, worker: Worker, frame: RegisterTrigger, rest: Awaitable[None]) -> None:
+        try:
+            await rest
+        except ScopestateError as error:
+            self._refuse_trigger(worker, frame, error)
+        finally:
+            worker.resume_messages()
+
+    def _refuse_trigger(self, worker: Worker, frame: RegisterTrigger, error: ScopestateError) -> None:
+        self.log.warning("worker %s: trigger %r was not registered: %s", worker.worker_id, frame.id, error)
+        self.refuse(worker, frame, error)
+        refusal = ErrorBody("trigger_registration_failed", shown(error))
+        worker.send(encode_frame(TriggerRegistrationResult(frame.id, frame.trigger_type, frame.function_id, refusal)))
 
     def refuse(
         self, worker: Worker, frame: RegisterFunction | RegisterTrigger | RegisterTriggerType, error: Exception

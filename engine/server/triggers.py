@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
@@ -15,6 +15,7 @@ from scopestate.ops.values import decode, parse
 from scopestate.reactive import read_trigger
 from scopestate.server.access import Claims
 from scopestate.server.deliveries import LoopDispatcher, WorkerHandler
+from scopestate.server.durable import WorkerConsumers, trigger_id_of
 from scopestate.wire.frames import (
     RegisterTrigger,
     RegisterTriggerType,
@@ -62,6 +63,17 @@ class Registered(msgspec.Struct):
     provider: Access | None = None
     """For a custom type: the token whose workers provided it. No other provider receives its config."""
 
+    @property
+    def is_durable(self) -> bool:
+        """Whether it is a durable trigger."""
+        return self.trigger is not None and self.trigger.durable is not None
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What it takes in the engine: of two triggers with the same place the second replaces the first there."""
+        trigger = self.trigger
+        return self.frame.trigger_type, self.frame.id if trigger is None else trigger.trigger_id
+
 
 class ProvidedType(msgspec.Struct):
     """A trigger type and the worker that provides it."""
@@ -83,6 +95,7 @@ class WorkerTriggers:
         self._triggers: Claims[Registered] = Claims("trigger")
         self._types: Claims[ProvidedType] = Claims("trigger type")
         self._handlers: dict[str, WorkerHandler] = {}
+        self._consumers = WorkerConsumers(hub)
 
     def all(self) -> list[Registered]:
         """Return the triggers of all workers, in order of registration."""
@@ -97,11 +110,12 @@ class WorkerTriggers:
 
     # ------------------------------------------------------------------------------------------------ registration
 
-    def register(self, worker: Worker, frame: RegisterTrigger) -> None:
+    def register(self, worker: Worker, frame: RegisterTrigger) -> Awaitable[None] | None:
         """Add a trigger. One with the same id is replaced, and belongs to this worker then.
 
-        Raises InvalidRegistration for an unknown type, a bad config, or the id of a trigger of the program itself, and
-        Forbidden.
+        Returns what is left to do for a durable trigger, which waits for the disk: await it, it raises the same. Raises
+        InvalidRegistration for an unknown type, a bad config, or the id of a trigger of the program itself, Forbidden,
+        and ConfigError for a durable trigger of an engine without a store.
         """
         self._triggers.check(frame.id, worker.access)
         if not self._is_ours(frame.id):
@@ -117,11 +131,26 @@ class WorkerTriggers:
         provided = self._types.serving(frame.trigger_type)
         if provided is not None:
             registered.provider = provided.owner.access
-        known = self._triggers.serving(frame.id)
+        if registered.is_durable:
+            return self._register_durable(registered)
         self._begin(registered)
-        if known is not None and known.frame.trigger_type != frame.trigger_type:
+        self._put(registered)
+        return None
+
+    async def _register_durable(self, registered: Registered) -> None:
+        await self._consumers.add(registered)
+        if registered.owner.worker_id in self._hub.workers:
+            self._put(registered)
+        else:
+            self._end(registered)  # the worker has left
+
+    def _put(self, registered: Registered) -> None:
+        """Note a trigger that has begun to fire, in place of one with the same id."""
+        trigger_id = registered.frame.id
+        known = self._triggers.serving(trigger_id)
+        if known is not None and known.place != registered.place:
             self._end(known)
-        self._triggers.put(frame.id, worker, registered)
+        self._triggers.put(trigger_id, registered.owner, registered)
 
     def _is_ours(self, trigger_id: str) -> bool:
         """Return False for the id of a trigger of the program, which workers may not replace."""
@@ -142,7 +171,12 @@ class WorkerTriggers:
             for function_id in (read.function_id, read.condition_function_id):
                 if function_id is not None:
                     access.check_trigger_call(function_id, read.scope, read.scope_prefix)
-        return WorkerTrigger(**msgspec.structs.asdict(read), owner=worker)
+        fields = msgspec.structs.asdict(read)
+        if read.durable is not None:
+            name = read.durable if access is None else access.consumer(read.durable)
+            self._consumers.check(worker, frame.id, name)
+            fields |= {"durable": name, "trigger_id": trigger_id_of(name)}
+        return WorkerTrigger(**fields, owner=worker)
 
     def _check_other(self, worker: Worker, frame: RegisterTrigger) -> None:
         """Check a trigger of any type but `state`. Nothing is known here of the input that its function will get."""
@@ -177,7 +211,9 @@ class WorkerTriggers:
     def _end(self, registered: Registered) -> None:
         """Stop the firing of a trigger."""
         trigger, frame = registered.trigger, registered.frame
-        if trigger is not None:
+        if trigger is not None and trigger.durable is not None:
+            self._consumers.end(trigger.durable, registered.owner)
+        elif trigger is not None:
             self._handlers.pop(trigger.trigger_id, None)
             self._table.discard(trigger)
         provided = self._provider_of(registered)
@@ -199,7 +235,8 @@ class WorkerTriggers:
         if registered is not None and self._triggers.belongs_to(trigger_id, worker.access):
             for offer in self._triggers.clear(trigger_id):
                 offer.owner.session.forget(offer.frame)
-            self._end(registered)
+                if offer is registered or offer.is_durable:
+                    self._end(offer)
 
     def silence(self, worker: Worker) -> None:
         """Begin no more deliveries for the triggers of a worker that is lost."""
@@ -219,10 +256,11 @@ class WorkerTriggers:
             trigger_id = registered.frame.id
             if self._triggers.remove(trigger_id, worker, keep=False):
                 before = self._triggers.serving(trigger_id)
-                if before is not None:
+                if before is not None and not before.is_durable:
                     self._begin(before)
-                if before is None or before.frame.trigger_type != registered.frame.trigger_type:
+                if before is None or before.place != registered.place:
                     self._end(registered)
+        self._consumers.remove_all_of(worker)
 
     def withdraw_forbidden(self, worker: Worker, access: Access) -> None:
         """Remove the trigger types, and the triggers of other types than `state`, that a worker may not have now.

@@ -75,6 +75,9 @@ class Worker:
         """Function id -> why it was not registered; the last few."""
         self.slow = asyncio.Semaphore(_SLOW_CALLS)
         """Held by its calls that need a worker thread."""
+        self.pause_messages: Callable[[], object] = lambda: None
+        """Has its further messages wait until `resume_messages` is called."""
+        self.resume_messages: Callable[[], object] = lambda: None
         self._polls: set[asyncio.Task[Any]] = set()
         self.issued: dict[Execution, int] = {}
         """Calls of this worker that other workers execute -> bytes that each holds here."""
@@ -142,6 +145,7 @@ class WorkerConnection(Connection):
         self._worker = self._hub.connect(
             self._access, address, self.send, self.close, self._max_sent_bytes, carries_depth=self._carries_depth
         )
+        self._worker.pause_messages, self._worker.resume_messages = self.pause_messages, self.resume_messages
         self._receive = self._worker.session.receive
         self._act = self._hub.act
 
@@ -216,9 +220,10 @@ class WorkerFunction:
         result = self._checked(outcome)
         return decode(parse(result)) if result else None
 
-    async def deliver(self, event: StateEvent, delivery: Delivery) -> None:
+    async def deliver(self, event: StateEvent, delivery: Delivery, consumer: str) -> None:
         """Have the worker handle the event of a durable trigger. On the server's event loop.
 
+        `consumer`: what the worker calls the consumer.
         Raises what the worker says of it: RetryLater, Discard, or RemoteFailure; and as `Hub.execute`.
         """
         future: asyncio.Future[InvocationResult] = asyncio.get_running_loop().create_future()
@@ -227,7 +232,7 @@ class WorkerFunction:
             if not future.done():
                 future.set_result(outcome)
 
-        data, metadata = delivery_json(event, delivery)
+        data, metadata = delivery_json(event, delivery, consumer)
         execution = self.hub.execute(self, data, settle, depth=event.depth + 1, metadata=metadata, timed=False)
         try:
             outcome = await future
@@ -254,7 +259,7 @@ class WorkerFunction:
         return bytes(value_of(outcome))
 
 
-def delivery_json(event: StateEvent, delivery: Delivery) -> tuple[Raw, Raw]:
+def delivery_json(event: StateEvent, delivery: Delivery, consumer: str) -> tuple[Raw, Raw]:
     """Return the data and the metadata of the call that delivers an event of a durable trigger.
 
     The facts of the delivery are in both: SDKs before 0.22 show no metadata to a function.
@@ -262,7 +267,7 @@ def delivery_json(event: StateEvent, delivery: Delivery) -> tuple[Raw, Raw]:
     facts = encode(
         {
             "id": delivery.id,
-            "consumer": delivery.consumer,
+            "consumer": consumer,
             "attempt": delivery.attempt,
             "first_at": delivery.first_ms,
         }
