@@ -12,6 +12,8 @@ import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
@@ -20,14 +22,13 @@ from scopestate.actors.containment import Log, contained
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.journal import History, Journal, Rules
 from scopestate.actors.watcher import Watcher, changes_of
-from scopestate.ops.cursors import ManyCursor, ScopeCursor
+from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor, ScopeCursors
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher, Timer
     from scopestate.actors.gate import Batch
     from scopestate.actors.triggers import TriggerTable
-    from scopestate.ops.changes import Change
     from scopestate.ops.results import StateEvent
 
 log = Log("scopestate.watch")
@@ -36,7 +37,7 @@ RING_EVENTS: Final = 100_000
 RING_BYTES: Final = 64 << 20
 """How much the ring holds at most. The newest change is always there."""
 OVERHEAD: Final = 500
-"""Bytes that a change in the ring takes, beside its values."""
+"""Bytes that a change in the ring takes, beside its new value: the value before is mostly that of a change before."""
 LINGER_S: Final = 60.0
 """So long a scope stays fed after the last watch of it, for a watch that comes back with its cursor."""
 
@@ -73,13 +74,13 @@ class Interest:
 
 
 class FedScope:
-    """What the feed has of one scope. Changed under the feed's guard. It makes the cursors of watches of this scope."""
+    """What the feed has of one scope. Changed under the feed's guard."""
 
     __slots__ = (
-        "_store",
         "awaited",
         "begin",
         "by_key",
+        "cursors",
         "floor",
         "journaled",
         "kept",
@@ -93,7 +94,7 @@ class FedScope:
 
     def __init__(self, name: str, store: str, kept: Kept, *, journaled: bool) -> None:
         self.name = name
-        self._store = store
+        self.cursors = ScopeCursors(store, name)
         self.kept = kept
         self.journaled = journaled
         self.awaited = False
@@ -114,14 +115,6 @@ class FedScope:
         """key (None: every key) -> the watches of this scope."""
         self.many: tuple[Watcher, ...] = ()
         """The watches of many scopes that want this one."""
-
-    def cursor_of(self, change: Change) -> str:
-        """Return the cursor behind a change of this scope."""
-        return self.cursor_at(None if change.initial else change.revision)
-
-    def cursor_at(self, revision: int | None) -> str:
-        """Return the cursor behind a revision; None: before the snapshot."""
-        return ScopeCursor(self._store, self.name, revision).text()
 
     def begins_at(self, revision: int) -> None:
         """Note that every change behind this revision is entered."""
@@ -148,12 +141,14 @@ class Feed:
         """`wake` has a worker thread call `number` soon."""
         self.incoming: dict[int, StateEvent] = {}
         """id -> event, in the order of the changes. A dict: what was entered can be taken back without any memory."""
-        self.sleeping: dict[Watcher, None] = {}
-        """The watches that wait for a change."""
+        self.awaited: dict[object, None] = {}
+        """The watches that wait for a change, and this feed itself if there are durable triggers."""
         self.position = 0
         """The last position that was given."""
         self.epoch = 0
         self.store_id = ""
+        self.cursors = ManyCursors("", 0)
+        """What makes the cursors of many scopes."""
         self.journal: Journal | None = None
         self.now_ms: Callable[[], int] = lambda: 0
         self._dispatcher = dispatcher
@@ -208,6 +203,7 @@ class Feed:
             self.epoch = journal.epoch
             self.position = journal.first
             self._give_rules()
+        self.cursors = ManyCursors(store_id, self.epoch)
         # One position is left out, so that a cursor of this session differs from the last one of the session before.
         self.position += 1
         self._floor = self._shown = self.position
@@ -281,6 +277,10 @@ class Feed:
         self._exact = exact
         self._wide = tuple([one for one in every if one.scope is None])
         self._durable = tuple([one for one in every if one.consumer is not None])
+        if self._durable:
+            self.awaited[self] = None
+        else:
+            self.awaited.pop(self, None)
 
     def _feed(self, interest: Interest) -> None:
         """Apply what is wanted now to the scopes that an interest is about."""
@@ -326,7 +326,7 @@ class Feed:
 
     def is_waited_for(self) -> bool:
         """True if there is something to number, and a watch that sleeps, or a durable trigger, may want it."""
-        return bool(self.incoming and (self.sleeping or self._durable))
+        return bool(self.incoming and self.awaited)
 
     def number(self) -> None:
         """Give positions to the changes that were entered, and hand them on. On a worker thread."""
@@ -346,8 +346,7 @@ class Feed:
                 self._enter(batch, woken)
             finally:
                 # In every case: they have positions, and a second time would be one too many.
-                for event in batch:
-                    del incoming[id(event)]
+                deque(map(incoming.__delitem__, map(id, batch)), 0)
             self._show(batch, woken)
         self._forget_dropped()
         return woken
@@ -362,16 +361,8 @@ class Feed:
 
     def _enter(self, events: Sequence[StateEvent], woken: list[Watcher]) -> None:
         """Put changes that are in order of position into their scopes, and hand them to the watches of these."""
-        begin = 0
-        while begin < len(events):
-            name = events[begin].scope
-            end = begin + 1
-            while end < len(events) and events[end].scope == name:
-                end += 1
-            run = events if end - begin == len(events) else events[begin:end]
-            begin = end
-            scope = self._scopes.get(name) or self._make_scope(name)
-            self._enter_scope(scope, run, woken)
+        for name, group in groupby(events, _scope_of):
+            self._enter_scope(self._scopes.get(name) or self._make_scope(name), list(group), woken)
 
     def _make_scope(self, name: str) -> FedScope:
         scope = FedScope(name, self.store_id, self._kept(name), journaled=self.is_journaled(name))
@@ -392,7 +383,7 @@ class Feed:
         scope.ring.extend(events)
         by_key = scope.by_key
         if by_key:
-            made = changes_of(events, scope)
+            made = changes_of(events, scope.cursors)
             for watcher in by_key.get(None, ()):
                 watcher.take(scope.name, made, woken)
             if len(by_key) > 1 or None not in by_key:
@@ -412,19 +403,13 @@ class Feed:
             events = self._later[:count]
             del self._later[:count]
         self._ring.extend(events)
-        # Only values are counted in the loop: it is half of the time of numbering.
-        self._ring_bytes += sum([size_of(event) for event in events]) + OVERHEAD * len(events)
+        self._ring_bytes += sum([len(event.new_json or b"") for event in events]) + OVERHEAD * len(events)
         if self._many and events:
-            begin = 0
-            made = changes_of(events, self)
-            while begin < len(made):
-                name = made[begin].scope
-                end = begin + 1
-                while end < len(made) and made[end].scope == name:
-                    end += 1
-                for watcher in self._scopes[name].many if name in self._scopes else ():
-                    watcher.take(name, made[begin:end], woken)
-                begin = end
+            for name, group in groupby(changes_of(events, self.cursors), _scope_of):
+                watchers = self._scopes[name].many if name in self._scopes else ()
+                changes = list(group) if watchers else ()
+                for watcher in watchers:
+                    watcher.take(name, changes, woken)
         # As of a scope: behind the watches. Positions that were never shown to anyone are passed too.
         self._shown = self.position if not self._holds else min(self._holds.values()) - 1
         if len(self._ring) > RING_EVENTS or self._ring_bytes > RING_BYTES:
@@ -437,7 +422,7 @@ class Feed:
         most, most_bytes = RING_EVENTS * 7 // 8, RING_BYTES * 7 // 8
         while len(ring) > 1 and (len(ring) > most or self._ring_bytes > most_bytes):
             event = ring.popleft()
-            self._ring_bytes -= size_of(event) + OVERHEAD
+            self._ring_bytes -= len(event.new_json or b"") + OVERHEAD
             self._floor = event.position
             scope = scopes.get(event.scope)
             if scope is not None and scope.ring and scope.ring[0] is event:
@@ -565,7 +550,7 @@ class Feed:
         self._exclusive.run(self._remove, watcher)
 
     def _remove(self, watcher: Watcher) -> None:
-        self.sleeping.pop(watcher, None)
+        self.awaited.pop(watcher, None)
         if watcher.interest is None:
             return
         if watcher.scope is None:
@@ -620,14 +605,14 @@ class Feed:
             if scope.floor is None or revision < scope.floor:
                 return False
             found = [event for event in scope.ring if event.revision > revision]
-            watcher.begin({cursor.scope: revision}, changes_of(found, scope))
+            watcher.begin({cursor.scope: revision}, changes_of(found, scope.cursors))
             return True
         position, prefix = cursor.position or 0, watcher.scope_prefix
         covered = any(one.began <= position and one.covers(None, prefix) for one in self._wide)
         if cursor.epoch != self.epoch or not self._floor <= position <= self.position or not covered:
             return False
         found = [event for event in self._ring if event.position > position and event.scope.startswith(prefix)]
-        watcher.begin({}, changes_of(found, self), position)
+        watcher.begin({}, changes_of(found, self.cursors), position)
         return True
 
     @exclusive
@@ -651,18 +636,6 @@ class Feed:
         """Return the revision up to which watches of a scope have everything; 0 if that is not known."""
         scope = self._scopes.get(name)
         return 0 if scope is None else scope.last
-
-    def scope_cursor(self, name: str, revision: int | None) -> str:
-        """Return the cursor of a scope behind a revision; None: before the snapshot."""
-        return ScopeCursor(self.store_id, name, revision).text()
-
-    def cursor_of(self, change: Change) -> str:
-        """Return the cursor of many scopes behind a change."""
-        return self.cursor_at(None if change.initial else change.position)
-
-    def cursor_at(self, position: int | None) -> str:
-        """Return the cursor of many scopes behind a position; None: before the snapshot."""
-        return ManyCursor(self.store_id, self.epoch, position).text()
 
     def look_soon(self) -> None:
         """Have a worker thread number what was entered. From any thread."""
@@ -694,13 +667,8 @@ def deliver_to(watchers: Iterable[Watcher]) -> None:
         watcher.wake()
 
 
-def size_of(event: StateEvent) -> int:
-    """Bytes of the values of an event."""
-    return len(event.old_json or b"") + len(event.new_json or b"")
-
-
-def _position(event: StateEvent) -> int:
-    return event.position
+_position: Final = attrgetter("position")
+_scope_of: Final = attrgetter("scope")
 
 
 def _without(group: tuple[Watcher, ...], watcher: Watcher) -> tuple[Watcher, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from threading import get_ident
 from typing import Any, NoReturn
 
@@ -53,7 +53,9 @@ class EventRouter(TurnActor):
         super().__init__(services.dispatcher)
         self._services = services
         self._limits = services.limits
+        self._wall_ns = services.dispatcher.wall_ns
         self.triggers = TriggerTable(lambda trigger: HandlerActor(trigger, services))
+        self._registered = self.triggers.registered
         self.backlog = services.backlog
         self.backlog.working = self.triggers.working
         self.feed = Feed(services.dispatcher, self.wake, self.triggers)
@@ -111,6 +113,73 @@ class EventRouter(TurnActor):
                 if len(handler._mailbox) + len(handler._aside) >= room:
                     self._admit(scope, handlers, depth)
         return ((handlers, StateEvent(kind, scope, key, old, new, revision, depth, expired_at, late_ms, revision)),)
+
+    def prepare_fed(
+        self,
+        scope: str,
+        watch: Watchers,
+        key: str,
+        old: bytes | None,
+        new: bytes | None,
+        revision: int,
+        depth: int,
+        expired: Expired | None = None,
+    ) -> tuple[tuple[Prepared, ...], StateEvent, int]:
+        """As `prepare`, for a scope that is fed: what of it is published, the event for the feed, its key there."""
+        if self._registered:
+            ((handlers, event),) = prepared = self.prepare(scope, watch, key, old, new, revision, depth, expired)
+            event.time_ms = self._wall_ns() // 1_000_000
+            return prepared if handlers else (), event, id(event)
+        kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
+        late: Expired | tuple[None, None] = (None, None)
+        if expired is not None:
+            kind, late = "state:expired", expired
+        expired_at, late_ms = late
+        now_ms = self._wall_ns() // 1_000_000
+        event = StateEvent(kind, scope, key, old, new, revision, depth, expired_at, late_ms, revision, now_ms)
+        return (), event, id(event)
+
+    def prepare_sets(
+        self,
+        scope: str,
+        watch: Watchers,
+        sets: Mapping[str, bytes],
+        before: Sequence[bytes | None],
+        first: int,
+        depth: int,
+    ) -> tuple[list[Prepared], dict[int, StateEvent]]:
+        """As `prepare_fed`, for sets of several keys in one transaction, whose first one has the revision `first`."""
+        last = first + len(sets) - 1
+        fed = watch.fed or watch.anywhere.fed
+        now_ms = self._wall_ns() // 1_000_000 if fed else 0
+        if self._registered:
+            routed: list[Prepared] = []
+            for revision, (key, data), old in zip(range(first, last + 1), sets.items(), before, strict=True):
+                routed += self.prepare(scope, watch, key, old, data, revision, depth)
+            for _, event in routed:
+                event.transaction, event.time_ms = last, now_ms
+            if not fed:
+                return routed, {}
+            return [one for one in routed if one[0]], {id(event): event for _, event in routed}
+        if not fed:
+            return [], {}
+        events = [
+            StateEvent(
+                "state:created" if old is None else "state:updated",
+                scope,
+                key,
+                old,
+                data,
+                revision,
+                depth,
+                None,
+                None,
+                last,
+                now_ms,
+            )
+            for revision, (key, data), old in zip(range(first, last + 1), sets.items(), before, strict=True)
+        ]
+        return [], dict(zip(map(id, events), events, strict=True))
 
     def check_room(self, scope: str, watch: Watchers, key: str, depth: int) -> None:
         """Refuse, as `prepare` does, a write that is about to be sent elsewhere: no handler may miss its event."""

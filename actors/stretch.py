@@ -110,6 +110,7 @@ class ScopeInMemory(ScopeActor):
     # CPython looks up at most 30 attributes of an object quickly, unless they are slots.
     __slots__ = (
         "_answers",
+        "_awaited",
         "_collected",
         "_created",
         "_creations",
@@ -135,6 +136,8 @@ class ScopeInMemory(ScopeActor):
         self._gate: Gate | None = None
         self._outbox: list[Any] = around.router.outlet
         self._incoming: dict[int, StateEvent] = around.router.feed.incoming
+        self._awaited = around.router.feed.awaited
+        """Not empty if something waits for what is entered into `_incoming`."""
         self._registry: MutableMapping[str, Any] = around.snapshot.dirty
         self._values: dict[str, bytes] | None = None
         """key -> JSON, in the order of creation; expired keys too, until a turn removes them. None: not in memory."""
@@ -177,11 +180,14 @@ class ScopeInMemory(ScopeActor):
         routed: tuple[Any, ...] = ()
         logged = None
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
-            routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
             if watch.fed or watch.anywhere.fed:
-                routed, logged, mark = self._entry_of(routed)
+                routed, logged, mark = self._router.prepare_fed(
+                    self.scope, watch, key, old, new, sequence, event_depth.get()
+                )
+            else:
+                routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
         values, revisions, dirty = self._values, self._revisions, self._dirty
-        outbox, incoming, gate = self._outbox, self._incoming, self._gate
+        outbox, gate = self._outbox, self._gate
         assert values is not None  # within a turn
         if gate is not None:
             gate.unsettled = True
@@ -192,13 +198,13 @@ class ScopeInMemory(ScopeActor):
             dirty[key] = None
             self._registry[self.scope] = self
         if logged is not None:
-            incoming[mark] = logged
+            self._incoming[mark] = logged
         if routed:
             try:
                 outbox += routed
             except MemoryError:
                 if logged is not None:
-                    del incoming[mark]
+                    del self._incoming[mark]
                 raise
         values[key] = new
         revisions[key] = sequence
@@ -206,7 +212,7 @@ class ScopeInMemory(ScopeActor):
         # The stretch has ended.
         if gate is not None:
             self._around.snapshot.commit_soon()  # the events wait for the commit
-        elif routed or logged is not None:
+        elif routed or (logged is not None and self._awaited):
             self._router.wake()
 
     def _create(self, key: str, new: bytes, expires_ms: int | None = None, now_ms: int | None = None) -> None:
@@ -219,12 +225,15 @@ class ScopeInMemory(ScopeActor):
         routed: tuple[Any, ...] = ()
         logged = None
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
-            routed = self._router.prepare(self.scope, watch, key, None, new, sequence, event_depth.get())
             if watch.fed or watch.anywhere.fed:
-                routed, logged, mark = self._entry_of(routed)
+                routed, logged, mark = self._router.prepare_fed(
+                    self.scope, watch, key, None, new, sequence, event_depth.get()
+                )
+            else:
+                routed = self._router.prepare(self.scope, watch, key, None, new, sequence, event_depth.get())
         sooner = expires_ms is not None and self._place(key, expires_ms, now_ms)
         values, revisions, created, deadlines = self._values, self._revisions, self._created, self._deadlines
-        dirty, outbox, incoming, gate = self._dirty, self._outbox, self._incoming, self._gate
+        dirty, outbox, gate = self._dirty, self._outbox, self._gate
         assert values is not None  # within a turn
         creations = self._creations + 1
         if gate is not None:
@@ -242,12 +251,12 @@ class ScopeInMemory(ScopeActor):
             revisions[key] = sequence
             values[key] = new
             if logged is not None:
-                incoming[mark] = logged
+                self._incoming[mark] = logged
             if routed:
                 outbox += routed
         except MemoryError:
-            if logged is not None and mark in incoming:
-                del incoming[mark]
+            if logged is not None and mark in self._incoming:
+                del self._incoming[mark]
             if key in values:
                 del values[key]
             if key in revisions:
@@ -272,9 +281,12 @@ class ScopeInMemory(ScopeActor):
         routed: tuple[Any, ...] = ()
         logged = None
         if watch or watch.anywhere:
-            routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
             if watch.fed or watch.anywhere.fed:
-                routed, logged, mark = self._entry_of(routed)
+                routed, logged, mark = self._router.prepare_fed(
+                    self.scope, watch, key, old, new, sequence, event_depth.get()
+                )
+            else:
+                routed = self._router.prepare(self.scope, watch, key, old, new, sequence, event_depth.get())
         sooner = False
         if expires_ms is not None:
             if now_ms is None or not self._deadlines:
@@ -282,7 +294,7 @@ class ScopeInMemory(ScopeActor):
             else:
                 sooner = self._wheel.place(key, expires_ms, now_ms)  # type: ignore[union-attr]  # there are deadlines
         values, revisions, deadlines, dirty = self._values, self._revisions, self._deadlines, self._dirty
-        outbox, incoming, gate = self._outbox, self._incoming, self._gate
+        outbox, gate = self._outbox, self._gate
         assert values is not None  # within a turn
         timed = key in deadlines
         if gate is not None:
@@ -297,11 +309,11 @@ class ScopeInMemory(ScopeActor):
             if expires_ms is not None and not timed:
                 deadlines[key] = expires_ms
             if logged is not None:
-                incoming[mark] = logged
+                self._incoming[mark] = logged
             outbox += routed
         except MemoryError:
-            if logged is not None and mark in incoming:
-                del incoming[mark]
+            if logged is not None and mark in self._incoming:
+                del self._incoming[mark]
             if not timed and key in deadlines:
                 del deadlines[key]
             raise
@@ -329,12 +341,14 @@ class ScopeInMemory(ScopeActor):
         routed: tuple[Any, ...] = ()
         logged = None
         if (watch and (key in watch or None in watch)) or (anywhere and (key in anywhere or None in anywhere)):
-            routed = self._router.prepare(self.scope, watch, key, old, None, sequence, event_depth.get(), expired)
             if watch.fed or watch.anywhere.fed:
-                routed, logged, mark = self._entry_of(routed)
+                routed, logged, mark = self._router.prepare_fed(
+                    self.scope, watch, key, old, None, sequence, event_depth.get(), expired
+                )
+            else:
+                routed = self._router.prepare(self.scope, watch, key, old, None, sequence, event_depth.get(), expired)
         values, revisions, created, deadlines = self._values, self._revisions, self._created, self._deadlines
-        dirty, removed, gate = self._dirty, self._removed, self._gate
-        outbox, incoming = self._outbox, self._incoming
+        dirty, removed, outbox, gate = self._dirty, self._removed, self._outbox, self._gate
         assert values is not None  # within a turn
         gone = 0
         if dirty is not None and old is not None and created[key] <= self._collected:
@@ -353,12 +367,12 @@ class ScopeInMemory(ScopeActor):
                 if gone:
                     removed[gone] = None
             if logged is not None:
-                incoming[mark] = logged
+                self._incoming[mark] = logged
             if routed:
                 outbox += routed
         except MemoryError:
-            if logged is not None and mark in incoming:
-                del incoming[mark]
+            if logged is not None and mark in self._incoming:
+                del self._incoming[mark]
             if gone and gone in removed:
                 del removed[gone]
             raise
@@ -450,14 +464,11 @@ class ScopeInMemory(ScopeActor):
             self.scope, self._watch, change.key, change.before, change.after, number, event_depth.get(), late
         )
 
-    def _entry_of(self, routed: tuple[Prepared, ...]) -> tuple[tuple[Prepared, ...], StateEvent, int]:
-        """Return what of a prepared event of a fed scope is published; the event for the feed; and its key there."""
-        ((handlers, event),) = routed
-        event.time_ms = self._around.clock.now_ms()
-        return routed if handlers else (), event, id(event)
-
     def _entries_of(self, routed: list[Prepared], last: int) -> tuple[list[Prepared], dict[int, StateEvent]]:
-        """As `_entry_of`, for the events of one transaction. `last`: the revision of its last change."""
+        """Return what of the prepared events of a transaction is published, and the entries for the feed.
+
+        `last`: the revision of its last change.
+        """
         for _, event in routed:
             event.transaction = last
         if not (self._watch.fed or self._watch.anywhere.fed):
@@ -559,9 +570,9 @@ class ScopeInMemory(ScopeActor):
         logged: dict[int, StateEvent] = {}
         take_back = None
         if watch or watch.anywhere:
-            for (key, data), old in zip(sets.items(), before, strict=True):
-                routed += self._event(Change(key, old, data), numbers[key])
-            routed, logged = self._entries_of(routed, number)
+            routed, logged = self._router.prepare_sets(
+                self.scope, watch, sets, before, self._sequence + 1, event_depth.get()
+            )
             if logged:
                 take_back = _remover((incoming, logged))
         made: dict[str, bytes] = {}

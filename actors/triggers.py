@@ -226,7 +226,8 @@ class TriggerTable:
         # Reentrant: a signal handler may write to a new scope while this thread is making one.
         self._exclusive = Guard()
         self._numbers = itertools.count(1)
-        self._by_id: dict[str, tuple[int, HandlerActor]] = {}
+        self.registered: dict[str, tuple[int, HandlerActor]] = {}
+        """trigger id -> the number of its registration, and its handler."""
         self._by_scope: dict[str, Watchers] = {}
         self._by_scope_prefix: Prefixes[Watchers] = Prefixes()
         self._anywhere = Watchers()
@@ -245,14 +246,14 @@ class TriggerTable:
 
     def __bool__(self) -> bool:
         """False if no trigger is registered."""
-        return bool(self._by_id)
+        return bool(self.registered)
 
     # ---------------------------------------------------------------------------------------------- registration
 
     @exclusive
     def register(self, trigger: Trigger, make: Callable[[Trigger], HandlerActor] | None = None) -> HandlerActor:
         """Add the trigger; one with the same id is replaced. `make`: instead of the table's own."""
-        known = self._by_id.get(trigger.trigger_id)
+        known = self.registered.get(trigger.trigger_id)
         self.sifting = self.sifting or trigger.sifts
         self.selective = self.selective or trigger.sifts or trigger.events is not None
         if known is not None:
@@ -269,13 +270,13 @@ class TriggerTable:
         # No call or loop between these lines, as in `ScopeActor._write`: a trigger that is listed also fires.
         bucket.members[number] = handler
         bucket.listed = unlisted
-        self._by_id[trigger_id] = entry
+        self.registered[trigger_id] = entry
         return handler
 
     @exclusive
     def enter(self, trigger: Trigger, handler: HandlerActor) -> None:
         """Add a durable trigger with its handler, which may have had another trigger of the same name before."""
-        for number, other in list(self._by_id.values()):
+        for number, other in list(self.registered.values()):
             if other is handler or other.trigger.trigger_id == trigger.trigger_id:
                 self._remove(number, other)
         if handler in self._retiring:
@@ -285,12 +286,12 @@ class TriggerTable:
         number = next(self._numbers)
         self.durable.members[number] = handler
         self.durable.listed = []
-        self._by_id[trigger.trigger_id] = (number, handler)
+        self.registered[trigger.trigger_id] = (number, handler)
 
     @exclusive
     def unregister(self, trigger_id: str) -> None:
         """Remove the trigger: no delivery begins after this has returned. Raises InvalidRegistration if unknown."""
-        known = self._by_id.get(trigger_id)
+        known = self.registered.get(trigger_id)
         if known is None:
             raise InvalidRegistration(f"no trigger has the id {trigger_id!r}; it may have been unregistered before")
         self._remove(*known)
@@ -298,7 +299,7 @@ class TriggerTable:
     @exclusive
     def discard(self, trigger: Trigger) -> None:
         """Remove the trigger if it is still the one that is registered under its id."""
-        known = self._by_id.get(trigger.trigger_id)
+        known = self.registered.get(trigger.trigger_id)
         if known is not None and known[1].trigger is trigger:
             self._remove(*known)
 
@@ -345,7 +346,7 @@ class TriggerTable:
         handler.active = False
         del bucket.members[number]
         bucket.listed = unlisted
-        del self._by_id[trigger_id]
+        del self.registered[trigger_id]
         # What it is doing now still counts, and so do the events that it drops from here on.
         self._retiring += (handler,)
         if not bucket.members and trigger.durable is None:
@@ -421,19 +422,19 @@ class TriggerTable:
 
     def find(self, trigger_id: str) -> Trigger | None:
         """Return the trigger that is registered under this id, or None."""
-        known = self._by_id.get(trigger_id)
+        known = self.registered.get(trigger_id)
         return None if known is None else known[1].trigger
 
     @exclusive
     def handlers(self) -> list[HandlerActor]:
         """Return the handlers of all triggers, in order of registration."""
-        return [handler for _, handler in sorted(self._by_id.values(), key=lambda entry: entry[0])]
+        return [handler for _, handler in sorted(self.registered.values(), key=lambda entry: entry[0])]
 
     @exclusive
     def working(self) -> list[HandlerActor]:
         """Return the handlers of all triggers and of unregistered ones that are not done yet, in no order."""
         retiring = [handler for handler in self._retiring if handler.is_busy()]
-        return [handler for _, handler in self._by_id.values()] + retiring
+        return [handler for _, handler in self.registered.values()] + retiring
 
     def disown(self) -> None:
         """In a forked child: the guard may be held by a thread that is not here."""
@@ -446,7 +447,7 @@ class TriggerTable:
         """Return what all handlers did so far, unregistered ones included."""
         total = Counts()
         total.add(self._retired)
-        for handler in [*(handler for _, handler in self._by_id.values()), *self._retiring]:
+        for handler in [*(handler for _, handler in self.registered.values()), *self._retiring]:
             total.add(handler)
         return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain
 from types import TracebackType
@@ -17,7 +18,7 @@ from scopestate.actors.snapshot import Flush
 from scopestate.actors.watcher import Filter, Watcher, changes_of
 from scopestate.errors import Compacted, DeserializationError, EngineClosed, Unsupported, WatchOverrun
 from scopestate.ops.changes import Change, KnownCursor
-from scopestate.ops.cursors import ManyCursor, ScopeCursor, read_cursor
+from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor, ScopeCursors, read_cursor
 from scopestate.ops.options import WatchOptions
 from scopestate.ops.ranges import State
 from scopestate.ops.triggers import KINDS
@@ -134,7 +135,10 @@ class _Watch:
         engine._refuse_if_closed()
         self._engine = engine
         self._settings = settings
-        self._feed = engine._router.feed
+        self._feed = feed = engine._router.feed
+        self._cursors: ScopeCursors | ManyCursors = feed.cursors
+        if settings.scope is not None:
+            self._cursors = ScopeCursors(feed.store_id, settings.scope)
         self._watcher = Watcher(
             settings.scope,
             settings.scope_prefix,
@@ -151,6 +155,8 @@ class _Watch:
         """True while a snapshot is read."""
         self._synced = False
         self._waiting: list[ReplyTo] = []
+        self._quick: deque[Change] | None = None
+        """The changes that wait, once nothing comes before them; None with `latest`."""
         self._last: Change | None = None
         self._start = 0
         """The revision, or the position, behind which the changes begin."""
@@ -211,9 +217,8 @@ class _Watch:
         return sorted(scope for scope in there if scope.startswith(prefix))
 
     def _entries(self, found: dict[str, list[tuple[str, Entry]]]) -> Iterator[Change]:
-        settings, feed = self._settings, self._feed
+        settings, cursors = self._settings, self._cursors
         for scope, entries in found.items():
-            cursors = feed if settings.scope is None else feed.scope(scope)
             for key, entry in entries:
                 self._settings.known.discard((scope, key))
                 json = entry.json if settings.values else None
@@ -221,8 +226,7 @@ class _Watch:
 
     def _deletes(self) -> Iterator[Change]:
         """Yield a delete for each key that the caller has and that is not there any more, behind the snapshot."""
-        settings, feed = self._settings, self._feed
-        cursors = feed if settings.scope is None else feed.scope(settings.scope)
+        settings, cursors = self._settings, self._cursors
         for scope, key in sorted(settings.known):
             change = Change("delete", scope, key, None, None, 0, 0, True, 0, cursors)
             if settings.filter.wants_key(key) and scope.startswith(settings.scope_prefix):
@@ -263,7 +267,7 @@ class _Watch:
             there = feed.journal.oldest(scope) if feed.journal is not None else None
             if there is not None:
                 floor = there[0] - 1
-            oldest = None if floor is None else feed.scope(scope).cursor_at(floor)
+            oldest = None if floor is None else self._cursors.at(floor)
         return Compacted(str(self._settings.since), reason, oldest)
 
     def _page_steps(self) -> Steps[None]:
@@ -279,8 +283,7 @@ class _Watch:
             self._note_synced()
             return
         pages.note(events)
-        scope = self._settings.scope
-        changes = changes_of(events, self._feed if scope is None else self._feed.scope(scope))
+        changes = changes_of(events, self._cursors)
         self._first = iter(self._watcher.filtered(changes))
 
     # -------------------------------------------------------------------------------------------------------- reading
@@ -339,8 +342,7 @@ class _Watch:
         return max(at, min(self._position(waits) - 1, shown))
 
     def _cursor_at(self, at: int | None) -> str:
-        scope = self._settings.scope
-        return self._feed.cursor_at(at) if scope is None else self._feed.scope_cursor(scope, at)
+        return self._cursors.at(at)
 
     @property
     def in_snapshot(self) -> bool:
@@ -373,6 +375,8 @@ class _Watch:
 
     def _note_synced(self) -> None:
         self._synced = True
+        if not self._settings.latest:
+            self._quick = self._watcher.pending
         while self._waiting:
             self._waiting.pop().set(None)
 
@@ -380,7 +384,7 @@ class _Watch:
         """Have `reply` set when there is something to read. Returns False if there is by now."""
         watcher, feed = self._watcher, self._feed
         watcher.waiters.append(reply)
-        feed.sleeping[watcher] = None
+        feed.awaited[watcher] = None
         if watcher.has_next() or watcher.is_over():
             return False
         feed.look_soon()
@@ -391,7 +395,7 @@ class _Watch:
         if reply in watcher.waiters:
             watcher.waiters.remove(reply)
         if not watcher.waiters:
-            self._feed.sleeping.pop(watcher, None)
+            self._feed.awaited.pop(watcher, None)
 
     def close(self) -> None:
         """End the watch. A thread or a task that waits for a change of it goes on. Idempotent, from any thread."""
@@ -483,6 +487,15 @@ class Changes(_Watch):
         return self
 
     def __next__(self) -> Change:
+        quick = self._quick
+        if quick:
+            try:
+                change: Change | None = quick.popleft()
+            except IndexError:  # another thread was quicker
+                change = None
+            if change is not None:
+                self._last = change
+                return change
         change = self._take()
         if change is None:
             change = self._next(None)

@@ -29,7 +29,7 @@ class KnownCursor(msgspec.Struct, frozen=True, gc=False):
         return self.cursor
 
 
-class Change(msgspec.Struct, frozen=True, eq=False):
+class Change(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A change of one key, as a watch yields it; with `markers=True` also a mark, which has no key."""
 
     kind: ChangeKind
@@ -55,7 +55,7 @@ class Change(msgspec.Struct, frozen=True, eq=False):
     position: int
     """The number of the change over all scopes of its engine; 0 for an entry of a snapshot."""
     cursors: CursorMaker
-    """What makes `cursor` when it is read."""
+    """What makes `cursor` when it is read. It refers to nothing: the garbage collector does not look at changes."""
 
     @property
     def value(self) -> Any:

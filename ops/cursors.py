@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from scopestate.errors import InvalidCursor
+from scopestate.ops.changes import Change
 
 
 class ScopeCursor(msgspec.Struct, frozen=True, array_like=True, tag="s"):
@@ -35,6 +36,36 @@ class ManyCursor(msgspec.Struct, frozen=True, array_like=True, tag="m"):
     def text(self) -> str:
         """Return it as text."""
         return _text_of(self)
+
+
+class ScopeCursors(msgspec.Struct, frozen=True, gc=False):
+    """Makes the cursors of the changes of one scope."""
+
+    store: str
+    scope: str
+
+    def cursor_of(self, change: Change) -> str:
+        """Return the cursor behind a change."""
+        return self.at(None if change.initial else change.revision)
+
+    def at(self, revision: int | None) -> str:
+        """Return the cursor behind a revision; None: before the snapshot."""
+        return ScopeCursor(self.store, self.scope, revision).text()
+
+
+class ManyCursors(msgspec.Struct, frozen=True, gc=False):
+    """Makes the cursors of the changes of many scopes."""
+
+    store: str
+    epoch: int
+
+    def cursor_of(self, change: Change) -> str:
+        """Return the cursor behind a change."""
+        return self.at(None if change.initial else change.position)
+
+    def at(self, position: int | None) -> str:
+        """Return the cursor behind a position; None: before the snapshot."""
+        return ManyCursor(self.store, self.epoch, position).text()
 
 
 _VERSION: Final = b"\x01"

@@ -282,10 +282,10 @@ def _names(instruction: dis.Instruction) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("method", "changed"),
     [
-        ("_write", {"values", "revisions", "dirty", "outbox"}),
-        ("_create", {"values", "revisions", "created", "deadlines", "dirty", "outbox", "_creations"}),
-        ("_write_timed", {"values", "revisions", "deadlines", "dirty", "outbox"}),
-        ("_remove", {"values", "revisions", "created", "deadlines", "removed", "dirty", "outbox"}),
+        ("_write", {"values", "revisions", "dirty", "outbox", "_incoming"}),
+        ("_create", {"values", "revisions", "created", "deadlines", "dirty", "outbox", "_incoming", "_creations"}),
+        ("_write_timed", {"values", "revisions", "deadlines", "dirty", "outbox", "_incoming"}),
+        ("_remove", {"values", "revisions", "created", "deadlines", "removed", "dirty", "outbox", "_incoming"}),
         (
             "_apply",
             {
@@ -298,10 +298,11 @@ def _names(instruction: dis.Instruction) -> tuple[str, ...]:
                 "answers",
                 "unsaved",
                 "outbox",
+                "incoming",
                 "_creations",
             },
         ),
-        ("_write_all", {"values", "revisions", "created", "dirty", "outbox", "_creations"}),
+        ("_write_all", {"values", "revisions", "created", "dirty", "outbox", "incoming", "_creations"}),
     ],
 )
 def test_a_stretch_has_no_place_where_a_signal_could_come(method: str, changed: set[str]) -> None:
@@ -358,6 +359,7 @@ def test_the_tables_that_the_stretch_changes_are_plain_dicts_and_lists(open_engi
         assert type(actor._deadlines) is dict
         assert type(actor._removed) is dict
         assert type(actor._outbox) is list
+        assert type(actor._incoming) is dict
         assert type(actor._dirty) in (dict, type(None))
 
 

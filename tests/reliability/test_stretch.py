@@ -45,11 +45,33 @@ def scope_of(engine: Engine) -> LocalScope:
     return actor
 
 
-def watched(engine: Engine) -> Seen:
-    seen = Seen()
-    engine.register_function("watch", seen)
-    engine.register_trigger(function_id="watch", scope="s", trigger_id="watch")
-    return seen
+class Told:
+    """What a handler and a watch are told of a scope: the same."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._seen = Seen()
+        engine.register_function("watch", self._seen)
+        engine.register_trigger(function_id="watch", scope="s", trigger_id="watch")
+        self._changes = engine.scope("s").watch(snapshot=False, buffer=10**9)
+        self._told: list[tuple[Any, ...]] = []
+
+    def wait_for(self, count: int) -> list[Any]:
+        """Wait for so many events, and return them."""
+        events = self._seen.wait_for(count)
+        expected = [
+            (event.revision, event.key, event.old_json, event.new_json, event.transaction)
+            for event in events[:count]
+            if event.old_json is not None or event.new_json is not None
+        ]
+        while len(self._told) < len(expected):
+            one = self._changes.get(PATIENCE_S)
+            self._told.append((one.revision, one.key, one.old_json, one.json, one.transaction))
+        assert self._told == expected
+        return events
+
+
+def watched(engine: Engine) -> Told:
+    return Told(engine)
 
 
 def any_turn(draw: random.Random, number: int, kind: int | None = None) -> Turn[Any]:
@@ -212,7 +234,7 @@ def test_a_commit_without_memory_has_happened_whole_or_not_at_all(tmp_path: Path
     watched(engine)
     actor = scope_of(engine)
     routed: list[Any] = []
-    actor._outbox, actor._registry = routed, {}
+    actor._outbox, actor._registry, actor._incoming = routed, {}, {}
     actor._expect = lambda: None  # type: ignore[method-assign]  # expired keys stay until a write removes them
     engine.set("s", "a", 0)
     draw = random.Random(count)
@@ -231,6 +253,7 @@ def test_a_commit_without_memory_has_happened_whole_or_not_at_all(tmp_path: Path
                 except MemoryError:
                     refused += 1
                     check(actor, [event for _, event in routed], f"allocation {begin} of {turn}")
+                    assert list(actor._incoming.values()) == [event for _, event in routed]
                     if actor._sequence != before[1]:
                         break  # it has happened; what comes behind it was refused
                     assert dict(actor._values or {}) == before[0]
