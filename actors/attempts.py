@@ -10,9 +10,10 @@ from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import close_unrun, is_awaitable, is_unrun
 from scopestate.actors.loops import Continue, OnLoop, Overdue, Pending
+from scopestate.actors.shapes import EventBatch, Item, events_of
 from scopestate.actors.turn import TurnActor
 from scopestate.errors import HandlerTimeout
-from scopestate.ops.results import DeliveryFailure, StateEvent
+from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.values import class_name
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Attempts(TurnActor):
     def __init__(self, trigger: Trigger, services: HandlerServices) -> None:
         super().__init__(services.dispatcher)
         self._services = services
+        self._bare = True
+        """True: the function gets the event as it is."""
         self._watched: dict[Run, None] = {}
         """Plain functions that run under a time limit."""
         self._looks_s = math.inf
@@ -95,6 +98,21 @@ class Attempts(TurnActor):
     async def _deliver(self, run: Run, trigger: Trigger) -> None:
         """Condition, then handler, with retries."""
         condition: str = trigger.condition_function_id  # type: ignore[assignment]  # without one it is not called
+        if isinstance(run.event, EventBatch):
+            await self._ask_for_each(run, run.event, condition)
+        else:
+            await self._ask(run, condition)
+        if run.outcome:
+            return
+        if not self.active:  # unregistered while the condition ran
+            run.outcome = "dropped"
+            self._note("dropped")
+            return
+        await self._finish(run, trigger.function_id, *self._outcome_of_call(run, trigger.function_id))
+
+    async def _ask(self, run: Run, condition: str) -> None:
+        """Call the condition. The run has an outcome then if its handler is not to be called."""
+        run.asking = True
         try:
             verdict = self._call(condition, run)
             if type(verdict) is not bool:
@@ -103,14 +121,34 @@ class Attempts(TurnActor):
             run.outcome = "failed"
             self._report(run, condition, error, final=True)
             return
+        finally:
+            run.asking = False
         if verdict is False:
             run.outcome = "skipped"
-            return
-        if not self.active:  # unregistered while the condition ran
-            run.outcome = "dropped"
-            self._note("dropped")
-            return
-        await self._finish(run, trigger.function_id, *self._outcome_of_call(run, trigger.function_id))
+
+    async def _ask_for_each(self, run: Run, batch: EventBatch, condition: str) -> None:
+        """Call the condition with each event of a batch, and take out those that it does not let through."""
+        let_through = []
+        for event in batch:
+            run.event = event
+            await self._ask(run, condition)
+            if not run.outcome:
+                let_through.append(event)
+            elif run.outcome == "skipped":
+                self._note("skipped")
+            run.outcome = ""
+        batch[:] = let_through
+        run.event = batch
+        if not let_through:
+            run.outcome = "dropped"  # each event was counted and reported by itself
+
+    def _argument(self, run: Run) -> Any:
+        """Return what a function is called with: an event, or a list of its own at each attempt, with the metadata."""
+        item = run.event
+        metadata = None if run.asking else self.trigger.metadata
+        for event in events_of(item):
+            event.metadata = metadata
+        return list(item) if isinstance(item, EventBatch) else item
 
     def _outcome_of_call(self, run: Run, function_id: str) -> tuple[Any, BaseException | None]:
         try:
@@ -158,9 +196,10 @@ class Attempts(TurnActor):
         services = self._services
         function = services.functions.get(function_id)
         timeout_s = services.limits.handler_timeout_s
+        event = run.event if self._bare else self._argument(run)
         if timeout_s and not function.is_async:
-            return self._call_watched(function.target, function_id, run, timeout_s)
-        return function.target(run.event)
+            return self._call_watched(function.target, function_id, run, event, timeout_s)
+        return function.target(event)
 
     async def _outcome_of(self, run: Run, function_id: str, result: Any) -> Any:
         """Return the result of a function, awaited if it is awaitable."""
@@ -192,18 +231,24 @@ class Attempts(TurnActor):
             raise HandlerTimeout(function_id, timeout_s) from error
 
     def _report(
-        self, run: Run, function_id: str, error: BaseException, *, final: bool, event: StateEvent | None = None
+        self, run: Run, function_id: str, error: BaseException, *, final: bool, event: Item | None = None
     ) -> None:
         """Report a failed attempt. `event`: on another thread, because this one must not run code of the program."""
         if issubclass(type(error), HandlerTimeout) and run.overdue:
             return  # reported when it became overdue
-        if final:
-            self._note("failed")
-        failure = DeliveryFailure(self.trigger.trigger_id, function_id, event or run.event, error, run.attempt, final)
-        if event is not None:
-            self._services.reporter.report(failure)
-        else:
-            self._services.report(failure)
+        events = events_of(run.event if event is None else event)
+        for number, one in enumerate(events):
+            if final:
+                self._note("failed")
+            failure = DeliveryFailure(
+                self.trigger.trigger_id, function_id, one, error, run.attempt, final, batched=len(events)
+            )
+            if event is not None:
+                self._services.reporter.report(failure)
+            elif number:
+                self._services.tell_hooks(failure)  # one line in the log is enough
+            else:
+                self._services.report(failure)
 
     def _note(self, name: str) -> None:
         """Count what several threads may count at the same time."""
@@ -214,7 +259,9 @@ class Attempts(TurnActor):
 
     # --------------------------------------------------------------------------------------- overdue plain functions
 
-    def _call_watched(self, target: Callable[[Any], Any], function_id: str, run: Run, timeout_s: float) -> Any:
+    def _call_watched(
+        self, target: Callable[[Any], Any], function_id: str, run: Run, event: Any, timeout_s: float
+    ) -> Any:
         """Call a plain function, which nothing can stop: that it exceeds its time limit is reported while it runs."""
         run.overdue = False
         run.function_id = function_id
@@ -226,7 +273,7 @@ class Attempts(TurnActor):
             self._looks_s = deadline
             self._dispatcher.call_later(timeout_s, weakly(self._look_at_deadlines))
         try:
-            result = target(run.event)
+            result = target(event)
         except BaseException as error:
             if run.overdue:
                 raise HandlerTimeout(function_id, timeout_s) from error

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from scopestate.actors.containment import Log, contained
+from scopestate.actors.shapes import EventBatch, Item
 from scopestate.errors import Overloaded
-from scopestate.ops.results import StateEvent
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher
@@ -218,6 +218,8 @@ class Backlog:
                 contained(callback, "telling a writer that a handler has made room", log)
 
 
-def size_of(event: StateEvent) -> int:
-    """Bytes of the values of an event."""
+def size_of(event: Item) -> int:
+    """Bytes of the values of an event, or of those of a batch."""
+    if isinstance(event, EventBatch):
+        return event.size
     return len(event.old_json or b"") + len(event.new_json or b"")

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from scopestate.actors.attempts import Attempts, Pause
+from scopestate.actors.attempts import Pause
 from scopestate.actors.backlog import size_of
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.lanes import Barrier, Lanes, Run
 from scopestate.actors.loops import Pending
+from scopestate.actors.shapes import Item, events_of
+from scopestate.actors.shaping import Shaping
 from scopestate.actors.turn import HOLDER, is_arranging
 from scopestate.errors import EventNotDelivered
 from scopestate.ops.results import DeliveryFailure, StateEvent
@@ -29,7 +31,7 @@ log = Log("scopestate.triggers")
 _NOTHING: Final[dict[Run, None]] = {}
 
 
-class HandlerActor(Attempts):
+class HandlerActor(Shaping):
     """Delivers events to one trigger's function: those of one lane in order, others side by side.
 
     One turn at a time, whose thread holds the claim, decides what begins. As long as nothing else is under way it calls
@@ -56,8 +58,8 @@ class HandlerActor(Attempts):
     def __init__(self, trigger: Trigger, services: HandlerServices) -> None:
         super().__init__(trigger, services)
         # A deque, unlike other mailboxes: with `drop_oldest` the router takes events out at the front.
-        self._mailbox: deque[Any] = deque()  # type: ignore[assignment]
-        self._inline: dict[int, StateEvent] = {}
+        self._mailbox: deque[Any] = deque()
+        self._inline: dict[int, Item] = {}
         """Holder of the claim -> the event whose function it is calling. The thread that removes the entry goes on with
         the claim: the holder when the function has returned, or the turn that takes over."""
         self._run: Run | None = None
@@ -79,7 +81,7 @@ class HandlerActor(Attempts):
         self._looking = False
         """True while a timer is set that looks at the call in `_inline`."""
         self._look_s = self.FIRST_LOOK_S
-        self._looked_at: StateEvent | None = None
+        self._looked_at: Item | None = None
         self.paused = False
         """True while nothing begins; see `pause`."""
         self.offered = 0
@@ -90,15 +92,15 @@ class HandlerActor(Attempts):
 
     def depth(self) -> int:
         """Events that wait."""
-        return len(self._mailbox) + len(self._aside)
+        return len(self._mailbox) + len(self._aside) + self._held_count()
 
     def is_busy(self) -> bool:
         """True if events wait or one is being delivered."""
-        return bool(self._mailbox or self._claim or self._lanes or self._news)
+        return bool(self._mailbox or self._claim or self._lanes or self._news or self._held_count())
 
     def under_way(self) -> list[StateEvent]:
         """The events whose delivery has begun and not ended, approximately: other threads begin and end some."""
-        return [run.event for run in self._runs_under_way()]
+        return [event for run in self._runs_under_way() for event in events_of(run.event)]
 
     def _runs_under_way(self) -> list[Run]:
         lanes, run = self._lanes, self._run
@@ -162,7 +164,9 @@ class HandlerActor(Attempts):
     def is_full(self) -> bool:
         limits = self._services.limits
         most = limits.handler_mailbox_bytes
-        return self.depth() >= limits.handler_mailbox or bool(most and self.offered - self.taken >= most)
+        # What is debounced is bounded by itself (`_fill`).
+        waiting = len(self._mailbox) + len(self._aside)
+        return waiting >= limits.handler_mailbox or bool(most and self.offered - self.taken >= most)
 
     def offer_once(self, event: StateEvent) -> None:
         """As `offer`, unless `event` is what came last."""
@@ -172,18 +176,31 @@ class HandlerActor(Attempts):
     def change(self, trigger: Trigger) -> None:
         """Replace the trigger by one with the same filters. Events that wait are kept; the new `order` applies when
         those that have begun are over."""
+        # The trigger last: what a turn in between does is right for one of the two.
+        self._note_shape(trigger)
         self.trigger = trigger
         self._stuck = False  # more may begin now
         self.wake()
 
     def pause(self) -> None:
-        """Begin nothing until `go_on`: events wait, and what has begun goes on."""
+        """Begin nothing until `go_on`: events wait, and what has begun goes on. Barriers do not wait for it."""
         self.paused = True
+        lanes = self._lanes
+        barriers = [item for item in self._mailbox.copy() if type(item) is Barrier]
+        for barrier in barriers + ([] if lanes is None else lanes.barriers()):
+            barrier.arrive(self)
+            self.withdraw(barrier)
 
     def go_on(self) -> None:
         """End the pause."""
         self.paused = self._stuck = False
-        self.wake()
+        self.wake_anyway()
+
+    def tell(self, message: Any) -> None:
+        if type(message) is Barrier and self.paused:
+            message.arrive(self)
+        else:
+            super().tell(message)
 
     # -------------------------------------------------------------------------------------------------- the turn
 
@@ -194,6 +211,8 @@ class HandlerActor(Attempts):
 
     def _has_work(self) -> bool:
         if self._news or (self._mailbox and not self._stuck):
+            return True
+        if self._shape is not None and not self._stuck and self._is_due():
             return True
         lanes = self._lanes
         return lanes is not None and bool(lanes.going or (lanes.has_ready() and not self._stuck))
@@ -222,10 +241,11 @@ class HandlerActor(Attempts):
     def _drain(self, hold: Hold) -> None:
         """Begin what can begin, a batch at most; runs claimed. Gives the claim back, or another turn has taken it."""
         left = self.batch
+        self._stuck = False
         if len(self._mailbox) > 1 and not self._looking and self._may_block_others():
             self._look_soon(next(iter(self._mailbox.copy()), None))
         while left > 0:
-            if self._lanes is None and not self._news and not self._apart and not self.keeps_runs:
+            if not (self._lanes or self._news or self._apart or self.keeps_runs or self._shaped):
                 left = self._drain_quickly(hold, left)
             else:
                 left = left - 1 if self._advance(hold) else 0
@@ -444,7 +464,9 @@ class HandlerActor(Attempts):
         lanes = self._lanes
         if self._news or lanes is None or lanes.going:
             return True
-        return lanes.running < self.trigger.concurrency and bool(self._mailbox or lanes.has_ready())
+        if lanes.running >= self.trigger.concurrency:
+            return False
+        return bool(self._mailbox or lanes.has_ready()) or (self._shape is not None and self._is_due())
 
     def _next(self) -> Run | None:
         """Return the next run that can go on, with a place; None if there is none."""
@@ -502,7 +524,7 @@ class HandlerActor(Attempts):
             self.taken += size_of(run.event)
             lanes.begin(run)
             if not self.active:
-                self.dropped += 1
+                self.dropped += len(events_of(run.event))
                 run.outcome = "dropped"
                 self._end(run)
                 continue
@@ -510,36 +532,50 @@ class HandlerActor(Attempts):
 
     def _take(self) -> Run | None:
         """Take events out of the mailbox, up to the first one whose lane is free. None if there is none."""
+        if self._shaped:
+            return self._take_shaped()
         mailbox = self._mailbox
         while True:
-            lanes, order = self._lanes, self.trigger.order
-            if lanes is not None and lanes.order != order:
-                # The trigger was replaced: what it had before is handled first.
-                self._stuck = bool(mailbox)
+            if self._awaits_old_order():
                 return None
             try:
                 item = mailbox.popleft()
             except IndexError:
-                if lanes is None:
+                if self._lanes is None:
                     self._mixed = False
                 return None
             if type(item) is Barrier:
-                if lanes is None:
-                    item.arrive(self)
-                else:
-                    lanes.place(item)
+                self._reach(item)
                 continue
             run = Run()
             run.event = item
             if self._enter(run):
                 return run
 
+    def _awaits_old_order(self) -> bool:
+        """Return whether the trigger was replaced by one with another order: what it had before is handled first."""
+        lanes = self._lanes
+        if lanes is None or lanes.order == self.trigger.order:
+            return False
+        self._stuck = bool(self._mailbox or self._held_count())
+        return True
+
+    def _reach(self, barrier: Barrier) -> None:
+        """A barrier has left the mailbox: it goes behind what is in the lanes."""
+        if self._lanes is None:
+            barrier.arrive(self)
+        else:
+            self._lanes.place(barrier)
+
     def _enter(self, run: Run) -> bool:
+        return self._open_lanes().enter(run)
+
+    def _open_lanes(self) -> Lanes:
         lanes = self._lanes
         if lanes is None:
             lanes = self._lanes = Lanes(self.trigger.order)
             self._aside = lanes.aside
-        return lanes.enter(run)
+        return lanes
 
     def _settle(self, run: Run, pending: Pending | None) -> None:
         """Note what became of a step of a run, with the claim held."""
@@ -573,6 +609,8 @@ class HandlerActor(Attempts):
         if lanes is None or not run.entered:
             return
         lanes.end(run)
+        if self._shape is not None:
+            self._shape.look_again()
         for barrier in lanes.reached():
             barrier.arrive(self)
         if lanes.is_idle():
@@ -580,7 +618,7 @@ class HandlerActor(Attempts):
 
     def _count(self, run: Run) -> None:
         if run.outcome == "delivered":
-            self.delivered += 1
+            self.delivered += 1 if self._bare else len(events_of(run.event))
         elif run.outcome == "skipped":
             self.skipped += 1
         if self.keeps_runs:
@@ -612,9 +650,11 @@ class HandlerActor(Attempts):
         """Return whether events that the running call does not concern may wait behind it."""
         if self._lanes is not None and (self._lanes.going or self._lanes.has_ready()):
             return True
+        if self._shape is not None and self.trigger.order != "trigger" and self._is_due():
+            return True
         return bool(self._mailbox) and (self._mixed or self.trigger.order != "scope")
 
-    def _look_soon(self, event: StateEvent | None = None) -> None:
+    def _look_soon(self, event: Item | None = None) -> None:
         """Look soon whether the function that this actor's turn is calling, for `event`, returns."""
         trigger = self.trigger
         if not self.takes_over or trigger.concurrency <= 1 or trigger.order == "trigger":
@@ -679,13 +719,14 @@ class HandlerActor(Attempts):
         """Drop the event that has waited longest. False if no event waits."""
         lanes = self._lanes
         run = None if lanes is None else lanes.drop_oldest()
-        event = self._oldest_in_mailbox() if run is None else run.event
-        if event is None:
+        item = self._oldest_in_mailbox() if run is None else run.event
+        if item is None:
             return False
-        size = size_of(event)
+        size = size_of(item)
         self.offered -= size
         self._services.backlog.offered -= size
-        self._drop(event, "newer events came while its handler's mailbox was full (handler_when_full: drop_oldest)")
+        for event in events_of(item):
+            self._drop(event, "newer events came while its handler's mailbox was full (handler_when_full: drop_oldest)")
         return True
 
     def _oldest_in_mailbox(self) -> StateEvent | None:
@@ -720,15 +761,18 @@ class HandlerActor(Attempts):
 
     def waiting_events(self) -> list[StateEvent]:
         """The events that wait for their delivery, approximately: other threads may add and take some."""
-        aside = [run.event for run in list(self._aside) if not run.paused]
-        return aside + [item for item in self._mailbox.copy() if type(item) is StateEvent]
+        aside = [event for run in list(self._aside) if not run.paused for event in events_of(run.event)]
+        return aside + self._held_back() + [item for item in self._mailbox.copy() if type(item) is StateEvent]
 
     def abandon(self, reason: str) -> None:
         """Report each waiting event to the hooks as not delivered. The closing engine logs how many there were."""
         lanes = self._lanes
         while lanes is not None and (run := lanes.drop_oldest()) is not None:
-            if self.active:
-                self._drop(run.event, reason, logged=False)
+            for event in events_of(run.event) if self.active else ():
+                self._drop(event, reason, logged=False)
+        held_back, self._shape = self._held_back(), None
+        for event in held_back if self.active else ():
+            self._drop(event, reason, logged=False)
         for barrier in [] if lanes is None else lanes.barriers():
             barrier.arrive(self)
         mailbox = self._mailbox
@@ -745,18 +789,20 @@ class HandlerActor(Attempts):
     def abandon_under_way(self) -> None:
         """Report each event whose delivery has begun and not ended, as `abandon` does. After the grace time."""
         for run in self._runs_under_way():
-            event = run.event
-            if run.overdue:
-                continue  # it was reported when it became overdue
-            error = EventNotDelivered(
-                f"event {event.revision} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
-                "engine closed: its handler may or may not have done its work"
-            )
-            self._note("failed")
-            trigger = self.trigger
-            self._services.tell_hooks(
-                DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, attempt=1, final=True)
-            )
+            if not run.overdue:  # else it was reported when it became overdue
+                for event in events_of(run.event):
+                    self._abandon(event)
+
+    def _abandon(self, event: StateEvent) -> None:
+        error = EventNotDelivered(
+            f"event {event.revision} of scope {event.scope!r}, key {event.key!r} was still being handled when the "
+            "engine closed: its handler may or may not have done its work"
+        )
+        self._note("failed")
+        trigger = self.trigger
+        self._services.tell_hooks(
+            DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, attempt=1, final=True)
+        )
 
 
 class Hold(int):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scopestate.actors.handler import HandlerActor
     from scopestate.actors.loops import Pending
     from scopestate.actors.reply import Reply
-    from scopestate.ops.results import StateEvent
+    from scopestate.actors.shapes import Item
     from scopestate.ops.triggers import Order
 
 NO_LANE: Final = object()
@@ -33,14 +33,16 @@ class Run:
     """
 
     __slots__ = (
-        "attempt", "deadline", "delivery", "entered", "error", "event", "extra", "function_id", "lane", "news",
-        "outcome", "overdue", "passing", "paused", "pending", "stage", "value",
+        "asking", "attempt", "deadline", "delivery", "entered", "error", "event", "extra", "function_id", "lane",
+        "news", "outcome", "overdue", "passing", "paused", "pending", "stage", "value",
     )  # fmt: skip
 
-    event: StateEvent
+    event: Item
     lane: Hashable
 
     def __init__(self) -> None:
+        self.asking = False
+        """True while the condition runs."""
         self.attempt = 1
         """Number of the attempt that runs, or that comes next."""
         self.deadline: float | None = None
@@ -147,7 +149,11 @@ class Lanes:
         """True if nothing is here."""
         return not (self.begun or self.aside or self._behind or len(self._stages) > 1 or self._stages[0].open)
 
-    def lane_of(self, event: StateEvent) -> Hashable:
+    def is_free(self, lane: Hashable) -> bool:
+        """Return whether nothing is in a lane."""
+        return lane not in self._behind
+
+    def lane_of(self, event: Item) -> Hashable:
         """Return what an event has in common with those that it waits for."""
         order = self.order
         if order == "scope":
@@ -174,6 +180,12 @@ class Lanes:
         run.stage.open += 1
         run.entered = True
         return not waits
+
+    def enter_ready(self, run: Run) -> None:
+        """As `enter`; if its lane is free it is ready, and waits for a place."""
+        if self.enter(run):
+            self.aside[run] = None
+            self._ready.append(run)
 
     def begin(self, run: Run) -> None:
         """Give a run that is ready a place."""

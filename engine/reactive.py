@@ -175,8 +175,10 @@ class Reactive:
     def _report(self, failure: DeliveryFailure) -> None:
         event = failure.event
         log.error(
-            "event %d of scope %r, key %r: function %r of trigger %r %s: %s",
-            event.revision, event.scope, event.key, failure.function_id, failure.trigger_id,
+            "event %d of scope %r, key %r%s: function %r of trigger %r %s: %s",
+            event.revision, event.scope, event.key,
+            f", and {failure.batched - 1} more of its batch" if failure.batched > 1 else "",
+            failure.function_id, failure.trigger_id,
             "failed" if failure.final else f"failed at attempt {failure.attempt} and is tried again",
             described(failure.error), exc_info=failure.error, extra=_facts(failure),
         )  # fmt: skip

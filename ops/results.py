@@ -390,7 +390,7 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     position: int = 0
     """The number of the change in the journal of its engine, over all scopes; 0 if it is in none."""
     coalesced: int = 0
-    """How many earlier changes of the key this event stands for, at a trigger with `debounce`."""
+    """How many changes of the key this event stands for, at a trigger with `debounce`; 0 at others."""
     metadata: Any = None
     """The `metadata` of the trigger whose handler gets the event."""
 
@@ -511,3 +511,5 @@ class DeliveryFailure(msgspec.Struct, frozen=True):
     """1 for the first attempt; 0 if none was made."""
     final: bool
     """True if the event is not tried again."""
+    batched: int = 1
+    """How many events were delivered together: each of a batch fails with all of it, and has a report of its own."""

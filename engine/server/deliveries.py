@@ -23,7 +23,7 @@ from scopestate.actors.services import HandlerServices
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Trigger
-from scopestate.server.worker import TimedOut, WorkerFunction, event_json
+from scopestate.server.worker import TimedOut, WorkerFunction, batch_json, event_json
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
@@ -176,23 +176,39 @@ class WorkerHandler(HandlerActor):
 
     def _call(self, function_id: str, run: Run) -> Any:
         """Call a function with the rights that the worker of the trigger has now."""
-        event = run.event
+        event: Any = run.event if self._bare else self._argument(run)
         owner = getattr(self.trigger, "owner", None)  # None: the program has replaced the trigger by one of its own
         if owner is not None:
-            event = self._as_known(event)
-            self._check(owner, function_id, event)
+            if type(event) is list:
+                event = self._permitted(owner, function_id, run, event)
+                if not event:
+                    return None
+            else:
+                event = self._as_known(event)
+                self._check(owner, function_id, event)
             own = self._hub.own_function(function_id)
             if own is not None:
-                return _InServer(self._hub, lambda: own(owner, Raw(event_json(event))))
+                data = batch_json(event) if type(event) is list else event_json(event)
+                return _InServer(self._hub, lambda: own(owner, Raw(data)))
         function = self._services.functions.get(function_id)
         target = function.target
         if type(target) is WorkerFunction and target.hub is self._hub:
-            # A condition gets no metadata, unless it is the handler as well.
-            metadata = self.trigger.metadata_json if function_id == self.trigger.function_id else None
-            return _InWorker(self, target, event, metadata)
+            return _InWorker(self, target, event, None if run.asking else self.trigger.metadata_json)
         if function.is_async:
             return target(event)
         return _OnThread(target, event, self._threads)
+
+    def _permitted(self, owner: Worker, function_id: str, run: Run, events: list[StateEvent]) -> list[StateEvent]:
+        """Return the events of a batch that the worker may have now, as it expects them. Others fail by themselves."""
+        permitted = []
+        for event in events:
+            try:
+                self._check(owner, function_id, event)
+            except Forbidden as error:
+                self._report(run, function_id, error, final=True, event=event)
+            else:
+                permitted.append(self._as_known(event))
+        return permitted
 
     def _as_known(self, event: StateEvent) -> StateEvent:
         """Return the event as the worker expects it: one that names no events may know the reference's only."""
@@ -235,9 +251,16 @@ class WorkerHandler(HandlerActor):
         target = None if function is None else function.target
         if type(target) is not WorkerFunction:
             return False
-        event, owner = run.event, getattr(trigger, "owner", None)
+        owner = getattr(trigger, "owner", None)
+        event: Any = run.event
         try:
-            if owner is not None:
+            if not self._bare and isinstance(event, list):
+                event = list(event) if owner is None else self._permitted(owner, trigger.function_id, run, event)
+                if not event:
+                    run.outcome = "delivered"
+                    self._settle(run, None)
+                    return True
+            elif owner is not None:
                 if owner.access is not None:
                     self._check(owner, trigger.function_id, event)
                 event = self._as_known(event)
@@ -277,7 +300,11 @@ class _InWorker:
     """What a delivery waits for while a worker executes its function."""
 
     def __init__(
-        self, handler: WorkerHandler, function: WorkerFunction, event: StateEvent, metadata: bytes | None
+        self,
+        handler: WorkerHandler,
+        function: WorkerFunction,
+        event: StateEvent | list[StateEvent],
+        metadata: bytes | None,
     ) -> None:
         self._metadata = metadata
         self._handler = handler
@@ -359,7 +386,7 @@ class _InServer:
 class _OnThread:
     """What a delivery waits for while a plain function of the program runs on a worker thread."""
 
-    def __init__(self, target: Callable[[Any], Any], event: StateEvent, threads: Dispatcher) -> None:
+    def __init__(self, target: Callable[[Any], Any], event: Any, threads: Dispatcher) -> None:
         self._target = target
         self._event = event
         self._threads = threads

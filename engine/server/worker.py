@@ -207,15 +207,17 @@ class WorkerFunction:
             if not future.done():
                 future.set_result(outcome)
 
-        if isinstance(payload, StateEvent):
-            execution = self.send_event(payload, settle)
+        item = _delivered(payload)
+        if item is not None:
+            metadata = (item if isinstance(item, StateEvent) else item[0]).metadata
+            execution = self.send_event(item, settle, None if metadata is None else encode(metadata))
         else:
             execution = self.hub.execute(self, Raw(encode(payload)), settle)
         try:
             outcome = await future
         finally:
             self.hub.drop(execution)
-        if isinstance(payload, StateEvent):
+        if item is not None:
             return self.result_for_event(outcome)
         result = self._checked(outcome)
         return decode(parse(result)) if result else None
@@ -243,10 +245,16 @@ class WorkerFunction:
             raise verdict
         self._checked(outcome)
 
-    def send_event(self, event: StateEvent, settle: Settle, metadata: bytes | None = None) -> Execution:
-        """Send an event to the worker, with the metadata of its trigger as JSON. As `Hub.execute`."""
+    def send_event(
+        self, item: StateEvent | list[StateEvent], settle: Settle, metadata: bytes | None = None
+    ) -> Execution:
+        """Send an event, or the list of a batch, with the metadata of its trigger as JSON. As `Hub.execute`."""
         beside = ABSENT if metadata is None else Raw(metadata)
-        return self.hub.execute(self, Raw(event_json(event)), settle, depth=event.depth + 1, metadata=beside)
+        if isinstance(item, StateEvent):
+            data, depth = event_json(item), item.depth
+        else:
+            data, depth = batch_json(item), max(event.depth for event in item)
+        return self.hub.execute(self, Raw(data), settle, depth=depth + 1, metadata=beside)
 
     def result_for_event(self, outcome: InvocationResult) -> bool | None:
         """Return False if the answer to an event is a literal `false`, as that of a condition may be; else None."""
@@ -314,6 +322,20 @@ def verdict_in(outcome: InvocationResult) -> RetryLater | Discard | None:
         raise RemoteFailure(
             outcome.function_id, "serialization_error", f"what it says of its delivery cannot be read: {problem}"
         ) from problem
+
+
+def _delivered(payload: object) -> StateEvent | list[StateEvent] | None:
+    """Return the payload if it is what a trigger delivers."""
+    if isinstance(payload, StateEvent):
+        return payload
+    if type(payload) is list and payload and isinstance(payload[0], StateEvent):
+        return payload
+    return None
+
+
+def batch_json(events: list[StateEvent]) -> bytes:
+    """Return a list of events as `event_json`."""
+    return b"[%b]" % b",".join(map(event_json, events))
 
 
 def event_json(event: StateEvent) -> bytes:
