@@ -163,9 +163,9 @@ class WorkerTriggers:
             access.check_call(frame.function_id)
         try:
             config = decode(parse(bytes(frame.config)))
-            if isinstance(config, dict) and config.get("metadata") is None and frame.metadata[:1] == b"{":
-                # SDKs have it beside the config.
-                config["metadata"] = decode(parse(bytes(frame.metadata)))
+            beside = bytes(frame.metadata)
+            if isinstance(config, dict) and config.get("metadata") is None and beside[:1] == b"{":
+                config["metadata"] = decode(parse(beside))  # SDKs have it beside the config
         except DeserializationError as error:
             raise InvalidRegistration(f"its config is not JSON: {error}") from error
         read = read_trigger(frame.function_id, frame.id, config)

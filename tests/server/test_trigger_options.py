@@ -101,3 +101,49 @@ def test_a_token_needs_every_scope_that_begins_so(open_server: OpenServer, conne
     assert refused(worker, {"scope_prefix": "shop-eu"}) == ""
     assert "'shop'" in refused(worker, {"scope_prefix": "shop"})
     assert "name one" in refused(worker, {})
+
+
+def test_metadata_that_an_sdk_has_beside_the_config_is_the_same(engine: Engine, connect: OpenRaw) -> None:
+    worker = connect()
+    worker.register("f")
+    worker.trigger("f", {"scope": "s"}, metadata={"team": "x"})
+
+    engine.set("s", "k", 1)
+
+    assert worker.take("f")["metadata"] == {"team": "x"}
+
+
+def test_a_worker_gets_a_list_of_events_and_the_next_one_after_its_answer(engine: Engine, connect: OpenRaw) -> None:
+    worker = connect()
+    worker.register("f")
+    worker.trigger("f", {"scope": "s", "batch": 2, "batch_wait": 0.01, "metadata": {"team": "x"}})
+
+    for number in range(3):
+        engine.set("s", f"k{number}", number)
+
+    first = worker.take("f")
+    assert [event["key"] for event in first["data"]] == ["k0", "k1"]
+    assert first["metadata"] == {"team": "x"}
+    worker.answer(first)
+    second = worker.take("f")
+    assert [(event["key"], event["new_value"]) for event in second["data"]] == [("k2", 2)]
+    worker.answer(second)
+    engine.drain()
+
+
+def test_a_worker_gets_a_debounced_event(engine: Engine, connect: OpenRaw) -> None:
+    worker = connect()
+    worker.register("f")
+    worker.trigger("f", {"scope": "s", "debounce": 0.05})
+
+    for number in range(3):
+        engine.set("s", "k", number)
+
+    call = worker.take("f")
+    assert (call["data"]["event_type"], call["data"]["old_value"], call["data"]["new_value"]) == (
+        "state:created",
+        None,
+        2,
+    )
+    worker.answer(call)
+    engine.drain()
