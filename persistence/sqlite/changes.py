@@ -186,7 +186,7 @@ _numbers = msgspec.json.Decoder(list[int]).decode
 _optional = msgspec.json.Decoder(list[int | None]).decode
 _texts = msgspec.json.Decoder(list[str]).decode
 _values = msgspec.json.Decoder(list[list[msgspec.Raw]]).decode
-_NOT_A_PAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError)
+_NOT_A_PAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, IndexError)
 
 
 def read_by_position(
@@ -242,6 +242,8 @@ def _read(
         if places_text is None:
             break
         places, sizes = _numbers(places_text), _numbers(sizes_text)
+        if found and sizes[0] > most_bytes:
+            break
         rows = _rows_within(sizes, min(most_bytes, PAGE_BYTES))
         limits["upto"] = after = places[rows - 1]
         found += _page(connection, source, limits, names)
@@ -340,6 +342,8 @@ def _read_plain(
         try:
             for position, scope, revision, last, kind, time_ms, depth, expired, late, key, old, new in rows:
                 try:
+                    if not all(type(number) is int for number in (revision, last, time_ms, depth)):
+                        raise TypeError("it has no number where one belongs")
                     for value in (old, new):
                         if value is not None:
                             msgspec.json.decode(_utf8(value), type=msgspec.Raw)
@@ -357,7 +361,7 @@ def _read_plain(
                         time_ms,
                         position,
                     )
-                except (*_NOT_A_PAGE, TypeError, IndexError) as error:
+                except (*_NOT_A_PAGE, TypeError) as error:
                     raise StorageError(
                         f"the change at position {position} of the journal is damaged ({error}); was the database "
                         "edited? Correct or delete that row with the sqlite3 tool (table `journal`) and try again"

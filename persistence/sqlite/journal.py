@@ -177,6 +177,7 @@ class SavedJournal(Journal):
             self._trim(connection, (), self._clock(), TRIMMED_ALONE)
 
         self._transact("trim the journal", work)
+        self.behind = self._trimmer.behind
 
     # ------------------------------------------------------------------------------------------------------ consumers
 

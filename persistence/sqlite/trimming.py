@@ -127,6 +127,7 @@ class Trimmer:
         work = _Work(connection, progress, now_ms, most)
         self._look_at(work, sorted(settled), settled)
         self._cut(work, {*self._over, *logged})
+        work.flush()  # what follows reads how much there is of each scope
         self._look_in_turn(work)
         for group in list(self._swept):
             self._sweep(work, group)
@@ -319,3 +320,4 @@ class _Work:
         for scope, cut in self._cut.items():
             lower.add((scope, *cut), 40)
         lower.flush()
+        self._cut.clear()
