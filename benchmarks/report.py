@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import Row
 
-PEERS = ("pykka", "msgspec", "diskcache", "sqlitedict", "burner-redis", "redis")
+PEERS = ("pykka", "msgspec", "diskcache", "sqlitedict", "burner-redis", "redis", "huey", "litequeue", "procrastinate")
 UNITS = ("per_s", "us", "ms", "s", "mb")
 """Endings of a figure's name, the longer before the one that it ends with."""
 VERDICTS = {True: "pass", False: "MISS", None: ""}

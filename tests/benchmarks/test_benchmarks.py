@@ -47,6 +47,20 @@ JUDGED = {
     "events_per_second": {"at_least": 200_000},
     "idle_triggers": {"at_most": 1.1},
     "set_to_handler": {"at_most": 3},
+    "journaled_set": {"at_most": 2},
+    "durable_commit": {"at_least": 10_000},
+    "durable_interval": {"at_least": 25_000},
+    "durable_latency": {"at_most": 3},
+    "deliveries_vs_huey_commit": {"at_least": 1},
+    "deliveries_vs_huey_interval": {"at_least": 1},
+    "deliveries_vs_litequeue_interval": {"at_least": 1},
+    "deliveries_vs_procrastinate": {"at_least": 1},
+    "deliveries_vs_redis_stream_interval": {"at_least": 1},
+    "watch_1": {"at_least": 200_000},
+    "watch_8": {"at_least": 800_000},
+    "watch_resume": {"at_most": 1},
+    "side_by_side_none": {"at_most": 0.2},
+    "side_by_side_scope": {"at_least": 7.2},
     "file_set": {"at_most": 1.5},
     "save_one_key": {"at_most": 10},
     "callers_during_save": {"at_most": 5},
@@ -133,7 +147,17 @@ def test_the_json_says_where_it_was_measured(quick: tuple[str, dict[str, Any], P
     where = quick[1]["environment"]
 
     assert where["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert set(where["versions"]) == {"pykka", "msgspec", "diskcache", "sqlitedict", "burner-redis", "redis"}
+    assert set(where["versions"]) == {
+        "pykka",
+        "msgspec",
+        "diskcache",
+        "sqlitedict",
+        "burner-redis",
+        "redis",
+        "huey",
+        "litequeue",
+        "procrastinate",
+    }
 
 
 def test_the_table_has_a_line_for_each_row(quick: tuple[str, dict[str, Any], Path]) -> None:
