@@ -10,6 +10,7 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
+from scopestate.actors.attempts import Attempts
 from scopestate.actors.containment import Ended
 from scopestate.actors.reply import Reply
 from scopestate.actors.turn import HOLDER, TurnActor
@@ -142,6 +143,9 @@ class DeterministicDispatcher:
     def schedule(self, actor: TurnActor) -> None:
         """Handle one message of the actor's mailbox in a later step."""
         actor.batch = 1
+        if self._switch and isinstance(actor, Attempts):
+            # Whether its next call is one that another turn goes on beside.
+            actor.apart = self._random.random() < self._switch
         self._add(actor.name, actor.run_batch)
 
     def schedule_next(self, actor: TurnActor) -> None:

@@ -72,8 +72,8 @@ class HandlerActor(Shaping):
         """Runs of which the holder of the claim must know something."""
         self._stuck = False
         """True if nothing that waits can begin before something ends."""
-        self._apart = False
-        """True while the function is known to block."""
+        self.apart = False
+        """True while the function is known to block: its calls are made with the claim given back."""
         self._short_calls = 0
         self._scope: str | None = None
         self._mixed = False
@@ -245,7 +245,7 @@ class HandlerActor(Shaping):
         if len(self._mailbox) > 1 and not self._looking and self._may_block_others():
             self._look_soon(next(iter(self._mailbox.copy()), None))
         while left > 0:
-            if not (self._lanes or self._news or self._apart or self.keeps_runs or self._shaped):
+            if not (self._lanes or self._news or self.apart or self.keeps_runs or self._shaped):
                 left = self._drain_quickly(hold, left)
             else:
                 left = left - 1 if self._advance(hold) else 0
@@ -334,7 +334,7 @@ class HandlerActor(Shaping):
         run = self._next()
         if run is None:
             return False
-        inline, apart = self._inline, self._apart
+        inline, apart = self._inline, self.apart
         try:
             if apart:
                 self._leave_to_others()
@@ -385,7 +385,7 @@ class HandlerActor(Shaping):
         # Threads may overwrite each other's count: it decides nothing but which way is quicker.
         self._short_calls = self._short_calls + 1 if clock() - began < self.SHORT_S else 0
         if self._short_calls >= self.SHORT_CALLS:
-            self._apart = False
+            self.apart = False
         self._bring(run, pending)
 
     def _bring(self, run: Run, pending: Pending | None) -> None:
@@ -691,7 +691,7 @@ class HandlerActor(Shaping):
             if run is not None and not run.entered:
                 self._enter(run)
                 self._lanes.begin(run)  # type: ignore[union-attr]  # it is in there
-            self._apart, self._short_calls = True, 0
+            self.apart, self._short_calls = True, 0
             self._drain(hold)
         except BaseException:
             certainly(functools.partial(self._recover_from, hold))
