@@ -47,6 +47,8 @@ class Attempts(TurnActor):
         """May be replaced by one with the same filters; applies from the next event."""
         self.active = True
         """False once unregistered: events that wait are dropped."""
+        self.apart = False
+        """True while the function is known to block: its calls are made with the claim given back."""
         self.delivered = self.skipped = self.failed = self.retried = self.dropped = self.timeouts = 0
 
     @property

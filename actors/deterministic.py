@@ -144,8 +144,8 @@ class DeterministicDispatcher:
         """Handle one message of the actor's mailbox in a later step."""
         actor.batch = 1
         if self._switch and isinstance(actor, Attempts):
-            # Whether its next call is one that another turn goes on beside.
-            actor.apart = self._random.random() < self._switch
+            # As if its function were found to block: other turns may then go on beside the next calls.
+            actor.apart = actor.apart or self._random.random() < self._switch
         self._add(actor.name, actor.run_batch)
 
     def schedule_next(self, actor: TurnActor) -> None:

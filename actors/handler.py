@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -72,8 +72,6 @@ class HandlerActor(Shaping):
         """Runs of which the holder of the claim must know something."""
         self._stuck = False
         """True if nothing that waits can begin before something ends."""
-        self.apart = False
-        """True while the function is known to block: its calls are made with the claim given back."""
         self._short_calls = 0
         self._scope: str | None = None
         self._mixed = False
@@ -337,7 +335,7 @@ class HandlerActor(Shaping):
         inline, apart = self._inline, self.apart
         try:
             if apart:
-                self._leave_to_others()
+                self.tell_taken()
             else:
                 self._run = run
                 inline[hold] = run.event
@@ -358,22 +356,14 @@ class HandlerActor(Shaping):
         self._settle(run, pending)
         return True
 
-    def _leave_to_others(self) -> None:
-        """Have another thread begin what else can begin: this one will be in a call that may block."""
-        self.tell_taken()
-        if not self._scheduled and self._has_more():
-            self._scheduled = True
-            try:
-                self._dispatcher.schedule_now(self)
-            except BaseException:
-                self._scheduled = False
-                raise
-
     def _run_apart(self, run: Run) -> None:
-        """Give the claim back, and then carry the run on."""
-        clock = self._dispatcher.monotonic
+        """Give the claim back, have another thread begin what else can begin, and then carry the run on."""
+        clock, more = self._dispatcher.monotonic, self._has_more()
         del self._claim[HOLDER]
         try:
+            # Behind the claim: a turn that finds it taken does nothing.
+            if more and not self._scheduled and not self._claim:
+                self._wake_with(self._dispatcher.schedule_now)
             self._services.backlog.made_room()
             began = clock()
             event_depth.set(run.event.depth + 1)
@@ -418,12 +408,15 @@ class HandlerActor(Shaping):
     def wake_next(self) -> None:
         """As `wake`, at the end of a turn: this thread may run the next one."""
         if not self._claim and (not self._scheduled or is_arranging()):
-            self._scheduled = True
-            try:
-                self._dispatcher.schedule_next(self)
-            except BaseException:
-                self._scheduled = False
-                raise
+            self._wake_with(self._dispatcher.schedule_next)
+
+    def _wake_with(self, schedule: Callable[[HandlerActor], None]) -> None:
+        self._scheduled = True
+        try:
+            schedule(self)
+        except BaseException:
+            self._scheduled = False
+            raise
 
     def tell_taken(self) -> None:
         """Tell the router how many bytes have begun. Within this actor's turn."""
