@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 Verdict = Literal["done", "retry", "dead", "held"]
 """How an attempt ended. "held": given up, and what is behind it in order waits for a replay or a purge."""
+
+
+BY_THE_PROGRAM: Final = "paused by the program"
+"""Why a consumer is paused, if no other reason is given."""
 
 
 class Held(msgspec.Struct, gc=False):

@@ -24,7 +24,7 @@ ALL: Final = ""
 class EventBatch(list[StateEvent]):
     """Events that a handler gets together. As a whole it has what one event has: a lane, a depth, a size."""
 
-    __slots__ = ("depth", "key", "revision", "scope", "size")
+    __slots__ = ("depth", "key", "positions", "revision", "scope", "size")
 
     def __init__(self, events: Iterable[StateEvent]) -> None:
         super().__init__(events)
@@ -35,6 +35,8 @@ class EventBatch(list[StateEvent]):
         self.depth = max(event.depth for event in self)
         self.size = sum(map(_size, self))
         """Bytes of the values of the events."""
+        self.positions = [position for event in self for position in positions_of(event)]
+        """Of all events that went into it, also of those that a condition takes out later."""
 
 
 Item = StateEvent | EventBatch
@@ -44,6 +46,18 @@ Item = StateEvent | EventBatch
 def events_of(item: Item) -> list[StateEvent]:
     """Return the events that a delivery has: one, or those of a batch."""
     return item if isinstance(item, EventBatch) else [item]
+
+
+def positions_of(item: Item) -> list[int]:
+    """Return the positions in the journal of all events that a delivery stands for: they are acknowledged together."""
+    if isinstance(item, EventBatch):
+        return item.positions
+    positions: list[int] | None = item.__dict__.get(_POSITIONS)
+    return [item.position] if positions is None else positions
+
+
+_POSITIONS: Final = "positions"
+"""Of an event that was debounced: in its `__dict__`, for it is no fact of the event."""
 
 
 class Settings(NamedTuple):
@@ -229,6 +243,9 @@ def _merged(before: StateEvent | None, event: StateEvent) -> StateEvent:
     if before is None:
         made.coalesced = 1
         return made
+    if event.position:
+        positions = made.__dict__[_POSITIONS] = positions_of(before)
+        positions.append(event.position)
     made.old_json = before.old_json
     made.coalesced = before.coalesced + 1
     made.depth = max(before.depth, event.depth)

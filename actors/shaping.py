@@ -119,16 +119,20 @@ class Shaping(Attempts):
         trigger = self.trigger
         if trigger.sifts and trigger.debounce is not None:
             wanted = [event for event in events_of(item) if event.coalesced <= 1 or trigger.differs(event)]
-            size = size_of(item)
-            if not wanted:
-                self.taken += size
-                return None
-            if isinstance(item, EventBatch) and len(wanted) < len(item):
+            if len(wanted) < len(events_of(item)):
+                size = size_of(item)
+                self.passed_over([event for event in events_of(item) if not any(event is one for one in wanted)])
+                if not wanted:
+                    self.taken += size
+                    return None
                 item = EventBatch(wanted)
                 self.taken += size - item.size
         run = Run()
         run.event = item
         return run
+
+    def passed_over(self, events: list[StateEvent]) -> None:
+        """These are not delivered: from end to end nothing has changed. Within the turn, for a subclass."""
 
     def _look_at_shape(self) -> None:
         """For the timer: something is due."""

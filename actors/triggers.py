@@ -425,6 +425,11 @@ class TriggerTable:
         known = self.registered.get(trigger_id)
         return None if known is None else known[1].trigger
 
+    def handler(self, trigger_id: str) -> HandlerActor | None:
+        """Return the handler of the trigger that is registered under this id, or None."""
+        known = self.registered.get(trigger_id)
+        return None if known is None else known[1]
+
     @exclusive
     def handlers(self) -> list[HandlerActor]:
         """Return the handlers of all triggers, in order of registration."""

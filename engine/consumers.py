@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from scopestate.actors.consuming import Consumers, ConsumerStatus, DeadLetter
+from scopestate.actors.consuming import BY_THE_PROGRAM, Consumers, ConsumerStatus, DeadLetter
 from scopestate.errors import DeserializationError, InvalidRegistration, Unsupported
 from scopestate.ops.values import class_name
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from scopestate.engine import Engine
 
 A = TypeVar("A")
-
-BY_THE_PROGRAM = "paused by the program"
 
 
 class _Access:

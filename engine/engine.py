@@ -17,6 +17,7 @@ from scopestate import lifecycle
 from scopestate.acknowledging import TransactionOfDelivery
 from scopestate.actors.backlog import HandlerFull, no_room
 from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback, run_callback
+from scopestate.actors.consuming import Consumers
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.functions import Function
 from scopestate.actors.ports import Backend, Store
@@ -600,6 +601,9 @@ class Engine(Reactive, StateCalls):
 
     def _register(self, trigger: Trigger) -> None:
         self._parts.register(trigger)
+
+    def _consumers(self) -> Consumers | None:
+        return self._parts.consumers
 
     def _refuse_if_closed(self) -> None:
         if IN_CALLBACK:

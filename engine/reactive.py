@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Never, TypeGuard, TypeVar, Unpack, overload
 
+from scopestate.actors.consuming import BY_THE_PROGRAM, Consumers
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
 from scopestate.actors.router import EventRouter
@@ -35,6 +36,9 @@ class Reactive:
 
     def _register(self, trigger: Trigger) -> None:
         """Have its events delivered from now on."""
+
+    def _consumers(self) -> Consumers | None:
+        """Return the consumers of durable triggers, if there can be any."""
 
     @overload
     def register_function(self, function_id: str, target: F, *, description: str | None = None) -> F: ...
@@ -103,7 +107,7 @@ class Reactive:
         self._refuse_if_closed()
         trigger = read_trigger(function_id, trigger_id, config)
         self._register(trigger)
-        return TriggerHandle(self._router.triggers, trigger)
+        return TriggerHandle(self._router.triggers, trigger, self._consumers)
 
     def on_change(
         self,
@@ -148,7 +152,8 @@ class Reactive:
 
     def triggers(self) -> list[TriggerHandle]:
         """Return all triggers, in order of registration."""
-        return [TriggerHandle(self._router.triggers, handler.trigger) for handler in self._router.triggers.handlers()]
+        table = self._router.triggers
+        return [TriggerHandle(table, handler.trigger, self._consumers) for handler in table.handlers()]
 
     def trigger_types(self) -> list[dict[str, Any]]:
         """Return a description of each trigger type, as the API reference has it."""
@@ -225,9 +230,12 @@ def _facts(failure: DeliveryFailure) -> dict[str, object]:
 class TriggerHandle:
     """A registered trigger."""
 
-    def __init__(self, triggers: TriggerTable, trigger: Trigger) -> None:
+    def __init__(
+        self, triggers: TriggerTable, trigger: Trigger, consumers: Callable[[], Consumers | None] = lambda: None
+    ) -> None:
         self._triggers = triggers
         self._trigger = trigger
+        self._consumers = consumers
 
     @property
     def trigger_id(self) -> str:
@@ -246,8 +254,49 @@ class TriggerHandle:
         """
         self._triggers.unregister(self.trigger_id)
 
+    def pause(self) -> None:
+        """Begin no call of its function until `resume`; calls that have begun go on. From any thread.
+
+        Events wait: up to `handler_mailbox`, and then as `handler_when_full` says, so with `block` writers wait too.
+        `drain()` does not wait for them; `close()` reports them as not delivered. The events of a durable trigger stay
+        in the store, and it is the consumer that is paused: it still is after a restart.
+        Raises InvalidRegistration if the trigger is gone, StorageError if the store does not take the pause.
+        """
+        self._set_paused(True)
+
+    def resume(self) -> None:
+        """Go on after a pause, with the events that wait. Raises as `pause`."""
+        self._set_paused(False)
+
+    @property
+    def paused(self) -> bool:
+        """True if it is paused; a durable trigger also if the engine has paused its consumer. False if it is gone."""
+        name, consumers = self._trigger.durable, self._consumers()
+        if name is not None and consumers is not None:
+            return dict(consumers.states()).get(name) is not None
+        handler = self._triggers.handler(self.trigger_id)
+        return handler is not None and handler.paused
+
+    def _set_paused(self, paused: bool) -> None:
+        handler = self._triggers.handler(self.trigger_id)
+        if handler is None:
+            raise InvalidRegistration(
+                f"no trigger has the id {self.trigger_id!r}; it may have been unregistered before"
+            )
+        name, consumers = self._trigger.durable, self._consumers()
+        if name is not None and consumers is not None:
+            if paused:
+                consumers.pause(name, BY_THE_PROGRAM)
+            else:
+                consumers.resume(name)
+        elif paused:
+            handler.pause()
+        else:
+            handler.go_on()
+
     def __repr__(self) -> str:
-        return f"<TriggerHandle {self.trigger_id!r} -> {self._trigger.function_id!r}>"
+        state = ", paused" if self.paused else ""
+        return f"<TriggerHandle {self.trigger_id!r} -> {self._trigger.function_id!r}{state}>"
 
 
 def _name_of(handler: Callable[..., Any]) -> str:
