@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher, Timer
     from scopestate.actors.gate import Batch
     from scopestate.actors.triggers import TriggerTable
+    from scopestate.ops.changes import Change
     from scopestate.ops.results import StateEvent
 
 log = Log("scopestate.watch")
@@ -405,11 +406,13 @@ class Feed:
         self._ring.extend(events)
         self._ring_bytes += sum([len(event.new_json or b"") for event in events]) + OVERHEAD * len(events)
         if self._many and events:
-            for name, group in groupby(changes_of(events, self.cursors), _scope_of):
+            everything = any(watcher.everything for watcher in self._many)
+            made = changes_of(events, self.cursors, everything=everything)
+            for name, group in groupby(made, _scope_of):
                 watchers = self._scopes[name].many if name in self._scopes else ()
-                changes = list(group) if watchers else ()
+                changes = list(group) if watchers else []
                 for watcher in watchers:
-                    watcher.take(name, changes, woken)
+                    watcher.take(name, _real(changes) if everything and not watcher.everything else changes, woken)
         # As of a scope: behind the watches. Positions that were never shown to anyone are passed too.
         self._shown = self.position if not self._holds else min(self._holds.values()) - 1
         if len(self._ring) > RING_EVENTS or self._ring_bytes > RING_BYTES:
@@ -612,7 +615,7 @@ class Feed:
         if cursor.epoch != self.epoch or not self._floor <= position <= self.position or not covered:
             return False
         found = [event for event in self._ring if event.position > position and event.scope.startswith(prefix)]
-        watcher.begin({}, changes_of(found, self.cursors), position)
+        watcher.begin({}, changes_of(found, self.cursors, everything=watcher.everything), position)
         return True
 
     @exclusive
@@ -659,6 +662,11 @@ class Feed:
         self._ended = True
         for watcher in self.watchers():
             watcher.ending = True
+
+
+def _real(changes: list[Change]) -> list[Change]:
+    """Return the changes without deletes of keys that did not exist."""
+    return [change for change in changes if change.json is not None or change.old_json is not None]
 
 
 def deliver_to(watchers: Iterable[Watcher]) -> None:

@@ -24,8 +24,11 @@ _KINDS: Final[dict[EventType, ChangeKind]] = {
 }
 
 
-def changes_of(events: Iterable[StateEvent], cursors: CursorMaker) -> list[Change]:
-    """Return the changes that watches get for these events. A delete of a key that did not exist gives nothing."""
+def changes_of(events: Iterable[StateEvent], cursors: CursorMaker, *, everything: bool = False) -> list[Change]:
+    """Return the changes that watches get for these events.
+
+    A delete of a key that did not exist gives nothing, unless `everything` is asked for.
+    """
     return [
         Change(
             _KINDS[event.event_type],
@@ -38,9 +41,10 @@ def changes_of(events: Iterable[StateEvent], cursors: CursorMaker) -> list[Chang
             False,
             event.position,
             cursors,
+            event,
         )
         for event in events
-        if event.new_json is not None or event.old_json is not None
+        if everything or event.new_json is not None or event.old_json is not None
     ]
 
 
@@ -84,6 +88,7 @@ class Watcher:
         "buffer",
         "closed",
         "ending",
+        "everything",
         "filter",
         "interest",
         "key",
@@ -104,6 +109,7 @@ class Watcher:
         *,
         values: bool = True,
         latest: bool = False,
+        everything: bool = False,
         buffer: int,
     ) -> None:
         self.scope = scope
@@ -112,6 +118,8 @@ class Watcher:
         self.filter = wanted
         self.key = wanted.key
         self.values = values
+        self.everything = everything
+        """True: deletes of keys that did not exist as well, which fire events. Of watches of many scopes."""
         self.buffer = buffer
         self.pending: deque[Change] = deque()
         self._newest: dict[tuple[str, str], Change] | None = {} if latest else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.router import Routed
 from scopestate.errors import DeserializationError, InvalidCursor, Overloaded, SnapshotCapacity, WatchOverrun
-from scopestate.ops.polls import FUNCTION_ID, ChangesInput, change_text, changes_text, read_poll
+from scopestate.ops.polls import FUNCTION_ID, Poll, change_text, changes_text, read_poll
 from scopestate.ops.ranges import Count
 from scopestate.ops.requests import SNAPSHOT_ROWS, misfit
 from scopestate.ops.turns import Range
@@ -52,7 +52,7 @@ class _Watched:
 
     __slots__ = ("ahead", "asked", "caller", "snapshot", "until_s", "watch")
 
-    def __init__(self, watch: _Watch, asked: ChangesInput, caller: Caller) -> None:
+    def __init__(self, watch: _Watch, asked: Poll, caller: Caller) -> None:
         self.watch = watch
         self.asked = _filter_of(asked)
         self.caller = caller
@@ -179,7 +179,7 @@ class Polls:
             raise misfit(FUNCTION_ID, str(error)) from error
         return self._counted(poll, caller, readable)
 
-    def _counted(self, poll: ChangesInput, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
+    def _counted(self, poll: Poll, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
         self._exclusive.run(self._enter, caller)
         try:
             return (yield from self._poll(poll, caller, readable))
@@ -196,7 +196,7 @@ class Polls:
         if not self._polling[caller]:
             del self._polling[caller]
 
-    def _poll(self, poll: ChangesInput, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
+    def _poll(self, poll: Poll, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
         now_s = self._engine._parts.dispatcher.monotonic
         deadline_s = now_s() + poll.wait_ms / 1000
         watched = self._take(poll, caller)
@@ -227,7 +227,7 @@ class Polls:
             raise
         return self._finish(watched, answer, kept=True)
 
-    def _open(self, poll: ChangesInput, caller: Caller) -> Generator[_Step, Any, _Watched]:
+    def _open(self, poll: Poll, caller: Caller) -> Generator[_Step, Any, _Watched]:
         cursor = poll.cursor
         if cursor is not None and cursor.startswith(SNAPSHOT):
             raise InvalidCursor("no snapshot")
@@ -235,6 +235,7 @@ class Polls:
         options |= {"key": poll.key, "prefix": poll.prefix, "events": poll.events, "values": poll.values}
         try:
             settings = WatchSettings(poll.scope, poll.scope_prefix, {**options, "buffer": BUFFER})  # type: ignore[typeddict-item]
+            settings.everything = poll.tell
             if not options["snapshot"]:
                 return _Watched((yield _Open(settings)), poll, caller)
         except DeserializationError as error:
@@ -291,7 +292,7 @@ class Polls:
 
     # ------------------------------------------------------------------------------------------------ between polls
 
-    def _take(self, poll: ChangesInput, caller: Caller) -> _Watched | None:
+    def _take(self, poll: Poll, caller: Caller) -> _Watched | None:
         """Return the watch that was kept for a poll, if it asks for the same."""
         if poll.cursor is None:
             return None
@@ -336,10 +337,11 @@ class Polls:
 class _Answer:
     """The changes of one answer."""
 
-    def __init__(self, poll: ChangesInput, readable: Callable[[str], bool]) -> None:
+    def __init__(self, poll: Poll, readable: Callable[[str], bool]) -> None:
         self._limit = poll.limit
         self._bytes = poll.max_bytes
         self._readable = readable
+        self._tell = poll.tell
         self.changes: list[bytes] = []
         self.last: Change | None = None
         """The last change that it tells of, or passes over."""
@@ -355,7 +357,7 @@ class _Answer:
     def add(self, change: Change) -> bool:
         """Add a change if there is room; return False if there is not. The first one is always added."""
         if self._readable(change.scope):
-            text = change_text(change)
+            text = change_text(change, tell=self._tell)
             self._bytes -= len(text) + 1
             if self._bytes < 0 and self.changes:
                 self.more = True
@@ -365,5 +367,5 @@ class _Answer:
         return True
 
 
-def _filter_of(poll: ChangesInput) -> tuple[Any, ...]:
-    return poll.scope, poll.scope_prefix, poll.key, poll.prefix, poll.events, poll.values
+def _filter_of(poll: Poll) -> tuple[Any, ...]:
+    return poll.scope, poll.scope_prefix, poll.key, poll.prefix, poll.events, poll.values, poll.tell

@@ -58,6 +58,8 @@ class WatchSettings:
         known = given.pop("known", ())
         self.snapshot = _flag("snapshot", given.pop("snapshot", True))
         self.values = _flag("values", given.pop("values", True))
+        self.everything = False
+        """True: deletes of keys that did not exist as well; asked by a bridge, which fires their events."""
         self.latest = _flag("latest", given.pop("latest", False))
         self.markers = _flag("markers", given.pop("markers", False))
         self.buffer = given.pop("buffer", BUFFER)
@@ -145,6 +147,7 @@ class _Watch:
             settings.filter,
             values=settings.values,
             latest=settings.latest,
+            everything=settings.everything,
             buffer=settings.buffer,
         )
         self._first: Iterator[Change] | None = None
@@ -283,7 +286,7 @@ class _Watch:
             self._note_synced()
             return
         pages.note(events)
-        changes = changes_of(events, self._cursors)
+        changes = changes_of(events, self._cursors, everything=self._watcher.everything)
         self._first = iter(self._watcher.filtered(changes))
 
     # -------------------------------------------------------------------------------------------------------- reading

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from scopestate.ops.results import StateEvent
 from scopestate.ops.values import decode
 
 ChangeKind = Literal["put", "delete", "expire", "synced", "progress"]
@@ -56,6 +57,8 @@ class Change(msgspec.Struct, frozen=True, eq=False, gc=False):
     """The number of the change over all scopes of its engine; 0 for an entry of a snapshot."""
     cursors: CursorMaker
     """What makes `cursor` when it is read. It refers to nothing: the garbage collector does not look at changes."""
+    event: StateEvent | None = None
+    """The event of the change in this engine; None for what is no change of now, or has come from another engine."""
 
     @property
     def value(self) -> Any:
@@ -78,7 +81,7 @@ class Change(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What makes cursors belongs to one engine; a copy travels.
-        return Change, (*[getattr(self, name) for name in self.__struct_fields__[:-1]], KnownCursor(self.cursor))
+        return Change, (*[getattr(self, name) for name in self.__struct_fields__[:-2]], KnownCursor(self.cursor))
 
     def __repr__(self) -> str:
         what = "".join(

@@ -51,6 +51,13 @@ class ChangesInput(msgspec.Struct, frozen=True, kw_only=True):
     values: Annotated[bool, Meta(description="False: changes without their values")] = True
 
 
+class Poll(ChangesInput, frozen=True, kw_only=True):
+    """The same, and what a bridge asks for."""
+
+    tell: bool = msgspec.field(default=False, name="_events")
+    """True: all that the events of the changes say, and those of deletes of keys that did not exist."""
+
+
 class ChangeFound(msgspec.Struct):
     """One change."""
 
@@ -82,9 +89,9 @@ class ChangesFound(msgspec.Struct):
     more: Annotated[bool, Meta(description="True if the next poll will find changes at once")]
 
 
-def read_poll(payload: Payload) -> ChangesInput:
+def read_poll(payload: Payload) -> Poll:
     """Read the input of `state::changes`. Raises DeserializationError and InvalidPageLimits."""
-    poll = convert(payload, ChangesInput)
+    poll = convert(payload, Poll)
     for name, number, low, high in (
         ("limit", poll.limit, 1, MOST_CHANGES),
         ("max_bytes", poll.max_bytes, _LEAST_BYTES, MOST_BYTES),
@@ -102,8 +109,8 @@ def read_poll(payload: Payload) -> ChangesInput:
     return poll
 
 
-def change_text(change: Change) -> bytes:
-    """Return one change as JSON text; the values are inserted as they are stored."""
+def change_text(change: Change, *, tell: bool = False) -> bytes:
+    """Return one change as JSON text; the values are inserted as they are stored. `tell`: a bridge asks for more."""
     parts = [
         b'{"kind":"%b","scope":%b,"key":%b,"revision":%d'
         % (change.kind.encode(), _json(change.scope), _json(change.key), change.revision)
@@ -118,6 +125,13 @@ def change_text(change: Change) -> bytes:
         parts.append(b',"initial":true')
     else:
         parts.append(b',"cursor":%b' % _json(change.cursor))
+    event = change.event
+    if event is not None and event.expired_at is not None:
+        parts.append(b',"expired_at":%d,"late_ms":%d' % (event.expired_at, event.late_ms or 0))
+    if event is not None and event.time_ms:
+        parts.append(b',"time_ms":%d' % event.time_ms)
+    if tell and event is not None and event.depth:
+        parts.append(b',"depth":%d' % event.depth)
     return b"".join(parts) + b"}"
 
 

@@ -120,8 +120,12 @@ class WorkerConsumers:
         if function is None:
             raise RetryLater(LATER_S)  # its worker has left at this moment
         target = function.target
-        if type(target) is not WorkerFunction or function_id != trigger.function_id:
-            return target(event)  # of the program, or a condition
+        if function_id != trigger.function_id:  # a condition, which gets no metadata
+            event = event.copy()
+            event.metadata = None
+            return target(event)
+        if type(target) is not WorkerFunction:
+            return target(event)
         name = trigger.durable or ""
         if owner.access is not None:
             name = owner.access.own_consumer(name) or name

@@ -157,7 +157,7 @@ def test_without_values_the_values_are_not_sent(engine: Engine, connect: OpenRaw
 
     [change] = poll(worker, scope="s", values=False, cursor=cursor)["changes"]
 
-    assert set(change) == {"kind", "scope", "key", "revision", "cursor"}
+    assert set(change) == {"kind", "scope", "key", "revision", "time_ms", "cursor"}
 
 
 # --------------------------------------------------------------------------------------------------- its bounds
