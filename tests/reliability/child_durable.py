@@ -66,6 +66,7 @@ def register(engine: Engine, notes: str, where: str = "") -> None:
     def ship(event: StateEvent, delivery: Delivery) -> None:
         os.write(handle, f"{event.new_value} {delivery.attempt} {delivery.id}\n".encode())
         if where == "in the handler":
+            engine.set("others", "x", 1, durable=True)  # a save in between does not acknowledge it
             die()
         if "letter" in where:
             raise ValueError("no")
