@@ -408,7 +408,7 @@ class SnapshotActor(TurnActor):
                 self.unsavable[scope, key] = str(error)
             change.entries.pop(key, None)
         if any(event.key in keys for event in change.log):
-            # What is not saved is not told of, and the journal has a gap.
+            # What is not saved reaches no consumer, and the journal has a gap.
             change.log = [event for event in change.log if event.key not in keys]
             change.logged_since = None
         actor.pinned = True

@@ -274,8 +274,10 @@ def begin_session(connection: sqlite3.Connection, *, lost: bool) -> Session:
 def end_session(connection: sqlite3.Connection, clock_ms: int, settled: int) -> None:
     """Note that everything was saved: the next session goes on with the next number of each scope, and the journal.
 
-    `settled` is the last position that was given.
+    `settled` is the last position that was given. What an interrupted call has left open is begun anew.
     """
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
     connection.execute("BEGIN IMMEDIATE")
     try:
         connection.execute("UPDATE store SET clean = 1, clock = max(clock, ?)", (clock_ms,))
