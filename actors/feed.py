@@ -624,7 +624,12 @@ class Feed:
         if watcher.scope is not None:
             scope = self._scopes[watcher.scope]
             revision = revisions[watcher.scope]
-            scope.begins_at(revision)
+            if any(event.scope == watcher.scope for event in list(self.incoming.values())):
+                # The changes that are entered before the watch, and have no position yet, are for the journal too.
+                if scope.floor is None:
+                    scope.floor = revision
+            else:
+                scope.begins_at(revision)
         watcher.begin(revisions, (), position)
 
     def shown(self) -> int:

@@ -333,6 +333,8 @@ class SnapshotActor(TurnActor):
             return
         try:
             self._save_acks()
+            if self.feed is not None and not self._backlog and self.feed.settled(()) > store.journal.settled:
+                self._write([])  # positions of what is not kept: a cursor behind them is good after a crash, too
             if store.journal.rules is not None and (store.journal.behind or now_s >= self._trim_s):
                 self._trim_s = now_s + TRIM_EVERY_S
                 store.clock_ms = self._clock.now_ms()
