@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import msgspec
 
@@ -31,6 +31,9 @@ class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     The pause after attempt n is `first * factor ** (n - 1)` seconds, at most `longest`, varied at random by `jitter`.
     Raises InvalidRegistration for values that make no sense.
     """
+
+    json_fields: ClassVar[tuple[str, ...]] = ("attempts", "first", "factor", "longest", "jitter")
+    """What a file and a worker can give."""
 
     attempts: int = 10
     """Attempts in all, the first included. After the last one the delivery is given up. At least 1."""

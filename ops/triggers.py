@@ -12,6 +12,7 @@ import msgspec
 from scopestate.errors import DeserializationError, InvalidRegistration
 from scopestate.ops.deliveries import Retry, read_retry
 from scopestate.ops.results import EventName, EventType, StateEvent
+from scopestate.ops.update_ops import OPTIONAL
 from scopestate.ops.values import class_name, decode, encode, json_type
 from scopestate.ops.writes import same_json
 
@@ -79,8 +80,30 @@ class TriggerOptions(TypedDict, total=False):
 class Trigger(msgspec.Struct, frozen=True):
     """What a trigger watches, and how it calls its function. Source: reference, "Trigger Type: state"."""
 
-    json_fields: ClassVar[tuple[str, ...]] = ("scope", "key", "condition_function_id", "events")
-    """What a registration's `config` object has."""
+    json_fields: ClassVar[tuple[str, ...]] = (
+        "scope",
+        "key",
+        "condition_function_id",
+        "events",
+        "prefix",
+        "scope_prefix",
+        "only_if_changed",
+        "fields",
+        "order",
+        "concurrency",
+        "durable",
+        "retry",
+        "ack_wait",
+        "start",
+        "on_giving_up",
+        "max_dead",
+        "debounce",
+        "debounce_max",
+        "batch",
+        "batch_wait",
+        "metadata",
+    )
+    """What a registration's `config` object has; the first three are the reference's."""
 
     trigger_id: str
     function_id: str
@@ -98,31 +121,62 @@ class Trigger(msgspec.Struct, frozen=True):
         msgspec.Meta(description="Optional kinds of changes to watch; all of them if absent"),
     ] = None
     """Kinds of events; None: every kind."""
-    prefix: str | None = None
-    scope_prefix: str | None = None
-    only_if_changed: bool = False
-    fields: tuple[str, ...] | None = None
-    """Top-level fields of which one must have changed; None: whatever has changed."""
-    order: Order = "scope"
-    concurrency: int = 8
-    durable: str | None = None
-    """The name of its consumer in the store; None: its events are in memory only."""
-    retry: Retry | None = None
-    ack_wait: float = 30.0
-    start: str = "now"
-    on_giving_up: Literal["skip", "block"] = "skip"
-    max_dead: int = 100_000
-    debounce: float | None = None
-    """Seconds; None: each event is delivered."""
-    debounce_max: float | None = None
-    batch: int | None = None
-    """Most events of a list; None: events are delivered one by one."""
-    batch_wait: float = 0.2
+    prefix: Annotated[str | None, msgspec.Meta(description="Keys that begin with this; not together with `key`")] = None
+    scope_prefix: Annotated[
+        str | None, msgspec.Meta(description="Scopes whose name begins with this; not together with `scope`")
+    ] = None
+    only_if_changed: Annotated[
+        bool, msgspec.Meta(description="True: not for a write that leaves the same JSON value")
+    ] = False
+    fields: Annotated[
+        tuple[str, ...] | None,
+        msgspec.Meta(description="Only if one of these top-level fields of the value has changed, come or gone"),
+    ] = None
+    """None: whatever has changed."""
+    order: Annotated[Order, msgspec.Meta(description="Which events are handled one after the other")] = "scope"
+    concurrency: Annotated[
+        int, msgspec.Meta(description="How many events, or batches, are handled side by side at most")
+    ] = 8
+    durable: Annotated[
+        str | None, msgspec.Meta(description="Name of the consumer in the store that keeps its events")
+    ] = None
+    """None: its events are in memory only."""
+    retry: Annotated[
+        Retry | None, msgspec.Meta(description="When a failed delivery of a durable trigger is tried again")
+    ] = None
+    ack_wait: Annotated[
+        float, msgspec.Meta(description="Seconds after which a delivery of a durable trigger is tried again")
+    ] = 30.0
+    start: Annotated[
+        str, msgspec.Meta(description="Where a new consumer begins: `now`, `earliest`, or a cursor of a watch")
+    ] = "now"
+    on_giving_up: Annotated[
+        Literal["skip", "block"],
+        msgspec.Meta(description="What becomes of the events behind one that a durable trigger gives up"),
+    ] = "skip"
+    max_dead: Annotated[int, msgspec.Meta(description="How many dead letters a durable trigger keeps")] = 100_000
+    debounce: Annotated[
+        float | None, msgspec.Meta(description="Seconds for which a key rests before its newest event is delivered")
+    ] = None
+    """None: each event is delivered."""
+    debounce_max: Annotated[
+        float | None, msgspec.Meta(description="Seconds after which it is delivered in any case")
+    ] = None
+    batch: Annotated[int | None, msgspec.Meta(description="Deliver lists of at most so many events")] = None
+    """None: events are delivered one by one."""
+    batch_wait: Annotated[
+        float, msgspec.Meta(description="Seconds for which the first event of a list waits for more")
+    ] = 0.2
     metadata_json: bytes | None = None
     """The metadata as JSON: each delivery gets its own copy."""
 
     @property
-    def metadata(self) -> dict[str, Any] | None:
+    def metadata(
+        self,
+    ) -> Annotated[
+        dict[str, Any] | None,
+        msgspec.Meta(description="An object that reaches the function beside the event", extra=OPTIONAL),
+    ]:
         """What the handler finds in `event.metadata`, a new copy at each reading."""
         return None if self.metadata_json is None else cast("dict[str, Any]", decode(self.metadata_json))
 

@@ -11,6 +11,7 @@ import pytest
 from conformance import load, same
 
 from scopestate import Engine
+from scopestate.ops.triggers import OPTIONS
 
 PUBLISHED: dict[str, Any] = load("catalogue.json")
 """What clients of iii-state 0.11.6 are told of the functions and of the trigger type."""
@@ -80,6 +81,31 @@ def test_what_the_reference_does_not_have_is_described_beside_it(engine: Engine)
     events = state["invocation_schema"]["properties"]["events"]
     assert events["items"]["enum"] == ["created", "updated", "deleted", "expired"]
     jsonschema.validate({"scope": "s", "events": ["expired"]}, state["invocation_schema"])
+    everything: dict[str, Any] = {
+        "scope_prefix": "s",
+        "prefix": "o-",
+        "only_if_changed": True,
+        "fields": ["status"],
+        "order": "key",
+        "concurrency": 3,
+        "durable": "ship",
+        "retry": {"attempts": 3, "first": 0.5},
+        "ack_wait": 60,
+        "start": "earliest",
+        "on_giving_up": "block",
+        "max_dead": 10,
+        "debounce": 0.5,
+        "debounce_max": 5,
+        "batch": 100,
+        "batch_wait": 0.2,
+        "metadata": {"team": "shipping"},
+    }
+    jsonschema.validate(everything, state["invocation_schema"])
+    assert set(state["invocation_schema"]["properties"]) == set(OPTIONS)
+    assert "required" not in state["invocation_schema"]
+    for name, wrong in (("order", "keys"), ("retry", 3), ("debounce", "1s"), ("fields", "status"), ("metadata", [])):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({name: wrong}, state["invocation_schema"])
     told = state["return_schema"]
     assert told["definitions"]["StateEventType"]["enum"][-1] == "state:expired"
     assert not {"expired_at", "late_ms"} & set(told["required"])
@@ -88,7 +114,9 @@ def test_what_the_reference_does_not_have_is_described_beside_it(engine: Engine)
 def without_ours(types: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the descriptions without what only scopestate has."""
     [state] = types
-    del state["invocation_schema"]["properties"]["events"]
+    given = state["invocation_schema"]["properties"]
+    for name in set(given) - {"scope", "key", "condition_function_id"}:
+        del given[name]
     for name in ("expired_at", "late_ms"):
         del state["return_schema"]["properties"][name]
     state["return_schema"]["definitions"]["StateEventType"]["enum"].remove("state:expired")
