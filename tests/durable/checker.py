@@ -60,10 +60,15 @@ class Left(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """How often the effect of each event is in the store, by deliveries that wrote it in their transaction."""
+    """How often the effect of each event is in the store, by deliveries that wrote it in their transaction.
+
+    What is there is over, even if the process was killed before the handler could say so.
+    """
 
     consumer: str
     effects: Mapping[tuple[str, str, int], int]
+    is_all: bool = True
+    """False: of what was handled, some may not have been saved yet."""
 
 
 class Finished(NamedTuple):
@@ -130,6 +135,11 @@ class Checker:
             case Finished():
                 self._check_committed(fact.durable)
                 self._finished(fact.durable)
+
+    @property
+    def consumers(self) -> list[str]:
+        """The names of the consumers that were called."""
+        return list(self._consumers)
 
     def _consumer(self, name: str) -> Consumer:
         return self._consumers.setdefault(name, Consumer(name))
@@ -203,8 +213,10 @@ class Checker:
             if count != 1:
                 self._say("exactly once", f"{fact.consumer}: the effect of {event} is there {count} times")
         consumer = self._consumer(fact.consumer)
+        for scope, key, number in fact.effects:
+            consumer.over[scope, key].add(number)
         for place, numbers in consumer.over.items():
-            for number in numbers:
+            for number in numbers if fact.is_all else ():
                 if (*place, number) not in fact.effects:
                     self._say("exactly once", f"{fact.consumer}: {(*place, number)} is handled, without its effect")
 
