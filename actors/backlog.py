@@ -87,7 +87,8 @@ def no_room(scope: str) -> str:
     return (
         f"nothing was written to scope {scope!r}: the mailbox of a handler that must get its event is full and "
         "did not empty within call_timeout_ms; see handler_mailbox, handler_mailbox_bytes, "
-        "events_bytes, handler_when_full and handler_timeout_ms under `limits`"
+        "events_bytes, handler_when_full and handler_timeout_ms under `limits`; or, of a scope whose changes are kept, "
+        "too many of them are not saved yet: `health()` says whether saving fails"
     )
 
 

@@ -12,7 +12,7 @@ import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -39,6 +39,12 @@ RING_BYTES: Final = 64 << 20
 """How much the ring holds at most. The newest change is always there."""
 OVERHEAD: Final = 500
 """Bytes that a change in the ring takes, beside its new value: the value before is mostly that of a change before."""
+SAVE_BYTES: Final = 16 << 20
+"""If so much waits to be written into the journal, it is saved before the interval is over."""
+MOST_UNSAVED_BYTES: Final = 256 << 20
+"""If so much waits, because saving is slow or fails, writers wait."""
+MOST_INCOMING: Final = 10_000
+"""Changes that may wait for their positions, where nothing else needs them."""
 LINGER_S: Final = 60.0
 """So long a scope stays fed after the last watch of it, for a watch that comes back with its cursor."""
 
@@ -181,6 +187,12 @@ class Feed:
         self.save_soon: Callable[[list[str]], object] = lambda scopes: None
         """Has these scopes saved before the interval is over."""
         self._soon: dict[str, None] = {}
+        self._unsaved = 0
+        """About the bytes of changes that are to be written into the journal."""
+        self.full = False
+        """True if these are too many."""
+        self.made_room: Callable[[], object] = lambda: None
+        """Tells writers that wait that there may be room."""
         self._committed: list[Callable[[Sequence[StateEvent]], object]] = []
         self._dropped: list[Watcher] = []
         """Watches that nothing refers to any more."""
@@ -305,11 +317,13 @@ class Feed:
                 continue
             scope.awaited = bool(self._consumers(name))
             if not self.is_wanted(name):
+                self._count_saved(scope.unsaved)
                 del self._scopes[name]
             elif scope.journaled != (journaled := self.is_journaled(name)):
                 if scope.unsaved:
                     scope.unsaved_from = scope.unsaved[0].position
                 scope.journaled, scope.begin = journaled, None
+                self._count_saved(scope.unsaved)
                 scope.unsaved.clear()
 
     def _consumers(self, scope: str) -> Collection[int]:
@@ -343,14 +357,34 @@ class Feed:
         while incoming:
             batch = list(incoming.values())
             self._give_positions(batch)
+            runs = [
+                (self._scopes.get(name) or self._make_scope(name), list(group))
+                for name, group in groupby(batch, _scope_of)
+            ]
+            # Up to here all can be done once more, if memory is refused.
+            for scope, events in runs:
+                self._note_unsaved(scope, events)
+            deque(map(incoming.__delitem__, map(id, batch)), 0)
             try:
-                self._enter(batch, woken)
-            finally:
-                # In every case: they have positions, and a second time would be one too many.
-                deque(map(incoming.__delitem__, map(id, batch)), 0)
-            self._show(batch, woken)
+                for scope, events in runs:
+                    self._enter(scope, events, woken)
+                self._show(batch, woken)
+            except BaseException:
+                self._lose_all()
+                raise
         self._forget_dropped()
         return woken
+
+    def _lose_all(self) -> None:
+        """Memory was refused in the middle: no watch can tell what it has, so each must begin again."""
+        self._ring.clear()
+        self._later.clear()
+        self._ring_bytes, self._floor, self._shown = 0, self.position, self.position
+        for scope in self._scopes.values():
+            scope.ring.clear()
+            scope.floor = None
+        for watcher in self.watchers():
+            watcher.lost = watcher.lost or 1
 
     def _give_positions(self, events: Sequence[StateEvent]) -> None:
         position = self.position
@@ -360,11 +394,6 @@ class Feed:
         self.position = position
         self.entered += len(events)
 
-    def _enter(self, events: Sequence[StateEvent], woken: list[Watcher]) -> None:
-        """Put changes that are in order of position into their scopes, and hand them to the watches of these."""
-        for name, group in groupby(events, _scope_of):
-            self._enter_scope(self._scopes.get(name) or self._make_scope(name), list(group), woken)
-
     def _make_scope(self, name: str) -> FedScope:
         scope = FedScope(name, self.store_id, self._kept(name), journaled=self.is_journaled(name))
         scope.many = tuple([watcher for watcher in self._many if name.startswith(watcher.scope_prefix)])
@@ -372,15 +401,30 @@ class Feed:
         self._scopes[name] = scope
         return scope
 
-    def _enter_scope(self, scope: FedScope, events: Sequence[StateEvent], woken: list[Watcher]) -> None:
+    def _note_unsaved(self, scope: FedScope, events: list[StateEvent]) -> None:
+        """Keep changes of an interval scope for the save that writes them. A second time it does nothing."""
         scope.begins_at(events[0].revision - 1)
-        if scope.kept == "interval":
-            if scope.awaited:
-                self._soon[scope.name] = None
-            if scope.journaled:
-                scope.unsaved.extend(events)
-            elif scope.unsaved_from is None:
+        if scope.kept != "interval":
+            return
+        if scope.awaited:
+            self._soon[scope.name] = None
+        if not scope.journaled:
+            if scope.unsaved_from is None:
                 scope.unsaved_from = events[0].position
+            return
+        unsaved = scope.unsaved
+        if unsaved and unsaved[-1].revision >= events[0].revision:
+            last = unsaved[-1].revision
+            events = [event for event in events if event.revision > last]
+        size = sum([len(event.new_json or b"") for event in events]) + OVERHEAD * len(events)
+        unsaved.extend(events)
+        self._unsaved += size
+        self.full = self._unsaved >= MOST_UNSAVED_BYTES
+        if self._unsaved > SAVE_BYTES:
+            self._soon[scope.name] = None
+
+    def _enter(self, scope: FedScope, events: list[StateEvent], woken: list[Watcher]) -> None:
+        """Put changes of one scope into the ring, and hand them to its watches."""
         scope.ring.extend(events)
         by_key = scope.by_key
         if by_key:
@@ -471,9 +515,14 @@ class Feed:
         woken: list[Watcher] = []
         if self._holds.pop(held, None) is None:
             return woken
-        if shown:
-            self._enter(held.events, woken)
-        self._show(held.events if shown else [], woken)
+        try:
+            if shown:
+                name = held.events[0].scope
+                self._enter(self._scopes.get(name) or self._make_scope(name), held.events, woken)
+            self._show(held.events if shown else [], woken)
+        except BaseException:
+            self._lose_all()
+            raise
         return woken
 
     # ---------------------------------------------------------------------------------------------------------- saves
@@ -496,9 +545,9 @@ class Feed:
         if not fed.journaled:
             return [], None
         unsaved = fed.unsaved
-        taken: list[StateEvent] = []
-        while unsaved and unsaved[0].revision <= revision:
-            taken.append(unsaved.popleft())
+        taken = list(takewhile(lambda event: event.revision <= revision, unsaved))
+        for _ in taken:
+            unsaved.popleft()
         return taken, fed.begin
 
     @exclusive
@@ -519,14 +568,28 @@ class Feed:
         held = [position for hold, position in self._holds.items() if hold not in done]
         return min([self.position + 1, *unsaved, *others, *held]) - 1
 
-    def unsaved_events(self) -> int:
-        """Return how many changes wait to be written into the journal."""
-        return sum(len(scope.unsaved) for scope in list(self._scopes.values()) if scope.journaled)
+    def must_wait(self, scope: str) -> bool:
+        """Return whether a write to a scope must wait, because too much of what was changed is not saved yet."""
+        if not self.full:
+            return False
+        fed = self._scopes.get(scope)
+        return fed is not None and fed.journaled and fed.kept == "interval"
 
     def committed(self, events: Sequence[StateEvent]) -> None:
         """These journaled changes are on disk now, in order of position. For the actor that saves."""
+        if events:
+            self._exclusive.run(self._count_saved, events)
         for callback in self._committed:
             contained(lambda callback=callback: callback(events), "telling of saved changes", log)  # type: ignore[misc]  # mypy cannot infer a default argument
+
+    def _count_saved(self, events: Collection[StateEvent]) -> None:
+        kept = {name: scope.kept for name, scope in self._scopes.items()}
+        saved = [event for event in events if kept.get(event.scope, "interval") == "interval"]
+        size = sum([len(event.new_json or b"") for event in saved]) + OVERHEAD * len(saved)
+        self._unsaved = max(0, self._unsaved - size)
+        if self.full:
+            self.full = self._unsaved >= MOST_UNSAVED_BYTES
+            self.made_room()
 
     # -------------------------------------------------------------------------------------------------------- watches
 
@@ -607,14 +670,15 @@ class Feed:
             revision = cursor.revision or 0
             if scope.floor is None or revision < scope.floor:
                 return False
-            found = [event for event in scope.ring if event.revision > revision]
+            found = [*takewhile(lambda event: event.revision > revision, reversed(scope.ring))][::-1]
             watcher.begin({cursor.scope: revision}, changes_of(found, scope.cursors))
             return True
         position, prefix = cursor.position or 0, watcher.scope_prefix
         covered = any(one.began <= position and one.covers(None, prefix) for one in self._wide)
         if cursor.epoch != self.epoch or not self._floor <= position <= self.position or not covered:
             return False
-        found = [event for event in self._ring if event.position > position and event.scope.startswith(prefix)]
+        behind = [*takewhile(lambda event: event.position > position, reversed(self._ring))][::-1]
+        found = [event for event in behind if event.scope.startswith(prefix)]
         watcher.begin({}, changes_of(found, self.cursors, everything=watcher.everything), position)
         return True
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from scopestate.actors.backlog import HandlerFull, Tally, size_of
 from scopestate.actors.containment import Log
-from scopestate.actors.feed import Feed
+from scopestate.actors.feed import MOST_INCOMING, Feed
 from scopestate.actors.handler import HandlerActor
 from scopestate.actors.lanes import Barrier
 from scopestate.actors.services import HandlerServices
@@ -59,6 +59,8 @@ class EventRouter(TurnActor):
         self.backlog = services.backlog
         self.backlog.working = self.triggers.working
         self.feed = Feed(services.dispatcher, self.wake, self.triggers)
+        self.feed.made_room = self.backlog.made_room
+        self._incoming = self.feed.incoming
         self.outlet: list[Prepared] = self._mailbox
         """Where a scope appends what it has prepared, in the stretch that no signal can cut; `wake` follows."""
         self.routed = 0
@@ -125,7 +127,12 @@ class EventRouter(TurnActor):
         depth: int,
         expired: Expired | None = None,
     ) -> tuple[tuple[Prepared, ...], StateEvent, int]:
-        """As `prepare`, for a scope that is fed: what of it is published, the event for the feed, its key there."""
+        """As `prepare`, for a scope that is fed: what of it is published, the event for the feed, its key there.
+
+        Raises HandlerFull too if too much waits to be saved.
+        """
+        if len(self._incoming) > MOST_INCOMING or self.feed.full:
+            self.check_fed(scope, depth)
         if self._registered:
             ((handlers, event),) = prepared = self.prepare(scope, watch, key, old, new, revision, depth, expired)
             event.time_ms = self._wall_ns() // 1_000_000
@@ -151,6 +158,8 @@ class EventRouter(TurnActor):
         """As `prepare_fed`, for sets of several keys in one transaction, whose first one has the revision `first`."""
         last = first + len(sets) - 1
         fed = watch.fed or watch.anywhere.fed
+        if fed:
+            self.check_fed(scope, depth)
         now_ms = self._wall_ns() // 1_000_000 if fed else 0
         if self._registered:
             routed: list[Prepared] = []
@@ -180,6 +189,13 @@ class EventRouter(TurnActor):
             for revision, (key, data), old in zip(range(first, last + 1), sets.items(), before, strict=True)
         ]
         return [], dict(zip(map(id, events), events, strict=True))
+
+    def check_fed(self, scope: str, depth: int) -> None:
+        """Before a write to a scope that is fed: refuse it, as `prepare` does, if too much is not saved yet."""
+        if len(self._incoming) > MOST_INCOMING and not self._scheduled:
+            self.wake_anyway()  # nothing else may need the changes that were entered
+        if self.feed.must_wait(scope):
+            self._refuse(scope, (), depth, self.backlog.progress)
 
     def check_room(self, scope: str, watch: Watchers, key: str, depth: int) -> None:
         """Refuse, as `prepare` does, a write that is about to be sent elsewhere: no handler may miss its event."""

@@ -426,6 +426,8 @@ class ScopeInMemory(ScopeActor):
         changes = _Changes()
         number = self._sequence
         watched = bool(self._watch or self._watch.anywhere)
+        if watched and (self._watch.fed or self._watch.anywhere.fed):
+            self._router.check_fed(self.scope, event_depth.get())
         for one in stored:
             if isinstance(one, Change):
                 number += 1

@@ -17,7 +17,7 @@ from watching import PATIENCE_S, Gate, GatedStore, LoopThread
 
 from scopestate import Change, Compacted, Engine, StateEvent, WatchOverrun
 from scopestate.actors import feed as feed_module
-from scopestate.errors import DeserializationError, EngineClosed, InvalidCursor, WouldDeadlock
+from scopestate.errors import DeserializationError, EngineClosed, InvalidCursor, StorageError, WouldDeadlock
 from scopestate.ops.cursors import read_cursor
 from scopestate.watching import Changes
 
@@ -609,6 +609,47 @@ def test_history_applies_from_a_reload_on(open_engine: OpenEngine, tmp_path: Pat
     engine = open_engine(adapter=files, scopes=HISTORY)
     with engine.scope("s").watch(since=revision) as changes:
         assert take(changes, 3) == [("put", "k", number) for number in (1, 2, 3)]
+
+
+def test_writers_wait_while_too_many_changes_cannot_be_saved(
+    open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scopestate.persistence import FileAdapter
+
+    monkeypatch.setattr(feed_module, "SAVE_BYTES", 1_000)
+    monkeypatch.setattr(feed_module, "MOST_UNSAVED_BYTES", 100_000)
+    monkeypatch.setattr("scopestate.actors.router.MOST_INCOMING", 10)
+    files = {"store_method": "file_based", "file_path": str(tmp_path / "store")}
+    engine = open_engine(adapter=files, scopes=HISTORY)
+    save, broken = FileAdapter.save, threading.Event()
+    broken.set()
+
+    def fail(store: Any, *what: Any) -> None:
+        if broken.is_set():
+            raise StorageError("the disk is full")
+        save(store, *what)
+
+    monkeypatch.setattr(FileAdapter, "save", fail)
+    written = 0
+
+    def write() -> None:
+        nonlocal written
+        for written in range(50_000):
+            engine.set("s", "k", written)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while engine.stats().blocked == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert written < 40_000
+    broken.clear()
+    engine.flush()
+    writer.join(PATIENCE_S)
+    assert written == 49_999
+    with engine.scope("s").watch(since=1) as changes:
+        assert [changes.get(PATIENCE_S).value for _ in range(49_999)] == list(range(1, 50_000))
 
 
 def test_a_watch_that_nothing_refers_to_is_forgotten(engine: Engine) -> None:
