@@ -663,24 +663,26 @@ class Feed:
         return gone, min(left) if left else None
 
     @exclusive
-    def from_ring(self, watcher: Watcher, cursor: ScopeCursor | ManyCursor) -> bool:
-        """Give a new watch what the ring has behind its cursor. False: the ring does not reach so far."""
+    def from_ring(self, watcher: Watcher, cursor: ScopeCursor | ManyCursor) -> list[StateEvent] | None:
+        """Begin a new watch behind what the ring has, and return what it has behind the cursor.
+
+        None: the ring does not reach so far, and the watch has not begun.
+        """
         if isinstance(cursor, ScopeCursor):
             scope = self._scopes[cursor.scope]
             revision = cursor.revision or 0
             if scope.floor is None or revision < scope.floor:
-                return False
+                return None
             found = [*takewhile(lambda event: event.revision > revision, reversed(scope.ring))][::-1]
-            watcher.begin({cursor.scope: revision}, changes_of(found, scope.cursors))
-            return True
+            watcher.begin({cursor.scope: found[-1].revision if found else revision})
+            return found
         position, prefix = cursor.position or 0, watcher.scope_prefix
         covered = any(one.began <= position and one.covers(None, prefix) for one in self._wide)
         if cursor.epoch != self.epoch or not self._floor <= position <= self.position or not covered:
-            return False
-        behind = [*takewhile(lambda event: event.position > position, reversed(self._ring))][::-1]
-        found = [event for event in behind if event.scope.startswith(prefix)]
-        watcher.begin({}, changes_of(found, self.cursors, everything=watcher.everything), position)
-        return True
+            return None
+        found = [*takewhile(lambda event: event.position > position, reversed(self._ring))][::-1]
+        watcher.begin({}, found[-1].position if found else position)
+        return [event for event in found if event.scope.startswith(prefix)]
 
     @exclusive
     def begin_at(self, watcher: Watcher, revisions: dict[str, int], position: int) -> None:
@@ -688,13 +690,10 @@ class Feed:
         if watcher.scope is not None:
             scope = self._scopes[watcher.scope]
             revision = revisions[watcher.scope]
-            if any(event.scope == watcher.scope for event in list(self.incoming.values())):
-                # The changes that are entered before the watch, and have no position yet, are for the journal too.
-                if scope.floor is None:
-                    scope.floor = revision
-            else:
-                scope.begins_at(revision)
-        watcher.begin(revisions, (), position)
+            if scope.floor is None:
+                # Not `begin`: there may be changes without a position, from before the watch, that the journal gets.
+                scope.floor = revision
+        watcher.begin(revisions, position)
 
     def shown(self) -> int:
         """Return the position up to which watches of many scopes have everything."""

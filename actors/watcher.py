@@ -141,16 +141,14 @@ class Watcher:
 
     # ------------------------------------------------------------------------------------------- by the feed, guarded
 
-    def begin(self, floors: dict[str, int], first: Iterable[Change], position: int = 0) -> None:
-        """Begin with these changes, and with what has come since behind these revisions and this position."""
+    def begin(self, floors: dict[str, int], position: int = 0) -> None:
+        """Begin with what has come since behind these revisions and this position. The rest is known already."""
         came = list(self.pending) if self._newest is None else list(self._newest.values())
         self.pending.clear()
         if self._newest is not None:
             self._newest.clear()
         self._floors, self.at = floors, position
-        known = [change for change in first if self.filter.wants(change)]
-        seen = {change.position for change in known}
-        self._add([*self._as_wanted(known), *[one for one in came if self._is_new(one) and one.position not in seen]])
+        self._add([change for change in came if self._is_new(change)])
         self._begun = True
         self._check_buffer()
 
@@ -245,7 +243,11 @@ class Watcher:
 
     def filtered(self, changes: Sequence[Change]) -> Sequence[Change]:
         """Return those of some changes that the watch wants, as it wants them."""
-        return self._as_wanted([change for change in changes if self.filter.wants(change)])
+        wanted = self._as_wanted([change for change in changes if self.filter.wants(change)])
+        if self._newest is None:
+            return wanted
+        newest = {(change.scope, change.key): change for change in wanted}
+        return [change for change in wanted if newest[change.scope, change.key] is change]
 
     def has_next(self) -> bool:
         """True if a change waits."""

@@ -193,7 +193,7 @@ class _Watch:
             feed.remove(self._watcher)
             raise
         self._marked = self._start
-        if not self._snapshot and self._pages is None:
+        if self._first is None and self._pages is None:
             self._note_synced()
 
     def _begin_now(self, *, snapshot: bool) -> Steps[None]:
@@ -242,7 +242,10 @@ class _Watch:
         after = _position_of(cursor) or 0
         self._start = after
         yield self._engine._router.ask(Routed())  # what is entered by now is in the ring, or in a commit
-        if feed.from_ring(watcher, cursor):
+        found = feed.from_ring(watcher, cursor)
+        if found is not None:
+            if found:
+                self._first = self._changes_of(found)
             return
         journal = feed.journal
         if scope is not None:
@@ -261,6 +264,14 @@ class _Watch:
             self._pages = None
             raise self._compacted(gone)
         feed.begin_at(watcher, {} if scope is None else {scope: upto}, 0 if scope is not None else upto)
+
+    def _changes_of(self, events: list[StateEvent]) -> Iterator[Change]:
+        """Yield the changes that this watch gets for these events. Made in parts: a reader may want a few of them."""
+        watcher = self._watcher
+        part = len(events) if self._settings.latest else PAGE
+        for begin in range(0, len(events), part):
+            made = changes_of(events[begin : begin + part], self._cursors, everything=watcher.everything)
+            yield from watcher.filtered(made)
 
     def _compacted(self, reason: str) -> Compacted:
         feed, scope = self._feed, self._settings.scope
@@ -286,8 +297,7 @@ class _Watch:
             self._note_synced()
             return
         pages.note(events)
-        changes = changes_of(events, self._cursors, everything=self._watcher.everything)
-        self._first = iter(self._watcher.filtered(changes))
+        self._first = self._changes_of(events)
 
     # -------------------------------------------------------------------------------------------------------- reading
 
@@ -300,9 +310,10 @@ class _Watch:
                 self._last = change
                 return change
             self._first = None
+            if self._pages is None:
+                self._note_synced()
             if self._snapshot:
                 self._snapshot = False
-                self._note_synced()
                 if self._settings.markers:
                     return self._mark("synced")
         if self._pages is not None:

@@ -474,6 +474,21 @@ def test_a_watch_that_is_too_slow_is_told_where_to_go_on(open_store: OpenEngine)
         assert [changes.get(PATIENCE_S).value for _ in range(7)] == list(range(5, 12))
 
 
+def test_what_was_missed_does_not_count_as_waiting(open_store: OpenEngine) -> None:
+    engine = open_store()
+    scope = engine.scope("s")
+    with scope.watch() as changes, engine.watch() as many:
+        cursor, of_many = changes.cursor, many.cursor
+        for number in range(50):
+            scope.set("k", number)
+        with scope.watch(since=cursor, buffer=3) as again, engine.watch(since=of_many, buffer=3) as again_many:
+            for watch in (again, again_many):
+                assert [watch.get(PATIENCE_S).value for _ in range(50)] == list(range(50))
+        with scope.watch(since=cursor, latest=True) as latest:
+            assert take(latest, 1) == [("put", "k", 49)]
+            assert nothing_waits(latest)
+
+
 def test_what_waits_for_a_slow_watch_is_bounded_in_bytes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed_module, "RING_BYTES", 100_000)
     scope = engine.scope("s")
