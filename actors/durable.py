@@ -5,26 +5,25 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from scopestate.actors.attempts import Pause
 from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, Outcome
-from scopestate.actors.containment import Log, contained, described, is_from_outside
+from scopestate.actors.containment import Log, contained, described
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import close_unrun, is_awaitable, is_unrun
 from scopestate.actors.handler import HandlerActor
-from scopestate.actors.lanes import Barrier
+from scopestate.actors.lanes import NO_LANE, Barrier, Lanes, Run
 from scopestate.actors.loops import OnLoop, Overdue, Pending
-from scopestate.actors.schedule import Lane, Schedule
 from scopestate.actors.services import HandlerServices
 from scopestate.errors import Conflict, EventLoopDetected, HandlerTimeout, StorageError, Unsupported
 from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater
 from scopestate.ops.results import DeliveryFailure, StateEvent
 from scopestate.ops.transactions import DeliveryBatch
 from scopestate.ops.values import class_name
-from scopestate.signals import Guard, certainly
-from scopestate.wire.depth import event_depth
+from scopestate.signals import Guard
 
 if TYPE_CHECKING:
     from scopestate.actors.clock import Clock
@@ -43,9 +42,6 @@ NEAR_S: Final = 1.0
 """`drain` waits for a retry that is due within this time, not for one that is later."""
 TROUBLE_S: Final = 2.0
 """Pause after the store or the connection has failed."""
-FIRST_LOOK_S: Final = 0.001
-LONGEST_LOOK_S: Final = 0.064
-"""How long events of other lanes wait behind a call before another thread takes them; longer while calls are quick."""
 CONFLICT_S: Final = 0.02
 """At most so long a delivery waits before it is tried again after a conflict of its transaction."""
 LONGEST_TEXT: Final = 16_384
@@ -58,17 +54,19 @@ class Attempt:
     """One call of the handler with one event. It stands behind the `Delivery` that the handler gets."""
 
     __slots__ = (
-        "call", "due_s", "event", "handler", "item", "lane", "late", "lost", "number", "over", "transaction_of", "turn",
+        "call", "due_s", "event", "handler", "item", "late", "lost", "number", "over", "pause",
+        "transaction_of", "turn",
     )  # fmt: skip
 
-    def __init__(self, handler: DurableHandler, lane: Lane, item: Held, due_s: float) -> None:
+    def __init__(self, handler: DurableHandler, item: Held) -> None:
         self.handler = handler
-        self.lane = lane
         self.item = item
         self.event = item.event
         self.number = item.attempts + 1
-        self.due_s = due_s
-        """When it is overdue, by the dispatcher's clock."""
+        self.due_s = math.inf
+        """When it is overdue, by the dispatcher's clock; inf until the function is called."""
+        self.pause: Pause | None = None
+        """Before the next attempt with the same event; None: there is none."""
         self.call: OnLoop | None = None
         """What it waits for on an event loop."""
         self.late = False
@@ -126,35 +124,44 @@ class Attempt:
             raise Unsupported("a delivery whose attempt is over", f"{self.id!r}: {why}")
 
 
-class DurableHandler(HandlerActor):
-    """Calls the function of one durable trigger, with several events side by side.
+class _WaitingBarrier:
+    """A barrier, and what it still waits for."""
 
-    What waits, and in which order, is in its `Schedule`; a guard keeps that consistent. Worker threads take the next
-    delivery, call the function and note the outcome: one thread as long as calls are quick, and another one as soon as
-    events of other lanes have waited behind a call. A delivery that awaits something keeps its lane, and no thread.
+    __slots__ = ("barrier", "left", "mark")
+
+    def __init__(self, barrier: Barrier, mark: int) -> None:
+        self.barrier = barrier
+        self.mark = mark
+        self.left: set[int] | None = None
+        """Positions; None: not everything up to the mark was fetched when it was last looked at."""
+
+
+class DurableHandler(HandlerActor):
+    """Calls the function of one durable trigger. Its events come from a consumer, not from the router.
+
+    As in every handler, lanes decide what may begin, and one turn at a time takes it. What is different: an attempt is
+    noted before it begins, and its outcome before its lane goes on; pauses survive a restart; an event that was given
+    up may hold back its lane; and events that wait are not lost when the engine closes.
     """
 
+    keeps_runs = True
     make_transaction: TransactionMaker | None = None
 
     def __init__(self, trigger: Trigger, services: HandlerServices, port: ConsumerPort, clock: Clock) -> None:
         super().__init__(trigger, services)
         self.port = port
         self._clock = clock
-        self._exclusive = Guard()
-        self._held = Schedule(trigger.order)
+        self._incoming: deque[Held] = deque()
+        """Fetched, and not in a lane yet."""
         self._attempts: dict[Attempt, None] = {}
-        """Those that are running."""
-        self._threads = 0
-        """Worker threads that take deliveries, or are about to."""
-        self._taken = 0
+        """Those that have begun."""
+        self._blocked: dict[int, Run] = {}
+        """Position -> the run that was given up and holds back its lane."""
         self._again = False
         """True: something may be fetched since that was last looked at."""
-        self._fetching = False
-        self._spread_s = 0.0
-        """The time until the next look whether another thread is needed; 0: none is planned."""
-        self._spread_taken = 0
-        self._due_timer_ms = math.inf
-        self._barriers: list[tuple[Barrier, int, set[int] | None]] = []
+        self._lost: list[frozenset[int]] = []
+        self._exclusive = Guard()
+        self._barriers: list[_WaitingBarrier] = []
         self._stopped = False
         self._target: tuple[object, bool] = (None, False)
         self.call: Callable[[str, Attempt], Any] | None = None
@@ -167,21 +174,22 @@ class DurableHandler(HandlerActor):
         """Begin, or go on with another trigger of the same name: its function, its filters, its options."""
         self.trigger = trigger
         self.active = True
+        self.begins_at_once = self.port.notes_at_once
         self.port.start(trigger, self.wake_up, self.lost)
 
     def forget(self) -> None:
         """Its consumer is forgotten: nothing that is here counts any more."""
-        positions = self._exclusive.run(lambda: [item.event.position for item in self._held.items()])
-        self.lost(positions)
+        held = [run.item.event.position for run in [*self._runs_under_way(), *list(self._aside)]]
+        self.lost(held + [item.event.position for item in self._incoming.copy()])
 
     def stop(self) -> None:
         """Begin no more attempts. What is running may end; its outcome is noted. Idempotent."""
         self._stopped = True
         self.port.stop()
-        self.check_barriers()
+        self.wake_up()
 
     def depth(self) -> int:
-        return len(self._held) - len(self._attempts)
+        return len(self._aside) + len(self._incoming)
 
     def is_busy(self) -> bool:
         return bool(self._attempts)
@@ -208,226 +216,240 @@ class DurableHandler(HandlerActor):
     def tell(self, message: Any) -> None:
         if not isinstance(message, Barrier):
             raise TypeError(f"a durable handler takes events from its consumer, not {message!r:.80}")
-        self._exclusive.run(self._barriers.append, (message, self.port.mark(), None))
+        self._exclusive.run(self._barriers.append, _WaitingBarrier(message, self.port.mark()))
         self.wake_up()
 
     def withdraw(self, item: object) -> None:
         self._exclusive.run(self._withdraw, item)
 
     def _withdraw(self, item: object) -> None:
-        self._barriers = [entry for entry in self._barriers if entry[0] is not item]
+        self._barriers = [waiting for waiting in self._barriers if waiting.barrier is not item]
 
     def status(self) -> ConsumerStatus:
         """Return how far the consumer is, with what this engine does of it."""
         status = self.port.status()
-        running = len(self._attempts)
         return ConsumerStatus(
             status.name,
             status.lag_events,
             status.lag_seconds,
-            running,
-            max(len(self._held) - running, 0),
+            len(self._attempts),
+            self.depth(),
             status.dead,
             status.paused,
             self.trigger.trigger_id if self.active else None,
         )
 
-    # ------------------------------------------------------------------------------------------------- whose turn it is
-
     def wake_up(self) -> None:
         """There may be something to do. From any thread."""
-        if self._exclusive.run(self._needs_thread):
-            try:
-                self._submit()
-            except BaseException:
-                certainly(lambda: self._exclusive.run(self._thread_ends))
-                raise
+        self._again = self._asked = True
+        self._stuck = False
+        if self._claim and not self._looking:
+            self._look_soon()
+        self.wake()
 
-    def _needs_thread(self) -> bool:
-        self._again = True
-        if self._threads or self._stopped:
-            return False
-        self._threads = 1
-        return True
-
-    def _submit(self) -> None:
-        self._dispatcher.submit_program(self._work)
-
-    def _thread_ends(self) -> None:
-        self._threads -= 1
-
-    def _work(self) -> None:
-        """Take deliveries as long as there are any. On a worker thread."""
-        try:
-            self._take_some()
-        except BaseException:
-            certainly(lambda: self._exclusive.run(self._thread_ends))
-            raise
-
-    def _take_some(self) -> None:
-        for _ in range(self.batch):
-            attempt = self._exclusive.run(self._take_next)
-            if attempt is not None:
-                self._try(attempt)
-            elif not self._fetch():
-                if self._barriers:
-                    self.check_barriers()
-                if self._exclusive.run(self._may_leave):
-                    self._set_due_timer()
-                    event_depth.set(0)
-                    return
-        event_depth.set(0)
-        self._submit()  # others may need this thread first
-
-    def _may_leave(self) -> bool:
-        if self._again and self._can_fetch():
-            return False
-        self._threads -= 1
-        return True
+    # ------------------------------------------------------------------------------------------- what may begin
 
     def _may_begin(self) -> bool:
         return self.active and not self._stopped and self.port.paused() is None
 
-    def _take_next(self) -> Attempt | None:
-        schedule, trigger = self._held, self.trigger
-        if len(self._attempts) >= trigger.concurrency or not self._may_begin():
-            return None
-        if schedule.order != trigger.order:
-            if self._attempts:
-                return None  # until what runs in the old order has ended
-            schedule.reorder(trigger.order)
-        lane = schedule.take(self._clock.now_ms())
-        if lane is None:
-            return None
-        attempt = Attempt(self, lane, lane.items[0], self._dispatcher.monotonic() + trigger.ack_wait)
-        self._attempts[attempt] = None
-        self._taken += 1
-        if schedule.has_ready() and not self._spread_s and len(self._attempts) < trigger.concurrency:
-            self._plan_spread(FIRST_LOOK_S)
-        if attempt.due_s < self._looks_s:
-            self.watch(attempt.due_s, trigger.ack_wait)
-        return attempt
+    def _can_fetch(self) -> bool:
+        lanes = self._lanes
+        if not self._may_begin():
+            return False
+        if lanes is None:
+            return True
+        held = len(lanes.aside)
+        return (
+            lanes.running < self.trigger.concurrency and held < MOST_HELD and held - lanes.behind_pauses < MOST_ACTIVE
+        )
+
+    def _has_work(self) -> bool:
+        if super()._has_work() or self._lost:
+            return True
+        return not self._stuck and (bool(self._incoming) or (self._again and self._can_fetch()))
+
+    def _has_more(self) -> bool:
+        return super()._has_more() or bool(self._incoming or self._again)
+
+    def _may_block_others(self) -> bool:
+        lanes = self._lanes
+        return bool(self._incoming or self._again or (lanes is not None and (lanes.going or lanes.has_ready())))
+
+    def tell_taken(self) -> None:
+        """These events do not come from the router, which counts what waits."""
+
+    def _hear(self) -> None:
+        super()._hear()
+        if self._lost:
+            self._lose()
+
+    def _next(self) -> Run | None:
+        lanes = self._lanes
+        if self._may_begin() or (lanes is not None and lanes.going):
+            run = super()._next()
+            if run is not None:
+                return run
+        else:
+            self._stuck = True
+        if self._barriers:
+            self._look_at_barriers()
+        return None
+
+    def _take(self) -> Run | None:
+        incoming = self._incoming
+        while True:
+            lanes = self._lanes
+            if lanes is not None and lanes.order != self.trigger.order:
+                if lanes.running:
+                    self._stuck = True
+                    return None
+                self._sort_again(lanes)
+            if not incoming and not self._fetch():
+                return None if lanes is self._lanes or self._lanes is None else self._lanes.next_ready()
+            item = incoming.popleft()
+            blocked = None if item.blocked else self._blocked.pop(item.event.position, None)
+            if blocked is not None:
+                # It is replayed: it goes where it was.
+                blocked.item = item
+                blocked.event = item.event
+                self._open_lanes().resume(blocked)
+                return self._open_lanes().next_ready()
+            run = Run()
+            run.event, run.item = item.event, item
+            if self._enter(run):
+                return run
 
     def _fetch(self) -> bool:
-        """Fetch events if there is room for them. True: there may be something to begin now."""
-        if not self._exclusive.run(self._may_fetch):
+        """Fetch events if there is room for them. False: there are none."""
+        if not self._again or not self._can_fetch():
             return False
-        found: list[Held] = []
+        self._again = False
         try:
             found = self.port.fetch(FETCHED)
         except StorageError as error:
             log.error("consumer %r: reading events failed, it is tried again: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
             self._dispatcher.call_later(TROUBLE_S, weakly(self.wake_up))
-        finally:
-            self._exclusive.run(self._add, found)
+            return False
+        self._incoming += found
+        self._again = self._again or bool(found)
         return bool(found)
 
-    def _can_fetch(self) -> bool:
-        schedule = self._held
-        return (
-            not self._fetching
-            and self._may_begin()
-            and len(self._attempts) < self.trigger.concurrency
-            and schedule.active < MOST_ACTIVE
-            and len(schedule) < MOST_HELD
-        )
+    def _sort_again(self, before: Lanes) -> None:
+        """Sort what waits into the lanes of another order. While nothing runs."""
+        runs = sorted(before.aside, key=lambda run: run.item.event.position)
+        self._lanes = None
+        self._blocked.clear()
+        lanes = self._open_lanes()
+        for run in runs:
+            run.paused = run.entered = False
+            if lanes.enter(run):
+                lanes.put_first(run)
 
-    def _may_fetch(self) -> bool:
-        if not self._again or not self._can_fetch():
-            return False
-        self._again, self._fetching = False, True
-        return True
+    def wait_s(self, run: Run) -> float:
+        return self.wait_for(run.item)
 
-    def _add(self, found: Sequence[Held]) -> None:
-        self._fetching = False
-        for item in found:
-            self._held.add(item)
-        if found:
-            self._again = True
+    def wait_for(self, item: Held) -> float:
+        """Return for how many seconds an event must still wait; inf: until it is replayed or purged."""
+        if item.blocked:
+            return math.inf
+        return (item.due_ms - self._clock.now_ms()) / 1000 if item.due_ms else 0.0
+
+    def _pause(self, run: Run) -> None:
+        pause = run.pending
+        if pause.delay_s < math.inf:  # type: ignore[union-attr]  # it is a pause
+            super()._pause(run)
+            return
+        run.pending = None
+        run.news = "resumed"
+        self._lanes.pause(run)  # type: ignore[union-attr]  # it is in there
+        self._blocked[run.item.event.position] = run
 
     def lost(self, positions: Sequence[int]) -> None:
-        """These deliveries are not this engine's any more."""
-        self._exclusive.run(self._lose, frozenset(positions))
-        self.wake_up()
-
-    def _lose(self, positions: frozenset[int]) -> None:
-        self._held.drop(set(positions))
-        for attempt in self._attempts:
-            if attempt.position in positions:
+        """These deliveries are not this engine's any more. From any thread."""
+        lost = frozenset(positions)
+        for attempt in list(self._attempts):
+            if attempt.position in lost:
                 attempt.lost = True
-
-    # ---------------------------------------------------------------------------------------------------- more threads
-
-    def _plan_spread(self, delay_s: float) -> None:
-        self._spread_s, self._spread_taken = delay_s, self._taken
-        self._dispatcher.call_later(delay_s, weakly(self._spread))
-
-    def _spread(self) -> None:
-        for _ in range(self._exclusive.run(self._threads_needed)):
-            self._submit()
-
-    def _threads_needed(self) -> int:
-        """Return how many threads to add: as many again, while calls last and others wait behind them."""
-        delay_s, self._spread_s = self._spread_s, 0.0
-        if not self._held.has_ready() or not self._may_begin():
-            return 0
-        room = self.trigger.concurrency - len(self._attempts)
-        if room <= 0:
-            return 0
-        if self._taken != self._spread_taken:
-            self._plan_spread(min(2 * delay_s, LONGEST_LOOK_S))
-            return 0
-        more = min(max(self._threads, 1), room)
-        self._threads += more
-        self._plan_spread(FIRST_LOOK_S)
-        return more
-
-    def _set_due_timer(self) -> None:
-        """Have a thread go on when the first pause is over."""
-        delay_s = self._exclusive.run(self._next_pause_s)
-        if delay_s is not None:
-            self._dispatcher.call_later(delay_s, weakly(self._due))
-
-    def _next_pause_s(self) -> float | None:
-        due_ms = self._held.next_due_ms()
-        if due_ms is None or due_ms >= self._due_timer_ms or self._stopped:
-            return None
-        self._due_timer_ms = due_ms
-        return max((due_ms - self._clock.now_ms()) / 1000, 0.0)
-
-    def _due(self) -> None:
-        self._due_timer_ms = math.inf
+        self._lost += (lost,)
         self.wake_up()
+
+    def _lose(self) -> None:
+        batch = self._lost[:]
+        lost = frozenset[int]().union(*batch)
+        self._incoming = deque(item for item in self._incoming if item.event.position not in lost)
+        lanes = self._lanes
+        for run in [] if lanes is None else [run for run in lanes.aside if run.item.event.position in lost]:
+            self._blocked.pop(run.item.event.position, None)
+            if run.paused:
+                self._end(run)
+            else:
+                lanes.aside.pop(run, None)  # type: ignore[union-attr]  # it leaves its lane when its turn comes
+        del self._lost[: len(batch)]
 
     # -------------------------------------------------------------------------------------------------------- attempts
 
-    def _try(self, attempt: Attempt) -> None:
-        """Make an attempt: all of it, or up to where it waits for something."""
-        item, trigger = attempt.item, self.trigger
-        event = item.event
-        if self._lacks_function(trigger):
-            self._exclusive.run(self._put_off, attempt)
-            return
+    def begin(self, runs: list[Run]) -> list[Run]:
+        if self._lacks_function(self.trigger):
+            return self._put_off(runs)
+        attempts = [Attempt(self, run.item) for run in runs]
         try:
-            self.port.began([(event.position, attempt.number)])
+            self.port.began([(attempt.position, attempt.number) for attempt in attempts])
         except StorageError as error:
             log.error("consumer %r: an attempt could not be noted, so it waits: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
-            self._exclusive.run(self._put_off, attempt)
-            return
-        if not item.first_ms:
-            item.first_ms = self._clock.now_ms()
-        attempt.event = event = event.copy()
+            return self._put_off(runs)
+        for run, attempt in zip(runs, attempts, strict=True):
+            if not attempt.item.first_ms:
+                attempt.item.first_ms = self._clock.now_ms()
+            run.extra = attempt
+            self._attempts[attempt] = None
+        return runs
+
+    def _put_off(self, runs: list[Run]) -> list[Run]:
+        """They count as not begun, and are begun again after a pause."""
+        for run in runs:
+            run.item.due_ms = self._clock.now_ms() + int(TROUBLE_S * 1000)
+            run.pending = Pause(TROUBLE_S)
+            self._pause(run)
+        return []
+
+    def _carry_on(self, run: Run) -> Pending | None:
+        attempt: Attempt = run.extra
+        if run.delivery is None:
+            self._call_first(run, attempt)
+        if run.delivery is not None:
+            pending = self._step(run)
+            if pending is not None:
+                return pending
+            if not attempt.over:
+                # It broke off, or something passes through this thread that no handler has raised.
+                self._take_back(attempt)
+        return attempt.pause
+
+    def _call_first(self, run: Run, attempt: Attempt) -> None:
+        """Make an attempt: all of it, or `Run.delivery` is the rest."""
+        item, trigger = attempt.item, self.trigger
+        attempt.due_s = self._dispatcher.monotonic() + trigger.ack_wait
+        if attempt.due_s < self._looks_s:
+            self.watch(attempt.due_s, trigger.ack_wait)
+        attempt.event = event = item.event.copy()
         if trigger.metadata_json is not None:
             event.metadata = trigger.metadata
-        event_depth.set(event.depth + 1)
         if event.depth > self._services.limits.max_event_depth:
             self._attempt_ended(attempt, trigger, self._loop_cut(trigger, event))
-        elif not trigger.matches(event):
+        elif attempt.lost or not trigger.matches(event):
             self._attempt_ended(attempt, trigger, None, skipped=True)
         elif trigger.condition_function_id is not None:
-            self._drive(attempt, self._ask_first(attempt, trigger, trigger.condition_function_id))
+            run.delivery = self._ask_first(attempt, trigger, trigger.condition_function_id)
         else:
-            self._call_it(attempt, trigger)
+            try:
+                result = self._call_durable(trigger.function_id, attempt)
+            except BaseException as error:  # noqa: BLE001 - user code may raise anything
+                self._attempt_ended(attempt, trigger, error)
+            else:
+                if result is None:
+                    self._attempt_ended(attempt, trigger, None)
+                else:
+                    run.delivery = self._await_it(attempt, trigger, result)
 
     def _lacks_function(self, trigger: Trigger) -> bool:
         """Return whether a function that it calls is not registered: then its events wait, and health reports it."""
@@ -444,17 +466,6 @@ class DurableHandler(HandlerActor):
                 "registered: its events wait"
             )
         return None
-
-    def _call_it(self, attempt: Attempt, trigger: Trigger) -> None:
-        try:
-            result = self._call_durable(trigger.function_id, attempt)
-        except BaseException as error:  # noqa: BLE001 - user code may raise anything
-            self._attempt_ended(attempt, trigger, error)
-        else:
-            if result is None:
-                self._attempt_ended(attempt, trigger, None)
-            else:
-                self._drive(attempt, self._await_it(attempt, trigger, result))
 
     def _call_durable(self, function_id: str, attempt: Attempt) -> Any:
         """Call the function of the trigger. The result of a coroutine function must still be awaited."""
@@ -532,49 +543,10 @@ class DurableHandler(HandlerActor):
         try:
             return await call
         except Overdue as error:
-            self.timeouts += 1
+            self._note("timeouts")
             raise HandlerTimeout(function_id, self.trigger.ack_wait) from error
         finally:
             attempt.call = None
-
-    def _drive(
-        self,
-        attempt: Attempt,
-        work: Coroutine[Pending, Any, None],
-        value: Any = None,
-        error: BaseException | None = None,
-    ) -> None:
-        """Go on with an attempt until it is over, or waits for something without a thread."""
-        try:
-            pending = work.send(value) if error is None else work.throw(error)
-        except StopIteration:
-            return
-        except BaseException as problem:
-            if is_from_outside(problem):
-                raise
-            log.exception("a delivery of %s broke off", self.name)
-            self._attempt_ended(attempt, self.trigger, problem)
-            return
-        once = [work]
-
-        def go_on(value: Any, error: BaseException | None) -> None:
-            try:
-                going_on = once.pop()  # one step: an outcome that comes twice goes on once
-            except IndexError:
-                return
-            event_depth.set(attempt.event.depth + 1)
-            self._drive(attempt, going_on, value, error)
-            event_depth.set(0)
-            self.wake_up()
-
-        # The outcome comes on an event loop's or the timer's thread, which must not run code of the program.
-        later = self._dispatcher.submit_program
-        try:
-            pending.start(lambda value, error: later(lambda: go_on(value, error)))
-        except BaseException as problem:
-            later(partial(go_on, None, problem))
-            if is_from_outside(problem):
-                raise
 
     def _loop_cut(self, trigger: Trigger, event: StateEvent) -> EventLoopDetected:
         self.loops_cut += 1
@@ -597,11 +569,13 @@ class DurableHandler(HandlerActor):
     ) -> None:
         """Note how an attempt has ended. On a worker thread."""
         if attempt.lost:
-            self._exclusive.run(self._move_on, attempt, Outcome(attempt.position, "done"), "dropped")
+            attempt.over = True
+            del self._attempts[attempt]
+            self._note("dropped")
             return
         if self._stopped and error is not None:
             # The engine is closing: it may have been cancelled by that, and is delivered at the next start.
-            self._exclusive.run(self._take_back, attempt)
+            self._take_back(attempt)
             return
         if attempt.late and attempt in self._attempts:
             error = HandlerTimeout(trigger.function_id, trigger.ack_wait)
@@ -676,41 +650,28 @@ class DurableHandler(HandlerActor):
             self.port.pause(why)
         except StorageError as error:
             log.error("noting that consumer %r is paused failed: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
-        self._exclusive.run(self._take_back, attempt)
+        self._take_back(attempt)
 
     def _conclude(self, attempt: Attempt, outcome: Outcome, counted: str) -> None:
-        if attempt not in self._attempts:
-            return
+        """The attempt is over: its lane goes on, or waits."""
+        item = attempt.item
         # Before the lane goes on: a save must not have the next one of it without this one.
         self.port.ended((outcome,))
-        self._exclusive.run(self._move_on, attempt, outcome, counted)
-        if self._barriers:
-            self.check_barriers()
-
-    def _move_on(self, attempt: Attempt, outcome: Outcome, counted: str) -> None:
-        """The attempt is over: its lane goes on, or waits."""
-        del self._attempts[attempt]
-        attempt.over = True
-        setattr(self, counted, getattr(self, counted) + 1)
-        schedule, lane = self._held, attempt.lane
         if outcome.verdict == "retry":
-            schedule.again(lane, outcome.due_ms)
+            item.due_ms = outcome.due_ms
+            attempt.pause = Pause(max(self.wait_for(item), 0.0))
         elif outcome.verdict == "held":
-            schedule.block(lane)
-        else:
-            schedule.over(lane)
+            item.blocked = True
+            attempt.pause = Pause(math.inf)
+        attempt.over = True
+        del self._attempts[attempt]
+        self._note(counted)
 
     def _take_back(self, attempt: Attempt) -> None:
         """It counts as not begun, and waits until something wakes this handler."""
-        if self._attempts.pop(attempt, self) is not self:
-            attempt.over = True
-            self._held.give_back(attempt.lane)
-
-    def _put_off(self, attempt: Attempt) -> None:
-        """It counts as not begun, and is begun again after a pause."""
-        if self._attempts.pop(attempt, self) is not self:
-            attempt.over = True
-            self._held.again(attempt.lane, self._clock.now_ms() + int(TROUBLE_S * 1000))
+        attempt.pause = Pause(0.0)
+        attempt.over = True
+        self._attempts.pop(attempt, None)
 
     def _random(self) -> float:
         return self._dispatcher.random()
@@ -726,8 +687,8 @@ class DurableHandler(HandlerActor):
     def _look_at_attempts(self) -> None:
         self._looks_s = math.inf
         now_s = self._dispatcher.monotonic()
-        for attempt in self._exclusive.run(self._overdue_now, now_s):
-            self.timeouts += 1
+        for attempt in self._overdue_now(now_s):
+            self._note("timeouts")
             trigger = self.trigger
             error = HandlerTimeout(trigger.function_id, trigger.ack_wait)
             self._services.reporter.report(
@@ -737,7 +698,7 @@ class DurableHandler(HandlerActor):
     def _overdue_now(self, now_s: float) -> list[Attempt]:
         late: list[Attempt] = []
         due_s = math.inf
-        for attempt in self._attempts:
+        for attempt in list(self._attempts):
             if attempt.late or attempt.call is not None:
                 continue  # what is on an event loop is cancelled there
             if attempt.due_s <= now_s:
@@ -751,31 +712,49 @@ class DurableHandler(HandlerActor):
 
     # ----------------------------------------------------------------------------------------------------------- drain
 
-    def check_barriers(self) -> None:
-        """Let those arrive that have nothing left to wait for."""
-        if not self._barriers:
-            return
-        reached = {mark: self.port.reached(mark) for _, mark, _ in list(self._barriers)}
-        for barrier in self._exclusive.run(self._arrived, reached):
-            barrier.arrive(self)
+    def ended(self, run: Run) -> None:
+        if self._barriers:
+            self._discard(run.item.event.position)
 
-    def _arrived(self, reached: dict[int, bool]) -> list[Barrier]:
+    def _discard(self, position: int) -> None:
+        """One delivery is over: some barriers may have nothing left to wait for."""
+        for waiting in self._exclusive.run(self._barriers.copy):
+            if waiting.left is not None:
+                waiting.left.discard(position)
+                if not waiting.left:
+                    self._arrives(waiting)
+
+    def _look_at_barriers(self) -> None:
+        """Let those barriers arrive that have nothing left to wait for. Within the turn."""
         goes_on = self._may_begin()
-        if goes_on:
-            near = self._held.positions_before(self._clock.now_ms() + int(NEAR_S * 1000))
-        else:
-            near = {attempt.position for attempt in self._attempts}
-        arrived: list[Barrier] = []
-        left: list[tuple[Barrier, int, set[int] | None]] = []
-        for barrier, mark, known in self._barriers:
-            fetched = known is not None or not goes_on or (reached.get(mark, False) and not self._fetching)
-            remaining = (near if known is None else known & near) if fetched else None
-            if remaining is not None and not remaining:
-                arrived.append(barrier)
-            else:
-                left.append((barrier, mark, remaining))
-        self._barriers = left
-        return arrived
+        near = self._near() if goes_on else {attempt.position for attempt in list(self._attempts)}
+        for waiting in self._exclusive.run(self._barriers.copy):
+            if waiting.left is not None:
+                waiting.left &= near
+            elif not goes_on or self.port.reached(waiting.mark):
+                waiting.left = set(near)
+            if waiting.left is not None and not waiting.left:
+                self._arrives(waiting)
+
+    def _arrives(self, waiting: _WaitingBarrier) -> None:
+        self.withdraw(waiting.barrier)
+        waiting.barrier.arrive(self)
+
+    def _near(self) -> set[int]:
+        """Return the positions of what is here and need not wait for long, or for a caller."""
+        lanes, near_ms = self._lanes, self._clock.now_ms() + int(NEAR_S * 1000)
+        near = {item.event.position for item in self._incoming}
+        if lanes is not None:
+            far = {run for run in lanes.begun if run.paused and not self._is_near(run, near_ms)}
+            held_back = {run.lane for run in far if run.lane is not NO_LANE}
+            here = [*lanes.begun, *lanes.aside]
+            near.update(run.item.event.position for run in here if run not in far and run.lane not in held_back)
+        return near
+
+    @staticmethod
+    def _is_near(run: Run, near_ms: int) -> bool:
+        item: Held = run.item
+        return not item.blocked and item.due_ms <= near_ms
 
 
 def pause_of(error: BaseException, retry: Retry, attempt: int, random: float, *, conflict: bool) -> float | None:

@@ -45,6 +45,8 @@ class HandlerActor(Shaping):
     """False if no turn is ever blocked by a function."""
     keeps_runs: ClassVar[bool] = False
     """True: `begin`, `wait_s` and `ended` are called for each run."""
+    begins_at_once = 1
+    """How many runs `begin` is given together, at most."""
 
     FIRST_LOOK_S = 0.001
     """A call is looked at after this time, if events of other lanes wait behind it."""
@@ -72,6 +74,8 @@ class HandlerActor(Shaping):
         """Runs of which the holder of the claim must know something."""
         self._stuck = False
         """True if nothing that waits can begin before something ends."""
+        self._asked = False
+        """True: a turn must look, whatever the other flags say."""
         self._short_calls = 0
         self._scope: str | None = None
         self._mixed = False
@@ -177,7 +181,7 @@ class HandlerActor(Shaping):
         # The trigger last: what a turn in between does is right for one of the two.
         self._note_shape(trigger)
         self.trigger = trigger
-        self._stuck = False  # more may begin now
+        self._stuck, self._asked = False, True  # more may begin now
         self.wake()
 
     def pause(self) -> None:
@@ -192,7 +196,8 @@ class HandlerActor(Shaping):
     def go_on(self) -> None:
         """End the pause."""
         self.paused = self._stuck = False
-        self.wake_anyway()
+        self._asked = True
+        self.wake()
 
     def tell(self, message: Any) -> None:
         if type(message) is Barrier and self.paused:
@@ -208,7 +213,7 @@ class HandlerActor(Shaping):
             self.wake_anyway()
 
     def _has_work(self) -> bool:
-        if self._news or (self._mailbox and not self._stuck):
+        if self._news or self._asked or (self._mailbox and not self._stuck):
             return True
         if self._shape is not None and not self._stuck and self._is_due():
             return True
@@ -239,7 +244,7 @@ class HandlerActor(Shaping):
     def _drain(self, hold: Hold) -> None:
         """Begin what can begin, a batch at most; runs claimed. Gives the claim back, or another turn has taken it."""
         left = self.batch
-        self._stuck = False
+        self._asked = self._stuck = False
         if len(self._mailbox) > 1 and not self._looking and self._may_block_others():
             self._look_soon(next(iter(self._mailbox.copy()), None))
         while left > 0:
@@ -447,7 +452,8 @@ class HandlerActor(Shaping):
             elif run.news == "pause":
                 self._pause(run)
             elif run.news == "resumed":
-                lanes.resume(run)
+                if run.paused:  # it may have been resumed before its time
+                    lanes.resume(run)
             else:
                 lanes.going.append(run)
             del news[0]
@@ -481,9 +487,9 @@ class HandlerActor(Shaping):
                 return None
 
     def _begin_several(self, most: int) -> bool:
-        """Begin all that can, in one step of a subclass. False if nothing can."""
+        """Begin what can, in one step of a subclass. False if nothing can."""
         runs = list[Run]()
-        while (lanes := self._lanes) is None or lanes.running < most:
+        while len(runs) < self.begins_at_once and ((lanes := self._lanes) is None or lanes.running < most):
             run = self._next_with_place()
             if run is None:
                 break
@@ -495,13 +501,7 @@ class HandlerActor(Shaping):
                 runs.append(run)
         if not runs:
             return False
-        wanted = self.begin(runs)
-        for run in runs:
-            if run in wanted:
-                self._lanes.going.append(run)  # type: ignore[union-attr]  # it is in there
-            else:
-                run.outcome = "dropped"
-                self._end(run)
+        self._open_lanes().going.extend(self.begin(runs))
         return True
 
     def _next_with_place(self) -> Run | None:
@@ -516,7 +516,7 @@ class HandlerActor(Shaping):
             assert lanes is not None, "a run is in it"
             self.taken += size_of(run.event)
             lanes.begin(run)
-            if not self.active:
+            if not self.active and not self.keeps_runs:
                 self.dropped += len(events_of(run.event))
                 run.outcome = "dropped"
                 self._end(run)
@@ -695,7 +695,7 @@ class HandlerActor(Shaping):
     def begin(self, runs: list[Run]) -> list[Run]:
         """Called with the claim held, with `keeps_runs` only, before attempts of these runs begin.
 
-        Returns those that may begin; the others are over.
+        Returns those that may begin. What becomes of the others is settled here.
         """
         return runs
 

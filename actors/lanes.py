@@ -33,8 +33,8 @@ class Run:
     """
 
     __slots__ = (
-        "asking", "attempt", "deadline", "delivery", "entered", "error", "event", "extra", "function_id", "lane",
-        "news", "outcome", "overdue", "passing", "paused", "pending", "stage", "value",
+        "asking", "attempt", "deadline", "delivery", "entered", "error", "event", "extra", "function_id", "item",
+        "lane", "news", "outcome", "overdue", "passing", "paused", "pending", "stage", "value",
     )  # fmt: skip
 
     event: Item
@@ -68,8 +68,9 @@ class Run:
         self.stage: Stage | None = None
         """Where it counts for barriers; None: nowhere."""
         self.paused = False
+        self.item: Any = None
+        """Where the event came from; for a subclass of the actor, as `extra`."""
         self.extra: Any = None
-        """Of a subclass of the actor."""
 
 
 class Barrier:
@@ -143,6 +144,10 @@ class Lanes:
         self._ready: deque[Run] = deque()
         self._behind: dict[Hashable, deque[Run] | None] = {}
         """Lane that is in use -> the runs that wait in it."""
+        self._pausing: set[Hashable] = set()
+        """The lanes whose first run pauses."""
+        self.behind_pauses = 0
+        """Runs that pause, and those that wait behind them."""
         self._stages: deque[Stage] = deque((Stage(),))
 
     def is_idle(self) -> bool:
@@ -175,6 +180,8 @@ class Lanes:
                 self.aside[run] = None
                 queue.append(run)
                 waits = True
+                if lane in self._pausing:
+                    self.behind_pauses += 1
             else:
                 behind[lane] = None
         run.stage.open += 1
@@ -197,9 +204,26 @@ class Lanes:
         run.paused = True
         self.aside[run] = None
         self.running -= 1
+        self.behind_pauses += 1
+        if run.lane is not NO_LANE:
+            self._pausing.add(run.lane)
+            self.behind_pauses += len(self._behind[run.lane] or ())
+
+    def _is_back(self, run: Run) -> None:
+        """It pauses no longer."""
+        run.paused = False
+        self.behind_pauses -= 1
+        if run.lane is not NO_LANE:
+            self._pausing.discard(run.lane)
+            self.behind_pauses -= len(self._behind[run.lane] or ())
 
     def resume(self, run: Run) -> None:
         """End its pause: it is ready."""
+        self._ready.append(run)
+
+    def put_first(self, run: Run) -> None:
+        """A run that is the first of its lane waits for a place."""
+        self.aside[run] = None
         self._ready.append(run)
 
     def has_ready(self) -> bool:
@@ -211,7 +235,8 @@ class Lanes:
         ready = self._ready
         while ready:
             run = ready.popleft()
-            run.paused = False
+            if run.paused:
+                self._is_back(run)
             if self.aside.pop(run, _DROPPED) is not _DROPPED:
                 return run
             self._go_from_lane(run)  # it was dropped while it waited
@@ -220,7 +245,11 @@ class Lanes:
     def end(self, run: Run) -> None:
         """A run that has begun is over, its attempts included. Does nothing if it has not entered."""
         if self.begun.pop(run, _DROPPED) is not _DROPPED:
-            self.running -= 1
+            if run.paused:
+                self._is_back(run)
+                self.aside.pop(run, None)
+            else:
+                self.running -= 1
         self._go_from_lane(run)
 
     def _go_from_lane(self, run: Run) -> None:

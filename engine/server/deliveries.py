@@ -226,6 +226,7 @@ class WorkerHandler(HandlerActor):
         """Begin what can begin; none of it blocks the event loop."""
         # This may run within a call that is some handlers deep: the depth is restored for that call.
         depth = event_depth.get()
+        self._asked = False
         while True:
             self._stuck = False
             self._hear()

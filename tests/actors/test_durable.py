@@ -479,7 +479,7 @@ def test_a_coroutine_keeps_its_lane_and_no_thread(stage: Stage) -> None:
     stage.port.put(*(f"k{number}" for number in range(20)))
     for _ in range(20):
         assert begun.acquire(timeout=PATIENCE_S)
-    assert stage.handler._threads <= 1
+    assert stage.dispatcher.threads() <= 2
 
     loop = stage.loop_thread.get()
     for gate in go:
