@@ -82,7 +82,6 @@ class Watcher:
         "__weakref__",
         "_begun",
         "_floors",
-        "_newest",
         "_selective",
         "at",
         "buffer",
@@ -93,6 +92,7 @@ class Watcher:
         "interest",
         "key",
         "lost",
+        "newest",
         "owner",
         "pending",
         "scope",
@@ -122,7 +122,7 @@ class Watcher:
         """True: deletes of keys that did not exist as well, which fire events. Of watches of many scopes."""
         self.buffer = buffer
         self.pending: deque[Change] = deque()
-        self._newest: dict[tuple[str, str], Change] | None = {} if latest else None
+        self.newest: dict[tuple[str, str], Change] | None = {} if latest else None
         """(scope, key) -> its newest change that waits, in the order of these; None: every change is wanted."""
         self._selective = bool(wanted.prefix or wanted.events is not None or (scope is None and wanted.key is not None))
         self._floors: dict[str, int] = {}
@@ -143,10 +143,10 @@ class Watcher:
 
     def begin(self, floors: dict[str, int], position: int = 0) -> None:
         """Begin with what has come since behind these revisions and this position. The rest is known already."""
-        came = list(self.pending) if self._newest is None else list(self._newest.values())
+        came = list(self.pending) if self.newest is None else list(self.newest.values())
         self.pending.clear()
-        if self._newest is not None:
-            self._newest.clear()
+        if self.newest is not None:
+            self.newest.clear()
         self._floors, self.at = floors, position
         self._add([change for change in came if self._is_new(change)])
         self._begun = True
@@ -179,7 +179,7 @@ class Watcher:
         return [msgspec.structs.replace(change, json=None, old_json=None) for change in changes]
 
     def _add(self, changes: Sequence[Change]) -> None:
-        newest = self._newest
+        newest = self.newest
         if newest is None:
             self.pending.extend(changes)
             return
@@ -212,7 +212,7 @@ class Watcher:
     def drop_up_to(self, position: int) -> None:
         """If a change up to this position still waits, drop all that waits but the rest of its transaction."""
         changes = list(self.pending)
-        if self._newest is not None or not changes or changes[0].position > position or self.lost:
+        if self.newest is not None or not changes or changes[0].position > position or self.lost:
             return
         end = 1
         while end < len(changes) and _same_transaction(changes[end - 1], changes[end]):
@@ -221,37 +221,26 @@ class Watcher:
 
     # ----------------------------------------------------------------------------------------------- from any thread
 
-    def next_now(self) -> Change | None:
-        """Take the next change; None: none waits."""
-        newest = self._newest
-        try:
-            if newest is None:
-                return self.pending.popleft()
-            return newest.pop(next(iter(newest)))
-        except (IndexError, StopIteration, KeyError, RuntimeError):
-            # Another thread has taken it, or has added one in between.
-            return None
-
     def peek(self) -> Change | None:
         """Return the next change without taking it; None: none waits."""
-        waiting = self.pending if self._newest is None else self._newest.values()
+        waiting = self.pending if self.newest is None else self.newest.values()
         try:
             # The oldest of those that wait. With `latest` it may have been replaced: then the next oldest.
-            return min(waiting, key=_place) if self._newest is not None else self.pending[0]
+            return min(waiting, key=_place) if self.newest is not None else self.pending[0]
         except (IndexError, ValueError, RuntimeError):
             return None
 
     def filtered(self, changes: Sequence[Change]) -> Sequence[Change]:
         """Return those of some changes that the watch wants, as it wants them."""
         wanted = self._as_wanted([change for change in changes if self.filter.wants(change)])
-        if self._newest is None:
+        if self.newest is None:
             return wanted
         newest = {(change.scope, change.key): change for change in wanted}
         return [change for change in wanted if newest[change.scope, change.key] is change]
 
     def has_next(self) -> bool:
         """True if a change waits."""
-        return bool(self.pending or self._newest)
+        return bool(self.pending or self.newest)
 
     def is_over(self) -> bool:
         """True if there is a reason not to wait."""

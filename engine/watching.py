@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -24,6 +23,7 @@ from scopestate.ops.ranges import State
 from scopestate.ops.triggers import KINDS
 from scopestate.ops.turns import LAST_REVISION, Entry, Range, Turn, checked_name
 from scopestate.persistence.local import LocalBackend
+from scopestate.signals import Guard
 
 if TYPE_CHECKING:
     from scopestate.actors.journal import Journal
@@ -44,6 +44,8 @@ A = TypeVar("A")
 Wanted = tuple[str, Turn[Any]] | Reply[Any] | Callable[[], Any]
 """What a step waits for: a turn of a scope, an answer, or a call that may wait for the disk."""
 Steps = Generator[Wanted, Any, A]
+_Row = tuple[str, str, Entry | None]
+"""Scope, key and entry of a snapshot. None: the caller has the key, and it is not there any more."""
 
 
 class WatchSettings:
@@ -150,16 +152,20 @@ class _Watch:
             everything=settings.everything,
             buffer=settings.buffer,
         )
-        self._first: Iterator[Change] | None = None
-        """What comes first: a snapshot, or a page of the journal."""
+        self._exclusive = Guard()
+        self._early: deque[Change] = deque()
+        """Changes of a snapshot, or of what was missed, that can be yielded."""
+        self._ready = self._early
+        """What is yielded now. In the end it is what waits in the watcher."""
+        self._source: Sequence[Any] = ()
+        """What further changes of these are made of: events, or entries of a snapshot."""
+        self._index = 0
+        """How many of them were made."""
         self._pages: _Pages | None = None
         """What is to be read from the journal behind that; None: nothing."""
         self._snapshot = False
-        """True while a snapshot is read."""
-        self._synced = False
+        """True until a snapshot is yielded."""
         self._waiting: list[ReplyTo] = []
-        self._quick: deque[Change] | None = None
-        """The changes that wait, once nothing comes before them; None with `latest`."""
         self._last: Change | None = None
         self._start = 0
         """The revision, or the position, behind which the changes begin."""
@@ -188,13 +194,13 @@ class _Watch:
             if self._watcher.interest is None:
                 feed.add(self._watcher, self)
             yield from self._begin_now(snapshot=True)
-            self._first = _Ahead(chain(self._first or (), self._deletes()))
+            self._source = [*self._source, *self._deletes(self._source)]
         except BaseException:
             feed.remove(self._watcher)
             raise
         self._marked = self._start
-        if self._first is None and self._pages is None:
-            self._note_synced()
+        if not self._source and self._pages is None and not self._snapshot:
+            self._end_early()
 
     def _begin_now(self, *, snapshot: bool) -> Steps[None]:
         """Begin with a snapshot, or with what changes from now on."""
@@ -212,28 +218,22 @@ class _Watch:
         self._start = position if settings.scope is None else revisions[settings.scope]
         if snapshot:
             self._snapshot = True
-            self._first = _Ahead(self._entries(found))
+            self._source = [(scope, key, entry) for scope, entries in found.items() for key, entry in entries]
 
     def _scopes_there(self) -> list[str]:
         engine, prefix = self._engine, self._settings.scope_prefix
         there = {*list(engine._scopes), *engine._parts.backend.scopes()}
         return sorted(scope for scope in there if scope.startswith(prefix))
 
-    def _entries(self, found: dict[str, list[tuple[str, Entry]]]) -> Iterator[Change]:
-        settings, cursors = self._settings, self._cursors
-        for scope, entries in found.items():
-            for key, entry in entries:
-                self._settings.known.discard((scope, key))
-                json = entry.json if settings.values else None
-                yield Change("put", scope, key, json, None, entry.revision, entry.revision, True, 0, cursors)
-
-    def _deletes(self) -> Iterator[Change]:
-        """Yield a delete for each key that the caller has and that is not there any more, behind the snapshot."""
-        settings, cursors = self._settings, self._cursors
-        for scope, key in sorted(settings.known):
-            change = Change("delete", scope, key, None, None, 0, 0, True, 0, cursors)
-            if settings.filter.wants_key(key) and scope.startswith(settings.scope_prefix):
-                yield change
+    def _deletes(self, there: Iterable[_Row]) -> list[_Row]:
+        """Return what makes a delete of each key that the caller has and that is not there any more."""
+        settings = self._settings
+        gone = settings.known - {(scope, key) for scope, key, _ in there} if settings.known else set()
+        return [
+            (scope, key, None)
+            for scope, key in sorted(gone)
+            if settings.filter.wants_key(key) and scope.startswith(settings.scope_prefix)
+        ]
 
     def _resume(self, cursor: ScopeCursor | ManyCursor) -> Steps[None]:
         """Begin behind a cursor: with what the ring has, or the journal. Raises Compacted."""
@@ -244,8 +244,7 @@ class _Watch:
         yield self._engine._router.ask(Routed())  # what is entered by now is in the ring, or in a commit
         found = feed.from_ring(watcher, cursor)
         if found is not None:
-            if found:
-                self._first = self._changes_of(found)
+            self._source = found
             return
         journal = feed.journal
         if scope is not None:
@@ -265,13 +264,30 @@ class _Watch:
             raise self._compacted(gone)
         feed.begin_at(watcher, {} if scope is None else {scope: upto}, 0 if scope is not None else upto)
 
-    def _changes_of(self, events: list[StateEvent]) -> Iterator[Change]:
-        """Yield the changes that this watch gets for these events. Made in parts: a reader may want a few of them."""
-        watcher = self._watcher
-        part = len(events) if self._settings.latest else PAGE
-        for begin in range(0, len(events), part):
-            made = changes_of(events[begin : begin + part], self._cursors, everything=watcher.everything)
-            yield from watcher.filtered(made)
+    def _make(self, source: Sequence[Any]) -> Sequence[Change]:
+        """Return the changes for some events, or entries of a snapshot."""
+        cursors = self._cursors
+        if not self._snapshot:
+            watcher = self._watcher
+            return watcher.filtered(changes_of(source, cursors, everything=watcher.everything))
+        values = self._settings.values
+        return [
+            Change("delete", scope, key, None, None, 0, 0, True, 0, cursors)
+            if entry is None
+            else Change(
+                "put",
+                scope,
+                key,
+                entry.json if values else None,
+                None,
+                entry.revision,
+                entry.revision,
+                True,
+                0,
+                cursors,
+            )
+            for scope, key, entry in source
+        ]
 
     def _compacted(self, reason: str) -> Compacted:
         feed, scope = self._feed, self._settings.scope
@@ -287,41 +303,87 @@ class _Watch:
     def _page_steps(self) -> Steps[None]:
         """Read the next page of the journal."""
         pages = self._pages
-        assert pages is not None  # else it is not called
+        if pages is None:
+            return
+        after = pages.after
         events = yield pages.read
         gone = (yield pages.gone) if events else None
         if gone is not None:
             raise self._compacted(gone)
+        self._exclusive.run(self._add_page, pages, after, events)
+
+    def _add_page(self, pages: _Pages, after: int, events: list[StateEvent]) -> None:
+        if pages is not self._pages or after != pages.after:
+            return  # another thread has read it too
         if not events:
             self._pages = None
-            self._note_synced()
             return
-        pages.note(events)
-        self._first = self._changes_of(events)
+        upto, epoch = pages.upto_of(events), self._feed.epoch
+        # No call between these lines: what is noted as read is yielded.
+        self._source = events
+        self._index = 0
+        pages.after = upto
+        pages.epoch = epoch
 
     # -------------------------------------------------------------------------------------------------------- reading
 
+    # A change that is taken is the last one that was yielded, and waits no more, at once: no signal handler, and no
+    # other thread, comes between the lines from the look at what is ready to `del` (as in `actors/stretch.py`). So what
+    # an exception from outside cuts off is not lost: `cursor` stands before it, or behind it if the caller has it.
+
     def _take(self) -> Change | None:
         """Return the next change; None: none is there, and it may be necessary to read, or to wait."""
-        first = self._first
-        if first is not None:
-            change = next(first, None)
-            if change is not None:
+        while True:
+            ready = self._ready
+            if ready:
+                change = ready[0]
                 self._last = change
+                del ready[0]
                 return change
-            self._first = None
-            if self._pages is None:
-                self._note_synced()
-            if self._snapshot:
-                self._snapshot = False
-                if self._settings.markers:
-                    return self._mark("synced")
-        if self._pages is not None:
+            if ready is not self._early:
+                return self._take_latest()
+            if self._exclusive.run(self._fill):
+                continue
+            if self._pages is not None:
+                return None
+            mark = self._exclusive.run(self._end_early)
+            if mark is not None:
+                return mark
+
+    def _take_latest(self) -> Change | None:
+        newest = self._watcher.newest
+        if newest:
+            for name in newest:
+                change = newest[name]
+                self._last = change
+                del newest[name]
+                return change
+        return None
+
+    def _fill(self) -> bool:
+        """Make some changes of what comes first. Returns False if there are none left."""
+        early, source, index = self._early, self._source, self._index
+        part = len(source) if self._settings.latest else PAGE
+        while not early and index < len(source):
+            made = self._make(source[index : index + part])
+            index += part
+            # No call between these lines.
+            early += made
+            self._index = index
+        return bool(early)
+
+    def _end_early(self) -> Change | None:
+        """What comes first was yielded. Returns the mark for that, if marks are wanted."""
+        if self._ready is not self._early:
             return None
-        change = self._watcher.next_now()
-        if change is not None:
-            self._last = change
-        return change
+        mark = self._mark("synced") if self._snapshot and self._settings.markers else None
+        # No call between these lines.
+        self._source = ()
+        self._snapshot = False
+        self._ready = self._watcher.pending
+        while self._waiting:
+            self._waiting.pop().set(None)
+        return mark
 
     def _mark(self, kind: Any) -> Change:
         scope, at = self._settings.scope, self._at()
@@ -348,7 +410,7 @@ class _Watch:
         # In this order: what is shown after the first line may wait, or not.
         shown = self._feed.shown() if scope is None else self._feed.last_of(scope)
         at = self._start if self._last is None or self._last.initial else self._position(self._last)
-        if (self._first is not None and not self._snapshot) or self._pages is not None or watcher.lost:
+        if (self._ready is self._early and not self._snapshot) or watcher.lost:
             return at
         waits = watcher.peek()
         if waits is None:
@@ -361,7 +423,7 @@ class _Watch:
     @property
     def in_snapshot(self) -> bool:
         """True while entries of a snapshot are left to be yielded."""
-        return self._snapshot and isinstance(self._first, _Ahead) and self._first.more
+        return self._snapshot and (bool(self._early) or self._index < len(self._source))
 
     @property
     def over(self) -> bool:
@@ -387,13 +449,6 @@ class _Watch:
             raise WatchOverrun(self.cursor, watcher.lost)
         return watcher.closed or (watcher.ending and not self._feed.incoming)
 
-    def _note_synced(self) -> None:
-        self._synced = True
-        if not self._settings.latest:
-            self._quick = self._watcher.pending
-        while self._waiting:
-            self._waiting.pop().set(None)
-
     def _sleep(self, reply: ReplyTo) -> bool:
         """Have `reply` set when there is something to read. Returns False if there is by now."""
         watcher, feed = self._watcher, self._feed
@@ -416,7 +471,8 @@ class _Watch:
         self._watcher.closed = True
         self._feed.remove(self._watcher)
         self._watcher.wake()
-        self._note_synced()
+        while self._waiting:
+            self._waiting.pop().set(None)
 
     def _closed(self) -> EngineClosed:
         return EngineClosed("this watch has ended: it was closed, or its engine was")
@@ -427,29 +483,6 @@ class _Watch:
         return f"<watch of {where}{', closed' if self._watcher.closed else ''}>"
 
 
-class _Ahead:
-    """An iterator that knows whether there is more."""
-
-    def __init__(self, changes: Iterator[Change]) -> None:
-        self._changes = changes
-        self._next = next(changes, None)
-
-    @property
-    def more(self) -> bool:
-        """True if there is another one."""
-        return self._next is not None
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Change:
-        change = self._next
-        if change is None:
-            raise StopIteration
-        self._next = next(self._changes, None)
-        return change
-
-
 class _Pages:
     """The changes between a cursor and the moment at which a watch has begun, read from the journal in pages."""
 
@@ -458,28 +491,28 @@ class _Pages:
     ) -> None:
         self._journal = journal
         self._scope = cursor.scope if isinstance(cursor, ScopeCursor) else None
-        self._epoch = cursor.epoch if isinstance(cursor, ManyCursor) else 0
-        self._current = epoch
         self._prefix = prefix
-        self._after, self._upto = after, upto
+        self._upto = upto
+        self.epoch = cursor.epoch if isinstance(cursor, ManyCursor) else epoch
+        """The epoch of `after`."""
+        self.after = after
+        """The revision, or the position, up to which it was read."""
 
     def gone(self) -> str | None:
         """Return why changes behind the last page are missing."""
         if self._scope is not None:
-            return self._journal.gone_in_scope(self._scope, self._after)
-        return self._journal.gone(self._epoch, self._after, prefix=self._prefix)
+            return self._journal.gone_in_scope(self._scope, self.after)
+        return self._journal.gone(self.epoch, self.after, prefix=self._prefix)
 
     def read(self) -> list[StateEvent]:
         """Read the next page."""
         if self._scope is not None:
-            return self._journal.read_scope(self._scope, self._after, self._upto, most=PAGE)
-        return self._journal.read(self._after, self._upto, most=PAGE)
+            return self._journal.read_scope(self._scope, self.after, self._upto, most=PAGE)
+        return self._journal.read(self.after, self._upto, most=PAGE)
 
-    def note(self, events: list[StateEvent]) -> None:
-        """These were read."""
-        last = events[-1]
-        self._after = last.revision if self._scope is not None else last.position
-        self._epoch = self._current
+    def upto_of(self, events: list[StateEvent]) -> int:
+        """Return how far these events go."""
+        return events[-1].revision if self._scope is not None else events[-1].position
 
 
 def _position_of(cursor: ScopeCursor | ManyCursor) -> int | None:
@@ -501,15 +534,12 @@ class Changes(_Watch):
         return self
 
     def __next__(self) -> Change:
-        quick = self._quick
-        if quick:
-            try:
-                change: Change | None = quick.popleft()
-            except IndexError:  # another thread was quicker
-                change = None
-            if change is not None:
-                self._last = change
-                return change
+        ready = self._ready
+        if ready:  # `_take`, written out: a call less for most changes
+            change: Change | None = ready[0]
+            self._last = change
+            del ready[0]
+            return change  # type: ignore[return-value]  # it is one
         change = self._take()
         if change is None:
             change = self._next(None)
@@ -536,13 +566,13 @@ class Changes(_Watch):
             refuse_in_callback()
         deadline = None if timeout is None else self._now_s() + timeout
         while True:
-            if self._pages is not None and self._first is None:
+            change = self._take()
+            if change is None and self._pages is not None:
                 self._drive(self._page_steps())
-            change = self._take() or (None if self._pages is not None else self._progress())
+                continue
+            change = change or self._progress()
             if change is not None:
                 return change
-            if self._pages is not None:
-                continue
             if self._over():
                 return None
             left_s = None if deadline is None else deadline - self._now_s()
@@ -569,12 +599,12 @@ class Changes(_Watch):
         """
         reply: Reply[None] = self._engine._parts.dispatcher.reply()
         self._waiting.append(reply)
-        if not self._synced and not self._watcher.closed:
+        if self._ready is self._early and not self._watcher.closed:
             try:
                 reply.get(timeout=timeout)
             except pykka.Timeout:
                 return False
-        return not self._snapshot and self._pages is None
+        return self._ready is not self._early
 
     def _drive(self, steps: Steps[A]) -> A:
         outcome: Any = None
@@ -640,9 +670,9 @@ class AioChanges(_Watch):
         """As `Changes.wait_synced`, for another task."""
         reply = LoopReply()
         self._waiting.append(reply)
-        if not self._synced and not self._watcher.closed and not await _in_time(reply, timeout):
+        if self._ready is self._early and not self._watcher.closed and not await _in_time(reply, timeout):
             return False
-        return not self._snapshot and self._pages is None
+        return self._ready is not self._early
 
     async def _begin(self) -> None:
         if not self._began:
@@ -653,13 +683,13 @@ class AioChanges(_Watch):
         await self._begin()
         deadline = None if timeout is None else self._now_s() + timeout
         while True:
-            if self._pages is not None and self._first is None:
+            change = self._take()
+            if change is None and self._pages is not None:
                 await self._drive(self._page_steps())
-            change = self._take() or (None if self._pages is not None else self._progress())
+                continue
+            change = change or self._progress()
             if change is not None:
                 return change
-            if self._pages is not None:
-                continue
             if self._over():
                 return None
             left_s = None if deadline is None else deadline - self._now_s()

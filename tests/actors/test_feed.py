@@ -111,10 +111,9 @@ class World:
         if self.readers:
             watcher, seen, _ = self.draw.choice(self.readers)
             for _ in range(self.draw.randint(1, 9)):
-                change = watcher.next_now()
-                if change is None:
+                if not watcher.pending:
                     break
-                seen.append(change)
+                seen.append(watcher.pending.popleft())
 
     def check(self) -> None:
         """Every watch got each change of what it asks for, once, in order, from its begin on."""
@@ -123,8 +122,7 @@ class World:
             self.settle()
         self.feed.number()
         for watcher, seen, _ in self.readers:
-            while (change := watcher.next_now()) is not None:
-                seen.append(change)
+            seen.extend(watcher.pending)
             assert not watcher.lost
             for scope in SCOPES:
                 wanted = scope == watcher.scope or (watcher.scope is None and scope.startswith(watcher.scope_prefix))

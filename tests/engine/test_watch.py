@@ -742,6 +742,28 @@ def test_several_threads_share_a_watch(engine: Engine) -> None:
     assert sorted(seen) == list(range(1000))
 
 
+@pytest.mark.parametrize("how", ["snapshot", "ring", "journal"])
+def test_several_threads_share_what_comes_first(open_engine: OpenEngine, tmp_path: Path, how: str) -> None:
+    files = {"store_method": "file_based", "file_path": str(tmp_path / "store")}
+    engine = open_engine(adapter=files, scopes=HISTORY)
+    for number in range(9_000):
+        engine.set("s", f"{number}", number)
+    if how == "journal":
+        engine.close()
+        engine = open_engine(adapter=files, scopes=HISTORY)
+    seen: list[Any] = []
+    with engine.watch("s", since=None if how == "snapshot" else 0) as changes:
+        readers = [threading.Thread(target=lambda: seen.extend(one.value for one in changes)) for _ in range(4)]
+        for reader in readers:
+            reader.start()
+        deadline = time.monotonic() + PATIENCE_S
+        while len(seen) < 9_000 and time.monotonic() < deadline:
+            time.sleep(0.001)
+    for reader in readers:
+        reader.join(PATIENCE_S)
+    assert sorted(seen) == list(range(9_000))
+
+
 def test_another_thread_can_wait_until_the_snapshot_was_read(engine: Engine) -> None:
     engine.set("s", "k", 1)
     changes = engine.scope("s").watch()

@@ -248,6 +248,45 @@ def test_registering_interrupted_at_any_opcode_can_be_repeated(
 
 
 @pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("phase", ["snapshot", "missed", "waiting", "latest", "many"])
+def test_reading_a_watch_interrupted_at_any_opcode_loses_no_change(
+    open_engine: OpenEngine, phase: str, error: type[BaseException]
+) -> None:
+    engine = open_engine()
+    scope = engine.scope("s")
+    with scope.watch() as keeps, engine.watch() as keeps_many:
+        begin, begin_many = keeps.cursor, keeps_many.cursor
+        for number in range(5):
+            scope.set(f"{number}", number)
+        engine.drain(PATIENCE_S)
+        keeps.get(PATIENCE_S)  # they have their positions
+        for place in itertools.count(1):
+            options: dict[str, Any] = {"since": begin_many if phase == "many" else begin}
+            if phase == "snapshot":
+                options = {}
+            elif phase in ("waiting", "latest"):
+                options = {"snapshot": False, "latest": phase == "latest"}
+            watch = engine.watch if phase == "many" else scope.watch
+            with watch(**options) as changes:
+                expected = list(range(5))
+                if phase in ("waiting", "latest"):
+                    for number in expected:
+                        scope.set(f"{number}", number)
+                    while sum(1 for _ in changes._watcher.pending or changes._watcher.newest or ()) < 5:
+                        engine._router.wake_anyway()
+                reached = interrupt_at(place, lambda: changes.get(PATIENCE_S), error)
+                last = changes._last  # the caller has it, or has lost it behind the return of the call
+                left = expected if last is None else expected[last.value + 1 :]
+                cursor = changes.cursor
+                if phase != "snapshot":
+                    with watch(since=cursor) as again:
+                        assert [again.get(PATIENCE_S).value for _ in left] == left, f"opcode {place}"
+                assert [changes.get(PATIENCE_S).value for _ in left] == left, f"opcode {place}"
+            if not reached:
+                break
+
+
+@pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("durability", DURABILITIES)
 def test_close_interrupted_at_any_opcode_can_be_repeated_and_loses_nothing(
     open_engine: OpenEngine, tmp_path: Path, durability: str, error: type[BaseException]
