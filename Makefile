@@ -36,19 +36,15 @@ UNSOUND := $(shell \
 SOUND := $(if $(UNSOUND),,yes)
 
 .DELETE_ON_ERROR:
-.PHONY: run test test-side-by-side check bench simulate reliability clean FORCE
+.PHONY: run test check bench simulate reliability clean FORCE
 
 run: $(READY_RUN)
 	@$(BIN)/python $(EXAMPLE)
 
+# The whole suite runs in two processes: most tests wait more than they compute.
 test: $(READY_DEV)
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
-
-# As `test` does for everything, in two processes side by side: what CI runs.
-test-side-by-side: $(READY_DEV)
-	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m tests.side_by_side
+	$(BIN)/python -m pytest --cov --cov-report=term $(or $(PYTEST_ARGS),-n 2 --dist worksteal)
 
 check: $(READY_DEV)
 	$(BIN)/ruff format --check --quiet .

@@ -1,4 +1,4 @@
-"""What all tests need: this directory on the path, and signals that are not ignored in the processes they start.
+"""What all tests need: this directory on the path, signals that are not ignored in the processes they start, reports.
 
 `--import-mode=importlib` does not put it there, and `import conformance` needs it.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -16,3 +20,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Let a process of the suite report a test with texts that are no UTF-8, such as hostile names."""
+    return _as_utf8((yield))
+
+
+def _as_utf8(data: Any) -> Any:
+    if isinstance(data, str):
+        return data.encode("utf-8", "backslashreplace").decode()
+    if isinstance(data, dict):
+        return {_as_utf8(name): _as_utf8(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(map(_as_utf8, data))
+    return data
