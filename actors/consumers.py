@@ -69,7 +69,7 @@ class JournalConsumer(ConsumerPort):
         self._live: deque[StateEvent] = deque()
         self._collects = False
         self._settled = owner.settled
-        """Every event up to here is on disk, and was told of."""
+        """Every event up to here is on disk, and was announced."""
         self._behind_to = owner.settled
         """Events up to here may be in the journal only."""
         self._ended: list[Outcome] = []
@@ -188,7 +188,7 @@ class JournalConsumer(ConsumerPort):
     def _take_page(
         self, trigger: Trigger, events: list[StateEvent], floor: int, settled: int
     ) -> tuple[list[Held], float | None]:
-        """Return what is on a page, and after how many seconds there may be more; None: when it is told of it."""
+        """Return what is on a page, and after how many seconds there may be more; None: when it is woken."""
         progress = self._progress
         found = [
             progress.held(event) for event in events if trigger.matches(event) and progress.fetched(event.position)
