@@ -183,7 +183,14 @@ class JournalConsumer(ConsumerPort):
             if position not in there:
                 log.error("consumer %r: the journal has lost the event at position %d", self.name, position)
                 self._progress.lost(position)
-        return [self._progress.held(event) for event in events]
+        found = []
+        for event in events:
+            held, trigger = self._progress.held(event), self.trigger
+            if trigger is None or trigger.matches(event):
+                found.append(held)
+            else:
+                self._progress.lost(event.position)  # its trigger has other filters now
+        return found
 
     def _take_page(
         self, trigger: Trigger, events: list[StateEvent], floor: int, settled: int
@@ -209,7 +216,7 @@ class JournalConsumer(ConsumerPort):
 
     def ended(self, outcomes: Sequence[Outcome]) -> None:
         self._ended += outcomes
-        self._owner.note_ended(len(self._ended) >= MANY_ENDED)
+        self._owner.note_ended(many=len(self._ended) >= MANY_ENDED)
 
     def flush(self) -> None:
         self._owner.flush()
@@ -467,11 +474,12 @@ class JournalConsumers(Consumers):
         for consumer in list(self._by_number.values()):
             consumer.committed(events, self.settled)
 
-    def note_ended(self, many: bool) -> None:
+    def note_ended(self, *, many: bool) -> None:
         """Something has ended: it is saved at once if it is much, else soon."""
         if many:
-            self._many = True
-            self._snapshot.save_acks_soon(0.0)
+            if not self._many:
+                self._many = True
+                self._snapshot.save_acks_soon(0.0)
         elif not self._asked:
             self._asked = True
             self._snapshot.save_acks_soon(SAVED_AFTER_S)

@@ -40,6 +40,8 @@ class Held(msgspec.Struct, gc=False):
     """Not to be tried before this moment, in milliseconds since the epoch; 0: now."""
     error: str | None = None
     """The text of the last error."""
+    cut_off: bool = False
+    """True: the last attempt ended with its process."""
     blocked: bool = False
     """True: it was given up and holds back what is behind it in order, until it is replayed or purged."""
 

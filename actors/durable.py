@@ -47,6 +47,18 @@ CONFLICT_S: Final = 0.02
 LONGEST_TEXT: Final = 16_384
 """Characters of an error, and of a traceback, that a dead letter keeps."""
 
+_RETRY: Final = Retry()
+
+
+class CutOff(Exception):
+    """Why a delivery is given up that has always ended with its process."""
+
+    def __init__(self, attempts: int) -> None:
+        super().__init__(
+            f"the process has ended, or was killed, in the last attempt of {attempts}: the handler may be what ends it"
+        )
+
+
 TransactionMaker = Callable[["Attempt", str], Any]
 
 
@@ -389,11 +401,15 @@ class DurableHandler(HandlerActor):
     # -------------------------------------------------------------------------------------------------------- attempts
 
     def begin(self, runs: list[Run]) -> list[Run]:
-        if self._lacks_function(self.trigger):
+        if self.call is None and self._lacks_function(self.trigger):
             return self._put_off(runs)
         attempts = [Attempt(self, run.item) for run in runs]
+        most = (self.trigger.retry or _RETRY).attempts
+        for attempt in attempts:
+            if attempt.item.cut_off and attempt.number > most:
+                attempt.number -= 1  # it is given up, not begun
         try:
-            self.port.began([(attempt.position, attempt.number) for attempt in attempts])
+            self.port.began([(one.position, one.number) for one in attempts if one.number > one.item.attempts])
         except StorageError as error:
             log.error("consumer %r: an attempt could not be noted, so it waits: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
             return self._put_off(runs)
@@ -434,7 +450,9 @@ class DurableHandler(HandlerActor):
         attempt.event = event = item.event.copy()
         if trigger.metadata_json is not None:
             event.metadata = trigger.metadata
-        if event.depth > self._services.limits.max_event_depth:
+        if attempt.number == item.attempts:
+            self._attempt_ended(attempt, trigger, CutOff(attempt.number))
+        elif event.depth > self._services.limits.max_event_depth:
             self._attempt_ended(attempt, trigger, self._loop_cut(trigger, event))
         elif attempt.lost or not trigger.matches(event):
             self._attempt_ended(attempt, trigger, None, skipped=True)
@@ -610,7 +628,7 @@ class DurableHandler(HandlerActor):
         self.port.transaction_failed(attempt.position)
 
     def _fail_attempt(self, attempt: Attempt, trigger: Trigger, error: BaseException, function_id: str) -> None:
-        item, retry = attempt.item, trigger.retry or Retry()
+        item, retry = attempt.item, trigger.retry or _RETRY
         position, now_ms = item.event.position, self._clock.now_ms()
         pause_s = pause_of(error, retry, attempt.number, self._random(), conflict=attempt.turn is not None)
         if pause_s is not None:
@@ -761,7 +779,7 @@ def pause_of(error: BaseException, retry: Retry, attempt: int, random: float, *,
     """Return the seconds before the next attempt; None: there is none, the delivery is given up. Pure."""
     if isinstance(error, RetryLater):
         return error.seconds
-    if isinstance(error, (Discard, EventLoopDetected)):
+    if isinstance(error, (Discard, EventLoopDetected, CutOff)):
         return None
     if conflict and isinstance(error, Conflict):
         return CONFLICT_S * random

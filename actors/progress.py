@@ -57,10 +57,11 @@ class Progress:
         position = event.position
         known, begun = self._known.pop(position, None), self._begun.pop(position, 0)
         if known is None:
-            return Held(event, begun)
+            return Held(event, begun, cut_off=bool(begun))
         # An attempt that a kill has cut off is tried again at once.
-        due_ms = known.due_ms if begun <= known.attempts else 0
-        return Held(event, max(known.attempts, begun), known.first_ms, due_ms, known.error, known.held)
+        cut_off = begun > known.attempts
+        due_ms = 0 if cut_off else known.due_ms
+        return Held(event, max(known.attempts, begun), known.first_ms, due_ms, known.error, cut_off, known.held)
 
     def lost(self, position: int) -> None:
         """The journal does not have the event of a pending delivery."""

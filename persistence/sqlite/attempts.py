@@ -9,6 +9,7 @@ kill cut off do not count: nothing else is lost.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import struct
@@ -23,6 +24,7 @@ log = logging.getLogger("scopestate.persistence.file")
 
 _RECORD: Final = struct.Struct("<qqII")
 """Consumer, position, attempt, checksum."""
+_FACTS: Final = struct.Struct("<qqI")
 _REWRITE_BYTES: Final = 1024 * 1024
 _LARGEST: Final = 64 * 1024 * 1024
 """Bytes. A larger file is not one of ours."""
@@ -62,7 +64,9 @@ class AttemptsFile:
 
     def settle(self, known: Iterable[tuple[Delivery, int]]) -> None:
         """The outcome of these attempts, and of earlier ones of the same deliveries, is saved."""
-        self._guard.run(self._settle, known)
+        known = iter(known)
+        while some := list(itertools.islice(known, 64)):  # attempts that begin must not wait for all of it
+            self._guard.run(self._settle, some)
 
     def forget(self, deliveries: Iterable[Delivery]) -> None:
         """Before these deliveries begin anew: no attempt of them counts any more."""
@@ -79,9 +83,11 @@ class AttemptsFile:
     # ---------------------------------------------------------------------------------------------- under the guard
 
     def _note(self, attempts: Sequence[tuple[int, int, int]]) -> None:
+        data = b""
         for consumer, position, attempt in attempts:
             self.open[consumer, position] = attempt
-        self._append(b"".join(self._record(*one) for one in attempts))
+            data += self._record(consumer, position, attempt)
+        self._append(data)
 
     def _settle(self, known: Iterable[tuple[Delivery, int]]) -> None:
         opened = self.open
@@ -108,8 +114,8 @@ class AttemptsFile:
         self._pid = -1
 
     def _record(self, consumer: int, position: int, attempt: int) -> bytes:
-        facts = struct.pack("<qqI", consumer, position, attempt)
-        return facts + struct.pack("<I", zlib.crc32(facts, self._seed))
+        facts = _FACTS.pack(consumer, position, attempt)
+        return facts + zlib.crc32(facts, self._seed).to_bytes(4, "little")
 
     def _append(self, data: bytes) -> None:
         try:

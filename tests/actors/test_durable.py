@@ -387,6 +387,20 @@ def test_attempts_of_an_earlier_session_are_counted_on(virtual: Virtual) -> None
     assert stage.port.begun == [(5, 4)]
 
 
+def test_an_event_whose_handler_always_ends_the_process_is_given_up(virtual: Virtual) -> None:
+    stage, dispatcher = virtual
+    seen: list[int] = []
+    for position, attempts, cut_off in ((5, 3, True), (6, 2, True), (7, 3, False)):
+        event = StateEvent("state:updated", "s", f"k{position}", b"1", b"2", position, position=position)
+        stage.port.events.append(Held(event, attempts=attempts, cut_off=cut_off))
+    stage.begin(lambda event: seen.append(event.revision), retry=Retry(attempts=3))
+    dispatcher.advance(1)
+
+    assert sorted(seen) == [6, 7]  # the last one was replayed with its attempts
+    assert [(one.position, one.verdict) for one in stage.port.outcomes if one.verdict != "done"] == [(5, "dead")]
+    assert sorted(stage.port.begun) == [(6, 3), (7, 4)]
+
+
 def test_a_stopped_handler_begins_nothing_more(virtual: Virtual) -> None:
     stage, dispatcher = virtual
     stage.begin(lambda event: None)
