@@ -57,6 +57,8 @@ class JournalConsumer(ConsumerPort):
     read: each is either on a page, or collected behind it.
     """
 
+    notes_at_once = 64
+
     def __init__(self, saved: SavedConsumer, owner: JournalConsumers) -> None:
         self.name = saved.name
         self.number = saved.number

@@ -59,6 +59,7 @@ class CutOff(Exception):
         )
 
 
+Counted = Literal["", "delivered", "skipped", "failed", "retried", "dropped"]
 TransactionMaker = Callable[["Attempt", str], Any]
 
 
@@ -66,7 +67,7 @@ class Attempt:
     """One call of the handler with one event. It stands behind the `Delivery` that the handler gets."""
 
     __slots__ = (
-        "call", "due_s", "event", "handler", "item", "late", "lost", "number", "over", "pause",
+        "call", "counted", "due_s", "event", "handler", "item", "late", "lost", "number", "over", "pause",
         "transaction_of", "turn",
     )  # fmt: skip
 
@@ -79,6 +80,8 @@ class Attempt:
         """When it is overdue, by the dispatcher's clock; inf until the function is called."""
         self.pause: Pause | None = None
         """Before the next attempt with the same event; None: there is none."""
+        self.counted: Counted = ""
+        """What it counts as."""
         self.call: OnLoop | None = None
         """What it waits for on an event loop."""
         self.late = False
@@ -408,17 +411,29 @@ class DurableHandler(HandlerActor):
         for attempt in attempts:
             if attempt.item.cut_off and attempt.number > most:
                 attempt.number -= 1  # it is given up, not begun
-        try:
-            self.port.began([(one.position, one.number) for one in attempts if one.number > one.item.attempts])
-        except StorageError as error:
-            log.error("consumer %r: an attempt could not be noted, so it waits: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
+        # Together, because a write for each costs as much as the rest. Not those that were tried before: if the process
+        # ends in one of them again and again, the others must not be given up with it.
+        if not self._note_begun([attempt for attempt in attempts if not attempt.item.attempts]):
             return self._put_off(runs)
         for run, attempt in zip(runs, attempts, strict=True):
-            if not attempt.item.first_ms:
-                attempt.item.first_ms = self._clock.now_ms()
             run.extra = attempt
             self._attempts[attempt] = None
         return runs
+
+    def _note_begun(self, attempts: list[Attempt]) -> bool:
+        """Note attempts that are about to begin, together. False if that has failed."""
+        if not attempts:
+            return True
+        try:
+            self.port.began([(attempt.position, attempt.number) for attempt in attempts])
+        except StorageError as error:
+            log.error("consumer %r: an attempt could not be noted, so it waits: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
+            return False
+        now_ms = self._clock.now_ms()
+        for attempt in attempts:
+            if not attempt.item.first_ms:
+                attempt.item.first_ms = now_ms
+        return True
 
     def _put_off(self, runs: list[Run]) -> list[Run]:
         """They count as not begun, and are begun again after a pause."""
@@ -439,11 +454,20 @@ class DurableHandler(HandlerActor):
             if not attempt.over:
                 # It broke off, or something passes through this thread that no handler has raised.
                 self._take_back(attempt)
+        counted = attempt.counted
+        if counted in ("delivered", "skipped"):
+            run.outcome = counted  # counted by the turn that hears of it
+        elif counted:
+            self._note(counted)
         return attempt.pause
 
     def _call_first(self, run: Run, attempt: Attempt) -> None:
         """Make an attempt: all of it, or `Run.delivery` is the rest."""
         item, trigger = attempt.item, self.trigger
+        if 0 < item.attempts < attempt.number and not self._note_begun([attempt]):
+            item.due_ms = self._clock.now_ms() + int(TROUBLE_S * 1000)
+            self._take_back(attempt, TROUBLE_S)
+            return
         attempt.due_s = self._dispatcher.monotonic() + trigger.ack_wait
         if attempt.due_s < self._looks_s:
             self.watch(attempt.due_s, trigger.ack_wait)
@@ -588,8 +612,8 @@ class DurableHandler(HandlerActor):
         """Note how an attempt has ended. On a worker thread."""
         if attempt.lost:
             attempt.over = True
+            attempt.counted = "dropped"
             del self._attempts[attempt]
-            self._note("dropped")
             return
         if self._stopped and error is not None:
             # The engine is closing: it may have been cancelled by that, and is delivered at the next start.
@@ -658,7 +682,12 @@ class DurableHandler(HandlerActor):
         if attempt.late and not final:
             return  # it was reported when it became overdue
         failure = DeliveryFailure(self.trigger.trigger_id, function_id, attempt.event, error, attempt.number, final)
-        contained(lambda: self._services.report(failure), "reporting a failed delivery", log)
+        report = self._services.report
+        if isinstance(error, Discard):
+            # What the handler has decided is no fault.
+            log.warning("event %s is discarded by %r: %s", attempt.id, function_id, described(error))
+            report = self._services.tell_hooks
+        contained(lambda: report(failure), "reporting a failed delivery", log)
 
     def _pause_when_full(self, attempt: Attempt, trigger: Trigger) -> None:
         """The list of dead letters is full: nothing more is given up, so nothing more is begun."""
@@ -670,7 +699,7 @@ class DurableHandler(HandlerActor):
             log.error("noting that consumer %r is paused failed: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
         self._take_back(attempt)
 
-    def _conclude(self, attempt: Attempt, outcome: Outcome, counted: str) -> None:
+    def _conclude(self, attempt: Attempt, outcome: Outcome, counted: Counted) -> None:
         """The attempt is over: its lane goes on, or waits."""
         item = attempt.item
         # Before the lane goes on: a save must not have the next one of it without this one.
@@ -682,12 +711,12 @@ class DurableHandler(HandlerActor):
             item.blocked = True
             attempt.pause = Pause(math.inf)
         attempt.over = True
+        attempt.counted = counted
         del self._attempts[attempt]
-        self._note(counted)
 
-    def _take_back(self, attempt: Attempt) -> None:
-        """It counts as not begun, and waits until something wakes this handler."""
-        attempt.pause = Pause(0.0)
+    def _take_back(self, attempt: Attempt, pause_s: float = 0.0) -> None:
+        """It counts as not begun, and is begun again when it may, after a pause."""
+        attempt.pause = Pause(pause_s)
         attempt.over = True
         self._attempts.pop(attempt, None)
 

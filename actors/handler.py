@@ -606,7 +606,7 @@ class HandlerActor(Shaping):
             self._shape.look_again()
         for barrier in lanes.reached():
             barrier.arrive(self)
-        if lanes.is_idle():
+        if lanes.is_idle() and not self.keeps_runs:
             self._lanes, self._aside = None, _NOTHING
 
     def _count(self, run: Run) -> None:
