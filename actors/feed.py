@@ -189,6 +189,7 @@ class Feed:
         self._soon: dict[str, None] = {}
         self._unsaved = 0
         """About the bytes of changes that are to be written into the journal."""
+        self._unsaved_events = 0
         self.full = False
         """True if these are too many."""
         self.made_room: Callable[[], object] = lambda: None
@@ -419,6 +420,7 @@ class Feed:
         size = sum([len(event.new_json or b"") for event in events]) + OVERHEAD * len(events)
         unsaved.extend(events)
         self._unsaved += size
+        self._unsaved_events += len(events)
         self.full = self._unsaved >= MOST_UNSAVED_BYTES
         if self._unsaved > SAVE_BYTES:
             self._soon[scope.name] = None
@@ -545,6 +547,10 @@ class Feed:
         if not fed.journaled:
             return [], None
         unsaved = fed.unsaved
+        if unsaved and unsaved[-1].revision <= revision:
+            taken = list(unsaved)
+            unsaved.clear()
+            return taken, fed.begin
         taken = list(takewhile(lambda event: event.revision <= revision, unsaved))
         for _ in taken:
             unsaved.popleft()
@@ -583,10 +589,16 @@ class Feed:
             contained(lambda callback=callback: callback(events), "telling of saved changes", log)  # type: ignore[misc]  # mypy cannot infer a default argument
 
     def _count_saved(self, events: Collection[StateEvent]) -> None:
-        kept = {name: scope.kept for name, scope in self._scopes.items()}
-        saved = [event for event in events if kept.get(event.scope, "interval") == "interval"]
-        size = sum([len(event.new_json or b"") for event in saved]) + OVERHEAD * len(saved)
-        self._unsaved = max(0, self._unsaved - size)
+        if not self._unsaved:
+            return
+        saved = len(events)
+        if any(scope.kept == "commit" for scope in self._scopes.values()):
+            kept = {name: scope.kept for name, scope in self._scopes.items()}
+            saved = sum(1 for event in events if kept.get(event.scope, "interval") == "interval")
+        # Their bytes are taken to be the average: adding them up takes as long as saving half of them.
+        left = max(0, self._unsaved_events - saved)
+        self._unsaved = self._unsaved * left // self._unsaved_events
+        self._unsaved_events = left
         if self.full:
             self.full = self._unsaved >= MOST_UNSAVED_BYTES
             self.made_room()
