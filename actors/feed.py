@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from scopestate.ops.changes import Change
     from scopestate.ops.results import StateEvent
 
-log = Log("scopestate.watch")
+log = Log("scopestate.triggers")
 
 RING_EVENTS: Final = 100_000
 RING_BYTES: Final = 64 << 20
