@@ -200,9 +200,13 @@ class JournalConsumer(ConsumerPort):
         """Return what is on a page, and after how many seconds there may be more; None: when it is woken."""
         progress = self._progress
         found = [
-            progress.held(event) for event in events if trigger.matches(event) and progress.fetched(event.position)
+            progress.held(event)
+            for event in events
+            if (trigger.matches(event) or progress.is_left(event.position)) and progress.fetched(event.position)
         ]
         progress.reach(events[-1].position if events else settled)
+        known = set(self._left)
+        self._left += [position for position in progress.overlooked() if position not in known]
         if progress.floor >= self._behind_to:
             # What was collected since the page was asked for, and is not on it, follows.
             self._live = deque([event for event in self._live if event.position > progress.floor])

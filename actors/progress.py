@@ -24,7 +24,7 @@ class Progress:
         self.number = saved.number
         self.floor = saved.done
         """Everything up to here was fetched."""
-        self.above = {*saved.acked, *(position for position in saved.pending if position > saved.done)}
+        self.above = set(saved.acked)
         """Positions behind `floor` that were fetched."""
         self.open: dict[int, None] = {}
         """Deliveries that are not over."""
@@ -49,8 +49,20 @@ class Progress:
     # ------------------------------------------------------------------------------------------------------ fetching
 
     def pending_at_start(self) -> list[int]:
-        """Return the positions of the deliveries that an earlier session has left, in order."""
-        return sorted(self._known)
+        """Return the positions up to `floor` that an earlier session has left, in order.
+
+        Those behind it come with the events around them: an event of the same key before it may have been handled, and
+        that not saved.
+        """
+        return sorted(position for position in self._known if position <= self.floor)
+
+    def is_left(self, position: int) -> bool:
+        """Return whether an earlier session has begun with a delivery, or left a row of it."""
+        return position in self._known
+
+    def overlooked(self) -> list[int]:
+        """Return what an earlier session has left up to `floor` and was not read, in order."""
+        return sorted(position for position in self._known if position <= self.floor) if self._known else []
 
     def held(self, event: StateEvent) -> Held:
         """Return an event as a delivery, with what is known of its attempts."""

@@ -168,3 +168,20 @@ class AgainstADisk(RuleBasedStateMachine):
 
 TestAgainstADisk = AgainstADisk.TestCase
 TestAgainstADisk.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+
+def test_a_delivery_that_was_begun_waits_for_the_events_before_it_that_were_not_saved_as_over() -> None:
+    """Killed when event 7 was over and not saved, and a failed attempt of event 17, of the same key perhaps, was."""
+    progress = Progress(SavedConsumer(1, "c", "", 0, None, 5, set(), {17: Pending(17, attempts=1)}, {}, 0))
+
+    assert progress.pending_at_start() == []
+    assert [position for position in (7, 17) if progress.fetched(position)] == [7, 17]
+    assert progress.held(event(17)).attempts == 1
+
+
+def test_a_delivery_that_was_begun_and_is_not_on_its_page_is_asked_for() -> None:
+    progress = Progress(SavedConsumer(1, "c", "", 0, None, 5, set(), {17: Pending(17, attempts=1)}, {}, 0))
+
+    progress.reach(20)
+
+    assert progress.overlooked() == [17]

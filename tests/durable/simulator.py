@@ -20,7 +20,7 @@ from unittest import mock
 
 import msgspec
 
-from scopestate import Engine, StateEvent, lifecycle
+from scopestate import Delivery, Engine, Retry, StateEvent, lifecycle
 from scopestate.actors.deterministic import START_S, DeterministicDispatcher
 from scopestate.actors.feed import Feed
 from scopestate.actors.scope import Passivate
@@ -28,10 +28,30 @@ from scopestate.config import from_mapping
 from scopestate.errors import Compacted, EngineClosed, Overloaded, ReplyTimeout, WatchOverrun
 from scopestate.persistence import FileAdapter
 from scopestate.persistence.sqlite.schema import RESERVED
-from tests.durable.checker import Change, Watched, watch_violations
+from tests.durable.checker import (
+    Asked,
+    Began,
+    Change,
+    Checker,
+    Counted,
+    Ended,
+    Fact,
+    Finished,
+    Left,
+    Over,
+    Watched,
+    watch_violations,
+)
+from tests.stored import values_of
 
 SCOPES: Final = ("interval-a", "interval-b", "commit-a", "commit-b")
 KEYS: Final = ("k0", "k1", "l0", "l1")
+ORDERS: Final = ("interval-orders", "commit-orders")
+"""Scopes whose keys count up; durable triggers handle their events."""
+EFFECTS: Final = "interval-effects"
+COUNTED: Final = ("a", "b")
+RETRY: Final = Retry(attempts=50, first=0.01, factor=2.0, longest=0.1)
+ONCE: Final = Retry(attempts=1)
 KINDS: Final = {"created": "put", "updated": "put", "deleted": "delete", "expired": "expire"}
 MEMORY: Final = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
@@ -126,6 +146,16 @@ class Watcher:
         ours = [place for place, event in enumerate(events) if event.scope == self.scope]
         return max((place + 1 for place in ours if events[place].revision <= at), default=0)
 
+    def _stands_behind_lost(self) -> bool:
+        """Return whether this began behind a change that an earlier crash took back: a crash begins new numbers."""
+        lost = [self.world.events[place] for place in self.world.lost if place < self.world.life_began]
+        ours = [
+            event.position if self.scope is None else event.revision
+            for event in lost
+            if self.scope in (None, event.scope)
+        ]
+        return any(number <= self._began and number // RESERVED == self._began // RESERVED for number in ours)
+
     def _refused(self, error: Compacted) -> None:
         self.world.note(f"{self.name}: {error}")
         self._check(Watched(self._place(self.at), (), refused=error.reason))
@@ -145,14 +175,62 @@ class Watcher:
     def _check(self, watched: Watched) -> None:
         world, wanted = self.world, self.wanted()
         truth = world.truth()
-        cursor = watched.since - 1
-        behind_lost = 0 <= cursor < world.life_began and truth[cursor].lost
         world.found += [
             f"{self.name} of {self.scope} {self.options}: {text}"
             for text in watch_violations(truth, watched, wanted, world.trimmed(self.scope))
         ]
-        if watched.refused is None and behind_lost:
+        if watched.refused is None and self._stands_behind_lost():
             world.found.append(f"{self.name}: resumable: it goes on behind a change that a crash took back")
+
+
+class Handlers:
+    """The durable triggers of one life, and what they tell the checker."""
+
+    def __init__(self, world: World, engine: Engine) -> None:
+        self.world = world
+        self.draw = random.Random(world.random.getrandbits(32))
+        scope = world.orders
+        engine.on_change(scope=scope, durable="plain", retry=RETRY, start="earliest")(self.plain)
+        engine.on_change(scope=scope, durable="counts", retry=RETRY, start="earliest", concurrency=2)(self.counts)
+        engine.on_change(scope=scope, durable="dies", retry=ONCE, start="earliest", order="scope")(self.dies)
+
+    def _take(self, fact: Fact) -> None:
+        self.world.take(fact)
+        if self.draw.random() < 0.3:
+            self.world.dispatcher.sleep(self.draw.choice((0.001, 0.02, 0.2)))
+
+    def _began(self, event: StateEvent, delivery: Delivery) -> None:
+        number = event.new_value
+        self._take(Began(delivery.consumer, delivery.id, event.scope, event.key, number, delivery.attempt))
+
+    def _fail(self, delivery: Delivery, verdict: str) -> None:
+        self._take(Ended(delivery.consumer, delivery.id, verdict))
+        raise RuntimeError(verdict)
+
+    def plain(self, event: StateEvent, delivery: Delivery) -> None:
+        """Fail now and then."""
+        self._began(event, delivery)
+        if self.draw.random() < 0.2 and delivery.attempt < 5:
+            self._fail(delivery, "failed")
+        self._take(Ended(delivery.consumer, delivery.id))
+
+    def counts(self, event: StateEvent, delivery: Delivery) -> None:
+        """Write an effect in the transaction of the delivery."""
+        self._began(event, delivery)
+        if self.draw.random() < 0.1 and delivery.attempt < 5:
+            self._fail(delivery, "failed")
+        with delivery.transaction(EFFECTS) as tx:
+            name = f"{event.scope} {event.key} {event.new_value}"
+            tx.set(name, (tx.get(name) or 0) + 1)
+        self._take(Ended(delivery.consumer, delivery.id))
+
+    def dies(self, event: StateEvent, delivery: Delivery) -> None:
+        """Give some events up, each once."""
+        self._began(event, delivery)
+        if event.new_value % 3 == 0 and delivery.id not in self.world.died:
+            self.world.died.add(delivery.id)
+            self._fail(delivery, "dead")
+        self._take(Ended(delivery.consumer, delivery.id))
 
 
 class World:
@@ -172,6 +250,12 @@ class World:
         self.watchers = [Watcher(self, f"watcher {number}") for number in range(self.random.randint(1, 4))]
         self.life_began = 0
         self.running = 0
+        self.orders = self.random.choice(ORDERS)
+        self.numbers: dict[tuple[str, str], int] = {}
+        """The number of each key of the orders that is on disk."""
+        self.checker = Checker()
+        self.died: set[str] = set()
+        """Deliveries that were given up once."""
         self._wall_s = START_S
         self._copies = 0
 
@@ -182,9 +266,15 @@ class World:
 
     def numbered(self, events: Sequence[StateEvent]) -> None:
         """Note what the engine has given positions to."""
-        for event in events:
+        for event in events if self.engine is not None else ():
             self.events.append(event)
             self.note(f"{event.position}: {event.scope} {event.revision} {event.event_type} {event.key}")
+
+    def take(self, fact: Fact) -> None:
+        """Hold one more fact of deliveries against the promises."""
+        if self.engine is not None or isinstance(fact, (Over, Counted, Finished)):
+            self.note(str(fact))
+            self.checker.take(fact)
 
     def truth(self) -> list[Change]:
         """What has happened, as the checker takes it."""
@@ -203,7 +293,7 @@ class World:
     def trimmed(self, scope: str | None) -> int:
         """Return up to which place changes may be forgotten: behind it, each scope has no more than are kept."""
         last = 0
-        for name in SCOPES if scope is None else (scope,):
+        for name in (*SCOPES, *ORDERS, EFFECTS) if scope is None else (scope,):
             ours = [place for place, event in enumerate(self.events) if event.scope == name and place not in self.lost]
             if len(ours) > self.history:
                 last = max(last, ours[-self.history])
@@ -221,14 +311,18 @@ class World:
                 self.running += 1
                 seed = draw.getrandbits(32)
                 self.dispatcher.submit(lambda number=number, seed=seed: self._client(number, random.Random(seed)))
-            for _ in range(draw.randint(20, 200)):
+            for key in COUNTED:
+                self.running += 1
+                self.dispatcher.submit(lambda key=key: self._count(key))
+            for _ in range(draw.randint(5, 150)):
                 self._happen()
                 if not self.dispatcher.step():
                     break
             if end == "crash":
                 self._crash()
             else:
-                self._close()
+                self._close(is_last=end == "settle")
+            self.found += self.checker.violations
             if self.found:
                 return
 
@@ -240,7 +334,7 @@ class World:
         kv = {
             "store_method": "file_based",
             "file_path": str(self.directory),
-            "save_interval_ms": draw.choice((50, 500)),
+            "save_interval_ms": draw.choice((50, 500, 5000)),
         }
         history = {"events": self.history}
         config = {
@@ -253,7 +347,9 @@ class World:
         self.engine = Engine(from_mapping(config), dispatcher=self.dispatcher, handle_sigterm=False)
         self.life_began = len(self.events)
         self.running = 0
-        self.note(f"an engine starts: {kv}, {history}")
+        self._tell_letters()
+        Handlers(self, self.engine)
+        self.note(f"an engine starts, saving every {kv['save_interval_ms']} ms, with {history}")
 
     def _client(self, number: int, draw: random.Random) -> None:
         engine = self.engine
@@ -268,6 +364,38 @@ class World:
         finally:
             self.running -= 1
         self.note(f"client {number} has ended")
+
+    def _count(self, key: str) -> None:
+        engine, draw = self.engine, random.Random(self.random.getrandbits(32))
+        assert engine is not None
+        number = self.numbers.get((self.orders, key), 0)
+        try:
+            for _ in range(draw.randint(0, 6)):
+                number += 1
+                engine.set(self.orders, key, number)
+                if draw.random() < 0.3:
+                    self.dispatcher.sleep(draw.random() * 0.1)
+        except (EngineClosed, Overloaded, ReplyTimeout):
+            pass
+        finally:
+            self.running -= 1
+
+    def _tell_letters(self) -> list[str]:
+        engine = self.engine
+        assert engine is not None
+        found = engine.dead_letters("dies").list()
+        self.take(Left("dies", frozenset(f"dies:{letter.event.position}" for letter in found)))
+        return [letter.id for letter in found]
+
+    def _replay(self) -> None:
+        """Have all letters delivered again."""
+        engine = self.engine
+        assert engine is not None
+        letters = engine.dead_letters("dies").list()
+        if letters:
+            self.take(Asked("dies", frozenset(f"dies:{letter.event.position}" for letter in letters)))
+            engine.dead_letters("dies").replay([letter.id for letter in letters])
+            self._tell_letters()
 
     def _write(self, engine: Engine, draw: random.Random) -> None:
         scope, key, value = draw.choice(SCOPES), draw.choice(KEYS), draw.randrange(1_000)
@@ -290,19 +418,21 @@ class World:
         draw, engine = self.random, self.engine
         assert engine is not None
         chance = draw.random()
-        if chance < 0.15:
+        if chance < 0.25:
             draw.choice(self.watchers).look(engine, draw.choice((1, 5, 100)))
-        elif chance < 0.18:
+        elif chance < 0.28:
             draw.choice(self.watchers).leave()
-        elif chance < 0.22:
+        elif chance < 0.31:
             self.dispatcher.advance(draw.choice((0.05, 0.3, 2.0)))
-        elif chance < 0.24:
+        elif chance < 0.33:
             actors = list(engine._scopes.values())
             if actors:
                 actor = draw.choice(actors)
                 self.note(f"passivate {actor.scope}")
                 self.dispatcher.submit(lambda: actor.housekeep(Passivate()))
-        elif chance < 0.245:
+        elif chance < 0.35:
+            self.dispatcher.submit(self._replay)
+        elif chance < 0.355:
             self.dispatcher.advance(70.0)  # the ring of a scope that is not watched is forgotten
 
     def _crash(self) -> None:
@@ -312,8 +442,9 @@ class World:
         self.note("crash")
         self._copies += 1
         copy = self.directory.with_name(f"store-{self._copies}")
-        self.dispatcher.kill()
         shutil.copytree(self.directory, copy)
+        self.engine = None  # what the end makes of the turns that are cut off tells nothing
+        self.dispatcher.kill()
         for watcher in self.watchers:
             watcher.leave()
         lifecycle.release(engine)
@@ -321,7 +452,7 @@ class World:
         engine._parts.loop_thread.close()
         engine._parts.backend.close()
         shutil.rmtree(self.directory)
-        self.directory, self.engine = copy, None
+        self.directory = copy
         self._wall_s = self.dispatcher.wall_s()
         self._note_lost()
 
@@ -330,15 +461,35 @@ class World:
         try:
             if problems := adapter.check():
                 self.found.append(f"the store is damaged: {problems}")
-            on_disk = {scope: adapter.load(scope).revision % RESERVED for scope in SCOPES}
+            on_disk = {scope: adapter.load(scope).revision % RESERVED for scope in (*SCOPES, *ORDERS, EFFECTS)}
+            self._read_orders(adapter)
         finally:
             adapter.close()
+        self.take(Over(self.numbers))
         for place in range(self.life_began, len(self.events)):
             event = self.events[place]
             if event.revision % RESERVED > on_disk[event.scope]:
                 self.lost.add(place)
 
-    def _close(self) -> None:
+    def _read_orders(self, adapter: FileAdapter, *, is_all: bool = False) -> None:
+        orders = values_of(adapter.load(self.orders))
+        self.numbers = {(self.orders, key): int(json) for key, json in orders.items()}
+        effects: dict[Any, int] = {}
+        for name, json in values_of(adapter.load(EFFECTS)).items():
+            scope, key, number = name.split()
+            effects[scope, key, int(number)] = int(json)
+        self.take(Counted("counts", effects, is_all=is_all))
+
+    def _finish_deliveries(self, engine: Engine) -> None:
+        """Let every consumer come to its end."""
+        for _ in range(200):
+            self._replay()
+            self.dispatcher.advance(0.5)
+            if not any(one.lag_events or one.in_flight or one.dead for one in engine.consumers()):
+                return
+        raise AssertionError(f"consumers do not end: {list(engine.consumers())}")
+
+    def _close(self, *, is_last: bool) -> None:
         """Let all clients end, then read every watch to its end, and close the engine in order."""
         engine = self.engine
         assert engine is not None
@@ -353,10 +504,20 @@ class World:
                 if watcher.cursor is not None or watcher.changes is not None:
                     watcher.look(engine, 100_000)
             watcher.leave(complete=True)
+        if is_last:
+            self._finish_deliveries(engine)
         self.note("close")
         engine.close()
         self.engine = None
         self._wall_s = self.dispatcher.wall_s()
+        adapter = FileAdapter(self.directory)
+        try:
+            self._read_orders(adapter, is_all=is_last)
+        finally:
+            adapter.close()
+        self.take(Over(self.numbers, killed=False))
+        if is_last:
+            self.take(Finished(self.numbers))
 
     def abandon(self) -> None:
         """After a failure: end what is left."""
@@ -387,6 +548,19 @@ def noted() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def traced(seed: int) -> list[str]:
+    """Run one seed, within `noted()`, and return what happened."""
+    with tempfile.TemporaryDirectory(prefix="scopestate-durable-", dir=MEMORY) as folder:
+        world = World(seed, Path(folder) / "store", trace=True)
+        _WORLDS[:] = [world]
+        try:
+            world.run()
+        finally:
+            _WORLDS.clear()
+    assert world.trace is not None
+    return world.trace
 
 
 def simulate(seed: int, *, trace: bool = False) -> Failure | None:

@@ -24,7 +24,7 @@ from scopestate.persistence import FileAdapter
 from tests.durable.checker import Asked, Began, Checker, Counted, Ended, Finished, Left, Over
 
 KILLS = {"commit": size(8, 200), "interval": size(6, 100)}
-PATIENCE_S = 90.0
+PATIENCE_S = 300.0
 HERE = Path(__file__).parent
 
 
