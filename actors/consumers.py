@@ -18,7 +18,8 @@ from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
     from scopestate.actors.dispatcher import Dispatcher
-    from scopestate.actors.feed import Feed, Interest
+    from scopestate.actors.feed import Feed
+    from scopestate.actors.interests import Interest
     from scopestate.actors.journal import ConsumerChange, Journal, Letter, Pending, SavedConsumer
     from scopestate.actors.snapshot import SnapshotActor
     from scopestate.ops.results import StateEvent

@@ -14,15 +14,16 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import groupby, takewhile
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final, Literal
-
-import msgspec
+from typing import TYPE_CHECKING, Final
 
 from scopestate.actors.containment import Log, contained
 from scopestate.actors.dispatcher import weakly
+from scopestate.actors.fed_scope import FedScope, Hold
+from scopestate.actors.interests import Interest, Interests, What
 from scopestate.actors.journal import History, Journal, Rules
+from scopestate.actors.ports import Durability
 from scopestate.actors.watcher import Watcher, changes_of
-from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor, ScopeCursors
+from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
@@ -47,94 +48,6 @@ MOST_INCOMING: Final = 10_000
 """Changes that may wait for their positions, where nothing else needs them."""
 LINGER_S: Final = 60.0
 """So long a scope stays fed after the last watch of it, for a watch that comes back with its cursor."""
-
-Kept = Literal["memory", "interval", "commit"]
-"""When the changes of a scope are on disk: never, after the next save, or before they are visible."""
-
-
-class Interest:
-    """Wants the changes of a scope, or of all scopes with a prefix: for watches, or for one durable trigger."""
-
-    __slots__ = ("began", "consumer", "ended_s", "prefix", "scope", "users")
-
-    def __init__(self, scope: str | None, prefix: str, consumer: int | None, began: int) -> None:
-        self.scope = scope
-        """The scope; None: those with the prefix."""
-        self.prefix = prefix
-        self.consumer = consumer
-        """The number of the durable trigger; None: it is of watches."""
-        self.began = began
-        """Everything of these scopes behind this position was entered."""
-        self.users = 0
-        self.ended_s = 0.0
-        """When the last user has gone."""
-
-    def wants(self, scope: str) -> bool:
-        """Return whether it wants the changes of a scope."""
-        return scope == self.scope if self.scope is not None else scope.startswith(self.prefix)
-
-    def covers(self, scope: str | None, prefix: str) -> bool:
-        """Return whether it wants everything that another one would."""
-        if self.scope is not None:
-            return self.scope == scope
-        return (prefix if scope is None else scope).startswith(self.prefix)
-
-
-class FedScope:
-    """What the feed has of one scope. Changed under the feed's guard."""
-
-    __slots__ = (
-        "awaited",
-        "begin",
-        "by_key",
-        "cursors",
-        "floor",
-        "journaled",
-        "kept",
-        "last",
-        "many",
-        "name",
-        "ring",
-        "unsaved",
-        "unsaved_from",
-    )
-
-    def __init__(self, name: str, store: str, kept: Kept, *, journaled: bool) -> None:
-        self.name = name
-        self.cursors = ScopeCursors(store, name)
-        self.kept = kept
-        self.journaled = journaled
-        self.awaited = False
-        """True if a durable trigger waits for its changes, which are saved soon for that."""
-        self.ring: deque[StateEvent] = deque()
-        """Its changes that are in the ring, or will be as soon as those before them are settled."""
-        self.floor: int | None = None
-        """Every change behind this revision is in `ring`. None: not known yet."""
-        self.begin: int | None = None
-        """Every change behind this revision was entered into the feed."""
-        self.last = 0
-        """The revision of the last change that was given to the watches of this scope."""
-        self.unsaved: deque[StateEvent] = deque()
-        """Changes that no save has taken, of a scope that is journaled."""
-        self.unsaved_from: int | None = None
-        """The position of the oldest change that no save has taken, where `unsaved` does not tell."""
-        self.by_key: dict[str | None, tuple[Watcher, ...]] = {}
-        """key (None: every key) -> the watches of this scope."""
-        self.many: tuple[Watcher, ...] = ()
-        """The watches of many scopes that want this one."""
-
-    def begins_at(self, revision: int) -> None:
-        """Note that every change behind this revision is entered."""
-        if self.floor is None:
-            self.floor = revision
-        if self.begin is None:
-            self.begin = revision
-
-
-class Hold(msgspec.Struct, eq=False):
-    """The changes of one scope in one commit. They have positions, and are shown when the commit is on disk."""
-
-    events: list[StateEvent]
 
 
 class Feed:
@@ -163,15 +76,9 @@ class Feed:
         self._triggers = triggers
         triggers.is_fed = self.is_wanted
         self._history: Callable[[str], History | None] = lambda scope: None
-        self._kept: Callable[[str], Kept] = lambda scope: "memory"
+        self._kept: Callable[[str], Durability] = lambda scope: "memory"
         self._exclusive = Guard()
-        self._interests: dict[tuple[str | None, str, int | None], Interest] = {}
-        self._exact: dict[str, int] = {}
-        """Scope -> how many interests name it."""
-        self._wide: tuple[Interest, ...] = ()
-        """The interests in many scopes."""
-        self._durable: tuple[Interest, ...] = ()
-        """The interests of durable triggers."""
+        self._interests = Interests()
         self._scopes: dict[str, FedScope] = {}
         self._many: tuple[Watcher, ...] = ()
         self._ring: deque[StateEvent] = deque()
@@ -208,7 +115,7 @@ class Feed:
         journal: Journal | None,
         now_ms: Callable[[], int],
         history: Callable[[str], History | None],
-        kept: Callable[[str], Kept],
+        kept: Callable[[str], Durability],
     ) -> None:
         """Make it the feed of this store. `history` returns the rule of a scope, `kept` when it is on disk."""
         self.store_id, self.journal, self.now_ms = store_id, journal, now_ms
@@ -227,16 +134,14 @@ class Feed:
     def is_wanted(self, scope: str | None) -> bool:
         """Return whether the changes of a scope are wanted; None: those of every scope, also of ones to come."""
         if scope is None:
-            return any(not one.prefix for one in self._wide)
-        if scope in self._exact or any(scope.startswith(one.prefix) for one in self._wide):
-            return True
-        return self._history(scope) is not None
+            return self._interests.want_all()
+        return self._interests.want(scope) or self._history(scope) is not None
 
     def is_journaled(self, scope: str) -> bool:
         """Return whether the changes of a scope are kept on disk."""
         if self.journal is None or self._kept(scope) == "memory":
             return False
-        return self._history(scope) is not None or any(one.wants(scope) for one in self._durable)
+        return self._history(scope) is not None or bool(self._interests.consumers(scope))
 
     def want(self, scope: str | None, prefix: str = "", consumer: int | None = None) -> Interest:
         """Have a scope fed, or all scopes with a prefix, from the next turn of each on."""
@@ -245,7 +150,7 @@ class Feed:
             self._feed(interest)
         return interest
 
-    def _want(self, what: tuple[str | None, str, int | None]) -> tuple[Interest, bool]:
+    def _want(self, what: What) -> tuple[Interest, bool]:
         found = self._interests.get(what)
         if found is not None:
             found.users += 1
@@ -255,9 +160,9 @@ class Feed:
         if not self._holds:
             # Or the cursor of a watch that has seen nothing yet would stand before the begin of its interest.
             self._shown = self.position
-        interest = self._interests[what] = Interest(*what, self.position)
+        interest = self._interests.add(what, self.position)
         interest.users = 1
-        self._list_interests()
+        self._await_durable()
         return interest, True
 
     def unwant(self, interest: Interest) -> None:
@@ -277,21 +182,14 @@ class Feed:
             self._arm(LINGER_S)
 
     def _end_interest(self, interest: Interest) -> None:
-        self._interests.pop((interest.scope, interest.prefix, interest.consumer), None)
-        self._list_interests()
+        self._interests.remove(interest)
+        self._await_durable()
         # What is not entered from now on comes behind every cursor that was given before.
         self.position += 1
 
-    def _list_interests(self) -> None:
-        every = self._interests.values()
-        exact: dict[str, int] = {}
-        for one in every:
-            if one.scope is not None:
-                exact[one.scope] = exact.get(one.scope, 0) + 1
-        self._exact = exact
-        self._wide = tuple([one for one in every if one.scope is None])
-        self._durable = tuple([one for one in every if one.consumer is not None])
-        if self._durable:
+    def _await_durable(self) -> None:
+        """Have writers wake the router if there are durable triggers."""
+        if self._interests.durable:
             self.awaited[self] = None
         else:
             self.awaited.pop(self, None)
@@ -328,7 +226,7 @@ class Feed:
                 scope.unsaved.clear()
 
     def _consumers(self, scope: str) -> Collection[int]:
-        return [one.consumer for one in self._durable if one.consumer is not None and one.wants(scope)]
+        return self._interests.consumers(scope)
 
     def _give_rules(self) -> None:
         if self.journal is not None:
@@ -667,7 +565,7 @@ class Feed:
     def _end_interests(self) -> tuple[list[Interest], float | None]:
         self._forget_dropped()
         now_s = self._dispatcher.monotonic()
-        unused = [one for one in self._interests.values() if not one.users]
+        unused = self._interests.unused()
         gone = [one for one in unused if one.ended_s + LINGER_S <= now_s]
         for interest in gone:
             self._end_interest(interest)
@@ -689,7 +587,7 @@ class Feed:
             watcher.begin({cursor.scope: found[-1].revision if found else revision})
             return found
         position, prefix = cursor.position or 0, watcher.scope_prefix
-        covered = any(one.began <= position and one.covers(None, prefix) for one in self._wide)
+        covered = self._interests.cover(prefix, position)
         if cursor.epoch != self.epoch or not self._floor <= position <= self.position or not covered:
             return None
         found = [*takewhile(lambda event: event.position > position, reversed(self._ring))][::-1]

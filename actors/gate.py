@@ -12,7 +12,7 @@ from scopestate.errors import ScopestateError, StorageError
 from scopestate.ops.turns import Turn
 
 if TYPE_CHECKING:
-    from scopestate.actors.feed import Hold
+    from scopestate.actors.fed_scope import Hold
     from scopestate.actors.local import LocalScope
     from scopestate.actors.stretch import Collected
     from scopestate.ops.results import StateEvent

@@ -12,7 +12,7 @@ import msgspec
 from scopestate.ops.changes import Change, ChangeKind, CursorMaker
 
 if TYPE_CHECKING:
-    from scopestate.actors.feed import Interest
+    from scopestate.actors.interests import Interest
     from scopestate.actors.reply import ReplyTo
     from scopestate.ops.results import EventName, EventType, StateEvent
 

@@ -34,7 +34,8 @@ from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
 from scopestate.snapshots import REFUSED
-from scopestate.watching import AioChanges, WatchSettings
+from scopestate.watch_settings import WatchSettings
+from scopestate.watching import AioChanges
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine

@@ -57,7 +57,8 @@ from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.snapshots import REFUSED, Call, Snapshots
 from scopestate.state import StateCalls
 from scopestate.stats import Health, Stats, check_health, measure
-from scopestate.watching import Changes, WatchSettings
+from scopestate.watch_settings import WatchSettings
+from scopestate.watching import Changes
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:

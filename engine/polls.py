@@ -22,7 +22,8 @@ from scopestate.ops.turns import Range
 from scopestate.ops.values import json_type, normalise
 from scopestate.signals import Guard
 from scopestate.snapshots import PROGRAM, Caller
-from scopestate.watching import AioChanges, Changes, WatchSettings
+from scopestate.watch_settings import WatchSettings
+from scopestate.watching import AioChanges, Changes
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine

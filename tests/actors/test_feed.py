@@ -10,7 +10,8 @@ import pytest
 
 from scopestate.actors import feed as feed_module
 from scopestate.actors.deterministic import DeterministicDispatcher
-from scopestate.actors.feed import Feed, Hold
+from scopestate.actors.fed_scope import Hold
+from scopestate.actors.feed import Feed
 from scopestate.actors.journal import History
 from scopestate.actors.triggers import TriggerTable
 from scopestate.actors.watcher import Filter, Watcher

@@ -1,0 +1,89 @@
+"""Which scopes the changes are wanted of, by watches and by durable triggers."""
+
+from __future__ import annotations
+
+
+class Interest:
+    """Wants the changes of a scope, or of all scopes with a prefix: for watches, or for one durable trigger."""
+
+    __slots__ = ("began", "consumer", "ended_s", "prefix", "scope", "users")
+
+    def __init__(self, scope: str | None, prefix: str, consumer: int | None, began: int) -> None:
+        self.scope = scope
+        """The scope; None: those with the prefix."""
+        self.prefix = prefix
+        self.consumer = consumer
+        """The number of the durable trigger; None: it is of watches."""
+        self.began = began
+        """Everything of these scopes behind this position was entered."""
+        self.users = 0
+        self.ended_s = 0.0
+        """When the last user has gone."""
+
+    def wants(self, scope: str) -> bool:
+        """Return whether it wants the changes of a scope."""
+        return scope == self.scope if self.scope is not None else scope.startswith(self.prefix)
+
+    def covers(self, scope: str | None, prefix: str) -> bool:
+        """Return whether it wants everything that another one would."""
+        if self.scope is not None:
+            return self.scope == scope
+        return (prefix if scope is None else scope).startswith(self.prefix)
+
+
+What = tuple[str | None, str, int | None]
+"""Scope, prefix and consumer of an interest: there is one of each."""
+
+
+class Interests:
+    """The interests of one engine. Changed under the guard of the feed; what is asked needs none."""
+
+    def __init__(self) -> None:
+        self._all: dict[What, Interest] = {}
+        self._exact: frozenset[str] = frozenset()
+        """The scopes that are named."""
+        self._wide: tuple[Interest, ...] = ()
+        """The interests in many scopes."""
+        self.durable: tuple[Interest, ...] = ()
+        """The interests of durable triggers."""
+
+    def get(self, what: What) -> Interest | None:
+        """Return an interest, if there is one."""
+        return self._all.get(what)
+
+    def add(self, what: What, position: int) -> Interest:
+        """Make an interest, which begins behind a position."""
+        interest = self._all[what] = Interest(*what, position)
+        self._list()
+        return interest
+
+    def remove(self, interest: Interest) -> None:
+        """Forget an interest."""
+        self._all.pop((interest.scope, interest.prefix, interest.consumer), None)
+        self._list()
+
+    def _list(self) -> None:
+        every = self._all.values()
+        self._exact = frozenset([one.scope for one in every if one.scope is not None])
+        self._wide = tuple([one for one in every if one.scope is None])
+        self.durable = tuple([one for one in every if one.consumer is not None])
+
+    def want(self, scope: str) -> bool:
+        """Return whether the changes of a scope are wanted."""
+        return scope in self._exact or any(scope.startswith(one.prefix) for one in self._wide)
+
+    def want_all(self) -> bool:
+        """Return whether the changes of every scope are wanted, also of ones to come."""
+        return any(not one.prefix for one in self._wide)
+
+    def cover(self, prefix: str, position: int) -> bool:
+        """Return whether everything of the scopes with a prefix behind a position was entered."""
+        return any(one.began <= position and one.covers(None, prefix) for one in self._wide)
+
+    def consumers(self, scope: str) -> list[int]:
+        """Return the numbers of the durable triggers that want the changes of a scope."""
+        return [one.consumer for one in self.durable if one.consumer is not None and one.wants(scope)]
+
+    def unused(self) -> list[Interest]:
+        """Return the interests that have no user any more."""
+        return [one for one in self._all.values() if not one.users]
