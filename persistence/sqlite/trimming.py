@@ -58,6 +58,12 @@ _IN_TURN: Final = (
     " (SELECT time FROM journal WHERE journal.scope = number ORDER BY revision LIMIT 1)"
     " FROM scopes INDEXED BY scopes_logged WHERE events > 0 AND number > ? ORDER BY number LIMIT ?"
 )
+_FIRST_OF_SCOPE: Final = (
+    "SELECT coalesce(max(revision), 0), coalesce(max(position), 0), count(*), coalesce(sum(size), 0) FROM"
+    " (SELECT revision, position, size FROM journal WHERE scope = ? ORDER BY revision LIMIT ?)"
+)
+_DELETE_OF_SCOPE: Final = "DELETE FROM journal WHERE scope = ? AND revision <= ?"
+_DELETE_RANGE: Final = "DELETE FROM journal WHERE position BETWEEN ? AND ?"
 _SIZES: Final = "SELECT number, scope, events, bytes, NULL FROM scopes WHERE number IN (SELECT value FROM json_each(?))"
 _NAMES: Final = "SELECT number, scope FROM scopes WHERE number IN (SELECT value FROM json_each(?))"
 
@@ -207,6 +213,13 @@ class Trimmer:
         """Remove the oldest changes of a scope; False if there are more of them to remove."""
         limits, low, after = kept.history, work.low(kept.group), 0
         assert limits is not None
+        while limits.events and events > limits.events and not work.pending:
+            if work.left <= 0:
+                return False
+            removed = work.remove_first(number, min(events - limits.events, _PAGE), low)
+            if removed is None:
+                break  # a consumer needs one of them
+            events, size = events - removed[0], size - removed[1]
         too_old = work.now_ms - limits.age_ms if limits.age_ms else -1
         while True:
             rows = work.rows(_OLDEST, scope=number, after=after, limit=_PAGE)
@@ -300,18 +313,41 @@ class _Work:
         self.left -= len(columns[0]) // _LOOK_COST + 1
         return [_Row(*row) for row in zip(*columns, strict=True)]
 
-    def remove(self, rows: Sequence[_Row]) -> None:
-        """Remove changes. Of a scope, those in front of them are removed too, or needed for a pending delivery only."""
+    def remove(self, rows: Sequence[_Row], *, whole: bool = False) -> None:
+        """Remove changes. Of a scope, those in front of them are removed too, or needed for a pending delivery only.
+
+        `whole`: there are no others between the first and the last of them.
+        """
         self.left -= len(rows)
+        if whole and rows:
+            self.connection.execute(_DELETE_RANGE, (rows[0].position, rows[-1].position))
+        else:
+            for row in rows:
+                self._deleted.add((row.position,), 8)
+        cuts = self._cut
         for row in rows:
-            self._deleted.add((row.position,), 8)
-            cut = self._cut.get(row.scope)
+            cut = cuts.get(row.scope)
             if cut is None:
-                self._cut[row.scope] = [row.revision, row.position, 1, row.size]
+                cuts[row.scope] = [row.revision, row.position, 1, row.size]
             else:
-                cut[0], cut[1] = max(cut[0], row.revision), max(cut[1], row.position)
+                cut[0] = max(cut[0], row.revision)
+                cut[1] = max(cut[1], row.position)
                 cut[2] += 1
                 cut[3] += row.size
+
+    def remove_first(self, scope: int, count: int, low: int) -> tuple[int, int] | None:
+        """Remove the oldest changes of a scope; return how many, and their sizes. None: one is needed behind `low`."""
+        self._deleted.flush()
+        ((revision, position, found, size),) = self.connection.execute(_FIRST_OF_SCOPE, (scope, count)).fetchall()
+        if position > low or not found:
+            return None
+        self.connection.execute(_DELETE_OF_SCOPE, (scope, revision))
+        self.left -= found
+        cut = self._cut.setdefault(scope, [0, 0, 0, 0])
+        cut[0], cut[1] = max(cut[0], revision), max(cut[1], position)
+        cut[2] += found
+        cut[3] += size
+        return found, size
 
     def flush(self) -> None:
         """Run what was collected, and note it in the rows of the scopes."""
