@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from scopestate.ops.triggers import Trigger
-from scopestate.persistence.redis.script import SOURCES, Shape
+from scopestate.persistence.redis.script import HANDLED, SOURCES, Shape
 
 # KEYS: the stream, its counter, the limit of the stream, the names of the consumers, the consumer. ARGV: the operation,
 # the engine, the name of the consumer, then what the operation needs. What is kept of a consumer, KEYS[5] being `it`:
@@ -27,12 +27,14 @@ from scopestate.persistence.redis.script import SOURCES, Shape
 #   it:tried     hash: entry id -> attempts, time of the first one, when the next one is due, the last error
 #   it:open      sorted set: entry id -> number, of the events above that are only in the stream
 #   it:copies    hash: entry id -> the event, of those above that the stream no longer has, and of dead letters
-#   it:letters   hash: entry id -> what an engine has said about a dead letter
+#   it:letters   hash: entry id -> what an engine has said about a dead letter; and :m its member, :n its replays
 #   it:dead      sorted set: entry id -> number, of the dead letters
 #
 # A member is `lane \n number : entry id`, so the events of a lane are in order. A lane says how long it is, so none is
 # the beginning of another one. An event is in exactly one of: beyond `number`, held, parked, a dead letter, gone.
-SOURCE: Final = b"""
+SOURCE: Final = (
+    HANDLED
+    + b"""
 local call, format, match = redis.call, string.format, string.match
 local stream, counter, limit, names, it = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local operation, me, group = ARGV[1], ARGV[2], ARGV[3]
@@ -47,30 +49,8 @@ local function parts(member) return match(member, '^(.*)\\n(%d+):([%d-]+)$') end
 local function first_of(lane, most)
   return call('ZRANGEBYLEX', parked, '[' .. lane .. '\\n0', '(' .. lane .. '\\n:', 'LIMIT', 0, most)
 end
-local function due_of(id)
-  local text = call('HGET', tried, id)
-  return text and match(text, '^%d+ %d+ (%d+)') or '0'
-end
--- The lane has no engine: its first event may be handled by any, when it is due.
-local function release(lane)
-  local first = first_of(lane, 1)[1]
-  if first then
-    local _, _, id = parts(first)
-    call('ZADD', ready, due_of(id), lane)
-  else
-    call('ZREM', ready, lane)
-  end
-end
--- The engine holds one event less of the lane.
-local function leave(lane)
-  local count = tonumber(match(call('HGET', lanes, lane) or '', ' (%d+)$') or 0)
-  if count > 1 then
-    call('HSET', lanes, lane, me .. ' ' .. (count - 1))
-  else
-    call('HDEL', lanes, lane)
-    release(lane)
-  end
-end
+local function release(lane) release_lane(it, lane) end
+local function leave(lane) leave_lane(it, me, lane) end
 local function dismiss(engine)
   local key, order, seen = it .. ':held:' .. engine, {}, {}
   for _, member in ipairs(call('ZRANGE', key, 0, -1)) do
@@ -93,6 +73,7 @@ local function forget(id)
   call('ZREM', open, id)
   call('HDEL', tried, id)
   call('HDEL', copies, id)
+  call('HDEL', letters, id .. ':n')
 end
 local function event_at(id)
   local entry = call('XRANGE', stream, id, id)[1]
@@ -141,6 +122,24 @@ function run.join()
   return not known and 1 or not made.err and 2 or 0
 end
 
+local function row_of(member, id, fields, text)
+  local attempts, first, due, err = match(text or '', '^(%d+) (%d+) (%d+) (.*)$')
+  return {member, id, fields, attempts or '0', first or '0', due or '0', err or ''}
+end
+
+-- members: replies what this engine holds beside those, in order, as `fetch` does: a reply may have been lost.
+function run.again()
+  local known, rows = {}, {}
+  for i = 4, #ARGV do known[ARGV[i]] = true end
+  for _, member in ipairs(call('ZRANGE', mine, 0, -1)) do
+    if not known[member] then
+      local _, _, id = parts(member)
+      rows[#rows + 1] = row_of(member, id, event_at(id) or {}, call('HGET', tried, id))
+    end
+  end
+  return rows
+end
+
 local filter = {}
 local function wanted(fields)
   local scope, key = fields[4], fields[6]
@@ -165,17 +164,17 @@ local function lane_of(order, id, fields)
   if order == 'none' then return id end
   return '0'
 end
--- What an engine does shows that it lives. Returns false if it was taken for dead.
+-- What an engine does shows that it lives. Replies 1 if it was taken for dead, or is new.
 local function renew(wait)
   local known = call('ZSCORE', engines, me)
   call('ZADD', engines, now + wait, me)
-  return known
+  return known and 0 or 1
 end
 
 -- wait, most, order, scope, key, scopes, keys, kinds: give this engine up to so many events. wait: how long what it
 -- holds is its own (ms). The filters: '-' for none, else '=' and the text. Replies `gone` without a consumer, else:
--- how many engines were dismissed, the reason of a pause or '', events lost, when to ask again (ms, '' not by itself),
--- 1 if there may be more now; then for each event: member, entry id, fields, attempts, first, due, error.
+-- what `renew` does, the reason of a pause or '', events lost, when to ask again (ms, '' not by itself), 1 if there may
+-- be more now; then for each event: member, entry id, fields, attempts, first, due, error.
 function run.fetch()
   if not exists() then return 'gone' end
   local wait, room, order = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
@@ -183,18 +182,15 @@ function run.fetch()
     local text = ARGV[6 + i]
     filter[name] = string.sub(text, 1, 1) == '=' and string.sub(text, 2) or nil
   end
-  renew(wait)
-  local gone, lost, count, more = 0, 0, 0, 0
+  local is_new, lost, count, more = renew(wait), 0, 0, 0
   for _, engine in ipairs(call('ZRANGEBYSCORE', engines, '-inf', '(' .. format('%d', now), 'LIMIT', 0, 4)) do
     dismiss(engine)
-    gone = gone + 1
   end
-  local replies = {gone, call('HGET', it, 'paused') or '', 0, '', 0}
+  local replies = {is_new, call('HGET', it, 'paused') or '', 0, '', 0}
   local function give(member, id, number, fields, text)
     call('ZADD', mine, number, member)
     count = count + 1
-    local attempts, first, due, err = match(text or '', '^(%d+) (%d+) (%d+) (.*)$')
-    replies[5 + count] = {member, id, fields, attempts or '0', first or '0', due or '0', err or ''}
+    replies[5 + count] = row_of(member, id, fields, text)
   end
   if replies[2] == '' then
     for _, lane in ipairs(call('ZRANGEBYSCORE', ready, '-inf', now, 'LIMIT', 0, room)) do
@@ -270,6 +266,7 @@ end
 
 -- wait, then member, attempt, first time for each: these attempts begin. Replies the members that are no longer held.
 function run.began()
+  if not exists() then return 'gone' end
   renew(tonumber(ARGV[4]))
   local lost = {}
   for i = 5, #ARGV, 3 do
@@ -283,22 +280,14 @@ function run.began()
   return lost
 end
 
--- An event is handled. False if this engine no longer holds it.
-local function done(member)
-  if call('ZREM', mine, member) == 0 then return false end
-  local lane, _, id = parts(member)
-  forget(id)
-  leave(lane)
-  return true
-end
-
 -- wait, then for each event: `d member`: it is handled; `r member attempts first due error`: it is tried again by this
 -- engine at that time; `p member`: this engine gives it back, and what it holds behind it in its lane as well;
 -- `x member letter` or `b member letter`: it is given up, and its lane goes on or is blocked. Replies the members that
--- are no longer held, then those that were given back since the list of dead letters is full.
+-- are no longer held, then those that were given back (with the list of dead letters full, or behind one that blocks),
+-- what `renew` does, and the reason of a pause.
 function run.ended()
-  renew(tonumber(ARGV[4]))
-  local lost, full, i = {}, {}, 5
+  if not exists() then return 'gone' end
+  local lost, back, i, is_new = {}, {}, 5, renew(tonumber(ARGV[4]))
   local function put_back(member)
     local lane = parts(member)
     local others = {}
@@ -308,6 +297,7 @@ function run.ended()
     for _, other in ipairs(others) do
       call('ZREM', mine, other)
       call('ZADD', parked, 0, other)
+      back[#back + 1] = other
     end
     call('HDEL', lanes, lane)
     return lane
@@ -316,7 +306,7 @@ function run.ended()
     local kind, member = ARGV[i], ARGV[i + 1]
     local lane, number, id = parts(member)
     if kind == 'd' then
-      if not done(member) then lost[#lost + 1] = member end
+      if not handled(it, me, member) then lost[#lost + 1] = member end
       i = i + 2
     else
       local held = call('ZSCORE', mine, member)
@@ -334,7 +324,6 @@ function run.ended()
         if held and call('ZCARD', dead) >= tonumber(call('HGET', it, 'dead') or 0) then
           call('HSET', it, 'paused', 'dead')
           release(put_back(member))
-          full[#full + 1] = member
         elseif held then
           if call('HEXISTS', copies, id) == 0 then copy(id) end
           call('HSET', letters, id, ARGV[i + 2])
@@ -354,7 +343,7 @@ function run.ended()
       end
     end
   end
-  return {lost, full}
+  return {lost, back, is_new, call('HGET', it, 'paused') or ''}
 end
 
 -- This engine gives back all that it holds.
@@ -449,12 +438,15 @@ function run.trim()
   return {call('XLEN', stream), copied >= 500 and 1 or 0}
 end
 
--- after, most: replies the ids, letters and events of dead letters with higher numbers.
+-- after, most: replies numbers, ids, letters, events and replays of dead letters with higher numbers.
 function run.letters()
   local found = {}
   for _, id in ipairs(call('ZRANGEBYSCORE', dead, '(' .. ARGV[4], '+inf', 'LIMIT', 0, ARGV[5])) do
     local letter, event = call('HGET', letters, id), call('HGET', copies, id)
-    if letter then found[#found + 1] = {id, letter, event and cmsgpack.unpack(event) or false} end
+    if letter then
+      local number, replays = call('ZSCORE', dead, id), call('HGET', letters, id .. ':n') or '0'
+      found[#found + 1] = {number, id, letter, event and cmsgpack.unpack(event) or {}, replays}
+    end
   end
   return found
 end
@@ -491,6 +483,7 @@ function run.replay()
       call('HSET', tried, id, attempts .. ' ' .. first .. ' 0 ')
     end
     call('HDEL', letters, id, id .. ':m')
+    call('HINCRBY', letters, id .. ':n', 1)
     call('ZREM', dead, id)
     call('ZADD', parked, 0, member)
     unblock(id, member)
@@ -502,7 +495,7 @@ function run.purge()
   local ids = chosen()
   for _, id in ipairs(ids) do
     local member = call('HGET', letters, id .. ':m')
-    call('HDEL', letters, id, id .. ':m')
+    call('HDEL', letters, id, id .. ':m', id .. ':n')
     call('ZREM', dead, id)
     call('HDEL', copies, id)
     unblock(id, member)
@@ -513,6 +506,7 @@ end
 
 return run[operation]()
 """
+)
 
 CONSUME: Final = hashlib.sha1(SOURCE).hexdigest()  # noqa: S324 - the name that Redis gives a script
 SOURCES[CONSUME] = SOURCE
@@ -550,6 +544,10 @@ class Names:
         """Note how attempts have ended, in the words of the script."""
         return self._command("ended", wait_ms, *[part for outcome in outcomes for part in outcome])
 
+    def again(self, known: Iterable[bytes]) -> tuple[Any, ...]:
+        """Ask for what this engine holds beside those members."""
+        return self._command("again", *known)
+
     def leave(self) -> tuple[Any, ...]:
         """Give back what this engine holds."""
         return self._command("leave")
@@ -578,9 +576,9 @@ class Names:
         """Put dead letters back to their places; None: the oldest 5,000."""
         return self._command("replay", "all" if numbers is None else "some", int(reset), *(numbers or ()))
 
-    def purge(self, numbers: Sequence[int]) -> tuple[Any, ...]:
-        """Remove dead letters."""
-        return self._command("purge", "some", "0", *numbers)
+    def purge(self, numbers: Sequence[int] | None) -> tuple[Any, ...]:
+        """Remove dead letters; None: the oldest 5,000."""
+        return self._command("purge", "all" if numbers is None else "some", "0", *(numbers or ()))
 
     def purge_before(self, time_ms: int) -> tuple[Any, ...]:
         """Remove the dead letters that were given up before this time."""

@@ -64,6 +64,8 @@ class Event(NamedTuple):
     depth: int
     revision: int = 0
     """The revision of the change; the number, where changes have no revisions."""
+    following: int = 0
+    """How many more events of its transaction follow."""
     expired: Expired | None = None
     """If the key was removed because its deadline had passed: the deadline, and how late that was, in milliseconds."""
 
@@ -76,7 +78,7 @@ def event_of(fields: list[bytes]) -> Event:
     if fields[0] != b"n" or fields[2] != b"s" or fields[4] != b"k":
         raise ValueError(f"an entry of other fields: {fields!r:.100}")
     old = new = None
-    depth = revision = deadline = 0
+    depth = revision = deadline = following = 0
     for i in range(6, len(fields), 2):
         name = fields[i]
         if name == b"v":
@@ -89,10 +91,14 @@ def event_of(fields: list[bytes]) -> Event:
             revision = int(fields[i + 1])
         elif name == b"x":
             deadline = int(fields[i + 1])
+        elif name == b"m":
+            following = int(fields[i + 1])
     number = int(fields[1])
     # A revision is the time of the change in microseconds, or a little more.
     expired = (deadline, max(0, revision // 1000 - deadline)) if deadline else None
-    return Event(fields[3].decode(), fields[5].decode(), old, new, number, depth, revision or number, expired)
+    return Event(
+        fields[3].decode(), fields[5].decode(), old, new, number, depth, revision or number, following, expired
+    )
 
 
 def number_of(fields: list[bytes]) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from scopestate.ops.turns import Range
 from scopestate.persistence.redis import sidecar
-from scopestate.persistence.redis.script import LIMITED, SOURCES, Shape
+from scopestate.persistence.redis.script import HANDLED, LIMITED, SOURCES, Shape
 
 # One plain write of one key, without events: KEYS hash, side; ARGV field, value, number, digest ('': compute it), and
 # for a condition `n` (there must be no value), `c expected`, or `r expected number`. Replies: the value before, or
@@ -168,6 +168,8 @@ return {now, lapsed, call('HGETALL', hash)}
 #                              `field state value entry`, state 0: no value, 1: this one, 2: this one, and its deadline
 #                              has passed. Then what is stored: `kind field value digest deadline`, kind w: write, r:
 #                              remove, x: remove because the deadline has passed, e: only the deadline is another.
+#   a consumer engine member   the next `t` acknowledges a delivery; it replies 5, and does nothing, if this engine no
+#                              longer holds that. Has no reply
 #   e limit                    remove keys whose deadline has passed: replies {time, key that is due next, its deadline,
 #                              then field, value, deadline for each that was removed}
 # Replies: as in `script.py`. A set or delete of a key whose deadline had passed removes that first, by a change of its
@@ -195,11 +197,17 @@ WRITES: Final = (
     + b"""
 local stream, counter, limit, kept, kept_keys = nil, nil, nil, ARGV[2], 4
 if kept ~= '' then stream, counter, limit, kept_keys = KEYS[5], KEYS[6], KEYS[7], 7 end
-local replies, count, failed, last, depth = {}, 0, nil, 0, nil
-local creates, emptied, indexed = false, false, nil
+local replies, count, failed, last, depth, following = {}, 0, nil, 0, nil, 0
+local creates, emptied, indexed, ack = false, false, nil, nil
 """
     + LIMITED
     + b"""
+local function acknowledge(it, engine, member)
+"""
+    + HANDLED
+    + b"""
+  return handled(it, engine, member)
+end
 
 local function has_index()
   if indexed == nil then indexed = call('HEXISTS', side, '\\254') == 1 end
@@ -239,7 +247,8 @@ local function store(field, old, entry, new, digest, deadline, expired)
     if new then event[size + 1], event[size + 2], size = 'v', new, size + 2 end
     if depth then event[size + 1], event[size + 2], size = 'd', depth, size + 2 end
     event[size + 1], event[size + 2], size = 'r', text, size + 2
-    if expired then event[size + 1], event[size + 2] = 'x', expired end
+    if expired then event[size + 1], event[size + 2], size = 'x', expired, size + 2 end
+    if following > 0 then event[size + 1], event[size + 2] = 'm', following end
     local added = add(event)
     if type(added) == 'table' then
       call('DECR', counter)
@@ -302,13 +311,20 @@ local function transact(at)
     at = at + 4
   end
   local kept = index ~= '' and not skipped and call('GET', KEYS[kept_keys + index])
+  local delivery = ack
+  ack = nil
+  if delivery and fits and not call('ZSCORE', delivery[1] .. ':held:' .. delivery[2], delivery[3]) then return 5 end
   if kept or skipped or not fits then
     failed = failed or {}
     for j = 1, expected do failed[ARGV[here + 4 * (j - 1)]] = true end
     return kept and {4, kept} or skipped and 2 or 0
   end
+  for j = 0, stored - 1 do
+    if ARGV[at + 5 * j] ~= 'e' then following = following + 1 end
+  end
   for j = 1, stored do
     local kind, field, value, deadline = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 4]
+    if kind ~= 'e' then following = following - 1 end
     local old, entry = call('HGET', hash, field), entry_of(field)
     local failure
     if kind == 'w' then
@@ -324,6 +340,7 @@ local function transact(at)
     if failure then return failure end
     at = at + 5
   end
+  if delivery then acknowledge(unpack(delivery)) end
   if index ~= '' then
     call('SET', KEYS[kept_keys + index], fingerprint .. string.format('%016d', number or 0) .. answer, 'PX', 86400000)
   end
@@ -360,6 +377,9 @@ local function run()
     if kind == 'p' then
       depth = field ~= '0' and field or nil
       i = i + 2
+    elseif kind == 'a' then
+      ack = {field, value, ARGV[i + 3]}
+      i = i + 4
     else
       if kind == 't' then
         reply = transact(i + 1)
@@ -532,6 +552,8 @@ SKIPPED: Final = 2
 SLOW: Final = 3
 """The reply of `SET_ONE` for what it cannot do: nothing was done, `WRITES` does it."""
 KEPT: Final = 4
+NOT_HELD: Final = 5
+"""The reply to a transaction that acknowledges a delivery which another engine has by now."""
 
 
 _ONE: Final = frozenset({"s", "n", "c", "r", "q"})

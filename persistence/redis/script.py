@@ -39,6 +39,40 @@ local function add(event)
 end
 """
 
+# An event is over: `handled(it, engine, member)` forgets it, and lets its lane go on. False if the engine does not hold
+# it. Also in the script that writes, for a transaction that acknowledges a delivery.
+HANDLED: Final = b"""
+local function release_lane(it, lane)
+  local first = redis.call(
+    'ZRANGEBYLEX', it .. ':parked', '[' .. lane .. '\\n0', '(' .. lane .. '\\n:', 'LIMIT', 0, 1)[1]
+  if first then
+    local text = redis.call('HGET', it .. ':tried', string.match(first, ':([%d-]+)$'))
+    redis.call('ZADD', it .. ':ready', text and string.match(text, '^%d+ %d+ (%d+)') or '0', lane)
+  else
+    redis.call('ZREM', it .. ':ready', lane)
+  end
+end
+local function leave_lane(it, engine, lane)
+  local count = tonumber(string.match(redis.call('HGET', it .. ':lanes', lane) or '', ' (%d+)$') or 0)
+  if count > 1 then
+    redis.call('HSET', it .. ':lanes', lane, engine .. ' ' .. (count - 1))
+  else
+    redis.call('HDEL', it .. ':lanes', lane)
+    release_lane(it, lane)
+  end
+end
+local function handled(it, engine, member)
+  if redis.call('ZREM', it .. ':held:' .. engine, member) == 0 then return false end
+  local lane, _, id = string.match(member, '^(.*)\\n(%d+):([%d-]+)$')
+  redis.call('ZREM', it .. ':open', id)
+  redis.call('HDEL', it .. ':tried', id)
+  redis.call('HDEL', it .. ':copies', id)
+  redis.call('HDEL', it .. ':letters', id .. ':n')
+  leave_lane(it, engine, lane)
+  return true
+end
+"""
+
 # KEYS: the hash; with shared events also the stream, the counter of its events, and its limit (see `LIMITED`).
 # ARGV: with shared events first how many are kept and the scope; then the entries:
 #   g field                   read
@@ -58,7 +92,7 @@ SOURCE: Final = (
     b"""
 local hash, stream, counter, limit, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]
 local i = stream and 3 or 1
-local replies, count, failed, last, depth = {}, 0, nil, 0, nil
+local replies, count, failed, last, depth, following = {}, 0, nil, 0, nil, 0
 """
     + LIMITED
     + b"""
@@ -71,7 +105,8 @@ local function store(field, old, new)
     local size = 6
     if old then event[size + 1], event[size + 2], size = 'o', old, size + 2 end
     if new then event[size + 1], event[size + 2], size = 'v', new, size + 2 end
-    if depth then event[size + 1], event[size + 2] = 'd', depth end
+    if depth then event[size + 1], event[size + 2], size = 'd', depth, size + 2 end
+    if following > 0 then event[size + 1], event[size + 2] = 'm', following end
     local entry = add(event)
     if type(entry) == 'table' then
       redis.call('DECR', counter)
@@ -99,6 +134,7 @@ local function transact(at, expected, changes)
     return skipped and 2 or 0
   end
   for j = 1, changes do
+    following = changes - j
     local failure = store(ARGV[at], redis.call('HGET', hash, ARGV[at]), ARGV[at + 1] == '1' and ARGV[at + 2] or nil)
     if failure then return failure end
     at = at + 3
@@ -171,7 +207,8 @@ class Shape:
         """`events_kept`: how many the stream keeps; 0: none are published."""
         self.key_prefix = key_prefix
         self.stream = f"scopestate:events:{key_prefix}"
-        """The stream of events: field `n` number, `s` scope, `k` key, `o` old and `v` new value if any, `d` depth."""
+        """The stream of events: field `n` number, `s` scope, `k` key, `o` old and `v` new value if any, `d` depth,
+        `r` revision, `x` deadline if it has expired, `m` how many more events of its transaction follow."""
         self.counter = f"scopestate:count:{key_prefix}"
         self.limit = f"scopestate:limit:{key_prefix}"
         """What the stream may hold while there are durable triggers: see `LIMITED`."""

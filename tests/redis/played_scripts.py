@@ -197,6 +197,7 @@ class Writes(Numbered):
         self.kept_at = 7 if self.publishes else 4
         self.last = 0
         self.depth: bytes | None = None
+        self.following = 0
         self.failed: set[bytes] = set()
         replies: list[Any] = []
         i = 3
@@ -295,6 +296,7 @@ class Writes(Numbered):
         event += [b"d", self.depth] if self.depth is not None else []
         event += [b"r", text]
         event += [b"x", expired] if expired is not None else []
+        event += [b"m", b"%d" % self.following] if self.following else []
         try:
             self.call(b"XADD", self.keys[4], b"MAXLEN", b"~", self.arguments[1], b"*", *event)
         except Exception:
@@ -326,7 +328,10 @@ class Writes(Numbered):
             self.failed.update(fields)
             return [numbered.KEPT, kept] if kept is not None else script.SKIPPED if skipped else 0
         at += 4 * expected
-        for kind, field, value, digest, deadline in zip(*[iter(arguments[at : at + 5 * stored])] * 5, strict=True):
+        steps = list(zip(*[iter(arguments[at : at + 5 * stored])] * 5, strict=True))
+        self.following = len([step for step in steps if step[0] != b"e"])
+        for kind, field, value, digest, deadline in steps:
+            self.following -= kind != b"e"
             old, entry = self.hash().get(field), self.entry(field)
             if kind == b"w":
                 self._store(field, old, entry, value, digest, deadline)

@@ -489,6 +489,7 @@ class _Script:
         self._arguments = arguments
         self._last = 0
         self._depth: bytes | None = None
+        self._following = 0
         self._writes: list[tuple[bytes, bytes | None, bytes | None]] = []
 
     def run(self) -> Any:
@@ -548,7 +549,8 @@ class _Script:
             skipped = bool(fields & failed)
             failed |= fields
             return script.SKIPPED if skipped else 0
-        for field, is_set, value in triples[expected:]:
+        for following, (field, is_set, value) in zip(reversed(range(changes)), triples[expected:], strict=True):
+            self._following = following
             self._store(field, self._call(b"HGET", self._hash, field), _told(is_set, value))
         return script.DONE
 
@@ -559,6 +561,7 @@ class _Script:
             entry += [b"o", old] if old is not None else []
             entry += [b"v", new] if new is not None else []
             entry += [b"d", self._depth] if self._depth is not None else []
+            entry += [b"m", b"%d" % self._following] if self._following else []
             try:
                 self._call(b"XADD", self._stream, b"MAXLEN", b"~", self._arguments[0], b"*", *entry)
             except Refused:

@@ -198,7 +198,7 @@ def test_what_a_dead_engine_held_goes_to_another_one_in_order_with_its_attempts(
     assert [each.value for each in taken if each.place == "s/b"] == [1, 3]
     assert {each.value: (each.attempts, each.first) for each in taken}[0] == (b"1", b"77")
     assert {each.attempts for each in taken if each.value} == {b"0"}
-    assert one.done(held[0]) == [[held[0].member], []]  # too late
+    assert one.done(held[0]) == [[held[0].member], [], 1, b""]  # too late
     assert one.began(held[1]) == [held[1].member]
     two.done(*taken)
     assert one.fetch() == two.fetch() == []
@@ -274,6 +274,16 @@ def test_names_cannot_be_taken_for_each_other(player: Crew, writer: Writer) -> N
     assert len(two.fetch()) == 3
 
 
+def test_what_was_lost_on_its_way_can_be_asked_for_again(player: Crew, writer: Writer) -> None:
+    one = player("one")
+    for value in range(3):
+        writer.set("k", value)
+    held = one.fetch()
+    one.began(held[1])
+    rows = [Held(*row) for row in one.do(one.names.again([held[0].member]))]
+    assert rows == [held[1]._replace(attempts=b"1", first=b"77"), held[2]]
+
+
 # ------------------------------------------------------------------------------------------------------ a random model
 
 
@@ -309,14 +319,14 @@ def test_each_event_is_done_once_and_in_the_order_of_its_key(seed: int, valkey: 
                     assert of_key == waiting[new.place[-1]][: len(of_key)]
             elif kind == "done":
                 first = next(each for each in mine)
-                assert one.done(first) == [[], []]
+                assert one.done(first) == [[], [], 0, b""]
                 mine.remove(first)
                 assert waiting[first.place[-1]].pop(0) == first.value
                 handled += 1
             elif kind == "retry":
-                assert one.ended(("r", mine[0].member, 1, 5, 0, "why")) == [[], []]
+                assert one.ended(("r", mine[0].member, 1, 5, 0, "why")) == [[], [], 0, b""]
             elif kind == "back":
-                assert one.ended(("p", mine[0].member)) == [[], []]
+                assert one.ended(("p", mine[0].member))[0] == []
                 held[one.name] = [each for each in mine if each.place != mine[0].place]
             else:
                 one.dies()
@@ -404,13 +414,13 @@ def test_a_letter_can_be_read_replayed_and_purged(player: Crew, writer: Writer) 
         writer.set(f"k{value}", value)
     held = one.fetch()
     one.began(*held)
-    assert one.ended(*[("x", each.member, f"{5 + each.value} 3 77 text") for each in held]) == [[], []]
+    assert one.ended(*[("x", each.member, f"{5 + each.value} 3 77 text") for each in held]) == [[], [], 0, b""]
     assert one.status()["dead"] == 4
     one.do(one.names.trim(0))
     rows = one.do(one.names.letters(0, 2))
-    assert [row[0] for row in rows] == [held[0].entry_id, held[1].entry_id]
-    assert rows[0][1:] == [b"5 3 77 text", held[0].fields]
-    assert [row[0] for row in one.do(one.names.letters(held[1].number, 9))] == [held[2].entry_id, held[3].entry_id]
+    assert [row[1] for row in rows] == [held[0].entry_id, held[1].entry_id]
+    assert rows[0][2:] == [b"5 3 77 text", held[0].fields, b"0"]
+    assert [row[1] for row in one.do(one.names.letters(held[1].number, 9))] == [held[2].entry_id, held[3].entry_id]
     assert one.do(one.names.replay([held[0].number], reset=True)) == 1
     again = one.fetch()
     assert again == [held[0]]
@@ -430,7 +440,8 @@ def test_a_full_list_of_letters_pauses_the_consumer_and_loses_nothing(player: Cr
     writer.set("a", 1)
     writer.set("b", 2)
     first, second = one.fetch()
-    assert one.ended(("x", first.member, "1 1 1 "), ("x", second.member, "1 1 1 ")) == [[], [second.member]]
+    reply = one.ended(("x", first.member, "1 1 1 "), ("x", second.member, "1 1 1 "))
+    assert reply == [[], [second.member], 0, b"dead"]
     assert one.status()["paused"] == "dead"
     assert one.fetch() == []
     assert one.do(one.names.replay(None, reset=True)) == 1
@@ -442,12 +453,14 @@ def test_a_blocked_lane_waits_for_its_letter_and_the_others_go_on(player: Crew, 
     for value, key in enumerate("abab"):
         writer.set(key, value)
     held = one.fetch()
-    one.ended(("b", held[0].member, "1 1 1 "), ("d", held[1].member))
-    assert one.done(held[2]) == [[held[2].member], []]  # given back with its lane
+    reply = one.ended(("b", held[0].member, "1 1 1 "), ("d", held[1].member))
+    assert reply == [[], [held[2].member], 0, b""]
+    assert one.done(held[2])[0] == [held[2].member]  # given back with its lane
     one.done(held[3])
     writer.set("a", 4)
     assert one.fetch() == []
     assert one.do(one.names.replay([held[0].number], reset=True)) == 1
+    assert one.do(one.names.replay([held[0].number], reset=True)) == 0
     again = one.fetch()
     assert [each.value for each in again] == [0, 2, 4]
     one.ended(("b", again[0].member, "1 1 1 "))
@@ -463,7 +476,7 @@ def test_a_paused_consumer_gets_nothing_and_what_it_holds_can_be_ended(player: C
     writer.set("b", 2)
     assert one.fetch_all()[1] == b"by you"
     assert one.fetch() == []
-    assert one.done(held) == [[], []]
+    assert one.done(held) == [[], [], 0, b"by you"]
     assert one.do(one.names.pause("")) == [1, 0]
     assert one.values() == [2]
 
