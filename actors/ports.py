@@ -196,10 +196,7 @@ class Arrivals(Protocol):
         """Wait until the events of this engine's own writes are here; False if that took longer than `timeout_s`."""
 
     def stop(self) -> None:
-        """Take no more events; those that are here may still be handled and acknowledged. Idempotent."""
-
-    def end(self) -> None:
-        """Acknowledge no more: events that are not handled by now are left to other engines. Idempotent."""
+        """Take no more events; those that are here may still be handled. Idempotent."""
 
 
 class Backend(ABC):

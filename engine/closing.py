@@ -110,7 +110,6 @@ class Closing:
             if drained:
                 # Events that have arrived from other engines since then. No more can arrive.
                 self._drained(max(ends - parts.dispatcher.monotonic(), 0.0))
-            arrivals.end()
         if parts.consumers is not None:
             parts.consumers.stop()
         self._abandon()

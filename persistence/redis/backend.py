@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
+import socket
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -21,11 +23,12 @@ from scopestate.ops.values import parse
 from scopestate.persistence.redis import sidecar
 from scopestate.persistence.redis.cluster import Clustered, slots_of
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal
+from scopestate.persistence.redis.consumers import RedisConsumers
 from scopestate.persistence.redis.dialling import Server, traits
-from scopestate.persistence.redis.events import Arrivals, EachReader, Reader
-from scopestate.persistence.redis.group import GroupReader
+from scopestate.persistence.redis.events import Arrivals, Reader
 from scopestate.persistence.redis.numbered import NumberedShape
 from scopestate.persistence.redis.options import RedisOptions
+from scopestate.persistence.redis.port import Place
 from scopestate.persistence.redis.pump import Deliver, Means
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import Shape, explain, keys_of, with_source
@@ -86,6 +89,7 @@ class RedisBackend(Backend):
         self.owner_of = self._servers.owner_of
         self.reader = self._open_reader(options) if self.shares_events else None
         """Reads the events of all engines; None if they are not shared."""
+        self.consumers = self._make_consumers(options) if self.shares_events else None
 
     # ------------------------------------------------------------------------------------------------- for the scopes
 
@@ -121,8 +125,9 @@ class RedisBackend(Backend):
             self._around = around
             around.dispatcher.submit(self._find_due)
         if self.reader is not None:
-            self.arrivals = Arrivals(self, self.reader, around.router, around.dispatcher)
-            self.reader.start(self.arrivals)
+            arrivals = Arrivals(self, self.reader, around.router, around.dispatcher)
+            self.arrivals = arrivals
+            self.reader.start(arrivals)
 
     def _find_due(self) -> None:
         """Have keys removed at their deadline in scopes that no engine uses; on a worker thread, from time to time."""
@@ -152,8 +157,9 @@ class RedisBackend(Backend):
         for owner in self._servers.owners():
             if owner.why_not is not None:
                 return f"{owner.why_not}; calls wait for a connection"
-        if self.reader is not None and (problem := self.reader.problem()) is not None:
-            return problem
+        for part in (self.reader, self.consumers):
+            if part is not None and (problem := part.problem()) is not None:
+                return problem
         return self._misfit_problem()
 
     def counts(self) -> dict[str, int]:
@@ -164,7 +170,7 @@ class RedisBackend(Backend):
             "update_attempts": self._attempts.value(),
             "update_conflicts": self._conflicts.value(),
             "connects": sum(owner.connects for owner in self._servers.owners()),
-            "events_missed": 0 if self.reader is None else self.reader.missed,
+            "events_missed": sum(part.missed for part in (self.reader, self.consumers) if part is not None),
         }
 
     def scopes(self) -> list[str]:
@@ -273,9 +279,11 @@ class RedisBackend(Backend):
     def close(self) -> None:
         """Close every connection. Idempotent. In a forked child it does nothing."""
         if os.getpid() == self._pid:
+            if self.consumers is not None:
+                self.consumers.close()
             self._closed = True
             if self.reader is not None:
-                self.reader.end()
+                self.reader.stop()
             self._servers.close()
 
     def _misfit_problem(self) -> str | None:
@@ -290,12 +298,7 @@ class RedisBackend(Backend):
         return f"{problem}; set or delete {'the key' if len(misfits) == 1 else 'these keys'}"
 
     def _open_reader(self, options: RedisOptions) -> Reader:
-        target = self._servers.primaries()[0]
-        reader: Reader
-        if options.delivery == "one":
-            reader = GroupReader(target, options, self.shape)
-        else:
-            reader = EachReader(target, options, self.shape, lambda: self.published, self._note_restart)
+        reader = Reader(self._servers.primaries()[0], options, self.shape, lambda: self.published, self._note_restart)
         try:
             reader.open()
         except NotConnected as error:
@@ -305,6 +308,15 @@ class RedisBackend(Backend):
             self._servers.close()
             raise
         return reader
+
+    def _make_consumers(self, options: RedisOptions) -> RedisConsumers:
+        target = self._servers.primaries()[0]
+        engine = f"{socket.gethostname()}-{self._pid}-{secrets.token_hex(8)}".replace(" ", "_").replace(":", "_")
+        limit = f"{options.journal_when_full[0]}{options.journal_events}"
+        place = Place(self.shape, target, engine, options.call_timeout_s, lambda: self.published)
+        return RedisConsumers(
+            place, lambda: self._visit(target, "an operation on durable triggers"), options.events_kept, limit
+        )
 
     def _note_restart(self, number: int) -> None:
         """Note that the numbers of events have gone back: earlier ones no longer count."""

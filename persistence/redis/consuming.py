@@ -174,7 +174,7 @@ end
 -- wait, most, order, scope, key, scopes, keys, kinds: give this engine up to so many events. wait: how long what it
 -- holds is its own (ms). The filters: '-' for none, else '=' and the text. Replies `gone` without a consumer, else:
 -- what `renew` does, the reason of a pause or '', events lost, when to ask again (ms, '' not by itself), 1 if there may
--- be more now; then for each event: member, entry id, fields, attempts, first, due, error.
+-- be more now, the last number read; then for each event: member, entry id, fields, attempts, first, due, error.
 function run.fetch()
   if not exists() then return 'gone' end
   local wait, room, order = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
@@ -186,11 +186,11 @@ function run.fetch()
   for _, engine in ipairs(call('ZRANGEBYSCORE', engines, '-inf', '(' .. format('%d', now), 'LIMIT', 0, 4)) do
     dismiss(engine)
   end
-  local replies = {is_new, call('HGET', it, 'paused') or '', 0, '', 0}
+  local replies = {is_new, call('HGET', it, 'paused') or '', 0, '', 0, call('HGET', it, 'number')}
   local function give(member, id, number, fields, text)
     call('ZADD', mine, number, member)
     count = count + 1
-    replies[5 + count] = row_of(member, id, fields, text)
+    replies[6 + count] = row_of(member, id, fields, text)
   end
   if replies[2] == '' then
     for _, lane in ipairs(call('ZRANGEBYSCORE', ready, '-inf', now, 'LIMIT', 0, room)) do
@@ -250,7 +250,8 @@ function run.fetch()
         end
       end
     end
-    call('HSET', it, 'number', format('%d', number))
+    replies[6] = format('%d', number)
+    call('HSET', it, 'number', replies[6])
     if count >= room or scanned >= 1000 then more = 1 end
   end
   if lost > 0 then call('HINCRBY', it, 'lost', lost) end
@@ -260,19 +261,22 @@ function run.fetch()
     local head = call('ZRANGE', key, 0, 0, 'WITHSCORES')
     if head[1] and head[1] ~= me and (not next or tonumber(head[2]) < next) then next = tonumber(head[2]) end
   end
+  if call('ZCARD', parked) > 0 then next = math.min(next or now + 100, now + 100) end
   if next then replies[4] = math.max(next - now, 0) end
   return replies
 end
 
--- wait, then member, attempt, first time for each: these attempts begin. Replies the members that are no longer held.
+-- wait, then member and attempt for each: these attempts begin. Replies the members that are no longer held.
 function run.began()
   if not exists() then return 'gone' end
   renew(tonumber(ARGV[4]))
   local lost = {}
-  for i = 5, #ARGV, 3 do
+  for i = 5, #ARGV, 2 do
     local _, _, id = parts(ARGV[i])
     if call('ZSCORE', mine, ARGV[i]) then
-      call('HSET', tried, id, ARGV[i + 1] .. ' ' .. ARGV[i + 2] .. ' 0 ')
+      local first = match(call('HGET', tried, id) or '', '^%d+ (%d+)') or '0'
+      if first == '0' then first = format('%d', now) end
+      call('HSET', tried, id, ARGV[i + 1] .. ' ' .. first .. ' 0 ')
     else
       lost[#lost + 1] = ARGV[i]
     end
@@ -283,8 +287,8 @@ end
 -- wait, then for each event: `d member`: it is handled; `r member attempts first due error`: it is tried again by this
 -- engine at that time; `p member`: this engine gives it back, and what it holds behind it in its lane as well;
 -- `x member letter` or `b member letter`: it is given up, and its lane goes on or is blocked. Replies the members that
--- are no longer held, then those that were given back (with the list of dead letters full, or behind one that blocks),
--- what `renew` does, and the reason of a pause.
+-- are no longer held, then those that were given back (`p`, and what is behind `b`), what `renew` does, and the reason
+-- of a pause: with `dead`, the list of dead letters is full.
 function run.ended()
   if not exists() then return 'gone' end
   local lost, back, i, is_new = {}, {}, 5, renew(tonumber(ARGV[4]))
@@ -321,14 +325,10 @@ function run.ended()
         if held then release(put_back(member)) end
         i = i + 2
       else
-        if held and call('ZCARD', dead) >= tonumber(call('HGET', it, 'dead') or 0) then
-          call('HSET', it, 'paused', 'dead')
-          release(put_back(member))
-        elseif held then
+        if held then
           if call('HEXISTS', copies, id) == 0 then copy(id) end
-          call('HSET', letters, id, ARGV[i + 2])
+          call('HSET', letters, id, ARGV[i + 2], id .. ':m', member)
           call('ZADD', dead, number, id)
-          call('HSET', letters, id .. ':m', member)
           call('ZREM', open, id)
           call('HDEL', tried, id)
           call('ZREM', mine, member)
@@ -337,6 +337,9 @@ function run.ended()
             call('HSET', lanes, lane, '! ' .. id)
           else
             leave(lane)
+          end
+          if call('ZCARD', dead) >= tonumber(call('HGET', it, 'dead') or 0) and call('HEXISTS', it, 'paused') == 0 then
+            call('HSET', it, 'paused', 'dead')
           end
         end
         i = i + 3
@@ -488,7 +491,6 @@ function run.replay()
     call('ZADD', parked, 0, member)
     unblock(id, member)
   end
-  if #ids > 0 and call('HGET', it, 'paused') == 'dead' then call('HDEL', it, 'paused') end
   return #ids
 end
 function run.purge()
@@ -500,7 +502,6 @@ function run.purge()
     call('HDEL', copies, id)
     unblock(id, member)
   end
-  if #ids > 0 and call('HGET', it, 'paused') == 'dead' then call('HDEL', it, 'paused') end
   return #ids
 end
 
@@ -536,13 +537,17 @@ class Names:
         filters = ["-" if text is None else f"={text}" for text in texts]
         return self._command("fetch", wait_ms, most, order, *filters)
 
-    def began(self, wait_ms: int, attempts: Iterable[tuple[bytes, int, int]]) -> tuple[Any, ...]:
-        """Note the attempts that begin: member, number of the attempt, time of the first one."""
+    def began(self, wait_ms: int, attempts: Iterable[tuple[bytes, int]]) -> tuple[Any, ...]:
+        """Note the attempts that begin: member, and number of the attempt."""
         return self._command("began", wait_ms, *[part for attempt in attempts for part in attempt])
 
     def ended(self, wait_ms: int, outcomes: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
         """Note how attempts have ended, in the words of the script."""
         return self._command("ended", wait_ms, *[part for outcome in outcomes for part in outcome])
+
+    def acknowledging(self, member: bytes) -> tuple[Any, ...]:
+        """Return the entry of the script that writes which acknowledges an event that this engine holds."""
+        return "a", self._keys[-1], self._engine, member
 
     def again(self, known: Iterable[bytes]) -> tuple[Any, ...]:
         """Ask for what this engine holds beside those members."""

@@ -1,6 +1,6 @@
 """The events that engines share through Redis: reading their stream, and giving them to the handlers of this engine.
 
-Here each engine reads every event; `group.py` has the readers of a group, where one engine gets each.
+Each engine reads every event, for triggers in memory. `consumers.py` has durable triggers, where one engine gets each.
 """
 
 from __future__ import annotations
@@ -9,20 +9,18 @@ import logging
 import math
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.handler import HandlerActor
-from scopestate.actors.lanes import Barrier
-from scopestate.actors.router import EventRouter, Expired
-from scopestate.errors import DeserializationError, NotConnected, StorageError
-from scopestate.ops.values import parse
+from scopestate.actors.router import EventRouter
+from scopestate.errors import NotConnected, StorageError
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target, pack
 from scopestate.persistence.redis.dialling import Backoff
+from scopestate.persistence.redis.entries import Event, event_of, number_of, place_of
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.script import Shape, explain
 from scopestate.signals import wait_for
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     from scopestate.persistence.redis.backend import RedisBackend
 
 log = logging.getLogger("scopestate.persistence.redis")
-
-_T = TypeVar("_T")
 
 BLOCK_S: Final = 2.0
 """How long a reader waits for the server. Then it checks whether the stream is still the one that it knows."""
@@ -49,78 +45,6 @@ _COUNT: Final = 100
 _BEGINNING: Final = b"0-0"
 _REMEMBERED: Final = 1000
 """Entries that are recognised after a fail-over. A replica is less far behind, or a gap is reported."""
-
-
-class Event(NamedTuple):
-    """One change, as it is in the stream."""
-
-    scope: str
-    key: str
-    old: bytes | None
-    """The value as JSON; None if there was none; null if it was not JSON, which another program had written."""
-    new: bytes | None
-    number: int
-    """1, 2, 3, ... over all scopes of a database and a prefix."""
-    depth: int
-    revision: int = 0
-    """The revision of the change; the number, where changes have no revisions."""
-    following: int = 0
-    """How many more events of its transaction follow."""
-    expired: Expired | None = None
-    """If the key was removed because its deadline had passed: the deadline, and how late that was, in milliseconds."""
-
-
-def event_of(fields: list[bytes]) -> Event:
-    """Return the event of a stream entry, whose fields are in the order of `script.SOURCE`.
-
-    Raises ValueError or IndexError if scopestate has not written the entry.
-    """
-    if fields[0] != b"n" or fields[2] != b"s" or fields[4] != b"k":
-        raise ValueError(f"an entry of other fields: {fields!r:.100}")
-    old = new = None
-    depth = revision = deadline = following = 0
-    for i in range(6, len(fields), 2):
-        name = fields[i]
-        if name == b"v":
-            new = fields[i + 1]
-        elif name == b"o":
-            old = _as_json(fields[i + 1])
-        elif name == b"d":
-            depth = int(fields[i + 1])
-        elif name == b"r":
-            revision = int(fields[i + 1])
-        elif name == b"x":
-            deadline = int(fields[i + 1])
-        elif name == b"m":
-            following = int(fields[i + 1])
-    number = int(fields[1])
-    # A revision is the time of the change in microseconds, or a little more.
-    expired = (deadline, max(0, revision // 1000 - deadline)) if deadline else None
-    return Event(
-        fields[3].decode(), fields[5].decode(), old, new, number, depth, revision or number, following, expired
-    )
-
-
-def number_of(fields: list[bytes]) -> int | None:
-    """Return the number of a stream entry; None if scopestate has not written it."""
-    try:
-        return event_of(fields).number
-    except (ValueError, IndexError):
-        return None
-
-
-def place_of(entry_id: bytes) -> tuple[int, int]:
-    """Return the position of an entry id, for comparing."""
-    milliseconds, _, count = entry_id.partition(b"-")
-    return int(milliseconds), int(count)
-
-
-def _as_json(raw: bytes) -> bytes:
-    """Return a value of another program as `encode` writes it; null if it is not JSON (docs/semantics.md 7)."""
-    try:
-        return parse(raw)
-    except DeserializationError:
-        return b"null"
 
 
 class Arrivals:
@@ -153,12 +77,8 @@ class Arrivals:
             # Redis was flushed, so the numbers start again: this number now belongs to another event.
 
     def stop(self) -> None:
-        """Stop taking events; those that are here may still be handled and acknowledged. Idempotent."""
+        """Stop taking events; those that are here may still be handled. Idempotent."""
         self._reader.stop()
-
-    def end(self) -> None:
-        """Stop acknowledging: events that are not handled by now are left to other engines. Idempotent."""
-        self._reader.end()
 
     # ------------------------------------------------------------------------------------------ the reader's thread
 
@@ -181,19 +101,11 @@ class Arrivals:
                 self._router.backlog.stop_waiting(room.set)
         return None
 
-    def when_handled(self, handlers: Iterable[HandlerActor], callback: Callable[[], object]) -> None:
-        """Call `callback()` when these handlers have handled what was published so far, retries included."""
-        behind = list(handlers)
-        if not behind:
-            callback()
-            return
-        reply = self._dispatcher.reply()
-        reply.when_done(lambda _: callback())
-        self._router.tell(Barrier(behind, reply))
-
-    def has_triggers(self) -> bool:
-        """False if there is no trigger."""
-        return bool(self._router.triggers)
+    def note_arrivals(self) -> None:
+        """The stream has new entries: durable triggers may have something to do."""
+        consumers = self._adapter.consumers
+        if consumers is not None:
+            consumers.note_arrivals()
 
     def interrupt(self) -> None:
         """Stop `publish` from waiting."""
@@ -203,18 +115,29 @@ class Arrivals:
             room.set()
 
 
-class Reader(ABC):
-    """Reads the stream on its own connection: `open`, `start`, `stop`, `end`, in this order.
+class Reader:
+    """Reads the stream on its own connection: `open`, `start`, `stop`, in this order.
+
+    Its position is kept in this process only. The numbers of the events show whether it has read all of them: each is
+    one more than the one before, since the script counts and publishes in one step.
 
     Two threads alternate. One reads; if an event is for one idle handler, it runs that handler itself and lets the
     other thread read. Waking a worker thread for it would take longer than the round trip. While a handler keeps one of
     the two busy, events that the other one reads go to worker threads.
-
-    A subclass implements the beginning (`_begin`), continuing after a lost connection (`_resume`), and taking the next
-    entries (`_take`). All three may raise Refusal and Broken.
     """
 
-    def __init__(self, target: Target, options: RedisOptions, shape: Shape) -> None:
+    def __init__(
+        self,
+        target: Target,
+        options: RedisOptions,
+        shape: Shape,
+        published: Callable[[], int],
+        note_restart: Callable[[int], object],
+    ) -> None:
+        """`published` returns the newest number that this engine has published.
+
+        `note_restart` is called with the newest number in Redis when the numbers have gone back.
+        """
         self._target = target
         self._shape = shape
         self._patience_s = BLOCK_S + options.call_timeout_s
@@ -238,6 +161,16 @@ class Reader(ABC):
         """Events that this engine has missed, as far as their number is known."""
         self.restarts = 0
         """How often the numbers of events have gone back."""
+        self._published = published
+        self._note_restart = note_restart
+        self._id = _BEGINNING
+        self._number = 0
+        self._opened: tuple[bytes, int] = (_BEGINNING, 0)
+        """Id and number of the newest entry when reading began. It and earlier ones are never published here."""
+        self._recent: deque[tuple[bytes, int]] = deque(maxlen=_REMEMBERED)
+        self._waiting: list[tuple[int, threading.Event]] = []
+        self._wanted = self._looked = 0
+        """Number of requested checks of the stream, and of those made which found that it is still the same."""
 
     # ------------------------------------------------------------------------------------------- the engine's side
 
@@ -276,12 +209,8 @@ class Reader(ABC):
             self._ended.wait(self._join_s)
         if connection is not None:
             connection.close()
+        self._tell_all()
 
-    def end(self) -> None:
-        """Stop, and release everything. Idempotent."""
-        self.stop()
-
-    @abstractmethod
     def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
         """Wait until the event of this number, which this engine has published, was taken from the stream, and given to
         the handlers if it was taken here. False if that took longer than `timeout_s`.
@@ -289,6 +218,25 @@ class Reader(ABC):
         True as well if the numbers have started again more than `restarts` times, and after `stop`. `look`: they may
         have done so unnoticed, so this must be checked.
         """
+        there = threading.Event()
+        entry = (number, there)
+        wanted = 0
+        if look:
+            self._wanted += 1
+            wanted = self._wanted
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        self._waiting.append(entry)
+        try:
+            # Checked after the append: what arrives after the check sets the flag.
+            while not self._has(number, restarts, wanted):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return False
+                wait_for(there.wait, None if left_s == math.inf else left_s)
+                there.clear()
+            return True
+        finally:
+            self._waiting.remove(entry)
 
     def problem(self) -> str | None:
         """Return the current problem as text, or a recent loss."""
@@ -308,6 +256,14 @@ class Reader(ABC):
         with self._noting:
             self._loss = (time.monotonic(), what)
             self.missed += count
+
+    def _has(self, number: int, restarts: int, wanted: int) -> bool:
+        is_there = self._number >= number and self._looked >= wanted
+        return is_there or self.restarts != restarts or self._stopped.is_set()
+
+    def _tell_all(self) -> None:
+        for _, there in list(self._waiting):
+            there.set()
 
     # ------------------------------------------------------------------------------------------ the reader's thread
 
@@ -332,7 +288,7 @@ class Reader(ABC):
             try:
                 connection = self._connected()
                 if connection is not None:
-                    handler = self._try(self._take, connection)
+                    handler = self._take(connection)
                     self._backoff.reset()
                     self._is_proven = True
                     if handler is not None:
@@ -352,31 +308,6 @@ class Reader(ABC):
         if connection is not None:
             connection.close()
         return None
-
-    @abstractmethod
-    def _begin(self, connection: Connection) -> None:
-        """Note where reading begins."""
-
-    @abstractmethod
-    def _resume(self, connection: Connection) -> None:
-        """Continue on a new connection where the old one ended."""
-
-    @abstractmethod
-    def _take(self, connection: Connection) -> HandlerActor | None:
-        """Wait at most BLOCK_S for the next entries, and publish them. Return a handler to run on this thread."""
-
-    def _is_mended(self, connection: Connection, refusal: Refusal) -> bool:
-        """Repair the cause of a refusal. False: pause and reconnect instead. May raise Refusal and Broken."""
-        return False
-
-    def _try(self, step: Callable[[Connection], _T], connection: Connection) -> _T | None:
-        """Do a step. None if it was refused and the cause has been repaired."""
-        try:
-            return step(connection)
-        except Refusal as refusal:
-            if not self._is_mended(connection, refusal):
-                raise
-            return None
 
     def _connected(self) -> Connection | None:
         connection = self._connection
@@ -399,7 +330,7 @@ class Reader(ABC):
             log.warning("reading events of Redis at %s again", connection.address)
         self._why_not = None
         self._is_proven = False
-        self._try(self._resume, connection)
+        self._look(connection)
         return connection
 
     def _lose(self, why: str) -> None:
@@ -413,73 +344,6 @@ class Reader(ABC):
     def _pause(self) -> None:
         self._stopped.wait(self._backoff.next_pause_s())
 
-
-class EachReader(Reader):
-    """Reads from its own position, which is kept in this process only.
-
-    The numbers of the events show whether it has read all of them: each is one more than the one before. Source: the
-    script counts and publishes in one step.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        options: RedisOptions,
-        shape: Shape,
-        published: Callable[[], int],
-        note_restart: Callable[[int], object],
-    ) -> None:
-        """`published` returns the newest number that this engine has published.
-
-        `note_restart` is called with the newest number in Redis when the numbers have gone back.
-        """
-        super().__init__(target, options, shape)
-        self._published = published
-        self._note_restart = note_restart
-        self._id = _BEGINNING
-        self._number = 0
-        self._opened: tuple[bytes, int] = (_BEGINNING, 0)
-        """Id and number of the newest entry when reading began. It and earlier ones are never published here."""
-        self._recent: deque[tuple[bytes, int]] = deque(maxlen=_REMEMBERED)
-        self._waiting: list[tuple[int, threading.Event]] = []
-        self._wanted = self._looked = 0
-        """Number of requested checks of the stream, and of those made which found that it is still the same."""
-
-    def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
-        there = threading.Event()
-        entry = (number, there)
-        wanted = 0
-        if look:
-            self._wanted += 1
-            wanted = self._wanted
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        self._waiting.append(entry)
-        try:
-            # Checked after the append: what arrives after the check sets the flag.
-            while not self._has(number, restarts, wanted):
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    return False
-                wait_for(there.wait, None if left_s == math.inf else left_s)
-                there.clear()
-            return True
-        finally:
-            self._waiting.remove(entry)
-
-    def stop(self) -> None:
-        super().stop()
-        self._tell_all()
-
-    def _has(self, number: int, restarts: int, wanted: int) -> bool:
-        is_there = self._number >= number and self._looked >= wanted
-        return is_there or self.restarts != restarts or self._stopped.is_set()
-
-    def _tell_all(self) -> None:
-        for _, there in list(self._waiting):
-            there.set()
-
-    # ------------------------------------------------------------------------------------------ the reader's thread
-
     def _begin(self, connection: Connection) -> None:
         stream = self._shape.stream
         # Counted first: what is added between the two commands is in the second reply.
@@ -490,9 +354,6 @@ class EachReader(Reader):
             if number is not None:
                 self._number = number
         self._opened = (self._id, self._number)
-
-    def _resume(self, connection: Connection) -> None:
-        self._look(connection)
 
     def _take(self, connection: Connection) -> HandlerActor | None:
         if self._looked < self._wanted:
@@ -509,6 +370,7 @@ class EachReader(Reader):
         if type(reply) is Refusal:
             raise reply
         publish, entries = self._outlet.publish, reply[0][1]
+        self._outlet.note_arrivals()
         here = len(entries) == 1 and not self._is_away
         handler: HandlerActor | None = None
         for entry_id, fields in entries:

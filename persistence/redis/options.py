@@ -121,14 +121,15 @@ class RedisOptions(Options, frozen=True):
     events: Literal["local", "shared"] = "local"
     """`local`: triggers get the events of writes through this engine. `shared`: of every write of every engine with
     `events: shared` on this database and prefix."""
-    delivery: Literal["each", "one"] = "each"
-    """With `events: shared`: `each` engine's triggers fire, or exactly `one` engine's (at least once)."""
     events_kept: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] = 10_000
-    """With `events: shared`: about how many events the stream keeps. An engine that is further behind reports a gap."""
-    group: str = "scopestate"
-    """With `delivery: one`: the consumer group. Engines of one group share the events among them."""
-    claim_after_ms: Annotated[int, msgspec.Meta(ge=100, le=86_400_000)] = 30_000
-    """With `delivery: one`: time after which other engines take over the events of an engine that does not respond."""
+    """With `events: shared`: about how many events the stream keeps, beside those that durable triggers still need. An
+    engine that is further behind reports a gap."""
+    journal_events: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] = 1_000_000
+    """With `events: shared` and durable triggers: about how many events the stream may hold. The engine that registered
+    one last decides for all."""
+    journal_when_full: Literal["block", "pause"] = "block"
+    """`block`: writes wait, at most `call_timeout_ms`, and fail then with nothing written. `pause`: the oldest events
+    are trimmed, and what a durable trigger has lost by that is reported."""
 
     @property
     def address(self) -> str:
@@ -181,11 +182,6 @@ class RedisOptions(Options, frozen=True):
         """`call_timeout_ms` in seconds."""
         return self.call_timeout_ms / 1000
 
-    @property
-    def claim_after_s(self) -> float:
-        """`claim_after_ms` in seconds."""
-        return self.claim_after_ms / 1000
-
     def mistakes(self) -> Iterator[Mistake]:
         """Yield the mistakes that the types do not show."""
         address, problem = _tried(parse_redis_url, self.redis_url)
@@ -207,12 +203,6 @@ class RedisOptions(Options, frozen=True):
                 yield Mistake(name, "the connection has no TLS; write rediss:// in `redis_url`, or remove this")
         if self.tls_key_file is not None and self.tls_cert_file is None:
             yield Mistake("tls_key_file", "a key without its certificate; give `tls_cert_file` too")
-        if self.delivery == "one" and not self.shares_events:
-            yield Mistake(
-                "delivery", "`one` is a choice among the engines that share events; write `events: shared` too"
-            )
-        if not self.group:
-            yield Mistake("group", "expected a non-empty string")
 
     def _changed(self, names: tuple[str, ...]) -> list[str]:
         defaults = RedisOptions()

@@ -1,0 +1,535 @@
+"""One durable trigger in Redis, as an engine sees it: a port of the runtime (docs/design/0050-redis-journal.md).
+
+What each engine holds is kept in Redis, by the script in `consuming.py`. Here are its operations, and what the runtime
+is told when Redis says that something is no longer of this engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, Outcome
+from scopestate.errors import NotConnected, StorageError
+from scopestate.ops.triggers import Trigger
+from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
+from scopestate.persistence.redis.consuming import Begin, Names
+from scopestate.persistence.redis.entries import state_event_of
+from scopestate.persistence.redis.script import Shape, explain, with_source
+
+log = logging.getLogger("scopestate.persistence.redis")
+
+NOTES_AT_ONCE: Final = 8
+"""Attempts that are noted with one command: that which begins, and the next ones to begin, as far as it is known."""
+LONGEST_BEAT_S: Final = 1.0
+"""How long a change of another engine (a pause, a replay) may go unnoticed here."""
+_MOST_AHEAD: Final = 512
+"""Events that an engine holds and that wait for nothing but their turn, at most: others would be idle."""
+_AHEAD_S: Final = 0.05
+"""For how long they last, approximately, at the pace of the handler."""
+_MOST_OUTCOMES: Final = 1000
+"""Outcomes of one command."""
+_MARKS: Final = 1 << 60
+_REASONS: Final = {"dead": "its list of dead letters is full (max_dead): replay or purge them, then resume it"}
+"""What stands in Redis as the reason of a pause, and what it means."""
+
+
+class Place:
+    """Where the consumers of one engine are: the keys, the server, and which database its numbers belong to."""
+
+    def __init__(
+        self, shape: Shape, target: Target, engine: str, patience_s: float, published: Callable[[], int]
+    ) -> None:
+        """`engine`: a name of this engine that no other one has. `patience_s`: how long to wait for an answer.
+        `published` returns the number of the newest event that this engine has published.
+        """
+        self.shape = shape
+        self.target = target
+        self.engine = engine
+        self.patience_s = patience_s
+        self.published = published
+
+    def names(self, consumer: str) -> Names:
+        """Return the keys and commands of a consumer."""
+        return Names(self.shape, consumer, self.engine)
+
+
+class Line:
+    """A connection for operations that may be repeated: what was lost with its connection is sent again, once."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._connection: Connection | None = None
+        self.breaks = 0
+        """How often an answer was lost: what was asked may have been done."""
+
+    def ask(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """Send the commands and return their replies. Raises StorageError. One thread at a time."""
+        try:
+            return self._exchange(commands)
+        except Broken:
+            self.breaks += 1
+        try:
+            return self._exchange(commands)
+        except Broken as error:
+            self.breaks += 1
+            address = self._place.target.address
+            raise StorageError(f"the connection to Redis at {address} was lost: {error}") from error
+
+    def close(self) -> None:
+        """Close the connection. Another thread that waits in it gets an error."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _exchange(self, commands: tuple[tuple[Any, ...], ...]) -> list[Any]:
+        connection, self._connection = self._connection, None
+        try:
+            if connection is None:
+                connection = self._place.target.dial()
+                connection.wait_at_most(self._place.patience_s)
+            connection.send(b"".join([pack(command) for command in commands]))
+            replies: list[Any] = []
+            while len(replies) < len(commands):
+                reply = connection.next_reply()
+                if reply is NOT_ALL:
+                    connection.receive()
+                else:
+                    replies.append(reply)
+            for i, command in enumerate(commands):
+                if type(replies[i]) is Refusal and replies[i].word == "NOSCRIPT":
+                    replies[i] = connection.exchange(pack(with_source(command)))
+        except NotConnected as error:
+            raise StorageError(str(error)) from error
+        except Broken:
+            if connection is not None:
+                connection.close()
+            raise
+        for reply in replies:
+            if type(reply) is Refusal:
+                connection.close()
+                raise explain(reply, self._place.target.address, self._place.shape.stream, waited=False)
+        self._connection = connection
+        return replies
+
+
+class Pace:
+    """How quickly deliveries end."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+        self._per_s = 0.0
+        self._since_s = time.monotonic()
+
+    def ahead(self) -> int:
+        """Return how many deliveries end in `_AHEAD_S`, approximately."""
+        now_s = time.monotonic()
+        passed_s = now_s - self._since_s
+        if passed_s >= _AHEAD_S:
+            self._per_s, self.ended, self._since_s = self.ended / passed_s, 0, now_s
+        return int(max(self._per_s * _AHEAD_S, self.ended if passed_s < _AHEAD_S else 0))
+
+
+class RedisPort(ConsumerPort):
+    """One consumer, as this engine sees it."""
+
+    notes_at_once = NOTES_AT_ONCE
+
+    def __init__(
+        self,
+        name: str,
+        place: Place,
+        trigger: Trigger,
+        limit: str,
+        ring: Callable[[], object],
+        enlist: Callable[[RedisPort], object],
+    ) -> None:
+        """`limit`: see `script.LIMITED`. `ring` has the keeper look soon; `enlist`, look after this consumer too."""
+        self.name = name
+        self._place = place
+        self._names = place.names(name)
+        self._limit = limit
+        self._ring = ring
+        self._enlist = enlist
+        self._trigger = trigger
+        self._wake: Callable[[], object] = _nothing
+        self._lost: Callable[[Sequence[int]], object] = _nothing
+        self._line = Line(place)
+        self._exclusive = threading.Lock()
+        """Held for one operation. Only worker threads and the keeper's get here."""
+        self._base = 0
+        """The position before that of the first event."""
+        self._number = self._lives = 0
+        """The last number that the consumer has read, and how often the numbers have begun again."""
+        self._breaks = 0
+        self._held: dict[int, bytes] = {}
+        """Position -> member, of what this engine holds."""
+        self._running: dict[int, None] = {}
+        """The positions of attempts that have begun and not ended."""
+        self._next: dict[int, int] = {}
+        """Position -> attempts, of those that have not begun for the first time, in order."""
+        self._noted: dict[int, None] = {}
+        """Positions of those that have not begun, and whose attempt is noted."""
+        self._waiting: dict[int, None] = {}
+        """Positions of those that wait for their next attempt."""
+        self._outcomes: list[tuple[int, tuple[Any, ...]]] = []
+        self._pace = Pace()
+        self._pause = ""
+        self.stopping = False
+        self.is_over = False
+        """True once it holds nothing, and takes nothing any more."""
+        self.next_beat = self.next_wake = 0.0
+        """When the keeper has to renew the hold, and to wake the runtime. On the monotonic clock."""
+        self.problem: str | None = None
+        self.lost = 0
+        """Events that this engine has found to be gone before the consumer had them."""
+
+    # ---------------------------------------------------------------------------------------------- for the runtime
+
+    def join(self, begin: Begin) -> None:
+        """Make the consumer if there is none. Raises StorageError."""
+        trigger = self._trigger
+        store, made = self._line.ask(*self._joining(begin, trigger))[-2:]
+        self._base = int(store)
+        if made == 2:
+            self._report_loss("its group was gone")
+
+    def _joining(self, begin: Begin, trigger: Trigger) -> tuple[tuple[Any, ...], ...]:
+        key = store_key(self._place.shape)
+        return (
+            ("HSETNX", key, "base", time.time_ns() // 1000),
+            ("HGET", key, "base"),
+            self._names.join(begin, self._limit, trigger.max_dead),
+        )
+
+    def start(self, trigger: Trigger, wake: Callable[[], object], lost: Callable[[Sequence[int]], object]) -> None:
+        self._trigger, self._wake, self._lost = trigger, wake, lost
+        self.stopping = self.is_over = False
+        self._enlist(self)
+        wake()
+
+    def change(self, trigger: Trigger) -> None:
+        self._trigger = trigger
+        self._wake()
+
+    def stop(self) -> None:
+        self.stopping = True
+        self._wake = _nothing
+        self._ring()
+
+    def fetch(self, most: int) -> list[Held]:
+        with self._exclusive:
+            for _ in range(10):
+                most = min(most, self._room())
+                if self.stopping or most <= 0:
+                    return []
+                found, more = self._fetch(most)
+                if found or not more:
+                    break
+            return found
+
+    def began(self, attempts: Sequence[tuple[int, int]]) -> None:
+        gone: list[int] = []
+        with self._exclusive:
+            noted: list[tuple[bytes, int]] = []
+            for position, attempt in attempts:
+                self._waiting.pop(position, None)
+                self._next.pop(position, None)
+                member = self._held.get(position)
+                if member is None:
+                    gone.append(position)
+                    continue
+                self._running[position] = None
+                if position not in self._noted:
+                    noted.append((member, attempt))
+                self._noted.pop(position, None)
+            if noted:
+                gone += self._note(noted)
+        if gone:
+            self._lost(gone)
+
+    def ended(self, outcomes: Sequence[Outcome]) -> None:
+        # No lock: a handler's thread must not wait for the server here.
+        entered: list[tuple[int, tuple[Any, ...]]] = []
+        for one in outcomes:
+            position, member = one.position, self._held.get(one.position)
+            self._running.pop(position, None)
+            if member is not None:
+                if one.verdict == "retry":
+                    self._waiting[position] = None
+                entered.append((position, _said(member, one)))
+        self._outcomes += entered
+        self._pace.ended += len(entered)
+        self._ring()
+
+    def flush(self) -> None:
+        with self._exclusive:
+            self._send_outcomes()
+
+    def transaction(self, position: int, scope: str) -> Any:
+        member = self._held.get(position)
+        if member is None:
+            raise StorageError(f"delivery {self.name}:{position} is no longer this engine's: it took too long")
+        return self._names.acknowledging(member)
+
+    def mark(self) -> int:
+        return self._lives * _MARKS + self._place.published()
+
+    def reached(self, mark: int) -> bool:
+        lives, number = divmod(mark, _MARKS)
+        return lives != self._lives or number <= self._number
+
+    def status(self) -> ConsumerStatus:
+        with self._exclusive:
+            (reply,) = self._line.ask(self._names.status())
+        status = status_of(self.name, reply)
+        if status is None:
+            raise StorageError(f"consumer {self.name!r} is not in Redis: it was forgotten, or flushed")
+        return status
+
+    def paused(self) -> str | None:
+        return reason_of(self._pause)
+
+    # ----------------------------------------------------------------------------------------------- for the keeper
+
+    @property
+    def beat_s(self) -> float:
+        """How often its hold is renewed: four times before it ends."""
+        return min(self._trigger.ack_wait / 4, LONGEST_BEAT_S)
+
+    @property
+    def has_outcomes(self) -> bool:
+        return bool(self._outcomes)
+
+    def wake(self) -> None:
+        """There may be events."""
+        self._wake()
+
+    def keep(self) -> None:
+        """Say what has ended, and that this engine lives. Raises StorageError."""
+        with self._exclusive:
+            self._send_outcomes(always=True)
+            self.next_beat = time.monotonic() + self.beat_s
+            if self.stopping:
+                self._give_back()
+
+    def leave(self) -> None:
+        """The engine closes: say what has ended, and give everything else back. Raises StorageError."""
+        with self._exclusive:
+            self._send_outcomes()
+            self._unnote()
+            self._line.ask(self._names.leave())
+            self._drop_all()
+            self.is_over = True
+        self._line.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.is_over = True
+        self._line.close()
+
+    # ------------------------------------------------------------------------------------------------ under the lock
+
+    @property
+    def _wait_ms(self) -> int:
+        return max(int(self._trigger.ack_wait * 1000), 1)
+
+    def _room(self) -> int:
+        """Return how many more events this engine may hold. Those of lanes that wait for an attempt do not count."""
+        late = {_lane_of(self._held[position]) for position in list(self._waiting) if position in self._held}
+        held = len(self._held)
+        if late:
+            held = sum(_lane_of(member) not in late for member in list(self._held.values()))
+        concurrency = self._trigger.concurrency
+        return min(2 * concurrency + self._pace.ahead(), _MOST_AHEAD + concurrency) - held
+
+    def _note(self, noted: list[tuple[bytes, int]]) -> list[int]:
+        """Note attempts, and next to them those that will begin soon. Return the positions of those that are gone."""
+        # An attempt that was begun before, and did not end, may be what has ended an engine: it is noted alone.
+        others = NOTES_AT_ONCE - 1 if all(attempt == 1 for _, attempt in noted) else 0
+        for position, attempts in itertools.islice(list(self._next.items()), others):
+            member = self._held.get(position)
+            if member is not None and not attempts and position not in self._noted:
+                noted.append((member, 1))
+                self._noted[position] = None
+        outcomes = self._outcomes[:_MOST_OUTCOMES]
+        names, said = self._names, [said for _, said in outcomes]
+        *ended, reply = self._line.ask(
+            *([names.ended(self._wait_ms, said)] if said else []), names.began(self._wait_ms, noted)
+        )
+        gone = self._sent(outcomes, ended[0]) if ended else []
+        return gone + (self._begin_anew() if reply == b"gone" else self._drop(reply))
+
+    def _fetch(self, most: int) -> tuple[list[Held], bool]:
+        names, trigger = self._names, self._trigger
+        self._send_outcomes()
+        found: list[Held] = []
+        if self._line.breaks != self._breaks:
+            breaks = self._line.breaks
+            (rows,) = self._line.ask(names.again(list(self._held.values())))
+            self._breaks = breaks
+            found = self._taken(rows)
+        (reply,) = self._line.ask(names.fetch(self._wait_ms, most, trigger.order, trigger))
+        if self._line.breaks != self._breaks:
+            return found, True  # the reply to the first attempt was lost, with what it gave
+        if reply == b"gone":
+            self._lost(self._begin_anew())
+            return [], True
+        is_new, pause, lost, wait_ms, more, number = reply[:6]
+        self._number = int(number)
+        if is_new and self._held:
+            self._lost(self._drop_all())
+            found = []
+        if lost:
+            self._report_loss(f"{lost} events were trimmed from the stream, or it was deleted", lost)
+        self.note_pause(pause.decode())
+        self.next_wake = 0.0 if wait_ms == b"" else time.monotonic() + int(wait_ms) / 1000
+        if wait_ms != b"":
+            self._ring()
+        found += self._taken(reply[6:])
+        return found, bool(more)
+
+    def _taken(self, rows: Sequence[Any]) -> list[Held]:
+        found: list[Held] = []
+        for member, entry_id, fields, attempts, first, due, error in rows:
+            event = state_event_of(entry_id, fields, self._base) if fields else None
+            if event is None:
+                log.error("entry %r of stream %r is no event", entry_id, self._place.shape.stream)
+                self._outcomes.append((0, ("d", member)))
+                continue
+            self._held[event.position] = member
+            self._next[event.position] = int(attempts)
+            found.append(
+                Held(event, int(attempts), int(first), int(due), error.decode(errors="replace") if error else None)
+            )
+        return found
+
+    def _send_outcomes(self, *, always: bool = False) -> None:
+        while self._outcomes or always:
+            always = False
+            sent = self._outcomes[:_MOST_OUTCOMES]
+            (reply,) = self._line.ask(self._names.ended(self._wait_ms, [said for _, said in sent]))
+            gone = self._sent(sent, reply)
+            if gone:
+                self._lost(gone)
+
+    def _sent(self, sent: list[tuple[int, tuple[Any, ...]]], reply: Any) -> list[int]:
+        """These outcomes were sent. Return the positions of what this engine no longer holds."""
+        del self._outcomes[: len(sent)]
+        gone: list[int] = []
+        for position, said in sent:
+            if said[0] != "r":
+                self._held.pop(position, None)
+            if said[0] == "b":
+                gone.append(position)  # its lane is held back in Redis
+        if reply == b"gone":
+            return self._begin_anew()
+        _, back, is_new, pause = reply
+        gone += self._drop(back)
+        if is_new and self._held:
+            gone += self._drop_all()
+        self.note_pause(pause.decode())
+        return gone
+
+    def _give_back(self) -> None:
+        """Give back what has not begun, of lanes of which nothing is running here."""
+        busy = {_lane_of(self._held[position]) for position in list(self._running) if position in self._held}
+        free = [member for member in list(self._held.values()) if _lane_of(member) not in busy]
+        if free:
+            self._unnote()
+            (reply,) = self._line.ask(self._names.ended(self._wait_ms, [("p", member) for member in free]))
+            if reply != b"gone":
+                self._drop(free)
+        if not self._held:
+            self._line.ask(self._names.leave())
+            self.is_over = True
+            self._line.close()
+
+    def _drop(self, members: Sequence[bytes]) -> list[int]:
+        """Forget these; return their positions."""
+        gone = set(members)
+        positions = [position for position, member in list(self._held.items()) if member in gone] if gone else []
+        for position in positions:
+            for known in (self._held, self._running, self._next, self._noted, self._waiting):
+                known.pop(position, None)
+        return positions
+
+    def _drop_all(self) -> list[int]:
+        positions = list(self._held)
+        for known in (self._held, self._running, self._next, self._noted, self._waiting):
+            known.clear()
+        return positions
+
+    def _unnote(self) -> None:
+        """Take back the notes of attempts that have not begun."""
+        noted = [self._held[position] for position in list(self._noted) if position in self._held]
+        if noted:
+            self._line.ask(self._names.ended(self._wait_ms, [("r", member, 0, 0, 0, "") for member in noted]))
+            self._noted.clear()
+
+    def _begin_anew(self) -> list[int]:
+        """The consumer is gone: Redis was flushed, or it was forgotten by another engine."""
+        positions = self._drop_all()
+        self._outcomes.clear()
+        self._lives += 1
+        self._report_loss("it was gone (flushed, or forgotten)")
+        _, base, _ = self._line.ask(*self._joining(Begin("earliest"), self._trigger))
+        self._base = int(base)
+        return positions
+
+    def _report_loss(self, what: str, count: int = 0) -> None:
+        self.lost += count
+        self.problem = f"consumer {self.name!r} of Redis at {self._place.target.address}: {what}"
+        log.error("%s: the events in between did not reach it", self.problem)
+
+    def note_pause(self, why: str) -> None:
+        """It is paused, or goes on ("")."""
+        before, self._pause = self._pause, why
+        if before and not why:
+            self._wake()
+
+
+def store_key(shape: Shape) -> str:
+    """Return the key of what tells one life of a database from another: after a flush the numbers begin again."""
+    return f"scopestate:store:{shape.key_prefix}"
+
+
+def status_of(name: str, reply: Any) -> ConsumerStatus | None:
+    """Return what the script has replied about a consumer; None if there is none."""
+    if reply == b"gone":
+        return None
+    number, counter, pause, _, held, parked, dead, _, oldest, now, _ = reply
+    waiting = int(held) + int(parked)
+    lag = max(int(counter) - int(number), 0) + waiting
+    lag_s = (int(now) - int(oldest)) / 1000 if int(oldest) and lag else 0.0
+    return ConsumerStatus(name, lag, max(lag_s, 0.0), 0, 0, int(dead), reason_of(pause.decode()))
+
+
+def reason_of(pause: str) -> str | None:
+    """Return why a consumer is paused; None if it is not."""
+    return _REASONS.get(pause, pause) or None
+
+
+def _said(member: bytes, one: Outcome) -> tuple[Any, ...]:
+    """Return an outcome in the words of the script."""
+    if one.verdict == "done":
+        return "d", member
+    if one.verdict == "retry":
+        return "r", member, one.attempts, one.first_ms, one.due_ms, one.error
+    details = msgspec.json.encode([one.error, one.traceback])
+    letter = b"%d %d %d %b" % (time.time_ns() // 1_000_000, one.attempts, one.first_ms, details)
+    return ("x" if one.verdict == "dead" else "b"), member, letter
+
+
+def _lane_of(member: bytes) -> bytes:
+    return member.rpartition(b"\n")[0]
+
+
+def _nothing(*_: Any) -> None:
+    """Do nothing: there is no runtime."""
