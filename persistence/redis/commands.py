@@ -15,7 +15,7 @@ from scopestate.ops.writes import Expire, Expired, Once, SetWith
 from scopestate.persistence.redis.calls import Behind, Call, Command, Pause
 from scopestate.persistence.redis.connection import Refusal
 from scopestate.persistence.redis.making import READ_ALL, CommandMaker
-from scopestate.persistence.redis.numbered import KEPT, SLOW
+from scopestate.persistence.redis.numbered import KEPT, NOT_HELD, SLOW
 from scopestate.persistence.redis.script import DONE, SKIPPED, explain, keys_of
 from scopestate.persistence.redis.seen import NOTHING
 from scopestate.persistence.redis.sidecar import deadline_in, number_text, revision_in
@@ -49,6 +49,7 @@ _MOST_RIVALRIES: Final = 1024
 
 MOST_REPEATS: Final = 3
 """How often a call with an idempotency key is sent once more after its connection was lost."""
+_NO_LONGER_HELD: Final = "the delivery that this transaction acknowledges is over, or another engine has it by now"
 _LOOKED: Final = 3
 """Parts of the script's reply to `l`."""
 
@@ -181,6 +182,9 @@ class ScopeCommands(CommandMaker):
                 found = DONE
             if type(found) is int and found == DONE:
                 self._finish_decided(call, ended)
+            elif type(found) is int and found == NOT_HELD:
+                call.fail(StorageError(f"{_NO_LONGER_HELD}; nothing was written to scope {self.name!r}"))
+                ended.append(call)
             else:
                 self._conflict(call, ended)
 

@@ -54,8 +54,10 @@ class Functions:
         self._waiting: deque[Any] = deque()
         """The locks of threads that wait for the claim, in order."""
 
-    def run(self, turn: Turn[A], depth: int) -> A:
+    def run(self, turn: Turn[A], depth: int, ack: tuple[Any, ...] = ()) -> A:
         """Do a turn, and wait until it is done. With an idempotency key it is begun again if the connection was lost.
+
+        `ack`: what acknowledges a delivery with it, if it reads or writes anything (`Names.acknowledging`).
 
         Raises what its function raises; then nothing was stored. Raises Conflict if keys that it reads were changed
         elsewhere in every attempt.
@@ -65,7 +67,7 @@ class Functions:
         ticket = [get_ident()]
         try:
             self._take(ticket)
-            answer = self._repeatedly(turn, depth)
+            answer = self._repeatedly(turn, depth, ack)
             self._give_back(ticket)
             return answer
         except BaseException:
@@ -73,14 +75,14 @@ class Functions:
             certainly(lambda: self._give_back(ticket))
             raise
 
-    def _repeatedly(self, turn: Turn[A], depth: int) -> A:
+    def _repeatedly(self, turn: Turn[A], depth: int, ack: tuple[Any, ...]) -> A:
         for _ in range(MOST_REPEATS if type(turn) is Once else 0):
             try:
-                return self._run(turn, depth)
+                return self._run(turn, depth, ack)
             except StorageError as error:
                 if not isinstance(error.__cause__, ConnectionLost):
                     raise
-        return self._run(turn, depth)
+        return self._run(turn, depth, ack)
 
     # ------------------------------------------------------------------------------------------------ one at a time
 
@@ -118,7 +120,7 @@ class Functions:
 
     # ---------------------------------------------------------------------------------------------------- attempts
 
-    def _run(self, turn: Turn[A], depth: int) -> A:
+    def _run(self, turn: Turn[A], depth: int, ack: tuple[Any, ...]) -> A:
         scope, conflicts = self._scope, 0
         view = scope.view_of_seen()
         while True:
@@ -129,7 +131,7 @@ class Functions:
                     return _numbered(turn, answer, view.replay.revision)
                 if not view.used and not stored:
                     return answer
-                number = scope.call(Commit(view, stored), depth)
+                number = scope.call(Commit(view, stored, ack), depth)
                 if isinstance(number, Replay):
                     view = self._look(turn, view, depth)
                     continue

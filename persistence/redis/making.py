@@ -245,7 +245,8 @@ class CommandMaker:
         turn = call.message
         if type(turn) is Commit:
             call.view = turn.view
-            return self._stored_entry(call, turn.view, (turn.stored, None), known, kept, alone=alone)
+            entry = self._stored_entry(call, turn.view, (turn.stored, None), known, kept, alone=alone)
+            return [*turn.ack, *entry] if turn.ack else entry
         if turn.writes and self._ahead_ms is not None:
             values: dict[str, Known] = {}
             is_fresh = call.looked is not None

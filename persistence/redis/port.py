@@ -430,8 +430,10 @@ class RedisPort(ConsumerPort):
                 gone.append(position)  # its lane is held back in Redis
         if reply == b"gone":
             return self._begin_anew()
-        _, back, is_new, pause = reply
-        gone += self._drop(back)
+        lost, back, is_new, pause = reply
+        # Of what has ended nothing is left to say; what is to be tried again is over, or another engine has it.
+        retries = {said[1] for _, said in sent if said[0] == "r"}
+        gone += self._drop([*back, *[member for member in lost if member in retries]])
         if is_new and self._held:
             gone += self._drop_all()
         self.note_pause(pause.decode())
