@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -265,6 +265,9 @@ class Mistake(NamedTuple):
 
 class Options(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The options of a backend: `config:` of an adapter, which the configuration file is read into."""
+
+    removed: ClassVar[dict[str, str]] = {}
+    """Options of earlier versions, with what to write in their place."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield the mistakes that the types do not show. An option at its default is never one."""

@@ -356,7 +356,7 @@ class SectionReader:
         errors_before = len(self._problems.errors)
         declared = {field.encode_name: field for field in msgspec.structs.fields(cls)}
         values: dict[str, object] = {}
-        for key, at in self._fields(place, (*declared, *aliases)).items():
+        for key, at in self._fields(place, (*declared, *aliases), removed=getattr(cls, "removed", {})).items():
             name = aliases.get(key, key)
             if name in values:
                 both = sorted({name, *(alias for alias, meant in aliases.items() if meant == name)})
@@ -463,8 +463,17 @@ class SectionReader:
         except VariableError:
             return False
 
-    def _fields(self, place: Place | None, known: Iterable[str] | None, what: str = "a mapping") -> dict[str, Place]:
-        """Return the mapping's keys and values; those that are not `known` are reported. Nothing there: no fields."""
+    def _fields(
+        self,
+        place: Place | None,
+        known: Iterable[str] | None,
+        what: str = "a mapping",
+        removed: dict[str, str] | None = None,
+    ) -> dict[str, Place]:
+        """Return the mapping's keys and values; those that are not `known` are reported. Nothing there: no fields.
+
+        `removed`: keys of earlier versions, with what to write in their place.
+        """
         if place is None or (place.path and self._is_null(place)):
             return {}
         if not isinstance(place.node, Mapping):
@@ -475,7 +484,9 @@ class SectionReader:
             key = str(entry.key.content)
             at = Place(entry.value, entry.line, join(place.path, key))
             self._problems.lines[at.path] = at.line
-            if known is not None and key not in known:
+            if removed and key in removed:
+                self._problems.add(f"`{key}` is gone: {removed[key]}", at.line, at.path)
+            elif known is not None and key not in known:
                 self._unknown(at, key, known)
             elif known is None and (problem := misfit(_NAME, _key_value(entry.key))) is not None:
                 self._problems.add(problem, at.line, at.path)

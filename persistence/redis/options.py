@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, ClassVar, Literal, NoReturn, TypeVar
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import msgspec
@@ -76,6 +76,12 @@ class RedisOptions(Options, frozen=True):
 
     A reload changes none of it.
     """
+
+    removed: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("delivery", "group", "claim_after_ms"),
+        "give the trigger a name with `durable: NAME` in its own section: of all engines that have a trigger of this name "
+        "one gets each event, and another one if that does not end it within `ack_wait`",
+    )
 
     redis_url: str = "redis://localhost:6379"
     """`redis://host:port`, `rediss://host:port` (TLS) or `unix:///path`. `user:password@` may stand before the host or

@@ -508,7 +508,7 @@ class TestFromMapping:
         (Config(adapter=AdapterConfig("kv", KvOptions(save_interval_ms=0))), f"{AT}.save_interval_ms"),
         (Config(adapter=AdapterConfig("etcd")), "workers[0].config.adapter.name"),  # type: ignore[arg-type]
         (Config(adapter=AdapterConfig("redis")), f"{AT}.store_method"),
-        (Config(adapter=AdapterConfig("redis", RedisOptions(group=""))), f"{AT}.group"),
+        (Config(adapter=AdapterConfig("redis", RedisOptions(tls_key_file="k"))), f"{AT}.tls_key_file"),
         (Config(adapter=AdapterConfig("redis", RedisOptions(sentinels=("a", "b:c")))), f"{AT}.sentinels[1]"),
         (Config(limits=LimitsConfig(handler_attempts=0)), "limits.handler_attempts"),
         (Config(scopes=(ScopeRule("commit"),)), "scopes[0]"),

@@ -90,10 +90,9 @@ class TestFile:
             pool_size: 4
             update_attempts: 5
             events: shared
-            delivery: one
             events_kept: 6
-            group: g
-            claim_after_ms: 100
+            journal_events: 7
+            journal_when_full: pause
             """
         ) == RedisOptions(
             redis_url="rediss://far:6380/1",
@@ -115,10 +114,9 @@ class TestFile:
             pool_size=4,
             update_attempts=5,
             events="shared",
-            delivery="one",
             events_kept=6,
-            group="g",
-            claim_after_ms=100,
+            journal_events=7,
+            journal_when_full="pause",
         )
 
     @pytest.mark.parametrize("rest", ["", ", config: ", ", config: ~", ", config: {}"])
@@ -159,6 +157,10 @@ class TestFile:
 
 
 # The option's line, the key under `config` (None: the same as the option's) and the problem.
+DURABLE = (
+    "give the trigger a name with `durable: NAME` in its own section: of all engines that have a trigger of this name "
+    "one gets each event, and another one if that does not end it within `ack_wait`"
+)
 MISTAKES: list[tuple[str, str | None, str]] = [
     # The scheme.
     ("redis_url: ''", None, f"the address does not begin with redis://, rediss:// or unix://; {WRITE}"),
@@ -298,12 +300,9 @@ MISTAKES: list[tuple[str, str | None, str]] = [
     ("sentinel_username: me", None, NO_SENTINELS),
     ("sentinel_password: pw", None, NO_SENTINELS),
     # Events.
-    (
-        "delivery: one",
-        None,
-        "`one` is a choice among the engines that share events; write `events: shared` too",
-    ),
-    ("group: ''", None, "expected a non-empty string"),
+    ("delivery: one", None, f"`delivery` is gone: {DURABLE}"),
+    ("group: g", None, f"`group` is gone: {DURABLE}"),
+    ("claim_after_ms: 100", None, f"`claim_after_ms` is gone: {DURABLE}"),
     ("events: remote", None, "expected `local` or `shared`, found the string 'remote'"),
     # Ranges and names.
     ("connect_timeout_ms: 0", None, "expected a whole number from 1 to 86400000, found the integer 0"),
@@ -312,7 +311,8 @@ MISTAKES: list[tuple[str, str | None, str]] = [
     ("pool_size: 1001", None, "expected a whole number from 1 to 1000, found the integer 1001"),
     ("update_attempts: 0", None, "expected a whole number from 1 to 1000000, found the integer 0"),
     ("events_kept: 0", None, "expected a whole number from 1 to 1000000000, found the integer 0"),
-    ("claim_after_ms: 99", None, "expected a whole number from 100 to 86400000, found the integer 99"),
+    ("journal_events: 0", None, "expected a whole number from 1 to 1000000000, found the integer 0"),
+    ("journal_when_full: reject", None, "expected `block` or `pause`, found the string 'reject'"),
     ("redis_ulr: redis://far", None, "unknown key `redis_ulr`, did you mean `redis_url`?"),
     ("bridge_url: ws://far", None, "unknown key `bridge_url`, did you mean `redis_url`?"),
 ]
@@ -343,10 +343,10 @@ def test_an_unset_variable_for_a_password_is_one_error(monkeypatch: pytest.Monke
 
 
 def test_every_mistake_is_found() -> None:
-    found = mistakes_of("redis_url: redis://far:x\nsentinels: [a b, one]\ntls_key_file: k\ndelivery: one\ngroup: ''\n")
+    found = mistakes_of("redis_url: redis://far:x\nsentinels: [a b, one]\ntls_key_file: k\n")
 
     # Whether TLS is missing cannot be said while the address is not known.
-    keys = ("redis_url", "sentinels[0]", "tls_key_file", "delivery", "group")
+    keys = ("redis_url", "sentinels[0]", "tls_key_file")
     assert [(line, key) for line, key, _ in found] == [(7 + i, f"{AT}.{key}") for i, key in enumerate(keys)]
 
 
@@ -374,7 +374,7 @@ WITH_SECRET = [
     f"redis_url: redis://:%ff{SECRET}@far",
     f"redis_url: unix://:{SECRET}@run/r.sock",
     f"redis_url: redis://far?password={SECRET}",
-    f"{{redis_url: 'redis://:{SECRET}@far', group: ''}}",
+    f"{{redis_url: 'redis://:{SECRET}@far', events_kept: 0}}",
     f"{{redis_url: 'redis://:{SECRET}@far', tls_verify: false}}",
     f"{{password: {SECRET}, delivery: one}}",
     f"{{sentinel_password: {SECRET}}}",
