@@ -79,7 +79,7 @@ class RedisOptions(Options, frozen=True):
 
     removed: ClassVar[dict[str, str]] = dict.fromkeys(
         ("delivery", "group", "claim_after_ms"),
-        "give the trigger a name with `durable: NAME` in its own section: of all engines that have a trigger of this name "
+        "give the trigger a name, `durable: NAME`, in its own section: of all engines that have a trigger of this name "
         "one gets each event, and another one if that does not end it within `ack_wait`",
     )
 

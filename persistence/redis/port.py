@@ -293,6 +293,11 @@ class RedisPort(ConsumerPort):
             raise StorageError(f"consumer {self.name!r} is not in Redis: it was forgotten, or flushed")
         return status
 
+    def pause(self, why: str) -> None:
+        with self._exclusive:
+            self._line.ask(self._names.pause(why))
+            self._pause = why
+
     def paused(self) -> str | None:
         return reason_of(self._pause)
 

@@ -158,7 +158,7 @@ class TestFile:
 
 # The option's line, the key under `config` (None: the same as the option's) and the problem.
 DURABLE = (
-    "give the trigger a name with `durable: NAME` in its own section: of all engines that have a trigger of this name "
+    "give the trigger a name, `durable: NAME`, in its own section: of all engines that have a trigger of this name "
     "one gets each event, and another one if that does not end it within `ack_wait`"
 )
 MISTAKES: list[tuple[str, str | None, str]] = [
@@ -542,7 +542,7 @@ class TestWhatIsShown:
 
     def test_the_repr_masks_every_password_and_shows_the_rest(self, caplog: pytest.LogCaptureFixture) -> None:
         options = RedisOptions(
-            password=SECRET, sentinel_password=SECRET, sentinels=(f":{SECRET}@one", "two"), group="g"
+            password=SECRET, sentinel_password=SECRET, sentinels=(f":{SECRET}@one", "two"), key_prefix="g"
         )
 
         with caplog.at_level(logging.INFO):
@@ -552,5 +552,5 @@ class TestWhatIsShown:
         assert "password='***', database=None" in repr(options)
         assert "sentinel_password='***'" in repr(options)
         assert "sentinels=('***', 'two')" in repr(options)
-        assert "group='g'" in repr(options)
+        assert "key_prefix='g'" in repr(options)
         assert "password=None" in repr(RedisOptions())

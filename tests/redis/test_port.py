@@ -23,10 +23,10 @@ class Side:
     """One engine: its consumers, and the trigger `t` with what its runtime was told."""
 
     def __init__(self, server: Server, name: str, **options: Any) -> None:
-        self.options = RedisOptions(redis_url=server.url, events="shared", call_timeout_ms=2000)
+        self.options = RedisOptions(redis_url=server.url, events="shared", call_timeout_ms=500)
         self.backend = RedisBackend(self.options, lambda outcomes: None)
         target = dialling.Server(self.options)
-        place = Place(self.backend.shape, target, name, 2.0, lambda: self.backend.published)
+        place = Place(self.backend.shape, target, name, 0.5, lambda: self.backend.published)
         visit = self.backend.consumers
         assert visit is not None
         self.consumers = RedisConsumers(place, visit._visit, 10, "b1000000")

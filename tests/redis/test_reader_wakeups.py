@@ -6,12 +6,11 @@ The limits that would hide a lost wake-up are made longer than any test waits.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from event_engines import STREAM, Engines, Seen, problems, set_patiently
+from event_engines import Engines, Seen, problems, set_patiently
 from one_server import PATIENCE_S
 from servers import Server, StartServer, wait_until
 
@@ -112,53 +111,6 @@ def test_a_look_that_finds_the_stream_unchanged_wakes_those_who_wait_for_one(val
         assert Waiting(reader_of(engine), 1, look=True).ends()
 
 
-class Patient(threading.Event):
-    """An event whose waits with a time limit go on, and which remembers if it came too late."""
-
-    came = True
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.came = super().wait(PATIENCE_S) and self.came
-        return self.came
-
-
-def test_an_acknowledgement_makes_room_for_a_reader_that_holds_too_much(valkey: Server, engines: Engines) -> None:
-    writer = engines.open(valkey)
-    engine = engines.open(valkey, delivery="one", group="g")
-    keeper = reader_of(engine)._keeper
-    room = keeper._room = Patient()
-    seen = Seen(engine)
-    seen.gate.clear()
-    for number in range(1, 151):
-        writer.set("s", "k", number)
-    wait_until(lambda: len(keeper.held) >= 64, "a reader that holds as much as it may")
-    seen.gate.set()
-    seen.wait_for_count(150)
-    wait_until(lambda: not keeper.held, "acknowledgements")
-
-    assert room.came
-    assert [event.new_value for event in seen.events] == list(range(1, 151))
-
-
-def test_an_answer_wakes_the_thread_that_asked(valkey: Server, engines: Engines) -> None:
-    engine = engines.open(valkey, delivery="one", group="g")
-    Seen(engine)
-    wait_until(lambda: reader_of(engine)._started, "a reader that has started")
-    keeper = reader_of(engine)._keeper
-    answers: list[Any] = []
-    ended = threading.Event()
-
-    def ask() -> None:
-        never = threading.Event()
-        answers.extend(keeper.ask([("GET", "nothing"), ("PING",)], time.monotonic() + NEVER_S, never))
-        ended.set()
-
-    threading.Thread(target=ask, name="test-asks", daemon=True).start()
-
-    assert ended.wait(PATIENCE_S)
-    assert answers == [None, b"PONG"]
-
-
 def test_handlers_run_on_the_reader_s_own_threads_each_time(valkey: Server, engines: Engines) -> None:
     engine = engines.open(valkey)
     reader = reader_of(engine)
@@ -179,12 +131,11 @@ def test_handlers_run_on_the_reader_s_own_threads_each_time(valkey: Server, engi
     assert threads == ["scopestate-redis-events"] * 5
 
 
-@pytest.mark.parametrize("options", [{}, {"delivery": "one", "group": "g"}], ids=["each", "group"])
 def test_a_server_that_stops_answering_shows_in_health_on_the_first_connection_and_on_later_ones(
-    start_server: StartServer, engines: Engines, options: dict[str, str]
+    start_server: StartServer, engines: Engines
 ) -> None:
     server = start_server()
-    engine = engines.open(server, call_timeout_ms=200, connect_timeout_ms=200, **options)
+    engine = engines.open(server, call_timeout_ms=200, connect_timeout_ms=200)
     seen = Seen(engine)
     for number in range(2):
         server.pause()
@@ -193,36 +144,6 @@ def test_a_server_that_stops_answering_shows_in_health_on_the_first_connection_a
         set_patiently(engine, "s", "k", number)
         seen.wait_for_value(number)
         wait_until(lambda: engine.health().ok, lambda: problems(engine))
-
-
-def tables_of(keeper: Any) -> dict[str, Any]:
-    names = ("held", "_done", "_ends", "_checks", "_questions", "_dropped")
-    return {name: getattr(keeper, name) for name in names if getattr(keeper, name)}
-
-
-@pytest.mark.parametrize("lost", ["nothing", "the stream", "the group"])
-def test_the_tables_of_the_keeper_come_back_to_nothing(valkey: Server, engines: Engines, lost: str) -> None:
-    writer = engines.open(valkey)
-    engine = engines.open(valkey, delivery="one", group="g")
-    keeper = reader_of(engine)._keeper
-    seen = Seen(engine)
-    seen.gate.clear()
-    for number in range(5):
-        writer.set("s", "k", number)
-    assert seen.entered.wait(PATIENCE_S)
-    wait_until(lambda: len(keeper.held) == 5, "five events that are held")
-    if lost == "the stream":
-        valkey.ask("DEL", STREAM)
-    elif lost == "the group":
-        valkey.ask("XGROUP", "DESTROY", STREAM, "g")
-        # They come again, and are kept alive again.
-        wait_until(lambda: len(keeper.held) == 5 and "is made anew" in problems(engine), "a group made anew")
-        wait_until(lambda: not keeper._dropped, "events that are no longer taken for dropped")
-    writer.set("s", "k", "last")
-    seen.gate.set()
-    seen.wait_for_value("last")
-
-    wait_until(lambda: not tables_of(keeper), lambda: f"left: {tables_of(keeper)}")
 
 
 @pytest.mark.usefixtures("no_looks")

@@ -24,9 +24,8 @@ def engines(nothing_left_behind: None) -> Iterator[Engines]:
         yield opened
 
 
-@pytest.mark.parametrize("delivery", ["each", "one"])
-def test_a_worker_is_sent_every_shared_event_in_order(delivery: str, valkey: Server, engines: Engines) -> None:
-    writer, engine = engines.open(valkey), engines.open(valkey, delivery=delivery)
+def test_a_worker_is_sent_every_shared_event_in_order(valkey: Server, engines: Engines) -> None:
+    writer, engine = engines.open(valkey), engines.open(valkey)
     with server.Server(engine, config=ServerConfig(port=0)) as served:
         worker = RawWorker(served.url)
         try:

@@ -119,12 +119,11 @@ def test_only_the_triggers_that_match_see_an_event(valkey: Server, engines: Engi
     assert seen.numbers == [3]
 
 
-@pytest.mark.parametrize("options", [{}, {"delivery": "one"}], ids=["each", "one"])
 def test_an_old_value_that_another_program_wrote_reads_as_it_does_elsewhere(
-    redis_server: Server, engines: Engines, options: dict[str, str]
+    redis_server: Server, engines: Engines
 ) -> None:
     """What is not JSON reads as null (docs/semantics.md, section 7), and other spellings as we would write them."""
-    writer = engines.open(redis_server, **options)
+    writer = engines.open(redis_server)
     seen = Seen(writer)
     for number, theirs in enumerate(["{nope", " -0 ", '{"a" : 1e2}', "nope"]):
         redis_server.ask("HSET", "state:s", "k", theirs)
