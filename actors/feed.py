@@ -20,7 +20,7 @@ from scopestate.actors.containment import Log, contained
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.fed_scope import FedScope, Hold
 from scopestate.actors.interests import Interest, Interests, What
-from scopestate.actors.journal import History, Journal, Rules
+from scopestate.actors.journal import Gone, History, Journal, Past, Rules
 from scopestate.actors.ports import Durability
 from scopestate.actors.watcher import Watcher, changes_of
 from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor
@@ -70,6 +70,9 @@ class Feed:
         self.cursors = ManyCursors("", 0)
         """What makes the cursors of many scopes."""
         self.journal: Journal | None = None
+        self.past: Past | None = None
+        """Where changes are that the ring no longer has; None: nowhere."""
+        self._numbered_elsewhere = False
         self.now_ms: Callable[[], int] = lambda: 0
         self._dispatcher = dispatcher
         self._wake = wake
@@ -119,6 +122,7 @@ class Feed:
     ) -> None:
         """Make it the feed of this store. `history` returns the rule of a scope, `kept` when it is on disk."""
         self.store_id, self.journal, self.now_ms = store_id, journal, now_ms
+        self.past = journal
         self._history, self._kept = history, kept
         if journal is not None:
             self.epoch = journal.epoch
@@ -128,6 +132,45 @@ class Feed:
         # One position is left out, so that a cursor of this session differs from the last one of the session before.
         self.position += 1
         self._floor = self._shown = self.position
+
+    def connect_elsewhere(self, store_id: str, past: Past, epoch: int, position: int) -> None:
+        """Make it the feed of changes that are numbered elsewhere: `arrive` enters them, with their positions."""
+        self.past = past
+        self._numbered_elsewhere = True
+        self.begin_anew(store_id, epoch, position, "")
+
+    @exclusive
+    def begin_anew(self, store_id: str, epoch: int, position: int, why: Gone | Literal["other store", ""]) -> None:
+        """The changes go on behind this position, and what came before is not complete. Watches end with the reason."""
+        self.store_id, self.epoch, self.position = store_id, epoch, position
+        self.cursors = ManyCursors(store_id, epoch)
+        self._ring.clear()
+        self._ring_bytes = 0
+        self._floor = self._shown = position
+        for interest in self._interests.values():
+            interest.began = position
+        watchers = self.watchers()
+        self._scopes.clear()
+        for watcher in watchers if why else ():
+            watcher.broken = why
+        deliver_to(watchers)
+
+    def arrive(self, scope: str, position: int, make: Callable[[], StateEvent | None]) -> None:
+        """Enter a change that was numbered elsewhere, in order. `make` makes its event, if somebody wants it."""
+        deliver_to(self._exclusive.run(self._arrive, scope, position, make))
+
+    def _arrive(self, scope: str, position: int, make: Callable[[], StateEvent | None]) -> list[Watcher]:
+        woken: list[Watcher] = []
+        if position <= self.position:
+            return woken  # it came before, and its reader was interrupted then
+        event = make() if self._interests and self.is_wanted(scope) else None
+        self.position = position
+        events = [] if event is None else [event]
+        self.entered += len(events)
+        self._enter(events, woken)
+        self._show(events, woken)
+        self._forget_dropped()
+        return woken
 
     # ------------------------------------------------------------------------------------------------------ interests
 
@@ -156,10 +199,11 @@ class Feed:
             found.users += 1
             return found, False
         # What was entered before was not for it.
-        self.position += 1
-        if not self._holds:
-            # Or the cursor of a watch that has seen nothing yet would stand before the begin of its interest.
-            self._shown = self.position
+        if not self._numbered_elsewhere:
+            self.position += 1
+            if not self._holds:
+                # Or the cursor of a watch that has seen nothing yet would stand before the begin of its interest.
+                self._shown = self.position
         interest = self._interests.add(what, self.position)
         interest.users = 1
         self._await_durable()
@@ -185,7 +229,8 @@ class Feed:
         self._interests.remove(interest)
         self._await_durable()
         # What is not entered from now on comes behind every cursor that was given before.
-        self.position += 1
+        if not self._numbered_elsewhere:
+            self.position += 1
 
     def _await_durable(self) -> None:
         """Have writers wake the router if there are durable triggers."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import msgspec
 
@@ -138,6 +138,27 @@ class Rules(msgspec.Struct, frozen=True):
     """Returns the rule of a scope; None if it has none."""
     consumers: Callable[[str], Collection[int]]
     """Returns the numbers of the consumers that may need events of a scope."""
+
+
+class Past(Protocol):
+    """Where a watch reads the changes behind its cursor that are not in memory. May wait, and raises StorageError."""
+
+    def read(self, after: int, upto: int | None = None, *, most: int = MOST_EVENTS) -> list[StateEvent]:
+        """See `Journal`."""
+
+    def read_scope(
+        self, scope: str, after: int, upto: int | None = None, *, most: int = MOST_EVENTS
+    ) -> list[StateEvent]:
+        """See `Journal`."""
+
+    def gone(self, epoch: int, position: int, *, scope: str | None = None, prefix: str = "") -> Gone | None:
+        """See `Journal`."""
+
+    def gone_in_scope(self, scope: str, revision: int) -> Gone | None:
+        """See `Journal`."""
+
+    def oldest(self, scope: str) -> tuple[int, int] | None:
+        """See `Journal`."""
 
 
 class Journal(ABC):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -218,6 +218,11 @@ class Backend(ABC):
     """What keeps the events of durable triggers, if they are not in the journal of `store`; None: nothing does."""
     arrivals: Arrivals | None = None
     """What brings events of other engines; None if every event is one of a write through this engine."""
+    unwatchable: str | None = None
+    """Why the scopes cannot be watched; None: they can be."""
+    catch_up: Callable[[], object] | None = None
+    """Waits until every change that was made by now is in the feed; it may wait for a server, and raises StorageError.
+    None: the router's turns enter them."""
 
     @abstractmethod
     def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:

@@ -84,6 +84,7 @@ class Watcher:
         "_floors",
         "_selective",
         "at",
+        "broken",
         "buffer",
         "closed",
         "ending",
@@ -130,6 +131,8 @@ class Watcher:
         self._begun = False
         self.at = 0
         """The position behind which a watch of many scopes has begun."""
+        self.broken = ""
+        """Why the changes behind those that wait are not complete; "": they are."""
         self.lost = 0
         """How many changes waited when there were too many; 0: there never were."""
         self.closed = False
@@ -157,7 +160,7 @@ class Watcher:
 
     def take(self, scope: str, changes: Sequence[Change], woken: list[Watcher]) -> None:
         """Add changes of one scope, in order."""
-        if self.lost or self.closed or not changes:
+        if self.lost or self.broken or self.closed or not changes:
             return
         floor = self._floors.get(scope)
         if floor is not None and changes[0].revision <= floor:
@@ -244,7 +247,7 @@ class Watcher:
 
     def is_over(self) -> bool:
         """True if there is a reason not to wait."""
-        return bool(self.closed or self.lost or self.ending)
+        return bool(self.closed or self.lost or self.broken or self.ending)
 
     def wake(self) -> None:
         """Wake the threads and tasks that wait."""

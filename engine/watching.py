@@ -20,12 +20,11 @@ from scopestate.ops.changes import Change, KnownCursor
 from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor, ScopeCursors
 from scopestate.ops.ranges import State
 from scopestate.ops.turns import Entry, Range, Turn
-from scopestate.persistence.local import LocalBackend
 from scopestate.signals import Guard
 from scopestate.watch_settings import WatchSettings
 
 if TYPE_CHECKING:
-    from scopestate.actors.journal import Journal
+    from scopestate.actors.journal import Past
     from scopestate.engine import Engine
     from scopestate.ops.results import StateEvent
 
@@ -86,12 +85,13 @@ class _Watch:
 
     def _begin_steps(self) -> Steps[None]:
         feed, settings = self._feed, self._settings
-        if not isinstance(self._engine._parts.backend, LocalBackend):
-            raise Unsupported("`watch`", "the scopes are not kept by this engine")
+        why_not = self._engine._parts.backend.unwatchable
+        if why_not is not None:
+            raise Unsupported("`watch`", why_not)
         try:
             cursor = settings.cursor(feed.store_id)
             if cursor is None and settings.scope is None and not settings.snapshot:
-                yield self._engine._router.ask(Routed())  # what is entered by now is numbered
+                yield self._caught_up()  # what was changed by now is numbered
             feed.add(self._watcher, self)
             if cursor is None or _position_of(cursor) is None:
                 yield from self._begin_now(snapshot=settings.snapshot or cursor is not None)
@@ -118,17 +118,25 @@ class _Watch:
         within = settings.within() if snapshot else Range(limit=0)
         found: dict[str, list[tuple[str, Entry]]] = {}
         revisions: dict[str, int] = {}
+        elsewhere = self._engine._parts.backend.catch_up is not None
+        if elsewhere and snapshot:
+            yield self._caught_up()  # changes from before are no news, also of scopes that have no keys now
         position = feed.shown()
         scopes = [] if settings.scope is None else [settings.scope]
         if settings.scope is None and snapshot:
             scopes = yield self._scopes_there
         for scope in scopes:
             revisions[scope], found[scope] = yield scope, State(within)
-        feed.begin_at(self._watcher, revisions, 0 if snapshot else position)
+        feed.begin_at(self._watcher, revisions, 0 if snapshot and not elsewhere else position)
         self._start = position if settings.scope is None else revisions[settings.scope]
         if snapshot:
             self._snapshot = True
             self._source = [(scope, key, entry) for scope, entries in found.items() for key, entry in entries]
+
+    def _caught_up(self) -> Wanted:
+        """Return what to wait for so that the feed has everything that was changed by now."""
+        catch_up = self._engine._parts.backend.catch_up
+        return self._engine._router.ask(Routed()) if catch_up is None else catch_up
 
     def _scopes_there(self) -> list[str]:
         engine, prefix = self._engine, self._settings.scope_prefix
@@ -151,12 +159,12 @@ class _Watch:
         scope = settings.scope
         after = _position_of(cursor) or 0
         self._start = after
-        yield self._engine._router.ask(Routed())  # what is entered by now is in the ring, or in a commit
+        yield self._caught_up()  # what was changed by now is in the ring, or in a commit
         found = feed.from_ring(watcher, cursor)
         if found is not None:
             self._source = found
             return
-        journal = feed.journal
+        past = feed.past
         if scope is not None:
             upto, _ = yield scope, State(Range(limit=0))
             if upto == after:
@@ -164,10 +172,11 @@ class _Watch:
                 return
         else:
             upto = feed.shown()
-        if journal is None or upto < after:
+        if past is None or upto < after:
             raise self._compacted("trimmed" if upto > after else "lost in a crash")
-        yield self._engine._snapshot.ask(Flush())
-        self._pages = _Pages(journal, feed.epoch, cursor, settings.scope_prefix, after, upto)
+        if feed.journal is not None:
+            yield self._engine._snapshot.ask(Flush())
+        self._pages = _Pages(past, feed.epoch, cursor, settings.scope_prefix, after, upto)
         gone = yield self._pages.gone
         if gone is not None:
             self._pages = None
@@ -204,7 +213,7 @@ class _Watch:
         oldest = None
         if scope is not None:
             floor = feed.scope(scope).floor
-            there = feed.journal.oldest(scope) if feed.journal is not None else None
+            there = feed.past.oldest(scope) if feed.past is not None else None
             if there is not None:
                 floor = there[0] - 1
             oldest = None if floor is None else self._cursors.at(floor)
@@ -320,7 +329,7 @@ class _Watch:
         # In this order: what is shown after the first line may wait, or not.
         shown = self._feed.shown() if scope is None else self._feed.last_of(scope)
         at = self._start if self._last is None or self._last.initial else self._position(self._last)
-        if (self._ready is self._early and not self._snapshot) or watcher.lost:
+        if (self._ready is self._early and not self._snapshot) or watcher.lost or watcher.broken:
             return at
         waits = watcher.peek()
         if waits is None:
@@ -357,6 +366,8 @@ class _Watch:
             return False
         if watcher.lost and not watcher.closed:
             raise WatchOverrun(self.cursor, watcher.lost)
+        if watcher.broken and not watcher.closed:
+            raise Compacted(self.cursor, watcher.broken)
         return watcher.closed or (watcher.ending and not self._feed.incoming)
 
     def _sleep(self, reply: ReplyTo) -> bool:
@@ -397,9 +408,9 @@ class _Pages:
     """The changes between a cursor and the moment at which a watch has begun, read from the journal in pages."""
 
     def __init__(
-        self, journal: Journal, epoch: int, cursor: ScopeCursor | ManyCursor, prefix: str, after: int, upto: int
+        self, past: Past, epoch: int, cursor: ScopeCursor | ManyCursor, prefix: str, after: int, upto: int
     ) -> None:
-        self._journal = journal
+        self._past = past
         self._scope = cursor.scope if isinstance(cursor, ScopeCursor) else None
         self._prefix = prefix
         self._upto = upto
@@ -411,14 +422,14 @@ class _Pages:
     def gone(self) -> str | None:
         """Return why changes behind the last page are missing."""
         if self._scope is not None:
-            return self._journal.gone_in_scope(self._scope, self.after)
-        return self._journal.gone(self.epoch, self.after, prefix=self._prefix)
+            return self._past.gone_in_scope(self._scope, self.after)
+        return self._past.gone(self.epoch, self.after, prefix=self._prefix)
 
     def read(self) -> list[StateEvent]:
         """Read the next page."""
         if self._scope is not None:
-            return self._journal.read_scope(self._scope, self.after, self._upto, most=PAGE)
-        return self._journal.read(self.after, self._upto, most=PAGE)
+            return self._past.read_scope(self._scope, self.after, self._upto, most=PAGE)
+        return self._past.read(self.after, self._upto, most=PAGE)
 
     def upto_of(self, events: list[StateEvent]) -> int:
         """Return how far these events go."""

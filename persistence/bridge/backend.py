@@ -83,6 +83,8 @@ class BridgeBackend(Backend):
     `connect_wait_ms` at most. Its scopes are called, not loaded and saved: others may change them at the same time.
     """
 
+    unwatchable = "the scopes are kept by another engine: watch them there"
+
     def __init__(self, options: BridgeOptions) -> None:
         """Raises ConfigError: address, token, TLS file."""
         self.url = options.bridge_url

@@ -26,6 +26,7 @@ from scopestate.persistence.redis.connection import Broken, Connection, Refusal
 from scopestate.persistence.redis.consumers import RedisConsumers
 from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.events import Arrivals, Reader
+from scopestate.persistence.redis.history import Life, StreamHistory
 from scopestate.persistence.redis.numbered import NumberedShape
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.port import Place
@@ -87,6 +88,7 @@ class RedisBackend(Backend):
         except NotConnected as error:
             raise StorageError(str(error)) from error
         self.owner_of = self._servers.owner_of
+        self.unwatchable = self._why_unwatchable()
         self.reader = self._open_reader(options) if self.shares_events else None
         """Reads the events of all engines; None if they are not shared."""
         self.consumers = self._make_consumers(options) if self.shares_events else None
@@ -126,8 +128,38 @@ class RedisBackend(Backend):
             around.dispatcher.submit(self._find_due)
         if self.reader is not None:
             arrivals = Arrivals(self, self.reader, around.router, around.dispatcher)
+            if self.unwatchable is None:
+                life = self.reader.life
+                past = StreamHistory(self.shape, lambda: self._visit(self._servers.primaries()[0], "a watch"))
+                around.router.feed.connect_elsewhere(
+                    self.store_of(life), past, life.epoch, life.base + self.reader.number
+                )
+                self.catch_up = self._catch_up
             self.arrivals = arrivals
             self.reader.start(arrivals)
+
+    def _why_unwatchable(self) -> str | None:
+        if isinstance(self._servers, Clustered):
+            return "changes by other engines do not reach this one: a cluster has no shared events"
+        if not self.shares_events:
+            return "changes by other engines do not reach this one: write `events: shared`"
+        return None if self.shape.numbers else "this Redis is without revisions (`revisions: false`)"
+
+    def store_of(self, life: Life) -> str:
+        """Return what the cursors of watches name this store by, in one life of its database."""
+        return f"{self.store_id}:{life.name}"
+
+    def _catch_up(self) -> None:
+        """Wait until every change that was made by now is in the feed. Raises StorageError."""
+        reader, server = self.reader, self._servers.primaries()[0]
+        assert reader is not None  # else there is nothing to catch up with
+        restarts = reader.restarts
+        with self._visit(server, "a watch") as connection:
+            counted = int(connection.call("GET", self.shape.counter) or 0)
+        if not reader.catch_up(counted, restarts, self._options.call_timeout_s, look=False):
+            raise StorageError(
+                f"the events of Redis at {server.address} did not arrive within call_timeout_ms: a watch cannot begin"
+            )
 
     def _find_due(self) -> None:
         """Have keys removed at their deadline in scopes that no engine uses; on a worker thread, from time to time."""

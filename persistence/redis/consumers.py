@@ -18,7 +18,8 @@ from scopestate.ops.triggers import Trigger
 from scopestate.persistence.redis.connection import Connection, Refusal
 from scopestate.persistence.redis.consuming import Begin, Names, names_key
 from scopestate.persistence.redis.entries import state_event_of
-from scopestate.persistence.redis.port import LONGEST_BEAT_S, Line, Place, RedisPort, status_of, store_key
+from scopestate.persistence.redis.history import store_key
+from scopestate.persistence.redis.port import LONGEST_BEAT_S, Line, Place, RedisPort, status_of
 from scopestate.persistence.redis.script import with_source
 from scopestate.signals import join
 

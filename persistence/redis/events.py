@@ -11,16 +11,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.handler import HandlerActor
+from scopestate.actors.journal import Gone
 from scopestate.actors.router import EventRouter
 from scopestate.errors import NotConnected, StorageError
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target, pack
 from scopestate.persistence.redis.dialling import Backoff
-from scopestate.persistence.redis.entries import Event, event_of, number_of, place_of
+from scopestate.persistence.redis.entries import Event, event_of, number_of, place_of, state_event_of
+from scopestate.persistence.redis.history import Life, end_epoch, read_life
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.script import Shape, explain
 from scopestate.signals import wait_for
@@ -101,6 +103,15 @@ class Arrivals:
                 self._router.backlog.stop_waiting(room.set)
         return None
 
+    def feed(self, entry_id: bytes, fields: list[bytes], event: Event) -> None:
+        """Give an event to the watches of this engine."""
+        base = self._reader.life.base
+        self._router.feed.arrive(event.scope, base + event.number, lambda: state_event_of(entry_id, fields, base))
+
+    def begin_anew(self, life: Life, number: int, why: Gone | Literal["other store", ""]) -> None:
+        """The events go on behind this number, and those before are not complete: watches end with the reason."""
+        self._router.feed.begin_anew(self._adapter.store_of(life), life.epoch, life.base + number, why)
+
     def note_arrivals(self) -> None:
         """The stream has new entries: durable triggers may have something to do."""
         consumers = self._adapter.consumers
@@ -161,6 +172,8 @@ class Reader:
         """Events that this engine has missed, as far as their number is known."""
         self.restarts = 0
         """How often the numbers of events have gone back."""
+        self.life = Life("", 0, 0)
+        """Which database this reads; known once it is open."""
         self._published = published
         self._note_restart = note_restart
         self._id = _BEGINNING
@@ -210,6 +223,11 @@ class Reader:
         if connection is not None:
             connection.close()
         self._tell_all()
+
+    @property
+    def number(self) -> int:
+        """The number of the last event that was given to the handlers and watches of this engine."""
+        return self._number
 
     def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
         """Wait until the event of this number, which this engine has published, was taken from the stream, and given to
@@ -354,6 +372,7 @@ class Reader:
             if number is not None:
                 self._number = number
         self._opened = (self._id, self._number)
+        self.life = read_life(connection, self._shape)
 
     def _take(self, connection: Connection) -> HandlerActor | None:
         if self._looked < self._wanted:
@@ -383,6 +402,7 @@ class Reader:
             number = event.number
             if number != self._number + 1:
                 self._mend(connection, number)
+            self._outlet.feed(entry_id, fields, event)
             published = publish(event, here=here)
             if published is None:
                 break
@@ -412,6 +432,7 @@ class Reader:
                 "this engine had read them: its triggers have not seen them; raise events_kept, or make the handlers "
                 f"faster; {CUT_FILE}",
             )
+            self._outlet.begin_anew(self.life, number - 1, "trimmed")
         elif number > self._oldest_known():
             self._restart(connection, number - 1, f"{where} lost its end")
         else:
@@ -466,8 +487,11 @@ class Reader:
 
     def _restart(self, connection: Connection, number: int, what: str, *, missed: int = 0) -> None:
         """Continue after the event with this number, which is before those that were read."""
-        counted = self._counted(connection)  # first: if the connection breaks here, nothing has changed yet
-        last, self._number = self._number, number
+        # First: if the connection breaks here, nothing has changed yet.
+        counted = self._counted(connection)
+        before, life = self.life, end_epoch(connection, self._shape, self.life, number)
+        last, self._number, self.life = self._number, number, life
+        self._outlet.begin_anew(life, number, "lost in a crash" if life.name == before.name else "other store")
         self._begin_anew(counted)
         self.note_loss(
             missed,

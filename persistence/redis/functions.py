@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback
 from scopestate.errors import Conflict, ConnectionLost, KeyConflict, ReplyTimeout, StorageError, WouldDeadlock
-from scopestate.ops.ranges import ALL, Count, DeleteRange, Entries, Keys, Pairs, ReadPage, Values
+from scopestate.ops.ranges import ALL, Count, DeleteRange, Entries, Keys, Pairs, ReadPage, State, Values
 from scopestate.ops.transactions import Transact
 from scopestate.ops.turns import Effects, Items, Turn
 from scopestate.ops.writes import Modify, Once, unwrapped
@@ -220,6 +220,14 @@ def read_range(scope: RedisScope, turn: Any, depth: int) -> Any:
         items = scope.call(Items(), depth)
         return items if type(turn) is Pairs else [data for _, data in items]
     view = scope.view_of_seen().without_recall()
+    if type(turn) is State:
+        # Its revision and its entries are of one moment. Without entries any read tells the revision.
+        entries = turn.within.limit != 0
+        found = scope.read(ReadRange(turn.within if entries else ALL, "e" if entries else "c"), depth)
+        view = scope.view_of_seen().without_recall(found.now_ms)
+        view.revision = int(found.unchanged.partition(":")[0] or 0)
+        view.ranges[turn.within, False] = found.names
+        view.known.update(found.known)
     while True:
         try:
             return turn.decide(view)[1]
@@ -233,6 +241,14 @@ def read_range(scope: RedisScope, turn: Any, depth: int) -> Any:
             view.known.update(found.known)
 
 
-_KINDS: Final[dict[type[Any], str]] = {Keys: "k", Count: "c", Pairs: "v", Values: "v", Entries: "e", ReadPage: "e"}
+_KINDS: Final[dict[type[Any], str]] = {
+    Keys: "k",
+    Count: "c",
+    Pairs: "v",
+    Values: "v",
+    Entries: "e",
+    ReadPage: "e",
+    State: "e",
+}
 RANGED: Final = frozenset(_KINDS)
 """Turns that `read_range` does."""

@@ -21,6 +21,7 @@ from scopestate.ops.triggers import Trigger
 from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
 from scopestate.persistence.redis.consuming import Begin, Names
 from scopestate.persistence.redis.entries import state_event_of
+from scopestate.persistence.redis.history import store_key
 from scopestate.persistence.redis.script import Shape, explain, with_source
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -500,11 +501,6 @@ class RedisPort(ConsumerPort):
         before, self._pause = self._pause, why
         if before and not why:
             self._wake()
-
-
-def store_key(shape: Shape) -> str:
-    """Return the key of what tells one life of a database from another: after a flush the numbers begin again."""
-    return f"scopestate:store:{shape.key_prefix}"
 
 
 def status_of(name: str, reply: Any) -> ConsumerStatus | None:
