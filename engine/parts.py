@@ -131,7 +131,7 @@ class Parts:
         if self.consumers is None:
             raise ConfigError(
                 f"the durable trigger {trigger.durable!r} needs a store that outlives the process: give the adapter kv "
-                "`store_method: file_based`, or use the adapter redis; or leave out `durable`"
+                "`store_method: file_based`, or the adapter redis `events: shared` (no cluster); or leave out `durable`"
             )
         self.consumers.register(trigger)
 

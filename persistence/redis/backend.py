@@ -91,7 +91,9 @@ class RedisBackend(Backend):
         self.unwatchable = self._why_unwatchable()
         self.reader = self._open_reader(options) if self.shares_events else None
         """Reads the events of all engines; None if they are not shared."""
-        self.consumers = self._make_consumers(options) if self.shares_events else None
+        self.durable = self._make_consumers(options) if self.shares_events else None
+        """The consumers of durable triggers; None: events are not shared."""
+        self.consumers = self.durable
 
     # ------------------------------------------------------------------------------------------------- for the scopes
 
@@ -137,6 +139,8 @@ class RedisBackend(Backend):
                 self.catch_up = self._catch_up
             self.arrivals = arrivals
             self.reader.start(arrivals)
+        if self.durable is not None:
+            around.dispatcher.submit(self.durable.look_after_others)
 
     def _why_unwatchable(self) -> str | None:
         if isinstance(self._servers, Clustered):
@@ -189,7 +193,7 @@ class RedisBackend(Backend):
         for owner in self._servers.owners():
             if owner.why_not is not None:
                 return f"{owner.why_not}; calls wait for a connection"
-        for part in (self.reader, self.consumers):
+        for part in (self.reader, self.durable):
             if part is not None and (problem := part.problem()) is not None:
                 return problem
         return self._misfit_problem()
@@ -202,7 +206,7 @@ class RedisBackend(Backend):
             "update_attempts": self._attempts.value(),
             "update_conflicts": self._conflicts.value(),
             "connects": sum(owner.connects for owner in self._servers.owners()),
-            "events_missed": sum(part.missed for part in (self.reader, self.consumers) if part is not None),
+            "events_missed": sum(part.missed for part in (self.reader, self.durable) if part is not None),
         }
 
     def scopes(self) -> list[str]:
@@ -311,8 +315,8 @@ class RedisBackend(Backend):
     def close(self) -> None:
         """Close every connection. Idempotent. In a forked child it does nothing."""
         if os.getpid() == self._pid:
-            if self.consumers is not None:
-                self.consumers.close()
+            if self.durable is not None:
+                self.durable.close()
             self._closed = True
             if self.reader is not None:
                 self.reader.stop()

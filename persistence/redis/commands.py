@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from scopestate.actors.backlog import Limits
 from scopestate.actors.containment import Log
 from scopestate.errors import ConnectionLost, DeserializationError, ScopestateError, StorageError
+from scopestate.ops.transactions import DeliveryBatch
 from scopestate.ops.turns import Change, Keep, NewDeadline
 from scopestate.ops.writes import Expire, Expired, Once, SetWith
 from scopestate.persistence.redis.calls import Behind, Call, Command, Pause
@@ -285,6 +286,8 @@ class ScopeCommands(CommandMaker):
             call.answer = number
         elif told:
             number_answer(call.answer, number)
+        if type(call.message) is DeliveryBatch:
+            call.message.fence["changed"] = "yes"
         for change, at in told:
             self._changed(call, change, at)
         if self._rivalries:

@@ -19,13 +19,16 @@ from scopestate.persistence.redis.connection import Connection, Refusal
 from scopestate.persistence.redis.consuming import Begin, Names, names_key
 from scopestate.persistence.redis.entries import state_event_of
 from scopestate.persistence.redis.history import store_key
-from scopestate.persistence.redis.port import LONGEST_BEAT_S, Line, Place, RedisPort, status_of
+from scopestate.persistence.redis.port import Line, Place, RedisPort, status_of
 from scopestate.persistence.redis.script import with_source
-from scopestate.signals import join
+from scopestate.signals import Guard, exclusive, join
 
 log = logging.getLogger("scopestate.persistence.redis")
 
 _TRIM_EVERY_S: Final = 1.0
+_LOOK_EVERY_S: Final = 10.0
+"""How often consumers without an engine are looked for."""
+_NAMED: Final = 5
 _AGAIN_S: Final = 0.5
 """Pause after an operation that has failed."""
 _PAGE: Final = 5000
@@ -49,8 +52,11 @@ class RedisConsumers(Consumers):
         self._limit = limit
         self._ports: list[RedisPort] = []
         self._bell = threading.Event()
+        self._exclusive = Guard()
         self._closing = False
-        self._next_trim = 0.0
+        self._next_trim = self._next_look = 0.0
+        self._alone: list[str] = []
+        """Consumers of which no engine takes events."""
         self._line = Line(place)
         self._thread: threading.Thread | None = None
         self._why_not: str | None = None
@@ -65,10 +71,14 @@ class RedisConsumers(Consumers):
     def _enlist(self, port: RedisPort) -> None:
         if port not in self._ports:
             self._ports.append(port)
-        if self._thread is None:
+        self._start()
+        self._bell.set()
+
+    @exclusive
+    def _start(self) -> None:
+        if self._thread is None and not self._closing:
             self._thread = threading.Thread(target=self._run, name="scopestate-redis-consumers", daemon=True)
             self._thread.start()
-        self._bell.set()
 
     def note_arrivals(self) -> None:
         """The stream has new entries. On the reader's thread."""
@@ -80,10 +90,11 @@ class RedisConsumers(Consumers):
         if self._why_not is not None:
             return f"durable triggers wait: {self._why_not}"
         for port in list(self._ports):
-            if (why := port.paused()) is not None:
-                return f"consumer {port.name!r} is paused: {why}"
             if port.problem is not None:
                 return f"{port.problem}; resume it when you have read this"
+        if self._alone:
+            names = ", ".join(repr(name) for name in self._alone[:_NAMED])
+            return f"no engine has a trigger for consumers whose events are kept: {names}; register one, or forget them"
         return None
 
     @property
@@ -93,12 +104,29 @@ class RedisConsumers(Consumers):
 
     def close(self) -> None:
         """Say what has ended, and give back what this engine holds. Idempotent."""
-        self._closing = True
+        self._exclusive.run(self._begin_closing)
         self._bell.set()
         if self._thread is not None:
             join(self._thread)
 
+    def _begin_closing(self) -> None:
+        self._closing = True
+
+    def look_after_others(self) -> None:
+        """If there are consumers, see to it that those without an engine are noticed, and the stream is trimmed."""
+        try:
+            found = self.names()
+        except StorageError as error:
+            log.warning("consumers without an engine are not looked for: %s", error)
+            return
+        if found:
+            self._start()
+
     # ------------------------------------------------------------------------------------------- from the program
+
+    def states(self) -> list[tuple[str, str | None]]:
+        """Return the consumers that this engine takes events of: others are the business of other engines."""
+        return [(port.name, port.paused()) for port in list(self._ports) if not port.stopping]
 
     def names(self) -> list[str]:
         with self._visit() as connection:
@@ -236,14 +264,14 @@ class RedisConsumers(Consumers):
         if self._why_not is not None:
             return _AGAIN_S
         now = time.monotonic()
-        times = [self._next_trim if self._ports else now + LONGEST_BEAT_S]
+        times = [self._next_trim]
         for port in list(self._ports):
             times += [port.next_beat, port.next_wake] if port.next_wake else [port.next_beat]
         return max(min(times) - now, 0.0)
 
     def _look_after(self, port: RedisPort) -> None:
         now = time.monotonic()
-        if port.has_outcomes or port.stopping or now >= port.next_beat:
+        if port.has_outcomes or port.has_failed or port.stopping or now >= port.next_beat:
             port.keep()
         if port.next_wake and now >= port.next_wake:
             port.next_wake = 0.0
@@ -252,12 +280,21 @@ class RedisConsumers(Consumers):
             self._ports.remove(port)
 
     def _trim(self) -> None:
-        if not self._ports or time.monotonic() < self._next_trim:
+        now = time.monotonic()
+        if now < self._next_trim:
             return
-        self._next_trim = time.monotonic() + _TRIM_EVERY_S
-        names = self._ports[0]._names
+        self._next_trim = now + _TRIM_EVERY_S
+        names = self._place.names("")
         while self._line.ask(names.trim(self._events_kept))[0][1]:
             pass
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_EVERY_S
+            (found,) = self._line.ask(("HKEYS", names_key(self._place.shape)))
+            every = sorted(name.decode() for name in found)
+            replies = self._line.ask(*[self._place.names(name).status() for name in every]) if every else []
+            self._alone = [
+                name for name, reply in zip(every, replies, strict=True) if reply != b"gone" and not reply[7]
+            ]
 
     def _end(self) -> None:
         for port in list(self._ports):

@@ -549,6 +549,10 @@ class Names:
         """Return the entry of the script that writes which acknowledges an event that this engine holds."""
         return "a", self._keys[-1], self._engine, member
 
+    def holds(self, member: bytes) -> tuple[Any, ...]:
+        """Ask whether this engine holds an event: the reply is None if not."""
+        return "ZSCORE", f"{self._keys[-1]}:held:{self._engine}", member
+
     def again(self, known: Iterable[bytes]) -> tuple[Any, ...]:
         """Ask for what this engine holds beside those members."""
         return self._command("again", *known)

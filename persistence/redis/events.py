@@ -114,7 +114,7 @@ class Arrivals:
 
     def note_arrivals(self) -> None:
         """The stream has new entries: durable triggers may have something to do."""
-        consumers = self._adapter.consumers
+        consumers = self._adapter.durable
         if consumers is not None:
             consumers.note_arrivals()
 

@@ -54,10 +54,8 @@ class Functions:
         self._waiting: deque[Any] = deque()
         """The locks of threads that wait for the claim, in order."""
 
-    def run(self, turn: Turn[A], depth: int, ack: tuple[Any, ...] = ()) -> A:
+    def run(self, turn: Turn[A], depth: int) -> A:
         """Do a turn, and wait until it is done. With an idempotency key it is begun again if the connection was lost.
-
-        `ack`: what acknowledges a delivery with it, if it reads or writes anything (`Names.acknowledging`).
 
         Raises what its function raises; then nothing was stored. Raises Conflict if keys that it reads were changed
         elsewhere in every attempt.
@@ -67,7 +65,7 @@ class Functions:
         ticket = [get_ident()]
         try:
             self._take(ticket)
-            answer = self._repeatedly(turn, depth, ack)
+            answer = self._repeatedly(turn, depth)
             self._give_back(ticket)
             return answer
         except BaseException:
@@ -75,14 +73,14 @@ class Functions:
             certainly(lambda: self._give_back(ticket))
             raise
 
-    def _repeatedly(self, turn: Turn[A], depth: int, ack: tuple[Any, ...]) -> A:
+    def _repeatedly(self, turn: Turn[A], depth: int) -> A:
         for _ in range(MOST_REPEATS if type(turn) is Once else 0):
             try:
-                return self._run(turn, depth, ack)
+                return self._run(turn, depth)
             except StorageError as error:
                 if not isinstance(error.__cause__, ConnectionLost):
                     raise
-        return self._run(turn, depth, ack)
+        return self._run(turn, depth)
 
     # ------------------------------------------------------------------------------------------------ one at a time
 
@@ -120,7 +118,7 @@ class Functions:
 
     # ---------------------------------------------------------------------------------------------------- attempts
 
-    def _run(self, turn: Turn[A], depth: int, ack: tuple[Any, ...]) -> A:
+    def _run(self, turn: Turn[A], depth: int) -> A:
         scope, conflicts = self._scope, 0
         view = scope.view_of_seen()
         while True:
@@ -131,7 +129,7 @@ class Functions:
                     return _numbered(turn, answer, view.replay.revision)
                 if not view.used and not stored:
                     return answer
-                number = scope.call(Commit(view, stored, ack), depth)
+                number = scope.call(Commit(view, stored), depth)
                 if isinstance(number, Replay):
                     view = self._look(turn, view, depth)
                     continue

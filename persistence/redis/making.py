@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scopestate.actors.backlog import Limits
 from scopestate.actors.ports import NO_RULE
-from scopestate.errors import ScopestateError, StorageError
+from scopestate.errors import ScopestateError, StorageError, Unsupported
 from scopestate.ops import turns
 from scopestate.ops.results import SetResult
+from scopestate.ops.transactions import DeliveryBatch
 from scopestate.ops.turns import NO_DEADLINE, Change, Effects, NewDeadline, Turn, changes_in
 from scopestate.ops.writes import Expire, SetWith
 from scopestate.persistence.redis.calls import ONE_STEP, Behind, Call, Command, Pause
@@ -245,8 +246,7 @@ class CommandMaker:
         turn = call.message
         if type(turn) is Commit:
             call.view = turn.view
-            entry = self._stored_entry(call, turn.view, (turn.stored, None), known, kept, alone=alone)
-            return [*turn.ack, *entry] if turn.ack else entry
+            return self._stored_entry(call, turn.view, (turn.stored, None), known, kept, alone=alone)
         if turn.writes and self._ahead_ms is not None:
             values: dict[str, Known] = {}
             is_fresh = call.looked is not None
@@ -305,7 +305,13 @@ class CommandMaker:
             if small is not None:
                 return small
         index = self._kept_index(call.message, kept)
-        return entry_for(view, stored, index)
+        entry = entry_for(view, stored, index)
+        turn = call.message
+        if type(turn) is not DeliveryBatch:
+            return entry
+        if turn.fence.setdefault("won", "turn") != "turn":
+            raise Unsupported("the transaction of a delivery", "its attempt has ended before its turn came")
+        return [*turn.acks, *entry]  # with what acknowledges its delivery
 
     def _entry_view(self, known: dict[str, Known], now_ms: int) -> EntryView:
         return EntryView(self.name, self._store.store_id, self._limits, self._scope.rule, known, now_ms)

@@ -182,6 +182,8 @@ class RedisPort(ConsumerPort):
         self._outcomes: list[tuple[int, tuple[Any, ...]]] = []
         self._pace = Pace()
         self._pause = ""
+        self._is_full = self._has_failed = False
+        """True: the last call of `fetch` found no room; an operation has failed, and the runtime may wait for that."""
         self.stopping = False
         self.is_over = False
         """True once it holds nothing, and takes nothing any more."""
@@ -196,7 +198,7 @@ class RedisPort(ConsumerPort):
     def join(self, begin: Begin) -> None:
         """Make the consumer if there is none. Raises StorageError."""
         trigger = self._trigger
-        store, made = self._line.ask(*self._joining(begin, trigger))[-2:]
+        store, made = self._ask(*self._joining(begin, trigger))[-2:]
         self._base = int(store)
         if made == 2:
             self._report_loss("its group was gone")
@@ -226,8 +228,10 @@ class RedisPort(ConsumerPort):
 
     def fetch(self, most: int) -> list[Held]:
         with self._exclusive:
+            self._send_outcomes()  # they make room
             for _ in range(10):
                 most = min(most, self._room())
+                self._is_full = most <= 0
                 if self.stopping or most <= 0:
                     return []
                 found, more = self._fetch(most)
@@ -279,6 +283,14 @@ class RedisPort(ConsumerPort):
             raise StorageError(f"delivery {self.name}:{position} is no longer this engine's: it took too long")
         return self._names.acknowledging(member)
 
+    def is_acknowledged(self, position: int) -> bool:
+        member = self._held.get(position)
+        if member is None:
+            return True
+        with self._exclusive:
+            (score,) = self._ask(self._names.holds(member))
+        return score is None
+
     def mark(self) -> int:
         return self._lives * _MARKS + self._place.published()
 
@@ -288,7 +300,7 @@ class RedisPort(ConsumerPort):
 
     def status(self) -> ConsumerStatus:
         with self._exclusive:
-            (reply,) = self._line.ask(self._names.status())
+            (reply,) = self._ask(self._names.status())
         status = status_of(self.name, reply)
         if status is None:
             raise StorageError(f"consumer {self.name!r} is not in Redis: it was forgotten, or flushed")
@@ -296,7 +308,7 @@ class RedisPort(ConsumerPort):
 
     def pause(self, why: str) -> None:
         with self._exclusive:
-            self._line.ask(self._names.pause(why))
+            self._ask(self._names.pause(why))
             self._pause = why
 
     def paused(self) -> str | None:
@@ -313,6 +325,11 @@ class RedisPort(ConsumerPort):
     def has_outcomes(self) -> bool:
         return bool(self._outcomes)
 
+    @property
+    def has_failed(self) -> bool:
+        """True if an operation has failed, and none of the keeper's was done since."""
+        return self._has_failed
+
     def wake(self) -> None:
         """There may be events."""
         self._wake()
@@ -324,13 +341,17 @@ class RedisPort(ConsumerPort):
             self.next_beat = time.monotonic() + self.beat_s
             if self.stopping:
                 self._give_back()
+            may_go_on = self._has_failed or (self._is_full and self._room() > 0)
+            self._has_failed = False
+        if may_go_on:
+            self._wake()
 
     def leave(self) -> None:
         """The engine closes: say what has ended, and give everything else back. Raises StorageError."""
         with self._exclusive:
             self._send_outcomes()
             self._unnote()
-            self._line.ask(self._names.leave())
+            self._ask(self._names.leave())
             self._drop_all()
             self.is_over = True
         self._line.close()
@@ -341,6 +362,14 @@ class RedisPort(ConsumerPort):
         self._line.close()
 
     # ------------------------------------------------------------------------------------------------ under the lock
+
+    def _ask(self, *commands: tuple[Any, ...]) -> list[Any]:
+        try:
+            return self._line.ask(*commands)
+        except StorageError:
+            self._has_failed = True
+            self._ring()
+            raise
 
     @property
     def _wait_ms(self) -> int:
@@ -357,8 +386,9 @@ class RedisPort(ConsumerPort):
 
     def _note(self, noted: list[tuple[bytes, int]]) -> list[int]:
         """Note attempts, and next to them those that will begin soon. Return the positions of those that are gone."""
-        # An attempt that was begun before, and did not end, may be what has ended an engine: it is noted alone.
-        others = NOTES_AT_ONCE - 1 if all(attempt == 1 for _, attempt in noted) else 0
+        # Alone, if the handler is slow. And one that has begun before, and not ended, may be what has ended an engine.
+        is_quick = self._pace.ahead() >= NOTES_AT_ONCE
+        others = NOTES_AT_ONCE - 1 if is_quick and all(attempt == 1 for _, attempt in noted) else 0
         for position, attempts in itertools.islice(list(self._next.items()), others):
             member = self._held.get(position)
             if member is not None and not attempts and position not in self._noted:
@@ -366,7 +396,7 @@ class RedisPort(ConsumerPort):
                 self._noted[position] = None
         outcomes = self._outcomes[:_MOST_OUTCOMES]
         names, said = self._names, [said for _, said in outcomes]
-        *ended, reply = self._line.ask(
+        *ended, reply = self._ask(
             *([names.ended(self._wait_ms, said)] if said else []), names.began(self._wait_ms, noted)
         )
         gone = self._sent(outcomes, ended[0]) if ended else []
@@ -374,14 +404,13 @@ class RedisPort(ConsumerPort):
 
     def _fetch(self, most: int) -> tuple[list[Held], bool]:
         names, trigger = self._names, self._trigger
-        self._send_outcomes()
         found: list[Held] = []
         if self._line.breaks != self._breaks:
             breaks = self._line.breaks
-            (rows,) = self._line.ask(names.again(list(self._held.values())))
+            (rows,) = self._ask(names.again(list(self._held.values())))
             self._breaks = breaks
             found = self._taken(rows)
-        (reply,) = self._line.ask(names.fetch(self._wait_ms, most, trigger.order, trigger))
+        (reply,) = self._ask(names.fetch(self._wait_ms, most, trigger.order, trigger))
         if self._line.breaks != self._breaks:
             return found, True  # the reply to the first attempt was lost, with what it gave
         if reply == b"gone":
@@ -420,7 +449,7 @@ class RedisPort(ConsumerPort):
         while self._outcomes or always:
             always = False
             sent = self._outcomes[:_MOST_OUTCOMES]
-            (reply,) = self._line.ask(self._names.ended(self._wait_ms, [said for _, said in sent]))
+            (reply,) = self._ask(self._names.ended(self._wait_ms, [said for _, said in sent]))
             gone = self._sent(sent, reply)
             if gone:
                 self._lost(gone)
@@ -451,11 +480,11 @@ class RedisPort(ConsumerPort):
         free = [member for member in list(self._held.values()) if _lane_of(member) not in busy]
         if free:
             self._unnote()
-            (reply,) = self._line.ask(self._names.ended(self._wait_ms, [("p", member) for member in free]))
+            (reply,) = self._ask(self._names.ended(self._wait_ms, [("p", member) for member in free]))
             if reply != b"gone":
                 self._drop(free)
         if not self._held:
-            self._line.ask(self._names.leave())
+            self._ask(self._names.leave())
             self.is_over = True
             self._line.close()
 
@@ -478,7 +507,7 @@ class RedisPort(ConsumerPort):
         """Take back the notes of attempts that have not begun."""
         noted = [self._held[position] for position in list(self._noted) if position in self._held]
         if noted:
-            self._line.ask(self._names.ended(self._wait_ms, [("r", member, 0, 0, 0, "") for member in noted]))
+            self._ask(self._names.ended(self._wait_ms, [("r", member, 0, 0, 0, "") for member in noted]))
             self._noted.clear()
 
     def _begin_anew(self) -> list[int]:
@@ -487,7 +516,7 @@ class RedisPort(ConsumerPort):
         self._outcomes.clear()
         self._lives += 1
         self._report_loss("it was gone (flushed, or forgotten)")
-        _, base, _ = self._line.ask(*self._joining(Begin("earliest"), self._trigger))
+        _, base, _ = self._ask(*self._joining(Begin("earliest"), self._trigger))
         self._base = int(base)
         return positions
 

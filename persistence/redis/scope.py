@@ -17,7 +17,7 @@ from scopestate.actors.turn import BUSY
 from scopestate.actors.wheel import NEVER
 from scopestate.errors import ScopestateError, StorageError, Unsupported, WouldDeadlock
 from scopestate.ops.ranges import DeleteRange, Entries, ReadPage, State
-from scopestate.ops.transactions import Batch, SetAll, Transact
+from scopestate.ops.transactions import Batch, DeliveryBatch, SetAll, Transact
 from scopestate.ops.turns import Change, Delete, Get, Items, List, Set, Turn, Update
 from scopestate.ops.writes import (
     CompareAndSet,
@@ -52,7 +52,7 @@ _WITHOUT_REVISIONS: Final = frozenset({Set, Get, Delete, Update, List, Items, Be
 _NEED_REVISIONS: Final = frozenset(
     {
         *(SetWith, UpdateWith, DeleteWith, CompareAndSet, Modify, GetEntry, Ttl, Touch, Expire, Once),
-        *(Batch, SetAll, Transact, Entries, ReadPage, State, DeleteRange),
+        *(Batch, DeliveryBatch, SetAll, Transact, Entries, ReadPage, State, DeleteRange),
     }
 )
 _INDEX_ATTEMPTS: Final = 20

@@ -131,8 +131,6 @@ class Commit(Turn[Any], frozen=True):
     view: EntryView
     """What was read."""
     stored: tuple[Stored, ...]
-    ack: tuple[Any, ...] = ()
-    """The script's entry that acknowledges a delivery in the same step; (): none is."""
 
     @property
     def keys(self) -> tuple[str, ...]:
