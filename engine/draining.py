@@ -48,11 +48,8 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
     A barrier goes through the router and every handler, behind the waiting events. A handler may fire an event behind
     the barrier, so this is repeated until no handler has fired in two rounds in a row: the second barrier is behind
     everything that a handler had begun to fire when the first one started. Events that come through Redis are waited
-    for first. With `delivery: each` these are the events of this engine's own writes. With `one`, if there is a trigger
-    here, it is until engines of the group have taken all events; another engine may then still be handling some.
-
-    For durable triggers everything is saved first: StorageError is raised if that fails. A retry of theirs that is due
-    within a second is waited for, but not one that is due later, nor what waits behind it; nor for a paused consumer.
+    for first: those of this engine's own writes. A durable trigger there may have given some of them to another engine,
+    which may still be handling them.
     """
     if event_depth.get():
         raise WouldDeadlock("drain() in a handler would wait for that handler to end")

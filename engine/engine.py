@@ -492,8 +492,8 @@ class Engine(Reactive, StateCalls):
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every event fired so far has been handled, and every event that those handlers fired.
 
-        Redis with `events: shared`: it waits for the events of this engine's own writes; with `delivery: one`, other
-        engines of the group may have taken some of them and still be handling those (docs/from-one-process-to-many.md).
+        Redis with `events: shared`: it waits for the events of this engine's own writes; other engines that have the
+        same durable trigger may have some of them, and still be handling those (docs/from-one-process-to-many.md).
         Bridge with `events: remote`: it waits for the events that have arrived. With durable triggers everything is
         saved first; a retry of theirs is waited for if it is due within a second.
 

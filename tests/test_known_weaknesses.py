@@ -548,10 +548,10 @@ def test_semantics_8_36_a_change_made_through_one_engine_fires_in_the_others_too
 
 
 def test_semantics_8_36_of_engines_that_share_the_work_exactly_one_fires(open_redis: Open) -> None:
-    engines = [open_redis(events="shared", delivery="one") for _ in range(2)]
+    engines = [open_redis(events="shared") for _ in range(2)]
     seen = Seen()
     for engine in engines:
-        engine.on_change(scope="s")(seen)
+        engine.on_change(scope="s", durable="work")(seen)
     for number in range(50):
         engines[number % 2].set("s", "k", number)
 

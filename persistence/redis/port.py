@@ -287,8 +287,11 @@ class RedisPort(ConsumerPort):
         member = self._held.get(position)
         if member is None:
             return True
-        with self._exclusive:
-            (score,) = self._ask(self._names.holds(member))
+        try:
+            with self._exclusive:
+                (score,) = self._ask(self._names.holds(member))
+        except StorageError:
+            return False  # the next attempt finds out: it cannot be noted then
         return score is None
 
     def mark(self) -> int:

@@ -141,9 +141,7 @@ def check(
         values[key].append(value)
     for key, sequence in values.items():
         wrong += [
-            f"key {key}: {later} was begun before {earlier}"
-            for later, earlier in pairwise(sequence)
-            if earlier < later
+            f"key {key}: {later} was begun before {earlier}" for later, earlier in pairwise(sequence) if earlier < later
         ]
         if final.get(key) is not None and sequence[-1] != final[key]:
             wrong.append(f"key {key} is {final[key]}, and the last event was {sequence[-1]}")

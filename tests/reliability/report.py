@@ -137,11 +137,11 @@ ROWS: Final = (
     ),
     Row(
         "An engine is killed that shares a Redis with others",
-        "Each write that it acknowledged is there, of those under way all or nothing; the others go on. With "
-        "`delivery: one` the events that it held go to another engine.",
+        "Each write that it acknowledged is there, of those under way all or nothing; the others go on. "
+        "The durable deliveries that it held go to another engine.",
         (
             "redis/test_crashes.py::test_a_killed_process_loses_nothing_acknowledged_leaves_nothing_half_and_others_go_on",
-            "redis/test_one_delivery.py",
+            "redis/test_durable.py",
         ),
         ("Redis: engines killed",),
     ),
@@ -160,7 +160,7 @@ ROWS: Final = (
     Row(
         "A reader of shared events is away, or their stream is trimmed or flushed",
         "Each event once for each engine, in order; what is missing is counted, logged and in `health()`.",
-        ("redis/test_shared_events.py", "redis/test_one_delivery.py"),
+        ("redis/test_shared_events.py", "redis/test_durable.py"),
     ),
     Row(
         "Processes race on the same keys in Redis",
