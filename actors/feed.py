@@ -165,9 +165,13 @@ class Feed:
             return woken  # it came before, and its reader was interrupted then
         event = make() if self._interests and self.is_wanted(scope) else None
         self.position = position
-        events = [] if event is None else [event]
-        self.entered += len(events)
-        self._enter(events, woken)
+        events: list[StateEvent] = []
+        if event is not None:
+            events.append(event)
+            self.entered += 1
+            fed = self._scopes.get(scope) or self._make_scope(scope)
+            fed.begins_at(event.revision - 1)
+            self._enter(fed, events, woken)
         self._show(events, woken)
         self._forget_dropped()
         return woken

@@ -55,6 +55,10 @@ class Side:
     def begin(self, *held: Held) -> None:
         self.port.began([(one.event.position, one.attempts + 1) for one in held])
 
+    def is_quick(self) -> None:
+        """Let its handler be one that ends many deliveries in a moment."""
+        self.port._pace.ended = 10_000
+
     def close(self) -> None:
         self.consumers.close()
         self.backend.close()
@@ -100,6 +104,7 @@ def test_what_an_engine_held_too_long_is_told_as_lost_and_its_outcome_does_not_c
     one, two = side("one"), side("two")
     one.write("a", "b")
     held = one.port.fetch(100)
+    one.is_quick()
     one.begin(held[0])
     valkey.ask("ZADD", "scopestate:consumer:state::c:engines", 1, "one")
     taken = two.port.fetch(100)
@@ -162,7 +167,10 @@ def test_a_closed_engine_gives_back_everything_at_once(side: Callable[..., Side]
 def test_what_may_have_ended_an_engine_is_noted_alone(side: Callable[..., Side], valkey: Server) -> None:
     one, two = side("one"), side("two")
     one.write("a", "b", "c")
-    one.begin(one.port.fetch(100)[0])
+    (first, *_) = one.port.fetch(100)
+    one.is_quick()
+    two.is_quick()
+    one.begin(first)
     valkey.ask("ZADD", "scopestate:consumer:state::c:engines", 1, "one")
     again = two.port.fetch(100)
     assert [each.attempts for each in again] == [1, 1, 1]
