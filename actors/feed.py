@@ -156,7 +156,7 @@ class Feed:
         deliver_to(watchers)
 
     def arrive(self, scope: str, position: int, make: Callable[[], StateEvent | None]) -> None:
-        """Enter a change that was numbered elsewhere, in order. `make` makes its event, if somebody wants it."""
+        """Enter a change that was numbered elsewhere, in order. `make` makes its event, if it is wanted."""
         deliver_to(self._exclusive.run(self._arrive, scope, position, make))
 
     def _arrive(self, scope: str, position: int, make: Callable[[], StateEvent | None]) -> list[Watcher]:

@@ -334,7 +334,7 @@ def _letters_of(name: str, rows: Sequence[Any], base: int) -> Iterator[DeadLette
 
 
 def _named(letter_id: str) -> tuple[str, int]:
-    """Return consumer and position of a letter's id; no consumer if it is none."""
+    """Return consumer and position of a letter's id; no consumer if it is not one."""
     name, _, position = letter_id.rpartition(":")
     return (name, int(position)) if position.isascii() and position.isdigit() else ("", 0)
 
