@@ -204,8 +204,9 @@ def test_a_key_of_another_type_is_named_and_those_of_the_events_only_where_they_
     assert "at 'state:x' or 'scopestate:side:{state:x}' is not what scopestate keeps there; nothing was written" in (
         text_of(lambda: local.set("x", "k", 1))
     )
-    assert f"'{stream}', '{counter}' or 'scopestate:limit:state:' is not what scopestate keeps there; nothing was written" in (
-        text_of(lambda: shared.set("o", "k", 1))
+    assert (
+        f"'{stream}', '{counter}' or 'scopestate:limit:state:' is not what scopestate keeps there; nothing was written"
+        in (text_of(lambda: shared.set("o", "k", 1)))
     )
 
 
