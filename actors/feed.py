@@ -20,7 +20,7 @@ from scopestate.actors.containment import Log, contained
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.fed_scope import FedScope, Hold
 from scopestate.actors.interests import Interest, Interests, What
-from scopestate.actors.journal import Gone, History, Journal, Past, Rules
+from scopestate.actors.journal import History, Journal, Past, Rules
 from scopestate.actors.ports import Durability
 from scopestate.actors.watcher import Watcher, changes_of
 from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor
@@ -140,15 +140,14 @@ class Feed:
         self.begin_anew(store_id, epoch, position, "")
 
     @exclusive
-    def begin_anew(self, store_id: str, epoch: int, position: int, why: Gone | Literal["other store", ""]) -> None:
+    def begin_anew(self, store_id: str, epoch: int, position: int, why: str) -> None:
         """The changes go on behind this position, and what came before is not complete. Watches end with the reason."""
         self.store_id, self.epoch, self.position = store_id, epoch, position
         self.cursors = ManyCursors(store_id, epoch)
         self._ring.clear()
         self._ring_bytes = 0
         self._floor = self._shown = position
-        for interest in self._interests.values():
-            interest.began = position
+        self._interests.begin_at(position)
         watchers = self.watchers()
         self._scopes.clear()
         for watcher in watchers if why else ():
@@ -163,7 +162,7 @@ class Feed:
         woken: list[Watcher] = []
         if position <= self.position:
             return woken  # it came before, and its reader was interrupted then
-        event = make() if self._interests and self.is_wanted(scope) else None
+        event = make() if self.is_wanted(scope) else None
         self.position = position
         events: list[StateEvent] = []
         if event is not None:

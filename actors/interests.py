@@ -84,6 +84,11 @@ class Interests:
         """Return the numbers of the durable triggers that want the changes of a scope."""
         return [one.consumer for one in self.durable if one.consumer is not None and one.wants(scope)]
 
+    def begin_at(self, position: int) -> None:
+        """What was entered before this position is not complete."""
+        for interest in self._all.values():
+            interest.began = position
+
     def unused(self) -> list[Interest]:
         """Return the interests that have no user any more."""
         return [one for one in self._all.values() if not one.users]

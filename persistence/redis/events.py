@@ -11,12 +11,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.handler import HandlerActor
-from scopestate.actors.journal import Gone
 from scopestate.actors.router import EventRouter
 from scopestate.errors import NotConnected, StorageError
 from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target, pack
@@ -108,7 +107,7 @@ class Arrivals:
         base = self._reader.life.base
         self._router.feed.arrive(event.scope, base + event.number, lambda: state_event_of(entry_id, fields, base))
 
-    def begin_anew(self, life: Life, number: int, why: Gone | Literal["other store", ""]) -> None:
+    def begin_anew(self, life: Life, number: int, why: str) -> None:
         """The events go on behind this number, and those before are not complete: watches end with the reason."""
         self._router.feed.begin_anew(self._adapter.store_of(life), life.epoch, life.base + number, why)
 
