@@ -46,6 +46,8 @@ MOST_UNSAVED_BYTES: Final = 256 << 20
 """If so much waits, because saving is slow or fails, writers wait."""
 MOST_INCOMING: Final = 10_000
 """Changes that may wait for their positions, where nothing else needs them."""
+SOONEST_S: Final = 1.0
+"""The shortest pause between two looks for watches that have ended."""
 LINGER_S: Final = 60.0
 """So long a scope stays fed after the last watch of it, for a watch that comes back with its cursor."""
 
@@ -557,6 +559,7 @@ class Feed:
         watcher.owner = weakref.ref(owner, lambda _: dropped.append(watcher))
         watcher.interest = self.want(watcher.scope, watcher.scope_prefix)
         self._exclusive.run(self._add, watcher)
+        self._arm(LINGER_S)  # it may be dropped without a close
 
     def _add(self, watcher: Watcher) -> None:
         if watcher.scope is None:
@@ -618,7 +621,9 @@ class Feed:
         for interest in gone:
             self._end_interest(interest)
         left = [one.ended_s + LINGER_S - now_s for one in unused if one not in gone]
-        return gone, min(left) if left else None
+        if len(gone) < len(unused) or self.watchers():
+            left.append(LINGER_S)
+        return gone, max(min(left), SOONEST_S) if left else None
 
     @exclusive
     def from_ring(self, watcher: Watcher, cursor: ScopeCursor | ManyCursor) -> list[StateEvent] | None:

@@ -17,6 +17,7 @@ from watching import PATIENCE_S, Gate, GatedStore, LoopThread
 
 from scopestate import Change, Compacted, Engine, StateEvent, WatchOverrun
 from scopestate.actors import feed as feed_module
+from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.errors import DeserializationError, EngineClosed, InvalidCursor, StorageError, WouldDeadlock
 from scopestate.ops.cursors import read_cursor
 from scopestate.watching import Changes
@@ -675,6 +676,32 @@ def test_a_watch_that_nothing_refers_to_is_forgotten(engine: Engine) -> None:
     assert here() is None
     engine._router.feed.forget_unused()
     assert engine._router.feed.watchers() == []
+
+
+def test_scopes_are_fed_no_longer_a_while_after_their_watch_was_dropped() -> None:
+    dispatcher = DeterministicDispatcher(1, switch=0, busy=0)
+    with Engine(dispatcher=dispatcher) as engine:
+        changes = engine.scope("s").watch()
+        engine.set("s", "k", 1)
+        assert engine._scopes["s"]._watch.fed
+        del changes
+        gc.collect()
+        dispatcher.advance(3 * feed_module.LINGER_S)
+        assert not engine._scopes["s"]._watch.fed
+
+
+def test_a_history_in_memory_keeps_changes_although_nothing_watches(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "LINGER_S", 0.0)
+    engine = open_engine(scopes=[{"name": "s", "history": {}}])
+    with engine.scope("s").watch() as changes:
+        cursor = changes.cursor
+    engine._router.feed.forget_unused()
+    for number in range(5):
+        engine.set("s", "k", number)
+    with engine.scope("s").watch(since=cursor) as changes:
+        assert [changes.get(PATIENCE_S).value for _ in range(5)] == list(range(5))
 
 
 def test_a_passivated_scope_stays_watched(open_file_store: OpenEngine) -> None:
