@@ -61,6 +61,7 @@ class AgainstADisk(RuleBasedStateMachine):
         self.events: set[int] = set()
         self.over: set[int] = set()
         self.joined: set[int] = set()
+        self.held: set[int] = set()
         self.start()
 
     def start(self) -> None:
@@ -70,6 +71,7 @@ class AgainstADisk(RuleBasedStateMachine):
             assert self.progress.held(event(position)).event.position == position
         self.fetched = set(self.open)
         self.joined = set()
+        self.held = {position for position, pending in self.disk.pending.items() if pending.held}
         self.unsaved: ConsumerChange | None = None
 
     @rule(count=st.integers(1, 4))
@@ -101,19 +103,21 @@ class AgainstADisk(RuleBasedStateMachine):
         unknown = self.events - self.fetched - self.over
         self.progress.reach(min(unknown) - 1 if unknown else self.position)
 
-    @precondition(lambda self: self.open)
+    @precondition(lambda self: self.open - self.held)
     @rule(data=st.data(), verdict=st.sampled_from(["done", "done", "retry", "dead", "held"]))
     def end(self, data: st.DataObject, verdict: str) -> None:
-        position = data.draw(st.sampled_from(sorted(self.open)))
+        position = data.draw(st.sampled_from(sorted(self.open - self.held)))
+        if verdict == "held" and position not in self.joined:
+            self.held.add(position)
         self.progress.end(Outcome(position, verdict, 1, 1, 1, "e", "t", event(position)), 9)  # type: ignore[arg-type]
         if position not in self.joined and verdict in ("done", "dead"):
             self.open.discard(position)
             self.over.add(position)
 
-    @precondition(lambda self: self.open - self.joined)
+    @precondition(lambda self: self.open - self.joined - self.held)
     @rule(data=st.data())
     def join(self, data: st.DataObject) -> None:
-        position = data.draw(st.sampled_from(sorted(self.open - self.joined)))
+        position = data.draw(st.sampled_from(sorted(self.open - self.joined - self.held)))
         self.progress.join(position)
         self.joined.add(position)
 
@@ -141,7 +145,7 @@ class AgainstADisk(RuleBasedStateMachine):
     def collect_and_end(self) -> None:
         """An outcome comes while a save is being written."""
         change = self.progress.change()
-        ended = sorted(self.open - self.joined)[:1]
+        ended = sorted(self.open - self.joined - self.held)[:1]
         for position in ended:
             self.progress.end(Outcome(position, "done"), 9)
             self.open.discard(position)
