@@ -64,6 +64,7 @@ class DeterministicDispatcher:
         self._switch = switch
         self._busy = busy
         self._random = random.Random(seed)
+        self._random_apart = random.Random(f"{seed}, apart")
         self._owner = get_ident()
         self._now = 0.0
         self._wall_s = wall_s
@@ -145,7 +146,7 @@ class DeterministicDispatcher:
         actor.batch = 1
         if self._switch and isinstance(actor, Attempts):
             # As if its function were found to block: other turns may then go on beside the next calls.
-            actor.apart = actor.apart or self._random.random() < self._switch
+            actor.apart = actor.apart or self._random_apart.random() < self._switch
         self._add(actor.name, actor.run_batch)
 
     def schedule_next(self, actor: TurnActor) -> None:

@@ -456,7 +456,7 @@ class DurableHandler(HandlerActor):
                 self._take_back(attempt)
         counted = attempt.counted
         if counted in ("delivered", "skipped"):
-            run.outcome = counted  # counted by the turn that hears of it
+            run.outcome = counted  # the turn counts it
         elif counted:
             self._note(counted)
         return attempt.pause
