@@ -248,15 +248,9 @@ class Trimmer:
             rows = work.rows(_SWEEP, after=after, upto=low, limit=_PAGE)
             self._learn(work, rows)
             kept, pending = self._kept, work.pending
-            work.remove(
-                [
-                    row
-                    for row in rows
-                    if kept[row.scope].history is None
-                    and kept[row.scope].group == group
-                    and row.position not in pending
-                ]
-            )
+            free = {number for number in {row.scope for row in rows} if kept[number] == _Kept(group, None)}
+            gone = [row for row in rows if row.scope in free and row.position not in pending]
+            work.remove(gone, whole=len(gone) == len(rows))
             after = rows[-1].position if len(rows) == _PAGE else low
         if after >= low and not work.is_needed(group):
             self._swept.pop(group, None)  # no consumer: no more of them are written

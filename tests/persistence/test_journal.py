@@ -161,7 +161,7 @@ def test_what_every_consumer_has_done_with_is_removed_and_nothing_else(open_file
     save(adapter, [], [ConsumerChange(quick, done=100), ConsumerChange(slow, done=50, pending=[Pending(20, 1)])])
 
     assert positions(adapter) == [20, *range(52, 101, 2)]
-    assert journal.gone_in_scope("both", 48) == "trimmed"
+    assert journal.gone_in_scope("both", 49) == "trimmed"
     assert journal.gone_in_scope("both", 50) is None
     save(adapter, [], [ConsumerChange(slow, done=100, acked=[20])])
     assert positions(adapter) == []
