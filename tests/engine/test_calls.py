@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conformance import same
+from ids import stable
 from watching import Seen
 
 from scopestate import Engine, ScopestateError, SetResult, UpdateResult, messages, ops
@@ -262,7 +263,7 @@ def nested(levels: int) -> Any:
         (nested(129), "$" + "[0]" * 128),
         (RECURSIVE, "$" + "[0]" * 128),
     ],
-    ids=lambda value: repr(value)[:40],
+    ids=lambda value: stable(value)[:40],
 )
 def test_what_json_cannot_hold_is_refused_with_its_path(value: Any, path: str, engine: Engine) -> None:
     engine.set("s", "k", "before")
@@ -302,7 +303,7 @@ def test_what_json_cannot_hold_is_refused_with_its_path(value: Any, path: str, e
         (5e-324, 5e-324),
         ({"__proto__": 1}, {"__proto__": 1}),
     ],
-    ids=lambda value: repr(value)[:40],
+    ids=lambda value: stable(value)[:40],
 )
 def test_what_json_can_hold_comes_back_with_its_type(value: Any, stored: Any, engine: Engine) -> None:
     result = engine.set("s", "k", value)
@@ -483,7 +484,7 @@ def test_a_message_that_was_told_is_seen_by_the_next_call(engine: Engine) -> Non
     assert engine.get("s", "k") == 2
 
 
-@pytest.mark.parametrize("message", [None, "set", {"type": "set"}, ops.Set("", 1), object()], ids=repr)
+@pytest.mark.parametrize("message", [None, "set", {"type": "set"}, ops.Set("", 1), object()], ids=stable)
 def test_what_is_no_message_is_refused(message: Any, engine: Engine) -> None:
     for call in (engine.ask, engine.tell):
         with pytest.raises(DeserializationError, match="not a message"):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from ids import stable
 from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, SlowUpdate, in_thread
 
 from scopestate import Engine, StateEvent, messages
@@ -267,7 +268,7 @@ def test_a_result_that_is_no_awaitable_is_a_plain_result_whatever_attributes_it_
     assert (seen.keys, failures.all) == (["a", "b"], [])
 
 
-@pytest.mark.parametrize("outcome", [SystemExit, StopIteration, 5, iter([1]), None], ids=str)
+@pytest.mark.parametrize("outcome", [SystemExit, StopIteration, 5, iter([1]), None], ids=stable)
 def test_an_awaitable_that_is_a_bad_one_fails_its_event_alone(outcome: Any, open_engine: Any) -> None:
     failures, seen = Failures(), Seen()
     engine = open_engine(on_error=failures)

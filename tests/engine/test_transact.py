@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ids import stable
 from watching import PATIENCE_S, Gate, Seen, in_steps, in_thread
 
 from scopestate import KEEP, Engine, messages, ops
@@ -179,7 +180,7 @@ def generator(tx: Transaction) -> Any:
     yield tx
 
 
-@pytest.mark.parametrize("function", [coroutine, generator, lambda tx: coroutine(tx), None, 5], ids=str)  # noqa: PLW0108 - one that hides it
+@pytest.mark.parametrize("function", [coroutine, generator, lambda tx: coroutine(tx), None, 5], ids=stable)  # noqa: PLW0108 - one that hides it
 def test_what_is_no_plain_function_is_refused(function: Any, users: Scope) -> None:
     for call in (
         lambda: users.transact(function),

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from ids import stable
 from turns.stored import Limits
 
 from scopestate.errors import BatchTooLarge, DeserializationError, InvalidValue, ValueTooLarge
@@ -165,7 +166,7 @@ REFUSED: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("message", REFUSED, ids=repr)
+@pytest.mark.parametrize("message", REFUSED, ids=stable)
 def test_what_makes_no_sense_never_becomes_a_turn(message: Any) -> None:
     with pytest.raises(DeserializationError) as caught:
         turn_of(message)

@@ -62,6 +62,7 @@ def test_control_frames_are_found_however_the_bytes_come(seed: int) -> None:
         frame(PING, b"x" * 126),
         frame(PING, b"x", fin=False),
     ],
+    ids=["no mask", "a reserved bit", "opcode 3", "opcode 11", "a long ping", "half a ping"],
 )
 def test_what_no_client_may_send_is_refused(bad: bytes) -> None:
     with pytest.raises(BadFrame):
