@@ -268,6 +268,8 @@ class Watched(NamedTuple):
     """True: it ended because the watcher was too slow; what it has not seen comes when it goes on."""
     complete: bool = True
     """True: it was read until nothing more came."""
+    is_mark: bool = False
+    """True: the cursor is that of a mark of many scopes, which may be behind what was saved before a crash."""
 
 
 def watch_violations(truth: Sequence[Change], watched: Watched, wanted: Iterable[int], trimmed: int = 0) -> list[str]:
@@ -279,7 +281,7 @@ def watch_violations(truth: Sequence[Change], watched: Watched, wanted: Iterable
     places = {(*_told(truth[place]),): place for place in wants}
     found: list[str] = []
     if watched.refused is not None:
-        lost = any(truth[place].lost for place in range(watched.since))
+        lost = watched.is_mark or any(truth[place].lost for place in range(watched.since))
         if watched.refused == "lost in a crash" and not lost:
             found.append("resumable: refused as lost in a crash, and nothing was")
         if watched.refused == "trimmed" and watched.since >= trimmed:

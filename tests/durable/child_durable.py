@@ -30,10 +30,9 @@ from typing import Any
 from durable.places import CONSUMERS, EFFECTS, SCOPE, settings_of
 from forking import beside_threads
 
-from scopestate import Delivery, Engine, Retry, StateEvent
+from scopestate import Delivery, Discard, Engine, Retry, StateEvent
 
 SOON = Retry(attempts=1_000, first=0.002, factor=1.5, longest=0.02)
-ONCE = Retry(attempts=1)
 
 
 def say(*words: object) -> None:
@@ -78,14 +77,14 @@ def handlers(engine: Engine, marks: Path) -> None:
             tx.set(key, (tx.get(key) or 0) + 1)
         ended(delivery)
 
-    @engine.on_change(scope=SCOPE, durable="dies", retry=ONCE)
+    @engine.on_change(scope=SCOPE, durable="dies", retry=SOON)
     def dies(event: StateEvent, delivery: Delivery) -> None:
         began(event, delivery)
         mark = marks / f"{event.key}-{event.new_value}"
         if event.new_value % 5 == 0 and not mark.exists():
             mark.touch()  # once: replayed, it is handled
             ended(delivery, "dead")
-            raise RuntimeError("given up")
+            raise Discard("given up")
         ended(delivery)
 
 

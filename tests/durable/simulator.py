@@ -20,7 +20,7 @@ from unittest import mock
 
 import msgspec
 
-from scopestate import Delivery, Engine, Retry, StateEvent, lifecycle
+from scopestate import Delivery, Discard, Engine, Retry, StateEvent, lifecycle
 from scopestate.actors.deterministic import START_S, DeterministicDispatcher
 from scopestate.actors.feed import Feed
 from scopestate.actors.scope import Passivate
@@ -51,7 +51,6 @@ ORDERS: Final = ("interval-orders", "commit-orders")
 EFFECTS: Final = "interval-effects"
 COUNTED: Final = ("a", "b")
 RETRY: Final = Retry(attempts=50, first=0.01, factor=2.0, longest=0.1)
-ONCE: Final = Retry(attempts=1)
 KINDS: Final = {"created": "put", "updated": "put", "deleted": "delete", "expired": "expire"}
 MEMORY: Final = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
@@ -80,6 +79,8 @@ class Watcher:
         self.at = 0
         """The revision, or the position if it watches many scopes, that the cursor stands behind."""
         self.changes: Any = None
+        self._is_mark = True
+        """True: the cursor is not that of a change."""
         self._began = 0
         self._saw: list[tuple[str, str, str, int]] = []
         self._marks: dict[int, int] = {}
@@ -131,7 +132,8 @@ class Watcher:
     def _see(self, change: Any) -> None:
         self.world.note(f"{self.name} sees {change!r}")
         self.cursor = change.cursor
-        if change.kind in ("synced", "progress"):
+        self._is_mark = change.kind in ("synced", "progress")
+        if self._is_mark:
             self.at = max(self.at, change.revision if self.scope is not None else change.position)
             self._marks[len(self._saw)] = self.at
             return
@@ -158,13 +160,15 @@ class Watcher:
 
     def _refused(self, error: Compacted) -> None:
         self.world.note(f"{self.name}: {error}")
-        self._check(Watched(self._place(self.at), (), refused=error.reason))
+        is_mark = self.scope is None and self.world.crashes > 0 and self._is_mark
+        self._check(Watched(self._place(self.at), (), refused=error.reason, is_mark=is_mark))
         self.changes = self.cursor = None
 
     def _end(self, cursor: str | None, *, overrun: bool = False, complete: bool = False) -> None:
         marks = {after: self._place(at) for after, at in self._marks.items()}
         self._check(Watched(self._place(self._began), self._saw, marks, overrun=overrun, complete=complete))
         self.changes.close()
+        self._is_mark = self._is_mark or cursor != self.cursor
         self.changes, self.cursor = None, cursor
 
     def leave(self, *, complete: bool = False) -> None:
@@ -192,7 +196,7 @@ class Handlers:
         scope = world.orders
         engine.on_change(scope=scope, durable="plain", retry=RETRY, start="earliest")(self.plain)
         engine.on_change(scope=scope, durable="counts", retry=RETRY, start="earliest", concurrency=2)(self.counts)
-        engine.on_change(scope=scope, durable="dies", retry=ONCE, start="earliest", order="scope")(self.dies)
+        engine.on_change(scope=scope, durable="dies", retry=RETRY, start="earliest", order="scope")(self.dies)
 
     def _take(self, fact: Fact) -> None:
         self.world.take(fact)
@@ -203,22 +207,22 @@ class Handlers:
         number = event.new_value
         self._take(Began(delivery.consumer, delivery.id, event.scope, event.key, number, delivery.attempt))
 
-    def _fail(self, delivery: Delivery, verdict: str) -> None:
-        self._take(Ended(delivery.consumer, delivery.id, verdict))
-        raise RuntimeError(verdict)
+    def _fail(self, delivery: Delivery) -> None:
+        self._take(Ended(delivery.consumer, delivery.id, "failed"))
+        raise RuntimeError("not yet")
 
     def plain(self, event: StateEvent, delivery: Delivery) -> None:
         """Fail now and then."""
         self._began(event, delivery)
         if self.draw.random() < 0.2 and delivery.attempt < 5:
-            self._fail(delivery, "failed")
+            self._fail(delivery)
         self._take(Ended(delivery.consumer, delivery.id))
 
     def counts(self, event: StateEvent, delivery: Delivery) -> None:
         """Write an effect in the transaction of the delivery."""
         self._began(event, delivery)
-        if self.draw.random() < 0.1 and delivery.attempt < 5:
-            self._fail(delivery, "failed")
+        if self.draw.random() < 0.3 and delivery.attempt < 5:
+            self._fail(delivery)
         with delivery.transaction(EFFECTS) as tx:
             name = f"{event.scope} {event.key} {event.new_value}"
             tx.set(name, (tx.get(name) or 0) + 1)
@@ -229,7 +233,8 @@ class Handlers:
         self._began(event, delivery)
         if event.new_value % 3 == 0 and delivery.id not in self.world.died:
             self.world.died.add(delivery.id)
-            self._fail(delivery, "dead")
+            self._take(Ended(delivery.consumer, delivery.id, "dead"))
+            raise Discard("given up")
         self._take(Ended(delivery.consumer, delivery.id))
 
 
@@ -257,7 +262,7 @@ class World:
         self.died: set[str] = set()
         """Deliveries that were given up once."""
         self._wall_s = START_S
-        self._copies = 0
+        self.crashes = 0
 
     def note(self, text: str) -> None:
         """Add a line to the trace, if there is one."""
@@ -440,8 +445,8 @@ class World:
         engine = self.engine
         assert engine is not None
         self.note("crash")
-        self._copies += 1
-        copy = self.directory.with_name(f"store-{self._copies}")
+        self.crashes += 1
+        copy = self.directory.with_name(f"store-{self.crashes}")
         shutil.copytree(self.directory, copy)
         self.engine = None  # what the end makes of the turns that are cut off tells nothing
         self.dispatcher.kill()
