@@ -1,0 +1,87 @@
+"""One trigger of a worker, many events: several calls are under way, those of one lane never together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from raw import PATIENCE_S
+from serving import OpenRaw
+
+from scopestate import Engine
+
+
+def test_events_of_several_scopes_reach_a_worker_side_by_side_as_many_as_asked(
+    connect: OpenRaw, engine: Engine
+) -> None:
+    worker = connect()
+    worker.register("on")
+    worker.trigger("on", {"concurrency": 3})
+    for number in range(6):
+        engine.set(f"s{number}", "k", number)
+
+    calls = [worker.take("on") for _ in range(3)]
+    assert [call["data"]["new_value"] for call in calls] == [0, 1, 2]
+    worker.settle()  # a fourth one has not come
+    worker.answer(calls[1])
+    calls.append(worker.take("on"))
+    assert calls[3]["data"]["new_value"] == 3
+    worker.settle()
+    for call in (calls[3], calls[0], calls[2]):
+        worker.answer(call, error={"code": "c", "message": "m"})
+    for _ in range(2):
+        worker.answer(worker.take("on"))
+    engine.drain(timeout=PATIENCE_S)
+    stats = engine.stats()
+    assert (stats.deliveries, stats.failures) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "together"),
+    [
+        ({}, ["a1", "c1"]),
+        ({"order": "scope"}, ["a1", "c1"]),
+        ({"order": "key"}, ["a1", "b1", "c1"]),
+        ({"order": "none"}, ["a1", "a2", "b1", "c1"]),
+        ({"order": "trigger"}, ["a1"]),
+    ],
+)
+@pytest.mark.parametrize("condition", [None, "app::yes"])
+def test_a_worker_gets_what_its_order_allows(
+    config: dict[str, Any], together: list[str], condition: str | None, connect: OpenRaw, engine: Engine
+) -> None:
+    engine.register_function("app::yes", lambda event: True)
+    worker = connect()
+    worker.register("on")
+    worker.trigger("on", config if condition is None else {**config, "condition_function_id": condition})
+    for scope, key, value in (("x", "a", "a1"), ("x", "a", "a2"), ("x", "b", "b1"), ("y", "c", "c1")):
+        engine.set(scope, key, value)
+
+    calls = [worker.take("on") for _ in together]
+    assert sorted(call["data"]["new_value"] for call in calls) == together
+    worker.settle()
+    seen = [call["data"]["new_value"] for call in calls]
+    for call in calls:
+        worker.answer(call)
+    for _ in range(4 - len(together)):
+        call = worker.take("on")
+        seen.append(call["data"]["new_value"])
+        worker.answer(call)
+    engine.drain(timeout=PATIENCE_S)
+    assert sorted(seen) == ["a1", "a2", "b1", "c1"]
+    assert seen.index("a1") < seen.index("a2")
+
+
+def test_when_a_worker_leaves_what_it_had_fails_and_what_waited_is_dropped(connect: OpenRaw, engine: Engine) -> None:
+    worker = connect()
+    worker.register("on")
+    worker.trigger("on", {"concurrency": 2})
+    for number in range(5):
+        engine.set(f"s{number}", "k", number)
+    for _ in range(2):
+        worker.take("on")
+    worker.socket.close()
+
+    engine.drain(timeout=PATIENCE_S)
+    stats = engine.stats()
+    assert (stats.deliveries, stats.failures + stats.dropped) == (0, 5)
