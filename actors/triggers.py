@@ -370,11 +370,12 @@ class TriggerTable:
             group = self._group(prefix)
             group.drop(trigger)
             if group.is_idle():
-                self._by_scope_prefix.pop(prefix)
                 for name, watchers in list(self._by_scope.items()):
                     if name.startswith(prefix):
                         watchers.groups = tuple([other for other in watchers.groups if other is not group])
                         watchers.settle()
+                # Last: if a signal handler raises before, the next registration finds the group, and links it again.
+                self._by_scope_prefix.pop(prefix)
         else:
             self._anywhere.drop(trigger)
 

@@ -217,16 +217,19 @@ def test_the_very_first_write_interrupted_at_any_opcode_still_gets_its_event_out
             return
 
 
-@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(
+    ("error", "filters"),
+    [*((error, {"scope": "s"}) for error in ERRORS), (ERRORS[0], {"scope_prefix": "s", "prefix": "k"})],
+)
 def test_registering_interrupted_at_any_opcode_can_be_repeated(
-    open_engine: OpenEngine, error: type[BaseException]
+    open_engine: OpenEngine, error: type[BaseException], filters: dict[str, Any]
 ) -> None:
     engine = open_engine()
     seen = Seen()
     engine.register_function("watch", seen)
 
     def register() -> None:
-        engine.register_trigger(function_id="watch", scope="s", trigger_id="t")
+        engine.register_trigger(function_id="watch", trigger_id="t", **filters)
 
     def unregister() -> None:
         engine._router.triggers.unregister("t")
