@@ -36,7 +36,7 @@ from scopestate.config import (
 from scopestate.config.functions import misfit_id
 from scopestate.config.schema import options_of
 from scopestate.durable_triggers import DurableTriggers
-from scopestate.errors import ConfigError, InvalidRegistration
+from scopestate.errors import ConfigError, InvalidRegistration, ScopestateError
 from scopestate.opening import history_of, open_backend, write_rule_of
 from scopestate.ops import polls
 from scopestate.ops.functions import BUILT_IN
@@ -129,10 +129,7 @@ class Parts:
             self.router.triggers.register(trigger)
             return
         if self.consumers is None:
-            raise ConfigError(
-                f"the durable trigger {trigger.durable!r} needs a store that outlives the process: give the adapter kv "
-                "`store_method: file_based`, or the adapter redis `events: shared` (no cluster); or leave out `durable`"
-            )
+            raise ConfigError(_no_store_for(trigger.durable))
         self.consumers.register(trigger)
 
     def _make_scope(self, scope: str) -> ScopeActor:
@@ -150,6 +147,7 @@ class Parts:
 
     def configure(self) -> None:
         """Register the configured functions and triggers, and start saving."""
+        self._check_durable_triggers(self.config)
         self._apply_functions({})
         self._apply_triggers(None)
         self.backend.start(self._around)
@@ -163,6 +161,7 @@ class Parts:
         """Apply what can change now: functions, triggers, limits, the save interval. Raises ConfigError, unchanged."""
         before = self.config
         check_functions(config)
+        self._check_durable_triggers(config)
         self._log_what_waits(before, config)
         set_limits(self.limits, config.limits, self.backend)
         if config.adapter.kv.save_interval_ms != before.adapter.kv.save_interval_ms:
@@ -208,7 +207,14 @@ class Parts:
         new = {trigger.trigger_id: trigger for trigger in configured_triggers(self.config.triggers)}
         for trigger_id, trigger in new.items():
             if old.get(trigger_id) != trigger:
-                self.register(trigger)
+                try:
+                    self.register(trigger)
+                except ScopestateError as error:
+                    if before is None:
+                        raise
+                    # A durable one, whose store failed. The engine runs, and so do the other triggers.
+                    log.error("trigger %r was not changed by the reload: %s", trigger_id, error)  # noqa: TRY400 - the text says it all
+                    continue
                 self._warn_of_unknown_functions(trigger)
         # Triggers that the program has unregistered or replaced are left alone.
         running = {handler.trigger.trigger_id: handler.trigger for handler in self.router.triggers.handlers()}
@@ -216,6 +222,13 @@ class Parts:
             if running.get(trigger_id) == old[trigger_id]:
                 with suppress(InvalidRegistration):  # it was unregistered just now
                     self.router.triggers.unregister(trigger_id)
+
+    def _check_durable_triggers(self, config: Config) -> None:
+        """Raise ConfigError for a durable trigger that this engine cannot have, before anything is changed."""
+        for number, entry in enumerate(config.triggers):
+            if entry.durable is not None and self.consumers is None:
+                key = f"triggers[{number}].durable"
+                raise ConfigError(_no_store_for(entry.durable), file=config.source, key=key)
 
     def _warn_of_unknown_functions(self, trigger: Trigger) -> None:
         """Log a trigger whose function is not registered. That is allowed: it may be registered later."""
@@ -226,6 +239,13 @@ class Parts:
                     trigger.trigger_id,
                     function_id,
                 )
+
+
+def _no_store_for(consumer: str) -> str:
+    return (
+        f"the durable trigger {consumer!r} needs a store that outlives the process: give the adapter kv "
+        "`store_method: file_based`, or the adapter redis `events: shared` (no cluster); or leave out `durable`"
+    )
 
 
 def check_functions(config: Config) -> None:
