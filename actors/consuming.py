@@ -46,6 +46,18 @@ class Held(msgspec.Struct, gc=False):
     """True: it was given up and holds back what is behind it in order, until it is replayed or purged."""
 
 
+class HeldGroup(Held, gc=True):
+    """Several events that are delivered as one: debounced, or in a list. They have one attempt and one outcome."""
+
+    members: list[Held] = []
+    """What each of them was fetched as."""
+
+
+def members_of(item: Held) -> list[Held]:
+    """Return what a delivery acknowledges."""
+    return item.members if isinstance(item, HeldGroup) else [item]
+
+
 class Outcome(msgspec.Struct, frozen=True, gc=False):
     """How an attempt ended."""
 

@@ -7,10 +7,13 @@ import math
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import msgspec
+
 from scopestate.actors.attempts import Pause
-from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, Outcome
+from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, HeldGroup, Outcome, members_of
 from scopestate.actors.containment import Log, contained, described
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import close_unrun, is_awaitable, is_unrun
@@ -18,6 +21,7 @@ from scopestate.actors.handler import HandlerActor
 from scopestate.actors.lanes import NO_LANE, Barrier, Lanes, Run
 from scopestate.actors.loops import OnLoop, Overdue, Pending
 from scopestate.actors.services import HandlerServices
+from scopestate.actors.shapes import EventBatch, Item, Shape, events_of, positions_of
 from scopestate.errors import Conflict, EventLoopDetected, HandlerTimeout, StorageError, Unsupported
 from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater
 from scopestate.ops.results import DeliveryFailure, StateEvent
@@ -74,7 +78,8 @@ class Attempt:
     def __init__(self, handler: DurableHandler, item: Held) -> None:
         self.handler = handler
         self.item = item
-        self.event = item.event
+        self.event: Any = item.event
+        """What the function gets: an event, or a list of events."""
         self.number = item.attempts + 1
         self.due_s = math.inf
         """When it is overdue, by the dispatcher's clock; inf until the function is called."""
@@ -112,6 +117,10 @@ class Attempt:
         """See `Delivery.transaction`."""
         del delivery
         self.refuse_if_over()
+        if isinstance(self.item, HeldGroup):
+            raise Unsupported(
+                "a transaction of several events", "with `debounce` or `batch` a delivery acknowledges more than one"
+            )
         make = self.handler.make_transaction
         if make is None:
             raise Unsupported("a transaction of a delivery", "this engine has no scopes of its own")
@@ -126,6 +135,15 @@ class Attempt:
                 f"the first one acknowledges {self.id!r}: write everything in it, to one scope",
             )
         self.transaction_of = "open"
+
+    def lose(self, lost: frozenset[int]) -> None:
+        """Some deliveries are not this engine's any more. Their outcome does not count."""
+        item = self.item
+        if isinstance(item, HeldGroup):
+            item.members = [one for one in item.members if one.event.position not in lost]
+            self.lost = self.lost or not item.members
+        elif self.position in lost:
+            self.lost = True
 
     @property
     def id(self) -> str:
@@ -168,6 +186,8 @@ class DurableHandler(HandlerActor):
         self._clock = clock
         self._incoming: deque[Held] = deque()
         """Fetched, and not in a lane yet."""
+        self._in_shape: dict[int, Held] = {}
+        """Position -> what is debounced, or waits for its batch."""
         self._attempts: dict[Attempt, None] = {}
         """Those that have begun."""
         self._blocked: dict[int, Run] = {}
@@ -187,6 +207,7 @@ class DurableHandler(HandlerActor):
 
     def replace(self, trigger: Trigger) -> None:
         """Begin, or go on with another trigger of the same name: its function, its filters, its options."""
+        self._note_shape(trigger)
         self.trigger = trigger
         self.active = True
         self.begins_at_once = self.port.notes_at_once
@@ -194,8 +215,9 @@ class DurableHandler(HandlerActor):
 
     def forget(self) -> None:
         """Its consumer is forgotten: nothing that is here counts any more."""
-        held = [run.item.event.position for run in [*self._runs_under_way(), *list(self._aside)]]
-        self.lost(held + [item.event.position for item in self._incoming.copy()])
+        runs = [*self._runs_under_way(), *list(self._aside)]
+        held = [one.event.position for run in runs for one in members_of(run.item)]
+        self.lost(held + list(self._in_shape) + [item.event.position for item in self._incoming.copy()])
 
     def stop(self) -> None:
         """Begin no more attempts. What is running may end; its outcome is noted. Idempotent."""
@@ -204,7 +226,7 @@ class DurableHandler(HandlerActor):
         self.wake_up()
 
     def depth(self) -> int:
-        return len(self._aside) + len(self._incoming)
+        return len(self._aside) + len(self._incoming) + len(self._in_shape)
 
     def is_busy(self) -> bool:
         return bool(self._attempts)
@@ -271,6 +293,8 @@ class DurableHandler(HandlerActor):
         lanes = self._lanes
         if not self._may_begin():
             return False
+        if len(self._in_shape) >= MOST_HELD:
+            return False
         if lanes is None:
             return True
         held = len(lanes.aside)
@@ -288,6 +312,8 @@ class DurableHandler(HandlerActor):
 
     def _may_block_others(self) -> bool:
         lanes = self._lanes
+        if self._shape is not None and self._is_due():
+            return True
         return bool(self._incoming or self._again or (lanes is not None and (lanes.going or lanes.has_ready())))
 
     def tell_taken(self) -> None:
@@ -319,6 +345,8 @@ class DurableHandler(HandlerActor):
                     self._stuck = True
                     return None
                 self._sort_again(lanes)
+            if self._shaped:
+                return self._take_shaped()
             if not incoming and not self._fetch():
                 return None if lanes is self._lanes or self._lanes is None else self._lanes.next_ready()
             item = incoming.popleft()
@@ -333,6 +361,61 @@ class DurableHandler(HandlerActor):
             run.event, run.item = item.event, item
             if self._enter(run):
                 return run
+
+    # ---------------------------------------------------------------------------------------------- debounce and batch
+
+    def _fill(self, shape: Shape, now_s: float) -> None:
+        """Take what was fetched into the shape. What was tried before goes by itself: it may be what ends processes."""
+        incoming = self._incoming
+        while incoming or self._fetch():
+            item = incoming.popleft()
+            position = item.event.position
+            if item.attempts or item.due_ms or item.blocked:
+                self._open_lanes().enter_ready(self._run_of_group(item.event, [item]))
+            elif self.trigger.matches(item.event):
+                self._in_shape[position] = item
+                shape.add(item.event, now_s)
+            else:
+                self._pass_over(position)
+        if self._barriers or len(self._in_shape) >= MOST_HELD:
+            shape.flush()
+
+    def _run_of(self, item: Item) -> Run | None:
+        positions = positions_of(item)  # before some are passed over
+        run = super()._run_of(item)
+        held = [self._in_shape.pop(position) for position in positions if position in self._in_shape]
+        return self._run_of_group(run.event, held) if run is not None and held else None
+
+    def _run_of_group(self, item: Item, members: list[Held]) -> Run:
+        """Return the run of several events, or of one in a list."""
+        run = Run()
+        first = members[0]
+        if self.trigger.batch is not None and not isinstance(item, EventBatch):
+            item = EventBatch([item])
+        run.event = item
+        run.item = HeldGroup(
+            item,  # type: ignore[arg-type]  # a batch has what is asked of an event here
+            max(one.attempts for one in members),
+            first.first_ms,
+            max(one.due_ms for one in members),
+            first.error,
+            any(one.cut_off for one in members),
+            first.blocked,
+            members,
+        )
+        return run
+
+    def passed_over(self, events: list[StateEvent]) -> None:
+        for position in [position for event in events for position in positions_of(event)]:
+            if self._in_shape.pop(position, None) is not None:
+                self._pass_over(position)
+
+    def _pass_over(self, position: int) -> None:
+        """It is not delivered, and needs not be."""
+        self.port.ended((Outcome(position, "done"),))
+        self._note("skipped")
+        if self._barriers:
+            self._discard(position)
 
     def _fetch(self) -> bool:
         """Fetch events if there is room for them. False: there are none."""
@@ -383,8 +466,7 @@ class DurableHandler(HandlerActor):
         """These deliveries are not this engine's any more. From any thread."""
         lost = frozenset(positions)
         for attempt in list(self._attempts):
-            if attempt.position in lost:
-                attempt.lost = True
+            attempt.lose(lost)
         self._lost += (lost,)
         self.wake_up()
 
@@ -392,8 +474,10 @@ class DurableHandler(HandlerActor):
         batch = self._lost[:]
         lost = frozenset[int]().union(*batch)
         self._incoming = deque(item for item in self._incoming if item.event.position not in lost)
+        for position in lost.intersection(self._in_shape):
+            del self._in_shape[position]
         lanes = self._lanes
-        for run in [] if lanes is None else [run for run in lanes.aside if run.item.event.position in lost]:
+        for run in [] if lanes is None else [run for run in lanes.aside if _is_lost(run.item, lost)]:
             self._blocked.pop(run.item.event.position, None)
             if run.paused:
                 self._end(run)
@@ -425,7 +509,9 @@ class DurableHandler(HandlerActor):
         if not attempts:
             return True
         try:
-            self.port.began([(attempt.position, attempt.number) for attempt in attempts])
+            self.port.began(
+                [(one.event.position, attempt.number) for attempt in attempts for one in members_of(attempt.item)]
+            )
         except StorageError as error:
             log.error("consumer %r: an attempt could not be noted, so it waits: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
             return False
@@ -458,7 +544,8 @@ class DurableHandler(HandlerActor):
         if counted in ("delivered", "skipped"):
             run.outcome = counted  # the turn counts it
         elif counted:
-            self._note(counted)
+            for _ in events_of(run.event):
+                self._note(counted)
         return attempt.pause
 
     def _call_first(self, run: Run, attempt: Attempt) -> None:
@@ -471,14 +558,13 @@ class DurableHandler(HandlerActor):
         attempt.due_s = self._dispatcher.monotonic() + trigger.ack_wait
         if attempt.due_s < self._looks_s:
             self.watch(attempt.due_s, trigger.ack_wait)
-        attempt.event = event = item.event.copy()
-        if trigger.metadata_json is not None:
-            event.metadata = trigger.metadata
+        event = item.event
+        attempt.event = self._own_copy(event, trigger)
         if attempt.number == item.attempts:
             self._attempt_ended(attempt, trigger, CutOff(attempt.number))
         elif event.depth > self._services.limits.max_event_depth:
             self._attempt_ended(attempt, trigger, self._loop_cut(trigger, event))
-        elif attempt.lost or not trigger.matches(event):
+        elif attempt.lost or not (isinstance(item, HeldGroup) or trigger.matches(event)):
             self._attempt_ended(attempt, trigger, None, skipped=True)
         elif trigger.condition_function_id is not None:
             run.delivery = self._ask_first(attempt, trigger, trigger.condition_function_id)
@@ -492,6 +578,15 @@ class DurableHandler(HandlerActor):
                     self._attempt_ended(attempt, trigger, None)
                 else:
                     run.delivery = self._await_it(attempt, trigger, result)
+
+    @staticmethod
+    def _own_copy(item: Item, trigger: Trigger) -> Any:
+        """Return an event, or a list of events, that the function may change."""
+        copies = [event.copy() for event in events_of(item)]
+        metadata = trigger.metadata
+        for event in copies:
+            event.metadata = metadata
+        return copies if isinstance(item, EventBatch) else copies[0]
 
     def _lacks_function(self, trigger: Trigger) -> bool:
         """Return whether a function that it calls is not registered: then its events wait, and health reports it."""
@@ -537,15 +632,23 @@ class DurableHandler(HandlerActor):
 
     async def _ask_first(self, attempt: Attempt, trigger: Trigger, condition: str) -> None:
         """Condition, then handler."""
+        call = self.call or (lambda name, one: self._services.functions.get(name).target(one.event))
+        given = attempt.event
+        let_through = list[StateEvent]()
         try:
-            call = self.call or (lambda name, one: self._services.functions.get(name).target(one.event))
-            verdict = call(condition, attempt)
-            if type(verdict) is not bool:
-                verdict = await self._awaited(attempt, condition, verdict)
+            for event in given if isinstance(given, list) else [given]:
+                attempt.event = event
+                verdict = call(condition, attempt)
+                if type(verdict) is not bool:
+                    verdict = await self._awaited(attempt, condition, verdict)
+                if verdict is not False:
+                    let_through.append(event)
         except BaseException as error:  # noqa: BLE001 - as above
+            attempt.event = given
             self._attempt_ended(attempt, trigger, error, function_id=condition)
             return
-        if verdict is False:
+        attempt.event = let_through if isinstance(given, list) else given
+        if not let_through:
             self._attempt_ended(attempt, trigger, None, skipped=True)
             return
         try:
@@ -681,13 +784,25 @@ class DurableHandler(HandlerActor):
     def _report_failure(self, function_id: str, attempt: Attempt, error: BaseException, *, final: bool) -> None:
         if attempt.late and not final:
             return  # it was reported when it became overdue
-        failure = DeliveryFailure(self.trigger.trigger_id, function_id, attempt.event, error, attempt.number, final)
         report = self._services.report
         if isinstance(error, Discard):
             # What the handler has decided is no fault.
             log.warning("event %s is discarded by %r: %s", attempt.id, function_id, described(error))
             report = self._services.tell_hooks
-        contained(lambda: report(failure), "reporting a failed delivery", log)
+        for failure in self._failures(function_id, attempt, error, final=final):
+            contained(partial(report, failure), "reporting a failed delivery", log)
+            report = self._services.tell_hooks  # one line in the log is enough
+
+    def _failures(
+        self, function_id: str, attempt: Attempt, error: BaseException, *, final: bool
+    ) -> list[DeliveryFailure]:
+        """Return the report of each event of an attempt that has failed."""
+        events = events_of(attempt.item.event)
+        trigger_id = self.trigger.trigger_id
+        return [
+            DeliveryFailure(trigger_id, function_id, event, error, attempt.number, final, len(events))
+            for event in events
+        ]
 
     def _pause_when_full(self, attempt: Attempt, trigger: Trigger) -> None:
         """The list of dead letters is full: nothing more is given up, so nothing more is begun."""
@@ -703,7 +818,7 @@ class DurableHandler(HandlerActor):
         """The attempt is over: its lane goes on, or waits."""
         item = attempt.item
         # Before the lane goes on: a save must not have the next one of it without this one.
-        self.port.ended((outcome,))
+        self.port.ended((outcome,) if type(item) is Held else _for_each(outcome, item))
         if outcome.verdict == "retry":
             item.due_ms = outcome.due_ms
             attempt.pause = Pause(max(self.wait_for(item), 0.0))
@@ -738,9 +853,8 @@ class DurableHandler(HandlerActor):
             self._note("timeouts")
             trigger = self.trigger
             error = HandlerTimeout(trigger.function_id, trigger.ack_wait)
-            self._services.reporter.report(
-                DeliveryFailure(trigger.trigger_id, trigger.function_id, attempt.event, error, attempt.number, False)
-            )
+            for failure in self._failures(trigger.function_id, attempt, error, final=False):
+                self._services.reporter.report(failure)
 
     def _overdue_now(self, now_s: float) -> list[Attempt]:
         late: list[Attempt] = []
@@ -761,7 +875,8 @@ class DurableHandler(HandlerActor):
 
     def ended(self, run: Run) -> None:
         if self._barriers:
-            self._discard(run.item.event.position)
+            for one in members_of(run.item):
+                self._discard(one.event.position)
 
     def _discard(self, position: int) -> None:
         """One delivery is over: some barriers may have nothing left to wait for."""
@@ -774,7 +889,8 @@ class DurableHandler(HandlerActor):
     def _look_at_barriers(self) -> None:
         """Let those barriers arrive that have nothing left to wait for. Within the turn."""
         goes_on = self._may_begin()
-        near = self._near() if goes_on else {attempt.position for attempt in list(self._attempts)}
+        running = (one.event.position for attempt in list(self._attempts) for one in members_of(attempt.item))
+        near = self._near() if goes_on else set(running)
         for waiting in self._exclusive.run(self._barriers.copy):
             if waiting.left is not None:
                 waiting.left &= near
@@ -791,17 +907,37 @@ class DurableHandler(HandlerActor):
         """Return the positions of what is here and need not wait for long, or for a caller."""
         lanes, near_ms = self._lanes, self._clock.now_ms() + int(NEAR_S * 1000)
         near = {item.event.position for item in self._incoming}
+        near.update(self._in_shape)
         if lanes is not None:
             far = {run for run in lanes.begun if run.paused and not self._is_near(run, near_ms)}
             held_back = {run.lane for run in far if run.lane is not NO_LANE}
             here = [*lanes.begun, *lanes.aside]
-            near.update(run.item.event.position for run in here if run not in far and run.lane not in held_back)
+            here = [run for run in here if run not in far and run.lane not in held_back]
+            near.update(one.event.position for run in here for one in members_of(run.item))
         return near
 
     @staticmethod
     def _is_near(run: Run, near_ms: int) -> bool:
         item: Held = run.item
         return not item.blocked and item.due_ms <= near_ms
+
+
+def _is_lost(item: Held, lost: frozenset[int]) -> bool:
+    """Return whether nothing of it is this engine's any more."""
+    if isinstance(item, HeldGroup):
+        item.members = [one for one in item.members if one.event.position not in lost]
+        return not item.members
+    return item.event.position in lost
+
+
+def _for_each(outcome: Outcome, item: Held) -> list[Outcome]:
+    """Return the outcome of each event that was delivered as part of one."""
+    return [
+        msgspec.structs.replace(
+            outcome, position=one.event.position, event=None if outcome.event is None else one.event
+        )
+        for one in members_of(item)
+    ]
 
 
 def pause_of(error: BaseException, retry: Retry, attempt: int, random: float, *, conflict: bool) -> float | None:

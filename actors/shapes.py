@@ -24,7 +24,7 @@ ALL: Final = ""
 class EventBatch(list[StateEvent]):
     """Events that a handler gets together. As a whole it has what one event has: a lane, a depth, a size."""
 
-    __slots__ = ("depth", "key", "positions", "revision", "scope", "size")
+    __slots__ = ("depth", "key", "position", "positions", "revision", "scope", "size")
 
     def __init__(self, events: Iterable[StateEvent]) -> None:
         super().__init__(events)
@@ -32,6 +32,7 @@ class EventBatch(list[StateEvent]):
         self.scope = first.scope
         self.key = first.key
         self.revision = first.revision
+        self.position = first.position
         self.depth = max(event.depth for event in self)
         self.size = sum(map(_size, self))
         """Bytes of the values of the events."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from scopestate.actors.consuming import Consumers, ConsumerStatus, DeadLetter
 from scopestate.actors.durable import DurableHandler
-from scopestate.errors import InvalidRegistration
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
@@ -43,9 +42,6 @@ class DurableTriggers(Consumers):
         """
         name = trigger.durable
         assert name is not None  # the caller has looked
-        for option in ("debounce", "batch"):
-            if getattr(trigger, option) is not None:
-                raise InvalidRegistration(f"`{option}` of a trigger cannot be combined with `durable`")
         handler = self._handlers.get(name)
         port = self._consumers.open(name, trigger)
         if handler is None:

@@ -131,7 +131,11 @@ class Engine(Reactive, StateCalls):
             self._functions.add(Function(row.function_id, called, builtin=True))
         if parts.consumers is not None:
             parts.consumers.make_transaction = partial(TransactionOfDelivery, self)
-        parts.configure()
+        try:
+            parts.configure()
+        except BaseException:
+            self._closing.close(0.0)  # what was opened: the caller gets no engine that it could close
+            raise
         lifecycle.watch_over(self)
         if handle_sigterm and parts.backend.keeps:
             lifecycle.close_on_signals()

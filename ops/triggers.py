@@ -275,6 +275,12 @@ def _contradictions(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, needed in (("debounce_max", "debounce"), ("batch_wait", "batch")):
         if name in fields and needed not in fields:
             wrong.append((name, f"`{name}` of a trigger says nothing without `{needed}`"))
+    if fields.get("on_giving_up") == "block":
+        wrong += [
+            ("on_giving_up", f"`on_giving_up` block cannot be combined with `{name}`: several events may be given up")
+            for name in ("debounce", "batch")
+            if name in fields
+        ]
     if fields.get("debounce_max", math.inf) < fields.get("debounce", 0):
         wrong.append(("debounce_max", "`debounce_max` of a trigger is not less than `debounce`"))
     if fields.get("order") == "trigger" and fields.get("concurrency", 1) != 1:

@@ -110,20 +110,24 @@ class WorkerConsumers:
 
         On a worker thread. Returns a coroutine where the call has to be waited for.
         """
-        owner, event = trigger.owner, attempt.event
-        if event.expired_at is not None and trigger.events is None:
-            event = event.as_deleted()
-        self._check(owner, trigger, function_id, event)
+        owner, given = trigger.owner, attempt.event
+        events = given if isinstance(given, list) else [given]
+        for event in events:
+            self._check(owner, trigger, function_id, event)
+        if trigger.events is None:
+            events = [event if event.expired_at is None else event.as_deleted() for event in events]
+        event = events if isinstance(given, list) else events[0]
         if self._hub.own_function(function_id) is not None:
-            return self._on_hub(lambda: self._hub.call_for(owner, function_id, dict(event)))
+            data = [dict(one) for one in events] if isinstance(given, list) else dict(events[0])
+            return self._on_hub(lambda: self._hub.call_for(owner, function_id, data))
         function = self._hub.functions.find(function_id)
         if function is None:
             raise RetryLater(LATER_S)  # its worker has left at this moment
         target = function.target
         if function_id != trigger.function_id:  # a condition, which gets no metadata
-            event = event.copy()
-            event.metadata = None
-            return target(event)
+            asked = events[0].copy()
+            asked.metadata = None
+            return target(asked)
         if type(target) is not WorkerFunction:
             return target(event)
         name = trigger.durable or ""
@@ -147,7 +151,9 @@ class WorkerConsumers:
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), self._hub.loop))
 
 
-async def _deliver(function: WorkerFunction, event: StateEvent, delivery: Delivery, consumer: str) -> None:
+async def _deliver(
+    function: WorkerFunction, event: StateEvent | list[StateEvent], delivery: Delivery, consumer: str
+) -> None:
     try:
         await function.deliver(event, delivery, consumer)
     except Overloaded as error:

@@ -222,8 +222,8 @@ class WorkerFunction:
         result = self._checked(outcome)
         return decode(parse(result)) if result else None
 
-    async def deliver(self, event: StateEvent, delivery: Delivery, consumer: str) -> None:
-        """Have the worker handle the event of a durable trigger. On the server's event loop.
+    async def deliver(self, item: StateEvent | list[StateEvent], delivery: Delivery, consumer: str) -> None:
+        """Have the worker handle an event of a durable trigger, or a list of them. On the server's event loop.
 
         `consumer`: what the worker calls the consumer.
         Raises what the worker says of it: RetryLater, Discard, or RemoteFailure; and as `Hub.execute`.
@@ -234,8 +234,9 @@ class WorkerFunction:
             if not future.done():
                 future.set_result(outcome)
 
-        data, metadata = delivery_json(event, delivery, consumer)
-        execution = self.hub.execute(self, data, settle, depth=event.depth + 1, metadata=metadata, timed=False)
+        data, metadata = delivery_json(item, delivery, consumer)
+        depth = item.depth if isinstance(item, StateEvent) else max(event.depth for event in item)
+        execution = self.hub.execute(self, data, settle, depth=depth + 1, metadata=metadata, timed=False)
         try:
             outcome = await future
         finally:
@@ -267,8 +268,8 @@ class WorkerFunction:
         return bytes(value_of(outcome))
 
 
-def delivery_json(event: StateEvent, delivery: Delivery, consumer: str) -> tuple[Raw, Raw]:
-    """Return the data and the metadata of the call that delivers an event of a durable trigger.
+def delivery_json(item: StateEvent | list[StateEvent], delivery: Delivery, consumer: str) -> tuple[Raw, Raw]:
+    """Return the data and the metadata of the call that delivers an event of a durable trigger, or a list of them.
 
     The facts of the delivery are in both: SDKs before 0.22 show no metadata to a function.
     """
@@ -280,7 +281,8 @@ def delivery_json(event: StateEvent, delivery: Delivery, consumer: str) -> tuple
             "first_at": delivery.first_ms,
         }
     )
-    data = b'%b,"_delivery":%b}' % (event_json(event)[:-1], facts)
+    # A list has no place for them.
+    data = batch_json(item) if isinstance(item, list) else b'%b,"_delivery":%b}' % (event_json(item)[:-1], facts)
     given = delivery.metadata
     metadata = encode(given) if given else b"{}"
     comma = b"," if given else b""

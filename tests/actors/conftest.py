@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from scopestate.actors.dispatcher import ThreadDispatcher
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import keeping`, as tests/conftest.py does for its own folder
 
 PATIENCE_S = 20.0
 

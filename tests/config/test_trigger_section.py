@@ -24,7 +24,7 @@ triggers:
     retry: {attempts: 3, first: 0.5}
     ack_wait: 60
     start: earliest
-    on_giving_up: block
+    on_giving_up: skip
     max_dead: 10
     debounce: 0.5
     debounce_max: 5
@@ -51,7 +51,7 @@ def test_a_trigger_has_all_options_of_a_program() -> None:
         retry=RetryConfig(attempts=3, first=0.5),
         ack_wait=60,
         start="earliest",
-        on_giving_up="block",
+        on_giving_up="skip",
         max_dead=10,
         debounce=0.5,
         debounce_max=5,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from scopestate import Engine
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.config import Config, from_mapping
-from scopestate.errors import InvalidRegistration
+from scopestate.errors import ConfigError, InvalidRegistration
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a scope in memory", "a new scope"])
@@ -124,3 +126,85 @@ def test_a_reload_changes_how_events_are_delivered_and_keeps_those_that_wait() -
     assert after.trigger.batch == 2
     told = [[event.key for event in what] if type(what) is list else (what.key, what.coalesced) for what in seen]
     assert told == [("a", 2), ["b", "c"]]
+
+
+@pytest.fixture
+def on_file(open_engine: Any, tmp_path: Path) -> Callable[[], Engine]:
+    """Open an engine on a store; again after it was closed."""
+    return lambda: cast(
+        Engine, open_engine(adapter={"store_method": "file_based", "file_path": str(tmp_path / "store")})
+    )
+
+
+def test_a_durable_trigger_has_the_same_filters(on_file: Callable[[], Engine]) -> None:
+    engine = on_file()
+    seen: list[Any] = []
+    engine.on_change(scope_prefix="shop:", prefix="o-", fields=["status"], events=("updated",), durable="c")(
+        lambda event: seen.append((event.scope, event.key, event.revision))
+    )
+    for scope, key, value in (
+        ("shop:1", "o-1", {"status": "new"}),
+        ("shop:1", "o-1", {"status": "new", "n": 1}),
+        ("shop:1", "o-1", {"status": "paid"}),
+        ("shop:1", "x", {"status": "paid"}),
+        ("other", "o-1", {"status": "paid"}),
+        ("shop:2", "o-2", 1),
+        ("shop:2", "o-2", {"status": "paid"}),
+    ):
+        engine.set(scope, key, value)
+    engine.drain(timeout=20)
+
+    assert sorted(seen) == [("shop:1", "o-1", 3), ("shop:2", "o-2", 2)]
+
+
+def test_what_a_durable_trigger_holds_back_is_delivered_after_a_restart(on_file: Callable[[], Engine]) -> None:
+    engine = on_file()
+    engine.register_trigger(function_id="f", scope="s", durable="c", batch=10, batch_wait=3600)  # no function yet
+    for number in range(3):
+        engine.set("s", f"k{number}", number)
+    engine.close()
+
+    engine = on_file()
+    seen: list[Any] = []
+    engine.on_change(scope="s", durable="c", batch=10, batch_wait=3600, function_id="f", metadata={"a": 1})(seen.append)
+    engine.drain(timeout=20)
+
+    assert [[event.key for event in batch] for batch in seen] == [["k0", "k1", "k2"]]
+    assert seen[0][0].metadata == {"a": 1}
+    engine.set("s", "k3", 3)
+    engine.drain(timeout=20)
+    assert [event.key for event in seen[-1]] == ["k3"]
+
+
+def test_a_file_without_a_store_cannot_have_a_durable_trigger() -> None:
+    with pytest.raises(ConfigError, match="needs a store that outlives the process") as caught:
+        Engine.from_config({"triggers": [{"function_id": "f"}, {"function_id": "f", "durable": "c"}]})
+
+    assert caught.value.key == "triggers[1].durable"
+    with Engine() as engine:
+        with pytest.raises(ConfigError):
+            engine.reconfigure(
+                from_mapping({"limits": {"handler_attempts": 3}, "triggers": [{"function_id": "f", "durable": "c"}]})
+            )
+        assert engine.triggers() == []
+        assert engine._limits.handler_attempts == 1
+
+
+def test_a_durable_trigger_that_is_no_longer_in_the_file_keeps_its_consumer(tmp_path: Path) -> None:
+    adapter = {"name": "kv", "config": {"store_method": "file_based", "file_path": str(tmp_path / "store")}}
+    workers = [{"name": "iii-state", "config": {"adapter": adapter}}]
+    entry = {"function_id": "f", "scope": "s", "durable": "c"}
+    seen: list[Any] = []
+    with Engine.from_config({"workers": workers, "triggers": [entry]}) as engine:
+        engine.register_function("f", lambda event: seen.append(event.key))
+        engine.set("s", "a", 1)
+        engine.drain(timeout=20)
+
+        engine.reconfigure(from_mapping({"workers": workers}))
+        engine.set("s", "b", 1)
+        engine.drain(timeout=20)
+        assert (seen, engine.triggers()) == (["a"], [])
+
+        engine.reconfigure(from_mapping({"workers": workers, "triggers": [{**entry, "order": "scope"}]}))
+        engine.drain(timeout=20)
+        assert seen == ["a", "b"]
