@@ -448,3 +448,21 @@ def test_consumers_that_outlive_their_workers_are_bounded(
     assert "forget" in refused(worker, {"durable": "one-more"}, "more")
     assert refused(worker, {"durable": "c1"}, "t1") == ""
     worker.call("engine::consumers::forget", {"name": "c2"})
+
+
+def test_a_list_of_events_is_one_delivery(engine: Engine, connect: OpenRaw) -> None:
+    worker = connect()
+    worker.register("f")
+    worker.trigger("f", {"scope": "s", "durable": "ship", "retry": QUICK, "batch": 2, "batch_wait": 0.05}, id="t")
+    for number in range(2):
+        engine.set("s", f"k{number}", number)
+
+    first = worker.take("f")
+    worker.answer(first, error={"code": "X", "message": "no"})
+    again = worker.take("f")
+    worker.answer(again)
+
+    assert [event["key"] for event in first["data"]] == ["k0", "k1"]
+    assert again["data"] == first["data"]
+    assert (first["metadata"]["_delivery"]["attempt"], again["metadata"]["_delivery"]["attempt"]) == (1, 2)
+    assert again["metadata"]["_delivery"]["id"] == first["metadata"]["_delivery"]["id"]
