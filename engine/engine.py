@@ -123,12 +123,7 @@ class Engine(Reactive, StateCalls):
         self._watcher: ConfigWatcher | None = None
         self._forked = False
         self._consumer_functions = ConsumerFunctions(lambda: parts.consumers)
-        for function_id in BUILT_IN:
-            self._functions.add(Function(function_id, partial(self._call_builtin, function_id), builtin=True))
-        self._functions.add(Function(polls.FUNCTION_ID, self._poll, builtin=True))
-        for row in CONSUMER_FUNCTIONS:
-            called = partial(self._call_consumers, row.function_id)
-            self._functions.add(Function(row.function_id, called, builtin=True))
+        self._add_built_in()
         if parts.consumers is not None:
             parts.consumers.make_transaction = partial(TransactionOfDelivery, self)
         try:
@@ -139,6 +134,14 @@ class Engine(Reactive, StateCalls):
         lifecycle.watch_over(self)
         if handle_sigterm and parts.backend.keeps:
             lifecycle.close_on_signals()
+
+    def _add_built_in(self) -> None:
+        for function_id in BUILT_IN:
+            self._functions.add(Function(function_id, partial(self._call_builtin, function_id), builtin=True))
+        self._functions.add(Function(polls.FUNCTION_ID, self._poll, builtin=True))
+        for row in CONSUMER_FUNCTIONS:
+            called = partial(self._call_consumers, row.function_id)
+            self._functions.add(Function(row.function_id, called, builtin=True))
 
     @cached_property
     def aio(self) -> AioEngine:
