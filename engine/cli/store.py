@@ -399,7 +399,7 @@ def _open_shared(where: str, token: str | None, ca_file: str | None) -> SharedSt
         _refuse_if_away(adapter.config)
     if isinstance(adapter.config, RedisOptions):
         # Copying publishes no events and reads none.
-        options = msgspec.structs.replace(adapter.config, events="local", delivery="each")
+        options = msgspec.structs.replace(adapter.config, events="local")
         adapter = msgspec.structs.replace(adapter, config=options)
     return open_shared(adapter)
 

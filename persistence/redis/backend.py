@@ -8,7 +8,7 @@ import re
 import secrets
 import socket
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final
 
 import msgspec
@@ -350,8 +350,13 @@ class RedisBackend(Backend):
         engine = f"{socket.gethostname()}-{self._pid}-{secrets.token_hex(8)}".replace(" ", "_").replace(":", "_")
         limit = f"{options.journal_when_full[0]}{options.journal_events}"
         place = Place(self.shape, target, engine, options.call_timeout_s, lambda: self.published)
+
+        def visit() -> AbstractContextManager[Connection]:
+            return self._visit(target, "an operation on durable triggers")
+
+        past = StreamHistory(self.shape, visit)
         return RedisConsumers(
-            place, lambda: self._visit(target, "an operation on durable triggers"), options.events_kept, limit
+            place, visit, options.events_kept, limit, lambda start: past.begin_of(start, self.store_id)
         )
 
     def _note_restart(self, number: int) -> None:

@@ -29,6 +29,8 @@ _TRIM_EVERY_S: Final = 1.0
 _LOOK_EVERY_S: Final = 10.0
 """How often consumers without an engine are looked for."""
 _NAMED: Final = 5
+_MOMENT_S: Final = 0.005
+"""How long an outcome waits for another operation to go with."""
 _AGAIN_S: Final = 0.5
 """Pause after an operation that has failed."""
 _PAGE: Final = 5000
@@ -44,8 +46,12 @@ class RedisConsumers(Consumers):
         visit: Callable[[], AbstractContextManager[Connection]],
         events_kept: int,
         limit: str,
+        begin_of: Callable[[str], Begin] = Begin,
     ) -> None:
-        """`visit` gives a connection for one operation of the program. `limit`: see `script.LIMITED`."""
+        """`visit` gives a connection for one operation of the program. `limit`: see `script.LIMITED`. `begin_of`
+        returns where a consumer begins that is told so.
+        """
+        self._begin_of = begin_of
         self._place = place
         self._visit = visit
         self._events_kept = events_kept
@@ -55,6 +61,8 @@ class RedisConsumers(Consumers):
         self._exclusive = Guard()
         self._closing = False
         self._next_trim = self._next_look = 0.0
+        self._rests = False
+        """True while the keeper sleeps until something is due, and not for a moment only."""
         self._alone: list[str] = []
         """Consumers of which no engine takes events."""
         self._line = Line(place)
@@ -64,9 +72,15 @@ class RedisConsumers(Consumers):
     # -------------------------------------------------------------------------------------------------- the port's
 
     def open(self, name: str, trigger: Trigger) -> ConsumerPort:
-        port = RedisPort(name, self._place, trigger, self._limit, self._bell.set, self._enlist)
-        port.join(begin_of(trigger.start))
+        port = RedisPort(name, self._place, trigger, self._limit, self._bell.set, self._nudge, self._enlist)
+        port.join(self._begin_of(trigger.start))
         return port
+
+    def _nudge(self) -> None:
+        """A delivery has ended. What else is said to Redis within a moment takes the outcome with it."""
+        if self._rests:
+            self._rests = False
+            self._bell.set()
 
     def _enlist(self, port: RedisPort) -> None:
         if port not in self._ports:
@@ -244,9 +258,16 @@ class RedisConsumers(Consumers):
     # ------------------------------------------------------------------------------------------- the keeper's thread
 
     def _run(self) -> None:
+        busy = False
         while not self._closing:
-            self._bell.wait(self._pause_s())
+            self._rests = not busy
+            self._bell.wait(_MOMENT_S if busy else self._pause_s())
             self._bell.clear()
+            was_nudged = not (busy or self._rests)
+            self._rests = False
+            if was_nudged:
+                self._bell.wait(_MOMENT_S)
+            busy = any(port.has_outcomes for port in list(self._ports))
             try:
                 for port in list(self._ports):
                     self._look_after(port)
@@ -305,11 +326,6 @@ class RedisConsumers(Consumers):
             port.close()
         self._ports.clear()
         self._line.close()
-
-
-def begin_of(start: str) -> Begin:
-    """Return where a new consumer begins: "now", "earliest", or behind a cursor."""
-    return Begin(start)
 
 
 def _letters_of(name: str, rows: Sequence[Any], base: int) -> Iterator[DeadLetter]:

@@ -9,8 +9,11 @@ from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
 from scopestate.actors.journal import MOST_EVENTS, Gone
+from scopestate.errors import Compacted
+from scopestate.ops.cursors import ManyCursor, read_cursor
 from scopestate.ops.results import StateEvent
 from scopestate.persistence.redis.connection import Connection
+from scopestate.persistence.redis.consuming import Begin
 from scopestate.persistence.redis.entries import number_of, place_of, state_event_of
 from scopestate.persistence.redis.script import Shape
 
@@ -131,6 +134,39 @@ class StreamHistory:
         """Return None: that is not known without reading the stream."""
         del scope
         return None
+
+    def begin_of(self, start: str, store: str) -> Begin:
+        """Return where a new consumer begins: "now", "earliest", or behind a cursor of `store`.
+
+        Raises InvalidCursor, and Compacted if the stream does not reach back to it.
+        """
+        if start in ("now", "earliest"):
+            return Begin(start)
+        cursor = read_cursor(start)
+        with self._visit() as connection:
+            life = read_life(connection, self._shape)
+        if cursor.store != f"{store}:{life.name}":
+            raise Compacted(start, "other store")
+        if isinstance(cursor, ManyCursor):
+            position = cursor.position
+            gone = None if position is None else self.gone(cursor.epoch, position)
+        else:
+            gone = None if cursor.revision is None else self.gone_in_scope(cursor.scope, cursor.revision)
+            found = self.read_scope(cursor.scope, cursor.revision or 0, most=1)
+            position = found[0].position - 1 if found else None
+            if not found:
+                return Begin("now")
+        if gone is not None:
+            raise Compacted(start, gone)
+        if position is None:
+            return Begin("earliest")
+        number, entry_id = position - life.base, "0"
+        with self._visit() as connection:
+            for there, its_number in self._numbers(connection, self._place_of(connection, number)):
+                if its_number > number:
+                    break
+                entry_id = there.decode()
+        return Begin("at", entry_id, number)
 
     # --------------------------------------------------------------------------------------------------- in the stream
 

@@ -26,7 +26,7 @@ from scopestate.persistence.redis.script import Shape, explain, with_source
 
 log = logging.getLogger("scopestate.persistence.redis")
 
-NOTES_AT_ONCE: Final = 8
+NOTES_AT_ONCE: Final = 16
 """Attempts that are noted with one command: that which begins, and the next ones to begin, as far as it is known."""
 LONGEST_BEAT_S: Final = 1.0
 """How long a change of another engine (a pause, a replay) may go unnoticed here."""
@@ -149,14 +149,18 @@ class RedisPort(ConsumerPort):
         trigger: Trigger,
         limit: str,
         ring: Callable[[], object],
+        nudge: Callable[[], object],
         enlist: Callable[[RedisPort], object],
     ) -> None:
-        """`limit`: see `script.LIMITED`. `ring` has the keeper look soon; `enlist`, look after this consumer too."""
+        """`limit`: see `script.LIMITED`. `ring` has the keeper look now, `nudge` in a few milliseconds; `enlist` has it
+        look after this consumer too.
+        """
         self.name = name
         self._place = place
         self._names = place.names(name)
         self._limit = limit
         self._ring = ring
+        self._nudge = nudge
         self._enlist = enlist
         self._trigger = trigger
         self._wake: Callable[[], object] = _nothing
@@ -271,7 +275,7 @@ class RedisPort(ConsumerPort):
                 entered.append((position, _said(member, one)))
         self._outcomes += entered
         self._pace.ended += len(entered)
-        self._ring()
+        self._nudge()
 
     def flush(self) -> None:
         with self._exclusive:

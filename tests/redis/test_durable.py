@@ -15,7 +15,7 @@ from one_server import PATIENCE_S
 from servers import Server, StartServer, wait_until
 
 from scopestate import Delivery, Discard, Engine, Retry, RetryLater, StateEvent, ops
-from scopestate.errors import ConfigError, StorageError
+from scopestate.errors import Compacted, ConfigError, StorageError
 
 QUICK = Retry(attempts=3, first=0.01, factor=1.0, jitter=0.0)
 
@@ -102,6 +102,27 @@ def test_what_is_written_while_no_engine_is_there_is_handled_later(valkey: Serve
         writer.set("s", "k", number)
     again = Handled(open_one(engines, valkey))
     assert [value for _, value, _ in again.wait_for(5)] == list(range(5))
+
+
+def test_a_consumer_begins_at_the_cursor_of_a_watch(valkey: Server, engines: Engines) -> None:
+    one = open_one(engines, valkey)
+    cursors: dict[str, str] = {}
+    with one.watch(snapshot=False) as many, one.watch("s", snapshot=False) as alone:
+        for number in range(6):
+            one.set("s", "k", number)
+            many.get(PATIENCE_S)
+            alone.get(PATIENCE_S)
+            if number == 2:
+                cursors = {"many": many.cursor, "alone": alone.cursor}
+    for name, cursor in cursors.items():
+        assert [value for _, value, _ in Handled(one, name, start=cursor).wait_for(3)] == [3, 4, 5]
+    assert len(Handled(one, "earliest", start="earliest").wait_for(6)) == 6
+    wait_until(lambda: idle(one, "earliest"), "handled")
+    assert one.stats().store["events_missed"] == 0
+    valkey.ask("XTRIM", STREAM, "MAXLEN", 2)
+    for name, cursor in cursors.items():
+        with pytest.raises(Compacted, match="no longer kept"):
+            Handled(one, f"late-{name}", start=cursor)
 
 
 def test_a_failing_key_holds_back_only_itself_also_on_other_engines(valkey: Server, engines: Engines) -> None:
