@@ -518,11 +518,19 @@ class RedisPort(ConsumerPort):
             self._noted.clear()
 
     def _begin_anew(self) -> list[int]:
-        """The consumer is gone: Redis was flushed, or it was forgotten by another engine."""
+        """The consumer is gone: make it anew. Return the positions of what this engine held.
+
+        If another engine has forgotten it, it begins with what comes now; if Redis was flushed, with what there is.
+        """
         positions = self._drop_all()
         self._outcomes.clear()
         self._lives += 1
-        self._report_loss("it was gone (flushed, or forgotten)")
+        (base,) = self._ask(("HGET", store_key(self._place.shape), "base"))
+        if base is not None and int(base) == self._base:
+            log.warning("consumer %r was forgotten by another engine, and begins anew: its trigger is here", self.name)
+            self._ask(*self._joining(Begin("now"), self._trigger))
+            return positions
+        self._report_loss("it was gone, since Redis was flushed")
         _, base, _ = self._ask(*self._joining(Begin("earliest"), self._trigger))
         self._base = int(base)
         return positions

@@ -23,7 +23,7 @@ class Side:
     """One engine: its consumers, and the trigger `t` with what its runtime was told."""
 
     def __init__(self, server: Server, name: str, **options: Any) -> None:
-        self.options = RedisOptions(redis_url=server.url, events="shared", call_timeout_ms=500)
+        self.options = RedisOptions(redis_url=server.url, events="shared", call_timeout_ms=500, connect_timeout_ms=500)
         self.backend = RedisBackend(self.options, lambda outcomes: None)
         target = dialling.Server(self.options)
         place = Place(self.backend.shape, target, name, 0.5, lambda: self.backend.published)
@@ -232,6 +232,22 @@ def test_a_pause_and_a_purge_by_another_engine_are_noticed(side: Callable[..., S
     assert two.consumers.letters(None, 10, None)[0].replays == 1
     assert two.consumers.purge("c", None, before_ms=1) == 0
     assert two.consumers.purge("c", None, before_ms=None) == 1
+
+
+def test_a_consumer_that_is_forgotten_while_a_trigger_has_it_begins_with_what_comes_then(
+    side: Callable[..., Side],
+) -> None:
+    one, two = side("one"), side("two")
+    one.write("a", "b")
+    held = one.port.fetch(1)
+    assert two.consumers.forget("c")
+    wait_until(lambda: one.lost == [held[0].event.position], "the loss told")
+    two.write("c")
+    assert one.fetch() == ["c"]
+    assert one.consumers.problem() is None
+    for engine in (one, two):
+        engine.port.stop()
+        wait_until(lambda engine=engine: engine.port.is_over, "left")
     assert two.consumers.forget("c")
     assert two.consumers.names() == []
     assert two.consumers.status("c") is None
