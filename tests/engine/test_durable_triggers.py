@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from scopestate import Delivery, Discard, Engine, Retry, StateEvent
-from scopestate.errors import ConfigError, Conflict, InvalidRegistration, StorageError, Unsupported
+from scopestate.errors import (
+    Compacted,
+    ConfigError,
+    Conflict,
+    InvalidCursor,
+    InvalidRegistration,
+    StorageError,
+    Unsupported,
+)
 from scopestate.ops import update_ops
 
 PATIENCE_S = 20.0
@@ -158,6 +166,36 @@ def test_a_consumer_that_begins_at_the_earliest_gets_what_the_journal_has(opened
     engine.drain(PATIENCE_S)
 
     assert seen == [0, 1, 2, 3, 4]
+
+
+def test_a_consumer_begins_at_the_cursor_of_a_watch(opened: Opener) -> None:
+    engine = opened()
+    engine.on_change(scope="orders", durable="slow")(lambda event: None)
+    engine.consumers().pause("slow")
+    with engine.scope("orders").watch(snapshot=False) as one, engine.watch() as many:
+        engine.set("orders", "a", 1)
+        cursors = [one.get(timeout=PATIENCE_S).cursor, next(many).cursor]
+        engine.set("orders", "a", 2)
+        engine.set("orders", "b", 3)
+        engine.flush()
+    seen: dict[str, list[Any]] = {"one": [], "many": []}
+    for name, cursor in zip(seen, cursors, strict=True):
+
+        def ship(event: StateEvent, name: str = name) -> None:
+            seen[name].append(event.new_value)
+
+        engine.on_change(scope="orders", durable=name, start=cursor)(ship)
+    engine.drain(PATIENCE_S)
+
+    assert {name: sorted(values) for name, values in seen.items()} == {"one": [2, 3], "many": [2, 3]}
+    with Engine() as other, other.watch() as changes:
+        other.set("orders", "a", 1)
+        foreign = next(changes).cursor
+    with pytest.raises(Compacted):
+        engine.on_change(scope="orders", durable="foreign", start=foreign)(lambda event: None)
+    with pytest.raises(InvalidCursor):
+        engine.on_change(scope="orders", durable="damaged", start="nonsense")(lambda event: None)
+    assert [status.name for status in engine.consumers()] == ["many", "one", "slow"]
 
 
 def test_a_paused_consumer_keeps_its_events_over_a_restart(opened: Opener) -> None:
