@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -22,6 +22,7 @@ from scopestate.ops.turns import TtlRule
 if TYPE_CHECKING:
     from scopestate.actors.consuming import Consumers
     from scopestate.actors.scope import ScopeActor, Surroundings
+    from scopestate.errors import ScopestateError
 
 
 Durability = Literal["memory", "interval", "commit"]
@@ -199,6 +200,21 @@ class Arrivals(Protocol):
         """Take no more events; those that are here may still be handled. Idempotent."""
 
 
+class ChangeSource(ABC):
+    """The changes of scopes that are kept in another engine, by its `state::changes`. From any thread."""
+
+    longest_wait_ms: int
+    """How long a poll may wait for a change."""
+
+    @abstractmethod
+    def poll(self, asked: Mapping[str, Any], done: Callable[[bytes | None, ScopestateError | None], object]) -> None:
+        """Send a poll, and return at once; `done` gets the answer as JSON, or the error. Raises EngineClosed."""
+
+    @abstractmethod
+    def poll_now(self, asked: Mapping[str, Any]) -> bytes:
+        """Send a poll and wait for its answer, not on the thread of an event loop. Raises what the poll raises."""
+
+
 class Backend(ABC):
     """Where the scopes of one engine live. Every method may be called from any thread.
 
@@ -216,6 +232,8 @@ class Backend(ABC):
     """Characters of the longest scope or key."""
     consumers: Consumers | None = None
     """What keeps the events of durable triggers, if they are not in the journal of `store`; None: nothing does."""
+    changes: ChangeSource | None = None
+    """Where watches of its scopes take their changes; None: from the writes of this engine."""
     arrivals: Arrivals | None = None
     """What brings events of other engines; None if every event is one of a write through this engine."""
     unwatchable: str | None = None

@@ -385,6 +385,10 @@ class EventRouter(TurnActor):
         certainly(lambda: handler.offer_once(event))
         certainly(handler.wake_anyway)
 
+    def report(self, failure: DeliveryFailure) -> None:
+        """Have a failure reported to the log and the hooks. From any thread; no code of the program runs on it."""
+        self._services.reporter.report(failure)
+
     def _cut_loop(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
         self.loops_cut += 1
         for handler in handlers:

@@ -33,6 +33,7 @@ from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
+from scopestate.polled_watching import watch_later
 from scopestate.snapshots import REFUSED
 from scopestate.watch_settings import WatchSettings
 from scopestate.watching import AioChanges
@@ -145,7 +146,7 @@ class AioEngine(AioStateCalls):
         self, scope: str | None = None, scope_prefix: str | None = None, **options: Unpack[WatchOptions]
     ) -> AioChanges:
         """As `Engine.watch`, for `async with` and `async for`. It begins where it is entered, or first read."""
-        return AioChanges(self._engine, WatchSettings(scope, scope_prefix, options))
+        return watch_later(self._engine, WatchSettings(scope, scope_prefix, options))
 
     def scope(self, scope: str) -> AioScope:
         """Return a handle on one scope."""

@@ -52,6 +52,7 @@ from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
 from scopestate.parts import Parts
+from scopestate.polled_watching import watch_now
 from scopestate.polls import Polls
 from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.snapshots import REFUSED, Call, Snapshots
@@ -380,9 +381,11 @@ class Engine(Reactive, StateCalls):
         files after a restart too.
 
         Raises Compacted if the changes behind `since` are gone, InvalidCursor, DeserializationError for arguments that
-        make no sense, Unsupported for scopes that this engine does not keep, and what `get` raises.
+        make no sense, Unsupported where the scopes are kept elsewhere and that place has no watch, and what `get`
+        raises. Through a bridge a snapshot is of one scope, `since` is no revision, and there is no WatchOverrun: a
+        watch that is not read for a minute needs `history` in the other engine.
         """
-        return Changes(self, WatchSettings(scope, scope_prefix, options))
+        return watch_now(self, WatchSettings(scope, scope_prefix, options))
 
     def scope(self, scope: str) -> Scope:
         """Return a handle on one scope, which need not exist."""

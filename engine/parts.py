@@ -36,7 +36,7 @@ from scopestate.config import (
 from scopestate.config.functions import misfit_id
 from scopestate.config.schema import options_of
 from scopestate.durable_triggers import DurableTriggers
-from scopestate.errors import ConfigError, InvalidRegistration, ScopestateError
+from scopestate.errors import ConfigError, InvalidRegistration, ScopestateError, Unsupported
 from scopestate.opening import history_of, open_backend, write_rule_of
 from scopestate.ops import polls
 from scopestate.ops.functions import BUILT_IN
@@ -128,6 +128,11 @@ class Parts:
         if trigger.durable is None:
             self.router.triggers.register(trigger)
             return
+        if self.backend.changes is not None:
+            raise Unsupported(
+                f"the durable trigger {trigger.durable!r}",
+                "the scopes are in another engine: register it there, as a worker",
+            )
         if self.consumers is None:
             raise ConfigError(_no_store_for(trigger.durable))
         self.consumers.register(trigger)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Coroutine, Generator, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.router import Routed
 from scopestate.errors import DeserializationError, InvalidCursor, Overloaded, SnapshotCapacity, WatchOverrun
+from scopestate.ops.cursors import ScopeCursor, read_cursor
 from scopestate.ops.polls import FUNCTION_ID, Poll, change_text, changes_text, read_poll
 from scopestate.ops.ranges import Count
 from scopestate.ops.requests import SNAPSHOT_ROWS, misfit
 from scopestate.ops.turns import Range
 from scopestate.ops.values import json_type, normalise
+from scopestate.polled_watching import watch_later, watch_now
 from scopestate.signals import Guard
 from scopestate.snapshots import PROGRAM, Caller
 from scopestate.watch_settings import WatchSettings
@@ -53,14 +55,14 @@ class _Watched:
 
     __slots__ = ("ahead", "asked", "caller", "snapshot", "until_s", "watch")
 
-    def __init__(self, watch: _Watch, asked: Poll, caller: Caller) -> None:
+    def __init__(self, watch: _Watch, asked: Poll, caller: Caller, *, snapshot: bool = False) -> None:
         self.watch = watch
         self.asked = _filter_of(asked)
         self.caller = caller
         self.ahead: Change | None = None
         """A change that did not fit into the last answer."""
         self.until_s = 0.0
-        self.snapshot = asked.snapshot
+        self.snapshot = snapshot
         """True while it may be that a poll reads its snapshot."""
 
 
@@ -106,62 +108,86 @@ class Polls:
     def answer(self, payload: object) -> bytes:
         """Answer a poll of the program, as JSON text; wait on this thread. Raises as `answer_later`."""
         steps = self._begin(payload, PROGRAM, lambda scope: True)
-        outcome: Any = None
         try:
+            step = next(steps)
             while True:
-                step = steps.send(outcome)
-                match step:
-                    case _Open(settings=settings):
-                        outcome = Changes(self._engine, settings)
-                    case _Size(scope=scope, within=within):
-                        outcome = self._engine._run(scope, Count(within))
-                    case _Entered():
-                        outcome = self._engine._router.ask(Routed()).get()
-                    case _Next(watch=watch, timeout_s=timeout_s):
-                        assert isinstance(watch, Changes)  # `_take` gives no other to this caller
-                        try:
-                            outcome = watch.get(timeout_s)
-                        except TimeoutError:
-                            outcome = None
+                try:
+                    outcome = self._take_step(step)
+                except Exception as error:  # noqa: BLE001 - the poll decides
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(outcome)
         except StopIteration as end:
             return bytes(end.value)
         finally:
             steps.close()
 
-    async def answer_later(
-        self, payload: object, caller: Caller = PROGRAM_LATER, readable: Callable[[str], bool] = lambda scope: True
-    ) -> bytes:
-        """Answer a poll, as JSON text, without blocking the event loop. Cancelling the task ends the poll.
+    def _take_step(self, step: _Step) -> Any:
+        match step:
+            case _Open(settings=settings):
+                return watch_now(self._engine, settings)
+            case _Size(scope=scope, within=within):
+                return self._engine._run(scope, Count(within))
+            case _Entered():
+                return self._engine._router.ask(Routed()).get()
+            case _Next(watch=watch, timeout_s=timeout_s):
+                assert isinstance(watch, Changes)  # `_take` gives no other to this caller
+                try:
+                    return watch.get(timeout_s)
+                except TimeoutError:
+                    return None
 
+    def answer_later(
+        self, payload: object, caller: Caller = PROGRAM_LATER, readable: Callable[[str], bool] = lambda scope: True
+    ) -> Coroutine[Any, Any, bytes]:
+        """Begin a poll, and return the coroutine that answers it as JSON text, without blocking the event loop.
+
+        What is changed after this has returned is in its watch. Cancelling the task that awaits it ends the poll.
         `readable(scope)`: changes of other scopes are not told; asked for each answer anew. Raises
         DeserializationError, InvalidPageLimits, InvalidCursor, Compacted, SnapshotCapacity, Overloaded, Unsupported and
         EngineClosed.
         """
-        from scopestate.aio import _answer  # noqa: PLC0415 - brings asyncio, which takes 20 ms
-
         steps = self._begin(payload, caller, readable)
-        outcome: Any = None
+        step = next(steps)
+        opened: AioChanges | None = None
+        if type(step) is _Open:
+            opened = watch_later(self._engine, step.settings)
+            opened.begin_soon()
+        return self._answer_later(steps, step, opened)
+
+    async def _answer_later(self, steps: _Steps, step: _Step, opened: AioChanges | None) -> bytes:
         try:
             while True:
-                step = steps.send(outcome)
-                match step:
-                    case _Open(settings=settings):
-                        outcome = AioChanges(self._engine, settings)
-                        await outcome._begin()
-                    case _Size(scope=scope, within=within):
-                        outcome = await self._engine.aio._run(scope, Count(within))
-                    case _Entered():
-                        outcome = await _answer(self._engine._router.ask(Routed()), None)
-                    case _Next(watch=watch, timeout_s=timeout_s):
-                        assert isinstance(watch, AioChanges)  # as above
-                        try:
-                            outcome = await watch.get(timeout_s)
-                        except TimeoutError:
-                            outcome = None
+                try:
+                    outcome = await self._take_step_later(step, opened)
+                except Exception as error:  # noqa: BLE001 - the poll decides
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(outcome)
+                opened = None
         except StopIteration as end:
             return bytes(end.value)
         finally:
             steps.close()
+
+    async def _take_step_later(self, step: _Step, opened: AioChanges | None) -> Any:
+        from scopestate.aio import _answer  # noqa: PLC0415 - brings asyncio, which takes 20 ms
+
+        match step:
+            case _Open(settings=settings):
+                watch = opened or watch_later(self._engine, settings)
+                await watch._begin()
+                return watch
+            case _Size(scope=scope, within=within):
+                return await self._engine.aio._run(scope, Count(within))
+            case _Entered():
+                return await _answer(self._engine._router.ask(Routed()), None)
+            case _Next(watch=kept, timeout_s=timeout_s):
+                assert isinstance(kept, AioChanges)  # as above
+                try:
+                    return await kept.get(timeout_s)
+                except TimeoutError:
+                    return None
 
     def forget(self, caller: Caller) -> None:
         """End the watches that are kept for a caller that is gone."""
@@ -232,16 +258,18 @@ class Polls:
         cursor = poll.cursor
         if cursor is not None and cursor.startswith(SNAPSHOT):
             raise InvalidCursor("no snapshot")
-        options: dict[str, Any] = {"since": cursor, "snapshot": poll.snapshot and cursor is None}
+        snapshot = poll.snapshot if cursor is None else _begins_with_snapshot(cursor)
+        options: dict[str, Any] = {"since": cursor, "snapshot": snapshot}
         options |= {"key": poll.key, "prefix": poll.prefix, "events": poll.events, "values": poll.values}
         try:
             settings = WatchSettings(poll.scope, poll.scope_prefix, {**options, "buffer": BUFFER})  # type: ignore[typeddict-item]
             settings.everything = poll.tell
-            if not options["snapshot"]:
+            if not snapshot:
                 return _Watched((yield _Open(settings)), poll, caller)
         except DeserializationError as error:
             raise misfit(FUNCTION_ID, str(error).replace("`since`", "`cursor`")) from error
-        assert poll.scope is not None  # `read_poll` has seen to it
+        if poll.scope is None:
+            raise InvalidCursor("another range")  # `snapshot` itself was refused before
         keys = yield _Size(poll.scope, settings.within())
         if keys > SNAPSHOT_ROWS:
             raise SnapshotCapacity(
@@ -250,7 +278,7 @@ class Polls:
             )
         self._exclusive.run(self._enter_snapshot, caller.share)
         try:
-            return _Watched((yield _Open(settings)), poll, caller)
+            return _Watched((yield _Open(settings)), poll, caller, snapshot=True)
         except BaseException:
             self._exclusive.run(self._leave_snapshot, caller.share)
             raise
@@ -366,6 +394,11 @@ class _Answer:
             self.changes.append(text)
         self.last = change
         return True
+
+
+def _begins_with_snapshot(cursor: str) -> bool:
+    found = read_cursor(cursor)
+    return (found.revision if isinstance(found, ScopeCursor) else found.position) is None
 
 
 def _filter_of(poll: Poll) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -90,10 +91,16 @@ class _Watch:
             raise Unsupported("`watch`", why_not)
         try:
             cursor = settings.cursor(feed.store_id)
-            if cursor is None and settings.scope is None and not settings.snapshot:
+            before = list(feed.incoming.values())
+            many = cursor is None and settings.scope is None and not settings.snapshot
+            elsewhere = self._engine._parts.backend.catch_up is not None
+            if many and elsewhere:
                 yield self._caught_up()  # what was changed by now is numbered
+            # At once, so that what is changed behind this, while the watch still begins, is in it.
             feed.add(self._watcher, self)
-            if cursor is None or _position_of(cursor) is None:
+            if many and not elsewhere:
+                yield from self._begin_with_many(before)
+            elif cursor is None or _position_of(cursor) is None:
                 yield from self._begin_now(snapshot=settings.snapshot or cursor is not None)
             else:
                 yield from self._resume(cursor)
@@ -111,6 +118,13 @@ class _Watch:
         self._marked = self._start
         if not self._source and self._pages is None and not self._snapshot:
             self._end_early()
+
+    def _begin_with_many(self, before: list[StateEvent]) -> Steps[None]:
+        """Begin with what changes from now on; `before`: changes that were entered already, and have no numbers yet."""
+        position = self._start = self._feed.shown()
+        if before:
+            yield self._engine._router.ask(Routed())  # they have them
+        self._feed.begin_at(self._watcher, {}, position, before)
 
     def _begin_now(self, *, snapshot: bool) -> Steps[None]:
         """Begin with a snapshot, or with what changes from now on."""
@@ -561,6 +575,7 @@ class AioChanges(_Watch):
     def __init__(self, engine: Engine, settings: WatchSettings) -> None:
         super().__init__(engine, settings)
         self._began = False
+        self._begun: tuple[Steps[None], Wanted] | None = None
 
     async def __aenter__(self) -> Self:
         await self._begin()
@@ -595,10 +610,19 @@ class AioChanges(_Watch):
             return False
         return self._ready is not self._early
 
+    def begin_soon(self) -> None:
+        """Begin, as far as that is possible at once: what is changed from here on is in the watch."""
+        self._began = True
+        steps = self._begin_steps()
+        with suppress(StopIteration):
+            self._begun = steps, next(steps)
+
     async def _begin(self) -> None:
         if not self._began:
-            self._began = True
-            await self._drive(self._begin_steps())
+            self.begin_soon()
+        if self._begun is not None:
+            (steps, wanted), self._begun = self._begun, None
+            await self._drive(steps, wanted)
 
     async def _next(self, timeout: float | None) -> Change | None:  # noqa: ASYNC109 - as above
         await self._begin()
@@ -625,19 +649,20 @@ class AioChanges(_Watch):
             finally:
                 self._wake_up(reply)
 
-    async def _drive(self, steps: Steps[A]) -> A:
+    async def _drive(self, steps: Steps[A], wanted: Wanted | None = None) -> A:
         from scopestate.aio import _answer, _outcome  # noqa: PLC0415 - the two modules need each other
 
         outcome: Any = None
         try:
             while True:
-                wanted = steps.send(outcome)
+                wanted = wanted or steps.send(outcome)
                 if isinstance(wanted, tuple):
                     outcome = await self._engine.aio._at_once(*wanted)
                 elif isinstance(wanted, Reply):
                     outcome = await _answer(wanted, None)
                 else:
                     outcome = await _outcome(self._engine._parts.dispatcher.submit, wanted)
+                wanted = None
         except StopIteration as end:
             answer: A = end.value
             return answer

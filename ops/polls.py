@@ -66,8 +66,8 @@ class ChangeFound(msgspec.Struct):
     key: str
     revision: Annotated[int, Meta(description="The revision that the change gave to its key")]
     cursor: Annotated[
-        str, Meta(description="Where to go on behind this change; absent in a snapshot: use that of the answer")
-    ] = ""
+        str, Meta(description="Where to go on behind this change; of an entry of a snapshot: with the snapshot again")
+    ]
     value: Annotated[Any, Meta(description="The new value; absent if the key was removed")] = None
     old_value: Annotated[Any, Meta(description="The value before; absent if there was none")] = None
     transaction: Annotated[
@@ -123,8 +123,7 @@ def change_text(change: Change, *, tell: bool = False) -> bytes:
         parts.append(b',"transaction":%d' % change.transaction)
     if change.initial:
         parts.append(b',"initial":true')
-    else:
-        parts.append(b',"cursor":%b' % _json(change.cursor))
+    parts.append(b',"cursor":%b' % _json(change.cursor))
     event = change.event
     if event is not None and event.expired_at is not None:
         parts.append(b',"expired_at":%d,"late_ms":%d' % (event.expired_at, event.late_ms or 0))

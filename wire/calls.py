@@ -80,10 +80,16 @@ class PendingCalls:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def add(self, call: PendingCall, wait_s: float, why_not: Callable[[], str | None]) -> None:
-        """Queue a call. It fails if it is not sent within `wait_s`; `why_not()` says why there is no connection."""
+    def add(self, call: PendingCall, wait_s: float, why_not: Callable[[], str | None], *, first: bool = False) -> None:
+        """Queue a call. It fails if it is not sent within `wait_s`; `why_not()` says why there is no connection.
+
+        `first`: before those that wait.
+        """
         self._by_id[call.invocation_id] = call
-        self.unsent.append(call)
+        if first:
+            self.unsent.appendleft(call)
+        else:
+            self.unsent.append(call)
         call.timer = self._loop.call_later(wait_s, self._not_sent, call, wait_s, why_not)
 
     def next_to_send(self) -> PendingCall | None:

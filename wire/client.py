@@ -168,11 +168,12 @@ class Client:
         timeout_s: float | None = None,
         depth: int | None = None,
         needs: Needs | None = None,
+        first: bool = False,
     ) -> PendingCall:
         """Send a call with the JSON `payload` as input. `done(result, error)` is called once, after this has returned.
 
         `depth`: the event depth of the call; by default that of the running code. `needs`: what the server must be able
-        to do; if it cannot, the error is Unsupported, and nothing was sent.
+        to do; if it cannot, the error is Unsupported, and nothing was sent. `first`: before the calls that wait.
         """
         calls = self._calls
         if calls is None:
@@ -188,7 +189,7 @@ class Client:
             asyncio.get_running_loop().call_soon(calls.settle, call, None, refusal)
             return call
         wait_s = call.timeout_s if self._why_not is None else options.connect_wait_s
-        calls.add(call, wait_s, lambda: self._why_not)
+        calls.add(call, wait_s, lambda: self._why_not, first=first)
         self._wake.set()
         return call
 

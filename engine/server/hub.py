@@ -22,6 +22,7 @@ from scopestate.errors import (
     ScopestateError,
     SerializationError,
 )
+from scopestate.ops import polls
 from scopestate.ops.values import check, decode, encode, parse
 from scopestate.server.access import Claims
 from scopestate.server.connections import GOING
@@ -519,7 +520,9 @@ class Hub:
     def _later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
         size = self._hold(worker, call)
         call.data = call.metadata = ABSENT  # `outcome` has what it needs of them
-        self.spawn(self._answer_later(worker, call, outcome, size))
+        task = self._task_of(self._answer_later(worker, call, outcome, size))
+        if call.function_id == polls.FUNCTION_ID:
+            worker.note_poll(task)
 
     def _check_held(self, call: InvokeFunction) -> None:
         """Refuse a call that has to wait, if the calls of all workers hold as many bytes as they may."""
@@ -542,9 +545,13 @@ class Hub:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine as a task, which is cancelled when the server stops."""
+        _ = self._task_of(work)
+
+    def _task_of(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _answer_later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result], size: int) -> None:
         try:

@@ -25,6 +25,7 @@ from scopestate.wire.frames import last_wins
 if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
     from scopestate.engine import Engine
+    from scopestate.server.access import Access
     from scopestate.server.worker import Worker
 
 Result = bytes | None
@@ -246,20 +247,28 @@ class StateFunctions:
 
         return call
 
-    async def _changes(self, data: Raw, worker: Worker) -> Result:
-        """Answer a poll. The task that awaits it ends with the connection."""
+    def _changes(self, data: Raw, worker: Worker) -> Outcome:
+        """Begin a poll: what the worker asks for behind it is in its watch."""
         payload, access = _decoded(polls.FUNCTION_ID, data), worker.access
         self._engine._tally[polls.FUNCTION_ID].add()
         scope = payload.get("scope") if isinstance(payload, dict) else None
-        with worker.polling():
-            if access is None:
-                return await self._engine._polls.answer_later(payload, worker.caller)
-            if isinstance(scope, str):
-                access.check_read(scope)
-            found = await self._engine._polls.answer_later(payload, worker.caller, access.may_read)
-            if isinstance(scope, str):
-                access.check_read(scope)  # the rights may have changed while it waited
-            return found
+        if access is None:
+            return self._engine._polls.answer_later(payload, worker.caller)
+        if not isinstance(scope, str):
+            return self._engine._polls.answer_later(payload, worker.caller, access.may_read)
+        access.check_read(scope)
+
+        def readable(found: str) -> bool:
+            access.check_read(found)  # ends the poll
+            return True
+
+        return self._checked(self._engine._polls.answer_later(payload, worker.caller, readable), access, scope)
+
+    @staticmethod
+    async def _checked(answer: Awaitable[bytes], access: Access, scope: str) -> Result:
+        found = await answer
+        access.check_read(scope)  # the rights may have changed while it waited
+        return found
 
     def _of_consumers(self, function_id: str) -> Callable[[Raw, Worker], Outcome]:
         """Return a function for consumers or dead letters. It may wait for a disk, so it runs on a worker thread."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -92,20 +91,14 @@ class Worker:
         """Return whether it may know of another worker: the token is the same, or allows everything."""
         return self.access is None or self.access is other.access or self.access.full
 
-    @contextmanager
-    def polling(self) -> Iterator[None]:
-        """Within it, the running task ends when the worker is gone: what it waits for may not come for long."""
-        task = asyncio.current_task()
-        assert task is not None  # it is called by coroutines
+    def note_poll(self, task: asyncio.Task[None]) -> None:
+        """Have a task end when the worker is gone: what it waits for may not come for long."""
         self._polls.add(task)
-        try:
-            yield
-        finally:
-            self._polls.discard(task)
+        task.add_done_callback(self._polls.discard)
 
     def end_polls(self) -> None:
         """End its polls: their answers can go nowhere."""
-        for task in self._polls:
+        for task in list(self._polls):
             task.cancel()
 
     def note_refused(self, function_id: str, reason: str) -> None:

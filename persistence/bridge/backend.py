@@ -7,7 +7,7 @@ import concurrent.futures
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,12 @@ from scopestate.actors.loops import LoopReply
 from scopestate.actors.ports import Backend
 from scopestate.actors.router import Expired
 from scopestate.actors.scope import ScopeActor, Surroundings
-from scopestate.errors import DeserializationError, EngineClosed, ScopestateError, StorageError
+from scopestate.errors import DeserializationError, EngineClosed, ScopestateError, StorageError, Unsupported
 from scopestate.ops.remote import Everything
 from scopestate.ops.turns import Deadline, Delete, Entry, Set, Turn
 from scopestate.ops.values import parse
 from scopestate.ops.writes import SetWith
+from scopestate.persistence.bridge.changes import Fire, Follower, RemoteChanges, RemoteEvent
 from scopestate.persistence.bridge.computed import Waiter
 from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange, message_of
@@ -83,8 +84,6 @@ class BridgeBackend(Backend):
     `connect_wait_ms` at most. Its scopes are called, not loaded and saved: others may change them at the same time.
     """
 
-    unwatchable = "the scopes are kept by another engine: watch them there"
-
     def __init__(self, options: BridgeOptions) -> None:
         """Raises ConfigError: address, token, TLS file."""
         self.url = options.bridge_url
@@ -93,6 +92,11 @@ class BridgeBackend(Backend):
         self._closed = False
         self._open = [None]
         self._refusal = ""
+        self.changes: RemoteChanges = RemoteChanges(self.call, options.call_timeout_ms)
+        self._follower: Follower | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._by_trigger = False
+        """True if the other engine can only tell its changes by a trigger, while there is a connection."""
         self._client = Client(
             options.bridge_url,
             ClientOptions(
@@ -147,27 +151,68 @@ class BridgeBackend(Backend):
         return BridgeScope(scope, around, self)
 
     def start(self, around: Surroundings) -> None:
-        """With `events: remote`, ask for every change that happens from now on.
+        """With `events: remote`, have an event fired for every change that happens from now on.
 
-        The other engine reports those made through this bridge too. What changes without a connection is not reported.
+        The other engine tells of those made through this bridge too, and, if it has `state::changes`, of those made
+        while there was no connection.
         """
         if not self._remote_events:
             return
 
+        async def fire(event: RemoteEvent) -> None:
+            change = event.key, event.old(), event.new()
+            await _fire(around, event.scope, change, event.depth, event.expired())
+
+        begun = asyncio.run_coroutine_threadsafe(self._begin_to_follow(around, fire), self._loop)
+        wait_for(lambda slice_s: bool(concurrent.futures.wait([begun], slice_s).done))
+
+    async def _begin_to_follow(self, around: Surroundings, fire: Fire) -> None:
+        self._follower = Follower(self._client, self.changes.longest_wait_ms, around, fire)
+        if self._client.connected:
+            self._follower.connected()
+        self._following = asyncio.create_task(self._follow(self._follower, around))
+
+    async def _follow(self, follower: Follower, around: Surroundings) -> None:
+        # Until it is known that the other engine can be asked for changes, there is a trigger as well, whose events
+        # wait: if it cannot, they are what has changed from the first moment on.
+        decided = asyncio.Event()
+        withdraw = self._register_trigger(around, decided)
+
+        def begun() -> None:
+            if not decided.is_set():
+                decided.set()
+                withdraw()
+
+        try:
+            await follower.run(begun)
+        except Unsupported as error:
+            log.info("bridge to %s: changes come by a trigger, as %s", self.url, error)
+            self._by_trigger = True
+            if decided.is_set():  # another engine, older than the one before, is there now
+                self._register_trigger(around, decided)
+            decided.set()
+
+    def _register_trigger(self, around: Surroundings, decided: asyncio.Event) -> Callable[[], object]:
+        """Have the other engine call a function here for every change. Return what withdraws that."""
+
         async def on_event(payload: bytes) -> bytes | None:
-            await _fire(around, _read_event(payload))
+            await decided.wait()
+            if not self._by_trigger:
+                return None
+            event = _read_event(payload)
+            depth = max(0, event_depth.get() - 1)  # the depth of the event; that of this handler is one more
+            await _fire(around, event.scope, (event.key, event.old(), event.new()), depth, event.expired())
             return None
 
         function_id = f"scopestate::bridge::{os.urandom(8).hex()}"
+        self._client.register_function(
+            function_id, on_event, description="changes for a scopestate bridge", ordered=True
+        )
+        # iii and older scopestate engines ignore `events`: they report changes of the first three kinds.
+        trigger_id = self._client.register_trigger("state", function_id, {"events": _EVENTS})
 
-        def register() -> None:
-            self._client.register_function(
-                function_id, on_event, description="changes for a scopestate bridge", ordered=True
-            )
-            # iii and older scopestate engines ignore `events`: they report changes of the first three kinds.
-            self._client.register_trigger("state", function_id, {"events": _EVENTS})
-
-        self._loop.call_soon_threadsafe(register)
+        # The function stays: calls of it may be on their way.
+        return lambda: self._client.unregister_trigger(trigger_id)
 
     def scopes(self) -> list[str]:
         """Return the names of the other engine's scopes that hold a key."""
@@ -184,6 +229,8 @@ class BridgeBackend(Backend):
         why_not = self._client.why_not
         if why_not is not None:
             return f"the bridge has no connection: {why_not}; calls wait for one"
+        if self._follower is not None and not self._by_trigger:
+            return self._follower.problem()
         return self._refusal or None
 
     # ----------------------------------------------------------------------------------------- for export and import
@@ -232,11 +279,17 @@ class BridgeBackend(Backend):
         except IndexError:
             return
         self._closed = True
-        ending = asyncio.run_coroutine_threadsafe(self._client.close(), self._loop)
+        ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         wait_for(lambda slice_s: bool(concurrent.futures.wait([ending], slice_s).done))
         ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         join(self._thread)
+
+    async def _end(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
+        await self._client.close()
 
     # --------------------------------------------------------------------------------------------------- the thread
 
@@ -256,24 +309,30 @@ class BridgeBackend(Backend):
     def _note_connection(self, connected: bool, reason: str) -> None:
         if connected:
             self._refusal = ""
+            if self._follower is not None and not self._by_trigger:
+                self._follower.connected()
         if connected and self._client.connections == 1:
             log.info("bridge to %s: connected", self.url)
         elif connected:
-            missed = "; changes that others made meanwhile fired no local trigger" if self._remote_events else ""
+            missed = "; changes that others made meanwhile fired no local trigger" if self._by_trigger else ""
             log.warning("bridge to %s: connected again%s", self.url, missed)
         elif not self._closed:
             log.warning("bridge: %s; calls wait for it and it is tried again", reason)
 
 
-async def _fire(around: Surroundings, event: _Event) -> None:
+async def _fire(
+    around: Surroundings,
+    scope: str,
+    change: tuple[str, bytes | None, bytes | None],
+    depth: int,
+    expired: Expired | None,
+) -> None:
     """Fire the event of a reported change. While a handler is full this waits, and so does the other engine."""
-    depth = max(0, event_depth.get() - 1)  # the depth of the event; that of this handler is one more
     room: LoopReply | None = None
     while True:
         told = LoopReply()
         try:
-            change = ReportedChange(event.key, event.old(), event.new(), told, depth, event.expired())
-            around.directory[event.scope].take_in(change)  # type: ignore[attr-defined]
+            around.directory[scope].take_in(ReportedChange(*change, told, depth, expired))  # type: ignore[attr-defined]
             await told.future
             return
         except EngineClosed:
