@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.functions import close_unrun, is_awaitable, is_unrun
-from scopestate.actors.loops import Continue, OnLoop, Overdue, Pending
+from scopestate.actors.loops import Continue, OnLoop, Overdue, Pending, Thrown
 from scopestate.actors.shapes import EventBatch, Item, events_of
 from scopestate.actors.turn import TurnActor
 from scopestate.errors import HandlerTimeout
@@ -84,6 +84,8 @@ class Attempts(TurnActor):
     def _step(self, run: Run) -> Pending | None:
         delivery, value, error = run.delivery, run.value, run.error
         run.value = run.error = None
+        if isinstance(error, GeneratorExit):
+            value, error = Thrown(error), None
         try:
             return delivery.send(value) if error is None else delivery.throw(error)  # type: ignore[union-attr]  # set
         except StopIteration:

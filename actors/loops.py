@@ -36,6 +36,25 @@ ANSWER_S: Final = 1.0
 """An event loop that has not answered for this long counts as blocked."""
 
 
+class Thrown:
+    """An error as an outcome, for `unwrapped`.
+
+    Throwing GeneratorExit into a coroutine closes the coroutines that it awaits, before any of them can handle it.
+    """
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def unwrapped(outcome: Any) -> Any:
+    """Return an outcome, or raise the error that it is."""
+    if type(outcome) is Thrown:
+        raise outcome.error
+    return outcome
+
+
 class Pending(Protocol):
     """What the delivery of a handler waits for without a thread."""
 
@@ -188,7 +207,7 @@ class OnLoop:
         self._cancelled = False
 
     def __await__(self) -> Generator[OnLoop, Any, Any]:
-        return (yield self)
+        return unwrapped((yield self))
 
     def is_settled(self) -> bool:
         """True once there is an outcome."""

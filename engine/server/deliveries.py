@@ -19,6 +19,7 @@ from msgspec import Raw
 
 from scopestate.actors.handler import HandlerActor, Hold
 from scopestate.actors.lanes import Run
+from scopestate.actors.loops import unwrapped
 from scopestate.actors.services import HandlerServices
 from scopestate.errors import Forbidden, HandlerTimeout, RemoteFailure
 from scopestate.ops.results import StateEvent
@@ -393,7 +394,7 @@ class _OnThread:
         self._threads = threads
 
     def __await__(self) -> Generator[_OnThread, Any, Any]:
-        return (yield self)
+        return unwrapped((yield self))
 
     def start(self, go_on: Continue) -> None:
         """Run it there; the copied context holds the depth of the event."""
