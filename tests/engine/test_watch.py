@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watching import PATIENCE_S, Gate, GatedStore, LoopThread
+from watching import PATIENCE_S, Gate, GatedStore, LoopThread, broken
 
 from scopestate import Change, Compacted, Engine, StateEvent, WatchOverrun
 from scopestate.actors import feed as feed_module
@@ -737,6 +737,40 @@ def test_a_change_of_a_commit_scope_is_told_when_it_is_on_disk(open_engine: Open
         writer.join()
         assert take(changes, 1) == [("put", "k", 1)]
         assert {plain(many.get(PATIENCE_S)) for _ in range(2)} == {("put", "k", 1), ("put", "k", 2)}
+
+
+def test_a_change_whose_commit_fails_is_not_told(open_engine: OpenEngine) -> None:
+    store = GatedStore()
+    engine = open_engine(store=store, scopes=[{"name": "safe", "durability": "commit"}])
+    with engine.scope("safe").watch() as changes, engine.watch() as many:
+        engine.set("safe", "k", 1)
+        store.at_save = broken
+        with pytest.raises(StorageError):
+            engine.set("safe", "k", 2)
+        store.at_save = lambda: None
+        engine.set("safe", "k", 3)
+        for watch in (changes, many):
+            assert take(watch, 2) == [("put", "k", 1), ("put", "k", 3)]
+            assert nothing_waits(watch)
+        cursor, of_many = changes.cursor, many.cursor
+        engine.set("safe", "k", 4)
+        with engine.scope("safe").watch(since=cursor) as again, engine.watch(since=of_many) as again_many:
+            assert take(again, 1) == take(again_many, 1) == [("put", "k", 4)]
+
+
+def test_what_a_handler_does_to_its_event_changes_nothing_for_watches(engine: Engine) -> None:
+    def spoil(event: StateEvent) -> None:
+        event.key, event.new_json, event.revision = "spoilt", b"0", 99
+
+    engine.on_change(scope="s")(spoil)
+    with engine.scope("s").watch() as changes:
+        cursor = changes.cursor
+        engine.set("s", "k", 1)
+        engine.drain(PATIENCE_S)
+        with engine.scope("s").watch(since=cursor) as again:
+            for watch in (changes, again):
+                change = watch.get(PATIENCE_S)
+                assert (change.key, change.value, change.revision) == ("k", 1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- who watches

@@ -277,9 +277,11 @@ def test_reading_a_watch_interrupted_at_any_opcode_loses_no_change(
                         scope.set(f"{number}", number)
                     while sum(1 for _ in changes._watcher.pending or changes._watcher.newest or ()) < 5:
                         engine._router.wake_anyway()
-                reached = interrupt_at(place, lambda: changes.get(PATIENCE_S), error)
-                last = changes._last  # the caller has it, or has lost it behind the return of the call
-                left = expected if last is None else expected[last.value + 1 :]
+                got: list[Any] = []
+                reached = interrupt_at(place, lambda: got.append(changes.get(PATIENCE_S)), error)  # noqa: B023 - runs at once
+                # The caller has what is noted as yielded: no signal is handled between the return and `append`.
+                assert got == ([] if changes._last is None else [changes._last]), f"opcode {place}"
+                left = expected[len(got) :]
                 cursor = changes.cursor
                 if phase != "snapshot":
                     with watch(since=cursor) as again:
