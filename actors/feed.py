@@ -131,8 +131,6 @@ class Feed:
             self.position = journal.first
             self._give_rules()
         self.cursors = ManyCursors(store_id, self.epoch)
-        # One position is left out, so that a cursor of this session differs from the last one of the session before.
-        self.position += 1
         self._floor = self._shown = self.position
 
     def connect_elsewhere(self, store_id: str, past: Past, epoch: int, position: int) -> None:

@@ -171,7 +171,7 @@ class Journal(ABC):
     epoch: int
     """The epoch of this session. A cursor for many scopes names it."""
     first: int
-    """The position behind which this session goes on: no cursor of an earlier session has a higher one of its epoch."""
+    """The position behind which this session goes on. It is that of no change, and no earlier session has given it."""
     given: int
     """The last position that was given. The engine sets it before each save, and before the store is closed."""
     settled: int

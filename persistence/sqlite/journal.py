@@ -59,8 +59,7 @@ class SavedJournal(Journal):
         self._clock = clock
         self.epoch = session.epoch
         self._epochs = session.epochs
-        self.first = self.settled = self.given = session.epochs[session.epoch]
-        self._noted = self.settled
+        self.first = self.settled = self.given = self._noted = session.epochs[session.epoch]
         self._deliveries = Deliveries()
         self._trimmer = Trimmer()
         self._attempts = AttemptsFile(os.path.join(directory, "state.attempts"), session.store_id)

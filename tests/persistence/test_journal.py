@@ -422,7 +422,7 @@ def test_cursors_of_an_epoch_are_good_up_to_what_it_has_saved(open_file: Open) -
     adapter = open_file()
 
     journal = adapter.journal
-    assert (journal.epoch, journal.first) == (1, 2 + 2**32)
+    assert (journal.epoch, journal.first) == (1, 3 + 2**32)
     assert journal.gone(0, 2, scope="s") is None
     assert journal.gone(0, 3, scope="s") == "lost in a crash"
     assert journal.gone(7, 1) == "lost in a crash"
@@ -431,6 +431,21 @@ def test_cursors_of_an_epoch_are_good_up_to_what_it_has_saved(open_file: Open) -
     assert journal.gone_in_scope("s", 2 + RESERVED) is None
     assert journal.gone_in_scope("never", 3) == "lost in a crash"
     assert journal.gone_in_scope("never", 0) is None
+
+
+def test_what_a_tool_saves_between_two_sessions_is_not_passed_over(open_file: Open) -> None:
+    adapter = open_file()
+    save(adapter, [event("s", 1), event("t", 2)])
+    adapter.close()
+    adapter = open_file()
+    adapter.save_whole([ScopeChange("s", 2, {})])
+    adapter.close()
+
+    journal = open_file().journal
+
+    assert journal.gone_in_scope("s", 1) == "trimmed"
+    assert journal.gone(0, 2) == "trimmed"
+    assert journal.gone(0, 2, scope="t") is None
 
 
 def test_a_scope_that_was_not_logged_for_a_while_says_so(open_file: Open) -> None:

@@ -81,7 +81,7 @@ class JournalMachine(RuleBasedStateMachine):
         self.adapter = FileAdapter(self.directory)
         self.journal = self.adapter.journal
         self.adapter.clock_ms = self.now_ms
-        self.position = self.journal.first + 1
+        self.position = self.journal.first
         for name, scope in self.scopes.items():
             scope.revision = self.adapter.load(name).revision
             scope.since, scope.unsaved = None if name == "b" else scope.revision, []
