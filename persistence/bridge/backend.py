@@ -95,6 +95,8 @@ class BridgeBackend(Backend):
         self.changes: RemoteChanges = RemoteChanges(self.call, options.call_timeout_ms)
         self._follower: Follower | None = None
         self._following: asyncio.Task[None] | None = None
+        self._by_polls = False
+        """True once the other engine has told its changes."""
         self._by_trigger = False
         """True if the other engine can only tell its changes by a trigger, while there is a connection."""
         self._client = Client(
@@ -179,6 +181,7 @@ class BridgeBackend(Backend):
         withdraw = self._register_trigger(around, decided)
 
         def begun() -> None:
+            self._by_polls = True
             if not decided.is_set():
                 decided.set()
                 withdraw()
@@ -187,7 +190,7 @@ class BridgeBackend(Backend):
             await follower.run(begun)
         except Unsupported as error:
             log.info("bridge to %s: changes come by a trigger, as %s", self.url, error)
-            self._by_trigger = True
+            self._by_polls, self._by_trigger = False, True
             if decided.is_set():  # another engine, older than the one before, is there now
                 self._register_trigger(around, decided)
             decided.set()
@@ -229,7 +232,7 @@ class BridgeBackend(Backend):
         why_not = self._client.why_not
         if why_not is not None:
             return f"the bridge has no connection: {why_not}; calls wait for one"
-        if self._follower is not None and not self._by_trigger:
+        if self._by_polls and self._follower is not None:
             return self._follower.problem()
         return self._refusal or None
 

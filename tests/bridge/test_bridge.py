@@ -410,7 +410,9 @@ def test_health_says_whether_there_is_a_connection(remote: RemoteProcess, open_b
 
 
 def test_a_remote_that_does_not_let_the_bridge_watch_shows_in_health(open_bridge: OpenBridge) -> None:
-    token = {"token": "t", "functions": ["*"], "registers": ["scopestate::bridge::*"], "read": ["mine"], "write": ["*"]}
+    functions = ["state::set", "scopestate::bridge::*"]  # it cannot be asked for changes either
+    registers = ["scopestate::bridge::*"]
+    token = {"token": "t", "functions": functions, "registers": registers, "read": ["mine"], "write": ["*"]}
     manager = {"name": "iii-worker-manager", "config": {"port": 0, "auth": {"tokens": [token]}}}
     config = from_mapping({"workers": [manager]})
     with Engine(config) as far, Server(far, config=config.server) as server:
@@ -421,6 +423,22 @@ def test_a_remote_that_does_not_let_the_bridge_watch_shows_in_health(open_bridge
 
     assert problem.startswith("the remote reports no changes to the bridge: ")
     assert "FORBIDDEN" in problem or "trigger_registration_failed" in problem
+
+
+def test_a_bridge_that_may_not_read_everything_hears_what_it_may_read(open_bridge: OpenBridge) -> None:
+    token = {"token": "t", "functions": ["state::*"], "read": ["mine"], "write": ["mine"]}
+    manager = {"name": "iii-worker-manager", "config": {"port": 0, "auth": {"tokens": [token]}}}
+    config = from_mapping({"workers": [manager]})
+    with Engine(config) as far, Server(far, config=config.server) as server:
+        engine, seen = open_bridge(server.url, events="remote", token="t"), Seen()
+        engine.on_change()(seen)
+        engine.set("mine", "k", 1)
+        far.set("theirs", "k", 2)
+        far.set("mine", "k", 3)
+
+        assert [(event.scope, event.new_value) for event in seen.wait_for(2)] == [("mine", 1), ("mine", 3)]
+        assert engine.health().ok
+        engine.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- config
