@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sqlite3
 import statistics
@@ -19,6 +20,7 @@ from typing import Any
 from benchmarks.harness import Measure, Row, Sizes, Value, compare, in_threads, make_pairs, percentile
 from benchmarks.ours import SCOPE, on_disk, set_batch
 from benchmarks.peer_queues import by_huey, by_litequeue, by_procrastinate, by_redis_stream
+from benchmarks.redis_load import config as redis_config
 from benchmarks.redis_load import redis_server
 from scopestate import Engine
 
@@ -174,12 +176,25 @@ def _on_files(durability: str, values: Sequence[Value]) -> float:
 
 
 def deliveries_vs_redis_stream(sizes: Sizes) -> list[Row]:
-    """A stream with XREADGROUP by redis-py, beside durable triggers on files with `interval`."""
+    """A stream with XREADGROUP by redis-py, beside durable triggers on the same Redis, and on files with `interval`."""
+    values = _values(sizes.slow_calls)
+    runs = itertools.count()
     with redis_server() as url:
-        what = "XREADGROUP by redis-py, interval"
+
+        def on_redis(values: Sequence[Value]) -> float:
+            with Engine.from_config(redis_config(url, events="shared")) as engine:
+                return _delivered(engine, values, 1, consumer=f"bench-{next(runs)}")
+
         stream = partial(by_redis_stream, url=url)
         return [
-            _beside("redis_stream_interval", what, _values(sizes.slow_calls), partial(_on_files, "interval"), stream)
+            _beside("redis_stream", "XREADGROUP by redis-py, ours on Redis", values, on_redis, stream),
+            _beside(
+                "redis_stream_interval",
+                "XREADGROUP by redis-py, interval",
+                values,
+                partial(_on_files, "interval"),
+                stream,
+            ),
         ]
 
 

@@ -55,6 +55,7 @@ JUDGED = {
     "deliveries_vs_huey_interval": {"at_least": 1},
     "deliveries_vs_litequeue_interval": {"at_least": 1},
     "deliveries_vs_procrastinate": {"at_least": 1},
+    "deliveries_vs_redis_stream": {"at_least": 1},
     "deliveries_vs_redis_stream_interval": {"at_least": 1},
     "watch_1": {"at_least": 200_000},
     "watch_8": {"at_least": 800_000},

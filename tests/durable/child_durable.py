@@ -32,6 +32,8 @@ from forking import beside_threads
 
 from scopestate import Delivery, Discard, Engine, Retry, StateEvent
 
+ACK_WAIT_S = 2.0
+"""On Redis, other engines wait so long for one that was killed."""
 SOON = Retry(attempts=1_000, first=0.002, factor=1.5, longest=0.02)
 
 
@@ -50,18 +52,18 @@ def ended(delivery: Delivery, verdict: str = "done") -> None:
 def handlers(engine: Engine, marks: Path) -> None:
     """Register one durable trigger of each kind, whose consumers are `CONSUMERS`."""
 
-    @engine.on_change(scope=SCOPE, durable="plain", retry=SOON)
+    @engine.on_change(scope=SCOPE, durable="plain", retry=SOON, ack_wait=ACK_WAIT_S)
     def plain(event: StateEvent, delivery: Delivery) -> None:
         began(event, delivery)
         ended(delivery)
 
-    @engine.on_change(scope=SCOPE, durable="waits", retry=SOON)
+    @engine.on_change(scope=SCOPE, durable="waits", retry=SOON, ack_wait=ACK_WAIT_S)
     async def waits(event: StateEvent, delivery: Delivery) -> None:
         began(event, delivery)
         await asyncio.sleep(0.001)
         ended(delivery)
 
-    @engine.on_change(scope=SCOPE, durable="fails", retry=SOON)
+    @engine.on_change(scope=SCOPE, durable="fails", retry=SOON, ack_wait=ACK_WAIT_S)
     def fails(event: StateEvent, delivery: Delivery) -> None:
         began(event, delivery)
         if event.new_value % 7 == 0 and delivery.attempt < 3:
@@ -69,7 +71,7 @@ def handlers(engine: Engine, marks: Path) -> None:
             raise RuntimeError("not yet")
         ended(delivery)
 
-    @engine.on_change(scope=SCOPE, durable="counts", retry=SOON)
+    @engine.on_change(scope=SCOPE, durable="counts", retry=SOON, ack_wait=ACK_WAIT_S)
     def counts(event: StateEvent, delivery: Delivery) -> None:
         began(event, delivery)
         with delivery.transaction(EFFECTS) as tx:
@@ -77,7 +79,7 @@ def handlers(engine: Engine, marks: Path) -> None:
             tx.set(key, (tx.get(key) or 0) + 1)
         ended(delivery)
 
-    @engine.on_change(scope=SCOPE, durable="dies", retry=SOON)
+    @engine.on_change(scope=SCOPE, durable="dies", retry=SOON, ack_wait=ACK_WAIT_S)
     def dies(event: StateEvent, delivery: Delivery) -> None:
         began(event, delivery)
         mark = marks / f"{event.key}-{event.new_value}"

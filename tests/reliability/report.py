@@ -52,6 +52,33 @@ ROWS: Final = (
         ("SIGKILL with transactions",),
     ),
     Row(
+        "The process is killed with durable triggers at work",
+        "Every committed event is handled at least once, in order for its key, and none that was not committed. An "
+        "attempt that was cut off counts; a delivery keeps its id. What `delivery.transaction` writes is there exactly "
+        "once. A replay or purge of dead letters is done for all of them, or for none.",
+        ("durable/test_kills.py", "durable/test_checker.py"),
+        ("SIGKILL with durable triggers: commit", "SIGKILL with durable triggers: interval"),
+    ),
+    Row(
+        "Engines and the server are killed with durable triggers over Redis",
+        "The same, if the server keeps what it has acknowledged.",
+        ("redis/test_durable_kills.py",),
+        ("SIGKILL with durable triggers: Redis",),
+    ),
+    Row(
+        "Any order of writes, saves, trims, crashes and restarts beside watches and durable triggers",
+        "A watch tells each change once, in order, transactions as a whole, without a gap; it goes on from its cursor, "
+        "also after a restart, or is told `Compacted` with the reason. Durable triggers as above.",
+        ("durable/test_simulation.py", "durable/test_checker.py"),
+        ("simulation of watches*",),
+    ),
+    Row(
+        "Many durable triggers beside many writers",
+        "Each comes to its end; memory and the database do not grow on.",
+        ("load/test_consumers.py",),
+        ("24 consumers*",),
+    ),
+    Row(
         "Another program reads the files while transactions run",
         "It sees each save as a whole, and with it whole transactions; so does an export.",
         ("persistence/test_whole_transactions.py", "cli/test_export_and_import.py"),
@@ -186,8 +213,10 @@ ROWS: Final = (
 LIMITS: Final = """\
 ## What is not promised
 
-- Events live in memory: a crash loses those that no handler has seen yet. None is delivered before its `commit` write
-  is on disk.
+- Events of triggers without `durable` live in memory: a crash loses those that no handler has seen yet. None is
+  delivered before its `commit` write is on disk.
+- A durable trigger handles each event at least once, and more often after a crash: only what its handler writes by
+  `delivery.transaction` counts exactly once.
 - SIGKILL shows the order of commit, answer and event. That a commit survives a power cut rests on SQLite's
   `synchronous=FULL` and on the disk keeping its word.
 - With Redis, durability is the server's: `appendfsync`, and replication, which a fail-over does not wait for.
