@@ -321,7 +321,7 @@ class World:
                 self.dispatcher.submit(lambda key=key: self._count(key))
             for _ in range(draw.randint(5, 150)):
                 self._happen()
-                if not self.dispatcher.step():
+                if not self.dispatcher.step() or (not self.running and draw.random() < 0.1):
                     break
             if end == "crash":
                 self._crash()
@@ -339,7 +339,7 @@ class World:
         kv = {
             "store_method": "file_based",
             "file_path": str(self.directory),
-            "save_interval_ms": draw.choice((50, 500, 5000)),
+            "save_interval_ms": draw.choice((200, 1000, 5000)),
         }
         history = {"events": self.history}
         config = {
@@ -437,7 +437,7 @@ class World:
                 self.dispatcher.submit(lambda: actor.housekeep(Passivate()))
         elif chance < 0.35:
             self.dispatcher.submit(self._replay)
-        elif chance < 0.355:
+        elif chance < 0.351:
             self.dispatcher.advance(70.0)  # the ring of a scope that is not watched is forgotten
 
     def _crash(self) -> None:
