@@ -103,6 +103,8 @@ class ConsumerChange(msgspec.Struct):
     """Deliveries that are not over, each in place of what was saved of it; also above `done`."""
     letters: Sequence[Letter] = ()
     """New dead letters."""
+    over: Sequence[int] = ()
+    """Positions of deliveries that are over, those that `done` says included: their attempts need not be known."""
 
 
 class SavedConsumer(msgspec.Struct):

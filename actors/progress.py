@@ -38,6 +38,8 @@ class Progress:
         """Deliveries that have a row as pending in the store."""
         self._acked: list[int] = []
         """Over, and not saved yet."""
+        self._over: list[int] = []
+        """Over, and the store was not told of each."""
         self._pending: dict[int, Pending] = {}
         """Not over, and not saved yet as it is."""
         self._letters: list[Letter] = []
@@ -115,6 +117,7 @@ class Progress:
         self._joined.discard(position)
         self._pending.pop(position, None)
         self._rows.discard(position)
+        self._over.append(position)
         self.open.pop(position, None)
 
     def end(self, outcome: Outcome, now_ms: int) -> None:
@@ -125,6 +128,7 @@ class Progress:
         if outcome.verdict == "done":
             self._pending.pop(position, None)
             self._acked.append(position)
+            self._over.append(position)
             del self.open[position]
             return
         blocked = outcome.verdict == "held"
@@ -186,14 +190,15 @@ class Progress:
                 pending += [Pending(position) for position in bare]
         if done == self._done and not acked and not pending and not self._letters:
             return None
-        self._sending = (len(self._acked), dict(self._pending))
+        self._sending = (len(self._acked), len(self._over), dict(self._pending))
         told = [position for position in acked if position > done or position in rows]
-        return ConsumerChange(self.number, done, told, pending, self._letters.copy())
+        return ConsumerChange(self.number, done, told, pending, self._letters.copy(), self._over.copy())
 
     def saved(self, change: ConsumerChange) -> None:
         """What `change` has returned last is on disk."""
-        count, pending = self._sending
+        count, over_count, pending = self._sending
         del self._acked[:count]
+        del self._over[:over_count]
         del self._letters[: len(change.letters)]
         self._rows.difference_update(change.acked)
         over = set(self._acked)
@@ -203,7 +208,7 @@ class Progress:
                 del self._pending[position]
         self._done = max(self._done, change.done)
 
-    _sending: tuple[int, dict[int, Pending]] = (0, {})
+    _sending: tuple[int, int, dict[int, Pending]] = (0, 0, {})
 
     def oldest(self) -> int | None:
         """Return the position of the oldest delivery that is not over; None if there is none."""

@@ -103,6 +103,7 @@ class SavedJournal(Journal):
                 for change in consumers
                 for outcome in (
                     *(((change.consumer, position), _ANY) for position in change.acked),
+                    *(((change.consumer, position), _ANY) for position in change.over),
                     *(((change.consumer, letter.event.position), _ANY) for letter in change.letters),
                     *(((change.consumer, one.position), one.attempts) for one in change.pending),
                 )

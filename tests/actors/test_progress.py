@@ -189,3 +189,25 @@ def test_a_delivery_that_was_begun_and_is_not_on_its_page_is_asked_for() -> None
     progress.reach(20)
 
     assert progress.overlooked() == [17]
+
+
+def test_a_save_names_each_delivery_that_is_over_so_that_no_attempt_of_it_is_kept() -> None:
+    progress = Progress(SavedConsumer(1, "c", "", 0, None, 5, set(), {}, {}, 0))
+    for position in (6, 7):
+        progress.fetched(position)
+    progress.reach(7)
+    progress.join(6)
+    progress.joined_is_saved(6)
+    progress.end(Outcome(7, "done"), 0)
+
+    change = progress.change()
+
+    assert change is not None
+    assert (change.done, list(change.acked), list(change.over)) == (7, [], [6, 7])
+    progress.saved(change)
+    progress.fetched(8)
+    progress.reach(8)
+    progress.end(Outcome(8, "done"), 0)
+    following = progress.change()
+    assert following is not None
+    assert list(following.over) == [8]

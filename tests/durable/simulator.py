@@ -82,6 +82,8 @@ class Watcher:
         self._is_mark = True
         """True: the cursor is not that of a change."""
         self._began = 0
+        self._began_crashes = self._cursor_crashes = 0
+        """How many crashes there were when the cursor was given: of this session's begin, and now."""
         self._saw: list[tuple[str, str, str, int]] = []
         self._marks: dict[int, int] = {}
 
@@ -116,6 +118,7 @@ class Watcher:
     def _open(self, engine: Engine) -> bool:
         scopes = {} if self.scope is None else {"scope": self.scope}
         self._began, self._saw, self._marks = self.at, [], {}
+        self._began_crashes = self._cursor_crashes
         fresh = self.cursor is None
         try:
             self.changes = engine.watch(
@@ -126,12 +129,14 @@ class Watcher:
             return False
         if fresh:
             self._began = self.at = self.changes._at()
+            self._began_crashes = self._cursor_crashes = self.world.crashes
         self.world.note(f"{self.name} watches from {self.at}")
         return True
 
     def _see(self, change: Any) -> None:
         self.world.note(f"{self.name} sees {change!r}")
         self.cursor = change.cursor
+        self._cursor_crashes = self.world.crashes
         self._is_mark = change.kind in ("synced", "progress")
         if self._is_mark:
             self.at = max(self.at, change.revision if self.scope is not None else change.position)
@@ -150,7 +155,8 @@ class Watcher:
 
     def _stands_behind_lost(self) -> bool:
         """Return whether this began behind a change that an earlier crash took back: a crash begins new numbers."""
-        lost = [self.world.events[place] for place in self.world.lost if place < self.world.life_began]
+        world = self.world
+        lost = [world.events[place] for place, crash in world.lost.items() if crash > self._began_crashes]
         ours = [
             event.position if self.scope is None else event.revision
             for event in lost
@@ -247,7 +253,8 @@ class World:
         self.trace: list[str] | None = [] if trace else None
         self.events: list[StateEvent] = []
         """Every change that an engine has numbered, in that order."""
-        self.lost: set[int] = set()
+        self.lost: dict[int, int] = {}
+        """Places of changes that were taken back -> the number of the crash."""
         self.found: list[str] = []
         self.history = self.random.choice((3, 20, 1_000))
         self.engine: Engine | None = None
@@ -255,6 +262,7 @@ class World:
         self.watchers = [Watcher(self, f"watcher {number}") for number in range(self.random.randint(1, 4))]
         self.life_began = 0
         self.running = 0
+        self._replays = False
         self.orders = self.random.choice(ORDERS)
         self.numbers: dict[tuple[str, str], int] = {}
         """The number of each key of the orders that is on disk."""
@@ -352,6 +360,7 @@ class World:
         self.engine = Engine(from_mapping(config), dispatcher=self.dispatcher, handle_sigterm=False)
         self.life_began = len(self.events)
         self.running = 0
+        self._replays = False
         self._tell_letters()
         Handlers(self, self.engine)
         self.note(f"an engine starts, saving every {kv['save_interval_ms']} ms, with {history}")
@@ -396,11 +405,15 @@ class World:
         """Have all letters delivered again."""
         engine = self.engine
         assert engine is not None
+        if self._replays:
+            return  # what another one leaves would look like half of what this one has asked for
+        self._replays = True
         letters = engine.dead_letters("dies").list()
         if letters:
             self.take(Asked("dies", frozenset(f"dies:{letter.event.position}" for letter in letters)))
             engine.dead_letters("dies").replay([letter.id for letter in letters])
             self._tell_letters()
+        self._replays = False
 
     def _write(self, engine: Engine, draw: random.Random) -> None:
         scope, key, value = draw.choice(SCOPES), draw.choice(KEYS), draw.randrange(1_000)
@@ -474,7 +487,7 @@ class World:
         for place in range(self.life_began, len(self.events)):
             event = self.events[place]
             if event.revision % RESERVED > on_disk[event.scope]:
-                self.lost.add(place)
+                self.lost[place] = self.crashes
 
     def _read_orders(self, adapter: FileAdapter, *, is_all: bool = False) -> None:
         orders = values_of(adapter.load(self.orders))
