@@ -694,6 +694,7 @@ class Feed:
         """In a forked child: the guard may be held by a thread that is not here."""
         self._exclusive = Guard()
         self._ended = True
+        self.incoming.clear()  # no thread is here that would number it, and watches wait for that before they end
         for watcher in self.watchers():
             watcher.ending = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sqlite3
 import threading
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import beside_threads
 from reliability.figures import record
 from reliability.living import PATIENCE_S, InThread, saved, start_child
 from reliability.slow import Gate
 from stored import values_of
 
+from scopestate import Engine
 from scopestate.persistence import FileAdapter, Row, ScopeChange
 from scopestate.persistence.sqlite import adapter as file
 from scopestate.persistence.sqlite.database import connect
@@ -86,3 +89,16 @@ def test_a_fork_waits_until_no_thread_is_inside_sqlite(tmp_path: Path) -> None:
     assert forked.is_set()
     assert values_of(adapter.load("s")) == {"k": b"1"}
     adapter.close()
+
+
+def test_a_watch_ends_in_a_forked_child_and_goes_on_in_its_parent() -> None:
+    with Engine() as engine, engine.scope("s").watch() as changes:
+        engine.set("s", "k", 1)
+        with beside_threads():
+            child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)  # what is not numbered here would be waited for without end
+            os._exit(0 if all(change.value == 1 for change in changes) else 1)
+        assert os.waitpid(child, 0) == (child, 0)
+        assert changes.get(PATIENCE_S).value == 1
