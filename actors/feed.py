@@ -646,20 +646,15 @@ class Feed:
         return [event for event in found if event.scope.startswith(prefix)]
 
     @exclusive
-    def begin_at(
-        self, watcher: Watcher, revisions: dict[str, int], position: int, before: Sequence[StateEvent] = ()
-    ) -> None:
-        """A new watch has what was changed up to these revisions, or to this position: from a snapshot, or from now.
-
-        `before`: changes with a higher position that it has as well.
-        """
+    def begin_at(self, watcher: Watcher, revisions: dict[str, int], position: int) -> None:
+        """A new watch has what was changed up to these revisions, or to this position: from a snapshot, or from now."""
         if watcher.scope is not None:
             scope = self._scopes[watcher.scope]
             revision = revisions[watcher.scope]
             if scope.floor is None:
                 # Not `begin`: there may be changes without a position, from before the watch, that the journal gets.
                 scope.floor = revision
-        watcher.begin(revisions, position, before)
+        watcher.begin(revisions, position)
 
     def shown(self) -> int:
         """Return the position up to which watches of many scopes have everything."""

@@ -144,15 +144,9 @@ class Watcher:
 
     # ------------------------------------------------------------------------------------------- by the feed, guarded
 
-    def begin(self, floors: dict[str, int], position: int = 0, before: Sequence[StateEvent] = ()) -> None:
-        """Begin with what has come since behind these revisions and this position. The rest is known already.
-
-        `before`: events of changes that it must not get.
-        """
+    def begin(self, floors: dict[str, int], position: int = 0) -> None:
+        """Begin with what has come since behind these revisions and this position. The rest is known already."""
         came = list(self.pending) if self.newest is None else list(self.newest.values())
-        if before:
-            ids = {id(event) for event in before}
-            came = [change for change in came if id(change.event) not in ids]
         self.pending.clear()
         if self.newest is not None:
             self.newest.clear()

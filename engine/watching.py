@@ -121,10 +121,15 @@ class _Watch:
 
     def _begin_with_many(self, before: list[StateEvent]) -> Steps[None]:
         """Begin with what changes from now on; `before`: changes that were entered already, and have no numbers yet."""
-        position = self._start = self._feed.shown()
+        feed = self._feed
+        given, position = feed.position, feed.shown()
         if before:
             yield self._engine._router.ask(Routed())  # they have them
-        self._feed.begin_at(self._watcher, {}, position, before)
+            if [event.position for event in before] == list(range(given + 1, given + 1 + len(before))):
+                position = given + len(before)
+            # Else a commit got numbers in between, perhaps for what was changed behind this: all of it comes.
+        self._start = position
+        feed.begin_at(self._watcher, {}, position)
 
     def _begin_now(self, *, snapshot: bool) -> Steps[None]:
         """Begin with a snapshot, or with what changes from now on."""
