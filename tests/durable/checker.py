@@ -268,6 +268,8 @@ class Watched(NamedTuple):
     """True: it ended because the watcher was too slow; what it has not seen comes when it goes on."""
     complete: bool = True
     """True: it was read until nothing more came."""
+    there: int = 0
+    """A watch without a cursor may leave out what was there when it began: so many changes."""
     is_mark: bool = False
     """True: the cursor is that of a mark of many scopes, which may be behind what was saved before a crash."""
 
@@ -287,7 +289,7 @@ def watch_violations(truth: Sequence[Change], watched: Watched, wanted: Iterable
         if watched.refused == "trimmed" and watched.since >= trimmed:
             found.append(f"resumable: refused as trimmed at {watched.since}, and only {trimmed} are")
         return found
-    expected = [place for place in wants if place >= watched.since and not truth[place].lost]
+    expected = [place for place in wants if place >= max(watched.since, watched.there) and not truth[place].lost]
     seen: list[int] = []
     for change in watched.saw:
         place = places.get(change)

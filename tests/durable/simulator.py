@@ -81,6 +81,8 @@ class Watcher:
         self.changes: Any = None
         self._is_mark = True
         """True: the cursor is not that of a change."""
+        self._there = 0
+        """So many changes there were when a watch of many scopes began without a cursor."""
         self._began = 0
         self._began_crashes = self._cursor_crashes = 0
         """How many crashes there were when the cursor was given: of this session's begin, and now."""
@@ -119,6 +121,7 @@ class Watcher:
         scopes = {} if self.scope is None else {"scope": self.scope}
         self._began, self._saw, self._marks = self.at, [], {}
         self._began_crashes = self._cursor_crashes
+        self._there = 0
         fresh = self.cursor is None
         try:
             self.changes = engine.watch(
@@ -130,6 +133,7 @@ class Watcher:
         if fresh:
             self._began = self.at = self.changes._at()
             self._began_crashes = self._cursor_crashes = self.world.crashes
+            self._there = len(self.world.events) if self.scope is None else 0
         self.world.note(f"{self.name} watches from {self.at}")
         return True
 
@@ -172,7 +176,9 @@ class Watcher:
 
     def _end(self, cursor: str | None, *, overrun: bool = False, complete: bool = False) -> None:
         marks = {after: self._place(at) for after, at in self._marks.items()}
-        self._check(Watched(self._place(self._began), self._saw, marks, overrun=overrun, complete=complete))
+        self._check(
+            Watched(self._place(self._began), self._saw, marks, overrun=overrun, complete=complete, there=self._there)
+        )
         self.changes.close()
         self._is_mark = self._is_mark or cursor != self.cursor
         self.changes, self.cursor = None, cursor
