@@ -114,6 +114,8 @@ class ThreadDispatcher:
         self._name = name
         self._ready: Inbox[Any] = Inbox()
         self._idle: list[None] = []
+        self._coming: list[None] = []
+        """Its length is the number of workers that are being started."""
         self._workers = 0
         self._exclusive = Guard()
         self._in_program: list[None] = []
@@ -142,7 +144,7 @@ class ThreadDispatcher:
 
     def schedule_now(self, actor: TurnActor) -> None:
         self._ready.put(self._turns_of(actor))
-        if len(self._idle) < 2 and not self._closed:
+        if len(self._idle) + len(self._coming) < 2 and not self._closed:
             # One more than is needed now: what comes next must not wait until all others are found to be blocked.
             self._add_worker()
         if not self._idle:
@@ -295,10 +297,12 @@ class ThreadDispatcher:
         if self._closed or self._workers >= most:
             return True
         self._workers += 1
+        self._coming.append(None)
         try:
             worker.start()
         except RuntimeError as error:
             self._workers -= 1
+            self._coming.pop()
             # At exit the interpreter starts no more threads, and the work runs on the thread that closes.
             (log.debug if "shutdown" in str(error) else log.error)("no worker thread can be started: %s", error)
             return False
@@ -320,6 +324,7 @@ class ThreadDispatcher:
     def _work_until_idle(self) -> None:
         ready, idle, mine = self._ready, self._idle, self._mine
         mine.is_worker, mine.next = True, None
+        self._coming.pop()
         while True:
             work = None
             idle.append(None)
