@@ -141,6 +141,21 @@ class AgainstADisk(RuleBasedStateMachine):
             self.disk.write(change)
             self.progress.saved(change)
 
+    @precondition(lambda self: self.joined)
+    @rule()
+    def save_with_a_transaction(self) -> None:
+        """The acknowledgement of a transaction is in the same save, and is written first."""
+        change = self.progress.change()
+        position = min(self.joined)
+        self.disk.acknowledge(position)
+        if change is not None:
+            self.disk.write(change)
+            self.progress.saved(change)
+        self.progress.joined_is_saved(position)
+        self.joined.discard(position)
+        self.open.discard(position)
+        self.over.add(position)
+
     @rule()
     def collect_and_end(self) -> None:
         """An outcome comes while a save is being written."""
