@@ -180,6 +180,14 @@ class Trigger(msgspec.Struct, frozen=True):
         """What the handler finds in `event.metadata`, a new copy at each reading."""
         return None if self.metadata_json is None else cast("dict[str, Any]", decode(self.metadata_json))
 
+    def options(self) -> dict[str, Any]:
+        """Return what differs from a trigger for everything, as JSON values, under the names of the options."""
+        plain = Trigger(self.trigger_id, self.function_id)
+        found = {name: getattr(self, name) for name in self.json_fields if getattr(self, name) != getattr(plain, name)}
+        if self.retry is not None:
+            found["retry"] = {name: getattr(self.retry, name) for name in Retry.json_fields}
+        return found
+
     def matches(self, event: StateEvent) -> bool:
         """Return whether this trigger wants an event. Its condition is another matter."""
         return self.covers(event.scope, event.key) and self.wants(event.event_type) and self.differs(event)

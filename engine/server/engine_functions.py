@@ -152,17 +152,15 @@ class EngineFunctions:
         for handle in self._hub.engine.triggers() if everything else ():
             if handle.trigger_id not in theirs:
                 trigger = handle.trigger
-                config = {
-                    name: getattr(trigger, name) for name in trigger.json_fields if getattr(trigger, name) is not None
+                told: dict[str, Any] = {
+                    "id": handle.trigger_id,
+                    "trigger_type": STATE,
+                    "function_id": trigger.function_id,
+                    "config": trigger.options(),
                 }
-                infos.append(
-                    {
-                        "id": handle.trigger_id,
-                        "trigger_type": STATE,
-                        "function_id": trigger.function_id,
-                        "config": config,
-                    }
-                )
+                if handle.paused:
+                    told["paused"] = True
+                infos.append(told)
         shown = [info for info in infos if internal or not info["function_id"].startswith(_INTERNAL)]
         return _to_json({"triggers": shown})
 

@@ -77,6 +77,18 @@ def test_metadata_is_kept_as_text_and_read_anew_each_time() -> None:
     assert hash(made) == hash(trigger(metadata={"tags": ["a"]}))
 
 
+def test_the_options_that_were_given_can_be_shown() -> None:
+    assert trigger().options() == {}
+    assert trigger(scope="s", durable="c", retry={"attempts": 3}, metadata={"a": 1}, fields=["x"]).options() == {
+        "scope": "s",
+        "durable": "c",
+        "order": "key",
+        "retry": {"attempts": 3, "first": 1.0, "factor": 2.0, "longest": 300.0, "jitter": 0.2},
+        "fields": ("x",),
+        "metadata": {"a": 1},
+    }
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
     "scope": ({"scope": 1}, "scope", "`scope` of a trigger is a string or null, not number"),
     "prefix": ({"prefix": ["a"]}, "prefix", "`prefix` of a trigger is a string or null, not array"),

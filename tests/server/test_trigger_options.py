@@ -147,3 +147,21 @@ def test_a_worker_gets_a_debounced_event(engine: Engine, connect: OpenRaw) -> No
     )
     worker.answer(call)
     engine.drain()
+
+
+def test_the_list_of_triggers_shows_the_options_of_the_program_and_what_is_paused(
+    engine: Engine, connect: OpenRaw
+) -> None:
+    engine.register_trigger(function_id="f", trigger_id="plain", scope="s")
+    engine.register_trigger(function_id="f", trigger_id="other", prefix="o-", batch=3).pause()
+
+    assert connect().call("engine::triggers::list", {})["triggers"] == [
+        {"id": "plain", "trigger_type": "state", "function_id": "f", "config": {"scope": "s"}},
+        {
+            "id": "other",
+            "trigger_type": "state",
+            "function_id": "f",
+            "config": {"prefix": "o-", "order": "trigger", "concurrency": 1, "batch": 3},
+            "paused": True,
+        },
+    ]
