@@ -128,6 +128,8 @@ class SnapshotActor(TurnActor):
         self._interval_s = interval_s
         self._timer: Timer | None = None
         self._began_s = 0.0
+        self._due_s = 0.0
+        """When the timer rings."""
         self._fresh_s: float | None = None
         self._backlog: dict[str, tuple[LocalScope, ScopeChange]] = {}
         self._failures = 0
@@ -207,6 +209,7 @@ class SnapshotActor(TurnActor):
     def _arm(self, delay_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._due_s = self._dispatcher.monotonic() + delay_s
         self._timer = self._dispatcher.call_later(delay_s, weakly(self._ring))
 
     def _ring(self) -> None:
@@ -308,7 +311,8 @@ class SnapshotActor(TurnActor):
         """Save the scopes that consumers wait for, and what consumers have done."""
         self._soon_asked = False
         if self.failing is not None:
-            return  # the interval tries again, with pauses
+            self._try_again_soon()
+            return
         soon = list(self._soon)
         for scope in soon:
             del self._soon[scope]
@@ -319,6 +323,13 @@ class SnapshotActor(TurnActor):
                 self._save_acks()
         except StorageError:
             log.debug("save failed; it is tried again", exc_info=True)  # `_write` has logged it at ERROR
+            self._try_again_soon()
+
+    def _try_again_soon(self) -> None:
+        """Something waits for a save, and saving fails: the interval, which may be long, ends after a pause."""
+        pause_s = self._backoff_s()
+        if not self._stopped and self._due_s - self._dispatcher.monotonic() > pause_s:
+            self._arm(pause_s)
 
     def _save_acks(self) -> None:
         """Save what consumers have done, if the last save has left something."""
@@ -329,18 +340,22 @@ class SnapshotActor(TurnActor):
     def _tidy(self) -> None:
         """After an interval: save and remove what no save of a scope has taken along."""
         store, now_s = self._store, self._dispatcher.monotonic()
-        if store is None or store.journal is None or self.failing is not None:
+        if store is None or store.journal is None:
             return
         try:
+            # Also if saving has failed: there may be no change of a scope to try it with.
             self._save_acks()
             if self.feed is not None and not self._backlog and self.feed.settled(()) > store.journal.settled:
                 self._write([])  # positions of what is not kept: a cursor behind them is good after a crash, too
+            if self.failing is not None:
+                return
             if store.journal.rules is not None and (store.journal.behind or now_s >= self._trim_s):
                 self._trim_s = now_s + TRIM_EVERY_S
                 store.clock_ms = self._clock.now_ms()
                 store.journal.trim()
         except StorageError as error:
-            log.warning("the journal was not tidied, which is tried again: %s", error)
+            if self.failing is None:  # else `_write` has logged it at ERROR
+                log.warning("the journal was not tidied, which is tried again: %s", error)
 
     def _save(self, scopes: Iterable[str] | None = None) -> None:
         """Save what earlier saves have left, and what is dirty. If it fails, raise StorageError and keep it all.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,17 @@ class Faulty(FileAdapter):
     """A store that fails as long as the test wants it to, after or before it has written."""
 
     failing = False
+    failed = 0
     unsavable: tuple[str, str] | None = None
 
     def save(self, batch: Sequence[ScopeChange], consumers: Sequence[object] = ()) -> None:  # type: ignore[override]
         if self.failing:
+            self.failed += 1
             raise StorageError("the disk is full, says the test")
         for change in batch:
             if self.unsavable and change.scope == self.unsavable[0] and self.unsavable[1] in change.entries:
                 raise UnsavableValue("too large, says the test", *self.unsavable)
-        super().save(batch)
+        super().save(batch, consumers)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -131,3 +134,44 @@ def test_an_event_is_read_as_it_was(engine: Engine, store: Faulty) -> None:
     ]
     assert [event.transaction for event in found[:2]] == [2, 2]
     assert all(event.time_ms for event in found)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_what_a_durable_trigger_waits_for_is_saved_soon_after_a_fault_however_long_the_interval(
+    engine: Engine, store: Faulty
+) -> None:
+    handled: list[object] = []
+    engine.on_change(scope="interval", durable="d")(lambda event: handled.append(event.new_value))
+    store.failing = True
+    engine.set("interval", "k", 1)
+    until(lambda: store.failed)
+    engine.set("interval", "k", 2)  # asks again, while saving fails
+    store.failing = False
+    until(lambda: handled == [1, 2])
+
+
+def test_acknowledgements_are_saved_soon_after_a_fault_although_nothing_is_written(
+    engine: Engine, store: Faulty
+) -> None:
+    handled = threading.Event()
+
+    @engine.on_change(scope="interval", durable="d")
+    def note(event: StateEvent) -> None:
+        store.failing = True  # its change is on disk
+        handled.set()
+
+    engine.set("interval", "k", 1)
+    assert handled.wait(20)
+    until(lambda: store.failed)
+    assert not engine.health().ok
+    (event,) = store.journal.read(0)
+    assert store.journal.consumers()[0].done < event.position
+    store.failing = False
+    until(lambda: store.journal.consumers()[0].done >= event.position)
+    until(lambda: engine.health().ok)
