@@ -37,6 +37,8 @@ KEPT: Final = 16
 """Watches that are kept for one caller, between its polls."""
 KEPT_S: Final = 60.0
 """How long one is kept."""
+SOONEST_S: Final = 1.0
+"""The shortest pause between two looks for those whose time is over."""
 MOST_POLLS: Final = 64
 """Polls of one caller that may be in progress."""
 SNAPSHOTS: Final = 16
@@ -102,6 +104,8 @@ class Polls:
         self._exclusive = Guard()
         self._kept: dict[tuple[Caller, str, tuple[Any, ...]], _Watched] = {}
         self._polling: Counter[Caller] = Counter()
+        self._armed = False
+        """True if the watches that are kept are looked at when the time of one is over."""
         self._snapshots: Counter[Hashable] = Counter()
         """Share -> snapshots that its polls are reading."""
 
@@ -337,7 +341,12 @@ class Polls:
         watched.until_s = dispatcher.monotonic() + KEPT_S
         for ended in self._exclusive.run(self._put, cursor, watched):
             self._end(ended)
-        dispatcher.call_later(KEPT_S, weakly(self._drop_expired))
+        self._arm(KEPT_S)
+
+    def _arm(self, delay_s: float) -> None:
+        if not self._armed:
+            self._armed = True
+            self._engine._parts.dispatcher.call_later(delay_s, weakly(self._drop_expired))
 
     def _put(self, cursor: str, watched: _Watched) -> list[_Watched]:
         name = watched.caller, cursor, watched.asked
@@ -350,9 +359,13 @@ class Polls:
         return ended
 
     def _drop_expired(self) -> None:
+        self._armed = False
         now_s = self._engine._parts.dispatcher.monotonic()
         for kept in self._exclusive.run(self._pop, lambda one: one.until_s <= now_s):
             self._end(kept)
+        left = [kept.until_s - now_s for kept in self._exclusive.run(lambda: list(self._kept.values()))]
+        if left:
+            self._arm(max(min(left), SOONEST_S))
 
     def _pop(self, which: Callable[[_Watched], bool]) -> list[_Watched]:
         names = [name for name, kept in self._kept.items() if which(kept)]

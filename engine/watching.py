@@ -179,6 +179,10 @@ class _Watch:
         after = _position_of(cursor) or 0
         self._start = after
         yield self._caught_up()  # what was changed by now is in the ring, or in a commit
+        if scope is not None and after > feed.last_of(scope):
+            upto, _ = yield scope, State(Range(limit=0))
+            if upto < after:
+                raise self._compacted("lost in a crash")  # or it would wait until the revisions have come so far
         found = feed.from_ring(watcher, cursor)
         if found is not None:
             self._source = found
@@ -399,6 +403,11 @@ class _Watch:
         feed.look_soon()
         return True
 
+    def _look_steps(self) -> Steps[None]:
+        """Have what was entered by now, and has no numbers yet because nothing waits for it, handed on."""
+        if self._feed.incoming and not self.over:
+            yield self._engine._router.ask(Routed())
+
     def _wake_up(self, reply: ReplyTo) -> None:
         watcher = self._watcher
         if reply in watcher.waiters:
@@ -505,6 +514,7 @@ class Changes(_Watch):
         if IN_CALLBACK:
             refuse_in_callback()
         deadline = None if timeout is None else self._now_s() + timeout
+        looked = False
         while True:
             change = self._take()
             if change is None and self._pages is not None:
@@ -517,7 +527,11 @@ class Changes(_Watch):
                 return None
             left_s = None if deadline is None else deadline - self._now_s()
             if left_s is not None and left_s <= 0:
-                raise TimeoutError("no change has come in time")
+                if looked:
+                    raise TimeoutError("no change has come in time")
+                looked = True
+                self._drive(self._look_steps())
+                continue
             self._wait(left_s)
 
     def _wait(self, timeout_s: float | None) -> None:
@@ -632,6 +646,7 @@ class AioChanges(_Watch):
     async def _next(self, timeout: float | None) -> Change | None:  # noqa: ASYNC109 - as above
         await self._begin()
         deadline = None if timeout is None else self._now_s() + timeout
+        looked = False
         while True:
             change = self._take()
             if change is None and self._pages is not None:
@@ -644,7 +659,11 @@ class AioChanges(_Watch):
                 return None
             left_s = None if deadline is None else deadline - self._now_s()
             if left_s is not None and left_s <= 0:
-                raise TimeoutError("no change has come in time")
+                if looked:
+                    raise TimeoutError("no change has come in time")
+                looked = True
+                await self._drive(self._look_steps())
+                continue
             if self._settings.markers:
                 left_s = PROGRESS_S if left_s is None else min(left_s, PROGRESS_S)
             reply = LoopReply()

@@ -16,6 +16,7 @@ import pytest
 from watching import PATIENCE_S, Gate, GatedStore, LoopThread, broken
 
 from scopestate import Change, Compacted, Engine, StateEvent, WatchOverrun
+from scopestate import polls as polls_module
 from scopestate.actors import feed as feed_module
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.errors import DeserializationError, EngineClosed, InvalidCursor, StorageError, WouldDeadlock
@@ -306,6 +307,32 @@ def test_a_watch_goes_on_behind_a_revision(engine: Engine) -> None:
         scope.set("a", 2)
     with scope.watch(since=revision) as changes:
         assert take(changes, 1) == [("put", "a", 2)]
+
+
+def test_a_revision_that_is_not_there_yet_is_refused(open_store: OpenEngine) -> None:
+    scope = open_store().scope("s")
+    with scope.watch() as changes:
+        revision = scope.set("a", 1).revision
+        assert take(changes, 1) == [("put", "a", 1)]  # so the ring has it
+        with pytest.raises(Compacted) as caught:
+            scope.watch(since=revision + 1)
+        assert caught.value.reason == "lost in a crash"
+
+
+def test_what_was_changed_before_is_found_without_waiting(engine: Engine, loop_thread: LoopThread) -> None:
+    scope = engine.scope("s")
+    with scope.watch() as changes:
+        scope.set("a", 1)
+        assert plain(changes.get(timeout=0)) == ("put", "a", 1)
+        with pytest.raises(TimeoutError):
+            changes.get(timeout=0)
+
+    async def look() -> list[tuple[str, str, Any]]:
+        async with engine.aio.watch(scope="s", snapshot=False) as watch:
+            await engine.aio.set("s", "a", 2)
+            return [plain(await watch.get(timeout=0))]
+
+    assert loop_thread.do(look) == [("put", "a", 2)]
 
 
 def test_the_cursor_within_a_snapshot_begins_it_again(engine: Engine) -> None:
@@ -926,3 +953,17 @@ def test_a_task_that_is_cancelled_loses_no_change(engine: Engine, loop_thread: L
             return [(await changes.get(PATIENCE_S)).value for _ in range(3)]
 
     assert loop_thread.do(watch) == [0, 1, 2]
+
+
+def test_many_polls_leave_little_behind() -> None:
+    dispatcher = DeterministicDispatcher(1, switch=0, busy=0)
+    with Engine(dispatcher=dispatcher) as engine:
+        cursor = None
+        timers = set()
+        for _ in range(200):
+            cursor = engine.call("state::changes", {"scope": "s", "cursor": cursor})["cursor"]
+            timers.add(len(dispatcher._timers))
+        assert max(timers) < 10
+        assert len(engine._polls._kept) == 1
+        dispatcher.advance(3 * polls_module.KEPT_S)
+        assert not engine._polls._kept
