@@ -13,7 +13,7 @@ from scopestate.actors.containment import Log
 from scopestate.actors.progress import Progress
 from scopestate.actors.snapshot import Flush
 from scopestate.errors import Compacted, ConfigError, Unsupported
-from scopestate.ops.cursors import ManyCursor, read_cursor
+from scopestate.ops.cursors import ManyCursor, read_start
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
@@ -598,7 +598,7 @@ def position_of(cursor: str, feed: Feed, journal: Journal) -> int:
 
     Raises InvalidCursor, and Compacted if the journal does not have what follows it.
     """
-    found = read_cursor(cursor)
+    found = read_start(cursor)
     if found.store != feed.store_id:
         raise Compacted(cursor, "other store")
     if isinstance(found, ManyCursor):

@@ -689,7 +689,7 @@ class DurableHandler(HandlerActor):
             return await call
         except Overdue as error:
             self._note("timeouts")
-            raise HandlerTimeout(function_id, self.trigger.ack_wait) from error
+            raise HandlerTimeout(function_id, self.trigger.ack_wait, "ack_wait") from error
         finally:
             attempt.call = None
 
@@ -723,7 +723,7 @@ class DurableHandler(HandlerActor):
             self._take_back(attempt)
             return
         if attempt.late and attempt in self._attempts:
-            error = HandlerTimeout(trigger.function_id, trigger.ack_wait)
+            error = HandlerTimeout(trigger.function_id, trigger.ack_wait, "ack_wait")
         if attempt.turn is not None:
             self._resolve(attempt)
         if error is None:
@@ -852,7 +852,7 @@ class DurableHandler(HandlerActor):
         for attempt in self._overdue_now(now_s):
             self._note("timeouts")
             trigger = self.trigger
-            error = HandlerTimeout(trigger.function_id, trigger.ack_wait)
+            error = HandlerTimeout(trigger.function_id, trigger.ack_wait, "ack_wait")
             for failure in self._failures(trigger.function_id, attempt, error, final=False):
                 self._services.reporter.report(failure)
 
@@ -962,6 +962,19 @@ def _is_own_conflict(error: BaseException, attempt: Attempt) -> bool:
 def text_of(error: BaseException) -> str:
     """Return class and text of an error, as dead letters keep it."""
     return f"{class_name(error)}: {described(error)}"[:LONGEST_TEXT]
+
+
+def misfit_of(target: Callable[..., Any]) -> str | None:
+    """Return why a function cannot handle deliveries; None if it can, or if that cannot be told."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*(None, None) if takes_two(target) else (None,))
+    except TypeError as error:
+        return f"the handler of a durable trigger takes (event), or (event, delivery): {error}"
+    return None
 
 
 def takes_two(target: Callable[..., Any]) -> bool:

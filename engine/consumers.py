@@ -134,11 +134,13 @@ class _Letters(_Access):
     def _purge(self, ids: Iterable[str] | None, *, every: bool, before: datetime | None) -> int:
         before_ms = None
         if before is not None:
+            if not isinstance(before, datetime):
+                raise DeserializationError(f"`before` is a datetime with a time zone, not {class_name(before)}")
             if before.tzinfo is None:
                 raise DeserializationError(f"`before` is a datetime with a time zone; {before} has none")
             before_ms = int(before.timestamp() * 1000)
         otherwise = every or before is not None
-        chosen = _chosen("purge()", ids, chosen_otherwise=otherwise, otherwise="`before` or `all=True`")
+        chosen = _chosen("purge()", ids, chosen_otherwise=otherwise, otherwise="`before`, or `all=True`")
         return self._consumers().purge(self._consumer, chosen, before_ms=before_ms)
 
     def _count(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scopestate.actors.consuming import Consumers, ConsumerStatus, DeadLetter
+from scopestate.actors.containment import Log
 from scopestate.actors.durable import DurableHandler
 from scopestate.signals import Guard, exclusive
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from scopestate.actors.services import HandlerServices
     from scopestate.actors.triggers import TriggerTable
     from scopestate.ops.triggers import Trigger
+
+log = Log("scopestate.triggers")
 
 
 class DurableTriggers(Consumers):
@@ -44,6 +47,14 @@ class DurableTriggers(Consumers):
         assert name is not None  # the caller has looked
         handler = self._handlers.get(name)
         port = self._consumers.open(name, trigger)
+        if handler is not None and handler.active and handler.trigger.function_id != trigger.function_id:
+            log.warning(
+                "consumer %r has the function %r in place of %r: a name is for one durable trigger; if both are to get "
+                "the events, give each a name of its own",
+                name,
+                trigger.function_id,
+                handler.trigger.function_id,
+            )
         if handler is None:
             handler = DurableHandler(trigger, self._services, port, self._clock)
             handler.make_transaction = self.make_transaction

@@ -34,7 +34,7 @@
     |-- Overloaded                      a bounded mailbox is full: `OVERLOADED`
     |-- ReplyTimeout                    no reply in time; the write may still be applied: `TIMEOUT`
     |-- WouldDeadlock                   the call could only wait for itself: `DEADLOCK`
-    |-- HandlerTimeout                  a handler or condition ran longer than handler_timeout_ms: `HANDLER_TIMEOUT`
+    |-- HandlerTimeout                  a handler or condition ran longer than it may: `HANDLER_TIMEOUT`
     |-- EventLoopDetected               handlers kept firing each other: `EVENT_LOOP`
     |-- EventNotDelivered               an event that reached no handler: `EVENT_NOT_DELIVERED`
     `-- EngineClosed                    the engine is closed or closing: `ENGINE_CLOSED`
@@ -226,18 +226,20 @@ class InvalidCursor(ScopestateError):
 
     code = "INVALID_CURSOR"
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, advice: str = "begin again without a cursor") -> None:
+        super().__init__(reason, advice)
         self.reason = reason
-        """`damaged`, `no snapshot`, or `another` store, scope, range or version of scopestate."""
+        """`damaged`, `not text`, `no snapshot`, or `another` store, scope, range or version of scopestate."""
+        self.advice = advice
 
     def __str__(self) -> str:
         problem = _CURSOR_PROBLEMS.get(self.reason, f"was made for {self.reason}")
-        return f"the cursor {problem}; begin again without a cursor"
+        return f"the cursor {problem}; {self.advice}"
 
 
 _CURSOR_PROBLEMS = {
     "damaged": "is damaged",
+    "not text": "is not text",
     "no snapshot": "was used already, is too old, or belongs to another caller",
 }
 
@@ -549,17 +551,21 @@ class WouldDeadlock(ScopestateError):
 
 
 class HandlerTimeout(ScopestateError):
-    """A handler or condition ran longer than `handler_timeout_ms`; a plain function may still be running."""
+    """A handler or condition ran longer than it may; a plain function may still be running.
+
+    `option` names the limit: `handler_timeout_ms`, or `ack_wait` of a durable trigger.
+    """
 
     code = "HANDLER_TIMEOUT"
 
-    def __init__(self, function_id: str, timeout_s: float) -> None:
-        super().__init__(function_id, timeout_s)
+    def __init__(self, function_id: str, timeout_s: float, option: str = "handler_timeout_ms") -> None:
+        super().__init__(function_id, timeout_s, option)
         self.function_id = function_id
         self.timeout_s = timeout_s
+        self.option = option
 
     def __str__(self) -> str:
-        return f"function {self.function_id!r} did not end within {self.timeout_s:g} s (handler_timeout_ms)"
+        return f"function {self.function_id!r} did not end within {self.timeout_s:g} s ({self.option})"
 
 
 class EventLoopDetected(ScopestateError):

@@ -8,6 +8,7 @@ from typing import Any, Never, TypeGuard, TypeVar, Unpack, overload
 
 from scopestate.actors.consuming import BY_THE_PROGRAM, Consumers
 from scopestate.actors.containment import Log, described, is_from_outside
+from scopestate.actors.durable import misfit_of
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
 from scopestate.actors.router import EventRouter
 from scopestate.actors.triggers import TriggerTable
@@ -139,6 +140,8 @@ class Reactive:
         def register(handler: F) -> F:
             # The plain string that a subclass holds: the format of an Enum differs between versions of Python.
             given = str.__str__(function_id) if isinstance(function_id, str) else function_id
+            if options.get("durable") is not None and (misfit := misfit_of(handler)) is not None:
+                raise InvalidRegistration(f"{_name_of(handler)}: {misfit}")
             name = given or self._functions.free_id(_name_of(handler))
             condition_id = condition if isinstance(condition, str) else None
             if callable(condition):

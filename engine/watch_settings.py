@@ -8,7 +8,7 @@ from typing import Any, Final
 from scopestate.actors.watcher import Filter
 from scopestate.errors import Compacted, DeserializationError
 from scopestate.ops.cursors import ManyCursor, ScopeCursor, read_cursor
-from scopestate.ops.options import WatchOptions
+from scopestate.ops.options import WatchOptions, refuse_unknown
 from scopestate.ops.triggers import KINDS
 from scopestate.ops.turns import LAST_REVISION, Range, checked_name
 
@@ -50,8 +50,10 @@ class WatchSettings:
         self.prefix = checked_name("prefix", prefix or "")
         self.filter = Filter(self.key, self.prefix, _events(given.pop("events", None)))
         self.known = _known(known, self.scope)
+        if self.known and not self.resync:
+            raise DeserializationError('`known` says nothing without `on_compacted="resync"`: give both or neither')
         if given:
-            raise TypeError(f"a watch has no option {next(iter(given))!r}")
+            refuse_unknown("watch()", given, WatchOptions)
 
     def within(self) -> Range:
         """Return the range of keys for a snapshot."""
@@ -100,4 +102,8 @@ def _events(events: object) -> frozenset[Any] | None:
 def _known(known: Iterable[Any], scope: str | None) -> set[tuple[str, str]]:
     if scope is not None:
         return {(scope, checked_name("key", key)) for key in known}
-    return {(checked_name("scope", name), checked_name("key", key)) for name, key in known}
+    pairs = list(known)
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise DeserializationError(f"`known` of a watch of many scopes has pairs (scope, key), not {pair!r:.60}")
+    return {(checked_name("scope", name), checked_name("key", key)) for name, key in pairs}

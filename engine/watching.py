@@ -497,7 +497,7 @@ class Changes(_Watch):
         return change
 
     def get(self, timeout: float | None = None) -> Change:
-        """Return the next change; wait for it, at most `timeout` seconds.
+        """Return the next change; wait for it, at most `timeout` seconds, or as long as it takes if that is None.
 
         Raises TimeoutError, WatchOverrun, Compacted if the journal is trimmed while it is read, and EngineClosed if the
         watch has ended.
@@ -528,7 +528,7 @@ class Changes(_Watch):
             left_s = None if deadline is None else deadline - self._now_s()
             if left_s is not None and left_s <= 0:
                 if looked:
-                    raise TimeoutError("no change has come in time")
+                    raise TimeoutError(f"no change has come within {timeout:g} s")
                 looked = True
                 self._drive(self._look_steps())
                 continue
@@ -660,7 +660,7 @@ class AioChanges(_Watch):
             left_s = None if deadline is None else deadline - self._now_s()
             if left_s is not None and left_s <= 0:
                 if looked:
-                    raise TimeoutError("no change has come in time")
+                    raise TimeoutError(f"no change has come within {timeout:g} s")
                 looked = True
                 await self._drive(self._look_steps())
                 continue

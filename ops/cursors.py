@@ -77,10 +77,20 @@ def _text_of(cursor: ScopeCursor | ManyCursor) -> str:
     return urlsafe_b64encode(binascii.crc32(body).to_bytes(4, "big") + body).rstrip(b"=").decode()
 
 
+def read_start(text: str) -> ScopeCursor | ManyCursor:
+    """Return the cursor at which a durable trigger begins. Raises InvalidCursor, which says what else it may be."""
+    try:
+        return read_cursor(text)
+    except InvalidCursor as error:
+        advice = 'as `start` give "now", "earliest", or the whole cursor of a watch'
+        raise InvalidCursor(error.reason, advice) from None
+
+
 def read_cursor(text: object) -> ScopeCursor | ManyCursor:
     """Return what a text says. Raises InvalidCursor."""
+    if not isinstance(text, str):
+        raise InvalidCursor("not text")
     try:
-        assert isinstance(text, str)
         data = b64decode(text.encode("ascii") + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
         checksum, body = data[:4], data[4:]
         if checksum != binascii.crc32(body).to_bytes(4, "big") or not body:
@@ -88,7 +98,7 @@ def read_cursor(text: object) -> ScopeCursor | ManyCursor:
         if body[:1] != _VERSION:
             raise InvalidCursor("another version")
         found: ScopeCursor | ManyCursor = _decode(body[1:])
-    except (AssertionError, ValueError):  # msgspec's errors are ValueErrors
+    except ValueError:  # msgspec's errors are ValueErrors
         raise InvalidCursor("damaged") from None
     if found.text() != text:
         raise InvalidCursor("damaged")  # two texts that differ in bits that base64 ignores

@@ -62,7 +62,7 @@ class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             value = getattr(self, name)
             if not _is_within(value, least, most):
                 raise InvalidRegistration(
-                    f"`{name}` of a retry is a number from {least:g} to {most:g}, not {value!r:.40}"
+                    f"`{name}` of a retry is a number from {least:g} to {most:,.0f}, not {value!r:.40}"
                 )
         given: object = self.on  # whatever the program passed
         kinds = given if isinstance(given, tuple) else (given,)
@@ -113,7 +113,7 @@ class RetryLater(Exception):
 
     def __init__(self, seconds: float) -> None:
         if not _is_within(seconds, 0, LONGEST_S):
-            raise ValueError(f"RetryLater takes seconds, from 0 to {LONGEST_S:g}, not {seconds!r:.40}")
+            raise ValueError(f"RetryLater takes seconds, from 0 to {LONGEST_S:,.0f}, not {seconds!r:.40}")
         super().__init__(f"in {seconds:g} s")
         self.seconds = float(seconds)
 
@@ -187,7 +187,7 @@ class Delivery:
         Raises ValueError for what is no positive number, and EngineClosed or Unsupported if it has ended.
         """
         if not _is_within(seconds, 0, LONGEST_S) or not seconds:
-            raise ValueError(f"extend takes seconds, more than 0 and at most {LONGEST_S:g}, not {seconds!r:.40}")
+            raise ValueError(f"extend takes seconds, more than 0 and at most {LONGEST_S:,.0f}, not {seconds!r:.40}")
         self._runtime.extend(self, float(seconds))
 
     def transaction(self, scope: str) -> Any:

@@ -422,7 +422,7 @@ _READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "durable": _name,
     "retry": read_retry,
     "ack_wait": _seconds(),
-    "start": _name,
+    "start": _text,
     "on_giving_up": _one_of("skip", "block"),
     "max_dead": _whole(0, 1_000_000_000),
     "debounce": _seconds(),

@@ -201,7 +201,7 @@ def purge(
     store: Store = None,
 ) -> None:
     """Remove dead letters for good: those with these ids, --before a time, or --all."""
-    asked = _chosen(ids, consumer, every=every, also=before is not None)
+    asked = _chosen(ids, consumer, every=every, also=before is not None, before=", --before TIME")
     if before is not None:
         asked["before"] = _read_moment(before)
     if not ids:
@@ -213,9 +213,11 @@ def _of(consumer: str | None) -> dict[str, Any]:
     return {} if consumer is None else {"consumer": given_text(consumer, "--consumer")}
 
 
-def _chosen(ids: list[str] | None, consumer: str | None, *, every: bool, also: bool = False) -> dict[str, Any]:
+def _chosen(
+    ids: list[str] | None, consumer: str | None, *, every: bool, also: bool = False, before: str = ""
+) -> dict[str, Any]:
     if bool(ids) == (every or also):
-        raise typer.BadParameter(f"name the letters by their ids{', --before' if also else ''} or --all")
+        raise typer.BadParameter(f"name the letters by their ids{before} or --all")
     chosen = {"ids": [given_text(one, "an id") for one in ids]} if ids else {}
     return {**chosen, **({"all": True} if every else {}), **_of(consumer)}
 

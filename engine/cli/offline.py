@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -12,6 +13,8 @@ from scopestate.cli.store import directory_of, names_config
 from scopestate.cli.terminal import errors_to_exit_codes
 from scopestate.config import AdapterConfig, Config, KvOptions, load
 from scopestate.engine import Engine
+from scopestate.errors import ConfigError, StoreUnusable
+from scopestate.paths import expand_home
 
 Store = Annotated[
     str | None,
@@ -59,6 +62,18 @@ class _Files:
                 return engine.call(function_id, asked)
 
     def _config(self) -> Config:
+        """Return how to open the store. Raises StoreUnusable if there is none: opening an engine would make one."""
         if names_config(self._store):
-            return load(self._store)
-        return Config(AdapterConfig("kv", KvOptions("file_based", directory_of(self._store))))
+            config = load(self._store)
+        else:
+            config = Config(AdapterConfig("kv", KvOptions("file_based", directory_of(self._store))))
+        options = config.adapter.config
+        if isinstance(options, KvOptions):
+            if options.store_method != "file_based":
+                raise ConfigError("this configuration has no file_based store", file=self._store)
+            directory = expand_home(options.file_path)
+            if not os.path.lexists(os.path.join(directory, "state.db")):
+                raise StoreUnusable(
+                    f"there is no store in {os.path.realpath(directory)}: it has no file state.db; nothing was made"
+                )
+        return config

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from scopestate.actors.journal import MOST_EVENTS, Gone
 from scopestate.errors import Compacted
-from scopestate.ops.cursors import ManyCursor, read_cursor
+from scopestate.ops.cursors import ManyCursor, read_start
 from scopestate.ops.results import StateEvent
 from scopestate.persistence.redis.connection import Connection
 from scopestate.persistence.redis.consuming import Begin
@@ -142,7 +142,7 @@ class StreamHistory:
         """
         if start in ("now", "earliest"):
             return Begin(start)
-        cursor = read_cursor(start)
+        cursor = read_start(start)
         with self._visit() as connection:
             life = read_life(connection, self._shape)
         if cursor.store != f"{store}:{life.name}":

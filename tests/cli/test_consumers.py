@@ -139,3 +139,22 @@ def test_a_store_that_is_in_use_says_so(cli: Run, store: Path) -> None:
 
     assert result.code == 4
     assert json.loads(result.err)["error"]["code"]
+
+
+@pytest.mark.parametrize("command", [["consumers", "list"], ["dead-letters", "purge", "--all", "--yes"]])
+def test_a_directory_without_a_store_is_refused_and_stays_as_it_is(
+    cli: Run, tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", tmp_path / "missing"):
+        result = cli(*command, "--store", str(place))
+        assert result.code == 4
+        assert "there is no store in" in result.err
+    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+
+
+def test_a_configuration_in_memory_has_no_consumers(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text("workers:\n  - name: iii-state\n    config: {adapter: {name: kv}}\n")
+
+    assert cli("consumers", "list", "--store", str(file)).code == 3

@@ -16,6 +16,7 @@ from scopestate.errors import (
     Compacted,
     ConfigError,
     Conflict,
+    DeserializationError,
     InvalidCursor,
     InvalidRegistration,
     StorageError,
@@ -646,3 +647,61 @@ def test_a_store_that_fails_delivers_nothing_before_it_works_again(
     engine.drain(PATIENCE_S)
 
     assert seen == ([2] if opened.durability == "commit" else [1, 2])
+
+
+@pytest.mark.parametrize("handler", [lambda: None, lambda event, delivery, more: None, lambda event, *, more: None])
+def test_a_handler_that_cannot_take_a_delivery_is_refused_at_once(opened: Opener, handler: Any) -> None:
+    engine = opened()
+
+    with pytest.raises(InvalidRegistration, match=r"takes \(event\), or \(event, delivery\)"):
+        engine.on_change(scope="orders", durable="ship")(handler)
+
+    assert (list(engine.consumers()), engine.triggers()) == ([], [])
+
+
+def test_a_name_that_has_another_function_already_is_logged(opened: Opener, caplog: pytest.LogCaptureFixture) -> None:
+    engine = opened()
+    engine.on_change(scope="orders", durable="ship", function_id="first")(lambda event: None)
+    with caplog.at_level(logging.WARNING, "scopestate"):
+        engine.register_trigger(function_id="first", scope="orders", prefix="o-", durable="ship")
+        assert caplog.messages == []
+        engine.on_change(scope="orders", durable="ship", function_id="second")(lambda event: None)
+
+    [message] = caplog.messages
+    assert "'ship'" in message
+    assert "'second' in place of 'first'" in message
+
+
+def test_what_cannot_be_is_refused_with_what_may_be(opened: Opener) -> None:
+    engine = opened()
+
+    with pytest.raises(InvalidCursor, match='as `start` give "now", "earliest", or the whole cursor'):
+        engine.on_change(scope="orders", durable="ship", start="latest")(lambda event: None)
+    with pytest.raises(DeserializationError, match="a datetime with a time zone, not int"):
+        engine.dead_letters().purge(before=5)  # type: ignore[arg-type]
+
+
+def test_a_consumer_begins_at_the_cursor_of_a_scope_with_a_long_name(opened: Opener) -> None:
+    engine = opened()
+    with engine.scope("s" * 1000).watch() as changes:
+        cursor = changes.cursor
+
+    engine.on_change(scope="s" * 1000, durable="ship", start=cursor)(lambda event: None)
+
+    assert [consumer.name for consumer in engine.consumers()] == ["ship"]
+
+
+def test_an_overdue_attempt_names_its_limit(opened: Opener) -> None:
+    engine = opened()
+    waiting = threading.Event()
+
+    @engine.on_change(scope="orders", durable="ship", ack_wait=0.05, retry=Retry(attempts=1))
+    def ship(event: StateEvent) -> None:
+        waiting.wait(PATIENCE_S)
+
+    overdue: list[str] = []
+    engine.on_error(lambda failure: (overdue.append(str(failure.error)), waiting.set()))
+    engine.set("orders", "o-1", 1)
+    engine.drain(PATIENCE_S)
+
+    assert {text.endswith("did not end within 0.05 s (ack_wait)") for text in overdue} == {True}

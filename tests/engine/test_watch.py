@@ -258,6 +258,22 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_begins(
     assert engine._router.feed.watchers() == []
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prefx": "a"}, r"'prefx': did you mean 'prefix'\?"),
+        ({"since": 1.5}, "the cursor is not text"),
+        ({"known": [("s", "a")]}, "`known` says nothing without"),
+        ({"known": [("s", "a", 1)], "on_compacted": "resync"}, r"pairs \(scope, key\), not \('s', 'a', 1\)"),
+        ({"known": ["ab"], "on_compacted": "resync"}, r"pairs \(scope, key\), not 'ab'"),
+    ],
+)
+def test_a_wrong_option_is_named(engine: Engine, options: dict[str, Any], said: str) -> None:
+    with pytest.raises((DeserializationError, InvalidCursor, TypeError), match=said):
+        engine.watch(**options)
+    assert engine._router.feed.watchers() == []
+
+
 def test_a_cursor_that_is_damaged_or_of_other_scopes_is_refused(engine: Engine) -> None:
     with engine.scope("s").watch() as one, engine.watch() as many:
         of_one, of_many = one.cursor, many.cursor
