@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from scopestate.actors.consuming import Consumers, ConsumerStatus, DeadLetter
 from scopestate.actors.containment import Log
 from scopestate.actors.durable import DurableHandler
@@ -122,9 +124,9 @@ class DurableTriggers(Consumers):
             return done
         handler.forget()
         if handler.active:
-            # Its trigger goes on as a new consumer, with the events from now on.
+            # Its trigger goes on as a new consumer, with the events from now on: where the one before began is over.
             trigger = handler.trigger
-            handler.port = self._consumers.open(name, trigger)
+            handler.port = self._consumers.open(name, msgspec.structs.replace(trigger, start="now"))
             self._handlers[name] = handler
             handler.replace(trigger)
         return done

@@ -250,6 +250,33 @@ def test_a_forgotten_consumer_is_gone_with_its_events_and_letters(opened: Opener
         engine.consumers().forget("other")
 
 
+@pytest.mark.parametrize("start", ["earliest", "cursor"])
+def test_a_forgotten_consumer_goes_on_from_then_on_wherever_it_had_begun(opened: Opener, start: str) -> None:
+    engine = opened()
+    engine.on_change(scope="orders", durable="slow")(lambda event: None)
+    engine.consumers().pause("slow")  # so the journal keeps what the other one is given again
+    if start == "cursor":
+        with engine.watch(scope_prefix="", snapshot=False) as watch:
+            engine.set("orders", "a", 0)
+            start = watch.get(PATIENCE_S).cursor
+    seen: list[Any] = []
+    engine.on_change(scope="orders", durable="ship", start=start)(lambda event: seen.append(event.new_value))
+    engine.set("orders", "a", 1)
+    engine.drain(PATIENCE_S)
+    if start != "earliest":
+        engine.consumers().forget("slow")  # and now what is behind the cursor is trimmed
+        engine.set("orders", "b", 2)
+        engine.drain(PATIENCE_S)
+        engine.flush()
+
+    engine.consumers().forget("ship")
+    before = len(seen)
+    engine.set("orders", "a", 3)
+    engine.drain(PATIENCE_S)
+
+    assert seen[before:] == [3]
+
+
 def test_one_that_is_behind_reads_pages_from_disk_in_order(opened: Opener) -> None:
     engine = opened()
     seen: list[Any] = []
