@@ -85,6 +85,8 @@ class Feed:
         self._exclusive = Guard()
         self._interests = Interests()
         self._scopes: dict[str, FedScope] = {}
+        self._behind: dict[str, FedScope] = {}
+        """Those that may have changes that no save has taken. Looking at all of them would hold up each save."""
         self._many: tuple[Watcher, ...] = ()
         self._ring: deque[StateEvent] = deque()
         self._ring_bytes = 0
@@ -102,6 +104,8 @@ class Feed:
         self._unsaved = 0
         """About the bytes of changes that are to be written into the journal."""
         self._unsaved_events = 0
+        self._commits = False
+        """True if there was a scope whose changes are not counted there, as they are saved by commits."""
         self.full = False
         """True if these are too many."""
         self.made_room: Callable[[], object] = lambda: None
@@ -150,6 +154,7 @@ class Feed:
         self._interests.begin_at(position)
         watchers = self.watchers()
         self._scopes.clear()
+        self._behind.clear()
         for watcher in watchers if why else ():
             watcher.broken = why
         deliver_to(watchers)
@@ -266,6 +271,7 @@ class Feed:
             if not self.is_wanted(name):
                 self._count_saved(scope.unsaved)
                 del self._scopes[name]
+                self._behind.pop(name, None)
             elif scope.journaled != (journaled := self.is_journaled(name)):
                 if scope.unsaved:
                     scope.unsaved_from = scope.unsaved[0].position
@@ -345,6 +351,7 @@ class Feed:
         scope = FedScope(name, self.store_id, self._kept(name), journaled=self.is_journaled(name))
         scope.many = tuple([watcher for watcher in self._many if name.startswith(watcher.scope_prefix)])
         scope.awaited = bool(self._consumers(name))
+        self._commits = self._commits or scope.kept == "commit"
         self._scopes[name] = scope
         return scope
 
@@ -353,6 +360,7 @@ class Feed:
         scope.begins_at(events[0].revision - 1)
         if scope.kept != "interval":
             return
+        self._behind[scope.name] = scope
         if scope.awaited:
             self._soon[scope.name] = None
         if not scope.journaled:
@@ -514,11 +522,16 @@ class Feed:
     def settled(self, batches: Sequence[Batch] = ()) -> int:
         """Return the position up to which everything is on disk when what `take` has given is, and these commits."""
         done = {batch.held for batch in batches}
-        scopes = self._scopes.values()
-        unsaved = [scope.unsaved[0].position for scope in scopes if scope.unsaved]
-        others = [scope.unsaved_from for scope in scopes if scope.unsaved_from is not None]
+        first = self.position + 1
+        for scope in list(self._behind.values()):
+            if scope.unsaved:
+                first = min(first, scope.unsaved[0].position)
+            if scope.unsaved_from is not None:
+                first = min(first, scope.unsaved_from)
+            elif not scope.unsaved:
+                del self._behind[scope.name]
         held = [position for hold, position in self._holds.items() if hold not in done]
-        return min([self.position + 1, *unsaved, *others, *held]) - 1
+        return min([first, *held]) - 1
 
     def must_wait(self, scope: str) -> bool:
         """Return whether a write to a scope must wait, because too much of what was changed is not saved yet."""
@@ -538,9 +551,9 @@ class Feed:
         if not self._unsaved:
             return
         saved = len(events)
-        if any(scope.kept == "commit" for scope in self._scopes.values()):
-            kept = {name: scope.kept for name, scope in self._scopes.items()}
-            saved = sum(1 for event in events if kept.get(event.scope, "interval") == "interval")
+        if self._commits:
+            scopes = self._scopes
+            saved = sum(1 for event in events if (fed := scopes.get(event.scope)) is None or fed.kept == "interval")
         # Their bytes are taken to be the average: adding them up takes as long as saving half of them.
         left = max(0, self._unsaved_events - saved)
         self._unsaved = self._unsaved * left // self._unsaved_events

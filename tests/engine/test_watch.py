@@ -983,3 +983,24 @@ def test_many_polls_leave_little_behind() -> None:
         assert len(engine._polls._kept) == 1
         dispatcher.advance(3 * polls_module.KEPT_S)
         assert not engine._polls._kept
+
+
+def test_a_save_does_not_look_at_all_scopes_that_are_watched(open_file_store: OpenEngine) -> None:
+    engine = open_file_store(scopes=[*HISTORY, {"name": "now", "durability": "commit"}])
+    feed = engine._router.feed
+    with engine.watch(scope_prefix="", snapshot=False) as changes:
+        for number in range(100):
+            engine.set(f"s{number}", "k", number)
+        engine.flush()
+
+        class Scopes(dict[str, Any]):
+            def values(self) -> Any:
+                raise AssertionError("all scopes are looked at")
+
+            __iter__ = items = values
+
+        feed._scopes = Scopes(feed._scopes)
+        engine.set("now", "k", 1)  # a save which writes that one
+        assert feed.settled() == feed.position
+        feed._scopes = dict(dict.items(feed._scopes))
+        assert [changes.get(PATIENCE_S).scope for _ in range(101)][-1] == "now"
