@@ -619,20 +619,26 @@ class Feed:
         """Feed no more the scopes whose last watch has ended a while ago. Called now and then."""
         self._timer = None
         gone, next_s = self._exclusive.run(self._end_interests)
-        for interest in gone:
-            self._feed(interest)
+        # Those in many scopes together: each would look at all scopes.
+        for scope in {interest.scope for interest in gone}:
+            self._triggers.refeed(scope)
+            self._exclusive.run(self._refresh, scope)
         if next_s is not None:
             self._arm(next_s)
 
     def _end_interests(self) -> tuple[list[Interest], float | None]:
         self._forget_dropped()
         now_s = self._dispatcher.monotonic()
-        unused = self._interests.unused()
-        gone = [one for one in unused if one.ended_s + LINGER_S <= now_s]
-        for interest in gone:
-            self._end_interest(interest)
-        left = [one.ended_s + LINGER_S - now_s for one in unused if one not in gone]
-        if len(gone) < len(unused) or self.watchers():
+        gone: list[Interest] = []
+        left: list[float] = []
+        for interest in self._interests.unused():
+            left_s = interest.ended_s + LINGER_S - now_s
+            if left_s > 0:
+                left.append(left_s)
+            else:
+                gone.append(interest)
+                self._end_interest(interest)
+        if left or self.watchers():
             left.append(LINGER_S)
         return gone, max(min(left), SOONEST_S) if left else None
 

@@ -40,8 +40,8 @@ class Interests:
 
     def __init__(self) -> None:
         self._all: dict[What, Interest] = {}
-        self._exact: frozenset[str] = frozenset()
-        """The scopes that are named."""
+        self._exact: dict[str, int] = {}
+        """The scopes that are named, each with the number of interests that name it."""
         self._wide: tuple[Interest, ...] = ()
         """The interests in many scopes."""
         self.durable: tuple[Interest, ...] = ()
@@ -54,19 +54,27 @@ class Interests:
     def add(self, what: What, position: int) -> Interest:
         """Make an interest, which begins behind a position."""
         interest = self._all[what] = Interest(*what, position)
-        self._list()
+        self._note(interest, 1)
         return interest
 
     def remove(self, interest: Interest) -> None:
         """Forget an interest."""
-        self._all.pop((interest.scope, interest.prefix, interest.consumer), None)
-        self._list()
+        if self._all.pop((interest.scope, interest.prefix, interest.consumer), None) is not None:
+            self._note(interest, -1)
 
-    def _list(self) -> None:
-        every = self._all.values()
-        self._exact = frozenset([one.scope for one in every if one.scope is not None])
-        self._wide = tuple([one for one in every if one.scope is None])
-        self.durable = tuple([one for one in every if one.consumer is not None])
+    def _note(self, interest: Interest, more: int) -> None:
+        """Note that there is an interest, or no more. There may be one for each of many scopes: they are not listed."""
+        scope = interest.scope
+        if scope is None:
+            self._wide = _changed(self._wide, interest, more)
+        else:
+            count = self._exact.get(scope, 0) + more
+            if count:
+                self._exact[scope] = count
+            else:
+                del self._exact[scope]
+        if interest.consumer is not None:
+            self.durable = _changed(self.durable, interest, more)
 
     def want(self, scope: str) -> bool:
         """Return whether the changes of a scope are wanted."""
@@ -92,3 +100,7 @@ class Interests:
     def unused(self) -> list[Interest]:
         """Return the interests that have no user any more."""
         return [one for one in self._all.values() if not one.users]
+
+
+def _changed(listed: tuple[Interest, ...], interest: Interest, more: int) -> tuple[Interest, ...]:
+    return (*listed, interest) if more > 0 else tuple([one for one in listed if one is not interest])

@@ -12,6 +12,7 @@ from scopestate.actors import feed as feed_module
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.fed_scope import Hold
 from scopestate.actors.feed import Feed
+from scopestate.actors.interests import Interests
 from scopestate.actors.journal import History
 from scopestate.actors.triggers import TriggerTable
 from scopestate.actors.watcher import Filter, Watcher
@@ -267,3 +268,45 @@ def test_a_refused_allocation_ends_watches_and_loses_nothing_for_the_journal(mon
     taken = [event.revision for scope in SCOPES[:3] for event in feed.take(scope, 10**9)[0]]
     assert len(taken) == sum(world.revisions[scope] for scope in SCOPES[:3])
     assert not feed.incoming
+
+
+def test_an_interest_in_one_scope_costs_the_same_however_many_there_are() -> None:
+    class Listed(dict[Any, Any]):
+        def values(self) -> Any:
+            raise AssertionError("all interests are looked at")
+
+        __iter__ = items = values
+
+    interests = Interests()
+    interests._all = Listed()
+    twice = interests.add(("s", "", None), 1), interests.add(("s", "", 7), 2)
+    wide = interests.add((None, "p", None), 3)
+    assert interests.want("s")
+    assert interests.want("past")
+    assert not interests.want("t")
+    assert interests.consumers("s") == [7]
+    for interest in twice:
+        assert interests.want("s")
+        interests.remove(interest)
+        interests.remove(interest)
+    assert not interests.want("s")
+    assert interests.durable == ()
+    interests.remove(wide)
+    assert not interests.want("past")
+
+
+def test_many_interests_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = World(1).feed
+    refed: list[str | None] = []
+    monkeypatch.setattr(feed._triggers, "refeed", refed.append)
+    monkeypatch.setattr(feed_module, "LINGER_S", 0.0)
+    for number in range(50):
+        feed.unwant(feed.want(None, f"p{number}"))
+    kept = feed.want("s")
+    refed.clear()
+    feed.forget_unused()
+    assert refed == [None]
+    assert feed._interests.unused() == []
+    feed.unwant(kept)
+    feed.forget_unused()
+    assert refed == [None, "s"]
