@@ -39,7 +39,7 @@ class Progress:
         self._acked: list[int] = []
         """Over, and not saved yet."""
         self._over: list[int] = []
-        """Over, and the store was not told of each."""
+        """Over, and not saved yet, one by one."""
         self._pending: dict[int, Pending] = {}
         """Not over, and not saved yet as it is."""
         self._letters: list[Letter] = []
