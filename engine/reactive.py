@@ -12,7 +12,7 @@ from scopestate.actors.durable import misfit_of
 from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
 from scopestate.actors.router import EventRouter
 from scopestate.actors.triggers import TriggerTable
-from scopestate.errors import InvalidRegistration
+from scopestate.errors import HandlerTimeout, InvalidRegistration
 from scopestate.lifecycle import stay_ahead_of_executors
 from scopestate.ops.options import refuse_unknown
 from scopestate.ops.results import DeliveryFailure
@@ -187,7 +187,7 @@ class Reactive:
             event.revision, event.scope, event.key,
             f", and {failure.batched - 1} more of its batch" if failure.batched > 1 else "",
             failure.function_id, failure.trigger_id,
-            "failed" if failure.final else f"failed at attempt {failure.attempt} and is tried again",
+            _what_happened(failure),
             described(failure.error), exc_info=failure.error, extra=_facts(failure),
         )  # fmt: skip
         self._tell_hooks(failure)
@@ -216,6 +216,14 @@ def checked_hook(name: str, hook: Hook | None) -> Hook | None:
             f"{name} takes a plain function: nothing would run the coroutine or generator that this one returns"
         )
     return hook
+
+
+def _what_happened(failure: DeliveryFailure) -> str:
+    if failure.final:
+        return "failed"
+    if issubclass(type(failure.error), HandlerTimeout):
+        return f"is overdue at attempt {failure.attempt}"  # whether it is tried again is found out when it ends
+    return f"failed at attempt {failure.attempt} and is tried again"
 
 
 def _facts(failure: DeliveryFailure) -> dict[str, object]:

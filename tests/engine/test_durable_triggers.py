@@ -718,7 +718,7 @@ def test_a_consumer_begins_at_the_cursor_of_a_scope_with_a_long_name(opened: Ope
     assert [consumer.name for consumer in engine.consumers()] == ["ship"]
 
 
-def test_an_overdue_attempt_names_its_limit(opened: Opener) -> None:
+def test_an_overdue_attempt_names_its_limit(opened: Opener, caplog: pytest.LogCaptureFixture) -> None:
     engine = opened()
     waiting = threading.Event()
 
@@ -728,7 +728,9 @@ def test_an_overdue_attempt_names_its_limit(opened: Opener) -> None:
 
     overdue: list[str] = []
     engine.on_error(lambda failure: (overdue.append(str(failure.error)), waiting.set()))
-    engine.set("orders", "o-1", 1)
-    engine.drain(PATIENCE_S)
+    with caplog.at_level(logging.ERROR, "scopestate"):
+        engine.set("orders", "o-1", 1)
+        engine.drain(PATIENCE_S)
 
+    assert ["is overdue at attempt 1" in message for message in caplog.messages] == [True, False]
     assert {text.endswith("did not end within 0.05 s (ack_wait)") for text in overdue} == {True}
