@@ -472,7 +472,8 @@ class Changes(_Watch):
     """A watch: an iterator of the changes of keys, in order, each once, without a gap. `Engine.watch` returns it.
 
     Use it in a `with` statement, or call `close()`. It may be read by several threads: each change goes to one. An
-    iterator ends when the watch is closed, by `close()` or with its engine; the last changes before come first.
+    iterator ends when the watch is closed. If that is because its engine closes, the last changes before come first;
+    after `close()`, those that were not read yet may be missing.
     """
 
     def __init__(self, engine: Engine, settings: WatchSettings) -> None:
