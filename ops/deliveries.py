@@ -194,11 +194,11 @@ class Delivery:
         """Return a transaction on one scope that also acknowledges this delivery: all of it, or nothing.
 
         `with delivery.transaction("stock") as tx:` or, in a coroutine, `async with`. `tx` has `get`, `set`, `update`,
-        `delete` and `check`; it reads its own writes. What was read is checked again at the end of the block: if another
-        writer has changed it, `Conflict` is raised, and a handler that lets it through is called again a moment later. If the
-        block raises, nothing is written and nothing acknowledged. After the block the delivery is done, whatever the
-        handler does then: a later failure is reported, and not tried again. Raises Unsupported for a second
-        transaction of one delivery, and where the scope is kept elsewhere than the journal.
+        `delete` and `check`; it reads its own writes. What was read is checked again at the end of the block: if
+        another writer has changed it, `Conflict` is raised, and a handler that lets it through is called again a moment
+        later. If the block raises, nothing is written and nothing acknowledged. After the block the delivery is done,
+        whatever the handler does then: a later failure is reported, and not tried again. Raises Unsupported for a
+        second transaction of one delivery, and where the scope is kept elsewhere than the journal.
         """
         return self._runtime.transaction(self, scope)
 
