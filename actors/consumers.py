@@ -405,10 +405,7 @@ class JournalConsumers(Consumers):
     @exclusive
     def open(self, name: str, trigger: Trigger) -> JournalConsumer:
         if trigger.scope is not None and self.durability_of(trigger.scope) == "memory":
-            raise ConfigError(
-                f"a durable trigger needs what is on disk, and scope {trigger.scope!r} has durability memory: give it "
-                "`durability: interval` or `commit` under `scopes:`, or leave out `durable`"
-            )
+            raise ConfigError(no_memory_for(trigger.scope))
         consumer = self._by_name.get(name)
         if consumer is None:
             done = self._start(trigger)
@@ -591,6 +588,14 @@ def _text(wanted: Filter) -> str:
 def _id(letter_id: str) -> int:
     """Return the number of a letter. -1, which none has, for what is no id."""
     return int(letter_id) if letter_id.isascii() and letter_id.isdigit() and len(letter_id) < 19 else -1
+
+
+def no_memory_for(scope: str) -> str:
+    """Return why a scope that is never saved has no durable trigger."""
+    return (
+        f"a durable trigger needs what is on disk, and scope {scope!r} has durability memory: give it "
+        "`durability: interval` or `commit` under `scopes:`, or leave out `durable`"
+    )
 
 
 def position_of(cursor: str, feed: Feed, journal: Journal) -> int:

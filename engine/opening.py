@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+from scopestate.actors.consumers import no_memory_for
 from scopestate.actors.journal import History
 from scopestate.actors.ports import NO_RULE, Backend, Durability, Store, WriteRule
 from scopestate.actors.reply import deliver
 from scopestate.config import AdapterConfig, BridgeOptions, Config, KvOptions, RedisOptions, ScopeRule
-from scopestate.errors import ConfigError, StoreLocked
+from scopestate.config.schema import TriggerConfig
+from scopestate.errors import ConfigError, InvalidCursor, StoreLocked
 from scopestate.lifecycle import wait_for_dropped
+from scopestate.ops.cursors import read_start
 from scopestate.ops.turns import TtlRule
 from scopestate.persistence.local import LocalBackend
 
@@ -72,6 +75,48 @@ def open_backend(config: Config, given: Store | Backend | None = None) -> Backen
     if given is None and kv.store_method == "file_based":
         given = open_store(kv)
     return LocalBackend(given, partial(durability_of, rules=config.scopes, otherwise=kv.durability))
+
+
+def durable_mistakes(config: Config) -> Iterator[ConfigError]:
+    """Yield what is wrong with durable triggers of a configuration, and can be found without opening anything."""
+    first: dict[str, int] = {}
+    for number, entry in enumerate(config.triggers):
+        if entry.durable is None:
+            continue
+        key = f"triggers[{number}]."
+        problem = _refused_durable(config, entry)
+        if problem is not None:
+            yield ConfigError(problem, file=config.source, key=key + "durable")
+        other = first.setdefault(entry.durable, number)
+        if other != number:
+            problem = f"triggers[{other}] has the name {entry.durable!r} already: a name is for one durable trigger"
+            yield ConfigError(problem, file=config.source, key=key + "durable")
+        if entry.start not in (None, "now", "earliest"):
+            try:
+                read_start(entry.start)
+            except InvalidCursor as error:
+                yield ConfigError(str(error), file=config.source, key=key + "start")
+
+
+def _refused_durable(config: Config, entry: TriggerConfig) -> str | None:
+    options = config.adapter.config
+    if isinstance(options, BridgeOptions):
+        return f"a bridge has no durable triggers: register {entry.durable!r} in the other engine, as a worker"
+    if isinstance(options, RedisOptions):
+        return None if options.shares_events else no_store_for(entry.durable)
+    if options.store_method != "file_based":
+        return no_store_for(entry.durable)
+    if entry.scope is not None and durability_of(entry.scope, config.scopes, options.durability) == "memory":
+        return no_memory_for(entry.scope)
+    return None
+
+
+def no_store_for(consumer: str | None) -> str:
+    """Return why an engine has no consumers."""
+    return (
+        f"the durable trigger {consumer!r} needs a store that outlives the process: give the adapter kv "
+        "`store_method: file_based`, or the adapter redis `events: shared` (no cluster); or leave out `durable`"
+    )
 
 
 def durability_of(scope: str, rules: Iterable[ScopeRule], otherwise: Durability) -> Durability:

@@ -37,7 +37,7 @@ from scopestate.config.functions import misfit_id
 from scopestate.config.schema import options_of
 from scopestate.durable_triggers import DurableTriggers
 from scopestate.errors import ConfigError, InvalidRegistration, ScopestateError, Unsupported
-from scopestate.opening import history_of, open_backend, write_rule_of
+from scopestate.opening import durable_mistakes, history_of, no_store_for, open_backend, write_rule_of
 from scopestate.ops import polls
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.results import DeliveryFailure
@@ -134,7 +134,7 @@ class Parts:
                 "the scopes are in another engine: register it there, as a worker",
             )
         if self.consumers is None:
-            raise ConfigError(_no_store_for(trigger.durable))
+            raise ConfigError(no_store_for(trigger.durable))
         self.consumers.register(trigger)
 
     def _make_scope(self, scope: str) -> ScopeActor:
@@ -230,10 +230,12 @@ class Parts:
 
     def _check_durable_triggers(self, config: Config) -> None:
         """Raise ConfigError for a durable trigger that this engine cannot have, before anything is changed."""
+        for mistake in durable_mistakes(config):
+            raise mistake
         for number, entry in enumerate(config.triggers):
             if entry.durable is not None and self.consumers is None:
                 key = f"triggers[{number}].durable"
-                raise ConfigError(_no_store_for(entry.durable), file=config.source, key=key)
+                raise ConfigError(no_store_for(entry.durable), file=config.source, key=key)
 
     def _warn_of_unknown_functions(self, trigger: Trigger) -> None:
         """Log a trigger whose function is not registered. That is allowed: it may be registered later."""
@@ -244,13 +246,6 @@ class Parts:
                     trigger.trigger_id,
                     function_id,
                 )
-
-
-def _no_store_for(consumer: str) -> str:
-    return (
-        f"the durable trigger {consumer!r} needs a store that outlives the process: give the adapter kv "
-        "`store_method: file_based`, or the adapter redis `events: shared` (no cluster); or leave out `durable`"
-    )
 
 
 def check_functions(config: Config) -> None:

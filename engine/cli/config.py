@@ -20,7 +20,7 @@ from scopestate.config import AdapterConfig, Config, KvOptions, ServerConfig, ex
 from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef
 from scopestate.errors import ConfigError
-from scopestate.opening import load_libraries
+from scopestate.opening import durable_mistakes, load_libraries
 from scopestate.paths import expand_home
 from scopestate.server import access
 from scopestate.server.handshakes import Certificates
@@ -104,6 +104,10 @@ def refused_by_serve(examined: Examined) -> list[ConfigError]:
     except ConfigError as error:
         found.append(error)
     placed = [_placed(error, examined.lines, config.source) for error in found]
+    placed += [
+        ConfigError(error.problem, file=config.source, line=examined.lines.get(error.key or ""), key=error.key)
+        for error in durable_mistakes(config)
+    ]
     for refused in _refused_adapter(config.adapter):
         lines = [line for path, line in examined.lines.items() if path.endswith(f".{refused.key}")]
         placed.append(ConfigError(refused.problem, file=config.source, line=next(iter(lines), None), key=refused.key))

@@ -253,3 +253,36 @@ def test_an_adapter_whose_extra_is_not_installed_is_a_mistake(
     (error,) = result.json["errors"]
     assert (result.code, error["line"], error["key"]) == (3, 3, "adapter.name")
     assert f"scopestate.{module}" in error["problem"]
+
+
+DURABLE_TRIGGERS = """functions: {f: "json:dumps"}
+scopes:
+- {name: volatile, durability: memory}
+triggers:
+- {function_id: f, scope: a, durable: one, start: latest}
+- {function_id: f, scope: volatile, durable: two}
+- {function_id: f, scope: b, durable: one}
+workers:
+- name: iii-state
+  config: {adapter: {name: kv, config: {store_method: file_based, file_path: store}}}
+"""
+
+
+def test_durable_triggers_that_serve_refuses_are_mistakes(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "files.yaml").write_text(DURABLE_TRIGGERS)
+    (tmp_path / "memory.yaml").write_text("triggers:\n- {function_id: f, durable: one}\n")
+
+    found = cli("config", "check", "files.yaml", "--json").json["errors"]
+
+    assert [(error["line"], error["key"]) for error in found] == [
+        (5, "triggers[0].start"),
+        (6, "triggers[1].durable"),
+        (7, "triggers[2].durable"),
+    ]
+    assert "has durability memory" in found[1]["problem"]
+    assert found[2]["problem"] == "triggers[0] has the name 'one' already: a name is for one durable trigger"
+    [error] = cli("config", "check", "memory.yaml", "--json", "--registered-later").json["errors"]
+    assert (error["line"], error["key"]) == (2, "triggers[0].durable")
