@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from scopestate.actors.backlog import size_of
 from scopestate.actors.consuming import ConsumerPort, Consumers, ConsumerStatus, DeadLetter, Held, Outcome
 from scopestate.actors.containment import Log
 from scopestate.actors.progress import Progress
@@ -29,6 +30,8 @@ log = Log("scopestate.triggers")
 
 MOST_LIVE: Final = 4096
 """Committed events that wait in memory for one consumer; with more it reads them from the journal."""
+MOST_LIVE_BYTES: Final = 16 << 20
+"""As `MOST_LIVE`, for the bytes of their values."""
 PAGE: Final = 1000
 """Events that are read from the journal at a time."""
 MANY_ENDED: Final = 1000
@@ -70,6 +73,7 @@ class JournalConsumer(ConsumerPort):
         self._left = deque(self._progress.pending_at_start())
         """Positions of deliveries that an earlier session has left and that are not fetched yet."""
         self._live: deque[StateEvent] = deque()
+        self._live_bytes = 0
         self._collects = False
         self._settled = owner.settled
         """Every event up to here is on disk, and was announced."""
@@ -110,21 +114,25 @@ class JournalConsumer(ConsumerPort):
         if self._live:
             self._behind_to = max(self._behind_to, *[event.position for event in self._live])
             self._live.clear()
+            self._live_bytes = 0
 
-    def committed(self, events: Sequence[StateEvent], settled: int) -> None:
-        """Take events that are on disk now. On the saving thread."""
-        if self._exclusive.run(self._committed, events, settled):
+    def committed(self, events: Sequence[StateEvent], size: int, settled: int) -> None:
+        """Take events that are on disk now, and the bytes of their values. On the saving thread."""
+        if self._exclusive.run(self._committed, events, size, settled):
             self.wake()
 
-    def _committed(self, events: Sequence[StateEvent], settled: int) -> bool:
+    def _committed(self, events: Sequence[StateEvent], size: int, settled: int) -> bool:
         self._settled = settled
-        if self._collects and len(self._live) + len(events) <= MOST_LIVE:
+        fits = len(self._live) + len(events) <= MOST_LIVE and self._live_bytes + size <= MOST_LIVE_BYTES
+        if self._collects and fits:
             self._live.extend(events)
+            self._live_bytes += size
             if not self._live and self._behind_to <= self._progress.floor:
                 self._progress.reach(settled)
         elif events:
             self._collects = False
             self._live.clear()
+            self._live_bytes = 0
             self._behind_to = max(self._behind_to, *[event.position for event in events])
         return bool(events)
 
@@ -161,6 +169,7 @@ class JournalConsumer(ConsumerPort):
             return [], (progress.floor, self._settled)
         while live and len(found) < most:
             event = live.popleft()
+            self._live_bytes -= size_of(event)
             if not trigger.matches(event):
                 progress.passed(event.position)
             elif progress.fetched(event.position):
@@ -211,6 +220,7 @@ class JournalConsumer(ConsumerPort):
         if progress.floor >= self._behind_to:
             # What was collected since the page was asked for, and is not on it, follows.
             self._live = deque([event for event in self._live if event.position > progress.floor])
+            self._live_bytes = sum(map(size_of, self._live))
             return found, 0.0 if self._live else None
         # Nothing to read although there is more: a save has overtaken another one.
         return found, LOOK_AGAIN_S if progress.floor == floor else 0.0
@@ -475,8 +485,9 @@ class JournalConsumers(Consumers):
     def committed(self, events: Sequence[StateEvent]) -> None:
         """These events are on disk now. On the saving thread, after each save."""
         self.settled = self.journal.settled
+        size = sum(map(size_of, events))
         for consumer in list(self._by_number.values()):
-            consumer.committed(events, self.settled)
+            consumer.committed(events, size, self.settled)
 
     def note_ended(self, *, many: bool) -> None:
         """Something has ended: it is saved at once if it is much, else soon."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 
 from scopestate.actors.attempts import Pause
+from scopestate.actors.backlog import size_of
 from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, HeldGroup, Outcome, members_of
 from scopestate.actors.containment import Log, contained, described
 from scopestate.actors.dispatcher import weakly
@@ -40,6 +41,8 @@ MOST_ACTIVE: Final = 4096
 counted."""
 MOST_HELD: Final = 100_000
 """Deliveries that a trigger holds in all; further events stay in the journal."""
+MOST_HELD_BYTES: Final = 64 << 20
+"""Bytes of the values of these, about; with more it fetches nothing before some of them are over."""
 FETCHED: Final = 256
 """Events that are fetched at a time."""
 NEAR_S: Final = 1.0
@@ -192,6 +195,8 @@ class DurableHandler(HandlerActor):
         """Those that have begun."""
         self._blocked: dict[int, Run] = {}
         """Position -> the run that was given up and holds back its lane."""
+        self._counted_at = -1
+        """`taken` when what it holds was last counted."""
         self._again = False
         """True: something may be fetched since that was last looked at."""
         self._lost: list[frozenset[int]] = []
@@ -296,11 +301,21 @@ class DurableHandler(HandlerActor):
         if len(self._in_shape) >= MOST_HELD:
             return False
         if lanes is None:
-            return True
+            return not self._in_shape or self.offered - self.taken < MOST_HELD_BYTES
         held = len(lanes.aside)
-        return (
-            lanes.running < self.trigger.concurrency and held < MOST_HELD and held - lanes.behind_pauses < MOST_ACTIVE
-        )
+        active = held - lanes.behind_pauses
+        if lanes.running >= self.trigger.concurrency or held >= MOST_HELD or active >= MOST_ACTIVE:
+            return False
+        return self.offered - self.taken < MOST_HELD_BYTES or self._has_room(lanes, active)
+
+    def _has_room(self, lanes: Lanes, active: int) -> bool:
+        """As there is too much: count again what it holds, when nothing but pauses is left. Not all of it has begun."""
+        if active or self._incoming or self._in_shape or self.taken == self._counted_at:
+            return False
+        self._counted_at = self.taken
+        held = sum([size_of(run.event) for run in list(lanes.aside)])
+        self.offered = self.taken + held
+        return held < MOST_HELD_BYTES
 
     def _has_work(self) -> bool:
         if super()._has_work() or self._lost:
@@ -374,17 +389,22 @@ class DurableHandler(HandlerActor):
                 self._open_lanes().enter_ready(self._run_of_group(item.event, [item]))
             elif self.trigger.matches(item.event):
                 self._in_shape[position] = item
-                shape.add(item.event, now_s)
+                shape.add(item.event, now_s)  # which needs it no more, perhaps, but here it is kept
             else:
+                self.taken += size_of(item.event)
                 self._pass_over(position)
-        if self._barriers or len(self._in_shape) >= MOST_HELD:
+        if self._barriers or len(self._in_shape) >= MOST_HELD or self.offered - self.taken >= MOST_HELD_BYTES:
             shape.flush()
 
     def _run_of(self, item: Item) -> Run | None:
         positions = positions_of(item)  # before some are passed over
+        here = self._in_shape
+        taken = self.taken + sum([size_of(here[position].event) for position in positions if position in here])
         run = super()._run_of(item)
-        held = [self._in_shape.pop(position) for position in positions if position in self._in_shape]
-        return self._run_of_group(run.event, held) if run is not None and held else None
+        held = [here.pop(position) for position in positions if position in here]
+        run = self._run_of_group(run.event, held) if run is not None and held else None
+        self.taken = taken if run is None else taken - size_of(run.event)
+        return run
 
     def _run_of_group(self, item: Item, members: list[Held]) -> Run:
         """Return the run of several events, or of one in a list."""
@@ -429,6 +449,7 @@ class DurableHandler(HandlerActor):
             self._dispatcher.call_later(TROUBLE_S, weakly(self.wake_up))
             return False
         self._incoming += found
+        self.offered += sum([size_of(item.event) for item in found])
         self._again = self._again or bool(found)
         return bool(found)
 
@@ -459,6 +480,7 @@ class DurableHandler(HandlerActor):
             return
         run.pending = None
         run.news = "resumed"
+        self.taken -= size_of(run.event)
         self._lanes.pause(run)  # type: ignore[union-attr]  # it is in there
         self._blocked[run.item.event.position] = run
 
@@ -472,6 +494,7 @@ class DurableHandler(HandlerActor):
 
     def _lose(self) -> None:
         batch = self._lost[:]
+        self._counted_at = -1
         lost = frozenset[int]().union(*batch)
         self._incoming = deque(item for item in self._incoming if item.event.position not in lost)
         for position in lost.intersection(self._in_shape):

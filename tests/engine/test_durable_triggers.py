@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from scopestate import Delivery, Discard, Engine, Retry, StateEvent
+from scopestate.actors import consumers as consumers_module
+from scopestate.actors import durable as durable_module
 from scopestate.errors import (
     Compacted,
     ConfigError,
@@ -734,3 +737,59 @@ def test_an_overdue_attempt_names_its_limit(opened: Opener, caplog: pytest.LogCa
 
     assert ["is overdue at attempt 1" in message for message in caplog.messages] == [True, False]
     assert {text.endswith("did not end within 0.05 s (ack_wait)") for text in overdue} == {True}
+
+
+@pytest.mark.parametrize("options", [{}, {"debounce": 0.01}, {"batch": 3}])
+def test_what_waits_in_memory_is_bounded_in_bytes(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(consumers_module, "MOST_LIVE_BYTES", 2_000)
+    monkeypatch.setattr(durable_module, "MOST_HELD_BYTES", 2_000)
+    monkeypatch.setattr(durable_module, "FETCHED", 4)
+    engine = opened()
+    gate, seen = threading.Event(), list[Any]()
+
+    def slow(given: Any) -> None:
+        assert gate.wait(PATIENCE_S)
+        seen.extend(event.new_value for event in (given if isinstance(given, list) else [given]))
+
+    engine.on_change(scope="orders", durable="ship", **options)(slow)
+    for number in range(100):
+        engine.set("orders", "k", f"{number:0200}")
+    engine.flush()
+    handler = engine._router.triggers.handlers()[0]
+    assert isinstance(handler, durable_module.DurableHandler)
+    assert handler.depth() < 30
+    assert len(handler.port._live) <= 10  # type: ignore[attr-defined]  # it is one of the journal
+    gate.set()
+    engine.drain(PATIENCE_S)
+
+    assert [int(value) for value in seen][-1] == 99
+    assert seen == sorted(seen)
+    if "debounce" not in options:
+        assert len(seen) == 100
+
+
+def test_what_is_purged_makes_room_for_others(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable_module, "MOST_HELD_BYTES", 1_000)
+    monkeypatch.setattr(durable_module, "FETCHED", 4)
+    engine = opened()
+    seen: list[Any] = []
+    blocks = no_retry(on_giving_up="block")
+
+    @engine.on_change(scope="orders", durable="ship", **blocks)
+    def ship(event: StateEvent) -> None:
+        if event.key.startswith("bad"):
+            raise ValueError("no")
+        seen.append(event.key)
+
+    for number in range(12):
+        engine.set("orders", f"bad{number}", "x" * 200)
+    engine.set("orders", "good", "x" * 200)
+    deadline = time.monotonic() + PATIENCE_S
+    while not seen:
+        engine.dead_letters("ship").purge(all=True)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    assert seen == ["good"]
