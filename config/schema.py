@@ -150,7 +150,7 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     only_if_changed: bool | None = None
     """True: not for a write that leaves the same JSON value."""
     fields: tuple[str, ...] | None = None
-    """Only if one of these top-level fields of the value has changed, come or gone."""
+    """Only if one of these top-level fields of the value was changed, added or removed."""
     order: Order | None = None
     """Which events are handled one after the other: of the same `scope` or `key`, all of the `trigger`, or `none`."""
     concurrency: int | None = None

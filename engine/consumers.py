@@ -31,7 +31,7 @@ class _Access:
     def _consumers(self) -> Consumers:
         found = self._found()
         if found is None:
-            raise Unsupported("a durable trigger", "what this engine keeps has no journal, so it has no consumers")
+            raise Unsupported("this call", "what this engine keeps has no journal, so it has no consumers")
         return found
 
     def _list(self) -> list[ConsumerStatus]:

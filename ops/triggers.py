@@ -44,8 +44,8 @@ class TriggerOptions(TypedDict, total=False):
     only_if_changed: bool
     """True: not for a write that leaves the same JSON value. 1 and 1.0 differ, the order of fields does not matter."""
     fields: tuple[str, ...] | list[str] | None
-    """Only if one of these top-level fields of the value has changed, come or gone. A value that is no object, and a
-    key that does not exist, have no fields."""
+    """Only if one of these top-level fields of the value was changed, added or removed. A value that is no object, and
+    a key that does not exist, have no fields."""
     order: Order | None
     """Which events are handled one after the other: those of the same "scope", of the same "key", all of the "trigger",
     or "none". Left out: "scope", "key" for a durable trigger, "trigger" for batches."""
@@ -130,7 +130,7 @@ class Trigger(msgspec.Struct, frozen=True):
     ] = False
     fields: Annotated[
         tuple[str, ...] | None,
-        msgspec.Meta(description="Only if one of these top-level fields of the value has changed, come or gone"),
+        msgspec.Meta(description="Only if one of these top-level fields of the value was changed, added or removed"),
     ] = None
     """None: whatever has changed."""
     order: Annotated[Order, msgspec.Meta(description="Which events are handled one after the other")] = "scope"

@@ -247,8 +247,9 @@ class RedisScope(ScopeActor):
     def _refuse_revisions(self, turn: Turn[Any]) -> None:
         """Raise Unsupported if a turn needs what is kept beside the hash."""
         if type(turn) in _NEED_REVISIONS or (turn.writes and self.rule != NO_RULE):
+            asked = unwrapped(turn)
             raise Unsupported(
-                f"{type(unwrapped(turn)).__name__}",
+                "`delivery.transaction`" if isinstance(asked, DeliveryBatch) else type(asked).__name__,
                 f"{self.name} is in Redis without revisions and deadlines (`revisions: false`)",
             )
 

@@ -290,6 +290,22 @@ def test_a_transaction_of_a_delivery_writes_and_acknowledges_in_one_step(valkey:
     assert one._parts.consumers.count(None) == 0  # type: ignore[union-attr]
 
 
+def test_a_transaction_without_revisions_is_refused_by_its_name(valkey: Server, engines: Engines) -> None:
+    engine = open_one(engines, valkey, revisions=False)
+    engine.on_error(lambda failure: None)
+
+    @engine.on_change(scope="s", durable="ship", retry=Retry(attempts=1))
+    def ship(event: StateEvent, delivery: Delivery) -> None:
+        with delivery.transaction("stock") as tx:
+            tx.set("n", 1)
+
+    engine.set("s", "k", 1)
+    engine.drain(PATIENCE_S)
+
+    [letter] = engine.dead_letters("ship").list()
+    assert letter.error.startswith("Unsupported: `delivery.transaction` is not supported: scope 'stock' is in Redis")
+
+
 def test_a_transaction_that_raises_writes_nothing_and_is_tried_again(valkey: Server, engines: Engines) -> None:
     one = open_one(engines, valkey)
     attempts: list[int] = []
