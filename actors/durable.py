@@ -798,9 +798,15 @@ class DurableHandler(HandlerActor):
         item.error = text_of(error)
         self._report_failure(function_id, attempt, error, final=True)
         blocks = trigger.on_giving_up == "block" and not isinstance(error, Discard)
-        where = "".join(traceback.format_exception(error))[-LONGEST_TEXT:] if error.__traceback__ is not None else ""
         verdict = Outcome(
-            position, "held" if blocks else "dead", attempt.number, item.first_ms, 0, item.error, where, item.event
+            position,
+            "held" if blocks else "dead",
+            attempt.number,
+            item.first_ms,
+            0,
+            item.error,
+            traceback_of(error),
+            item.event,
         )
         self._conclude(attempt, verdict, "failed")
 
@@ -998,6 +1004,17 @@ def misfit_of(target: Callable[..., Any]) -> str | None:
     except TypeError as error:
         return f"the handler of a durable trigger takes (event), or (event, delivery): {error}"
     return None
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return where an error was raised, as dead letters keep it; "" if that is not known."""
+    if error.__traceback__ is None:
+        return ""
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception:  # noqa: BLE001 - it may call code of the error's class, and of those that it was caused by
+        text = "".join(traceback.format_tb(error.__traceback__))
+    return text[-LONGEST_TEXT:]
 
 
 def takes_two(target: Callable[..., Any]) -> bool:

@@ -793,3 +793,28 @@ def test_what_is_purged_makes_room_for_others(opened: Opener, monkeypatch: pytes
         time.sleep(0.01)
 
     assert seen == ["good"]
+
+
+def test_an_error_that_cannot_be_shown_is_given_up_as_any_other(opened: Opener) -> None:
+    class Odd(Exception):
+        @property
+        def __notes__(self) -> list[str]:
+            raise ValueError("it has none")
+
+    engine = opened()
+    seen: list[str] = []
+
+    @engine.on_change(scope="orders", durable="ship", order="trigger", **no_retry())
+    def ship(event: StateEvent) -> None:
+        if event.key == "bad":
+            raise Odd("no")
+        seen.append(event.key)
+
+    engine.set("orders", "bad", 1)
+    engine.set("orders", "good", 1)
+    engine.drain(PATIENCE_S)
+
+    assert seen == ["good"]
+    (letter,) = engine.dead_letters("ship").list()
+    assert letter.error.startswith("Odd")
+    assert "in ship" in letter.traceback
