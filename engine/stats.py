@@ -27,7 +27,7 @@ class Stats(msgspec.Struct, frozen=True):
     """Counts since the engine was made, and current sizes. Read while it runs, so not all are of one moment."""
 
     calls: dict[str, int]
-    """Calls of each built-in function from Python, by function id; refused calls count too."""
+    """Calls of each `state::` function from Python, by function id; refused calls count too."""
     events: int
     """Changes that matched at least one trigger."""
     deliveries: int

@@ -314,6 +314,8 @@ def probe(connection: sqlite3.Connection) -> None:
     read = "SELECT id, clean, extents, clock, (SELECT max(epoch) FROM epochs) FROM store"
     if [[type(fact) for fact in row] for row in connection.execute(read)] != [[str, int, int, int, int]]:
         raise DamagedError("its table `store` does not have one row with an id and numbers, or `epochs` is empty")
+    if number(connection, "SELECT count(*) FROM epochs WHERE typeof(position) != 'integer'"):
+        raise DamagedError("its table `epochs` has a position that is no number")
     for table, orders in _BOTH_ENDS.items():
         for order in orders:
             columns, backwards = f"SELECT {order} FROM {table}", order.replace(",", " DESC,")  # noqa: S608 - ours

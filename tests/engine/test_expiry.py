@@ -377,7 +377,7 @@ def test_keys_before_the_one_whose_handler_is_full_are_removed(world: World) -> 
         while stuck[0]:
             world.dispatcher.sleep(1)
 
-    engine.on_change(key="stuck", events=("expired",))(slow)
+    engine.on_change(key="stuck", events=("expired",), order="trigger")(slow)
     for scope in ("in the handler", "in its mailbox"):
         engine.set(scope, "stuck", 1, ttl=1)
         world.dispatcher.advance(2)
