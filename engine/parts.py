@@ -101,7 +101,11 @@ class Parts:
         if store is not None and store.journal is not None:
             self.snapshot.feed = self.router.feed
             self.router.feed.save_soon = self.snapshot.save_soon
-        self.consumers = self._open_consumers(store)
+        try:
+            self.consumers = self._open_consumers(store)
+        except BaseException:
+            self.backend.close()  # or the store would stay locked
+            raise
         """The consumers of durable triggers; None: what the backend keeps has no journal."""
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self.reconfigured: Callable[[Config], object] | None = None

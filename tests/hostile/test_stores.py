@@ -6,6 +6,7 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ def test_a_mutated_database_is_read_or_refused_and_never_overwritten(pristine: P
     assert opened > 10
     assert refused > 10
     record("mutated databases", cases=CASES, opened=opened, refused=refused)
+
+
+def test_a_store_whose_consumers_cannot_be_read_is_left_open_to_others(pristine: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "store"
+    shutil.copytree(pristine, directory)
+    with closing(sqlite3.connect(directory / "state.db", isolation_level=None)) as database:
+        database.execute("ALTER TABLE consumers RENAME COLUMN filter TO other")
+
+    for _ in range(2):  # and not StoreLocked the second time
+        with pytest.raises(StorageError, match="cannot read the consumers"):
+            Engine.from_config(settings("interval", directory), handle_sigterm=False)
 
 
 def use(engine: Engine) -> None:
