@@ -283,11 +283,11 @@ class JournalConsumer(ConsumerPort):
     # --------------------------------------------------------------------------------------------------------- state
 
     @exclusive
-    def full(self) -> bool:
+    def full(self, letters: int) -> bool:
         progress = self._progress
         if progress.dead >= self._max_dead:
             return True
-        progress.dead += 1
+        progress.dead += letters
         return False
 
     def paused(self) -> str | None:

@@ -206,8 +206,12 @@ class ConsumerPort(ABC):
     def status(self) -> ConsumerStatus:
         """Return how far it is; what the runtime knows (`in_flight`, `waiting`, `trigger`) is filled in there."""
 
-    def full(self) -> bool:
-        """Return whether it has as many dead letters as it may; the runtime then pauses it. False reserves a place."""
+    def full(self, letters: int) -> bool:
+        """Return whether it has as many dead letters as it may; the runtime then pauses it.
+
+        False reserves places for so many, which are those of one delivery: the last one may have some too many.
+        """
+        del letters
         return False
 
     def paused(self) -> str | None:

@@ -791,7 +791,7 @@ class DurableHandler(HandlerActor):
             outcome = Outcome(position, "retry", item.attempts, item.first_ms, due_ms, item.error)
             self._conclude(attempt, outcome, "retried")
             return
-        if self.port.full():
+        if self.port.full(len(members_of(item))):
             self._pause_when_full(attempt, trigger)
             return
         item.attempts = attempt.number

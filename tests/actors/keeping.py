@@ -70,7 +70,7 @@ class Kept(ConsumerPort):
     def pause(self, why: str) -> None:
         self.why = why
 
-    def full(self) -> bool:
+    def full(self, letters: int) -> bool:
         return self.room <= 0
 
     def paused(self) -> str | None:

@@ -818,3 +818,18 @@ def test_an_error_that_cannot_be_shown_is_given_up_as_any_other(opened: Opener) 
     (letter,) = engine.dead_letters("ship").list()
     assert letter.error.startswith("Odd")
     assert "in ship" in letter.traceback
+
+
+def test_a_full_list_of_dead_letters_is_noticed_although_lists_of_events_are_given_up(opened: Opener) -> None:
+    engine = opened()
+
+    @engine.on_change(scope="orders", durable="ship", batch=3, batch_wait=PATIENCE_S, max_dead=4, **no_retry())
+    def ship(events: list[StateEvent]) -> None:
+        raise ValueError("no")
+
+    for number in range(15):
+        engine.set("orders", f"k{number}", 1)
+    engine.drain(PATIENCE_S)
+
+    assert 4 <= engine.dead_letters("ship").count() <= 6  # the last list that had a place, and all of it
+    assert "full" in (engine.consumers()["ship"].paused or "")
