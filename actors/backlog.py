@@ -49,6 +49,10 @@ class Limits(msgspec.Struct):
     max_event_depth: int = 1000
     call_timeout_s: float | None = 30.0
     """None: no limit."""
+    journal_events: int = 1_000_000
+    journal_bytes: int = 1 << 30
+    """0: no limit."""
+    journal_when_full: Literal["block", "pause"] = "block"
     close_grace_s: float = 5.0
     passivate_after_s: float = 300.0
     """0: never."""
@@ -74,16 +78,21 @@ class HandlerFull(Overloaded):
     The engine's own calls do so; only a caller that asks a scope through its Pykka ref receives it.
     """
 
-    def __init__(self, scope: str, progress: int) -> None:
+    def __init__(self, scope: str, progress: int, journal: str = "") -> None:
+        """`journal`: why the journal is full, if it is that."""
         super().__init__(
-            f"a handler that must see this write to scope {scope!r} is full; nothing was written: try again"
+            f"{journal or 'a handler that must see this write is full'}; nothing was written to scope {scope!r}: "
+            "try again"
         )
+        self.journal = journal
         self.progress = progress
         """`Backlog.progress` before the handler was found full."""
 
 
-def no_room(scope: str) -> str:
-    """Return the message for a handler that did not make room in time."""
+def no_room(scope: str, full: HandlerFull) -> str:
+    """Return the message for a handler, or a journal, that did not make room in time."""
+    if full.journal:
+        return f"nothing was written to scope {scope!r} within call_timeout_ms: {full.journal}"
     return (
         f"nothing was written to scope {scope!r}: the mailbox of a handler that must get its event is full and "
         "did not empty within call_timeout_ms; see handler_mailbox, handler_mailbox_bytes, "

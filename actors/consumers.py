@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from scopestate.actors.backlog import size_of
+from scopestate.actors.bound import JournalBound
 from scopestate.actors.consuming import ConsumerPort, Consumers, ConsumerStatus, DeadLetter, Held, Outcome
 from scopestate.actors.containment import Log
 from scopestate.actors.progress import Progress
@@ -18,6 +20,7 @@ from scopestate.ops.cursors import ManyCursor, read_start
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
+    from scopestate.actors.backlog import Limits
     from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.feed import Feed
     from scopestate.actors.interests import Interest
@@ -39,6 +42,11 @@ MANY_ENDED: Final = 1000
 SAVED_AFTER_S: Final = 0.1
 LOOK_AGAIN_S: Final = 0.05
 """While a consumer is behind: when it looks again for events whose saves have overtaken one another."""
+
+JOURNAL_FULL: Final = "journal full"
+"""Why a consumer is paused by the bound of the journal; what it has lost by that follows."""
+_TRIMMED: Final = "of its events were trimmed before it had them"
+_LOST: Final = re.compile(f"{JOURNAL_FULL}; ([0-9]+) {_TRIMMED}")
 
 
 class Filter(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -81,6 +89,8 @@ class JournalConsumer(ConsumerPort):
         """Events up to here may be in the journal only."""
         self._ended: list[Outcome] = []
         self._paused = saved.paused
+        self.trimmed = trimmed_of(saved.paused)
+        """Events that it has lost because the journal was full; None: it is not paused for that."""
         self._max_dead = 0
         self.trigger: Trigger | None = None
         """The trigger that takes its events; None: there is none."""
@@ -304,8 +314,48 @@ class JournalConsumer(ConsumerPort):
 
     def set_paused(self, why: str | None) -> None:
         """Note that it is paused, or not."""
-        self._paused = why
+        if why is None and self.trimmed:
+            log.error(
+                "consumer %r goes on; the journal was full, and it has lost %d events that were trimmed",
+                self.name,
+                self.trimmed,
+            )
+        self._paused, self.trimmed = why, trimmed_of(why)
         self.wake()
+
+    @exclusive
+    def behind(self) -> int:
+        """Return about how many events wait for it, in constant time; those of other scopes count too."""
+        self._settle_ended()
+        return len(self._progress.open) + max(self._settled - self._progress.floor, 0)
+
+    def pause_as_full(self) -> None:
+        """The journal is full, and this is the slowest consumer: it may lose events from now on."""
+        log.error("the journal is full: consumer %r is paused, and its oldest events are trimmed", self.name)
+        self.pause(JOURNAL_FULL)
+
+    def lose(self, positions: Sequence[int]) -> bool:
+        """Lose these events, its oldest ones. False: something is to be saved first. On the saving thread."""
+        lost = self._exclusive.run(self._losing, positions)
+        if lost is None:
+            return False
+        why = f"{JOURNAL_FULL}; {(self.trimmed or 0) + len(lost)} {_TRIMMED}"
+        self._journal.skip(self.number, positions, why)
+        gone = self._exclusive.run(self._skip, positions)
+        self._paused, self.trimmed = why, trimmed_of(why)
+        if gone and self._lost is not None:
+            self._lost(gone)
+        return True
+
+    def _losing(self, positions: Sequence[int]) -> list[int] | None:
+        self._settle_ended()
+        return self._progress.losing(positions)
+
+    def _skip(self, positions: Sequence[int]) -> list[int]:
+        gone = self._progress.skip(positions)
+        skipped = set(positions)
+        self._left = deque([position for position in self._left if position not in skipped])
+        return gone
 
     @exclusive
     def status(self) -> ConsumerStatus:
@@ -378,6 +428,7 @@ class JournalConsumers(Consumers):
         dispatcher: Dispatcher,
         now_ms: Callable[[], int],
         durability_of: Callable[[str], str],
+        limits: Limits,
     ) -> None:
         self.journal = journal
         self.feed = feed
@@ -395,6 +446,10 @@ class JournalConsumers(Consumers):
         self._next_s = 0.0
         for saved in journal.consumers():
             self._add(JournalConsumer(saved, self))
+        self.bound = JournalBound(
+            journal, feed, limits, dispatcher, self._by_number, self.flush_soon, snapshot.save_acks_soon
+        )
+        self.bound.begin()
         feed.on_committed(self.committed)
 
     def _add(self, consumer: JournalConsumer) -> None:
@@ -409,6 +464,7 @@ class JournalConsumers(Consumers):
         consumer.interest = self.feed.want(wanted.scope, wanted.scope_prefix or "", consumer.number)
         if old is not None:
             self.feed.unwant(old)
+        self.bound.ask()
 
     # ------------------------------------------------------------------------------------------------------ consumers
 
@@ -424,6 +480,7 @@ class JournalConsumers(Consumers):
             if done < self.settled:
                 consumer.read_from_disk()
             self._add(consumer)
+            self.bound.ask()
         return consumer
 
     def _start(self, trigger: Trigger) -> int:
@@ -459,6 +516,8 @@ class JournalConsumers(Consumers):
         consumer = self._by_name.get(name)
         if consumer is None:
             return False
+        if why is not None and consumer.trimmed is not None:
+            return True  # what it has lost is told when it is resumed
         self.journal.pause_consumer(consumer.number, why)
         consumer.set_paused(why)
         return True
@@ -473,7 +532,14 @@ class JournalConsumers(Consumers):
         del self._by_name[name], self._by_number[consumer.number]
         if consumer.interest is not None:
             self.feed.unwant(consumer.interest)
+        self.bound.ask()
         return True
+
+    def limits_changed(self) -> None:
+        self.bound.ask()
+
+    def problems(self) -> list[str]:
+        return [self.feed.over] if self.feed.over else []
 
     def lag(self, after: int, floor: int) -> tuple[int, int]:
         """Return how many events are behind `floor`, and when the oldest one behind `after` was made (ms; 0: none)."""
@@ -488,16 +554,21 @@ class JournalConsumers(Consumers):
         size = sum(map(size_of, events))
         for consumer in list(self._by_number.values()):
             consumer.committed(events, size, self.settled)
+        self.bound.look(events, size)
 
     def note_ended(self, *, many: bool) -> None:
         """Something has ended: it is saved at once if it is much, else soon."""
         if many:
-            if not self._many:
-                self._many = True
-                self._snapshot.save_acks_soon(0.0)
+            self.flush_soon()
         elif not self._asked:
             self._asked = True
             self._snapshot.save_acks_soon(SAVED_AFTER_S)
+
+    def flush_soon(self) -> None:
+        """Have everything saved that has ended."""
+        if not self._many:
+            self._many = True
+            self._snapshot.save_acks_soon(0.0)
 
     def flush(self) -> None:
         """Return when what has ended is saved. Raises StorageError."""
@@ -510,7 +581,9 @@ class JournalConsumers(Consumers):
         """
         now_s = self.dispatcher.monotonic()
         if not everything and not self._many and now_s < self._next_s:
+            self.bound.fresh = False
             return []
+        self.bound.fresh = True
         self._many = self._asked = False
         self._next_s = now_s + SAVED_AFTER_S / 2
         changes = [(consumer, consumer.collect()) for consumer in list(self._by_number.values())]
@@ -585,11 +658,21 @@ class JournalConsumers(Consumers):
             held.setdefault(number, []).append(position)
         for number, one in list(self._by_number.items()):
             one.purged(held.get(number, []))
+        if released:
+            self.bound.ask()
         return count
 
     def count(self, consumer: str | None) -> int:
         self.flush()
         return self.journal.count_letters(self._number_of(consumer))
+
+
+def trimmed_of(why: str | None) -> int | None:
+    """Return how many events a consumer has lost to a full journal, by why it is paused; None: for another reason."""
+    if why == JOURNAL_FULL:
+        return 0
+    found = _LOST.fullmatch(why or "")
+    return int(found[1]) if found is not None else None
 
 
 def _text(wanted: Filter) -> str:

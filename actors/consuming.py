@@ -237,6 +237,13 @@ class Consumers(ABC):
         """Return each consumer that is known without asking anywhere, with why it is paused (None: it is not)."""
         return []
 
+    def problems(self) -> list[str]:
+        """Return what is wrong with what keeps the events. It waits for nothing."""
+        return []
+
+    def limits_changed(self) -> None:  # noqa: B027 - a backend may have its own limits
+        """The limits of the configuration are others now."""
+
     @abstractmethod
     def status(self, name: str) -> ConsumerStatus | None:
         """Return how far a consumer is, also one without a trigger here; None if there is none of this name."""

@@ -8,6 +8,7 @@ docs/design/0044-the-feed.md has the reasons.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from bisect import bisect_right
 from collections import deque
@@ -59,6 +60,11 @@ class Feed:
     no signal handler comes in between; all other methods may be called from any thread. A guard keeps them apart.
     """
 
+    over = ""
+    """Why writes to the scopes of durable triggers wait: the journal is full. "": they do not."""
+    _room = _room_bytes = sys.maxsize
+    """So much may be unsaved until it is."""
+
     def __init__(self, dispatcher: Dispatcher, wake: Callable[[], object], triggers: TriggerTable) -> None:
         """`wake` has a worker thread call `number` soon."""
         self.incoming: dict[int, StateEvent] = {}
@@ -107,7 +113,7 @@ class Feed:
         self._commits = False
         """True if there was a scope whose changes are not counted there, as they are saved by commits."""
         self.full = False
-        """True if these are too many."""
+        """True if these are too many, or the journal is full."""
         self.made_room: Callable[[], object] = lambda: None
         """Tells writers that wait that there may be room."""
         self._committed: list[Callable[[Sequence[StateEvent]], object]] = []
@@ -375,7 +381,11 @@ class Feed:
         unsaved.extend(events)
         self._unsaved += size
         self._unsaved_events += len(events)
-        self.full = self._unsaved >= MOST_UNSAVED_BYTES
+        if self._unsaved_events > self._room or self._unsaved - OVERHEAD * self._unsaved_events > self._room_bytes:
+            # Measured by the save, which says more.
+            self.over = self.over or "the journal is full with what is to be saved"
+            self._soon[scope.name] = None
+        self.full = bool(self.over) or self._unsaved >= MOST_UNSAVED_BYTES
         if self._unsaved > SAVE_BYTES:
             self._soon[scope.name] = None
 
@@ -538,7 +548,19 @@ class Feed:
         if not self.full:
             return False
         fed = self._scopes.get(scope)
-        return fed is not None and fed.journaled and fed.kept == "interval"
+        if self.over and (bool(self._consumers(scope)) if fed is None else fed.awaited) and self.is_journaled(scope):
+            return True
+        return fed is not None and fed.journaled and fed.kept == "interval" and self._unsaved >= MOST_UNSAVED_BYTES
+
+    def set_room(self, over: str, events: int, size: int) -> None:
+        """Note why the journal is full ("": it is not), and how much more it may get. On the saving thread."""
+        self._exclusive.run(self._set_room, over, events, size)
+        if not self.full:
+            self.made_room()
+
+    def _set_room(self, over: str, events: int, size: int) -> None:
+        self.over, self._room, self._room_bytes = over, events, size
+        self.full = bool(over) or self._unsaved >= MOST_UNSAVED_BYTES
 
     def committed(self, events: Sequence[StateEvent]) -> None:
         """These journaled changes are on disk now, in order of position. For the actor that saves."""
@@ -559,7 +581,7 @@ class Feed:
         self._unsaved = self._unsaved * left // self._unsaved_events
         self._unsaved_events = left
         if self.full:
-            self.full = self._unsaved >= MOST_UNSAVED_BYTES
+            self.full = bool(self.over) or self._unsaved >= MOST_UNSAVED_BYTES
             self.made_room()
 
     # -------------------------------------------------------------------------------------------------------- watches

@@ -51,6 +51,20 @@ class JournalSize(msgspec.Struct, frozen=True):
     """The highest one; 0 if it is empty."""
 
 
+class Needed(msgspec.Struct, frozen=True):
+    """What of the journal is kept for consumers."""
+
+    events: int
+    """Those that wait to be trimmed count too, but of scopes with a history rule."""
+    bytes: int
+    done: dict[int, int]
+    """The consumers that may need some of it, by number -> up to where each is done."""
+    wanted: dict[int, tuple[int, int]]
+    """The same consumers -> how much of it is of scopes that each wants: events, bytes."""
+    groups: frozenset[frozenset[int]]
+    """The numbers of consumers that may need the same events."""
+
+
 class Pending(msgspec.Struct, frozen=True, gc=False):
     """A delivery that is not over, although later ones of its consumer are: it was begun, or waits for a retry."""
 
@@ -218,6 +232,17 @@ class Journal(ABC):
         """Return what is saved in the journal."""
 
     @abstractmethod
+    def needed(self) -> Needed:
+        """Return what of it is kept for consumers. It takes microseconds for each scope that has changes."""
+
+    @abstractmethod
+    def oldest_of(self, consumer: int, upto: int, most: int) -> list[int]:
+        """Return the positions of the oldest events that are kept for a consumer, up to `upto` included, in order.
+
+        Those of its deliveries that are held are left out.
+        """
+
+    @abstractmethod
     def count_behind(self, position: int) -> int:
         """Return how many events are behind a position."""
 
@@ -246,6 +271,10 @@ class Journal(ABC):
     @abstractmethod
     def pause_consumer(self, consumer: int, why: str | None) -> None:
         """Note that a consumer is paused, and why; None: it is not."""
+
+    @abstractmethod
+    def skip(self, consumer: int, positions: Sequence[int], paused: str) -> None:
+        """Have a consumer lose what `oldest_of` has returned, and note why it is paused."""
 
     @abstractmethod
     def forget_consumer(self, consumer: int) -> None:

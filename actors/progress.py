@@ -7,6 +7,7 @@ event below the newest one may come later: `floor` is how far all of them are he
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from scopestate.actors.consuming import Held, Outcome
@@ -168,6 +169,27 @@ class Progress:
         self._pending.pop(position, None)
         self._rows.discard(position)
         self.open.pop(position, None)
+
+    def losing(self, positions: Iterable[int]) -> list[int] | None:
+        """Return which of these deliveries are not over. None: what has become of some is to be saved first."""
+        if any(one.held for one in self._pending.values()):
+            return None
+        floor, above, still = self.floor, self.above, self.open
+        return [p for p in positions if p in still or (p > floor and p not in above)]
+
+    def skip(self, positions: Sequence[int]) -> list[int]:
+        """These deliveries are lost, and that is saved. Return those that were fetched."""
+        gone = [position for position in positions if position in self.open]
+        for position in gone:
+            del self.open[position]
+            self._pending.pop(position, None)
+            self._known.pop(position, None)
+            self._begun.pop(position, None)
+            self._rows.discard(position)
+            self._joined.discard(position)
+        self._done = max(self._done, *positions)
+        self.reach(self._done)
+        return gone
 
     # --------------------------------------------------------------------------------------------------------- saving
 

@@ -195,7 +195,7 @@ class EventRouter(TurnActor):
         if len(self._incoming) > MOST_INCOMING and not self._scheduled:
             self.wake_anyway()  # nothing else may need the changes that were entered
         if self.feed.must_wait(scope):
-            self._refuse(scope, (), depth, self.backlog.progress)
+            self._refuse(scope, (), depth, self.backlog.progress, self.feed.over)
 
     def check_room(self, scope: str, watch: Watchers, key: str, depth: int) -> None:
         """Refuse, as `prepare` does, a write that is about to be sent elsewhere: no handler may miss its event."""
@@ -218,18 +218,21 @@ class EventRouter(TurnActor):
         if depth:
             self.cascades.add()  # before the event is in the mailbox, or `drain` could miss it
 
-    def _refuse(self, scope: str, handlers: tuple[HandlerActor, ...], depth: int, progress: int) -> NoReturn:
+    def _refuse(
+        self, scope: str, handlers: tuple[HandlerActor, ...], depth: int, progress: int, journal: str = ""
+    ) -> NoReturn:
         me = get_ident()
         # A finalizer may write on a thread that is in the middle of such a turn.
         within = any(actor._claim.get(HOLDER) == me for actor in (self, *handlers))
         if depth or within:
             self.backlog.refused.add()
+            full = journal or "a handler's mailbox is full"
             raise Overloaded(
-                f"a handler's mailbox is full, and this write to scope {scope!r} comes from a handler; nothing was "
+                f"{full}, and this write to scope {scope!r} comes from a handler; nothing was "
                 "written: waiting might be waiting for itself"
             )
         self.backlog.blocked.add()
-        raise HandlerFull(scope, progress)
+        raise HandlerFull(scope, progress, journal)
 
     # -------------------------------------------------------------------------------------------- after the write
 

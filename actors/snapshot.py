@@ -333,9 +333,11 @@ class SnapshotActor(TurnActor):
 
     def _save_acks(self) -> None:
         """Save what consumers have done, if the last save has left something."""
-        if self.consumers is not None and (changes := self.consumers.collect(everything=True)):
+        if self.consumers is None:
+            return
+        if changes := self.consumers.collect(everything=True):
             self._write([], changes)
-            self._tell_of([])
+        self._tell_of([])  # without a save too: the bound of the journal may be another one
 
     def _tidy(self) -> None:
         """After an interval: save and remove what no save of a scope has taken along."""

@@ -69,6 +69,13 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Events that may cause one another in a chain of handlers; a longer chain is cut and reported."""
     call_timeout_ms: Milliseconds = 30_000
     """How long a call waits for a busy scope or a full handler; 0 means no limit."""
+    journal_events: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] = 1_000_000
+    """Changes that the journal of a store keeps for durable triggers."""
+    journal_bytes: Bytes = 1_073_741_824
+    """Bytes of keys and values in those changes, and 64 for each; 0 means no limit."""
+    journal_when_full: Literal["block", "pause"] = "block"
+    """`block`: writes to the scopes of durable triggers wait, at most `call_timeout_ms`. `pause`: the slowest durable
+    trigger is paused, and loses its oldest events, which are counted."""
     close_grace_ms: Milliseconds = 5_000
     """How long `close()` waits for events already fired."""
     passivate_after_ms: Milliseconds = 300_000

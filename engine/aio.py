@@ -310,13 +310,14 @@ class AioEngine(AioStateCalls):
             backlog.when_room(room.set)
             try:
                 return await self._queued(self._scopes[scope], turn)
-            except HandlerFull:
+            except HandlerFull as full:
+                said = no_room(scope, full)
                 left_s = None if deadline is None else deadline - loop.time()
                 try:
                     await asyncio.wait_for(room.future, left_s)
                 except TimeoutError as error:
                     backlog.refused.add()
-                    raise Overloaded(no_room(scope)) from error
+                    raise Overloaded(said) from error
             finally:
                 backlog.stop_waiting(room.set)  # whatever came: a task that was cancelled leaves nothing behind
 

@@ -80,7 +80,7 @@ class DurableTriggers(Consumers):
 
     def problems(self) -> list[str]:
         """Return what is wrong with consumers, for `Health.problems`. It waits for nothing."""
-        found: list[str] = []
+        found = self._consumers.problems()
         for name, why in self._consumers.states():
             handler = self._handlers.get(name)
             if handler is None or not handler.active:
@@ -96,6 +96,9 @@ class DurableTriggers(Consumers):
 
     def states(self) -> list[tuple[str, str | None]]:
         return self._consumers.states()
+
+    def limits_changed(self) -> None:
+        self._consumers.limits_changed()
 
     # ------------------------------------------------------------------------------------------------------ consumers
 

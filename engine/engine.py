@@ -690,4 +690,4 @@ class Engine(Reactive, StateCalls):
             except pykka.Timeout:
                 backlog.stop_waiting(room.set)
                 backlog.refused.add()
-                raise Overloaded(no_room(scope)) from full
+                raise Overloaded(no_room(scope, full)) from full

@@ -122,6 +122,7 @@ class Parts:
                 self.dispatcher,
                 self.clock.now_ms,
                 self.backend.durability,
+                self.limits,
             )
         if consumers is None:
             return None
@@ -175,6 +176,8 @@ class Parts:
         set_limits(self.limits, config.limits, self.backend)
         if config.adapter.kv.save_interval_ms != before.adapter.kv.save_interval_ms:
             self.snapshot.set_interval(config.adapter.kv.save_interval_ms / 1000)
+        if config.limits != before.limits and self.consumers is not None:
+            self.consumers.limits_changed()
         if config.limits.passivate_after_ms != before.limits.passivate_after_ms:
             self.housekeeper.arm()
         self.config = config
@@ -320,5 +323,8 @@ def set_limits(limits: Limits, config: LimitsConfig, backend: Backend) -> None:
     limits.handler_backoff_s = config.handler_backoff_ms / 1000
     limits.max_event_depth = config.max_event_depth
     limits.call_timeout_s = config.call_timeout_ms / 1000 or None
+    limits.journal_events = config.journal_events
+    limits.journal_bytes = config.journal_bytes
+    limits.journal_when_full = config.journal_when_full
     limits.close_grace_s = config.close_grace_ms / 1000
     limits.passivate_after_s = config.passivate_after_ms / 1000

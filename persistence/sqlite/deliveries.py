@@ -139,6 +139,21 @@ class Deliveries:
         known[number] = Progress(done, set(), set())
         return SavedConsumer(number, name, wanted, now_ms, None, done, set(), {}, {}, 0)
 
+    def skip(self, connection: sqlite3.Connection, consumer: int, positions: Sequence[int], paused: str) -> None:
+        """Have a consumer lose its oldest deliveries, and note why it is paused."""
+        of = self.progress(connection).get(consumer)
+        if of is None:
+            return
+        done = max(of.done, *positions)
+        gone = of.pending.intersection(positions)
+        passed = {position for position in of.over if position <= done}
+        connection.execute("UPDATE consumers SET done = ?, paused = ? WHERE number = ?", (done, paused, consumer))
+        connection.execute(_DROP, (consumer, _json(sorted(gone | passed))))
+        of.done = done
+        of.pending -= gone
+        of.over -= passed
+        self.settled |= gone
+
     def remove(self, connection: sqlite3.Connection, consumer: int) -> None:
         """Remove a consumer and all that it has."""
         known = self.progress(connection)

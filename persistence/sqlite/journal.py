@@ -15,11 +15,12 @@ from scopestate.actors.journal import (
     Journal,
     JournalSize,
     Letter,
+    Needed,
     Pending,
     SavedConsumer,
 )
 from scopestate.ops.results import StateEvent
-from scopestate.persistence.sqlite import changes
+from scopestate.persistence.sqlite import changes, needed
 from scopestate.persistence.sqlite.attempts import AttemptsFile
 from scopestate.persistence.sqlite.deliveries import (
     Deliveries,
@@ -163,6 +164,15 @@ class SavedJournal(Journal):
             "measure the journal", lambda connection: JournalSize(*connection.execute(_SIZE).fetchall()[0])
         )
 
+    def needed(self) -> Needed:
+        return self._read("measure the journal", lambda connection: needed.measure(connection, self.rules))
+
+    def oldest_of(self, consumer: int, upto: int, most: int) -> list[int]:
+        return self._read(
+            "look into the journal",
+            lambda connection: needed.oldest_of(connection, self.rules, consumer, upto, most),
+        )
+
     def count_behind(self, position: int) -> int:
         """See Journal."""
         return self._read("count the events in the journal", lambda connection: _count_behind(connection, position))
@@ -209,6 +219,14 @@ class SavedJournal(Journal):
     def _update(self, doing: str, what: str, consumer: int, value: str | None) -> None:
         statement = f"UPDATE consumers SET {what} WHERE number = ?"  # noqa: S608 - ours
         self._transact(doing, lambda connection: connection.execute(statement, (value, consumer)))
+
+    def skip(self, consumer: int, positions: Sequence[int], paused: str) -> None:
+        self._transact(
+            "skip events of a consumer",
+            lambda connection: self._deliveries.skip(connection, consumer, positions, paused),
+        )
+        gone = set(positions)
+        self._attempts.forget([one for one in self._attempts.open if one[0] == consumer and one[1] in gone])
 
     def forget_consumer(self, consumer: int) -> None:
         self._transact("forget a consumer", lambda connection: self._deliveries.remove(connection, consumer))

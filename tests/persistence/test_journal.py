@@ -342,6 +342,8 @@ def act(adapter: FileAdapter, doing: str) -> None:
             adapter.journal.replay(None)
         case "purge":
             adapter.journal.purge(None)
+        case "skip":
+            adapter.journal.skip(1, adapter.journal.oldest_of(1, 100, 2), "full; 2 lost")
         case _:
             adapter.journal.forget_consumer(1)
 
@@ -371,7 +373,7 @@ def steps_of(place: Path, doing: str, kill_at: int = 0) -> int:
     return found
 
 
-@pytest.mark.parametrize("doing", ["save", "replay", "purge", "forget"])
+@pytest.mark.parametrize("doing", ["save", "replay", "purge", "forget", "skip"])
 def test_killed_at_any_step_all_of_it_is_there_or_nothing(tmp_path: Path, doing: str) -> None:
     def prepare(name: str) -> Path:
         adapter = FileAdapter(tmp_path / name)

@@ -1,0 +1,229 @@
+"""The bound of the journal: how much it may keep for durable triggers, and what happens then.
+
+What consumers still need is measured by the saving thread, and only if it may be at the limit: what was measured last,
+and what was saved since, is more than there can be. If it is full, writers wait (`block`), or the slowest consumer is
+paused and loses its oldest events (`pause`). docs/design/0051-the-bound-of-the-journal.md has the reasons.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from scopestate.actors.containment import Log
+from scopestate.actors.journal import EVENT_OVERHEAD, Journal, Needed
+
+if TYPE_CHECKING:
+    from scopestate.actors.backlog import Limits
+    from scopestate.actors.consumers import JournalConsumer
+    from scopestate.actors.dispatcher import Dispatcher
+    from scopestate.actors.feed import Feed
+    from scopestate.ops.results import StateEvent
+
+log = Log("scopestate.triggers")
+
+_SLACK: Final = 16
+"""A full journal has room again when it is below its limit by one part in so many, and not full with the next save."""
+_SHARE: Final = 10
+"""Measuring takes at most one part in so many of the saving thread's time."""
+LOOK_AGAIN_S: Final = 0.05
+"""When to look again for what consumers are handling."""
+_STALE: Final = 0.9
+_MOST_LOST: Final = 50_000
+"""Events that a consumer loses at a time."""
+
+
+class JournalBound:
+    """Keeps the journal of a store within its limits. `look` is called on the saving thread only."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        feed: Feed,
+        limits: Limits,
+        dispatcher: Dispatcher,
+        consumers: Mapping[int, JournalConsumer],
+        save_all: Callable[[], object],
+        save_soon: Callable[[float], object],
+    ) -> None:
+        """`save_all` has what consumers have done saved, and `look` called then; `save_soon` so many seconds later."""
+        self._journal = journal
+        self._feed = feed
+        self._limits = limits
+        self._dispatcher = dispatcher
+        self._consumers = consumers
+        self._save_all = save_all
+        self._save_soon = save_soon
+        self._events = self._bytes = 0
+        """At most so much is needed: what was measured last, and what was saved since."""
+        self._asked = True
+        """True: it is to be measured by the next look."""
+        self._untrimmed = True
+        """True: what is not needed any more may be there."""
+        self._next_s = 0.0
+        self.fresh = False
+        """True: the save before the next look has everything that consumers have done."""
+
+    def begin(self) -> None:
+        """The consumers of the store are known: what earlier sessions have left counts."""
+        if self._consumers:
+            needed = self._journal.needed()
+            self._events, self._bytes = needed.events, needed.bytes
+            self._say(needed)
+
+    def ask(self) -> None:
+        """A limit, or what is needed, is another one now. From any thread."""
+        self._asked = self._untrimmed = True
+        self._save_all()
+
+    def look(self, events: Sequence[StateEvent], size: int) -> None:
+        """These events were saved, or something else was: see whether there is still room. `size`: of their values."""
+        if not self._consumers:
+            if self._asked or self._feed.over:
+                self._asked = False
+                self._events = self._bytes = 0
+                self._feed.set_room("", sys.maxsize, sys.maxsize)
+            return
+        if events:
+            self._events += len(events)
+            self._bytes += size + EVENT_OVERHEAD * len(events) + sum([len(event.key) for event in events])
+        if not (self._asked or self._feed.over or self._exceeds(self._events, self._bytes)):
+            if events:
+                self._set_room("")
+            return
+        now_s = self._dispatcher.monotonic()
+        if now_s < self._next_s and not self._asked:
+            self._save_soon(self._next_s - now_s)
+            return
+        self._measure(now_s)
+
+    def _measure(self, began_s: float) -> None:
+        journal = self._journal
+        self._asked = False
+        try:
+            needed = journal.needed()
+            if self._exceeds(needed.events, needed.bytes) and (self._untrimmed or journal.behind):
+                self._untrimmed = False
+                journal.trim()
+                needed = journal.needed()
+        except BaseException:
+            self._asked = self._untrimmed = True
+            raise
+        ended_s = self._dispatcher.monotonic()
+        self._next_s = ended_s + _SHARE * (ended_s - began_s)
+        self._events, self._bytes = needed.events, needed.bytes
+        over = self._say(needed)
+        if over and journal.behind:
+            self._again()
+        elif over and self._limits.journal_when_full == "pause":
+            if self.fresh:
+                self._make_room(needed)
+            else:
+                self._again()
+
+    def _exceeds(self, events: int, size: int) -> bool:
+        """Tell whether it is full. What is full stays so until there is room for more than one save."""
+        limits = self._limits
+        most, most_bytes = limits.journal_events, limits.journal_bytes
+        if self._feed.over:
+            most, most_bytes = _low(most), _low(most_bytes)
+        return events >= most or (most_bytes > 0 and size >= most_bytes)
+
+    def _say(self, needed: Needed) -> bool:
+        """Have writers wait, or not. Return whether it is full."""
+        over = self._exceeds(needed.events, needed.bytes)
+        self._set_room(self._text(needed) if over and self._limits.journal_when_full == "block" else "")
+        return over
+
+    def _set_room(self, over: str) -> None:
+        limits, feed = self._limits, self._feed
+        if over:
+            feed.set_room(over, 0, 0)
+        elif limits.journal_when_full == "pause":
+            feed.set_room("", sys.maxsize, sys.maxsize)
+        else:
+            most_bytes = limits.journal_bytes or sys.maxsize
+            feed.set_room("", limits.journal_events - self._events, most_bytes - self._bytes)
+
+    def _text(self, needed: Needed) -> str:
+        slowest, _ = self._slowest(needed, [self._consumers[one] for one in needed.done if one in self._consumers])
+        text = (
+            f"the journal is full: it keeps {needed.events:,} changes of {needed.bytes:,} bytes for durable triggers, "
+            "and writes to their scopes wait"
+        )
+        if slowest is not None:
+            text += (
+                f"; the slowest consumer is {slowest.name!r}: see why it is behind, or forget it with "
+                f"`engine.consumers().forget({slowest.name!r})`"
+            )
+        return f"{text}; or change `journal_events`, `journal_bytes` or `journal_when_full` under `limits`"
+
+    def _slowest(self, needed: Needed, consumers: Sequence[JournalConsumer]) -> tuple[JournalConsumer | None, float]:
+        """Return the consumer that needs the largest part, and which part of all that is; at least that."""
+        limits = self._limits
+        by_bytes = bool(limits.journal_bytes) and needed.bytes >= limits.journal_bytes
+        slowest, most = None, -1.0
+        for consumer in consumers:
+            events, size = needed.wanted[consumer.number]
+            # Events of other scopes are counted by one of the two, and what it has done by the other.
+            part = min(consumer.behind() / max(events, 1), 1.0)
+            part *= size / max(needed.bytes, 1) if by_bytes else events / max(needed.events, 1)
+            if part > most:
+                slowest, most = consumer, part
+        return slowest, most
+
+    # ---------------------------------------------------------------------------------------------------------- pause
+
+    def _make_room(self, needed: Needed) -> None:
+        """Take the oldest events from a consumer that is paused for this; else pause the slowest one."""
+        there = {number: self._consumers[number] for number in needed.done if number in self._consumers}
+        paused = [one for one in there.values() if one.trimmed is not None]
+        for consumer in sorted(paused, key=lambda one: one.behind(), reverse=True):
+            upto = self._needed_by_others(consumer, needed)
+            positions = self._journal.oldest_of(consumer.number, upto, self._excess(needed))
+            if positions:
+                if consumer.lose(positions):
+                    self._untrimmed = True
+                self._again()
+                return
+        others = [one for one in there.values() if one.trimmed is None]
+        slowest, part = self._slowest(needed, others)
+        if slowest is None:
+            return
+        if part * len(others) < _STALE:
+            # All of them together need less than was measured: they have handled events meanwhile.
+            self._save_soon(LOOK_AGAIN_S)
+            return
+        slowest.pause_as_full()
+        self._again()
+
+    def _again(self) -> None:
+        self._asked = True
+        self._save_all()
+
+    def _needed_by_others(self, consumer: JournalConsumer, needed: Needed) -> int:
+        """Return up to where no consumer that goes on needs what this one does."""
+        upto = self._journal.settled
+        for group in needed.groups:
+            if consumer.number in group:
+                for number in group:
+                    other = self._consumers.get(number)
+                    if other is not None and other.trimmed is None:
+                        upto = min(upto, needed.done[number])
+        return upto
+
+    def _excess(self, needed: Needed) -> int:
+        """Return how many events are to go."""
+        limits = self._limits
+        excess = needed.events - _low(limits.journal_events) + 1
+        if limits.journal_bytes and needed.bytes >= limits.journal_bytes:
+            # As if all were of the same size.
+            too_large = needed.bytes - _low(limits.journal_bytes) + 1
+            excess = max(excess, -(-needed.events * too_large // needed.bytes))
+        return min(max(excess, 1), _MOST_LOST)
+
+
+def _low(limit: int) -> int:
+    """Return what is too much as long as it is full; 0 of no limit."""
+    return max(limit - limit // _SLACK, 1) if limit else 0

@@ -1,0 +1,368 @@
+"""The bound of the journal on files: what consumers need is bounded, and nothing is lost in silence."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scopestate import Engine, Retry, StateEvent, config
+from scopestate.errors import ConfigError, Overloaded
+
+PATIENCE_S = 20.0
+
+
+class Opener:
+    """Opens engines on one store, one after the other, with other limits."""
+
+    def __init__(self, path: Path, durability: str) -> None:
+        self.path = path
+        self.durability = durability
+        self.engine: Engine | None = None
+        self.gates: list[threading.Event] = []
+
+    def config(self, limits: dict[str, Any]) -> dict[str, Any]:
+        options = {"store_method": "file_based", "file_path": str(self.path), "durability": self.durability}
+        state: dict[str, Any] = {"adapter": {"name": "kv", "config": {**options, "save_interval_ms": 60_000}}}
+        scopes = [{"name": "kept", "history": {"events": 1000}}]
+        return {"workers": [{"name": "iii-state", "config": state}], "scopes": scopes, "limits": limits}
+
+    def __call__(self, **limits: Any) -> Engine:
+        self.close()
+        self.engine = Engine.from_config(self.config(limits))
+        return self.engine
+
+    def reload(self, **limits: Any) -> None:
+        assert self.engine is not None
+        self.engine.reconfigure(config.from_mapping(self.config(limits)))
+
+    def close(self) -> None:
+        for gate in self.gates:
+            gate.set()
+        if self.engine is not None:
+            self.engine.close()
+
+
+@pytest.fixture(params=["commit", "interval"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    logging.getLogger("scopestate").setLevel(logging.CRITICAL)
+    opener = Opener(tmp_path / "store", request.param)
+    yield opener
+    opener.close()
+    logging.getLogger("scopestate").setLevel(logging.NOTSET)
+
+
+class Held:
+    """A durable trigger whose handler waits for its gate."""
+
+    def __init__(self, opener: Opener, name: str = "ship", scope: str = "orders") -> None:
+        self.gate = threading.Event()
+        self.begun = threading.Event()
+        opener.gates.append(self.gate)
+        self.seen: list[Any] = []
+        assert opener.engine is not None
+        opener.engine.on_change(scope=scope, durable=name, order="trigger")(self.handle)
+
+    def handle(self, event: StateEvent) -> None:
+        self.begun.set()
+        assert self.gate.wait(PATIENCE_S)
+        self.seen.append(event.new_value)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < until
+        pause.wait(0.005)
+
+
+def fill(engine: Engine, value: Any = 0, most: int = 200) -> int:
+    """Write until a write is refused. Return how many there were."""
+    for number in range(most):
+        try:
+            engine.set("orders", f"k{number}", value or number, durable=True)
+        except Overloaded:
+            return number
+    raise AssertionError("nothing was refused")
+
+
+def in_thread(action: Callable[[], object]) -> Callable[[], list[BaseException]]:
+    """Run it on a thread. What is returned waits for its end, and returns what it has raised."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - it is returned
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def wait() -> list[BaseException]:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+        return errors
+
+    return wait
+
+
+def waits(engine: Engine) -> Callable[[], bool]:
+    before = engine.stats().blocked
+    return lambda: engine.stats().blocked > before
+
+
+def test_writes_to_a_full_journal_wait_and_are_refused_by_name(opened: Opener) -> None:
+    engine = opened(journal_events=20, call_timeout_ms=200)
+    held = Held(opened)
+    written = fill(engine)
+    assert 20 <= written <= 21
+
+    with pytest.raises(Overloaded, match=r"journal is full: it keeps 2[01] changes.*'ship'.*journal_when_full"):
+        engine.set("orders", "k0", 1)
+    with pytest.raises(Overloaded, match="journal is full"), engine.scope("orders").batch() as batch:
+        batch.set("a", 1)
+        batch.set("b", 1)
+    with pytest.raises(Overloaded, match="journal is full"):
+        asyncio.run(engine.aio.set("orders", "k0", 1))
+    for number in range(50):
+        engine.set("others", f"k{number}", number)
+    assert engine.get("orders", "k0") == 0
+    assert any("journal is full" in problem for problem in engine.health().problems)
+
+    held.gate.set()
+    engine.drain(PATIENCE_S)
+    engine.set("orders", "k0", 1)
+    engine.drain(PATIENCE_S)
+    assert held.seen == [*range(written), 1]
+    wait_until(lambda: engine.health().ok)
+
+
+def test_what_is_handled_lets_a_write_go_on_that_waits(opened: Opener) -> None:
+    engine = opened(journal_events=20, call_timeout_ms=200)
+    held = Held(opened)
+    written = fill(engine)
+    opened.reload(journal_events=20)
+    blocked = waits(engine)
+    done = in_thread(lambda: engine.set("orders", "late", "late"))
+    wait_until(blocked)
+
+    held.gate.set()
+
+    assert done() == []
+    engine.drain(PATIENCE_S)
+    assert held.seen == [*range(written), "late"]
+
+
+def test_bytes_are_bounded_too(opened: Opener) -> None:
+    engine = opened(journal_bytes=50_000, call_timeout_ms=200)
+    Held(opened)
+    assert 4 <= fill(engine, "x" * 10_000) <= 6
+    opened.reload(journal_bytes=0, call_timeout_ms=200)
+    for number in range(10):
+        engine.set("orders", f"k{number}", "x" * 10_000, durable=True)
+
+
+@pytest.mark.parametrize("way", ["reload", "forget", "pause"])
+def test_a_write_that_waits_goes_on_when_there_is_room(way: str, opened: Opener) -> None:
+    engine = opened(journal_events=20, call_timeout_ms=200)
+    Held(opened)
+    fill(engine)
+    opened.reload(journal_events=20)
+    blocked = waits(engine)
+    done = in_thread(lambda: engine.set("orders", "late", 1))
+    wait_until(blocked)
+
+    if way == "reload":
+        opened.reload(journal_events=40)
+    elif way == "pause":
+        opened.reload(journal_events=20, journal_when_full="pause")
+    else:
+        engine.consumers().forget("ship")
+
+    assert done() == []
+    assert engine.get("orders", "late") == 1
+
+
+def test_a_purge_of_what_holds_others_back_makes_room(opened: Opener) -> None:
+    engine = opened(journal_events=20, call_timeout_ms=200)
+
+    @engine.on_change(scope="orders", durable="ship", on_giving_up="block", retry=Retry(attempts=1))
+    def ship(event: StateEvent) -> None:
+        raise ValueError(event.key)
+
+    fill(engine)
+    wait_until(lambda: engine.dead_letters("ship").count() >= 20)
+    opened.reload(journal_events=20)
+    blocked = waits(engine)
+    done = in_thread(lambda: engine.set("orders", "late", 1))
+    wait_until(blocked)
+    engine.dead_letters("ship").purge(all=True)
+    assert done() == []
+
+
+def test_a_handler_that_writes_is_refused_at_once(opened: Opener) -> None:
+    engine = opened(journal_events=20)
+    errors: list[str] = []
+    took: list[float] = []
+
+    @engine.on_change(scope="commands")
+    def command(event: StateEvent) -> None:
+        began = time.monotonic()
+        try:
+            engine.set("orders", "more", 1)
+        except Overloaded as error:
+            errors.append(str(error))
+        took.append(time.monotonic() - began)
+
+    held = Held(opened)
+    opened.reload(journal_events=20, call_timeout_ms=200)
+    fill(engine)
+    opened.reload(journal_events=20)
+    engine.set("commands", "k", 1)
+    wait_until(lambda: bool(took))
+    assert "journal is full" in errors[0]
+    assert "comes from a handler" in errors[0]
+    assert took[0] < 10
+    held.gate.set()
+    engine.drain(PATIENCE_S)
+    assert "more" not in engine.scope("orders")
+
+
+def test_the_bound_holds_after_a_restart(opened: Opener) -> None:
+    engine = opened(journal_events=20, call_timeout_ms=200)
+    engine.register_function("f", lambda event: None)
+    engine.register_trigger(function_id="f", scope="orders", durable="ship").unregister()
+    written = fill(engine)
+
+    engine = opened(journal_events=20, call_timeout_ms=200)
+    with pytest.raises(Overloaded, match="'ship'"):
+        engine.set("orders", "late", 1)
+    assert engine.get("orders", "late") is None
+    held = Held(opened)
+    held.gate.set()
+    engine.drain(PATIENCE_S)
+    engine.set("orders", "late", "late")
+    engine.drain(PATIENCE_S)
+    assert held.seen == [*range(written), "late"]
+
+
+def test_a_history_is_bounded_by_its_own_rule(opened: Opener) -> None:
+    engine = opened(journal_events=20, call_timeout_ms=1000)
+    held = Held(opened, scope="kept")
+    held.gate.set()
+    for number in range(100):
+        engine.set("kept", f"k{number}", number, durable=True)
+    engine.drain(PATIENCE_S)
+    assert len(held.seen) == 100
+
+
+# -------------------------------------------------------------------------------------------------------------- pause
+
+
+def test_the_slowest_consumer_is_paused_and_what_it_loses_is_counted(
+    opened: Opener, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = opened(journal_events=20, journal_when_full="pause")
+    slow, quick, elsewhere = Held(opened, "slow"), Held(opened, "quick"), Held(opened, "elsewhere", "others")
+    quick.gate.set()
+    engine.set("others", "k", 1)
+    for number in range(300):
+        engine.set("orders", f"k{number}", number, durable=True)
+        if number % 5 == 4:
+            wait_until(lambda number=number: len(quick.seen) == number + 1)
+    wait_until(lambda: "events were trimmed" in (engine.consumers()["slow"].paused or ""))
+    assert engine.consumers()["quick"].paused is None
+    assert engine.consumers()["elsewhere"].paused is None
+    assert any("'slow' is paused: journal full; " in problem for problem in engine.health().problems)
+    assert quick.seen == list(range(300))
+    journal = engine._parts.snapshot._store.journal
+    wait_until(lambda: journal.size().events < 60)
+
+    said = engine.consumers()["slow"].paused
+    engine.consumers().pause("slow", "by hand")
+    assert engine.consumers()["slow"].paused == said
+    slow.gate.set()
+    wait_until(lambda: engine.consumers()["slow"].in_flight == 0)
+    running = slow.seen.copy()
+    lost = int(engine.consumers()["slow"].paused.split()[2])
+    logging.getLogger("scopestate").setLevel(logging.ERROR)
+    engine.consumers().resume("slow")
+    assert f"'slow' goes on; the journal was full, and it has lost {lost} events" in caplog.text
+    elsewhere.gate.set()
+    engine.drain(PATIENCE_S)
+    assert slow.seen[len(running) :] == list(range(lost, 300))
+    assert len(running) <= 1
+    assert engine.health().ok
+
+
+def test_a_pause_and_what_was_lost_outlast_a_restart(opened: Opener) -> None:
+    engine = opened(journal_events=20, journal_when_full="pause")
+    engine.register_function("f", lambda event: None)
+    engine.register_trigger(function_id="f", scope="orders", durable="ship").unregister()
+    for number in range(100):
+        engine.set("orders", f"k{number}", number, durable=True)
+    wait_until(lambda: "trimmed" in (engine.consumers()["ship"].paused or ""))
+
+    engine = opened(journal_events=20, journal_when_full="pause")
+    held = Held(opened)
+    held.gate.set()
+    for number in range(100, 200):
+        engine.set("orders", f"k{number}", number, durable=True)
+    wait_until(lambda: engine.consumers()["ship"].lag_events < 20)
+    lost = int(engine.consumers()["ship"].paused.split()[2])
+    assert held.seen == []
+    engine.consumers().resume("ship")
+    engine.drain(PATIENCE_S)
+    assert held.seen == list(range(lost, 200))
+    assert engine.health().ok
+
+
+def test_a_failing_event_is_lost_too_and_found_by_no_later_session(opened: Opener) -> None:
+    engine = opened(journal_events=20, journal_when_full="pause")
+    failed = threading.Event()
+
+    @engine.on_change(scope="orders", durable="ship", retry=Retry(attempts=9, first=300, jitter=0))
+    def ship(event: StateEvent) -> None:
+        failed.set()
+        raise ValueError
+
+    engine.set("orders", "first", 1)
+    assert failed.wait(PATIENCE_S)
+    for number in range(100):
+        engine.set("orders", f"k{number}", number, durable=True)
+    wait_until(lambda: "trimmed" in (engine.consumers()["ship"].paused or ""))
+    wait_until(lambda: engine._parts.snapshot._store.journal.size().events < 20)
+
+    engine = opened(journal_events=20, journal_when_full="pause")
+    held = Held(opened)
+    held.gate.set()
+    lost = int(engine.consumers()["ship"].paused.split()[2])
+    engine.consumers().resume("ship")
+    engine.drain(PATIENCE_S)
+    assert max(held.seen) == 99
+    assert lost + len(set(held.seen)) == 101
+
+
+# ----------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("journal_events: 0", "expected a whole number from 1 to 1000000000, found the integer 0"),
+        ("journal_bytes: -1", "expected a whole number"),
+        ("journal_when_full: reject", "expected `block` or `pause`, found the string 'reject'"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(line: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as refused:
+        config.loads(f"limits:\n  scope_mailbox: 5\n  {line}\n", file="engine.yaml")
+    assert str(refused.value).startswith(f"engine.yaml:3, key `limits.{line.partition(':')[0]}`: ")
