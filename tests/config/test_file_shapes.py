@@ -368,6 +368,19 @@ class TestDefaultFile:
                 debounce=0.5,
                 metadata={"template": "short"},
             ),
+            TriggerConfig(
+                "app::greet",
+                scope="users",
+                events=("created",),
+                order="key",
+                concurrency=8,
+                durable="greet-users",
+                retry=RetryConfig(),
+                ack_wait=30,
+                start="now",
+                on_giving_up="skip",
+                max_dead=100_000,
+            ),
         )
         assert [(rule.name, rule.prefix, rule.durability) for rule in loaded.scopes] == [
             ("orders", None, "commit"),
