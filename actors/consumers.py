@@ -492,9 +492,10 @@ class JournalConsumers(Consumers):
             return 0
         return position_of(trigger.start, self.feed, self.journal)
 
-    @exclusive
     def _all(self) -> list[JournalConsumer]:
-        return [self._by_name[name] for name in sorted(self._by_name)]
+        # A copy, not the guard: that is held while the disk is waited for, and the health of an engine must not wait.
+        by_name = self._by_name.copy()
+        return [by_name[name] for name in sorted(by_name)]
 
     def names(self) -> list[str]:
         return [consumer.name for consumer in self._all()]

@@ -833,3 +833,32 @@ def test_a_full_list_of_dead_letters_is_noticed_although_lists_of_events_are_giv
 
     assert 4 <= engine.dead_letters("ship").count() <= 6  # the last list that had a place, and all of it
     assert "full" in (engine.consumers()["ship"].paused or "")
+
+
+def test_health_does_not_wait_for_a_disk_that_a_registration_waits_for(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened()
+    engine.on_change(scope="orders", durable="ship")(lambda event: None)
+    engine.consumers().pause("ship", "for the test")
+    journal = engine._router.feed.journal
+    waits, goes_on, create = threading.Event(), threading.Event(), journal.create_consumer  # type: ignore[union-attr]
+
+    def slow(*given: Any) -> Any:
+        waits.set()
+        assert goes_on.wait(PATIENCE_S)
+        return create(*given)
+
+    monkeypatch.setattr(journal, "create_consumer", slow)
+    problems: list[str] = []
+    register = threading.Thread(target=lambda: engine.on_change(scope="orders", durable="bill")(lambda event: None))
+    look = threading.Thread(target=lambda: problems.extend(engine.health().problems))
+    register.start()
+    assert waits.wait(PATIENCE_S)
+    look.start()
+    look.join(PATIENCE_S / 4)
+    found = list(problems)
+    goes_on.set()
+    register.join(PATIENCE_S)
+    look.join(PATIENCE_S)
+    assert any("for the test" in problem for problem in found)
