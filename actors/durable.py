@@ -195,6 +195,8 @@ class DurableHandler(HandlerActor):
         """Those that have begun."""
         self._blocked: dict[int, Run] = {}
         """Position -> the run that was given up and holds back its lane."""
+        self._lacking = False
+        """True: the function was not registered when it was looked for."""
         self._counted_at = -1
         """`taken` when what it holds was last counted."""
         self._again = False
@@ -215,6 +217,7 @@ class DurableHandler(HandlerActor):
         self._note_shape(trigger)
         self.trigger = trigger
         self.active = True
+        self._lacking = False
         self.begins_at_once = self.port.notes_at_once
         self.port.start(trigger, self.wake_up, self.lost)
 
@@ -304,6 +307,8 @@ class DurableHandler(HandlerActor):
             return not self._in_shape or self.offered - self.taken < MOST_HELD_BYTES
         held = len(lanes.aside)
         active = held - lanes.behind_pauses
+        if held and self._lacking:
+            return False  # those that are held look for the function again
         if lanes.running >= self.trigger.concurrency or held >= MOST_HELD or active >= MOST_ACTIVE:
             return False
         return self.offered - self.taken < MOST_HELD_BYTES or self._has_room(lanes, active)
@@ -495,6 +500,7 @@ class DurableHandler(HandlerActor):
     def _lose(self) -> None:
         batch = self._lost[:]
         self._counted_at = -1
+        self._lacking = False  # those that look for it may be among them
         lost = frozenset[int]().union(*batch)
         self._incoming = deque(item for item in self._incoming if item.event.position not in lost)
         for position in lost.intersection(self._in_shape):
@@ -511,7 +517,8 @@ class DurableHandler(HandlerActor):
     # -------------------------------------------------------------------------------------------------------- attempts
 
     def begin(self, runs: list[Run]) -> list[Run]:
-        if self.call is None and self._lacks_function(self.trigger):
+        self._lacking = self.call is None and self._lacks_function(self.trigger)
+        if self._lacking:
             return self._put_off(runs)
         attempts = [Attempt(self, run.item) for run in runs]
         most = (self.trigger.retry or _RETRY).attempts

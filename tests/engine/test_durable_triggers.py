@@ -862,3 +862,30 @@ def test_health_does_not_wait_for_a_disk_that_a_registration_waits_for(
     register.join(PATIENCE_S)
     look.join(PATIENCE_S)
     assert any("for the test" in problem for problem in found)
+
+
+def test_while_its_function_is_missing_few_events_wait_in_memory(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable_module, "TROUBLE_S", 0.05)
+    monkeypatch.setattr(durable_module, "FETCHED", 10)
+    engine = opened()
+    seen: list[Any] = []
+    engine.register_function("ship", lambda event: None)
+    engine.register_trigger(function_id="ship", config={"scope": "orders", "durable": "ship"})
+    engine.unregister_function("ship")
+    with engine.batch("orders") as writes:
+        for number in range(300):
+            writes.set(f"k{number}", number)
+    engine.flush()
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline:
+        assert engine.consumers()["ship"].waiting <= 20
+        time.sleep(0.01)
+    engine.register_function("ship", lambda event: seen.append(event.new_value))
+    deadline = time.monotonic() + PATIENCE_S
+    while len(seen) < 300:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    assert sorted(seen) == list(range(300))
