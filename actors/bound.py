@@ -64,6 +64,8 @@ class JournalBound:
         self._next_s = 0.0
         self.fresh = False
         """True: the save before the next look has everything that consumers have done."""
+        self.problem = ""
+        """Why it is full although consumers may be paused; "": it is not."""
 
     def begin(self) -> None:
         """The consumers of the store are known: what earlier sessions have left counts."""
@@ -133,6 +135,8 @@ class JournalBound:
     def _say(self, needed: Needed) -> bool:
         """Have writers wait, or not. Return whether it is full."""
         over = self._exceeds(needed.events, needed.bytes)
+        if not over:
+            self.problem = ""
         self._set_room(self._text(needed) if over and self._limits.journal_when_full == "block" else "")
         return over
 
@@ -195,8 +199,14 @@ class JournalBound:
             # All of them together need less than was measured: they have handled events meanwhile.
             self._save_soon(LOOK_AGAIN_S)
             return
-        slowest.pause_as_full()
-        self._again()
+        if self._journal.oldest_of(slowest.number, self._journal.settled, 1):
+            slowest.pause_as_full()
+            self._again()
+        else:
+            self.problem = (
+                f"the journal is full with events that dead letters of consumer {slowest.name!r} hold back: replay or "
+                "purge them"
+            )
 
     def _again(self) -> None:
         self._asked = True

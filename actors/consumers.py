@@ -540,7 +540,7 @@ class JournalConsumers(Consumers):
         self.bound.ask()
 
     def problems(self) -> list[str]:
-        return [self.feed.over] if self.feed.over else []
+        return [why for why in (self.feed.over, self.bound.problem) if why]
 
     def lag(self, after: int, floor: int) -> tuple[int, int]:
         """Return how many events are behind `floor`, and when the oldest one behind `after` was made (ms; 0: none)."""

@@ -120,7 +120,7 @@ def waits(engine: Engine) -> Callable[[], bool]:
 
 
 def test_writes_to_a_full_journal_wait_and_are_refused_by_name(opened: Opener) -> None:
-    engine = opened(journal_events=20, call_timeout_ms=200)
+    engine = opened(journal_events=20, call_timeout_ms=500)
     held = Held(opened)
     written = fill(engine)
     assert 20 <= written <= 21
@@ -132,6 +132,7 @@ def test_writes_to_a_full_journal_wait_and_are_refused_by_name(opened: Opener) -
         batch.set("b", 1)
     with pytest.raises(Overloaded, match="journal is full"):
         asyncio.run(engine.aio.set("orders", "k0", 1))
+    opened.reload(journal_events=20)
     for number in range(50):
         engine.set("others", f"k{number}", number)
     assert engine.get("orders", "k0") == 0
@@ -146,7 +147,7 @@ def test_writes_to_a_full_journal_wait_and_are_refused_by_name(opened: Opener) -
 
 
 def test_what_is_handled_lets_a_write_go_on_that_waits(opened: Opener) -> None:
-    engine = opened(journal_events=20, call_timeout_ms=200)
+    engine = opened(journal_events=20, call_timeout_ms=500)
     held = Held(opened)
     written = fill(engine)
     opened.reload(journal_events=20)
@@ -162,17 +163,17 @@ def test_what_is_handled_lets_a_write_go_on_that_waits(opened: Opener) -> None:
 
 
 def test_bytes_are_bounded_too(opened: Opener) -> None:
-    engine = opened(journal_bytes=50_000, call_timeout_ms=200)
+    engine = opened(journal_bytes=50_000, call_timeout_ms=500)
     Held(opened)
     assert 4 <= fill(engine, "x" * 10_000) <= 6
-    opened.reload(journal_bytes=0, call_timeout_ms=200)
+    opened.reload(journal_bytes=0, call_timeout_ms=500)
     for number in range(10):
         engine.set("orders", f"k{number}", "x" * 10_000, durable=True)
 
 
 @pytest.mark.parametrize("way", ["reload", "forget", "pause"])
 def test_a_write_that_waits_goes_on_when_there_is_room(way: str, opened: Opener) -> None:
-    engine = opened(journal_events=20, call_timeout_ms=200)
+    engine = opened(journal_events=20, call_timeout_ms=500)
     Held(opened)
     fill(engine)
     opened.reload(journal_events=20)
@@ -192,7 +193,7 @@ def test_a_write_that_waits_goes_on_when_there_is_room(way: str, opened: Opener)
 
 
 def test_a_purge_of_what_holds_others_back_makes_room(opened: Opener) -> None:
-    engine = opened(journal_events=20, call_timeout_ms=200)
+    engine = opened(journal_events=20, call_timeout_ms=500)
 
     @engine.on_change(scope="orders", durable="ship", on_giving_up="block", retry=Retry(attempts=1))
     def ship(event: StateEvent) -> None:
@@ -223,7 +224,7 @@ def test_a_handler_that_writes_is_refused_at_once(opened: Opener) -> None:
         took.append(time.monotonic() - began)
 
     held = Held(opened)
-    opened.reload(journal_events=20, call_timeout_ms=200)
+    opened.reload(journal_events=20, call_timeout_ms=500)
     fill(engine)
     opened.reload(journal_events=20)
     engine.set("commands", "k", 1)
@@ -237,12 +238,12 @@ def test_a_handler_that_writes_is_refused_at_once(opened: Opener) -> None:
 
 
 def test_the_bound_holds_after_a_restart(opened: Opener) -> None:
-    engine = opened(journal_events=20, call_timeout_ms=200)
+    engine = opened(journal_events=20, call_timeout_ms=500)
     engine.register_function("f", lambda event: None)
     engine.register_trigger(function_id="f", scope="orders", durable="ship").unregister()
     written = fill(engine)
 
-    engine = opened(journal_events=20, call_timeout_ms=200)
+    engine = opened(journal_events=20, call_timeout_ms=500)
     with pytest.raises(Overloaded, match="'ship'"):
         engine.set("orders", "late", 1)
     assert engine.get("orders", "late") is None
@@ -262,6 +263,54 @@ def test_a_history_is_bounded_by_its_own_rule(opened: Opener) -> None:
         engine.set("kept", f"k{number}", number, durable=True)
     engine.drain(PATIENCE_S)
     assert len(held.seen) == 100
+
+
+def test_a_full_journal_has_room_again_a_sixteenth_below_its_limit(opened: Opener) -> None:
+    engine = opened(journal_events=32, call_timeout_ms=500)
+    handled: list[Any] = []
+    permits = threading.Semaphore(0)
+
+    @engine.on_change(scope="orders", durable="ship", order="trigger")
+    def ship(event: StateEvent) -> None:
+        assert permits.acquire(timeout=PATIENCE_S)
+        handled.append(event.new_value)
+
+    def is_saved(count: int) -> bool:
+        engine.dead_letters("ship").count()  # saves what has ended
+        return len(handled) == count and engine._parts.snapshot._store.journal.size().events == written - count
+
+    written = fill(engine)
+    permits.release(written - 30)
+    wait_until(lambda: is_saved(written - 30))
+    with pytest.raises(Overloaded, match="journal is full"):
+        engine.set("orders", "late", 1)
+    permits.release(1)
+    wait_until(lambda: is_saved(written - 29))
+    engine.set("orders", "late", 1)
+    permits.release(100)
+
+
+def test_what_is_not_saved_yet_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opener = Opener(tmp_path / "store", "interval")
+    engine = opener(journal_events=20, call_timeout_ms=500)
+    Held(opener)
+    engine.set("orders", "first", 1, durable=True)
+    store, gate = engine._parts.snapshot._store, threading.Event()
+    save = store.save
+
+    def save_later(*what: Any) -> None:
+        assert gate.wait(PATIENCE_S)
+        save(*what)
+
+    monkeypatch.setattr(store, "save", save_later)
+    with pytest.raises(Overloaded, match="what is to be saved"):
+        for number in range(60):
+            engine.set("orders", f"k{number}", number)
+            wait_until(lambda: not engine._router.feed.incoming)
+    assert number < 25
+    gate.set()
+    wait_until(lambda: "the slowest consumer is 'ship'" in str(engine.health().problems) or engine.health().ok)
+    opener.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- pause
@@ -323,6 +372,41 @@ def test_a_pause_and_what_was_lost_outlast_a_restart(opened: Opener) -> None:
     engine.drain(PATIENCE_S)
     assert held.seen == list(range(lost, 200))
     assert engine.health().ok
+
+
+def test_bytes_are_bounded_by_a_pause_too(opened: Opener) -> None:
+    engine = opened(journal_bytes=50_000, journal_when_full="pause")
+    engine.register_function("f", lambda event: None)
+    engine.register_trigger(function_id="f", scope="orders", durable="ship").unregister()
+    for number in range(50):
+        engine.set("orders", f"k{number}", "x" * 10_000, durable=True)
+    wait_until(lambda: engine._parts.snapshot._store.journal.size().bytes < 50_000)
+    lost = int(engine.consumers()["ship"].paused.split()[2])
+    held = Held(opened)
+    held.gate.set()
+    engine.consumers().resume("ship")
+    engine.drain(PATIENCE_S)
+    assert lost + len(held.seen) == 50
+    assert len(held.seen) >= 4
+
+
+def test_what_dead_letters_hold_back_is_not_lost(opened: Opener) -> None:
+    engine = opened(journal_events=20, journal_when_full="pause")
+
+    @engine.on_change(scope="orders", durable="ship", on_giving_up="block", retry=Retry(attempts=1))
+    def ship(event: StateEvent) -> None:
+        raise ValueError(event.key)
+
+    for count in range(1, 26):
+        engine.set("orders", f"k{count}", count, durable=True)
+        wait_until(
+            lambda count=count: engine.consumers()["ship"].paused or engine.dead_letters("ship").count() == count
+        )  # type: ignore[misc]
+    wait_until(lambda: "dead letters of consumer 'ship' hold back" in str(engine.health().problems))
+    assert engine.dead_letters("ship").count() >= 20
+    engine.dead_letters("ship").purge(all=True)
+    engine.consumers().resume("ship")
+    wait_until(lambda: engine.health().ok)
 
 
 def test_a_failing_event_is_lost_too_and_found_by_no_later_session(opened: Opener) -> None:
