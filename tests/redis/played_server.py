@@ -81,7 +81,7 @@ Keys = dict[bytes, Value]
 
 _WRONG_TYPE: Final = "WRONGTYPE Operation against a key holding the wrong kind of value"
 _NO_NUMBER: Final = "ERR value is not an integer or out of range"
-_WRITES: Final = frozenset({"SET", "DEL", "HSET", "HDEL", "INCR", "DECR", "XADD", "FLUSHALL", "FLUSHDB"})
+_WRITES: Final = frozenset({"SET", "DEL", "HSET", "HSETNX", "HDEL", "INCR", "DECR", "XADD", "FLUSHALL", "FLUSHDB"})
 
 
 class PlayedServer:
@@ -349,6 +349,13 @@ class Session:
         values.update(zip(parts[2::2], parts[3::2], strict=True))
         return len(values) - before
 
+    def hset_new(self, parts: list[bytes]) -> Any:
+        return 0 if parts[2] in self._hash(parts[1]) else self.hset(parts)
+
+    def hget_many(self, parts: list[bytes]) -> Any:
+        values = self._hash(parts[1])
+        return [values.get(field) for field in parts[2:]]
+
     def hdel(self, parts: list[bytes]) -> Any:
         values = self._hash(parts[1])
         gone = sum(values.pop(field, None) is not None for field in parts[2:])
@@ -614,7 +621,9 @@ _COMMANDS: Final[dict[str, _Command]] = {
     "HGET": _Command(Session.hget, 3, 3, 1),
     "HGETALL": _Command(Session.hgetall, 2, 2, 1),
     "HLEN": _Command(Session.hlen, 2, 2, 1),
+    "HMGET": _Command(Session.hget_many, 3, None, 1),
     "HSET": _Command(Session.hset, 4, None, 1),
+    "HSETNX": _Command(Session.hset_new, 4, 4, 1),
     "INCR": _Command(Session.count_up, 2, 2, 1),
     "PING": _Command(Session.ping, 1, 2, -1),
     "SCAN": _Command(Session.scan, 2, None, -1),
