@@ -78,6 +78,8 @@ class Feed:
         self.cursors = ManyCursors("", 0)
         """What makes the cursors of many scopes."""
         self.journal: Journal | None = None
+        self._rules: Rules | None = None
+        """What the journal has to keep."""
         self.past: Past | None = None
         """Where changes are that the ring no longer has; None: nowhere."""
         self._numbered_elsewhere = False
@@ -289,8 +291,17 @@ class Feed:
         return self._interests.consumers(scope)
 
     def _give_rules(self) -> None:
-        if self.journal is not None:
-            self.journal.rules = Rules(self._history, self._consumers)
+        if self.journal is None:
+            return
+        self._rules = Rules(self._history, self._consumers)
+        weak = weakref.ref(self)
+
+        def rules() -> Rules | None:
+            feed = weak()
+            return None if feed is None else feed._rules
+
+        # Weakly: the store is kept until it has saved what an engine that was dropped has left in memory.
+        self.journal.follow(rules)
 
     def on_committed(self, callback: Callable[[Sequence[StateEvent]], object]) -> None:
         """Call it after each save with the journaled changes that are on disk now, in order. On the saving thread."""

@@ -192,10 +192,22 @@ class Journal(ABC):
     """The last position that was given. The engine sets it before each save, and before the store is closed."""
     settled: int
     """Everything up to this position is saved by the next save, or was before. The engine sets it as `given`."""
-    rules: Rules | None = None
-    """What to keep; None: everything. Assign it again when a rule has changed or a consumer has come or gone."""
     behind: bool = False
     """True if more is to be trimmed than one save may do: call `trim` when there is nothing to save."""
+    _rules: Callable[[], Rules | None] = staticmethod(lambda: None)
+
+    @property
+    def rules(self) -> Rules | None:
+        """What to keep; None: everything. Assign it again when a rule has changed or a consumer has come or gone."""
+        return self._rules()
+
+    @rules.setter
+    def rules(self, rules: Rules | None) -> None:
+        self._rules = lambda: rules
+
+    def follow(self, rules: Callable[[], Rules | None]) -> None:
+        """Have `rules` called for what to keep. It must not refer to the engine: the store may be all that is left."""
+        self._rules = rules
 
     # ------------------------------------------------------------------------------------------------------- reading
 
