@@ -147,7 +147,7 @@ class SavedConsumer(msgspec.Struct):
     """How many dead letters it has."""
 
 
-class Rules(msgspec.Struct, frozen=True):
+class Rules(msgspec.Struct, frozen=True, weakref=True):
     """What the journal has to keep. The engine gives it, and may give other ones at any time."""
 
     history: Callable[[str], History | None]

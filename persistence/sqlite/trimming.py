@@ -8,7 +8,8 @@ scopes that want the same consumers are looked at together. With one, the oldest
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -91,7 +92,8 @@ class Trimmer:
     def __init__(self) -> None:
         self.behind = False
         """True if there was more to do than the last call was allowed to."""
-        self._rules: Rules | None = None
+        self._rules: Callable[[], Rules | None] = lambda: None
+        """The rules of the last call, weakly: they refer to the engine, which may be dropped before its store."""
         self._kept: dict[int, _Kept] = {}
         self._swept: dict[Group, int] = {}
         """Consumers of scopes -> up to where their changes were looked at."""
@@ -124,9 +126,9 @@ class Trimmer:
         `logged`: the numbers of the scopes that have got changes. `settled`: positions to look at again, which are
         taken out when they were.
         """
-        if rules is not self._rules:
+        if rules is not self._rules():
             self.forget()
-            self._rules = rules
+            self._rules = (lambda: None) if rules is None else weakref.ref(rules)
         self.behind = False
         if rules is None:
             return
@@ -171,8 +173,9 @@ class Trimmer:
     def _keep(self, number: int, name: str) -> _Kept:
         if (kept := self._kept.get(number)) is not None:
             return kept
-        assert self._rules is not None  # `trim` has seen to it
-        kept = self._kept[number] = _Kept(frozenset(self._rules.consumers(name)), self._rules.history(name))
+        rules = self._rules()
+        assert rules is not None  # `trim` has seen to it
+        kept = self._kept[number] = _Kept(frozenset(rules.consumers(name)), rules.history(name))
         if kept.history is None:
             self._swept.setdefault(kept.group, 0)
         return kept

@@ -77,9 +77,10 @@ def test_it_is_collected_with_handlers_functions_and_views_that_refer_to_it(tmp_
     def use() -> weakref.ref[Engine]:
         engine = opened(tmp_path / "store")
         engine.on_change(scope="s")(lambda event: engine.set("derived", event.key, event.new_value))
+        engine.on_change(scope="s", durable="x")(lambda event: engine.get("s", event.key))
         engine.register_function("app::f", lambda payload: engine.get("s", "k"))
         engine.on_dead_letter(lambda failure: engine.get("s", "k"))
-        views = [engine.aio, engine.scope("s"), engine.aio.scope("s")]
+        views = [engine.aio, engine.scope("s"), engine.aio.scope("s"), engine.watch(), engine.scope("s").watch()]
         engine.own = views  # type: ignore[attr-defined]
         engine.set("s", "k", 1)
         engine.drain(PATIENCE_S)
