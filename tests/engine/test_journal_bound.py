@@ -192,6 +192,19 @@ def test_a_write_that_waits_goes_on_when_there_is_room(way: str, opened: Opener)
     assert engine.get("orders", "late") == 1
 
 
+def test_to_forget_a_consumer_without_a_trigger_makes_room(opened: Opener) -> None:
+    engine = opened(journal_events=20, call_timeout_ms=500)
+    engine.register_function("f", lambda event: None)
+    engine.register_trigger(function_id="f", scope="orders", durable="ship").unregister()
+    fill(engine)
+    opened.reload(journal_events=20)
+    blocked = waits(engine)
+    done = in_thread(lambda: engine.set("orders", "late", 1))
+    wait_until(blocked)
+    engine.consumers().forget("ship")
+    assert done() == []
+
+
 def test_a_purge_of_what_holds_others_back_makes_room(opened: Opener) -> None:
     engine = opened(journal_events=20, call_timeout_ms=500)
 
@@ -372,6 +385,42 @@ def test_a_pause_and_what_was_lost_outlast_a_restart(opened: Opener) -> None:
     engine.drain(PATIENCE_S)
     assert held.seen == list(range(lost, 200))
     assert engine.health().ok
+
+
+def test_what_was_lost_is_not_delivered_from_memory(opened: Opener) -> None:
+    engine = opened(journal_events=20, journal_when_full="pause")
+    works = threading.Event()
+    seen: list[Any] = []
+
+    @engine.on_change(scope="orders", durable="ship", retry=Retry(attempts=1000, first=0.05, factor=1, jitter=0))
+    def ship(event: StateEvent) -> None:
+        if not works.is_set():
+            raise ValueError
+        seen.append(event.new_value)
+
+    for number in range(60):
+        engine.set("orders", f"k{number}", number, durable=True)
+    wait_until(lambda: "trimmed" in (engine.consumers()["ship"].paused or ""))
+    wait_until(lambda: engine._parts.snapshot._store.journal.size().events < 20)
+    wait_until(lambda: engine.consumers()["ship"].in_flight == 0)
+    lost = int(engine.consumers()["ship"].paused.split()[2])
+    works.set()
+    engine.consumers().resume("ship")
+    engine.drain(PATIENCE_S)
+    assert sorted(seen) == list(range(lost, 60))
+
+
+def test_consumers_of_one_scope_lose_the_same_and_nothing_in_vain(opened: Opener) -> None:
+    engine = opened(journal_events=32, journal_when_full="pause")
+    engine.register_function("f", lambda event: None)
+    for name in ("one", "two"):
+        engine.register_trigger(function_id="f", scope="orders", durable=name).unregister()
+    for number in range(36):
+        engine.set("orders", f"k{number}", number, durable=True)
+    journal = engine._parts.snapshot._store.journal
+    wait_until(lambda: journal.size().events < 32)
+    lost = [int(consumer.paused.split()[2]) for consumer in engine.consumers()]
+    assert max(lost) <= 36 - journal.size().events + 4
 
 
 def test_bytes_are_bounded_by_a_pause_too(opened: Opener) -> None:
