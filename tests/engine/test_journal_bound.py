@@ -115,6 +115,7 @@ def in_thread(action: Callable[[], object]) -> Callable[[], list[BaseException]]
 
 
 def waits(engine: Engine) -> Callable[[], bool]:
+    engine._limits.call_timeout_s = PATIENCE_S  # not by a reload, which may make room
     before = engine.stats().blocked
     return lambda: engine.stats().blocked > before
 
@@ -150,7 +151,6 @@ def test_what_is_handled_lets_a_write_go_on_that_waits(opened: Opener) -> None:
     engine = opened(journal_events=20, call_timeout_ms=500)
     held = Held(opened)
     written = fill(engine)
-    opened.reload(journal_events=20)
     blocked = waits(engine)
     done = in_thread(lambda: engine.set("orders", "late", "late"))
     wait_until(blocked)
@@ -176,7 +176,6 @@ def test_a_write_that_waits_goes_on_when_there_is_room(way: str, opened: Opener)
     engine = opened(journal_events=20, call_timeout_ms=500)
     Held(opened)
     fill(engine)
-    opened.reload(journal_events=20)
     blocked = waits(engine)
     done = in_thread(lambda: engine.set("orders", "late", 1))
     wait_until(blocked)
@@ -197,7 +196,6 @@ def test_to_forget_a_consumer_without_a_trigger_makes_room(opened: Opener) -> No
     engine.register_function("f", lambda event: None)
     engine.register_trigger(function_id="f", scope="orders", durable="ship").unregister()
     fill(engine)
-    opened.reload(journal_events=20)
     blocked = waits(engine)
     done = in_thread(lambda: engine.set("orders", "late", 1))
     wait_until(blocked)
@@ -214,7 +212,6 @@ def test_a_purge_of_what_holds_others_back_makes_room(opened: Opener) -> None:
 
     fill(engine)
     wait_until(lambda: engine.dead_letters("ship").count() >= 20)
-    opened.reload(journal_events=20)
     blocked = waits(engine)
     done = in_thread(lambda: engine.set("orders", "late", 1))
     wait_until(blocked)
