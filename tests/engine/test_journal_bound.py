@@ -71,7 +71,7 @@ class Held:
 
     def handle(self, event: StateEvent) -> None:
         self.begun.set()
-        assert self.gate.wait(PATIENCE_S)
+        assert self.gate.wait(3 * PATIENCE_S)  # longer than a write waits
         self.seen.append(event.new_value)
 
 
