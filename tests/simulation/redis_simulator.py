@@ -316,7 +316,7 @@ class Life:
         lodger: Any = Lodger(world.dispatcher)
         self.engine = Engine(Config(limits=limits), adapter=self.backend, dispatcher=lodger, handle_sigterm=False)
         self.engine.register_function("witness", self._witness)
-        self.engine.register_trigger(function_id="witness", trigger_id="witness")
+        self.engine.register_trigger(function_id="witness", trigger_id="witness", order="trigger")
         self.engine.register_function("deriving", self._derive)
         self.engine.register_trigger(function_id="deriving", trigger_id="deriving", scope="a", key="x")
         world.note(lambda: f"engine {number} starts: {options}, {limits}")

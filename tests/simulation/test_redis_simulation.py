@@ -58,14 +58,7 @@ def test_a_seed_replays_to_the_letter() -> None:
 
 
 def test_the_seeds_reach_what_they_are_there_for() -> None:
-    lines: list[str] = []
-    for seed in range(120):
-        world = World(seed, trace=True)
-        world.run()
-        lines += world.trace or []
-
-    trace = "\n".join(lines)
-    for wanted in (
+    wanted = {
         "the answer is lost",
         "bytes are through",
         "s late",
@@ -91,8 +84,16 @@ def test_the_seeds_reach_what_they_are_there_for() -> None:
         "engine 2: event",
         "engine 1 is closed",
         "task a/x id",
-    ):
-        assert wanted in trace, wanted
+    }
+    for seed in range(400):
+        world = World(seed, trace=True)
+        world.run()
+        trace = "\n".join(world.trace or [])
+        wanted = {text for text in wanted if text not in trace}
+        if not wanted:
+            break
+
+    assert wanted == set()
 
 
 def test_an_event_whose_answer_comes_twice_is_told_once() -> None:
