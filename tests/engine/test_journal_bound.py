@@ -176,7 +176,6 @@ def test_a_write_that_waits_goes_on_when_there_is_room(way: str, opened: Opener)
     engine = opened(journal_events=20, call_timeout_ms=500)
     Held(opened)
     fill(engine)
-    engine._limits.call_timeout_s = PATIENCE_S  # not by a reload, which may make room
     blocked = waits(engine)
     done = in_thread(lambda: engine.set("orders", "late", 1))
     wait_until(blocked)
