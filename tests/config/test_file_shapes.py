@@ -248,7 +248,7 @@ triggers:
     retry: {attempts: 3, first: 0.5}
     ack_wait: 60
     start: earliest
-    on_giving_up: block
+    on_giving_up: skip
     max_dead: 10
     debounce: 0.5
     debounce_max: 5
@@ -272,7 +272,7 @@ triggers:
         retry=RetryConfig(attempts=3, first=0.5),
         ack_wait=60,
         start="earliest",
-        on_giving_up="block",
+        on_giving_up="skip",
         max_dead=10,
         debounce=0.5,
         debounce_max=5,
