@@ -201,7 +201,9 @@ class Progress:
         """Return what a save has to write; None if nothing has changed. `saved` or nothing follows."""
         done = min(self.floor, min(self.open) - 1) if self.open else self.floor
         done = max(done, self._done)
-        pending = list(self._pending.values())
+        # Not what a transaction acknowledges: its acknowledgement may be in the same save, and is written before this.
+        sent = {position: one for position, one in self._pending.items() if position not in self._joined}
+        pending = list(sent.values())
         acked, rows = self._acked.copy(), self._rows
         behind = [position for position in acked if position > done]
         if len(behind) > MANY:
@@ -212,7 +214,7 @@ class Progress:
                 pending += [Pending(position) for position in bare]
         if done == self._done and not acked and not pending and not self._letters:
             return None
-        self._sending = (len(self._acked), len(self._over), dict(self._pending))
+        self._sending = (len(self._acked), len(self._over), sent)
         told = [position for position in acked if position > done or position in rows]
         return ConsumerChange(self.number, done, told, pending, self._letters.copy(), self._over.copy())
 

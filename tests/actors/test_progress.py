@@ -189,6 +189,22 @@ TestAgainstADisk = AgainstADisk.TestCase
 TestAgainstADisk.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
+def test_a_transaction_behind_a_failed_attempt_is_saved_with_it_and_the_delivery_is_over() -> None:
+    disk, progress = Disk(), Progress(SavedConsumer(1, "c", "", 0, None, 0, set(), {}, {}, 0))
+    progress.fetched(1)
+    progress.end(Outcome(1, "retry", 1, 1, 1, "e", "t", event(1)), 9)
+    progress.join(1)
+
+    change = progress.change()
+    disk.acknowledge(1)
+    if change is not None:
+        disk.write(change)
+        progress.saved(change)
+    progress.joined_is_saved(1)
+
+    assert disk.open({1}) == set()
+
+
 def test_a_delivery_that_was_begun_waits_for_the_events_before_it_that_were_not_saved_as_over() -> None:
     """Killed when event 7 was over and not saved, and a failed attempt of event 17, of the same key perhaps, was."""
     progress = Progress(SavedConsumer(1, "c", "", 0, None, 5, set(), {17: Pending(17, attempts=1)}, {}, 0))
