@@ -85,7 +85,7 @@ class ConsumerStatus(msgspec.Struct, frozen=True):
     """Events in the journal that may be its, and are not over: approximately, as they are not compared with its
     filters."""
     lag_seconds: float
-    """The age of the oldest of them; 0.0 if there is none."""
+    """The age of the oldest of them; 0.0 if no event waits."""
     in_flight: int
     """Attempts that are running in this engine."""
     waiting: int
@@ -95,7 +95,7 @@ class ConsumerStatus(msgspec.Struct, frozen=True):
     paused: str | None
     """Why it is paused; None if it is not."""
     trigger: str | None = None
-    """The id of its trigger in this engine; None: there is none, and its events are kept."""
+    """The id of its trigger in this engine; None: no trigger has its name here, and its events are kept."""
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
@@ -227,7 +227,7 @@ class Consumers(ABC):
 
     @abstractmethod
     def open(self, name: str, trigger: Trigger) -> ConsumerPort:
-        """Return the consumer with this name; it is made if there is none, with the trigger's `start`."""
+        """Return the consumer with this name. A new one begins where the `start` of the trigger says."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -246,19 +246,19 @@ class Consumers(ABC):
 
     @abstractmethod
     def status(self, name: str) -> ConsumerStatus | None:
-        """Return how far a consumer is, also one without a trigger here; None if there is none of this name."""
+        """Return how far a consumer is, also one without a trigger here; None if no consumer has this name."""
 
     @abstractmethod
     def pause(self, name: str, why: str) -> bool:
-        """Note that a consumer is paused; False if there is none of this name. Its events are kept."""
+        """Note that a consumer is paused; False if no consumer has this name. Its events are kept."""
 
     @abstractmethod
     def resume(self, name: str) -> bool:
-        """Note that a consumer is paused no longer; False if there is none."""
+        """Note that a consumer is paused no longer; False if no consumer has this name."""
 
     @abstractmethod
     def forget(self, name: str) -> bool:
-        """Remove a consumer, with what it was to handle and its dead letters; False if there is none."""
+        """Remove a consumer, with what it was to handle and its dead letters; False if no consumer has this name."""
 
     # -------------------------------------------------------------------------------------------------- dead letters
 
@@ -268,7 +268,7 @@ class Consumers(ABC):
 
     @abstractmethod
     def letter(self, letter_id: str) -> DeadLetter | None:
-        """Return one; None if there is none with this id."""
+        """Return one; None if no letter has this id."""
 
     @abstractmethod
     def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:

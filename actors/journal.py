@@ -260,7 +260,7 @@ class Journal(ABC):
 
     @abstractmethod
     def oldest(self, scope: str) -> tuple[int, int] | None:
-        """Return revision and position of the oldest event of a scope; None if there is none."""
+        """Return revision and position of the oldest event of a scope; None if it has no events."""
 
     @abstractmethod
     def trim(self) -> None:
@@ -316,7 +316,7 @@ class Journal(ABC):
 
     @abstractmethod
     def letter(self, id: int) -> Letter | None:  # noqa: A002 - as the field
-        """Return a dead letter; None if there is none with this id."""
+        """Return a dead letter; None if no letter has this id."""
 
     @abstractmethod
     def count_letters(self, consumer: int | None = None, *, before_ms: int | None = None) -> int:
