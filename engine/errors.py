@@ -495,26 +495,28 @@ class ConnectionLost(ScopestateError):
 
 
 class CallTimeout(ScopestateError):
-    """No answer arrived in time. If `sent` is true, a write may have been applied; if false, nothing was sent."""
+    """No answer arrived in time. If `sent` is true, a write may have been applied; if false, nothing was sent.
+
+    `about` says more about the other engine, if that is known.
+    """
 
     code = "TIMEOUT"
 
-    def __init__(self, function_id: str, waited_s: float, sent: bool) -> None:
-        super().__init__(function_id, waited_s, sent)
+    def __init__(self, function_id: str, waited_s: float, sent: bool, about: str = "") -> None:
+        super().__init__(function_id, waited_s, sent, about)
         self.function_id = function_id
         self.waited_s = waited_s
         self.sent = sent
+        self.about = about
 
     def __str__(self) -> str:
-        if not self.sent:
-            return (
-                f"invocation timed out: {self.function_id} could not be sent within {self.waited_s:g} s; "
-                "nothing was sent"
-            )
-        return (
-            f"invocation timed out: no answer to {self.function_id} within {self.waited_s:g} s; "
-            "a write may have been applied: read the key before retrying"
+        text = (
+            f"no answer to {self.function_id} within {self.waited_s:g} s; a write may have been applied: read the key "
+            "before retrying"
+            if self.sent
+            else f"{self.function_id} could not be sent within {self.waited_s:g} s; nothing was sent"
         )
+        return f"invocation timed out: {text}" + (f". {self.about}" if self.about else "")
 
 
 class Overloaded(ScopestateError):

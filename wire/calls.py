@@ -64,11 +64,16 @@ class PendingCalls:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, url: str = "", wake: Callable[[], object] | None = None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        url: str = "",
+        wake: Callable[[], object] | None = None,
+        describe: Callable[[], str] | None = None,
     ) -> None:
-        """`wake()` is called when there is something to send again."""
+        """`wake()` is called when there is something to send again. `describe()` says more of the other engine."""
         self._loop = loop
         self._url = url
+        self._describe = describe or (lambda: "")
         self._wake = wake or (lambda: None)
         self._by_id: dict[str, PendingCall] = {}
         self.unsent: deque[PendingCall] = deque()
@@ -160,6 +165,14 @@ class PendingCalls:
         for call in [call for call in self._by_id.values() if call.sent]:
             self.settle(call, None, error(call))
 
+    def send_again(self, wait_s: float, why_not: Callable[[], str | None]) -> None:
+        """Queue every call that was sent again, before those that wait: the server has begun none of them."""
+        for call in reversed([call for call in self._by_id.values() if call.sent and call.done is not None]):
+            call.sent = False
+            if call.timer is not None:
+                call.timer.cancel()
+            self.add(call, wait_s, why_not, first=True)
+
     def fail_unsent(self, error: Callable[[], ScopestateError]) -> None:
         """Fail every call that was not sent."""
         for call in [call for call in self._by_id.values() if not call.sent]:
@@ -187,12 +200,12 @@ class PendingCalls:
     def _not_sent(self, call: PendingCall, wait_s: float, why_not: Callable[[], str | None]) -> None:
         reason = why_not()
         if reason is None:
-            self.settle(call, None, CallTimeout(call.function_id, wait_s, sent=False))
+            self.settle(call, None, CallTimeout(call.function_id, wait_s, False, self._describe()))
         else:
             self.settle(call, None, NotConnected(f"{reason}; waited {wait_s:g} s, nothing was sent"))
 
     def _no_answer(self, call: PendingCall) -> None:
-        self.settle(call, None, CallTimeout(call.function_id, call.timeout_s, sent=True))
+        self.settle(call, None, CallTimeout(call.function_id, call.timeout_s, True, self._describe()))
 
 
 def _details_in(error: frames.ErrorBody) -> dict[str, Any] | None:

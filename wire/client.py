@@ -27,22 +27,15 @@ from scopestate.errors import (
 )
 from scopestate.ops.values import encode as encode_value
 from scopestate.wire import frames
+from scopestate.wire.address import DEFAULT_URL, Address
 from scopestate.wire.calls import Done, Handler, OfferedFunctions, PendingCall, PendingCalls
 from scopestate.wire.depth import event_depth, with_depth
 from scopestate.wire.features import Needs
-from scopestate.wire.options import (
-    DEFAULT_URL,
-    LIMIT_HEADER,
-    ClientOptions,
-    checked_url,
-    limit_in,
-    request_headers,
-    tls_context,
-)
+from scopestate.wire.options import GOING, GOODBYE, LIMIT_HEADER, ClientOptions, limit_in
 
 try:
     from websockets.asyncio.client import ClientConnection, connect
-    from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
+    from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError("a client or bridge needs the extra `wire`: pip install 'scopestate[wire]'") from error
 
@@ -67,21 +60,39 @@ class Client:
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        address: str | Address | Callable[[], Address] = DEFAULT_URL,
         options: ClientOptions | None = None,
         *,
         on_change: Callable[[bool, str], object] | None = None,
+        on_lost: Callable[[str, bool], object] | None = None,
         on_trigger_refused: Callable[[ScopestateError], object] | None = None,
+        describe: Callable[[], str] | None = None,
     ) -> None:
-        """`on_change(connected, reason)` is called when the connection is made, lost, or fails the first time.
+        """`address`: where the server is. One that is called is asked at each attempt to connect, on the loop's thread.
 
-        `on_trigger_refused(error)` is called when the server refuses a trigger. Raises ConfigError if `url` or the
-        options are invalid.
+        It may raise NotConnected, which says why there is nothing to connect to.
+
+        `on_change(connected, reason)` is called when the connection is made, lost, or fails the first time;
+        `on_lost(reason, goodbye)` each time that a connection ends, or cannot be made. `goodbye`: the server has ended
+        it in order, and begun no call that it has not answered.
+
+        `on_trigger_refused(error)` is called when the server refuses a trigger. `describe()` says more about the server
+        in the error of a call that it does not answer. Raises ConfigError if the address or the options are invalid.
         """
-        self.url = checked_url(url)
+        if isinstance(address, str):
+            address = Address(address)
+        self._find: Callable[[], Address]
+        if isinstance(address, Address):
+            fixed = address
+            fixed.tls()  # raises now
+            self._find = lambda: fixed
+            self.url = fixed.url
+        else:
+            self._find = address
+            self.url = "the other engine"
         self.options = options or ClientOptions()
-        self._headers = request_headers(self.options)
-        self._tls = tls_context(url, self.options)
+        self._on_lost = on_lost or (lambda reason, goodbye: None)
+        self._describe = describe
         self._on_change = on_change or (lambda connected, reason: None)
         self._on_trigger_refused = on_trigger_refused or (lambda error: None)
         self._functions = OfferedFunctions()
@@ -109,7 +120,7 @@ class Client:
     def start(self) -> None:
         """Start connecting. Call it in a running event loop."""
         loop = asyncio.get_running_loop()
-        self._calls = PendingCalls(loop, self.url, self._wake.set)
+        self._calls = PendingCalls(loop, self.url, self._wake.set, self._describe)
         self._task = loop.create_task(self._keep_connected(), name="scopestate-client")
 
     async def close(self) -> None:
@@ -294,7 +305,8 @@ class Client:
             self.was_refused = self._refused
             if not options.insist and not self.connections:
                 self._refused = True
-            self._change(f"{reason} ({self.url})")
+            self._change(reason)
+            self._on_lost(reason, self._is_goodbye)
             if self._refused:
                 self._pending().fail_unsent(self._not_connected)
                 if not options.insist and not self.connections:
@@ -307,11 +319,20 @@ class Client:
 
     async def _connect_once(self) -> str:
         """Connect and serve the connection until it ends; return why it ended."""
+        self._is_goodbye = False
+        try:
+            address = self._find()
+        except NotConnected as error:
+            return str(error)
+        self.url = address.url
+        return f"{await self._connect_to(address)} ({address.url})"
+
+    async def _connect_to(self, address: Address) -> str:
         try:
             async with connect(
-                self.url,
-                additional_headers=self._headers,
-                ssl=self._tls,
+                address.request_url,
+                **address.asyncio_options(),
+                additional_headers=address.headers(self.options.request_headers()),
                 compression=None,
                 proxy=None,
                 max_size=self.options.max_message_bytes,
@@ -350,6 +371,7 @@ class Client:
                 self._receive(await socket.recv(decode=False))
         except WebSocketException as error:
             reason = f"the connection was lost: {error}"
+            self._is_goodbye = _is_goodbye(error)
         finally:
             sender.cancel()
             self.worker_id = None
@@ -357,6 +379,8 @@ class Client:
             reason = "this client is closed" if self._closed else self._goodbye or reason
             self._change(reason)
             self._pending().forget_features()
+            if self._is_goodbye and not self._closed:
+                self._pending().send_again(self.options.connect_wait_s, lambda: self._why_not)
             self._pending().fail_sent(lambda call: self._lost(call, reason))
             if self._closed:
                 await socket.close()  # the context manager would close it with 1011, "internal error"
@@ -394,6 +418,8 @@ class Client:
 
     _goodbye = ""
     """The reason that the server gave before it closed the connection."""
+    _is_goodbye = False
+    """True if the server has ended the last connection in order (`GOODBYE`)."""
 
     def _change(self, why_not: str | None) -> None:
         if self._closed and why_not is None:
@@ -453,3 +479,8 @@ class Client:
                 self._refused = code in {"AUTH_ERROR", "FORBIDDEN"}
             case _:
                 pass  # a pong, or for providers of trigger types
+
+
+def _is_goodbye(error: WebSocketException) -> bool:
+    received = error.rcvd if isinstance(error, ConnectionClosed) else None
+    return received is not None and (received.code, received.reason) == (GOING, GOODBYE)

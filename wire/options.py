@@ -1,20 +1,12 @@
-"""Options of a client: address, token, TLS, time limits."""
+"""Options of a client: its name, time limits, and limits of size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import Final
 
 import msgspec
 
-from scopestate.errors import ConfigError
-from scopestate.paths import expand_home
-
-if TYPE_CHECKING:
-    import ssl
-
-DEFAULT_URL = "ws://localhost:49134"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message in either direction, as in iii 0.11.6 (docs/protocol.md, section 1)."""
 
@@ -28,17 +20,17 @@ def limit_in(header: str | None, otherwise: int) -> int:
     return min(int(announced), otherwise) if announced.isascii() and announced.isdigit() else otherwise
 
 
+GOING: Final = 1012
+"""Close code of a server that stops."""
+GOODBYE: Final = "all that was begun is answered"
+"""Reason that goes with `GOING`: a call without an answer was not begun, so it may be sent again, elsewhere."""
+
+
 class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The options of a client, apart from its address."""
 
-    token: str | None = None
-    """Sent as `Authorization: Bearer ...`; never logged."""
     headers: Mapping[str, str] = {}
     """More HTTP headers for the upgrade request."""
-    tls_ca_file: str | None = None
-    """PEM file of the authorities to trust for `wss://`, instead of the system's."""
-    tls_verify: bool = True
-    """False: accept any certificate. The connection is encrypted, but the server may be an impostor."""
     name: str = "scopestate"
     """Name of this client in the server's list of workers."""
     connect_wait_s: float = 30.0
@@ -55,54 +47,6 @@ class ClientOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_pending: int = 100_000
     """Calls in progress at most; one more is refused with `OVERLOADED`."""
 
-
-def checked_url(url: str) -> str:
-    """Return `url` if it is the address of a WebSocket server. Raises ConfigError."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"{url!r} is not an address: {error}") from error
-    if parts.scheme not in {"ws", "wss"} or not parts.hostname:
-        raise ConfigError(f"{url!r} is not the address of an engine; write ws://host:port, or wss://host:port for TLS")
-    if parts.username or parts.password:
-        raise ConfigError("the address has a user name or password in it; use the token option instead")
-    if not url.isprintable() or " " in url or parts.fragment:
-        raise ConfigError(
-            f"{url!a} is not the address of an engine: it contains a character that an address cannot have"
-        )
-    if port == 0:
-        raise ConfigError(f"{url!r} has port 0, on which no server listens")
-    return url
-
-
-def tls_context(url: str, options: ClientOptions) -> ssl.SSLContext | None:
-    """Return the TLS context for `wss://`; None for `ws://`. Raises ConfigError if `tls_ca_file` cannot be read."""
-    if not url.startswith("wss:"):
-        return None
-    import ssl  # noqa: PLC0415 - takes 10 ms, which reading a configuration need not spend
-
-    try:
-        context = ssl.create_default_context(cafile=options.tls_ca_file and expand_home(options.tls_ca_file))
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"the file of TLS authorities {options.tls_ca_file!r} cannot be read: {error}") from error
-    if not options.tls_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def request_headers(options: ClientOptions) -> dict[str, str]:
-    """Return the headers of the upgrade request. Raises ConfigError for a token that a header cannot hold."""
-    headers = {**options.headers, LIMIT_HEADER: str(options.max_message_bytes)}
-    token = checked_token(options.token)
-    if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
-    return headers
-
-
-def checked_token(token: str | None) -> str | None:
-    """Return `token` if a header can hold it. Raises ConfigError."""
-    if token is not None and (not token or not token.isascii() or not token.isprintable() or " " in token):
-        raise ConfigError("a token is printable ASCII text without spaces; the one given is not (it is not shown here)")
-    return token
+    def request_headers(self) -> dict[str, str]:
+        """Return the headers of the upgrade request, without the token."""
+        return {**self.headers, LIMIT_HEADER: str(self.max_message_bytes)}

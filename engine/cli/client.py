@@ -15,12 +15,18 @@ import typer
 
 from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, print_json
 from scopestate.errors import NotConnected, ScopestateError
+from scopestate.wire.address import DEFAULT_URL, Address
 from scopestate.wire.client import Client
-from scopestate.wire.options import DEFAULT_URL, ClientOptions
+from scopestate.wire.options import ClientOptions
 
 T = TypeVar("T")
 
-Url = Annotated[str, typer.Option("--url", "-u", envvar="SCOPESTATE_URL", help="Address of the engine.")]
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url", "-u", envvar="SCOPESTATE_URL", help="Address of the engine: ws://, wss:// or ws+unix:///path."
+    ),
+]
 Token = Annotated[
     str | None,
     typer.Option(
@@ -48,8 +54,6 @@ def with_client(
 ) -> T:
     """Connect, do `work`, disconnect. Errors end the program, and so do SIGINT, SIGTERM and SIGHUP."""
     options = ClientOptions(
-        token=token,
-        tls_ca_file=ca_file,
         name=f"scopestate-cli:{os.getpid()}",
         connect_wait_s=min(CONNECT_WAIT_S, timeout_s),
         call_timeout_s=timeout_s,
@@ -57,7 +61,8 @@ def with_client(
     )
 
     async def run() -> T:
-        async with Client(url, options, on_change=on_change, on_trigger_refused=on_trigger_refused) as client:
+        address = Address(url, token=token, tls_ca_file=ca_file)
+        async with Client(address, options, on_change=on_change, on_trigger_refused=on_trigger_refused) as client:
             try:
                 return await work(client)
             except NotConnected as error:

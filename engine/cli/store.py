@@ -51,7 +51,7 @@ from scopestate.wire.client import Client
 
 app = typer.Typer(no_args_is_help=True, help="Show what a store holds, check it, copy it as JSON lines.")
 
-_ENGINE: Final = ("ws://", "wss://")
+_ENGINE: Final = ("ws://", "wss://", "ws+unix://")
 _REDIS: Final = ("redis://", "rediss://", "unix://")
 _HOST_AND_PORT: Final = re.compile(r"[A-Za-z0-9_.-]+:[0-9]{1,5}")
 
@@ -367,8 +367,8 @@ def directory_of(where: str) -> str:
             )
         if "://" in where and not os.path.exists(where):
             raise StoreUnusable(
-                f"{where} is not the address of a store: that of a running engine begins with ws:// or wss://, that of "
-                "Redis with redis://, rediss:// or unix://"
+                f"{where} is not the address of a store: that of a running engine begins with ws://, wss:// or "
+                "ws+unix://, that of Redis with redis://, rediss:// or unix://"
             )
         return expand_home(where)
     config = load(where).adapter.config

@@ -38,8 +38,8 @@ from scopestate.errors import (
     ScopestateError,
     Unsupported,
 )
+from scopestate.wire.address import DEFAULT_URL
 from scopestate.wire.client import Client
-from scopestate.wire.options import DEFAULT_URL
 from scopestate.wire.refusals import refusal_of
 
 FOREVER_S: Final = 86_400.0 * 365

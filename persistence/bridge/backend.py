@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -28,6 +28,7 @@ from scopestate.persistence.bridge.computed import Waiter
 from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange, message_of
 from scopestate.signals import join, wait_for
+from scopestate.wire.address import Address
 from scopestate.wire.client import Client
 from scopestate.wire.depth import event_depth
 from scopestate.wire.features import Needs
@@ -84,9 +85,28 @@ class BridgeBackend(Backend):
     `connect_wait_ms` at most. Its scopes are called, not loaded and saved: others may change them at the same time.
     """
 
-    def __init__(self, options: BridgeOptions) -> None:
-        """Raises ConfigError: address, token, TLS file."""
-        self.url = options.bridge_url
+    def __init__(
+        self,
+        options: BridgeOptions,
+        find: Callable[[], Address] | None = None,
+        *,
+        on_lost: Callable[[str, bool], object] | None = None,
+        describe: Callable[[], str] | None = None,
+    ) -> None:
+        """`find()` is asked where the other engine is at each attempt to connect, in the place of the options.
+
+        It may raise NotConnected, which says why there is nothing to connect to; it is called on several threads.
+        `on_lost(reason, goodbye)` is called each time that a connection has ended or cannot be made, on the loop's
+        thread; `goodbye`: the other engine has ended it in order. `describe()` says more about that engine in the error
+        of a call that it does not answer. Raises ConfigError: address, token, TLS file.
+        """
+        self._address: Final = Address(
+            options.bridge_url,
+            token=options.token,
+            tls_ca_file=options.tls_ca_file,
+            tls_verify=options.tls_verify,
+        )
+        self._address.tls()  # raises now
         self._remote_events = options.events == "remote"
         self._pid = os.getpid()
         self._closed = False
@@ -99,18 +119,20 @@ class BridgeBackend(Backend):
         """True once the other engine has told its changes."""
         self._by_trigger = False
         """True if the other engine can only tell its changes by a trigger, while there is a connection."""
+        client_options = ClientOptions(
+            connect_wait_s=options.connect_wait_ms / 1000,
+            call_timeout_s=options.call_timeout_ms / 1000,
+            name=f"scopestate-bridge:{self._pid}",
+        )
+        if find is not None:  # on this machine, where a refusal costs nothing
+            client_options = msgspec.structs.replace(client_options, backoff_first_s=0.002, backoff_most_s=0.05)
         self._client = Client(
-            options.bridge_url,
-            ClientOptions(
-                token=options.token,
-                tls_ca_file=options.tls_ca_file,
-                tls_verify=options.tls_verify,
-                connect_wait_s=options.connect_wait_ms / 1000,
-                call_timeout_s=options.call_timeout_ms / 1000,
-                name=f"scopestate-bridge:{self._pid}",
-            ),
+            find or self._address,
+            client_options,
             on_change=self._note_connection,
+            on_lost=on_lost,
             on_trigger_refused=self._note_refusal,
+            describe=describe,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="scopestate-bridge", daemon=True)
@@ -123,6 +145,11 @@ class BridgeBackend(Backend):
     def reports_changes(self) -> bool:
         """True if all events come from the other engine (`events: remote`)."""
         return self._remote_events
+
+    @property
+    def url(self) -> str:
+        """Where the other engine is, for messages."""
+        return self._client.url
 
     @property
     def connected(self) -> bool:

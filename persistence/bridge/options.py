@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from scopestate.actors.ports import Mistake, Options, Wait
 from scopestate.errors import ConfigError
-from scopestate.wire.options import DEFAULT_URL, checked_token, checked_url
+from scopestate.wire.address import DEFAULT_URL, checked_token, checked_url
 
 _ANYWHERE: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 
@@ -18,7 +18,7 @@ class BridgeOptions(Options, frozen=True):
     """`adapter: {name: bridge, config: ...}`: every scope lives in another engine. A reload changes none of it."""
 
     bridge_url: str = DEFAULT_URL
-    """Address of the other engine, `ws://` or `wss://`."""
+    """Address of the other engine: `ws://host:port`, `wss://host:port`, or `ws+unix:///path` for a Unix socket."""
     token: str | None = None
     """Bearer token, better as `${VARIABLE}`; never logged."""
     tls_ca_file: str | None = None

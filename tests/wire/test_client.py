@@ -25,8 +25,9 @@ from scopestate.errors import (
     RemoteFailure,
 )
 from scopestate.wire import frames
+from scopestate.wire.address import Address, checked_url
 from scopestate.wire.client import _FRAME_ROOM, Client
-from scopestate.wire.options import ClientOptions, checked_url, request_headers
+from scopestate.wire.options import ClientOptions
 
 pytestmark = pytest.mark.asyncio
 
@@ -90,7 +91,7 @@ async def test_it_introduces_itself_after_its_registrations() -> None:
         return None
 
     async with played_server() as server:
-        client = Client(server.url, quick(name="me", token="s3cret", headers={"X-More": "1"}))
+        client = Client(Address(server.url, token="s3cret"), quick(name="me", headers={"X-More": "1"}))
         client.register_function("app::f", handler)
         trigger_id = client.register_trigger("state", "app::f", {"scope": "s"})
         async with client:
@@ -206,7 +207,7 @@ async def test_a_cancelled_call_that_was_not_sent_is_never_sent() -> None:
 async def test_a_refused_token_fails_calls_at_once_and_is_tried_again() -> None:
     async with played_server() as server:
         server.status = 401
-        async with Client(server.url, quick(token="wrong")) as client:
+        async with Client(Address(server.url, token="wrong"), quick()) as client:
             with pytest.raises(NotConnected, match="HTTP 401; is the token right") as caught:
                 await client.call("f")
             assert "wrong" not in str(caught.value)
@@ -227,7 +228,7 @@ async def test_the_servers_goodbye_is_the_reason_that_callers_see() -> None:
 
 
 async def test_a_call_that_the_server_did_not_even_listen_to_was_not_applied() -> None:
-    async with played_server() as server, Client(server.url, quick(token="wrong")) as client:
+    async with played_server() as server, Client(Address(server.url, token="wrong"), quick()) as client:
         peer = await server.next_peer()
         asked = asyncio.ensure_future(client.call("f"))
         await peer.next_call()
@@ -402,12 +403,12 @@ async def test_an_address_that_cannot_be_one(url: str) -> None:
 @pytest.mark.parametrize("token", ["", "a b", "a\nb", "é"])
 async def test_a_token_that_no_header_can_hold_is_not_shown(token: str) -> None:
     with pytest.raises(ConfigError, match="not shown here"):
-        request_headers(ClientOptions(token=token))
+        Address("ws://h", token=token)
 
 
 async def test_a_file_of_authorities_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        Client("wss://localhost:1", ClientOptions(tls_ca_file=str(tmp_path / "none.pem")))
+        Client(Address("wss://localhost:1", tls_ca_file=str(tmp_path / "none.pem")))
 
 
 async def test_a_server_that_comes_later_is_found(tmp_path: Path) -> None:
