@@ -331,10 +331,11 @@ class EventRouter(TurnActor):
         self._scheduled = True
 
     def run_held(self) -> None:
-        """Run the turn for which this thread has called `hold`, if an event has been published since."""
-        # In this order: an event that is published between the two lines is seen by the second one.
+        """Run the turn for which this thread has called `hold`, if since then there is something to do."""
+        # In this order: an event that is published between the two lines is seen by the second one. A change that only
+        # a watch waits for is in the feed, and not in the mailbox.
         self._scheduled = False
-        if self._mailbox:
+        if self._mailbox or self.feed.is_waited_for():
             self.run_batch()
 
     def depth(self) -> int:

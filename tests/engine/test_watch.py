@@ -561,6 +561,23 @@ def test_a_watch_of_the_latest_is_never_too_slow(engine: Engine) -> None:
 # ------------------------------------------------------------------------------------------------- ends and restarts
 
 
+def test_a_watch_hears_of_a_write_whose_thread_keeps_the_turn_of_the_router(engine: Engine) -> None:
+    """As the server does for calls of workers. Such a write publishes nothing: only the feed has its change."""
+    router = engine._router
+    with engine.scope("s").watch() as changes:
+        seen: list[Change] = []
+        reader = threading.Thread(target=lambda: seen.append(changes.get(PATIENCE_S)))
+        reader.start()
+        while not router.feed.awaited:
+            time.sleep(0.001)
+        router.hold()
+        engine.set("s", "k", 1)
+        router.run_held()
+        assert changes._watcher.has_next() or not changes._watcher.waiters
+        reader.join(PATIENCE_S)
+    assert [plain(change) for change in seen] == [("put", "k", 1)]
+
+
 def test_closing_a_watch_on_another_thread_ends_its_iterator(engine: Engine) -> None:
     engine.set("s", "k", 1)
     changes = engine.scope("s").watch()

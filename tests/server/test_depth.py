@@ -171,12 +171,12 @@ def test_a_function_called_by_a_handler_of_the_program_knows_how_deep_it_is(loop
     thread.join(PATIENCE_S)
 
 
-def test_a_bridge_carries_the_depth_both_ways(looping: Looping) -> None:
-    adapter = {"name": "bridge", "config": {"bridge_url": looping.server.url, "events": "remote"}}
+def test_a_bridge_carries_the_depth_both_ways_and_cuts_its_own_handlers(server: Server) -> None:
+    adapter = {"name": "bridge", "config": {"bridge_url": server.url, "events": "remote"}}
     failures: queue.Queue[Any] = queue.Queue()
     config = {
         "workers": [{"name": "iii-state", "config": {"adapter": adapter}}],
-        "limits": {"max_event_depth": 1_000},
+        "limits": {"max_event_depth": MOST},
     }
     depths = []
     with Engine.from_config(config, on_error=failures.put) as bridge:
@@ -187,8 +187,9 @@ def test_a_bridge_carries_the_depth_both_ways(looping: Looping) -> None:
             bridge.set("s", "k", len(depths))
 
         bridge.set("s", "k", 0)
-        looping.cut()
-        bridge.get("s", "k")
+        failure = failures.get(timeout=PATIENCE_S)
+    assert isinstance(failure.error, EventLoopDetected), failure
+    assert failure.event.depth == MOST + 1
     assert depths == list(range(MOST + 1))
     assert failures.empty()
 
