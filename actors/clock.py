@@ -42,6 +42,10 @@ class Clock:
     def _follow(self, offset_ns: int) -> None:
         self._offset_ns = max(self._offset_ns, offset_ns)
 
+    def at_least(self, ms: int) -> None:
+        """Go on from there, if the clock is not so far: a store was opened, and another process has stopped there."""
+        self._exclusive.run(self._follow, ms * _MS - self._uptime_ns())
+
     def ahead_ms(self) -> int:
         """Return how far the clock is ahead of the wall clock, because that was set back; 0 if it is not."""
         return max(0, self.now_ms() - self._wall_ns() // _MS)

@@ -55,6 +55,21 @@ class Directory(dict[str, ScopeActor]):
         return True
 
     @exclusive
+    def exclusively(self, action: Callable[[], object]) -> None:
+        """Call `action`, which is quick, while no actor is made."""
+        action()
+
+    @exclusive
+    def replace(self, actor: ScopeActor) -> ScopeActor | None:
+        """Put a new actor in the place of one that hands over to it, and return it. None: it was not there."""
+        if self.get(actor.scope) is not actor:
+            return None
+        successor = self._make(actor.scope)
+        actor.hand_over(successor)
+        self[actor.scope] = successor
+        return successor
+
+    @exclusive
     def each(self, action: Callable[[ScopeActor], object]) -> None:
         """Call `action`, which is quick, for each actor, while none is made."""
         for actor in list(self.values()):

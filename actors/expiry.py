@@ -97,13 +97,11 @@ class ExpiryActor(TurnActor):
     fails, is tried again: nothing is lost, since the deadline is in the scope.
     """
 
-    def __init__(
-        self, dispatcher: Dispatcher, clock: Clock, directory: Mapping[str, ScopeActor], store: Store | None
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, clock: Clock, directory: Mapping[str, ScopeActor]) -> None:
         super().__init__(dispatcher)
         self._clock = clock
         self._directory = directory
-        self._store = store
+        self._store: Store | None = None
         self._next: dict[str, int] = {}
         """Scope -> when to look at it, in milliseconds since the epoch. What else the heap has of it is out of date."""
         self._heap: list[tuple[int, str]] = []
@@ -119,6 +117,10 @@ class ExpiryActor(TurnActor):
         """How long after its deadline the oldest key of the last removal was removed."""
 
     # ---------------------------------------------------------------------------------------------- from any thread
+
+    def keep_in(self, store: Store | None) -> None:
+        """The scopes are saved in this store."""
+        self._store = store
 
     def begin(self) -> None:
         """Look after the scopes of the store too, if keys of it have deadlines."""

@@ -211,10 +211,13 @@ class LocalScope(ScopeInMemory):
         if not durable:
             return turn
         if self._dirty is None:
-            raise Unsupported("`durable=True`", f"scope {self.scope!r} is kept in memory only")
+            raise self._not_durable()
         # What it waits for may have to wait for a turn that a signal has interrupted on this thread.
         self._around.snapshot.refuse_in_turns()
         return Durable(turn)
+
+    def _not_durable(self) -> Unsupported:
+        return Unsupported("`durable=True`", f"scope {self.scope!r} is kept in memory only")
 
     def keep_order(self) -> None:
         if self._mailbox:
@@ -374,6 +377,8 @@ class LocalScope(ScopeInMemory):
         return turn.result(before, self._sequence)
 
     def _open(self, turn: Durable[A]) -> A:
+        if self._dirty is None:  # it was asked for where it could be promised, before another backend took over
+            raise self._not_durable()
         return self.on_receive(turn.turn)
 
     def _apart(self, turn: Turn[Any]) -> Any:

@@ -269,6 +269,14 @@ class Backend(ABC):
         """Return what is wrong now, in words, for `Health.problems`; None if all is well."""
         return None
 
+    def leave(self) -> None:
+        """Another backend takes the scopes over. On return nothing that was begun is under way: it has its outcome.
+
+        Calls that were not begun wait in the scopes, which send nothing any more. Idempotent. It may wait; not on a
+        thread of the backend. Only of a backend whose scopes can leave (`ScopeActor.can_leave`).
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def close(self) -> None:
         """Release what the backend holds. Idempotent. In a forked child it does nothing."""

@@ -59,12 +59,11 @@ class Close(Housekeeping[None], frozen=True):
 
 
 class Surroundings:
-    """What the scopes of one engine share. Made once; read without locks."""
+    """What the scopes of one engine share. Read without locks."""
 
     def __init__(
         self,
         dispatcher: Dispatcher,
-        store: Store | None,
         limits: Limits,
         router: EventRouter,
         snapshot: SnapshotActor,
@@ -74,12 +73,12 @@ class Surroundings:
         expiry: ExpiryActor,
     ) -> None:
         self.dispatcher = dispatcher
-        self.store = store
+        self.store: Store | None = None
         self.limits = limits
         self.router = router
         self.snapshot = snapshot
         self.directory = directory
-        self.store_id = (store.id if store is not None else "") or os.urandom(16).hex()
+        self.store_id = ""
         """What the cursors of pages name this store by, or this engine if its store has no name."""
         self.clock = clock
         self.rule_of = rule_of
@@ -90,6 +89,11 @@ class Surroundings:
 
         Such a scope may return, and must not give a revision again: it begins behind this one.
         """
+
+    def keep_in(self, store: Store | None) -> None:
+        """The scopes that are made from now on are saved in this store; None: nowhere."""
+        self.store = store
+        self.store_id = (store.id if store is not None else "") or os.urandom(16).hex()
 
     def note_forgotten(self, revision: int) -> None:
         """Note that a scope leaves memory, with the revision of its last write."""
@@ -122,6 +126,9 @@ class ScopeActor(TurnActor):
 
     readable: Mapping[str, bytes] | None = None
     """Key -> JSON, to read without a turn; None: reading takes one. What was read counts if this is still the same."""
+
+    can_leave = False
+    """True of a backend's scope that another one may replace at any time: see `hand_over`."""
 
     _largest = 1
     """Bytes of the largest message that ever waited here."""
@@ -314,6 +321,14 @@ class ScopeActor(TurnActor):
         """Raise what a closed scope answers to a call from `depth` handlers deep."""
         if self._closed and (self._shut or not depth):
             raise self._refusal()
+
+    def hand_over(self, successor: ScopeActor) -> None:
+        """Leave for good. Calls that were not begun go into the mailbox of the successor, in their order.
+
+        Within `run_alone`, and before any caller can find the successor: the directory calls it. Nothing of the backend
+        is under way any more. A thread that leaves a message here later passes it on before it makes its next call.
+        """
+        raise NotImplementedError
 
     def _forward(self, envelope: Envelope) -> None:
         """Pass a call on to the actor that has replaced this one. A refusal is its answer: nothing is raised."""

@@ -121,9 +121,9 @@ class SnapshotActor(TurnActor):
     (docs/design/0006-durability.md).
     """
 
-    def __init__(self, dispatcher: Dispatcher, store: Store | None, interval_s: float, clock: Clock) -> None:
+    def __init__(self, dispatcher: Dispatcher, interval_s: float, clock: Clock) -> None:
         super().__init__(dispatcher)
-        self._store = store
+        self._store: Store | None = None
         self._clock = clock
         self._interval_s = interval_s
         self._timer: Timer | None = None
@@ -159,6 +159,10 @@ class SnapshotActor(TurnActor):
         self.saves = self.saved_keys = self.failed_saves = 0
         self.last_save_s = 0.0
         """Duration of the last successful save in seconds."""
+
+    def keep_in(self, store: Store | None, feed: Feed | None) -> None:
+        """Save into this store from now on. Nothing was written into another one."""
+        self._store, self.feed = store, feed
 
     def waiting_scopes(self) -> int:
         """Return the number of scopes with changes that are not on disk."""

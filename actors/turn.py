@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeVar
 
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.dispatcher import Dispatcher
@@ -22,6 +22,10 @@ BUSY: Final[Any] = object()
 
 HOLDER: Final = "holder"
 """The one key of a claim; its value is the id of the thread that runs the turn."""
+
+_POLL_S: Final = 0.0005
+
+T = TypeVar("T")
 
 _ARRANGING: Final[dict[int, int]] = {}
 """Thread id -> how many `arranging` blocks that thread is in."""
@@ -125,6 +129,22 @@ class TurnActor(PykkaFace):
                     raise
                 raise
         return BUSY
+
+    def run_alone(self, work: Callable[[], T]) -> T:
+        """Claim the actor, whatever waits in its mailbox, and return `work()`. It polls while a turn is under way.
+
+        Raises WouldDeadlock if this thread is in the middle of a turn of the actor.
+        """
+        self._refuse_own_turn()
+        claim, me = self._claim, get_ident()
+        try:
+            while claim.setdefault(HOLDER, me) != me:
+                over = self._dispatcher.reply()
+                self._dispatcher.call_later(_POLL_S, over.set)
+                over.get()
+            return work()
+        finally:
+            certainly(self._recover)
 
     def ask(self, message: Any) -> Reply[Any]:
         """Queue `message` and return the future of its answer.

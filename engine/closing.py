@@ -75,6 +75,7 @@ class Closing:
             return
         parts = self._parts
         self.begun = True
+        parts.end()
         parts.housekeeper.end()
         parts.expiry.end()
         if not self._delivered:

@@ -125,8 +125,8 @@ class Engine(Reactive, StateCalls):
         self._forked = False
         self._consumer_functions = ConsumerFunctions(lambda: parts.consumers)
         self._add_built_in()
-        if parts.consumers is not None:
-            parts.consumers.make_transaction = partial(TransactionOfDelivery, self)
+        parts.make_transaction = partial(TransactionOfDelivery, self)
+        parts.took_over = partial(lifecycle.hold_backend, self)
         try:
             parts.configure()
         except BaseException:

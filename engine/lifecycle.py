@@ -89,9 +89,7 @@ def watch_over(engine: Engine) -> None:
 def _watch_over(engine: Engine) -> None:
     global _hooked  # noqa: PLW0603 - hooks are per process
     _live.add(engine)
-    if engine._parts.backend.keeps:
-        # Keeps files and connections alive: dropped with the engine, they would be closed before it can save.
-        _stores[id(engine)] = engine._parts.backend
+    hold_backend(engine)
     if not _hooked:
         _hooked = True
         atexit.register(_at_exit)
@@ -103,6 +101,12 @@ def _watch_over(engine: Engine) -> None:
             # Last: by then children have ended and queues are flushed.
             util.Finalize(None, _at_end_of_worker, exitpriority=-100)
     stay_ahead_of_executors()
+
+
+def hold_backend(engine: Engine) -> None:
+    """Keep the files and connections of an engine: dropped with it, they would be closed before it can save."""
+    if engine._parts.backend.keeps:
+        _stores[id(engine)] = engine._parts.backend
 
 
 def release(engine: Engine) -> None:

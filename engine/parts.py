@@ -6,8 +6,9 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from operator import attrgetter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -36,13 +37,17 @@ from scopestate.config import (
 from scopestate.config.functions import misfit_id
 from scopestate.config.schema import options_of
 from scopestate.durable_triggers import DurableTriggers
-from scopestate.errors import ConfigError, InvalidRegistration, ScopestateError, Unsupported
+from scopestate.errors import ConfigError, EngineClosed, InvalidRegistration, ScopestateError, Unsupported
 from scopestate.opening import durable_mistakes, history_of, no_store_for, open_backend, write_rule_of
 from scopestate.ops import polls
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.triggers import Trigger, read_options
 from scopestate.ops.turns import checked_length
+from scopestate.signals import Guard, exclusive
+
+if TYPE_CHECKING:
+    from scopestate.actors.durable import Attempt
 
 log = logging.getLogger("scopestate.engine")
 
@@ -75,14 +80,12 @@ class Parts:
             self.dispatcher, self.functions, self.limits, self.loop_thread, report, tell_hooks
         )
         self.router = EventRouter(self.services)
-        store = self.backend.store
-        self.clock = Clock(self.dispatcher, 0 if store is None else store.clock_ms)
-        self.snapshot = SnapshotActor(self.dispatcher, store, config.adapter.kv.save_interval_ms / 1000, self.clock)
+        self.clock = Clock(self.dispatcher)
+        self.snapshot = SnapshotActor(self.dispatcher, config.adapter.kv.save_interval_ms / 1000, self.clock)
         self.directory = Directory(self._make_scope)
-        self.expiry = ExpiryActor(self.dispatcher, self.clock, self.directory, store)
+        self.expiry = ExpiryActor(self.dispatcher, self.clock, self.directory)
         self._around = Surroundings(
             self.dispatcher,
-            store,
             self.limits,
             self.router,
             self.snapshot,
@@ -91,29 +94,42 @@ class Parts:
             self._rule_of,
             self.expiry,
         )
-        self.router.feed.connect(
-            self._around.store_id,
-            None if store is None else store.journal,
-            self.clock.now_ms,
-            self._history_of,
-            self.backend.durability,
-        )
-        if store is not None and store.journal is not None:
-            self.snapshot.feed = self.router.feed
-            self.router.feed.save_soon = self.snapshot.save_soon
+        self.consumers: DurableTriggers | None = None
+        """The consumers of durable triggers; None: what the backend keeps has no journal."""
+        self.make_transaction: Callable[[Attempt, str], Any] | None = None
+        """Makes the transaction of a delivery; set by the engine."""
         try:
-            self.consumers = self._open_consumers(store)
+            self._attach(self.backend)
         except BaseException:
             self.backend.close()  # or the store would stay locked
             raise
-        """The consumers of durable triggers; None: what the backend keeps has no journal."""
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
+        self._exclusive = Guard()
+        self._ends = False
+        self.took_over: Callable[[], object] = lambda: None
+        """Called when the engine has another backend; set by the engine."""
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that applies changes of the file."""
         self.tally = {function_id: Tally() for function_id in (*BUILT_IN, polls.FUNCTION_ID)}
 
-    def _open_consumers(self, store: Store | None) -> DurableTriggers | None:
-        consumers = self.backend.consumers
+    def _attach(self, backend: Backend) -> None:
+        """Have everything that depends on the backend go by this one, except the scopes. Raises StorageError."""
+        store = backend.store
+        journal = None if store is None else store.journal
+        feed, snapshot = self.router.feed, self.snapshot
+        if store is not None:
+            self.clock.at_least(store.clock_ms)
+        set_limits(self.limits, self.config.limits, backend)
+        snapshot.keep_in(store, None if journal is None else feed)
+        self.expiry.keep_in(store)
+        self._around.keep_in(store)
+        feed.connect(self._around.store_id, journal, self.clock.now_ms, self._history_of, backend.durability)
+        if journal is not None:
+            feed.save_soon = snapshot.save_soon
+        self.consumers = self._open_consumers(backend)
+
+    def _open_consumers(self, backend: Backend) -> DurableTriggers | None:
+        consumers, store = backend.consumers, backend.store
         if consumers is None and store is not None and store.journal is not None:
             consumers = self.snapshot.consumers = JournalConsumers(
                 store.journal,
@@ -121,12 +137,18 @@ class Parts:
                 self.snapshot,
                 self.dispatcher,
                 self.clock.now_ms,
-                self.backend.durability,
+                backend.durability,
                 self.limits,
             )
         if consumers is None:
             return None
-        return DurableTriggers(consumers, self.router.triggers, self.services, self.clock)
+        durable = DurableTriggers(consumers, self.router.triggers, self.services, self.clock)
+        durable.make_transaction = self._make_transaction
+        return durable
+
+    def _make_transaction(self, attempt: Attempt, scope: str) -> Any:
+        assert self.make_transaction is not None  # no delivery before the engine is there
+        return self.make_transaction(attempt, scope)
 
     def register(self, trigger: Trigger) -> None:
         """Register a trigger. Raises what a durable one may raise; see `DurableTriggers.register`."""
@@ -160,18 +182,75 @@ class Parts:
         self._check_durable_triggers(self.config)
         self._apply_functions({})
         self._apply_triggers(None)
+        self._start()
+        self.housekeeper.arm()
+
+    def _start(self) -> None:
+        """Begin with what the backend needs: it is attached, and makes the scopes."""
         self.backend.start(self._around)
         self.snapshot.start_interval()
-        self.housekeeper.arm()
         self.expiry.begin()
+
+    # ------------------------------------------------------------------------------------------------- taking over
+
+    @exclusive
+    def take_over(self, backend: Backend) -> None:
+        """Go on with another backend, which this engine has opened: what a program holds of the engine goes on too.
+
+        The backend before must be one that can leave (`Backend.leave`), such as a bridge. On return new calls go to the
+        new backend. Calls that were not begun go there too, in their order, and so do reads, and writes with an
+        idempotency key, whose answers were lost; other writes under way fail as possibly applied.
+
+        From any thread. Raises StorageError if the new backend fails at once, and EngineClosed if the engine closes:
+        then nothing has changed, and the new backend belongs to the caller.
+        """
+        before = self.backend
+        if self._ends:
+            raise EngineClosed
+        try:
+            self._attach(backend)
+        except BaseException:
+            self._attach(before)
+            raise
+        before.leave()
+        self.directory.exclusively(partial(self._use, backend))
+        for actor in list(self.directory.values()):
+            self._replace(actor)
+        self._start()
+        self.took_over()
+        before.close()
+
+    def _use(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def _replace(self, actor: ScopeActor) -> None:
+        """Put an actor of the new backend in the place of one of the old backend, with the calls that wait there."""
+        if actor.can_leave:
+            successor = actor.run_alone(partial(self.directory.replace, actor))
+            if successor is not None:
+                successor.wake_anyway()
+
+    @exclusive
+    def end(self) -> None:
+        """The engine closes: its backend stays the one that it has. Waits for a `take_over` under way."""
+        self._ends = True
 
     # ---------------------------------------------------------------------------------------------------- reload
 
     def reconfigure(self, config: Config) -> None:
         """Apply what can change now: functions, triggers, limits, the save interval. Raises ConfigError, unchanged."""
-        before = self.config
         check_functions(config)
         self._check_durable_triggers(config)
+        before = self._exclusive.run(self._apply, config)
+        # Without the guard: a durable trigger may have to wait for the other engine, and a `take_over` must not.
+        self._apply_functions(before.functions)
+        self._apply_triggers(before)
+        if self.reconfigured is not None:
+            self.reconfigured(config)
+
+    def _apply(self, config: Config) -> Config:
+        """Apply what concerns the backend, and return the configuration before."""
+        before = self.config
         self._log_what_waits(before, config)
         set_limits(self.limits, config.limits, self.backend)
         if config.adapter.kv.save_interval_ms != before.adapter.kv.save_interval_ms:
@@ -184,10 +263,7 @@ class Parts:
         if config.scopes != before.scopes:
             self.directory.each(self._give_rule)
             self.router.feed.history_changed()
-        self._apply_functions(before.functions)
-        self._apply_triggers(before)
-        if self.reconfigured is not None:
-            self.reconfigured(config)
+        return before
 
     def _log_what_waits(self, before: Config, config: Config) -> None:
         """Log the changes in the file that apply from the next start only."""

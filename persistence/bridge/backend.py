@@ -110,6 +110,8 @@ class BridgeBackend(Backend):
         self._remote_events = options.events == "remote"
         self._pid = os.getpid()
         self._closed = False
+        self.leaving = False
+        """As in `Connection`."""
         self._open = [None]
         self._refusal = ""
         self.changes: RemoteChanges = RemoteChanges(self.call, options.call_timeout_ms)
@@ -299,6 +301,10 @@ class BridgeBackend(Backend):
                 waiter.get()
             except ScopestateError as error:
                 raise StorageError(f"key {key!r} of scope {scope!r} was not written: {error}") from error
+
+    def leave(self) -> None:
+        self.leaving = True
+        self.close()
 
     def close(self) -> None:
         """Close the connection; calls in progress fail. Idempotent. In a forked child it does nothing."""

@@ -62,6 +62,13 @@ class Connection(Protocol):
     def reports_changes(self) -> bool:
         """True if the other engine reports every change, those made through here included."""
 
+    @property
+    def leaving(self) -> bool:
+        """True from the moment at which no call is sent any more, as another backend takes the scopes over.
+
+        Of calls whose outcome comes after that, those that ended with NotConnected or EngineClosed were not sent.
+        """
+
     def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0, needs: Needs | None = None) -> None:
         """Send a call with its input as JSON, and return at once; calls are sent in the order in which they are made.
 
@@ -84,10 +91,20 @@ class _Step:
         """How many calls it still waits for."""
 
 
+class _Ping(_Step):
+    """A Ping behind the calls before it."""
+
+    __slots__ = ("envelope",)
+
+    def __init__(self, envelope: Envelope) -> None:
+        super().__init__(envelope.reply_to.set)
+        self.envelope = envelope
+
+
 class _Call(_Step):
     """One call from its arrival to its answer."""
 
-    __slots__ = ("depth", "followers", "reply", "resent", "turn")
+    __slots__ = ("depth", "followers", "reply", "resent", "runs", "turn")
 
     def __init__(self, turn: Turn[Any], reply: ReplyTo, depth: int, start: Callable[[_Call], object]) -> None:
         super().__init__(lambda: start(self))
@@ -96,6 +113,8 @@ class _Call(_Step):
         self.depth = depth
         self.resent = 0
         """How often it was sent again because a connection was lost."""
+        self.runs = False
+        """True while it is computed."""
         self.followers: list[_Step] = []
         """What waits for this call, in the order in which it came."""
 
@@ -179,6 +198,8 @@ class BridgeScope(ScopeActor):
         self._barrier: _Call | None = None
         """The last write of the whole scope, if it has no answer yet."""
 
+    can_leave = True
+
     def has_waiting(self) -> bool:
         return bool(self._open) or super().has_waiting()
 
@@ -213,6 +234,8 @@ class BridgeScope(ScopeActor):
             if type(item) is Envelope:
                 self._refuse_own_turn()
                 self.post(item)
+                if self._passivated:
+                    self._pass_on()
             else:
                 # An answer must get in however full the mailbox is: it is what empties it.
                 self._enqueue(item)
@@ -228,7 +251,10 @@ class BridgeScope(ScopeActor):
         elif kind is ReportedChange:
             self._report_change(item)
         elif isinstance(item.message, Ping):
-            self._start_behind(list(self._open), _Step(item.reply_to.set))
+            if self._passivated:
+                self._around.directory[self.scope]._enqueue(item)
+            else:
+                self._start_behind(list(self._open), _Ping(item))
         elif isinstance(item.message, Housekeeping):
             super()._handle(item)
         elif self._passivated:
@@ -299,6 +325,8 @@ class BridgeScope(ScopeActor):
             step.start()
 
     def _send(self, call: _Call) -> None:
+        if self._connection.leaving:
+            return  # it stays open, for `hand_over`
         if is_computed(call.turn):
             self._begin(call)
             return
@@ -319,6 +347,7 @@ class BridgeScope(ScopeActor):
 
     def _begin(self, call: _Call) -> None:
         """Have a `modify` or `transact` computed: by its caller, or on a worker thread."""
+        call.runs = True
         computation = Computation(
             lambda: self._compute(call), lambda effects, error: self.take_in(_Computed(call, effects, error))
         )
@@ -334,11 +363,15 @@ class BridgeScope(ScopeActor):
         def ask(turn: Turn[Any]) -> Effects[Any]:
             for attempt in range(_RESENT + 1):
                 waiter = Waiter()
-                self._call_remote(turn, waiter.done, call.depth, writes)
                 try:
+                    self._call_remote(turn, waiter.done, call.depth, writes)
                     return _effects_of(turn, waiter.get())
                 except RemoteFailure as failure:
                     raise refusal_of(failure) or failure from failure
+                except (EngineClosed, NotConnected) as error:
+                    if self._connection.leaving:
+                        raise _NotDone from error
+                    raise
                 except ConnectionLost:
                     if attempt == _RESENT or (turn.writes and not _may_be_sent_again(turn)):
                         raise
@@ -348,6 +381,8 @@ class BridgeScope(ScopeActor):
 
     def _finish(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
         """Read the answer to a call, and send the call again if it was lost and may be repeated."""
+        if isinstance(error, EngineClosed | NotConnected) and self._connection.leaving:
+            return  # as in `_send`
         if (
             isinstance(error, ConnectionLost)
             and _may_be_sent_again(call.turn)
@@ -367,7 +402,10 @@ class BridgeScope(ScopeActor):
             self._settle(call, effects[0], effects[1], None)
 
     def _finish_computed(self, call: _Call, effects: Effects[Any] | None, error: BaseException | None) -> None:
-        if effects is not None:
+        if isinstance(error, _NotDone):
+            self._end(call)
+            self._hand_on(call)
+        elif effects is not None:
             self._settle(call, effects[0], effects[1], None)
         elif isinstance(error, _REMOTE):
             self._settle(call, (), None, self._failure(call.turn, error))
@@ -429,7 +467,9 @@ class BridgeScope(ScopeActor):
         if self._barrier is call:
             self._barrier = None
         for key in call.turn.keys or ():
-            calls = self._keys[key]
+            calls = self._keys.get(key)
+            if calls is None:
+                continue  # this scope has left
             calls.reads.pop(call, None)
             if calls.write is call:
                 calls.write = None
@@ -442,7 +482,7 @@ class BridgeScope(ScopeActor):
         try:
             if self._closed:
                 raise EngineClosed
-            if self._passivated:
+            if self._passivated and not self._connection.leaving:
                 self._around.directory[self.scope]._enqueue(change)
                 return
             self._refuse_if_full(change.key, 0)
@@ -458,6 +498,55 @@ class BridgeScope(ScopeActor):
     def _is_needed(self) -> bool:
         return bool(self._open) or super()._is_needed()
 
+    def hand_over(self, successor: ScopeActor) -> None:
+        self._take_in_waiting()
+        self._passivated = True
+        self._take_in_waiting()  # what has come up to then; the sender of what comes from here on sees the flag
+        envelopes: list[Envelope] = []
+        pings: dict[_Ping, None] = {}
+        for call in list(self._open):
+            pings.update((step, None) for step in call.followers if isinstance(step, _Ping))
+            call.followers.clear()
+            if not call.runs:
+                envelopes.append(_envelope_of(call))
+                del self._open[call]
+        self._keys.clear()
+        self._barrier = None
+        envelopes += [ping.envelope for ping in pings]
+        envelopes += self._mailbox
+        self._mailbox.clear()
+        successor._mailbox += envelopes
+        successor.keep_order()
+
+    def _take_in_waiting(self) -> None:
+        """Take in answers and changes that wait."""
+        for item in self._mailbox[:]:
+            if type(item) is not Envelope:
+                self._mailbox.remove(item)
+                self._handle(item)
+
+    def _hand_on(self, call: _Call) -> None:
+        """Give a call that was not done to the successor."""
+        if not call.reply.abandoned:
+            self._forward(_envelope_of(call))
+
+    def _drain_mailbox(self) -> None:
+        if self._passivated:
+            self._take_in_waiting()
+            self._pass_on()
+        else:
+            super()._drain_mailbox()
+
+    def _pass_on(self) -> None:
+        """Give what waits here to the successor. On return, what this thread has left here is there."""
+        self._around.directory.exclusively(self._pass_on_waiting)
+
+    def _pass_on_waiting(self) -> None:
+        for item in self._mailbox[:]:
+            if type(item) is Envelope:
+                self._handle(item)
+                self._mailbox.remove(item)
+
 
 _REMOTE: Final = (
     CallTimeout,
@@ -471,8 +560,20 @@ _REMOTE: Final = (
 """What a call of the other engine raises."""
 
 
+class _NotDone(Exception):
+    """A `modify` or `transact` has done nothing, as this side is leaving."""
+
+
+def _envelope_of(call: _Call) -> Envelope:
+    envelope = Envelope(call.turn, call.reply)
+    envelope.depth = call.depth
+    return envelope
+
+
 def _may_be_sent_again(turn: Turn[Any]) -> bool:
-    """Return whether the other engine does a call once, however often it gets it."""
+    """Return whether it makes no difference how often the other engine gets a call."""
+    if not turn.writes:
+        return True
     while isinstance(turn, Durable | Once):
         if isinstance(turn, Once):
             return True

@@ -9,63 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from played_remote import PlayedRemote
 from second_engine import PATIENCE_S, Seen
 
 from scopestate import Engine, messages
 from scopestate.actors.reply import Envelope, Reply
-from scopestate.actors.scope import Passivate, ScopeActor, Surroundings
+from scopestate.actors.scope import Passivate
 from scopestate.config import from_mapping
 from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeout, StorageError
 from scopestate.ops import turns
-from scopestate.persistence import Backend
-from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange
-from scopestate.wire.features import Needs
-
-
-class PlayedRemote(Backend):
-    """A connection to an engine that answers when the test says so."""
-
-    reports_changes = False
-
-    def __init__(self) -> None:
-        self.open: dict[str, Done] = {}
-        """Label -> what takes the answer; a label is `set k`, `get k`, `list`, with ` 2`, ... for the next alike."""
-        self._sent = threading.Condition()
-        self.closed = False
-
-    def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0, needs: Needs | None = None) -> None:
-        if self.closed:
-            raise EngineClosed("the connection is closed")
-        fields = json.loads(payload)
-        label = " ".join([function_id.removeprefix("state::"), *([fields["key"]] if "key" in fields else [])])
-        with self._sent:
-            number = 1
-            while f"{label} {number}" in self.open or (number == 1 and label in self.open):
-                number += 1
-            self.open[label if number == 1 else f"{label} {number}"] = done
-            self._sent.notify_all()
-
-    def sent(self, *labels: str) -> None:
-        """Wait until exactly these calls are under way."""
-        with self._sent:
-            assert self._sent.wait_for(lambda: set(self.open) >= set(labels), PATIENCE_S), self.open.keys()
-            assert set(self.open) == set(labels)
-
-    def answer(self, label: str, result: Any = ..., error: Any = None) -> None:
-        """Answer a call, on this thread; `...` is no value."""
-        with self._sent:
-            done = self.open.pop(label)
-        done(None if result is ... else json.dumps(result).encode(), error)
-
-    def scopes(self) -> list[str]:
-        return []
-
-    def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
-        return BridgeScope(scope, around, self)
-
-    def close(self) -> None:
-        self.closed = True
-
+from scopestate.persistence.bridge.scope import Done, ReportedChange
 
 WRITTEN = {"old_value": None, "new_value": 1, "existed": False}
 
