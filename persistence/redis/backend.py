@@ -20,9 +20,11 @@ from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import ConfigError, ConnectionLost, DeserializationError, NotConnected, StorageError, Unsupported
 from scopestate.ops.turns import Entry
 from scopestate.ops.values import parse
+from scopestate.persistence.connections.connection import Broken
+from scopestate.persistence.connections.pump import Deliver, Means
 from scopestate.persistence.redis import sidecar
 from scopestate.persistence.redis.cluster import Clustered, slots_of
-from scopestate.persistence.redis.connection import Broken, Connection, Refusal
+from scopestate.persistence.redis.connection import Connection, Refusal
 from scopestate.persistence.redis.consumers import RedisConsumers
 from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.events import Arrivals, Reader
@@ -30,7 +32,6 @@ from scopestate.persistence.redis.history import Life, StreamHistory
 from scopestate.persistence.redis.numbered import NumberedShape
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.port import Place
-from scopestate.persistence.redis.pump import Deliver, Means
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import Shape, explain, keys_of, with_source
 from scopestate.persistence.redis.servers import Servers, Single, Watched

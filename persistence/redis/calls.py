@@ -6,20 +6,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
-from scopestate.actors.reply import Envelope, ReplyTo
+from scopestate.actors.reply import ReplyTo
 from scopestate.errors import ConnectionLost, DeserializationError, NotConnected, ScopestateError, StorageError
 from scopestate.ops import turns
 from scopestate.ops.results import SetResult
 from scopestate.ops.turns import Effects, Turn
+from scopestate.persistence.connections import calls as connections
 from scopestate.persistence.redis.connection import pack_text
 from scopestate.persistence.redis.script import Shape
 from scopestate.persistence.redis.seen import BULKY, EntryView, Known
 from scopestate.persistence.redis.transacting import Replay
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
-
-    from scopestate.persistence.redis.pump import Pump
+    from scopestate.persistence.redis.owner import RedisConnectionOwner
     from scopestate.persistence.redis.scope import RedisScope
 
 
@@ -53,20 +52,9 @@ class Behind(Turn[None], frozen=True):
 
 
 @final
-class Call(Envelope):
-    """One call from its admission to its end. `message` is its turn."""
+class Call(connections.Call):
+    """One call of a scope in Redis."""
 
-    # Defaults of the class, not of each instance: most calls need none of them.
-
-    done = False
-    answer: Any = None
-    error: Exception | None = None
-    lock: Any = None
-    """Held until the call has ended, if a thread waits for that."""
-    thread = 0
-    """The thread that leads for it, if one does."""
-    gave_up = False
-    """Its caller waits no longer. Only a flag: a call that was not sent is skipped, nothing else depends on it."""
     tries = 0
     """Attempts that failed because a key was changed elsewhere."""
     effects: Effects[Any] | None = None
@@ -77,8 +65,6 @@ class Call(Envelope):
     """What its keys held when they were read for it."""
     awaited = 0
     """Replies to such reads that are still to come."""
-    loop: AbstractEventLoop | None = None
-    """The event loop whose thread sends it, if that may drive the connection."""
     sends_write = False
     """True if the command that it is part of may write for it."""
     view: EntryView | None = None
@@ -93,15 +79,11 @@ class Call(Envelope):
     """How often its command was lost and it was sent again, as its idempotency key allows."""
 
     def __init__(self, turn: Any, reply_to: ReplyTo | None, depth: int) -> None:
+        # As that of its base, written out.
         self.message = turn
         self.keys: tuple[str, ...] | None = turn.keys
-        self.reply_to: ReplyTo | None = reply_to  # type: ignore[assignment]  # None: its caller does it, or has a lock
+        self.reply_to = reply_to
         self.depth = depth
-
-    @property
-    def is_abandoned(self) -> bool:
-        """True if the answer would reach no caller."""
-        return self.gave_up or (self.reply_to is not None and self.reply_to.abandoned)
 
     def fail(self, error: Exception) -> None:
         """End it with an error, worded for what it wanted."""
@@ -158,7 +140,7 @@ class Command:
     """Replies to that which are still to come."""
     address = ""
     """The server that it was sent to."""
-    via: Pump | None = None
+    via: RedisConnectionOwner | None = None
     """What sends it."""
 
     def __init__(

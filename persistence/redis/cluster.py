@@ -13,12 +13,13 @@ from redis.connection import AbstractConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from scopestate.errors import NotConnected
+from scopestate.persistence.connections.connection import Broken
+from scopestate.persistence.connections.pump import Means
 from scopestate.persistence.redis.calls import Command
-from scopestate.persistence.redis.connection import Broken, Connection, Refusal, pack
+from scopestate.persistence.redis.connection import Connection, Refusal, pack
 from scopestate.persistence.redis.dialling import Server
 from scopestate.persistence.redis.options import RedisAddress, RedisOptions
-from scopestate.persistence.redis.owner import Owner
-from scopestate.persistence.redis.pump import Means, Pump
+from scopestate.persistence.redis.owner import RedisConnectionOwner
 from scopestate.persistence.redis.servers import Pool, Where
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -79,10 +80,10 @@ class Clustered:
                 return
         raise NotConnected(f"no server of the cluster at {self._options.address} can be reached: {'; '.join(problems)}")
 
-    def owner_of(self, hash_key: bytes) -> Owner:
+    def owner_of(self, hash_key: bytes) -> RedisConnectionOwner:
         return self._slots[key_slot(hash_key)].shared
 
-    def via(self, command: Command) -> Pump:
+    def via(self, command: Command) -> RedisConnectionOwner:
         if self._closed and command.via is not None:
             return command.via
         pool = self._slots[key_slot(command.scope.commands.hash_key)]
@@ -98,7 +99,7 @@ class Clustered:
         self.refresh()
         return [pool.target for pool in self._owners()]
 
-    def owners(self) -> Iterator[Owner]:
+    def owners(self) -> Iterator[RedisConnectionOwner]:
         for pool in list(self._pools.values()):
             yield from pool
 
@@ -113,7 +114,7 @@ class Clustered:
 
     # ---------------------------------------------------------------------------------------------------- redirections
 
-    def redirect(self, command: Command, refusal: Refusal) -> Pump:
+    def redirect(self, command: Command, refusal: Refusal) -> RedisConnectionOwner:
         """Return the owner for a command that this server does not serve. Never blocks: a thread has a claim now."""
         pool = self._named_by(refusal, command.address)
         command.prefix = _ASKING if refusal.word == "ASK" else b""

@@ -7,17 +7,15 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import hiredis
 from redis.connection import AbstractConnection
 from redis.exceptions import RedisError
 
+from scopestate.persistence.connections.connection import NOT_ALL, Broken
+
 _CHUNK: Final = 1 << 16
-
-NOT_ALL: Final = object()
-"""What `Connection.next_reply` gives while a reply is not all there."""
-
 
 PASSING: Final = frozenset({"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "JOURNALFULL"})
 """Refusals of a server that will take the command later. It has not begun it."""
@@ -37,10 +35,6 @@ class Refusal(Exception):
         return self.text.split(" ", 1)[0]
 
 
-class Broken(Exception):
-    """The connection failed: no answer in time, reset, or talk that is not Redis's. It is closed by now."""
-
-
 pack_text: Final[Callable[[tuple[Any, ...]], bytes]] = hiredis.pack_command
 """As `pack`, for parts that are known to hold no number: on the way of each call, where a look at every part shows."""
 
@@ -53,17 +47,6 @@ def pack(parts: tuple[Any, ...]) -> bytes:
         parts = tuple([str(part) if type(part) is int else part for part in parts])
     packed: bytes = hiredis.pack_command(parts)
     return packed
-
-
-class Target(Protocol):
-    """A server that can be dialled. Methods from any thread."""
-
-    @property
-    def address(self) -> str:
-        """For messages: host and port, or the path; never a password."""
-
-    def dial(self) -> Connection:
-        """Make a connection that is ready for commands. Raises NotConnected, which says why, within its time limit."""
 
 
 class Connection:

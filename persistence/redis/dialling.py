@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import random
 import socket
 import ssl
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -18,13 +16,12 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as NoAnswer
 
 from scopestate.errors import NotConnected
+from scopestate.persistence.connections.connection import Broken
 from scopestate.persistence.redis import connection
 from scopestate.persistence.redis.options import RedisAddress, RedisOptions
 
 log = logging.getLogger("scopestate.persistence.redis")
 
-_BACKOFF_S: Final = (0.05, 1.0)
-"""Shortest and longest pause between attempts to connect; a quarter of it is random, so that engines spread out."""
 _LOGIN_REFUSED: Final = (
     "the server refused the login; what it said is left out, since it shows the password: does it know AUTH?"
 )
@@ -35,7 +32,7 @@ _PIECE: Final = 8
 
 
 class Server:
-    """One server that can be dialled: a `connection.Target`. From any thread."""
+    """One server that can be dialled: a `connections.connection.Target`. From any thread."""
 
     def __init__(
         self,
@@ -116,59 +113,6 @@ class Server:
         return connection.Connection(dialled, self.address, self._options.call_timeout_s)
 
 
-class Backoff:
-    """How long to pause after one failure and the next."""
-
-    def __init__(self, uniform: Callable[[float, float], float] = random.uniform) -> None:
-        self.failures = 0
-        """Since the last success."""
-        self._uniform = uniform
-
-    def next_pause_s(self) -> float:
-        """Count a failure, and return the seconds to pause."""
-        pause_s = min(_BACKOFF_S[0] * 2.0**self.failures, _BACKOFF_S[1])
-        self.failures = min(self.failures + 1, 16)
-        return pause_s * self._uniform(0.75, 1.0)
-
-    def reset(self) -> None:
-        """It works again."""
-        self.failures = 0
-
-
-class Attempts:
-    """The attempts of one owner to reach its server. For the holder of its claim."""
-
-    def __init__(
-        self, target: connection.Target, clock: Callable[[], float], uniform: Callable[[float, float], float]
-    ) -> None:
-        self._target = target
-        self._clock = clock
-        self._backoff = Backoff(uniform)
-        self.successes = 0
-        """Connections made so far."""
-        self.due = 0.0
-        """When the next attempt may be made; in the past: now. Seconds on the monotonic clock."""
-        self.why_not: str | None = None
-        """Why there is no connection, if the last attempt failed."""
-
-    def connect(self) -> connection.Connection:
-        """Try now. Raises NotConnected."""
-        dialled = self._target.dial()
-        if self._backoff.failures:
-            log.warning("connected to Redis at %s again", dialled.address)
-        self.successes += 1
-        self._backoff.reset()
-        self.due, self.why_not = 0.0, None
-        return dialled
-
-    def note_failure(self, error: NotConnected) -> None:
-        """Put the next attempt off, longer each time."""
-        self.why_not = str(error)
-        if not self._backoff.failures:
-            log.warning("%s; calls wait for it and it is tried again", error)
-        self.due = self._clock() + self._backoff.next_pause_s()
-
-
 def traits(opened: connection.Connection) -> dict[bytes, Any]:
     """Return what a server says of itself: `mode` is b"standalone" or b"cluster", `role` b"master" or b"replica".
 
@@ -180,7 +124,7 @@ def traits(opened: connection.Connection) -> dict[bytes, Any]:
         said = opened.call("HELLO")
     except connection.Refusal:
         return {}
-    except connection.Broken as error:
+    except Broken as error:
         raise NotConnected(f"no connection to Redis at {opened.address}: {error}") from error
     return dict(zip(said[::2], said[1::2], strict=False))
 

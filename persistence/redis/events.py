@@ -18,8 +18,9 @@ from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.handler import HandlerActor
 from scopestate.actors.router import EventRouter
 from scopestate.errors import NotConnected, StorageError
-from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target, pack
-from scopestate.persistence.redis.dialling import Backoff
+from scopestate.persistence.connections.attempts import Backoff
+from scopestate.persistence.connections.connection import Broken, Target
+from scopestate.persistence.redis.connection import Connection, Refusal, pack
 from scopestate.persistence.redis.entries import Event, event_of, number_of, place_of, state_event_of
 from scopestate.persistence.redis.history import Life, end_epoch, read_life
 from scopestate.persistence.redis.options import RedisOptions
@@ -138,7 +139,7 @@ class Reader:
 
     def __init__(
         self,
-        target: Target,
+        target: Target[Connection],
         options: RedisOptions,
         shape: Shape,
         published: Callable[[], int],

@@ -18,7 +18,8 @@ import msgspec
 from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, Outcome
 from scopestate.errors import NotConnected, StorageError
 from scopestate.ops.triggers import Trigger
-from scopestate.persistence.redis.connection import NOT_ALL, Broken, Connection, Refusal, Target, pack
+from scopestate.persistence.connections.connection import NOT_ALL, Broken, Target
+from scopestate.persistence.redis.connection import Connection, Refusal, pack
 from scopestate.persistence.redis.consuming import Begin, Names
 from scopestate.persistence.redis.entries import state_event_of
 from scopestate.persistence.redis.history import store_key
@@ -45,7 +46,7 @@ class Place:
     """Where the consumers of one engine are: the keys, the server, and which database its numbers belong to."""
 
     def __init__(
-        self, shape: Shape, target: Target, engine: str, patience_s: float, published: Callable[[], int]
+        self, shape: Shape, target: Target[Connection], engine: str, patience_s: float, published: Callable[[], int]
     ) -> None:
         """`engine`: a name of this engine that no other one has. `patience_s`: how long to wait for an answer.
         `published` returns the number of the newest event that this engine has published.

@@ -41,7 +41,7 @@ from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.persistence.redis.backend import RedisBackend
-    from scopestate.persistence.redis.pump import Pump
+    from scopestate.persistence.redis.owner import RedisConnectionOwner
 
 log = Log("scopestate.scope")
 
@@ -261,7 +261,7 @@ class RedisScope(ScopeActor):
         commands = self.commands
         return not (self._mailbox or commands.command or commands.paused or self._passivated)
 
-    def next_command(self, owner: Pump, over: list[Call]) -> Command | None:
+    def next_command(self, owner: RedisConnectionOwner, over: list[Call]) -> Command | None:
         """Make the next command of the calls that wait."""
         self._batches += 1  # for `_refuse_bytes`
         mailbox = self.mailbox

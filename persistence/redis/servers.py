@@ -12,12 +12,13 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import msgspec
 
 from scopestate.errors import NotConnected
+from scopestate.persistence.connections.connection import Broken, Target
+from scopestate.persistence.connections.pump import Means
 from scopestate.persistence.redis.calls import Command
-from scopestate.persistence.redis.connection import Broken, Connection, Refusal, Target
+from scopestate.persistence.redis.connection import Connection, Refusal
 from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.options import RedisAddress, RedisOptions
-from scopestate.persistence.redis.owner import Owner
-from scopestate.persistence.redis.pump import Means, Pump, Routes
+from scopestate.persistence.redis.owner import RedisConnectionOwner, Routes
 from scopestate.signals import join
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -45,14 +46,14 @@ class Servers(Routes, Protocol):
     def primaries(self) -> list[Server]:
         """The servers that hold all keys between them."""
 
-    def owners(self) -> Iterator[Owner]:
+    def owners(self) -> Iterator[RedisConnectionOwner]:
         """Those of all connections."""
 
     def close(self) -> None:
         """Close every connection. Idempotent."""
 
 
-T_Target = TypeVar("T_Target", bound=Target)
+T_Target = TypeVar("T_Target", bound=Target[Connection])
 
 
 class Pool(Generic[T_Target]):
@@ -64,16 +65,19 @@ class Pool(Generic[T_Target]):
     def __init__(
         self, target: T_Target, options: RedisOptions, means: Means, routes: Routes, *, fails_over: bool = False
     ) -> None:
-        """`routes` and `fails_over`: see `Owner`."""
+        """`routes` and `fails_over`: see `RedisConnectionOwner`."""
         self.target = target
-        self._owners = [Owner(target, options, means, routes, fails_over=fails_over) for _ in range(options.pool_size)]
+        self._owners = [
+            RedisConnectionOwner(target, options, means, routes, fails_over=fails_over)
+            for _ in range(options.pool_size)
+        ]
         self.shared = self._owners[0]
 
-    def for_large(self) -> Owner:
+    def for_large(self) -> RedisConnectionOwner:
         """Return the owner for something large: the one with the least to do."""
-        return min(self._owners[1:], key=Owner.load, default=self.shared)
+        return min(self._owners[1:], key=RedisConnectionOwner.load, default=self.shared)
 
-    def __iter__(self) -> Iterator[Owner]:
+    def __iter__(self) -> Iterator[RedisConnectionOwner]:
         return iter(self._owners)
 
     def close(self) -> None:
@@ -90,20 +94,20 @@ class Single:
     moves = False
 
     def __init__(self, target: Any, options: RedisOptions, means: Means, *, fails_over: bool = False) -> None:
-        """`target` is a `dialling.Server`; a test may give any `connection.Target`."""
+        """`target` is a `dialling.Server`; a test may give any `connections.connection.Target`."""
         self._target = target
         self._pool = Pool(target, options, means, self, fails_over=fails_over)
 
     def connect(self) -> None:
         self._pool.shared.connect()
 
-    def owner_of(self, hash_key: bytes) -> Owner:
+    def owner_of(self, hash_key: bytes) -> RedisConnectionOwner:
         return self._pool.shared
 
-    def via(self, command: Command) -> Pump:
+    def via(self, command: Command) -> RedisConnectionOwner:
         return self._pool.for_large() if command.bulk else self._pool.shared
 
-    def redirect(self, command: Command, refusal: Refusal) -> Pump:
+    def redirect(self, command: Command, refusal: Refusal) -> RedisConnectionOwner:
         raise AssertionError("keys of one server do not move")  # pragma: no cover - `moves` says so
 
     def server_of(self, hash_key: bytes) -> Server:
@@ -112,7 +116,7 @@ class Single:
     def primaries(self) -> list[Server]:
         return [self._target]
 
-    def owners(self) -> Iterator[Owner]:
+    def owners(self) -> Iterator[RedisConnectionOwner]:
         return iter(self._pool)
 
     def close(self) -> None:

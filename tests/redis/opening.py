@@ -11,7 +11,7 @@ from typing import Any
 from reliability.living import until, untraced_environment
 
 from scopestate import Engine
-from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.owner import RedisConnectionOwner
 from scopestate.persistence.redis.scope import RedisScope
 
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ def open_at(url: str, limits: dict[str, Any] | None = None, **redis: Any) -> Eng
     return Engine.from_config(config_at(url, limits, **redis))
 
 
-def owners_of(engine: Engine) -> list[Owner]:
+def owners_of(engine: Engine) -> list[RedisConnectionOwner]:
     """The owners of the engine's connections; the first one has that for all that is small."""
     adapter: Any = engine._parts.backend
     return list(adapter._servers.owners())

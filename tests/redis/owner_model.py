@@ -1,4 +1,4 @@
-"""The hand-over of `Owner`, in every order of everything that can happen, on the class itself.
+"""The hand-over of `RedisConnectionOwner`, in every order of everything that can happen, on the class itself.
 
 Callers that may lead, threads that post, an event loop and the I/O thread run to each of their points in each order,
 while commands meet rivals, connections break, callers give up and signal handlers raise. In each state: no call is
@@ -28,14 +28,16 @@ from scopestate.errors import NotConnected, ScopestateError
 from scopestate.inbox import Empty
 from scopestate.ops import turns
 from scopestate.ops.update_ops import Append
-from scopestate.persistence.redis import owner as owner_module
+from scopestate.persistence.connections import owner as owner_module
+from scopestate.persistence.connections import watch as watch_module
+from scopestate.persistence.connections.connection import NOT_ALL, Broken
+from scopestate.persistence.connections.pump import Means
 from scopestate.persistence.redis import scope as scope_module
 from scopestate.persistence.redis.calls import Call
 from scopestate.persistence.redis.commands import ScopeCommands
-from scopestate.persistence.redis.connection import NOT_ALL, Broken, Refusal
+from scopestate.persistence.redis.connection import Refusal
 from scopestate.persistence.redis.options import RedisOptions
-from scopestate.persistence.redis.owner import Owner
-from scopestate.persistence.redis.pump import Means
+from scopestate.persistence.redis.owner import RedisConnectionOwner
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import SOURCE, Shape
 
@@ -213,7 +215,7 @@ class Loop:
                 callback(watch)
 
 
-class LoopWatch(owner_module.Watch):
+class LoopWatch(watch_module.Watch):
     """The real one, without a file descriptor of the system."""
 
     def __init__(self, loop: Any, connection: Any, fd: int, drive: Any) -> None:
@@ -285,7 +287,7 @@ class ReplyTo:
 class Model:
     """An owner with its scopes, callers and server, in one run."""
 
-    def __init__(self, world: World, kind: type[Any] = Owner, *, is_slow: bool = False) -> None:
+    def __init__(self, world: World, kind: type[Any] = RedisConnectionOwner, *, is_slow: bool = False) -> None:
         """`is_slow`: the server does what it was sent some time later, not at once."""
         self.world = world
         self.is_slow = is_slow
@@ -436,11 +438,11 @@ def enter_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
         return here[0].ident()
 
     monkeypatch.setattr(owner_module, "Watch", LoopWatch)
-    for module in (owner_module, scope_module):
+    for module in (owner_module, watch_module, scope_module):
         monkeypatch.setattr(module, "get_ident", ident, raising=False)
     monkeypatch.setattr(owner_module, "threading", types.SimpleNamespace(Lock=lambda: Lock(here[0])))
     monkeypatch.setattr(owner_module, "wait_for", lambda wait, timeout_s: wait(timeout_s))
-    monkeypatch.setattr(owner_module.log, "disabled", True)
+    monkeypatch.setattr(RedisConnectionOwner.log, "disabled", True)
 
 
 def put(value: int) -> turns.Set:
@@ -451,14 +453,14 @@ def add(value: int) -> turns.Update:
     return turns.Update("k", (Append("", value),))
 
 
-def two_callers(world: World, kind: type[Owner] = Owner) -> None:
+def two_callers(world: World, kind: type[RedisConnectionOwner] = RedisConnectionOwner) -> None:
     model = Model(world, kind)
     scope = model.scope()
     model.caller("A", scope, put(1))
     model.caller("B", scope, put(2))
 
 
-def a_caller_and_a_poster(world: World, kind: type[Owner] = Owner) -> None:
+def a_caller_and_a_poster(world: World, kind: type[RedisConnectionOwner] = RedisConnectionOwner) -> None:
     model = Model(world, kind)
     scope = model.scope()
     model.caller("A", scope, put(1), can_be_cut=True, timeout_s=9.0)
@@ -473,7 +475,7 @@ def an_update_and_a_poster(world: World) -> None:
     model.poster("P", scope, add(2))
 
 
-def a_pause_and_a_caller(world: World, kind: type[Owner] = Owner) -> None:
+def a_pause_and_a_caller(world: World, kind: type[RedisConnectionOwner] = RedisConnectionOwner) -> None:
     model = Model(world, kind)
     scope = model.scope("a")
     model.server.do("HSET", "state:a", "k", "[0]")
@@ -488,7 +490,7 @@ def two_scopes(world: World) -> None:
     model.caller("B", model.scope("b"), put(2))
 
 
-def a_caller_and_a_task(world: World, kind: type[Owner] = Owner) -> None:
+def a_caller_and_a_task(world: World, kind: type[RedisConnectionOwner] = RedisConnectionOwner) -> None:
     model = Model(world, kind)
     world.time_passes_amid = False
     scope = model.scope()

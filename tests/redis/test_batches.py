@@ -13,8 +13,8 @@ from servers import Server, StartServer, wait_until
 
 from scopestate import Engine, SetResult, UpdateResult, messages
 from scopestate.ops.functions import from_payload
+from scopestate.persistence.connections import pump
 from scopestate.persistence.redis import commands as redis_commands
-from scopestate.persistence.redis import pump as redis_pump
 from scopestate.persistence.redis.connection import Connection
 
 __all__ = ["open_redis"]
@@ -98,7 +98,7 @@ def test_of_many_who_wait_one_half_goes_first_unless_the_server_is_far_away(
             # By the link's thread, which takes the time.
             engine.ask(messages.Set(str(number), "k", "before"), block=False).get(timeout=20)
         engine.delete("0", "none")  # the server knows the other script too
-        monkeypatch.setattr(redis_pump, "_PACE_S", pace_s)
+        monkeypatch.setattr(pump, "_PACE_S", pace_s)
         monkeypatch.setattr(Connection, "send", counting)
         server.pause()
         replies = [engine.ask(messages.Set("0", "k", 0), block=False)]

@@ -25,8 +25,8 @@ from scopestate.errors import (
     StorageError,
     ValueTooLarge,
 )
+from scopestate.persistence.connections import owner as connection_owner
 from scopestate.persistence.redis import commands as redis_commands
-from scopestate.persistence.redis import owner as redis_owner
 from scopestate.signals import wait_for
 
 LIMITS = {"call_timeout_ms": 10_000}
@@ -98,7 +98,7 @@ def test_a_reply_that_comes_while_its_caller_gives_up_leaves_the_scope_free(
 
     def late(wait: Callable[[float], bool | None], timeout_s: float | None = None) -> bool:
         """The time is over, and the reply comes before the caller says that it has given up."""
-        monkeypatch.setattr(redis_owner, "wait_for", wait_for)
+        monkeypatch.setattr(connection_owner, "wait_for", wait_for)
         assert not wait_for(wait, timeout_s)
         server.resume()
         at_rest(engine)
@@ -111,7 +111,7 @@ def test_a_reply_that_comes_while_its_caller_gives_up_leaves_the_scope_free(
         server.pause()
         held = engine.ask(messages.Set("t", "k", 1), block=False)  # so that the next call has to queue
         until(lambda: owners_of(engine)[0].load() > 0, "nothing is on its way")
-        monkeypatch.setattr(redis_owner, "wait_for", late)
+        monkeypatch.setattr(connection_owner, "wait_for", late)
         with pytest.raises(ReplyTimeout):
             engine.set("s", "k", 1)
         held.get(timeout=20)

@@ -16,8 +16,9 @@ from servers import Binary, Server, StartServer
 
 from scopestate import Engine, messages
 from scopestate.errors import ConnectionLost, NotConnected, StorageError
+from scopestate.persistence.connections.connection import Broken
 from scopestate.persistence.redis import making as redis_making
-from scopestate.persistence.redis.connection import Broken, Connection
+from scopestate.persistence.redis.connection import Connection
 
 QUICK = {"call_timeout_ms": 200, "connect_timeout_ms": 200, "connect_wait_ms": 200}
 

@@ -14,10 +14,10 @@ from servers import Server, StartServer
 from scopestate import Engine, messages
 from scopestate.errors import ConnectionLost, EngineClosed, NotConnected, StorageError
 from scopestate.ops import turns
-from scopestate.persistence.redis import dialling
+from scopestate.persistence.connections import attempts
 from scopestate.persistence.redis.calls import Call, Command
 from scopestate.persistence.redis.connection import Connection
-from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.owner import RedisConnectionOwner
 
 NEVER_AGAIN = (30.0, 30.0)
 """Pauses between attempts to connect, longer than any test waits."""
@@ -141,13 +141,13 @@ def test_an_error_in_the_middle_gives_no_call_the_answer_of_another(
     with open_at(valkey.url) as engine:
         for number in range(4):
             engine.set(f"s{number}", "k", number)
-        take_replies = Owner._take_replies
+        take_answers = RedisConnectionOwner._take_answers
 
-        def failing(self: Owner, connection: Any) -> None:
-            monkeypatch.setattr(Owner, "_take_replies", take_replies)
+        def failing(self: RedisConnectionOwner, connection: Any) -> None:
+            monkeypatch.setattr(RedisConnectionOwner, "_take_answers", take_answers)
             raise MemoryError
 
-        monkeypatch.setattr(Owner, "_take_replies", failing)
+        monkeypatch.setattr(RedisConnectionOwner, "_take_answers", failing)
         with pytest.raises(StorageError, match="an error in this engine") as caught:
             engine.ask(messages.Set("s0", "k", "new"), block=False).get(timeout=PATIENCE_S)
         assert type(caught.value.__cause__) is ConnectionLost
@@ -160,7 +160,7 @@ def test_a_call_waits_for_a_connection_no_longer_than_it_should(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_server()
-    monkeypatch.setattr(dialling, "_BACKOFF_S", NEVER_AGAIN)
+    monkeypatch.setattr(attempts, "BACKOFF_S", NEVER_AGAIN)
     with open_at(server.url, connect_wait_ms=50) as engine:
         engine.set("s", "k", 1)
         server.kill()

@@ -16,8 +16,8 @@ from owner_model import (
     enter_worlds,
 )
 
-from scopestate.persistence.redis.connection import Broken
-from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.connections.connection import Broken
+from scopestate.persistence.redis.owner import RedisConnectionOwner
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_rest_is_reached_from_every_state(scenario: Callable[[World], None], fau
     assert graph.ends > 0
 
 
-class AsksOnlyForItsInbox(Owner):
+class AsksOnlyForItsInbox(RedisConnectionOwner):
     """A bug that the model must find: the holder that gives the claim back does not see that it is wanted."""
 
     def _give_back(self) -> None:
@@ -61,7 +61,7 @@ class AsksOnlyForItsInbox(Owner):
             self._ask()
 
 
-class LooksFirst(Owner):
+class LooksFirst(RedisConnectionOwner):
     """Another one: the holder looks at the inbox before it gives the claim back."""
 
     def _give_back(self) -> None:
@@ -71,7 +71,7 @@ class LooksFirst(Owner):
             self._ask()
 
 
-class SendsAgain(Owner):
+class SendsAgain(RedisConnectionOwner):
     """And another: what was under way when the connection broke is sent once more."""
 
     def _fail_under_way(self, error: Broken) -> None:
@@ -91,6 +91,8 @@ class SendsAgain(Owner):
         (SendsAgain, a_caller_and_a_poster, {"losses": 1}),
     ],
 )
-def test_a_bug_is_found(kind: type[Owner], scenario: Callable[..., None], faults: dict[str, int]) -> None:
+def test_a_bug_is_found(
+    kind: type[RedisConnectionOwner], scenario: Callable[..., None], faults: dict[str, int]
+) -> None:
     with untraced(), pytest.raises(Problem, match=r"rest|done twice"):
         explore(lambda world: scenario(world, kind), faults)

@@ -22,7 +22,7 @@ from scopestate.ops import turns
 from scopestate.persistence.redis import commands as redis_commands
 from scopestate.persistence.redis.calls import Call, Command, Pause
 from scopestate.persistence.redis.commands import ScopeCommands
-from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.owner import RedisConnectionOwner
 from scopestate.persistence.redis.script import SKIPPED
 
 PATIENCE_S = 20.0
@@ -187,16 +187,16 @@ def test_a_claim_that_turns_the_end_of_a_pause_away_asks_for_it_again(
 def test_a_command_whose_posting_is_cut_short_is_sent_all_the_same(
     valkey: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    post = Owner.post
+    post = RedisConnectionOwner.post
 
-    def cut_short(self: Owner, item: Any) -> None:
-        monkeypatch.setattr(Owner, "post", post)
+    def cut_short(self: RedisConnectionOwner, item: Any) -> None:
+        monkeypatch.setattr(RedisConnectionOwner, "post", post)
         assert type(item) is Command
         raise KeyboardInterrupt
 
     with open_at(valkey.url, PATIENT) as engine:
         engine.set("s", "k", 3)
-        monkeypatch.setattr(Owner, "post", cut_short)
+        monkeypatch.setattr(RedisConnectionOwner, "post", cut_short)
         with pytest.raises(KeyboardInterrupt):
             engine.list("s")  # of a scope that may be large: by another connection
 
@@ -207,16 +207,16 @@ def test_a_command_whose_posting_is_cut_short_is_sent_all_the_same(
 def test_a_pause_that_begins_while_its_caller_is_cut_short_ends_all_the_same(
     valkey: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schedule = Owner._schedule
+    schedule = RedisConnectionOwner._schedule
 
-    def cut_short(self: Owner, scope: Any) -> None:
-        monkeypatch.setattr(Owner, "_schedule", schedule)
+    def cut_short(self: RedisConnectionOwner, scope: Any) -> None:
+        monkeypatch.setattr(RedisConnectionOwner, "_schedule", schedule)
         raise KeyboardInterrupt
 
     with open_at(valkey.url, PATIENT) as engine:
         engine.set("s", "k", 0)
         valkey.client().hset("state:s", "k", "10")
-        monkeypatch.setattr(Owner, "_schedule", cut_short)
+        monkeypatch.setattr(RedisConnectionOwner, "_schedule", cut_short)
         with pytest.raises(KeyboardInterrupt):
             engine.update("s", "k", INCREMENT)
 

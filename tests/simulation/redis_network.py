@@ -14,7 +14,8 @@ import pykka
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.reply import Reply
 from scopestate.errors import NotConnected
-from scopestate.persistence.redis.connection import NOT_ALL, Broken, Refusal
+from scopestate.persistence.connections.connection import NOT_ALL, Broken
+from scopestate.persistence.redis.connection import Refusal
 from tests.redis.played_server import PlayedServer, Session
 
 ADDRESS: Final = "played:6379"

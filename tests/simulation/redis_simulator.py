@@ -31,7 +31,9 @@ from scopestate.errors import (
 )
 from scopestate.ops import messages, turns
 from scopestate.ops.values import encode
-from scopestate.persistence.redis import commands, events, owner, pump, servers
+from scopestate.persistence.connections import owner, pump, watch
+from scopestate.persistence.redis import commands, events, servers
+from scopestate.persistence.redis import owner as redis_owner
 from scopestate.persistence.redis.backend import RedisBackend
 from scopestate.persistence.redis.options import RedisOptions
 from tests.redis.played_server import Session
@@ -771,8 +773,8 @@ def played() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL + 1)  # the faults are meant, and a thousand runs would fill a disk
     try:
         with (
-            PLAY.in_modules(owner, pump, events, commands),
-            mock.patch.object(owner, "os", types.SimpleNamespace(dup=lambda fd: fd, close=lambda fd: None)),
+            PLAY.in_modules(owner, pump, watch, redis_owner, events, commands),
+            mock.patch.object(watch, "os", types.SimpleNamespace(dup=lambda fd: fd, close=lambda fd: None)),
             mock.patch.object(Engine, "_close_behind_this", _never_ends),
         ):
             yield

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from scopestate.ops import messages
+from scopestate.persistence.connections.connection import Broken
 from scopestate.persistence.redis.calls import Call
 from scopestate.persistence.redis.commands import ScopeCommands
-from scopestate.persistence.redis.connection import Broken
-from scopestate.persistence.redis.owner import Owner
+from scopestate.persistence.redis.owner import RedisConnectionOwner
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import DONE
 from tests.effort import size, untraced
@@ -120,13 +120,13 @@ def test_an_event_whose_answer_comes_twice_is_told_once() -> None:
 
 
 def what_was_under_way_is_sent_again(patch: Patch) -> None:
-    def again(self: Owner, error: Broken) -> None:
+    def again(self: RedisConnectionOwner, error: Broken) -> None:
         while self._under_way:
             command = self._under_way.popleft()
             other = command.scope.commands.command = command.once_more()
             self._pass_to(self, other)
 
-    patch.setattr(Owner, "_fail_under_way", again)
+    patch.setattr(RedisConnectionOwner, "_fail_under_way", again)
 
 
 def a_conflict_counts_as_done(patch: Patch) -> None:
@@ -139,33 +139,33 @@ def a_conflict_counts_as_done(patch: Patch) -> None:
 
 
 def a_caller_that_is_cut_short_leaves_its_reply_behind(patch: Patch) -> None:
-    recover = Owner._recover
+    recover = RedisConnectionOwner._recover
 
-    def keep(self: Owner, scope: Any, call: Call) -> None:
+    def keep(self: RedisConnectionOwner, scope: Any, call: Call) -> None:
         connection = self._connection
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(End, "close", lambda end: None)
             recover(self, scope, call)
         self._connection = self._connection or connection
 
-    patch.setattr(Owner, "_recover", keep)
+    patch.setattr(RedisConnectionOwner, "_recover", keep)
 
 
 def a_wake_up_is_lost_when_the_claim_is_given_back(patch: Patch) -> None:
-    patch.setattr(Owner, "_give_back", lambda self: self._claim.pop("holder", None))
+    patch.setattr(RedisConnectionOwner, "_give_back", lambda self: self._claim.pop("holder", None))
 
 
 def an_alarm_is_not_set(patch: Patch) -> None:
-    def only_what_is_posted(self: Owner) -> None:
+    def only_what_is_posted(self: RedisConnectionOwner) -> None:
         self._claim.pop("holder", None)
         if self._inbox or self._wanted:
             self._ask()
 
-    patch.setattr(Owner, "_give_back", only_what_is_posted)
+    patch.setattr(RedisConnectionOwner, "_give_back", only_what_is_posted)
 
 
 def a_pause_is_forgotten(patch: Patch) -> None:
-    patch.setattr(Owner, "_schedule", lambda self, scope: scope.commands.pausing.clear())
+    patch.setattr(RedisConnectionOwner, "_schedule", lambda self, scope: scope.commands.pausing.clear())
 
 
 def later_calls_overtake_one_that_pauses(patch: Patch) -> None:

@@ -1,0 +1,450 @@
+"""The owner of one connection: which thread drives it, and when.
+
+The holder of its one claim does what `Pump` says. A caller that finds the connection owner idle leads: it does its own
+call on its own thread, and no other. Every other caller posts its call to the inbox and asks the I/O thread, which then
+pumps for all of them. An event loop drives on its own thread if it can.
+
+The hand-over rule: a poster appends to the inbox, then reads the claim; the holder gives the claim back, then reads the
+inbox. So one of the two sees the other. `tests/redis/test_owner_model.py` goes through every order.
+
+If answers may take long (`prompt` is False), nothing keeps the claim while it waits for one: a caller that leads leaves
+its call to the I/O thread, and that thread sleeps where both an answer and a request of another thread wake it. The
+request is a token, and a byte to the bell if the thread is not at the tokens: a poster puts the token, then reads where
+the thread is; the thread notes where it is, then reads the tokens.
+"""
+
+from __future__ import annotations
+
+import _thread
+import functools
+import socket
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from scopestate.actors.turn import BUSY
+from scopestate.errors import EngineClosed, NotConnected, ScopestateError
+from scopestate.inbox import Empty, Inbox
+from scopestate.persistence.connections.calls import Call
+from scopestate.persistence.connections.connection import Broken, PatientConnection, T_Connection, Target
+from scopestate.persistence.connections.pump import AGAIN_S, Means, Pump, T_Call, T_Item, TimeLimits
+from scopestate.persistence.connections.watch import Watch
+from scopestate.signals import certainly, join, wait_for
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+HOLDER: Final = "holder"
+"""The one key of a claim."""
+_FEW: Final = 2
+"""An event loop sends at once if so few calls went together the last time; else those of other tasks go along."""
+_CLOSED: Final = "the engine is closed"
+
+
+class _Holder:
+    """What holds a claim, if that is not a call."""
+
+    __slots__ = ("thread",)
+
+    def __init__(self) -> None:
+        self.thread = get_ident()
+
+
+class Bell:
+    """Wakes a thread that waits for a socket. From any thread, but for `silence`."""
+
+    def __init__(self) -> None:
+        self._here, self._there = socket.socketpair()
+        self._here.setblocking(False)
+        self._there.setblocking(False)
+        self.fd: int = self._here.fileno()
+        """Can be read once it was rung."""
+
+    def ring(self) -> None:
+        """Wake the thread, now or when it begins to wait."""
+        with suppress(OSError):  # it was rung many times, or closed
+            self._there.send(b"\0")
+
+    def silence(self) -> None:
+        """Forget that it was rung."""
+        with suppress(OSError):
+            self._here.recv(4096)
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
+        self._here.close()
+        self._there.close()
+
+
+class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
+    """Drives one connection. From any thread; only `call`, `connect` and `close` block."""
+
+    def __init__(
+        self,
+        target: Target[T_Connection],
+        limits: TimeLimits,
+        means: Means,
+        backoff_s: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(target, limits, means, backoff_s)
+        self._wake = means.wake
+        self._claim: dict[str, Call | Watch | _Holder] = {}
+        self._tokens: Inbox[None] = Inbox()
+        """What wakes the I/O thread. One too many does no harm."""
+        self._bell: Bell | None = None
+        self._at_socket = False
+        """True while the I/O thread waits for the connection and the bell, not for tokens alone."""
+        self._wanted = False
+        """True while the I/O thread is about to take the claim: a caller that runs already would win each time."""
+        self._led: Any = None
+        """What the caller that leads has sent, until it has taken the answer in."""
+        self._watch: Watch | None = None
+        self._thread: dict[str, threading.Thread] = {}
+        self._begun = False
+
+    def connect(self) -> None:
+        """Connect now, on this thread. Raises NotConnected. For the start: nothing else uses the owner yet."""
+        self._connection = self._attempts.connect()
+
+    def try_now(self) -> None:
+        """If there is no connection: try now, not only after the pause that follows a failure."""
+        self._attempts.hasten()
+        self._ask()
+
+    def load(self) -> int:
+        """About how much it has to do: 0 if nothing."""
+        return len(self._under_way) + len(self._inbox) + len(self._ready) + len(self._claim)
+
+    def is_held_here(self) -> bool:
+        """True if this thread holds the claim: then this code has interrupted it."""
+        holder = self._claim.get(HOLDER)
+        return holder is not None and holder.thread == get_ident()
+
+    def passivate(self, leave: Callable[[], bool]) -> bool:
+        """Call `leave()` within the claim; BUSY if that is taken."""
+        me = _Holder()
+        if self._claim.setdefault(HOLDER, me) is not me:
+            return BUSY  # type: ignore[no-any-return]
+        try:
+            return leave()
+        finally:
+            self._give_back()
+
+    # ---------------------------------------------------------------------------------------------------------- callers
+
+    @abstractmethod
+    def _lead(self, home: Any, call: T_Call) -> bool:
+        """Do a call here. False: it must be queued. With `call.lock` set, it has gone to the I/O thread on the way.
+
+        Only if there is a connection, and nothing is under way or waits.
+        """
+
+    @abstractmethod
+    def _recover_led(self, home: Any, call: T_Call) -> None:
+        """A caller that leads was cut short: leave its call to the I/O thread, or end it. May be repeated."""
+
+    @abstractmethod
+    def _queue(self, home: Any, call: T_Call) -> None:
+        """Put a call where it is found by the next holder, and `post`. Raises what refuses it."""
+
+    @abstractmethod
+    def _find_abandoned(self, home: Any, call: T_Call) -> None:
+        """A caller that does not lead was cut short: have it seen that the call needs no answer. May be repeated."""
+
+    @abstractmethod
+    def _too_late(self, home: Any, timeout_s: float) -> Exception:
+        """Return the error of a caller that waits no longer."""
+
+    def call(self, home: Any, call: T_Call, timeout_s: float | None) -> None:
+        """Have a call done, and wait until it has ended. Raises ReplyTimeout, and what refuses the call.
+
+        `home`: what the call belongs to, such as its scope.
+        """
+        claim = self._claim
+        lock: Any = None
+        try:
+            led = False
+            # A caller whose timeout is shorter than the connection's must not drive it.
+            if not claim and not self._wanted and (timeout_s is None or timeout_s >= self._call_timeout_s):
+                call.thread = get_ident()
+                if claim.setdefault(HOLDER, call) is call:
+                    led = self._lead(home, call)
+                    self._give_back()
+            if not led:
+                lock = arm(call)
+                self._queue(home, call)
+            else:
+                lock = call.lock
+            if lock is None or wait_for(lambda slice_s: lock.acquire(timeout=slice_s), timeout_s):
+                return
+        except BaseException:
+            certainly(functools.partial(self._recover, home, call))
+            raise
+        call.gave_up = True
+        raise self._too_late(home, timeout_s or 0.0)
+
+    def _recover(self, home: Any, call: T_Call) -> None:
+        """A caller was cut short, wherever it was. May be repeated."""
+        call.gave_up = True
+        if self._claim.get(HOLDER) is call:  # not that of a call which this one has interrupted
+            self._recover_led(home, call)
+            self._claim.pop(HOLDER, None)
+        else:
+            self._find_abandoned(home, call)
+        self._ask()
+
+    def _leave_to_thread(self, call: T_Call) -> None:
+        """Within the claim of a caller: the I/O thread waits for the answer, and this caller for its call."""
+        arm(call)
+        self._is_news = True
+
+    # ----------------------------------------------------------------------------------------------- the hand-over rule
+
+    def post(self, item: T_Item) -> None:
+        """Have an item looked at on the I/O thread. Never blocks."""
+        self._inbox.append(item)
+        if not self._claim and not self._wanted and (not self._begun or self._ended or self._tokens.empty()):
+            self._ask()
+
+    def _give_back(self) -> None:
+        """The hand-over rule, the holder's half: first the claim, then what was posted meanwhile."""
+        self._claim.pop(HOLDER, None)
+        if self._inbox or self._wanted or self._is_news:
+            self._ask()
+
+    def _ask(self) -> None:
+        """Wake the I/O thread."""
+        self._tokens.put(None)  # one T_Connection call, which a signal cannot cut in two
+        if self._at_socket and self._bell is not None:
+            self._bell.ring()
+        if self._ended:
+            self._refuse_late(EngineClosed(_CLOSED))
+        elif self._wake is not None:
+            self._wake(self)
+        elif not self._begun:
+            self._start()
+
+    # ------------------------------------------------------------------------------------------------------ event loops
+
+    def post_on_loop(self, item: T_Item, loop: AbstractEventLoop) -> None:
+        """As `post`, on the thread of an event loop, which is not the main thread: it drives the connection if it can.
+
+        Not on the main thread, where a signal handler could cut it short in the middle of other callers' calls.
+        """
+        watch = self._watch
+        if watch is None or watch.loop is not loop or watch.connection is not self._connection:
+            watch = self._new_watch(loop)
+            if watch is None:
+                self.post(item)
+                return
+        self._inbox.append(item)
+        if self._claim or self._wanted:
+            return  # the holder finds it
+        if not self._tokens.empty() or (self._under_way and not watch.active):
+            self._ask()  # the I/O thread has work in any case
+        elif self._round > _FEW:
+            watch.call_soon(self._drive)  # so that tasks that go on in this round of the loop go along
+        else:
+            self._drive(watch)
+
+    def _new_watch(self, loop: AbstractEventLoop) -> Watch | None:
+        """Return what lets this loop wait for the connection; None if it cannot now."""
+        connection = self._connection
+        if connection is None or self._under_way or self._wake is not None:
+            return None
+        fd = connection.plain_fd()
+        if fd is None:
+            return None
+        before, self._watch = self._watch, Watch(loop, connection, fd, self._drive)
+        if before is not None:
+            before.end()
+        return self._watch
+
+    def _may_drive(self, watch: Watch) -> bool:
+        """True if all that there is to do can be done without waiting, on an event loop. Protocols may add to it."""
+        connection = self._connection
+        return (
+            connection is not None
+            and connection is watch.connection
+            and not self._leaving
+            and not self._unsent
+            and bool(self._under_way or self._is_usable(connection))
+        )
+
+    def _drive(self, watch: Watch) -> None:
+        """Do what can be done without waiting; the loop calls this again when answers are there."""
+        if watch is not self._watch or self._claim.setdefault(HOLDER, watch) is not watch:
+            watch.stop()
+            if self._under_way:
+                self._ask()  # the holder may be one that takes no answers, and then the I/O thread does
+            return
+        try:
+            if not self._may_drive(watch):
+                watch.stop()
+                self._ask()  # not without waiting: for the I/O thread
+                return
+            self._pump_safely(waits=False, dials=False)
+            if self._under_way:
+                # For calls of its own tasks alone: the loop may end while other callers still wait for theirs.
+                if watch is self._watch and self._is_of_loop(watch.loop):
+                    watch.start(self._call_timeout_s, self._check_age)
+                else:
+                    watch.stop()
+                    self._ask()
+            elif self._ready:
+                self._ask()
+        finally:
+            self._give_back()
+
+    def _check_age(self, watch: Watch) -> None:
+        """End what is overdue: the loop's part of what the I/O thread does about time limits."""
+        if watch is self._watch and self._claim.setdefault(HOLDER, watch) is watch:
+            try:
+                now = self._clock()
+                self._overdue_at = due = self._end_overdue(now)
+                self._hand_out()
+                if due is not None:
+                    watch.check_later(max(0.0, due - now), self._check_age)
+                if self._ready:
+                    self._ask()
+            finally:
+                self._give_back()
+
+    # --------------------------------------------------------------------------------------------------- the I/O thread
+
+    def _start(self) -> None:
+        try:
+            # One T_Connection call, as in `actors.dispatcher.start_thread`: a signal cannot cut it in two.
+            _thread.start_new_thread(self._begin_thread, ())
+            self._begun = True
+        except RuntimeError as error:
+            text = f"no thread for the connection to {self.peer} at {self._target.address}: {error}; nothing was sent"
+            self._refuse_late(NotConnected(text))  # the next call tries again
+
+    def _begin_thread(self) -> None:
+        thread = threading.Thread(target=self.run, name=self.thread_name, daemon=True)
+        if self._thread.setdefault("thread", thread) is not thread:
+            return
+        while not self._ended:
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self.log.error(  # noqa: TRY400 - the traceback says no more
+                    "no thread for the connection to %s at %s: %s", self.peer, self._target.address, error
+                )
+                time.sleep(AGAIN_S)
+            else:
+                return
+        del self._thread["thread"]
+
+    def run(self) -> None:
+        """Pump whenever there is something to do, until `end`."""
+        if not self.prompt:
+            self._bell = Bell()
+        me = _Holder()
+        taken = False
+        while not self._ended:
+            # While the claim is taken, its holder wakes this thread when it gives it back.
+            self._sleep(None if taken else self.due_in(), taken=taken)
+            self._wanted = True
+            taken = self._claim.setdefault(HOLDER, me) is not me
+            if taken:
+                continue
+            self._wanted = False
+            try:
+                self._pump_safely(waits=True, dials=True)
+            finally:
+                self._give_back()
+
+    def _sleep(self, wait_s: float | None, *, taken: bool) -> None:
+        """Wait for a token; for an answer as well, if one may come that nothing else waits for."""
+        connection, bell = self._connection, self._bell
+        if bell is None or connection is None or taken or not self._under_way:
+            with suppress(Empty):
+                self._tokens.get_within(wait_s)
+            return
+        self._at_socket = True
+        if self._tokens.empty():
+            cast("PatientConnection", connection).wait(wait_s, bell.fd)
+        self._at_socket = False
+        bell.silence()
+        with suppress(Empty):
+            self._tokens.get_nowait()
+
+    def step(self) -> float | None:
+        """Do what can be done without waiting for an answer. Returns `due_in`. For an owner without an I/O thread."""
+        me = _Holder()
+        if self._claim.setdefault(HOLDER, me) is me:
+            try:
+                self._pump_safely(waits=False, dials=True)
+            finally:
+                self._give_back()
+        return self.due_in()
+
+    # ---------------------------------------------------------------------------------------------------------- the end
+
+    def end(self) -> None:
+        """Take nothing new, and let no thread wait for an answer any longer; `close` waits for them."""
+        self._ended = True
+        if (connection := self._connection) is not None:
+            connection.shut()
+
+    def close(self) -> None:
+        """End the connection; calls that still wait are refused. Idempotent."""
+        self.end()
+        while (thread := self._thread.get("thread")) is not None:
+            self._tokens.put(None)
+            if (bell := self._bell) is not None:
+                bell.ring()
+            try:
+                join(thread)
+                break
+            except RuntimeError:
+                time.sleep(0.001)  # it is about to be started, or to be given up
+        self._refuse_late(EngineClosed(_CLOSED), patient=True)
+        if (connection := self._connection) is not None:
+            connection.close()
+        if (watch := self._watch) is not None:
+            watch.end()
+        if (bell := self._bell) is not None:
+            bell.close()
+
+    def _refuse_late(self, error: ScopestateError, *, patient: bool = False) -> None:
+        """Refuse everything that is here, unless the claim is taken: its holder does that then.
+
+        `patient`: wait for the claim, and end what is under way as well.
+        """
+        me = _Holder()
+        while self._claim.setdefault(HOLDER, me) is not me:
+            if not patient:
+                self._tokens.put(None)
+                return
+            time.sleep(0.001)
+        try:
+            if patient:
+                self._fail_under_way(Broken("the engine was closed"))
+            while self._inbox or self._ready or (self._later and self._ended):
+                self._collect()
+                later, self._later = self._later, []
+                for _, _, what in later if self._ended else ():
+                    self._resume(what, 0.0)
+                if not self._ended:
+                    self._later = later
+                self._refuse_waiting(error, float("-inf"))
+            self._hand_out()
+        finally:
+            self._claim.pop(HOLDER, None)
+        if self._inbox:
+            self._refuse_late(error, patient=patient)
+
+
+def arm(call: Call) -> Any:
+    """Give a call the lock that its caller waits for."""
+    lock = threading.Lock()
+    lock.acquire()
+    call.lock = lock
+    return lock

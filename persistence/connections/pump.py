@@ -1,0 +1,418 @@
+"""What happens to one connection, and to the calls that go by it: on one thread at a time.
+
+The holder of the claim (`owner.py`) sorts in what was posted, sends calls, takes answers in and tells callers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import random
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, Protocol, TypeVar
+
+from scopestate.errors import NotConnected, ScopestateError
+from scopestate.persistence.connections.attempts import Attempts, Backoff
+from scopestate.persistence.connections.calls import Call
+from scopestate.persistence.connections.connection import Broken, T_Connection, Target
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+    from scopestate.persistence.connections.owner import ConnectionOwner
+
+AGAIN_S: Final = 0.05
+"""Pause before something that did not work is tried again."""
+PATIENCE_S: Final = 0.001
+"""How long the claim is kept for an answer that may take long, so that what was posted meanwhile goes together."""
+_ROUND_BYTES: Final = 1 << 20
+"""What is sent in one piece before answers are read."""
+_FITS: Final = 1 << 14
+"""Bytes that a socket takes in without waiting. Callers are told before more than that is sent."""
+_MANY: Final = 48
+"""Fewer than these go together in any case: two pieces instead of one cost more than the wait."""
+_PACE_S: Final = 5e-6
+"""Approximate time between a caller's answer and its next call."""
+_WORK_S: Final = 3e-6
+"""Approximate time that the other side needs for a call, or less."""
+
+
+Deliver = Callable[[list[Any]], None]
+"""Takes the outcomes of many calls at once."""
+
+
+class Means(NamedTuple):
+    """What connection owners need besides their targets; a test gives its own clock, randomness and threads."""
+
+    deliver: Deliver
+    clock: Callable[[], float] = time.monotonic
+    uniform: Callable[[float, float], float] = random.uniform
+    wake: Callable[[ConnectionOwner[Any, Any, Any]], object] | None = None
+    """Called instead of waking an I/O thread. There is no such thread then: `ConnectionOwner.step` does its work."""
+
+
+class TimeLimits(NamedTuple):
+    """How long calls may take, in seconds."""
+
+    call_s: float
+    """From the moment it is sent to its answer."""
+    connect_wait_s: float
+    """Without a connection, until it is refused."""
+
+
+class Item(Protocol):
+    """What is posted: a call, or something that knows which calls wait."""
+
+    since: float
+    """When it began to wait for a connection. Seconds on the monotonic clock."""
+
+
+T_Item = TypeVar("T_Item", bound=Item)
+T_Call = TypeVar("T_Call", bound=Call)
+
+
+class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
+    """One connection, and what is under way on it. For the holder of its claim, but for `post`, `leave` and properties.
+
+    What differs between protocols is in the abstract methods. None of them may wait.
+    """
+
+    peer: ClassVar[str]
+    """What is at the other end, for messages: text that `at` and its address can follow."""
+    log: ClassVar[logging.Logger]
+    thread_name: ClassVar[str]
+    """Of its I/O thread."""
+    prompt: ClassVar[bool]
+    """True: the other side answers at once and in order, so no answer in time means that the connection is broken.
+
+    False: an answer may take as long as it likes, and others may come before it. Then no thread keeps the claim while
+    it waits for one, longer than `PATIENCE_S`.
+    """
+
+    def __init__(
+        self,
+        target: Target[T_Connection],
+        limits: TimeLimits,
+        means: Means,
+        backoff_s: tuple[float, float] | None = None,
+    ) -> None:
+        """`backoff_s`: the shortest and the longest pause between attempts to connect; None: BACKOFF_S."""
+        self._target = target
+        self._call_timeout_s, self._connect_wait_s = limits
+        self._deliver = means.deliver
+        self._clock = means.clock
+        self._attempts = Attempts(target, self.peer, self.log, means.clock, Backoff(means.uniform, backoff_s))
+        self._inbox: deque[T_Item] = deque()
+        """What was posted. Any thread appends to it: see `ConnectionOwner.post`."""
+        self._ready: deque[T_Item] = deque()
+        """What is to be sent, in this order."""
+        self._under_way: Collection[Any] = deque()
+        """Calls that were sent, and whose answers are still to come. Each protocol has a container that suits it."""
+        self._later: list[tuple[float, int, Any]] = []
+        """A heap of what is due at some time."""
+        self._pushed = 0
+        self._is_news = False
+        """True if the I/O thread must be woken when the claim is given back."""
+        self.over: list[T_Call] = []
+        """Calls that have ended, and whose callers do not know yet."""
+        self._sent_at = 0.0
+        self._round = 0
+        """Calls that were sent together last."""
+        self._overdue_at: float | None = None
+        """When the time limit of something under way ends. Known while the claim is free; only if not `prompt`."""
+        self._unsent = b""
+        """What did not fit into the socket of a thread that must not wait."""
+        self._trip_s = float("inf")
+        """Shortest round trip on this connection so far, without the work of the other side."""
+        self._connection: T_Connection | None = None
+        self._leaving = False
+        self._ended = False
+        self.serves = True
+        """False: its target is not needed any more, so it is not a problem if that cannot be reached."""
+
+    @property
+    def address(self) -> str:
+        """For messages."""
+        return self._target.address
+
+    @property
+    def connects(self) -> int:
+        """Connections made so far."""
+        return self._attempts.successes
+
+    @property
+    def why_not(self) -> str | None:
+        """Why there is no connection, if the last attempt failed."""
+        return self._attempts.why_not if self.serves else None
+
+    @abstractmethod
+    def post(self, item: T_Item) -> None:
+        """Have something looked at by the next holder. Never blocks."""
+
+    def leave(self) -> None:
+        """Dial anew before the next call, once the answers that are under way are here. Never blocks."""
+        self._leaving = True
+
+    def due_in(self) -> float | None:
+        """Return in how many seconds something must be done though nothing is posted and no answer comes; None: never.
+
+        That is the end of a pause or of a time limit, the next attempt to connect, and the refusal of a call that has
+        waited too long.
+        """
+        self._is_news = False
+        now = self._clock()
+        waits: list[float] = []
+        if self._later:
+            waits.append(self._later[0][0] - now)
+        if (overdue_at := self._overdue_at) is not None:
+            waits.append(overdue_at - now)
+        ready = list(self._ready)
+        if ready or self.why_not is not None:
+            waits.append(self._attempts.due - now)
+        if ready:
+            waits.append(min(item.since for item in ready) + self._connect_wait_s - now)
+        return max(min(waits), 0.0) if waits else None
+
+    # ----------------------------------------------------------------------------------------- what protocols differ in
+
+    @abstractmethod
+    def _sort_in(self, item: T_Item, now: float) -> None:
+        """Take an item that was posted. If something is to be sent for it: append it to `_ready`, with `since` set."""
+
+    @abstractmethod
+    def _begin(self, item: T_Item, connection: T_Connection, now: float) -> bytes | None:
+        """Return what to send for an item of `_ready`, and note that it is under way; None: nothing.
+
+        Adds the number of calls to `_round`.
+        """
+
+    @abstractmethod
+    def _take_answers(self, connection: T_Connection) -> None:
+        """Take in what was received. Calls that have ended go to `over`."""
+
+    @abstractmethod
+    def _fail_under_way(self, error: Broken) -> None:
+        """The connection is lost: no answer can come any more. End what is under way, or put it into `_ready` again."""
+
+    @abstractmethod
+    def _end_overdue(self, now: float) -> float | None:
+        """End what has waited too long for its answer. Return when the next time limit ends; None: nothing has one."""
+
+    @abstractmethod
+    def _refuse(self, item: T_Item, error: ScopestateError) -> None:
+        """End what an item stands for: nothing of it was sent."""
+
+    @abstractmethod
+    def _is_of_loop(self, loop: AbstractEventLoop) -> bool:
+        """True if everything under way was called by tasks of this event loop."""
+
+    def _resume(self, what: Any, now: float) -> None:
+        """Something is due that was given to `_push`."""
+        raise NotImplementedError
+
+    def _pass_on(self) -> None:
+        """There is no connection: what need not wait for one may go elsewhere. By default everything waits."""
+
+    # ---------------------------------------------------------------------------------------- one round after the other
+
+    def _pump_safely(self, *, waits: bool, dials: bool) -> None:
+        try:
+            self._pump(waits=waits, dials=dials)
+        except Exception:
+            self.log.exception("the connection to %s at %s failed", self.peer, self._target.address)
+            # What was under way may have been sent or not: answers that come now would be taken for others.
+            self._lose(self._connection, Broken("an error in this engine"))
+        finally:
+            self._hand_out()
+
+    def _pump(self, *, waits: bool, dials: bool) -> None:
+        """Send what is ready and take answers in, until nothing is left or there is no connection.
+
+        `waits`: for answers (for a short time, if they may take long), and until all is sent. `dials`: if there is no
+        connection.
+        """
+        ready, under_way, prompt = self._ready, self._under_way, self.prompt
+        while not self._ended:
+            if self._inbox:
+                self._collect()
+            if self._later:
+                self._end_those_due()
+            if not ready and not under_way and self.why_not is None:
+                self._overdue_at = None
+                return
+            connection = self._connection
+            if not under_way and (connection is None or not self._is_usable(connection)):
+                self._hand_out()
+                self._overdue_at = None
+                self._is_news = not dials
+                connection = self._reconnected() if dials else None
+                if connection is None:
+                    return
+            assert connection is not None
+            alone = not under_way
+            try:
+                if self._unsent:
+                    unsent, self._unsent = self._unsent, b""
+                    connection.send(unsent)
+                if ready and not self._leaving:
+                    self._send(connection, waits=waits)
+                # Only now: the other side has work to do while callers take their answers.
+                self._hand_out()
+                if under_way:
+                    if not prompt:
+                        self._overdue_at = self._end_overdue(self._clock())
+                        if self.over:
+                            continue
+                        if not self._is_answered(connection, waits=waits):
+                            return
+                    elif not waits and not connection.readable():
+                        return
+                    connection.receive()
+                    if alone:
+                        trip_s = self._clock() - self._sent_at - len(under_way) * _WORK_S
+                        self._trip_s = min(self._trip_s, trip_s)
+                    self._take_answers(connection)
+            except Broken as error:
+                self._lose(connection, error)
+
+    def _is_answered(self, connection: Any, *, waits: bool) -> bool:
+        """True if there is something to receive, within a moment if `waits`."""
+        return bool(connection.wait(PATIENCE_S, None) if waits else connection.readable())
+
+    def _collect(self) -> None:
+        inbox, now, sort_in = self._inbox, self._clock(), self._sort_in
+        for _ in range(len(inbox)):
+            sort_in(inbox.popleft(), now)
+
+    def _end_those_due(self) -> None:
+        later, now = self._later, self._clock()
+        while later and later[0][0] <= now:
+            self._resume(heapq.heappop(later)[2], now)
+
+    def _push(self, due: float, what: Any) -> None:
+        """Have `_resume(what, now)` called at `due`."""
+        self._pushed += 1
+        heapq.heappush(self._later, (due, self._pushed, what))
+        self._is_news = True
+
+    # -------------------------------------------------------------------------------------------- sending and receiving
+
+    def going_now(self, waiting: int) -> int:
+        """Return how many of those that wait go next.
+
+        Of many one half: while the other side works on these, the callers before them take their answers, and their
+        next calls go with the rest. All together they would wait for the other side, and it for them. Not if the way
+        there is what takes the time: then the other half would wait for it twice (docs/design/0030-redis.md).
+        """
+        if waiting < _MANY or self._trip_s > waiting * _PACE_S:
+            return waiting
+        return waiting // 2
+
+    def _send(self, connection: T_Connection, *, waits: bool) -> None:
+        ready, begin = self._ready, self._begin
+        pieces: list[bytes] = []
+        size = self._round = 0
+        now = self._clock()
+        left = len(ready) - self.going_now(len(ready))
+        while len(ready) > left and size < _ROUND_BYTES:
+            piece = begin(ready.popleft(), connection, now)
+            if piece is not None:
+                pieces.append(piece)
+                size += len(piece)
+        if size > _FITS:
+            self._hand_out()
+        if pieces:
+            self._sent_at = self._clock()
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if waits:
+                connection.send(data)
+            elif (sent := connection.send_now(data)) < len(data):
+                self._unsent = data[sent:]
+                self._is_news = True
+
+    def _hand_out(self) -> None:
+        """Tell callers that their calls have ended, each event loop being woken one time only."""
+        if not self.over:
+            return
+        over, self.over = self.over, []
+        outcomes: list[Any] = []
+        for call in over:
+            lock = call.lock
+            if lock is not None:
+                call.lock = None
+                lock.release()
+            elif call.reply_to is not None:
+                outcomes.append((call.reply_to, call.answer, call.error))
+        if outcomes:
+            try:
+                self._deliver(outcomes)
+            except Exception:
+                self.log.exception("answers from %s could not be delivered", self.peer)
+
+    def _refuse_waiting(self, error: ScopestateError, after_s: float) -> None:
+        """Refuse what has waited that long."""
+        now = self._clock()
+        waiting = list(self._ready)
+        self._ready.clear()
+        for item in waiting:
+            if item.since + after_s - now > 0:  # as `due_in` computes it, or it might call for this without end
+                self._ready.append(item)
+            else:
+                self._refuse(item, error)
+        self._hand_out()
+
+    # ------------------------------------------------------------------------------------------------------ connections
+
+    def _is_usable(self, connection: T_Connection) -> bool:
+        if self._leaving:
+            return False
+        if not connection.is_stale():
+            return True
+        self._drop_idle(connection)
+        return False
+
+    def _drop_idle(self, connection: T_Connection) -> None:
+        """The other side has closed it while nothing used it: nothing was under way, so nothing is lost."""
+        self.log.info("%s at %s had closed an idle connection", self.peer, self._target.address)
+        connection.close()
+        self._connection = None
+
+    def _reconnected(self) -> T_Connection | None:
+        """Connect; if that fails, refuse what has waited long enough and note when to try again."""
+        self._leaving = False
+        self._trip_s = float("inf")
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+        if self._attempts.why_not is not None or not self.serves:
+            self._pass_on()
+            if not self._ready and self.why_not is None:
+                return None
+        if self._clock() >= self._attempts.due:
+            try:
+                self._connection = connection = self._attempts.connect()
+            except NotConnected as error:
+                self._attempts.note_failure(error)
+                self._pass_on()
+            else:
+                if self._ended:
+                    connection.shut()  # `end` may have come before it was here
+                return connection
+        refused = NotConnected(f"{self._attempts.why_not}; nothing was sent")
+        self._refuse_waiting(refused, self._connect_wait_s)
+        return None
+
+    def _lose(self, connection: T_Connection | None, error: Broken) -> None:
+        if connection is not None:
+            self._forget(connection, error)
+        self._fail_under_way(error)
+
+    def _forget(self, connection: T_Connection, error: Broken) -> None:
+        self.log.warning("lost the connection to %s at %s: %s", self.peer, connection.address, error)
+        if not self.prompt:
+            connection.shut()  # it wakes the I/O thread, which may wait at it
+        connection.close()
+        self._connection, self._unsent = None, b""

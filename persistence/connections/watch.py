@@ -1,0 +1,91 @@
+"""An event loop that drives a connection itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from threading import get_ident
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+    from scopestate.persistence.connections.connection import Connection
+
+
+class Watch:
+    """An event loop that waits for the replies of a connection itself. On the loop's thread, but for `end`.
+
+    It has a file descriptor of its own for the connection's socket, so that any thread may close the connection while
+    the loop still knows it: the system may give the number of a closed one to another socket at once.
+    """
+
+    def __init__(
+        self, loop: AbstractEventLoop, connection: Connection, fd: int, drive: Callable[[Watch], None]
+    ) -> None:
+        """`drive(watch)` is called when there is something to receive."""
+        self.loop = loop
+        self.connection = connection
+        self.thread = get_ident()
+        """For the claim."""
+        self.active = False
+        """True while the loop waits for the connection."""
+        self._drive = drive
+        self._fd = os.dup(fd)
+        self._is_soon = False
+        self._checks = False
+
+    def start(self, timeout_s: float, check: Callable[[Watch], None]) -> None:
+        """Have the loop wait for replies, and call `check(watch)` in `timeout_s` seconds."""
+        if not self.active and self._fd >= 0:
+            self.loop.add_reader(self._fd, self._drive, self)
+            self.active = True
+        if not self._checks:
+            self.check_later(timeout_s, check)
+
+    def stop(self) -> None:
+        """Let the loop wait no longer."""
+        if self.active:
+            self.active = False
+            self.loop.remove_reader(self._fd)
+
+    def call_soon(self, drive: Callable[[Watch], None]) -> None:
+        """Call `drive(watch)` in the next round of the loop."""
+        if not self._is_soon:
+            self._is_soon = True
+            self.loop.call_soon(self._now, drive)
+
+    def check_later(self, timeout_s: float, check: Callable[[Watch], None]) -> None:
+        """Call `check(watch)` in `timeout_s` seconds: one timer, not one for each command."""
+        self._checks = True
+        self.loop.call_later(timeout_s, self._check, check)
+
+    def end(self) -> None:
+        """Let go of the connection. From any thread; idempotent."""
+        if get_ident() == self.thread:
+            self._close()
+            return
+        try:
+            self.loop.call_soon_threadsafe(self._close)
+        except RuntimeError:
+            self._close()  # the loop was closed, and knows no descriptor any more
+
+    def __del__(self) -> None:
+        """The loop has ended before it could let go."""
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def _now(self, drive: Callable[[Watch], None]) -> None:
+        self._is_soon = False
+        drive(self)
+
+    def _check(self, check: Callable[[Watch], None]) -> None:
+        self._checks = False
+        check(self)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            if not self.loop.is_closed():
+                self.stop()
+            fd, self._fd = self._fd, -1
+            os.close(fd)
