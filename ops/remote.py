@@ -11,7 +11,7 @@ import msgspec
 
 from scopestate.errors import IdempotencyMismatch
 from scopestate.ops.results import BatchResult
-from scopestate.ops.transactions import Batch
+from scopestate.ops.transactions import Batch, Transact
 from scopestate.ops.turns import Effects, Entry, Failure, Items, Range, Turn, View
 from scopestate.ops.values import parse
 from scopestate.ops.writes import fingerprint_of
@@ -121,6 +121,10 @@ class Committing(Turn[BatchResult | Recalled], frozen=True):
     @property
     def keys(self) -> tuple[str, ...]:
         return self.batch.keys
+
+    @property
+    def kind(self) -> str:
+        return Transact.__name__  # the engine that keeps the scope may have done it itself, or may do the repetition
 
     def content(self) -> Any:
         return ()

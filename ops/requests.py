@@ -456,11 +456,11 @@ def read_get_entry(payload: Payload, limits: Limits) -> Request:
 def read_compare_and_set(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::compare-and-set`. Raises ValueTooLarge too."""
     given = convert(payload, CompareAndSetInput)
-    expected: bytes | UnsetType | None = None
-    if given.expected is not UNSET:
-        expected = encode_plain(given.expected)
-    elif given.expected_revision is not None:
+    expected: bytes | UnsetType | None = None  # and for null, as in Python, so that an idempotency key sees one call
+    if given.expected is UNSET and given.expected_revision is not None:
         expected = UNSET
+    elif given.expected is not UNSET and given.expected is not None:
+        expected = encode_plain(given.expected)
     data = _sized(given.scope, given.key, given.value, limits.max_value_bytes)
     turn = CompareAndSet(checked_name("key", given.key), expected, data, checked_revision(given.expected_revision))
     return _write(payload, given, turn, reads=True)

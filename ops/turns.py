@@ -307,6 +307,11 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
         """
         raise NotImplementedError
 
+    @property
+    def kind(self) -> str:
+        """What an idempotency key is compared by, beside `content`: turns that stand for the same call share it."""
+        return type(self).__name__
+
     def content(self) -> Any:
         """Return what the turn asks for, as data that msgpack can hold: what an idempotency key is compared by."""
         return self

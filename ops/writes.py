@@ -605,5 +605,5 @@ def fingerprint_of(turn: Turn[Any]) -> bytes:
     """Return a digest of everything that a turn asks for. What it computes from a function is not seen."""
     import hashlib  # noqa: PLC0415 - it loads OpenSSL
 
-    content = msgspec.msgpack.encode((type(turn).__name__, turn.content()))
+    content = msgspec.msgpack.encode((turn.kind, turn.content()))
     return hashlib.blake2b(content, digest_size=16).digest()
