@@ -194,7 +194,10 @@ class Arrivals(Protocol):
     """Events that other engines fire, on their way to the handlers of this one."""
 
     def catch_up(self, timeout_s: float | None) -> bool:
-        """Wait until the events of this engine's own writes are here; False if that took longer than `timeout_s`."""
+        """Wait until the events of this engine's own writes are here; False if that took longer than `timeout_s`.
+
+        Raises StorageError if they cannot come now.
+        """
 
     def stop(self) -> None:
         """Take no more events; those that are here may still be handled. Idempotent."""
@@ -260,6 +263,12 @@ class Backend(ABC):
 
     def start(self, around: Surroundings) -> None:  # noqa: B027 - most have nothing to start
         """The engine is complete and its configured triggers are registered: events may come from elsewhere."""
+
+    def listen(self, *, wait: bool = True) -> None:  # noqa: B027 - as above
+        """A trigger was registered that is not durable. On return, events from elsewhere come for it too.
+
+        With `wait=False` it returns at once, and they come a little later: for event loops.
+        """
 
     def counts(self) -> dict[str, int]:
         """Return what the backend counts, for `Stats.store`."""

@@ -255,6 +255,8 @@ class EventRouter(TurnActor):
         revision: int,
         depth: int,
         expired: Expired | None = None,
+        transaction: int = 0,
+        time_ms: int = 0,
     ) -> tuple[Prepared, ...]:
         """As `prepare`, for a write that has happened elsewhere: no limit stands in its way."""
         handlers = watch.match(key)
@@ -265,7 +267,8 @@ class EventRouter(TurnActor):
             handlers = wanting(handlers, kind, old, new)
         if not handlers:
             return ()
-        event = StateEvent(kind, scope, key, old, new, revision, depth, *(expired or ()))
+        expired_at, late_ms = expired or (None, None)
+        event = StateEvent(kind, scope, key, old, new, revision, depth, expired_at, late_ms, transaction, time_ms)
         self.backlog.largest = max(self.backlog.largest, size_of(event))
         return ((handlers, event),)
 
@@ -278,6 +281,8 @@ class EventRouter(TurnActor):
         revision: int,
         depth: int,
         expired: Expired | None = None,
+        transaction: int = 0,
+        time_ms: int = 0,
         *,
         here: bool,
     ) -> tuple[tuple[HandlerActor, ...], HandlerActor | None]:
@@ -291,7 +296,7 @@ class EventRouter(TurnActor):
         """
         watch = self.triggers.watchers(scope)
         self.check_room(scope, watch, key, 0)  # depth 0: the write has happened, so it may wait
-        events = self.prepare_late(scope, watch, key, old, new, revision, depth, expired)
+        events = self.prepare_late(scope, watch, key, old, new, revision, depth, expired, transaction, time_ms)
         if not events:
             return (), None
         handlers, event = events[0]

@@ -248,6 +248,10 @@ class TriggerTable:
         """False if no trigger is registered."""
         return bool(self.registered)
 
+    def has_plain(self) -> bool:
+        """Return whether a trigger is registered that is not durable."""
+        return len(self.registered) > len(self.durable.members)
+
     # ---------------------------------------------------------------------------------------------- registration
 
     @exclusive

@@ -63,7 +63,7 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
             arrivals, left_s = parts.backend.arrivals, _left(parts, deadline)
             if not (yield lambda arrivals=arrivals, left_s=left_s: arrivals.catch_up(left_s), left_s):  # type: ignore[misc]  # mypy cannot infer a default argument
                 raise ReplyTimeout(
-                    "", timeout or 0.0, behind="(all: events of this engine have not come back from Redis)"
+                    "", timeout or 0.0, behind="(all: events of what this engine has written have not arrived)"
                 )
         handlers = parts.router.triggers.working()
         if not handlers:

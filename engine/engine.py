@@ -504,12 +504,12 @@ class Engine(Reactive, StateCalls):
 
         Redis with `events: shared`: it waits for the events of this engine's own writes; other engines that have the
         same durable trigger may have some of them, and still be handling those (docs/from-one-process-to-many.md).
-        Bridge with `events: remote`: it waits for the events that have arrived. With durable triggers everything is
-        saved first; a retry of theirs is waited for if it is due within a second.
+        Bridge with `events: remote`: it waits for the events of what any engine has written before. With durable
+        triggers everything is saved first; a retry of theirs is waited for if it is due within a second.
 
         `timeout` is in seconds. Raises ReplyTimeout, which names the triggers that are behind, StorageError if what
-        durable triggers wait for cannot be saved, and WouldDeadlock if it would wait for itself: in a handler, and on
-        an event loop that runs handlers (use `await engine.aio.drain()`).
+        durable triggers wait for cannot be saved, or the other engine cannot be reached, and WouldDeadlock if it would
+        wait for itself: in a handler, and on an event loop that runs handlers (use `await engine.aio.drain()`).
         """
         self._refuse_if_drained()
         refuse_on_loop_of_handlers(self._parts, "drain")

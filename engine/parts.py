@@ -154,6 +154,7 @@ class Parts:
         """Register a trigger. Raises what a durable one may raise; see `DurableTriggers.register`."""
         if trigger.durable is None:
             self.router.triggers.register(trigger)
+            self.backend.listen()
             return
         if self.backend.changes is not None:
             raise Unsupported(

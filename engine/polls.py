@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.router import Routed
+from scopestate.actors.snapshot import Commit
 from scopestate.errors import DeserializationError, InvalidCursor, Overloaded, SnapshotCapacity, WatchOverrun
 from scopestate.ops.cursors import ScopeCursor, read_cursor
 from scopestate.ops.polls import FUNCTION_ID, Poll, change_text, changes_text, read_poll
@@ -85,6 +86,10 @@ class _Entered(NamedTuple):
     """A step: wait until the changes that were made by now are in the feed."""
 
 
+class _Settled(NamedTuple):
+    """A step: wait for the commits that have begun by now, which hold back what comes behind them."""
+
+
 class _Next(NamedTuple):
     """A step: the next change of a watch, None if it does not come in time."""
 
@@ -92,7 +97,7 @@ class _Next(NamedTuple):
     timeout_s: float
 
 
-_Step = _Open | _Size | _Entered | _Next
+_Step = _Open | _Size | _Entered | _Settled | _Next
 _Steps = Generator[_Step, Any, bytes]
 
 
@@ -134,6 +139,8 @@ class Polls:
                 return self._engine._run(scope, Count(within))
             case _Entered():
                 return self._engine._router.ask(Routed()).get()
+            case _Settled():
+                return self._engine._snapshot.ask(Commit()).get()
             case _Next(watch=watch, timeout_s=timeout_s):
                 assert isinstance(watch, Changes)  # `_take` gives no other to this caller
                 try:
@@ -186,6 +193,8 @@ class Polls:
                 return await self._engine.aio._run(scope, Count(within))
             case _Entered():
                 return await _answer(self._engine._router.ask(Routed()), None)
+            case _Settled():
+                return await _answer(self._engine._snapshot.ask(Commit()), None)
             case _Next(watch=kept, timeout_s=timeout_s):
                 assert isinstance(kept, AioChanges)  # as above
                 try:
@@ -230,6 +239,10 @@ class Polls:
     def _poll(self, poll: Poll, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
         now_s = self._engine._parts.dispatcher.monotonic
         deadline_s = now_s() + poll.wait_ms / 1000
+        if poll.settled:
+            yield _Entered()
+            if self._engine._snapshot.has_open_commits():
+                yield _Settled()
         watched = self._take(poll, caller)
         kept = watched is not None
         if watched is None:

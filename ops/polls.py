@@ -56,6 +56,8 @@ class Poll(ChangesInput, frozen=True, kw_only=True):
 
     tell: bool = msgspec.field(default=False, name="_events")
     """True: all that the events of the changes say, and those of deletes of keys that did not exist."""
+    settled: bool = msgspec.field(default=False, name="_settled")
+    """True: wait first until all that was written by now can be told; a commit that has not ended holds it back."""
 
 
 class ChangeFound(msgspec.Struct):

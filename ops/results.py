@@ -366,9 +366,9 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
 
     Memory and files: the number of the write in its scope. A store keeps it over a restart, and never gives a number
     again. In memory it begins at 1. Redis: made from the time of day, so large and with gaps, the same in every engine.
-    In two cases it is the number of an event, not the revision of a key: through a bridge (of the events in this
-    engine, from 1 on), and in Redis with `revisions: false` (the same, or with `events: shared` of the events in the
-    database).
+    In two cases it is the number of an event, not the revision of a key: through a bridge with `events: local` (of the
+    events in this engine, from 1 on), and in Redis with `revisions: false` (the same, or with `events: shared` of the
+    events in the database).
     """
     depth: int = 0
     """0 for a write from outside of handlers, 1 for a write by the handler of such an event, and so on."""
@@ -383,7 +383,7 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     transaction: int = 0
     """The revision of the last change of the transaction that this change is part of; its own if it is alone.
 
-    0 where a change is made elsewhere: in Redis, and through a bridge.
+    0 where a change is made elsewhere: in Redis, and through a bridge with `events: local`.
     """
     time_ms: int = 0
     """When the change was made, in milliseconds since the epoch; 0 if neither a watch nor the journal needs it."""

@@ -36,7 +36,7 @@ PLACES = {
     "redis": Where("ab", None, 0),
     "redis shared": Where("ab", None, 0),
     "bridge": Where("ba", [1, 2, 1], 0),
-    "bridge remote": Where("ba", [1, 2, 1], 0),
+    "bridge remote": Where("ba", [1, 2, 3], 0),
 }
 
 

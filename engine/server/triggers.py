@@ -207,6 +207,7 @@ class WorkerTriggers:
         if trigger is not None:
             handler = self._table.register(trigger, self._make_handler)
             self._handlers[trigger.trigger_id] = cast(WorkerHandler, handler)
+            self._hub.engine._parts.backend.listen(wait=False)
         provided = self._provider_of(registered)
         if provided is not None:
             provided.owner.send(encode(registered.frame))

@@ -13,57 +13,24 @@ from typing import Any, Final
 
 import msgspec
 
-from scopestate.actors.backlog import HandlerFull
-from scopestate.actors.loops import LoopReply
 from scopestate.actors.ports import Backend
-from scopestate.actors.router import Expired
 from scopestate.actors.scope import ScopeActor, Surroundings
-from scopestate.errors import DeserializationError, EngineClosed, ScopestateError, StorageError, Unsupported
+from scopestate.errors import EngineClosed, ScopestateError, StorageError
 from scopestate.ops.remote import Everything
 from scopestate.ops.turns import Deadline, Delete, Entry, Set, Turn
-from scopestate.ops.values import parse
 from scopestate.ops.writes import SetWith
-from scopestate.persistence.bridge.changes import Fire, Follower, RemoteChanges, RemoteEvent
+from scopestate.persistence.bridge.changes import RemoteChanges
 from scopestate.persistence.bridge.computed import Waiter
+from scopestate.persistence.bridge.events import RemoteEvents
 from scopestate.persistence.bridge.options import BridgeOptions
-from scopestate.persistence.bridge.scope import BridgeScope, Done, ReportedChange, message_of
+from scopestate.persistence.bridge.scope import BridgeScope, Done, message_of
 from scopestate.signals import join, wait_for
 from scopestate.wire.address import Address
 from scopestate.wire.client import Client
-from scopestate.wire.depth import event_depth
 from scopestate.wire.features import Needs
 from scopestate.wire.options import ClientOptions
 
 log = logging.getLogger("scopestate.persistence.bridge")
-
-_EVENTS = ("created", "updated", "deleted", "expired")
-
-
-class _Event(msgspec.Struct):
-    """What a `state` trigger's function is given (docs/protocol.md, section 5)."""
-
-    event_type: str
-    scope: str
-    key: str
-    old_value: msgspec.Raw = msgspec.Raw(b"null")
-    new_value: msgspec.Raw = msgspec.Raw(b"null")
-    expired_at: int | None = None
-    late_ms: int = 0
-
-    def old(self) -> bytes | None:
-        """Return the old value; None if there was none."""
-        old = parse(bytes(self.old_value))
-        # The event type tells a stored null from a missing key, except for a delete, where both look alike.
-        return old if self.event_type in {"state:updated", "state:expired"} or old != b"null" else None
-
-    def new(self) -> bytes | None:
-        """Return the new value; None if the key was removed."""
-        removed = self.event_type in {"state:deleted", "state:expired"}
-        return None if removed else parse(bytes(self.new_value))
-
-    def expired(self) -> Expired | None:
-        """Return the deadline of a key that has expired, and how late it was removed."""
-        return None if self.expired_at is None else (self.expired_at, self.late_ms)
 
 
 def _writing(key: str, entry: Entry | None) -> Turn[Any]:
@@ -113,14 +80,7 @@ class BridgeBackend(Backend):
         self.leaving = False
         """As in `Connection`."""
         self._open = [None]
-        self._refusal = ""
         self.changes: RemoteChanges = RemoteChanges(self.call, options.call_timeout_ms)
-        self._follower: Follower | None = None
-        self._following: asyncio.Task[None] | None = None
-        self._by_polls = False
-        """True once the other engine has told its changes."""
-        self._by_trigger = False
-        """True if the other engine can only tell its changes by a trigger, while there is a connection."""
         client_options = ClientOptions(
             connect_wait_s=options.connect_wait_ms / 1000,
             call_timeout_s=options.call_timeout_ms / 1000,
@@ -137,6 +97,9 @@ class BridgeBackend(Backend):
             describe=describe,
         )
         self._loop = asyncio.new_event_loop()
+        self._events = RemoteEvents(self._client, self._loop, self.changes.longest_wait_ms)
+        if self._remote_events:
+            self.arrivals = self._events
         self._thread = threading.Thread(target=self._run, name="scopestate-bridge", daemon=True)
         self._thread.start()
         self._loop.call_soon_threadsafe(self._client.start)
@@ -182,69 +145,17 @@ class BridgeBackend(Backend):
         return BridgeScope(scope, around, self)
 
     def start(self, around: Surroundings) -> None:
-        """With `events: remote`, have an event fired for every change that happens from now on.
+        """With `events: remote`, have an event fired for every change that a trigger here may want from now on.
 
         The other engine tells of those made through this bridge too, and, if it has `state::changes`, of those made
         while there was no connection.
         """
-        if not self._remote_events:
-            return
+        if self._remote_events:
+            self._events.start(around)
 
-        async def fire(event: RemoteEvent) -> None:
-            change = event.key, event.old(), event.new()
-            await _fire(around, event.scope, change, event.depth, event.expired())
-
-        begun = asyncio.run_coroutine_threadsafe(self._begin_to_follow(around, fire), self._loop)
-        wait_for(lambda slice_s: bool(concurrent.futures.wait([begun], slice_s).done))
-
-    async def _begin_to_follow(self, around: Surroundings, fire: Fire) -> None:
-        self._follower = Follower(self._client, self.changes.longest_wait_ms, around, fire)
-        if self._client.connected:
-            self._follower.connected()
-        self._following = asyncio.create_task(self._follow(self._follower, around))
-
-    async def _follow(self, follower: Follower, around: Surroundings) -> None:
-        # Until it is known that the other engine can be asked for changes, there is a trigger as well, whose events
-        # wait: if it cannot, they are what has changed from the first moment on.
-        decided = asyncio.Event()
-        withdraw = self._register_trigger(around, decided)
-
-        def begun() -> None:
-            self._by_polls = True
-            if not decided.is_set():
-                decided.set()
-                withdraw()
-
-        try:
-            await follower.run(begun)
-        except Unsupported as error:
-            log.info("bridge to %s: changes come by a trigger, as %s", self.url, error)
-            self._by_polls, self._by_trigger = False, True
-            if decided.is_set():  # another engine, older than the one before, is there now
-                self._register_trigger(around, decided)
-            decided.set()
-
-    def _register_trigger(self, around: Surroundings, decided: asyncio.Event) -> Callable[[], object]:
-        """Have the other engine call a function here for every change. Return what withdraws that."""
-
-        async def on_event(payload: bytes) -> bytes | None:
-            await decided.wait()
-            if not self._by_trigger:
-                return None
-            event = _read_event(payload)
-            depth = max(0, event_depth.get() - 1)  # the depth of the event; that of this handler is one more
-            await _fire(around, event.scope, (event.key, event.old(), event.new()), depth, event.expired())
-            return None
-
-        function_id = f"scopestate::bridge::{os.urandom(8).hex()}"
-        self._client.register_function(
-            function_id, on_event, description="changes for a scopestate bridge", ordered=True
-        )
-        # iii and older scopestate engines ignore `events`: they report changes of the first three kinds.
-        trigger_id = self._client.register_trigger("state", function_id, {"events": _EVENTS})
-
-        # The function stays: calls of it may be on their way.
-        return lambda: self._client.unregister_trigger(trigger_id)
+    def listen(self, *, wait: bool = True) -> None:
+        """As `Backend.listen`."""
+        self._events.listen(wait=wait)
 
     def scopes(self) -> list[str]:
         """Return the names of the other engine's scopes that hold a key."""
@@ -261,9 +172,7 @@ class BridgeBackend(Backend):
         why_not = self._client.why_not
         if why_not is not None:
             return f"the bridge has no connection: {why_not}; calls wait for one"
-        if self._by_polls and self._follower is not None:
-            return self._follower.problem()
-        return self._refusal or None
+        return self._events.problem()
 
     # ----------------------------------------------------------------------------------------- for export and import
 
@@ -322,9 +231,7 @@ class BridgeBackend(Backend):
         join(self._thread)
 
     async def _end(self) -> None:
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.wait([self._following])
+        await self._events.end()
         await self._client.close()
 
     # --------------------------------------------------------------------------------------------------- the thread
@@ -337,53 +244,14 @@ class BridgeBackend(Backend):
             self._loop.close()
 
     def _note_refusal(self, error: ScopestateError) -> None:
-        self._refusal = (
-            f"the remote reports no changes to the bridge: {error} ({error.code}); local triggers hear of none"
-        )
-        log.error("bridge to %s: %s", self.url, self._refusal)
+        self._events.note_refusal(error)
 
     def _note_connection(self, connected: bool, reason: str) -> None:
-        if connected:
-            self._refusal = ""
-            if self._follower is not None and not self._by_trigger:
-                self._follower.connected()
+        self._events.note_connection(connected)
         if connected and self._client.connections == 1:
             log.info("bridge to %s: connected", self.url)
         elif connected:
-            missed = "; changes that others made meanwhile fired no local trigger" if self._by_trigger else ""
+            missed = "; changes that others made meanwhile fired no local trigger" if self._events.misses else ""
             log.warning("bridge to %s: connected again%s", self.url, missed)
         elif not self._closed:
             log.warning("bridge: %s; calls wait for it and it is tried again", reason)
-
-
-async def _fire(
-    around: Surroundings,
-    scope: str,
-    change: tuple[str, bytes | None, bytes | None],
-    depth: int,
-    expired: Expired | None,
-) -> None:
-    """Fire the event of a reported change. While a handler is full this waits, and so does the other engine."""
-    room: LoopReply | None = None
-    while True:
-        told = LoopReply()
-        try:
-            around.directory[scope].take_in(ReportedChange(*change, told, depth, expired))  # type: ignore[attr-defined]
-            await told.future
-            return
-        except EngineClosed:
-            return
-        except HandlerFull:
-            # Asked for before the next attempt, so that room made in between is not missed.
-            if room is not None:
-                await room.future
-            room = LoopReply()
-            around.router.backlog.when_room(room.set)
-
-
-def _read_event(payload: bytes) -> _Event:
-    """Return an event that the other engine has sent. Raises DeserializationError."""
-    try:
-        return msgspec.json.decode(payload, type=_Event)
-    except msgspec.DecodeError as error:
-        raise DeserializationError(f"not a state event: {error}") from error

@@ -11,7 +11,6 @@ import pykka
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log
 from scopestate.actors.reply import Envelope, ReplyTo
-from scopestate.actors.router import Expired
 from scopestate.actors.scope import Housekeeping, Ping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY
 from scopestate.errors import (
@@ -141,28 +140,6 @@ class _Computed:
         self.error = error
 
 
-class ReportedChange:
-    """A change that the other engine reported, as a message to the scope, which fires its event."""
-
-    __slots__ = ("depth", "expired", "key", "new", "old", "reply")
-
-    def __init__(
-        self,
-        key: str,
-        old: bytes | None,
-        new: bytes | None,
-        reply: ReplyTo,
-        depth: int,
-        expired: Expired | None = None,
-    ) -> None:
-        self.expired = expired
-        self.key = key
-        self.old = old
-        self.new = new
-        self.reply = reply
-        self.depth = depth
-
-
 class _KeyCalls:
     """The calls on one key that are not answered, as far as later ones must wait for them."""
 
@@ -224,11 +201,11 @@ class BridgeScope(ScopeActor):
     def send(self, envelope: Envelope) -> None:
         self._take(envelope)
 
-    def take_in(self, item: _Answer | _Computed | ReportedChange) -> None:
-        """Take an answer, or a change, from the connection's thread. Never blocks."""
+    def take_in(self, item: _Answer | _Computed) -> None:
+        """Take an answer from the connection's thread. Never blocks."""
         self._take(item)
 
-    def _take(self, item: Envelope | _Answer | _Computed | ReportedChange) -> None:
+    def _take(self, item: Envelope | _Answer | _Computed) -> None:
         # Behind what waits: calls of one thread keep their order even if it does not wait for the first.
         if self._mailbox or self._if_idle(self._handle, item) is BUSY:
             if type(item) is Envelope:
@@ -248,8 +225,6 @@ class BridgeScope(ScopeActor):
             self._finish(item.call, item.result, item.error)
         elif kind is _Computed:
             self._finish_computed(item.call, item.effects, item.error)
-        elif kind is ReportedChange:
-            self._report_change(item)
         elif isinstance(item.message, Ping):
             if self._passivated:
                 self._around.directory[self.scope]._enqueue(item)
@@ -475,23 +450,6 @@ class BridgeScope(ScopeActor):
                 calls.write = None
             if calls.write is None and not calls.reads:
                 del self._keys[key]
-
-    # -------------------------------------------------------------------------------------------------------- events
-
-    def _report_change(self, change: ReportedChange) -> None:
-        try:
-            if self._closed:
-                raise EngineClosed
-            if self._passivated and not self._connection.leaving:
-                self._around.directory[self.scope]._enqueue(change)
-                return
-            self._refuse_if_full(change.key, 0)
-        except (ScopestateError, HandlerFull) as error:
-            change.reply.fail(error)
-            return
-        self.touched = True
-        self._fire(change.key, change.old, change.new, change.depth, change.expired)
-        change.reply.set()
 
     # ------------------------------------------------------------------------------------------------------- leaving
 

@@ -417,6 +417,7 @@ def test_a_remote_that_does_not_let_the_bridge_watch_shows_in_health(open_bridge
     config = from_mapping({"workers": [manager]})
     with Engine(config) as far, Server(far, config=config.server) as server:
         engine = open_bridge(server.url, events="remote", token="t")
+        engine.on_change()(Seen())
         engine.set("mine", "k", 1)
         (problem,) = engine.health().problems
         engine.close()

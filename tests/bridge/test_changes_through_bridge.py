@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from second_engine import PATIENCE_S, OpenBridge, Seen
 
-from scopestate import Engine
-from scopestate.errors import Compacted, EngineClosed, InvalidCursor, Unsupported
+from scopestate import Engine, StateEvent
+from scopestate.errors import Compacted, EngineClosed, InvalidCursor, StorageError, Unsupported
 from scopestate.ops.results import DeliveryFailure
 from scopestate.server.server import Server
 
@@ -204,3 +206,86 @@ def test_a_durable_trigger_is_refused_by_name(serve: Serve, open_bridge: OpenBri
     with pytest.raises(Unsupported, match="durable"):
         here.register_trigger(function_id="f", scope="s", durable="ship")
     assert here.triggers() == []
+
+
+# ------------------------------------------------------------------------------------------------ events for triggers
+
+
+def test_an_event_says_all_that_it_says_in_the_other_engine(
+    there: Engine, serve: Serve, open_bridge: OpenBridge
+) -> None:
+    here = open_bridge(serve().url, events="remote")
+    near, far = Seen(), Seen()
+    here.on_change(scope="s")(near)
+    there.on_change(scope="s")(far)
+    here.set("s", "a", 1, ttl=3600)
+    there.set("s", "a", None)
+    with here.scope("s").batch() as batch:
+        batch.set("a", 2)
+        batch.set("b", 3)
+    here.delete("s", "no such key")
+    here.set("s", "b", 4, expires_at=datetime(2001, 1, 1, tzinfo=UTC))
+
+    assert [told(event) for event in near.wait_for(7)] == [told(event) for event in far.wait_for(7)]
+
+
+def told(event: StateEvent) -> tuple[Any, ...]:
+    """Return everything that an event has, apart from its position, which a bridge does not tell."""
+    whole = {name: getattr(event, name) for name in StateEvent.__struct_fields__ if name != "position"}
+    return (*whole.items(), event.existed)
+
+
+def test_drain_waits_for_the_events_of_what_was_written(there: Engine, serve: Serve, open_bridge: OpenBridge) -> None:
+    here = open_bridge(serve().url, events="remote")
+    seen = Seen()
+    here.on_change(scope="s")(seen)
+    for number in range(20):
+        (here if number % 2 else there).set("s", "k", number)
+        here.drain(PATIENCE_S)
+        assert [event.new_value for event in seen.events] == list(range(number + 1))
+
+
+def test_drain_says_that_the_other_engine_is_away(serve: Serve, open_bridge: OpenBridge) -> None:
+    server = serve()
+    here = open_bridge(server.url, events="remote", connect_wait_ms=50, limits={"close_grace_ms": 1})
+    here.on_change(scope="s")(Seen())
+    here.set("s", "k", 1)
+    server.stop()
+
+    with pytest.raises(StorageError, match="events of the other engine do not arrive"):
+        here.drain(PATIENCE_S)
+
+
+def test_without_a_trigger_nothing_is_asked_of_the_other_engine(
+    there: Engine, serve: Serve, open_bridge: OpenBridge
+) -> None:
+    here = open_bridge(serve().url, events="remote")
+    here.set("s", "k", 1)
+    here.drain(PATIENCE_S)
+    assert there.stats().calls["state::changes"] == 0
+
+    seen = Seen()
+    here.on_change(scope="s")(seen)
+    there.set("s", "k", 2)
+    here.drain(PATIENCE_S)
+    assert [event.new_value for event in seen.events] == [2]
+    assert there.stats().calls["state::changes"] > 0
+
+
+def test_a_trigger_that_comes_after_all_others_have_gone_is_told_from_then_on(
+    there: Engine, serve: Serve, open_bridge: OpenBridge
+) -> None:
+    here = open_bridge(serve().url, events="remote", call_timeout_ms=200)
+    polls = here._parts.backend._events  # type: ignore[attr-defined]
+    for number in range(3):
+        seen = Seen()
+        here.register_function("test::seen", seen)
+        trigger = here.register_trigger(function_id="test::seen", scope="s")
+        there.set("s", "k", number)
+        assert [event.new_value for event in seen.wait_for(1)] == [number]
+        trigger.unregister()
+        there.set("s", "k", "unheard")
+        deadline = time.monotonic() + PATIENCE_S
+        while polls.cursor is not None:
+            assert time.monotonic() < deadline, "it still asks for changes"
+            time.sleep(0.001)

@@ -14,8 +14,8 @@ from scopestate.actors.reply import Reply
 from scopestate.errors import RemoteFailure
 from scopestate.ops import checked, turns
 from scopestate.ops.results import SetResult, UpdateResult
-from scopestate.persistence.bridge.backend import _read_event
 from scopestate.persistence.bridge.computed import Computation, Here
+from scopestate.persistence.bridge.events import _read_event
 from scopestate.persistence.bridge.scope import _effects_of
 
 VECTORS: list[dict[str, Any]] = load("vectors.json")
@@ -163,12 +163,12 @@ def test_a_computation_whose_caller_has_gone_is_given_up_once(granted_first: boo
 def test_an_event_of_the_remote(kind: str, old: str, new: str, expected: tuple[bytes | None, bytes | None]) -> None:
     event = f'{{"type":"state","event_type":"{kind}","scope":"s","key":"k","old_value":{old},"new_value":{new}}}'
 
-    read = _read_event(event.encode())
+    read = _read_event(event.encode()).arrived(1, 0)
 
-    assert (read.scope, read.key, read.old(), read.new(), read.expired()) == ("s", "k", *expected, None)
+    assert (read.scope, read.key, read.old, read.new, read.expired) == ("s", "k", *expected, None)
 
 
 def test_an_event_of_a_key_that_has_expired_tells_when() -> None:
     event = b'{"event_type":"state:expired","scope":"s","key":"k","old_value":1,"expired_at":5,"late_ms":2}'
 
-    assert _read_event(event).expired() == (5, 2)
+    assert _read_event(event).arrived(1, 0).expired == (5, 2)

@@ -18,7 +18,7 @@ from scopestate.actors.scope import Passivate
 from scopestate.config import from_mapping
 from scopestate.errors import EngineClosed, NotConnected, Overloaded, ReplyTimeout, StorageError
 from scopestate.ops import turns
-from scopestate.persistence.bridge.scope import Done, ReportedChange
+from scopestate.persistence.bridge.scope import Done
 
 WRITTEN = {"old_value": None, "new_value": 1, "existed": False}
 
@@ -371,27 +371,18 @@ def test_a_call_that_reaches_a_scope_that_has_left_is_passed_on(engine: Engine, 
     left.send(Envelope(turns.Set("k", b"1"), reply))
     remote.sent("set k")
     remote.answer("set k", WRITTEN)
-    changed: Reply[Any] = Reply()
-    left.take_in(ReportedChange("other", None, b"2", changed, 0))
 
     assert reply.get(timeout=PATIENCE_S).created
-    assert changed.get(timeout=PATIENCE_S) is None
     engine.drain(PATIENCE_S)
-    assert [(event.key, event.revision) for event in seen.events] == [("k", 1), ("other", 2)]
+    assert [(event.key, event.revision) for event in seen.events] == [("k", 1)]
     at_rest(engine, remote)
 
 
-def test_a_closed_scope_leaves_no_more_and_refuses_what_the_remote_reports(
-    engine: Engine, remote: PlayedRemote
-) -> None:
+def test_a_closed_scope_leaves_no_more(engine: Engine) -> None:
     actor: Any = engine._scopes["s"]
     engine.close()
 
     assert actor.housekeep_now(Passivate()) is False
-    changed: Reply[Any] = Reply()
-    actor.take_in(ReportedChange("k", None, b"1", changed, 0))
-    with pytest.raises(EngineClosed):
-        changed.get(timeout=PATIENCE_S)
     with pytest.raises(EngineClosed):
         actor.run(turns.Set("k", b"1"))
 
@@ -426,28 +417,13 @@ def test_a_call_with_a_time_limit_ends_and_its_late_answer_changes_nothing(
         at_rest(engine, remote)
 
 
-def test_a_reported_change_is_fired_before_the_report_is_acknowledged(engine: Engine, remote: PlayedRemote) -> None:
-    engine.on_change()(Seen())
-    actor: Any = engine._scopes["s"]
-    for number in range(1, 4):
-        changed: Reply[Any] = Reply()
-        fired: list[int] = []
-        changed.add_done_callback(lambda _, fired=fired: fired.append(actor._sequence))  # type: ignore[misc]  # mypy cannot infer a default argument
-        actor.take_in(ReportedChange("k", None, b"1", changed, 0))
-        assert fired == [number]
-
-
-def test_a_scope_that_is_used_or_hears_of_a_change_counts_as_touched(engine: Engine, remote: PlayedRemote) -> None:
+def test_a_scope_that_is_used_counts_as_touched(engine: Engine, remote: PlayedRemote) -> None:
     actor: Any = engine._scopes["s"]
     for _ in range(2):
         actor.touched = False
         begin(engine, messages.List("s"))
         remote.sent("list")
         remote.answer("list", [])
-        assert actor.touched
-
-        actor.touched = False
-        actor.take_in(ReportedChange("k", None, b"1", Reply(), 0))
         assert actor.touched
 
 

@@ -1,0 +1,469 @@
+"""The events of another engine, for the triggers of this one (docs/bridge.md).
+
+An engine without plain triggers asks for nothing: the other engine makes no events for it. Otherwise it polls for every
+change, with a cursor, so that changes that were made while there was no connection fire too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import msgspec
+
+from scopestate.actors.backlog import HandlerFull
+from scopestate.actors.loops import LoopReply
+from scopestate.actors.router import Expired
+from scopestate.errors import (
+    Compacted,
+    DeserializationError,
+    Forbidden,
+    FunctionNotFound,
+    RemoteFailure,
+    ScopestateError,
+    StorageError,
+    Unsupported,
+)
+from scopestate.ops.cursors import read_cursor
+from scopestate.ops.polls import FUNCTION_ID
+from scopestate.ops.results import DeliveryFailure, StateEvent
+from scopestate.ops.values import parse
+from scopestate.persistence.bridge.changes import AWAY, error_of
+from scopestate.signals import wait_for
+from scopestate.wire.depth import event_depth
+
+if TYPE_CHECKING:
+    from scopestate.actors.router import EventRouter
+    from scopestate.actors.scope import Surroundings
+    from scopestate.wire.client import Client
+
+log = logging.getLogger("scopestate.persistence.bridge")
+
+MOST: Final = 500
+"""Changes that are asked for at a time."""
+AGAIN_S: Final = 0.5
+"""Pause after a poll that has failed."""
+SHOWN_S: Final = 300.0
+"""How long health reports that changes were lost."""
+FIRST_S: Final = 1.0
+"""How long the first trigger waits at most until it is known whether there is a connection."""
+_KINDS: Final = ("created", "updated", "deleted", "expired")
+
+
+class _Told(msgspec.Struct):
+    """A change, as the answer to a poll has it."""
+
+    kind: Literal["put", "delete", "expire"]
+    scope: str
+    key: str
+    revision: int = 0
+    value: msgspec.Raw = msgspec.Raw()
+    old_value: msgspec.Raw = msgspec.Raw()
+    transaction: int = 0
+    expired_at: int | None = None
+    late_ms: int = 0
+    time_ms: int = 0
+    depth: int = 0
+
+    def arrived(self) -> _Arrived:
+        """Return what is fired. Raises DeserializationError."""
+        return _Arrived(
+            self.scope,
+            self.key,
+            parse(bytes(self.old_value)) if self.old_value else None,
+            parse(bytes(self.value)) if self.value else None,
+            self.revision,
+            self.depth,
+            None if self.expired_at is None else (self.expired_at, self.late_ms),
+            self.transaction or self.revision,
+            self.time_ms,
+        )
+
+
+class _Arrived(msgspec.Struct):
+    """What `EventRouter.arrive` takes."""
+
+    scope: str
+    key: str
+    old: bytes | None
+    new: bytes | None
+    revision: int
+    depth: int
+    expired: Expired | None
+    transaction: int = 0
+    time_ms: int = 0
+
+
+class _Answer(msgspec.Struct):
+    changes: list[_Told]
+    cursor: str
+
+
+_decode: Final = msgspec.json.Decoder(_Answer).decode
+
+
+class _Event(msgspec.Struct):
+    """What the function of a `state` trigger is given (docs/protocol.md, section 5)."""
+
+    event_type: str
+    scope: str
+    key: str
+    old_value: msgspec.Raw = msgspec.Raw(b"null")
+    new_value: msgspec.Raw = msgspec.Raw(b"null")
+    expired_at: int | None = None
+    late_ms: int = 0
+
+    def arrived(self, number: int, depth: int) -> _Arrived:
+        """Return what is fired, with a number in the place of the revision, which it does not tell."""
+        old: bytes | None = parse(bytes(self.old_value))
+        # The event type tells a stored null from a missing key, except for a delete, where both look alike.
+        if old == b"null" and self.event_type not in {"state:updated", "state:expired"}:
+            old = None
+        removed = self.event_type in {"state:deleted", "state:expired"}
+        new = None if removed else parse(bytes(self.new_value))
+        expired = None if self.expired_at is None else (self.expired_at, self.late_ms)
+        return _Arrived(self.scope, self.key, old, new, number, depth, expired)
+
+
+class RemoteEvents:
+    """Fires an event here for every change in the other engine, also for those made while there was no connection.
+
+    `start`, `listen`, `problem`, `catch_up` and `stop` may be called from any thread but that of the client's event
+    loop; the rest runs there. At each connection, before anything else is sent, it asks for the cursor of that moment:
+    where to begin, the first time and if the changes behind the last cursor are gone.
+    """
+
+    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, longest_wait_ms: int) -> None:
+        self._client = client
+        self._loop = loop
+        self._longest_wait_ms = longest_wait_ms
+        self._router: EventRouter | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._wanted = asyncio.Event()
+        """Set while plain triggers are registered, and until the poll that was under way then has ended."""
+        self.cursor: str | None = None
+        """Behind which change the next poll goes on: all before have fired. None: it has not begun."""
+        self._begin: asyncio.Future[bytes] | None = None
+        self._tried = asyncio.Event()
+        """Set once it is known whether there is a connection."""
+        self._moved = asyncio.Event()
+        """Set, and replaced, when an answer was taken in."""
+        self._stopped = False
+        self._by_polls = False
+        """True once the other engine has told its changes."""
+        self._decided = asyncio.Event()
+        """Set once it is known whether the other engine can be asked for changes."""
+        self._by_trigger = False
+        """True if it cannot: iii, or an older engine. Then a trigger there tells them, while there is a connection."""
+        self._deciding: asyncio.Task[None] | None = None
+        self._numbered = 0
+        self._lost = ""
+        self._lost_s = 0.0
+        self._refusal = ""
+
+    # ----------------------------------------------------------------------------------------------- from any thread
+
+    def start(self, around: Surroundings) -> None:
+        """Fire events for the triggers of this engine from now on, when there are some."""
+        self._router = around.router
+        self.listen()
+
+    def listen(self, *, wait: bool = True) -> None:
+        """A trigger was registered. On return the other engine tells what is changed from now on, if there is one."""
+        if self._router is None or not self._router.triggers.has_plain() or self._stopped:
+            return
+        begun = self._submit(self._listen())
+        if wait:
+            wait_for(lambda slice_s: bool(concurrent.futures.wait([begun], slice_s).done))
+
+    def catch_up(self, timeout_s: float | None) -> bool:
+        """Wait until the events of what was written by now are here; False if that took longer than `timeout_s`.
+
+        Raises StorageError if the other engine cannot be asked.
+        """
+        if self._stopped or self._by_trigger or not self._wanted.is_set():
+            return True
+        there = self._submit(self._catch_up())
+        if not wait_for(lambda slice_s: bool(concurrent.futures.wait([there], slice_s).done), timeout_s):
+            there.cancel()
+            return False
+        try:
+            there.result()
+        except concurrent.futures.CancelledError:
+            return True  # this engine has closed
+        except ScopestateError as error:
+            if self._has_stopped():
+                return True
+            raise StorageError(f"the events of the other engine do not arrive: {error}") from error
+        return True
+
+    def stop(self) -> None:
+        """Fire no more events. Idempotent."""
+        self._stopped = True
+        ended = self._submit(self.end())
+        wait_for(lambda slice_s: bool(concurrent.futures.wait([ended], slice_s).done))
+
+    def problem(self) -> str | None:
+        """Return what is wrong, for health."""
+        if self._lost and time.monotonic() - self._lost_s < SHOWN_S:
+            return self._lost
+        return self._refusal or None
+
+    def _has_stopped(self) -> bool:
+        return self._stopped
+
+    def _submit(self, job: Coroutine[Any, Any, None]) -> concurrent.futures.Future[None]:
+        try:
+            return asyncio.run_coroutine_threadsafe(job, self._loop)
+        except RuntimeError:  # the loop has ended
+            job.close()
+            ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+            ended.cancel()
+            return ended
+
+    # ------------------------------------------------------------------------------------------- on the loop's thread
+
+    def note_connection(self, connected: bool) -> None:
+        """Take note of a new connection, or that there is none."""
+        self._tried.set()
+        if connected:
+            self._refusal = ""
+            if self._wanted.is_set() and not self._by_trigger:
+                self._ask_begin()
+
+    def note_refusal(self, error: ScopestateError) -> None:
+        """The other engine does not allow the trigger by which it would tell its changes."""
+        self._refusal = (
+            f"the remote reports no changes to the bridge: {error} ({error.code}); local triggers hear of none"
+        )
+        log.error("bridge to %s: %s", self._client.url, self._refusal)
+
+    @property
+    def misses(self) -> bool:
+        """True if nothing tells what is changed while there is no connection."""
+        return self._by_trigger
+
+    async def end(self) -> None:
+        """Stop."""
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._tell_moved()
+
+    async def _listen(self) -> None:
+        self._wanted.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+            if not self._by_polls:
+                self._await_decision()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._tried.wait(), FIRST_S)
+        if self._client.connected and not self._by_trigger:
+            if self.cursor is None and self._begin is None:
+                self._ask_begin()
+            if self._begin is not None:
+                await asyncio.wait([self._begin])
+
+    def _ask_begin(self) -> None:
+        self._begin = self._post({"limit": MOST}, first=True)
+
+    def _post(self, asked: dict[str, Any], *, first: bool = False) -> asyncio.Future[bytes]:
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def done(text: bytes | None, error: ScopestateError | None) -> None:
+            error = error_of(text, error)
+            if future.done():
+                return
+            if isinstance(error, RemoteFailure) and error.code in (FunctionNotFound.code, Forbidden.code):
+                future.set_exception(Unsupported(FUNCTION_ID, str(error)))
+            elif error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(text or b"")
+            future.exception()  # not every answer at the begin of a connection is needed
+
+        # Without asking for the features of the other engine before: one without the function says so.
+        _ = self._client.post(FUNCTION_ID, msgspec.json.encode({**asked, "_events": True}), done, first=first)
+        return future
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._wanted.wait()
+                await self._follow()
+        except Unsupported as error:
+            log.info("bridge to %s: changes come by a trigger, as %s", self._client.url, error)
+            self._by_polls, self._by_trigger = False, True
+            if self._decided.is_set():  # another engine, older than the one before, is there now
+                self._register_trigger()
+            self._decided.set()
+
+    async def _follow(self) -> None:
+        """Take in changes until there are no triggers. Raises Unsupported if the other engine cannot be asked."""
+        assert self._router is not None  # it was started
+        while self._router.triggers.has_plain():
+            try:
+                await self._poll()
+            except Unsupported:
+                raise
+            except Compacted as error:
+                self._report_lost(error)
+                self.cursor = None
+            except AWAY:
+                await asyncio.sleep(AGAIN_S)
+            except (ScopestateError, msgspec.DecodeError) as error:
+                self._refusal = f"the other engine does not tell its changes: {error}; local triggers hear of none"
+                log.error("bridge: %s", self._refusal)  # noqa: TRY400 - the text says it all
+                self.cursor = None
+                await asyncio.sleep(4 * AGAIN_S)
+                self._begin = self._post({"limit": MOST})
+            else:
+                self._refusal = ""
+                self._by_polls = True
+                self._decided.set()
+        self._wanted.clear()
+        self.cursor = self._begin = None
+        self._tell_moved()
+
+    async def _poll(self) -> None:
+        if self.cursor is None:
+            begin = self._begin or self._post({"limit": MOST})
+            self._begin = begin
+            try:
+                answer = _decode(await asyncio.shield(begin))
+            except AWAY:
+                if self._begin is begin:
+                    self._begin = None
+                raise
+        else:
+            asked = {"limit": MOST, "wait_ms": self._longest_wait_ms, "cursor": self.cursor}
+            answer = _decode(await self._post(asked))
+        for told in answer.changes:
+            try:
+                await self._fire(told.arrived())
+            except DeserializationError as error:
+                log.error("bridge: a change of key %r of scope %r is not JSON: %s", told.key, told.scope, error)  # noqa: TRY400 - as above
+        self.cursor = answer.cursor
+        self._tell_moved()
+
+    def _tell_moved(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    async def _fire(self, event: _Arrived) -> None:
+        """Fire the event of a change. While a handler is full this waits, and so does the other engine."""
+        router = self._router
+        assert router is not None  # it was started
+        while not self._stopped:
+            try:
+                router.arrive(
+                    event.scope,
+                    event.key,
+                    event.old,
+                    event.new,
+                    event.revision,
+                    event.depth,
+                    event.expired,
+                    event.transaction,
+                    event.time_ms,
+                    here=False,
+                )
+            except HandlerFull as full:
+                room = LoopReply()
+                router.backlog.when_room(room.set, full)
+                try:
+                    await room.future
+                finally:
+                    router.backlog.stop_waiting(room.set)
+            else:
+                return
+
+    async def _catch_up(self) -> None:
+        """Wait until everything that was changed by now has fired here."""
+        target = _decode(await self._post({"limit": 1, "_settled": True})).cursor
+        while self._wanted.is_set() and not self._by_trigger and not self._stopped:
+            moved, cursor = self._moved, self.cursor
+            if cursor is not None:
+                if _is_behind(cursor, target):
+                    return
+                try:
+                    if not _decode(await self._post({"limit": 1, "cursor": cursor})).changes:
+                        return
+                except Compacted:
+                    pass  # the poll that is under way gets that too
+            await moved.wait()
+
+    def _report_lost(self, error: Compacted) -> None:
+        """Say that changes are lost: in the log, in health, and to the hooks, once for each trigger."""
+        self._lost = f"changes in the other engine fired no local trigger: {error.reason}; give it `history`"
+        self._lost_s = time.monotonic()
+        log.error("bridge: %s", self._lost)
+        router = self._router
+        assert router is not None  # it was started
+        for handler in router.triggers.handlers():
+            trigger = handler.trigger
+            event = StateEvent("state:updated", trigger.scope or "", trigger.key or "", None, None, 0)
+            router.report(DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, 0, True))
+
+    # ------------------------------------------------------------------- another engine that cannot be asked
+
+    def _await_decision(self) -> None:
+        """Until it is known that the other engine can be asked for changes, have a trigger there as well.
+
+        Its events wait: if it cannot, they are what has changed from the first moment on.
+        """
+        withdraw = self._register_trigger()
+
+        async def decide() -> None:
+            await self._decided.wait()
+            if not self._by_trigger:
+                withdraw()
+
+        self._deciding = asyncio.create_task(decide())
+
+    def _register_trigger(self) -> Callable[[], object]:
+        """Have the other engine call a function here for every change. Return what withdraws that."""
+
+        async def on_event(payload: bytes) -> bytes | None:
+            await self._decided.wait()
+            if self._by_trigger:
+                event = _read_event(payload)
+                depth = max(0, event_depth.get() - 1)  # the depth of the event; that of this handler is one more
+                self._numbered += 1
+                await self._fire(event.arrived(self._numbered, depth))
+            return None
+
+        function_id = f"scopestate::bridge::{os.urandom(8).hex()}"
+        self._client.register_function(
+            function_id, on_event, description="changes for a scopestate bridge", ordered=True
+        )
+        # iii and older scopestate engines ignore `events`: they report changes of the first three kinds.
+        trigger_id = self._client.register_trigger("state", function_id, {"events": _KINDS})
+
+        # The function stays: calls of it may be on their way.
+        return lambda: self._client.unregister_trigger(trigger_id)
+
+
+def _is_behind(cursor: str, other: str) -> bool:
+    """Return whether a cursor is that place of the same store, or a later one."""
+    one, two = read_cursor(cursor), read_cursor(other)
+    return one.store == two.store and _place(one) >= _place(two)
+
+
+def _place(cursor: Any) -> tuple[int, int]:
+    return cursor.epoch, cursor.position or 0
+
+
+def _read_event(payload: bytes) -> _Event:
+    """Return an event that the other engine has sent. Raises DeserializationError."""
+    try:
+        return msgspec.json.decode(payload, type=_Event)
+    except msgspec.DecodeError as error:
+        raise DeserializationError(f"not a state event: {error}") from error
