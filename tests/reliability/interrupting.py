@@ -71,18 +71,23 @@ class _Traced:
         self._place = place
         self._trap = _Trap()
         self._before = sys.gettrace()
+        # One object, which lives as long as this: CPython holds no reference of its own to the function that it is about
+        # to call. A garbage collection comes first, if the frame needs an object and memory is due for one; its
+        # callbacks are traced too, and if `place` is in one of them, tracing ends while that call is still to come.
+        self._tracer = self._look
 
     def start(self) -> None:
         # CPython 3.12 looks here, when tracing begins, whether opcodes are wanted at all.
         sys._getframe().f_trace_opcodes = True
         sys._getframe(1).f_trace_opcodes = True
-        sys.settrace(self._look)
+        sys.settrace(self._tracer)
 
     def stop(self) -> None:
         sys.settrace(None)
 
     def end(self) -> None:
         sys.settrace(self._before)
+        del self._tracer  # it refers to this object
 
     def _look(self, frame: FrameType, event: str, _: Any) -> Any:
         if frame.f_code.co_filename == __file__:
@@ -96,7 +101,7 @@ class _Traced:
                 sys.settrace(None)
                 -self._trap  # type: ignore[operator]  # noqa: B018 - see _Trap
                 return None
-        return self._look
+        return self._tracer
 
 
 class _Monitored:
