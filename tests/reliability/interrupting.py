@@ -71,9 +71,9 @@ class _Traced:
         self._place = place
         self._trap = _Trap()
         self._before = sys.gettrace()
-        # One object, which lives as long as this: CPython holds no reference of its own to the function that it is about
-        # to call. A garbage collection comes first, if the frame needs an object and memory is due for one; its
-        # callbacks are traced too, and if `place` is in one of them, tracing ends while that call is still to come.
+        # One object, which lives as long as this: CPython 3.11 holds no reference to the trace function that it calls
+        # next. It makes an object for the frame first, which may collect garbage. The callbacks of that are traced too:
+        # if `place` is in one of them, tracing has ended by the time of that call.
         self._tracer = self._look
 
     def start(self) -> None:
