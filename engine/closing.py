@@ -17,6 +17,7 @@ from scopestate.signals import Guard
 
 if TYPE_CHECKING:
     from scopestate.parts import Parts
+    from scopestate.sharing import Sharing
 
 log = Log("scopestate.engine")
 
@@ -32,11 +33,12 @@ NAMED: Final = 10
 class Closing:
     """Closes one engine, in stages that may be interrupted and repeated.
 
-    1. Calls are refused, except those of handlers of events already fired.
+    1. Calls are refused, except those of handlers of events already fired. Those of followers are not answered any
+       more: they go to the next owner of the directory.
     2. Everything is saved: the process may have only a few seconds, and the handlers may take all of them.
     3. Those events are delivered, for at most `close_grace_ms`. The rest is reported as not delivered.
     4. Handlers are refused too, and their changes are saved. If that fails, `close()` raises and may be called again.
-    5. The threads end, and the backend is closed.
+    5. The threads end, followers get their goodbye, and the backend is closed.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -75,14 +77,22 @@ class Closing:
             return
         parts = self._parts
         self.begun = True
+        sharing = parts.sharing
+        if sharing is not None:
+            sharing.end_following()
         parts.end()
         parts.housekeeper.end()
         parts.expiry.end()
         if not self._delivered:
+            if sharing is not None:
+                self._deliver_while_shared(sharing, grace_s)
+                sharing.hold(grace_s, handlers_may=True)
             self._refuse(handlers_may=True)
             self._save_first()
             self._deliver(max(grace_s - self._spent_s, min(grace_s, LEFT_S)))
             self._delivered = True
+        if sharing is not None:
+            sharing.hold(LEFT_S, handlers_may=False)
         self._refuse(handlers_may=False)
         parts.snapshot.stop_interval()
         self._save()
@@ -92,8 +102,20 @@ class Closing:
         if parts.backend.store is not None:
             parts.backend.store.clock_ms = parts.clock.now_ms()  # the next engine on the store goes on from there
             parts.snapshot.note_positions()
+        if sharing is not None:
+            sharing.end()
         parts.backend.close()
         self.done = True
+
+    def _deliver_while_shared(self, sharing: Sharing, grace_s: float) -> None:
+        """With followers, deliver what was fired before their calls are held: their calls go on as long as that takes.
+
+        What is fired while this waits is delivered behind it.
+        """
+        if sharing.has_followers():
+            began = self._parts.dispatcher.monotonic()
+            self._drained(max(grace_s - self._spent_s, 0.0))
+            self._spent_s += self._parts.dispatcher.monotonic() - began
 
     def _refuse(self, *, handlers_may: bool) -> None:
         directory = self._parts.directory

@@ -127,13 +127,19 @@ class Engine(Reactive, StateCalls):
         self._add_built_in()
         parts.make_transaction = partial(TransactionOfDelivery, self)
         parts.took_over = partial(lifecycle.hold_backend, self)
+        self._begin(handle_sigterm=handle_sigterm)
+
+    def _begin(self, *, handle_sigterm: bool) -> None:
+        """Begin to work, when everything is made."""
         try:
-            parts.configure()
+            self._parts.configure()
+            if self._parts.sharing is not None:
+                self._parts.sharing.start(self)
         except BaseException:
             self._closing.close(0.0)  # what was opened: the caller gets no engine that it could close
             raise
         lifecycle.watch_over(self)
-        if handle_sigterm and parts.backend.keeps:
+        if handle_sigterm and self._parts.backend.keeps:
             lifecycle.close_on_signals()
 
     def _add_built_in(self) -> None:
@@ -592,6 +598,8 @@ class Engine(Reactive, StateCalls):
     def disown(self) -> None:
         """In a forked child: refuse every call. The store and the threads belong to the parent."""
         self._forked = True
+        if self._parts.sharing is not None:
+            self._parts.sharing.disown()
         self._parts.clock.disown()
         self._parts.expiry.end()
         self._scopes.disown(forked)

@@ -434,7 +434,19 @@ class StorageError(ScopestateError):
 
 
 class StoreLocked(StorageError):
-    """Another engine holds the store. The text names its process."""
+    """Another engine holds the store. The text names its process.
+
+    `pid` and `host` are those of the process; None if it is not known. `alone` says why that engine does not share the
+    directory; None if it does.
+    """
+
+    def __init__(
+        self, problem: str, *, pid: int | None = None, host: str | None = None, alone: str | None = None
+    ) -> None:
+        super().__init__(problem)
+        self.pid = pid
+        self.host = host
+        self.alone = alone
 
 
 class StoreUnusable(StorageError):

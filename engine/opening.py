@@ -18,6 +18,7 @@ from scopestate.lifecycle import wait_for_dropped
 from scopestate.ops.cursors import read_start
 from scopestate.ops.turns import TtlRule
 from scopestate.persistence.local import LocalBackend
+from scopestate.sharing import Sharing
 
 if TYPE_CHECKING:
     from scopestate.persistence.bridge.backend import BridgeBackend
@@ -71,10 +72,16 @@ def open_backend(config: Config, given: Store | Backend | None = None) -> Backen
                 "configuration counts"
             )
         return open_shared(config.adapter)
-    kv = config.adapter.kv
-    if given is None and kv.store_method == "file_based":
-        given = open_store(kv)
-    return LocalBackend(given, partial(durability_of, rules=config.scopes, otherwise=kv.durability))
+    return LocalBackend(given, partial(durability_of, rules=config.scopes, otherwise=config.adapter.kv.durability))
+
+
+def sharing_for(config: Config, given: Store | Backend | None) -> Sharing | None:
+    """Return the part that the engine takes in sharing its directory, which opens it; None: it has none."""
+    kv = config.adapter.config
+    if given is not None or not isinstance(kv, KvOptions) or kv.store_method != "file_based":
+        return None
+    durability = partial(durability_of, rules=config.scopes, otherwise=kv.durability)
+    return Sharing(kv, config.limits.call_timeout_ms, durability)
 
 
 def durable_mistakes(config: Config) -> Iterator[ConfigError]:

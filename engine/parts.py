@@ -38,7 +38,7 @@ from scopestate.config.functions import misfit_id
 from scopestate.config.schema import options_of
 from scopestate.durable_triggers import DurableTriggers
 from scopestate.errors import ConfigError, EngineClosed, InvalidRegistration, ScopestateError, Unsupported
-from scopestate.opening import durable_mistakes, history_of, no_store_for, open_backend, write_rule_of
+from scopestate.opening import durable_mistakes, history_of, no_store_for, open_backend, sharing_for, write_rule_of
 from scopestate.ops import polls
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.results import DeliveryFailure
@@ -53,7 +53,7 @@ log = logging.getLogger("scopestate.engine")
 
 Report = Callable[[DeliveryFailure], None]
 
-_RESTART_ONLY: Final = ("store_method", "file_path", "durability")
+_RESTART_ONLY: Final = ("store_method", "file_path", "durability", "share", "connect_wait_ms")
 
 
 class Parts:
@@ -72,7 +72,9 @@ class Parts:
         self.config = self._started = config
         self.limits = Limits()
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
-        self.backend = open_backend(config, adapter)
+        self.sharing = sharing_for(config, adapter)
+        """Its part in sharing its directory; None: it has none."""
+        self.backend = open_backend(config, adapter) if self.sharing is None else self.sharing.open()
         set_limits(self.limits, config.limits, self.backend)
         self.functions = Functions()
         self.loop_thread = LoopThread("scopestate-loop")

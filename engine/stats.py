@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from scopestate.sharing import SharingStatus
+
 if TYPE_CHECKING:
     from scopestate.parts import Parts
 
@@ -66,6 +68,8 @@ class Stats(msgspec.Struct, frozen=True):
     """Live worker threads."""
     store: dict[str, int] = {}
     """Counts of the backend: in Redis, for example, attempts to update and conflicts; otherwise empty."""
+    sharing: SharingStatus | None = None
+    """Which process owns the directory of a `file_based` store, and how many follow; None: there is no directory."""
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -77,6 +81,8 @@ class Health(msgspec.Struct, frozen=True):
     unsaved_scopes: int = 0
     last_save_ms: float = 0.0
     """Duration of the last successful save; 0 if there was none."""
+    sharing: SharingStatus | None = None
+    """As in `Stats`."""
 
 
 def measure(parts: Parts) -> Stats:
@@ -117,6 +123,7 @@ def measure(parts: Parts) -> Stats:
         ),
         threads=parts.dispatcher.threads(),
         store=parts.backend.counts(),
+        sharing=None if parts.sharing is None else parts.sharing.status(),
     )
 
 
@@ -136,6 +143,8 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
     problems += [f"not saved: {why}" for why in list(dict.fromkeys(list(snapshot.unsavable.values())))[:10]]
     if (problem := parts.backend.problem()) is not None:
         problems.append(problem)
+    if parts.sharing is not None and (problem := parts.sharing.problem()) is not None:
+        problems.append(problem)
     problems += parts.expiry.problems()
     if parts.consumers is not None:
         problems += parts.consumers.problems()
@@ -153,4 +162,5 @@ def check_health(parts: Parts, *, closed: bool) -> Health:
             f"all threads for handlers and functions are in use, and {held} calls wait for one: handlers hang, or too "
             "many wait for something at the same time"
         )
-    return Health(not problems, tuple(problems), snapshot.waiting_scopes(), snapshot.last_save_s * 1000)
+    sharing = None if parts.sharing is None else parts.sharing.status()
+    return Health(not problems, tuple(problems), snapshot.waiting_scopes(), snapshot.last_save_s * 1000, sharing)

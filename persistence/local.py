@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from scopestate.actors.local import LocalScope
-from scopestate.actors.ports import Backend, Durability, Options, Store, Wait
+from scopestate.actors.ports import Backend, Durability, Mistake, Options, Store, Wait
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.paths import expand_home
 
@@ -24,6 +24,28 @@ class KvOptions(Options, frozen=True):
     while its save ran. A reload applies at once."""
     durability: Literal["interval", "commit"] = "interval"
     """`interval`: a write is acknowledged from memory. `commit`: when it is on disk. A reload does not change it."""
+
+    share: Literal["auto", "never"] | None = None
+    """For a file_based store. `auto`: several processes may use the directory: the first one opens it and serves the
+    others, and when it ends another takes its place; with the extra `wire`. `never`: a second engine is refused. Left
+    out: `auto`. A reload does not change it."""
+    connect_wait_ms: Wait = 5_000
+    """In a process that shares a directory: how long a call waits for another process to own it, when the one that did
+    has ended. A reload does not change it."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether other processes may use the directory too."""
+        return self.share != "never"
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield the mistakes that the types do not show."""
+        if self.share is not None and self.store_method != "file_based":
+            yield Mistake(
+                "share",
+                "only a directory can be shared: with `store_method: in_memory` each process has a state of its own. "
+                "Write `store_method: file_based`, or leave `share` out",
+            )
 
     def described(self) -> str:
         """Describe where the state is kept."""

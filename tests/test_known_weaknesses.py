@@ -382,11 +382,21 @@ def test_semantics_8_26_a_reload_loses_nothing_that_waits_and_saving_goes_on(ope
     assert saved(tmp_path / "store", "s") == (2, {"k": b"2"})
 
 
-def test_semantics_8_27_a_second_engine_on_the_directory_is_refused(open_engine: Open) -> None:
-    open_engine("interval")
+def test_semantics_8_27_two_engines_on_one_directory_are_one_state(open_engine: Open) -> None:
+    first, second = open_engine("interval"), open_engine("interval")
+    second.set("s", "k", 1)
 
-    with pytest.raises(StoreLocked):
-        open_engine("interval")
+    assert first.update("s", "k", [ADD]).new_value == 2
+    assert second.get("s", "k") == 2
+
+
+def test_semantics_8_27_a_second_engine_on_the_directory_is_refused(open_engine: Open, tmp_path: Path) -> None:
+    open_engine("interval")
+    alone = settings("interval", tmp_path / "store")
+    alone["workers"][0]["config"]["adapter"]["config"]["share"] = "never"
+
+    with pytest.raises(StoreLocked, match="share: never"):
+        Engine(from_mapping(alone))
 
 
 def test_semantics_8_28_a_busy_scope_holds_up_no_other(open_engine: Open) -> None:

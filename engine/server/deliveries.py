@@ -251,7 +251,7 @@ class WorkerHandler(HandlerActor):
             return False
         function = services.functions.find(trigger.function_id)
         target = None if function is None else function.target
-        if type(target) is not WorkerFunction:
+        if type(target) is not WorkerFunction or target.hub is not self._hub:
             return False
         owner = getattr(trigger, "owner", None)
         event: Any = run.event

@@ -17,7 +17,7 @@ import socket
 import ssl
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from scopestate.config import TlsConfig
 from scopestate.errors import ConfigError
@@ -134,7 +134,10 @@ class Handshakes:
         make_protocol: Callable[[], asyncio.BufferedProtocol],
         certificates: Certificates | None,
         most: int,
+        refusal: Callable[[socket.socket], str | None] | None = None,
     ) -> None:
+        """`refusal`: returns why an accepted connection is closed at once; None: it is not."""
+        self._refusal = refusal
         self._respond = respond
         self._make_protocol = make_protocol
         self._certificates = certificates
@@ -169,6 +172,10 @@ class Handshakes:
 
     def _admit(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> bool:
         """Hold a new connection, or close it. True: descriptors are short, so pause before the next one."""
+        if self._refusal is not None and (reason := self._refusal(accepted)) is not None:
+            self._log.warning("a connection was refused: %s", reason)
+            accepted.close()
+            return False
         # A new descriptor is the lowest free number: one this high says how many are in use, without counting them.
         crowded = 0 < self._highest <= accepted.fileno()
         if crowded or len(self._waiting) >= self._most:
@@ -310,13 +317,56 @@ class _Arrival(asyncio.BufferedProtocol):
             return
         protocol = self._handshakes._make_protocol()
         self._transport.set_protocol(protocol)
-        protocol.connection_made(self._transport)
+        known = self._transport.get_extra_info("socket")
+        of_unix = known is not None and known.family == getattr(socket, "AF_UNIX", None)
+        protocol.connection_made(
+            cast("asyncio.BaseTransport", _UnixTransport(self._transport) if of_unix else self._transport)
+        )
         while received and not self._transport.is_closing():
             view = memoryview(protocol.get_buffer(-1))
             taken = min(len(view), len(received))
             view[:taken] = received[:taken]
             received = received[taken:]
             protocol.buffer_updated(taken)
+
+
+class _UnixTransport:
+    """The transport of a Unix socket as picows needs it: picows sets options on the socket that only TCP has."""
+
+    __slots__ = ("_transport", "get_write_buffer_size", "write", "writelines")
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        # What is called for every message, without a call more.
+        self.get_write_buffer_size = transport.get_write_buffer_size
+        self.write = transport.write
+        self.writelines = transport.writelines
+
+    def get_extra_info(self, name: str, default: object = None) -> Any:
+        found = self._transport.get_extra_info(name, default)
+        return _UnixSocket(found) if name == "socket" else found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class _UnixSocket:
+    """A Unix socket that ignores the options of TCP."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, known: Any) -> None:
+        self._socket = known
+
+    def setsockopt(self, level: int, option: int, value: Any) -> None:
+        if level != socket.IPPROTO_TCP:
+            self._socket.setsockopt(level, option, value)
+
+    def getsockopt(self, level: int, option: int) -> int:
+        return 0 if level == socket.IPPROTO_TCP else int(self._socket.getsockopt(level, option))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
 
 
 def _split(received: bytes) -> tuple[bytes | None, bytes]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 from msgspec import Raw
@@ -82,8 +82,13 @@ class Hub:
         call_timeout_s: float,
         max_waiting_events: int,
         max_waiting_bytes: int = 256 * 1024 * 1024,
+        *,
+        public: bool = True,
     ) -> None:
-        """Raises InvalidRegistration if the engine has a server already."""
+        """`public`: the program too can call the functions of the server, `engine::*`; an engine has one such server.
+
+        Raises InvalidRegistration if the engine has a public server already.
+        """
         self.engine = engine
         self.channels = channels
         self.loop = asyncio.get_running_loop()
@@ -108,11 +113,16 @@ class Hub:
         self.log = BoundedLog(log)
         """For what workers cause; bounded."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self.holds: Literal["calls", "all"] | None = None
+        """Which calls of workers are not begun any more: all, or all but those by handlers; None: they are begun."""
+        self.act_of_worker = self.act if public else self.act_unless_held
+        """What the messages of workers are given to."""
         self.triggers = WorkerTriggers(self, max_waiting_events, max_waiting_bytes)
         self._engine_functions = EngineFunctions(self, channels)
-        if self.functions.find("engine::functions::list") is not None:
+        self._published = self._engine_functions.functions() if public else []
+        if self._published and self.functions.find("engine::functions::list") is not None:
             raise InvalidRegistration("this engine has a server already: stop that one first")
-        for function in self._engine_functions.functions():
+        for function in self._published:
             self.functions.add(function)
 
     # ---------------------------------------------------------------------------------------------- coming and going
@@ -180,7 +190,7 @@ class Hub:
         for worker in list(self.workers.values()):
             worker.close(GOING, reason)
             self.disconnect(worker)
-        for function in self._engine_functions.functions():
+        for function in self._published:
             self.functions.discard(function.function_id, function.target)
         self.triggers.dispatcher.close()
         if self._timer is not None:
@@ -221,6 +231,21 @@ class Hub:
             action.execution.settle(action.frame)
         else:
             self._act_rarely(worker, action)
+
+    def hold(self, *, handlers_may: bool) -> None:
+        """Begin no more calls, and give up those that wait for changes. `handlers_may`: begin calls by handlers."""
+        self.holds = "calls" if handlers_may else "all"
+        for worker in self.workers.values():
+            worker.end_polls()
+
+    def act_unless_held(self, worker: Worker, action: Action) -> None:
+        """As `act`, for a server whose engine may be closed while its workers go on: see `hold`."""
+        if self.holds is None or type(action) is not InvokeFunction or action.invocation_id is None:
+            self.act(worker, action)
+        elif self.holds == "all" or not worker.session.depth_of(action):
+            worker.session.waiting -= 1
+        else:
+            self.act(worker, action)
 
     def _act_deep(self, worker: Worker, call: InvokeFunction, depth: int) -> None:
         """Carry out a call from within a handler: its writes and its calls are `depth` handlers deep."""
@@ -373,15 +398,15 @@ class Hub:
                     self._later(worker, call, outcome)  # type: ignore[arg-type]  # it waits, then
                 return
             function = self.functions.find(function_id)
+            own = self._engine_functions.by_id.get(function_id)
+            if own is not None and (function is None or function.builtin):
+                worker.answer(call, own(worker, call.data))
+                return
             if function is None:
                 raise FunctionNotFound(function_id)
             target = function.target
-            if type(target) is WorkerFunction:
+            if type(target) is WorkerFunction and target.hub is self:
                 self._forward(worker, call, target)
-                return
-            own = self._engine_functions.by_id.get(function_id)
-            if own is not None and function.builtin:
-                worker.answer(call, own(worker, call.data))
             else:
                 self._check_held(call)
                 # A copy: the data may be a small part of a large message.

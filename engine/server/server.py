@@ -68,6 +68,8 @@ START_TIMEOUT_S: Final = 30.0
 CLOSE_WAIT_S: Final = 1.0
 """How long a server that stops waits for the answers to its close frames."""
 
+STOPS: Final = "the server stops"
+"""The reason that connections are closed with."""
 _WITHDRAWN: Final = "its token was withdrawn"
 _UNAUTHORISED: Final = encode(
     Error(ErrorBody("AUTH_ERROR", "this server wants `Authorization: Bearer TOKEN` with a token it knows"))
@@ -97,6 +99,9 @@ class ServerStatus(msgspec.Struct, frozen=True):
 
 class Server:
     """Serves one engine. `start` and `stop` may be called from any thread; `serve` on any event loop, once."""
+
+    _public = True
+    """Whether the program too can call the functions of the server, `engine::*`."""
 
     def __init__(
         self,
@@ -270,17 +275,20 @@ class Server:
         )
         timeout_s = config.call_timeout_ms / 1000
         self._hub = Hub(
-            self.engine, self._channels, limits, timeout_s, config.max_waiting_events, config.max_waiting_bytes
+            self.engine,
+            self._channels,
+            limits,
+            timeout_s,
+            config.max_waiting_events,
+            config.max_waiting_bytes,
+            public=self._public,
         )
         listeners: list[socket.socket] = []
         tasks = [asyncio.create_task(self._look_after_workers())]
         try:
-            listeners += _bind(config.host, config.port)
-            for listener in listeners:
-                listener.listen(1024)
-                self.port = listener.getsockname()[1]
-                tasks.append(asyncio.create_task(self._handshakes.accept_from(listener)))
-            log.info("serving workers on %s", self.url)
+            listeners += self._listen()
+            tasks += [asyncio.create_task(self._handshakes.accept_from(listener)) for listener in listeners]
+            log.info("serving %s", self._what)
             self._follow_reloads()
             self._listening.set()
             await self._stop.wait()
@@ -294,6 +302,24 @@ class Server:
             if self._follows:
                 self.engine._parts.reconfigured = None
             await self._close_connections()
+
+    def _listen(self) -> list[socket.socket]:
+        """Return the listening sockets. Raises OSError."""
+        listeners = _bind(self.config.host, self.config.port)
+        for listener in listeners:
+            listener.listen(1024)
+            self.port = listener.getsockname()[1]
+        return listeners
+
+    @property
+    def _what(self) -> str:
+        """Whom it serves and where, for the log."""
+        return f"workers on {self.url}"
+
+    def _refuse_connection(self, accepted: socket.socket) -> str | None:
+        """Return why a connection that was accepted is closed at once; None: it is not."""
+        del accepted
+        return None
 
     def _make_handshakes(self) -> Handshakes:
         def make_protocol() -> asyncio.BufferedProtocol:
@@ -315,18 +341,21 @@ class Server:
                 4096,
             )
 
-        return Handshakes(self._respond, make_protocol, self._certificates, self.config.max_connections)
+        return Handshakes(
+            self._respond, make_protocol, self._certificates, self.config.max_connections, self._refuse_connection
+        )
 
     async def _close_connections(self) -> None:
         if self._owns_engine:
             # While the workers are still there: handlers of events already fired run in them.
             await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+        await self._say_goodbye()
         if self._hub is not None:
-            await self._hub.close("the server stops")
+            await self._hub.close(STOPS)
         if self._channels is not None:
-            self._channels.close(GOING, "the server stops")
+            self._channels.close(GOING, STOPS)
         for connection in self._all_connections():
-            connection.close(GOING, "the server stops")
+            connection.close(GOING, STOPS)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_WAIT_S):
                 for registry in (self._connections, self._telemetry, self._refusals):
@@ -335,6 +364,9 @@ class Server:
             connection.abort()
         await asyncio.sleep(0)
         self._hub = self._channels = self._loop = None
+
+    async def _say_goodbye(self) -> None:
+        """End the connections that end otherwise than the rest, which are closed next."""
 
     def _follow_reloads(self) -> None:
         """Apply changed tokens, if the configuration is the engine's own."""

@@ -94,10 +94,15 @@ class Worker:
     def note_poll(self, task: asyncio.Task[None]) -> None:
         """Have a task end when the worker is gone: what it waits for may not come for long."""
         self._polls.add(task)
-        task.add_done_callback(self._polls.discard)
+        task.add_done_callback(self._poll_ended)
+
+    def _poll_ended(self, task: asyncio.Task[None]) -> None:
+        self._polls.discard(task)
+        if task.cancelled():
+            self.session.waiting -= 1  # it gets no answer
 
     def end_polls(self) -> None:
-        """End its polls: their answers can go nowhere."""
+        """End its polls, without an answer."""
         for task in list(self._polls):
             task.cancel()
 
@@ -140,7 +145,7 @@ class WorkerConnection(Connection):
         )
         self._worker.pause_messages, self._worker.resume_messages = self.pause_messages, self.resume_messages
         self._receive = self._worker.session.receive
-        self._act = self._hub.act
+        self._act = self._hub.act_of_worker
 
     def on_message(self, message: bytes, text: bool) -> None:
         action = self._receive(message, text)

@@ -14,6 +14,7 @@ from typing import IO
 log = logging.getLogger("scopestate.persistence.file")
 
 PRIVATE = 0o600
+PRIVATE_DIRECTORY = 0o700
 SUFFIXES = ("", "-wal", "-shm", "-journal")
 """What SQLite appends to the name of a database to name its files."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -10,6 +11,9 @@ import stat
 import sys
 import time
 from io import FileIO
+from typing import Final
+
+import msgspec
 
 from scopestate.errors import StoreLocked, StoreUnusable
 from scopestate.persistence.sqlite.files import make_private
@@ -49,6 +53,32 @@ _FLAGS = (
     | getattr(os, "O_NOFOLLOW", 0)  # the target of a link would be overwritten
     | getattr(os, "O_NONBLOCK", 0)  # opening a pipe of this name must not wait
 )
+_HELD: Final = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK})
+"""Errors by which a system says that another process holds the lock. Any other: it cannot lock this file."""
+NOT_SHARED: Final = "its engine does not share it"
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """The process that holds a directory, as its record says. It may be wrong: a killed process leaves its record."""
+
+    pid: int
+    host: str = ""
+    program: str = ""
+    since: str = ""
+    """UTC, as `2026-01-31T12:00:00Z`."""
+    alone: str | None = NOT_SHARED
+    """Why its engine does not share the directory; None: it does."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on this host, so that `pid` is that of a process here."""
+        return self.host == socket.gethostname()
+
+    def describe(self) -> str:
+        """Name it, for a message."""
+        this = " (this process)" if self.pid == os.getpid() and self.is_here else ""
+        program = f": {self.program}" if self.program else ""
+        return f"process {self.pid}{this} on {self.host} since {self.since}{program}"
 
 
 class StoreLock:
@@ -59,9 +89,13 @@ class StoreLock:
     committed: tuple[str, int] | None
     """The scope and the number of the write that the previous holder saved last; None after a clean end."""
 
-    def __init__(self, path: str, *, created: str = "") -> None:
-        """Take the lock. Raises `StoreLocked`, which names the holder, or `StoreUnusable`: it cannot be written."""
+    def __init__(self, path: str, *, created: str = "", alone: str | None = NOT_SHARED) -> None:
+        """Take the lock. Raises `StoreLocked`, which names the holder, or `StoreUnusable`: it cannot be written.
+
+        `alone`: why the engine does not share the directory; None: it does. Other processes read it in the record.
+        """
         self.path = path
+        self._alone = alone
         self._file = _take(path)
         earlier = _facts(self._file.fileno())
         self.committed = _committed(self._file.fileno())
@@ -84,8 +118,15 @@ class StoreLock:
                 # Not the command line: its arguments may hold secrets, and this file stays after a crash.
                 "program": os.path.basename(sys.argv[0] if sys.argv else sys.executable)[:200],
                 "since": self._since,
+                "alone": self._alone,
             }
         )
+
+    def note_alone(self, reason: str) -> None:
+        """Record that the directory is not shared after all, and why."""
+        self._alone = reason
+        with contextlib.suppress(StoreUnusable):  # for the messages of other processes
+            self.note(created=self.created)
 
     def note_commit(self, scope: str, sequence: int) -> None:
         """Record the last commit outside the database.
@@ -125,7 +166,7 @@ class StoreLock:
         """Close the descriptor only: in a forked child, where the parent keeps the lock, or when the file is gone."""
         self._file.close()
 
-    def _write(self, facts: dict[str, str | int]) -> None:
+    def _write(self, facts: dict[str, str | int | None]) -> None:
         descriptor = self._file.fileno()
         content = json.dumps(facts).encode() + b"\n"
         try:
@@ -157,9 +198,14 @@ def _take(path: str) -> FileIO:
         try:
             _lock(file.fileno())
         except OSError as error:
-            facts = _facts(file.fileno())
+            holder = _holder(file.fileno())
             file.close()
-            raise StoreLocked(_held_by(path, facts)) from error
+            if error.errno not in _HELD:
+                raise StoreUnusable(
+                    f"{path} cannot be locked: {error.strerror or error}. Its file system has no locks, as some "
+                    "network file systems: choose a directory on a local disk"
+                ) from error
+            raise _held_by(path, holder) from error
         # The file may have been removed between open and lock, and a lock on a removed file excludes no other process.
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
             make_private(path)
@@ -167,23 +213,27 @@ def _take(path: str) -> FileIO:
         file.close()
 
 
-def may_be_held(path: str) -> bool:
-    """Tell, from the record in the file, whether a process may hold the lock. Takes no lock and changes nothing."""
+def read_holder(path: str) -> Holder | None:
+    """Return the process that the record in the file names; None: it was released. Takes no lock, changes nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY | (_FLAGS & ~(os.O_RDWR | os.O_CREAT)))
     except OSError:
-        return False
+        return None
     try:
-        facts = _facts(descriptor)
+        return _holder(descriptor)
     finally:
         os.close(descriptor)
-    pid = facts.get("pid")
-    if not isinstance(pid, int):
+
+
+def may_be_held(path: str) -> bool:
+    """Tell, from the record in the file, whether a process may hold the lock. Takes no lock and changes nothing."""
+    holder = read_holder(path)
+    if holder is None:
         return False  # released
-    if facts.get("host") != socket.gethostname():
+    if not holder.is_here:
         return True
     try:
-        os.kill(pid, 0)
+        os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False  # the process has ended
     except (OSError, OverflowError):
@@ -219,15 +269,25 @@ def read_committed(content: bytes) -> tuple[str, int] | None:
     return (scope, sequence) if isinstance(scope, str) and isinstance(sequence, int) else None
 
 
-def _held_by(path: str, facts: dict[str, object]) -> str:
+def _holder(descriptor: int) -> Holder | None:
+    facts = _facts(descriptor)
+    try:
+        return msgspec.convert(facts, Holder)
+    except msgspec.ValidationError:
+        return None
+
+
+def _held_by(path: str, holder: Holder | None) -> StoreLocked:
     directory = os.path.dirname(path)
-    if "pid" not in facts:
-        return (
-            f"the store {directory} is in use by another process (its lock file {path} does not name it). Stop it first"
+    if holder is None:
+        return StoreLocked(
+            f"the store {directory} is in use by another process (its lock file {path} does not name it). Stop it "
+            "first",
+            alone=NOT_SHARED,
         )
-    program = facts.get("program")
-    this = " (this process)" if facts["pid"] == os.getpid() else ""
-    return (
-        f"the store {directory} is in use by process {facts['pid']}{this} on {facts.get('host')} since "
-        f"{facts.get('since')}{f': {program}' if program else ''}. Stop it first, or choose another directory"
+    return StoreLocked(
+        f"the store {directory} is in use by {holder.describe()}. Stop it first, or choose another directory",
+        pid=holder.pid,
+        host=holder.host,
+        alone=holder.alone,
     )

@@ -20,6 +20,7 @@ from scopestate.persistence.sqlite.database import (
     storage_error,
 )
 from scopestate.persistence.sqlite.files import (
+    PRIVATE_DIRECTORY,
     SUFFIXES,
     copy_aside,
     create_private,
@@ -45,15 +46,20 @@ log = logging.getLogger("scopestate.persistence.file")
 
 Open = Callable[[str], sqlite3.Connection]
 
+LOCK_FILE: Final = "state.lock"
+
 
 def open_directory(directory: str | bytes | os.PathLike[str]) -> str:
-    """Create the directory if it is missing and return its real path; `~` is expanded. Raises `StoreUnusable`."""
+    """Create the directory if it is missing and return its real path; `~` is expanded. Raises `StoreUnusable`.
+
+    Only its owner may use a directory that this creates.
+    """
     given = os.fsdecode(directory)
     try:
         if not given:
             raise ValueError("its path is empty")
         path = os.path.realpath(expand_home(given))
-        _create_directory(path)
+        _create_directory(path, PRIVATE_DIRECTORY)
     except (OSError, ValueError, ConfigError) as error:
         problem = getattr(error, "strerror", None) or str(error)
         if isinstance(error, FileExistsError):
@@ -65,13 +71,13 @@ def open_directory(directory: str | bytes | os.PathLike[str]) -> str:
     return path
 
 
-def _create_directory(path: str) -> None:
+def _create_directory(path: str, mode: int = 0o777) -> None:
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
     _create_directory(parent)
     try:
-        os.mkdir(path)
+        os.mkdir(path, mode)
     except FileExistsError:
         if not os.path.isdir(path):
             raise
@@ -91,10 +97,18 @@ class Opened(NamedTuple):
     session: Session
 
 
-def open_store(directory: str, path: str, open_: Open) -> Opened:
-    """Lock the directory and open its database, creating or migrating it. If it raises, the lock is released."""
-    lock = StoreLock(os.path.join(directory, "state.lock"))
+def open_store(directory: str, path: str, open_: Open, *, alone: str | None, existing: bool) -> Opened:
+    """Lock the directory and open its database, creating or migrating it. If it raises, the lock is released.
+
+    `alone`: as `StoreLock`. `existing`: do not create the database; StoreUnusable is raised if it is missing.
+    """
+    lock = StoreLock(os.path.join(directory, LOCK_FILE), alone=alone)
     try:
+        if existing and not os.path.exists(path):
+            raise StoreUnusable(
+                f"the database {path} is gone: it was removed, or moved aside because it is damaged. Restore it, or "
+                "stop every process that uses the directory and start again, which begins an empty store"
+            )
         _warn_of_foreign_files(directory)
         new = not os.path.lexists(path)
         connection, missing, session = _open_locked(path, lock, open_)

@@ -1,0 +1,445 @@
+"""Several processes, one directory: which engine owns it, and what the others do when the owner ends.
+
+The lock of the directory decides which engine owns it; the socket in it only serves. The owner is an engine as any
+other, with a thread beside it that waits for connections. A follower is a bridge to it: when its connection is lost, a
+thread of its own takes the lock, opens the store and has the engine go on with it, or the bridge connects to the engine
+that was faster (docs/design/0052-several-processes.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import selectors
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Literal, Protocol
+
+import msgspec
+
+from scopestate.actors.ports import Backend, Durability
+from scopestate.errors import EngineClosed, NotConnected, ScopestateError, StorageError, StoreLocked, StoreUnusable
+from scopestate.lifecycle import wait_for_dropped
+from scopestate.persistence.local import KvOptions, LocalBackend
+from scopestate.signals import join
+
+if TYPE_CHECKING:
+    import socket
+
+    from scopestate.engine import Engine
+    from scopestate.parts import Parts
+    from scopestate.persistence.bridge.backend import BridgeBackend
+    from scopestate.persistence.sharing.sockets import Listener
+    from scopestate.persistence.sqlite.adapter import FileAdapter
+    from scopestate.persistence.sqlite.lock import Holder
+    from scopestate.wire.address import Address
+
+log = logging.getLogger("scopestate.sharing")
+
+LIBRARIES: Final = ("picows", "websockets")
+"""What the extra `wire` brings."""
+FIRST_PAUSE_S: Final = 0.005
+LONGEST_PAUSE_S: Final = 0.04
+"""Between two attempts to take the lock, while there is no connection."""
+RETRY_S: Final = 1.0
+"""Pause after the store could not be opened."""
+SURE_S: Final = 0.1
+"""For so long the record of a process that shares nothing must stand before it is believed."""
+
+SERVER: Final = "scopestate.server.followers"
+"""The module of the server for followers: it is in a higher layer, and brings asyncio and picows."""
+
+_SHARE_HINT: Final = "With `share: auto`, several processes can use it together"
+
+
+class SharingStatus(msgspec.Struct, frozen=True):
+    """An engine's part in sharing its directory: `sharing` of `stats()` and `health()`."""
+
+    role: Literal["owner", "follower"]
+    """`owner`: it has opened the directory. `follower`: it reaches the directory through the owner."""
+    owner_pid: int | None
+    """Process id of the owner, on `owner_host`; None: no process owns the directory at this moment."""
+    owner_host: str
+    since: str
+    """When the owner opened the directory, in UTC, as `2026-01-31T12:00:00Z`."""
+    followers: int | None
+    """How many engines follow; None in a follower, which does not know."""
+    taken_over: bool = False
+    """Whether this engine has followed before it became the owner."""
+    alone: str | None = None
+    """Why the owner does not let others follow; None: it does."""
+
+
+class Serving(Protocol):
+    """The server of an owner, as this module uses it."""
+
+    def run(self) -> None:
+        """Serve on this thread until `stop` is called on another one."""
+
+    def stop(self) -> None:
+        """Close every connection, and end `run`. Idempotent."""
+
+    def followers(self) -> int:
+        """Return how many engines follow."""
+
+    def hold(self, timeout_s: float, *, handlers_may: bool) -> None:
+        """Begin no more calls of followers, and wait until those that were begun are answered."""
+
+    def abandon(self) -> None:
+        """In a forked child: leave every connection to the parent."""
+
+
+class Sharing:
+    """The part of one engine. Every method may be called from any thread."""
+
+    def __init__(self, kv: KvOptions, call_timeout_ms: int, durability_of: Callable[[str], Durability]) -> None:
+        """`kv` says `file_based`. `call_timeout_ms`: how long a follower's call waits for its answer, 0: no limit."""
+        self.directory = ""
+        """Its real path; "" before `open`."""
+        self._kv = kv
+        self._call_timeout_ms = call_timeout_ms
+        self._durability_of = durability_of
+        self._pid = os.getpid()
+        self._role: Literal["owner", "follower"] = "owner"
+        self._taken_over = False
+        self._problem = ""
+        """Why the store could not be opened when the last owner had ended; "" if it was not tried, or is."""
+        self._alone: str | None = None
+        """Why this engine does not share the directory; None: it does."""
+        self._follower: BridgeBackend | None = None
+        self._parts: Callable[[], Parts | None] = lambda: None
+        self._engine: Callable[[], Engine | None] = lambda: None
+        self._store: FileAdapter | None = None
+        self._listener: Listener | None = None
+        self._server: Serving | None = None
+        self._wakers: tuple[socket.socket, ...] = ()
+        self._serving: threading.Thread | None = None
+        self._watching: threading.Thread | None = None
+        self._lost = threading.Event()
+        """Set when the connection to the owner may be lost, and to end the thread."""
+        self._ending = threading.Event()
+
+    # ---------------------------------------------------------------------------------------------------------- opening
+
+    def open(self) -> Backend:
+        """Open the directory, or follow the engine that has it open. Raises StorageError, and StoreLocked: neither."""
+        from scopestate.persistence.sqlite.opening import open_directory  # noqa: PLC0415 - SQLite takes 12 ms to import
+
+        self.directory = open_directory(self._kv.file_path)
+        self._alone = _why_alone(self._kv, self.directory)
+        try:
+            return self._own()
+        except StoreLocked as locked:
+            # Perhaps by an engine that the program has dropped, and that is being closed at this moment.
+            if wait_for_dropped():
+                with contextlib.suppress(StoreLocked):
+                    return self._own()
+            if self._alone is not None:
+                raise _refused(locked, self._alone) from locked
+        return self._follow()
+
+    def _own(self, *, existing: bool = False) -> Backend:
+        """Open the store. Raises StoreLocked and StorageError. `existing`: as `FileAdapter`."""
+        from scopestate.persistence.sqlite.adapter import FileAdapter  # noqa: PLC0415 - as in `open`
+
+        if existing and not os.path.isdir(self.directory):
+            raise StoreUnusable(f"the directory {self.directory} is gone: restore it")
+        self._store = FileAdapter(self.directory, alone=self._alone, existing=existing)
+        return LocalBackend(self._store, self._durability_of)
+
+    def _follow(self) -> Backend:
+        """Connect to the owner; open the directory if it ends meanwhile. Raises StoreLocked and StorageError."""
+        from scopestate.persistence.bridge.backend import BridgeBackend  # noqa: PLC0415 - brings a WebSocket library
+        from scopestate.persistence.bridge.options import BridgeOptions  # noqa: PLC0415 - as above
+
+        wait_ms = self._kv.connect_wait_ms
+        timeout_ms = self._call_timeout_ms * 2 // 3 or 20_000  # before the engine's own, which says less
+        options = BridgeOptions(
+            connect_wait_ms=wait_ms, call_timeout_ms=max(1, min(timeout_ms, 20_000)), events="remote"
+        )
+        follower = BridgeBackend(options, self._find, on_lost=self._note_lost, describe=self._describe_owner)
+        try:
+            backend = self._wait_for_owner(follower, time.monotonic() + wait_ms / 1000)
+        except BaseException:
+            follower.close()
+            raise
+        if backend is not follower:
+            follower.close()
+            return backend
+        self._role, self._follower = "follower", follower
+        return follower
+
+    def _wait_for_owner(self, follower: BridgeBackend, deadline: float) -> Backend:
+        pause_s, alone_since = FIRST_PAUSE_S, 0.0
+        while True:
+            # Short first: a connection takes a few milliseconds.
+            until = time.monotonic() + pause_s
+            while time.monotonic() < until:
+                if follower.connected:
+                    return follower
+                time.sleep(0.001)
+            pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
+            try:
+                return self._own()
+            except StoreLocked as locked:
+                now = time.monotonic()
+                # A record may be that of an earlier process, until the one that has the lock has written its own.
+                if locked.alone is None or not _may_live(self._holder()):
+                    alone_since = 0.0
+                else:
+                    alone_since = alone_since or now
+                    if now - alone_since >= SURE_S:
+                        raise _refused(locked, locked.alone) from locked
+                if now >= deadline:
+                    raise _refused(locked, f"it does not answer on its socket. {self._describe_owner()}") from locked
+
+    def start(self, engine: Engine) -> None:
+        """The engine is complete: serve the followers, or watch the owner."""
+        self._engine, self._parts = weakref.ref(engine), weakref.ref(engine._parts)
+        if self._role == "owner":
+            self._serve()
+        else:
+            self._watching = threading.Thread(target=self._watch_owner, name="scopestate-follower", daemon=True)
+            self._watching.start()
+
+    # ----------------------------------------------------------------------------------------------------- as the owner
+
+    def _serve(self) -> None:
+        """Listen; the rest is done when a follower connects."""
+        if self._alone is not None:
+            log.info("%s is not shared with other processes: %s", self.directory, self._alone)
+            return
+        from socket import socketpair  # noqa: PLC0415 - not needed where nothing is shared
+
+        from scopestate.persistence.sharing.sockets import Listener  # noqa: PLC0415 - as above
+
+        try:
+            self._listener = Listener(self.directory)
+            self._wakers = socketpair()
+        except OSError as error:
+            if self._listener is not None:
+                self._listener.close()
+            self._alone = f"no socket can be made in {self.directory}: {error}"
+            log.warning("other processes cannot use the store %s with this one: %s", self.directory, self._alone)
+            if self._store is not None:
+                self._store.note_alone(self._alone)
+            return
+        self._serving = threading.Thread(target=self._wait_for_followers, name="scopestate-owner", daemon=True)
+        self._serving.start()
+
+    def _wait_for_followers(self) -> None:
+        listener, engine_ref = self._listener, self._engine
+        assert listener is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener.socket, selectors.EVENT_READ)
+            selector.register(self._wakers[0], selectors.EVENT_READ)
+            selector.select()
+        engine = engine_ref()
+        if self._ending.is_set() or engine is None:
+            return
+        try:
+            self._server = importlib.import_module(SERVER).FollowerServer(engine, listener)
+            if self._server is not None and not self._ending.is_set():
+                self._server.run()
+        except Exception:
+            log.exception("the engines of other processes cannot be served in %s", self.directory)
+            listener.close()
+
+    def hold(self, timeout_s: float, *, handlers_may: bool) -> None:
+        """Before the engine closes: begin no more calls of followers, and wait for those that were begun."""
+        if self._server is not None:
+            self._server.hold(timeout_s, handlers_may=handlers_may)
+
+    def has_followers(self) -> bool:
+        """Whether any engine follows this one."""
+        return self._server is not None and self._server.followers() > 0
+
+    # ---------------------------------------------------------------------------------------------------- as a follower
+
+    def _find(self) -> Address:
+        from scopestate.persistence.sharing.sockets import find, why_not_private  # noqa: PLC0415 - as in `_serve`
+
+        problem = self._problem or why_not_private(self.directory)
+        if problem:
+            raise NotConnected(problem)
+        return find(self.directory)
+
+    def _note_lost(self, reason: str, goodbye: bool) -> None:
+        del reason, goodbye
+        self._lost.set()
+
+    def _describe_owner(self) -> str:
+        """Say which process the owner is, for errors."""
+        from scopestate.persistence.sharing.sockets import is_stopped  # noqa: PLC0415 - as in `_serve`
+
+        holder = self._holder()
+        if holder is None:
+            return f"no process owns {self.directory} now"
+        stopped = ""
+        if holder.is_here and is_stopped(holder.pid):
+            stopped = (
+                f". It is stopped (SIGSTOP): continue it (kill -CONT {holder.pid}) or end it (kill -9 {holder.pid})"
+            )
+        return f"the owner of {self.directory} is {holder.describe()}{stopped}"
+
+    def _watch_owner(self) -> None:
+        """While the connection is lost, try to own the directory; on a thread of its own."""
+        follower = self._follower
+        assert follower is not None
+        while True:
+            self._lost.wait()
+            self._lost.clear()
+            pause_s = FIRST_PAUSE_S
+            while not self._ending.is_set() and not follower.connected:
+                if self._take_over():
+                    return
+                self._ending.wait(RETRY_S if self._problem else pause_s)
+                pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
+            if self._ending.is_set():
+                return
+
+    def _take_over(self) -> bool:
+        """Own the directory, if no process does. False: try again later."""
+        try:
+            backend = self._own(existing=True)
+        except StoreLocked:
+            self._problem = ""
+            return False
+        except StorageError as error:
+            if str(error) != self._problem:
+                log.error("the owner of %s has ended, and it cannot be opened here: %s", self.directory, error)  # noqa: TRY400 - the text says it all
+            self._problem = str(error)
+            return False
+        began = time.monotonic()
+        parts = self._parts()
+        try:
+            if parts is None or self._ending.is_set():
+                raise EngineClosed
+            parts.take_over(backend)
+        except EngineClosed:
+            self._store = None
+            backend.close()
+            return True
+        except Exception as error:
+            self._store = None
+            backend.close()
+            level = logging.ERROR if isinstance(error, ScopestateError) else logging.CRITICAL
+            log.log(level, "this engine cannot own %s: %s", self.directory, error, exc_info=level == logging.CRITICAL)
+            self._problem = f"this engine cannot own it: {error}"
+            return False
+        self._problem, self._role, self._taken_over, self._follower = "", "owner", True, None
+        log.warning("%s: this process owns it now (%.0f ms)", self.directory, 1000 * (time.monotonic() - began))
+        self._serve()
+        return True
+
+    # ----------------------------------------------------------------------------------------------------------- ending
+
+    def end_following(self) -> None:
+        """Take the directory over no more: the engine closes. Waits for a take-over that is under way. Idempotent."""
+        self._ending.set()
+        self._lost.set()
+        thread = self._watching
+        if thread is not None and thread is not threading.current_thread():
+            join(thread)
+
+    def end(self) -> None:
+        """Say goodbye to the followers and stop serving; the lock is released behind this. Idempotent."""
+        if os.getpid() != self._pid:
+            return
+        self.end_following()
+        for waker in self._wakers[1:]:
+            with contextlib.suppress(OSError):
+                waker.send(b"x")
+        if self._server is not None:
+            self._server.stop()
+        if self._serving is not None:
+            join(self._serving)
+        if self._listener is not None:
+            self._listener.close()
+        for waker in self._wakers:
+            waker.close()
+        self._wakers = ()
+
+    def disown(self) -> None:
+        """In a forked child: leave the sockets to the parent."""
+        if self._listener is not None:
+            self._listener.abandon()
+        if self._server is not None:
+            self._server.abandon()
+
+    # ----------------------------------------------------------------------------------------------------------- status
+
+    def status(self) -> SharingStatus:
+        """Return which process owns the directory, and how many engines follow."""
+        holder = self._holder()
+        owns = self._role == "owner"
+        server = self._server
+        return SharingStatus(
+            self._role,
+            None if holder is None else holder.pid,
+            "" if holder is None else holder.host,
+            "" if holder is None else holder.since,
+            (0 if server is None else server.followers()) if owns else None,
+            self._taken_over,
+            self._alone if owns else None,
+        )
+
+    def problem(self) -> str | None:
+        """Return what is wrong now, in words; None if all is well."""
+        return self._problem or None
+
+    def _holder(self) -> Holder | None:
+        from scopestate.persistence.sqlite.lock import read_holder  # noqa: PLC0415 - as in `open`
+
+        return read_holder(os.path.join(self.directory, "state.lock"))
+
+
+def _why_alone(kv: KvOptions, directory: str) -> str | None:
+    """Return why an engine shares no directory; None: it does."""
+    from scopestate.persistence.sharing.sockets import why_not_private  # noqa: PLC0415 - only for stores of files
+
+    if not kv.shares:
+        return "its configuration says `share: never`"
+    missing = [name for name in LIBRARIES if not _is_installed(name)]
+    if missing:
+        return (
+            f"the extra `wire` is not installed in the process (no {' and no '.join(missing)}): "
+            "pip install 'scopestate[wire]'"
+        )
+    return why_not_private(directory)
+
+
+@functools.cache
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _may_live(holder: Holder | None) -> bool:
+    """Return whether the process of a record may be there; False: the lock is held by another one."""
+    if holder is None:
+        return False
+    if not holder.is_here:
+        return True
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _refused(locked: StoreLocked, alone: str) -> StoreLocked:
+    """Return the error for an engine that can neither open the directory nor follow."""
+    return StoreLocked(
+        f"{locked}. {_SHARE_HINT} (docs/sharing.md); here it cannot: {alone}",
+        pid=locked.pid,
+        host=locked.host,
+        alone=alone,
+    )
