@@ -26,13 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the first run (default: 0)")
     parser.add_argument("--plant", help="break the code, to see that it is found: a name of planted.py")
     parser.add_argument("--calm", action="store_true", help="stop no process with SIGSTOP")
+    parser.add_argument("--plain", action="store_true", help="without durable triggers")
     parser.add_argument("--keep", metavar="FOLDER", help="keep the logs of runs that found something there")
     options = parser.parse_args(arguments)
     bad = 0
     for seed in range(options.seed, options.seed + options.runs):
         began = time.monotonic()
-        processes = options.processes or 4 + seed * 5 % 13
-        plan = killing.Plan(options.seconds, processes, seed, options.calm, options.plant)
+        processes = options.processes or processes_of(seed)
+        plan = killing.Plan(options.seconds, processes, seed, options.calm, not options.plain, options.plant)
         with tempfile.TemporaryDirectory(prefix="scopestate-sharing-") as folder:
             try:
                 run = killing.run(plan, Path(folder))
@@ -50,6 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {time.monotonic() - began:.1f} s", flush=True)
     print(f"{options.runs} runs, {bad} bad")
     return 1 if bad else 0
+
+
+def processes_of(seed: int) -> int:
+    """Return how many processes a run has: 4 to 16."""
+    return 4 + seed * 5 % 13
 
 
 def found_in(run: Run) -> list[str]:

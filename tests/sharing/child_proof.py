@@ -1,7 +1,7 @@
 """Lives and dies for the proof of sharing: a process that forks one child for each line of its input.
 
 Input, a line for each life, is JSON: `name`, `log` (a file), `config` (of the engine), `seed`, `quiet` (the clients
-end when this file exists), and for some lives `finish` or `plant`. On its output it says `begin NAME PID` and
+end when this file exists), and for some lives `finish`, `plant` or `brief`. On its output it says `begin NAME PID` and
 `end NAME STATUS`, a line per `write`. A child appends what it does to its log, so that its death loses no fact
 (`facts.py` reads them). SIGTERM has it close its engine in order, while its clients go on calling.
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from forking import beside_threads
-from sharing.clients import Life, Log, start_clients
-from sharing.finishing import finish
+from sharing.clients import Life, Log, number_of, start_clients
+from sharing.finishing import finish, insisted
 from sharing.planted import plant
 
 from scopestate import Engine
@@ -50,8 +50,14 @@ def live(facts: dict[str, Any]) -> None:
         finish(engine, log, facts["finish"])
         engine.close()
         return
+    if facts.get("brief"):
+        log("counted", number_of(insisted(engine, "starts", "update", facts["name"])))
+        ending.wait()
+        engine.close()
+        log("closed")
+        return
     life = Life(engine, log, facts["name"], facts["seed"], Path(facts["quiet"]))
-    threads = start_clients(life)
+    threads = start_clients(life, durable=facts["durable"])
     while not ending.wait(0.5):
         pass
     log("closing")

@@ -317,13 +317,17 @@ class Watches(Client):
                 time.sleep(0.05)
 
 
-def start_triggers(life: Life) -> None:
-    """Register a plain trigger and two durable ones on the orders."""
+def start_triggers(life: Life, *, durable: bool) -> None:
+    """Register a plain trigger and, if they are wanted, two durable ones on the orders."""
     engine, log = life.engine, life.log
 
     @engine.on_change(scope="orders")
     def plain_trigger(event: StateEvent) -> None:
         log("told", event.key, event.new_value)
+
+    if not durable:
+        log("triggers")
+        return
 
     @engine.on_change(scope="orders", durable="plain", retry=SOON)
     def plain(event: StateEvent, delivery: Delivery) -> None:
@@ -344,11 +348,11 @@ def start_triggers(life: Life) -> None:
     log("triggers")
 
 
-def start_clients(life: Life) -> list[threading.Thread]:
+def start_clients(life: Life, *, durable: bool) -> list[threading.Thread]:
     """Start everything that this process does; return the threads."""
     engine = life.engine
     engine.on_error(lambda failure: life.log("on_error", str(failure)[:1000]))
-    start_triggers(life)
+    start_triggers(life, durable=durable)
     on_loop = [Registers(life, "task-1"), Registers(life, "task-2"), Counts(life, "task-3")]
 
     async def tasks() -> None:

@@ -35,6 +35,8 @@ class Plan:
     seed: int
     calm: bool = False
     """True: processes are not stopped with SIGSTOP."""
+    durable: bool = True
+    """False: there are no durable triggers."""
     plant: str | None = None
     pause_s: tuple[float, float] = (0.15, 0.6)
     """Between two kills."""
@@ -97,12 +99,17 @@ class Killing:
             "seed": self.plan.seed,
             "quiet": str(self.folder / "quiet"),
             "plant": self.plan.plant,
+            "durable": self.plan.durable,
             **more,
         }
         assert self._nursery.stdin is not None
         self._nursery.stdin.write(json.dumps(facts).encode() + b"\n")
         self._nursery.stdin.flush()
         return name
+
+    def expect(self, name: str) -> None:
+        """A process is about to be made to end."""
+        self._expected.add(name)
 
     def look(self) -> None:
         """See which processes began and ended, and which is the owner."""
@@ -172,7 +179,7 @@ class Killing:
                 (time.monotonic() + self.rng.uniform(0.2, 1.2), pid, name, time.monotonic_ns(), wants_owner)
             )
             return
-        self._expected.add(name)
+        self.expect(name)
         # Noted before it happens, so that nothing that it causes seems to come before it.
         self.deaths.append(Death(time.monotonic_ns(), name, how, wants_owner))
         os.kill(pid, signal.SIGKILL if how == "kill" else signal.SIGTERM)
@@ -203,8 +210,8 @@ class Killing:
         closing = {death.name for death in self.deaths if death.how == "close"}
         self.until(lambda: not closing & set(self.alive), "a process does not close")
         self.until(self._calm, "a call does not end")
-        last = self.start(finish={"durable": True, "pending": self._pending()})
-        self._expected.add(last)
+        last = self.start(finish={"durable": self.plan.durable, "pending": self._pending()})
+        self.expect(last)
         self.until(lambda: last in self.alive, "the last process does not begin")
         self.until(lambda: last not in self.alive, "the last process does not end")
         survivors = set(self.alive)
@@ -212,7 +219,7 @@ class Killing:
         assert run.words("finished"), self.errors()
         self._wait_until_told(run)
         for name, pid in self.alive.items():
-            self._expected.add(name)
+            self.expect(name)
             self.deaths.append(Death(time.monotonic_ns(), name, "close", was_owner=False))
             os.kill(pid, signal.SIGTERM)
         self.until(lambda: not self.alive, "a process does not close")
@@ -248,7 +255,7 @@ class Killing:
 
     def _facts(self, survivors: set[str]) -> Run:
         logs = {path.stem: read(path) for path in self.folder.glob("p*.log")}
-        return Run(logs, sorted(self.deaths), self.owners, survivors, interval_ms=INTERVAL_MS)
+        return Run(logs, sorted(self.deaths), self.owners, survivors, self.plan.durable, INTERVAL_MS)
 
     def errors(self) -> str:
         """What the processes have written to standard error."""
@@ -289,4 +296,4 @@ def run(plan: Plan, folder: Path) -> Run:
 def keep(folder: Path, to: Path) -> None:
     """Keep the folder of a run that found something."""
     shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(folder, to)
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.sock"))
