@@ -235,6 +235,8 @@ class Backend(ABC):
     """Characters of the longest scope or key."""
     consumers: Consumers | None = None
     """What keeps the events of durable triggers, if they are not in the journal of `store`; None: nothing does."""
+    saves_elsewhere: bool = False
+    """True if `flush` may wait."""
     changes: ChangeSource | None = None
     """Where watches of its scopes take their changes; None: from the writes of this engine."""
     arrivals: Arrivals | None = None
@@ -269,6 +271,9 @@ class Backend(ABC):
 
         With `wait=False` it returns at once, and they come a little later: for event loops.
         """
+
+    def flush(self) -> None:  # noqa: B027 - as above
+        """Wait until what was acknowledged is on disk, where that is not in `store`. Raises StorageError."""
 
     def counts(self) -> dict[str, int]:
         """Return what the backend counts, for `Stats.store`."""

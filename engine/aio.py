@@ -230,6 +230,9 @@ class AioEngine(AioStateCalls):
         """As `Engine.flush`."""
         engine = self._engine
         engine._refuse_if_closed()
+        backend = engine._parts.backend
+        if backend.saves_elsewhere:
+            await self.elsewhere(backend.flush)
         await engine._snapshot.ask(Flush())
 
     async def close(self) -> None:

@@ -44,7 +44,7 @@ from scopestate.mapping import ScopeMapping
 from scopestate.ops import checked, messages, polls, turns
 from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
 from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
-from scopestate.ops.functions import BUILT_IN, from_payload, read_request
+from scopestate.ops.functions import BUILT_IN, FLUSH, from_payload, read_flush, read_request
 from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, WatchOptions
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.triggers import Trigger
@@ -146,6 +146,7 @@ class Engine(Reactive, StateCalls):
         for function_id in BUILT_IN:
             self._functions.add(Function(function_id, partial(self._call_builtin, function_id), builtin=True))
         self._functions.add(Function(polls.FUNCTION_ID, self._poll, builtin=True))
+        self._functions.add(Function(FLUSH, self._call_flush, builtin=True))
         for row in CONSUMER_FUNCTIONS:
             called = partial(self._call_consumers, row.function_id)
             self._functions.add(Function(row.function_id, called, builtin=True))
@@ -494,6 +495,11 @@ class Engine(Reactive, StateCalls):
         self._tally[polls.FUNCTION_ID].add()
         return decode(self._polls.answer(payload))
 
+    def _call_flush(self, payload: object) -> None:
+        read_flush(payload)
+        self._tally[FLUSH].add()
+        self.flush()
+
     def _call_consumers(self, function_id: str, payload: object) -> Any:
         self._refuse_if_closed()
         return self._consumer_functions.call(EVERYTHING, function_id, payload)
@@ -533,11 +539,13 @@ class Engine(Reactive, StateCalls):
     def flush(self) -> None:
         """Wait until everything acknowledged so far is on disk, apart from scopes that are kept in memory only.
 
-        In Redis and behind a bridge it returns at once: the server or the other engine saves. Raises StorageError if
-        saving fails now, and WouldDeadlock in a signal handler that has interrupted a turn whose write must be saved.
+        Through a bridge it waits until the other engine has saved, if that one is scopestate. In Redis it returns at
+        once: the server saves. Raises StorageError if saving fails now, or the other engine ends before it has said
+        that it has saved, and WouldDeadlock in a signal handler that has interrupted a turn whose write must be saved.
         """
         self._refuse_if_closed()
         self._snapshot.refuse_in_turns()
+        self._parts.backend.flush()
         self._snapshot.ask(Flush()).get()
 
     def stats(self) -> Stats:

@@ -40,7 +40,7 @@ from scopestate.durable_triggers import DurableTriggers
 from scopestate.errors import ConfigError, EngineClosed, InvalidRegistration, ScopestateError, Unsupported
 from scopestate.opening import durable_mistakes, history_of, no_store_for, open_backend, sharing_for, write_rule_of
 from scopestate.ops import polls
-from scopestate.ops.functions import BUILT_IN
+from scopestate.ops.functions import BUILT_IN, FLUSH
 from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.triggers import Trigger, read_options
 from scopestate.ops.turns import checked_length
@@ -112,7 +112,7 @@ class Parts:
         """Called when the engine has another backend; set by the engine."""
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that applies changes of the file."""
-        self.tally = {function_id: Tally() for function_id in (*BUILT_IN, polls.FUNCTION_ID)}
+        self.tally = {function_id: Tally() for function_id in (*BUILT_IN, polls.FUNCTION_ID, FLUSH)}
 
     def _attach(self, backend: Backend) -> None:
         """Have everything that depends on the backend go by this one, except the scopes. Raises StorageError."""

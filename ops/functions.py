@@ -152,6 +152,14 @@ BUILT_IN: Final[dict[str, BuiltIn]] = {
 """Function id -> its row: the reference's six in its order, then those that scopestate adds."""
 
 
+FLUSH: Final = "state::flush"
+"""The function that waits until everything is saved."""
+
+
+class FlushInput(msgspec.Struct, frozen=True):
+    """Wait until everything that was acknowledged is on disk, apart from scopes that are kept in memory only."""
+
+
 class Described(NamedTuple):
     """What the schemas say of a built-in function."""
 
@@ -167,6 +175,7 @@ class Described(NamedTuple):
 DESCRIBED: Final = (
     *[Described(row.function_id, row.given, row.request, row.response) for row in BUILT_IN.values()],
     Described(polls.FUNCTION_ID, polls.ChangesInput, "StateChangesInput", ("StateChangesResult", polls.ChangesFound)),
+    Described(FLUSH, FlushInput, "StateFlushInput", None),
     *[
         Described(row.function_id, row.given, row.given.__name__, (_result_name(row.response), row.response))
         for row in CONSUMER_FUNCTIONS
@@ -176,6 +185,11 @@ DESCRIBED: Final = (
 
 BUILT_IN_IDS: Final = frozenset(row.function_id for row in DESCRIBED)
 """Ids that no program and no worker can register."""
+
+
+def read_flush(payload: object) -> None:
+    """Check the input of `state::flush`. Raises DeserializationError."""
+    _reading(FLUSH, payload, lambda given: requests.convert(given, FlushInput))
 
 
 def from_payload(function_id: str, payload: object) -> Message:

@@ -12,17 +12,23 @@ from scopestate.errors import (
     BatchTooLarge,
     Compacted,
     Conflict,
+    DeserializationError,
+    EngineClosed,
     IdempotencyMismatch,
     InvalidCursor,
     KeyConflict,
+    Overloaded,
     RemoteFailure,
+    ReplyTimeout,
     RowTooLarge,
     ScopestateError,
     SnapshotCapacity,
+    StorageError,
     Unsupported,
     UpdateRefused,
     ValueTooLarge,
     WatchOverrun,
+    WouldDeadlock,
 )
 from scopestate.ops.update_ops import RefusedOp
 from scopestate.wire.frames import ABSENT
@@ -33,6 +39,7 @@ _FACTS: Final[dict[type[ScopestateError], tuple[str, ...]]] = {
     Conflict: ("scope", "key", "expected_revision", "revision", "conflicts"),
     IdempotencyMismatch: ("scope", "idempotency_key"),
     InvalidCursor: ("reason",),
+    ReplyTimeout: ("scope", "waited_s", "behind"),
     RowTooLarge: ("scope", "key", "size", "limit"),
     SnapshotCapacity: ("problem",),
     Unsupported: ("feature", "reason"),
@@ -65,6 +72,8 @@ class _Facts(msgspec.Struct):
     feature: str = ""
     problem: str = ""
     idempotency_key: str = ""
+    waited_s: float = 0.0
+    behind: str = ""
     conflicts: list[KeyConflict] = []
     errors: list[RefusedOp] = []
 
@@ -75,7 +84,25 @@ def refusal_of(failure: RemoteFailure) -> ScopestateError | None:
     Not for `VALUE_TOO_LARGE`, which the reference's functions answer too: for those every failure of the other engine
     is a failure of the store.
     """
-    make = _MADE.get(failure.code)
+    return _made(failure, _MADE)
+
+
+def raised_by(failure: RemoteFailure) -> ScopestateError:
+    """Return the error that the engine of the same directory has raised: of the same class, with the same facts."""
+    made = _made(failure, _MADE) or _made(failure, _MADE_FOR_FOLLOWERS)
+    if made is not None:
+        return made
+    kind = _BY_TEXT.get(failure.code)
+    if kind is not None:
+        return kind(failure.message)
+    # Every operation has a code of its own for a failure of its store, such as `SET_ERROR`.
+    return StorageError(failure.message, code=failure.code) if failure.code.endswith("_ERROR") else failure
+
+
+def _made(
+    failure: RemoteFailure, makers: Mapping[str, Callable[[_Facts], ScopestateError | None]]
+) -> ScopestateError | None:
+    make = makers.get(failure.code)
     if make is None or failure.details is None:
         return None
     try:
@@ -104,3 +131,13 @@ _MADE: Final[Mapping[str, Callable[[_Facts], ScopestateError | None]]] = {
     UpdateRefused.code: _update_refused,
     WatchOverrun.code: lambda facts: WatchOverrun(facts.cursor, facts.waiting),
 }
+
+_MADE_FOR_FOLLOWERS: Final[Mapping[str, Callable[[_Facts], ScopestateError | None]]] = {
+    ReplyTimeout.code: lambda facts: ReplyTimeout(facts.scope, facts.waited_s, facts.behind),
+    ValueTooLarge.code: lambda facts: ValueTooLarge(facts.scope, facts.key, facts.size, facts.limit),
+}
+
+_BY_TEXT: Final[Mapping[str, type[ScopestateError]]] = {
+    kind.code: kind for kind in (DeserializationError, EngineClosed, Overloaded, WouldDeadlock)
+}
+"""Errors that have nothing but a text."""

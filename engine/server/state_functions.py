@@ -14,7 +14,7 @@ from scopestate.consumer_functions import EVERYTHING
 from scopestate.errors import DeserializationError
 from scopestate.ops import answers, convert_ops, polls, turns
 from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
-from scopestate.ops.functions import BUILT_IN, BuiltIn, from_payload, read_request
+from scopestate.ops.functions import BUILT_IN, FLUSH, BuiltIn, from_payload, read_flush, read_request
 from scopestate.ops.remote import Everything
 from scopestate.ops.requests import OPTIONS, Request, WriteOptions, misfit, with_options
 from scopestate.ops.values import check, decode, encode, json_words, parse
@@ -169,6 +169,7 @@ class StateFunctions:
         self.by_id: dict[str, Callable[[Raw, Worker], Outcome]] = {
             **{row.function_id: self._made(row) for row in BUILT_IN.values()},
             polls.FUNCTION_ID: self._changes,
+            FLUSH: self._flush,
             **{row.function_id: self._of_consumers(row.function_id) for row in CONSUMER_FUNCTIONS},
         }
 
@@ -283,6 +284,12 @@ class StateFunctions:
                 return result
 
         return call
+
+    async def _flush(self, data: Raw, worker: Worker) -> Result:
+        read_flush(_decoded(FLUSH, data))
+        self._engine._tally[FLUSH].add()
+        await self._engine.aio.flush()
+        return b"null"
 
     async def _list_groups(self, data: Raw, worker: Worker) -> Result:
         from_payload("state::list_groups", _decoded("state::list_groups", data))

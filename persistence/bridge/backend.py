@@ -15,7 +15,8 @@ import msgspec
 
 from scopestate.actors.ports import Backend
 from scopestate.actors.scope import ScopeActor, Surroundings
-from scopestate.errors import EngineClosed, ScopestateError, StorageError
+from scopestate.errors import EngineClosed, NotConnected, ScopestateError, StorageError, Unsupported
+from scopestate.ops.functions import FLUSH
 from scopestate.ops.remote import Everything
 from scopestate.ops.turns import Deadline, Delete, Entry, Set, Turn
 from scopestate.ops.writes import SetWith
@@ -74,6 +75,8 @@ class BridgeBackend(Backend):
             tls_verify=options.tls_verify,
         )
         self._address.tls()  # raises now
+        self.transparent = find is not None
+        """As in `Connection`: there is a `find` if this is the engine of the same directory."""
         self._remote_events = options.events == "remote"
         self._pid = os.getpid()
         self._closed = False
@@ -166,6 +169,26 @@ class BridgeBackend(Backend):
             raise StorageError(f"Failed to list groups via bridge: the result has no groups: {error}") from error
         except ScopestateError as error:
             raise StorageError(f"Failed to list groups via bridge: {error}") from error
+
+    saves_elsewhere = True
+
+    def flush(self) -> None:
+        """Wait until the other engine has saved; iii, and an older scopestate, cannot be asked, and save by themselves.
+
+        Raises StorageError. If this engine goes on with a store of its own before the call was sent, nothing is left to
+        wait for here.
+        """
+        waiter = Waiter()
+        self.call(FLUSH, b"{}", waiter.done, needs=Needs(FLUSH))
+        try:
+            waiter.get()
+        except Unsupported:
+            return
+        except NotConnected as error:
+            if not self.leaving:
+                raise StorageError(f"it is not known what is saved: {error}") from error
+        except ScopestateError as error:
+            raise StorageError(f"it is not known what is saved: {error}") from error
 
     def problem(self) -> str | None:
         """Return what is wrong now, as text; None if all is well."""

@@ -36,7 +36,7 @@ from scopestate.ops.turns import Delete, Effects, Get, Items, List, Set, Stored,
 from scopestate.ops.writes import Durable, Once, unwrapped
 from scopestate.persistence.bridge.computed import Computation, Here, Waiter, compute, is_computed, needs_of
 from scopestate.wire.features import Needs
-from scopestate.wire.refusals import refusal_of
+from scopestate.wire.refusals import raised_by, refusal_of
 
 log = Log("scopestate.scope")
 
@@ -60,6 +60,10 @@ class Connection(Protocol):
     @property
     def reports_changes(self) -> bool:
         """True if the other engine reports every change, those made through here included."""
+
+    @property
+    def transparent(self) -> bool:
+        """True if errors of the other engine are raised as it raises them: it has the same directory, not another."""
 
     @property
     def leaving(self) -> bool:
@@ -389,8 +393,10 @@ class BridgeScope(ScopeActor):
 
     def _failure(self, turn: Turn[Any], problem: Exception) -> ScopestateError:
         """Return what the caller gets for a failure."""
-        if isinstance(problem, RemoteFailure) and (refusal := refusal_of(problem)) is not None:
-            return refusal
+        if isinstance(problem, RemoteFailure):
+            refusal = raised_by(problem) if self._connection.transparent else refusal_of(problem)
+            if refusal is not None and refusal is not problem:
+                return refusal
         if isinstance(problem, Conflict):  # of a transaction, whose answer does not name the scope
             return problem if problem.scope else Conflict(self.scope, problem.conflicts)
         if isinstance(problem, UpdateRefused):
@@ -399,7 +405,7 @@ class BridgeScope(ScopeActor):
             return problem
         if not isinstance(problem, ScopestateError):
             log.error("%s: reading the answer to a call failed", self.name, exc_info=problem)  # a bug: do not hang
-        return _via_bridge(turn, problem)
+        return _unreachable(turn, problem) if self._connection.transparent else _via_bridge(turn, problem)
 
     def _settle(self, call: _Call, stored: tuple[Stored, ...], answer: Any, failure: BaseException | None) -> None:
         """Fire the events of a call, give it its answer, and send what has waited for it.
@@ -571,5 +577,12 @@ def _via_bridge(turn: Turn[Any], error: Exception) -> StorageError:
     """Return the local error for a remote failure (docs/protocol.md, section 13.7)."""
     cause = f"remote error ({error.code}): {error}" if isinstance(error, RemoteFailure) else str(error)
     failure = turn.failed(StorageError(f"{turn.failure.words} via bridge: {cause}"))
+    failure.__cause__ = error
+    return failure
+
+
+def _unreachable(turn: Turn[Any], error: Exception) -> StorageError:
+    """Return the error of a call that the owner of the directory has not answered."""
+    failure = turn.failed(error)
     failure.__cause__ = error
     return failure

@@ -59,6 +59,7 @@ def test_the_new_fields_are_described_where_they_can_be_given(engine: Engine) ->
         "state::touch",
         "state::transaction",
         "state::changes",
+        "state::flush",
         "engine::consumers::list",
         "engine::consumers::pause",
         "engine::consumers::resume",
