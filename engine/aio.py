@@ -27,7 +27,7 @@ from scopestate.errors import Overloaded, ReplyTimeout
 from scopestate.handles import AioScope
 from scopestate.ops import checked, messages, polls, turns
 from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
-from scopestate.ops.functions import BUILT_IN, from_payload
+from scopestate.ops.functions import BUILT_IN, FLUSH, from_payload
 from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, WatchOptions
 from scopestate.ops.results import SetResult, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
@@ -230,6 +230,7 @@ class AioEngine(AioStateCalls):
         """As `Engine.flush`."""
         engine = self._engine
         engine._refuse_if_closed()
+        engine._tally[FLUSH].add()
         backend = engine._parts.backend
         if backend.saves_elsewhere:
             await self.elsewhere(backend.flush)

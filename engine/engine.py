@@ -497,7 +497,6 @@ class Engine(Reactive, StateCalls):
 
     def _call_flush(self, payload: object) -> None:
         read_flush(payload)
-        self._tally[FLUSH].add()
         self.flush()
 
     def _call_consumers(self, function_id: str, payload: object) -> Any:
@@ -545,6 +544,7 @@ class Engine(Reactive, StateCalls):
         """
         self._refuse_if_closed()
         self._snapshot.refuse_in_turns()
+        self._tally[FLUSH].add()
         self._parts.backend.flush()
         self._snapshot.ask(Flush()).get()
 

@@ -287,7 +287,6 @@ class StateFunctions:
 
     async def _flush(self, data: Raw, worker: Worker) -> Result:
         read_flush(_decoded(FLUSH, data))
-        self._engine._tally[FLUSH].add()
         await self._engine.aio.flush()
         return b"null"
 

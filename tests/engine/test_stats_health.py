@@ -62,7 +62,7 @@ def test_calls_are_counted_whichever_way_they_are_made(engine: Engine) -> None:
     engine.scope("s").update("k", [])
     asyncio.run(main())
 
-    assert engine.stats().calls == dict.fromkeys([*BUILT_IN, "state::changes"], 0) | {
+    assert engine.stats().calls == dict.fromkeys([*BUILT_IN, "state::changes", "state::flush"], 0) | {
         "state::set": 4,
         "state::get": 4,
         "state::delete": 3,
