@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine
 from scopestate.errors import FunctionNotFound, InvalidRegistration, RemoteFailure
-from scopestate.ops.functions import BUILT_IN, BUILT_IN_IDS
+from scopestate.ops.functions import BUILT_IN, BUILT_IN_IDS, FLUSH
 from scopestate.ops.polls import FUNCTION_ID
 from scopestate.server.server import Server
 
@@ -742,7 +742,7 @@ def test_functions_and_triggers_are_listed(connect: OpenRaw, engine: Engine) -> 
     trigger_id = worker.trigger("w.f", {"scope": "s"}, metadata={"m": 1})
 
     functions = {entry["function_id"]: entry for entry in worker.call("engine::functions::list", {})["functions"]}
-    assert set(functions) == {*BUILT_IN, FUNCTION_ID, "app.f", "w.f"}
+    assert set(functions) == {*BUILT_IN, FUNCTION_ID, FLUSH, "app.f", "w.f"}
     assert functions["w.f"] == {
         "function_id": "w.f",
         "description": "does",
