@@ -217,6 +217,10 @@ class ChangeSource(ABC):
     def poll_now(self, asked: Mapping[str, Any]) -> bytes:
         """Send a poll and wait for its answer, not on the thread of an event loop. Raises what the poll raises."""
 
+    def hand_over(self, to: ChangeSource) -> None:
+        """Another one answers all polls from now on, and those that were begun since the backend has left."""
+        raise NotImplementedError
+
 
 class Backend(ABC):
     """Where the scopes of one engine live. Every method may be called from any thread.
@@ -283,8 +287,10 @@ class Backend(ABC):
         """Return what is wrong now, in words, for `Health.problems`; None if all is well."""
         return None
 
-    def leave(self) -> None:
+    def leave(self) -> str | None:
         """Another backend takes the scopes over. On return nothing that was begun is under way: it has its outcome.
+
+        Returns the cursor behind which no change has fired a trigger here; None: none is to.
 
         Calls that were not begun wait in the scopes, which send nothing any more. Idempotent. It may wait; not on a
         thread of the backend. Only of a backend whose scopes can leave (`ScopeActor.can_leave`).

@@ -307,6 +307,15 @@ class EventRouter(TurnActor):
         self.publish(events)
         return handlers, None
 
+    def publish_read(self, event: StateEvent) -> None:
+        """Publish an event that was read from the journal, as it is. No limit stands in its way."""
+        handlers = self.triggers.watchers(event.scope).match(event.key)
+        if self.triggers.selective:
+            handlers = wanting(handlers, event.event_type, event.old_json, event.new_json)
+        if handlers:
+            self.backlog.largest = max(self.backlog.largest, size_of(event))
+            self.publish(((handlers, event),))
+
     def _give_to_idle(self, handler: HandlerActor, event: StateEvent) -> bool:
         """Put the event into the handler's mailbox if neither it nor this router has anything else to do.
 
@@ -397,6 +406,13 @@ class EventRouter(TurnActor):
     def report(self, failure: DeliveryFailure) -> None:
         """Have a failure reported to the log and the hooks. From any thread; no code of the program runs on it."""
         self._services.reporter.report(failure)
+
+    def report_missed(self, handlers: Iterable[HandlerActor], error: Exception) -> None:
+        """Report to the hooks that the triggers of these handlers have missed events, once for each."""
+        for handler in handlers:
+            trigger = handler.trigger
+            event = StateEvent("state:updated", trigger.scope or "", trigger.key or "", None, None, 0)
+            self.report(DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, 0, True))
 
     def _cut_loop(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
         self.loops_cut += 1

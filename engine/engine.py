@@ -6,7 +6,7 @@ import builtins
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
@@ -20,7 +20,7 @@ from scopestate.actors.callbacks import IN_CALLBACK, refuse_in_callback, run_cal
 from scopestate.actors.consuming import Consumers
 from scopestate.actors.dispatcher import Dispatcher
 from scopestate.actors.functions import Function
-from scopestate.actors.ports import Backend, Store
+from scopestate.actors.ports import Backend, ChangeSource, Store
 from scopestate.actors.reply import PatientReply, Reply, Told
 from scopestate.actors.snapshot import Flush
 from scopestate.calls import Caller
@@ -52,7 +52,7 @@ from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
 from scopestate.parts import Parts
-from scopestate.polled_watching import watch_now
+from scopestate.polled_watching import Polled, watch_now
 from scopestate.polls import Polls
 from scopestate.reactive import Hook, Reactive, checked_hook
 from scopestate.snapshots import REFUSED, Call, Snapshots
@@ -120,13 +120,16 @@ class Engine(Reactive, StateCalls):
         self._caller = Caller(parts.services)
         self._snapshots = Snapshots(parts.dispatcher)
         self._polls = Polls(self)
+        self._polled: dict[int, weakref.ref[Polled]] = {}
+        """The watches that poll another engine."""
         self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False
         self._consumer_functions = ConsumerFunctions(lambda: parts.consumers)
         self._add_built_in()
         parts.make_transaction = partial(TransactionOfDelivery, self)
-        parts.took_over = partial(lifecycle.hold_backend, self)
+        parts.hold = partial(lifecycle.hold_backend, self)
+        parts.take_over_watches = self._take_over_watches
         self._begin(handle_sigterm=handle_sigterm)
 
     def _begin(self, *, handle_sigterm: bool) -> None:
@@ -141,6 +144,22 @@ class Engine(Reactive, StateCalls):
         lifecycle.watch_over(self)
         if handle_sigterm and self._parts.backend.keeps:
             lifecycle.close_on_signals()
+
+    def _take_over_watches(self, before: ChangeSource) -> Callable[[], object]:
+        """The scopes are about to be in this engine: prepare the watches that poll, and return what has them go on."""
+        from scopestate.own_changes import OwnChanges  # noqa: PLC0415 - asyncio takes 20 ms, and is loaded by now
+
+        watches = [watch for ref in list(self._polled.values()) if (watch := ref()) is not None]
+        for watch in watches:
+            watch.prepare()
+
+        def go_on() -> None:
+            source = OwnChanges(self)
+            before.hand_over(source)
+            for watch in watches:
+                watch.go_on(source)
+
+        return go_on
 
     def _add_built_in(self) -> None:
         for function_id in BUILT_IN:
@@ -366,7 +385,7 @@ class Engine(Reactive, StateCalls):
         groups = {scope for scope, holds in in_memory.items() if holds}
         known = [scope for scope, holds in in_memory.items() if holds is not None]
         try:
-            groups.update(set(parts.backend.scopes()).difference(known))
+            groups.update(set(parts.scopes()).difference(known))
         except StorageError as error:
             reason = error.__cause__
             cause = reason if isinstance(reason, NotConnected | ConnectionLost) else error

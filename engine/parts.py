@@ -21,7 +21,7 @@ from scopestate.actors.expiry import ExpiryActor
 from scopestate.actors.functions import Function, Functions
 from scopestate.actors.journal import History
 from scopestate.actors.loops import LoopThread
-from scopestate.actors.ports import Backend, Store, WriteRule
+from scopestate.actors.ports import Backend, ChangeSource, Store, WriteRule
 from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.services import HandlerServices
@@ -37,7 +37,15 @@ from scopestate.config import (
 from scopestate.config.functions import misfit_id
 from scopestate.config.schema import options_of
 from scopestate.durable_triggers import DurableTriggers
-from scopestate.errors import ConfigError, EngineClosed, InvalidRegistration, ScopestateError, Unsupported
+from scopestate.errors import (
+    ConfigError,
+    EngineClosed,
+    InvalidRegistration,
+    ScopestateError,
+    StorageError,
+    Unsupported,
+)
+from scopestate.missed import fire_missed
 from scopestate.opening import durable_mistakes, history_of, no_store_for, open_backend, sharing_for, write_rule_of
 from scopestate.ops import polls
 from scopestate.ops.functions import BUILT_IN, FLUSH
@@ -108,8 +116,10 @@ class Parts:
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self._exclusive = Guard()
         self._ends = False
-        self.took_over: Callable[[], object] = lambda: None
-        """Called when the engine has another backend; set by the engine."""
+        self.hold: Callable[[], object] = lambda: None
+        """Called when the engine has another backend; set by the engine, as the next one."""
+        self.take_over_watches: Callable[[ChangeSource], Callable[[], object]] = lambda before: lambda: None
+        """Called before another backend makes scopes; what it returns is called when it does."""
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that applies changes of the file."""
         self.tally = {function_id: Tally() for function_id in (*BUILT_IN, polls.FUNCTION_ID, FLUSH)}
@@ -215,13 +225,29 @@ class Parts:
         except BaseException:
             self._attach(before)
             raise
-        before.leave()
+        told = before.leave()
+        if told is not None:
+            fire_missed(self.router, told)
+        go_on = None if before.changes is None else self.take_over_watches(before.changes)
         self.directory.exclusively(partial(self._use, backend))
         for actor in list(self.directory.values()):
             self._replace(actor)
         self._start()
-        self.took_over()
+        self.hold()
+        if go_on is not None:
+            go_on()
         before.close()
+
+    def scopes(self) -> list[str]:
+        """Return the names of scopes that the backend has, as `Backend.scopes`; if that ends meanwhile, of the next."""
+        backend = self.backend
+        try:
+            return backend.scopes()
+        except StorageError:
+            now = self._exclusive.run(lambda: self.backend)
+            if now is backend:
+                raise
+        return now.scopes()
 
     def _use(self, backend: Backend) -> None:
         self.backend = backend

@@ -6,22 +6,28 @@ wait. If the connection is lost, the next poll goes on with the cursor of the la
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from scopestate.actors.reply import ReplyTo
+from scopestate.actors.watcher import changes_of
 from scopestate.errors import (
     CallTimeout,
     Compacted,
     ConnectionLost,
     EngineClosed,
+    InvalidCursor,
     NotConnected,
     ScopestateError,
+    StorageError,
     Unsupported,
 )
 from scopestate.ops.changes import Change, ChangeKind, KnownCursor
+from scopestate.ops.cursors import ManyCursor, read_cursor
 from scopestate.ops.values import parse
 from scopestate.watch_settings import WatchSettings
 from scopestate.watching import PROGRESS_S, AioChanges, Changes, Steps, _Watch
@@ -29,6 +35,7 @@ from scopestate.watching import PROGRESS_S, AioChanges, Changes, Steps, _Watch
 if TYPE_CHECKING:
     from scopestate.actors.ports import ChangeSource
     from scopestate.engine import Engine
+    from scopestate.ops.results import StateEvent
 
 MOST: Final = 1_000
 """Changes that are asked for at a time."""
@@ -76,27 +83,29 @@ def _json(text: msgspec.Raw) -> bytes | None:
     return parse(bytes(text)) if text else None
 
 
-class _Polled(_Watch):
+class Polled(_Watch):
     """What is different in a watch that polls."""
 
-    def __init__(self, engine: Engine, settings: WatchSettings) -> None:
-        source = engine._parts.backend.changes
-        assert source is not None  # the caller has looked
-        self._remote: ChangeSource = source
+    def __init__(self, engine: Engine, settings: WatchSettings, source: ChangeSource) -> None:
+        self._remote = source
         self._polling = False
+        self._round = 0
+        """Answers to polls of an earlier round are of no use."""
         self._answered: str | None = None
         """The cursor of the next poll."""
         self._before = ""
         """The cursor that begins with the snapshot again."""
         self._resynced = False
         self._known: set[tuple[str, str]] = set(settings.known)
-        """With `on_compacted="resync"`, the keys that the caller has."""
+        """The keys that the caller has: always with `on_compacted="resync"`, otherwise during a snapshot."""
         self._there: set[tuple[str, str]] = set()
         """Those of the snapshot."""
         self._error: ScopestateError | None = None
         self._told = ""
         """The cursor of the last mark."""
         super().__init__(engine, settings)
+        key, table = id(self), engine._polled
+        table[key] = weakref.ref(self, lambda _: table.pop(key, None))
 
     # ------------------------------------------------------------------------------------------------------ beginning
 
@@ -122,6 +131,7 @@ class _Polled(_Watch):
         if self._settings.scope is None:
             raise Unsupported('`on_compacted="resync"` for many scopes', "they are in another engine")
         self._answered, self._snapshot, self._resynced = None, True, True
+        self._there.clear()
 
     def _poll_now(self) -> bytes:
         return self._remote.poll_now(self._asked(0))
@@ -149,7 +159,7 @@ class _Polled(_Watch):
         for change in changes:
             if change.initial:
                 self._before = change.cursor
-            if self._settings.resync:
+            if self._settings.resync or self._snapshot:
                 self._note_key(change)
         self._answered = answer.cursor
         if self._snapshot and not (initial and answer.more):
@@ -175,6 +185,8 @@ class _Polled(_Watch):
         gone = sorted(self._known - self._there) if self._resynced else []
         self._known.difference_update(gone)
         self._there.clear()
+        if not self._settings.resync:
+            self._known.clear()
         cursor, wants = KnownCursor(self._before), self._settings.filter.wants_key
         return [Change("delete", scope, key, None, None, 0, 0, True, 0, cursor) for scope, key in gone if wants(key)]
 
@@ -196,7 +208,8 @@ class _Polled(_Watch):
         if not self._exclusive.run(self._begin_poll):
             return
         try:
-            self._remote.poll(self._asked(self._remote.longest_wait_ms), self._polled)
+            asked = self._asked(self._remote.longest_wait_ms)
+            self._remote.poll(asked, partial(self._polled, self._round))
         except EngineClosed:
             self._watcher.ending = True
             self._polling = False
@@ -205,8 +218,10 @@ class _Polled(_Watch):
             self._polling = False
             raise
 
-    def _polled(self, text: bytes | None, error: ScopestateError | None) -> None:
+    def _polled(self, asked_in: int, text: bytes | None, error: ScopestateError | None) -> None:
         """Take what has come of a poll. On the thread of the connection."""
+        if asked_in != self._round:
+            return
         again: Callable[[], None] = self._poll_if_awaited
         if error is None and text is not None:
             try:
@@ -220,7 +235,7 @@ class _Polled(_Watch):
                 self._watcher.wake()
             else:
                 self._engine._parts.dispatcher.call_later(AGAIN_S, again)
-        elif isinstance(error, Compacted) and self._settings.resync and self._settings.scope is not None:
+        elif self._begins_anew(error):
             self._begin_anew()
             again()
         elif error is not None:
@@ -229,9 +244,57 @@ class _Polled(_Watch):
         else:
             again()
 
+    def _begins_anew(self, error: ScopestateError | None) -> bool:
+        """Return whether to go on with a snapshot: the changes are gone, or the rest of a snapshot is."""
+        if isinstance(error, Compacted):
+            return self._settings.resync and self._settings.scope is not None
+        # The pages of a snapshot are of one moment, and of one connection.
+        return isinstance(error, InvalidCursor) and self._snapshot and self._answered is not None
+
     def _poll_if_awaited(self) -> None:
         if self._watcher.waiters:
             self._poll_soon()
+
+    # ---------------------------------------------------------------------------------------------------- taking over
+
+    def prepare(self) -> None:
+        """The scopes are about to be in this engine: read what it has behind the cursor, and have what comes entered.
+
+        Nothing of the other engine is under way, and nothing is changed here yet. A poll then goes on from here.
+        """
+        self._round += 1
+        self._polling = False
+        try:
+            self._prepare()
+        except StorageError as error:
+            self._error = error
+
+    def _prepare(self) -> None:
+        answered, settings, feed = self._answered, self._settings, self._feed
+        if self._watcher.closed or self._error is not None or answered is None or self._snapshot:
+            return  # a snapshot begins anew
+        found = read_cursor(answered)
+        missed: list[StateEvent] = []
+        if isinstance(found, ManyCursor):
+            journal, position = feed.journal, found.position or 0
+            if journal is None or found.store != feed.store_id:
+                return  # it cannot go on, which its next poll says
+            if journal.gone(found.epoch, position, prefix=settings.scope_prefix) is not None:
+                return
+            while events := journal.read(position):
+                missed += [event for event in events if event.scope.startswith(settings.scope_prefix)]
+                position = events[-1].position
+        # It stays wanted for as long as a poll may need to come.
+        feed.unwant(feed.want(settings.scope, settings.scope_prefix))
+        if isinstance(found, ManyCursor):
+            made = changes_of(missed, feed.cursors, everything=self._watcher.everything)
+            self._answered = feed.cursors.at(feed.shown())
+            self._watcher._add(self._watcher.filtered(made))
+
+    def go_on(self, source: ChangeSource) -> None:
+        """Poll this one from now on."""
+        self._remote = source
+        self._watcher.wake()
 
     # -------------------------------------------------------------------------------------------------------- reading
 
@@ -304,19 +367,21 @@ class _Polled(_Watch):
 _decode: Final = msgspec.json.Decoder(_Answer).decode
 
 
-class PolledChanges(_Polled, Changes):
-    """A watch of scopes in another engine."""
+class PolledChanges(Polled, Changes):
+    """A watch of scopes in another engine, or that were in one when it began."""
 
 
-class AioPolledChanges(_Polled, AioChanges):
+class AioPolledChanges(Polled, AioChanges):
     """A watch of scopes in another engine, for asyncio."""
 
 
 def watch_now(engine: Engine, settings: WatchSettings) -> Changes:
     """Open a watch, of the kind that the scopes of the engine need. Raises as `Engine.watch`."""
-    return (Changes if engine._parts.backend.changes is None else PolledChanges)(engine, settings)
+    source = engine._parts.backend.changes
+    return Changes(engine, settings) if source is None else PolledChanges(engine, settings, source)
 
 
 def watch_later(engine: Engine, settings: WatchSettings) -> AioChanges:
     """Return a watch for asyncio, of the kind that the scopes of the engine need."""
-    return (AioChanges if engine._parts.backend.changes is None else AioPolledChanges)(engine, settings)
+    source = engine._parts.backend.changes
+    return AioChanges(engine, settings) if source is None else AioPolledChanges(engine, settings, source)

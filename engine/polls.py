@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.router import Routed
 from scopestate.actors.snapshot import Commit
-from scopestate.errors import DeserializationError, InvalidCursor, Overloaded, SnapshotCapacity, WatchOverrun
+from scopestate.errors import (
+    DeserializationError,
+    EngineClosed,
+    InvalidCursor,
+    Overloaded,
+    SnapshotCapacity,
+    WatchOverrun,
+)
 from scopestate.ops.cursors import ScopeCursor, read_cursor
 from scopestate.ops.polls import FUNCTION_ID, Poll, change_text, changes_text, read_poll
 from scopestate.ops.ranges import Count
@@ -227,7 +234,7 @@ class Polls:
             self._exclusive.run(self._leave, caller)
 
     def _enter(self, caller: Caller) -> None:
-        if self._polling[caller] >= MOST_POLLS:
+        if self._polling[caller] >= MOST_POLLS and caller.limited:
             raise Overloaded(f"{MOST_POLLS} polls of this caller are in progress; wait for some of them")
         self._polling[caller] += 1
 
@@ -261,6 +268,11 @@ class Polls:
                     except WatchOverrun:
                         # What it has missed is in the ring, or in the journal.
                         answer.more = True
+                        return self._finish(watched, answer, kept=False)
+                    except EngineClosed:
+                        if not answer.changes:
+                            raise
+                        # They are the last ones: another process may open the store, and go on behind them.
                         return self._finish(watched, answer, kept=False)
                     if change is None:
                         break
@@ -362,12 +374,13 @@ class Polls:
             self._engine._parts.dispatcher.call_later(delay_s, weakly(self._drop_expired))
 
     def _put(self, cursor: str, watched: _Watched) -> list[_Watched]:
-        name = watched.caller, cursor, watched.asked
+        caller = watched.caller
+        name = caller, cursor, watched.asked
         before = self._kept.pop(name, None)
         self._kept[name] = watched
-        mine = [one for one in self._kept.items() if one[0][0] is watched.caller]
+        mine = [one for one in self._kept.items() if one[0][0] is caller]
         ended = [] if before is None else [before]
-        if len(mine) > KEPT:
+        if len(mine) > KEPT and caller.limited:
             ended.append(self._kept.pop(mine[0][0]))
         return ended
 

@@ -33,11 +33,13 @@ _ROOM: Final = len("[,],") + len('""')
 class Caller:
     """One that pages through snapshots. Its cursors are of no use to others."""
 
-    __slots__ = ("share",)
+    __slots__ = ("limited", "share")
 
-    def __init__(self, share: Hashable = None) -> None:
+    def __init__(self, share: Hashable = None, *, limited: bool = True) -> None:
         self.share = share
         """Callers with the same share count as one where the limits are shared: the workers of one token."""
+        self.limited = limited
+        """False: it is this program, or one with all its rights, and may have any number of polls in progress."""
 
 
 PROGRAM: Final = Caller()

@@ -159,7 +159,7 @@ class _Watch:
 
     def _scopes_there(self) -> list[str]:
         engine, prefix = self._engine, self._settings.scope_prefix
-        there = {*list(engine._scopes), *engine._parts.backend.scopes()}
+        there = {*list(engine._scopes), *engine._parts.scopes()}
         return sorted(scope for scope in there if scope.startswith(prefix))
 
     def _deletes(self, there: Iterable[_Row]) -> list[_Row]:

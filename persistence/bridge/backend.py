@@ -83,7 +83,7 @@ class BridgeBackend(Backend):
         self.leaving = False
         """As in `Connection`."""
         self._open = [None]
-        self.changes: RemoteChanges = RemoteChanges(self.call, options.call_timeout_ms)
+        self.changes: RemoteChanges = RemoteChanges(self.call, options.call_timeout_ms, lambda: self.leaving)
         client_options = ClientOptions(
             connect_wait_s=options.connect_wait_ms / 1000,
             call_timeout_s=options.call_timeout_ms / 1000,
@@ -234,9 +234,10 @@ class BridgeBackend(Backend):
             except ScopestateError as error:
                 raise StorageError(f"key {key!r} of scope {scope!r} was not written: {error}") from error
 
-    def leave(self) -> None:
+    def leave(self) -> str | None:
         self.leaving = True
         self.close()
+        return self._events.cursor
 
     def close(self) -> None:
         """Close the connection; calls in progress fail. Idempotent. In a forked child it does nothing."""

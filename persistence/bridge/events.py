@@ -70,6 +70,7 @@ class _Told(msgspec.Struct):
     late_ms: int = 0
     time_ms: int = 0
     depth: int = 0
+    cursor: str = ""
 
     def arrived(self) -> _Arrived:
         """Return what is fired. Raises DeserializationError."""
@@ -350,6 +351,7 @@ class RemoteEvents:
                 await self._fire(told.arrived())
             except DeserializationError as error:
                 log.error("bridge: a change of key %r of scope %r is not JSON: %s", told.key, told.scope, error)  # noqa: TRY400 - as above
+            self.cursor = told.cursor or self.cursor
         self.cursor = answer.cursor
         self._tell_moved()
 

@@ -483,7 +483,7 @@ class BridgeScope(ScopeActor):
         successor.keep_order()
 
     def _take_in_waiting(self) -> None:
-        """Take in answers and changes that wait."""
+        """Take in the answers that wait."""
         for item in self._mailbox[:]:
             if type(item) is not Envelope:
                 self._mailbox.remove(item)

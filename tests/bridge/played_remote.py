@@ -18,7 +18,7 @@ from scopestate.wire.features import Needs
 class PlayedRemote(Backend):
     """A connection to an engine that answers when the test says so."""
 
-    reports_changes = False
+    reports_changes = transparent = False
 
     def __init__(self) -> None:
         self.leaving = False

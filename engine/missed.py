@@ -1,0 +1,67 @@
+"""The changes that have fired no trigger of an engine, as another one had the scopes when they were made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from scopestate.actors.containment import Log
+from scopestate.errors import Compacted, StorageError
+from scopestate.ops.cursors import ManyCursor, read_cursor
+
+if TYPE_CHECKING:
+    from scopestate.actors.handler import HandlerActor
+    from scopestate.actors.journal import Journal
+    from scopestate.actors.router import EventRouter
+
+log = Log("scopestate.triggers")
+
+PAGE: Final = 1_000
+"""Events that are read from the journal at a time."""
+
+
+def fire_missed(router: EventRouter, cursor: str) -> None:
+    """Fire the events of all changes behind a cursor, as far as the journal has them; the rest is reported.
+
+    Before the engine makes its first change: each change is told once, in order. No limit of a mailbox holds it up,
+    as other processes wait for this one.
+    """
+    handlers = [handler for handler in router.triggers.handlers() if handler.trigger.durable is None]
+    if not handlers:
+        return
+    journal = router.feed.journal
+    try:
+        found = read_cursor(cursor)
+        if journal is None or not isinstance(found, ManyCursor) or found.store != router.feed.store_id:
+            _report(router, handlers, cursor, "other store")
+        else:
+            _fire_from(router, handlers, journal, found)
+    except StorageError as error:
+        log.error("the changes that triggers have missed were not read: %s", error)  # noqa: TRY400 - the text says it all
+        _report(router, handlers, cursor, "trimmed")
+
+
+def _fire_from(router: EventRouter, handlers: list[HandlerActor], journal: Journal, behind: ManyCursor) -> None:
+    position = behind.position or 0
+    if journal.gone(behind.epoch, position) == "lost in a crash":
+        log.warning("triggers were told of changes that the process before has not saved: the state is without them")
+
+    def has_missed(handler: HandlerActor) -> bool:
+        trigger = handler.trigger
+        # Of the present epoch: what an earlier one has lost is not there, and no event of it is missing.
+        return journal.gone(journal.epoch, position, scope=trigger.scope, prefix=trigger.scope_prefix or "") is not None
+
+    if missed := [handler for handler in handlers if has_missed(handler)]:
+        _report(router, missed, behind.text(), "trimmed")
+    while events := journal.read(position, most=PAGE):
+        for event in events:
+            router.publish_read(event)
+        position = events[-1].position
+
+
+def _report(router: EventRouter, handlers: list[HandlerActor], cursor: str, reason: str) -> None:
+    error = Compacted(cursor, reason)
+    log.error(
+        "changes of the moments before this engine took over fired no trigger here: %s; give the scopes `history`",
+        error.reason,
+    )
+    router.report_missed(handlers, error)
