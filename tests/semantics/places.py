@@ -14,24 +14,23 @@ from typing import Any
 import pytest
 
 from scopestate import Engine, StateEvent
-from scopestate.server import Server
 
 PATIENCE_S = 20.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
 
-PLACES = ("memory", "interval", "commit", "redis", "bridge")
+PLACES = ("memory", "interval", "commit", "redis", "follower")
 
 LAST = "no such key"
 """Its event ends what `Events.take` waits for."""
 
 lasting = pytest.mark.parametrize("place", [place for place in PLACES if place != "memory"], indirect=True)
 """For a test of what the next engine finds: nothing is left of an engine in memory."""
-shared = pytest.mark.parametrize("place", [place for place in PLACES if place in ("redis", "bridge")], indirect=True)
+shared = pytest.mark.parametrize("place", [place for place in PLACES if place in ("redis", "follower")], indirect=True)
 """For a test of two engines that use one place at the same time."""
 restarted = pytest.mark.parametrize(
-    "place", [place for place in PLACES if place not in ("memory", "bridge")], indirect=True
+    "place", [place for place in PLACES if place not in ("memory", "follower")], indirect=True
 )
-"""As `lasting`, for what would go on in the other engine of a bridge."""
+"""As `lasting`, for what would go on in the engine that a follower follows."""
 
 LONG_AGO = datetime(2001, 1, 1, tzinfo=UTC)
 """A deadline that has passed: what is written with it has expired at once."""
@@ -55,7 +54,7 @@ FACTS = {
     "interval": Facts(saves=True),
     "commit": Facts(saves=True),
     "redis": Facts(inserted_order=False),
-    "bridge": Facts(),
+    "follower": Facts(saves=True),
 }
 
 
@@ -68,7 +67,7 @@ class Place:
         self._folder = folder
         self._redis_url = redis_url
         self._stack = ExitStack()
-        self._remote: Server | None = None
+        self._owner: Engine | None = None
         self.opened_redis = False
         """The server has been emptied for this test."""
 
@@ -83,8 +82,8 @@ class Place:
     def open(self, **sections: Any) -> Engine:
         """Open an engine; `sections` are those of a configuration file.
 
-        Behind a bridge the other engine has those of the first call too. More than one engine may be open on Redis
-        and on a bridge; elsewhere close the one before.
+        The owner of a follower's directory has those of the first call too. More than one engine may be open on Redis,
+        and more than one follower; elsewhere close the one before.
         """
         adapter: dict[str, Any]
         match self.name:
@@ -92,21 +91,22 @@ class Place:
                 adapter = {"name": "kv"}
             case "redis":
                 adapter = {"name": "redis", "config": {"redis_url": self._redis_url()}}
-            case "bridge":
-                if self._remote is None:
-                    remote = self._stack.enter_context(Engine.from_config(sections))
-                    self._remote = self._stack.enter_context(Server(remote, port=0))
-                adapter = {"name": "bridge", "config": {"bridge_url": self._remote.url, "events": "remote"}}
             case durability:
                 kv = {
                     "store_method": "file_based",
                     "file_path": str(self._folder / "store"),
                     "save_interval_ms": 50,
-                    "durability": durability,
+                    "durability": "interval" if durability == "follower" else durability,
                 }
                 adapter = {"name": "kv", "config": kv}
-        workers = [{"name": "iii-state", "config": {"adapter": adapter}}]
-        return self._stack.enter_context(Engine.from_config({"workers": workers, **sections}))
+        config = {"workers": [{"name": "iii-state", "config": {"adapter": adapter}}], **sections}
+        if self.name == "follower" and self._owner is None:
+            self._owner = self._stack.enter_context(Engine.from_config(config))
+        return self._stack.enter_context(Engine.from_config(config))
+
+    def saves(self, engine: Engine) -> int:
+        """Return how often the engine, or the one that it follows, has saved."""
+        return (self._owner or engine).stats().saves
 
     def close(self) -> None:
         self._stack.close()
