@@ -737,6 +737,11 @@ class Feed:
             watcher.ending = True
         deliver_to(watchers)
 
+    @property
+    def ended(self) -> bool:
+        """True once watches end."""
+        return self._ended
+
     def disown(self) -> None:
         """In a forked child: the guard may be held by a thread that is not here."""
         self._exclusive = Guard()

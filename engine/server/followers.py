@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -23,6 +24,8 @@ log = logging.getLogger("scopestate.sharing")
 
 MESSAGE_BYTES: Final = 1 << 30
 CALLS: Final = 1_000_000
+LAST_POLL_S: Final = 1.0
+"""How long a goodbye waits for the answers to polls."""
 STOP_S: Final = 10.0
 """How long the closing of an engine waits for its server to do one thing."""
 
@@ -89,7 +92,7 @@ class FollowerServer(Server):
         if hub is None or not self._on_loop(lambda: hub.hold(handlers_may=handlers_may)):
             return
         deadline = time.monotonic() + timeout_s
-        while any(worker.session.waiting for worker in list(hub.workers.values())) and time.monotonic() < deadline:
+        while any(worker.has_calls for worker in list(hub.workers.values())) and time.monotonic() < deadline:
             time.sleep(0.001)
 
     def abandon(self) -> None:
@@ -126,9 +129,12 @@ class FollowerServer(Server):
         hub = self._hub
         if hub is None or not hub.holds:
             return
+        polls = {poll for worker in hub.workers.values() for poll in worker.polls}
+        if polls:  # they are answered when the engine ends its watches
+            await asyncio.wait(polls, timeout=LAST_POLL_S)
         for worker in list(hub.workers.values()):
             # With a call that was begun and is not answered, the follower must take it for one that may have been done.
-            worker.close(GOING, STOPS if worker.session.waiting else GOODBYE)
+            worker.close(GOING, STOPS if worker.has_calls else GOODBYE)
 
     def _on_loop(self, work: Callable[[], object]) -> bool:
         """Call `work` on the thread of the server, and wait for it. False: the server has ended."""

@@ -233,15 +233,19 @@ class Hub:
             self._act_rarely(worker, action)
 
     def hold(self, *, handlers_may: bool) -> None:
-        """Begin no more calls, and give up those that wait for changes. `handlers_may`: begin calls by handlers."""
+        """Begin no more calls, except polls. `handlers_may`: begin calls by handlers too."""
         self.holds = "calls" if handlers_may else "all"
-        for worker in self.workers.values():
-            worker.end_polls()
 
     def act_unless_held(self, worker: Worker, action: Action) -> None:
         """As `act`, for a server whose engine may be closed while its workers go on: see `hold`."""
         if self.holds is None or type(action) is not InvokeFunction or action.invocation_id is None:
             self.act(worker, action)
+        elif action.function_id == polls.FUNCTION_ID:
+            # The last one is answered when the engine has made its last change.
+            if self.engine._router.feed.ended:
+                worker.session.waiting -= 1
+            else:
+                self.act(worker, action)
         elif self.holds == "all" or not worker.session.depth_of(action):
             worker.session.waiting -= 1
         else:

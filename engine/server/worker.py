@@ -77,9 +77,15 @@ class Worker:
         self.pause_messages: Callable[[], object] = lambda: None
         """Has its further messages wait until `resume_messages` is called."""
         self.resume_messages: Callable[[], object] = lambda: None
-        self._polls: set[asyncio.Task[Any]] = set()
+        self.polls: set[asyncio.Task[Any]] = set()
+        """Its polls for changes that are not answered yet."""
         self.issued: dict[Execution, int] = {}
         """Calls of this worker that other workers execute -> bytes that each holds here."""
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether calls that it makes are under way, apart from polls."""
+        return self.session.waiting > len(self.polls)
 
     def answer(self, call: InvokeFunction, result: bytes | None = None, error: ErrorBody | None = None) -> None:
         """Send the outcome of one of its calls, unless it wants none."""
@@ -93,17 +99,17 @@ class Worker:
 
     def note_poll(self, task: asyncio.Task[None]) -> None:
         """Have a task end when the worker is gone: what it waits for may not come for long."""
-        self._polls.add(task)
+        self.polls.add(task)
         task.add_done_callback(self._poll_ended)
 
     def _poll_ended(self, task: asyncio.Task[None]) -> None:
-        self._polls.discard(task)
+        self.polls.discard(task)
         if task.cancelled():
             self.session.waiting -= 1  # it gets no answer
 
     def end_polls(self) -> None:
         """End its polls, without an answer."""
-        for task in list(self._polls):
+        for task in list(self.polls):
             task.cancel()
 
     def note_refused(self, function_id: str, reason: str) -> None:
