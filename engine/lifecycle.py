@@ -268,7 +268,9 @@ def _close_behind_threads() -> None:
 
 
 def _engines() -> list[Engine]:
-    return list(dict.fromkeys([*_exclusive.run(lambda: list(_live)), *list(_dropped)]))
+    """Return the open engines: those that follow another one of this process first, or they would take its place."""
+    engines = list(dict.fromkeys([*_exclusive.run(lambda: list(_live)), *list(_dropped)]))
+    return sorted(engines, key=lambda engine: engine._parts.backend.store is not None)
 
 
 def _close_all(why: str) -> None:

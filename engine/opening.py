@@ -80,8 +80,18 @@ def sharing_for(config: Config, given: Store | Backend | None) -> Sharing | None
     kv = config.adapter.config
     if given is not None or not isinstance(kv, KvOptions) or kv.store_method != "file_based":
         return None
-    durability = partial(durability_of, rules=config.scopes, otherwise=kv.durability)
-    return Sharing(kv, config.limits.call_timeout_ms, durability)
+    return Sharing(config, partial(durability_of, rules=config.scopes, otherwise=kv.durability))
+
+
+def open_for_tool(config: Config) -> Backend | None:
+    """Open a directory for a moment, or follow the engine that has it open; None: the configuration has none.
+
+    While the tool has it open, engines wait for its end. Raises StorageError.
+    """
+    kv = config.adapter.config
+    if not isinstance(kv, KvOptions) or kv.store_method != "file_based":
+        return None
+    return Sharing(config, partial(durability_of, rules=config.scopes, otherwise=kv.durability), tool=True).open()
 
 
 def durable_mistakes(config: Config) -> Iterator[ConfigError]:

@@ -18,15 +18,17 @@ import selectors
 import threading
 import time
 import weakref
+from binascii import crc32
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import msgspec
 
 from scopestate.actors.ports import Backend, Durability
+from scopestate.config import Config, KvOptions
 from scopestate.errors import EngineClosed, NotConnected, ScopestateError, StorageError, StoreLocked, StoreUnusable
 from scopestate.lifecycle import wait_for_dropped
-from scopestate.persistence.local import KvOptions, LocalBackend
+from scopestate.persistence.local import LocalBackend
 from scopestate.signals import join
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ LONGEST_PAUSE_S: Final = 0.04
 """Between two attempts to take the lock, while there is no connection."""
 RETRY_S: Final = 1.0
 """Pause after the store could not be opened."""
+TOOL: Final = "a command-line tool has opened it, and will soon have ended"
+OPEN_S: Final = 10.0
+"""How long an engine that is opened waits at least for the owner, which may be opening a large store."""
 SURE_S: Final = 0.1
 """For so long the record of a process that shares nothing must stand before it is believed."""
 
@@ -98,13 +103,16 @@ class Serving(Protocol):
 class Sharing:
     """The part of one engine. Every method may be called from any thread."""
 
-    def __init__(self, kv: KvOptions, call_timeout_ms: int, durability_of: Callable[[str], Durability]) -> None:
-        """`kv` says `file_based`. `call_timeout_ms`: how long a follower's call waits for its answer, 0: no limit."""
+    def __init__(self, config: Config, durability_of: Callable[[str], Durability], *, tool: bool = False) -> None:
+        """`config` has a directory. `tool`: follow if the directory is in use, and let no other engine follow."""
         self.directory = ""
         """Its real path; "" before `open`."""
-        self._kv = kv
-        self._call_timeout_ms = call_timeout_ms
+        self._kv = config.adapter.kv
+        self._call_timeout_ms = config.limits.call_timeout_ms
+        self._settings = _settings_of(config)
         self._durability_of = durability_of
+        self._tool = tool
+        self._known_owner = 0
         self._pid = os.getpid()
         self._role: Literal["owner", "follower"] = "owner"
         self._taken_over = False
@@ -147,10 +155,13 @@ class Sharing:
     def _own(self, *, existing: bool = False) -> Backend:
         """Open the store. Raises StoreLocked and StorageError. `existing`: as `FileAdapter`."""
         from scopestate.persistence.sqlite.adapter import FileAdapter  # noqa: PLC0415 - as in `open`
+        from scopestate.persistence.sqlite.lock import Terms  # noqa: PLC0415 - as in `open`
 
         if existing and not os.path.isdir(self.directory):
             raise StoreUnusable(f"the directory {self.directory} is gone: restore it")
-        self._store = FileAdapter(self.directory, alone=self._alone, existing=existing)
+        alone = TOOL if self._tool else self._alone
+        terms = Terms(alone, self._tool, self._settings)
+        self._store = FileAdapter(self.directory, terms=terms, existing=existing)
         return LocalBackend(self._store, self._durability_of)
 
     def _follow(self) -> Backend:
@@ -159,13 +170,14 @@ class Sharing:
         from scopestate.persistence.bridge.options import BridgeOptions  # noqa: PLC0415 - as above
 
         wait_ms = self._kv.connect_wait_ms
+        wait_s = max(wait_ms / 1000, OPEN_S)
         timeout_ms = self._call_timeout_ms * 2 // 3 or 20_000  # before the engine's own, which says less
         options = BridgeOptions(
             connect_wait_ms=wait_ms, call_timeout_ms=max(1, min(timeout_ms, 20_000)), events="remote"
         )
         follower = BridgeBackend(options, self._find, on_lost=self._note_lost, describe=self._describe_owner)
         try:
-            backend = self._wait_for_owner(follower, time.monotonic() + wait_ms / 1000)
+            backend = self._wait_for_owner(follower, time.monotonic() + wait_s)
         except BaseException:
             follower.close()
             raise
@@ -173,6 +185,7 @@ class Sharing:
             follower.close()
             return backend
         self._role, self._follower = "follower", follower
+        self._compare_settings()
         return follower
 
     def _wait_for_owner(self, follower: BridgeBackend, deadline: float) -> Backend:
@@ -190,14 +203,16 @@ class Sharing:
             except StoreLocked as locked:
                 now = time.monotonic()
                 # A record may be that of an earlier process, until the one that has the lock has written its own.
-                if locked.alone is None or not _may_live(self._holder()):
+                holder = self._holder()
+                if locked.alone is None or holder is None or holder.passing or not holder.may_live():
                     alone_since = 0.0
                 else:
                     alone_since = alone_since or now
                     if now - alone_since >= SURE_S:
                         raise _refused(locked, locked.alone) from locked
                 if now >= deadline:
-                    raise _refused(locked, f"it does not answer on its socket. {self._describe_owner()}") from locked
+                    silent = f"it does not answer on its socket; {self._describe_owner()}"
+                    raise _refused(locked, silent if locked.alone is None else locked.alone) from locked
 
     def start(self, engine: Engine) -> None:
         """The engine is complete: serve the followers, or watch the owner."""
@@ -303,6 +318,22 @@ class Sharing:
                 pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
             if self._ending.is_set():
                 return
+            self._compare_settings()
+
+    def _compare_settings(self) -> None:
+        """Log what the owner has otherwise than this engine. Once for each owner."""
+        holder = self._holder()
+        if holder is None or holder.pid == self._known_owner:
+            return
+        self._known_owner = holder.pid
+        other = [name for name, mine in self._settings.items() if holder.settings.get(name, mine) != mine]
+        if other:
+            log.warning(
+                "%s: process %d, which owns it, has another configuration: its %s count, not those of this process",
+                self.directory,
+                holder.pid,
+                " and ".join(f"`{name}`" for name in other),
+            )
 
     def _take_over(self) -> bool:
         """Own the directory, if no process does. False: try again later."""
@@ -400,6 +431,19 @@ class Sharing:
         return read_holder(os.path.join(self.directory, "state.lock"))
 
 
+def _settings_of(config: Config) -> dict[str, str]:
+    """Return what must be the same in all engines of a directory, or those of the owner count."""
+    limits = config.limits
+    compared: dict[str, object] = {
+        "durability": config.adapter.kv.durability,
+        "save_interval_ms": config.adapter.kv.save_interval_ms,
+        "scopes": config.scopes,
+        "max_value_bytes": limits.max_value_bytes,
+        "max_batch_bytes": limits.max_batch_bytes,
+    }
+    return {name: f"{crc32(msgspec.json.encode(value)):08x}" for name, value in compared.items()}
+
+
 def _why_alone(kv: KvOptions, directory: str) -> str | None:
     """Return why an engine shares no directory; None: it does."""
     from scopestate.persistence.sharing.sockets import why_not_private  # noqa: PLC0415 - only for stores of files
@@ -418,21 +462,6 @@ def _why_alone(kv: KvOptions, directory: str) -> str | None:
 @functools.cache
 def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
-
-
-def _may_live(holder: Holder | None) -> bool:
-    """Return whether the process of a record may be there; False: the lock is held by another one."""
-    if holder is None:
-        return False
-    if not holder.is_here:
-        return True
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
 
 
 def _refused(locked: StoreLocked, alone: str) -> StoreLocked:

@@ -1,4 +1,4 @@
-"""Functions of an engine on a store that no engine is using, for commands that need no running engine."""
+"""Functions of an engine on a store, for commands that need no running engine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from scopestate.cli.terminal import errors_to_exit_codes
 from scopestate.config import AdapterConfig, Config, KvOptions, load
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, StoreUnusable
+from scopestate.opening import open_for_tool
 from scopestate.paths import expand_home
 
 Store = Annotated[
@@ -21,8 +22,8 @@ Store = Annotated[
     typer.Option(
         "--store",
         metavar="STORE",
-        help="In place of a running engine: the directory of a store that no engine is using, or the configuration "
-        "file (.yaml) that names it or Redis.",
+        help="In place of a running engine: the directory of a store, or the configuration file (.yaml) that names it "
+        "or Redis. If engines use the directory, it is reached through them.",
     ),
 ]
 
@@ -49,7 +50,7 @@ class _Running:
 
 
 class _Files:
-    """A store that no engine is using: opened for each call, without the functions and triggers of its program."""
+    """A store: opened for each call, without the functions and triggers of its program."""
 
     def __init__(self, engine: EngineAt, store: str) -> None:
         self._engine = engine
@@ -58,7 +59,8 @@ class _Files:
     def call(self, function_id: str, asked: dict[str, Any]) -> Any:
         with errors_to_exit_codes(as_json=self._engine.as_json):
             config = self._config()
-            with Engine(msgspec.structs.replace(config, functions={}, triggers=())) as engine:
+            config = msgspec.structs.replace(config, functions={}, triggers=())
+            with Engine(config, adapter=open_for_tool(config)) as engine:
                 return engine.call(function_id, asked)
 
     def _config(self) -> Config:

@@ -29,7 +29,7 @@ from scopestate.persistence.sqlite.database import (
     storage_error,
 )
 from scopestate.persistence.sqlite.journal import SavedJournal
-from scopestate.persistence.sqlite.lock import NOT_SHARED, StoreLock
+from scopestate.persistence.sqlite.lock import ALONE, StoreLock, Terms
 from scopestate.persistence.sqlite.opening import copy_database, open_directory, open_store, publish
 from scopestate.persistence.sqlite.rows import (
     LONGEST_NAME,
@@ -70,14 +70,14 @@ class FileAdapter(Store):
         *,
         connect: Connect = connect,
         busy_timeout_ms: int = 5000,
-        alone: str | None = NOT_SHARED,
+        terms: Terms = ALONE,
         existing: bool = False,
     ) -> None:
         """Open the store in constant time, creating the directory and the database if they are missing.
 
         `busy_timeout_ms`: how long to wait while another process, such as a sqlite3 tool, holds the database.
-        `alone`: why the engine does not share the directory; None: it does. `existing`: a database that is missing is
-        an error, as for a directory that another process had open until now.
+        `terms`: what other processes are told. `existing`: a database that is missing is an error, as for a directory
+        that another process had open until now.
         Raises `StoreLocked`, `StoreUnusable`, `StoreCorrupt` (the files were set aside), or `StorageError`.
         """
         self._pid = os.getpid()
@@ -97,7 +97,7 @@ class FileAdapter(Store):
         self._lent: dict[_Loan, None] = {}
         self._writer: sqlite3.Connection | None
         self._lock, self._writer, self._identity, self._lost, session = open_store(
-            self.directory, self.path, self._open, alone=alone, existing=existing
+            self.directory, self.path, self._open, terms=terms, existing=existing
         )
         self._rows = Writer(session.epoch)
         self.id, self.clock_ms = session.store_id, session.clock_ms

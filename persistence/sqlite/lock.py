@@ -10,6 +10,7 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import Mapping
 from io import FileIO
 from typing import Final
 
@@ -58,7 +59,22 @@ _HELD: Final = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.E
 NOT_SHARED: Final = "its engine does not share it"
 
 
-class Holder(msgspec.Struct, frozen=True):
+class Terms(msgspec.Struct, frozen=True):
+    """What a process that takes a directory lets the others know in its record."""
+
+    alone: str | None = NOT_SHARED
+    """Why its engine does not share the directory; None: it does."""
+    passing: bool = False
+    """Whether it is a tool, which ends soon."""
+    settings: dict[str, str] = {}
+    """Name of a setting -> what tells it from others, so that a follower can compare it with its own."""
+
+
+ALONE: Final = Terms()
+"""Those of a program that is no engine."""
+
+
+class Holder(Terms, frozen=True, kw_only=True):
     """The process that holds a directory, as its record says. It may be wrong: a killed process leaves its record."""
 
     pid: int
@@ -66,13 +82,23 @@ class Holder(msgspec.Struct, frozen=True):
     program: str = ""
     since: str = ""
     """UTC, as `2026-01-31T12:00:00Z`."""
-    alone: str | None = NOT_SHARED
-    """Why its engine does not share the directory; None: it does."""
 
     @property
     def is_here(self) -> bool:
         """Whether it runs on this host, so that `pid` is that of a process here."""
         return self.host == socket.gethostname()
+
+    def may_live(self) -> bool:
+        """Return whether the process may be there."""
+        if not self.is_here:
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except (OSError, OverflowError):
+            return True  # a process of another user
+        return True
 
     def describe(self) -> str:
         """Name it, for a message."""
@@ -89,13 +115,10 @@ class StoreLock:
     committed: tuple[str, int] | None
     """The scope and the number of the write that the previous holder saved last; None after a clean end."""
 
-    def __init__(self, path: str, *, created: str = "", alone: str | None = NOT_SHARED) -> None:
-        """Take the lock. Raises `StoreLocked`, which names the holder, or `StoreUnusable`: it cannot be written.
-
-        `alone`: why the engine does not share the directory; None: it does. Other processes read it in the record.
-        """
+    def __init__(self, path: str, *, created: str = "", terms: Terms = ALONE) -> None:
+        """Take the lock. Raises `StoreLocked`, which names the holder, or `StoreUnusable`: it cannot be written."""
         self.path = path
-        self._alone = alone
+        self._terms = terms
         self._file = _take(path)
         earlier = _facts(self._file.fileno())
         self.committed = _committed(self._file.fileno())
@@ -118,13 +141,13 @@ class StoreLock:
                 # Not the command line: its arguments may hold secrets, and this file stays after a crash.
                 "program": os.path.basename(sys.argv[0] if sys.argv else sys.executable)[:200],
                 "since": self._since,
-                "alone": self._alone,
+                **msgspec.structs.asdict(self._terms),
             }
         )
 
     def note_alone(self, reason: str) -> None:
         """Record that the directory is not shared after all, and why."""
-        self._alone = reason
+        self._terms = msgspec.structs.replace(self._terms, alone=reason)
         with contextlib.suppress(StoreUnusable):  # for the messages of other processes
             self.note(created=self.created)
 
@@ -166,7 +189,7 @@ class StoreLock:
         """Close the descriptor only: in a forked child, where the parent keeps the lock, or when the file is gone."""
         self._file.close()
 
-    def _write(self, facts: dict[str, str | int | None]) -> None:
+    def _write(self, facts: Mapping[str, object]) -> None:
         descriptor = self._file.fileno()
         content = json.dumps(facts).encode() + b"\n"
         try:
@@ -228,17 +251,7 @@ def read_holder(path: str) -> Holder | None:
 def may_be_held(path: str) -> bool:
     """Tell, from the record in the file, whether a process may hold the lock. Takes no lock and changes nothing."""
     holder = read_holder(path)
-    if holder is None:
-        return False  # released
-    if not holder.is_here:
-        return True
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False  # the process has ended
-    except (OSError, OverflowError):
-        return True  # a process of another user
-    return True
+    return holder is not None and holder.may_live()  # None: released
 
 
 def _facts(descriptor: int) -> dict[str, object]:

@@ -29,7 +29,7 @@ from scopestate.persistence.sqlite.files import (
     set_aside,
     sync_directory,
 )
-from scopestate.persistence.sqlite.lock import StoreLock
+from scopestate.persistence.sqlite.lock import StoreLock, Terms
 from scopestate.persistence.sqlite.migration import migrate, upgrade
 from scopestate.persistence.sqlite.rows import COUNTS
 from scopestate.persistence.sqlite.schema import (
@@ -97,12 +97,12 @@ class Opened(NamedTuple):
     session: Session
 
 
-def open_store(directory: str, path: str, open_: Open, *, alone: str | None, existing: bool) -> Opened:
+def open_store(directory: str, path: str, open_: Open, *, terms: Terms, existing: bool) -> Opened:
     """Lock the directory and open its database, creating or migrating it. If it raises, the lock is released.
 
-    `alone`: as `StoreLock`. `existing`: do not create the database; StoreUnusable is raised if it is missing.
+    `existing`: do not create the database; StoreUnusable is raised if it is missing.
     """
-    lock = StoreLock(os.path.join(directory, LOCK_FILE), alone=alone)
+    lock = StoreLock(os.path.join(directory, LOCK_FILE), terms=terms)
     try:
         if existing and not os.path.exists(path):
             raise StoreUnusable(
