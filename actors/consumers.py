@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -14,6 +15,7 @@ from scopestate.actors.bound import JournalBound
 from scopestate.actors.consuming import ConsumerPort, Consumers, ConsumerStatus, DeadLetter, Held, Outcome
 from scopestate.actors.containment import Log
 from scopestate.actors.progress import Progress
+from scopestate.actors.shared_consumer import HERE, Holder, SharedConsumer, standing_by
 from scopestate.actors.snapshot import Flush
 from scopestate.errors import Compacted, ConfigError, Unsupported
 from scopestate.ops.cursors import ManyCursor, read_start
@@ -40,6 +42,8 @@ PAGE: Final = 1000
 MANY_ENDED: Final = 1000
 """So many outcomes are saved at once; fewer wait for the next save, at most `SAVED_AFTER_S`."""
 SAVED_AFTER_S: Final = 0.1
+SETTLE_AGAIN_S: Final = 0.05
+"""How long a look at what is not over waits for news: a pause that ends makes none."""
 LOOK_AGAIN_S: Final = 0.05
 """While a consumer is behind: when it looks again for events whose saves have overtaken one another."""
 
@@ -92,6 +96,9 @@ class JournalConsumer(ConsumerPort):
         self.trimmed = trimmed_of(saved.paused)
         """Events that it has lost because the journal was full; None: it is not paused for that."""
         self._max_dead = 0
+        self._handler: Holder | None = None
+        """What takes its events in this engine, also if its trigger was unregistered."""
+        self._running: Callable[[], Mapping[int, int]] = dict
         self.trigger: Trigger | None = None
         """The trigger that takes its events; None: there is none."""
         self.filter = msgspec.json.decode(saved.filter, type=Filter) if saved.filter else Filter()
@@ -100,15 +107,44 @@ class JournalConsumer(ConsumerPort):
         self._lost: Callable[[Sequence[int]], object] | None = None
         self.forgotten = False
         self.last_saved_s = 0.0
+        self.reading = threading.Lock()  # on worker threads only
+        self.shared: SharedConsumer | None = None
+        """Says which engine handles which event; None: this engine alone takes events."""
 
     # ------------------------------------------------------------------------------------------------------ fetching
 
-    def start(self, trigger: Trigger, wake: Callable[[], object], lost: Callable[[Sequence[int]], object]) -> None:
-        self._wake, self._lost = wake, lost
-        self.change(trigger)
+    def start(
+        self,
+        trigger: Trigger,
+        wake: Callable[[], object],
+        lost: Callable[[Sequence[int]], object],
+        running: Callable[[], Mapping[int, int]],
+    ) -> None:
+        here = Holder(HERE, trigger, self._owner.now_ms(), wake, lost, self._owner.dispatcher.monotonic)
+        with self.reading:
+            self._handler, self._running = here, running
+            shared = self.shared
+            if shared is None:
+                self._wake, self._lost = wake, lost
+                self.follow(trigger)
+                gone = self._claim_running(running())
+        if shared is not None:
+            known = shared.here
+            held = {} if known is None else {position: hold.begun for position, hold in list(known.holds.items())}
+            gone = shared.join(here, [(position, attempt, 0) for position, attempt in {**held, **running()}.items()])
+        if gone:
+            lost(gone)
         wake()
 
-    def change(self, trigger: Trigger) -> None:
+    def _claim_running(self, running: Mapping[int, int]) -> list[int]:
+        """Return those of the running attempts whose deliveries are over. The others are not delivered again now."""
+        if not running:
+            return []
+        self.claim(list(running))
+        return [position for position in running if position not in self._progress.open]
+
+    def follow(self, trigger: Trigger) -> None:
+        """Read what this trigger wants from now on."""
         self.trigger = trigger
         self._max_dead = trigger.max_dead
         wanted = Filter.of(trigger)
@@ -116,8 +152,67 @@ class JournalConsumer(ConsumerPort):
             self._owner.change_filter(self, wanted)
 
     def stop(self) -> None:
-        self.trigger = None
-        self._exclusive.run(self._forget_live)
+        shared = self.shared
+        if shared is not None:
+            shared.retire(HERE)
+        else:
+            self.trigger = None
+            self._exclusive.run(self._forget_live)
+
+    def share(self) -> SharedConsumer:
+        """Return what divides its events among engines, from now on. Raises StorageError."""
+        with self.reading:
+            if self.shared is None:
+                shared = SharedConsumer(self, self._owner.now_ms, self._owner.dispatcher.monotonic)
+                handler = self._handler
+                # First: what ends from here on is told to both.
+                self.shared = shared
+                if handler is not None:
+                    shared.begin(handler, self.open_items(), self._running())
+                self._wake, self._lost = shared.wake_all, shared.lose
+                stopped, self.trigger = self.trigger is None, self.trigger or shared.leading
+            else:
+                stopped = False
+        if stopped:
+            self.shared.retire(HERE)
+        return self.shared
+
+    def end_sharing(self) -> None:
+        """This engine alone takes the events from now on."""
+        shared = self.shared
+        here = None if shared is None else shared.here
+        if here is not None:
+            self._wake, self._lost, self._handler, self.shared = here.wake, here.lost, here, None
+
+    def open_items(self) -> list[Held]:
+        """Return what was fetched and is not over, in order."""
+        positions = self._exclusive.run(self._open_positions)
+        return [Held(event) for event in self._journal.read_at(positions)]
+
+    def _open_positions(self) -> list[int]:
+        self._settle_ended()
+        return [position for position in self._progress.open if not self._progress.is_left(position)]
+
+    def claim(self, positions: Sequence[int]) -> list[Held]:
+        """Return those of these events that are not over and were not fetched, as fetched now."""
+        if not positions:
+            return []
+        events = self._journal.read_at(sorted(positions))
+        return self._exclusive.run(self._claim, events)
+
+    def _claim(self, events: Sequence[StateEvent]) -> list[Held]:
+        progress = self._progress
+        found = []
+        for event in events:
+            position = event.position
+            if progress.is_left(position):
+                if position in self._left:
+                    self._left.remove(position)
+                progress.fetched(position)
+                found.append(progress.held(event))
+            elif progress.fetched(position):
+                found.append(progress.held(event))
+        return found
 
     def _forget_live(self) -> None:
         self._collects = False
@@ -153,6 +248,14 @@ class JournalConsumer(ConsumerPort):
             wake()
 
     def fetch(self, most: int) -> list[Held]:
+        with self.reading:
+            shared = self.shared
+            if shared is None:
+                return self.read(most)
+        return shared.fetch(shared.here, most)
+
+    def read(self, most: int) -> list[Held]:
+        """Return the next events for all engines together; the caller holds `reading`."""
         trigger = self.trigger
         if trigger is None or self.forgotten:
             return []
@@ -238,10 +341,27 @@ class JournalConsumer(ConsumerPort):
     # ------------------------------------------------------------------------------------------------------ outcomes
 
     def began(self, attempts: Sequence[tuple[int, int]]) -> None:
+        shared = self.shared
+        if shared is not None and shared.here is not None:
+            shared.began(shared.here, attempts)
+        else:
+            self.note(attempts)
+
+    def note(self, attempts: Sequence[tuple[int, int]]) -> None:
+        """Note attempts that begin, wherever they do."""
         number = self.number
         self._journal.note_attempts([(number, position, attempt) for position, attempt in attempts])
 
     def ended(self, outcomes: Sequence[Outcome]) -> None:
+        shared = self.shared
+        if shared is None:
+            self.take(outcomes)
+            shared = self.shared  # sharing may have begun in between, with these as open
+        if shared is not None and shared.here is not None:
+            shared.ended(shared.here, outcomes)
+
+    def take(self, outcomes: Sequence[Outcome]) -> None:
+        """Note how attempts have ended, wherever they did."""
         self._ended += outcomes
         self._owner.note_ended(many=len(self._ended) >= MANY_ENDED)
 
@@ -382,6 +502,10 @@ class JournalConsumer(ConsumerPort):
     def reached(self, mark: int) -> bool:
         return self._exclusive.run(self._reached_all, mark)
 
+    def is_read_to(self, mark: int) -> bool:
+        """Return whether every event up to a position was fetched."""
+        return self.reached(mark)
+
     def _reached_all(self, mark: int) -> bool:
         return not (self._left or self._live) and self._progress.floor >= min(mark, self._settled)
 
@@ -483,6 +607,33 @@ class JournalConsumers(Consumers):
             self.bound.ask()
         return consumer
 
+    def share(self, name: str, trigger: Trigger) -> SharedConsumer:
+        return self.open(name, trigger).share()
+
+    def served_elsewhere(self) -> list[str]:
+        return [one.name for one in self._all() if one.shared is not None and one.shared.is_served_elsewhere]
+
+    def settle(self, names: Sequence[str], marks: Mapping[str, int], wait_s: float) -> dict[str, int]:
+        monotonic = self.dispatcher.monotonic
+        ends_s = monotonic() + wait_s
+        shared = {name: one.shared for name in names if (one := self._by_name.get(name)) and one.shared is not None}
+        if any(name not in marks for name in shared):
+            self.flush()
+        left = {name: marks.get(name, self.settled) for name in shared}
+        news = threading.Event()
+        ends = [one.watch(news.set) for one in shared.values()]
+        try:
+            while left := {name: mark for name, mark in left.items() if not shared[name].is_settled(mark)}:
+                left_s = ends_s - monotonic()
+                if left_s <= 0:
+                    break
+                news.wait(min(left_s, SETTLE_AGAIN_S))
+                news.clear()
+        finally:
+            for end in ends:
+                end()
+        return left
+
     def _start(self, trigger: Trigger) -> int:
         """Return the position behind which a new consumer begins. Raises Compacted and InvalidRegistration."""
         if trigger.start == "now":
@@ -540,7 +691,8 @@ class JournalConsumers(Consumers):
         self.bound.ask()
 
     def problems(self) -> list[str]:
-        return [why for why in (self.feed.over, self.bound.problem) if why]
+        standing = [one.name for one in self._all() if one.shared is not None and one.shared.stands_by_here]
+        return [*[why for why in (self.feed.over, self.bound.problem) if why], *map(standing_by, standing)]
 
     def lag(self, after: int, floor: int) -> tuple[int, int]:
         """Return how many events are behind `floor`, and when the oldest one behind `after` was made (ms; 0: none)."""

@@ -8,15 +8,17 @@ to one engine, and a consumer group in Redis, which several engines share.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from scopestate.errors import Unsupported
 from scopestate.ops.results import StateEvent
 
 if TYPE_CHECKING:
+    from scopestate.actors.shared_consumer import SharedConsumer
     from scopestate.ops.triggers import Trigger
 
 Verdict = Literal["done", "retry", "dead", "held"]
@@ -141,16 +143,20 @@ class ConsumerPort(ABC):
     """How many attempts `began` is given together. All of them count if the process ends in one of them."""
 
     @abstractmethod
-    def start(self, trigger: Trigger, wake: Callable[[], object], lost: Callable[[Sequence[int]], object]) -> None:
+    def start(
+        self,
+        trigger: Trigger,
+        wake: Callable[[], object],
+        lost: Callable[[Sequence[int]], object],
+        running: Callable[[], Mapping[int, int]],
+    ) -> None:
         """Begin to take events. `wake()`: `fetch` may return something now; from any thread, and it is quick.
 
         `lost(positions)`: these are not this engine's any more: other engines have them, or their dead letters were
         purged. What has not begun is dropped; the rest ends, and its outcomes do not count.
-        """
 
-    @abstractmethod
-    def change(self, trigger: Trigger) -> None:
-        """Another trigger has taken the name: its filters apply to what is fetched from now on."""
+        `running()` returns the attempts that are running: position -> number.
+        """
 
     @abstractmethod
     def stop(self) -> None:
@@ -172,6 +178,10 @@ class ConsumerPort(ABC):
     def ended(self, outcomes: Sequence[Outcome]) -> None:
         """Note how attempts ended. It need not be saved yet: what is not is delivered again after an end of the
         process."""
+
+    def unsent(self) -> list[Outcome]:
+        """Return outcomes that are kept in this engine only, and forget them."""
+        return []
 
     @abstractmethod
     def flush(self) -> None:
@@ -202,10 +212,6 @@ class ConsumerPort(ABC):
     def pause(self, why: str) -> None:
         """Note that the runtime takes no more events, and why, until `Consumers.resume`."""
 
-    @abstractmethod
-    def status(self) -> ConsumerStatus:
-        """Return how far it is; what the runtime knows (`in_flight`, `waiting`, `trigger`) is filled in there."""
-
     def full(self, letters: int) -> bool:
         """Return whether it has as many dead letters as it may; the runtime then pauses it.
 
@@ -229,9 +235,30 @@ class Consumers(ABC):
     def open(self, name: str, trigger: Trigger) -> ConsumerPort:
         """Return the consumer with this name. A new one begins where the `start` of the trigger says."""
 
+    def share(self, name: str, trigger: Trigger) -> SharedConsumer:
+        """Return what divides the events of a consumer among engines that reach it through this one; as `open`.
+
+        Raises Unsupported where consumers are kept elsewhere.
+        """
+        raise Unsupported(
+            f"the durable trigger {name!r} through a bridge",
+            "the other engine does not keep its consumers itself: register it where they are kept",
+        )
+
+    def settle(self, names: Sequence[str], marks: Mapping[str, int], wait_s: float) -> dict[str, int]:
+        """Wait until what these consumers have to handle now is handled, in whichever engine; not for what waits long.
+
+        Returns those that are not done after `wait_s`, each with its mark, which the next call takes as `marks`.
+        """
+        return {}
+
     @abstractmethod
     def names(self) -> list[str]:
         """Return the names of all consumers, in order."""
+
+    def served_elsewhere(self) -> list[str]:
+        """Return the consumers of which another engine takes events. It waits for nothing."""
+        return []
 
     def states(self) -> list[tuple[str, str | None]]:
         """Return each consumer that is known without asking anywhere, with why it is paused (None: it is not)."""
@@ -247,6 +274,11 @@ class Consumers(ABC):
     @abstractmethod
     def status(self, name: str) -> ConsumerStatus | None:
         """Return how far a consumer is, also one without a trigger here; None if no consumer has this name."""
+
+    def statuses(self) -> list[ConsumerStatus]:
+        """Return how far all consumers are, in the order of their names."""
+        found = [self.status(name) for name in self.names()]
+        return [status for status in found if status is not None]  # one may have been forgotten just now
 
     @abstractmethod
     def pause(self, name: str, why: str) -> bool:

@@ -202,6 +202,7 @@ class DurableHandler(HandlerActor):
         self._again = False
         """True: something may be fetched since that was last looked at."""
         self._lost: list[frozenset[int]] = []
+        self._next_port: ConsumerPort | None = None
         self._exclusive = Guard()
         self._barriers: list[_WaitingBarrier] = []
         self._stopped = False
@@ -219,13 +220,50 @@ class DurableHandler(HandlerActor):
         self.active = True
         self._lacking = False
         self.begins_at_once = self.port.notes_at_once
-        self.port.start(trigger, self.wake_up, self.lost)
+        self.port.start(trigger, self.wake_up, self.lost, self.running)
+
+    def running(self) -> dict[int, int]:
+        """Return the attempts that are running: position -> number. From any thread."""
+        attempts = [attempt for attempt in list(self._attempts) if not attempt.lost]
+        return {one.event.position: attempt.number for attempt in attempts for one in members_of(attempt.item)}
+
+    def retired(self) -> None:
+        if not self._stopped:
+            self._dispatcher.submit_program(self._let_go)
+
+    def _let_go(self) -> None:
+        """Its trigger was unregistered: other engines may have what it has not begun."""
+        if not self.active:
+            self.port.stop()
+
+    def move_to(self, port: ConsumerPort) -> None:
+        """Take the events from here on from another place, which has the same ones. What is running goes on."""
+        self._next_port = port
+        self.wake_up()
+
+    def _move(self, port: ConsumerPort) -> None:
+        """Within a turn, so that nothing is fetched at the same time."""
+        before, self._next_port = self.port, None
+        running = self.running()
+        self._lost.append(frozenset(self._held_positions()).difference(running))
+        self._lose()
+        self.port = port
+        self.begins_at_once = port.notes_at_once
+        unsent = before.unsent()
+        running.update((one.position, 0) for one in unsent)
+        if self.active and not self._stopped:
+            port.start(self.trigger, self.wake_up, self.lost, lambda: {**running, **self.running()})
+        port.ended(unsent)
+        before.stop()
 
     def forget(self) -> None:
         """Its consumer is forgotten: nothing that is here counts any more."""
+        self.lost(self._held_positions())
+
+    def _held_positions(self) -> list[int]:
         runs = [*self._runs_under_way(), *list(self._aside)]
         held = [one.event.position for run in runs for one in members_of(run.item)]
-        self.lost(held + list(self._in_shape) + [item.event.position for item in self._incoming.copy()])
+        return held + list(self._in_shape) + [item.event.position for item in self._incoming.copy()]
 
     def stop(self) -> None:
         """Begin no more attempts. What is running may end; its outcome is noted. Idempotent."""
@@ -270,9 +308,8 @@ class DurableHandler(HandlerActor):
     def _withdraw(self, item: object) -> None:
         self._barriers = [waiting for waiting in self._barriers if waiting.barrier is not item]
 
-    def status(self) -> ConsumerStatus:
+    def status_from(self, status: ConsumerStatus) -> ConsumerStatus:
         """Return how far the consumer is, with what this engine does of it."""
-        status = self.port.status()
         return ConsumerStatus(
             status.name,
             status.lag_events,
@@ -323,7 +360,7 @@ class DurableHandler(HandlerActor):
         return held < MOST_HELD_BYTES
 
     def _has_work(self) -> bool:
-        if super()._has_work() or self._lost:
+        if super()._has_work() or self._lost or self._next_port is not None:
             return True
         return not self._stuck and (bool(self._incoming) or (self._again and self._can_fetch()))
 
@@ -343,6 +380,8 @@ class DurableHandler(HandlerActor):
         super()._hear()
         if self._lost:
             self._lose()
+        if self._next_port is not None:
+            self._move(self._next_port)
 
     def _next(self) -> Run | None:
         lanes = self._lanes
@@ -453,6 +492,8 @@ class DurableHandler(HandlerActor):
             log.error("consumer %r: reading events failed, it is tried again: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
             self._dispatcher.call_later(TROUBLE_S, weakly(self.wake_up))
             return False
+        if self._lost:
+            self._lose()  # now: it may be given anew, and is among what was found
         self._incoming += found
         self.offered += sum([size_of(item.event) for item in found])
         self._again = self._again or bool(found)
@@ -532,6 +573,8 @@ class DurableHandler(HandlerActor):
         for run, attempt in zip(runs, attempts, strict=True):
             run.extra = attempt
             self._attempts[attempt] = None
+            for lost in self._lost:  # since it was noted
+                attempt.lose(lost)
         return runs
 
     def _note_begun(self, attempts: list[Attempt]) -> bool:

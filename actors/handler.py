@@ -184,6 +184,9 @@ class HandlerActor(Shaping):
         self._stuck, self._asked = False, True  # more may begin now
         self.wake()
 
+    def retired(self) -> None:
+        """Its trigger was removed, or replaced. From any thread."""
+
     def pause(self) -> None:
         """Begin nothing until `go_on`: events wait, and what has begun goes on. Barriers do not wait for it."""
         self.paused = True

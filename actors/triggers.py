@@ -353,6 +353,7 @@ class TriggerTable:
         del self.registered[trigger_id]
         # What it is doing now still counts, and so do the events that it drops from here on.
         self._retiring += (handler,)
+        handler.retired()
         if not bucket.members and trigger.durable is None:
             self._tidy(trigger)
         if len(self._retiring) > self._most_retiring:

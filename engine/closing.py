@@ -66,7 +66,7 @@ class Closing:
         clock, grace_s = self._parts.dispatcher.monotonic, self._parts.limits.close_grace_s
         began = clock()
         try:
-            drain(self._parts, grace_s)
+            drain(self._parts, grace_s, everywhere=False)
         except ReplyTimeout as error:
             log.debug("at the exit of the interpreter: %s", error)  # close() reports it
         self._spent_s = clock() - began
@@ -139,7 +139,7 @@ class Closing:
 
     def _drained(self, grace_s: float) -> bool:
         try:
-            drain(self._parts, grace_s)
+            drain(self._parts, grace_s, everywhere=False)
         except ReplyTimeout as error:
             log.error("closing without waiting any longer for handlers: %s", error)  # noqa: TRY400 - the text says it all
             return False

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
+import msgspec
+
 from scopestate.actors.consuming import Consumers, ConsumerStatus, DeadLetter
 from scopestate.errors import DeserializationError, Forbidden, Unsupported
 from scopestate.ops import consumer_functions as inputs
 from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS, read_input
+from scopestate.ops.handed import HandedEvent
 from scopestate.ops.requests import misfit
-from scopestate.ops.values import normalise
+from scopestate.ops.values import decode, normalise
 
 
 class Asker(Protocol):
@@ -61,8 +64,6 @@ class ConsumerFunctions:
             inputs.PauseInput: lambda found, asker, given: _done(found.pause(asker.consumer(given.name), given.why)),
             inputs.ResumeInput: lambda found, asker, given: _done(found.resume(asker.consumer(given.name))),
             inputs.ForgetInput: lambda found, asker, given: _done(found.forget(asker.consumer(given.name))),
-            inputs.LettersInput: _list_letters,
-            inputs.LetterInput: _letter,
             inputs.ReplayInput: _replay,
             inputs.PurgeInput: _purge,
             inputs.CountInput: _count,
@@ -81,6 +82,12 @@ class ConsumerFunctions:
         consumers = self._consumers()
         if consumers is None:
             return self._without(asker, function_id, given)
+        handed = isinstance(payload, dict) and payload.get("_handed") is True  # a bridge asks for whole events
+        match given:
+            case inputs.LettersInput():
+                return _list_letters(consumers, asker, given, handed=handed)
+            case inputs.LetterInput():
+                return _letter(consumers, asker, given, handed=handed)
         return self._by_kind[kind](consumers, asker, given)
 
     @staticmethod
@@ -131,7 +138,7 @@ _PAGES: Final = 10
 """Pages of letters that one call looks through; those of others are passed over."""
 
 
-def _list_letters(consumers: Consumers, asker: Asker, given: inputs.LettersInput) -> Any:
+def _list_letters(consumers: Consumers, asker: Asker, given: inputs.LettersInput, *, handed: bool) -> Any:
     whole = None if given.consumer is None else asker.consumer(given.consumer)
     found: list[dict[str, Any]] = []
     after: str | None = given.after
@@ -141,7 +148,7 @@ def _list_letters(consumers: Consumers, asker: Asker, given: inputs.LettersInput
             after = letter.id
             name = asker.own_consumer(letter.consumer)
             if name is not None and asker.may_read(letter.event.scope):
-                found.append(_shown_letter(name, letter))
+                found.append(_shown_letter(name, letter, handed=handed))
         if not page:
             return {"letters": found, "next": None}
         if len(found) >= given.limit:
@@ -149,8 +156,8 @@ def _list_letters(consumers: Consumers, asker: Asker, given: inputs.LettersInput
     return {"letters": found, "next": after}
 
 
-def _shown_letter(name: str, letter: DeadLetter) -> dict[str, Any]:
-    return {
+def _shown_letter(name: str, letter: DeadLetter, *, handed: bool) -> dict[str, Any]:
+    shown: dict[str, Any] = {
         "id": letter.id,
         "consumer": name,
         "event": dict(letter.event),
@@ -162,16 +169,19 @@ def _shown_letter(name: str, letter: DeadLetter) -> dict[str, Any]:
         "died_at": letter.died_ms,
         "replays": letter.replays,
     }
+    if handed:
+        shown["handed"] = decode(msgspec.json.encode(HandedEvent.of(letter.event)))
+    return shown
 
 
-def _letter(consumers: Consumers, asker: Asker, given: inputs.LetterInput) -> Any:
+def _letter(consumers: Consumers, asker: Asker, given: inputs.LetterInput, *, handed: bool) -> Any:
     letter = consumers.letter(given.id)
     name = None if letter is None else asker.own_consumer(letter.consumer)
     if letter is None or name is None:
         return None  # whether another token has such a letter is not told
     if not asker.may_read(letter.event.scope):
         raise Forbidden(f"the token of this connection does not allow to read scope {letter.event.scope!r}")
-    return _shown_letter(name, letter)
+    return _shown_letter(name, letter, handed=handed)
 
 
 def _chosen(

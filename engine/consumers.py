@@ -36,8 +36,7 @@ class _Access:
 
     def _list(self) -> list[ConsumerStatus]:
         found = self._found()
-        statuses = [] if found is None else [found.status(name) for name in found.names()]
-        return [status for status in statuses if status is not None]  # one may have been forgotten just now
+        return [] if found is None else found.statuses()
 
     def _act(self, name: str, action: Callable[[Consumers], bool]) -> None:
         if not action(self._consumers()):

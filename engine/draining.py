@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import pykka
 
@@ -22,12 +23,17 @@ if TYPE_CHECKING:
 
 Wait = tuple[Reply[Any] | Callable[[], object], float | None]
 """What a step waits for, and for how many seconds at most: an answer, or a call that blocks its thread."""
+LONGEST_LOOK_S: Final = 1.0
+"""For so long a worker thread is held while other engines are waited for."""
 Steps = Generator[Wait, Any, None]
 
 
-def drain(parts: Parts, timeout: float | None) -> None:
-    """Block this thread until every event fired so far has been handled, and every event that those handlers fired."""
-    steps = drain_steps(parts, timeout)
+def drain(parts: Parts, timeout: float | None, *, everywhere: bool = True) -> None:
+    """Block this thread until every event fired so far has been handled, and every event that those handlers fired.
+
+    `everywhere`: wait for what other engines handle of durable triggers, too.
+    """
+    steps = drain_steps(parts, timeout, everywhere=everywhere)
     outcome: Any = None
     error: pykka.Timeout | None = None
     while True:
@@ -42,7 +48,7 @@ def drain(parts: Parts, timeout: float | None) -> None:
             error = late
 
 
-def drain_steps(parts: Parts, timeout: float | None) -> Steps:
+def drain_steps(parts: Parts, timeout: float | None, *, everywhere: bool = True) -> Steps:
     """Yield what to wait for, one step after another. For threads and for event loops.
 
     A barrier goes through the router and every handler, behind the waiting events. A handler may fire an event behind
@@ -65,6 +71,8 @@ def drain_steps(parts: Parts, timeout: float | None) -> Steps:
                 raise ReplyTimeout(
                     "", timeout or 0.0, behind="(all: events of what this engine has written have not arrived)"
                 )
+        if everywhere:
+            yield from _settle_consumers(parts, deadline, timeout)
         handlers = parts.router.triggers.working()
         if not handlers:
             return
@@ -110,6 +118,20 @@ def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -
         late = ReplyTimeout("", timeout or 0.0, behind="(all: a commit has not ended)")
         parts.snapshot._refuse_own_turn()
         yield from _behind(parts.snapshot, Flush() if durable else Commit(), parts, deadline, late)
+
+
+def _settle_consumers(parts: Parts, deadline: float | None, timeout: float | None) -> Steps:
+    """Wait for what other engines handle of durable triggers: those that follow this one, or that it follows."""
+    consumers = parts.consumers
+    names = [] if consumers is None else consumers.served_elsewhere()
+    left: dict[str, int] = {}
+    while names and consumers is not None:
+        left_s = _left(parts, deadline)
+        wait_s = LONGEST_LOOK_S if left_s is None else min(left_s, LONGEST_LOOK_S)
+        left = yield partial(consumers.settle, names, left, wait_s), left_s
+        names = list(left)
+        if names and deadline is not None and parts.dispatcher.monotonic() >= deadline:
+            raise ReplyTimeout("", timeout or 0.0, behind=f"(consumers {', '.join(names[:10])}, in other engines)")
 
 
 def _behind(actor: TurnActor, message: object, parts: Parts, deadline: float | None, late: ReplyTimeout) -> Steps:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,12 +10,14 @@ import msgspec
 from scopestate.actors.consuming import Consumers, ConsumerStatus, DeadLetter
 from scopestate.actors.containment import Log
 from scopestate.actors.durable import DurableHandler
+from scopestate.errors import ScopestateError
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
     from scopestate.actors.clock import Clock
     from scopestate.actors.durable import Attempt
     from scopestate.actors.services import HandlerServices
+    from scopestate.actors.shared_consumer import SharedConsumer
     from scopestate.actors.triggers import TriggerTable
     from scopestate.ops.triggers import Trigger
 
@@ -69,6 +71,30 @@ class DurableTriggers(Consumers):
     def open(self, name: str, trigger: Trigger) -> Any:
         return self._consumers.open(name, trigger)
 
+    def share(self, name: str, trigger: Trigger) -> SharedConsumer:
+        return self._consumers.share(name, trigger)
+
+    def settle(self, names: Sequence[str], marks: Mapping[str, int], wait_s: float) -> dict[str, int]:
+        return self._consumers.settle(names, marks, wait_s)
+
+    def served_elsewhere(self) -> list[str]:
+        return self._consumers.served_elsewhere()
+
+    def use(self, consumers: Consumers) -> None:
+        """Go by other consumers for what is asked from here on; `move` follows."""
+        self._consumers = consumers
+
+    def move(self) -> None:
+        """Take the events of all durable triggers from the consumers that are used now, which have the same ones.
+
+        A trigger that cannot be had there is reported, and takes no more events.
+        """
+        for name, handler in list(self._handlers.items()):
+            try:
+                handler.move_to(self._consumers.open(name, handler.trigger))
+            except ScopestateError as error:
+                log.error("consumer %r does not go on: %s", name, error)  # noqa: TRY400 - the text says it all
+
     def handlers(self) -> list[DurableHandler]:
         """Return the handlers, also of triggers that were unregistered."""
         return list(self._handlers.values())
@@ -81,9 +107,12 @@ class DurableTriggers(Consumers):
     def problems(self) -> list[str]:
         """Return what is wrong with consumers, for `Health.problems`. It waits for nothing."""
         found = self._consumers.problems()
+        served = set(self._consumers.served_elsewhere())
         for name, why in self._consumers.states():
             handler = self._handlers.get(name)
-            if handler is None or not handler.active:
+            if name in served and (handler is None or not handler.active):
+                pass  # a follower has its trigger
+            elif handler is None or not handler.active:
                 found.append(
                     f"the consumer {name!r} has no trigger here: its events are kept; register one with "
                     f"durable={name!r}, or forget it"
@@ -106,8 +135,15 @@ class DurableTriggers(Consumers):
         return self._consumers.names()
 
     def status(self, name: str) -> ConsumerStatus | None:
-        handler = self._handlers.get(name)
-        return self._consumers.status(name) if handler is None else handler.status()
+        status = self._consumers.status(name)
+        return None if status is None else self._with_handler(status)
+
+    def statuses(self) -> list[ConsumerStatus]:
+        return [self._with_handler(status) for status in self._consumers.statuses()]
+
+    def _with_handler(self, status: ConsumerStatus) -> ConsumerStatus:
+        handler = self._handlers.get(status.name)
+        return status if handler is None else handler.status_from(status)
 
     def pause(self, name: str, why: str) -> bool:
         return self._consumers.pause(name, why)

@@ -15,6 +15,7 @@ import msgspec
 from scopestate.actors.backlog import Limits, Tally
 from scopestate.actors.clock import Clock
 from scopestate.actors.consumers import JournalConsumers
+from scopestate.actors.consuming import Consumers
 from scopestate.actors.directory import Directory, Housekeeper
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.expiry import ExpiryActor
@@ -43,7 +44,6 @@ from scopestate.errors import (
     InvalidRegistration,
     ScopestateError,
     StorageError,
-    Unsupported,
 )
 from scopestate.missed import fire_missed
 from scopestate.opening import durable_mistakes, history_of, no_store_for, open_backend, sharing_for, write_rule_of
@@ -138,9 +138,14 @@ class Parts:
         feed.connect(self._around.store_id, journal, self.clock.now_ms, self._history_of, backend.durability)
         if journal is not None:
             feed.save_soon = snapshot.save_soon
-        self.consumers = self._open_consumers(backend)
+        consumers = self._open_consumers(backend)
+        if consumers is not None and self.consumers is not None:
+            self.consumers.use(consumers)
+        elif consumers is not None:
+            self.consumers = DurableTriggers(consumers, self.router.triggers, self.services, self.clock)
+            self.consumers.make_transaction = self._make_transaction
 
-    def _open_consumers(self, backend: Backend) -> DurableTriggers | None:
+    def _open_consumers(self, backend: Backend) -> Consumers | None:
         consumers, store = backend.consumers, backend.store
         if consumers is None and store is not None and store.journal is not None:
             consumers = self.snapshot.consumers = JournalConsumers(
@@ -152,11 +157,7 @@ class Parts:
                 backend.durability,
                 self.limits,
             )
-        if consumers is None:
-            return None
-        durable = DurableTriggers(consumers, self.router.triggers, self.services, self.clock)
-        durable.make_transaction = self._make_transaction
-        return durable
+        return consumers
 
     def _make_transaction(self, attempt: Attempt, scope: str) -> Any:
         assert self.make_transaction is not None  # no delivery before the engine is there
@@ -168,11 +169,6 @@ class Parts:
             self.router.triggers.register(trigger)
             self.backend.listen()
             return
-        if self.backend.changes is not None:
-            raise Unsupported(
-                f"the durable trigger {trigger.durable!r}",
-                "the scopes are in another engine: register it there, as a worker",
-            )
         if self.consumers is None:
             raise ConfigError(no_store_for(trigger.durable))
         self.consumers.register(trigger)
@@ -232,6 +228,8 @@ class Parts:
         self.directory.exclusively(partial(self._use, backend))
         for actor in list(self.directory.values()):
             self._replace(actor)
+        if self.consumers is not None:
+            self.consumers.move()
         self._start()
         self.hold()
         if go_on is not None:

@@ -398,16 +398,23 @@ class Batch(Turn[BatchResult], frozen=True):
         return BatchResult(tuple(results), revision=revision, detailed=True, replayed=True)
 
 
+DELIVERY: Final = "_delivery"
+"""The field by which an engine behind a bridge names the delivery that a transaction acknowledges."""
+
+
 class DeliveryBatch(Batch, frozen=True):
     """A batch that acknowledges a delivery: what it changes is saved together with that."""
 
-    acks: tuple[tuple[int, int], ...] = ()
-    """Number of the consumer, and position of the event."""
+    acks: tuple[Any, ...] = ()
+    """What the backend needs to acknowledge the delivery. In a store: number of the consumer, and position."""
     fence: dict[str, str] = msgspec.field(default_factory=dict)
     """Decides between this turn and the end of the attempt that asked for it: what sets `won` first, "turn" or "end".
 
     The turn also sets `changed` if it has changed something: its acknowledgement is saved with that, and not otherwise.
     """
+
+    def call(self, scope: str) -> dict[str, Any]:
+        return {**super().call(scope), DELIVERY: self.acks[0]}
 
 
 class _Result(msgspec.Struct):

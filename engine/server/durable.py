@@ -13,9 +13,11 @@ from scopestate.server.access import Claims
 from scopestate.server.worker import LATER_S, WorkerFunction
 
 if TYPE_CHECKING:
+    from scopestate.actors.consuming import Consumers
     from scopestate.actors.durable import Attempt
     from scopestate.ops.deliveries import Delivery
     from scopestate.ops.results import StateEvent
+    from scopestate.server.access import Access
     from scopestate.server.hub import Hub
     from scopestate.server.triggers import Registered, WorkerTrigger
     from scopestate.server.worker import Worker
@@ -27,6 +29,16 @@ MOST: Final = 1_000
 def trigger_id_of(consumer: str) -> str:
     """Return the id of the trigger of a consumer in the engine's table, whichever worker has registered it."""
     return f"consumer::{consumer}"
+
+
+def refuse_too_many(consumers: Consumers, access: Access | None, name: str) -> None:
+    """Raise InvalidRegistration for a new consumer if the workers of a token have too many."""
+    names = consumers.names()
+    if name in names:
+        return
+    own = [one for one in names if access is None or access.own_consumer(one) is not None]
+    if len(own) >= MOST:
+        raise InvalidRegistration(f"there are {MOST} consumers already: forget those that are not needed")
 
 
 class WorkerConsumers:
@@ -70,12 +82,7 @@ class WorkerConsumers:
         for handler in self._table.handlers():
             if handler.trigger.durable == name and handler.trigger.trigger_id != trigger.trigger_id:
                 raise InvalidRegistration(f"the consumer {name!r} is one of the program itself: choose another name")
-        names = consumers.names()
-        if name not in names:
-            access = trigger.owner.access
-            own = [one for one in names if access is None or access.own_consumer(one) is not None]
-            if len(own) >= MOST:
-                raise InvalidRegistration(f"there are {MOST} consumers already: forget those that are not needed")
+        refuse_too_many(consumers, trigger.owner.access, name)
         consumers.register(trigger, partial(self.call, trigger))
 
     def end(self, name: str, worker: Worker) -> None:

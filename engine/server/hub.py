@@ -27,6 +27,7 @@ from scopestate.ops.values import check, decode, encode, parse
 from scopestate.server.access import Claims
 from scopestate.server.connections import GOING
 from scopestate.server.engine_functions import EngineFunctions
+from scopestate.server.holding import Deliveries
 from scopestate.server.state_functions import Outcome, Result, StateFunctions
 from scopestate.server.triggers import FUNCTIONS_AVAILABLE, WorkerTriggers
 from scopestate.server.worker import TimedOut, Worker, WorkerFunction
@@ -106,7 +107,8 @@ class Hub:
         self.refused = 0
         """Calls, registrations, deliveries and connections that were refused because a right was missing."""
         self.offered: Claims[WorkerFunction] = Claims("function")
-        self._state = StateFunctions(engine).by_id
+        self.deliveries = Deliveries(self)
+        self._state = {**StateFunctions(engine, self.deliveries.acknowledging).by_id, **self.deliveries.by_id}
         self._functions_seen = b""
         self._deep = False
         """True while `event_depth` is set for the call in progress."""
@@ -172,6 +174,7 @@ class Hub:
             self._held_bytes -= size
         worker.issued.clear()
         self.triggers.remove_all_of(worker)
+        self.deliveries.disconnect(worker)
         self.channels.abandon(worker.worker_id)
         worker.end_polls()
         self.engine._snapshots.forget(worker.caller)
@@ -193,6 +196,7 @@ class Hub:
         for function in self._published:
             self.functions.discard(function.function_id, function.target)
         self.triggers.dispatcher.close()
+        self.deliveries.close()
         if self._timer is not None:
             self._timer.cancel()
         for task in list(self._tasks):

@@ -17,6 +17,7 @@ from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.functions import BUILT_IN, FLUSH, BuiltIn, from_payload, read_flush, read_request
 from scopestate.ops.remote import Everything
 from scopestate.ops.requests import OPTIONS, Request, WriteOptions, misfit, with_options
+from scopestate.ops.transactions import DELIVERY
 from scopestate.ops.values import check, decode, encode, json_words, parse
 from scopestate.ops.writes import Durable, unwrapped
 from scopestate.snapshots import REFUSED, Call
@@ -160,8 +161,10 @@ class StateFunctions:
     Each raises what `Engine.call` raises, and Forbidden where the rights of the worker say so.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, acknowledging: Callable[[Request, Any, Worker], Request]) -> None:
+        """`acknowledging`: makes a transaction of a delivery of one whose input names that."""
         self._engine = engine
+        self._acknowledging = acknowledging
         self._scopes = engine._scopes
         self._limits = engine._limits
         self._router = engine._router
@@ -229,12 +232,15 @@ class StateFunctions:
         function_id, snapshots, limits = row.function_id, self._engine._snapshots, self._limits
 
         def call(data: Raw, worker: Worker) -> Outcome:
-            request = read_request(function_id, _decoded(function_id, data), limits)
+            payload = _decoded(function_id, data)
+            request = read_request(function_id, payload, limits)
             access = worker.access
             if access is not None:
                 access.check_scope(request.scope, row.rights)
                 if request.reads:
                     access.check_read(request.scope)
+            if DELIVERY in payload:
+                request = self._acknowledging(request, payload[DELIVERY], worker)
             made = Call(row, request, snapshots, worker.caller)
             text = made.answer_at_hand()
             if text is not None:

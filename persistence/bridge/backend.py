@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from scopestate.ops.turns import Deadline, Delete, Entry, Set, Turn
 from scopestate.ops.writes import SetWith
 from scopestate.persistence.bridge.changes import RemoteChanges
 from scopestate.persistence.bridge.computed import Waiter
+from scopestate.persistence.bridge.consumers import RemoteConsumers
 from scopestate.persistence.bridge.events import RemoteEvents
 from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.bridge.scope import BridgeScope, Done, message_of
@@ -99,6 +101,7 @@ class BridgeBackend(Backend):
             on_trigger_refused=self._note_refusal,
             describe=describe,
         )
+        self.consumers: RemoteConsumers = RemoteConsumers(self, options.call_timeout_ms / 2000)
         self._loop = asyncio.new_event_loop()
         self._events = RemoteEvents(self._client, self._loop, self.changes.longest_wait_ms)
         if self._remote_events:
@@ -140,6 +143,23 @@ class BridgeBackend(Backend):
         waiter = Waiter()
         self.call(function_id, payload, waiter.done)
         return waiter.get()
+
+    async def call_on_loop(self, function_id: str, payload: bytes, timeout_s: float | None = None) -> bytes | None:
+        """Call, and await the result, on the loop of the connection."""
+        return await self._client.call_raw(function_id, payload, timeout_s=timeout_s)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> concurrent.futures.Future[None] | None:
+        """Run a coroutine on the loop of the connection; None: that is closed."""
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            return None
+
+    def on_loop(self, work: Callable[[], object]) -> None:
+        """Call `work()` on that loop, soon; never if that is closed."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(work)
 
     # ---------------------------------------------------------------------------------------- as an engine's backend
 
@@ -247,6 +267,7 @@ class BridgeBackend(Backend):
             self._open.pop()  # one step: only one of two threads continues
         except IndexError:
             return
+        self.consumers.close(leaving=self.leaving)
         self._closed = True
         ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         wait_for(lambda slice_s: bool(concurrent.futures.wait([ending], slice_s).done))

@@ -32,6 +32,7 @@ from scopestate.errors import (
 )
 from scopestate.ops.remote import Everything
 from scopestate.ops.requests import OPTIONS
+from scopestate.ops.transactions import DeliveryBatch
 from scopestate.ops.turns import Delete, Effects, Get, Items, List, Set, Stored, Turn, Update, changes_in
 from scopestate.ops.writes import Durable, Once, unwrapped
 from scopestate.persistence.bridge.computed import Computation, Here, Waiter, compute, is_computed, needs_of
@@ -315,7 +316,9 @@ class BridgeScope(ScopeActor):
             self._enqueue(_Answer(call, None, error))
 
     def _call_remote(self, turn: Turn[Any], done: Done, depth: int, later: Needs | None = None) -> None:
-        """Send a turn to the other engine. Raises EngineClosed."""
+        """Send a turn to the other engine. Raises EngineClosed, and Unsupported for a delivery that is over."""
+        if type(turn) is DeliveryBatch and turn.fence.setdefault("won", "turn") != "turn":
+            raise Unsupported("the transaction of a delivery", "its attempt has ended before its turn came")
         function_id, payload, needs = message_of(turn, self.scope)
         if needs is not None and later is not None:
             needs = needs._replace(later=later)

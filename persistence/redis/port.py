@@ -10,12 +10,13 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, Outcome
+from scopestate.actors.pace import Pace
 from scopestate.errors import NotConnected, StorageError
 from scopestate.ops.triggers import Trigger
 from scopestate.persistence.connections.connection import NOT_ALL, Broken, Target
@@ -31,10 +32,6 @@ NOTES_AT_ONCE: Final = 16
 """Attempts that are noted with one command: that which begins, and the next ones to begin, as far as it is known."""
 LONGEST_BEAT_S: Final = 1.0
 """How long a change of another engine (a pause, a replay) may go unnoticed here."""
-_MOST_AHEAD: Final = 512
-"""Events that an engine holds and that wait for nothing but their turn, at most: others would be idle."""
-_AHEAD_S: Final = 0.05
-"""For how long they last, approximately, at the pace of the handler."""
 _MOST_OUTCOMES: Final = 1000
 """Outcomes of one command."""
 _MARKS: Final = 1 << 60
@@ -121,23 +118,6 @@ class Line:
         return replies
 
 
-class Pace:
-    """How quickly deliveries end."""
-
-    def __init__(self) -> None:
-        self.ended = 0
-        self._per_s = 0.0
-        self._since_s = time.monotonic()
-
-    def ahead(self) -> int:
-        """Return how many deliveries end in `_AHEAD_S`, approximately."""
-        now_s = time.monotonic()
-        passed_s = now_s - self._since_s
-        if passed_s >= _AHEAD_S:
-            self._per_s, self.ended, self._since_s = self.ended / passed_s, 0, now_s
-        return int(max(self._per_s * _AHEAD_S, self.ended if passed_s < _AHEAD_S else 0))
-
-
 class RedisPort(ConsumerPort):
     """One consumer, as this engine sees it."""
 
@@ -216,15 +196,18 @@ class RedisPort(ConsumerPort):
             self._names.join(begin, self._limit, trigger.max_dead),
         )
 
-    def start(self, trigger: Trigger, wake: Callable[[], object], lost: Callable[[Sequence[int]], object]) -> None:
+    def start(
+        self,
+        trigger: Trigger,
+        wake: Callable[[], object],
+        lost: Callable[[Sequence[int]], object],
+        running: Callable[[], Mapping[int, int]],
+    ) -> None:
+        del running  # each is noted when it begins
         self._trigger, self._wake, self._lost = trigger, wake, lost
         self.stopping = self.is_over = False
         self._enlist(self)
         wake()
-
-    def change(self, trigger: Trigger) -> None:
-        self._trigger = trigger
-        self._wake()
 
     def stop(self) -> None:
         self.stopping = True
@@ -389,8 +372,7 @@ class RedisPort(ConsumerPort):
         held = len(self._held)
         if late:
             held = sum(_lane_of(member) not in late for member in list(self._held.values()))
-        concurrency = self._trigger.concurrency
-        return min(2 * concurrency + self._pace.ahead(), _MOST_AHEAD + concurrency) - held
+        return self._pace.room(self._trigger.concurrency) - held
 
     def _note(self, noted: list[tuple[bytes, int]]) -> list[int]:
         """Note attempts, and next to them those that will begin soon. Return the positions of those that are gone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scopestate.actors.backlog import Limits
@@ -35,12 +35,15 @@ class Kept(ConsumerPort):
         self.room = 1000
         self.failing = 0
 
-    def start(self, trigger: Trigger, wake: Callable[[], object], lost: Callable[[Sequence[int]], object]) -> None:
+    def start(
+        self,
+        trigger: Trigger,
+        wake: Callable[[], object],
+        lost: Callable[[Sequence[int]], object],
+        running: Callable[[], Mapping[int, int]],
+    ) -> None:
         self.trigger, self.wake, self.lost = trigger, wake, lost
         wake()
-
-    def change(self, trigger: Trigger) -> None:
-        self.trigger = trigger
 
     def stop(self) -> None:
         self.trigger = None

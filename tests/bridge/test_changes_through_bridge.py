@@ -199,15 +199,6 @@ def test_changes_that_are_gone_are_reported(there: Engine, serve: Serve, open_br
     assert [(one.function_id, type(one.error), one.final) for one in failures] == [("seen", Compacted, True)]
 
 
-def test_a_durable_trigger_is_refused_by_name(serve: Serve, open_bridge: OpenBridge) -> None:
-    here = open_bridge(serve().url)
-    here.register_function("f", print)
-
-    with pytest.raises(Unsupported, match="durable"):
-        here.register_trigger(function_id="f", scope="s", durable="ship")
-    assert here.triggers() == []
-
-
 # ------------------------------------------------------------------------------------------------ events for triggers
 
 

@@ -36,7 +36,7 @@ class Side:
         self.port = port
         self.lost: list[int] = []
         self.wakes = 0
-        port.start(self.trigger, self._wake, self.lost.extend)
+        port.start(self.trigger, self._wake, self.lost.extend, dict)
 
     def _wake(self) -> None:
         self.wakes += 1

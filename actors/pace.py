@@ -1,0 +1,34 @@
+"""How many events an engine may hold of a consumer that it shares with other engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+MOST_AHEAD: Final = 512
+"""Events that an engine holds and that wait for nothing but their turn, at most: other engines would be idle."""
+_AHEAD_S: Final = 0.05
+"""For how long they last, approximately, at the pace of the handler."""
+
+
+class Pace:
+    """How quickly the deliveries of one engine end."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.ended = 0
+        self._monotonic = monotonic
+        self._per_s = 0.0
+        self._since_s = monotonic()
+
+    def ahead(self) -> int:
+        """Return how many deliveries end in `_AHEAD_S`, approximately."""
+        now_s = self._monotonic()
+        passed_s = now_s - self._since_s
+        if passed_s >= _AHEAD_S:
+            self._per_s, self.ended, self._since_s = self.ended / passed_s, 0, now_s
+        return int(max(self._per_s * _AHEAD_S, self.ended if passed_s < _AHEAD_S else 0))
+
+    def room(self, concurrency: int) -> int:
+        """Return how many events the engine may hold, those not counted that wait for another attempt."""
+        return min(2 * concurrency + self.ahead(), MOST_AHEAD + concurrency)

@@ -1,0 +1,726 @@
+"""One consumer of a store's journal, whose events several engines handle: this one, and those that follow it.
+
+An event that an engine was given, and that is not over, is *held* by it. As long as an engine holds an event of a lane,
+it alone is given the later events of that lane; what is read for another one is *parked*. So the events of a lane are
+handled one after the other, whichever engines handle them, and each engine keeps the order of what it holds itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import msgspec
+
+from scopestate.actors.backlog import size_of
+from scopestate.actors.consuming import Held, Outcome
+from scopestate.actors.containment import Log
+from scopestate.actors.pace import Pace
+from scopestate.errors import StorageError, Unsupported
+from scopestate.signals import Guard
+
+if TYPE_CHECKING:
+    from scopestate.ops.results import StateEvent
+    from scopestate.ops.triggers import Trigger
+
+log = Log("scopestate.triggers")
+
+HERE: Final = ""
+"""The name of this engine as a holder."""
+MOST_PARKED: Final = 10_000
+"""So many events are parked at most; with more, nothing is read before some of them are given to an engine."""
+MOST_PARKED_BYTES: Final = 64 << 20
+NEAR_MS: Final = 1000
+"""As `actors.durable.NEAR_S`: a retry that is due later is not waited for."""
+
+_SELECTING: Final = ("scope", "key", "scope_prefix", "prefix", "events", "only_if_changed", "fields", "order")
+"""The options of a trigger that say which events a consumer has, and in which order."""
+
+
+def selects_alike(one: Trigger, other: Trigger) -> bool:
+    """Return whether two triggers of one consumer want the same events in the same order."""
+    return all(getattr(one, name) == getattr(other, name) for name in _SELECTING)
+
+
+def standing_by(consumer: str) -> str:
+    """Say that the trigger of an engine gets no events, as another one has other filters."""
+    return (
+        f"the trigger of consumer {consumer!r} here stands by: another process has registered the name later, with "
+        "other filters or another order, and those count"
+    )
+
+
+class Source(Protocol):
+    """What a shared consumer takes its events from, and tells what is over: a consumer of the journal."""
+
+    name: str
+    number: int
+    forgotten: bool
+    """True: the consumer is gone, and what is said about its events counts no more."""
+    reading: threading.Lock
+    """Held while events are read and sorted, so that they are sorted in the order in which they are read."""
+
+    def read(self, most: int) -> list[Held]:
+        """As `ConsumerPort.fetch`; the caller holds `reading`."""
+
+    def open_items(self) -> list[Held]:
+        """Return what was fetched and is not over, in order."""
+
+    def claim(self, positions: Sequence[int]) -> list[Held]:
+        """Return those of these events that are not over and were not fetched, as fetched now."""
+
+    def take(self, outcomes: Sequence[Outcome]) -> None:
+        """As `ConsumerPort.ended`, for outcomes that count."""
+
+    def note(self, attempts: Sequence[tuple[int, int]]) -> None:
+        """As `ConsumerPort.began`."""
+
+    def follow(self, trigger: Trigger) -> None:
+        """Read what this trigger wants from now on."""
+
+    def transaction(self, position: int, scope: str) -> Any:
+        """As `ConsumerPort.transaction`."""
+
+    def transaction_failed(self, position: int) -> None:
+        """As `ConsumerPort.transaction_failed`."""
+
+    def full(self, letters: int) -> bool:
+        """As `ConsumerPort.full`."""
+
+    def flush(self) -> None:
+        """As `ConsumerPort.flush`."""
+
+    def is_acknowledged(self, position: int) -> bool:
+        """As `ConsumerPort.is_acknowledged`."""
+
+    def paused(self) -> str | None:
+        """As `ConsumerPort.paused`."""
+
+    def is_read_to(self, mark: int) -> bool:
+        """Return whether every event up to a position was fetched."""
+
+    def end_sharing(self) -> None:
+        """This engine alone takes the events from now on."""
+
+
+class Holder:
+    """One engine that takes events of a consumer."""
+
+    def __init__(
+        self,
+        name: str,
+        trigger: Trigger,
+        since_ms: int,
+        wake: Callable[[], object],
+        lost: Callable[[Sequence[int]], object],
+        monotonic: Callable[[], float],
+    ) -> None:
+        """`wake` and `lost` as of `ConsumerPort.start`."""
+        self.name = name
+        self.trigger = trigger
+        self.since_ms = since_ms
+        """When its program has registered the trigger, in milliseconds since the epoch. The latest one counts."""
+        self.wake = wake
+        self.lost = lost
+        self.holds: dict[int, Hold] = {}
+        self.active = 0
+        """How many of them are in lanes that do not wait for another attempt."""
+        self.given: deque[Held] = deque()
+        """What it gets before anything else: replayed events that hold back their lanes, and what did not fit."""
+        self.pace = Pace(monotonic)
+        self.is_hungry = False
+        """True: its last fetch found too little."""
+        self.stands_by = False
+        """True: a newer trigger wants other events, or another order."""
+        self.is_leaving = False
+        """True: it is given nothing more, and is no holder any more when it holds nothing."""
+
+    def room(self) -> int:
+        """Return how many more events it may hold."""
+        return self.pace.room(self.trigger.concurrency) - self.active
+
+
+class Hold:
+    """One event that an engine holds."""
+
+    __slots__ = ("begun", "fence", "holder", "item", "lane", "serial", "waits")
+
+    def __init__(self, item: Held, holder: Holder, lane: _Lane, begun: int = 0) -> None:
+        self.item = item
+        self.holder = holder
+        self.lane = lane
+        self.begun = begun
+        """The attempt that is running; 0: none is."""
+        self.serial = 0
+        """Which of the engine's messages has told that the attempt begins; 0: it has ended."""
+        self.fence: dict[str, str] | None = None
+        """Of the transaction of its attempt (`ops.transactions.DeliveryBatch`)."""
+        self.waits = False
+        """True: it waits for its next attempt, or holds back its lane."""
+
+
+class _Lane:
+    __slots__ = ("holder", "holds", "name", "parked", "waits")
+
+    def __init__(self, name: Any) -> None:
+        self.name = name
+        self.holder: Holder | None = None
+        self.holds: dict[int, Hold] = {}
+        self.parked: dict[int, Held] = {}
+        """In the order in which they are to be handled; all of them behind what is held."""
+        self.waits = 0
+        """How many of those held wait."""
+
+
+class SharedConsumer:
+    """Says which engine handles which event. Methods may be called from any thread; `fetch` may wait for the disk."""
+
+    def __init__(self, source: Source, now_ms: Callable[[], int], monotonic: Callable[[], float]) -> None:
+        self._source = source
+        self._now_ms = now_ms
+        self._monotonic = monotonic
+        self._guard = Guard()
+        self._holders: dict[str, Holder] = {}
+        self._holds: dict[int, Hold] = {}
+        self._lanes: dict[Any, _Lane] = {}
+        self._ready: dict[Any, None] = {}
+        """Lanes of which no engine holds an event, and which have parked ones."""
+        self._parked = self._parked_bytes = 0
+        self.leading: Trigger | None = None
+        """The trigger that says which events are read, and in which order they are handled."""
+        self._waiters: list[Callable[[], object]] = []
+
+    def begin(self, here: Holder, items: Sequence[Held], running: Mapping[int, int]) -> None:
+        """Note what this engine holds at the beginning: everything that was fetched."""
+        self._holders[HERE] = here
+        self.leading = here.trigger
+        for item in items:
+            self._put(Hold(item, here, self._lane_of(item.event), running.get(item.event.position, 0)))
+
+    # ------------------------------------------------------------------------------------------------------- holders
+
+    @property
+    def here(self) -> Holder | None:
+        """This engine, if it has a trigger."""
+        return self._holders.get(HERE)
+
+    @property
+    def stands_by_here(self) -> bool:
+        """True if the trigger of this engine gets no events, because a newer one counts."""
+        here = self.here
+        return here is not None and here.stands_by and not here.is_leaving
+
+    @property
+    def is_served_elsewhere(self) -> bool:
+        """True if another engine takes events."""
+        return any(name != HERE for name in list(self._holders))
+
+    @property
+    def is_forgotten(self) -> bool:
+        """True if the consumer is gone."""
+        return self._source.forgotten
+
+    @property
+    def source(self) -> Source:
+        """The consumer."""
+        return self._source
+
+    def holder(self, name: str) -> Holder | None:
+        """Return a holder by its name; None: there is none, or it was dismissed."""
+        return self._holders.get(name)
+
+    def join(self, holder: Holder, held: Sequence[tuple[int, int, int]] = ()) -> list[int]:
+        """Have an engine take events. `held`: what it holds already: position, running attempt (0: none), its serial.
+
+        Returns those of these positions that it does not hold any more: they are over, or another engine has them.
+        """
+        with self._source.reading:
+            claimed = self._source.claim([position for position, _, _ in held])
+            lost, changed = self._guard.run(self._join, holder, held, {one.event.position: one for one in claimed})
+        self._tell(changed)
+        return lost
+
+    def _join(
+        self, holder: Holder, held: Sequence[tuple[int, int, int]], claimed: dict[int, Held]
+    ) -> tuple[list[int], list[tuple[Holder, list[int]]]]:
+        before = self._holders.pop(holder.name, None)
+        kept = {position for position, _, _ in held}
+        if before is not None:
+            holder.given = before.given
+            for hold in list(before.holds.values()):
+                self._move(hold, holder)
+        self._holders[holder.name] = holder
+        changed = self._elect()
+        # What it was given and never got; it is the first of its lane again.
+        self._park([hold for hold in list(holder.holds.values()) if hold.item.event.position not in kept])
+        lost = []
+        for position, attempt, serial in held:
+            held_now = self._holds.get(position)
+            if held_now is None and (item := claimed.pop(position, None) or self._unparked(position)) is not None:
+                held_now = Hold(item, holder, self._lane_of(item.event))
+                self._put(held_now)
+            if held_now is None or held_now.holder is not holder:
+                lost.append(position)
+            else:
+                held_now.begun, held_now.serial = attempt, serial
+                if attempt:
+                    self._set_waits(held_now, waits=False)
+        for item in claimed.values():  # no engine has it now
+            self._park_one(item)
+        holder.given = deque([item for item in holder.given if item.event.position not in kept])
+        return lost, changed
+
+    def _unparked(self, position: int) -> Held | None:
+        """Take a parked event out, if it is one that the engine which asks for it may still hold."""
+        for lane in self._lanes.values() if self._parked else ():
+            item = lane.parked.get(position)
+            if item is not None:
+                if lane.holds:
+                    return None
+                del lane.parked[position]
+                self._count_parked(item, -1)
+                self._ready.pop(lane.name, None)
+                return item
+        return None
+
+    def leave(self, name: str) -> None:
+        """An engine takes no more events: it closes, it is gone, or its trigger is. What it holds goes to others.
+
+        It may wait for the disk.
+        """
+        holder = self._holders.get(name)
+        for position, hold in [] if holder is None else list(holder.holds.items()):
+            if hold.fence is not None and holder is not None and self.resolve(holder, position, hold.serial):
+                self.lose((position,))  # its transaction is what has acknowledged it
+        changed = self._guard.run(self._leave, name)
+        self._tell(changed)
+        self._wake()
+
+    def retire(self, name: str) -> None:
+        """An engine takes no more events. What it is handling may end; the rest goes to others."""
+        self._tell(self._guard.run(self._retire, name))
+        self._wake()
+
+    def _retire(self, name: str) -> list[tuple[Holder, list[int]]]:
+        holder = self._holders.get(name)
+        if holder is None:
+            return []
+        holder.is_leaving = holder.stands_by = True
+        idle = [hold for hold in holder.holds.values() if not hold.begun]
+        positions = [hold.item.event.position for hold in idle]
+        self._park(idle)
+        if not holder.holds:
+            del self._holders[name]
+        return [*([(holder, positions)] if positions else []), *self._elect()]
+
+    def _leave(self, name: str) -> list[tuple[Holder, list[int]]]:
+        holder = self._holders.pop(name, None)
+        if holder is None:
+            return []
+        for hold in holder.holds.values():
+            if hold.begun:
+                hold.item = msgspec.structs.replace(hold.item, attempts=hold.begun, cut_off=True, due_ms=0)
+        self._park(list(holder.holds.values()))
+        return self._elect()
+
+    def _elect(self) -> list[tuple[Holder, list[int]]]:
+        """See whose trigger counts. Returns engines with what they are given no more."""
+        holders = [one for one in self._holders.values() if not one.is_leaving]
+        if not holders:
+            return []
+        newest = max(holders, key=lambda one: one.since_ms)
+        before, self.leading = self.leading, newest.trigger
+        self._source.follow(newest.trigger)
+        changed = []
+        for one in holders:
+            stood, one.stands_by = one.stands_by, not selects_alike(one.trigger, newest.trigger)
+            if one.stands_by and not stood:
+                log.warning("%s (%s)", standing_by(self._source.name), one.trigger.trigger_id)
+            if one.stands_by is not stood:
+                one.wake()
+            if one.stands_by:
+                changed.append((one, [hold for hold in one.holds.values() if not hold.begun]))
+        told = [(one, [hold.item.event.position for hold in holds]) for one, holds in changed if holds]
+        self._park([hold for _, holds in changed for hold in holds])
+        if before is not None and before.order != newest.trigger.order:
+            self._sort_again()
+        return told
+
+    def _sort_again(self) -> None:
+        """Another order: what is held, and what is parked, is sorted into its lanes."""
+        holds = sorted(self._holds.values(), key=lambda one: one.item.event.position)
+        parked = sorted(
+            (item for lane in self._lanes.values() for item in lane.parked.values()), key=lambda one: one.event.position
+        )
+        for holder in self._holders.values():
+            holder.active = 0
+        self._lanes, self._ready, self._holds, self._parked, self._parked_bytes = {}, {}, {}, 0, 0
+        for hold in holds:
+            waits, hold.waits = hold.waits, False
+            hold.lane = self._lane_of(hold.item.event)
+            self._put(hold)
+            self._set_waits(hold, waits=waits)
+        for item in parked:
+            self._park_one(item)
+
+    # ------------------------------------------------------------------------------------------------------ fetching
+
+    def fetch(self, holder: Holder | None, most: int) -> list[Held]:
+        """Return the next events for an engine, [] if there are none for it now. Raises StorageError."""
+        if holder is None or self._source.paused() is not None:
+            return []
+        found, room = self._guard.run(self._give, holder, most)
+        while len(found) < room and self._may_read():
+            with self._source.reading:
+                read = self._source.read(room - len(found))
+                if not read:
+                    break
+                mine, room = self._guard.run(self._sort, holder, read, room)
+                found += mine
+        if len(found) < most:
+            holder.is_hungry = True
+        if holder.name == HERE and not self.is_served_elsewhere:
+            self._guard.run(self._go_on_alone)
+        return found
+
+    def _may_read(self) -> bool:
+        return self._parked < MOST_PARKED and self._parked_bytes < MOST_PARKED_BYTES
+
+    def _go_on_alone(self) -> None:
+        here = self.here
+        if here is not None and list(self._holders) == [HERE] and not self._parked and not here.given:
+            self._source.end_sharing()
+
+    def _give(self, holder: Holder, most: int) -> tuple[list[Held], int]:
+        """Return what is parked and may go to this engine, and how many events it may get in all."""
+        given = holder.given
+        found = [given.popleft() for _ in range(min(most, len(given)))]
+        room = min(most, max(holder.room(), 0) + len(found)) if not holder.stands_by else 0
+        if self._holders.get(holder.name) is not holder:
+            return found, 0
+        for name in list(islice(self._ready, max(room - len(found), 0))):
+            lane = self._lanes[name]
+            taken = list(islice(lane.parked.values(), room - len(found)))
+            if not taken:
+                break
+            del self._ready[name]
+            for item in taken:
+                del lane.parked[item.event.position]
+                self._count_parked(item, -1)
+                self._put(Hold(item, holder, lane))
+                found.append(item)
+                if item.due_ms > self._now_ms() or item.blocked:
+                    self._set_waits(self._holds[item.event.position], waits=True)
+        return found, room
+
+    def _sort(self, holder: Holder, items: Iterable[Held], room: int) -> tuple[list[Held], int]:
+        """Return those of these events that go to this engine, and park the others."""
+        found = []
+        gone = self._holders.get(holder.name) is not holder or holder.stands_by
+        for item in items:
+            position = item.event.position
+            hold = self._holds.get(position)
+            lane = self._lane_of(item.event)
+            if hold is not None:  # a dead letter that held back its lane is replayed
+                hold.item = item
+                self._set_waits(hold, waits=item.blocked)
+                if hold.holder is holder:
+                    found.append(item)
+                    room += 1
+                else:
+                    hold.holder.given.append(item)
+                    hold.holder.wake()
+            elif position in lane.parked:
+                lane.parked[position] = item
+            elif gone or lane.parked or lane.waits or lane.holder not in (None, holder):
+                self._park_one(item)
+            else:
+                hold = Hold(item, holder, lane)
+                self._put(hold)
+                self._set_waits(hold, waits=item.blocked or item.due_ms > self._now_ms())
+                found.append(item)
+        return found, 0 if gone else room
+
+    def keep(self, holder: Holder, items: Sequence[Held]) -> None:
+        """Give these to the engine with its next fetch: they were too many for one answer."""
+        self._guard.run(holder.given.extendleft, reversed(items))
+
+    # ------------------------------------------------------------------------------------------------------ outcomes
+
+    def began(self, holder: Holder, attempts: Sequence[tuple[int, int]], serial: int = 0) -> list[int]:
+        """Note attempts that are about to begin. Returns those positions that the engine does not hold.
+
+        `serial`: a number that the engine gives to this message alone; `fence` and `resolve` name the attempts by it.
+        """
+        held, gone = self._guard.run(self._began, holder, attempts, serial)
+        if held:
+            self._source.note(held)
+        return gone
+
+    def _began(
+        self, holder: Holder, attempts: Sequence[tuple[int, int]], serial: int
+    ) -> tuple[list[tuple[int, int]], list[int]]:
+        held, gone = [], []
+        for position, attempt in attempts:
+            hold = holder.holds.get(position)
+            if hold is None:
+                gone.append(position)
+                continue
+            hold.begun, hold.serial = attempt, serial
+            self._set_waits(hold, waits=False)
+            held.append((position, attempt))
+        return held, gone
+
+    def ended(self, holder: Holder, outcomes: Sequence[Outcome]) -> None:
+        """Note how attempts have ended. What the engine does not hold any more is not counted."""
+        count, failed = self._guard.run(self._ended, holder, outcomes)
+        for position in failed:
+            self._source.transaction_failed(position)
+        if count:
+            # Before the lanes go on: a save must not have the next event of one without this one.
+            self._source.take(count)
+            self._guard.run(self._let_go, holder, count)
+            self._wake()
+
+    def _ended(self, holder: Holder, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[int]]:
+        count, failed = [], []
+        for outcome in outcomes:
+            hold = holder.holds.get(outcome.position)
+            if hold is None:
+                continue
+            if outcome.verdict in ("dead", "held") and outcome.event is None:
+                outcome = msgspec.structs.replace(outcome, event=hold.item.event)  # noqa: PLW2901 - as it counts
+            count.append(outcome)
+            hold.begun = hold.serial = 0
+            fence, hold.fence = hold.fence, None
+            if fence is not None:
+                fence.setdefault("won", "end")
+                if "changed" not in fence:
+                    failed.append(outcome.position)
+        return count, failed
+
+    def _let_go(self, holder: Holder, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            hold = holder.holds.get(outcome.position)
+            if hold is None:
+                continue
+            holder.pace.ended += 1
+            if outcome.verdict in ("done", "dead"):
+                self._drop(hold)
+                continue
+            hold.item = msgspec.structs.replace(
+                hold.item,
+                attempts=outcome.attempts,
+                first_ms=outcome.first_ms,
+                due_ms=outcome.due_ms,
+                error=outcome.error,
+                cut_off=False,
+                blocked=outcome.verdict == "held",
+            )
+            if holder.is_leaving:
+                self._park([hold])
+            else:
+                self._set_waits(hold, waits=True)
+        if holder.is_leaving and not holder.holds and self._holders.get(holder.name) is holder:
+            del self._holders[holder.name]
+
+    def lose(self, positions: Sequence[int]) -> None:
+        """These deliveries are over: their dead letters were purged, or their events trimmed."""
+        self._tell(self._guard.run(self._lose, positions))
+        self._wake()
+
+    def _lose(self, positions: Sequence[int]) -> list[tuple[Holder, list[int]]]:
+        lost: dict[Holder, list[int]] = {}
+        for position in positions:
+            hold = self._holds.get(position)
+            if hold is not None:
+                lost.setdefault(hold.holder, []).append(position)
+                self._drop(hold)
+        gone = set(positions)
+        for lane in [lane for lane in self._lanes.values() if not gone.isdisjoint(lane.parked)]:
+            for position in gone.intersection(lane.parked):
+                self._count_parked(lane.parked.pop(position), -1)
+            self._tidy(lane)
+        return list(lost.items())
+
+    # -------------------------------------------------------------------------------------------------- transactions
+
+    def fence(self, holder: Holder, position: int, serial: int) -> dict[str, str]:
+        """Return the fence of the transaction of an attempt. Raises Unsupported if the attempt is over."""
+        return self._guard.run(self._fence, holder, position, serial)
+
+    def _fence(self, holder: Holder, position: int, serial: int) -> dict[str, str]:
+        hold = holder.holds.get(position)
+        if hold is None or self._holders.get(holder.name) is not holder or hold.serial != serial:
+            raise Unsupported(
+                "a delivery whose attempt is over", f"'{self._source.name}:{position}': it has ended, or took too long"
+            )
+        hold.fence = fence = dict[str, str]()
+        return fence
+
+    def resolve(self, holder: Holder, position: int, serial: int) -> bool:
+        """Return whether the transaction of an attempt has happened. After this it cannot happen any more.
+
+        It may wait for the disk.
+        """
+        hold = holder.holds.get(position)
+        fence = None if hold is None else hold.fence
+        if hold is not None:
+            if hold.serial == serial:
+                hold.serial = 0
+            if fence is None:
+                return False
+            hold.fence = None
+            if fence.setdefault("won", "end") == "turn":
+                # It was changed in memory, or is just being changed. A commit that holds it back ends with this.
+                try:
+                    self._source.flush()
+                except StorageError as error:
+                    log.debug("saving a transaction of '%s:%d': %s", self._source.name, position, error)
+        if self._source.is_acknowledged(position):
+            return True
+        if fence is not None:
+            self._source.transaction_failed(position)
+        return False
+
+    # ----------------------------------------------------------------------------------------------------- the tables
+
+    def _lane_of(self, event: StateEvent) -> _Lane:
+        order = "key" if self.leading is None else self.leading.order
+        if order == "key":
+            name: Any = (event.scope, event.key)
+        elif order == "scope":
+            name = event.scope
+        else:
+            name = event.position if order == "none" else None
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = _Lane(name)
+        return lane
+
+    def _put(self, hold: Hold) -> None:
+        position, lane = hold.item.event.position, hold.lane
+        lane.holds[position] = self._holds[position] = hold.holder.holds[position] = hold
+        if lane.holder is None:
+            lane.holder = hold.holder
+        if not lane.waits:
+            hold.holder.active += 1
+
+    def _drop(self, hold: Hold) -> None:
+        position, lane = hold.item.event.position, hold.lane
+        self._set_waits(hold, waits=False)
+        del lane.holds[position], self._holds[position], hold.holder.holds[position]
+        if not lane.waits:
+            hold.holder.active -= 1
+        self._tidy(lane)
+
+    def _tidy(self, lane: _Lane) -> None:
+        """See what becomes of a lane of which something was taken."""
+        if lane.holds:
+            lane.holder = next(iter(lane.holds.values())).holder
+            return
+        lane.holder = None
+        if lane.parked:
+            self._ready[lane.name] = None
+        else:
+            self._ready.pop(lane.name, None)
+            self._lanes.pop(lane.name, None)
+
+    def _move(self, hold: Hold, holder: Holder) -> None:
+        """The same engine has another entry."""
+        position, before = hold.item.event.position, hold.holder
+        del before.holds[position]
+        holder.holds[position] = hold
+        if not hold.lane.waits:
+            before.active -= 1
+            holder.active += 1
+        if hold.lane.holder is before:
+            hold.lane.holder = holder
+        hold.holder = holder
+
+    def _set_waits(self, hold: Hold, *, waits: bool) -> None:
+        if hold.waits is waits:
+            return
+        lane, hold.waits = hold.lane, waits
+        before = lane.waits
+        lane.waits += 1 if waits else -1
+        if not before or not lane.waits:
+            for one in lane.holds.values():
+                one.holder.active += -1 if waits else 1
+
+    def _park(self, holds: Sequence[Hold]) -> None:
+        """Take these from the engines that hold them: they are the first ones of their lanes."""
+        first: dict[_Lane, list[Held]] = {}
+        for hold in holds:
+            lane = hold.lane
+            first.setdefault(lane, []).append(hold.item)
+            parked, lane.parked = lane.parked, {}
+            self._drop(hold)
+            lane.parked = parked
+        for lane, items in first.items():
+            lane.parked = {**{item.event.position: item for item in items}, **lane.parked}
+            for item in items:
+                self._count_parked(item, 1)
+            self._lanes[lane.name] = lane
+            self._tidy(lane)
+
+    def _park_one(self, item: Held) -> None:
+        lane = self._lane_of(item.event)
+        lane.parked[item.event.position] = item
+        self._count_parked(item, 1)
+        self._tidy(lane)
+
+    def _count_parked(self, item: Held, by: int) -> None:
+        self._parked += by
+        self._parked_bytes += by * size_of(item.event)
+
+    def _tell(self, changed: Sequence[tuple[Holder, list[int]]]) -> None:
+        for holder, positions in changed:
+            holder.lost(positions)
+
+    def _wake(self) -> None:
+        """Wake the engines that look for more."""
+        for holder in list(self._holders.values()):
+            if holder.is_hungry:
+                holder.is_hungry = False
+                holder.wake()
+        if self._waiters:
+            for waiter in self._waiters.copy():
+                waiter()
+
+    def wake_all(self) -> None:
+        """There may be something to fetch."""
+        for holder in list(self._holders.values()):
+            holder.wake()
+        for waiter in self._waiters.copy():
+            waiter()
+
+    # ------------------------------------------------------------------------------------------------------- waiting
+
+    def watch(self, waiter: Callable[[], object]) -> Callable[[], object]:
+        """Call `waiter` whenever something has ended. Returns what ends that."""
+        self._guard.run(self._waiters.append, waiter)
+        return lambda: self._guard.run(self._waiters.remove, waiter)
+
+    def is_settled(self, mark: int) -> bool:
+        """Return whether no event up to a position is to be handled soon: none is left, or only such as wait long."""
+        if self._source.paused() is not None or not self._holders:
+            return not any(hold.begun for hold in list(self._holds.values()))
+        return self._source.is_read_to(mark) and self._guard.run(self._is_settled, mark)
+
+    def _is_settled(self, mark: int) -> bool:
+        near_ms = self._now_ms() + NEAR_MS
+        for lane in self._lanes.values():
+            items = [*[hold.item for hold in lane.holds.values()], *lane.parked.values()]
+            if any(hold.waits and _is_far(hold.item, near_ms) for hold in lane.holds.values()):
+                continue
+            if items and min(item.event.position for item in items) <= mark and not _is_far(items[0], near_ms):
+                return False
+        return True
+
+
+def _is_far(item: Held, near_ms: int) -> bool:
+    return item.blocked or item.due_ms > near_ms

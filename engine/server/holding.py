@@ -1,0 +1,317 @@
+"""Engines behind a bridge that take events of the consumers here, and call the handlers (docs/protocol.md, 13.1)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from scopestate.actors.backlog import size_of
+from scopestate.actors.consuming import Outcome
+from scopestate.actors.shared_consumer import Holder
+from scopestate.errors import ConfigError, DeserializationError, Forbidden, ScopestateError, Unsupported
+from scopestate.ops import handed
+from scopestate.ops.requests import Request
+from scopestate.ops.transactions import Batch, DeliveryBatch
+from scopestate.ops.values import json_words
+from scopestate.reactive import read_trigger
+from scopestate.server.durable import refuse_too_many
+
+if TYPE_CHECKING:
+    from scopestate.actors.consuming import Consumers, Held
+    from scopestate.actors.shared_consumer import SharedConsumer
+    from scopestate.ops.triggers import Trigger
+    from scopestate.server.access import Access
+    from scopestate.server.hub import Hub
+    from scopestate.server.worker import Worker
+
+CLAIM_S: Final = 1.0
+"""An engine whose connection is lost keeps what it is handling for so long: it may be back."""
+PATIENCE_S: Final = 2.0
+"""An engine that says nothing for so long, or for the `ack_wait` of its trigger if that is longer, is dismissed."""
+_MOST: Final = 256
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class _Place:
+    """One engine behind a bridge, at one consumer. On the server's event loop, but for `wake` and `note_lost`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, shared: SharedConsumer, access: Access | None) -> None:
+        self.shared = shared
+        self.access = access
+        self.holder: Holder
+        self.worker: Worker | None = None
+        """The connection by which it asks for events."""
+        self.news = asyncio.Event()
+        self.lost: list[int] = []
+        self.paused: str | None = None
+        """As it knows it."""
+        self.stands_by = False
+        """As it knows it."""
+        self.heard_s = loop.time()
+        self.takes = 0
+        """How many of its calls wait for events."""
+        self._loop = loop
+        self._woken = False
+
+    def wake(self) -> None:
+        """There may be something for it. From any thread."""
+        if not self._woken:
+            self._woken = True
+            with suppress(RuntimeError):  # the server has stopped
+                self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        self._woken = False
+        self.news.set()
+
+    def note_lost(self, positions: Sequence[int]) -> None:
+        """It does not hold these any more. From any thread."""
+        self.lost += positions
+        self.wake()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is a holder still."""
+        return self.shared.holder(self.holder.name) is self.holder and not self.shared.is_forgotten
+
+
+class Deliveries:
+    """Function id -> the function, for the engines behind bridges. On the server's event loop only."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._places: dict[tuple[str, str], _Place] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self.by_id: dict[str, Callable[[Raw, Worker], Awaitable[bytes]]] = {
+            handed.JOIN: self._join,
+            handed.TAKE: self._take,
+            handed.NOTE: self._note,
+            handed.DRAIN: self._drain,
+        }
+
+    @property
+    def _consumers(self) -> Consumers:
+        consumers = self._hub.engine._parts.consumers
+        if consumers is None:
+            raise ConfigError("the other engine has no store that outlives it, so it has no durable triggers")
+        return consumers
+
+    @staticmethod
+    def _name(worker: Worker, name: str) -> str:
+        return name if worker.access is None else worker.access.consumer(name)
+
+    async def _elsewhere(self, worker: Worker, work: Callable[[], Any]) -> Any:
+        async with worker.slow:
+            return await self._hub.engine.aio.elsewhere(work)
+
+    # --------------------------------------------------------------------------------------------- coming and going
+
+    async def _join(self, data: Raw, worker: Worker) -> bytes:
+        asked = _read(handed.JOIN, data, handed.Join)
+        name = self._name(worker, asked.consumer)
+        trigger = read_trigger(asked.function_id, asked.trigger_id, {**asked.config, "durable": name})
+        _check_rights(worker.access, trigger)
+        consumers = self._consumers
+
+        def begin() -> SharedConsumer:
+            refuse_too_many(consumers, worker.access, name)
+            return consumers.share(name, trigger)
+
+        shared = await self._elsewhere(worker, begin)
+        place = _Place(self._hub.loop, shared, worker.access)
+        now_s = self._hub.engine._parts.dispatcher.monotonic
+        place.holder = Holder(asked.holder, trigger, asked.since_ms, place.wake, place.note_lost, now_s)
+        self._places[name, asked.holder] = place
+        place.worker = worker
+        place.paused = shared.source.paused()
+        lost = await self._elsewhere(worker, lambda: shared.join(place.holder, asked.held))
+        self._look_later()
+        return _encode(handed.Joined(lost, place.paused, name if name != asked.consumer else ""))
+
+    def _place(self, worker: Worker, consumer: str, holder: str) -> _Place | None:
+        place = self._places.get((self._name(worker, consumer), holder))
+        if place is None or place.access is not worker.access:
+            return None
+        place.heard_s = self._hub.loop.time()
+        return place if place.is_held else None
+
+    def disconnect(self, worker: Worker) -> None:
+        """The connection of a worker is lost: it may be back in a moment, or its process is gone."""
+        for place in self._places.values():
+            if place.worker is worker:
+                place.worker = None
+                place.heard_s = self._hub.loop.time()
+                place.news.set()
+        self._look_later()
+
+    def _look_later(self) -> None:
+        if self._timer is None and self._places:
+            self._timer = self._hub.loop.call_later(CLAIM_S / 4, self._look)
+
+    def _look(self) -> None:
+        """Dismiss the engines that are gone, or silent."""
+        self._timer = None
+        now_s = self._hub.loop.time()
+        for key, place in list(self._places.items()):
+            patience_s = max(place.holder.trigger.ack_wait, PATIENCE_S)
+            silent_s = 0.0 if place.takes else now_s - place.heard_s
+            if not place.is_held:
+                del self._places[key]
+            elif silent_s > (CLAIM_S if place.worker is None else patience_s):
+                del self._places[key]
+                self._hub.log.warning(
+                    "consumer %r: what a follower handles goes to another engine: %s",
+                    key[0],
+                    "its connection was lost" if place.worker is None else f"it said nothing for {silent_s:.3g} s",
+                )
+                self._hub.spawn(self._dismiss(place))
+        self._look_later()
+
+    async def _dismiss(self, place: _Place) -> None:
+        with suppress(ScopestateError):  # the engine is closing
+            await self._hub.engine.aio.elsewhere(lambda: place.shared.leave(place.holder.name))
+
+    def close(self) -> None:
+        """The server stops."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for place in self._places.values():
+            place.news.set()
+        self._places.clear()
+
+    # ------------------------------------------------------------------------------------------------------- taking
+
+    async def _take(self, data: Raw, worker: Worker) -> bytes:
+        asked = _read(handed.TAKE, data, handed.Take)
+        place = self._place(worker, asked.consumer, asked.holder)
+        if place is None:
+            name = self._name(worker, asked.consumer)
+            gone = self._places.pop((name, asked.holder), None)
+            return _encode(handed.Taken(gone=True, forgotten=gone is not None and gone.shared.is_forgotten))
+        place.worker = worker
+        place.takes += 1
+        try:
+            return _encode(await self._taken(place, asked, worker))
+        finally:
+            place.takes -= 1
+            place.heard_s = self._hub.loop.time()
+
+    async def _taken(self, place: _Place, asked: handed.Take, worker: Worker) -> handed.Taken:
+        loop = self._hub.loop
+        ends_s = loop.time() + min(asked.wait_ms, handed.LONGEST_WAIT_MS) / 1000
+        found: list[Held] = []
+        while True:
+            place.news.clear()
+            _check_rights(worker.access, place.holder.trigger)
+            if not place.is_held or place.worker is not worker:
+                return handed.Taken(gone=True, forgotten=place.shared.is_forgotten)
+            most = min(asked.most, _MOST)
+            if most > 0:
+                found = await self._elsewhere(worker, partial(place.shared.fetch, place.holder, most))
+            paused, left_s = place.shared.source.paused(), ends_s - loop.time()
+            news = paused != place.paused or place.holder.stands_by != place.stands_by
+            if found or place.lost or news or left_s <= 0:
+                break
+            with suppress(TimeoutError):
+                await asyncio.wait_for(place.news.wait(), left_s)
+        place.paused, place.stands_by = paused, place.holder.stands_by
+        lost, place.lost = place.lost, []
+        sent = _as_many_as_fit(found)
+        if len(sent) < len(found):
+            place.shared.keep(place.holder, found[len(sent) :])
+        return handed.Taken([_handed(item) for item in sent], lost, paused, stands_by=place.stands_by)
+
+    # ------------------------------------------------------------------------------------------------------ outcomes
+
+    async def _note(self, data: Raw, worker: Worker) -> bytes:
+        asked = _read(handed.NOTE, data, handed.Note)
+        place = self._place(worker, asked.consumer, asked.holder)
+        if place is None:
+            return _encode(handed.Noted([position for position, _ in asked.began], is_holder=False))
+        noted: handed.Noted = await self._elsewhere(worker, lambda: self._noted(place, asked))
+        return _encode(noted)
+
+    def _noted(self, place: _Place, asked: handed.Note) -> handed.Noted:
+        """On a worker thread."""
+        shared, holder = place.shared, place.holder
+        noted = handed.Noted()
+        if asked.ended:
+            shared.ended(holder, [Outcome(**msgspec.structs.asdict(one)) for one in asked.ended])
+        if asked.began:
+            noted.gone = shared.began(holder, asked.began, asked.serial)
+        if asked.flush:
+            shared.source.flush()
+        if asked.resolve is not None:
+            noted.acknowledged = shared.resolve(holder, *asked.resolve)
+        if asked.letters:
+            noted.full = shared.source.full(asked.letters)
+        if asked.leave:
+            shared.retire(holder.name)
+        return noted
+
+    def acknowledging(self, request: Request, told: Any, worker: Worker) -> Request:
+        """Return the request for a transaction that acknowledges a delivery. Raises Unsupported if that is over."""
+        try:
+            consumer, holder, position, serial = msgspec.convert(told, tuple[str, str, int, int])
+        except msgspec.ValidationError as error:
+            raise DeserializationError(f"`_delivery`: {json_words(error)}") from error
+        place, batch = self._place(worker, consumer, holder), request.turn
+        if place is None or type(batch) is not Batch:
+            raise Unsupported("a delivery whose attempt is over", f"'{consumer}:{position}': another engine has it")
+        fence = place.shared.fence(place.holder, position, serial)
+        acks = place.shared.source.transaction(position, request.scope)
+        turn = DeliveryBatch(batch.steps, batch.checks, batch.if_revision, batch.max_bytes, acks, fence)
+        return request._replace(turn=turn)
+
+    # ------------------------------------------------------------------------------------------------------- waiting
+
+    async def _drain(self, data: Raw, worker: Worker) -> bytes:
+        asked = _read(handed.DRAIN, data, handed.Drain)
+        consumers, wait_s = self._consumers, min(asked.wait_ms, 1000) / 1000
+        whole = {self._name(worker, name): name for name in asked.consumers}
+        marks = {self._name(worker, name): mark for name, mark in asked.marks.items()}
+        left = await self._elsewhere(worker, lambda: consumers.settle(list(whole), marks, wait_s))
+        return _encode(handed.Drained({whole[name]: mark for name, mark in left.items()}))
+
+
+def _as_many_as_fit(found: list[Held]) -> list[Held]:
+    size = 0
+    for count, item in enumerate(found):
+        size += size_of(item.event)
+        if size > handed.MOST_BYTES and count:
+            return found[:count]
+    return found
+
+
+def _handed(item: Held) -> handed.HandedEvent:
+    return handed.HandedEvent.of(
+        item.event,
+        attempts=item.attempts,
+        first_ms=item.first_ms,
+        due_ms=item.due_ms,
+        error=item.error,
+        cut_off=item.cut_off,
+        blocked=item.blocked,
+    )
+
+
+def _check_rights(access: Access | None, trigger: Trigger) -> None:
+    if access is None:
+        return
+    if access.own_consumer(trigger.durable or "") is None:
+        raise Forbidden(f"the token of this connection does not have the consumer {trigger.durable!r}")
+    access.check_watch(trigger.scope, trigger.scope_prefix)
+
+
+def _read(function_id: str, data: Raw, kind: type[Any]) -> Any:
+    try:
+        return msgspec.json.decode(bytes(data) or b"null", type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DeserializationError(f"Failed to deserialize input for {function_id}: {json_words(error)}") from error

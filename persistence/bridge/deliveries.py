@@ -1,0 +1,402 @@
+"""One durable trigger of an engine behind a bridge: a port of the runtime, to a consumer that the other engine has."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from scopestate.actors.consuming import ConsumerPort, Held, Outcome
+from scopestate.actors.containment import Log
+from scopestate.actors.shared_consumer import standing_by
+from scopestate.errors import (
+    CallTimeout,
+    ConfigError,
+    ConnectionLost,
+    EngineClosed,
+    Forbidden,
+    FunctionNotFound,
+    InvalidRegistration,
+    NotConnected,
+    RemoteFailure,
+    ScopestateError,
+    StorageError,
+    Unsupported,
+)
+from scopestate.ops import handed
+from scopestate.ops.triggers import Trigger
+from scopestate.wire.refusals import refusal_of
+
+log = Log("scopestate.persistence.bridge")
+
+_MOST: Final = 256
+_MOST_OUTCOMES: Final = 1000
+"""Outcomes of one message."""
+_PATIENCE_S: Final = 2.0
+"""As `server.holding.PATIENCE_S`: an engine that says nothing for so long is dismissed, at the earliest."""
+_AGAIN_S: Final = 2.0
+"""Pause after the other engine has refused to give events."""
+AWAY: Final = (CallTimeout, ConnectionLost, NotConnected, EngineClosed)
+"""The other engine does not answer."""
+
+_encode: Final = msgspec.json.Encoder().encode
+_BY_CODE: Final[dict[str, Callable[[str], ScopestateError]]] = {
+    ConfigError.code: ConfigError,
+    Forbidden.code: Forbidden,
+    InvalidRegistration.code: InvalidRegistration,
+}
+
+
+class Line(Protocol):
+    """A connection to the other engine."""
+
+    def call_and_wait(self, function_id: str, payload: bytes) -> bytes | None:
+        """Call and wait for the result, on a thread of its own. Raises the error of the call."""
+
+    async def call_on_loop(self, function_id: str, payload: bytes, timeout_s: float | None = None) -> bytes | None:
+        """As `call_and_wait`, on the loop of the connection."""
+
+
+def ask(line: Line, function_id: str, asked: Any, kind: type[Any]) -> Any:
+    """Call a function of the other engine. Raises StorageError if it does not answer; else what it raises there."""
+    try:
+        return msgspec.json.decode(line.call_and_wait(function_id, _encode(asked)) or b"null", type=kind)
+    except msgspec.DecodeError as error:
+        raise StorageError(f"the answer of {function_id} cannot be read: {error}") from error
+    except RemoteFailure as failure:
+        raise error_of(failure) from failure
+    except AWAY as error:
+        raise StorageError(f"{function_id} via bridge: {error}") from error
+
+
+def error_of(failure: RemoteFailure) -> ScopestateError:
+    """Return the error that the other engine has raised."""
+    if failure.code == FunctionNotFound.code:
+        return Unsupported(
+            "a durable trigger through a bridge", "the engine at the other end is iii, or an older scopestate"
+        )
+    known = refusal_of(failure)
+    if known is not None:
+        return known
+    make = _BY_CODE.get(failure.code)
+    return StorageError(f"remote error ({failure.code}): {failure}") if make is None else make(str(failure))
+
+
+class RemotePort(ConsumerPort):
+    """One consumer of the other engine, as this engine sees it.
+
+    The other engine gives each event to one of the engines that ask, and this one holds it until its outcome is told. A
+    poll waits at the other engine for events; what begins is told by a call that is answered before the handler runs;
+    outcomes are told with that, or a moment later by the keeper.
+    """
+
+    notes_at_once = 16
+
+    def __init__(self, name: str, line: Line, trigger: Trigger, since_ms: int, longest_wait_s: float) -> None:
+        self.name = name
+        self._line = line
+        self._holder = str(uuid.uuid4())
+        self._trigger = trigger
+        self._since_ms = since_ms
+        self._longest_wait_s = longest_wait_s
+        self._wake: Callable[[], object] = _nothing
+        self._lost: Callable[[Sequence[int]], object] = _nothing
+        self.ring: Callable[[], object] = _nothing
+        """Has the keeper look at once."""
+        self.nudge: Callable[[], object] = _nothing
+        """Has the keeper look in a moment."""
+        self._saying = threading.Lock()
+        """Held for one call: what is told is told in order. On worker threads and the keeper's."""
+        self._arrived: deque[Held] = deque()
+        self._held: dict[int, int] = {}
+        """Position -> the attempt that is running, or 0."""
+        self._serials: dict[int, int] = {}
+        """Position -> which message has told that its attempt begins."""
+        self._numbers = itertools.count(1)
+        self._outcomes: list[Outcome] = []
+        self._paused: str | None = None
+        self._joined = asyncio.Event()
+        """Set while the other engine knows this one. On the loop."""
+        self.is_joined = False
+        self._start = trigger.start
+        self.stopping = False
+        self.is_over = False
+        """True once it takes nothing, and holds nothing."""
+        self.problem: str | None = None
+
+    # ------------------------------------------------------------------------------------------------- for the runtime
+
+    def join(self, trigger: Trigger, since_ms: int) -> None:
+        """Begin to take events, or take them for another trigger. Raises what the other engine raises.
+
+        If that does not answer, it is tried again when there is a connection.
+        """
+        self._trigger, self._since_ms, self._start = trigger, since_ms, trigger.start
+        with self._saying:
+            try:
+                self._join()
+            except StorageError as error:
+                self._note_away(error)
+
+    def start(
+        self,
+        trigger: Trigger,
+        wake: Callable[[], object],
+        lost: Callable[[Sequence[int]], object],
+        running: Callable[[], Mapping[int, int]],
+    ) -> None:
+        self._wake, self._lost = wake, lost
+        self.stopping = self.is_over = False
+        wake()
+        self.ring()
+
+    def stop(self) -> None:
+        self.stopping = True
+        self._wake = _nothing
+        self._arrived.clear()
+        idle = [position for position, attempt in list(self._held.items()) if not attempt]
+        self._forget(idle)
+        self._lost(idle)
+        self.ring()
+
+    def fetch(self, most: int) -> list[Held]:
+        found: list[Held] = []
+        while self._arrived and len(found) < most:
+            try:
+                found.append(self._arrived.popleft())
+            except IndexError:  # it was just taken back
+                break
+        return found
+
+    def began(self, attempts: Sequence[tuple[int, int]]) -> None:
+        with self._saying:
+            serial = next(self._numbers)
+            for position, attempt in attempts:
+                if position in self._held:
+                    self._held[position], self._serials[position] = attempt, serial
+            try:
+                noted = self._say(began=attempts, serial=serial)
+            except StorageError:
+                for position, _ in attempts:
+                    if position in self._held:
+                        self._held[position] = 0
+                raise
+        if noted.gone:
+            self._forget(noted.gone)
+            self._lost(noted.gone)
+
+    def ended(self, outcomes: Sequence[Outcome]) -> None:
+        # No lock: a handler's thread must not wait for the other engine here.
+        told = []
+        for one in outcomes:
+            if one.position in self._held:
+                told.append(one)
+                if one.verdict in ("done", "dead"):
+                    self._held.pop(one.position, None)
+                    self._serials.pop(one.position, None)
+                else:
+                    self._held[one.position] = 0
+        self._outcomes += told
+        self.nudge()
+
+    def unsent(self) -> list[Outcome]:
+        told, self._outcomes = self._outcomes, []
+        return told
+
+    def flush(self) -> None:
+        with self._saying:
+            self._say(flush=True)
+
+    def transaction(self, position: int, scope: str) -> Any:
+        serial = self._serials.get(position)
+        if serial is None or position not in self._held:
+            raise StorageError(f"delivery {self.name}:{position} is no longer this engine's: it took too long")
+        return ((self.name, self._holder, position, serial),)
+
+    def is_acknowledged(self, position: int) -> bool:
+        try:
+            with self._saying:
+                return self._say(resolve=(position, self._serials.get(position, 0))).acknowledged
+        except ScopestateError as error:
+            log.debug("what became of a transaction of %s:%d is not known: %s", self.name, position, error)
+            return False  # if it has happened, the next attempt is not this engine's
+
+    def full(self, letters: int) -> bool:
+        try:
+            with self._saying:
+                return self._say(letters=letters).full
+        except ScopestateError:
+            return False
+
+    def pause(self, why: str) -> None:
+        asked = {"name": self.name, "why": why}
+        ask(self._line, "engine::consumers::pause", asked, dict)
+        self.note_pause(why)
+
+    def paused(self) -> str | None:
+        return self._paused
+
+    def note_pause(self, why: str | None) -> None:
+        """It is paused, or goes on."""
+        before, self._paused = self._paused, why
+        if before is not None and why is None:
+            self._wake()
+
+    # ---------------------------------------------------------------------------------------------- under the lock
+
+    def _join(self) -> None:
+        """Tell the other engine what this one holds, and learn what it has lost. Raises as `ask`."""
+        waiting = {one.position: 0 for one in self._outcomes}
+        held = {**waiting, **self._held}
+        config = {**self._trigger.options(), "start": self._start}
+        trigger = self._trigger
+        asked = handed.Join(
+            self.name,
+            self._holder,
+            trigger.trigger_id,
+            trigger.function_id,
+            config,
+            self._since_ms,
+            [(position, attempt, self._serials.get(position, 0)) for position, attempt in held.items()],
+        )
+        joined = ask(self._line, handed.JOIN, asked, handed.Joined)
+        lost = set(joined.lost)
+        self._outcomes = [one for one in self._outcomes if one.position not in lost]
+        self._paused, self.problem, self.is_joined = joined.paused, None, True
+        if lost:
+            self._forget(lost)
+            self._lost(list(lost))
+        self.ring()
+
+    def _say(self, **fields: Any) -> handed.Noted:
+        """Tell what has ended, and more. Raises StorageError."""
+        for _ in range(3):
+            if not self.is_joined:
+                self._join()
+            sent = self._outcomes[:_MOST_OUTCOMES]
+            ended = [_said(one) for one in sent]
+            asked = handed.Note(self.name, self._holder, ended, **fields)
+            try:
+                noted: handed.Noted = ask(self._line, handed.NOTE, asked, handed.Noted)
+            except StorageError as error:
+                self._note_away(error)
+                raise
+            if noted.is_holder:
+                del self._outcomes[: len(sent)]
+                return noted
+            self.is_joined = False
+        raise StorageError(f"consumer {self.name!r}: the other engine does not keep this one as a holder")
+
+    def _note_away(self, error: StorageError) -> None:
+        self.is_joined = False
+        self.problem = f"consumer {self.name!r} gets no events: {error}"
+
+    def keep(self) -> None:
+        """Say what is to be said. On the keeper's thread. Raises StorageError."""
+        with self._saying:
+            if self.stopping:
+                if self.is_joined:
+                    self._say(leave=True)
+                    self.is_over = not self._held
+            elif not self.is_joined:
+                self._join()
+            if self._outcomes:
+                self._say()
+
+    @property
+    def has_to_say(self) -> bool:
+        """True if there is something for `keep` to do."""
+        return bool(self._outcomes) or self.stopping or not self.is_joined
+
+    # ---------------------------------------------------------------------------------------------------- on the loop
+
+    async def take_on(self) -> None:
+        """Take events until this engine closes."""
+        while True:
+            if not self.is_joined or self.stopping:
+                self._joined.clear()
+                if not self.is_joined or self.stopping:
+                    await self._joined.wait()
+                continue
+            try:
+                taken = await self._take()
+            except AWAY as error:
+                self._note_away(StorageError(str(error)))
+                self.ring()
+            except (ScopestateError, msgspec.DecodeError) as error:
+                self.problem = f"consumer {self.name!r} gets no events: {error}"
+                log.error("%s", self.problem)  # noqa: TRY400 - the text says it all
+                self.is_joined = False
+                await asyncio.sleep(_AGAIN_S)
+                self.ring()
+            else:
+                self._take_in(taken)
+
+    def go_on(self) -> None:
+        """It is joined, perhaps: `take_on` looks. On the loop."""
+        self._joined.set()
+
+    async def _take(self) -> handed.Taken:
+        patience_s = max(self._trigger.ack_wait, _PATIENCE_S)
+        wait_s = min(patience_s / 4, self._longest_wait_s)
+        most = max(_MOST - len(self._arrived), 0)
+        asked = handed.Take(self.name, self._holder, most, int(wait_s * 1000))
+        text = await self._line.call_on_loop(handed.TAKE, _encode(asked), wait_s + 2 * self._longest_wait_s)
+        return msgspec.json.decode(text or b"null", type=handed.Taken)
+
+    def _take_in(self, taken: handed.Taken) -> None:
+        if taken.gone:
+            self._begin_anew(forgotten=taken.forgotten)
+            return
+        if taken.lost:
+            self._forget(taken.lost)
+            gone = set(taken.lost)
+            for item in [item for item in self._arrived.copy() if item.event.position in gone]:
+                try:
+                    self._arrived.remove(item)
+                except ValueError:
+                    continue  # it was just fetched
+            self._lost(taken.lost)
+        for one in taken.events:
+            item = Held(one.event(), one.attempts, one.first_ms, one.due_ms, one.error, one.cut_off, one.blocked)
+            self._held[one.position] = 0
+            if not self.stopping:
+                self._arrived.append(item)
+        self.note_pause(taken.paused)
+        self.problem = standing_by(self.name) if taken.stands_by else None
+        if taken.events:
+            self._wake()
+
+    def _begin_anew(self, *, forgotten: bool) -> None:
+        """The other engine does not know this one: it is another one now, or has dismissed this one."""
+        self.is_joined = False
+        if forgotten:
+            log.warning("consumer %r was forgotten in another engine, and begins anew: its trigger is here", self.name)
+            held = list(self._held)
+            self._arrived.clear()
+            self._outcomes.clear()
+            self._forget(held)
+            self._lost(held)
+            self._start = "now"
+        self.ring()
+
+    def _forget(self, positions: Sequence[int] | set[int]) -> None:
+        for position in positions:
+            self._held.pop(position, None)
+            self._serials.pop(position, None)
+
+
+def _said(one: Outcome) -> handed.HandedOutcome:
+    return handed.HandedOutcome(
+        one.position, one.verdict, one.attempts, one.first_ms, one.due_ms, one.error or "", one.traceback
+    )
+
+
+def _nothing(*_: Any) -> None:
+    """Do nothing: there is no runtime."""
