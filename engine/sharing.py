@@ -54,6 +54,8 @@ RETRY_S: Final = 1.0
 TOOL: Final = "a command-line tool has opened it, and will soon have ended"
 OPEN_S: Final = 10.0
 """How long an engine that is opened waits at least for the owner, which may be opening a large store."""
+LASTS_S: Final = 1.0
+"""A connection that is lost for so long is worth a warning."""
 SURE_S: Final = 0.1
 """For so long the record of a process that shares nothing must stand before it is believed."""
 
@@ -131,6 +133,10 @@ class Sharing:
         self._watching: threading.Thread | None = None
         self._lost = threading.Event()
         """Set when the connection to the owner may be lost, and to end the thread."""
+        self._orderly = False
+        """Whether the owner has ended the last connection in order."""
+        self._reason = ""
+        """Why there is no connection."""
         self._ending = threading.Event()
 
     # ---------------------------------------------------------------------------------------------------------- opening
@@ -286,8 +292,12 @@ class Sharing:
         return find(self.directory)
 
     def _note_lost(self, reason: str, goodbye: bool) -> None:
-        del reason, goodbye
-        self._lost.set()
+        follower = self._follower
+        if goodbye:
+            self._orderly = True
+        self._reason = reason
+        if follower is not None:
+            self._lost.set()
 
     def _describe_owner(self) -> str:
         """Say which process the owner is, for errors."""
@@ -310,15 +320,34 @@ class Sharing:
         while True:
             self._lost.wait()
             self._lost.clear()
-            pause_s = FIRST_PAUSE_S
+            if follower.connected and not self._ending.is_set():
+                continue  # it was an attempt to connect that failed, and another one did not
+            pause_s, began, told = FIRST_PAUSE_S, time.monotonic(), False
             while not self._ending.is_set() and not follower.connected:
-                if self._take_over():
+                if self._take_over(began):
                     return
                 self._ending.wait(RETRY_S if self._problem else pause_s)
                 pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
+                if not told and time.monotonic() - began > LASTS_S:
+                    told = True
+                    log.warning(
+                        "%s: calls wait for its owner: %s; %s", self.directory, self._reason, self._describe_owner()
+                    )
             if self._ending.is_set():
                 return
-            self._compare_settings()
+            self._note_owner(began, told)
+
+    def _note_owner(self, began: float, told: bool) -> None:
+        """Log that there is a connection again."""
+        self._orderly = False
+        log.log(
+            logging.WARNING if told else logging.INFO,
+            "%s: connected again after %.0f ms; %s",
+            self.directory,
+            1000 * (time.monotonic() - began),
+            self._describe_owner(),
+        )
+        self._compare_settings()
 
     def _compare_settings(self) -> None:
         """Log what the owner has otherwise than this engine. Once for each owner."""
@@ -335,7 +364,7 @@ class Sharing:
                 " and ".join(f"`{name}`" for name in other),
             )
 
-    def _take_over(self) -> bool:
+    def _take_over(self, lost_at: float) -> bool:
         """Own the directory, if no process does. False: try again later."""
         try:
             backend = self._own(existing=True)
@@ -347,7 +376,6 @@ class Sharing:
                 log.error("the owner of %s has ended, and it cannot be opened here: %s", self.directory, error)  # noqa: TRY400 - the text says it all
             self._problem = str(error)
             return False
-        began = time.monotonic()
         parts = self._parts()
         try:
             if parts is None or self._ending.is_set():
@@ -365,7 +393,13 @@ class Sharing:
             self._problem = f"this engine cannot own it: {error}"
             return False
         self._problem, self._role, self._taken_over, self._follower = "", "owner", True, None
-        log.warning("%s: this process owns it now (%.0f ms)", self.directory, 1000 * (time.monotonic() - began))
+        log.log(
+            logging.INFO if self._orderly else logging.WARNING,
+            "%s: this process owns it now, after %.0f ms; the owner before %s",
+            self.directory,
+            1000 * (time.monotonic() - lost_at),
+            "has ended in order" if self._orderly else "was killed, or failed",
+        )
         self._serve()
         return True
 

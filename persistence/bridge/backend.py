@@ -80,6 +80,8 @@ class BridgeBackend(Backend):
         self.transparent = find is not None
         """As in `Connection`: there is a `find` if this is the engine of the same directory."""
         self._remote_events = options.events == "remote"
+        self._level: Final = logging.WARNING if find is None else logging.DEBUG
+        """Of what the log says of connections: the caller that gives `find` tells what matters."""
         self._pid = os.getpid()
         self._closed = False
         self.leaving = False
@@ -297,6 +299,6 @@ class BridgeBackend(Backend):
             log.info("bridge to %s: connected", self.url)
         elif connected:
             missed = "; changes that others made meanwhile fired no local trigger" if self._events.misses else ""
-            log.warning("bridge to %s: connected again%s", self.url, missed)
+            log.log(self._level, "bridge to %s: connected again%s", self.url, missed)
         elif not self._closed:
-            log.warning("bridge: %s; calls wait for it and it is tried again", reason)
+            log.log(self._level, "bridge: %s; calls wait for it and it is tried again", reason)
