@@ -10,7 +10,7 @@ SIMULATE_ARGS ?=
 EXAMPLE := examples/temperatures/run.py
 
 BIN := $(VENV)/bin
-PACKAGES := actors config engine ops persistence wire
+PACKAGES := actors config engine integrations ops persistence wire
 SOURCES := $(sort $(shell find $(PACKAGES) -name '*.py' -o -name 'py.typed' -o -name '*.yaml'))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_ROOT_USER_ACTION := ignore

@@ -220,4 +220,8 @@ class Closing:
 
 def forked() -> EngineForked:
     """Return the error for a forked child that inherited the engine."""
-    return EngineForked("this engine was inherited through fork and belongs to the parent process: open a new one here")
+    return EngineForked(
+        "this engine was inherited through fork and belongs to the parent process: open one in each process, behind "
+        "the fork. gunicorn --preload: in the application's lifespan, or in the hook `post_worker_init`; "
+        "multiprocessing and concurrent.futures: in the worker's `initializer`; os.fork: in the child"
+    )

@@ -22,7 +22,8 @@ from scopestate.signals import SLICE_S, Guard, SignalPipe, exclusive, join, wait
 
 SIGNALS = 500
 PRODUCT = [
-    Path(__file__).parents[2] / folder for folder in ("actors", "config", "engine", "ops", "persistence", "wire")
+    Path(__file__).parents[2] / folder
+    for folder in ("actors", "config", "engine", "integrations", "ops", "persistence", "wire")
 ]
 
 
