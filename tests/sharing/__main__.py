@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sharing import checks, killing
-from sharing.facts import Run
+from sharing.facts import Run, by
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,10 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
             if found and options.keep:
                 killing.keep(Path(folder), Path(options.keep) / str(seed))
         bad += bool(found)
-        for text in found[:20]:
-            print(f"  {text}")
-        if found:
-            print(f"  {len(found)} violations")
+        for promise, texts in by(lambda text: text.partition(":")[0], found).items():
+            print(f"  {promise}: {len(texts)} violations")
+            for text in texts[:3]:
+                print(f"    {text}")
         print(f"  {time.monotonic() - began:.1f} s", flush=True)
     print(f"{options.runs} runs, {bad} bad")
     return 1 if bad else 0

@@ -12,6 +12,7 @@ import os
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -311,7 +312,7 @@ class Watches(Client):
                 self.log("watch compacted", error.reason)
                 cursor = None
             except ScopestateError as error:
-                self.log("watch failed", told(error))
+                self.log("watch failed", told(error), traceback.format_exc(limit=-3))
                 if self.life.engine.closed:
                     return
                 time.sleep(0.05)
