@@ -358,6 +358,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             try:
                 self._pump_safely(waits=True, dials=True)
             finally:
+                self._is_news = False  # this thread looks at it all the same
                 self._give_back()
 
     def _sleep(self, wait_s: float | None, *, taken: bool) -> None:

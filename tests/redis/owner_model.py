@@ -4,7 +4,7 @@ Callers that may lead, threads that post, an event loop and the I/O thread run t
 while commands meet rivals, connections break, callers give up and signal handlers raise. In each state: no call is
 answered twice, none is sent twice. From each state: without a further fault, rest is reached.
 
-`test_owner_model.py` explores the small scenarios; the others are for a command:
+`test_owner_model.py` explores the small scenarios; the others are for a command, with `tests` in `PYTHONPATH`:
 `python tests/redis/owner_model.py two_callers losses=1`. Faults: cuts, timeouts, losses, rivals, dials.
 """
 
@@ -15,21 +15,18 @@ from __future__ import annotations
 import sys
 import time
 import types
-from collections.abc import Callable
 from typing import Any
 
 import hiredis
 import pytest
-from interleaving import SharedDeque, SharedDict, SharedList, World, explore, sharing
+from interleaving import SharedList, World, explore
+from played_owner import LEFT_OUT, Loop, ReplyTo, enter_worlds, give_points, is_at_rest
 from played_server import PlayedServer
 
 from scopestate.actors.backlog import Limits
 from scopestate.errors import NotConnected, ScopestateError
-from scopestate.inbox import Empty
 from scopestate.ops import turns
 from scopestate.ops.update_ops import Append
-from scopestate.persistence.connections import owner as owner_module
-from scopestate.persistence.connections import watch as watch_module
 from scopestate.persistence.connections.connection import NOT_ALL, Broken
 from scopestate.persistence.connections.pump import Means
 from scopestate.persistence.redis import scope as scope_module
@@ -41,62 +38,9 @@ from scopestate.persistence.redis.owner import RedisConnectionOwner
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import SOURCE, Shape
 
-_SHARED = ("_wanted", "_is_news")
-_LEFT_OUT = frozenset(
-    {
-        "_batches", "_pushed", "_round", "_sent_at", "_trip_s", "since", "thread",  # only speed depends on these
-        "model", "world", "_world", "_store", "_limits", "_scope", "_changed", "_clock", "_uniform", "_deliver",
-        "_target", "_routes", "_wake", "_thread", "_session", "name", "hash_key", "scope_name", "me", "now",  # constant
-    }
-)  # fmt: skip
-
-
-class Tokens:
-    """Stands in for the inbox at which the I/O thread sleeps. Time passes only there."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.count = 0
-
-    def put(self, token: object) -> None:
-        self.model.world.point("asks")
-        self.count = min(self.count + 1, 2)  # more of them say no more
-
-    def empty(self) -> bool:
-        self.model.world.point("asked already?")
-        return self.count == 0
-
-    def get_within(self, wait_s: float | None) -> None:
-        came = self.model.world.wait("sleeps", lambda: self.count > 0, None if wait_s is None else "time")
-        if not came:
-            assert wait_s is not None
-            self.model.time[0] += wait_s
-            raise Empty
-        self.count -= 1
-
-
-class Lock:
-    """Stands in for the lock at which a caller waits for its answer."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.is_free = True
-
-    def acquire(self, timeout: float | None = None) -> bool:
-        if self.is_free and self.world.current is None:
-            self.is_free = False
-            return True
-        if self.is_free and timeout is None:
-            self.is_free = False
-            return True
-        came = self.world.wait("waits for its answer", lambda: self.is_free, "timeouts")
-        if came:
-            self.is_free = False
-        return came
-
-    def release(self) -> None:
-        assert not self.is_free, "a call was answered twice"
-        self.is_free = True
+_LEFT_OUT = LEFT_OUT | {
+    "_batches", "_store", "_limits", "_scope", "_changed", "_routes", "_session", "name", "hash_key", "scope_name"
+}  # fmt: skip
 
 
 class Line:
@@ -171,67 +115,6 @@ class Line:
         return Broken("the line broke")
 
 
-class Loop:
-    """An event loop: calls back when the line has something, when it was asked to, and when time is over."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.reader: tuple[Callable[[Any], None], Any] | None = None
-        self.soon: list[tuple[Any, ...]] = []
-        self.timers: list[tuple[float, Any, Any]] = []
-
-    def add_reader(self, fd: int, callback: Callable[[Any], None], watch: Any) -> None:
-        self.reader = (callback, watch)
-
-    def remove_reader(self, fd: int) -> None:
-        self.reader = None
-
-    def call_soon(self, *callback: Any) -> None:
-        self.soon.append(callback)
-
-    call_soon_threadsafe = call_soon
-
-    def call_later(self, delay_s: float, callback: Any, argument: Any) -> None:
-        self.timers.append((self.model.time[0] + delay_s, callback, argument))
-
-    def is_closed(self) -> bool:
-        return False
-
-    def has_work(self) -> bool:
-        return bool(self.soon) or (self.reader is not None and self.reader[1].connection.readable())
-
-    def run(self) -> None:
-        """Go on for ever."""
-        while True:
-            if not self.model.world.wait("the loop waits", self.has_work, "time" if self.timers else None):
-                due, callback, argument = self.timers.pop(0)
-                self.model.time[0] = max(self.model.time[0], due)
-                callback(argument)
-            elif self.soon:
-                callback, *arguments = self.soon.pop(0)
-                callback(*arguments)
-            elif self.reader is not None:
-                callback, watch = self.reader
-                callback(watch)
-
-
-class LoopWatch(watch_module.Watch):
-    """The real one, without a file descriptor of the system."""
-
-    def __init__(self, loop: Any, connection: Any, fd: int, drive: Any) -> None:
-        self.loop, self.connection, self.thread = loop, connection, loop.model.world.ident()
-        self.active = self._is_soon = self._checks = False
-        self._drive, self._fd = drive, fd
-
-    def _close(self) -> None:
-        if self._fd >= 0:
-            self.stop()
-            self._fd = -1
-
-    def __del__(self) -> None:
-        """There is nothing to let go of."""
-
-
 class Store:
     """What scopes need of the adapter."""
 
@@ -276,14 +159,6 @@ class Scope(RedisScope):
         """Nothing here is large."""
 
 
-class ReplyTo:
-    """Where the answer of a posted call goes."""
-
-    abandoned = False
-    loop_reply = None
-    answers = 0
-
-
 class Model:
     """An owner with its scopes, callers and server, in one run."""
 
@@ -308,13 +183,7 @@ class Model:
             Means(self._deliver, self.clock, lambda low, high: high),
         )
         self.owner = owner
-        # As an instance of the class with points; here, since `__init__` may not stop.
-        shared = {name: owner.__dict__.pop(name) for name in _SHARED}
-        owner.__class__ = sharing(kind, *_SHARED)
-        owner.__dict__.update(shared, world=world, _begun=True)
-        owner._claim = SharedDict(world, "claim")
-        owner._inbox = SharedDeque(world, "inbox")
-        owner._tokens = Tokens(self)
+        give_points(owner, self)
         owner.connect()
         world.roots += [owner, self.time, self.server.databases, self.posted, self.failures, self.callers]
         world.left_out = _LEFT_OUT
@@ -376,14 +245,10 @@ class Model:
         self.world.spawn("loop", work)
 
     def is_at_rest(self) -> bool:
-        owner = self.owner
-        state = owner.__dict__
         return (
             all(thread.is_over for thread in self.callers)
             and all(reply_to.answers == 1 for reply_to in self.posted)
-            and not dict.__len__(owner._claim)
-            and not deque_len(owner._inbox)
-            and not (owner._ready or owner._under_way or owner.over or owner._later or state["_wanted"])
+            and is_at_rest(self.owner)
         )
 
     def check(self) -> None:
@@ -417,32 +282,6 @@ class Model:
         if self.world.choose("dials", ("", False, None), ("in vain", True, "dials")):
             raise NotConnected("no server there")
         return Line(self)
-
-
-def deque_len(inbox: Any) -> int:
-    return len(list(inbox))
-
-
-def enter_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the modules take threads, locks and their ids from the world that runs."""
-    here: list[World] = []
-    begin = World.__init__
-
-    def init(world: World, budgets: dict[str, int]) -> None:
-        begin(world, budgets)
-        here[:] = [world]
-
-    monkeypatch.setattr(World, "__init__", init)
-
-    def ident() -> int:
-        return here[0].ident()
-
-    monkeypatch.setattr(owner_module, "Watch", LoopWatch)
-    for module in (owner_module, watch_module, scope_module):
-        monkeypatch.setattr(module, "get_ident", ident, raising=False)
-    monkeypatch.setattr(owner_module, "threading", types.SimpleNamespace(Lock=lambda: Lock(here[0])))
-    monkeypatch.setattr(owner_module, "wait_for", lambda wait, timeout_s: wait(timeout_s))
-    monkeypatch.setattr(RedisConnectionOwner.log, "disabled", True)
 
 
 def put(value: int) -> turns.Set:
@@ -527,7 +366,7 @@ def main(arguments: list[str]) -> None:
     name, *faults = arguments
     budgets = {fault: int(count) for fault, count in (part.split("=") for part in faults)}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        enter_worlds(monkeypatch)
+        enter_worlds(monkeypatch, RedisConnectionOwner, scope_module)
         began = time.perf_counter()
         graph = explore(globals()[name], budgets, most=20_000_000)
     print(f"{name} {budgets}: {graph}, {time.perf_counter() - began:.0f} s")

@@ -13,16 +13,17 @@ from owner_model import (
     a_pause_and_a_caller,
     a_task_and_a_poster,
     a_task_and_housekeeping,
-    enter_worlds,
 )
+from played_owner import enter_worlds
 
 from scopestate.persistence.connections.connection import Broken
+from scopestate.persistence.redis import scope as scope_module
 from scopestate.persistence.redis.owner import RedisConnectionOwner
 
 
 @pytest.fixture(autouse=True)
 def _in_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
-    enter_worlds(monkeypatch)
+    enter_worlds(monkeypatch, RedisConnectionOwner, scope_module)
 
 
 LARGE = [

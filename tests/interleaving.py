@@ -81,7 +81,7 @@ class World:
         self.is_at_rest: Callable[[], bool] = lambda: True
         """For the end of a run, and the question whether rest can be reached: does anything wait that should not?"""
         self.time_passes_amid = True
-        """Time may pass while threads can run; False: only when none can."""
+        """Time may pass while threads can run; False: only when none can, but for faults."""
         self.left_out: frozenset[str] = frozenset()
         """Names of fields and local variables that make no difference: counters, and what never changes."""
         self.check: Callable[[], object] = lambda: None
@@ -165,7 +165,8 @@ class World:
                     found.append(Step(thread, f"{thread.label}: gives up", (False, thread.timeout), False))
             if thread.can_be_cut and thread.label != "begins" and self.budgets.get("cuts", 0):
                 found.append(Step(thread, f"{thread.label}: cut short", (None, "cuts"), False, KeyboardInterrupt))
-        return [*found, *late] if self.time_passes_amid or not found else found
+        waits = any(step.is_certain for step in found) and not self.time_passes_amid
+        return found if waits else [*found, *late]
 
     def take(self, step: Step) -> None:
         """Let one thread go on to its next point."""
