@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
@@ -24,6 +25,8 @@ _PORTS: Final = {"ws": 80, "wss": 443}
 _LONGEST_PATH: Final = 103
 """Bytes that the path of a Unix socket may have on every system."""
 _FULL: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK})
+_UNDER_WAY: Final = frozenset({errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR})
+_SLICE_S: Final = 0.05
 _FULL_PAUSE_S: Final = 0.002
 _FULL_MOST_S: Final = 1.0
 
@@ -86,25 +89,28 @@ class Address:
 
     # ------------------------------------------------------------------------------------------------------ dialling
 
-    def dial(self, timeout_s: float) -> socket.socket:
-        """Connect, TLS included, and return the socket, whose timeout is `timeout_s`. Blocks. Raises OSError."""
+    def dial(self, timeout_s: float, is_cancelled: Callable[[], bool] = lambda: False) -> socket.socket:
+        """Connect, without TLS, and return the socket, whose timeout is `timeout_s`. Blocks.
+
+        Raises OSError, at once if `is_cancelled()`, which is asked again and again.
+        """
         if self.path is not None:
             sock = _of_unix()
             try:
-                _connect_unix(sock, self.path)
+                _connect_unix(sock, self.path, is_cancelled)
             except BaseException:
                 sock.close()
                 raise
-            sock.settimeout(timeout_s)
-            return sock
-        sock = socket.create_connection((self.host, self.port), timeout=timeout_s)
-        try:
+        else:
+            sock = _connect_to(self.host, self.port, timeout_s, is_cancelled)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            context = self.tls()
-            return sock if context is None else context.wrap_socket(sock, server_hostname=self.host)
-        except BaseException:
-            sock.close()
-            raise
+        sock.settimeout(timeout_s)
+        return sock
+
+    def secure_socket(self, sock: socket.socket) -> socket.socket:
+        """Return a socket that was dialled with TLS, if the address wants it: then the other is of no use any more."""
+        context = self.tls()
+        return sock if context is None else context.wrap_socket(sock, server_hostname=self.host)
 
     def asyncio_options(self) -> dict[str, Any]:
         """Return what `loop.create_connection` needs: a socket that is connected, or the TLS context. Raises OSError.
@@ -129,7 +135,34 @@ def _of_unix() -> socket.socket:
     return sock
 
 
-def _connect_unix(sock: socket.socket, path: str) -> None:
+def _connect_to(host: str, port: int, timeout_s: float, is_cancelled: Callable[[], bool]) -> socket.socket:
+    """Connect to the first of a host's addresses that answers."""
+    problem: OSError | None = None
+    for family, kind, protocol, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            code = sock.connect_ex(target)
+            until = time.monotonic() + timeout_s
+            while code in _UNDER_WAY and not select.select([], [sock], [sock], _SLICE_S)[1]:
+                if is_cancelled():
+                    raise ConnectionAbortedError("this client is closed")
+                if time.monotonic() >= until:
+                    raise TimeoutError(f"no answer within {timeout_s:g} s")
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if code in _UNDER_WAY else code
+            if code:
+                raise OSError(code, os.strerror(code))
+        except OSError as error:
+            sock.close()
+            problem = error
+            if is_cancelled():
+                break
+        else:
+            return sock
+    raise problem or OSError(f"{host} has no address")
+
+
+def _connect_unix(sock: socket.socket, path: str, is_cancelled: Callable[[], bool]) -> None:
     """Connect. While more connections wait to be accepted than the server allows, try again, for a second."""
     waited_s = 0.0
     while True:
@@ -138,7 +171,7 @@ def _connect_unix(sock: socket.socket, path: str) -> None:
                 sock.connect(usable)
             return
         except OSError as error:
-            if error.errno not in _FULL or waited_s >= _FULL_MOST_S:
+            if error.errno not in _FULL or waited_s >= _FULL_MOST_S or is_cancelled():
                 raise
         time.sleep(_FULL_PAUSE_S)
         waited_s += _FULL_PAUSE_S

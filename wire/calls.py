@@ -15,7 +15,7 @@ from msgspec import Raw
 from scopestate.errors import CallTimeout, MessageTooLarge, NotConnected, RemoteFailure, ScopestateError
 from scopestate.wire import frames
 from scopestate.wire.depth import depth_in, event_depth
-from scopestate.wire.features import LIST, Features, Needs, read_features
+from scopestate.wire.features import LIST, Features, Needs, learn_features
 
 log = logging.getLogger("scopestate.wire.client")
 
@@ -124,12 +124,7 @@ class PendingCalls:
         return False
 
     def _learn(self, result: bytes | None, error: ScopestateError | None) -> None:
-        if error is None:
-            self._features = read_features(result)
-        elif isinstance(error, RemoteFailure):
-            self._features = Features({}, f"{LIST} answers: {error} ({error.code})")
-        elif isinstance(error, CallTimeout):
-            self._features = Features({}, str(error))
+        self._features = learn_features(result, error)
         self._asked = None
         self._go_on()
 
@@ -151,14 +146,9 @@ class PendingCalls:
         if call is None or not call.sent:
             log.debug("dropped the answer to a call that is not in progress: %s", result.invocation_id)
             return
-        error = result.error
-        if error is not None:
-            failure = RemoteFailure(call.function_id, error.code, error.message, error.stacktrace)
-            failure.details = _details_in(error)
-            self.settle(call, None, failure)
-        else:
-            # Absent and null differ: a missing key, and a stored null (docs/protocol.md, section 4.2).
-            self.settle(call, bytes(result.result) or None, None)
+        # Absent and null differ: a missing key, and a stored null (docs/protocol.md, section 4.2).
+        failure = failure_of(result, call.function_id)
+        self.settle(call, bytes(result.result) or None if failure is None else None, failure)
 
     def fail_sent(self, error: Callable[[PendingCall], ScopestateError]) -> None:
         """Fail every call that was sent: its connection is lost."""
@@ -206,6 +196,16 @@ class PendingCalls:
 
     def _no_answer(self, call: PendingCall) -> None:
         self.settle(call, None, CallTimeout(call.function_id, call.timeout_s, True, self._describe()))
+
+
+def failure_of(result: frames.InvocationResult, function_id: str) -> RemoteFailure | None:
+    """Return the error that an answer says; None if the call has succeeded."""
+    error = result.error
+    if error is None:
+        return None
+    failure = RemoteFailure(function_id, error.code, error.message, error.stacktrace)
+    failure.details = _details_in(error)
+    return failure
 
 
 def _details_in(error: frames.ErrorBody) -> dict[str, Any] | None:

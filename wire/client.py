@@ -31,7 +31,7 @@ from scopestate.wire.address import DEFAULT_URL, Address
 from scopestate.wire.calls import Done, Handler, OfferedFunctions, PendingCall, PendingCalls
 from scopestate.wire.depth import event_depth, with_depth
 from scopestate.wire.features import Needs
-from scopestate.wire.options import GOING, GOODBYE, LIMIT_HEADER, ClientOptions, limit_in
+from scopestate.wire.options import GOING, GOODBYE, LIMIT_HEADER, REFUSALS, ClientOptions, limit_in
 
 try:
     from websockets.asyncio.client import ClientConnection, connect
@@ -40,9 +40,6 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
     raise ImportError("a client or bridge needs the extra `wire`: pip install 'scopestate[wire]'") from error
 
 log = logging.getLogger("scopestate.wire.client")
-
-_REFUSALS: Final = frozenset({401, 403, 404})
-"""HTTP statuses that another attempt will not change."""
 
 _FRAME_ROOM: Final = 4096
 """Bytes reserved for the rest of a message, beside its payload."""
@@ -342,7 +339,7 @@ class Client:
                 return await self._serve(socket)
         except InvalidStatus as error:
             status = error.response.status_code
-            self._refused = status in _REFUSALS
+            self._refused = status in REFUSALS
             hint = "; is the token right?" if status in {401, 403} else ""
             return f"the server refused the connection: HTTP {status}{hint}"
         except InvalidURI as error:

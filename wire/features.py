@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from scopestate.errors import Unsupported
+from scopestate.errors import CallTimeout, RemoteFailure, ScopestateError, Unsupported
 
 LIST: Final = "engine::functions::list"
 """The function that tells."""
@@ -61,8 +61,16 @@ class _Listed(msgspec.Struct):
     functions: list[_Function]
 
 
-def read_features(result: bytes | None) -> Features:
-    """Return what the answer of `engine::functions::list` says."""
+def learn_features(result: bytes | None, error: ScopestateError | None) -> Features | None:
+    """Return what the answer of `engine::functions::list` says; None if its connection was lost."""
+    if isinstance(error, RemoteFailure):
+        return Features({}, f"{LIST} answers: {error} ({error.code})")
+    if isinstance(error, CallTimeout):
+        return Features({}, str(error))
+    return None if error is not None else _read_features(result)
+
+
+def _read_features(result: bytes | None) -> Features:
     try:
         listed = msgspec.json.decode(result or b"null", type=_Listed)
     except (msgspec.DecodeError, RecursionError) as error:

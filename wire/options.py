@@ -20,6 +20,8 @@ def limit_in(header: str | None, otherwise: int) -> int:
     return min(int(announced), otherwise) if announced.isascii() and announced.isdigit() else otherwise
 
 
+REFUSALS: Final = frozenset({401, 403, 404})
+"""HTTP statuses that another attempt will not change."""
 GOING: Final = 1012
 """Close code of a server that stops."""
 GOODBYE: Final = "all that was begun is answered"

@@ -16,17 +16,20 @@ import msgspec
 
 from scopestate.actors.ports import Backend
 from scopestate.actors.scope import ScopeActor, Surroundings
-from scopestate.errors import EngineClosed, NotConnected, ScopestateError, StorageError, Unsupported
+from scopestate.errors import ConnectionLost, EngineClosed, NotConnected, ScopestateError, StorageError, Unsupported
 from scopestate.ops.functions import FLUSH
 from scopestate.ops.remote import Everything
 from scopestate.ops.turns import Deadline, Delete, Entry, Set, Turn
 from scopestate.ops.writes import SetWith
+from scopestate.persistence.bridge.calls import Done, RemoteCall
 from scopestate.persistence.bridge.changes import RemoteChanges
 from scopestate.persistence.bridge.computed import Waiter
 from scopestate.persistence.bridge.consumers import RemoteConsumers
+from scopestate.persistence.bridge.dialling import BridgeTarget
 from scopestate.persistence.bridge.events import RemoteEvents
 from scopestate.persistence.bridge.options import BridgeOptions
-from scopestate.persistence.bridge.scope import BridgeScope, Done, message_of
+from scopestate.persistence.bridge.owner import BridgeConnectionOwner
+from scopestate.persistence.bridge.scope import MOST_REPEATS, BridgeScope, message_of
 from scopestate.signals import join, wait_for
 from scopestate.wire.address import Address
 from scopestate.wire.client import Client
@@ -87,14 +90,25 @@ class BridgeBackend(Backend):
         self.leaving = False
         """As in `Connection`."""
         self._open = [None]
-        self.changes: RemoteChanges = RemoteChanges(self.call, options.call_timeout_ms, lambda: self.leaving)
+        self.changes: RemoteChanges = RemoteChanges(self._post, options.call_timeout_ms, lambda: self.leaving)
         client_options = ClientOptions(
             connect_wait_s=options.connect_wait_ms / 1000,
             call_timeout_s=options.call_timeout_ms / 1000,
             name=f"scopestate-bridge:{self._pid}",
         )
+        pauses_s: tuple[float, float] | None = None
         if find is not None:  # on this machine, where a refusal costs nothing
-            client_options = msgspec.structs.replace(client_options, backoff_first_s=0.002, backoff_most_s=0.05)
+            pauses_s = 0.002, 0.05
+            client_options = msgspec.structs.replace(
+                client_options, backoff_first_s=pauses_s[0], backoff_most_s=pauses_s[1]
+            )
+        self.owner: Final = BridgeConnectionOwner(
+            BridgeTarget(find or (lambda: self._address), client_options, self._settle_events),
+            client_options,
+            pauses_s=pauses_s,
+            describe=describe,
+        )
+        """Drives the connection for calls."""
         self._client = Client(
             find or self._address,
             client_options,
@@ -133,6 +147,20 @@ class BridgeBackend(Backend):
         """As `Connection.call`: send and return at once."""
         if self._closed or os.getpid() != self._pid:
             raise EngineClosed("the bridge is closed")
+        self.owner.submit(RemoteCall(function_id, payload, done, depth, needs))
+
+    def read_now(self, function_id: str, payload: bytes) -> bytes | None:
+        """Call a function that changes nothing and wait for the result; not on an event loop's thread.
+
+        Raises the error of the call. One whose connection was lost is made again.
+        """
+        for _ in range(MOST_REPEATS):
+            with contextlib.suppress(ConnectionLost):
+                return self.call_and_wait(function_id, payload)
+        return self.call_and_wait(function_id, payload)
+
+    def _post(self, function_id: str, payload: bytes, done: Done, depth: int = 0, needs: Needs | None = None) -> None:
+        """As `call`, by the connection for what the other engine starts: a call that may take long."""
         try:
             self._loop.call_soon_threadsafe(
                 partial(self._client.post, function_id, payload, done, depth=depth, needs=needs)
@@ -142,9 +170,14 @@ class BridgeBackend(Backend):
 
     def call_and_wait(self, function_id: str, payload: bytes) -> bytes | None:
         """Call and wait for the result; not on an event loop's thread. Raises the error of the call."""
-        waiter = Waiter()
-        self.call(function_id, payload, waiter.done)
-        return waiter.get()
+        if self._closed or os.getpid() != self._pid:
+            raise EngineClosed("the bridge is closed")
+        call = RemoteCall(function_id, payload, None)
+        self.owner.call(None, call, None)
+        if call.error is not None:
+            raise call.error
+        result: bytes | None = call.answer
+        return result
 
     async def call_on_loop(self, function_id: str, payload: bytes, timeout_s: float | None = None) -> bytes | None:
         """Call, and await the result, on the loop of the connection."""
@@ -185,7 +218,7 @@ class BridgeBackend(Backend):
     def scopes(self) -> list[str]:
         """Return the names of the other engine's scopes that hold a key."""
         try:
-            result = self.call_and_wait("state::list_groups", b"{}")
+            result = self.read_now("state::list_groups", b"{}")
             return msgspec.json.decode(result or b"null", type=_Groups).groups
         except msgspec.DecodeError as error:
             raise StorageError(f"Failed to list groups via bridge: the result has no groups: {error}") from error
@@ -214,7 +247,7 @@ class BridgeBackend(Backend):
 
     def problem(self) -> str | None:
         """Return what is wrong now, as text; None if all is well."""
-        why_not = self._client.why_not
+        why_not = self.owner.why_not or self._client.why_not
         if why_not is not None:
             return f"the bridge has no connection: {why_not}; calls wait for one"
         return self._events.problem()
@@ -228,7 +261,7 @@ class BridgeBackend(Backend):
         """
         try:
             turn = Everything()
-            result = self.call_and_wait(turn.function_id, msgspec.json.encode(turn.call(scope)))
+            result = self.read_now(turn.function_id, msgspec.json.encode(turn.call(scope)))
             _, entries = turn.effects_of(result)
             return dict(entries)
         except ScopestateError as error:
@@ -271,6 +304,7 @@ class BridgeBackend(Backend):
             return
         self.consumers.close(leaving=self.leaving)
         self._closed = True
+        self.owner.close()
         ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         wait_for(lambda slice_s: bool(concurrent.futures.wait([ending], slice_s).done))
         ending.result()
@@ -290,11 +324,17 @@ class BridgeBackend(Backend):
         finally:
             self._loop.close()
 
+    def _settle_events(self, timeout_s: float) -> None:
+        """Before the first call of a connection: the events of this engine's own writes must be told, too."""
+        self._events.settle(timeout_s, lambda: self._closed)
+
     def _note_refusal(self, error: ScopestateError) -> None:
         self._events.note_refusal(error)
 
     def _note_connection(self, connected: bool, reason: str) -> None:
         self._events.note_connection(connected)
+        if connected and self.owner.why_not is not None:
+            self.owner.try_now()
         if connected and self._client.connections == 1:
             log.info("bridge to %s: connected", self.url)
         elif connected:

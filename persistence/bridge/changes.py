@@ -24,7 +24,7 @@ from scopestate.wire.features import Needs
 from scopestate.wire.refusals import refusal_of
 
 if TYPE_CHECKING:
-    from scopestate.persistence.bridge.scope import Done
+    from scopestate.persistence.bridge.calls import Done
 
 Call = Callable[[str, bytes, "Done", int, Needs | None], None]
 

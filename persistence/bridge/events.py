@@ -245,6 +245,32 @@ class RemoteEvents:
         )
         log.error("bridge to %s: %s", self._client.url, self._refusal)
 
+    def settle(self, timeout_s: float, is_over: Callable[[], bool]) -> None:
+        """If triggers listen: wait until the other engine, as it is now, knows from where on changes are to be told.
+
+        On any thread but that of the loop; at most for `timeout_s`, and not if `is_over()`.
+        """
+        if not self._wanted.is_set():
+            return
+        settling = self._submit(self._settle())
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until and not is_over():
+            if concurrent.futures.wait([settling], 0.05).done:
+                return
+        settling.cancel()
+
+    async def _settle(self) -> None:
+        # What begins a connection is sent before this, and the answer to this is that of the same engine.
+        while not self._stopped:
+            try:
+                await self._post({"limit": 1})
+            except AWAY:
+                await asyncio.sleep(0.002)
+            except ScopestateError:
+                return
+            else:
+                return
+
     @property
     def misses(self) -> bool:
         """True if nothing tells what is changed while there is no connection."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import msgspec
 import pykka
@@ -35,21 +36,23 @@ from scopestate.ops.requests import OPTIONS
 from scopestate.ops.transactions import DeliveryBatch
 from scopestate.ops.turns import Delete, Effects, Get, Items, List, Set, Stored, Turn, Update, changes_in
 from scopestate.ops.writes import Durable, Once, unwrapped
+from scopestate.persistence.bridge.calls import Done, RemoteCall, TurnCall
 from scopestate.persistence.bridge.computed import Computation, Here, Waiter, compute, is_computed, needs_of
+from scopestate.persistence.bridge.leading import Late, LeadingScope
 from scopestate.wire.features import Needs
 from scopestate.wire.refusals import raised_by, refusal_of
 
-log = Log("scopestate.scope")
+if TYPE_CHECKING:
+    from scopestate.persistence.bridge.owner import BridgeConnectionOwner
 
-Done = Callable[[bytes | None, ScopestateError | None], object]
-"""Takes the outcome of a call: the result as JSON (None: no value), or an error."""
+log = Log("scopestate.scope")
 
 A = TypeVar("A")
 
 _encode: Final = msgspec.json.Encoder().encode
 
-_RESENT: Final = 10
-"""How often a call with an idempotency key is sent again after its connection was lost."""
+MOST_REPEATS: Final = 10
+"""How often a read, or a write with an idempotency key, is sent again after its connection was lost."""
 
 _REFERENCE: Final = frozenset({Delete, Everything, Get, Items, List, Set, Update})
 """Turns that iii 0.11.6 can do, too."""
@@ -72,6 +75,10 @@ class Connection(Protocol):
 
         Of calls whose outcome comes after that, those that ended with NotConnected or EngineClosed were not sent.
         """
+
+    @property
+    def owner(self) -> BridgeConnectionOwner | None:
+        """What drives the connection, if calls of a thread may do so themselves; then they go by it, not by `call`."""
 
     def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0, needs: Needs | None = None) -> None:
         """Send a call with its input as JSON, and return at once; calls are sent in the order in which they are made.
@@ -134,6 +141,15 @@ class _Answer:
         self.error = error
 
 
+class _Adopt:
+    """A call that its caller has sent, and that the connection's thread goes on with, as a message to the scope."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: _Call) -> None:
+        self.call = call
+
+
 class _Computed:
     """What a `modify` or `transact` has come to, as a message to the scope."""
 
@@ -157,7 +173,7 @@ class _KeyCalls:
         """The reads behind it."""
 
 
-class BridgeScope(ScopeActor):
+class BridgeScope(LeadingScope):
     """One scope of another engine.
 
     A turn never waits: it sends a call, or takes an answer in. So it may run on any thread, event loops included; the
@@ -173,7 +189,7 @@ class BridgeScope(ScopeActor):
 
     def __init__(self, scope: str, around: Surroundings, connection: Connection) -> None:
         super().__init__(scope, around)
-        self._connection = connection
+        self._connection = self._driven = connection
         self._open: dict[_Call, None] = {}
         """Calls without an answer, in the order in which they came."""
         self._keys: dict[str, _KeyCalls] = {}
@@ -212,7 +228,8 @@ class BridgeScope(ScopeActor):
 
     def _take(self, item: Envelope | _Answer | _Computed) -> None:
         # Behind what waits: calls of one thread keep their order even if it does not wait for the first.
-        if self._mailbox or self._if_idle(self._handle, item) is BUSY:
+        may_turn = not self._mailbox and (type(item) is not Envelope or self._may_turn_here())
+        if not may_turn or self._if_idle(self._handle, item) is BUSY:
             if type(item) is Envelope:
                 self._refuse_own_turn()
                 self.post(item)
@@ -230,6 +247,12 @@ class BridgeScope(ScopeActor):
             self._finish(item.call, item.result, item.error)
         elif kind is _Computed:
             self._finish_computed(item.call, item.effects, item.error)
+        elif kind is _Adopt:
+            if not item.call.reply.abandoned:
+                self._note_order(item.call)
+                self._open[item.call] = None
+        elif kind is Late:
+            self._take_late(item)
         elif isinstance(item.message, Ping):
             if self._passivated:
                 self._around.directory[self.scope]._enqueue(item)
@@ -247,28 +270,28 @@ class BridgeScope(ScopeActor):
         if call.reply.abandoned:
             return
         try:
-            self._check(call)
+            self._refuse(call.turn, call.depth)
         except (ScopestateError, HandlerFull) as error:
             call.reply.fail(error)
             return
         self.touched = True
-        before = self._calls_before(call)
+        before = self._note_order(call)
         self._open[call] = None
         self._start_behind(before, call)
 
-    def _check(self, call: _Call) -> None:
-        self._refuse_if_closed(call.depth)
+    def _refuse(self, turn: Turn[Any], depth: int) -> None:
+        self._refuse_if_closed(depth)
         if len(self._open) >= self.mailbox_limit:
             raise Overloaded(
                 f"{len(self._open)} calls on {self.name} are under way, as many as scope_mailbox allows; nothing was "
                 "done: slow down, or raise the limit"
             )
-        if call.turn.writes:
+        if turn.writes:
             # Of a write of the whole scope the keys are known when it has its answer: its events have no limit.
-            for key in call.turn.keys or ():
-                self._refuse_if_full(key, call.depth)
+            for key in turn.keys or ():
+                self._refuse_if_full(key, depth)
 
-    def _calls_before(self, call: _Call) -> dict[_Call, None]:
+    def _note_order(self, call: _Call) -> dict[_Call, None]:
         """Return the calls that must be answered before this one is sent, and note it for those that come later.
 
         The last write of a key, and the reads behind it, are enough: they wait for the ones before them.
@@ -311,21 +334,32 @@ class BridgeScope(ScopeActor):
             self._begin(call)
             return
         try:
-            self._call_remote(call.turn, lambda result, error: self.take_in(_Answer(call, result, error)), call.depth)
+            remote = self._remote_call(call.turn, call.depth)
+        except Unsupported as error:
+            self._enqueue(_Answer(call, None, error))
+            return
+        remote.done_to = partial(self._answered, call)
+        owner = self._connection.owner
+        if owner is not None:
+            waiter = call.reply.loop_reply
+            if waiter is not None and self._may_turn_here():
+                remote.loop = waiter.loop
+            owner.submit(remote)
+            return
+        try:
+            self._connection.call(remote.function_id, remote.payload, remote.done_to, remote.depth, remote.needs)
         except ScopestateError as error:
             self._enqueue(_Answer(call, None, error))
 
-    def _call_remote(self, turn: Turn[Any], done: Done, depth: int, later: Needs | None = None) -> None:
-        """Send a turn to the other engine. Raises EngineClosed, and Unsupported for a delivery that is over."""
+    def _answered(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
+        self.take_in(_Answer(call, result, error))
+
+    def _remote_call(self, turn: Turn[Any], depth: int) -> RemoteCall:
+        """As of `LeadingScope`. Raises Unsupported for a delivery that is over."""
         if type(turn) is DeliveryBatch and turn.fence.setdefault("won", "turn") != "turn":
             raise Unsupported("the transaction of a delivery", "its attempt has ended before its turn came")
         function_id, payload, needs = message_of(turn, self.scope)
-        if needs is not None and later is not None:
-            needs = needs._replace(later=later)
-        if needs is None:
-            self._connection.call(function_id, payload, done, depth)
-        else:
-            self._connection.call(function_id, payload, done, depth, needs)
+        return RemoteCall(function_id, payload, None, depth, needs)
 
     def _begin(self, call: _Call) -> None:
         """Have a `modify` or `transact` computed: by its caller, or on a worker thread."""
@@ -343,11 +377,9 @@ class BridgeScope(ScopeActor):
         writes = needs_of(call.turn)
 
         def ask(turn: Turn[Any]) -> Effects[Any]:
-            for attempt in range(_RESENT + 1):
-                waiter = Waiter()
+            for attempt in range(MOST_REPEATS + 1):
                 try:
-                    self._call_remote(turn, waiter.done, call.depth, writes)
-                    return _effects_of(turn, waiter.get())
+                    return _effects_of(turn, self._ask(turn, call.depth, writes))
                 except RemoteFailure as failure:
                     raise refusal_of(failure) or failure from failure
                 except (EngineClosed, NotConnected) as error:
@@ -355,11 +387,50 @@ class BridgeScope(ScopeActor):
                         raise _NotDone from error
                     raise
                 except ConnectionLost:
-                    if attempt == _RESENT or (turn.writes and not _may_be_sent_again(turn)):
+                    if attempt == MOST_REPEATS or (turn.writes and not _may_be_sent_again(turn)):
                         raise
             raise AssertionError("the last attempt has raised")
 
         return compute(call.turn, self.scope, self._around.limits, ask)
+
+    def _ask(self, turn: Turn[Any], depth: int, later: Needs | None) -> bytes | None:
+        """Have the other engine do a turn, and wait for its answer. Raises what the call has come to."""
+        remote = self._remote_call(turn, depth)
+        if remote.needs is not None and later is not None:
+            remote.needs = remote.needs._replace(later=later)
+        owner = self._connection.owner
+        if owner is None:
+            waiter = Waiter()
+            self._connection.call(remote.function_id, remote.payload, waiter.done, depth, remote.needs)
+            return waiter.get()
+        owner.call(None, remote, None)
+        if remote.error is not None:
+            raise remote.error
+        result: bytes | None = remote.answer
+        return result
+
+    # --------------------------------------------------------------------------------------------- for LeadingScope
+
+    def _is_free(self) -> bool:
+        return not (self._open or self._mailbox or self._passivated or self._connection.leaving) and self._direct
+
+    def _outcome(self, turn: Turn[A], remote: RemoteCall) -> Effects[A] | Exception | None:
+        error = remote.error
+        if isinstance(error, ConnectionLost) and _may_be_sent_again(turn):
+            return None
+        try:
+            if error is not None:
+                raise error
+            return _effects_of(turn, remote.answer)
+        except Exception as problem:  # noqa: BLE001 - the caller gets it
+            return self._failure(turn, problem)
+
+    def _adopt(self, call: TurnCall, remote: RemoteCall) -> _Adopt:
+        sent = _Call(call.message, call, call.depth, self._send)
+        remote.done_to = partial(self._answered, sent)
+        return _Adopt(sent)
+
+    # ------------------------------------------------------------------------------------------------------- answers
 
     def _finish(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
         """Read the answer to a call, and send the call again if it was lost and may be repeated."""
@@ -368,7 +439,7 @@ class BridgeScope(ScopeActor):
         if (
             isinstance(error, ConnectionLost)
             and _may_be_sent_again(call.turn)
-            and call.resent < _RESENT
+            and call.resent < MOST_REPEATS
             and not (call.reply.abandoned or self._shut)
         ):
             call.resent += 1
@@ -415,21 +486,28 @@ class BridgeScope(ScopeActor):
 
         Events before answers: a caller that has its answer may call drain() and count on the event.
         """
-        if not self._connection.reports_changes:
-            for change in changes_in(stored):
-                if self._shut:
-                    log.error(
-                        "%s: a write of key %r was answered after the engine closed; its event is not delivered",
-                        self.name,
-                        change.key,
-                    )
-                else:
-                    self._fire(change.key, change.before, change.after, call.depth)
-        if failure is not None:
+        self._tell_changes((stored, answer), call.depth)
+        owner = self._connection.owner
+        if owner is not None:
+            owner.tell(call.reply, answer, failure)
+        elif failure is not None:
             call.reply.fail(failure)
         else:
             call.reply.set(answer)
         self._end(call)
+
+    def _tell_changes(self, effects: Effects[Any], depth: int) -> None:
+        if self._connection.reports_changes:
+            return
+        for change in changes_in(effects[0]):
+            if self._shut:
+                log.error(
+                    "%s: a write of key %r was answered after the engine closed; its event is not delivered",
+                    self.name,
+                    change.key,
+                )
+            else:
+                self._fire(change.key, change.before, change.after, depth)
 
     def _end(self, ended: _Call) -> None:
         """Forget a call, and start what has waited for it; a call that was given up meanwhile ends as well."""
@@ -447,7 +525,7 @@ class BridgeScope(ScopeActor):
                     step.start()
 
     def _forget(self, call: _Call) -> None:
-        del self._open[call]
+        self._open.pop(call, None)
         if self._barrier is call:
             self._barrier = None
         for key in call.turn.keys or ():

@@ -23,6 +23,8 @@ class CuttingProxy:
         self._guard = threading.Condition()
         self._left: int | None = None
         self._inside = False
+        self._each: int | None = None
+        self._passed: dict[socket.socket, int] = {}
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._threads: list[threading.Thread] = []
         self.frames = 0
@@ -38,6 +40,11 @@ class CuttingProxy:
         """Let so many more frames pass, then cut: between two frames, or `inside` the one that follows."""
         with self._guard:
             self._left, self._inside = frames, inside
+
+    def cut_each_after(self, frames: int | None) -> None:
+        """Cut each connection, those that are open too, after so many frames of it; None: no more."""
+        with self._guard:
+            self._each = frames
 
     def wait_for_cuts(self, count: int) -> None:
         """Wait until so many connections were cut."""
@@ -78,23 +85,28 @@ class CuttingProxy:
                 continue
             with self._guard:
                 self._pairs.append((client, remote))
-            self._spawn(self._pump, client, remote)
-            self._spawn(self._pump, remote, client)
+            self._spawn(self._pump, client, remote, client)
+            self._spawn(self._pump, remote, client, client)
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, client: socket.socket) -> None:
         try:
             for number, piece in enumerate(_pieces(source)):
                 if number == 0:
                     sink.sendall(piece)  # the HTTP upgrade is no frame
-                elif not self._pass(piece, sink):
+                elif not self._pass(piece, sink, client):
                     break
         except OSError:
             pass  # the other direction has cut, or an end has gone
         _abort(source)
         _abort(sink)
 
-    def _pass(self, frame: bytes, sink: socket.socket) -> bool:
+    def _pass(self, frame: bytes, sink: socket.socket, client: socket.socket) -> bool:
         with self._guard:
+            passed = self._passed[client] = self._passed.get(client, 0) + 1
+            if self._each is not None and passed > self._each:
+                self.cuts += 1
+                self._guard.notify_all()
+                return False
             if self._left == 0:
                 self._left = None
                 self.cuts += 1

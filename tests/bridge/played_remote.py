@@ -11,7 +11,8 @@ from second_engine import PATIENCE_S
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.errors import ConnectionLost, EngineClosed
 from scopestate.persistence import Backend
-from scopestate.persistence.bridge.scope import BridgeScope, Done
+from scopestate.persistence.bridge.calls import Done
+from scopestate.persistence.bridge.scope import BridgeScope
 from scopestate.wire.features import Needs
 
 
@@ -19,6 +20,7 @@ class PlayedRemote(Backend):
     """A connection to an engine that answers when the test says so."""
 
     reports_changes = transparent = False
+    owner = None
 
     def __init__(self) -> None:
         self.leaving = False

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from reliability.living import until
 from second_engine import PATIENCE_S, OpenBridge, RemoteProcess, Seen, bridge_config
 
 from scopestate import Engine, messages
@@ -373,8 +374,9 @@ def test_what_a_cancelled_task_had_waiting_is_never_sent(open_bridge: OpenBridge
             first = asyncio.ensure_future(engine.aio.set("s", "k", 1))
             second = asyncio.ensure_future(engine.aio.set("s", "k", 2))
             third = asyncio.ensure_future(engine.aio.set("s", "k", 3))
-            await asyncio.sleep(0)  # each task begins, and its turn runs on this thread
-            assert len(engine._scopes["s"]._open) == 3  # type: ignore[attr-defined]
+            await asyncio.sleep(0)  # each task begins, and its turn runs on the connection's thread
+            scope: Any = engine._scopes["s"]
+            await asyncio.to_thread(until, lambda: len(scope._open) == 3, "the calls are not there")
             second.cancel()
             await asyncio.gather(second, return_exceptions=True)
             del actor._claim["holder"]

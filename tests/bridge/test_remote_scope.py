@@ -275,7 +275,7 @@ def test_no_call_is_sent_before_one_that_it_must_not_overtake_and_none_is_forgot
     calls: list[tuple[str, str, Any]] = []  # (kind, key, reply), in the order in which they came
     sent: list[Any] = []
 
-    def send(function_id: str, payload: bytes, done: Done, depth: int = 0) -> None:
+    def send(function_id: str, payload: bytes, done: Done, depth: int = 0, needs: object = None) -> None:
         sent.append((function_id.removeprefix("state::"), json.loads(payload).get("key", ""), done))
 
     remote.call = send  # type: ignore[method-assign]

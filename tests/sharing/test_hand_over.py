@@ -26,7 +26,7 @@ def test_a_follower_serves_when_the_owner_is_killed(open_engine: Open, start: St
 
     assert engine.get("s", "k") == 1
     engine.set("s", "k", 2)
-    assert role_of(engine) == "owner"
+    wait_until(lambda: role_of(engine) == "owner")
     assert engine.stats().sharing.taken_over  # type: ignore[union-attr]
 
 

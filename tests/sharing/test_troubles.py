@@ -113,7 +113,7 @@ def test_a_forked_child_of_the_owner_keeps_no_follower_waiting(start: Start, ope
         owner.kill()  # its child has copies of all its descriptors, and lives
 
         assert engine.get("s", "k") == 1
-        assert role_of(engine) == "owner"
+        wait_until(lambda: role_of(engine) == "owner")
         assert start().role == "follower"
     finally:
         os.kill(child, signal.SIGKILL)

@@ -1,0 +1,74 @@
+"""The calls of a bridge: what a caller waits for, and what goes to the other engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+from scopestate.errors import ScopestateError
+from scopestate.persistence.connections.calls import Call
+from scopestate.wire.features import Needs
+
+Done = Callable[[bytes | None, ScopestateError | None], object]
+"""Takes the outcome of a call: the result as JSON (None: no value), or an error."""
+
+
+@final
+class RemoteCall(Call):
+    """One call of the other engine. Its answer is the result as JSON, or None: no value."""
+
+    since = 0.0
+    """When it began to wait for a connection. Seconds on the monotonic clock."""
+    deadline = 0.0
+    """When its answer is waited for no longer."""
+    invocation_id = ""
+    """What its answer names; another one each time that it is sent."""
+
+    def __init__(
+        self, function_id: str, payload: bytes, done_to: Done | None, depth: int = 0, needs: Needs | None = None
+    ) -> None:
+        """`done_to` takes the outcome, on a thread of the connection; None: its caller waits for it.
+
+        `needs`: what the other engine must be able to do.
+        """
+        super().__init__(None, None, depth)
+        self.function_id = function_id
+        self.payload = payload
+        self.done_to = done_to
+        self.needs = needs
+
+
+@final
+class TurnCall(Call):
+    """A turn whose caller waits for it on its own thread. It is the reply, too."""
+
+    remote: RemoteCall | None = None
+    """What has gone to the other engine for it, if its caller leads."""
+    late: Any = None
+    """What is left to do for it, as its caller was cut short."""
+    loop_reply = None
+
+    def __init__(self, turn: Any, depth: int) -> None:
+        super().__init__(turn, None, depth)
+
+    @property
+    def abandoned(self) -> bool:
+        """True if its caller waits no longer."""
+        return self.gave_up
+
+    def set(self, value: Any = None) -> None:
+        """Deliver the answer."""
+        self.answer = value
+        self.end()
+
+    def fail(self, error: BaseException) -> None:
+        """Deliver an error instead."""
+        self.error = error  # type: ignore[assignment]  # whatever it is, its caller gets it
+        self.end()
+
+    def end(self) -> None:
+        """Let the caller go on: it has its outcome."""
+        self.done = True
+        lock, self.lock = self.lock, None
+        if lock is not None:
+            lock.release()
