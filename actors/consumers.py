@@ -128,6 +128,8 @@ class JournalConsumer(ConsumerPort):
                 self._wake, self._lost = wake, lost
                 self.follow(trigger)
                 gone = self._claim_running(running())
+        if self._owner.expects_claims and self._progress.has_begun:
+            self.share()
         if shared is not None:
             known = shared.here
             held = {} if known is None else {position: hold.begun for position, hold in list(known.holds.items())}
@@ -167,6 +169,9 @@ class JournalConsumer(ConsumerPort):
                 handler = self._handler
                 # First: what ends from here on is told to both.
                 self.shared = shared
+                if self._owner.expects_claims:
+                    shared.expect_claims()
+                    self._owner.dispatcher.call_later(self._owner.claims_left_s(), shared.end_claims)
                 if handler is not None:
                     shared.begin(handler, self.open_items(), self._running())
                 self._wake, self._lost = shared.wake_all, shared.lose
@@ -553,7 +558,10 @@ class JournalConsumers(Consumers):
         now_ms: Callable[[], int],
         durability_of: Callable[[str], str],
         limits: Limits,
+        claim_s: float = 0.0,
     ) -> None:
+        """`claim_s`: for so long, what was begun in the session before may be claimed by engines that join."""
+        self._claims_end_s = dispatcher.monotonic() + claim_s
         self.journal = journal
         self.feed = feed
         self.dispatcher = dispatcher
@@ -606,6 +614,15 @@ class JournalConsumers(Consumers):
             self._add(consumer)
             self.bound.ask()
         return consumer
+
+    def claims_left_s(self) -> float:
+        """Return for how many seconds what was begun in the session before may be claimed."""
+        return max(self._claims_end_s - self.dispatcher.monotonic(), 0.0)
+
+    @property
+    def expects_claims(self) -> bool:
+        """True while engines that handle what was begun in the session before may join."""
+        return self.claims_left_s() > 0
 
     def share(self, name: str, trigger: Trigger) -> SharedConsumer:
         return self.open(name, trigger).share()

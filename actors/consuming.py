@@ -179,8 +179,8 @@ class ConsumerPort(ABC):
         """Note how attempts ended. It need not be saved yet: what is not is delivered again after an end of the
         process."""
 
-    def unsent(self) -> list[Outcome]:
-        """Return outcomes that are kept in this engine only, and forget them."""
+    def hand_over(self) -> list[Outcome]:
+        """Return outcomes that are kept in this engine only: another port goes on. The runtime hears nothing more."""
         return []
 
     @abstractmethod

@@ -244,17 +244,17 @@ class DurableHandler(HandlerActor):
     def _move(self, port: ConsumerPort) -> None:
         """Within a turn, so that nothing is fetched at the same time."""
         before, self._next_port = self.port, None
-        running = self.running()
-        self._lost.append(frozenset(self._held_positions()).difference(running))
+        unsent = before.hand_over()
+        before.stop()
+        waits = {one.position for one in unsent if one.verdict in ("retry", "held")}
+        running = {**{one.position: 0 for one in unsent}, **self.running()}
+        self._lost.append(frozenset(self._held_positions()).difference(waits, self.running()))
         self._lose()
         self.port = port
         self.begins_at_once = port.notes_at_once
-        unsent = before.unsent()
-        running.update((one.position, 0) for one in unsent)
         if self.active and not self._stopped:
             port.start(self.trigger, self.wake_up, self.lost, lambda: {**running, **self.running()})
         port.ended(unsent)
-        before.stop()
 
     def forget(self) -> None:
         """Its consumer is forgotten: nothing that is here counts any more."""
@@ -543,7 +543,9 @@ class DurableHandler(HandlerActor):
         self._counted_at = -1
         self._lacking = False  # those that look for it may be among them
         lost = frozenset[int]().union(*batch)
-        self._incoming = deque(item for item in self._incoming if item.event.position not in lost)
+        left = [item for item in self._incoming if item.event.position not in lost]
+        self._incoming.clear()
+        self._incoming += left
         for position in lost.intersection(self._in_shape):
             del self._in_shape[position]
         lanes = self._lanes

@@ -19,7 +19,15 @@ from scopestate.actors.stretch import LAST_SEQUENCE, MOST_UNSAVED, NO_DEADLINES,
 from scopestate.actors.turn import BUSY, HOLDER
 from scopestate.actors.view import AnswerApart, Apart, InMemory, Unexpired, WithDeadlines
 from scopestate.actors.wheel import NEVER, Wheel
-from scopestate.errors import DeserializationError, EngineClosed, Overloaded, StorageError, Unsupported
+from scopestate.errors import (
+    Conflict,
+    DeserializationError,
+    EngineClosed,
+    KeyConflict,
+    Overloaded,
+    StorageError,
+    Unsupported,
+)
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, State, Values
 from scopestate.ops.results import BatchResult, CasResult, ModifyResult, SetResult
 from scopestate.ops.transactions import DeliveryBatch, SetAll
@@ -285,6 +293,10 @@ class LocalScope(ScopeInMemory):
         """As `_decide`; what is changed is saved with the acknowledgement of a delivery."""
         if turn.fence.setdefault("won", "turn") != "turn":
             raise Unsupported("the transaction of a delivery", "its attempt has ended before its turn came")
+        if turn.is_elsewhere and turn.keys:
+            # It was on its way to another engine, whose store this one has opened. The next attempt acknowledges here.
+            key = turn.keys[0]
+            raise Conflict(self.scope, (KeyConflict(0, key, None, self._revisions.get(key, 0)),))
         before, acks = self._sequence, self._acks
         # Entered before the change: whatever interrupts this turn behind the change finds both.
         self._acks = acks + turn.acks

@@ -59,6 +59,11 @@ class Progress:
         """
         return sorted(position for position in self._known if position <= self.floor)
 
+    @property
+    def has_begun(self) -> bool:
+        """True if an attempt that an earlier session has begun was not fetched yet."""
+        return bool(self._begun)
+
     def is_left(self, position: int) -> bool:
         """Return whether an earlier session has begun with a delivery, or left a row of it."""
         return position in self._known

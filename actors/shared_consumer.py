@@ -20,11 +20,11 @@ from scopestate.actors.consuming import Held, Outcome
 from scopestate.actors.containment import Log
 from scopestate.actors.pace import Pace
 from scopestate.errors import StorageError, Unsupported
+from scopestate.ops.triggers import Trigger
 from scopestate.signals import Guard
 
 if TYPE_CHECKING:
     from scopestate.ops.results import StateEvent
-    from scopestate.ops.triggers import Trigger
 
 log = Log("scopestate.triggers")
 
@@ -192,6 +192,23 @@ class SharedConsumer:
         self.leading: Trigger | None = None
         """The trigger that says which events are read, and in which order they are handled."""
         self._waiters: list[Callable[[], object]] = []
+        self._unclaimed: Holder | None = None
+        """Has what an engine was handling when the one before this one ended, until that engine claims it."""
+
+    def expect_claims(self) -> None:
+        """What was begun in the session before may go on in an engine that is about to join."""
+        trigger = Trigger("", "", durable=self._source.name)
+        self._unclaimed = Holder("", trigger, 0, lambda: None, lambda positions: None, self._monotonic)
+
+    def end_claims(self) -> None:
+        """What is not claimed by now is delivered again."""
+        self._guard.run(self._end_claims)
+        self.wake_all()
+
+    def _end_claims(self) -> None:
+        unclaimed, self._unclaimed = self._unclaimed, None
+        if unclaimed is not None:
+            self._park(list(unclaimed.holds.values()))
 
     def begin(self, here: Holder, items: Sequence[Held], running: Mapping[int, int]) -> None:
         """Note what this engine holds at the beginning: everything that was fetched."""
@@ -259,6 +276,8 @@ class SharedConsumer:
         lost = []
         for position, attempt, serial in held:
             held_now = self._holds.get(position)
+            if held_now is not None and held_now.holder is self._unclaimed:
+                self._move(held_now, holder)
             if held_now is None and (item := claimed.pop(position, None) or self._unparked(position)) is not None:
                 held_now = Hold(item, holder, self._lane_of(item.event))
                 self._put(held_now)
@@ -391,7 +410,8 @@ class SharedConsumer:
 
     def _go_on_alone(self) -> None:
         here = self.here
-        if here is not None and list(self._holders) == [HERE] and not self._parked and not here.given:
+        others = self._parked or self._unclaimed is not None
+        if here is not None and list(self._holders) == [HERE] and not others and not here.given:
             self._source.end_sharing()
 
     def _give(self, holder: Holder, most: int) -> tuple[list[Held], int]:
@@ -435,6 +455,8 @@ class SharedConsumer:
                     hold.holder.wake()
             elif position in lane.parked:
                 lane.parked[position] = item
+            elif self._unclaimed is not None and item.cut_off:
+                self._put(Hold(item, self._unclaimed, lane))
             elif gone or lane.parked or lane.waits or lane.holder not in (None, holder):
                 self._park_one(item)
             else:

@@ -61,6 +61,8 @@ log = logging.getLogger("scopestate.engine")
 
 Report = Callable[[DeliveryFailure], None]
 
+CLAIM_S: Final = 1.0
+"""For so long an engine that owns a shared directory waits with what others were handling when it opened the store."""
 _RESTART_ONLY: Final = ("store_method", "file_path", "durability", "share", "connect_wait_ms")
 
 
@@ -156,6 +158,7 @@ class Parts:
                 self.clock.now_ms,
                 backend.durability,
                 self.limits,
+                0.0 if self.sharing is None else CLAIM_S,
             )
         return consumers
 

@@ -406,12 +406,18 @@ class DeliveryBatch(Batch, frozen=True):
     """A batch that acknowledges a delivery: what it changes is saved together with that."""
 
     acks: tuple[Any, ...] = ()
-    """What the backend needs to acknowledge the delivery. In a store: number of the consumer, and position."""
+    """What the backend needs to acknowledge the delivery. In a store: number of the consumer, and position. In another
+    engine: consumer, holder, position, serial (`ops/handed.py`)."""
     fence: dict[str, str] = msgspec.field(default_factory=dict)
     """Decides between this turn and the end of the attempt that asked for it: what sets `won` first, "turn" or "end".
 
     The turn also sets `changed` if it has changed something: its acknowledgement is saved with that, and not otherwise.
     """
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if it acknowledges a delivery of another engine."""
+        return len(self.acks[0]) > 2
 
     def call(self, scope: str) -> dict[str, Any]:
         return {**super().call(scope), DELIVERY: self.acks[0]}

@@ -14,7 +14,15 @@ from msgspec import Raw
 from scopestate.actors.backlog import size_of
 from scopestate.actors.consuming import Outcome
 from scopestate.actors.shared_consumer import Holder
-from scopestate.errors import ConfigError, DeserializationError, Forbidden, ScopestateError, Unsupported
+from scopestate.errors import (
+    ConfigError,
+    Conflict,
+    DeserializationError,
+    Forbidden,
+    KeyConflict,
+    ScopestateError,
+    Unsupported,
+)
 from scopestate.ops import handed
 from scopestate.ops.requests import Request
 from scopestate.ops.transactions import Batch, DeliveryBatch
@@ -89,6 +97,7 @@ class Deliveries:
         self._hub = hub
         self._places: dict[tuple[str, str], _Place] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._gives = True
         self.by_id: dict[str, Callable[[Raw, Worker], Awaitable[bytes]]] = {
             handed.JOIN: self._join,
             handed.TAKE: self._take,
@@ -178,6 +187,12 @@ class Deliveries:
         with suppress(ScopestateError):  # the engine is closing
             await self._hub.engine.aio.elsewhere(lambda: place.shared.leave(place.holder.name))
 
+    def hold(self) -> None:
+        """Give no more events: the engine is closing, and another one goes on. What waits for some is answered."""
+        self._gives = False
+        for place in self._places.values():
+            place.news.set()
+
     def close(self) -> None:
         """The server stops."""
         if self._timer is not None:
@@ -213,11 +228,11 @@ class Deliveries:
             if not place.is_held or place.worker is not worker:
                 return handed.Taken(gone=True, forgotten=place.shared.is_forgotten)
             most = min(asked.most, _MOST)
-            if most > 0:
+            if most > 0 and self._gives:
                 found = await self._elsewhere(worker, partial(place.shared.fetch, place.holder, most))
             paused, left_s = place.shared.source.paused(), ends_s - loop.time()
             news = paused != place.paused or place.holder.stands_by != place.stands_by
-            if found or place.lost or news or left_s <= 0:
+            if found or place.lost or news or left_s <= 0 or not self._gives:
                 break
             with suppress(TimeoutError):
                 await asyncio.wait_for(place.news.wait(), left_s)
@@ -257,14 +272,17 @@ class Deliveries:
         return noted
 
     def acknowledging(self, request: Request, told: Any, worker: Worker) -> Request:
-        """Return the request for a transaction that acknowledges a delivery. Raises Unsupported if that is over."""
+        """Return the request for a transaction that acknowledges a delivery. Raises Unsupported and Conflict."""
         try:
             consumer, holder, position, serial = msgspec.convert(told, tuple[str, str, int, int])
         except msgspec.ValidationError as error:
             raise DeserializationError(f"`_delivery`: {json_words(error)}") from error
         place, batch = self._place(worker, consumer, holder), request.turn
-        if place is None or type(batch) is not Batch:
-            raise Unsupported("a delivery whose attempt is over", f"'{consumer}:{position}': another engine has it")
+        if type(batch) is not Batch:
+            raise Unsupported("a transaction of a delivery", "with `_delivery` it takes no idempotency key")
+        if place is None:
+            # The engine that owned the store before has given it. Its next attempt, if there is one, acknowledges here.
+            raise Conflict(request.scope, (KeyConflict(0, next(iter(batch.keys), ""), None, 0),))
         fence = place.shared.fence(place.holder, position, serial)
         acks = place.shared.source.transaction(position, request.scope)
         turn = DeliveryBatch(batch.steps, batch.checks, batch.if_revision, batch.max_bytes, acks, fence)

@@ -23,6 +23,7 @@ from scopestate.errors import (
     SerializationError,
 )
 from scopestate.ops import polls
+from scopestate.ops.handed import NOTE
 from scopestate.ops.values import check, decode, encode, parse
 from scopestate.server.access import Claims
 from scopestate.server.connections import GOING
@@ -239,6 +240,7 @@ class Hub:
     def hold(self, *, handlers_may: bool) -> None:
         """Begin no more calls, except polls. `handlers_may`: begin calls by handlers too."""
         self.holds = "calls" if handlers_may else "all"
+        self.deliveries.hold()
 
     def act_unless_held(self, worker: Worker, action: Action) -> None:
         """As `act`, for a server whose engine may be closed while its workers go on: see `hold`."""
@@ -250,6 +252,8 @@ class Hub:
                 worker.session.waiting -= 1
             else:
                 self.act(worker, action)
+        elif self.holds == "calls" and action.function_id == NOTE:
+            self.act(worker, action)  # what handlers have done is not lost
         elif self.holds == "all" or not worker.session.depth_of(action):
             worker.session.waiting -= 1
         else:

@@ -302,17 +302,20 @@ class BridgeBackend(Backend):
             self._open.pop()  # one step: only one of two threads continues
         except IndexError:
             return
-        self.consumers.close(leaving=self.leaving)
+        if not self.leaving:
+            self.consumers.close()
         self._closed = True
         self.owner.close()
         ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         wait_for(lambda slice_s: bool(concurrent.futures.wait([ending], slice_s).done))
         ending.result()
+        self.consumers.join()
         self._loop.call_soon_threadsafe(self._loop.stop)
         join(self._thread)
 
     async def _end(self) -> None:
         await self._events.end()
+        await self.consumers.end()
         await self._client.close()
 
     # --------------------------------------------------------------------------------------------------- the thread

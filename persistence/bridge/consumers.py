@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import threading
 import time
@@ -21,6 +22,8 @@ from scopestate.signals import Guard, exclusive, join
 
 log = Log("scopestate.persistence.bridge")
 
+_LAST_S: Final = 1.0
+"""How long a closing engine waits for what the keeper is saying."""
 _MOMENT_S: Final = 0.003
 """How long an outcome waits for others, to be told with them."""
 _AGAIN_S: Final = 0.1
@@ -95,7 +98,7 @@ class RemoteConsumers(Consumers):
         self._line = line
         self._longest_wait_s = min(longest_wait_s, handed.LONGEST_WAIT_MS / 1000)
         self._ports: dict[str, RemotePort] = {}
-        self._taking: dict[str, concurrent.futures.Future[None] | None] = {}
+        self._taking: set[str] = set()
         self._exclusive = Guard()
         self._bell = threading.Event()
         self._rests = False
@@ -121,7 +124,8 @@ class RemoteConsumers(Consumers):
             return
         self._ports[port.name] = port
         if port.name not in self._taking:
-            self._taking[port.name] = self._line.spawn(port.take_on())
+            self._taking.add(port.name)
+            self._line.spawn(port.take_on())
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="scopestate-bridge-consumers", daemon=True)
             self._thread.start()
@@ -169,26 +173,38 @@ class RemoteConsumers(Consumers):
             self._line.on_loop(port.go_on)
         return _AGAIN_S if port.stopping and not port.is_over else None
 
-    def close(self, *, leaving: bool) -> None:
-        """Say what has ended, and give back what this engine holds. `leaving`: the other engine is gone. Idempotent."""
+    def close(self) -> None:
+        """Say what has ended, and give back what this engine holds, if there is a connection. Idempotent."""
         if self._closing:
             return
         self._closing = True
         self._bell.set()
-        if self._thread is not None:
-            join(self._thread)
+        if self._thread is not None and not join(self._thread, _LAST_S):
+            return  # it waits for a connection
         for port in list(self._ports.values()):
             port.stopping = True
-            if not leaving and self._line.connected and port.is_joined:
+            if self._line.connected and port.is_joined:
                 try:
                     port.keep()
                 except ScopestateError as error:
                     log.warning(
                         "consumer %r: what this engine holds goes to others a moment later: %s", port.name, error
                     )
-        for taking in self._taking.values():
-            if taking is not None:
-                taking.cancel()
+
+    async def end(self) -> None:
+        """Take no more events. On the loop; `join` follows when calls that wait have failed."""
+        self._closing = True
+        self._bell.set()
+        tasks = [port.taking for port in list(self._ports.values()) if port.taking is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def join(self) -> None:
+        """Wait for the end of the keeper's thread."""
+        if self._thread is not None:
+            join(self._thread)
 
     # ------------------------------------------------------------------------------------------------- what they say
 

@@ -70,6 +70,8 @@ def ask(line: Line, function_id: str, asked: Any, kind: type[Any]) -> Any:
     except msgspec.DecodeError as error:
         raise StorageError(f"the answer of {function_id} cannot be read: {error}") from error
     except RemoteFailure as failure:
+        if failure.code == EngineClosed.code:
+            raise StorageError(f"{function_id} via bridge: {failure}") from EngineClosed(str(failure))
         raise error_of(failure) from failure
     except AWAY as error:
         raise StorageError(f"{function_id} via bridge: {error}") from error
@@ -120,6 +122,8 @@ class RemotePort(ConsumerPort):
         """Position -> which message has told that its attempt begins."""
         self._numbers = itertools.count(1)
         self._outcomes: list[Outcome] = []
+        self._changing = threading.Lock()
+        """Held for a moment, to change `_outcomes`. Not on the main thread."""
         self._paused: str | None = None
         self._joined = asyncio.Event()
         """Set while the other engine knows this one. On the loop."""
@@ -129,6 +133,8 @@ class RemotePort(ConsumerPort):
         self.is_over = False
         """True once it takes nothing, and holds nothing."""
         self.problem: str | None = None
+        self.taking: asyncio.Task[None] | None = None
+        """Runs `take_on`."""
 
     # ------------------------------------------------------------------------------------------------- for the runtime
 
@@ -182,14 +188,19 @@ class RemotePort(ConsumerPort):
                     self._held[position], self._serials[position] = attempt, serial
             try:
                 noted = self._say(began=attempts, serial=serial)
-            except StorageError:
-                for position, _ in attempts:
-                    if position in self._held:
-                        self._held[position] = 0
-                raise
-        if noted.gone:
-            self._forget(noted.gone)
-            self._lost(noted.gone)
+                gone = noted.gone
+            except StorageError as error:
+                if not isinstance(error.__cause__, AWAY):
+                    for position, _ in attempts:
+                        if position in self._held:
+                            self._held[position] = 0
+                    raise
+                # They are safe there, and come again from the engine that answers next.
+                log.debug("consumer %r: attempts could not be noted: %s", self.name, error)
+                gone = [position for position, _ in attempts]
+        if gone:
+            self._forget(gone)
+            self._lost(gone)
 
     def ended(self, outcomes: Sequence[Outcome]) -> None:
         # No lock: a handler's thread must not wait for the other engine here.
@@ -202,11 +213,18 @@ class RemotePort(ConsumerPort):
                     self._serials.pop(one.position, None)
                 else:
                     self._held[one.position] = 0
-        self._outcomes += told
+        with self._changing:
+            self._outcomes += told
         self.nudge()
 
-    def unsent(self) -> list[Outcome]:
-        told, self._outcomes = self._outcomes, []
+    def hand_over(self) -> list[Outcome]:
+        self._wake = self._lost = _nothing
+        return self.take_outcomes()
+
+    def take_outcomes(self) -> list[Outcome]:
+        """Return the outcomes that are not told yet, and forget them."""
+        with self._changing:
+            told, self._outcomes = self._outcomes, []
         return told
 
     def flush(self) -> None:
@@ -267,7 +285,6 @@ class RemotePort(ConsumerPort):
         )
         joined = ask(self._line, handed.JOIN, asked, handed.Joined)
         lost = set(joined.lost)
-        self._outcomes = [one for one in self._outcomes if one.position not in lost]
         self._paused, self.problem, self.is_joined = joined.paused, None, True
         if lost:
             self._forget(lost)
@@ -276,19 +293,23 @@ class RemotePort(ConsumerPort):
 
     def _say(self, **fields: Any) -> handed.Noted:
         """Tell what has ended, and more. Raises StorageError."""
-        for _ in range(3):
-            if not self.is_joined:
-                self._join()
-            sent = self._outcomes[:_MOST_OUTCOMES]
-            ended = [_said(one) for one in sent]
-            asked = handed.Note(self.name, self._holder, ended, **fields)
+        for tries_left in (2, 1, 0):
             try:
+                if not self.is_joined:
+                    self._join()
+                sent = self._outcomes[:_MOST_OUTCOMES]
+                ended = [_said(one) for one in sent]
+                asked = handed.Note(self.name, self._holder, ended, **fields)
                 noted: handed.Noted = ask(self._line, handed.NOTE, asked, handed.Noted)
             except StorageError as error:
                 self._note_away(error)
+                if tries_left and isinstance(error.__cause__, ConnectionLost):
+                    continue  # it may be done twice
                 raise
             if noted.is_holder:
-                del self._outcomes[: len(sent)]
+                with self._changing:
+                    over = set(map(id, sent))
+                    self._outcomes = [one for one in self._outcomes if id(one) not in over]
                 return noted
             self.is_joined = False
         raise StorageError(f"consumer {self.name!r}: the other engine does not keep this one as a holder")
@@ -318,6 +339,7 @@ class RemotePort(ConsumerPort):
 
     async def take_on(self) -> None:
         """Take events until this engine closes."""
+        self.taking = asyncio.current_task()
         while True:
             if not self.is_joined or self.stopping:
                 self._joined.clear()
@@ -380,7 +402,7 @@ class RemotePort(ConsumerPort):
             log.warning("consumer %r was forgotten in another engine, and begins anew: its trigger is here", self.name)
             held = list(self._held)
             self._arrived.clear()
-            self._outcomes.clear()
+            self.take_outcomes()
             self._forget(held)
             self._lost(held)
             self._start = "now"
@@ -390,6 +412,12 @@ class RemotePort(ConsumerPort):
         for position in positions:
             self._held.pop(position, None)
             self._serials.pop(position, None)
+        gone = set(positions)
+        with self._changing:
+            # What is over is still told: it counts if the event is this engine's after all.
+            self._outcomes = [
+                one for one in self._outcomes if one.position not in gone or one.verdict in ("done", "dead")
+            ]
 
 
 def _said(one: Outcome) -> handed.HandedOutcome:
