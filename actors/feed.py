@@ -49,6 +49,10 @@ MOST_INCOMING: Final = 10_000
 """Changes that may wait for their positions, where nothing else needs them."""
 SOONEST_S: Final = 1.0
 """The shortest pause between two looks for watches that have ended."""
+PRIMED_EVENTS: Final = 1_000
+"""So many of the newest changes in the journal are read where another engine has ended."""
+PRIMED_S: Final = 15.0
+"""So long every scope is fed then: watches that know the engine before come in that time, or need a history."""
 LINGER_S: Final = 60.0
 """So long a scope stays fed after the last watch of it, for a watch that comes back with its cursor."""
 
@@ -98,6 +102,8 @@ class Feed:
         self._many: tuple[Watcher, ...] = ()
         self._ring: deque[StateEvent] = deque()
         self._ring_bytes = 0
+        self.primed = 0
+        """The position behind which `prime` has entered everything."""
         self._floor = 0
         """Changes up to this position are not in the ring."""
         self._shown = 0
@@ -144,6 +150,37 @@ class Feed:
             self._give_rules()
         self.cursors = ManyCursors(store_id, self.epoch)
         self._floor = self._shown = self.position
+
+    def prime(self) -> None:
+        """Begin where the engine has ended that had the store before: with the newest changes of the journal.
+
+        Watches of that engine are about to come with their cursors, also of scopes of which no change is kept: every
+        scope is fed for a while. Before the first change of this engine. Raises StorageError.
+        """
+        journal = self.journal
+        if journal is None:
+            return
+        events, behind = journal.newest(PRIMED_EVENTS)
+        self._exclusive.run(self._prime, events, behind)
+        self._exclusive.run(self._let_linger, self.want(None, began=behind), PRIMED_S)
+
+    def _let_linger(self, interest: Interest, time_s: float) -> None:
+        interest.users -= 1
+        interest.ended_s = self._dispatcher.monotonic() + time_s - LINGER_S
+        self._arm(time_s)
+
+    def _prime(self, events: list[StateEvent], behind: int) -> None:
+        self._scopes.clear()
+        self._behind.clear()
+        self._ring.clear()
+        self._floor = self.primed = behind
+        self._ring.extend(events)
+        self._ring_bytes = sum([len(event.new_json or b"") for event in events]) + OVERHEAD * len(events)
+        for event in events:
+            fed = self._scopes.get(event.scope) or self._make_scope(event.scope)
+            fed.begins_at(event.revision - 1)
+            fed.ring.append(event)
+            fed.last = event.revision
 
     def connect_elsewhere(self, store_id: str, past: Past, epoch: int, position: int) -> None:
         """Make it the feed of changes that are numbered elsewhere: `arrive` enters them, with their positions."""
@@ -202,25 +239,30 @@ class Feed:
             return False
         return self._history(scope) is not None or bool(self._interests.consumers(scope))
 
-    def want(self, scope: str | None, prefix: str = "", consumer: int | None = None) -> Interest:
-        """Have a scope fed, or all scopes with a prefix, from the next turn of each on."""
-        interest, new = self._exclusive.run(self._want, (scope, prefix, consumer))
+    def want(
+        self, scope: str | None, prefix: str = "", consumer: int | None = None, *, began: int | None = None
+    ) -> Interest:
+        """Have a scope fed, or all scopes with a prefix, from the next turn of each on.
+
+        `began`: everything of them behind this position was entered already, or there was nothing.
+        """
+        interest, new = self._exclusive.run(self._want, (scope, prefix, consumer), began)
         if new:
             self._feed(interest)
         return interest
 
-    def _want(self, what: What) -> tuple[Interest, bool]:
+    def _want(self, what: What, began: int | None) -> tuple[Interest, bool]:
         found = self._interests.get(what)
         if found is not None:
             found.users += 1
             return found, False
         # What was entered before was not for it.
-        if not self._numbered_elsewhere:
+        if began is None and not self._numbered_elsewhere:
             self.position += 1
             if not self._holds:
                 # Or the cursor of a watch that has seen nothing yet would stand before the begin of its interest.
                 self._shown = self.position
-        interest = self._interests.add(what, self.position)
+        interest = self._interests.add(what, self.position if began is None else began)
         interest.users = 1
         self._await_durable()
         return interest, True
@@ -691,11 +733,15 @@ class Feed:
             return found
         position, prefix = cursor.position or 0, watcher.scope_prefix
         covered = self._interests.cover(prefix, position)
-        if cursor.epoch != self.epoch or not self._floor <= position <= self.position or not covered:
+        if not self._has_saved(cursor.epoch, position) or not self._floor <= position <= self.position or not covered:
             return None
         found = [*takewhile(lambda event: event.position > position, reversed(self._ring))][::-1]
         watcher.begin({}, found[-1].position if found else position)
         return [event for event in found if event.scope.startswith(prefix)]
+
+    def _has_saved(self, epoch: int, position: int) -> bool:
+        """Return whether what was changed up to a position of an epoch is there."""
+        return epoch == self.epoch or (self.journal is not None and not self.journal.was_lost(epoch, position))
 
     @exclusive
     def begin_at(self, watcher: Watcher, revisions: dict[str, int], position: int) -> None:

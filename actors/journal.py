@@ -236,6 +236,17 @@ class Journal(ABC):
         """
 
     @abstractmethod
+    def was_lost(self, epoch: int, position: int) -> bool:
+        """Return whether `gone` says "lost in a crash". In constant time, without the disk."""
+
+    @abstractmethod
+    def newest(self, most: int) -> tuple[list[StateEvent], int]:
+        """Return the newest events, in order, and the position behind which every change is among them.
+
+        So many at most, and fewer if they are large.
+        """
+
+    @abstractmethod
     def gone_in_scope(self, scope: str, revision: int) -> Gone | None:
         """As `gone`, for `read_scope(scope, revision)`. Revisions never repeat, so no epoch is needed."""
 

@@ -221,6 +221,7 @@ class Parts:
             raise EngineClosed
         try:
             self._attach(backend)
+            self.router.feed.prime()
         except BaseException:
             self._attach(before)
             raise

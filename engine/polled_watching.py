@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from scopestate.actors.reply import ReplyTo
-from scopestate.actors.watcher import changes_of
 from scopestate.errors import (
     CallTimeout,
     Compacted,
@@ -23,11 +22,9 @@ from scopestate.errors import (
     InvalidCursor,
     NotConnected,
     ScopestateError,
-    StorageError,
     Unsupported,
 )
 from scopestate.ops.changes import Change, ChangeKind, KnownCursor
-from scopestate.ops.cursors import ManyCursor, read_cursor
 from scopestate.ops.values import parse
 from scopestate.watch_settings import WatchSettings
 from scopestate.watching import PROGRESS_S, AioChanges, Changes, Steps, _Watch
@@ -35,11 +32,10 @@ from scopestate.watching import PROGRESS_S, AioChanges, Changes, Steps, _Watch
 if TYPE_CHECKING:
     from scopestate.actors.ports import ChangeSource
     from scopestate.engine import Engine
-    from scopestate.ops.results import StateEvent
 
 MOST: Final = 1_000
 """Changes that are asked for at a time."""
-AGAIN_S: Final = 0.5
+AGAIN_S: Final = 0.05
 """Pause after a poll that has failed because there is no connection."""
 _AWAY: Final = (CallTimeout, ConnectionLost, NotConnected)
 
@@ -258,38 +254,16 @@ class Polled(_Watch):
     # ---------------------------------------------------------------------------------------------------- taking over
 
     def prepare(self) -> None:
-        """The scopes are about to be in this engine: read what it has behind the cursor, and have what comes entered.
+        """The scopes are about to be in this engine: have what comes entered, until a poll goes on from its cursor.
 
-        Nothing of the other engine is under way, and nothing is changed here yet. A poll then goes on from here.
+        Nothing of the other engine is under way, and nothing is changed here yet.
         """
         self._round += 1
         self._polling = False
-        try:
-            self._prepare()
-        except StorageError as error:
-            self._error = error
-
-    def _prepare(self) -> None:
-        answered, settings, feed = self._answered, self._settings, self._feed
-        if self._watcher.closed or self._error is not None or answered is None or self._snapshot:
-            return  # a snapshot begins anew
-        found = read_cursor(answered)
-        missed: list[StateEvent] = []
-        if isinstance(found, ManyCursor):
-            journal, position = feed.journal, found.position or 0
-            if journal is None or found.store != feed.store_id:
-                return  # it cannot go on, which its next poll says
-            if journal.gone(found.epoch, position, prefix=settings.scope_prefix) is not None:
-                return
-            while events := journal.read(position):
-                missed += [event for event in events if event.scope.startswith(settings.scope_prefix)]
-                position = events[-1].position
-        # It stays wanted for as long as a poll may need to come.
-        feed.unwant(feed.want(settings.scope, settings.scope_prefix))
-        if isinstance(found, ManyCursor):
-            made = changes_of(missed, feed.cursors, everything=self._watcher.everything)
-            self._answered = feed.cursors.at(feed.shown())
-            self._watcher._add(self._watcher.filtered(made))
+        if not self.over:
+            self._feed.unwant(
+                self._feed.want(self._settings.scope, self._settings.scope_prefix, began=self._feed.primed)
+            )
 
     def go_on(self, source: ChangeSource) -> None:
         """Poll this one from now on."""

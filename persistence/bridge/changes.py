@@ -32,6 +32,10 @@ AWAY: Final = (CallTimeout, ConnectionLost, NotConnected)
 """There is no connection, or no answer: the next poll may have one."""
 
 
+RESENT: Final = 10
+"""How often a poll is sent again after its connection was lost, where its caller waits for it."""
+
+
 class RemoteChanges(ChangeSource):
     """Polls the other engine. One that does not have `state::changes`, such as iii, is refused with Unsupported."""
 
@@ -63,13 +67,16 @@ class RemoteChanges(ChangeSource):
                 self._pass_on(self._wait_for_successor())
 
     def poll_now(self, asked: Mapping[str, Any]) -> bytes:
-        waiter = Waiter()
-        self.poll(asked, waiter.done)
-        try:
-            return waiter.get() or b""
-        except (ConnectionLost, NotConnected):
-            if not self._is_leaving():
-                raise
+        for attempt in range(RESENT + 1):
+            waiter = Waiter()
+            self.poll(asked, waiter.done)
+            try:
+                return waiter.get() or b""
+            except (ConnectionLost, NotConnected) as error:
+                if self._is_leaving():
+                    break
+                if isinstance(error, NotConnected) or attempt == RESENT:
+                    raise
         return self._wait_for_successor().poll_now(asked)
 
     def _wait_for_successor(self) -> ChangeSource:

@@ -47,8 +47,10 @@ log = logging.getLogger("scopestate.persistence.bridge")
 
 MOST: Final = 500
 """Changes that are asked for at a time."""
-AGAIN_S: Final = 0.5
-"""Pause after a poll that has failed."""
+AGAIN_S: Final = 0.05
+"""Pause after a poll that has failed, as there is no connection."""
+REFUSED_S: Final = 2.0
+"""Pause after a poll that the other engine refuses."""
 SHOWN_S: Final = 300.0
 """How long health reports that changes were lost."""
 FIRST_S: Final = 1.0
@@ -349,7 +351,7 @@ class RemoteEvents:
                 self._refusal = f"the other engine does not tell its changes: {error}; local triggers hear of none"
                 log.error("bridge: %s", self._refusal)  # noqa: TRY400 - the text says it all
                 self.cursor = None
-                await asyncio.sleep(4 * AGAIN_S)
+                await asyncio.sleep(REFUSED_S)
                 self._begin = self._post({"limit": MOST})
             else:
                 self._refusal = ""

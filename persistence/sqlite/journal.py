@@ -44,6 +44,10 @@ _SIZE: Final = (
 )
 
 
+_OLDEST_OF_NEWEST: Final = "SELECT coalesce((SELECT position FROM journal ORDER BY position DESC LIMIT 1 OFFSET ?), 0)"
+"""The position of the oldest of the newest changes; 0 if there are fewer."""
+
+
 class Run(Protocol):
     """Calls `work` with a connection. `doing` completes "cannot ..." in the text of an error."""
 
@@ -146,12 +150,30 @@ class SavedJournal(Journal):
         return self._read("read the journal", lambda connection: changes.read_at(connection, wanted))
 
     def gone(self, epoch: int, position: int, *, scope: str | None = None, prefix: str = "") -> Gone | None:
-        if epoch != self.epoch and position > self._epochs.get(epoch, -1):
+        if self.was_lost(epoch, position):
             return "lost in a crash"
         trimmed = self._read(
             "look into the journal", lambda connection: changes.trimmed_up_to(connection, scope, prefix)
         )
         return "trimmed" if position < trimmed else None
+
+    def was_lost(self, epoch: int, position: int) -> bool:
+        return epoch != self.epoch and position > self._epochs.get(epoch, -1)
+
+    def newest(self, most: int) -> tuple[list[StateEvent], int]:
+        def work(connection: sqlite3.Connection) -> tuple[list[StateEvent], int]:
+            ((oldest,),) = connection.execute(_OLDEST_OF_NEWEST, (most - 1,)).fetchall()
+            behind = max(changes.trimmed_up_to(connection, None, ""), oldest - 1)
+            found = changes.read_by_position(connection, behind, None, most, MOST_BYTES)
+            while (
+                rest := changes.read_by_position(connection, found[-1].position, None, most, MOST_BYTES)
+                if found
+                else []
+            ):
+                found, behind = rest, found[-1].position
+            return found, behind
+
+        return self._read("read the newest changes", work)
 
     def gone_in_scope(self, scope: str, revision: int) -> Gone | None:
         return self._read(

@@ -49,16 +49,24 @@ def configured(directory: Path) -> Config:
 
 
 class Processes:
-    """An engine that has opened the directory, and one that reaches it through that."""
+    """An engine that has opened the directory, and two that reach it through that."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = configured(directory)
         self.owner = Engine(self.config)
         self.server = Server(self.owner, port=0).start()
+        self.follower, self.other = self._follow(), self._follow()
+
+    def _follow(self) -> Engine:
         options = BridgeOptions(bridge_url=self.server.url, events="remote")
-        self.follower = Engine(self.config, adapter=BridgeBackend(options))
-        self.follower.get("s", "k")  # it has a connection, and is told of what changes from here on
+        engine = Engine(self.config, adapter=BridgeBackend(options))
+        engine.get("s", "k")  # it has a connection
+        return engine
+
+    def serve_again(self) -> None:
+        """Serve the other follower where the owner was."""
+        self.server = Server(self.follower, port=self.server.port).start()
 
     def hand_over(self, between: Callable[[], object] = lambda: None) -> None:
         """Close the owner in order, and have the other one take over."""
@@ -69,8 +77,9 @@ class Processes:
         self.follower._parts.take_over(LocalBackend(store, lambda scope: "commit"))
 
     def close(self) -> None:
-        self.follower.close()
+        self.other.close()
         self.server.stop()
+        self.follower.close()
         self.owner.close()
 
 
@@ -199,6 +208,24 @@ async def test_the_last_changes_of_an_engine_that_closes_are_the_answer_of_a_pol
     two.owner.close()  # on this thread: the poll finds the change, and that no more can come
 
     assert [change["value"] for change in (await answer)["changes"]] == ["last"]
+
+
+def test_watches_and_triggers_of_another_follower_go_on_at_the_new_owner(two: Processes) -> None:
+    seen, failures = Seen(), list[DeliveryFailure]()
+    two.other.on_error(failures.append)
+    two.other.on_change(scope="s")(seen)
+    with two.other.watch("s", snapshot=False) as one, two.other.watch(snapshot=False) as many:
+        two.owner.set("s", "k", 0)
+        seen.wait_for(1)
+        assert one.get(PATIENCE_S).value == many.get(PATIENCE_S).value == 0
+
+        two.hand_over()
+        two.follower.set("s", "k", 1)  # before it can come
+        two.serve_again()
+
+        assert one.get(PATIENCE_S).value == many.get(PATIENCE_S).value == 1
+    assert [event.new_value for event in seen.wait_for(2)] == [0, 1]
+    assert not failures
 
 
 # ---------------------------------------------------------------------------------------------------------- triggers
