@@ -33,7 +33,7 @@ AWAY: Final = (CallTimeout, ConnectionLost, NotConnected)
 
 
 RESENT: Final = 10
-"""How often a poll is sent again after its connection was lost, where its caller waits for it."""
+"""How often a call that reads is sent again after its connection was lost."""
 
 
 class RemoteChanges(ChangeSource):
