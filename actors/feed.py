@@ -66,6 +66,8 @@ class Feed:
 
     over = ""
     """Why writes to the scopes of durable triggers wait: the journal is full. "": they do not."""
+    primed = 0
+    """The position behind which `prime` has entered everything."""
     _room = _room_bytes = sys.maxsize
     """So much may be unsaved until it is."""
 
@@ -102,8 +104,6 @@ class Feed:
         self._many: tuple[Watcher, ...] = ()
         self._ring: deque[StateEvent] = deque()
         self._ring_bytes = 0
-        self.primed = 0
-        """The position behind which `prime` has entered everything."""
         self._floor = 0
         """Changes up to this position are not in the ring."""
         self._shown = 0

@@ -352,6 +352,7 @@ class World:
         )
         kv = {
             "store_method": "file_based",
+            "share": "never",  # the directory is copied in the middle, and one thread does everything
             "file_path": str(self.directory),
             "save_interval_ms": draw.choice((200, 1000, 5000)),
         }
