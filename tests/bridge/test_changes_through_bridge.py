@@ -304,7 +304,7 @@ def test_without_a_trigger_nothing_is_asked_of_the_other_engine(
 def test_a_trigger_that_comes_after_all_others_have_gone_is_told_from_then_on(
     there: Engine, serve: Serve, open_bridge: OpenBridge
 ) -> None:
-    here = open_bridge(serve().url, events="remote", call_timeout_ms=200)
+    here = open_bridge(serve().url, events="remote", call_timeout_ms=2_000)
     polls = here._parts.backend._events  # type: ignore[attr-defined]
     for number in range(3):
         seen = Seen()
