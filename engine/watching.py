@@ -18,7 +18,7 @@ from scopestate.actors.snapshot import Flush
 from scopestate.actors.watcher import Watcher, changes_of
 from scopestate.errors import Compacted, EngineClosed, Unsupported, WatchOverrun
 from scopestate.ops.changes import Change, KnownCursor
-from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor, ScopeCursors
+from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor, ScopeCursors, read_cursor
 from scopestate.ops.ranges import State
 from scopestate.ops.turns import Entry, Range, Turn
 from scopestate.signals import Guard
@@ -143,7 +143,7 @@ class _Watch:
         position = feed.shown()
         scopes = [] if settings.scope is None else [settings.scope]
         if settings.scope is None and snapshot:
-            scopes = yield lambda: scopes_there(self._engine, settings.scope_prefix)
+            scopes = yield self._scopes_there
         for scope in scopes:
             revisions[scope], found[scope] = yield scope, State(within)
         feed.begin_at(self._watcher, revisions, 0 if snapshot and not elsewhere else position)
@@ -156,6 +156,11 @@ class _Watch:
         """Return what to wait for so that the feed has everything that was changed by now."""
         catch_up = self._engine._parts.backend.catch_up
         return self._engine._router.ask(Routed()) if catch_up is None else catch_up
+
+    def _scopes_there(self) -> list[str]:
+        engine, prefix = self._engine, self._settings.scope_prefix
+        there = {*list(engine._scopes), *engine._parts.scopes()}
+        return sorted(scope for scope in there if scope.startswith(prefix))
 
     def _deletes(self, there: Iterable[_Row]) -> list[_Row]:
         """Return what makes a delete of each key that the caller has and that is not there any more."""
@@ -235,6 +240,11 @@ class _Watch:
             if there is not None:
                 floor = there[0] - 1
             oldest = None if floor is None else self._cursors.at(floor)
+        elif reason == "lost in a crash" and feed.journal is not None:
+            cursor = read_cursor(self._settings.since)
+            assert isinstance(cursor, ManyCursor)  # as for any watch of many scopes
+            saved = feed.journal.saved_up_to(cursor.epoch)
+            oldest = None if saved is None else ManyCursor(cursor.store, cursor.epoch, saved).text()
         return Compacted(str(self._settings.since), reason, oldest)
 
     def _page_steps(self) -> Steps[None]:
@@ -425,12 +435,6 @@ class _Watch:
         settings = self._settings
         where = f"scope {settings.scope!r}" if settings.scope is not None else f"scopes {settings.scope_prefix!r}*"
         return f"<watch of {where}{', closed' if self._watcher.closed else ''}>"
-
-
-def scopes_there(engine: Engine, prefix: str) -> list[str]:
-    """Return the scopes that hold keys, or may, and whose names begin so. Raises StorageError."""
-    there = {*list(engine._scopes), *engine._parts.scopes()}
-    return sorted(scope for scope in there if scope.startswith(prefix))
 
 
 class _Pages:

@@ -90,7 +90,9 @@ class BridgeBackend(Backend):
         self.leaving = False
         """As in `Connection`."""
         self._open = [None]
-        self.changes: RemoteChanges = RemoteChanges(self._post, options.call_timeout_ms, lambda: self.leaving)
+        self.changes: RemoteChanges = RemoteChanges(
+            self._post, options.call_timeout_ms, options.connect_wait_ms, lambda: self.leaving
+        )
         client_options = ClientOptions(
             connect_wait_s=options.connect_wait_ms / 1000,
             call_timeout_s=options.call_timeout_ms / 1000,

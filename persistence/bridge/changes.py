@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,14 +36,22 @@ AWAY: Final = (CallTimeout, ConnectionLost, NotConnected)
 RESENT: Final = 10
 """How often a call that reads is sent again after its connection was lost."""
 
+_AGAIN_S: Final = 0.02
+"""Pause until an engine that closes is asked again, or the next one."""
+
+
+class _Closes(NotConnected):
+    """The other engine is closing: another one will be there, or none."""
+
 
 class RemoteChanges(ChangeSource):
     """Polls the other engine. One that does not have `state::changes`, such as iii, is refused with Unsupported."""
 
-    def __init__(self, call: Call, call_timeout_ms: int, is_leaving: Callable[[], bool]) -> None:
+    def __init__(self, call: Call, call_timeout_ms: int, connect_wait_ms: int, is_leaving: Callable[[], bool]) -> None:
         """`is_leaving()`: True from the moment at which no call is sent any more, as another backend takes over."""
         self._call = call
         self.longest_wait_ms = min(LONGEST_WAIT_MS, call_timeout_ms // 2)
+        self._connect_wait_s = connect_wait_ms / 1000
         self._is_leaving = is_leaving
         self._waiting: list[tuple[Mapping[str, Any], Done]] = []
         """Polls that were begun as this side was leaving, for the source that comes."""
@@ -67,15 +76,22 @@ class RemoteChanges(ChangeSource):
                 self._pass_on(self._wait_for_successor())
 
     def poll_now(self, asked: Mapping[str, Any]) -> bytes:
-        for attempt in range(RESENT + 1):
+        resent, ends_s = 0, time.monotonic() + self._connect_wait_s
+        while not self._is_leaving():
             waiter = Waiter()
             self.poll(asked, waiter.done)
             try:
                 return waiter.get() or b""
-            except (ConnectionLost, NotConnected) as error:
-                if self._is_leaving():
-                    break
-                if isinstance(error, NotConnected) or attempt == RESENT:
+            except _Closes:
+                if time.monotonic() > ends_s:
+                    raise
+                time.sleep(_AGAIN_S)
+            except NotConnected:
+                if not self._is_leaving():
+                    raise
+            except ConnectionLost:
+                resent += 1
+                if resent > RESENT:
                     raise
         return self._wait_for_successor().poll_now(asked)
 
@@ -105,7 +121,7 @@ def error_of(text: bytes | None, error: ScopestateError | None) -> ScopestateErr
     """Return the error of a poll as it would be raised in the other engine."""
     if isinstance(error, RemoteFailure):
         if error.code == EngineClosed.code:
-            return NotConnected("the other engine has closed")  # another one will be there
+            return _Closes("the other engine is closing")
         return refusal_of(error) or error
     if error is None and text is None:
         return RemoteFailure(FUNCTION_ID, "serialization_error", "its answer has no value")

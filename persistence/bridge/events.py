@@ -53,7 +53,7 @@ REFUSED_S: Final = 2.0
 """Pause after a poll that the other engine refuses."""
 SHOWN_S: Final = 300.0
 """How long health reports that changes were lost."""
-FIRST_S: Final = 10.0
+FIRST_S: Final = 1.0
 """How long the first trigger waits at most until it is known whether there is a connection."""
 _KINDS: Final = ("created", "updated", "deleted", "expired")
 
@@ -343,8 +343,13 @@ class RemoteEvents:
             except Unsupported:
                 raise
             except Compacted as error:
-                self._report_lost(error)
-                self.cursor = None
+                if error.reason == "lost in a crash" and error.oldest not in (None, self.cursor):
+                    # What was lost never was: no event is missing, if what was saved is told from there on.
+                    log.warning("bridge: triggers were told of changes that the owner before has not saved")
+                    self.cursor = error.oldest
+                else:
+                    self._report_lost(error)
+                    self.cursor = None
             except AWAY:
                 await asyncio.sleep(AGAIN_S)
             except (ScopestateError, msgspec.DecodeError) as error:

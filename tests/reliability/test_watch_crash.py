@@ -65,3 +65,15 @@ def test_no_change_of_a_commit_scope_that_a_watch_has_seen_is_lost(tmp_path: Pat
         for at, cursor in enumerate(cursors):
             with watch(engine, which, cursor) as changes:
                 assert [changes.get(PATIENCE_S).value for _ in range(9 - at)] == list(range(at + 1, 10))
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_watch_of_many_scopes_can_go_on_where_the_crash_was(tmp_path: Path) -> None:
+    cursors = killed(tmp_path / "store", "interval")["many"]
+    with Engine.from_config(settings("interval", tmp_path / "store", scopes=HISTORY)) as engine:
+        engine.set("s", "k", 100)
+        with pytest.raises(Compacted) as caught:
+            engine.watch(since=cursors[7])
+        with engine.watch(since=caught.value.oldest) as changes:
+            engine.set("t", "k", 101)
+            assert [changes.get(PATIENCE_S).value for _ in range(2)] == [100, 101]

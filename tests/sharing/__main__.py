@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", metavar="FOLDER", help="keep the logs of runs that found something there")
     options = parser.parse_args(arguments)
     bad = 0
+    all_figures = []
     for seed in range(options.seed, options.seed + options.runs):
         began = time.monotonic()
         processes = options.processes or processes_of(seed)
@@ -38,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 run = killing.run(plan, Path(folder))
                 found = found_in(run)
-                print(f"seed {seed}, {processes} processes: {summary(run)}")
+                all_figures.append(figures_of(run))
+                print(f"seed {seed}, {processes} processes: {text_of(all_figures[-1])}")
             except AssertionError as error:
                 found = [f"the run does not end: {error}"]
             if found and options.keep:
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             for text in texts[:3]:
                 print(f"    {text}")
         print(f"  {time.monotonic() - began:.1f} s", flush=True)
-    print(f"{options.runs} runs, {bad} bad")
+    print(f"{options.runs} runs, {bad} bad: {text_of(together(all_figures))}")
     return 1 if bad else 0
 
 
@@ -63,16 +65,15 @@ def found_in(run: Run) -> list[str]:
     return [text for check in checks.CHECKS for text in check(run)]
 
 
-def summary(run: Run) -> str:
-    """Return the figures of a run as text."""
-    return ", ".join(f"{name} {value}" for name, value in figures_of(run).items())
+def text_of(figures: dict[str, float]) -> str:
+    """Return figures as text."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
 
 
 def figures_of(run: Run) -> dict[str, float]:
     """Return the figures of a run."""
     outcomes = Counter(one.outcome for one in run.attempts)
     ends = Counter(f"{'owners' if death.was_owner else 'followers'}_{death.how}" for death in run.deaths)
-    service = checks.service_ms(run)
     figures: dict[str, float] = {
         "acknowledged": outcomes["end"],
         "unknown": outcomes["unknown"],
@@ -85,10 +86,25 @@ def figures_of(run: Run) -> dict[str, float]:
         "told": len(run.words("told", "saw")),
         "compacted": len(run.words("watch compacted")),
     }
-    if service:
-        figures["service_p50_ms"] = round(service[len(service) // 2], 1)
-        figures["service_max_ms"] = round(service[-1], 1)
+    for name, followers in (("service", False), ("service_of_followers", True)):
+        if service := checks.service_ms(run, followers=followers):
+            figures[f"{name}_p50_ms"] = round(service[len(service) // 2], 1)
+            figures[f"{name}_p90_ms"] = round(service[len(service) * 9 // 10], 1)
+            figures[f"{name}_max_ms"] = round(service[-1], 1)
     return figures
+
+
+def together(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Return the figures of several runs: sums, of times at which something was served the median and the longest."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    found: dict[str, float] = {"runs": len(runs)}
+    for name in names:
+        values = sorted(run[name] for run in runs if name in run)
+        if name.endswith("_max_ms"):
+            found[name] = values[-1]
+        else:
+            found[name] = values[len(values) // 2] if name.endswith("_ms") else sum(values)
+    return found
 
 
 if __name__ == "__main__":

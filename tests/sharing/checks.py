@@ -256,19 +256,20 @@ CHECKS: Final[tuple[Callable[[Run], list[str]], ...]] = (
 )
 
 
-def service_ms(run: Run) -> list[float]:
-    """Return, for each kill of an owner, how long it took until a call that began after it was answered."""
+def service_ms(run: Run, *, followers: bool = False) -> list[float]:
+    """Return, for each kill of an owner, how long it took until a call that began after it was answered.
+
+    `followers`: in a process that is not the next owner. A kill is left out if the next one came before that.
+    """
     answered = sorted((one.ended or 0, one.began, one.process) for one in run.attempts if one.outcome == "end")
+    kills = [death for death in run.deaths if death.how == "kill" and death.was_owner]
     found = []
-    for death in run.deaths:
-        if death.how != "kill" or not death.was_owner:
-            continue
-        after = (
-            ended
-            for ended, began, process in answered
-            if ended > death.at and began > death.at and process != death.name
-        )
-        first = next(after, None)
-        if first is not None:
-            found.append((first - death.at) / 1e6)
+    for death, after in zip(kills, [*(death.at for death in kills[1:]), 1 << 62], strict=True):
+        owner = next((name for at, name in run.owners if at > death.at), None)
+        not_these = {death.name, owner if followers else None}
+        for ended, began, process in answered:
+            if began > death.at and process not in not_these:
+                if not followers or ended < after:
+                    found.append((ended - death.at) / 1e6)
+                break
     return sorted(found)
