@@ -27,6 +27,7 @@ import msgspec
 from scopestate.actors.ports import Backend, Durability
 from scopestate.config import Config, KvOptions
 from scopestate.errors import EngineClosed, NotConnected, ScopestateError, StorageError, StoreLocked, StoreUnusable
+from scopestate.inbox import Inbox
 from scopestate.lifecycle import wait_for_dropped
 from scopestate.persistence.local import LocalBackend
 from scopestate.signals import join
@@ -89,8 +90,8 @@ class Serving(Protocol):
     def run(self) -> None:
         """Serve on this thread until `stop` is called on another one."""
 
-    def stop(self) -> None:
-        """Close every connection, and end `run`. Idempotent."""
+    def end(self) -> None:
+        """Have it close every connection, and return from `run`. Idempotent; does not wait."""
 
     def followers(self) -> int:
         """Return how many engines follow."""
@@ -131,13 +132,14 @@ class Sharing:
         self._wakers: tuple[socket.socket, ...] = ()
         self._serving: threading.Thread | None = None
         self._watching: threading.Thread | None = None
-        self._lost = threading.Event()
-        """Set when the connection to the owner may be lost, and to end the thread."""
+        self._lost: Inbox[None] = Inbox()
+        """Wakes the thread of a follower: the connection to the owner may be lost, or the engine closes."""
         self._orderly = False
         """Whether the owner has ended the last connection in order."""
         self._reason = ""
         """Why there is no connection."""
-        self._ending = threading.Event()
+        self._ends = False
+        """Whether the engine closes."""
 
     # ---------------------------------------------------------------------------------------------------------- opening
 
@@ -262,11 +264,11 @@ class Sharing:
             selector.register(self._wakers[0], selectors.EVENT_READ)
             selector.select()
         engine = engine_ref()
-        if self._ending.is_set() or engine is None:
+        if self._ends or engine is None:
             return
         try:
             self._server = importlib.import_module(SERVER).FollowerServer(engine, listener)
-            if self._server is not None and not self._ending.is_set():
+            if self._server is not None and not self._ends:
                 self._server.run()
         except Exception:
             log.exception("the engines of other processes cannot be served in %s", self.directory)
@@ -297,7 +299,7 @@ class Sharing:
             self._orderly = True
         self._reason = reason
         if follower is not None:
-            self._lost.set()
+            self._lost.put(None)
 
     def _describe_owner(self) -> str:
         """Say which process the owner is, for errors."""
@@ -318,22 +320,21 @@ class Sharing:
         follower = self._follower
         assert follower is not None
         while True:
-            self._lost.wait()
-            self._lost.clear()
-            if follower.connected and not self._ending.is_set():
+            self._lost.get()
+            if follower.connected and not self._ends:
                 continue  # it was an attempt to connect that failed, and another one did not
             pause_s, began, told = FIRST_PAUSE_S, time.monotonic(), False
-            while not self._ending.is_set() and not follower.connected:
+            while not self._ends and not follower.connected:
                 if self._take_over(began):
                     return
-                self._ending.wait(RETRY_S if self._problem else pause_s)
-                pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 1.5, RETRY_S if self._problem else LONGEST_PAUSE_S)
                 if not told and time.monotonic() - began > LASTS_S:
                     told = True
                     log.warning(
                         "%s: calls wait for its owner: %s; %s", self.directory, self._reason, self._describe_owner()
                     )
-            if self._ending.is_set():
+            if self._ends:
                 return
             self._note_owner(began, told)
 
@@ -378,7 +379,7 @@ class Sharing:
             return False
         parts = self._parts()
         try:
-            if parts is None or self._ending.is_set():
+            if parts is None or self._ends:
                 raise EngineClosed
             parts.take_over(backend)
         except EngineClosed:
@@ -407,8 +408,8 @@ class Sharing:
 
     def end_following(self) -> None:
         """Take the directory over no more: the engine closes. Waits for a take-over that is under way. Idempotent."""
-        self._ending.set()
-        self._lost.set()
+        self._ends = True
+        self._lost.put(None)
         thread = self._watching
         if thread is not None and thread is not threading.current_thread():
             join(thread)
@@ -422,7 +423,7 @@ class Sharing:
             with contextlib.suppress(OSError):
                 waker.send(b"x")
         if self._server is not None:
-            self._server.stop()
+            self._server.end()
         if self._serving is not None:
             join(self._serving)
         if self._listener is not None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -17,7 +16,6 @@ from scopestate.engine import Engine
 from scopestate.persistence.sharing.sockets import Listener, replace_by_nothing
 from scopestate.server.connections import GOING
 from scopestate.server.server import STOPS, Server
-from scopestate.signals import wait_for
 from scopestate.wire.options import GOODBYE
 
 log = logging.getLogger("scopestate.sharing")
@@ -53,25 +51,18 @@ class FollowerServer(Server):
         self._unwanted = False
         self._held: bool | None = None
         """As `handlers_may` of the last `hold`; None: calls are not held."""
-        self._ended = threading.Event()
-        self._ended.set()
 
     def run(self) -> None:
-        """Serve on this thread until `stop` is called on another one."""
-        self._ended.clear()
-        try:
-            self._run()
-        finally:
-            self._ended.set()
+        """Serve on this thread until `end` is called on another one."""
+        self._run()
 
-    def stop(self) -> None:
-        """Close every connection, and end `run`. Idempotent."""
+    def end(self) -> None:
+        """Have it close every connection, and return from `run`. Idempotent; does not wait."""
         self._unwanted = True
         loop = self._loop
         if loop is not None:
             with contextlib.suppress(RuntimeError):  # it has ended already
                 loop.call_soon_threadsafe(self._ask_to_stop)
-        wait_for(self._ended.wait, STOP_S)
 
     def followers(self) -> int:
         """Return how many engines follow."""
@@ -136,15 +127,18 @@ class FollowerServer(Server):
             # With a call that was begun and is not answered, the follower must take it for one that may have been done.
             worker.close(GOING, STOPS if worker.has_calls else GOODBYE)
 
+    def _is_running(self) -> bool:
+        return self._loop is not None
+
     def _on_loop(self, work: Callable[[], object]) -> bool:
         """Call `work` on the thread of the server, and wait for it. False: the server has ended."""
-        over = threading.Event()
+        done: list[None] = []
 
         def do() -> None:
             try:
                 work()
             finally:
-                over.set()
+                done.append(None)
 
         try:
             if self._loop is None:
@@ -152,4 +146,8 @@ class FollowerServer(Server):
             self._loop.call_soon_threadsafe(do)
         except RuntimeError:  # it has ended at this moment
             return False
-        return wait_for(lambda slice_s: over.wait(slice_s) or self._ended.is_set(), STOP_S) and over.is_set()
+        # Polled: an interruption within the methods of an `Event` could leave its lock taken.
+        deadline = time.monotonic() + STOP_S
+        while not done and self._is_running() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return bool(done)
