@@ -408,8 +408,8 @@ class Engine(Reactive, StateCalls):
 
         Raises Compacted if the changes behind `since` are gone, InvalidCursor, DeserializationError for arguments that
         make no sense, Unsupported where the scopes are kept elsewhere and that place has no watch, and what `get`
-        raises. Through a bridge a snapshot is of one scope, `since` is no revision, and there is no WatchOverrun: a
-        watch that is not read for a minute needs `history` in the other engine.
+        raises. Through a bridge there is no WatchOverrun: a watch that is not read for a minute needs `history` in the
+        other engine.
         """
         return watch_now(self, WatchSettings(scope, scope_prefix, options))
 

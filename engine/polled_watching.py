@@ -22,9 +22,9 @@ from scopestate.errors import (
     InvalidCursor,
     NotConnected,
     ScopestateError,
-    Unsupported,
 )
 from scopestate.ops.changes import Change, ChangeKind, KnownCursor
+from scopestate.ops.cursors import read_cursor
 from scopestate.ops.values import parse
 from scopestate.watch_settings import WatchSettings
 from scopestate.watching import PROGRESS_S, AioChanges, Changes, Steps, _Watch
@@ -89,6 +89,8 @@ class Polled(_Watch):
         """Answers to polls of an earlier round are of no use."""
         self._answered: str | None = None
         """The cursor of the next poll."""
+        self._behind: int | None = None
+        """The revision that the first poll goes on behind, in the place of a cursor."""
         self._before = ""
         """The cursor that begins with the snapshot again."""
         self._resynced = False
@@ -108,11 +110,12 @@ class Polled(_Watch):
     def _begin_steps(self) -> Steps[None]:
         settings = self._settings
         since = settings.since
-        if settings.snapshot and since is None and settings.scope is None:
-            raise Unsupported("a snapshot of many scopes", "they are in another engine: take `snapshot=False`")
-        if since is not None and not isinstance(since, str):
-            raise Unsupported("`since` as a revision", "the scope is in another engine: take a cursor")
-        self._answered = since
+        if type(since) is int:
+            _ = settings.cursor("")  # refuses one that makes no sense
+            self._behind = since
+        elif since is not None:
+            settings.check_cursor(read_cursor(since))
+            self._answered = since
         self._snapshot = settings.snapshot and since is None
         try:
             answer = yield self._poll_now
@@ -124,9 +127,7 @@ class Polled(_Watch):
         self._take_in(answer)
 
     def _begin_anew(self) -> None:
-        if self._settings.scope is None:
-            raise Unsupported('`on_compacted="resync"` for many scopes', "they are in another engine")
-        self._answered, self._snapshot, self._resynced = None, True, True
+        self._answered, self._behind, self._snapshot, self._resynced = None, None, True, True
         self._there.clear()
 
     def _poll_now(self) -> bytes:
@@ -143,6 +144,7 @@ class Polled(_Watch):
             "events": None if settings.filter.events is None else sorted(settings.filter.events),
             "values": None if settings.values else False,
             "cursor": self._answered,
+            "revision": self._behind if self._answered is None else None,
             "snapshot": True if self._snapshot and self._answered is None else None,
         }
         return asked | {name: value for name, value in given.items() if value is not None}
@@ -183,8 +185,12 @@ class Polled(_Watch):
         self._there.clear()
         if not self._settings.resync:
             self._known.clear()
-        cursor, wants = KnownCursor(self._before), self._settings.filter.wants_key
-        return [Change("delete", scope, key, None, None, 0, 0, True, 0, cursor) for scope, key in gone if wants(key)]
+        cursor, wants, prefix = KnownCursor(self._before), self._settings.filter.wants_key, self._settings.scope_prefix
+        return [
+            Change("delete", scope, key, None, None, 0, 0, True, 0, cursor)
+            for scope, key in gone
+            if wants(key) and scope.startswith(prefix)
+        ]
 
     def _note_synced(self) -> None:
         self._ready = self._watcher.pending
@@ -243,7 +249,7 @@ class Polled(_Watch):
     def _begins_anew(self, error: ScopestateError | None) -> bool:
         """Return whether to go on with a snapshot: the changes are gone, or the rest of a snapshot is."""
         if isinstance(error, Compacted):
-            return self._settings.resync and self._settings.scope is not None
+            return bool(self._settings.resync)
         # The pages of a snapshot are of one moment, and of one connection.
         return isinstance(error, InvalidCursor) and self._snapshot and self._answered is not None
 

@@ -33,7 +33,7 @@ from scopestate.polled_watching import watch_later, watch_now
 from scopestate.signals import Guard
 from scopestate.snapshots import PROGRAM, Caller
 from scopestate.watch_settings import WatchSettings
-from scopestate.watching import AioChanges, Changes
+from scopestate.watching import AioChanges, Changes, scopes_there
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
@@ -82,6 +82,12 @@ class _Open(NamedTuple):
     settings: WatchSettings
 
 
+class _Names(NamedTuple):
+    """A step: name the scopes of which there would be a snapshot."""
+
+    watch: WatchSettings
+
+
 class _Size(NamedTuple):
     """A step: count the keys that a snapshot would have."""
 
@@ -104,7 +110,7 @@ class _Next(NamedTuple):
     timeout_s: float
 
 
-_Step = _Open | _Size | _Entered | _Settled | _Next
+_Step = _Open | _Names | _Size | _Entered | _Settled | _Next
 _Steps = Generator[_Step, Any, bytes]
 
 
@@ -142,6 +148,8 @@ class Polls:
         match step:
             case _Open(settings=settings):
                 return watch_now(self._engine, settings)
+            case _Names(watch=settings):
+                return scopes_there(self._engine, settings.scope_prefix)
             case _Size(scope=scope, within=within):
                 return self._engine._run(scope, Count(within))
             case _Entered():
@@ -196,6 +204,8 @@ class Polls:
                 watch = opened or watch_later(self._engine, settings)
                 await watch._begin()
                 return watch
+            case _Names(watch=settings):
+                return await self._engine.aio.elsewhere(lambda: scopes_there(self._engine, settings.scope_prefix))
             case _Size(scope=scope, within=within):
                 return await self._engine.aio._run(scope, Count(within))
             case _Entered():
@@ -288,7 +298,8 @@ class Polls:
         if cursor is not None and cursor.startswith(SNAPSHOT):
             raise InvalidCursor("no snapshot")
         snapshot = poll.snapshot if cursor is None else _begins_with_snapshot(cursor)
-        options: dict[str, Any] = {"since": cursor, "snapshot": snapshot}
+        since = cursor if poll.revision is None else poll.revision
+        options: dict[str, Any] = {"since": since, "snapshot": snapshot}
         options |= {"key": poll.key, "prefix": poll.prefix, "events": poll.events, "values": poll.values}
         try:
             settings = WatchSettings(poll.scope, poll.scope_prefix, {**options, "buffer": BUFFER})  # type: ignore[typeddict-item]
@@ -297,20 +308,31 @@ class Polls:
                 return _Watched((yield _Open(settings)), poll, caller)
         except DeserializationError as error:
             raise misfit(FUNCTION_ID, str(error).replace("`since`", "`cursor`")) from error
-        if poll.scope is None:
-            raise InvalidCursor("another range")  # `snapshot` itself was refused before
-        keys = yield _Size(poll.scope, settings.within())
-        if keys > SNAPSHOT_ROWS:
-            raise SnapshotCapacity(
-                f"scope {poll.scope!r} has more than {SNAPSHOT_ROWS} keys: poll without `snapshot` for a cursor first, "
-                "then read the keys by pages"
-            )
+        if not caller.limited:
+            return _Watched((yield _Open(settings)), poll, caller)
+        yield from self._check_size(poll, settings)
         self._exclusive.run(self._enter_snapshot, caller.share)
         try:
             return _Watched((yield _Open(settings)), poll, caller, snapshot=True)
         except BaseException:
             self._exclusive.run(self._leave_snapshot, caller.share)
             raise
+
+    @staticmethod
+    def _check_size(poll: Poll, settings: WatchSettings) -> Generator[_Step, Any, None]:
+        """Refuse a snapshot of too many keys."""
+        scopes = [poll.scope]
+        if poll.scope is None:
+            scopes = yield _Names(settings)
+        keys = 0
+        for scope in scopes:
+            keys += yield _Size(scope or "", settings.within())
+            if keys > SNAPSHOT_ROWS:
+                where = f"scope {poll.scope!r} has" if poll.scope is not None else "these scopes have"
+                raise SnapshotCapacity(
+                    f"{where} more than {SNAPSHOT_ROWS} keys: poll without `snapshot` for a cursor first, then read "
+                    "the keys by pages"
+                )
 
     def _enter_snapshot(self, share: Hashable) -> None:
         if self._snapshots.total() >= SNAPSHOTS or self._snapshots[share] >= SNAPSHOTS_OF_A_SHARE:
@@ -433,6 +455,16 @@ class _Answer:
             self.changes.append(text)
         self.last = change
         return True
+
+
+def begins_with_snapshot(payload: object) -> bool:
+    """Return whether a poll with this input may begin with a snapshot."""
+    if not isinstance(payload, Mapping):
+        return False
+    cursor = payload.get("cursor")
+    if not isinstance(cursor, str):
+        return bool(payload.get("snapshot"))
+    return not cursor.startswith(SNAPSHOT) and _begins_with_snapshot(cursor)
 
 
 def _begins_with_snapshot(cursor: str) -> bool:

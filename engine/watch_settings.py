@@ -73,6 +73,13 @@ class WatchSettings:
                 raise DeserializationError(f"`since` is a cursor or a revision, not {since}")
             return ScopeCursor(store_id, self.scope, since)
         cursor = read_cursor(since)
+        self.check_cursor(cursor)
+        if cursor.store != store_id:
+            raise Compacted(since, "other store")
+        return cursor
+
+    def check_cursor(self, cursor: ScopeCursor | ManyCursor) -> None:
+        """Refuse a cursor of a watch of other scopes."""
         if isinstance(cursor, ScopeCursor) != (self.scope is not None) or (
             isinstance(cursor, ScopeCursor) and cursor.scope != self.scope
         ):
@@ -80,9 +87,6 @@ class WatchSettings:
                 "`since` is the cursor of a watch of other scopes: a cursor is for watches of the same scope, or, if "
                 "it is of many scopes, for any of these"
             )
-        if cursor.store != store_id:
-            raise Compacted(since, "other store")
-        return cursor
 
 
 def _flag(name: str, value: object) -> bool:

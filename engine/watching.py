@@ -143,7 +143,7 @@ class _Watch:
         position = feed.shown()
         scopes = [] if settings.scope is None else [settings.scope]
         if settings.scope is None and snapshot:
-            scopes = yield self._scopes_there
+            scopes = yield lambda: scopes_there(self._engine, settings.scope_prefix)
         for scope in scopes:
             revisions[scope], found[scope] = yield scope, State(within)
         feed.begin_at(self._watcher, revisions, 0 if snapshot and not elsewhere else position)
@@ -156,11 +156,6 @@ class _Watch:
         """Return what to wait for so that the feed has everything that was changed by now."""
         catch_up = self._engine._parts.backend.catch_up
         return self._engine._router.ask(Routed()) if catch_up is None else catch_up
-
-    def _scopes_there(self) -> list[str]:
-        engine, prefix = self._engine, self._settings.scope_prefix
-        there = {*list(engine._scopes), *engine._parts.scopes()}
-        return sorted(scope for scope in there if scope.startswith(prefix))
 
     def _deletes(self, there: Iterable[_Row]) -> list[_Row]:
         """Return what makes a delete of each key that the caller has and that is not there any more."""
@@ -435,6 +430,12 @@ class _Watch:
         settings = self._settings
         where = f"scope {settings.scope!r}" if settings.scope is not None else f"scopes {settings.scope_prefix!r}*"
         return f"<watch of {where}{', closed' if self._watcher.closed else ''}>"
+
+
+def scopes_there(engine: Engine, prefix: str) -> list[str]:
+    """Return the scopes that hold keys, or may, and whose names begin so. Raises StorageError."""
+    there = {*list(engine._scopes), *engine._parts.scopes()}
+    return sorted(scope for scope in there if scope.startswith(prefix))
 
 
 class _Pages:

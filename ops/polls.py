@@ -40,14 +40,17 @@ class ChangesInput(msgspec.Struct, frozen=True, kw_only=True):
     cursor: Annotated[
         str | None, Meta(description="The `cursor` of the poll before, or of a change; absent: from now on")
     ] = None
+    revision: Annotated[
+        int | None, Meta(description="In the place of a cursor: behind this revision of the scope; needs `scope`")
+    ] = None
     limit: Annotated[int, Meta(description="At most so many changes, 1 to 1,000")] = 100
     max_bytes: Annotated[
         int, Meta(description="At most so many bytes of JSON, 256 to 8,000,000; one change may take more")
     ] = 1_000_000
     wait_ms: Annotated[int, Meta(description="How long to wait for a change if there is none, 0 to 30,000")] = 0
-    snapshot: Annotated[
-        bool, Meta(description="Without a cursor: begin with the values that the keys have now; needs `scope`")
-    ] = False
+    snapshot: Annotated[bool, Meta(description="Without a cursor: begin with the values that the keys have now")] = (
+        False
+    )
     values: Annotated[bool, Meta(description="False: changes without their values")] = True
 
 
@@ -106,8 +109,8 @@ def read_poll(payload: Payload) -> Poll:
             raise DeserializationError(f"give `{one}` or `{other}`, not both")
     if poll.events is not None and not poll.events:
         raise DeserializationError("`events` is empty: nothing would be found. Leave it out for every kind")
-    if poll.snapshot and poll.scope is None:
-        raise DeserializationError("`snapshot` needs `scope`: a snapshot is of one scope")
+    if poll.revision is not None and (poll.scope is None or poll.cursor is not None):
+        raise DeserializationError("`revision` needs `scope`, and takes the place of `cursor`")
     return poll
 
 

@@ -20,6 +20,7 @@ from scopestate.ops.requests import OPTIONS, Request, WriteOptions, misfit, with
 from scopestate.ops.transactions import DELIVERY
 from scopestate.ops.values import check, decode, encode, json_words, parse
 from scopestate.ops.writes import Durable, unwrapped
+from scopestate.polls import begins_with_snapshot
 from scopestate.snapshots import REFUSED, Call
 from scopestate.wire.frames import last_wins
 
@@ -262,6 +263,8 @@ class StateFunctions:
         if access is None:
             return self._engine._polls.answer_later(payload, worker.caller)
         if not isinstance(scope, str):
+            if begins_with_snapshot(payload):
+                access.check_watch(None, _text(payload, "scope_prefix"))  # or scopes that it may not read are loaded
             return self._engine._polls.answer_later(payload, worker.caller, access.may_read)
         access.check_read(scope)
 
@@ -394,6 +397,11 @@ def _begun(coroutine: Coroutine[Any, Any, Result]) -> Outcome:
         return _Begun(coroutine, coroutine.send(None))
     except StopIteration as done:
         return done.value  # type: ignore[no-any-return]
+
+
+def _text(payload: Any, field: str) -> str | None:
+    given = payload.get(field)
+    return given if isinstance(given, str) else None
 
 
 def _decoded(function_id: str, data: Raw) -> Any:

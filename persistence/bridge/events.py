@@ -53,7 +53,7 @@ REFUSED_S: Final = 2.0
 """Pause after a poll that the other engine refuses."""
 SHOWN_S: Final = 300.0
 """How long health reports that changes were lost."""
-FIRST_S: Final = 1.0
+FIRST_S: Final = 10.0
 """How long the first trigger waits at most until it is known whether there is a connection."""
 _KINDS: Final = ("created", "updated", "deleted", "expired")
 

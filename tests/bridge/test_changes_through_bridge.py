@@ -12,7 +12,7 @@ import pytest
 from second_engine import PATIENCE_S, OpenBridge, Seen
 
 from scopestate import Engine, StateEvent
-from scopestate.errors import Compacted, EngineClosed, InvalidCursor, StorageError, Unsupported
+from scopestate.errors import Compacted, EngineClosed, InvalidCursor, StorageError
 from scopestate.ops.results import DeliveryFailure
 from scopestate.server.server import Server
 
@@ -109,14 +109,52 @@ def test_a_watch_of_another_store_is_compacted_or_begins_anew(
     assert [(one.kind, one.key, one.initial) for one in found] == [("put", "new", True), ("delete", "old", True)]
 
 
-def test_what_a_watch_through_a_bridge_cannot_do_is_refused(serve: Serve, open_bridge: OpenBridge) -> None:
+def test_a_watch_begins_with_many_scopes_and_behind_a_revision(
+    there: Engine, serve: Serve, open_bridge: OpenBridge
+) -> None:
     here = open_bridge(serve().url)
-
-    for arguments in ({}, {"scope_prefix": "s"}, {"scope": "s", "since": 3}):
-        with pytest.raises(Unsupported):
-            here.watch(**arguments)  # type: ignore[arg-type]
+    with there.watch("s0"):  # so that its changes are kept
+        there.set("other", "k", 0)
+        for number in range(3):
+            there.set(f"s{number}", "k", number)
+            there.set("s0", "more", number)
+    with here.watch(scope_prefix="s") as changes:
+        found = [changes.get(PATIENCE_S) for _ in range(4)]
+        assert [(one.scope, one.key, one.value) for one in found] == [
+            ("s0", "k", 0),
+            ("s0", "more", 2),
+            ("s1", "k", 1),
+            ("s2", "k", 2),
+        ]
+        assert all(one.initial for one in found)
+        there.set("s3", "k", 3)
+        assert changes.get(PATIENCE_S).scope == "s3"
+    with here.watch("s0", since=2) as changes:
+        assert [changes.get(PATIENCE_S).revision for _ in range(2)] == [3, 4]
     with pytest.raises(InvalidCursor):
         here.watch("s", since="nonsense")
+
+
+def test_a_watch_of_many_scopes_begins_anew_with_deletes_of_what_is_gone(
+    there: Engine, serve: Serve, open_bridge: OpenBridge
+) -> None:
+    server = serve()
+    here = open_bridge(server.url)
+    there.set("a", "old", 1)
+    there.set("b", "kept", 1)
+    with here.watch(on_compacted="resync") as changes:
+        assert [changes.get(PATIENCE_S).scope for _ in range(2)] == ["a", "b"]
+        server.stop()
+        with Engine() as other:
+            other.set("b", "kept", 2)
+            again = serve(other, port=server.port)
+            found = [changes.get(PATIENCE_S), changes.get(PATIENCE_S)]
+            again.stop()
+
+    assert [(one.kind, one.scope, one.key, one.initial) for one in found] == [
+        ("put", "b", "kept", True),
+        ("delete", "a", "old", True),
+    ]
 
 
 def test_closing_ends_a_watch_that_waits(there: Engine, serve: Serve, open_bridge: OpenBridge) -> None:
@@ -266,7 +304,7 @@ def test_without_a_trigger_nothing_is_asked_of_the_other_engine(
 def test_a_trigger_that_comes_after_all_others_have_gone_is_told_from_then_on(
     there: Engine, serve: Serve, open_bridge: OpenBridge
 ) -> None:
-    here = open_bridge(serve().url, events="remote", call_timeout_ms=200)
+    here = open_bridge(serve().url, events="remote", call_timeout_ms=2_000)
     polls = here._parts.backend._events  # type: ignore[attr-defined]
     for number in range(3):
         seen = Seen()
