@@ -438,6 +438,8 @@ class Sharing:
             self._listener.abandon()
         if self._server is not None:
             self._server.abandon()
+        if self._follower is not None:
+            self._follower.abandon()
 
     # ----------------------------------------------------------------------------------------------------------- status
 

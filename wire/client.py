@@ -107,6 +107,7 @@ class Client:
         """Largest message that the server accepts on this connection."""
         self.worker_id: str | None = None
         """The id that the server gave this connection; None while there is none."""
+        self._socket: ClientConnection | None = None
         self.connections = 0
         """Number of connections made so far."""
         self.was_refused = False
@@ -353,7 +354,13 @@ class Client:
             log.exception("the connection to %s failed unexpectedly", self.url)
             return f"the connection failed: {error!r}"
 
+    def fileno(self) -> int:
+        """Return the descriptor of the connection's socket; -1 if there is none."""
+        known = None if self._socket is None else self._socket.transport.get_extra_info("socket")
+        return -1 if known is None else int(known.fileno())
+
     async def _serve(self, socket: ClientConnection) -> str:
+        self._socket = socket
         announced = None if socket.response is None else socket.response.headers.get(LIMIT_HEADER)
         self._max_bytes = limit_in(announced, self.options.max_message_bytes)
         self._notes.extend(self._functions.registrations())

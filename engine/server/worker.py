@@ -56,12 +56,15 @@ class Worker:
         address: str | None,
         send: Callable[[bytes], object],
         close: Callable[[int, str], object],
+        *,
+        limited: bool = True,
     ) -> None:
+        """`limited`: as `Caller`."""
         self.session = session
         self.worker_id = session.worker_id
         self.access = access
         """None: it may do everything."""
-        self.caller = Caller(self if access is None else access)
+        self.caller = Caller(self if access is None else access, limited=limited)
         """Tells callers apart: the workers of one token share the room for snapshots."""
         self.address = address
         self.send = send

@@ -30,6 +30,7 @@ from scopestate.persistence.bridge.events import RemoteEvents
 from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.bridge.owner import BridgeConnectionOwner
 from scopestate.persistence.bridge.scope import MOST_REPEATS, BridgeScope, message_of
+from scopestate.persistence.sharing.sockets import replace_by_nothing
 from scopestate.signals import join, wait_for
 from scopestate.wire.address import Address
 from scopestate.wire.client import Client
@@ -49,6 +50,27 @@ def _writing(key: str, entry: Entry | None) -> Turn[Any]:
 
 class _Groups(msgspec.Struct):
     groups: list[str]
+
+
+LARGEST_MESSAGE: Final = 1 << 30
+"""Bytes of the largest message between two engines of a directory."""
+
+
+def _client_options(options: BridgeOptions, *, one_machine: bool) -> ClientOptions:
+    made = ClientOptions(
+        connect_wait_s=options.connect_wait_ms / 1000,
+        call_timeout_s=options.call_timeout_ms / 1000,
+        name=f"scopestate-bridge:{os.getpid()}",
+    )
+    if not one_machine:
+        return made
+    return msgspec.structs.replace(
+        made,
+        name=f"{made.name}:{os.urandom(4).hex()}",  # there may be another engine in this process
+        backoff_first_s=0.002,  # a refusal costs nothing
+        backoff_most_s=0.05,
+        max_message_bytes=LARGEST_MESSAGE,  # what one engine can hold, the other must get
+    )
 
 
 class BridgeBackend(Backend):
@@ -93,21 +115,11 @@ class BridgeBackend(Backend):
         self.changes: RemoteChanges = RemoteChanges(
             self._post, options.call_timeout_ms, options.connect_wait_ms, lambda: self.leaving
         )
-        client_options = ClientOptions(
-            connect_wait_s=options.connect_wait_ms / 1000,
-            call_timeout_s=options.call_timeout_ms / 1000,
-            name=f"scopestate-bridge:{self._pid}",
-        )
-        pauses_s: tuple[float, float] | None = None
-        if find is not None:  # on this machine, where a refusal costs nothing
-            pauses_s = 0.002, 0.05
-            client_options = msgspec.structs.replace(
-                client_options, backoff_first_s=pauses_s[0], backoff_most_s=pauses_s[1]
-            )
+        client_options = _client_options(options, one_machine=find is not None)
         self.owner: Final = BridgeConnectionOwner(
             BridgeTarget(find or (lambda: self._address), client_options, self._settle_events),
             client_options,
-            pauses_s=pauses_s,
+            pauses_s=None if find is None else (client_options.backoff_first_s, client_options.backoff_most_s),
             describe=describe,
         )
         """Drives the connection for calls."""
@@ -295,6 +307,11 @@ class BridgeBackend(Backend):
         self.leaving = True
         self.close()
         return self._events.cursor
+
+    def abandon(self) -> None:
+        """In a forked child: leave the connections to the parent, whose end the other engine notices then."""
+        for descriptor in (self.owner.fileno(), self._client.fileno()):
+            replace_by_nothing(descriptor)
 
     def close(self) -> None:
         """Close the connection; calls in progress fail. Idempotent. In a forked child it does nothing."""

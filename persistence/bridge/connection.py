@@ -265,6 +265,10 @@ class BridgeConnection:
             return True
         return self._ending is not None
 
+    def fileno(self) -> int:
+        """Return the descriptor of the socket; -1 if it is closed."""
+        return self._sock.fileno()
+
     def plain_fd(self) -> int | None:
         """Return the file descriptor that an event loop can wait for; None if there may be more than it shows."""
         return self._sock.fileno() if self._waits_itself else None

@@ -79,6 +79,11 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
 
     # --------------------------------------------------------------------------------------------------------- callers
 
+    def fileno(self) -> int:
+        """Return the descriptor of the connection's socket; -1 if there is none. For a forked child."""
+        connection = self._connection
+        return -1 if connection is None else connection.fileno()
+
     def submit(self, call: RemoteCall) -> None:
         """Send a call. Never blocks; its outcome goes to `done_to`, later. From any thread."""
         call.error = self._refusal(call)

@@ -119,6 +119,46 @@ def test_a_forked_child_of_the_owner_keeps_no_follower_waiting(start: Start, ope
         os.kill(child, signal.SIGKILL)
 
 
+def test_a_forked_child_of_a_follower_does_not_keep_its_place(start: Start, open_engine: Open) -> None:
+    engine = open_engine()
+    follower = start()
+    follower.do("engine.set('s', 'k', 1)")
+    child = follower.do(
+        "import os, time, warnings\n"
+        "warnings.simplefilter('ignore')\n"
+        "answer = os.fork()\n"
+        "if not answer:\n"
+        "    time.sleep(60)\n"
+        "    os._exit(0)"
+    )
+    try:
+        follower.kill()
+
+        wait_until(lambda: engine.stats().sharing.followers == 0)  # type: ignore[union-attr]
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_two_followers_of_a_process_are_two(open_engine: Open) -> None:
+    engine, first, second = open_engine(), open_engine(), open_engine()
+    first.set("s", "k", 1)
+    second.set("s", "k", 2)
+
+    status = engine.stats().sharing
+    assert status is not None
+    assert status.followers == 2
+
+
+def test_a_value_of_any_size_goes_through(open_engine: Open) -> None:
+    engine, follower = open_engine(), open_engine()
+    large = "x" * (80 << 20)  # more than a message of a worker may take
+
+    follower.set("s", "k", large)
+
+    assert engine.get("s", "k") == large
+    assert follower.get("s", "k") == large
+
+
 def test_a_tool_follows_an_engine_and_lets_none_follow(directory: Path, open_engine: Open, start: Start) -> None:
     config = from_mapping(shared(directory))
     with Engine(config, adapter=open_for_tool(config)) as tool:
