@@ -491,7 +491,7 @@ class SharedConsumer:
             if hold is None:
                 gone.append(position)
                 continue
-            hold.begun, hold.serial = attempt, serial
+            hold.begun, hold.serial, hold.item.due_ms = attempt, serial, 0
             self._set_waits(hold, waits=False)
             held.append((position, attempt))
         return held, gone

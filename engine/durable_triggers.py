@@ -49,8 +49,8 @@ class DurableTriggers(Consumers):
         """
         name = trigger.durable
         assert name is not None  # the caller has looked
-        handler = self._handlers.get(name)
-        port = self._consumers.open(name, trigger)
+        handler, consumers = self._handlers.get(name), self._consumers
+        port = consumers.open(name, trigger)
         if handler is not None and handler.active and handler.trigger.function_id != trigger.function_id:
             log.warning(
                 "consumer %r has the function %r in place of %r: a name is for one durable trigger; if both are to get "
@@ -66,6 +66,8 @@ class DurableTriggers(Consumers):
         self._handlers[name] = handler
         handler.call = call
         handler.replace(trigger)
+        if self._consumers is not consumers:  # since then
+            handler.move_to(self._consumers.open(name, trigger))
         return handler
 
     def open(self, name: str, trigger: Trigger) -> Any:
