@@ -17,8 +17,9 @@ PROCESSES = 3
 KEYS = ("a", "b", "c", "d", "e")
 
 WORK = """
-import os, threading, time
+import logging, os, threading, time
 from scopestate import Retry
+logging.disable(logging.ERROR)  # handlers fail on purpose
 from scopestate.errors import ScopestateError
 
 file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -27,7 +28,19 @@ def say(*words):
     os.write(file, (" ".join(map(str, words)) + "\\n").encode())
 
 def handle(event, delivery):
-    say("begin", delivery.consumer, event.key, event.new_value, os.getpid(), delivery.attempt)
+    facts = delivery.consumer, event.key, event.new_value, os.getpid(), delivery.attempt
+    say("begin", *facts)
+    try:
+        handle_well(event, delivery)
+    except RuntimeError:
+        say("failed", *facts)
+        raise
+    except BaseException:
+        say("unknown", *facts)  # its transaction may have acknowledged it
+        raise
+    say("end", *facts)
+
+def handle_well(event, delivery):
     if event.new_value % 7 == 0 and delivery.attempt == 1:
         raise RuntimeError("not yet")
     if event.new_value % 3 == 0:
@@ -36,7 +49,6 @@ def handle(event, delivery):
         with delivery.transaction("effects") as tx:
             name = f"{event.key} {event.new_value}"
             tx.set(name, tx.get(name, 0) + 1)
-    say("end", delivery.consumer, event.key, event.new_value, os.getpid(), delivery.attempt)
 
 soon = Retry(attempts=1000, first=0.002, factor=1.5, longest=0.02)
 for name in ("plain", "counts"):
@@ -83,8 +95,12 @@ class History:
         for line in self.path.read_text().splitlines():
             what, consumer, key, number, pid = self._read(line)
             if what == "killed":
-                for running in open_.values():
-                    running.pop(pid, None)
+                # What it was handling is over, or is handled again.
+                for at, running in open_.items():
+                    if pid in running:
+                        number = running.pop(pid)
+                        if at[0] == "counts":  # its transaction may have acknowledged it
+                            ended[at].add(number)
             elif what == "begin":
                 at = consumer, key
                 missing = set(range(1, number)) - ended[at]
@@ -93,9 +109,10 @@ class History:
                 if set(open_[at]) - {pid}:
                     wrong.append(f"two at once: {line!r} while {open_[at]}")
                 open_[at][pid] = number
-            elif what == "end":
-                ended[consumer, key].add(number)
+            elif what in ("end", "failed", "unknown"):
                 open_[consumer, key].pop(pid, None)
+                if what == "end" or (what == "unknown" and consumer == "counts"):
+                    ended[consumer, key].add(number)
             elif what == "written" and number > last[key]:
                 wrong.append(f"lost: {line!r}, and the last is {last[key]}")
         for consumer in ("plain", "counts"):
@@ -117,6 +134,7 @@ def test_killed_processes_lose_no_event_and_keep_the_order(start: Callable[..., 
 
     def open_one() -> Process:
         process = start()
+        assert process.role in ("owner", "follower"), process.role
         process.do(f"path = {str(history.path)!r}" + WORK)
         return process
 
