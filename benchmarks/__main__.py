@@ -18,6 +18,7 @@ from benchmarks import (
     measures_journal,
     measures_keys,
     measures_redis,
+    measures_sharing,
     measures_size,
     measures_storage,
     measures_threads,
@@ -39,6 +40,7 @@ MEASURES: dict[str, Measure] = {
     **measures_size.MEASURES,
     **measures_wire.MEASURES,
     **measures_redis.MEASURES,
+    **measures_sharing.MEASURES,
 }
 RESULTS = Path("bench-results")
 

@@ -93,6 +93,17 @@ JUDGED = {
     "redis_if_revision": {"at_most": 1.3},
     "redis_transact": {"at_most": 2},
     "redis_transact_watch": {"at_most": 1},
+    "bridge_set": {"at_most": 1.5},
+    "bridge_get": {"at_most": 1.5},
+    "follower_set": {"at_most": 1.5},
+    "follower_get": {"at_most": 1.5},
+    "bridge_tasks": {"at_least": 1.5},
+    "follower_tasks": {"at_least": 1.5},
+    "bridge_threads": {"at_least": 1.5},
+    "follower_threads": {"at_least": 1.5},
+    "processes_diskcache": {"at_least": 5},
+    "processes_redis": {"at_least": 1},
+    "owner_followed": {"at_most": 1.05},
 }
 SHOWN = {
     "set_beside_cpu_p99",
