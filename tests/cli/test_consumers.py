@@ -33,8 +33,8 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def opened(path: Path) -> Engine:
-    adapter = {"name": "kv", "config": {"store_method": "file_based", "file_path": str(path)}}
+def opened(path: Path, **options: str) -> Engine:
+    adapter = {"name": "kv", "config": {"store_method": "file_based", "file_path": str(path), **options}}
     return Engine(from_mapping({"workers": [{"name": "iii-state", "config": {"adapter": adapter}}]}))
 
 
@@ -133,8 +133,16 @@ def test_a_configuration_file_names_the_store_and_its_triggers_do_not_run(
     assert (ship["lag_events"], ship["dead"], ship["active"]) == (2, 0, False)
 
 
-def test_a_store_that_is_in_use_says_so(cli: Run, store: Path) -> None:
+def test_a_store_that_is_in_use_is_reached_through_its_engine(cli: Run, store: Path) -> None:
     with opened(store):
+        listed = cli("consumers", "list", "--store", str(store), "--json")
+
+    assert listed.code == 0
+    assert listed.out == cli("consumers", "list", "--store", str(store), "--json").out
+
+
+def test_a_store_that_is_in_use_and_not_shared_says_so(cli: Run, store: Path) -> None:
+    with opened(store, share="never"):
         result = cli("consumers", "list", "--store", str(store), "--json")
 
     assert result.code == 4

@@ -157,8 +157,21 @@ def test_an_address_of_another_machine_is_not_taken_for_one_in_use(cli: Run, tmp
     assert "another engine" not in result.err
 
 
+def test_two_of_them_serve_one_store(program: type[Program], cli: Run, tmp_path: Path) -> None:
+    file = config_file(tmp_path)
+    first, second = program("serve", str(file), "--json"), program("serve", str(file), "--json")
+    urls = [json.loads(served.line())["url"] for served in (first, second)]
+
+    assert cli("set", "s", "k", "1", "--url", urls[0]).code == 0
+    assert cli("get", "s", "k", "--url", urls[1]).out.strip() == "1"
+    assert first.signal(signal.SIGTERM).code == 0
+    assert cli("get", "s", "k", "--url", urls[1]).out.strip() == "1"
+    assert second.signal(signal.SIGTERM).code == 0
+
+
 def test_a_store_in_use_is_named(program: type[Program], tmp_path: Path) -> None:
     file = config_file(tmp_path)
+    file.write_text(file.read_text().replace("save_interval_ms", "share: never, save_interval_ms"))
     first = program("serve", str(file), "--json")
     first.line()
 
