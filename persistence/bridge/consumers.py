@@ -127,8 +127,14 @@ class RemoteConsumers(Consumers):
             self._taking.add(port.name)
             self._line.spawn(port.take_on())
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="scopestate-bridge-consumers", daemon=True)
-            self._thread.start()
+            keeper = threading.Thread(target=self._run, name="scopestate-bridge-consumers", daemon=True)
+            keeper.start()
+            self._thread = keeper
+
+    @exclusive
+    def _keeper(self) -> threading.Thread | None:
+        """Return the keeper's thread, which has started. Once this side is closing, there will be no other one."""
+        return self._thread
 
     def _ring(self) -> None:
         self._rests = False
@@ -179,7 +185,8 @@ class RemoteConsumers(Consumers):
             return
         self._closing = True
         self._bell.set()
-        if self._thread is not None and not join(self._thread, _LAST_S):
+        keeper = self._keeper()
+        if keeper is not None and not join(keeper, _LAST_S):
             return  # it waits for a connection
         for port in list(self._ports.values()):
             port.stopping = True
@@ -203,8 +210,9 @@ class RemoteConsumers(Consumers):
 
     def join(self) -> None:
         """Wait for the end of the keeper's thread."""
-        if self._thread is not None:
-            join(self._thread)
+        keeper = self._keeper()
+        if keeper is not None:
+            join(keeper)
 
     # ------------------------------------------------------------------------------------------------- what they say
 
