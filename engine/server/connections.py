@@ -210,6 +210,10 @@ class Connection(picows.WSListener):
             self._look()
             self._transport.disconnect(graceful=False)
 
+    def unsent(self) -> int:
+        """Return how many bytes wait until the other side reads."""
+        return 0 if self._transport is None else int(self._socket.get_write_buffer_size())
+
     def look_for_progress(self) -> None:
         """Abort the connection of a worker that has read nothing since the last check. For a timer."""
         if self._transport is not None and self._transport.is_close_frame_sent and not self._closing:

@@ -24,6 +24,8 @@ MESSAGE_BYTES: Final = 1 << 30
 CALLS: Final = 1_000_000
 LAST_POLL_S: Final = 1.0
 """How long a goodbye waits for the answers to polls."""
+SENDING_LOOKS: Final = 1000
+"""For about so many milliseconds a goodbye waits until the last answers are sent."""
 STOP_S: Final = 10.0
 """How long the closing of an engine waits for its server to do one thing."""
 
@@ -35,6 +37,8 @@ class FollowerServer(Server):
     """
 
     _public = False
+    # A follower that is not calling does not read the connection for calls. The lock is released behind this.
+    _close_wait_s = 0.02
 
     def __init__(self, engine: Engine, listener: Listener) -> None:
         """Serve `engine` on a listening socket, which is closed with the server."""
@@ -126,6 +130,10 @@ class FollowerServer(Server):
         for worker in list(hub.workers.values()):
             # With a call that was begun and is not answered, the follower must take it for one that may have been done.
             worker.close(GOING, STOPS if worker.has_calls else GOODBYE)
+        for _ in range(SENDING_LOOKS):
+            if not any(connection.unsent() for connection in self._all_connections()):
+                break
+            await asyncio.sleep(0.001)
 
     def _is_running(self) -> bool:
         return self._loop is not None

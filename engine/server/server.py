@@ -100,6 +100,7 @@ class ServerStatus(msgspec.Struct, frozen=True):
 class Server:
     """Serves one engine. `start` and `stop` may be called from any thread; `serve` on any event loop, once."""
 
+    _close_wait_s = CLOSE_WAIT_S
     _public = True
     """Whether the program too can call the functions of the server, `engine::*`."""
 
@@ -357,7 +358,7 @@ class Server:
         for connection in self._all_connections():
             connection.close(GOING, STOPS)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_WAIT_S):
+            async with asyncio.timeout(self._close_wait_s):
                 for registry in (self._connections, self._telemetry, self._refusals):
                     await registry.wait_until_empty()
         for connection in self._all_connections():

@@ -62,10 +62,12 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
         pauses_s: tuple[float, float] | None = None,
         describe: Callable[[], str] | None = None,
     ) -> None:
-        """`pauses_s`: the shortest and the longest pause between attempts to connect.
+        """`pauses_s`: the shortest and the longest pause between attempts to connect; None: for an engine elsewhere.
 
         `describe()` says more about the other engine in the error of a call that it does not answer.
         """
+        if pauses_s is not None:
+            self.level = logging.DEBUG  # the caller tells what matters
         super().__init__(target, TimeLimits(options.call_timeout_s, options.connect_wait_s), Means(deliver), pauses_s)
         self._bridge_target = target
         self._options = options

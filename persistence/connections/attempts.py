@@ -50,8 +50,10 @@ class Attempts(Generic[T_Connection]):
         log: logging.Logger,
         clock: Callable[[], float],
         backoff: Backoff,
+        level: int = logging.WARNING,
     ) -> None:
-        """`peer`: what the target is, for messages."""
+        """`peer`: what the target is, for messages. `level`: of those in the log."""
+        self._level = level
         self._target = target
         self._peer = peer
         self._log = log
@@ -68,7 +70,7 @@ class Attempts(Generic[T_Connection]):
         """Try now. Raises NotConnected."""
         dialled = self._target.dial()
         if self._backoff.failures:
-            self._log.warning("connected to %s at %s again", self._peer, dialled.address)
+            self._log.log(self._level, "connected to %s at %s again", self._peer, dialled.address)
         self.successes += 1
         self._backoff.reset()
         self.due, self.why_not = 0.0, None
@@ -78,7 +80,7 @@ class Attempts(Generic[T_Connection]):
         """Put the next attempt off, longer each time."""
         self.why_not = str(error)
         if not self._backoff.failures:
-            self._log.warning("%s; calls wait for it and it is tried again", error)
+            self._log.log(self._level, "%s; calls wait for it and it is tried again", error)
         self.due = self._clock() + self._backoff.next_pause_s()
 
     def hasten(self) -> None:

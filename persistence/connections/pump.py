@@ -83,6 +83,8 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
     peer: ClassVar[str]
     """What is at the other end, for messages: text that `at` and its address can follow."""
     log: ClassVar[logging.Logger]
+    level: int = logging.WARNING
+    """Of what the log says of connections that are lost and made."""
     thread_name: ClassVar[str]
     """Of its I/O thread."""
     prompt: ClassVar[bool]
@@ -104,7 +106,8 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
         self._call_timeout_s, self._connect_wait_s = limits
         self._deliver = means.deliver
         self._clock = means.clock
-        self._attempts = Attempts(target, self.peer, self.log, means.clock, Backoff(means.uniform, backoff_s))
+        backoff = Backoff(means.uniform, backoff_s)
+        self._attempts = Attempts(target, self.peer, self.log, means.clock, backoff, self.level)
         self._inbox: deque[T_Item] = deque()
         """What was posted. Any thread appends to it: see `ConnectionOwner.post`."""
         self._ready: deque[T_Item] = deque()
@@ -411,7 +414,7 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
         self._fail_under_way(error)
 
     def _forget(self, connection: T_Connection, error: Broken) -> None:
-        self.log.warning("lost the connection to %s at %s: %s", self.peer, connection.address, error)
+        self.log.log(self.level, "lost the connection to %s at %s: %s", self.peer, connection.address, error)
         if not self.prompt:
             connection.shut()  # it wakes the I/O thread, which may wait at it
         connection.close()
