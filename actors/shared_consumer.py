@@ -232,8 +232,8 @@ class SharedConsumer:
 
     @property
     def is_served_elsewhere(self) -> bool:
-        """True if another engine takes events."""
-        return any(name != HERE for name in list(self._holders))
+        """True if another engine takes events, or may come back for what it was handling."""
+        return self._unclaimed is not None or any(name != HERE for name in list(self._holders))
 
     @property
     def is_forgotten(self) -> bool:
