@@ -408,11 +408,12 @@ class EventRouter(TurnActor):
         self._services.reporter.report(failure)
 
     def report_missed(self, handlers: Iterable[HandlerActor], error: Exception) -> None:
-        """Report to the hooks that the triggers of these handlers have missed events, once for each."""
+        """Tell the hooks that the triggers of these handlers have missed events, once for each. The log says it."""
         for handler in handlers:
             trigger = handler.trigger
             event = StateEvent("state:updated", trigger.scope or "", trigger.key or "", None, None, 0)
-            self.report(DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, 0, True))
+            failure = DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, 0, True)
+            self._services.reporter.report(failure, logged=True)
 
     def _cut_loop(self, handlers: tuple[HandlerActor, ...], event: StateEvent) -> None:
         self.loops_cut += 1

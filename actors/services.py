@@ -35,18 +35,27 @@ class Reporter(TurnActor):
     MOST_BYTES = 1 << 26
     """Bytes of values that they may hold together."""
 
-    def __init__(self, dispatcher: Dispatcher, report: Callable[[DeliveryFailure], None]) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        report: Callable[[DeliveryFailure], None],
+        tell_hooks: Callable[[DeliveryFailure], None],
+    ) -> None:
         super().__init__(dispatcher)
         self._report = report
+        self._tell_hooks = tell_hooks
         self._exclusive = Guard()
         self._waiting = self._waiting_bytes = 0
         self.left_out = 0
         """Failures since the hooks were last up to date that were not reported."""
 
-    def report(self, failure: DeliveryFailure) -> None:
-        """Have `failure` reported on a worker thread, or count it if too much waits already."""
+    def report(self, failure: DeliveryFailure, *, logged: bool = False) -> None:
+        """Have `failure` reported on a worker thread, or count it if too much waits already.
+
+        `logged`: the log says it already, so that only the hooks are called.
+        """
         if self._takes(size_of(failure.event)):
-            self.tell(failure)
+            self.tell((failure, self._tell_hooks if logged else self._report))
 
     @exclusive
     def _takes(self, size: int) -> bool:
@@ -66,11 +75,12 @@ class Reporter(TurnActor):
         left_out, self.left_out = self.left_out, 0
         return left_out
 
-    def on_receive(self, message: DeliveryFailure) -> None:
+    def on_receive(self, message: tuple[DeliveryFailure, Callable[[DeliveryFailure], None]]) -> None:
+        failure, report = message
         try:
-            self._report(message)
+            report(failure)
         finally:
-            if left_out := self._is_done(size_of(message.event)):
+            if left_out := self._is_done(size_of(failure.event)):
                 log.error("%d failed deliveries were not reported: the hooks, or the log, were behind", left_out)
 
     def _fail(self) -> None:
@@ -96,7 +106,7 @@ class HandlerServices:
         self.report = report
         self.tell_hooks = tell_hooks or report
         """As `report`, without a line in the log: for many events at once, which share one."""
-        self.reporter = Reporter(dispatcher, report)
+        self.reporter = Reporter(dispatcher, report, self.tell_hooks)
         """Reports from threads that must not run the hooks themselves."""
         self.backlog = Backlog(dispatcher, limits)
         self.exclusive = Guard()

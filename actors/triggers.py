@@ -252,6 +252,10 @@ class TriggerTable:
         """Return whether a trigger is registered that is not durable."""
         return len(self.registered) > len(self.durable.members)
 
+    def plain(self) -> list[HandlerActor]:
+        """Return the handlers of the triggers that are not durable, in order of registration."""
+        return [handler for handler in self.handlers() if handler.trigger.durable is None]
+
     # ---------------------------------------------------------------------------------------------- registration
 
     @exclusive

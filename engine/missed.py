@@ -25,7 +25,7 @@ def fire_missed(router: EventRouter, cursor: str) -> None:
     Before the engine makes its first change: each change is told once, in order. No limit of a mailbox holds it up,
     as other processes wait for this one.
     """
-    handlers = [handler for handler in router.triggers.handlers() if handler.trigger.durable is None]
+    handlers = router.triggers.plain()
     if not handlers:
         return
     journal = router.feed.journal
@@ -60,8 +60,10 @@ def _fire_from(router: EventRouter, handlers: list[HandlerActor], journal: Journ
 
 def _report(router: EventRouter, handlers: list[HandlerActor], cursor: str, reason: str) -> None:
     error = Compacted(cursor, reason)
-    log.error(
-        "changes of the moments before this engine took over fired no trigger here: %s; give the scopes `history`",
+    log.warning(
+        "%d triggers of this process may have missed changes that were made just before the process that had the store "
+        "open has ended (%s): those of scopes with the rule `history` are told in any case",
+        len(handlers),
         error.reason,
     )
     router.report_missed(handlers, error)

@@ -32,7 +32,6 @@ from scopestate.errors import (
 )
 from scopestate.ops.cursors import read_cursor
 from scopestate.ops.polls import FUNCTION_ID
-from scopestate.ops.results import DeliveryFailure, StateEvent
 from scopestate.ops.values import parse
 from scopestate.persistence.bridge.changes import AWAY, error_of
 from scopestate.signals import wait_for
@@ -53,6 +52,8 @@ REFUSED_S: Final = 2.0
 """Pause after a poll that the other engine refuses."""
 SHOWN_S: Final = 300.0
 """How long health reports that changes were lost."""
+LOST_S: Final = 1.0
+"""How often the hooks are told that changes were lost."""
 FIRST_S: Final = 10.0
 """How long the first trigger waits at most until it is known whether there is a connection."""
 _KINDS: Final = ("created", "updated", "deleted", "expired")
@@ -436,16 +437,17 @@ class RemoteEvents:
             await moved.wait()
 
     def _report_lost(self, error: Compacted) -> None:
-        """Say that changes are lost: in the log, in health, and to the hooks, once for each trigger."""
+        """Say that changes are lost: in health, now and then in the log, and to the hooks, once for each trigger."""
+        now_s = time.monotonic()
+        if self._lost and now_s - self._lost_s < LOST_S:
+            return  # it was said just now: this engine is too slow for the other one
+        if not self._lost or now_s - self._lost_s > SHOWN_S:
+            log.error("bridge: changes in the other engine fired no local trigger: %s; give it `history`", error.reason)
         self._lost = f"changes in the other engine fired no local trigger: {error.reason}; give it `history`"
-        self._lost_s = time.monotonic()
-        log.error("bridge: %s", self._lost)
+        self._lost_s = now_s
         router = self._router
         assert router is not None  # it was started
-        for handler in router.triggers.handlers():
-            trigger = handler.trigger
-            event = StateEvent("state:updated", trigger.scope or "", trigger.key or "", None, None, 0)
-            router.report(DeliveryFailure(trigger.trigger_id, trigger.function_id, event, error, 0, True))
+        router.report_missed(router.triggers.plain(), error)
 
     # ------------------------------------------------------------------- another engine that cannot be asked
 

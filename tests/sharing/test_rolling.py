@@ -1,0 +1,76 @@
+"""A rolling restart: each process ends in order, and another one takes its place. Triggers and watches miss nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from processes import PATIENCE_S, role_of, wait_until
+
+from scopestate import DeliveryFailure, Engine, ScopestateError
+
+Open = Callable[..., Engine]
+
+
+class Worker:
+    """One engine of the program, with a trigger and a watch."""
+
+    def __init__(self, open_engine: Open, failures: list[DeliveryFailure]) -> None:
+        self.engine = open_engine(on_error=failures.append, durability="interval")
+        self.told: list[Any] = []
+        self.engine.on_change(scope="s")(lambda event: self.told.append(event.new_value))
+        self.seen: list[Any] = []
+        self._changes = self.engine.watch(snapshot=False)
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        self.began = 0
+
+    def _read(self) -> None:
+        try:
+            self.seen += (change.value for change in self._changes if change.scope == "s")
+        except ScopestateError as error:
+            self.seen.append(error)
+
+    def close(self) -> None:
+        self.engine.close()
+        self._reader.join(PATIENCE_S)
+        assert not self._reader.is_alive()
+
+
+def test_nothing_is_missed_and_nothing_is_logged_when_engine_after_engine_closes(
+    open_engine: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    failures: list[DeliveryFailure] = []
+    workers = [Worker(open_engine, failures) for _ in range(4)]
+    number = 0
+    for _ in range(3):
+        for worker in workers:
+            worker.engine.set("s", "k", number)
+            worker.engine.set("other", "k", number)
+            number += 1
+        workers.pop(0).close()
+        # Before the others have found the next owner, and then by another engine than that.
+        for worker in reversed(workers):
+            worker.engine.set("s", "k", number)
+            number += 1
+        fresh = Worker(open_engine, failures)
+        fresh.began = number
+        workers.append(fresh)
+
+    for worker in workers:
+        wanted = list(range(worker.began, number))
+        for heard in (worker.told, worker.seen):
+            wait_until(lambda heard=heard, wanted=wanted: len(heard) >= len(wanted), f"{heard} of {wanted}")  # type: ignore[misc]
+            assert heard == wanted
+    assert Counter(role_of(worker.engine) for worker in workers) == {"owner": 1, "follower": 3}
+    for worker in sorted(workers, key=lambda worker: role_of(worker.engine)):  # the owner is the last one
+        worker.close()
+    assert failures == []
+    # On a slow machine it is said that the next owner is waited for; that is all.
+    assert {record.levelname for record in caplog.records} <= {"WARNING"}
+    assert [record.getMessage() for record in caplog.records if record.name == "scopestate.triggers"] == []
