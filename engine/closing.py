@@ -26,6 +26,8 @@ HOOKS_S: Final = 1.5
 """How long the program's hooks may take to get the events that were not delivered."""
 LEFT_S: Final = 1.0
 """The least grace time, if events were already waited for when the interpreter began to exit."""
+CATCH_UP_S: Final = 1.0
+"""How long the engine waits at its end for followers that read changes."""
 NAMED: Final = 10
 """Number of triggers that the log names."""
 
@@ -96,6 +98,7 @@ class Closing:
         self._refuse(handlers_may=False)
         parts.snapshot.stop_interval()
         self._save()
+        self._let_followers_catch_up()
         parts.router.feed.end()
         parts.loop_thread.close()
         parts.dispatcher.close()
@@ -106,6 +109,16 @@ class Closing:
             sharing.end()
         parts.backend.close()
         self.done = True
+
+    def _let_followers_catch_up(self) -> None:
+        """Wait, not long, until those that poll for changes have had all of them: the next owner has no others."""
+        parts = self._parts
+        if parts.sharing is None or not parts.sharing.has_followers():
+            return
+        parts.router.feed.number()
+        deadline = parts.dispatcher.monotonic() + CATCH_UP_S
+        while parts.polls_behind() and parts.dispatcher.monotonic() < deadline:
+            self._pause(0.002)
 
     def _deliver_while_shared(self, sharing: Sharing, grace_s: float) -> None:
         """With followers, deliver what was fired before their calls are held: their calls go on as long as that takes.

@@ -128,6 +128,7 @@ class Engine(Reactive, StateCalls):
         self._consumer_functions = ConsumerFunctions(lambda: parts.consumers)
         self._add_built_in()
         parts.make_transaction = partial(TransactionOfDelivery, self)
+        parts.polls_behind = self._polls.are_behind
         parts.hold = partial(lifecycle.hold_backend, self)
         parts.take_over_watches = self._take_over_watches
         self._begin(handle_sigterm=handle_sigterm)

@@ -118,8 +118,10 @@ class Parts:
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self._exclusive = Guard()
         self._ends = False
+        self.polls_behind: Callable[[], bool] = lambda: False
+        """Tells whether a poll would find changes; set by the engine, as the next two."""
         self.hold: Callable[[], object] = lambda: None
-        """Called when the engine has another backend; set by the engine, as the next one."""
+        """Called when the engine has another backend."""
         self.take_over_watches: Callable[[ChangeSource], Callable[[], object]] = lambda before: lambda: None
         """Called before another backend makes scopes; what it returns is called when it does."""
         self.reconfigured: Callable[[Config], object] | None = None

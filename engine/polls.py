@@ -45,6 +45,8 @@ KEPT: Final = 16
 """Watches that are kept for one caller, between its polls."""
 KEPT_S: Final = 60.0
 """How long one is kept."""
+ACTIVE_S: Final = 0.25
+"""A caller that has polled within this time is taken to poll again at once."""
 SOONEST_S: Final = 1.0
 """The shortest pause between two looks for those whose time is over."""
 MOST_POLLS: Final = 64
@@ -74,6 +76,10 @@ class _Watched:
         self.until_s = 0.0
         self.snapshot = snapshot
         """True while it may be that a poll reads its snapshot."""
+
+    def is_behind(self) -> bool:
+        """Return whether there is something to read at once."""
+        return self.ahead is not None or self.watch.has_ready
 
 
 class _Open(NamedTuple):
@@ -124,6 +130,10 @@ class Polls:
         self._polling: Counter[Caller] = Counter()
         self._armed = False
         """True if the watches that are kept are looked at when the time of one is over."""
+        self._open_now: dict[_Watched, None] = {}
+        """The watches of polls in progress."""
+        self._cut: dict[Caller, float] = {}
+        """Callers whose last answer did not have all that there was -> when it was made."""
         self._snapshots: Counter[Hashable] = Counter()
         """Share -> snapshots that its polls are reading."""
 
@@ -219,6 +229,14 @@ class Polls:
                 except TimeoutError:
                     return None
 
+    def are_behind(self) -> bool:
+        """Return whether a follower that polls again and again has not had everything yet. From any thread."""
+        soon_s = self._engine._parts.dispatcher.monotonic() - ACTIVE_S
+        if any(cut_s > soon_s for cut_s in list(self._cut.values())):
+            return True
+        kept = [watched for watched in list(self._kept.values()) if watched.until_s > soon_s + KEPT_S]
+        return any(watched.is_behind() for watched in (*kept, *list(self._open_now)) if not watched.caller.limited)
+
     def forget(self, caller: Caller) -> None:
         """End the watches that are kept for a caller that is gone."""
         for kept in self._exclusive.run(self._pop, lambda one: one.caller is caller):
@@ -260,11 +278,13 @@ class Polls:
             yield _Entered()
             if self._engine._snapshot.has_open_commits():
                 yield _Settled()
+        self._cut.pop(caller, None)
         watched = self._take(poll, caller)
         kept = watched is not None
         if watched is None:
             watched = yield from self._open(poll, caller)
         answer = _Answer(poll, readable)
+        self._open_now[watched] = None
         try:
             if kept and self._engine._router.feed.incoming:
                 yield _Entered()
@@ -278,6 +298,8 @@ class Polls:
                     except WatchOverrun:
                         # What it has missed is in the ring, or in the journal.
                         answer.more = True
+                        if not caller.limited:
+                            self._cut[caller] = now_s()
                         return self._finish(watched, answer, kept=False)
                     except EngineClosed:
                         if not answer.changes:
@@ -291,6 +313,8 @@ class Polls:
         except BaseException:
             self._end(watched)
             raise
+        finally:
+            self._open_now.pop(watched, None)
         return self._finish(watched, answer, kept=True)
 
     def _open(self, poll: Poll, caller: Caller) -> Generator[_Step, Any, _Watched]:
@@ -304,6 +328,7 @@ class Polls:
         try:
             settings = WatchSettings(poll.scope, poll.scope_prefix, {**options, "buffer": BUFFER})  # type: ignore[typeddict-item]
             settings.everything = poll.tell
+            settings.until_end = not caller.limited
             if not snapshot:
                 return _Watched((yield _Open(settings)), poll, caller)
         except DeserializationError as error:

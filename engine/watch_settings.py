@@ -33,6 +33,8 @@ class WatchSettings:
         self.values = _flag("values", given.pop("values", True))
         self.everything = False
         """True: deletes of keys that did not exist as well; asked by a bridge, which fires their events."""
+        self.until_end = False
+        """True: it may begin while the engine closes; asked by a follower, for the last changes."""
         self.latest = _flag("latest", given.pop("latest", False))
         self.markers = _flag("markers", given.pop("markers", False))
         self.buffer = given.pop("buffer", BUFFER)

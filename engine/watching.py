@@ -46,7 +46,8 @@ class _Watch:
     """What watches for threads and for event loops have in common. Steps say what they wait for; drivers wait."""
 
     def __init__(self, engine: Engine, settings: WatchSettings) -> None:
-        engine._refuse_if_closed()
+        if not (settings.until_end and engine._closing.begun and not engine._router.feed.ended):
+            engine._refuse_if_closed()
         self._engine = engine
         self._settings = settings
         self._feed = feed = engine._router.feed
@@ -366,6 +367,11 @@ class _Watch:
     def in_snapshot(self) -> bool:
         """True while entries of a snapshot are left to be yielded."""
         return self._snapshot and (bool(self._early) or self._index < len(self._source))
+
+    @property
+    def has_ready(self) -> bool:
+        """True if something can be read without a wait."""
+        return bool(self._ready or self._source or self._pages) or self._watcher.has_next()
 
     @property
     def over(self) -> bool:

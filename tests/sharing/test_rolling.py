@@ -74,3 +74,19 @@ def test_nothing_is_missed_and_nothing_is_logged_when_engine_after_engine_closes
     # On a slow machine it is said that the next owner is waited for; that is all.
     assert {record.levelname for record in caplog.records} <= {"WARNING"}
     assert [record.getMessage() for record in caplog.records if record.name == "scopestate.triggers"] == []
+
+
+def test_an_owner_that_closes_tells_its_followers_everything_first(open_engine: Open) -> None:
+    failures: list[DeliveryFailure] = []
+    owner = open_engine(durability="interval")
+    worker = Worker(open_engine, failures)
+    many = list(range(3_000))
+    for number in many:
+        owner.set("s", "k", number)
+
+    owner.close()  # at once: the other has not had all of it
+
+    wait_until(lambda: len(worker.told) >= len(many) and len(worker.seen) >= len(many), f"{len(worker.told)}")
+    worker.close()
+    assert worker.told == worker.seen == many
+    assert failures == []
