@@ -112,6 +112,8 @@ class Parts:
         """Makes the transaction of a delivery; set by the engine."""
         try:
             self._attach(self.backend)
+            if self.sharing is not None and self.sharing.succeeds:
+                self.router.feed.prime()
         except BaseException:
             self.backend.close()  # or the store would stay locked
             raise

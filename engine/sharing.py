@@ -60,6 +60,8 @@ LASTS_S: Final = 1.0
 SURE_S: Final = 0.1
 """For so long the record of a process that shares nothing must stand before it is believed."""
 
+FOLLOWED_FILE: Final = "state.followed"
+"""Is there from the first follower of an owner on, until the next owner has seen it."""
 SERVER: Final = "scopestate.server.followers"
 """The module of the server for followers: it is in a higher layer, and brings asyncio and picows."""
 
@@ -129,6 +131,8 @@ class Sharing:
         self._store: FileAdapter | None = None
         self._listener: Listener | None = None
         self._server: Serving | None = None
+        self.succeeds = False
+        """True of an owner after another one that had followers: they come with their cursors."""
         self._wakers: tuple[socket.socket, ...] = ()
         self._serving: threading.Thread | None = None
         self._watching: threading.Thread | None = None
@@ -170,6 +174,10 @@ class Sharing:
         alone = TOOL if self._tool else self._alone
         terms = Terms(alone, self._tool, self._settings)
         self._store = FileAdapter(self.directory, terms=terms, existing=existing)
+        mark = os.path.join(self.directory, FOLLOWED_FILE)
+        self.succeeds = os.path.exists(mark)
+        with contextlib.suppress(OSError):
+            os.unlink(mark)
         return LocalBackend(self._store, self._durability_of)
 
     def _follow(self) -> Backend:
@@ -266,6 +274,8 @@ class Sharing:
         engine = engine_ref()
         if self._ends or engine is None:
             return
+        with contextlib.suppress(OSError), open(os.path.join(self.directory, FOLLOWED_FILE), "wb"):
+            pass
         try:
             self._server = importlib.import_module(SERVER).FollowerServer(engine, listener)
             if self._server is not None and not self._ends:

@@ -76,6 +76,31 @@ def test_nothing_is_missed_and_nothing_is_logged_when_engine_after_engine_closes
     assert [record.getMessage() for record in caplog.records if record.name == "scopestate.triggers"] == []
 
 
+def test_followers_miss_nothing_if_a_new_process_is_the_next_owner(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[DeliveryFailure] = []
+    owner = open_engine(durability="interval")
+    worker = Worker(open_engine, failures)
+    owner.set("s", "k", 0)
+    wait_until(lambda: len(worker.told) == len(worker.seen) == 1)
+    may_own = threading.Event()
+    sharing = worker.engine._parts.sharing
+    assert sharing is not None
+    monkeypatch.setattr(sharing, "_take_over", lambda *_: may_own.wait(PATIENCE_S) and False)
+
+    owner.close()
+    new = open_engine(durability="interval")
+    new.set("s", "k", 1)  # before the follower has found it
+    may_own.set()
+
+    wait_until(lambda: len(worker.told) == len(worker.seen) == 2, f"{worker.told} {worker.seen}")
+    assert role_of(new) == "owner"
+    assert worker.told == worker.seen == [0, 1]
+    worker.close()
+    assert failures == []
+
+
 def test_an_owner_that_closes_tells_its_followers_everything_first(open_engine: Open) -> None:
     failures: list[DeliveryFailure] = []
     owner = open_engine(durability="interval")
