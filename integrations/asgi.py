@@ -23,7 +23,7 @@ log = logging.getLogger("scopestate.integrations")
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
 
-_SERVERS: Final = ("gunicorn", "uvicorn", "hypercorn")
+_SERVERS: Final = ("gunicorn", "uvicorn")
 """Packages whose objects say how many workers there are, the outermost one first: gunicorn runs uvicorn's server."""
 
 _warned = False

@@ -30,9 +30,9 @@ SERVERS = {
 }
 PAGES = ("home", "news", "shop")
 CLIENTS = 6
-VISITS = 200
+VISITS = 100
 """Of each client at least; and it goes on until the restart is over."""
-PATIENCE_S = 60.0
+PATIENCE_S = 100.0
 
 _LISTENS = re.compile(r"(?:running on|Listening at:) http://127\.0\.0\.1:(\d+)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from web_servers import WebServer, file_config
@@ -107,6 +108,15 @@ async def test_several_workers_with_a_state_in_memory_are_warned_of_once(
     assert WARNING in said
     assert "4 workers (WEB_CONCURRENCY=4)" in said
     assert "store_method: file_based" in said
+
+
+def test_uvicorn_runs_one_worker_if_it_reloads() -> None:
+    server = SimpleNamespace(config=SimpleNamespace(workers=4, reload=True))
+    assert asgi._workers_of(server, "uvicorn") == 1
+    server.config.reload = False
+    assert asgi._workers_of(server, "uvicorn") == 4
+    assert asgi._workers_of(SimpleNamespace(cfg=SimpleNamespace(workers="many")), "gunicorn") is None
+    assert asgi._workers_of(None, "gunicorn") is None
 
 
 @pytest.mark.parametrize(

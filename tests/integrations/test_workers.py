@@ -74,6 +74,15 @@ def test_workers_of_a_server_have_one_state(
         assert engine.get("hits", "all") == count
 
 
+def test_workers_that_are_recycled_hand_the_directory_over(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(WSGI)
+    with WebServer(tmp_path, "gunicorn", "app:app", "-w", "2", "--max-requests", "20") as web:
+        count = counted_by(web, processes=5)
+        assert web.stop() == 0
+    with Engine.from_config(file_config(tmp_path)) as engine:
+        assert engine.get("hits", "all") == count
+
+
 def test_an_engine_that_gunicorn_has_preloaded_says_where_to_open_it(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(WSGI)
     with WebServer(tmp_path, "gunicorn", "app:app", "-w", "2", "--preload") as web:
