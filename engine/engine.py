@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
@@ -125,6 +125,7 @@ class Engine(Reactive, StateCalls):
         self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False
+        self._aio: AioEngine | None = None
         self._consumer_functions = ConsumerFunctions(lambda: parts.consumers)
         self._add_built_in()
         parts.make_transaction = partial(TransactionOfDelivery, self)
@@ -171,12 +172,17 @@ class Engine(Reactive, StateCalls):
             called = partial(self._call_consumers, row.function_id)
             self._functions.add(Function(row.function_id, called, builtin=True))
 
-    @cached_property
+    @property
     def aio(self) -> AioEngine:
         """The same calls as coroutines, which never block the event loop."""
-        from scopestate.aio import AioEngine  # noqa: PLC0415 - asyncio takes 20 ms to import
+        # Not a `cached_property`: its access to `__dict__` makes every later read of an attribute slower (20 ns in each
+        # call of the engine).
+        made = self._aio
+        if made is None:
+            from scopestate.aio import AioEngine  # noqa: PLC0415 - asyncio takes 20 ms to import
 
-        return AioEngine(self)
+            made = self._aio = AioEngine(self)
+        return made
 
     @classmethod
     def from_config(
