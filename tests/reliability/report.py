@@ -126,6 +126,28 @@ ROWS: Final = (
         ("persistence/test_file_lock.py",),
     ),
     Row(
+        "Several processes share a directory; the one that owns it is killed, closed or stopped, again and again, and "
+        "so are the others",
+        "Nothing acknowledged is lost. Each history is linearizable; a call of unknown outcome has happened before the "
+        "next owner began, or not at all. Each idempotency key counts once. No transaction is seen in part. "
+        "`interval` loses at most its interval. Durable triggers as above, once for all processes. Watches and "
+        "plain triggers tell each change once, in order, without a gap. An owner that closes fails no call.",
+        ("sharing/test_proof.py", "sharing/test_checks.py"),
+        ("processes on one directory",),
+    ),
+    Row(
+        "Sixteen processes open a directory at once; owners die while others connect; a killed one has left its socket",
+        "One of them owns the directory, and every process is served.",
+        ("sharing/test_starting.py",),
+        ("processes that begin at once", "owners that die while others connect"),
+    ),
+    Row(
+        "The disk of an owner is full, or fails; an owner is stopped",
+        "A follower is told what the owner's disk says, and goes on when it works, or when another process has taken "
+        "over. No process takes the directory from a stopped owner: a call times out, and the error names it.",
+        ("sharing/test_disk_of_the_owner.py", "sharing/test_hand_over.py"),
+    ),
+    Row(
         "KeyboardInterrupt, exceptions from signal handlers",
         "A write has wholly happened, with its event, or not at all; no message is stuck.",
         ("reliability/test_interruption.py",),

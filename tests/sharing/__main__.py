@@ -84,7 +84,7 @@ def figures_of(run: Run) -> dict[str, float]:
         "followers_killed": ends["followers_kill"],
         "deliveries": len(run.words("began")),
         "told": len(run.words("told", "saw")),
-        "compacted": len(run.words("watch compacted")),
+        "gaps_reported": len(run.words("watch compacted", "on_error")),
     }
     for name, followers in (("service", False), ("service_of_followers", True)):
         if service := checks.service_ms(run, followers=followers):

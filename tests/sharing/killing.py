@@ -22,6 +22,8 @@ from sharing.facts import Death, Fact, Run, read
 
 HERE = Path(__file__).parent
 PATIENCE_S = 180.0
+PATIENT_MS = 30_000
+"""How long calls wait for an owner, and a closing owner for calls: a busy machine must not look like a fault."""
 INTERVAL_MS = 50
 STEP_S = 0.002
 
@@ -49,10 +51,12 @@ def config_of(directory: Path) -> dict[str, Any]:
         "file_path": str(directory),
         "save_interval_ms": INTERVAL_MS,
         "durability": "commit",
+        "connect_wait_ms": PATIENT_MS,
     }
     return {
         "workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}],
         "scopes": [{"prefix": "soft", "durability": "interval"}, {"prefix": "orders", "history": {}}],
+        "limits": {"close_grace_ms": PATIENT_MS},
     }
 
 

@@ -66,9 +66,9 @@ def _own_twice(config: dict[str, Any]) -> None:
 
 
 PLANTED = {
+    "two owners": _own_twice,
     "lost writes": _lose_writes,
     "writes twice": _write_twice,
     "stale reads": _read_stale,
     "changes out of order": _turn_changes_round,
-    "two owners": _own_twice,
 }
