@@ -224,6 +224,22 @@ _JSON_TYPES: Final[tuple[tuple[str, tuple[type, ...]], ...]] = (
 )
 
 
+def _as_is(value: Any) -> bytes | None:
+    """Return what msgspec alone writes for a decoded value.
+
+    It is what `encode` writes if that is the text that it was made of, but for what `_may_change` tells.
+    """
+    try:
+        return _to_json(value)
+    except (ArithmeticError, ValueError, RecursionError):
+        return None
+
+
+def _may_change(text: bytes) -> bool:
+    """True if a number may have more than 64 bits, or there may be too many levels."""
+    return text.count(b"[") + text.count(b"{") > MAX_LEVELS or _NINETEEN_DIGITS.search(text) is not None
+
+
 def parse(text: bytes | str) -> bytes:
     """Return JSON text from a file, the wire or Redis in the form that `encode` writes.
 
@@ -232,6 +248,8 @@ def parse(text: bytes | str) -> bytes:
     """
     try:
         value = decode(text)
+        if isinstance(text, bytes) and text == _as_is(value) and not _may_change(text):
+            return text
         if _MINUS_ZERO.search(text if isinstance(text, bytes) else text.encode()):
             # msgspec reads `-0` as the integer 0 and has no hook for integers; the standard library has one. The text
             # is known to be JSON, so other differences of the two do not matter.
@@ -266,6 +284,8 @@ _DIGITS: Final = bytes(0x30 if chr(byte).isdigit() and byte < 0x80 else 0x20 for
 _LONG_NUMBER: Final = b"0" * 309
 """A number with this many digits may be beyond binary64."""
 
+_NINETEEN_DIGITS: Final = re.compile(rb"[0-9]{19}")
+"""What an integer beyond 64 bits has in it."""
 _MINUS_ZERO: Final = re.compile(rb"-0(?![0-9.eE])")
 
 

@@ -31,7 +31,9 @@ class RemoteCall(Call):
 
         `needs`: what the other engine must be able to do.
         """
-        super().__init__(None, None, depth)
+        # As that of its base, written out: one is made for each call.
+        self.message = self.reply_to = None
+        self.depth = depth
         self.function_id = function_id
         self.payload = payload
         self.done_to = done_to
@@ -49,7 +51,10 @@ class TurnCall(Call):
     loop_reply = None
 
     def __init__(self, turn: Any, depth: int) -> None:
-        super().__init__(turn, None, depth)
+        # As that of its base, written out.
+        self.message = turn
+        self.reply_to = None
+        self.depth = depth
 
     @property
     def abandoned(self) -> bool:

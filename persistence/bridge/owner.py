@@ -283,9 +283,13 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
         return connection.frame(frames.call_text(call.function_id, call.invocation_id, data, call.depth))
 
     def _take_answers(self, connection: BridgeConnection) -> None:
-        next_message = connection.next_message
+        next_message, under_way = connection.next_message, self._under_way
         while (message := next_message()) is not NOT_ALL:
-            self._take(self._read(message))
+            frame = self._read(message)
+            if type(frame) is not frames.InvocationResult:
+                self._take(frame)
+            elif (call := under_way.pop(frame.invocation_id, None)) is not None:
+                self._finish(call, bytes(frame.result) or None, failure_of(frame, call.function_id))
 
     def _read(self, message: bytes) -> frames.FromServer | None:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -91,34 +90,25 @@ class Connection(Protocol):
         """
 
 
-class _Step:
-    """Something that is done once all the calls before it that it depends on have their answers."""
+class _Ping:
+    """A Ping behind the calls before it."""
 
-    __slots__ = ("start", "waits_for")
+    __slots__ = ("envelope", "waits_for")
 
-    def __init__(self, start: Callable[[], object]) -> None:
-        self.start = start
+    def __init__(self, envelope: Envelope) -> None:
+        self.envelope = envelope
         self.waits_for = 0
         """How many calls it still waits for."""
 
 
-class _Ping(_Step):
-    """A Ping behind the calls before it."""
-
-    __slots__ = ("envelope",)
-
-    def __init__(self, envelope: Envelope) -> None:
-        super().__init__(envelope.reply_to.set)
-        self.envelope = envelope
-
-
-class _Call(_Step):
+class _Call:
     """One call from its arrival to its answer."""
 
-    __slots__ = ("depth", "followers", "reply", "resent", "runs", "turn")
+    __slots__ = ("depth", "followers", "reply", "resent", "runs", "turn", "waits_for")
 
-    def __init__(self, turn: Turn[Any], reply: ReplyTo, depth: int, start: Callable[[_Call], object]) -> None:
-        super().__init__(lambda: start(self))
+    def __init__(self, turn: Turn[Any], reply: ReplyTo, depth: int) -> None:
+        self.waits_for = 0
+        """How many calls before it must have their answers before it is sent."""
         self.turn = turn
         self.reply = reply
         self.depth = depth
@@ -126,7 +116,7 @@ class _Call(_Step):
         """How often it was sent again because a connection was lost."""
         self.runs = False
         """True while it is computed."""
-        self.followers: list[_Step] = []
+        self.followers: list[_Call | _Ping] = []
         """What waits for this call, in the order in which it came."""
 
 
@@ -222,11 +212,11 @@ class BridgeScope(LeadingScope):
     def send(self, envelope: Envelope) -> None:
         self._take(envelope)
 
-    def take_in(self, item: _Answer | _Computed) -> None:
-        """Take an answer from the connection's thread. Never blocks."""
+    def take_in(self, item: _Computed) -> None:
+        """Take what was computed, from the thread that has done so. Never blocks."""
         self._take(item)
 
-    def _take(self, item: Envelope | _Answer | _Computed) -> None:
+    def _take(self, item: Envelope | _Computed) -> None:
         # Behind what waits: calls of one thread keep their order even if it does not wait for the first.
         may_turn = not self._mailbox and (type(item) is not Envelope or self._may_turn_here())
         if not may_turn or self._if_idle(self._handle, item) is BUSY:
@@ -263,7 +253,7 @@ class BridgeScope(LeadingScope):
         elif self._passivated:
             self._forward(item)
         else:
-            self._admit(_Call(item.message, item.reply_to, item.depth, self._send))
+            self._admit(_Call(item.message, item.reply_to, item.depth))
 
     def _admit(self, call: _Call) -> None:
         """Send a call, now or behind those that it must not overtake. A refusal is its answer."""
@@ -320,12 +310,19 @@ class BridgeScope(LeadingScope):
                 calls.reads[call] = None
         return before
 
-    def _start_behind(self, before: dict[_Call, None] | list[_Call], step: _Step) -> None:
+    def _start_behind(self, before: dict[_Call, None] | list[_Call], step: _Call | _Ping) -> None:
+        if not before:
+            self._start(step)
+            return
         step.waits_for = len(before)
         for call in before:
             call.followers.append(step)
-        if not before:
-            step.start()
+
+    def _start(self, step: _Call | _Ping) -> None:
+        if isinstance(step, _Call):
+            self._send(step)
+        else:
+            step.envelope.reply_to.set()
 
     def _send(self, call: _Call) -> None:
         if self._connection.leaving:
@@ -352,7 +349,14 @@ class BridgeScope(LeadingScope):
             self._enqueue(_Answer(call, None, error))
 
     def _answered(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
-        self.take_in(_Answer(call, result, error))
+        """Take an answer from the connection's thread. Never blocks."""
+        # As `_take`, without a message unless it must wait: this is done for each call.
+        answer = call, result, error
+        if self._mailbox or self._if_idle(self._finish_answered, answer) is BUSY:
+            self._enqueue(_Answer(*answer))
+
+    def _finish_answered(self, answer: tuple[_Call, bytes | None, ScopestateError | None]) -> None:
+        self._finish(*answer)
 
     def _remote_call(self, turn: Turn[Any], depth: int) -> RemoteCall:
         """As of `LeadingScope`. Raises Unsupported for a delivery that is over."""
@@ -426,7 +430,7 @@ class BridgeScope(LeadingScope):
             return self._failure(turn, problem)
 
     def _adopt(self, call: TurnCall, remote: RemoteCall) -> _Adopt:
-        sent = _Call(call.message, call, call.depth, self._send)
+        sent = _Call(call.message, call, call.depth)
         remote.done_to = partial(self._answered, sent)
         return _Adopt(sent)
 
@@ -522,7 +526,7 @@ class BridgeScope(LeadingScope):
                 if isinstance(step, _Call) and step.reply.abandoned:
                     ending.append(step)
                 else:
-                    step.start()
+                    self._start(step)
 
     def _forget(self, call: _Call) -> None:
         self._open.pop(call, None)
