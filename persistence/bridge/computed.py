@@ -60,17 +60,17 @@ class Waiter:
 
 
 class Computation:
-    """A `modify` or `transact` whose turn it is: run, or given up, once."""
+    """A `modify` or `transact` whose turn it is."""
 
     def __init__(
         self,
         work: Callable[[], Effects[Any]],
         deliver: Callable[[Effects[Any] | None, BaseException | None], object],
     ) -> None:
-        """`deliver(effects, error)` takes what `work()` returns or raises."""
+        """`deliver(effects, error)` takes what `work()` returns or raises; it may be called again with the same."""
         self._work = work
         self._deliver = deliver
-        self._open = [None]
+        self._outcome: tuple[Effects[Any] | None, BaseException | None] | None = None
 
     def run(self) -> None:
         """Compute it on this thread."""
@@ -80,17 +80,12 @@ class Computation:
             effects = self._work()
         except BaseException as problem:  # noqa: BLE001 - the caller gets it
             error = problem
-        self._end(effects, error)
+        self._outcome = effects, error
+        self._deliver(effects, error)
 
     def give_up(self) -> None:
-        """Its caller has gone."""
-        self._end(None, StorageError("the caller has stopped waiting"))
-
-    def _end(self, effects: Effects[Any] | None, error: BaseException | None) -> None:
-        try:
-            self._open.pop()  # one step: only one of two threads continues
-        except IndexError:
-            return
+        """Its caller has gone, perhaps before it could deliver the outcome. May be repeated."""
+        effects, error = self._outcome or (None, StorageError("the caller has stopped waiting"))
         self._deliver(effects, error)
 
 
@@ -126,15 +121,15 @@ class Here:
 
     def work_here(self, timeout_s: float | None) -> None:
         """Wait until it is this call's turn, and compute. Raises pykka.Timeout."""
-        try:
-            computation = self._granted.get(timeout=timeout_s)
-            if computation is not None:
-                computation.run()
-        except BaseException:
-            self.abandoned = True
-            if self._granted.done and (granted := self._granted.get()) is not None:
-                granted.give_up()
-            raise
+        computation = self._granted.get(timeout=timeout_s)
+        if computation is not None:
+            computation.run()
+
+    def give_up(self) -> None:
+        """The caller waits no longer. May be repeated."""
+        self.abandoned = True
+        if not self.answer.done and self._granted.done and (granted := self._granted.get()) is not None:
+            granted.give_up()
 
 
 # ---------------------------------------------------------------------------------------------------- what is computed

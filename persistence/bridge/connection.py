@@ -197,6 +197,8 @@ class BridgeConnection:
         """Return the next message; NOT_ALL if none comes within a moment. Raises Broken."""
         messages = self._messages
         while not messages:
+            if self._ending is not None:
+                raise self._end()
             if not self._waits_itself and not self.wait(PATIENCE_S, None):
                 return NOT_ALL
             try:
@@ -206,11 +208,9 @@ class BridgeConnection:
             except OSError as error:
                 raise self._broken(error) from error
             if not data:
-                self._ending = self._ending or Broken("the other engine closed the connection")
+                self._ending = Broken("the other engine closed the connection")
             else:
                 self._feed(data)
-            if self._ending is not None and not messages:
-                raise self._end()
         return messages.popleft()
 
     def receive(self) -> None:

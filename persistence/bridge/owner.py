@@ -38,6 +38,17 @@ if TYPE_CHECKING:
     from scopestate.persistence.bridge.leading import LeadingScope
     from scopestate.wire.options import ClientOptions
 
+
+def _demote(record: logging.LogRecord) -> bool:
+    """Log at level DEBUG: the connection for events, to the same engine, says what becomes of connections."""
+    if record.levelno < logging.ERROR:
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+    return logging.getLogger(record.name).isEnabledFor(record.levelno)
+
+
+_log: Final = logging.getLogger("scopestate.persistence.bridge.calls")
+_log.addFilter(_demote)
+
 _FRAME_ROOM: Final = 4096
 """Bytes reserved for the rest of a message, beside its payload."""
 
@@ -50,7 +61,7 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
     """
 
     peer = "the other engine"
-    log = logging.getLogger("scopestate.persistence.bridge")
+    log = _log
     thread_name = "scopestate-bridge-calls"
     prompt = False
 
@@ -163,15 +174,17 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
         connection = self._connection
         if connection is None or (call.needs is not None and self._features is None):
             return None
+        self._led = call
         # Looked at each time: whether a write that went into a dead connection was applied cannot be known.
         if connection.is_stale():
             self._drop_idle(connection)
             self._forget_features()
+            self._led = None
             return None
         data = self._frame_of(call, connection)
         if data is None:
+            self._led = None
             return True
-        self._led = call
         try:
             message = connection.exchange(data)
             while message is not NOT_ALL and not self._is_answer(call, message):

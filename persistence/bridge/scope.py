@@ -9,7 +9,7 @@ import msgspec
 import pykka
 
 from scopestate.actors.backlog import HandlerFull
-from scopestate.actors.containment import Log
+from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Ping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY
@@ -38,6 +38,7 @@ from scopestate.ops.writes import Durable, Once, unwrapped
 from scopestate.persistence.bridge.calls import Done, RemoteCall, TurnCall
 from scopestate.persistence.bridge.computed import Computation, Here, Waiter, compute, is_computed, needs_of
 from scopestate.persistence.bridge.leading import Late, LeadingScope
+from scopestate.signals import certainly
 from scopestate.wire.features import Needs
 from scopestate.wire.refusals import raised_by, refusal_of
 
@@ -198,12 +199,15 @@ class BridgeScope(LeadingScope):
             return super().send_and_wait(turn)
         timeout_s = self._around.limits.call_timeout_s
         here = Here(self._dispatcher)
-        self.send(Envelope(turn, here))
         try:
+            self.send(Envelope(turn, here))
             here.work_here(timeout_s)
             answer: A = here.answer.get(timeout=timeout_s)
-        except pykka.Timeout as error:
-            raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
+        except BaseException as error:
+            certainly(here.give_up)
+            if isinstance(error, pykka.Timeout):
+                raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
+            raise
         return answer
 
     def with_durability(self, turn: Turn[A], durable: bool) -> Turn[A]:
@@ -218,7 +222,7 @@ class BridgeScope(LeadingScope):
 
     def _take(self, item: Envelope | _Computed) -> None:
         # Behind what waits: calls of one thread keep their order even if it does not wait for the first.
-        may_turn = not self._mailbox and (type(item) is not Envelope or self._may_turn_here())
+        may_turn = not self._mailbox and self._may_turn_here()
         if not may_turn or self._if_idle(self._handle, item) is BUSY:
             if type(item) is Envelope:
                 self._refuse_own_turn()
@@ -236,7 +240,8 @@ class BridgeScope(LeadingScope):
         if kind is _Answer:
             self._finish(item.call, item.result, item.error)
         elif kind is _Computed:
-            self._finish_computed(item.call, item.effects, item.error)
+            if item.call in self._open:  # else it has ended: its caller was cut short while it delivered
+                self._finish_computed(item.call, item.effects, item.error)
         elif kind is _Adopt:
             if not item.call.reply.abandoned:
                 self._note_order(item.call)
@@ -422,11 +427,13 @@ class BridgeScope(LeadingScope):
         error = remote.error
         if isinstance(error, ConnectionLost) and _may_be_sent_again(turn):
             return None
+        if error is not None:
+            return self._failure(turn, error)
         try:
-            if error is not None:
-                raise error
             return _effects_of(turn, remote.answer)
-        except Exception as problem:  # noqa: BLE001 - the caller gets it
+        except Exception as problem:
+            if is_from_outside(problem):
+                raise
             return self._failure(turn, problem)
 
     def _adopt(self, call: TurnCall, remote: RemoteCall) -> _Adopt:
