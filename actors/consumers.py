@@ -173,7 +173,15 @@ class JournalConsumer(ConsumerPort):
                     shared.expect_claims()
                     self._owner.dispatcher.call_later(self._owner.claims_left_s(), shared.end_claims)
                 if handler is not None:
-                    shared.begin(handler, self.open_items(), self._running())
+                    here = Holder(
+                        HERE,
+                        handler.trigger,
+                        handler.since_ms,
+                        handler.wake,
+                        handler.lost,
+                        self._owner.dispatcher.monotonic,
+                    )
+                    shared.begin(here, self.open_items(), self._running())
                 self._wake, self._lost = shared.wake_all, shared.lose
                 stopped, self.trigger = self.trigger is None, self.trigger or shared.leading
             else:
@@ -358,12 +366,20 @@ class JournalConsumer(ConsumerPort):
         self._journal.note_attempts([(number, position, attempt) for position, attempt in attempts])
 
     def ended(self, outcomes: Sequence[Outcome]) -> None:
-        shared = self.shared
-        if shared is None:
-            self.take(outcomes)
-            shared = self.shared  # sharing may have begun in between, with these as open
-        if shared is not None and shared.here is not None:
-            shared.ended(shared.here, outcomes)
+        is_taken = self.shared is None
+        if is_taken:
+            # As `take`, without a call more for each event.
+            self._ended += outcomes
+            self._owner.note_ended(many=len(self._ended) >= MANY_ENDED)
+        told = None
+        while (shared := self.shared) is not None and shared is not told:
+            # Again, if sharing has begun in between, with these as open.
+            here = shared.here
+            if here is not None:
+                shared.ended(here, outcomes, is_taken=is_taken)
+            elif not is_taken:
+                self.take(outcomes)
+            told, is_taken = shared, True
 
     def take(self, outcomes: Sequence[Outcome]) -> None:
         """Note how attempts have ended, wherever they did."""

@@ -496,14 +496,18 @@ class SharedConsumer:
             held.append((position, attempt))
         return held, gone
 
-    def ended(self, holder: Holder, outcomes: Sequence[Outcome]) -> None:
-        """Note how attempts have ended. What the engine does not hold any more is not counted."""
+    def ended(self, holder: Holder, outcomes: Sequence[Outcome], *, is_taken: bool = False) -> None:
+        """Note how attempts have ended. What the engine does not hold any more is not counted.
+
+        `is_taken`: the consumer knows them already.
+        """
         count, failed = self._guard.run(self._ended, holder, outcomes)
         for position in failed:
             self._source.transaction_failed(position)
         if count:
             # Before the lanes go on: a save must not have the next event of one without this one.
-            self._source.take(count)
+            if not is_taken:
+                self._source.take(count)
             self._guard.run(self._let_go, holder, count)
             self._wake()
 

@@ -250,11 +250,14 @@ class Deliveries:
         place = self._place(worker, asked.consumer, asked.holder)
         if place is None:
             return _encode(handed.Noted([position for position, _ in asked.began], is_holder=False))
-        noted: handed.Noted = await self._elsewhere(worker, lambda: self._noted(place, asked))
+        if asked.flush or asked.letters or asked.leave or asked.resolve is not None:
+            noted: handed.Noted = await self._elsewhere(worker, lambda: self._noted(place, asked))
+        else:
+            noted = self._noted(place, asked)  # it waits for no disk, and a hand-over takes longer
         return _encode(noted)
 
-    def _noted(self, place: _Place, asked: handed.Note) -> handed.Noted:
-        """On a worker thread."""
+    @staticmethod
+    def _noted(place: _Place, asked: handed.Note) -> handed.Noted:
         shared, holder = place.shared, place.holder
         noted = handed.Noted()
         if asked.ended:
