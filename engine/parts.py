@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from scopestate.actors.backlog import Limits, Tally
 from scopestate.actors.clock import Clock
 from scopestate.actors.consumers import JournalConsumers
 from scopestate.actors.consuming import Consumers
+from scopestate.actors.containment import Log, contained
 from scopestate.actors.directory import Directory, Housekeeper
 from scopestate.actors.dispatcher import Dispatcher, ThreadDispatcher
 from scopestate.actors.expiry import ExpiryActor
@@ -57,7 +57,7 @@ from scopestate.signals import Guard, exclusive
 if TYPE_CHECKING:
     from scopestate.actors.durable import Attempt
 
-log = logging.getLogger("scopestate.engine")
+log: Final = Log("scopestate.engine")
 
 Report = Callable[[DeliveryFailure], None]
 
@@ -229,20 +229,22 @@ class Parts:
         except BaseException:
             self._attach(before)
             raise
-        told = before.leave()
-        if told is not None:
-            fire_missed(self.router, told)
-        go_on = None if before.changes is None else self.take_over_watches(before.changes)
+        # From here on there is no way back. What fails is logged, and keeps nothing else from going on.
+        told: list[str | None] = []
+        contained(lambda: told.append(before.leave()), "leaving the other engine", log)
+        if told and told[0] is not None:
+            contained(partial(fire_missed, self.router, told[0]), "telling triggers what they have missed", log)
+        watches: list[Callable[[], object]] = []
+        if before.changes is not None:
+            prepare = partial(self.take_over_watches, before.changes)
+            contained(lambda: watches.append(prepare()), "preparing watches", log)
         self.directory.exclusively(partial(self._use, backend))
         for actor in list(self.directory.values()):
-            self._replace(actor)
+            contained(partial(self._replace, actor), f"handing over scope {actor.scope!r}", log)
         if self.consumers is not None:
-            self.consumers.move()
-        self._start()
-        self.hold()
-        if go_on is not None:
-            go_on()
-        before.close()
+            contained(self.consumers.move, "moving durable triggers", log)
+        for begin in (self._start, self.hold, *watches, before.close):
+            contained(begin, "taking over from another engine", log)
 
     def scopes(self) -> list[str]:
         """Return the names of scopes that the backend has, as `Backend.scopes`; if that ends meanwhile, of the next."""

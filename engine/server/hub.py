@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import msgspec
 from msgspec import Raw
 
-from scopestate.actors.functions import Function
+from scopestate.actors.functions import Function, close_unrun
 from scopestate.errors import (
     DeserializationError,
     Forbidden,
@@ -559,6 +559,7 @@ class Hub:
         size = self._hold(worker, call)
         call.data = call.metadata = ABSENT  # `outcome` has what it needs of them
         task = self._task_of(self._answer_later(worker, call, outcome, size))
+        task.add_done_callback(lambda _: close_unrun(outcome))  # if it was cancelled before it began
         if call.function_id == polls.FUNCTION_ID:
             worker.note_poll(task)
 
