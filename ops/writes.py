@@ -589,9 +589,13 @@ class Durable(Turn[A], frozen=True):
 
 def unwrapped(turn: Turn[A]) -> Turn[A]:
     """Return the operation itself, without its idempotency key and without `Durable`."""
-    while isinstance(turn, Once | Durable):
+    while isinstance(turn, _AROUND):
         turn = turn.turn
     return turn
+
+
+_AROUND: Final = (Once, Durable)
+"""As a tuple, which is not made anew by each call of each turn."""
 
 
 def _told(answer: A) -> A:

@@ -140,7 +140,11 @@ Ask = Callable[[Turn[Any]], Effects[Any]]
 
 def is_computed(turn: Turn[Any]) -> bool:
     """Return whether a turn calls a function of the program."""
-    return isinstance(unwrapped(turn), Modify | Transact)
+    return isinstance(unwrapped(turn), _COMPUTED)
+
+
+_COMPUTED: Final = (Modify, Transact)
+"""As a tuple, which is not made anew by each call."""
 
 
 def needs_of(turn: Turn[Any]) -> Needs:

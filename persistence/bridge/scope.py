@@ -445,16 +445,7 @@ class BridgeScope(LeadingScope):
 
     def _finish(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
         """Read the answer to a call, and send the call again if it was lost and may be repeated."""
-        if isinstance(error, EngineClosed | NotConnected) and self._connection.leaving:
-            return  # as in `_send`
-        if (
-            isinstance(error, ConnectionLost)
-            and _may_be_sent_again(call.turn)
-            and call.resent < MOST_REPEATS
-            and not (call.reply.abandoned or self._shut)
-        ):
-            call.resent += 1
-            self._send(call)
+        if error is not None and self._is_open_on(call, error):
             return
         try:
             if error is not None:
@@ -464,6 +455,21 @@ class BridgeScope(LeadingScope):
             self._settle(call, (), None, self._failure(call.turn, problem))
         else:
             self._settle(call, effects[0], effects[1], None)
+
+    def _is_open_on(self, call: _Call, error: ScopestateError) -> bool:
+        """True if a call that has failed is still open: it was sent again, or is left for `hand_over`."""
+        if isinstance(error, EngineClosed | NotConnected) and self._connection.leaving:
+            return True
+        if (
+            isinstance(error, ConnectionLost)
+            and _may_be_sent_again(call.turn)
+            and call.resent < MOST_REPEATS
+            and not (call.reply.abandoned or self._shut)
+        ):
+            call.resent += 1
+            self._send(call)
+            return True
+        return False
 
     def _finish_computed(self, call: _Call, effects: Effects[Any] | None, error: BaseException | None) -> None:
         if isinstance(error, _NotDone):
