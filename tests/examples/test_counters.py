@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from reliability.living import untraced_environment
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "counters" / "counters.py"
 
@@ -23,7 +24,8 @@ def run(tmp_path: Path) -> Iterator[Callable[[str], tuple[int, str, str]]]:
     def run_(server: str) -> tuple[int, str, str]:
         process = subprocess.Popen(
             [sys.executable, "-W", "error", SCRIPT, server],
-            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=untraced_environment(), start_new_session=True,
         )  # fmt: skip
         started.append(process)
         printed, complaints = process.communicate(timeout=250)

@@ -52,6 +52,7 @@ def counted_by(web: WebServer, processes: int) -> int:
         ("gunicorn", WSGI, ["-w", "2"]),
         ("gunicorn", WSGI, ["-w", "2", "-k", "gthread", "--threads", "2"]),
         ("gunicorn", HOOKED, ["-w", "2", "--preload", "-c", "hooks.py"]),
+        ("gunicorn", WSGI, ["-w", "2", "--preload", "-c", "hooks.py"]),
     ],
     ids=[
         "uvicorn",
@@ -60,6 +61,7 @@ def counted_by(web: WebServer, processes: int) -> int:
         "gunicorn sync",
         "gunicorn gthread",
         "gunicorn hooks",
+        "gunicorn owner",
     ],
 )
 def test_workers_of_a_server_have_one_state(
@@ -77,7 +79,7 @@ def test_workers_of_a_server_have_one_state(
 def test_workers_that_are_recycled_hand_the_directory_over(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(WSGI)
     with WebServer(tmp_path, "gunicorn", "app:app", "-w", "2", "--max-requests", "20") as web:
-        count = counted_by(web, processes=5)
+        count = counted_by(web, processes=4)
         assert web.stop() == 0
     with Engine.from_config(file_config(tmp_path)) as engine:
         assert engine.get("hits", "all") == count
