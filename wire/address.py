@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +14,7 @@ from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
 
 if TYPE_CHECKING:
+    import socket
     import ssl
 
 DEFAULT_URL: Final = "ws://localhost:49134"
@@ -94,6 +93,8 @@ class Address:
 
         Raises OSError, at once if `is_cancelled()`, which is asked again and again.
         """
+        import socket  # noqa: PLC0415 - a configuration need not load it
+
         if self.path is not None:
             sock = _of_unix()
             try:
@@ -130,6 +131,8 @@ class Address:
 
 
 def _of_unix() -> socket.socket:
+    import socket  # noqa: PLC0415 - a configuration need not load it
+
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     return sock
@@ -137,6 +140,9 @@ def _of_unix() -> socket.socket:
 
 def _connect_to(host: str, port: int, timeout_s: float, is_cancelled: Callable[[], bool]) -> socket.socket:
     """Connect to the first of a host's addresses that answers."""
+    import select  # noqa: PLC0415 - as socket
+    import socket  # noqa: PLC0415 - a configuration need not load it
+
     problem: OSError | None = None
     for family, kind, protocol, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         sock = socket.socket(family, kind, protocol)
@@ -238,6 +244,8 @@ def _checked_unix(url: str) -> str:
         raise ConfigError(
             f"{url!a} is not the address of an engine: it contains a character that an address cannot have"
         )
+    import socket  # noqa: PLC0415 - as above
+
     if not hasattr(socket, "AF_UNIX"):
         raise ConfigError(f"{url!r}: this system has no Unix sockets; use ws://host:port")
     return url
