@@ -5,18 +5,39 @@ Each check returns a text for each promise that is broken. `CHECKS` has all of t
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, Final
 
 from linearizability.checker import Call, NotLinearizable, check
-from linearizability.revised_model import RevisedModel
+from linearizability.revised_model import RevisedModel, State
 from sharing.clients import CONSUMERS, ORDER_KEYS, REGISTERS
 from sharing.facts import Attempt, Run, by
 
 READS: Final = ("get", "entry", "items", "list", "take", "read")
+STEPS: Final = 3_000_000
+"""Of the search for an order: a scope takes a few thousand."""
 SLACK_MS: Final = 2000
 """How much longer than its interval a save may take on a busy machine."""
+
+
+class Undecided(Exception):
+    """The search for an order was given up."""
+
+
+class Bounded(RevisedModel):
+    """A scope of registers, for so many steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = STEPS
+
+    def step(self, state: State, call: Call) -> State | None:
+        self._left -= 1
+        if self._left < 0:
+            raise Undecided
+        return super().step(state, call)
 
 
 def linearizable(run: Run) -> list[str]:
@@ -25,9 +46,11 @@ def linearizable(run: Run) -> list[str]:
     registers = [one for one in run.attempts if one.scope.startswith(REGISTERS)]
     for scope, attempts in sorted(by(lambda one: one.scope, registers).items()):
         try:
-            check(calls_of(run, attempts), RevisedModel(), f"scope {scope!r}")
+            check(calls_of(run, attempts), Bounded(), f"scope {scope!r}")
         except NotLinearizable as error:
             found.append(f"linearizable: {error}")
+        except Undecided:
+            found.append(f"undecided: {scope} with {len(attempts)} calls")
     return found
 
 
@@ -35,9 +58,12 @@ def calls_of(run: Run, attempts: list[Attempt]) -> list[Call]:
     """Return the history of a scope, for the checker.
 
     What was refused is left out, and a read without an answer. A write of unknown outcome was sent to one owner, or
-    waits to be sent until its process gives it up; so it has happened, if at all, before the next owner began.
+    waits to be sent until its process gives it up; so it has happened, if at all, before the next owner began. If
+    another call has told its value, it has happened before the end of that call.
     """
+    seen = sorted((one.ended or 0, json.dumps(one.result)) for one in attempts if one.outcome == "end")
     moments: list[tuple[int, int, Attempt]] = []
+    happened: set[int] = set()
     for one in attempts:
         if one.outcome == "refused" or (one.outcome == "unknown" and one.kind in READS):
             continue
@@ -45,6 +71,11 @@ def calls_of(run: Run, attempts: list[Attempt]) -> list[Call]:
         ended = one.ended
         if one.outcome == "unknown":
             ended = run.owner_after(run.end_of(one.process) if ended is None else ended)
+            value = _value_of(one)
+            first = next((at for at, result in seen if at > one.began and value in result), None) if value else None
+            if first is not None:
+                happened.add(id(one))
+                ended = first if ended is None else min(ended, first)
         if ended is not None:
             moments.append((ended, 1, one))
     moments.sort(key=lambda moment: moment[:2])
@@ -59,11 +90,27 @@ def calls_of(run: Run, attempts: list[Attempt]) -> list[Call]:
             places[id(one)][0],
             places[id(one)][1] if len(places[id(one)]) == 2 else None,
             one.client,
-            cut_off=one.outcome == "unknown",
+            cut_off=one.outcome == "unknown" and id(one) not in happened,
         )
         for one in attempts
         if id(one) in places
     ]
+
+
+def _value_of(one: Attempt) -> str:
+    """Return the text that only this write puts into a value; "" if it has none."""
+    match one.kind:
+        case "set" | "set_if":
+            text = one.arguments[1]
+        case "compare_and_set" | "pair":
+            text = one.arguments[2]
+        case "update":
+            ((kind, operand),) = one.arguments[1]
+            text = operand if kind == "append" else ""
+        case _:
+            text = ""
+    value = str(text).strip('"')
+    return value if value.endswith(";") else ""
 
 
 def _tuples(value: Any) -> Any:

@@ -139,7 +139,8 @@ class Registers(Client):
         kind, scope, arguments = self._kinds.choose(self.rng)
         while kind == "list_groups":  # not of one scope
             kind, scope, arguments = self._kinds.choose(self.rng)
-        unique = f"{self.name}-{number}" if self.rng.random() < 0.5 else self.rng.randrange(10**12)
+        # The `;` ends it: no other one begins with it.
+        unique = f"{self.name}-{number};" if self.rng.random() < 0.7 else self.rng.randrange(10**11, 10**12)
         match kind:
             case "set" | "set_if" | "pair":
                 place = 2 if kind == "pair" else 1

@@ -227,7 +227,9 @@ class Killing:
             self.deaths.append(Death(time.monotonic_ns(), name, "close", was_owner=False))
             os.kill(pid, signal.SIGTERM)
         self.until(lambda: not self.alive, "a process does not close")
-        return self._facts(survivors)
+        whole = self._facts(survivors)
+        (self.folder / "run.json").write_text(json.dumps([whole.deaths, whole.owners, sorted(survivors)]))
+        return whole
 
     def _calm(self) -> bool:
         """True if no client of a living process is within a call."""
