@@ -78,16 +78,17 @@ class Closing:
         if self.done:
             return
         parts = self._parts
-        self.begun = True
         sharing = parts.sharing
         if sharing is not None:
             sharing.end_following()
+            if not self.begun:
+                self._deliver_while_shared(sharing, grace_s)
+        self.begun = True
         parts.end()
         parts.housekeeper.end()
         parts.expiry.end()
         if not self._delivered:
             if sharing is not None:
-                self._deliver_while_shared(sharing, grace_s)
                 sharing.hold(grace_s, handlers_may=True)
             self._refuse(handlers_may=True)
             self._save_first()
@@ -121,7 +122,7 @@ class Closing:
             self._pause(0.002)
 
     def _deliver_while_shared(self, sharing: Sharing, grace_s: float) -> None:
-        """With followers, deliver what was fired before their calls are held: their calls go on as long as that takes.
+        """With followers, deliver what was fired before calls are refused: they go on as long as that takes.
 
         What is fired while this waits is delivered behind it.
         """

@@ -14,6 +14,7 @@ from msgspec import Raw
 from scopestate.actors.functions import Function, close_unrun
 from scopestate.errors import (
     DeserializationError,
+    EngineClosed,
     Forbidden,
     FunctionNotFound,
     InvalidRegistration,
@@ -222,7 +223,7 @@ class Hub:
                 try:
                     outcome = builtin(action.data, worker)
                 except Exception as error:  # noqa: BLE001 - answered; what is a bug is logged as well
-                    worker.answer(action, error=failure(action, error))
+                    self._fail(worker, action, error)
                     return
                 if outcome is None or type(outcome) is bytes:
                     message = worker.session.answer(action, outcome)
@@ -426,6 +427,13 @@ class Hub:
                 self._later(worker, call, self._call_program(worker, function_id, call.data.copy()))
         except Exception as error:  # noqa: BLE001 - as above
             self.note_refusal(error)
+            self._fail(worker, call, error)
+
+    def _fail(self, worker: Worker, call: InvokeFunction, error: Exception) -> None:
+        if not self._public and isinstance(error, EngineClosed) and self.engine.closed:
+            # It was not begun. Without an answer the follower makes it again when another engine owns the directory.
+            worker.session.waiting -= 1
+        else:
             worker.answer(call, error=failure(call, error))
 
     def note_refusal(self, error: Exception) -> None:
@@ -599,7 +607,7 @@ class Hub:
             finally:
                 self._let_go(worker, size)
         except Exception as error:  # noqa: BLE001 - as above
-            worker.answer(call, error=failure(call, error))
+            self._fail(worker, call, error)
         else:
             worker.answer(call, result)
 

@@ -253,7 +253,7 @@ class BridgeBackend(Backend):
             waiter.get()
         except Unsupported:
             return
-        except NotConnected as error:
+        except (NotConnected, EngineClosed) as error:
             if not self.leaving:
                 raise StorageError(f"it is not known what is saved: {error}") from error
         except ScopestateError as error:

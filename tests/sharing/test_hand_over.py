@@ -126,3 +126,27 @@ def test_a_write_under_way_when_the_owner_is_killed_may_have_been_applied(open_e
     assert isinstance(failed.__cause__, ConnectionLost)
     assert 2 in outcomes
     assert engine.get("s", "k2") == 2
+
+
+def test_calls_of_every_kind_go_on_while_an_owner_closes(open_engine: Open, start: Start) -> None:
+    owner = start()
+    owner.do(
+        "import time; kept['begun'] = False\n"
+        "def slow(event): time.sleep(1)\n"
+        "engine.on_change(scope='slow')(slow)\n"
+        "engine.set('slow', 'k', 1)"
+    )
+    engine = open_engine()
+    engine.set("s", "k", 1)
+    owner.begin("engine.close()")
+
+    rounds = 0
+    while role_of(engine) != "owner":
+        engine.flush()
+        assert engine.list_groups() == ["s", "slow"]
+        assert list(engine.consumers()) == []
+        with engine.scope("s").batch() as batch:
+            batch.set("k", rounds)
+        assert engine.get("s", "k") == rounds
+        rounds += 1
+    assert rounds > 1
