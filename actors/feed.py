@@ -408,7 +408,7 @@ class Feed:
 
     def _make_scope(self, name: str) -> FedScope:
         scope = FedScope(name, self.store_id, self._kept(name), journaled=self.is_journaled(name))
-        scope.many = tuple([watcher for watcher in self._many if name.startswith(watcher.scope_prefix)])
+        scope.many = tuple([watcher for watcher in self._many if watcher.wants_scope(name)])
         scope.awaited = bool(self._consumers(name))
         self._commits = self._commits or scope.kept == "commit"
         self._scopes[name] = scope
@@ -643,7 +643,8 @@ class Feed:
         """Give a watch the changes from now on. It is forgotten when nothing refers to `owner` any more."""
         dropped = self._dropped
         watcher.owner = weakref.ref(owner, lambda _: dropped.append(watcher))
-        watcher.interest = self.want(watcher.scope, watcher.scope_prefix)
+        wanted = [(watcher.scope, watcher.scope_prefix)] if watcher.among is None else watcher.among.wanted
+        watcher.interests = [self.want(scope, prefix) for scope, prefix in wanted]
         self._exclusive.run(self._add, watcher)
         self._arm(LINGER_S)  # it may be dropped without a close
 
@@ -651,7 +652,7 @@ class Feed:
         if watcher.scope is None:
             self._many = (*self._many, watcher)
             for name, scope in self._scopes.items():
-                if name.startswith(watcher.scope_prefix):
+                if watcher.wants_scope(name):
                     scope.many = (*scope.many, watcher)
         else:
             scope = self._scopes.get(watcher.scope) or self._make_scope(watcher.scope)
@@ -664,7 +665,7 @@ class Feed:
 
     def _remove(self, watcher: Watcher) -> None:
         self.awaited.pop(watcher, None)
-        if watcher.interest is None:
+        if not watcher.interests:
             return
         if watcher.scope is None:
             self._many = _without(self._many, watcher)
@@ -676,8 +677,9 @@ class Feed:
             found.by_key = {key: group for key, group in found.by_key.items() if key != watcher.key}
             if left:
                 found.by_key[watcher.key] = left
-        interest, watcher.interest = watcher.interest, None
-        self._unwant(interest)
+        interests, watcher.interests = watcher.interests, []
+        for interest in interests:
+            self._unwant(interest)
 
     def _forget_dropped(self) -> None:
         while self._dropped:
@@ -731,13 +733,14 @@ class Feed:
             found = [*takewhile(lambda event: event.revision > revision, reversed(scope.ring))][::-1]
             watcher.begin({cursor.scope: found[-1].revision if found else revision})
             return found
-        position, prefix = cursor.position or 0, watcher.scope_prefix
-        covered = self._interests.cover(prefix, position)
+        position, among = cursor.position or 0, watcher.among
+        wanted = [(None, watcher.scope_prefix)] if among is None else among.before()
+        covered = all(self._interests.cover(scope, prefix, position) for scope, prefix in wanted)
         if not self._has_saved(cursor.epoch, position) or not self._floor <= position <= self.position or not covered:
             return None
         found = [*takewhile(lambda event: event.position > position, reversed(self._ring))][::-1]
         watcher.begin({}, found[-1].position if found else position)
-        return [event for event in found if event.scope.startswith(prefix)]
+        return [event for event in found if watcher.wants_scope(event.scope)]
 
     def _has_saved(self, epoch: int, position: int) -> bool:
         """Return whether what was changed up to a position of an epoch is there."""

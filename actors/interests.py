@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class Interest:
     """Wants the changes of a scope, or of all scopes with a prefix: for watches, or for one durable trigger."""
@@ -33,6 +35,28 @@ class Interest:
 
 What = tuple[str | None, str, int | None]
 """Scope, prefix and consumer of an interest: there is one of each."""
+
+
+class Among:
+    """Some scopes: each is named, or its name begins with one of some prefixes."""
+
+    __slots__ = ("_exact", "_prefixes", "fresh", "wanted")
+
+    def __init__(self, wanted: Sequence[tuple[str | None, str]], fresh: int = 0) -> None:
+        self.wanted = tuple(wanted)
+        """Each a scope, or None and a prefix."""
+        self.fresh = fresh
+        """So many at the end are wanted from now on, also behind a cursor from before."""
+        self._exact = frozenset([scope for scope, _ in wanted if scope is not None])
+        self._prefixes = tuple([prefix for scope, prefix in wanted if scope is None])
+
+    def wants(self, scope: str) -> bool:
+        """Return whether a scope is one of them."""
+        return scope in self._exact or scope.startswith(self._prefixes)
+
+    def before(self) -> tuple[tuple[str | None, str], ...]:
+        """Return those that are wanted behind the cursor, too."""
+        return self.wanted[: len(self.wanted) - self.fresh]
 
 
 class Interests:
@@ -84,9 +108,13 @@ class Interests:
         """Return whether the changes of every scope are wanted, also of ones to come."""
         return any(not one.prefix for one in self._wide)
 
-    def cover(self, prefix: str, position: int) -> bool:
-        """Return whether everything of the scopes with a prefix behind a position was entered."""
-        return any(one.began <= position and one.covers(None, prefix) for one in self._wide)
+    def cover(self, scope: str | None, prefix: str, position: int) -> bool:
+        """Return whether everything of a scope, or of the scopes with a prefix, behind a position was entered."""
+        if scope is not None:
+            named = self._all.get((scope, "", None))
+            if named is not None and named.began <= position:
+                return True
+        return any(one.began <= position and one.covers(scope, prefix) for one in self._wide)
 
     def consumers(self, scope: str) -> list[int]:
         """Return the numbers of the durable triggers that want the changes of a scope."""

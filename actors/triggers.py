@@ -228,6 +228,8 @@ class TriggerTable:
         self._numbers = itertools.count(1)
         self.registered: dict[str, tuple[int, HandlerActor]] = {}
         """trigger id -> the number of its registration, and its handler."""
+        self.version = 0
+        """Rises whenever a trigger is added or removed."""
         self._by_scope: dict[str, Watchers] = {}
         self._by_scope_prefix: Prefixes[Watchers] = Prefixes()
         self._anywhere = Watchers()
@@ -256,6 +258,20 @@ class TriggerTable:
         """Return the handlers of the triggers that are not durable, in order of registration."""
         return [handler for handler in self.handlers() if handler.trigger.durable is None]
 
+    def plain_places(self, most: int) -> set[tuple[str | None, str]] | None:
+        """Return which scopes the triggers that are not durable are about: each a name, or None and a prefix.
+
+        None: more than `most`.
+        """
+        found: set[tuple[str | None, str]] = set()
+        for _, handler in list(self.registered.values()):
+            trigger = handler.trigger
+            if trigger.durable is None:
+                found.add((trigger.scope, "" if trigger.scope is not None else trigger.scope_prefix or ""))
+                if len(found) > most:
+                    return None
+        return found
+
     # ---------------------------------------------------------------------------------------------- registration
 
     @exclusive
@@ -279,6 +295,7 @@ class TriggerTable:
         bucket.members[number] = handler
         bucket.listed = unlisted
         self.registered[trigger_id] = entry
+        self.version += 1
         return handler
 
     @exclusive
@@ -355,6 +372,7 @@ class TriggerTable:
         del bucket.members[number]
         bucket.listed = unlisted
         del self.registered[trigger_id]
+        self.version += 1
         # What it is doing now still counts, and so do the events that it drops from here on.
         self._retiring += (handler,)
         handler.retired()

@@ -12,7 +12,7 @@ import msgspec
 from scopestate.ops.changes import Change, ChangeKind, CursorMaker
 
 if TYPE_CHECKING:
-    from scopestate.actors.interests import Interest
+    from scopestate.actors.interests import Among, Interest
     from scopestate.actors.reply import ReplyTo
     from scopestate.ops.results import EventName, EventType, StateEvent
 
@@ -83,6 +83,7 @@ class Watcher:
         "_begun",
         "_floors",
         "_selective",
+        "among",
         "at",
         "broken",
         "buffer",
@@ -90,7 +91,7 @@ class Watcher:
         "ending",
         "everything",
         "filter",
-        "interest",
+        "interests",
         "key",
         "lost",
         "newest",
@@ -111,11 +112,14 @@ class Watcher:
         values: bool = True,
         latest: bool = False,
         everything: bool = False,
+        among: Among | None = None,
         buffer: int,
     ) -> None:
         self.scope = scope
         """The scope; None: those with the prefix."""
         self.scope_prefix = scope_prefix
+        self.among = among
+        """Only some of the scopes with the prefix; None: all of them."""
         self.filter = wanted
         self.key = wanted.key
         self.values = values
@@ -139,8 +143,12 @@ class Watcher:
         self.ending = False
         """True: no more changes come."""
         self.waiters: list[ReplyTo] = []
-        self.interest: Interest | None = None
+        self.interests: list[Interest] = []
         self.owner: weakref.ref[object] | None = None
+
+    def wants_scope(self, name: str) -> bool:
+        """Return whether a watch of many scopes wants the changes of this one."""
+        return name.startswith(self.scope_prefix) if self.among is None else self.among.wants(name)
 
     # ------------------------------------------------------------------------------------------- by the feed, guarded
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Generator, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from scopestate.actors.dispatcher import weakly
+from scopestate.actors.interests import Among
 from scopestate.actors.router import Routed
 from scopestate.actors.snapshot import Commit
 from scopestate.errors import (
@@ -329,6 +330,8 @@ class Polls:
             settings = WatchSettings(poll.scope, poll.scope_prefix, {**options, "buffer": BUFFER})  # type: ignore[typeddict-item]
             settings.everything = poll.tell
             settings.until_end = not caller.limited
+            if poll.among is not None:
+                settings.among = Among(poll.among, poll.fresh)
             if not snapshot:
                 return _Watched((yield _Open(settings)), poll, caller)
         except DeserializationError as error:
@@ -498,4 +501,5 @@ def _begins_with_snapshot(cursor: str) -> bool:
 
 
 def _filter_of(poll: Poll) -> tuple[Any, ...]:
-    return poll.scope, poll.scope_prefix, poll.key, poll.prefix, poll.events, poll.values, poll.tell
+    among = None if poll.among is None else frozenset(poll.among)
+    return poll.scope, poll.scope_prefix, poll.key, poll.prefix, poll.events, poll.values, poll.tell, among

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
+from scopestate.actors.interests import Among
 from scopestate.actors.watcher import Filter
 from scopestate.errors import Compacted, DeserializationError
 from scopestate.ops.cursors import ManyCursor, ScopeCursor, read_cursor
@@ -35,6 +36,8 @@ class WatchSettings:
         """True: deletes of keys that did not exist as well; asked by a bridge, which fires their events."""
         self.until_end = False
         """True: it may begin while the engine closes; asked by a follower, for the last changes."""
+        self.among: Among | None = None
+        """Only these of many scopes; asked by a bridge, for its triggers."""
         self.latest = _flag("latest", given.pop("latest", False))
         self.markers = _flag("markers", given.pop("markers", False))
         self.buffer = given.pop("buffer", BUFFER)

@@ -61,6 +61,7 @@ class _Watch:
             values=settings.values,
             latest=settings.latest,
             everything=settings.everything,
+            among=settings.among,
             buffer=settings.buffer,
         )
         self._exclusive = Guard()
@@ -109,7 +110,7 @@ class _Watch:
             if not settings.resync:
                 feed.remove(self._watcher)
                 raise
-            if self._watcher.interest is None:
+            if not self._watcher.interests:
                 feed.add(self._watcher, self)
             yield from self._begin_now(snapshot=True)
             self._source = [*self._source, *self._deletes(self._source)]
@@ -195,7 +196,7 @@ class _Watch:
             raise self._compacted("trimmed" if upto > after else "lost in a crash")
         if feed.journal is not None:
             yield self._engine._snapshot.ask(Flush())
-        self._pages = _Pages(past, feed.epoch, cursor, settings.scope_prefix, after, upto)
+        self._pages = _Pages(past, feed.epoch, cursor, settings, after, upto)
         gone = yield self._pages.gone
         if gone is not None:
             self._pages = None
@@ -207,6 +208,8 @@ class _Watch:
         cursors = self._cursors
         if not self._snapshot:
             watcher = self._watcher
+            if self._settings.scope is None:
+                source = [event for event in source if watcher.wants_scope(event.scope)]
             return watcher.filtered(changes_of(source, cursors, everything=watcher.everything))
         values = self._settings.values
         return [
@@ -448,11 +451,12 @@ class _Pages:
     """The changes between a cursor and the moment at which a watch has begun, read from the journal in pages."""
 
     def __init__(
-        self, past: Past, epoch: int, cursor: ScopeCursor | ManyCursor, prefix: str, after: int, upto: int
+        self, past: Past, epoch: int, cursor: ScopeCursor | ManyCursor, settings: WatchSettings, after: int, upto: int
     ) -> None:
         self._past = past
         self._scope = cursor.scope if isinstance(cursor, ScopeCursor) else None
-        self._prefix = prefix
+        among = settings.among
+        self._wanted = [(None, settings.scope_prefix)] if among is None else among.before()
         self._upto = upto
         self.epoch = cursor.epoch if isinstance(cursor, ManyCursor) else epoch
         """The epoch of `after`."""
@@ -463,7 +467,8 @@ class _Pages:
         """Return why changes behind the last page are missing."""
         if self._scope is not None:
             return self._past.gone_in_scope(self._scope, self.after)
-        return self._past.gone(self.epoch, self.after, prefix=self._prefix)
+        found = [self._past.gone(self.epoch, self.after, scope=scope, prefix=prefix) for scope, prefix in self._wanted]
+        return next((why for why in found if why is not None), None)
 
     def read(self) -> list[StateEvent]:
         """Read the next page."""

@@ -59,6 +59,10 @@ class Poll(ChangesInput, frozen=True, kw_only=True):
 
     tell: bool = msgspec.field(default=False, name="_events")
     """True: all that the events of the changes say, and those of deletes of keys that did not exist."""
+    among: tuple[tuple[str | None, str], ...] | None = msgspec.field(default=None, name="_among")
+    """Only these of many scopes: each a name, or null and a prefix."""
+    fresh: int = msgspec.field(default=0, name="_fresh")
+    """So many of them, at the end, are wanted from now on, also if there is a cursor."""
     settled: bool = msgspec.field(default=False, name="_settled")
     """True: wait first until all that was written by now can be told; a commit that has not ended holds it back."""
 
@@ -111,6 +115,10 @@ def read_poll(payload: Payload) -> Poll:
         raise DeserializationError("`events` is empty: nothing would be found. Leave it out for every kind")
     if poll.revision is not None and (poll.scope is None or poll.cursor is not None):
         raise DeserializationError("`revision` needs `scope`, and takes the place of `cursor`")
+    if poll.among is not None and (poll.scope is not None or poll.scope_prefix is not None):
+        raise DeserializationError("`_among` takes the place of `scope` and `scope_prefix`")
+    if not 0 <= poll.fresh <= len(poll.among or ()):
+        raise DeserializationError("`_fresh` is a number of the scopes in `_among`")
     return poll
 
 

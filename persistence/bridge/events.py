@@ -1,7 +1,7 @@
 """The events of another engine, for the triggers of this one (docs/bridge.md).
 
-An engine without plain triggers asks for nothing: the other engine makes no events for it. Otherwise it polls for every
-change, with a cursor, so that changes that were made while there was no connection fire too.
+It polls for the changes of the scopes that its plain triggers are about: what no trigger wants costs the other engine
+nothing. A poll has a cursor, so that changes that were made while there was no connection fire too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from scopestate.errors import (
     StorageError,
     Unsupported,
 )
-from scopestate.ops.cursors import read_cursor
+from scopestate.ops.cursors import ManyCursor, read_cursor
 from scopestate.ops.polls import FUNCTION_ID
 from scopestate.ops.values import parse
 from scopestate.persistence.bridge.changes import AWAY, error_of
@@ -44,10 +44,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scopestate.persistence.bridge")
 
+Places = tuple[tuple[str | None, str], ...]
+"""Which scopes triggers are about: each a name, or None and a prefix."""
+
 MOST: Final = 500
 """Changes that are asked for at a time."""
 AGAIN_S: Final = 0.05
 """Pause after a poll that has failed, as there is no connection."""
+MOST_PLACES: Final = 32
+"""If the triggers are about more scopes and prefixes than that, every change is asked for."""
 REFUSED_S: Final = 2.0
 """Pause after a poll that the other engine refuses."""
 SHOWN_S: Final = 300.0
@@ -154,6 +159,19 @@ class RemoteEvents:
         self.cursor: str | None = None
         """Behind which change the next poll goes on: all before have fired. None: it has not begun."""
         self._begin: asyncio.Future[bytes] | None = None
+        self._version = -1
+        self._places: Places = ()
+        """What the triggers were about when their table had this version."""
+        self._asked: Places = ()
+        """What the last poll has asked for."""
+        self._begin_places: Places = ()
+        """What `_begin` has asked for."""
+        self._known: Places = ()
+        """What the answer up to `cursor` was about."""
+        self._from: dict[tuple[str | None, str], int] = {}
+        """Scopes of triggers that came later: behind which position they are told."""
+        self._changed = asyncio.Event()
+        """Set when the poll under way does not ask for all that is wanted."""
         self._tried = asyncio.Event()
         """Set once it is known whether there is a connection."""
         self._moved = asyncio.Event()
@@ -266,7 +284,7 @@ class RemoteEvents:
         # What begins a connection is sent before this, and the answer to this is that of the same engine.
         while not self._stopped:
             try:
-                await self._post({"limit": 1})
+                await self._post({"limit": 1, "_among": self._wanted_now()})
             except AWAY:
                 await asyncio.sleep(0.002)
             except ScopestateError:
@@ -298,11 +316,43 @@ class RemoteEvents:
         if self._client.connected and not self._by_trigger:
             if self.cursor is None and self._begin is None:
                 self._ask_begin()
+            else:
+                await self._ask_for_more()
             if self._begin is not None:
                 await asyncio.wait([self._begin])
 
     def _ask_begin(self) -> None:
-        self._begin = self._post({"limit": MOST}, first=True)
+        self._begin_places = self._wanted_now()
+        self._begin = self._post({"limit": MOST, "_among": self._begin_places}, first=True)
+
+    async def _ask_for_more(self) -> None:
+        """Have the other engine keep the changes of what triggers want, too, and have a poll that asks for them."""
+        told = (*(self._begin_places if self.cursor is None else self._known), *self._from)
+        more = [place for place in self._wanted_now() if not _has(told, place)]
+        if not more:
+            return
+        try:
+            # On its answer the changes of these scopes are kept there. Those from before are not for the new triggers.
+            answer = await self._post({"limit": 1, "_settled": True, "_among": more})
+            position = _position_of(_decode(answer).cursor)
+        except (ScopestateError, msgspec.DecodeError):
+            position = 0  # the next poll shows what is wrong
+        for place in more:
+            # Unless they are told already: then no change may be left out from there on.
+            if not _has(self._known, place):
+                self._from.setdefault(place, position)
+        if not all(_has(self._asked, place) for place in more):
+            self._changed.set()
+
+    def _wanted_now(self) -> Places:
+        """Return which scopes the plain triggers are about."""
+        assert self._router is not None  # it was started
+        table = self._router.triggers
+        version = table.version
+        if version != self._version:
+            self._places = _places(table.plain_places(MOST_PLACES))
+            self._version = version
+        return self._places
 
     def _post(self, asked: dict[str, Any], *, first: bool = False) -> asyncio.Future[bytes]:
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -358,7 +408,7 @@ class RemoteEvents:
                 log.error("bridge: %s", self._refusal)  # noqa: TRY400 - the text says it all
                 self.cursor = None
                 await asyncio.sleep(REFUSED_S)
-                self._begin = self._post({"limit": MOST})
+                self._ask_begin()
             else:
                 self._refusal = ""
                 self._by_polls = True
@@ -369,25 +419,67 @@ class RemoteEvents:
 
     async def _poll(self) -> None:
         if self.cursor is None:
-            begin = self._begin or self._post({"limit": MOST})
-            self._begin = begin
+            if self._begin is None:
+                self._ask_begin()
+            begin = self._begin
+            assert begin is not None  # it was asked for
             try:
                 answer = _decode(await asyncio.shield(begin))
+                if self._begin is not begin:
+                    return  # there was a new connection, whose begin was sent before this one was answered
+                self._asked = self._begin_places
             except AWAY:
                 if self._begin is begin:
                     self._begin = None
                 raise
         else:
-            asked = {"limit": MOST, "wait_ms": self._longest_wait_ms, "cursor": self.cursor}
-            answer = _decode(await self._post(asked))
+            text = await self._next_answer()
+            if text is None:
+                return
+            answer = _decode(text)
+        before, self._known = self._known, self._asked
         for told in answer.changes:
             try:
-                await self._fire(told.arrived())
+                if not self._from or _has(before, (told.scope, "")) or self._is_behind_begin(told):
+                    await self._fire(told.arrived())
             except DeserializationError as error:
                 log.error("bridge: a change of key %r of scope %r is not JSON: %s", told.key, told.scope, error)  # noqa: TRY400 - as above
             self.cursor = told.cursor or self.cursor
         self.cursor = answer.cursor
+        if self._from:
+            position = _position_of(answer.cursor)
+            self._from = {place: begin for place, begin in self._from.items() if begin > position}
         self._tell_moved()
+
+    async def _next_answer(self) -> bytes | None:
+        """Poll behind the cursor. None: something else is wanted now; the next poll goes on behind the same cursor."""
+        self._changed.clear()
+        self._asked = self._wanted_now()
+        poll = self._post({"limit": MOST, "wait_ms": self._longest_wait_ms, **self._behind_cursor()})
+        changed = asyncio.ensure_future(self._changed.wait())
+        either: set[asyncio.Future[Any]] = {poll, changed}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+        # An answer without what is wanted now must not move the cursor on: that would pass over what was changed there.
+        return None if self._changed.is_set() else poll.result()
+
+    def _behind_cursor(self) -> dict[str, Any]:
+        """Return the input of a poll for what is asked for behind the cursor."""
+        # What was told already is named beside a wider prefix, as behind the cursor all of it must be there.
+        known = {place: None for place in self._known if _has(self._asked, place)}
+        known |= {place: None for place in self._asked if _has(self._known, place)}
+        fresh = [place for place in self._asked if not _has(self._known, place)]
+        return {"cursor": self.cursor, "_among": [*known, *fresh], "_fresh": len(fresh)}
+
+    def _is_behind_begin(self, told: _Told) -> bool:
+        """Return whether a trigger was there when a change was made."""
+        if not told.cursor:
+            return True
+        position = _position_of(told.cursor)
+        places = (*self._asked, *self._from)
+        return any(self._from.get(place, -1) < position for place in places if _has((place,), (told.scope, "")))
 
     def _tell_moved(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()
@@ -423,14 +515,19 @@ class RemoteEvents:
 
     async def _catch_up(self) -> None:
         """Wait until everything that was changed by now has fired here."""
-        target = _decode(await self._post({"limit": 1, "_settled": True})).cursor
+        asked = {"limit": 1, "_settled": True, "_among": self._wanted_now()}
+        target = _decode(await self._post(asked)).cursor
         while self._wanted.is_set() and not self._by_trigger and not self._stopped:
             moved, cursor = self._moved, self.cursor
+            if self._changed.is_set():
+                await asyncio.sleep(0)  # a poll for what is wanted now is sent
+                continue
             if cursor is not None:
                 if _is_behind(cursor, target):
                     return
                 try:
-                    if not _decode(await self._post({"limit": 1, "cursor": cursor})).changes:
+                    found = _decode(await self._post({"limit": 1, **self._behind_cursor()}))
+                    if not found.changes and not self._changed.is_set():
                         return
                 except Compacted:
                     pass  # the poll that is under way gets that too
@@ -486,6 +583,29 @@ class RemoteEvents:
 
         # The function stays: calls of it may be on their way.
         return lambda: self._client.unregister_trigger(trigger_id)
+
+
+def _places(found: set[tuple[str | None, str]] | None) -> Places:
+    """Return places without those that others cover. None: everything."""
+    if found is None:
+        return ((None, ""),)
+    wide = [place for place in found if place[0] is None]
+    covered = {place for place in found for other in wide if other != place and _has((other,), place)}
+    return tuple(sorted(found - covered, key=repr))
+
+
+def _has(places: Places, place: tuple[str | None, str]) -> bool:
+    """Return whether places cover another one."""
+    scope, prefix = place
+    name = prefix if scope is None else scope
+    return any(
+        (scope is not None and one == scope) or (one is None and name.startswith(begin)) for one, begin in places
+    )
+
+
+def _position_of(cursor: str) -> int:
+    found = read_cursor(cursor)
+    return found.position or 0 if isinstance(found, ManyCursor) else 0
 
 
 def _is_behind(cursor: str, other: str) -> bool:

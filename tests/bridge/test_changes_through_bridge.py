@@ -318,3 +318,88 @@ def test_a_trigger_that_comes_after_all_others_have_gone_is_told_from_then_on(
         while polls.cursor is not None:
             assert time.monotonic() < deadline, "it still asks for changes"
             time.sleep(0.001)
+
+
+def test_only_what_triggers_are_about_is_asked_for(there: Engine, serve: Serve, open_bridge: OpenBridge) -> None:
+    here = open_bridge(serve().url, events="remote")
+    feed = there._router.feed
+    here.on_change(scope="a")(Seen())
+    assert [feed.is_wanted(scope) for scope in ("a", "ab", "b")] == [True, False, False]
+
+    here.on_change(scope_prefix="a")(Seen())
+    assert [feed.is_wanted(scope) for scope in ("a", "ab", "b")] == [True, True, False]
+
+    here.on_change()(Seen())
+    assert feed.is_wanted(None)
+
+
+def test_a_trigger_hears_of_its_scope_from_its_registration_on(
+    there: Engine, serve: Serve, open_bridge: OpenBridge
+) -> None:
+    here = open_bridge(serve().url, events="remote")
+    with there.watch(snapshot=False):  # so that the changes of all scopes are kept
+        quiet, late, wide = Seen(), Seen(), Seen()
+        here.on_change(scope="quiet")(quiet)
+        there.set("late", "k", "before")
+        here.on_change(scope="late")(late)
+        there.set("late", "k", 1)
+        there.set("laterals", "k", "before")
+        here.drain(PATIENCE_S)  # or a new trigger may hear of what is told to the others just now
+        here.on_change(scope_prefix="late")(wide)
+        there.set("laterals", "k", 2)
+        there.set("late", "k", 3)
+        there.set("quiet", "k", 4)
+        there.set("other", "k", 5)
+        here.drain(PATIENCE_S)
+
+    assert [event.new_value for event in quiet.events] == [4]
+    assert [event.new_value for event in late.events] == [1, 3]
+    assert [event.new_value for event in wide.events] == [2, 3]
+
+
+def test_triggers_on_more_scopes_than_are_named_in_a_poll(there: Engine, serve: Serve, open_bridge: OpenBridge) -> None:
+    here = open_bridge(serve().url, events="remote")
+    seen = Seen()
+    for number in range(40):
+        here.on_change(scope=f"s{number}")(seen)
+        there.set(f"s{number}", "k", number)
+    here.drain(PATIENCE_S)
+
+    assert [event.new_value for event in seen.events] == list(range(40))
+    assert there._router.feed.is_wanted(None)
+
+
+def test_triggers_that_come_and_go_while_much_changes_miss_nothing(
+    there: Engine, serve: Serve, open_bridge: OpenBridge
+) -> None:
+    here = open_bridge(serve().url, events="remote")
+    ended = threading.Event()
+    whole = Seen()
+    here.on_change(scope="s0")(whole)
+
+    def write() -> None:
+        number = 0
+        while not ended.is_set():
+            there.set(f"s{number % 3}", "k", number)
+            number += 1
+            if number % 50 == 0:
+                time.sleep(0.001)  # the ring holds 100,000 changes
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for round_ in range(8):
+            seen = Seen()
+            name = f"test::{round_}"
+            here.register_function(name, seen)
+            trigger = here.register_trigger(function_id=name, scope=f"s{1 + round_ % 2}")
+            values = [event.new_value for event in seen.wait_for(20)]
+            trigger.unregister()
+            assert values == list(range(values[0], values[0] + 3 * len(values), 3))
+    finally:
+        ended.set()
+        writer.join()
+    here.drain(PATIENCE_S)
+    values = [event.new_value for event in whole.events]
+    assert values == list(range(0, values[-1] + 1, 3))
+    assert there.get("s0", "k") == values[-1]
