@@ -88,6 +88,8 @@ class LeadingScope(ScopeActor):
         owner = self._driven.owner
         if owner is None or is_computed(turn):
             return self.send_and_wait(turn)
+        if self._closed:  # asked here: a forked child has no thread to ask it elsewhere
+            self._refuse_if_closed(event_depth.get())
         call = TurnCall(turn, event_depth.get())
         owner.call(self, call, self._around.limits.call_timeout_s)
         if call.error is not None:
@@ -158,8 +160,8 @@ class LeadingScope(ScopeActor):
         self.send(envelope)
 
     def _may_turn_here(self) -> bool:
-        """True if a turn may run on this thread: signals do not cut it short."""
-        return self._driven.owner is None or get_ident() != _MAIN.ident
+        """True if a turn may run on this thread: signals do not cut it short, or it only refuses."""
+        return self._closed or self._driven.owner is None or get_ident() != _MAIN.ident
 
     # -------------------------------------------------------------------------------------------- on the connection's
 
