@@ -243,11 +243,14 @@ class BridgeConnection:
     def wait(self, timeout_s: float | None, fd: int | None) -> bool:
         """Wait until there is something to receive, `fd` can be read, or the time is over. Whether there is something.
 
-        Any thread may wait beside the one that uses the connection. One that was shut has something to receive.
+        With `fd` any thread may wait, beside the one that uses the connection. One that was shut has something to
+        receive.
         """
         if self._closed or (self._decrypted is not None and self._decrypted() > 0):
             return True
         try:
+            if fd is None:
+                return bool(self._readable(-1 if timeout_s is None else max(0, round(timeout_s * 1000))))
             here = self._sock.fileno()
             return here < 0 or here in _wait(here, fd, timeout_s)
         except (OSError, ValueError):
@@ -424,12 +427,11 @@ if hasattr(select, "poll"):
         poll.register(sock, select.POLLIN)
         return poll.poll
 
-    def _wait(here: int, fd: int | None, timeout_s: float | None) -> list[int]:
+    def _wait(here: int, fd: int, timeout_s: float | None) -> list[int]:
         """Wait for one of two descriptors, and return those that can be read."""
         poll = select.poll()
         poll.register(here, select.POLLIN)
-        if fd is not None:
-            poll.register(fd, select.POLLIN)
+        poll.register(fd, select.POLLIN)
         return [found for found, _ in poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)]
 
     def _is_there(sock: socket.socket, timeout_s: float) -> bool:
@@ -441,10 +443,10 @@ if hasattr(select, "poll"):
 else:  # pragma: no cover - Windows
 
     def _poll(sock: socket.socket) -> Callable[[int], Any]:
-        return lambda timeout_ms: select.select([sock], [], [], timeout_ms)[0]
+        return lambda timeout_ms: select.select([sock], [], [], None if timeout_ms < 0 else timeout_ms / 1000)[0]
 
-    def _wait(here: int, fd: int | None, timeout_s: float | None) -> list[int]:
-        return select.select([here] if fd is None else [here, fd], [], [], timeout_s)[0]
+    def _wait(here: int, fd: int, timeout_s: float | None) -> list[int]:
+        return select.select([here, fd], [], [], timeout_s)[0]
 
     def _is_there(sock: socket.socket, timeout_s: float) -> bool:
         return bool(select.select([sock], [sock], [], timeout_s)[0])

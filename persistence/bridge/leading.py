@@ -79,6 +79,10 @@ class LeadingScope(ScopeActor):
         """Fire the events of what was done."""
 
     @abstractmethod
+    def _pass_on(self) -> None:
+        """Give what waits here to the actor that has replaced this one."""
+
+    @abstractmethod
     def _adopt(self, call: TurnCall, remote: RemoteCall) -> Any:
         """Return the message that enters a call into the tables: it was sent, and the connection's thread has it."""
 
@@ -157,7 +161,14 @@ class LeadingScope(ScopeActor):
         call.remote = None
         envelope = Envelope(call.message, call)
         envelope.depth = call.depth
-        self.send(envelope)
+        if self._closed:
+            self.send(envelope)
+            return
+        # Not a turn on this thread: the connection's thread handles all that wait in one go.
+        self._refuse_own_turn()
+        self.post(envelope)
+        if self._passivated:
+            self._pass_on()
 
     def _may_turn_here(self) -> bool:
         """True if a turn may run on this thread: signals do not cut it short, or it only refuses."""
