@@ -240,10 +240,6 @@ class Journal(ABC):
         """Return whether `gone` says "lost in a crash". In constant time, without the disk."""
 
     @abstractmethod
-    def saved_up_to(self, epoch: int) -> int | None:
-        """Return the last position of an epoch that has ended which was saved; None if it is not known."""
-
-    @abstractmethod
     def newest(self, most: int) -> tuple[list[StateEvent], int]:
         """Return the newest events, in order, and the position behind which every change is among them.
 

@@ -260,8 +260,8 @@ class Compacted(ScopestateError):
         """`trimmed`: the changes are older than what is kept. `other store`: the cursor is of another one, or of an
         engine in memory that has ended. `lost in a crash`: the cursor is of a change that was never saved."""
         self.oldest = oldest
-        """The oldest cursor from which a watch can go on now; None if that is not known. For a watch of many scopes:
-        where the crash was, if changes were lost in one."""
+        """The oldest cursor from which a watch can go on now; None if that is not known. After a crash, for a
+        watch of many scopes: behind what it was told, and what was lost is left out."""
 
     def __str__(self) -> str:
         why = _COMPACTED.get(self.reason, self.reason)

@@ -241,9 +241,9 @@ class _Watch:
             oldest = None if floor is None else self._cursors.at(floor)
         elif reason == "lost in a crash" and feed.journal is not None:
             cursor = read_cursor(self._settings.since)
-            assert isinstance(cursor, ManyCursor)  # as for any watch of many scopes
-            saved = feed.journal.saved_up_to(cursor.epoch)
-            oldest = None if saved is None else ManyCursor(cursor.store, cursor.epoch, saved).text()
+            # No position is given twice: what was lost is not told again, and nothing else has one up to there.
+            if isinstance(cursor, ManyCursor):
+                oldest = ManyCursor(cursor.store, feed.epoch, cursor.position).text()
         return Compacted(str(self._settings.since), reason, oldest)
 
     def _page_steps(self) -> Steps[None]:

@@ -395,7 +395,7 @@ class RemoteEvents:
                 raise
             except Compacted as error:
                 if error.reason == "lost in a crash" and error.oldest not in (None, self.cursor):
-                    # What was lost never was: no event is missing, if what was saved is told from there on.
+                    # What was lost never was, so no event of it is missing.
                     log.warning("bridge: triggers were told of changes that the owner before has not saved")
                     self.cursor = error.oldest
                 else:

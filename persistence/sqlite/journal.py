@@ -160,9 +160,6 @@ class SavedJournal(Journal):
     def was_lost(self, epoch: int, position: int) -> bool:
         return epoch != self.epoch and position > self._epochs.get(epoch, -1)
 
-    def saved_up_to(self, epoch: int) -> int | None:
-        return None if epoch == self.epoch else self._epochs.get(epoch)
-
     def newest(self, most: int) -> tuple[list[StateEvent], int]:
         def work(connection: sqlite3.Connection) -> tuple[list[StateEvent], int]:
             ((oldest,),) = connection.execute(_OLDEST_OF_NEWEST, (most - 1,)).fetchall()

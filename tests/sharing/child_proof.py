@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 from forking import beside_threads
@@ -56,7 +55,7 @@ def live(facts: dict[str, Any]) -> None:
         engine.close()
         log("closed")
         return
-    life = Life(engine, log, facts["name"], facts["seed"], Path(facts["quiet"]))
+    life = Life(engine, log, facts["name"], facts)
     threads = start_clients(life, durable=facts["durable"])
     while not ending.wait(0.5):
         pass

@@ -34,7 +34,8 @@ from scopestate.ops import Increment
 
 REGISTERS: Final = "registers"
 """Scopes that begin so have registers: every kind of call, checked to be linearizable."""
-GROUPS: Final = 6
+GROUPS: Final = 2
+"""So many groups of registers for each process."""
 EPOCH_S: Final = 4.0
 """Registers are used for so long; then clients go on with new ones, so that no history is too long to be checked."""
 REGISTER_KEYS: Final = ("k", "l", "m")
@@ -79,19 +80,20 @@ def told(error: ScopestateError) -> str:
 class Life:
     """What the clients of one process share."""
 
-    def __init__(self, engine: Engine, log: Log, name: str, seed: int, quiet: Path) -> None:
+    def __init__(self, engine: Engine, log: Log, name: str, facts: dict[str, Any]) -> None:
         self.engine = engine
         self.log = log
         self.name = name
-        self.seed = seed
-        self._quiet = quiet
+        self.processes: int = facts["processes"]
+        self._seed = facts["seed"]
+        self._quiet = Path(facts["quiet"])
 
     def over(self) -> bool:
         """True if no call shall begin any more."""
         return self.engine.closed or self._quiet.exists()
 
     def rng(self, client: str) -> random.Random:
-        return random.Random(f"{self.seed} {client}")
+        return random.Random(f"{self._seed} {client}")
 
 
 class Client:
@@ -100,7 +102,7 @@ class Client:
     def __init__(self, life: Life, name: str) -> None:
         self.life = life
         self.name = f"{life.name}.{name}"
-        self.rng = life.rng(name)
+        self.rng = life.rng(self.name)
         self.log = life.log
         self._number = 0
 
@@ -129,7 +131,7 @@ class Registers(Client):
     def __init__(self, life: Life, name: str) -> None:
         super().__init__(life, name)
         self._kinds = RevisedHistory(life.engine, [], REGISTER_KEYS)
-        self._groups = self.rng.sample(range(GROUPS), 2)
+        self._groups = self.rng.sample(range(GROUPS * life.processes), 2)
 
     def choose(self, number: int) -> tuple[str, str, tuple[Any, ...]]:
         """Choose a call. Each value is written once, so a reader knows which write it sees."""

@@ -101,6 +101,7 @@ class Killing:
             "log": str(self.folder / f"{name}.log"),
             "config": config_of(self.store),
             "seed": self.plan.seed,
+            "processes": self.plan.processes,
             "quiet": str(self.folder / "quiet"),
             "plant": self.plan.plant,
             "durable": self.plan.durable,
