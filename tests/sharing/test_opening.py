@@ -13,7 +13,7 @@ import pytest
 from processes import Process, role_of, shared
 
 from scopestate import Engine
-from scopestate.errors import ConfigError, StoreLocked
+from scopestate.errors import ConfigError, StoreLocked, StoreUnusable
 from scopestate.persistence.sharing import sockets
 from scopestate.persistence.sqlite.adapter import FileAdapter
 
@@ -153,3 +153,13 @@ def test_a_store_that_another_program_has_opened_is_refused(directory: Path, ope
     finally:
         store.close()
     open_engine()
+
+
+def test_a_file_system_without_locks_is_named(open_engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("scopestate.persistence.sqlite.lock._lock", none)
+
+    with pytest.raises(StoreUnusable, match="has no locks"):
+        open_engine()
