@@ -175,12 +175,8 @@ class Feed:
         self._ring.clear()
         self._floor = self.primed = behind
         self._ring.extend(events)
+        # Not those of the scopes: whether a crash took back a revision, only the journal can tell.
         self._ring_bytes = sum([len(event.new_json or b"") for event in events]) + OVERHEAD * len(events)
-        for event in events:
-            fed = self._scopes.get(event.scope) or self._make_scope(event.scope)
-            fed.begins_at(event.revision - 1)
-            fed.ring.append(event)
-            fed.last = event.revision
 
     def connect_elsewhere(self, store_id: str, past: Past, epoch: int, position: int) -> None:
         """Make it the feed of changes that are numbered elsewhere: `arrive` enters them, with their positions."""

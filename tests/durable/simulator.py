@@ -365,6 +365,8 @@ class World:
             ],
         }
         self.engine = Engine(from_mapping(config), dispatcher=self.dispatcher, handle_sigterm=False)
+        if len(self.events) % 2:
+            self.engine._parts.router.feed.prime()  # as an engine after another one that had followers
         self.life_began = len(self.events)
         self.running = 0
         self._replays = False
