@@ -303,9 +303,9 @@ class Polls:
                             self._cut[caller] = now_s()
                         return self._finish(watched, answer, kept=False)
                     except EngineClosed:
-                        if not answer.changes:
+                        if not answer.changes and (caller.limited or not self._engine._router.feed.ended):
                             raise
-                        # They are the last ones: another process may open the store, and go on behind them.
+                        # The last changes, or that there are no more: the next owner goes on behind them.
                         return self._finish(watched, answer, kept=False)
                     if change is None:
                         break
