@@ -37,6 +37,7 @@ PLACES = {
     "redis shared": Where("ab", None, 0),
     "bridge": Where("ba", [1, 2, 1], 0),
     "bridge remote": Where("ba", [1, 2, 3], 0),
+    "follower": Where("ba", [1, 2, 3], 0),
 }
 
 
@@ -59,7 +60,7 @@ def opened(place: str, tmp_path: Path) -> Iterator[Open]:
         match name:
             case "memory":
                 adapter: dict[str, object] = {"name": "kv"}
-            case "file":
+            case "file" | "follower":
                 adapter = {"name": "kv", "config": {"store_method": "file_based", "file_path": str(tmp_path / "store")}}
             case "redis":
                 url = stack.enter_context(ValkeyServer()).connection_url
@@ -68,6 +69,8 @@ def opened(place: str, tmp_path: Path) -> Iterator[Open]:
                 served = stack.enter_context(Server(stack.enter_context(Engine()), port=0))
                 adapter = {"name": "bridge", "config": {"bridge_url": served.url, "events": events or "local"}}
         config = {"workers": [{"name": "iii-state", "config": {"adapter": adapter}}]}
+        if name == "follower":
+            stack.enter_context(Engine.from_config(config))  # the owner
         yield lambda: Engine.from_config(config)
 
 
