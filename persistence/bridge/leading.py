@@ -92,8 +92,6 @@ class LeadingScope(ScopeActor):
         owner = self._driven.owner
         if owner is None or is_computed(turn):
             return self.send_and_wait(turn)
-        if self._closed:  # asked here: a forked child has no thread to ask it elsewhere
-            self._refuse_if_closed(event_depth.get())
         call = TurnCall(turn, event_depth.get())
         owner.call(self, call, self._around.limits.call_timeout_s)
         if call.error is not None:
