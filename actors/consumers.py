@@ -169,7 +169,7 @@ class JournalConsumer(ConsumerPort):
                 handler = self._handler
                 # First: what ends from here on is told to both.
                 self.shared = shared
-                if self._owner.expects_claims:
+                if self._owner.expects_claims and self._progress.has_begun:
                     shared.expect_claims()
                     self._owner.dispatcher.call_later(self._owner.claims_left_s(), shared.end_claims)
                 if handler is not None:

@@ -61,7 +61,7 @@ log: Final = Log("scopestate.engine")
 
 Report = Callable[[DeliveryFailure], None]
 
-CLAIM_S: Final = 1.0
+CLAIM_S: Final = 2.0
 """For so long an engine that owns a shared directory waits with what others were handling when it opened the store."""
 _RESTART_ONLY: Final = ("store_method", "file_path", "durability", "share", "connect_wait_ms")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
     from scopestate.server.hub import Hub
     from scopestate.server.worker import Worker
 
-CLAIM_S: Final = 1.0
-"""An engine whose connection is lost keeps what it is handling for so long: it may be back."""
+CLAIM_S: Final = 2.0
+"""An engine whose connection is lost keeps what it is handling for so long: it may be back. Not if its process is on
+this machine, and gone."""
 PATIENCE_S: Final = 2.0
 """An engine that says nothing for so long, or for the `ack_wait` of its trigger if that is longer, is dismissed."""
+LOOK_S: Final = 0.1
 _MOST: Final = 256
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -56,6 +60,8 @@ class _Place:
         self.holder: Holder
         self.worker: Worker | None = None
         """The connection by which it asks for events."""
+        self.pid = 0
+        """Its process, if that is on this machine."""
         self.news = asyncio.Event()
         self.lost: list[int] = []
         self.paused: str | None = None
@@ -156,13 +162,18 @@ class Deliveries:
         for place in self._places.values():
             if place.worker is worker:
                 place.worker = None
+                place.pid = 0 if self._hub.public else worker.metadata.get("pid") or 0
                 place.heard_s = self._hub.loop.time()
                 place.news.set()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._look_later()
 
     def _look_later(self) -> None:
         if self._timer is None and self._places:
-            self._timer = self._hub.loop.call_later(CLAIM_S / 4, self._look)
+            away = any(place.worker is None for place in self._places.values())
+            self._timer = self._hub.loop.call_later(LOOK_S if away else PATIENCE_S / 4, self._look)
 
     def _look(self) -> None:
         """Dismiss the engines that are gone, or silent."""
@@ -173,7 +184,7 @@ class Deliveries:
             silent_s = 0.0 if place.takes else now_s - place.heard_s
             if not place.is_held:
                 del self._places[key]
-            elif silent_s > (CLAIM_S if place.worker is None else patience_s):
+            elif silent_s > (CLAIM_S if place.worker is None else patience_s) or _is_gone(place):
                 del self._places[key]
                 self._hub.log.warning(
                     "consumer %r: what a follower handles goes to another engine: %s",
@@ -300,6 +311,19 @@ class Deliveries:
         marks = {self._name(worker, name): mark for name, mark in asked.marks.items()}
         left = await self._elsewhere(worker, lambda: consumers.settle(list(whole), marks, wait_s))
         return _encode(handed.Drained({whole[name]: mark for name, mark in left.items()}))
+
+
+def _is_gone(place: _Place) -> bool:
+    """Return whether the process of an engine whose connection was lost has ended."""
+    if place.worker is not None or not place.pid or sys.platform == "win32":
+        return False
+    try:
+        os.kill(place.pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False  # it is another user's
+    return False
 
 
 def _as_many_as_fit(found: list[Held]) -> list[Held]:

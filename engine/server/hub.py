@@ -119,7 +119,7 @@ class Hub:
         self._tasks: set[asyncio.Task[None]] = set()
         self.holds: Literal["calls", "all"] | None = None
         """Which calls of workers are not begun any more: all, or all but those by handlers; None: they are begun."""
-        self._public = public
+        self.public = public
         self.act_of_worker = self.act if public else self.act_unless_held
         """What the messages of workers are given to."""
         self.triggers = WorkerTriggers(self, max_waiting_events, max_waiting_bytes)
@@ -147,7 +147,7 @@ class Hub:
         if message_bytes is not None:
             limits = msgspec.structs.replace(limits, message_bytes=message_bytes)
         session = WorkerSession(str(uuid.uuid4()), limits, self.log, carries_depth=carries_depth)
-        worker = Worker(session, access, address, send, close, limited=self._public)
+        worker = Worker(session, access, address, send, close, limited=self.public)
         self.workers[session.worker_id] = worker
         if access is not None:
             access.workers += 1
@@ -430,7 +430,7 @@ class Hub:
             self._fail(worker, call, error)
 
     def _fail(self, worker: Worker, call: InvokeFunction, error: Exception) -> None:
-        if not self._public and isinstance(error, EngineClosed) and self.engine.closed:
+        if not self.public and isinstance(error, EngineClosed) and self.engine.closed:
             # It was not begun. Without an answer the follower makes it again when another engine owns the directory.
             worker.session.waiting -= 1
         else:

@@ -40,6 +40,7 @@ _MOST_OUTCOMES: Final = 1000
 """Outcomes of one message."""
 _PATIENCE_S: Final = 2.0
 """As `server.holding.PATIENCE_S`: an engine that says nothing for so long is dismissed, at the earliest."""
+_MOMENT_S: Final = 0.02
 _AGAIN_S: Final = 2.0
 """Pause after the other engine has refused to give events."""
 AWAY: Final = (CallTimeout, ConnectionLost, NotConnected, EngineClosed)
@@ -296,6 +297,8 @@ class RemotePort(ConsumerPort):
         for tries_left in (2, 1, 0):
             try:
                 if not self.is_joined:
+                    if self.stopping:
+                        raise StorageError(f"consumer {self.name!r}: this engine has left it")
                     self._join()
                 sent = self._outcomes[:_MOST_OUTCOMES]
                 ended = [_said(one) for one in sent]
@@ -306,7 +309,7 @@ class RemotePort(ConsumerPort):
                 if tries_left and isinstance(error.__cause__, ConnectionLost):
                     continue  # it may be done twice
                 raise
-            if noted.is_holder:
+            if noted.is_holder or self.stopping:
                 with self._changing:
                     over = set(map(id, sent))
                     self._outcomes = [one for one in self._outcomes if id(one) not in over]
@@ -325,7 +328,8 @@ class RemotePort(ConsumerPort):
                 if self.is_joined:
                     self._say(leave=True)
                     self.is_over = not self._held
-            elif not self.is_joined:
+                return
+            if not self.is_joined:
                 self._join()
             if self._outcomes:
                 self._say()
@@ -352,6 +356,11 @@ class RemotePort(ConsumerPort):
                 self._note_away(StorageError(str(error)))
                 self.ring()
             except (ScopestateError, msgspec.DecodeError) as error:
+                if isinstance(error, RemoteFailure) and error.code == EngineClosed.code:  # another one goes on
+                    self._note_away(StorageError(str(error)))
+                    await asyncio.sleep(_MOMENT_S)
+                    self.ring()
+                    continue
                 self.problem = f"consumer {self.name!r} gets no events: {error}"
                 log.error("%s", self.problem)  # noqa: TRY400 - the text says it all
                 self.is_joined = False
