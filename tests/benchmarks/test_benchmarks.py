@@ -15,6 +15,9 @@ from benchmarks.harness import Row
 
 ROOT = Path(__file__).parents[2]
 
+# All benchmarks once, each of them small, with the processes that they start: minutes on a busy machine.
+pytestmark = pytest.mark.timeout(700)
+
 JUDGED = {
     "set_vs_pykka": {"at_least": 8},
     "set_vs_floor": {"at_most": 5},
@@ -126,7 +129,7 @@ SHOWN = {
 
 def _run(*options: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "benchmarks", *options]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
