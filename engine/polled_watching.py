@@ -210,7 +210,10 @@ class Polled(_Watch):
         if not self._exclusive.run(self._begin_poll):
             return
         try:
-            asked = self._asked(self._remote.longest_wait_ms)
+            longest_ms = self._remote.longest_wait_ms
+            if self._settings.markers:  # the cursor moves on when a poll ends
+                longest_ms = min(longest_ms, int(PROGRESS_S * 1000))
+            asked = self._asked(longest_ms)
             self._remote.poll(asked, partial(self._polled, self._round))
         except EngineClosed:
             self._watcher.ending = True

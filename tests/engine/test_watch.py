@@ -157,6 +157,16 @@ def test_many_scopes_are_told_in_one_order_each_scope_behind_its_own_snapshot(op
     assert positions == sorted(set(positions))
 
 
+def test_a_prefix_of_scopes_holds_for_what_comes_from_the_journal(open_file_store: OpenEngine) -> None:
+    with open_file_store(scopes=HISTORY) as engine, engine.watch(scope_prefix="a", snapshot=False) as changes:
+        cursor = changes.cursor
+        for number, scope in enumerate(("a1", "b1", "a2", "b2")):
+            engine.set(scope, "k", number)
+    with open_file_store(scopes=HISTORY) as engine, engine.watch(scope_prefix="a", since=cursor) as changes:
+        assert [changes.get(PATIENCE_S).scope for _ in range(2)] == ["a1", "a2"]
+        assert nothing_waits(changes)
+
+
 def test_a_prefix_of_scopes_is_watched_also_in_scopes_that_come_later(engine: Engine) -> None:
     engine.set("a1", "k", 1)
     engine.set("b1", "k", 1)
