@@ -260,7 +260,14 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         fd = connection.plain_fd()
         if fd is None:
             return None
-        before, self._watch = self._watch, Watch(loop, connection, fd, self._drive)
+        try:
+            watch = Watch(loop, connection, fd, self._drive)
+        except OSError:  # another thread, which has the claim, has just closed it
+            return None
+        if connection is not self._connection:
+            watch.end()
+            return None
+        before, self._watch = self._watch, watch
         if before is not None:
             before.end()
         return self._watch
