@@ -133,7 +133,12 @@ class JournalConsumer(ConsumerPort):
         if shared is not None:
             known = shared.here
             held = {} if known is None else {position: hold.begun for position, hold in list(known.holds.items())}
-            gone = shared.join(here, [(position, attempt, 0) for position, attempt in {**held, **running()}.items()])
+            held = {**held, **running()}
+            joined = shared.join(here, [(position, attempt, 0) for position, attempt in held.items()])
+            if joined is None:  # sharing has ended at this moment
+                self.start(trigger, wake, lost, running)
+                return
+            gone = joined
         if gone:
             lost(gone)
         wake()

@@ -192,6 +192,7 @@ class SharedConsumer:
         self.leading: Trigger | None = None
         """The trigger that says which events are read, and in which order they are handled."""
         self._waiters: list[Callable[[], object]] = []
+        self._has_ended = False
         self._unclaimed: Holder | None = None
         """Has what an engine was handling when the one before this one ended, until that engine claims it."""
 
@@ -249,12 +250,15 @@ class SharedConsumer:
         """Return a holder by its name; None: there is none, or it was dismissed."""
         return self._holders.get(name)
 
-    def join(self, holder: Holder, held: Sequence[tuple[int, int, int]] = ()) -> list[int]:
+    def join(self, holder: Holder, held: Sequence[tuple[int, int, int]] = ()) -> list[int] | None:
         """Have an engine take events. `held`: what it holds already: position, running attempt (0: none), its serial.
 
         Returns those of these positions that it does not hold any more: they are over, or another engine has them.
+        None: sharing has ended; ask the consumer to share again.
         """
         with self._source.reading:
+            if self._has_ended:
+                return None
             claimed = self._source.claim([position for position, _, _ in held])
             lost, changed = self._guard.run(self._join, holder, held, {one.event.position: one for one in claimed})
         self._tell(changed)
@@ -402,7 +406,8 @@ class SharedConsumer:
         if len(found) < most:
             holder.is_hungry = True
         if holder.name == HERE and not self.is_served_elsewhere:
-            self._guard.run(self._go_on_alone)
+            with self._source.reading:  # not while another engine joins
+                self._guard.run(self._go_on_alone)
         return found
 
     def _may_read(self) -> bool:
@@ -412,6 +417,7 @@ class SharedConsumer:
         here = self.here
         others = self._parked or self._unclaimed is not None
         if here is not None and list(self._holders) == [HERE] and not others and not here.given:
+            self._has_ended = True
             self._source.end_sharing()
 
     def _give(self, holder: Holder, most: int) -> tuple[list[Held], int]:

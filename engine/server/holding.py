@@ -146,7 +146,13 @@ class Deliveries:
         self._places[name, asked.holder] = place
         place.worker = worker
         place.paused = shared.source.paused()
-        lost = await self._elsewhere(worker, lambda: shared.join(place.holder, asked.held))
+
+        def join() -> list[int]:
+            while (found := place.shared.join(place.holder, asked.held)) is None:
+                place.shared = consumers.share(name, trigger)
+            return found
+
+        lost = await self._elsewhere(worker, join)
         self._look_later()
         return _encode(handed.Joined(lost, place.paused, name if name != asked.consumer else ""))
 
