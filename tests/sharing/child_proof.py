@@ -16,7 +16,6 @@ import selectors
 import signal
 import sys
 import threading
-import time
 import traceback
 from typing import Any
 
@@ -90,8 +89,21 @@ def begin(line: str) -> tuple[str, int]:
 
 
 def main() -> None:
-    """Fork and reap until the input ends."""
+    """Fork and reap until the input ends; leave no child."""
     children: dict[int, str] = {}
+    nursery = os.getpid()
+    try:
+        serve(children)
+    finally:
+        if os.getpid() == nursery:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+            for pid in children:
+                os.waitpid(pid, 0)
+
+
+def serve(children: dict[int, str]) -> None:
+    """Fork a child for each line, and reap those that end, until the input ends."""
     lines = selectors.DefaultSelector()
     lines.register(0, selectors.EVENT_READ)
     rest = b""
@@ -99,7 +111,7 @@ def main() -> None:
         if lines.select(0.005):
             data = os.read(0, 1 << 16)
             if not data:
-                break
+                return
             *whole, rest = (rest + data).split(b"\n")
             for line in whole:
                 name, pid = begin(line.decode())
@@ -109,11 +121,6 @@ def main() -> None:
             if not pid:
                 break
             say("end", children.pop(pid), os.waitstatus_to_exitcode(status))
-    for pid in children:
-        os.kill(pid, signal.SIGKILL)
-    for pid in children:
-        os.waitpid(pid, 0)
-    time.sleep(0)
 
 
 if __name__ == "__main__":
