@@ -6,10 +6,10 @@ are those of `actors/consuming.py`; positions are those of the other engine's jo
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import UNSET, Meta, Raw, UnsetType
 
 from scopestate.ops.results import EventType, StateEvent
 from scopestate.ops.values import parse
@@ -21,6 +21,11 @@ DRAIN: Final = "engine::deliveries::drain"
 LONGEST_WAIT_MS: Final = 10_000
 MOST_BYTES: Final = 4 << 20
 """So many bytes of events an answer has, and at least one event."""
+
+Position = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Milliseconds = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
+"""What a store can hold: one number that it cannot would keep all scopes from being saved."""
 
 
 class HandedEvent(msgspec.Struct, omit_defaults=True):
@@ -85,11 +90,11 @@ class HandedEvent(msgspec.Struct, omit_defaults=True):
 class HandedOutcome(msgspec.Struct, omit_defaults=True):
     """How an attempt ended. The other engine has the event."""
 
-    position: int
+    position: Position
     verdict: Literal["done", "retry", "dead", "held"]
-    attempts: int = 0
-    first_ms: int = 0
-    due_ms: int = 0
+    attempts: Count = 0
+    first_ms: Milliseconds = 0
+    due_ms: Milliseconds = 0
     error: str = ""
     traceback: str = ""
 
@@ -106,7 +111,7 @@ class Join(msgspec.Struct, omit_defaults=True):
     """The options of the trigger."""
     since_ms: int
     """When its program has registered it, in milliseconds since the epoch."""
-    held: list[tuple[int, int, int]] = []
+    held: list[tuple[Position, Count, int]] = []
     """What the engine holds already: position, the attempt that is running, or 0, and the `serial` of its `Note`."""
 
 
@@ -149,13 +154,13 @@ class Note(msgspec.Struct, omit_defaults=True):
     consumer: str
     holder: str
     ended: list[HandedOutcome] = []
-    began: list[tuple[int, int]] = []
+    began: list[tuple[Position, Count]] = []
     """Position, and number of the attempt. Answered when it is noted."""
     serial: int = 0
     """With `began`: a number that this message alone has."""
-    resolve: tuple[int, int] | None = None
+    resolve: tuple[Position, int] | None = None
     """Position and serial of an attempt: has its transaction happened?"""
-    letters: int = 0
+    letters: Count = 0
     """Keep places for so many dead letters."""
     flush: bool = False
     """Answer when what has ended is saved."""

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from second_engine import PATIENCE_S, OpenBridge
 
 from scopestate import Delivery, Discard, Engine, Retry, RetryLater, StateEvent
-from scopestate.errors import Compacted, ConfigError, InvalidRegistration, Unsupported
+from scopestate.errors import Compacted, ConfigError, InvalidRegistration, RemoteFailure, Unsupported
+from scopestate.ops import handed
 from scopestate.ops.triggers import Trigger
+from scopestate.server.holding import _Place
 from scopestate.server.server import Server
 
 
@@ -460,3 +463,78 @@ def test_what_was_held_goes_on_after_a_lost_connection(there: Engine, open_bridg
     assert handled.overlaps == []
     here.close()
     server.stop()
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        {"ended": [{"position": 0, "verdict": "retry", "attempts": 1, "due_ms": 10**30}]},
+        {"ended": [{"position": 0, "verdict": "retry", "attempts": 10**30}]},
+        {"ended": [{"position": 0, "verdict": "retry", "first_ms": -(10**30)}]},
+        {"ended": [{"position": 0, "verdict": "dead", "first_ms": 10**30}]},
+        {"began": [[0, 2**40]]},
+        {"began": [[0, -1]]},
+    ],
+    ids=["due_ms", "attempts", "first_ms", "letter", "began", "negative"],
+)
+def test_numbers_that_no_store_can_hold_are_refused_and_saving_goes_on(
+    there: Engine, url: str, open_bridge: OpenBridge, note: dict[str, Any]
+) -> None:
+    backend: Any = open_bridge(url)._parts.backend
+    held = {"consumer": "ship", "holder": "bad"}
+    trigger = {"trigger_id": "t", "function_id": "f", "config": {"scope": "orders"}, "since_ms": 1}
+
+    def say(function_id: str, /, **fields: Any) -> Any:
+        return msgspec.json.decode(backend.call_and_wait(function_id, msgspec.json.encode({**held, **fields})))
+
+    say(handed.JOIN, **trigger)
+    there.set("orders", "a", 1)
+    taken = say(handed.TAKE, most=1, wait_ms=5_000)
+    position = taken["events"][0]["position"]
+
+    with pytest.raises(RemoteFailure, match="Failed to deserialize input"):
+        say(
+            handed.NOTE,
+            ended=[{**one, "position": position} for one in note.get("ended", ())],
+            began=[[position, attempt] for _, attempt in note.get("began", ())],
+            serial=1,
+        )
+
+    assert "is_holder" not in say(handed.NOTE, ended=[{"position": position, "verdict": "retry", "attempts": 1}])
+    there.flush()
+
+
+def test_a_trigger_that_is_registered_again_does_not_wait_for_the_poll_before(
+    there: Engine, url: str, open_bridge: OpenBridge
+) -> None:
+    here = open_bridge(url)
+    first, second = Handled(), Handled()
+    first.on(here, "first")
+    there.set("orders", "a", 1)
+    first.wait(1)
+
+    second.on(here, "second")
+    began = time.monotonic()
+    there.set("orders", "b", 2)
+    second.wait(1)
+
+    assert second.values("b") == [2]
+    assert time.monotonic() - began < 5.0  # that poll waits for 7.5 s
+
+
+def test_what_is_lost_while_it_is_told_is_told_once() -> None:
+    loop = asyncio.new_event_loop()
+    shared: Any = None
+    place = _Place(loop, shared, None)
+    told: list[int] = []
+
+    class Meanwhile(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            told.extend(place.take_lost())
+            return super().__iter__()
+
+    place.note_lost([1])
+    place.note_lost(Meanwhile([2]))
+
+    assert told + place.take_lost() == [1, 2]
+    loop.close()
