@@ -265,24 +265,44 @@ class Sharing:
         self._serving.start()
 
     def _wait_for_followers(self) -> None:
-        listener, engine_ref = self._listener, self._engine
+        """Serve the followers. If that fails, try again a moment later: the directory stays with this engine."""
+        told = False
+        while not self._ends:
+            try:
+                self._serve_followers()
+            except Exception as error:
+                if not told:
+                    told = True
+                    log.exception("the engines of other processes cannot be served in %s now", self.directory)
+                self._problem = f"the engines of other processes cannot be served now: {error}"
+                if self._listener is not None:
+                    self._listener.close()  # or what connects would wait without end
+                self._wakers[0].settimeout(RETRY_S)
+                with contextlib.suppress(OSError):
+                    self._wakers[0].recv(1)
+            else:
+                return
+
+    def _serve_followers(self) -> None:
+        from scopestate.persistence.sharing.sockets import Listener  # noqa: PLC0415 - as in `_serve`
+
+        if self._problem:
+            self._listener = Listener(self.directory)
+            self._problem = ""
+        listener = self._listener
         assert listener is not None
         with selectors.DefaultSelector() as selector:
             selector.register(listener.socket, selectors.EVENT_READ)
             selector.register(self._wakers[0], selectors.EVENT_READ)
             selector.select()
-        engine = engine_ref()
+        engine = self._engine()
         if self._ends or engine is None:
             return
         with contextlib.suppress(OSError), open(os.path.join(self.directory, FOLLOWED_FILE), "wb"):
             pass
-        try:
-            self._server = importlib.import_module(SERVER).FollowerServer(engine, listener)
-            if self._server is not None and not self._ends:
-                self._server.run()
-        except Exception:
-            log.exception("the engines of other processes cannot be served in %s", self.directory)
-            listener.close()
+        self._server = importlib.import_module(SERVER).FollowerServer(engine, listener)
+        if self._server is not None and not self._ends:
+            self._server.run()
 
     def hold(self, timeout_s: float, *, handlers_may: bool) -> None:
         """Before the engine closes: begin no more calls of followers, and wait for those that were begun."""

@@ -57,8 +57,10 @@ class FollowerServer(Server):
         """As `handlers_may` of the last `hold`; None: calls are not held."""
 
     def run(self) -> None:
-        """Serve on this thread until `end` is called on another one."""
+        """Serve on this thread until `end` is called on another one. Raises what has ended it before."""
         self._run()
+        if self._failure is not None:
+            raise self._failure
 
     def end(self) -> None:
         """Have it close every connection, and return from `run`. Idempotent; does not wait."""

@@ -87,8 +87,14 @@ class _Place:
 
     def note_lost(self, positions: Sequence[int]) -> None:
         """It does not hold these any more. From any thread."""
-        self.lost += positions
+        self.lost.extend(positions)  # not `+=`, which would put a list back that was told meanwhile
         self.wake()
+
+    def take_lost(self) -> list[int]:
+        """Return what is lost and was not told."""
+        lost = self.lost.copy()
+        del self.lost[: len(lost)]
+        return lost
 
     @property
     def is_held(self) -> bool:
@@ -143,8 +149,10 @@ class Deliveries:
         place = _Place(self._hub.loop, shared, worker.access)
         now_s = self._hub.engine._parts.dispatcher.monotonic
         place.holder = Holder(asked.holder, trigger, asked.since_ms, place.wake, place.note_lost, now_s)
+        before = self._places.get((name, asked.holder))
         self._places[name, asked.holder] = place
-        place.worker = worker
+        if self._hub.workers.get(worker.worker_id) is worker:  # else its connection was lost meanwhile
+            place.worker = worker
         place.paused = shared.source.paused()
 
         def join() -> list[int]:
@@ -153,6 +161,8 @@ class Deliveries:
             return found
 
         lost = await self._elsewhere(worker, join)
+        if before is not None:
+            before.news.set()  # a call that waits there would be told of nothing more
         self._look_later()
         return _encode(handed.Joined(lost, place.paused, name if name != asked.consumer else ""))
 
@@ -254,7 +264,7 @@ class Deliveries:
             with suppress(TimeoutError):
                 await asyncio.wait_for(place.news.wait(), left_s)
         place.paused, place.stands_by = paused, place.holder.stands_by
-        lost, place.lost = place.lost, []
+        lost = place.take_lost()
         sent = _as_many_as_fit(found)
         if len(sent) < len(found):
             place.shared.keep(place.holder, found[len(sent) :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -274,3 +275,24 @@ def test_the_command_line_reaches_a_directory_in_use(open_engine: Open, director
     open_engine()
     done = CliRunner().invoke(app, ["consumers", "list", "--store", str(directory)])
     assert done.exit_code == 0, done.output
+
+
+def test_an_owner_that_cannot_serve_says_so_and_tries_again(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    problems = [OSError(24, "Too many open files")]
+
+    def new_loop() -> asyncio.AbstractEventLoop:
+        if problems:
+            raise problems.pop()
+        return asyncio.new_event_loop()
+
+    monkeypatch.setattr("scopestate.server.server.new_loop", new_loop)
+    owner = open_engine()
+
+    other = open_engine()
+    other.set("s", "k", 1)
+
+    assert owner.get("s", "k") == 1
+    assert "cannot be served" in caplog.text
+    assert owner.health().ok
