@@ -57,8 +57,6 @@ REFUSED_S: Final = 2.0
 """Pause after a poll that the other engine refuses."""
 SHOWN_S: Final = 300.0
 """How long health reports that changes were lost."""
-LOST_S: Final = 1.0
-"""How often the hooks are told that changes were lost."""
 FIRST_S: Final = 10.0
 """How long the first trigger waits at most until it is known whether there is a connection."""
 _KINDS: Final = ("created", "updated", "deleted", "expired")
@@ -145,7 +143,8 @@ class RemoteEvents:
 
     `start`, `listen`, `problem`, `catch_up` and `stop` may be called from any thread but that of the client's event
     loop; the rest runs there. At each connection, before anything else is sent, it asks for the cursor of that moment:
-    where to begin, the first time and if the changes behind the last cursor are gone.
+    where to begin, the first time and if the changes behind the last cursor are gone. If they are gone later, it asks
+    again.
     """
 
     def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, longest_wait_ms: int) -> None:
@@ -418,10 +417,11 @@ class RemoteEvents:
         self._tell_moved()
 
     async def _poll(self) -> None:
+        begin = self._begin
         if self.cursor is None:
-            if self._begin is None:
+            if begin is None:
                 self._ask_begin()
-            begin = self._begin
+                begin = self._begin
             assert begin is not None  # it was asked for
             try:
                 answer = _decode(await asyncio.shield(begin))
@@ -446,6 +446,8 @@ class RemoteEvents:
                 log.error("bridge: a change of key %r of scope %r is not JSON: %s", told.key, told.scope, error)  # noqa: TRY400 - as above
             self.cursor = told.cursor or self.cursor
         self.cursor = answer.cursor
+        if self._begin is begin:
+            self._begin = None  # it is too old to begin there when changes are lost later
         if self._from:
             position = _position_of(answer.cursor)
             self._from = {place: begin for place, begin in self._from.items() if begin > position}
@@ -534,10 +536,8 @@ class RemoteEvents:
             await moved.wait()
 
     def _report_lost(self, error: Compacted) -> None:
-        """Say that changes are lost: in health, now and then in the log, and to the hooks, once for each trigger."""
+        """Say that changes are lost: in health, now and then in the log, and each time to the hooks."""
         now_s = time.monotonic()
-        if self._lost and now_s - self._lost_s < LOST_S:
-            return  # it was said just now: this engine is too slow for the other one
         if not self._lost or now_s - self._lost_s > SHOWN_S:
             log.error("bridge: changes in the other engine fired no local trigger: %s; give it `history`", error.reason)
         self._lost = f"changes in the other engine fired no local trigger: {error.reason}; give it `history`"

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -235,6 +236,57 @@ def test_changes_that_are_gone_are_reported(there: Engine, serve: Serve, open_br
         again.stop()
 
     assert [(one.function_id, type(one.error), one.final) for one in failures] == [("seen", Compacted, True)]
+
+
+def test_each_gap_is_reported_however_soon_it_follows_another(
+    there: Engine, serve: Serve, open_bridge: OpenBridge
+) -> None:
+    server, seen = serve(), Seen()
+    here = open_bridge(server.url, events="remote")
+    reported: Queue[DeliveryFailure] = Queue()
+    here.on_error(reported.put)
+    here.on_change(scope="s")(seen)
+    here.set("s", "k", 0)
+    seen.wait_for(1)
+    with Engine() as one, Engine() as two, Engine() as three:
+        for number, other in enumerate((one, two, three), 1):
+            server.stop()
+            other.set("s", "k", "not told")
+            server = serve(other, port=server.port)
+            assert type(reported.get(timeout=PATIENCE_S).error) is Compacted
+            other.set("s", "k", number)
+            assert seen.wait_for(number + 1)[-1].new_value == number
+        here.close()
+        server.stop()
+    assert reported.empty()
+
+
+def test_a_bridge_that_was_too_slow_goes_on_with_what_is_changed_from_then_on(
+    there: Engine, serve: Serve, open_bridge: OpenBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scopestate.actors.feed.RING_EVENTS", 100)
+    here = open_bridge(serve().url, events="remote", limits={"handler_mailbox": 10})
+    reported: Queue[DeliveryFailure] = Queue()
+    here.on_error(reported.put)
+    go_on, values = threading.Event(), []
+
+    @here.on_change(scope="s")
+    def handle(event: StateEvent) -> None:
+        values.append(event.new_value)
+        assert go_on.wait(PATIENCE_S)
+
+    there.set("s", "k", 0)
+    for number in range(1, 5_001):
+        there.set("s", "k", number)
+    go_on.set()
+    assert type(reported.get(timeout=PATIENCE_S).error) is Compacted
+    here.drain(PATIENCE_S)
+    there.set("s", "k", "last")
+    here.drain(PATIENCE_S)
+
+    assert values[-1] == "last"
+    assert values[:-1] == sorted(set(values[:-1]))  # each once, in order
+    assert reported.empty()
 
 
 # ------------------------------------------------------------------------------------------------ events for triggers
