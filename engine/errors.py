@@ -529,7 +529,7 @@ class CallTimeout(ScopestateError):
             if self.sent
             else f"{self.function_id} could not be sent within {self.waited_s:g} s; nothing was sent"
         )
-        return f"invocation timed out: {text}" + (f". {self.about}" if self.about else "")
+        return f"invocation timed out: {text}" + (f"; {self.about}" if self.about else "")
 
 
 class Overloaded(ScopestateError):

@@ -161,7 +161,7 @@ class Sharing:
                 with contextlib.suppress(StoreLocked):
                     return self._own()
             if self._alone is not None:
-                raise _refused(locked, self._alone) from locked
+                raise _refused(locked, f"this engine cannot: {self._alone}", self._alone) from locked.__cause__
         return self._follow()
 
     def _own(self, *, existing: bool = False) -> Backend:
@@ -224,11 +224,12 @@ class Sharing:
                     alone_since = 0.0
                 else:
                     alone_since = alone_since or now
-                    if now - alone_since >= SURE_S:
-                        raise _refused(locked, locked.alone) from locked
+                sure = alone_since > 0 and now - alone_since >= SURE_S
+                if locked.alone is not None and (sure or now >= deadline):
+                    raise _refused(locked, _why_the_owner(locked), locked.alone) from locked.__cause__
                 if now >= deadline:
-                    silent = f"it does not answer on its socket; {self._describe_owner()}"
-                    raise _refused(locked, silent if locked.alone is None else locked.alone) from locked
+                    silent = f"it does not answer on its socket{self._why_silent(holder)}"
+                    raise _refused(locked, silent, silent) from locked.__cause__
 
     def start(self, engine: Engine) -> None:
         """The engine is complete: serve the followers, or watch the owner."""
@@ -333,17 +334,21 @@ class Sharing:
 
     def _describe_owner(self) -> str:
         """Say which process the owner is, for errors."""
-        from scopestate.persistence.sharing.sockets import is_stopped  # noqa: PLC0415 - as in `_serve`
-
         holder = self._holder()
         if holder is None:
             return f"no process owns {self.directory} now"
-        stopped = ""
-        if holder.is_here and is_stopped(holder.pid):
-            stopped = (
-                f". It is stopped (SIGSTOP): continue it (kill -CONT {holder.pid}) or end it (kill -9 {holder.pid})"
-            )
-        return f"the owner of {self.directory} is {holder.describe()}{stopped}"
+        stopped = _why_stopped(holder)
+        return f"the owner of {self.directory} is {holder.describe()}{stopped and f'. {stopped}'}"
+
+    def _why_silent(self, holder: Holder | None) -> str:
+        """Say more of an owner that cannot be reached, for the end of a sentence; "" if no more is known."""
+        from scopestate.persistence.sharing.sockets import has_socket  # noqa: PLC0415 - as in `_serve`
+
+        if holder is not None and (stopped := _why_stopped(holder)):
+            return f". {stopped}"
+        if not has_socket(self.directory):
+            return f": {self.directory} has none. If its file was removed, start that process again"
+        return self._reason and f" ({self._reason})"
 
     def _watch_owner(self) -> None:
         """While the connection is lost, try to own the directory; on a thread of its own."""
@@ -389,7 +394,7 @@ class Sharing:
         other = [name for name, mine in self._settings.items() if holder.settings.get(name, mine) != mine]
         if other:
             log.warning(
-                "%s: process %d, which owns it, has another configuration: its %s count, not those of this process",
+                "%s: process %d, which owns it, has another configuration, and that counts: it differs in %s",
                 self.directory,
                 holder.pid,
                 " and ".join(f"`{name}`" for name in other),
@@ -490,7 +495,13 @@ class Sharing:
 
     def problem(self) -> str | None:
         """Return what is wrong now, in words; None if all is well."""
-        return self._problem or None
+        if self._problem or self._role == "owner":
+            return self._problem or None
+        if not os.path.isdir(self.directory):
+            return f"the directory {self.directory} was removed: what its owner holds is not saved any more"
+        holder = self._holder()
+        stopped = "" if holder is None else _why_stopped(holder)
+        return f"calls wait for {self._describe_owner()}" if stopped else None
 
     def _holder(self) -> Holder | None:
         from scopestate.persistence.sqlite.lock import read_holder  # noqa: PLC0415 - as in `open`
@@ -531,11 +542,26 @@ def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _refused(locked: StoreLocked, alone: str) -> StoreLocked:
-    """Return the error for an engine that can neither open the directory nor follow."""
+def _why_stopped(holder: Holder) -> str:
+    """Return a sentence about a process that is stopped; "": it runs, or the system does not tell."""
+    from scopestate.persistence.sharing.sockets import is_stopped  # noqa: PLC0415 - as in `Sharing._serve`
+
+    if not holder.is_here or not is_stopped(holder.pid):
+        return ""
+    return f"It is stopped (SIGSTOP): continue it (kill -CONT {holder.pid}) or end it (kill -9 {holder.pid})"
+
+
+def _why_the_owner(locked: StoreLocked) -> str:
+    """Say that it is the owner which does not share, and why."""
+    from scopestate.persistence.sqlite.lock import NOT_SHARED  # noqa: PLC0415 - as in `Sharing.open`
+
+    name = "the other process" if locked.pid is None else f"process {locked.pid}"
+    why = f"{name} does not share it: {locked.alone}"
+    return why if locked.alone in (TOOL, NOT_SHARED) else f"{why}. A change takes effect when {name} is started again"
+
+
+def _refused(locked: StoreLocked, why: str, alone: str) -> StoreLocked:
+    """Return the error for an engine that can neither open the directory nor follow; `why` says which one cannot."""
     return StoreLocked(
-        f"{locked}. {_SHARE_HINT} (docs/sharing.md); here it cannot: {alone}",
-        pid=locked.pid,
-        host=locked.host,
-        alone=alone,
+        f"{locked}. {_SHARE_HINT} (docs/sharing.md), but {why}", pid=locked.pid, host=locked.host, alone=alone
     )

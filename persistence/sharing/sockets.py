@@ -90,6 +90,11 @@ def find(directory: str) -> Address:
         raise NotConnected(f"cannot look for {path}: {error.strerror or error}") from error
 
 
+def has_socket(directory: str) -> bool:
+    """Return whether an engine serves in `directory`, or was killed while it did."""
+    return any(os.path.lexists(os.path.join(directory, name)) for name in (SOCKET_FILE, ADDRESS_FILE))
+
+
 def why_not_private(directory: str) -> str | None:
     """Return why a directory is not safe to share, with what to do; None if it is, or does not exist yet."""
     if os.name == "nt":  # pragma: no cover - has no such permissions

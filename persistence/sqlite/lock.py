@@ -56,7 +56,7 @@ _FLAGS = (
 )
 _HELD: Final = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK})
 """Errors by which a system says that another process holds the lock. Any other: it cannot lock this file."""
-NOT_SHARED: Final = "its engine does not share it"
+NOT_SHARED: Final = "it has opened the store without an engine, or with an earlier version"
 
 
 class Terms(msgspec.Struct, frozen=True):
@@ -212,8 +212,7 @@ def _take(path: str) -> FileIO:
                     "overwritten. Remove the link"
                 ) from error
             raise StoreUnusable(
-                f"cannot write in {os.path.dirname(path)}: {error.strerror or error}. Make the directory writable for "
-                "this process, or choose another one"
+                f"cannot write in {os.path.dirname(path)}: {error.strerror or error}. {_advice(os.path.dirname(path))}"
             ) from error
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
@@ -234,6 +233,18 @@ def _take(path: str) -> FileIO:
             make_private(path)
             return file
         file.close()
+
+
+def _advice(directory: str) -> str:
+    """Say what to do about a directory that cannot be written."""
+    with contextlib.suppress(OSError):
+        user = os.stat(directory).st_uid
+        if os.name != "nt" and user != os.geteuid():
+            return (
+                f"It belongs to user {user}, and this process is of user {os.geteuid()}: run every process that uses "
+                "it as the same user, or choose another directory"
+            )
+    return "Make the directory writable for this process, or choose another one"
 
 
 def read_holder(path: str) -> Holder | None:

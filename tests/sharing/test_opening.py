@@ -86,6 +86,7 @@ def test_a_directory_that_others_may_enter_is_not_shared(open_engine: Open, star
 
     refused = start().role
     assert refused.startswith("StoreLocked")
+    assert f"this engine cannot: other users may enter {directory}" in refused
     assert f"chmod 700 {directory}" in refused
     assert not (directory / "state.sock").exists()
 
@@ -93,10 +94,33 @@ def test_a_directory_that_others_may_enter_is_not_shared(open_engine: Open, star
 def test_never_refuses_a_second_engine(open_engine: Open) -> None:
     open_engine(share="never")
 
-    with pytest.raises(StoreLocked, match="share: never"):
+    with pytest.raises(StoreLocked, match=f"process {os.getpid()} does not share it: .*share: never.* started again"):
         open_engine()
-    with pytest.raises(StoreLocked, match="share: never"):
+    with pytest.raises(StoreLocked, match=r"this engine cannot: .*share: never"):
         open_engine(share="never")
+
+
+def test_permissions_that_were_mended_count_when_the_owner_is_started_again(open_engine: Open, directory: Path) -> None:
+    directory.mkdir(mode=0o755)
+    owner = open_engine()
+    directory.chmod(0o700)
+    with pytest.raises(StoreLocked, match=r"does not share it: .* takes effect when process \d+ is started again"):
+        open_engine()
+
+    owner.close()
+    open_engine()
+    assert role_of(open_engine()) == "follower"
+
+
+def test_an_owner_whose_socket_was_removed_is_named(
+    open_engine: Open, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scopestate.sharing.OPEN_S", 0.3)
+    open_engine()
+    (directory / "state.sock").unlink()
+
+    with pytest.raises(StoreLocked, match=r"does not answer on its socket: .* has none\. If its file was removed"):
+        open_engine(connect_wait_ms=300)
 
 
 def test_in_memory_there_is_nothing_to_share() -> None:
@@ -114,10 +138,10 @@ def test_without_the_extra_the_second_engine_is_told(
     monkeypatch.setattr("scopestate.sharing._is_installed", lambda name: name != library)
     open_engine()
 
-    with pytest.raises(StoreLocked, match=r"share: auto.*pip install 'scopestate\[wire\]'"):
+    with pytest.raises(StoreLocked, match=r"share: auto.*this engine cannot: .*pip install 'scopestate\[wire\]'"):
         open_engine()
     monkeypatch.undo()
-    with pytest.raises(StoreLocked, match=r"pip install 'scopestate\[wire\]'"):
+    with pytest.raises(StoreLocked, match=r"process \d+ does not share it: .*pip install 'scopestate\[wire\]'"):
         open_engine()
 
 

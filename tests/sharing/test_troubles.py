@@ -26,6 +26,18 @@ Open = Callable[..., Engine]
 Start = Callable[..., Process]
 
 
+def test_the_health_of_a_follower_names_an_owner_that_is_stopped(open_engine: Open, start: Start) -> None:
+    owner = start()
+    engine = open_engine()
+    owner.send(signal.SIGSTOP)
+
+    wait_until(lambda: not engine.health().ok)
+    assert f"kill -CONT {owner.pid}" in engine.health().problems[0]
+
+    owner.send(signal.SIGCONT)
+    wait_until(lambda: engine.health().ok)
+
+
 def test_a_damaged_store_is_opened_by_no_follower(open_engine: Open, start: Start, directory: Path) -> None:
     owner, other = start(), start()
     engine = open_engine(connect_wait_ms=1000)
@@ -53,6 +65,7 @@ def test_a_directory_that_was_removed_is_not_made_again(open_engine: Open, start
     engine = open_engine(connect_wait_ms=300)
     owner.send(signal.SIGSTOP)
     shutil.rmtree(directory)
+    assert "was removed" in str(engine.health().problems)
     owner.kill()
 
     with pytest.raises(StorageError, match="is gone"):
