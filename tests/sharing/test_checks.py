@@ -168,6 +168,12 @@ def test_a_write_of_unknown_outcome_may_have_happened_before_the_next_owner() ->
         ),
         pytest.param("no gap", run_of(changed(A, (14, "told", "order-1", 2))), id="told with a gap"),
         pytest.param("no gap", run_of(changed(A, (14, "saw", "order-1", 2, 6))), id="seen with a gap"),
+        pytest.param("no gap", run_of([*A, (40, "on_error", "... Compacted('x', 'trimmed')")]), id="a gap reported"),
+        pytest.param(
+            "no gap",
+            run_of(changed(A, (14, "told", "order-1", 2), (14, "on_error", "a handler has failed"))),
+            id="told with a gap behind an error",
+        ),
         pytest.param("once, in order", run_of([*A, (40, "told", "order-1", 3)]), id="told twice"),
         pytest.param("once, in order", run_of([*A, (40, "saw", "order-1", 2, 12)]), id="seen out of order"),
         pytest.param("watch in order", run_of([*A, (32, "saw", "order-1", 4, 9)]), id="one revision twice"),
