@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 KEPT: Final = 16
 """Watches that are kept for one caller, between its polls."""
+KEPT_FOR_A_FOLLOWER: Final = 1_000
+"""As KEPT, for an engine that follows: it polls for each watch. A closed one is kept until its time is over."""
 KEPT_S: Final = 60.0
 """How long one is kept."""
 ACTIVE_S: Final = 0.25
@@ -240,6 +242,7 @@ class Polls:
 
     def forget(self, caller: Caller) -> None:
         """End the watches that are kept for a caller that is gone."""
+        self._cut.pop(caller, None)
         for kept in self._exclusive.run(self._pop, lambda one: one.caller is caller):
             self._end(kept)
 
@@ -316,7 +319,7 @@ class Polls:
             raise
         finally:
             self._open_now.pop(watched, None)
-        return self._finish(watched, answer, kept=True)
+        return self._finish(watched, answer, kept=not poll.once)
 
     def _open(self, poll: Poll, caller: Caller) -> Generator[_Step, Any, _Watched]:
         cursor = poll.cursor
@@ -402,7 +405,7 @@ class Polls:
 
     def _take(self, poll: Poll, caller: Caller) -> _Watched | None:
         """Return the watch that was kept for a poll, if it asks for the same."""
-        if poll.cursor is None:
+        if poll.cursor is None or poll.once:
             return None
         name = caller, poll.cursor, _filter_of(poll)
         found = self._exclusive.run(self._kept.pop, name, None)
@@ -428,10 +431,12 @@ class Polls:
         name = caller, cursor, watched.asked
         before = self._kept.pop(name, None)
         self._kept[name] = watched
-        mine = [one for one in self._kept.items() if one[0][0] is caller]
         ended = [] if before is None else [before]
-        if len(mine) > KEPT and caller.limited:
-            ended.append(self._kept.pop(mine[0][0]))
+        most = KEPT if caller.limited else KEPT_FOR_A_FOLLOWER
+        if len(self._kept) > most:
+            mine = [one for one in self._kept if one[0] is caller]
+            if len(mine) > most:
+                ended.append(self._kept.pop(mine[0]))
         return ended
 
     def _drop_expired(self) -> None:

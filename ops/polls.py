@@ -65,6 +65,8 @@ class Poll(ChangesInput, frozen=True, kw_only=True):
     """So many of them, at the end, are wanted from now on, also if there is a cursor."""
     settled: bool = msgspec.field(default=False, name="_settled")
     """True: wait first until all that was written by now can be told; a commit that has not ended holds it back."""
+    once: bool = msgspec.field(default=False, name="_once")
+    """True: no poll goes on from this one, so nothing is kept for it."""
 
 
 class ChangeFound(msgspec.Struct):

@@ -48,6 +48,14 @@ def _writing(key: str, entry: Entry | None) -> Turn[Any]:
     return SetWith(key, entry.json, deadline=Deadline(expires_ms=entry.expires_ms))
 
 
+async def _end_other_tasks() -> None:
+    """End what still runs on a loop that closes: a thread may wait for its outcome."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
 class _Groups(msgspec.Struct):
     groups: list[str]
 
@@ -343,6 +351,7 @@ class BridgeBackend(Backend):
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            self._loop.run_until_complete(_end_other_tasks())
         finally:
             self._loop.close()
 

@@ -517,7 +517,7 @@ class RemoteEvents:
 
     async def _catch_up(self) -> None:
         """Wait until everything that was changed by now has fired here."""
-        asked = {"limit": 1, "_settled": True, "_among": self._wanted_now()}
+        asked = {"limit": 1, "_settled": True, "_among": self._wanted_now(), "_once": True}
         target = _decode(await self._post(asked)).cursor
         while self._wanted.is_set() and not self._by_trigger and not self._stopped:
             moved, cursor = self._moved, self.cursor
@@ -528,7 +528,7 @@ class RemoteEvents:
                 if _is_behind(cursor, target):
                     return
                 try:
-                    found = _decode(await self._post({"limit": 1, **self._behind_cursor()}))
+                    found = _decode(await self._post({"limit": 1, "_once": True, **self._behind_cursor()}))
                     if not found.changes and not self._changed.is_set():
                         return
                 except Compacted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -528,3 +529,18 @@ def test_a_bridge_to_a_bridge(remote: RemoteProcess, open_bridge: OpenBridge) ->
         assert engine.list_groups() == ["s"]
         assert engine._parts.backend.read("s") == {"k": Entry(b"1", 2)}
         engine.close()
+
+
+def test_a_bridge_that_closes_before_it_was_connected_leaves_no_task(open_bridge: OpenBridge) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        here = open_bridge(f"ws://127.0.0.1:{silent.getsockname()[1]}", events="remote")
+        register: Any = here.on_change(scope="s")
+        registering = threading.Thread(target=register, args=(lambda event: None,))
+        backend: Any = here._parts.backend
+        registering.start()
+        until(lambda: backend._events._deciding is not None, "the trigger was registered")
+        here.close()
+        registering.join(PATIENCE_S)
+
+    assert not registering.is_alive()
+    assert not asyncio.all_tasks(backend._loop)

@@ -153,3 +153,28 @@ def test_a_watch_that_is_not_read_keeps_no_other_call_waiting(following: Engine)
             following.set("s", "k", number)
         assert [read.get(PATIENCE_S).value for _ in range(3_000)] == list(range(3_000))
         assert unread.get(PATIENCE_S).value == 0
+
+
+def test_a_follower_that_drains_again_and_again_leaves_nothing_behind(open_engine: Callable[..., Engine]) -> None:
+    owner, follower = open_engine(), open_engine()
+    follower.on_change(scope="s")(lambda event: None)
+
+    for number in range(20):
+        follower.set("s", "k", number)
+        follower.drain(30)
+
+    assert len(owner._polls._kept) <= 1
+
+
+def test_watches_that_followers_have_closed_are_kept_up_to_a_limit(
+    open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scopestate.polls.KEPT_FOR_A_FOLLOWER", 3)
+    owner, follower = open_engine(), open_engine()
+
+    for number in range(10):
+        follower.set("s", "k", number)
+        with follower.watch("s") as watch:
+            assert next(watch).value == number
+
+    assert len(owner._polls._kept) <= 3
