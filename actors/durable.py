@@ -23,6 +23,7 @@ from scopestate.actors.lanes import NO_LANE, Barrier, Lanes, Run
 from scopestate.actors.loops import OnLoop, Overdue, Pending
 from scopestate.actors.services import HandlerServices
 from scopestate.actors.shapes import EventBatch, Item, Shape, events_of, positions_of
+from scopestate.actors.shared_consumer import ENDED
 from scopestate.errors import Conflict, EventLoopDetected, HandlerTimeout, StorageError, Unsupported
 from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater
 from scopestate.ops.results import DeliveryFailure, StateEvent
@@ -247,7 +248,7 @@ class DurableHandler(HandlerActor):
         unsent = before.hand_over()
         before.stop()
         waits = {one.position for one in unsent if one.verdict in ("retry", "held")}
-        running = {**{one.position: 0 for one in unsent}, **self.running()}
+        running = {**{one.position: ENDED for one in unsent}, **self.running()}
         self._lost.append(frozenset(self._held_positions()).difference(waits, self.running()))
         self._lose()
         self.port = port

@@ -30,6 +30,8 @@ log = Log("scopestate.triggers")
 
 HERE: Final = ""
 """The name of this engine as a holder."""
+ENDED: Final = -1
+"""In place of the number of an attempt: it has ended, and its outcome is not told yet."""
 MOST_PARKED: Final = 10_000
 """So many events are parked at most; with more, nothing is read before some of them are given to an engine."""
 MOST_PARKED_BYTES: Final = 64 << 20
@@ -163,16 +165,27 @@ class Hold:
 
 
 class _Lane:
-    __slots__ = ("holder", "holds", "name", "parked", "waits")
+    __slots__ = ("holders", "holds", "name", "parked", "waits")
 
     def __init__(self, name: Any) -> None:
         self.name = name
-        self.holder: Holder | None = None
+        self.holders: dict[Holder, int] = {}
+        """How many of its events each engine holds. More than one does: what they were handling under another owner."""
         self.holds: dict[int, Hold] = {}
         self.parked: dict[int, Held] = {}
         """In the order in which they are to be handled; all of them behind what is held."""
         self.waits = 0
         """How many of those held wait."""
+
+    def is_open_to(self, holder: Holder) -> bool:
+        """Return whether no other engine holds an event of it."""
+        return not self.holders or (len(self.holders) == 1 and holder in self.holders)
+
+    def add(self, holder: Holder, by: int) -> None:
+        """Count an event that an engine holds, or holds no more."""
+        count = self.holders.pop(holder, 0) + by
+        if count:
+            self.holders[holder] = count
 
 
 class SharedConsumer:
@@ -216,7 +229,8 @@ class SharedConsumer:
         self._holders[HERE] = here
         self.leading = here.trigger
         for item in items:
-            self._put(Hold(item, here, self._lane_of(item.event), running.get(item.event.position, 0)))
+            attempt = max(running.get(item.event.position, 0), 0)
+            self._put(Hold(item, here, self._lane_of(item.event), attempt))
 
     # ------------------------------------------------------------------------------------------------------- holders
 
@@ -251,7 +265,10 @@ class SharedConsumer:
         return self._holders.get(name)
 
     def join(self, holder: Holder, held: Sequence[tuple[int, int, int]] = ()) -> list[int] | None:
-        """Have an engine take events. `held`: what it holds already: position, running attempt (0: none), its serial.
+        """Have an engine take events. `held`: what it holds already: position, running attempt, its serial.
+
+        The attempt is 0 if none has begun, or if the next one waits; `ENDED`: its outcome follows. What has not begun
+        is kept only if everything before it in its lane is over, or the engine's own.
 
         Returns those of these positions that it does not hold any more: they are over, or another engine has them.
         None: sharing has ended; ask the consumer to share again.
@@ -259,7 +276,7 @@ class SharedConsumer:
         with self._source.reading:
             if self._has_ended:
                 return None
-            claimed = self._source.claim([position for position, _, _ in held])
+            claimed = self._source.claim([position for position, attempt, _ in held if attempt])
             lost, changed = self._guard.run(self._join, holder, held, {one.event.position: one for one in claimed})
         self._tell(changed)
         return lost
@@ -277,37 +294,65 @@ class SharedConsumer:
         changed = self._elect()
         # What it was given and never got; it is the first of its lane again.
         self._park([hold for hold in list(holder.holds.values()) if hold.item.event.position not in kept])
-        lost = []
-        for position, attempt, serial in held:
-            held_now = self._holds.get(position)
-            if held_now is not None and held_now.holder is self._unclaimed:
-                self._move(held_now, holder)
-            if held_now is None and (item := claimed.pop(position, None) or self._unparked(position)) is not None:
-                held_now = Hold(item, holder, self._lane_of(item.event))
-                self._put(held_now)
-            if held_now is None or held_now.holder is not holder:
-                lost.append(position)
+        places = {position: lane for lane in self._lanes.values() for position in kept.intersection(lane.parked)}
+        lost: list[int] = []
+        # First what is running, or was: that cannot be given to another engine now.
+        for position, attempt, serial in sorted(held, key=lambda one: (not one[1], one[0])):
+            lane = places.get(position)
+            if attempt:
+                mine = self._claimed(holder, position, claimed.pop(position, None), lane)
             else:
-                held_now.begun, held_now.serial = attempt, serial
-                if attempt:
-                    self._set_waits(held_now, waits=False)
+                mine = self._kept(holder, position, lane)
+            if mine is None:
+                lost.append(position)
+                continue
+            mine.begun, mine.serial = max(attempt, 0), serial
+            if attempt:
+                self._set_waits(mine, waits=False)
         for item in claimed.values():  # no engine has it now
             self._park_one(item)
         holder.given = deque([item for item in holder.given if item.event.position not in kept])
         return lost, changed
 
-    def _unparked(self, position: int) -> Held | None:
-        """Take a parked event out, if it is one that the engine which asks for it may still hold."""
-        for lane in self._lanes.values() if self._parked else ():
-            item = lane.parked.get(position)
-            if item is not None:
-                if lane.holds:
-                    return None
-                del lane.parked[position]
-                self._count_parked(item, -1)
-                self._ready.pop(lane.name, None)
-                return item
-        return None
+    def _claimed(self, holder: Holder, position: int, item: Held | None, parked_in: _Lane | None) -> Hold | None:
+        """Return an event whose attempt is running in an engine, as that one's; None if another engine has it."""
+        hold = self._holds.get(position)
+        if hold is None:
+            if item is None and parked_in is not None and parked_in.is_open_to(holder):
+                item = self._unpark(parked_in, position)
+            if item is None:
+                return None
+            hold = Hold(item, holder, self._lane_of(item.event))
+            self._put(hold)
+        elif hold.holder is self._unclaimed:
+            self._move(hold, holder)
+        return hold if hold.holder is holder else None
+
+    def _kept(self, holder: Holder, position: int, parked_in: _Lane | None) -> Hold | None:
+        """Return an event that an engine has not begun, as that one's; None: it comes in the order of its lane.
+
+        What was not read yet, or waits to be claimed, is not kept either: events before it in its lane may come.
+        """
+        hold = self._holds.get(position)
+        lane = parked_in if hold is None else hold.lane
+        if holder.stands_by or lane is None or (hold is not None and hold.holder is not holder):
+            return None
+        first = next(iter(lane.parked), position)
+        if not lane.is_open_to(holder) or first < position:
+            if hold is not None:
+                self._park([hold])
+            return None
+        if hold is None:
+            hold = Hold(self._unpark(lane, position), holder, lane)
+            self._put(hold)
+            self._set_waits(hold, waits=hold.item.blocked or hold.item.due_ms > self._now_ms())
+        return hold
+
+    def _unpark(self, lane: _Lane, position: int) -> Held:
+        item = lane.parked.pop(position)
+        self._count_parked(item, -1)
+        self._ready.pop(lane.name, None)
+        return item
 
     def leave(self, name: str) -> None:
         """An engine takes no more events: it closes, it is gone, or its trigger is. What it holds goes to others.
@@ -463,7 +508,7 @@ class SharedConsumer:
                 lane.parked[position] = item
             elif self._unclaimed is not None and item.cut_off:
                 self._put(Hold(item, self._unclaimed, lane))
-            elif gone or lane.parked or lane.waits or lane.holder not in (None, holder):
+            elif gone or lane.parked or lane.waits or not lane.is_open_to(holder):
                 self._park_one(item)
             else:
                 hold = Hold(item, holder, lane)
@@ -636,8 +681,7 @@ class SharedConsumer:
     def _put(self, hold: Hold) -> None:
         position, lane = hold.item.event.position, hold.lane
         lane.holds[position] = self._holds[position] = hold.holder.holds[position] = hold
-        if lane.holder is None:
-            lane.holder = hold.holder
+        lane.add(hold.holder, 1)
         if not lane.waits:
             hold.holder.active += 1
 
@@ -645,6 +689,7 @@ class SharedConsumer:
         position, lane = hold.item.event.position, hold.lane
         self._set_waits(hold, waits=False)
         del lane.holds[position], self._holds[position], hold.holder.holds[position]
+        lane.add(hold.holder, -1)
         if not lane.waits:
             hold.holder.active -= 1
         self._tidy(lane)
@@ -652,9 +697,7 @@ class SharedConsumer:
     def _tidy(self, lane: _Lane) -> None:
         """See what becomes of a lane of which something was taken."""
         if lane.holds:
-            lane.holder = next(iter(lane.holds.values())).holder
             return
-        lane.holder = None
         if lane.parked:
             self._ready[lane.name] = None
         else:
@@ -669,8 +712,8 @@ class SharedConsumer:
         if not hold.lane.waits:
             before.active -= 1
             holder.active += 1
-        if hold.lane.holder is before:
-            hold.lane.holder = holder
+        hold.lane.add(before, -1)
+        hold.lane.add(holder, 1)
         hold.holder = holder
 
     def _set_waits(self, hold: Hold, *, waits: bool) -> None:
@@ -684,7 +727,7 @@ class SharedConsumer:
                 one.holder.active += -1 if waits else 1
 
     def _park(self, holds: Sequence[Hold]) -> None:
-        """Take these from the engines that hold them: they are the first ones of their lanes."""
+        """Take these from the engines that hold them. They come before what is parked behind them in their lanes."""
         first: dict[_Lane, list[Held]] = {}
         for hold in holds:
             lane = hold.lane
@@ -693,7 +736,7 @@ class SharedConsumer:
             self._drop(hold)
             lane.parked = parked
         for lane, items in first.items():
-            lane.parked = {**{item.event.position: item for item in items}, **lane.parked}
+            lane.parked = _in_order({**{item.event.position: item for item in items}, **lane.parked})
             for item in items:
                 self._count_parked(item, 1)
             self._lanes[lane.name] = lane
@@ -701,7 +744,11 @@ class SharedConsumer:
 
     def _park_one(self, item: Held) -> None:
         lane = self._lane_of(item.event)
-        lane.parked[item.event.position] = item
+        position = item.event.position
+        comes_last = not lane.parked or next(reversed(lane.parked)) < position
+        lane.parked[position] = item
+        if not comes_last:
+            lane.parked = _in_order(lane.parked)
         self._count_parked(item, 1)
         self._tidy(lane)
 
@@ -752,6 +799,10 @@ class SharedConsumer:
             if items and min(item.event.position for item in items) <= mark and not _is_far(items[0], near_ms):
                 return False
         return True
+
+
+def _in_order(parked: dict[int, Held]) -> dict[int, Held]:
+    return dict(sorted(parked.items()))
 
 
 def _is_far(item: Held, near_ms: int) -> bool:

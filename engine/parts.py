@@ -62,7 +62,7 @@ log: Final = Log("scopestate.engine")
 Report = Callable[[DeliveryFailure], None]
 
 CLAIM_S: Final = 2.0
-"""For so long an engine that owns a shared directory waits with what others were handling when it opened the store."""
+"""For so long an engine waits with what the followers of the owner before were handling when it opened the store."""
 _RESTART_ONLY: Final = ("store_method", "file_path", "durability", "share", "connect_wait_ms")
 
 
@@ -162,7 +162,7 @@ class Parts:
                 self.clock.now_ms,
                 backend.durability,
                 self.limits,
-                0.0 if self.sharing is None else CLAIM_S,
+                CLAIM_S if self.sharing is not None and self.sharing.succeeds else 0.0,
             )
         return consumers
 

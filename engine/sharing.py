@@ -132,7 +132,8 @@ class Sharing:
         self._listener: Listener | None = None
         self._server: Serving | None = None
         self.succeeds = False
-        """True of an owner after another one that had followers: they come with their cursors."""
+        """True of an owner after another one that had followers: they come with their cursors, and with what they are
+        handling."""
         self._wakers: tuple[socket.socket, ...] = ()
         self._serving: threading.Thread | None = None
         self._watching: threading.Thread | None = None
@@ -174,11 +175,13 @@ class Sharing:
         alone = TOOL if self._tool else self._alone
         terms = Terms(alone, self._tool, self._settings)
         self._store = FileAdapter(self.directory, terms=terms, existing=existing)
-        mark = os.path.join(self.directory, FOLLOWED_FILE)
-        self.succeeds = os.path.exists(mark)
-        with contextlib.suppress(OSError):
-            os.unlink(mark)
+        self.succeeds = self._follower is not None or os.path.exists(self._mark)
         return LocalBackend(self._store, self._durability_of)
+
+    @property
+    def _mark(self) -> str:
+        """The file that says that the owner has, or had, followers. It goes when an owner without any closes."""
+        return os.path.join(self.directory, FOLLOWED_FILE)
 
     def _follow(self) -> Backend:
         """Connect to the owner; open the directory if it ends meanwhile. Raises StoreLocked and StorageError."""
@@ -299,7 +302,7 @@ class Sharing:
         engine = self._engine()
         if self._ends or engine is None:
             return
-        with contextlib.suppress(OSError), open(os.path.join(self.directory, FOLLOWED_FILE), "wb"):
+        with contextlib.suppress(OSError), open(self._mark, "wb"):
             pass
         self._server = importlib.import_module(SERVER).FollowerServer(engine, listener)
         if self._server is not None and not self._ends:
@@ -454,6 +457,9 @@ class Sharing:
         if os.getpid() != self._pid:
             return
         self.end_following()
+        if self._role == "owner" and self._store is not None and not self.has_followers():
+            with contextlib.suppress(OSError):
+                os.unlink(self._mark)
         for waker in self._wakers[1:]:
             with contextlib.suppress(OSError):
                 waker.send(b"x")

@@ -111,8 +111,9 @@ class Join(msgspec.Struct, omit_defaults=True):
     """The options of the trigger."""
     since_ms: int
     """When its program has registered it, in milliseconds since the epoch."""
-    held: list[tuple[Position, Count, int]] = []
-    """What the engine holds already: position, the attempt that is running, or 0, and the `serial` of its `Note`."""
+    held: list[tuple[Position, Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)], int]] = []
+    """What the engine holds already: position, attempt, and the `serial` of its `Note`. The attempt is that which is
+    running; 0: none is; -1: it has ended, and its outcome is not told yet."""
 
 
 class Joined(msgspec.Struct, omit_defaults=True):

@@ -14,7 +14,7 @@ import msgspec
 
 from scopestate.actors.consuming import ConsumerPort, Held, Outcome
 from scopestate.actors.containment import Log
-from scopestate.actors.shared_consumer import standing_by
+from scopestate.actors.shared_consumer import ENDED, standing_by
 from scopestate.errors import (
     CallTimeout,
     ConfigError,
@@ -271,8 +271,8 @@ class RemotePort(ConsumerPort):
 
     def _join(self) -> None:
         """Tell the other engine what this one holds, and learn what it has lost. Raises as `ask`."""
-        waiting = {one.position: 0 for one in self._outcomes}
-        held = {**waiting, **self._held}
+        held = {one.position: ENDED for one in self._outcomes}
+        held.update((position, attempt or held.get(position, 0)) for position, attempt in list(self._held.items()))
         config = {**self._trigger.options(), "start": self._start}
         trigger = self._trigger
         asked = handed.Join(

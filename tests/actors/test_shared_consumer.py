@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from scopestate.actors.consuming import Held, Outcome, Verdict
-from scopestate.actors.shared_consumer import HERE, Holder, SharedConsumer
+from scopestate.actors.shared_consumer import ENDED, HERE, Holder, SharedConsumer
 from scopestate.errors import Unsupported
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Order, Trigger
@@ -244,6 +244,72 @@ def test_what_ran_in_the_session_before_waits_for_its_engine(events: Events, sha
     shared.end_claims()
     found = shared.fetch(two.holder, 100)
     assert [(one.event.position, one.attempts, one.cut_off) for one in found] == [(3, 1, True)]
+
+
+def test_nothing_overtakes_what_ran_in_the_session_before(events: Events, shared: SharedConsumer) -> None:
+    shared.expect_claims()
+    events.put("a", "a", "a", "a", order="orders")
+    events.known[2].cut_off, events.known[2].attempts = True, 1
+    one = Engine(shared, "one")
+    assert one.fetch() == [1]  # 2 is in the lane of 1, and may be running elsewhere
+    one.end(1)
+    assert one.fetch() == []
+    shared.end_claims()
+    assert one.fetch() == [2, 3, 4]
+
+
+def test_what_is_claimed_goes_back_into_its_place(events: Events, shared: SharedConsumer) -> None:
+    shared.expect_claims()
+    events.put("a", "a", "a", "a")
+    for position in (1, 3):
+        events.known[position].cut_off, events.known[position].attempts = True, 1
+    one = Engine(shared, "one")
+    assert one.fetch() == []
+    shared.end_claims()
+    assert one.fetch() == [1, 2, 3, 4]
+
+
+def test_an_engine_keeps_what_is_running_and_gets_the_rest_in_order(events: Events, shared: SharedConsumer) -> None:
+    events.put("a", "a", "a", "a", "a")
+    two = Engine(shared, "two")
+    assert two.fetch(2) == [1, 2]
+    one = Holder("one", two.holder.trigger, 0, lambda: None, lambda lost: None, lambda: 0.0)
+    # It has them from the owner before. 4 was not begun, and 3 is not read yet; 5 has ended.
+    assert shared.join(one, [(4, 0, 0), (5, ENDED, 3)]) == [4]
+    assert two.fetch() == []
+    shared.ended(one, [Outcome(5, "done")])
+    two.end(1, 2)
+    assert two.fetch() == [3, 4]
+    assert events.over == [5, 1, 2]
+
+
+def test_what_was_not_begun_is_kept_if_it_is_next(events: Events, shared: SharedConsumer) -> None:
+    events.put("a", "a", "a", "b")
+    two = Engine(shared, "two")
+    assert two.fetch() == [1, 2, 3, 4]
+    two.begin(1)
+    shared.leave("two")
+    back = Engine(shared, "three")
+    shared.leave("three")
+    named = [(3, 0, 0), (1, 1, 9), (2, 0, 0)]
+    assert shared.join(back.holder, named) == []  # all three, in whichever order it names them
+    assert back.fetch() == [4]
+    shared.leave("three")
+    assert shared.join(back.holder, [(2, 0, 0), (3, 0, 0)]) == [2, 3]  # 1 comes before them
+    assert back.fetch() == [1, 2, 3, 4]
+
+
+def test_a_lane_with_events_of_two_engines_is_open_to_none(events: Events, shared: SharedConsumer) -> None:
+    events.put("a", "a", "a")
+    one, two = Engine(shared, "one"), Engine(shared, "two")
+    shared.join(one.holder, [(1, 1, 1)])  # each was running one when the owner before ended
+    shared.join(two.holder, [(2, 1, 1)])
+    assert one.fetch() == two.fetch() == []
+    one.end(1)
+    assert one.fetch() == []
+    assert two.fetch() == []
+    two.end(2)
+    assert one.fetch() == [3]
 
 
 def test_the_newest_filters_count_and_other_engines_stand_by(events: Events, shared: SharedConsumer) -> None:
