@@ -122,8 +122,6 @@ class Joined(msgspec.Struct, omit_defaults=True):
     lost: list[int] = []
     """Those of `held` that it does not hold any more."""
     paused: str | None = None
-    own_name: str = ""
-    """The whole name of the consumer, if it differs from the one that was asked for."""
 
 
 class Take(msgspec.Struct, omit_defaults=True):

@@ -21,6 +21,7 @@ from scopestate.errors import (
     Conflict,
     DeserializationError,
     Forbidden,
+    InvalidRegistration,
     KeyConflict,
     ScopestateError,
     Unsupported,
@@ -46,6 +47,8 @@ this machine, and gone."""
 PATIENCE_S: Final = 2.0
 """An engine that says nothing for so long, or for the `ack_wait` of its trigger if that is longer, is dismissed."""
 LOOK_S: Final = 0.1
+MOST_HOLDERS: Final = 1_000
+"""As so many holders one connection may take events: it has one for each durable trigger."""
 _MOST: Final = 256
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -150,6 +153,8 @@ class Deliveries:
         now_s = self._hub.engine._parts.dispatcher.monotonic
         place.holder = Holder(asked.holder, trigger, asked.since_ms, place.wake, place.note_lost, now_s)
         before = self._places.get((name, asked.holder))
+        if before is None and sum(one.worker is worker for one in self._places.values()) >= MOST_HOLDERS:
+            raise InvalidRegistration(f"this connection takes events for {MOST_HOLDERS} durable triggers already")
         self._places[name, asked.holder] = place
         if self._hub.workers.get(worker.worker_id) is worker:  # else its connection was lost meanwhile
             place.worker = worker
@@ -164,7 +169,7 @@ class Deliveries:
         if before is not None:
             before.news.set()  # a call that waits there would be told of nothing more
         self._look_later()
-        return _encode(handed.Joined(lost, place.paused, name if name != asked.consumer else ""))
+        return _encode(handed.Joined(lost, place.paused))
 
     def _place(self, worker: Worker, consumer: str, holder: str) -> _Place | None:
         place = self._places.get((self._name(worker, consumer), holder))

@@ -368,12 +368,6 @@ class BridgeConnection:
 
     # --------------------------------------------------------------------------------------------------------- its end
 
-    def say_goodbye(self) -> None:
-        """Send a close frame, if that takes no wait. The other side then knows that the end is meant."""
-        if not self._closed and self._ending is None and not self._midway:
-            with suppress(Broken, OSError):
-                self._owe(self._control(_CLOSE, (1000).to_bytes(2)))
-
     def close(self) -> None:
         """Close it. Idempotent; a thread that waits in it gets Broken."""
         self._closed = True

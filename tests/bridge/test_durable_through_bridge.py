@@ -538,3 +538,21 @@ def test_what_is_lost_while_it_is_told_is_told_once() -> None:
 
     assert told + place.take_lost() == [1, 2]
     loop.close()
+
+
+def test_a_connection_takes_events_for_a_limited_number_of_triggers(
+    there: Engine, url: str, open_bridge: OpenBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scopestate.server.holding.MOST_HOLDERS", 2)
+    backend: Any = open_bridge(url)._parts.backend
+
+    def join(holder: str) -> None:
+        trigger = {"trigger_id": "t", "function_id": "f", "config": {"scope": "orders"}, "since_ms": 1}
+        asked = {"consumer": "ship", "holder": holder, **trigger}
+        backend.call_and_wait(handed.JOIN, msgspec.json.encode(asked))
+
+    join("one")
+    join("two")
+    join("two")
+    with pytest.raises(RemoteFailure, match="takes events for 2 durable triggers already"):
+        join("three")
