@@ -580,7 +580,7 @@ class Engine(Reactive, StateCalls):
 
     def health(self) -> Health:
         """Return whether the engine works as it should, and its problems if not."""
-        return check_health(self._parts, closed=self._closing.done)
+        return check_health(self._parts, closed=self._closing.done, forked=str(forked()) if self._forked else None)
 
     # ------------------------------------------------------------------------------------------------- closing
 

@@ -127,9 +127,9 @@ def measure(parts: Parts) -> Stats:
     )
 
 
-def check_health(parts: Parts, *, closed: bool) -> Health:
-    """Return the health of an engine."""
-    problems: list[str] = []
+def check_health(parts: Parts, *, closed: bool, forked: str | None = None) -> Health:
+    """Return the health of an engine. `forked`: what is wrong in a child that has inherited it."""
+    problems: list[str] = [] if forked is None else [forked]
     snapshot = parts.snapshot
     if closed:
         problems.append("the engine is closed")

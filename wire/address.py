@@ -217,7 +217,7 @@ def checked_url(url: str) -> str:
     if parts.scheme not in _PORTS or not parts.hostname:
         raise ConfigError(
             f"{url!r} is not the address of an engine; write ws://host:port, wss://host:port for TLS, or "
-            "ws+unix:///path for a Unix socket"
+            "ws+unix:///path for a Unix socket, which is state.sock in a directory that engines share"
         )
     if parts.username or parts.password:
         raise ConfigError("the address has a user name or password in it; use the token option instead")

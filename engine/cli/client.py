@@ -66,16 +66,18 @@ def with_client(
             try:
                 return await work(client)
             except NotConnected as error:
-                raise with_advice(error, client) from error
+                raise with_advice(error, client, address) from error
 
     with errors_to_exit_codes(as_json=as_json):
         return run_until_signal(run())
 
 
-def with_advice(error: NotConnected, client: Client) -> NotConnected:
+def with_advice(error: NotConnected, client: Client, address: Address) -> NotConnected:
     """Return `error`, with advice if no server was reached."""
     if client.connections or client.was_refused:
         return error
+    if address.path is not None and os.path.isdir(address.path):
+        return NotConnected(f"{error}. This is a directory; the engine that uses it serves at {address.url}/state.sock")
     return NotConnected(
         f"{error}. If no engine runs there, start one with `scopestate serve`, or give the address of one with --url"
     )

@@ -115,6 +115,13 @@ def test_nobody_listens(cli: Run) -> None:
     assert "nothing was sent" in result.err
 
 
+def test_an_address_that_is_a_directory_is_answered_with_that_of_its_socket(cli: Run, tmp_path: Path) -> None:
+    result = cli("get", "s", "k", "--url", f"ws+unix://{tmp_path}", "--timeout", "0.1")
+
+    assert result.code == 5
+    assert f"ws+unix://{tmp_path}/state.sock" in result.err
+
+
 def test_an_address_that_is_none(cli: Run) -> None:
     result = cli("list-groups", "--url", "localhost:49134")
 

@@ -32,7 +32,7 @@ if not child:
     try:
         engine.get("s", "k")
     except EngineClosed as error:
-        refused = type(error).__name__
+        refused = f"{type(error).__name__} {engine.health().ok}"
     with Engine(engine._parts.config) as own:
         own.set("s", "child", os.getpid())
         os.write(writer, f"{refused} {own.stats().sharing.role}".encode())
@@ -85,7 +85,7 @@ def test_a_child_opens_an_engine_of_its_own_and_its_parent_goes_on(start: Callab
 
     for _ in range(3):
         said, child = process.do(FORK_AND_OPEN)
-        assert said == "EngineForked follower"
+        assert said == "EngineForked False follower"
         assert process.do('answer = engine.get("s", "child")') == child
 
     assert {name: each.do("answer = engine.stats().sharing.role") for name, each in processes.items()} == {
