@@ -167,7 +167,7 @@ class Deliveries:
 
         lost = await self._elsewhere(worker, join)
         if before is not None:
-            before.news.set()  # a call that waits there would be told of nothing more
+            before.news.set()  # a call that waits there would learn nothing more
         self._look_later()
         return _encode(handed.Joined(lost, place.paused))
 
