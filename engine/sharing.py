@@ -257,16 +257,18 @@ class Sharing:
         try:
             self._listener = Listener(self.directory)
             self._wakers = socketpair()
-        except OSError as error:
+            serving = threading.Thread(target=self._wait_for_followers, name="scopestate-owner", daemon=True)
+            serving.start()
+        except (OSError, RuntimeError) as error:  # RuntimeError: there can be no more threads
             if self._listener is not None:
                 self._listener.close()
-            self._alone = f"no socket can be made in {self.directory}: {error}"
+            what = "socket can be made in" if isinstance(error, OSError) else "thread can be started for"
+            self._alone = f"no {what} {self.directory}: {error}"
             log.warning("other processes cannot use the store %s with this one: %s", self.directory, self._alone)
             if self._store is not None:
                 self._store.note_alone(self._alone)
             return
-        self._serving = threading.Thread(target=self._wait_for_followers, name="scopestate-owner", daemon=True)
-        self._serving.start()
+        self._serving = serving
 
     def _wait_for_followers(self) -> None:
         """Serve the followers. If that fails, try again a moment later: the directory stays with this engine."""

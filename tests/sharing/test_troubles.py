@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -309,3 +310,23 @@ def test_an_owner_that_cannot_serve_says_so_and_tries_again(
     assert owner.get("s", "k") == 1
     assert "cannot be served" in caplog.text
     assert owner.health().ok
+
+
+def test_an_owner_that_can_start_no_thread_works_alone_and_says_so(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "scopestate-owner":
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    owner = open_engine()
+    owner.set("s", "k", 1)
+
+    with pytest.raises(StoreLocked, match="no thread can be started for"):
+        open_engine()
+
+    assert owner.get("s", "k") == 1
