@@ -122,7 +122,10 @@ class Sharing:
         self._role: Literal["owner", "follower"] = "owner"
         self._taken_over = False
         self._problem = ""
-        """Why the store could not be opened when the last owner had ended; "" if it was not tried, or is."""
+        """Why a follower could not open the store when the last owner had ended, or why an owner serves no others now.
+
+        "": neither is so.
+        """
         self._alone: str | None = None
         """Why this engine does not share the directory; None: it does."""
         self._follower: BridgeBackend | None = None

@@ -29,7 +29,7 @@ class Driven(Protocol):
 
     @property
     def owner(self) -> BridgeConnectionOwner | None:
-        """The owner of the connection; None: calls only hand over what they send."""
+        """The connection owner; None: calls only hand over what they send."""
 
 
 class Late:

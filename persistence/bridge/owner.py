@@ -1,4 +1,4 @@
-"""The owner of the connection for the calls of a bridge: answers name their calls, and come in any order."""
+"""The connection owner for the calls of a bridge: answers name their calls, and come in any order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The owner of one connection: which thread drives it, and when.
+"""The connection owner: which thread drives a connection, and when.
 
 The holder of its one claim does what `Pump` says. A caller that finds the connection owner idle leads: it does its own
 call on its own thread, and no other. Every other caller posts its call to the inbox and asks the I/O thread, which then
@@ -219,7 +219,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
 
     def _ask(self) -> None:
         """Wake the I/O thread."""
-        self._tokens.put(None)  # one T_Connection call, which a signal cannot cut in two
+        self._tokens.put(None)  # one C call, which a signal cannot cut in two
         if self._at_socket and self._bell is not None:
             self._bell.ring()
         if self._ended:
@@ -326,7 +326,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
 
     def _start(self) -> None:
         try:
-            # One T_Connection call, as in `actors.dispatcher.start_thread`: a signal cannot cut it in two.
+            # One C call, as in `actors.dispatcher.start_thread`: a signal cannot cut it in two.
             _thread.start_new_thread(self._begin_thread, ())
             self._begun = True
         except RuntimeError as error:

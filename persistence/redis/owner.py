@@ -1,4 +1,4 @@
-"""The owner of a connection to Redis: commands of scopes, whose replies come in the order in which they were sent."""
+"""The connection owner for Redis: commands of scopes, whose replies come in the order in which they were sent."""
 
 from __future__ import annotations
 
