@@ -32,7 +32,7 @@ from scopestate.cli.terminal import (
     standard_error,
 )
 from scopestate.config import AdapterConfig, BridgeOptions, Config, KvOptions, RedisOptions, load, validate
-from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreUnusable
+from scopestate.errors import ConfigError, DeserializationError, StorageError, StoreLocked, StoreUnusable
 from scopestate.ops.turns import Range
 from scopestate.paths import expand_home
 from scopestate.persistence.redis.options import without_credentials
@@ -47,6 +47,7 @@ from scopestate.transfer import (
     import_in_steps,
     import_whole,
 )
+from scopestate.wire.address import Address
 from scopestate.wire.client import Client
 
 app = typer.Typer(no_args_is_help=True, help="Show what a store holds, check it, copy it as JSON lines.")
@@ -382,7 +383,15 @@ def _open_target(target: str, token: str | None, ca_file: str | None) -> FileAda
         return _open_shared(target, token, ca_file)
     from scopestate.opening import open_store  # noqa: PLC0415 - not needed for most commands
 
-    return open_store(KvOptions("file_based", directory_of(target)))
+    directory = directory_of(target)
+    try:
+        return open_store(KvOptions("file_based", directory))
+    except StoreLocked as locked:
+        socket_file = os.path.join(os.path.realpath(expand_home(directory)), "state.sock")
+        if locked.alone is not None or not os.path.lexists(socket_file):
+            raise
+        address = Address.of_path(socket_file).url
+        raise StorageError(f"{locked}. To import through its engine, give this target: {address}") from locked
 
 
 def _open_shared(where: str, token: str | None, ca_file: str | None) -> SharedState:

@@ -34,6 +34,20 @@ def open_store(folder: Path) -> Engine:
     )
 
 
+def test_an_import_into_a_directory_in_use_names_the_address_of_its_engine(cli: Run, tmp_path: Path) -> None:
+    lines = b'{"scope": "s", "key": "k", "value": 1}\n'
+    folder = tmp_path / "a store"
+    folder.mkdir(mode=0o700)
+    with open_store(folder) as engine:
+        refused = cli("store", "import", str(folder), "-", stdin=lines)
+        assert refused.code == 4
+        address = refused.err.split()[-1]
+        assert address == f"ws+unix://{tmp_path}/a%20store/state.sock"
+
+        assert cli("store", "import", address, "-", stdin=lines).code == 0
+        assert engine.get("s", "k") == 1
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     with open_store(tmp_path / "store") as engine:
