@@ -378,7 +378,7 @@ def test_batches_and_debounced_events(there: Engine, url: str, open_bridge: Open
     batches: list[list[Any]] = []
     newest: list[tuple[Any, Any, int]] = []
 
-    @here.on_change(scope="orders", durable="batches", batch=10, batch_wait=0.05)
+    @here.on_change(scope="orders", durable="batches", batch=10, batch_wait=0.5)
     def in_batches(events: list[StateEvent]) -> None:
         batches.append([event.new_value for event in events])
 
@@ -388,6 +388,7 @@ def test_batches_and_debounced_events(there: Engine, url: str, open_bridge: Open
 
     for number in range(15):
         there.set("orders", "a", number)
+    until(lambda: sum(map(len, batches)) == 15)  # drain() would not wait for a batch to fill
     here.drain(PATIENCE_S)
     assert [value for batch in batches for value in batch] == list(range(15))
     assert len(batches) <= 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -111,7 +112,10 @@ def test_with_block_nothing_piles_up_behind_a_handler_that_stands_still(open_eng
 
     for number in range(1000):
         engine.tell(messages.Set("s", "k", number))
-    replies = [engine.ask(messages.Set("s", "k", number), block=False) for number in range(1000)]
+    replies: list[Any] = []
+    for number in range(1000):
+        with contextlib.suppress(Overloaded):  # while the scope is busy, its mailbox may be full
+            replies.append(engine.ask(messages.Set("s", "k", number), block=False))
 
     assert len(engine._router.backlog._writers) + engine.stats().mailboxes.scopes <= 200
     with pytest.raises(Overloaded):
@@ -147,7 +151,7 @@ def test_a_handler_that_never_returns_harms_no_other_and_is_reported(
 ) -> None:
     failures: list[Any] = []
     engine = open_engine(
-        limits={"handler_timeout_ms": 20, "close_grace_ms": 100, "handler_when_full": policy},
+        limits={"handler_timeout_ms": 1_000, "close_grace_ms": 100, "handler_when_full": policy},
         on_error=failures.append,
     )
     seen = Seen()

@@ -19,7 +19,7 @@ def run_load(name: str, directory: Path) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=300,
         check=False,
     )
     assert child.returncode == 0, child.stderr
