@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from scopestate.ops.triggers import Trigger
 
 MOST_AHEAD: Final = 512
 """Events that an engine holds and that wait for nothing but their turn, at most: other engines would be idle."""
@@ -29,6 +32,9 @@ class Pace:
             self._per_s, self.ended, self._since_s = self.ended / passed_s, 0, now_s
         return int(max(self._per_s * _AHEAD_S, self.ended if passed_s < _AHEAD_S else 0))
 
-    def room(self, concurrency: int) -> int:
+    def room(self, trigger: Trigger) -> int:
         """Return how many events the engine may hold, those not counted that wait for another attempt."""
-        return min(2 * concurrency + self.ahead(), MOST_AHEAD + concurrency)
+        at_once = trigger.concurrency * (trigger.batch or 1)
+        if trigger.debounce is not None:
+            at_once = max(at_once, MOST_AHEAD)  # each key rests by itself, and what rests is held
+        return min(2 * at_once + self.ahead(), MOST_AHEAD + at_once)

@@ -142,7 +142,7 @@ class Holder:
 
     def room(self) -> int:
         """Return how many more events it may hold."""
-        return self.pace.room(self.trigger.concurrency) - self.active
+        return self.pace.room(self.trigger) - self.active
 
 
 class Hold:

@@ -372,7 +372,7 @@ class RedisPort(ConsumerPort):
         held = len(self._held)
         if late:
             held = sum(_lane_of(member) not in late for member in list(self._held.values()))
-        return self._pace.room(self._trigger.concurrency) - held
+        return self._pace.room(self._trigger) - held
 
     def _note(self, noted: list[tuple[bytes, int]]) -> list[int]:
         """Note attempts, and next to them those that will begin soon. Return the positions of those that are gone."""
