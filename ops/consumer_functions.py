@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from scopestate.errors import DeserializationError, InvalidPageLimits
 from scopestate.ops.requests import convert
-from scopestate.ops.values import json_type
+from scopestate.ops.values import json_type, prepare
 
 T = TypeVar("T")
 
@@ -89,6 +89,10 @@ class CountInput(msgspec.Struct, frozen=True):
     """Count dead letters."""
 
     consumer: _Consumer = None
+
+
+prepare(ConsumersInput, PauseInput, ResumeInput, ForgetInput)
+prepare(LettersInput, LetterInput, ReplayInput, PurgeInput, CountInput)
 
 
 # ------------------------------------------------------------------------------------------------------------ results

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
 from scopestate.ops.results import EventType, StateEvent
-from scopestate.ops.values import parse
+from scopestate.ops.values import parse, prepare
 
 JOIN: Final = "engine::deliveries::join"
 TAKE: Final = "engine::deliveries::take"
@@ -191,3 +191,6 @@ class Drained(msgspec.Struct, omit_defaults=True):
     """Answer to `Drain`: which consumers are not done, each with its mark."""
 
     left: dict[str, int] = {}
+
+
+prepare(Join, Joined, Take, Taken, Note, Noted, Drain, Drained)

@@ -16,6 +16,7 @@ from scopestate.errors import DeserializationError, InvalidPageLimits
 from scopestate.ops.changes import Change
 from scopestate.ops.requests import Payload, convert
 from scopestate.ops.results import EventName
+from scopestate.ops.values import prepare
 
 FUNCTION_ID: Final = "state::changes"
 
@@ -67,6 +68,9 @@ class Poll(ChangesInput, frozen=True, kw_only=True):
     """True: wait first until all that was written by now can be told; a commit that has not ended holds it back."""
     once: bool = msgspec.field(default=False, name="_once")
     """True: no poll goes on from this one, so nothing is kept for it."""
+
+
+prepare(Poll)
 
 
 class ChangeFound(msgspec.Struct):

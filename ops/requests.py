@@ -33,7 +33,7 @@ from scopestate.ops.turns import (
     checked_name,
     refuse_size,
 )
-from scopestate.ops.values import encode, encode_plain, json_type, json_words, normalise
+from scopestate.ops.values import encode, encode_plain, json_type, json_words, normalise, prepare
 from scopestate.ops.writes import (
     CompareAndSet,
     DeleteWith,
@@ -437,6 +437,10 @@ class TouchInput(msgspec.Struct, frozen=True):
     expires_at: _Moment | UnsetType = UNSET
     durable: _Durable = None
     idempotency_key: _Idempotency = None
+
+
+prepare(SetInput, UpdateInput, DeleteInput, GetEntryInput, CompareAndSetInput, TransactionInput, RangeInput)
+prepare(_EntriesInput, PageInput, CountInput, DeleteRangeInput, TouchInput)
 
 
 # --------------------------------------------------------------------------------------------- reading new functions

@@ -52,7 +52,7 @@ from scopestate.ops.turns import (
     view_of,
 )
 from scopestate.ops.update_ops import OpError, RefusedOp, UpdateOp, checked
-from scopestate.ops.values import decode, encode, parse
+from scopestate.ops.values import decode, encode, parse, prepare
 from scopestate.ops.writes import asked_deadline, compared, same_json, touch_deadline, touched
 
 MAX_KEYS: Final = 1_000
@@ -564,6 +564,7 @@ _RESULTS: Final[dict[type[Step], type[StepResult]]] = {
     DeleteStep: DeleteResult,
     TouchStep: TouchResult,
 }
+prepare(*_RESULTS.values())
 
 
 class Transaction:

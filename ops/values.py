@@ -200,6 +200,16 @@ def json_type(value: object) -> str:
     return class_name(value)
 
 
+def prepare(*kinds: Any) -> None:
+    """Have msgspec look at the fields of these classes now, while a module is imported.
+
+    Otherwise it does so when it first reads one, and if several threads do that at once, the process may end by
+    SIGSEGV.
+    """
+    for kind in kinds:
+        msgspec.json.Decoder(kind)
+
+
 def class_name(thing: object) -> str:
     """Return the name of a thing's class without running code of its metaclass."""
     name: str = vars(type)["__name__"].__get__(type(thing))

@@ -55,7 +55,7 @@ from scopestate.ops.turns import (
     set_key,
     update_key,
 )
-from scopestate.ops.values import decode, encode, parse
+from scopestate.ops.values import decode, encode, parse, prepare
 
 EXPIRED_AT_ONCE: Final = 256
 """Keys that one turn removes because they have expired: other calls wait that long at most."""
@@ -405,6 +405,7 @@ class _Left(msgspec.Struct):
     ms: int | None
 
 
+prepare(_Left, TouchResult)
 _decode_entry: Final = msgspec.json.Decoder(_Entry).decode
 
 

@@ -60,6 +60,8 @@ class _Groups(msgspec.Struct):
     groups: list[str]
 
 
+_decode_groups: Final = msgspec.json.Decoder(_Groups).decode
+
 LARGEST_MESSAGE: Final = 1 << 30
 """Bytes of the largest message between two engines of a directory."""
 
@@ -241,7 +243,7 @@ class BridgeBackend(Backend):
         """Return the names of the other engine's scopes that hold a key."""
         try:
             result = self.read_now("state::list_groups", b"{}")
-            return msgspec.json.decode(result or b"null", type=_Groups).groups
+            return _decode_groups(result or b"null").groups
         except msgspec.DecodeError as error:
             raise StorageError(f"Failed to list groups via bridge: the result has no groups: {error}") from error
         except ScopestateError as error:

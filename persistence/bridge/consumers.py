@@ -17,6 +17,7 @@ from scopestate.errors import ScopestateError, StorageError
 from scopestate.ops import handed
 from scopestate.ops.consumer_functions import MOST_LETTERS
 from scopestate.ops.triggers import Trigger
+from scopestate.ops.values import prepare
 from scopestate.persistence.bridge.deliveries import Line, RemotePort, ask
 from scopestate.signals import Guard, exclusive, join
 
@@ -89,6 +90,9 @@ class _Letter(msgspec.Struct):
 class _Letters(msgspec.Struct):
     letters: list[_Letter]
     next: str | None = None
+
+
+prepare(_Statuses, _Letters)
 
 
 class RemoteConsumers(Consumers):
