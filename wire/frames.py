@@ -217,7 +217,8 @@ encode: Final = msgspec.json.Encoder().encode
 
 read_from_worker: Final[Callable[[bytes], FromWorker]] = msgspec.json.Decoder(FromWorker).decode
 """As `decode_from_worker`, without its checks and with msgspec's errors: the session does these itself."""
-_from_server: Final[Callable[[bytes], FromServer]] = msgspec.json.Decoder(FromServer).decode
+read_from_server: Final[Callable[[bytes], FromServer]] = msgspec.json.Decoder(FromServer).decode
+"""As `decode_from_server`, without its checks and with msgspec's errors."""
 
 _as_members: Final = msgspec.json.Decoder(dict[str, Raw]).decode
 
@@ -239,7 +240,7 @@ def decode_from_worker(message: bytes) -> FromWorker:
 
 def decode_from_server(message: bytes) -> FromServer:
     """Decode a message of a server. Raises DeserializationError if it is not one of `FromServer`."""
-    frame: FromServer = _decoded(_from_server, message)
+    frame: FromServer = _decoded(read_from_server, message)
     return frame
 
 
@@ -278,7 +279,7 @@ def answer_text(function_id: str, invocation_id: str, result: bytes | None) -> b
     return b"".join((head, invocation_id.encode(), b'","result":', result, b"}"))
 
 
-def call_text(function_id: str, invocation_id: str, data: Raw, depth: int) -> bytes:
+def call_text(function_id: str, invocation_id: str, data: Raw | bytes, depth: int) -> bytes:
     """Return an `InvokeFunction` as text, with the event depth in its baggage unless that is 0."""
     head = _call_heads.get(function_id) or _head(_call_heads, "invokefunction", function_id)
     end = b',"baggage":"%b=%d"}' % (_DEPTH, depth) if depth else b"}"

@@ -50,11 +50,34 @@ class TurnCall(Call):
     """What is left to do for it, as its caller was cut short."""
     loop_reply = None
 
+    # From here on: of one that is sent as it is, in the place of a `RemoteCall` and of the scope's own record.
+
+    home: Any = None
+    """The scope that has sent it so."""
+    turn: Any = None
+    function_id = ""
+    payload = b""
+    needs: Needs | None = None
+    done_to: Done | None = None
+    since = 0.0
+    deadline = 0.0
+    invocation_id = ""
+    waits_for = 0
+    resent = 0
+    runs = False
+    followers: list[Any]
+    """What waits for this call, in the order in which it came."""
+
     def __init__(self, turn: Any, depth: int) -> None:
         # As that of its base, written out.
         self.message = turn
         self.reply_to = None
         self.depth = depth
+
+    @property
+    def reply(self) -> TurnCall:
+        """Where its answer goes."""
+        return self
 
     @property
     def abandoned(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from scopestate.actors.reply import Envelope
 from scopestate.actors.scope import ScopeActor
 from scopestate.actors.turn import HOLDER
-from scopestate.ops.turns import Effects, Turn
+from scopestate.ops.turns import Delete, Effects, Get, Set, Turn, Update
 from scopestate.persistence.bridge.calls import RemoteCall, TurnCall
 from scopestate.persistence.bridge.computed import is_computed
 from scopestate.wire.depth import event_depth
@@ -22,6 +22,9 @@ _MAIN: Final = threading.main_thread()
 """The thread that runs signal handlers."""
 
 A = TypeVar("A")
+
+FREQUENT: Final = frozenset({Delete, Get, Set, Update})
+"""Turns of one key that every engine can do."""
 
 
 class Driven(Protocol):
@@ -90,7 +93,7 @@ class LeadingScope(ScopeActor):
 
     def run(self, turn: Turn[A]) -> A:
         owner = self._driven.owner
-        if owner is None or is_computed(turn):
+        if owner is None or (type(turn) not in FREQUENT and is_computed(turn)):
             return self.send_and_wait(turn)
         call = TurnCall(turn, event_depth.get())
         owner.call(self, call, self._around.limits.call_timeout_s)
@@ -157,8 +160,22 @@ class LeadingScope(ScopeActor):
     def enter(self, call: TurnCall) -> None:
         """Queue a call whose caller waits for it. Raises Overloaded, and WouldDeadlock."""
         call.remote = None
-        envelope = Envelope(call.message, call)
+        turn, mailbox = call.message, self._mailbox
+        envelope = Envelope(turn, call)
         envelope.depth = call.depth
+        if not (mailbox or self._claim or self._closed) and type(turn) in FREQUENT and self.mailbox_limit > 0:
+            # As `post`, written out. Without the flag that it is arranged: that saves what a flag needs, and the next
+            # caller asks once more at worst.
+            self._largest = max(self._largest, turn.size())
+            mailbox += (envelope,)
+            owner = self._driven.owner
+            if owner is None:
+                self.wake()
+            else:
+                owner.post(self)
+            if self._passivated:
+                self._pass_on()
+            return
         if self._closed:
             self.send(envelope)
             return

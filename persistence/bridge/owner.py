@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -53,7 +54,9 @@ _FRAME_ROOM: Final = 4096
 """Bytes reserved for the rest of a message, beside its payload."""
 
 
-class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCall | RemoteCall", BridgeConnection]):
+class BridgeConnectionOwner(
+    ConnectionOwner["LeadingScope | RemoteCall | TurnCall", "TurnCall | RemoteCall", BridgeConnection]
+):
     """Drives the connection for calls.
 
     What is posted: calls of the other engine, and scopes whose mailboxes wait for a turn. A call that needs a feature
@@ -83,7 +86,7 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
         self._bridge_target = target
         self._options = options
         self._describe = describe or (lambda: "")
-        self._under_way: dict[str, RemoteCall] = {}
+        self._under_way: dict[str, RemoteCall | TurnCall] = {}
         """By invocation id, in the order in which they were sent."""
         self._features: Features | None = None
         self._asked = False
@@ -108,6 +111,17 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
         else:
             self.post(call)
 
+    def submit_turn(self, call: TurnCall) -> bool:
+        """Send a turn's call as it is, from the thread that drives the connection. False: `submit` says why not."""
+        options, ready = self._options, self._ready
+        if len(call.payload) > options.max_message_bytes - _FRAME_ROOM:
+            return False
+        if len(self._under_way) + len(ready) + len(self._inbox) >= options.max_pending:
+            return False
+        call.since = self._clock()
+        ready.append(call)
+        return True
+
     def tell(self, reply: Any, answer: Any, error: BaseException | None) -> None:
         """Deliver an answer: with all others of this round, if this thread drives the connection."""
         if not self.is_held_here():
@@ -129,7 +143,7 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
             )
         return None
 
-    def _too_large(self, call: RemoteCall, most: int) -> MessageTooLarge:
+    def _too_large(self, call: RemoteCall | TurnCall, most: int) -> MessageTooLarge:
         return MessageTooLarge(
             f"the input takes {len(call.payload)} bytes, and a message to {self.address} may take {most}; nothing was "
             "sent: send less at once, or raise the limit"
@@ -236,7 +250,8 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
             home.recover_led(call)
 
     def _queue(self, home: LeadingScope | None, call: TurnCall | RemoteCall) -> None:
-        self.refuse_held_here()
+        if self._claim:
+            self.refuse_held_here()
         if type(call) is RemoteCall:
             call.error = self._refusal(call)
             self.post(call)
@@ -253,17 +268,22 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
 
     # ------------------------------------------------------------------------------------------- for the claim's holder
 
-    def _sort_in(self, item: LeadingScope | RemoteCall, now: float) -> None:
+    def _sort_in(self, item: LeadingScope | RemoteCall | TurnCall, now: float) -> None:
         if type(item) is not RemoteCall:
-            item.run_batch()
+            scope: Any = item  # a turn's call is never posted: its scope is
+            scope.run_batch()
         elif item.error is not None:
             self._finish(item, None, item.error)
         elif not item.gave_up:
             item.since = now
             self._ready.append(item)
 
-    def _begin(self, item: LeadingScope | RemoteCall, connection: BridgeConnection, now: float) -> bytes | None:
+    def _begin(
+        self, item: LeadingScope | RemoteCall | TurnCall, connection: BridgeConnection, now: float
+    ) -> bytes | None:
         call: Any = item
+        if type(item) is TurnCall:
+            return self._begin_turn(item, connection, now)
         if call.gave_up:
             return None
         if call.needs is not None and self._features is None:
@@ -280,6 +300,17 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
         self._under_way[call.invocation_id] = call
         self._round += 1
         return data
+
+    def _begin_turn(self, call: TurnCall, connection: BridgeConnection, now: float) -> bytes | None:
+        payload = call.payload
+        if len(payload) > connection.most_sent - _FRAME_ROOM:
+            self._finish(call, None, self._too_large(call, connection.most_sent))
+            return None
+        call.invocation_id = invocation_id = frames.fresh_id()
+        call.deadline = now + self._call_timeout_s
+        self._under_way[invocation_id] = call
+        self._round += 1
+        return connection.frame(frames.call_text(call.function_id, invocation_id, payload, 0))
 
     def _frame_of(self, call: RemoteCall, connection: BridgeConnection) -> bytes | None:
         """Return what to send for a call. None: it is refused, with its error set."""
@@ -301,10 +332,20 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
             frame = self._read(message)
             if type(frame) is not frames.InvocationResult:
                 self._take(frame)
-            elif (call := under_way.pop(frame.invocation_id, None)) is not None:
+            elif (call := under_way.pop(frame.invocation_id, None)) is None:
+                pass
+            elif type(call) is TurnCall and frame.error is None:
+                try:
+                    call.home.finish_turn(call, bytes(frame.result) or None, self.over)
+                except Exception:
+                    self.log.exception("delivering the answer to %s failed", call.function_id)
+            else:
                 self._finish(call, bytes(frame.result) or None, failure_of(frame, call.function_id))
 
     def _read(self, message: bytes) -> frames.FromServer | None:
+        if message.isascii():
+            with suppress(msgspec.DecodeError, RecursionError):
+                return frames.read_from_server(message)
         try:
             return frames.decode_from_server(message) if message.strip() else None
         except DeserializationError as error:
@@ -329,13 +370,19 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
         if self._connection is not None:
             self._connection.owe(frames.encode(frame))
 
-    def _finish(self, call: RemoteCall, result: bytes | None, error: ScopestateError | Exception | None) -> None:
-        call.answer, call.error, call.done = result, error, True
-        if call.done_to is None:
+    def _finish(
+        self, call: RemoteCall | TurnCall, result: bytes | None, error: ScopestateError | Exception | None
+    ) -> None:
+        done_to = call.done_to
+        if type(call) is TurnCall:
+            done_to = partial(call.home._answered, call)
+        else:
+            call.answer, call.error, call.done = result, error, True
+        if done_to is None:
             self.over.append(call)
             return
         try:
-            call.done_to(result, error)  # type: ignore[arg-type]
+            done_to(result, error)  # type: ignore[arg-type]
         except Exception:
             self.log.exception("delivering the answer to %s failed", call.function_id)
 
@@ -378,7 +425,7 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
         for call in calls:
             self._finish(call, None, self._lost(call, error))
 
-    def _lost(self, call: RemoteCall, error: Broken) -> ConnectionLost:
+    def _lost(self, call: RemoteCall | TurnCall, error: Broken) -> ConnectionLost:
         lost = ConnectionLost(call.function_id, self.address, str(error))
         lost.__cause__ = error
         return lost
@@ -395,8 +442,8 @@ class BridgeConnectionOwner(ConnectionOwner["LeadingScope | RemoteCall", "TurnCa
             )
         return None
 
-    def _refuse(self, item: LeadingScope | RemoteCall, error: ScopestateError) -> None:
-        if type(item) is RemoteCall:
+    def _refuse(self, item: LeadingScope | RemoteCall | TurnCall, error: ScopestateError) -> None:
+        if type(item) is RemoteCall or type(item) is TurnCall:
             if isinstance(error, NotConnected) and not self._bridge_target.refused:
                 waited = f"waited {self._connect_wait_s:g} s, nothing was sent"
                 error = NotConnected(f"{self._attempts.why_not}; {waited}")

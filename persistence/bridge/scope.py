@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -12,7 +13,7 @@ from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log, is_from_outside
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Ping, ScopeActor, Surroundings
-from scopestate.actors.turn import BUSY
+from scopestate.actors.turn import BUSY, HOLDER
 from scopestate.errors import (
     BatchTooLarge,
     CallTimeout,
@@ -37,7 +38,7 @@ from scopestate.ops.turns import Delete, Effects, Get, Items, List, Set, Stored,
 from scopestate.ops.writes import Durable, Once, unwrapped
 from scopestate.persistence.bridge.calls import Done, RemoteCall, TurnCall
 from scopestate.persistence.bridge.computed import Computation, Here, Waiter, compute, is_computed, needs_of
-from scopestate.persistence.bridge.leading import Late, LeadingScope
+from scopestate.persistence.bridge.leading import FREQUENT, Late, LeadingScope
 from scopestate.signals import certainly
 from scopestate.wire.features import Needs
 from scopestate.wire.refusals import raised_by, refusal_of
@@ -121,12 +122,16 @@ class _Call:
         """What waits for this call, in the order in which it came."""
 
 
+Sent = _Call | TurnCall
+"""A call in the tables of a scope."""
+
+
 class _Answer:
     """The other engine's answer to a call, as a message to the scope."""
 
     __slots__ = ("call", "error", "result")
 
-    def __init__(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
+    def __init__(self, call: Sent, result: bytes | None, error: ScopestateError | None) -> None:
         self.call = call
         self.result = result
         self.error = error
@@ -146,7 +151,7 @@ class _Computed:
 
     __slots__ = ("call", "effects", "error")
 
-    def __init__(self, call: _Call, effects: Effects[Any] | None, error: BaseException | None) -> None:
+    def __init__(self, call: Sent, effects: Effects[Any] | None, error: BaseException | None) -> None:
         self.call = call
         self.effects = effects
         self.error = error
@@ -157,11 +162,16 @@ class _KeyCalls:
 
     __slots__ = ("reads", "write")
 
-    def __init__(self) -> None:
-        self.write: _Call | None = None
+    def __init__(self, only: TurnCall | None) -> None:
+        self.write: Sent | None = None
         """The last write."""
-        self.reads: dict[_Call, None] = {}
+        self.reads: dict[Sent, None] = {}
         """The reads behind it."""
+        if only is not None:
+            if only.turn.writes:
+                self.write = only
+            else:
+                self.reads[only] = None
 
 
 class BridgeScope(LeadingScope):
@@ -181,10 +191,11 @@ class BridgeScope(LeadingScope):
     def __init__(self, scope: str, around: Surroundings, connection: Connection) -> None:
         super().__init__(scope, around)
         self._connection = self._driven = connection
-        self._open: dict[_Call, None] = {}
+        self._open: dict[Sent, None] = {}
         """Calls without an answer, in the order in which they came."""
-        self._keys: dict[str, _KeyCalls] = {}
-        self._barrier: _Call | None = None
+        self._keys: dict[str, _KeyCalls | TurnCall] = {}
+        """What is under way for each key; a `TurnCall` that has no other call behind it is there as it is."""
+        self._barrier: Sent | None = None
         """The last write of the whole scope, if it has no answer yet."""
 
     can_leave = True
@@ -237,6 +248,8 @@ class BridgeScope(LeadingScope):
 
     def _handle(self, item: Any) -> None:
         kind = type(item)
+        if kind is Envelope and type(item.reply_to) is TurnCall and self._begin_turn(item.reply_to, item):
+            return
         if kind is _Answer:
             self._finish(item.call, item.result, item.error)
         elif kind is _Computed:
@@ -286,12 +299,12 @@ class BridgeScope(LeadingScope):
             for key in turn.keys or ():
                 self._refuse_if_full(key, depth)
 
-    def _note_order(self, call: _Call) -> dict[_Call, None]:
+    def _note_order(self, call: Sent) -> dict[Sent, None]:
         """Return the calls that must be answered before this one is sent, and note it for those that come later.
 
         The last write of a key, and the reads behind it, are enough: they wait for the ones before them.
         """
-        turn, before = call.turn, dict[_Call, None]()
+        turn, before = call.turn, dict[Sent, None]()
         if turn.keys is None and turn.writes:
             before.update(self._open)
             self._barrier = call
@@ -303,8 +316,8 @@ class BridgeScope(LeadingScope):
             return before
         for key in turn.keys:
             calls = self._keys.get(key)
-            if calls is None:
-                calls = self._keys[key] = _KeyCalls()
+            if calls is None or type(calls) is TurnCall:
+                calls = self._keys[key] = _KeyCalls(calls)
             if turn.writes and calls.reads:
                 before.update(calls.reads)
             elif calls.write is not None:
@@ -315,7 +328,7 @@ class BridgeScope(LeadingScope):
                 calls.reads[call] = None
         return before
 
-    def _start_behind(self, before: dict[_Call, None] | list[_Call], step: _Call | _Ping) -> None:
+    def _start_behind(self, before: dict[Sent, None] | list[Sent], step: _Call | _Ping) -> None:
         if not before:
             self._start(step)
             return
@@ -329,7 +342,7 @@ class BridgeScope(LeadingScope):
         else:
             step.envelope.reply_to.set()
 
-    def _send(self, call: _Call) -> None:
+    def _send(self, call: Sent) -> None:
         if self._connection.leaving:
             return  # it stays open, for `hand_over`
         if is_computed(call.turn):
@@ -353,14 +366,14 @@ class BridgeScope(LeadingScope):
         except ScopestateError as error:
             self._enqueue(_Answer(call, None, error))
 
-    def _answered(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
+    def _answered(self, call: Sent, result: bytes | None, error: ScopestateError | None) -> None:
         """Take an answer from the connection's thread. Never blocks."""
         # As `_take`, without a message unless it must wait: this is done for each call.
         answer = call, result, error
         if self._mailbox or self._if_idle(self._finish_answered, answer) is BUSY:
             self._enqueue(_Answer(*answer))
 
-    def _finish_answered(self, answer: tuple[_Call, bytes | None, ScopestateError | None]) -> None:
+    def _finish_answered(self, answer: tuple[Sent, bytes | None, ScopestateError | None]) -> None:
         self._finish(*answer)
 
     def _remote_call(self, turn: Turn[Any], depth: int) -> RemoteCall:
@@ -370,7 +383,7 @@ class BridgeScope(LeadingScope):
         function_id, payload, needs = message_of(turn, self.scope)
         return RemoteCall(function_id, payload, None, depth, needs)
 
-    def _begin(self, call: _Call) -> None:
+    def _begin(self, call: Sent) -> None:
         """Have a `modify` or `transact` computed: by its caller, or on a worker thread."""
         call.runs = True
         computation = Computation(
@@ -381,7 +394,7 @@ class BridgeScope(LeadingScope):
         else:
             self._dispatcher.submit_program(computation.run)
 
-    def _compute(self, call: _Call) -> Effects[Any]:
+    def _compute(self, call: Sent) -> Effects[Any]:
         """Compute it on this thread, which waits for the answers of the other engine."""
         writes = needs_of(call.turn)
 
@@ -441,9 +454,69 @@ class BridgeScope(LeadingScope):
         remote.done_to = partial(self._answered, sent)
         return _Adopt(sent)
 
+    # ------------------------------------------------------------------------------------- frequent calls, in one step
+
+    def _begin_turn(self, call: TurnCall, item: Envelope) -> bool:
+        """Send a call as `_admit` does, in fewer steps, if it is a frequent one and the only one on its key.
+
+        False: nothing was done. The call itself then stands in the tables, and goes to the connection: from there on it
+        may be used as every other.
+        """
+        turn, owner = item.message, self._connection.owner
+        if type(turn) not in FREQUENT or item.depth or owner is None or call.home is not None:
+            return False
+        key = turn.key
+        if self._passivated or self._closed or self._barrier is not None or key in self._keys:
+            return False
+        if len(self._open) >= self.mailbox_limit or self._connection.leaving or not owner.is_held_here():
+            return False
+        if call.gave_up:
+            return True
+        if turn.writes:
+            try:
+                self._refuse_if_full(key, 0)
+            except (ScopestateError, HandlerFull):
+                return False  # `_admit` says it
+        call.payload = _encode(turn.call(self.scope))
+        call.function_id = turn.function_id
+        if not owner.submit_turn(call):
+            return False
+        self.touched = True
+        call.turn, call.home, call.followers = turn, self, []
+        self._open[call] = None
+        self._keys[key] = call
+        return True
+
+    def finish_turn(self, call: TurnCall, result: bytes | None, over: list[Any]) -> None:
+        """Take the answer to such a call in, as `_answered` does. Those whose callers may go on are added to `over`."""
+        claim, me = self._claim, get_ident()
+        if claim or self._mailbox or not self._direct or claim.setdefault(HOLDER, me) != me:
+            self._answered(call, result, None)
+            return
+        try:
+            stored, call.answer = effects = call.turn.effects_of(result)
+        except Exception:  # noqa: BLE001 - read again there, and the caller gets it
+            del claim[HOLDER]
+            self._answered(call, result, None)
+            return
+        try:
+            if stored:
+                self._tell_changes(effects, call.depth)
+            call.done = True
+            over.append(call)
+            if call.followers or self._keys.get(call.turn.key) is not call:
+                self._end(call)
+            else:
+                del self._keys[call.turn.key]
+                self._open.pop(call, None)
+        finally:
+            del claim[HOLDER]
+            if self._mailbox:
+                self.wake()
+
     # ------------------------------------------------------------------------------------------------------- answers
 
-    def _finish(self, call: _Call, result: bytes | None, error: ScopestateError | None) -> None:
+    def _finish(self, call: Sent, result: bytes | None, error: ScopestateError | None) -> None:
         """Read the answer to a call, and send the call again if it was lost and may be repeated."""
         if error is not None and self._is_open_on(call, error):
             return
@@ -456,7 +529,7 @@ class BridgeScope(LeadingScope):
         else:
             self._settle(call, effects[0], effects[1], None)
 
-    def _is_open_on(self, call: _Call, error: ScopestateError) -> bool:
+    def _is_open_on(self, call: Sent, error: ScopestateError) -> bool:
         """True if a call that has failed is still open: it was sent again, or is left for `hand_over`."""
         if isinstance(error, EngineClosed | NotConnected) and self._connection.leaving:
             return True
@@ -498,7 +571,7 @@ class BridgeScope(LeadingScope):
             log.error("%s: reading the answer to a call failed", self.name, exc_info=problem)  # a bug: do not hang
         return _unreachable(turn, problem) if self._connection.transparent else _via_bridge(turn, problem)
 
-    def _settle(self, call: _Call, stored: tuple[Stored, ...], answer: Any, failure: BaseException | None) -> None:
+    def _settle(self, call: Sent, stored: tuple[Stored, ...], answer: Any, failure: BaseException | None) -> None:
         """Fire the events of a call, give it its answer, and send what has waited for it.
 
         Events before answers: a caller that has its answer may call drain() and count on the event.
@@ -526,9 +599,9 @@ class BridgeScope(LeadingScope):
             else:
                 self._fire(change.key, change.before, change.after, depth)
 
-    def _end(self, ended: _Call) -> None:
+    def _end(self, ended: Sent) -> None:
         """Forget a call, and start what has waited for it; a call that was given up meanwhile ends as well."""
-        ending = [ended]
+        ending: list[Sent] = [ended]
         while ending:
             call = ending.pop()
             self._forget(call)
@@ -541,7 +614,7 @@ class BridgeScope(LeadingScope):
                 else:
                     self._start(step)
 
-    def _forget(self, call: _Call) -> None:
+    def _forget(self, call: Sent) -> None:
         self._open.pop(call, None)
         if self._barrier is call:
             self._barrier = None
@@ -549,6 +622,10 @@ class BridgeScope(LeadingScope):
             calls = self._keys.get(key)
             if calls is None:
                 continue  # this scope has left
+            if type(calls) is TurnCall:
+                if calls is call:
+                    del self._keys[key]
+                continue
             calls.reads.pop(call, None)
             if calls.write is call:
                 calls.write = None
@@ -587,7 +664,7 @@ class BridgeScope(LeadingScope):
                 self._mailbox.remove(item)
                 self._handle(item)
 
-    def _hand_on(self, call: _Call) -> None:
+    def _hand_on(self, call: Sent) -> None:
         """Give a call that was not done to the successor."""
         if not call.reply.abandoned:
             self._forward(_envelope_of(call))
@@ -626,7 +703,7 @@ class _NotDone(Exception):
     """A `modify` or `transact` has done nothing, as this side is leaving."""
 
 
-def _envelope_of(call: _Call) -> Envelope:
+def _envelope_of(call: Sent) -> Envelope:
     envelope = Envelope(call.turn, call.reply)
     envelope.depth = call.depth
     return envelope

@@ -170,7 +170,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             led = False
             # A caller whose timeout is shorter than the connection's must not drive it, if it would wait that long.
             may_wait = timeout_s is None or timeout_s >= self._call_timeout_s or not self.prompt
-            if not claim and not self._wanted and may_wait:
+            if not claim and not self._wanted and not self._under_way and may_wait:
                 call.thread = get_ident()
                 if claim.setdefault(HOLDER, call) is call:
                     led = self._lead(home, call)
