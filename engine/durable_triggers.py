@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from scopestate.actors.consuming import Consumers, ConsumerStatus, DeadLetter
 from scopestate.actors.containment import Log
 from scopestate.actors.durable import DurableHandler
-from scopestate.errors import ScopestateError
+from scopestate.errors import EngineClosed, NotConnected, ScopestateError, StorageError
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from scopestate.ops.triggers import Trigger
 
 log = Log("scopestate.triggers")
+
+A = TypeVar("A")
 
 
 class DurableTriggers(Consumers):
@@ -77,7 +79,7 @@ class DurableTriggers(Consumers):
         return self._consumers.share(name, trigger)
 
     def settle(self, names: Sequence[str], marks: Mapping[str, int], wait_s: float) -> dict[str, int]:
-        return self._consumers.settle(names, marks, wait_s)
+        return self._ask(lambda consumers: consumers.settle(names, marks, wait_s))
 
     def served_elsewhere(self) -> list[str]:
         return self._consumers.served_elsewhere()
@@ -85,6 +87,17 @@ class DurableTriggers(Consumers):
     def use(self, consumers: Consumers) -> None:
         """Go by other consumers for what is asked from here on; `move` follows."""
         self._consumers = consumers
+
+    def _ask(self, call: Callable[[Consumers], A]) -> A:
+        """Ask the consumers that are used now. If they did not begin that, as others are used since: ask those."""
+        consumers = self._consumers
+        try:
+            return call(consumers)
+        except StorageError as error:
+            now = self._consumers
+            if now is consumers or not isinstance(error.__cause__, EngineClosed | NotConnected):
+                raise
+        return call(now)
 
     def move(self) -> None:
         """Take the events of all durable triggers from the consumers that are used now, which have the same ones.
@@ -134,24 +147,24 @@ class DurableTriggers(Consumers):
     # ------------------------------------------------------------------------------------------------------ consumers
 
     def names(self) -> list[str]:
-        return self._consumers.names()
+        return self._ask(lambda consumers: consumers.names())
 
     def status(self, name: str) -> ConsumerStatus | None:
-        status = self._consumers.status(name)
+        status = self._ask(lambda consumers: consumers.status(name))
         return None if status is None else self._with_handler(status)
 
     def statuses(self) -> list[ConsumerStatus]:
-        return [self._with_handler(status) for status in self._consumers.statuses()]
+        return [self._with_handler(status) for status in self._ask(lambda consumers: consumers.statuses())]
 
     def _with_handler(self, status: ConsumerStatus) -> ConsumerStatus:
         handler = self._handlers.get(status.name)
         return status if handler is None else handler.status_from(status)
 
     def pause(self, name: str, why: str) -> bool:
-        return self._consumers.pause(name, why)
+        return self._ask(lambda consumers: consumers.pause(name, why))
 
     def resume(self, name: str) -> bool:
-        done = self._consumers.resume(name)
+        done = self._ask(lambda consumers: consumers.resume(name))
         handler = self._handlers.get(name)
         if handler is not None:
             handler.wake_up()
@@ -159,7 +172,7 @@ class DurableTriggers(Consumers):
 
     @exclusive
     def forget(self, name: str) -> bool:
-        done = self._consumers.forget(name)
+        done = self._ask(lambda consumers: consumers.forget(name))
         handler = self._handlers.pop(name, None)
         if handler is None:
             return done
@@ -175,16 +188,16 @@ class DurableTriggers(Consumers):
     # --------------------------------------------------------------------------------------------------- dead letters
 
     def letters(self, consumer: str | None, limit: int, after: str | None) -> list[DeadLetter]:
-        return self._consumers.letters(consumer, limit, after)
+        return self._ask(lambda consumers: consumers.letters(consumer, limit, after))
 
     def letter(self, letter_id: str) -> DeadLetter | None:
-        return self._consumers.letter(letter_id)
+        return self._ask(lambda consumers: consumers.letter(letter_id))
 
     def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
-        return self._consumers.replay(consumer, ids, reset=reset)
+        return self._ask(lambda consumers: consumers.replay(consumer, ids, reset=reset))
 
     def purge(self, consumer: str | None, ids: Sequence[str] | None, *, before_ms: int | None) -> int:
-        return self._consumers.purge(consumer, ids, before_ms=before_ms)
+        return self._ask(lambda consumers: consumers.purge(consumer, ids, before_ms=before_ms))
 
     def count(self, consumer: str | None) -> int:
-        return self._consumers.count(consumer)
+        return self._ask(lambda consumers: consumers.count(consumer))

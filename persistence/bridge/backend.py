@@ -258,8 +258,8 @@ class BridgeBackend(Backend):
         wait for here.
         """
         waiter = Waiter()
-        self.call(FLUSH, b"{}", waiter.done, needs=Needs(FLUSH))
         try:
+            self.call(FLUSH, b"{}", waiter.done, needs=Needs(FLUSH))
             waiter.get()
         except Unsupported:
             return

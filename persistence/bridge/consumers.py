@@ -232,7 +232,7 @@ class RemoteConsumers(Consumers):
         return [port.problem for port in self._awake() if port.problem is not None]
 
     def statuses(self) -> list[ConsumerStatus]:
-        found: _Statuses = ask(self._line, "engine::consumers::list", {}, _Statuses)
+        found: _Statuses = ask(self._line, "engine::consumers::list", {}, _Statuses, reads=True)
         return [
             ConsumerStatus(
                 one.name, one.lag_events, one.lag_seconds, one.in_flight, one.waiting, one.dead, one.paused, None
@@ -248,7 +248,7 @@ class RemoteConsumers(Consumers):
 
     def settle(self, names: Sequence[str], marks: Mapping[str, int], wait_s: float) -> dict[str, int]:
         asked = handed.Drain(list(names), int(wait_s * 1000), dict(marks))
-        drained: handed.Drained = ask(self._line, handed.DRAIN, asked, handed.Drained)
+        drained: handed.Drained = ask(self._line, handed.DRAIN, asked, handed.Drained, reads=True)
         return drained.left
 
     def _done(self, function_id: str, **fields: Any) -> bool:
@@ -278,7 +278,7 @@ class RemoteConsumers(Consumers):
         while len(found) < limit:
             most = min(limit - len(found), MOST_LETTERS)
             asked = {"consumer": consumer, "limit": most, "after": after, "_handed": True}
-            page: _Letters = ask(self._line, "engine::dead-letters::list", asked, _Letters)
+            page: _Letters = ask(self._line, "engine::dead-letters::list", asked, _Letters, reads=True)
             found += [one.letter() for one in page.letters]
             after = page.next
             if after is None:
@@ -287,7 +287,7 @@ class RemoteConsumers(Consumers):
 
     def letter(self, letter_id: str) -> DeadLetter | None:
         asked = {"id": letter_id, "_handed": True}
-        found: _Letter | None = ask(self._line, "engine::dead-letters::get", asked, _Letter | None)  # type: ignore[arg-type]  # a type for msgspec
+        found: _Letter | None = ask(self._line, "engine::dead-letters::get", asked, _Letter | None, reads=True)  # type: ignore[arg-type]  # a type for msgspec
         return None if found is None else found.letter()
 
     def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
@@ -311,4 +311,5 @@ class RemoteConsumers(Consumers):
         return count
 
     def count(self, consumer: str | None) -> int:
-        return int(ask(self._line, "engine::dead-letters::count", {"consumer": consumer}, dict[str, int])["count"])
+        asked = {"consumer": consumer}
+        return int(ask(self._line, "engine::dead-letters::count", asked, dict[str, int], reads=True)["count"])

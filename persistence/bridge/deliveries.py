@@ -60,14 +60,21 @@ class Line(Protocol):
     def call_and_wait(self, function_id: str, payload: bytes) -> bytes | None:
         """Call and wait for the result, on a thread of its own. Raises the error of the call."""
 
+    def read_now(self, function_id: str, payload: bytes) -> bytes | None:
+        """As `call_and_wait`, of what changes nothing: it is called again if the connection was lost."""
+
     async def call_on_loop(self, function_id: str, payload: bytes, timeout_s: float | None = None) -> bytes | None:
         """As `call_and_wait`, on the loop of the connection."""
 
 
-def ask(line: Line, function_id: str, asked: Any, kind: type[Any]) -> Any:
-    """Call a function of the other engine. Raises StorageError if it does not answer; else what it raises there."""
+def ask(line: Line, function_id: str, asked: Any, kind: type[Any], *, reads: bool = False) -> Any:
+    """Call a function of the other engine. Raises StorageError if it does not answer; else what it raises there.
+
+    `reads`: it changes nothing.
+    """
+    call = line.read_now if reads else line.call_and_wait
     try:
-        return msgspec.json.decode(line.call_and_wait(function_id, _encode(asked)) or b"null", type=kind)
+        return msgspec.json.decode(call(function_id, _encode(asked)) or b"null", type=kind)
     except msgspec.DecodeError as error:
         raise StorageError(f"the answer of {function_id} cannot be read: {error}") from error
     except RemoteFailure as failure:
@@ -124,7 +131,10 @@ class RemotePort(ConsumerPort):
         self._numbers = itertools.count(1)
         self._outcomes: list[Outcome] = []
         self._changing = threading.Lock()
-        """Held for a moment, to change `_outcomes`. Not on the main thread."""
+        """Held for a moment, to change `_outcomes` and `_next`. Not on the main thread."""
+        self._is_left = False
+        self._next: ConsumerPort | None = None
+        """Takes the outcomes from `pass_on` on."""
         self._paused: str | None = None
         self._joined = asyncio.Event()
         """Set while the other engine knows this one. On the loop."""
@@ -214,13 +224,28 @@ class RemotePort(ConsumerPort):
                     self._serials.pop(one.position, None)
                 else:
                     self._held[one.position] = 0
+            elif self._is_left:
+                told.append(one)  # what it counts for, the next port knows
         with self._changing:
-            self._outcomes += told
-        self.nudge()
+            after = self._next
+            if after is None:
+                self._outcomes += told
+        if after is None:
+            self.nudge()
+        elif told:
+            after.ended(told)
 
     def hand_over(self) -> list[Outcome]:
         self._wake = self._lost = _nothing
+        self._is_left = True
         return self.take_outcomes()
+
+    def pass_on(self, port: ConsumerPort) -> None:
+        with self._changing:
+            self._next = port
+            told, self._outcomes = self._outcomes, []
+        if told:
+            port.ended(told)
 
     def take_outcomes(self) -> list[Outcome]:
         """Return the outcomes that are not told yet, and forget them."""

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from processes import Process, role_of, wait_until
@@ -140,13 +141,32 @@ def test_calls_of_every_kind_go_on_while_an_owner_closes(open_engine: Open, star
     engine.set("s", "k", 1)
     owner.begin("engine.close()")
 
-    rounds = 0
-    while role_of(engine) != "owner":
-        engine.flush()
-        assert engine.list_groups() == ["s", "slow"]
-        assert list(engine.consumers()) == []
+    rounds: list[int] = []
+
+    def repeat(call: Callable[[int], bool]) -> None:
+        count = 0
+        while role_of(engine) != "owner":
+            assert call(count)
+            count += 1
+        rounds.append(count)
+
+    def write(count: int) -> bool:
         with engine.scope("s").batch() as batch:
-            batch.set("k", rounds)
-        assert engine.get("s", "k") == rounds
-        rounds += 1
-    assert rounds > 1
+            batch.set("k", count)
+        return engine.get("s", "k") == count
+
+    # At the hand-over, each of them is in the middle of a call.
+    calls: list[Callable[[int], bool]] = [
+        write,
+        lambda _: engine.flush() is None,
+        lambda _: engine.list_groups() == ["s", "slow"],
+        lambda _: list(engine.consumers()) == [],
+        lambda _: engine.dead_letters().list() == [],
+        lambda _: engine.dead_letters().get("none:1") is None,
+        lambda _: engine.dead_letters().count() == 0,
+        lambda _: engine.dead_letters().purge(all=True) == 0,
+        lambda _: engine.dead_letters().replay(all=True) == 0,
+    ]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(repeat, calls))
+    assert min(rounds) > 1
