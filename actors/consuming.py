@@ -183,9 +183,6 @@ class ConsumerPort(ABC):
         """Return outcomes that are kept in this engine only: another port goes on. The runtime hears nothing more."""
         return []
 
-    def pass_on(self, port: ConsumerPort) -> None:  # noqa: B027 - as `hand_over`
-        """After `hand_over`: give this port the outcomes that were noted since, and those that still are noted here."""
-
     @abstractmethod
     def flush(self) -> None:
         """Return when what has ended is saved. Raises StorageError."""

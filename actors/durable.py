@@ -245,23 +245,17 @@ class DurableHandler(HandlerActor):
     def _move(self, port: ConsumerPort) -> None:
         """Within a turn, so that nothing is fetched at the same time."""
         before, self._next_port = self.port, None
-        # First: what ends from here on is among the outcomes that are not told, or goes to `pass_on`.
-        attempts = self.running()
         unsent = before.hand_over()
         before.stop()
-        attempts.update(self.running())
         waits = {one.position for one in unsent if one.verdict in ("retry", "held")}
-        running = {**{one.position: ENDED for one in unsent}, **attempts}
-        self._lost.append(frozenset(self._held_positions()).difference(waits, attempts))
+        running = {**{one.position: ENDED for one in unsent}, **self.running()}
+        self._lost.append(frozenset(self._held_positions()).difference(waits, self.running()))
         self._lose()
+        self.port = port
         self.begins_at_once = port.notes_at_once
-        try:
-            if self.active and not self._stopped:
-                port.start(self.trigger, self.wake_up, self.lost, lambda: {**running, **self.running()})
-        finally:
-            self.port = port  # it knows what is running
-            port.ended(unsent)
-            before.pass_on(port)
+        if self.active and not self._stopped:
+            port.start(self.trigger, self.wake_up, self.lost, lambda: {**running, **self.running()})
+        port.ended(unsent)
 
     def forget(self) -> None:
         """Its consumer is forgotten: nothing that is here counts any more."""

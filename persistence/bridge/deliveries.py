@@ -131,10 +131,7 @@ class RemotePort(ConsumerPort):
         self._numbers = itertools.count(1)
         self._outcomes: list[Outcome] = []
         self._changing = threading.Lock()
-        """Held for a moment, to change `_outcomes` and `_next`. Not on the main thread."""
-        self._is_left = False
-        self._next: ConsumerPort | None = None
-        """Takes the outcomes from `pass_on` on."""
+        """Held for a moment, to change `_outcomes`. Not on the main thread."""
         self._paused: str | None = None
         self._joined = asyncio.Event()
         """Set while the other engine knows this one. On the loop."""
@@ -224,28 +221,13 @@ class RemotePort(ConsumerPort):
                     self._serials.pop(one.position, None)
                 else:
                     self._held[one.position] = 0
-            elif self._is_left:
-                told.append(one)  # what it counts for, the next port knows
         with self._changing:
-            after = self._next
-            if after is None:
-                self._outcomes += told
-        if after is None:
-            self.nudge()
-        elif told:
-            after.ended(told)
+            self._outcomes += told
+        self.nudge()
 
     def hand_over(self) -> list[Outcome]:
         self._wake = self._lost = _nothing
-        self._is_left = True
         return self.take_outcomes()
-
-    def pass_on(self, port: ConsumerPort) -> None:
-        with self._changing:
-            self._next = port
-            told, self._outcomes = self._outcomes, []
-        if told:
-            port.ended(told)
 
     def take_outcomes(self) -> list[Outcome]:
         """Return the outcomes that are not told yet, and forget them."""

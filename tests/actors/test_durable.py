@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from keeping import Kept, Stage
+from keeping import Stage
 
-from scopestate.actors.consuming import ConsumerPort, Held, Outcome
+from scopestate.actors.consuming import Held
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.dispatcher import ThreadDispatcher
 from scopestate.actors.durable import takes_two
@@ -488,58 +488,3 @@ def test_extend_gives_an_attempt_more_time(stage: Stage) -> None:
 )
 def test_a_handler_gets_the_delivery_if_its_signature_asks_for_it(target: Callable[..., Any], two: bool) -> None:
     assert takes_two(target) is two
-
-
-@pytest.mark.parametrize("when", ["left", "starts", "moved"])
-def test_what_ends_while_another_port_takes_over_is_told_to_that_port(stage: Stage, when: str) -> None:
-    runs, ends, told, moved = (threading.Event() for _ in range(4))
-
-    def end_it() -> None:
-        ends.set()
-        assert told.wait(PATIENCE_S)
-
-    class Before(Kept):
-        def ended(self, outcomes: Sequence[Outcome]) -> None:
-            super().ended(outcomes)
-            told.set()
-
-        def hand_over(self) -> list[Outcome]:
-            if when == "left":
-                end_it()
-            return []
-
-        def pass_on(self, port: ConsumerPort) -> None:
-            port.ended(self.outcomes)
-            moved.set()
-
-    class Next(Kept):
-        claimed: Mapping[int, int] = {}
-
-        def start(self, *args: Any) -> None:
-            self.claimed = args[-1]()
-            if when == "starts":
-                end_it()
-            super().start(*args)
-
-        def ended(self, outcomes: Sequence[Outcome]) -> None:
-            assert self.trigger is not None, "it does not know yet what is running"
-            super().ended(outcomes)
-            if outcomes:
-                told.set()
-
-    def handle(event: StateEvent) -> None:
-        runs.set()
-        assert ends.wait(PATIENCE_S)
-
-    stage.port = Before()
-    handler = stage.begin(handle)
-    stage.port.put("a")
-    assert runs.wait(PATIENCE_S)
-    port = Next()
-    handler.move_to(port)
-    assert moved.wait(PATIENCE_S)
-    ends.set()
-    assert told.wait(PATIENCE_S)
-
-    assert port.claimed == {1: 1}
-    assert port.ended_as() == [(1, "done")]

@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 
-from scopestate.actors.consuming import Outcome
-from scopestate.ops.triggers import Trigger
 from scopestate.persistence.bridge import consumers
-from scopestate.persistence.bridge.deliveries import RemotePort
 
 
 def test_its_end_is_waited_for_also_while_it_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,20 +46,3 @@ def test_its_end_is_waited_for_also_while_it_is_being_started(monkeypatch: pytes
 
     assert failed == []
     assert not any(thread.is_alive() for thread in (opening, waiting, remote._thread) if thread is not None)
-
-
-def test_what_ends_behind_a_hand_over_goes_to_the_next_port() -> None:
-    line: Any = SimpleNamespace()
-    port = RemotePort("c", line, Trigger("t", "f", durable="c"), 0, 1.0)
-    port._held.update({1: 1, 2: 1})
-    noted: list[int] = []
-    following: Any = SimpleNamespace(ended=lambda outcomes: noted.extend(one.position for one in outcomes))
-
-    port.ended([Outcome(1, "done")])
-    assert [one.position for one in port.hand_over()] == [1]
-    port.ended([Outcome(2, "done")])
-    assert noted == []
-    port.pass_on(following)
-    assert noted == [2]
-    port.ended([Outcome(3, "done")])
-    assert noted == [2, 3]
