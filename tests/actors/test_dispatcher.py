@@ -237,7 +237,7 @@ def test_close_ends_every_thread_and_drops_timers(no_thread_left: None) -> None:
     rang: list[str] = []
     for _ in range(3):
         Worker(dispatcher).ask(lambda: None).get(timeout=PATIENCE_S)
-    dispatcher.call_later(0.01, lambda: rang.append("never"))
+    dispatcher.call_later(1.0, lambda: rang.append("never"))
     dispatcher.close()
     dispatcher.close()
     for thread in threading.enumerate():

