@@ -261,7 +261,7 @@ class SharedConsumer:
         return self._source
 
     def holder(self, name: str) -> Holder | None:
-        """Return a holder by its name; None: there is none, or it was dismissed."""
+        """Return the holder with this name; None if no engine has it, or if it was dismissed."""
         return self._holders.get(name)
 
     def join(self, holder: Holder, held: Sequence[tuple[int, int, int]] = ()) -> list[int] | None:

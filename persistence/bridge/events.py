@@ -251,7 +251,7 @@ class RemoteEvents:
     # ------------------------------------------------------------------------------------------- on the loop's thread
 
     def note_connection(self, connected: bool) -> None:
-        """Take note of a new connection, or that there is none."""
+        """Note that the connection was made, or lost."""
         self._tried.set()
         if connected:
             self._refusal = ""

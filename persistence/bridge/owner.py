@@ -96,7 +96,7 @@ class BridgeConnectionOwner(
     # --------------------------------------------------------------------------------------------------------- callers
 
     def fileno(self) -> int:
-        """Return the descriptor of the connection's socket; -1 if there is none. For a forked child."""
+        """Return the descriptor of the connection's socket; -1 while it is not connected. For a forked child."""
         connection = self._connection
         return -1 if connection is None else connection.fileno()
 

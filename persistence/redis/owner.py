@@ -333,7 +333,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         due = self._sent_at + self._call_timeout_s
         if due > now:
             return due
-        # Replies come in order: without this one there is none for those behind it.
+        # Replies come in order: if this one is missing, so are those behind it.
         self._lose(self._connection, Broken(f"no answer within {self._call_timeout_s:g} s"))
         return None
 

@@ -1,7 +1,7 @@
 """The socket in a directory, on which its owner serves other processes, and where those find it.
 
-A Unix socket, `state.sock`. Where there is none, 127.0.0.1, with the address and a random token in `state.address`.
-Both have the permissions 0600, in a directory that only its owner may use.
+A Unix socket, `state.sock`. Where the system has no such sockets: 127.0.0.1, with the address and a random token in
+`state.address`. Both have the permissions 0600, in a directory that only its owner may use.
 """
 
 from __future__ import annotations

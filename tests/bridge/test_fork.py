@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 from second_engine import PATIENCE_S, RemoteProcess
 
 PROGRAM = """
@@ -34,7 +33,6 @@ engine.close()
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 def test_a_forked_child_is_refused_at_once_and_leaves_the_connection_to_its_parent(remote: RemoteProcess) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, remote.url], capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False
