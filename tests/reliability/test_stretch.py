@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import _testcapi
 import itertools
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,123 +15,17 @@ from effort import size
 from reliability.conftest import OpenEngine
 from reliability.figures import record
 from reliability.interrupting import Interruption, interrupt_at
-from reliability.living import PATIENCE_S, InThread, Seen, saved, settings, until
+from reliability.living import PATIENCE_S, InThread, saved, start_child, until
+from reliability.stretches import KEYS, LATER, any_turn, check, scope_of, watched
 
-from scopestate import Engine
-from scopestate.actors.deterministic import DeterministicDispatcher
-from scopestate.actors.local import LocalScope
-from scopestate.config import from_mapping
 from scopestate.ops import transactions as tx
 from scopestate.ops import turns
-from scopestate.ops.ranges import DeleteRange
-from scopestate.ops.turns import Deadline, Range, Turn
 from scopestate.ops.values import decode
-from scopestate.ops.writes import Modify, SetWith, Touch
 
 # As in test_interruption.py: an exception of a signal handler inside a weakref callback is dropped, with this warning.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 DURABILITIES = ["memory", "interval", "commit"]
-LATER = Deadline(ttl_ms=3_600_000)
-PASSED = Deadline(expires_ms=1)
-KEYS = "abcdefgh"
-
-
-def scope_of(engine: Engine) -> LocalScope:
-    actor = engine._scopes["s"]
-    assert isinstance(actor, LocalScope)
-    return actor
-
-
-class Told:
-    """What a handler and a watch are told of a scope: the same."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._seen = Seen()
-        engine.register_function("watch", self._seen)
-        engine.register_trigger(function_id="watch", scope="s", trigger_id="watch")
-        self._changes = engine.scope("s").watch(snapshot=False, buffer=10**9)
-        self._told: list[tuple[Any, ...]] = []
-
-    def wait_for(self, count: int) -> list[Any]:
-        """Wait for so many events, and return them."""
-        events = self._seen.wait_for(count)
-        expected = [
-            (event.revision, event.key, event.old_json, event.new_json, event.transaction)
-            for event in events[:count]
-            if event.old_json is not None or event.new_json is not None
-        ]
-        while len(self._told) < len(expected):
-            one = self._changes.get(PATIENCE_S)
-            self._told.append((one.revision, one.key, one.old_json, one.json, one.transaction))
-        assert self._told == expected
-        return events
-
-
-def watched(engine: Engine) -> Told:
-    return Told(engine)
-
-
-def any_turn(draw: random.Random, number: int, kind: int | None = None) -> Turn[Any]:
-    """Return a turn that changes several keys, or more than one thing of a key; `kind`: 0 to 6, 6 is a batch."""
-    keys = draw.sample(KEYS, draw.randint(2, 5))
-    data = b"%d" % number
-    match draw.randrange(7) if kind is None else kind:
-        case 0:
-            return tx.SetAll(dict.fromkeys(keys, data))
-        case 1:
-            return SetWith(keys[0], data, None, draw.choice([LATER, PASSED]))
-        case 2:
-            return Modify(keys[0], lambda _: number)
-        case 3:
-            return DeleteRange(Range(start=min(keys), end=max(keys)))
-        case 4:
-            return Touch(keys[0], draw.choice([LATER, PASSED, turns.NO_DEADLINE]))
-        case 5:
-            return tx.Transact(lambda transaction: [transaction.set(key, number) for key in keys])
-    return tx.Batch(tuple([any_step(draw, key, data) for key in keys]))
-
-
-def any_step(draw: random.Random, key: str, data: bytes) -> tx.Step:
-    match draw.randrange(4):
-        case 0:
-            return tx.SetStep(key, data, draw.choice([LATER, PASSED]))
-        case 1:
-            return tx.DeleteStep(key)
-        case 2:
-            return tx.TouchStep(key, draw.choice([LATER, PASSED, turns.NO_DEADLINE]))
-        case _:
-            return tx.SetStep(key, data)
-
-
-def replayed(events: list[Any]) -> dict[str, Any]:
-    """Return what the events say the scope holds."""
-    state: dict[str, Any] = {}
-    for event in events:
-        assert event.old_value == state.get(event.key), event
-        if event.new_json is None:
-            state.pop(event.key, None)
-        else:
-            state[event.key] = event.new_value
-    return state
-
-
-def check(actor: LocalScope, events: list[Any], where: str) -> None:
-    """Memory, its side tables, the numbers and the events agree."""
-    values = actor._values
-    assert values is not None
-    assert [event.revision for event in events] == list(range(1, actor._sequence + 1)), where
-    assert replayed(events) == {key: decode(data) for key, data in values.items()}, where
-    assert actor._revisions == {key: revision for key, revision in last_of(events).items() if key in values}, where
-    assert actor._deadlines.keys() <= values.keys(), where
-    assert actor._creations == sum(event.old_json is None and event.new_json is not None for event in events), where
-    if actor._dirty is not None:
-        assert actor._created.keys() == values.keys(), where
-        assert all(actor._created[key] <= revision for key, revision in actor._revisions.items()), where
-
-
-def last_of(events: list[Any]) -> dict[str, int]:
-    return {event.key: event.revision for event in events}
 
 
 # ------------------------------------------------------------------------------------------------------- interrupted
@@ -214,69 +106,20 @@ def test_a_call_with_a_function_interrupted_at_any_opcode_leaves_the_scope_usabl
 # ------------------------------------------------------------------------------------------------------- no memory
 
 
-@contextmanager
-def without_memory(begin: int, count: int) -> Iterator[None]:
-    """Refuse `count` allocations, after so many that succeed. It holds for all threads."""
-    _testcapi.set_nomemory(begin, begin + count)
-    try:
-        yield
-    finally:
-        _testcapi.remove_mem_hooks()
-
-
-@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("count", [1, 1000])
 def test_a_commit_without_memory_has_happened_whole_or_not_at_all(tmp_path: Path, kept: bool, count: int) -> None:
-    """With one allocation refused, and with all of them from some moment on. On this thread alone."""
-    config = from_mapping(settings("interval" if kept else "memory", tmp_path / "store"))
-    engine = Engine(config, dispatcher=DeterministicDispatcher(1, switch=0, busy=0))
-    watched(engine)
-    actor = scope_of(engine)
-    routed: list[Any] = []
-    actor._outbox, actor._registry, actor._incoming = routed, {}, {}
-    actor._expect = lambda: None  # type: ignore[method-assign]  # expired keys stay until a write removes them
-    engine.set("s", "a", 0)
-    draw = random.Random(count)
-    refused = 0
-    tracer = sys.gettrace()
-    sys.settrace(None)  # a tool that measures coverage needs memory too
+    """With one allocation refused, and with all of them from some moment on."""
+    durability = "interval" if kept else "memory"
+    process = start_child("memory", tmp_path / "store", durability, count)
     try:
-        for number in range(200):
-            turn = any_turn(draw, number)
-            for begin in itertools.count():
-                stored, _ = turn.decide(view_of(actor))
-                before = dict(actor._values or {}), actor._sequence
-                try:
-                    with without_memory(begin, count):
-                        actor._store(stored)
-                except MemoryError:
-                    refused += 1
-                    check(actor, [event for _, event in routed], f"allocation {begin} of {turn}")
-                    assert list(actor._incoming.values()) == [event for _, event in routed]
-                    if actor._sequence != before[1]:
-                        break  # it has happened; what comes behind it was refused
-                    assert dict(actor._values or {}) == before[0]
-                    continue
-                break
+        output, errors = process.communicate(timeout=100)
     finally:
-        sys.settrace(tracer)
-        engine.close()
+        process.kill()
+    assert process.returncode == 0, errors.decode()
+    refused = int(output)
     assert refused > 1000
     record(f"memory refused within commits: {'kept' if kept else 'not kept'}, {count}", refusals=refused)
-
-
-def view_of(actor: LocalScope) -> Any:
-    """Return the view that the scope gives to a turn."""
-    seen: list[Any] = []
-
-    class Look(turns.Get, frozen=True):
-        def decide(self, view: turns.View) -> turns.Effects[bytes | None]:
-            seen.append(view)
-            return (), None
-
-    actor.run(Look("a"))
-    return seen[0]
 
 
 # -------------------------------------------------------------------------------------------------- threads that read

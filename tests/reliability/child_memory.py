@@ -1,0 +1,89 @@
+"""A program that is refused memory within commits. Usage: child_memory.py DIRECTORY DURABILITY COUNT.
+
+It prints how often memory was refused. It is a process of its own with one thread, since memory is refused to every
+thread: the one in which a test process listens to its test runner would end, and the run would never end.
+"""
+
+from __future__ import annotations
+
+import _testcapi
+import itertools
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from reliability.living import settings
+from reliability.stretches import any_turn, check, scope_of, watched
+
+from scopestate import Engine
+from scopestate.actors.deterministic import DeterministicDispatcher
+from scopestate.actors.local import LocalScope
+from scopestate.config import from_mapping
+from scopestate.ops import turns
+
+DIRECTORY, DURABILITY, COUNT = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+
+@contextmanager
+def without_memory(begin: int) -> Iterator[None]:
+    """Refuse COUNT allocations, after so many that succeed."""
+    _testcapi.set_nomemory(begin, begin + COUNT)
+    try:
+        yield
+    finally:
+        _testcapi.remove_mem_hooks()
+
+
+def view_of(actor: LocalScope) -> Any:
+    """Return the view that the scope gives to a turn."""
+    seen: list[Any] = []
+
+    class Look(turns.Get, frozen=True):
+        def decide(self, view: turns.View) -> turns.Effects[bytes | None]:
+            seen.append(view)
+            return (), None
+
+    actor.run(Look("a"))
+    return seen[0]
+
+
+def refusals(engine: Engine) -> int:
+    """Commit 200 turns, each once for every allocation that it makes, with that one refused; return how many were."""
+    watched(engine)
+    actor = scope_of(engine)
+    routed: list[Any] = []
+    actor._outbox, actor._registry, actor._incoming = routed, {}, {}
+    actor._expect = lambda: None  # type: ignore[method-assign]  # expired keys stay until a write removes them
+    engine.set("s", "a", 0)
+    draw = random.Random(COUNT)
+    refused = 0
+    for number in range(200):
+        turn = any_turn(draw, number)
+        for begin in itertools.count():
+            stored, _ = turn.decide(view_of(actor))
+            before = dict(actor._values or {}), actor._sequence
+            try:
+                with without_memory(begin):
+                    actor._store(stored)
+            except MemoryError:
+                refused += 1
+                check(actor, [event for _, event in routed], f"allocation {begin} of {turn}")
+                assert list(actor._incoming.values()) == [event for _, event in routed]
+                if actor._sequence != before[1]:
+                    break  # it has happened; what comes behind it was refused
+                assert dict(actor._values or {}) == before[0]
+                continue
+            break
+    return refused
+
+
+if __name__ == "__main__":
+    opened = Engine(
+        from_mapping(settings(DURABILITY, DIRECTORY)), dispatcher=DeterministicDispatcher(1, switch=0, busy=0)
+    )
+    try:
+        print(refusals(opened))  # noqa: T201 - the answer to the test
+    finally:
+        opened.close()
