@@ -181,7 +181,7 @@ def close_on_signals() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         _take_signals()
-    else:
+    elif not all(isinstance(signal.getsignal(number), (_Termination, _Guest)) for number in _ENDS):
         _on_main_thread(_take_signals)
 
 
@@ -383,20 +383,29 @@ def _end_by(number: int) -> None:
 _termination = _Termination()
 
 
+_WAKING_S: Final = 0.15
+"""How long to try to wake the main thread. One that waits in its event loop makes the call when the loop goes on."""
+
+
 def _on_main_thread(work: Callable[[], object]) -> None:
     """Call `work()` on the main thread, the only one that can set signal handlers.
 
     The C API has a function for this. The main thread makes the call at its next instruction; if it sleeps on a lock,
-    as in `thread.join()`, a signal without effect wakes it.
+    as in `thread.join()`, a signal without effect wakes it. The signal is sent again until the call is made: one that
+    comes just before the sleep does not wake the thread, and neither does one whose handler is removed before the
+    thread has run. Returns after `_WAKING_S` at the latest; the call is then made when the main thread wakes.
     """
     import ctypes  # noqa: PLC0415 - backends that keep state have it loaded
     import faulthandler  # noqa: PLC0415 - needed here only
+
+    called: list[bool] = []
 
     def call(_: object) -> int:
         try:
             work()
         except Exception:
             log.exception("setting signal handlers failed")
+        called.append(True)
         return 0
 
     pending = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(call)
@@ -416,8 +425,11 @@ def _on_main_thread(work: Callable[[], object]) -> None:
         faulthandler.register(number, nowhere, all_threads=False)
         signal.siginterrupt(number, True)
         try:
-            signal.pthread_kill(main, number)
-            time.sleep(0.001)
+            pause_s, deadline = 0.001, time.monotonic() + _WAKING_S
+            while not called and time.monotonic() < deadline:
+                signal.pthread_kill(main, number)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.05)
         finally:
             faulthandler.unregister(number)
 

@@ -253,6 +253,21 @@ def opened_in_a_thread_that_main_waits_for() -> None:
     thread.join()
 
 
+def opened_in_a_thread_whose_first_signals_do_not_wake_main() -> None:
+    """As on a busy machine: the signal comes just before main sleeps, or its handler is removed too early."""
+    lost: list[int] = []
+    send = signal.pthread_kill
+
+    def lose_three(thread: int, number: int) -> None:
+        if len(lost) < 3:
+            lost.append(number)
+        else:
+            send(thread, number)
+
+    signal.pthread_kill = lose_three
+    opened_in_a_thread_that_main_waits_for()
+
+
 def has_a_handler_that_hangs() -> None:
     engine = open_engine()
     hung = threading.Event()

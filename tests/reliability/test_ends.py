@@ -232,6 +232,7 @@ def get(port: int, path: str) -> bytes:
         ("waits_with_sigint_at_its_default", signal.SIGINT),
         ("opened_in_a_thread_that_main_waits_for", signal.SIGTERM),
         ("opened_in_a_thread_that_main_waits_for", signal.SIGHUP),
+        ("opened_in_a_thread_whose_first_signals_do_not_wake_main", signal.SIGTERM),
     ],
 )
 def test_a_signal_that_ends_the_process_saves_first(
