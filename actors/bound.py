@@ -57,6 +57,7 @@ class JournalBound:
         self._save_soon = save_soon
         self._events = self._bytes = 0
         """At most so much is needed: what was measured last, and what was saved since."""
+        self._measured: Needed | None = None
         self._asked = True
         """True: it is to be measured by the next look."""
         self._untrimmed = True
@@ -96,6 +97,9 @@ class JournalBound:
             return
         now_s = self._dispatcher.monotonic()
         if now_s < self._next_s and not self._asked:
+            # It may be full, so writers wait until it can be measured. Refused: to let them go on until then. A disk
+            # that is slow once would let them exceed the limit by all that they write in that time.
+            self._have_writers_wait()
             self._save_soon(self._next_s - now_s)
             return
         self._measure(now_s)
@@ -114,7 +118,7 @@ class JournalBound:
             raise
         ended_s = self._dispatcher.monotonic()
         self._next_s = ended_s + _SHARE * (ended_s - began_s)
-        self._events, self._bytes = needed.events, needed.bytes
+        self._events, self._bytes, self._measured = needed.events, needed.bytes, needed
         over = self._say(needed)
         if over and journal.behind:
             self._again()
@@ -131,6 +135,10 @@ class JournalBound:
         if self._feed.over:
             most, most_bytes = _low(most), _low(most_bytes)
         return events >= most or (most_bytes > 0 and size >= most_bytes)
+
+    def _have_writers_wait(self) -> None:
+        if self._measured is not None and self._limits.journal_when_full == "block":
+            self._set_room(self._text(self._measured))
 
     def _say(self, needed: Needed) -> bool:
         """Have writers wait, or not. Return whether it is full."""
@@ -153,7 +161,7 @@ class JournalBound:
     def _text(self, needed: Needed) -> str:
         slowest, _ = self._slowest(needed, [self._consumers[one] for one in needed.done if one in self._consumers])
         text = (
-            f"the journal is full: it keeps {needed.events:,} changes of {needed.bytes:,} bytes for durable triggers, "
+            f"the journal is full: it keeps {self._events:,} changes of {self._bytes:,} bytes for durable triggers, "
             "and writes to their scopes wait"
         )
         if slowest is not None:
