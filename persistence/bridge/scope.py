@@ -11,6 +11,7 @@ import pykka
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.containment import Log, is_from_outside
+from scopestate.actors.functions import running_loop
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Housekeeping, Ping, ScopeActor, Surroundings
 from scopestate.actors.turn import BUSY, HOLDER
@@ -357,7 +358,8 @@ class BridgeScope(LeadingScope):
         owner = self._connection.owner
         if owner is not None:
             waiter = call.reply.loop_reply
-            if waiter is not None and self._may_turn_here():
+            # Another thread may handle the answer that a task's call has waited for.
+            if waiter is not None and waiter.loop is running_loop() and self._may_turn_here():
                 remote.loop = waiter.loop
             owner.submit(remote)
             return

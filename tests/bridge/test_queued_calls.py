@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection
 
 from scopestate import Engine, StorageError
+from scopestate.actors.turn import HOLDER
 from scopestate.errors import ConnectionLost
 from scopestate.persistence.bridge.calls import TurnCall
 
@@ -80,12 +82,7 @@ def under_way(engine: Engine) -> list[bool]:
 
 
 def wait_until(engine: Engine, calls: int) -> None:
-    paused = threading.Event()
-    for _ in range(int(PATIENCE_S * 1000)):
-        if len(under_way(engine)) == calls:
-            return
-        paused.wait(0.001)
-    raise AssertionError(under_way(engine))
+    wait_for(lambda: len(under_way(engine)) == calls)
 
 
 def test_calls_on_a_key_wait_for_each_other_and_those_on_others_do_not(engine: Engine, holding: HoldingEngine) -> None:
@@ -173,3 +170,37 @@ def test_an_answer_that_is_no_answer_fails_its_call_alone(engine: Engine, holdin
             write.result(PATIENCE_S)
         holding.answer("set first", {"old_value": None, "new_value": 0})
         assert first.result(PATIENCE_S).old_value is None
+
+
+def test_a_thread_that_sends_the_call_of_a_task_leaves_the_event_loop_alone(
+    holding: HoldingEngine, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread handles the answer that the task's call has waited for, as the scope was busy when it came."""
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(engine.set, "s", "k", 1)
+        holding.wait_for("set k")
+        second = pool.submit(lambda: asyncio.run(engine.aio.set("s", "k", 2), debug=True))
+        wait_until(engine, 2)
+        scope: Any = engine._scopes["s"]
+        scope._claim[HOLDER] = threading.get_ident()
+        holding.answer("set k", {"old_value": None, "new_value": 1})
+        wait_for(lambda: len(scope._mailbox) == 1)
+        del scope._claim[HOLDER]
+
+        pool.submit(scope.run_batch).result(PATIENCE_S)
+
+        assert scope._connection.owner._watch is None
+        wait_for(lambda: holding.arrived == ["set k"] * 2)
+        holding.answer("set k", {"old_value": 1, "new_value": 2})
+        assert first.result(PATIENCE_S).new_value == 1
+        assert second.result(PATIENCE_S).new_value == 2
+    assert "Traceback" not in caplog.text
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    paused = threading.Event()
+    for _ in range(int(PATIENCE_S * 1000)):
+        if condition():
+            return
+        paused.wait(0.001)
+    raise AssertionError("in vain")
