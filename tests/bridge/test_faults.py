@@ -80,7 +80,8 @@ def test_a_cut_at_every_frame_of_a_conversation(inside: bool, proxy: CuttingProx
     assert proxy.cuts == frames
     # Each cut hits one call that was under way, or the beginning of a connection. A read that it hits is made again.
     assert tally["answered"] + tally["unknown"] == len(CALLS) * frames
-    assert 2 * WRITES - 1 <= tally["unknown"] <= 2 * WRITES + 2  # the first write goes with the introduction
+    # The first write goes with the introductions, which come in another order each time: six cuts may hit it, not two.
+    assert 2 * WRITES - 1 <= tally["unknown"] <= 2 * WRITES + 4
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["between frames", "inside a frame"])
