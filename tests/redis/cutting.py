@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
-from one_server import HOST, Server
+from one_server import Server
+from ports import HOST
 
 
 class Proxy:

