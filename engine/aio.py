@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 import pykka
 
@@ -24,12 +24,11 @@ from scopestate.aio_state import AioStateCalls
 from scopestate.consumers import AioDeadLetters, AioEngineConsumers
 from scopestate.draining import drain_steps
 from scopestate.errors import Overloaded, ReplyTimeout
-from scopestate.handles import AioScope
 from scopestate.ops import checked, messages, polls, turns
 from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
 from scopestate.ops.functions import BUILT_IN, FLUSH, from_payload
 from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, WatchOptions
-from scopestate.ops.results import SetResult, UpdateResult
+from scopestate.ops.results import SetResult, T, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
@@ -40,6 +39,8 @@ from scopestate.watching import AioChanges
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
+    from scopestate.handles import AioScope
+    from scopestate.typed_results import OnInvalid
 
 A = TypeVar("A")
 
@@ -148,9 +149,18 @@ class AioEngine(AioStateCalls):
         """As `Engine.watch`, for `async with` and `async for`. It begins where it is entered, or first read."""
         return watch_later(self._engine, WatchSettings(scope, scope_prefix, options))
 
-    def scope(self, scope: str) -> AioScope:
-        """Return a handle on one scope."""
-        return AioScope(self, checked_name("scope", scope))
+    @overload
+    def scope(self, scope: str) -> AioScope: ...
+
+    @overload
+    def scope(self, scope: str, *, type: type[T], on_invalid: OnInvalid = "raise") -> AioScope[T]: ...
+
+    @overload
+    def scope(self, scope: str, *, type: Any, on_invalid: OnInvalid = "raise") -> AioScope: ...
+
+    def scope(self, scope: str, *, type: Any = None, on_invalid: OnInvalid = "raise") -> AioScope[Any]:  # noqa: A002 - as there
+        """As `Engine.scope`."""
+        return self._engine.scope(scope, type=type, on_invalid=on_invalid).aio
 
     async def ask(self, message: messages.Message) -> Any:
         """As `Engine.ask`: send a message and wait for the answer."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, Unpack
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, Unpack
 
 from msgspec import UNSET, UnsetType
 
@@ -14,7 +14,7 @@ from scopestate.errors import DeserializationError
 from scopestate.ops import arguments
 from scopestate.ops.arguments import step_deadline
 from scopestate.ops.options import DeadlineOptions, WriteOptions
-from scopestate.ops.results import BatchResult
+from scopestate.ops.results import BatchResult, T
 from scopestate.ops.transactions import Check, DeleteStep, SetAll, SetStep, Step
 from scopestate.ops.turns import Turn, checked_name, refuse_size
 from scopestate.ops.values import encode
@@ -26,7 +26,7 @@ _NOT_ENTERED: Final = 0
 OVER: Final = -1
 
 
-class Writes:
+class Writes(Generic[T]):
     """Checks and writes of one scope, collected until the end of a `with` statement, which does all or none of them.
 
     Arguments are checked, and values encoded, in the call that gives them. Nothing is sent before the end of the block,
@@ -60,7 +60,7 @@ class Writes:
         self._refuse_misuse()
         self._checks.append(arguments.check_of(key, revision=revision, absent=absent, value=value))
 
-    def set(self, key: str, value: object, **options: Unpack[DeadlineOptions]) -> None:
+    def set(self, key: str, value: T, **options: Unpack[DeadlineOptions]) -> None:
         """As `Engine.set`, with `ttl`, `expires_at` and `keep_ttl`."""
         if self._owner != get_ident():
             self._refuse_misuse()
@@ -147,7 +147,7 @@ class Writes:
 _NOTHING: Final[Turn[Any]] = SetAll({})
 
 
-class Batch(Writes):
+class Batch(Writes[T], Generic[T]):
     """Checks and writes of one scope, done in one step at the end of a `with` statement, or not at all.
 
     >>> from scopestate import Engine, ops
@@ -180,7 +180,7 @@ class Batch(Writes):
         self._result = self._run(self.scope, turn, durable)
 
 
-class AioBatch(Writes):
+class AioBatch(Writes[T], Generic[T]):
     """A `Batch` for `async with`: the calls within the block are plain calls, its end is awaited."""
 
     __slots__ = ()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import NODEFAULT
@@ -157,13 +157,15 @@ class _Writer:
     def _plain(self, kind: Any, metas: tuple[msgspec.Meta, ...]) -> dict[str, Any]:
         words = _words(metas)
         origin, args = get_origin(kind), get_args(kind)
-        if kind is Any:
+        if kind is Any or isinstance(kind, TypeVar):  # a value, which may be anything
             return words
         if origin is Literal:
             return {**_enumeration(list(args)), **words}
         if origin in (list, tuple):
             return {"type": "array", "items": self.of(args[0]), **words}
         if origin in (Union, types.UnionType):
+            if any(isinstance(member, TypeVar) for member in args):
+                return words
             given = tuple([member for member in args if member is not msgspec.UnsetType])  # the field may be left out
             return {**(self._union(given) if len(given) > 1 else self.of(given[0])), **words}
         if _is_struct(kind):

@@ -46,7 +46,7 @@ from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, 
 from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
 from scopestate.ops.functions import BUILT_IN, FLUSH, from_payload, read_flush, read_request
 from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, WatchOptions
-from scopestate.ops.results import SetResult, UpdateResult
+from scopestate.ops.results import SetResult, T, UpdateResult
 from scopestate.ops.triggers import Trigger
 from scopestate.ops.turns import checked_name, refuse_size
 from scopestate.ops.values import decode, encode
@@ -64,6 +64,7 @@ from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.aio import AioEngine
+    from scopestate.typed_results import OnInvalid
 
 A = TypeVar("A")
 
@@ -420,13 +421,34 @@ class Engine(Reactive, StateCalls):
         """
         return watch_now(self, WatchSettings(scope, scope_prefix, options))
 
-    def scope(self, scope: str) -> Scope:
-        """Return a handle on one scope, which need not exist."""
-        return Scope(self, checked_name("scope", scope))
+    @overload
+    def scope(self, scope: str) -> Scope: ...
+
+    @overload
+    def scope(self, scope: str, *, type: builtins.type[T], on_invalid: OnInvalid = "raise") -> Scope[T]: ...
+
+    @overload
+    def scope(self, scope: str, *, type: Any, on_invalid: OnInvalid = "raise") -> Scope: ...
+
+    def scope(self, scope: str, *, type: Any = None, on_invalid: OnInvalid = "raise") -> Scope[Any]:  # noqa: A002 - as msgspec, pydantic and attrs name it
+        """Return a handle on one scope, which need not exist.
+
+        With `type` its values are of that type: a msgspec Struct, a dataclass, a TypedDict, an attrs class, a pydantic
+        model, or what is made of these (docs/typed-scopes.md). They are stored as JSON. A write through this handle
+        whose result does not fit raises SchemaViolation and writes nothing; others may still write anything.
+        `on_invalid` says what becomes of such values: "raise" (SchemaViolation), "skip" (as if there were none, and
+        logged), or a function of key, plain value and SchemaViolation that returns what to take instead.
+        """
+        name = checked_name("scope", scope)
+        if type is None:
+            return Scope(self, name)
+        from scopestate.typed import typed_scope  # noqa: PLC0415 - only programs that give types need it
+
+        return typed_scope(self, name, type, on_invalid)
 
     def mapping(self, scope: str) -> ScopeMapping:
         """Return a scope as a `collections.abc.MutableMapping` of keys to values. See `ScopeMapping`."""
-        return ScopeMapping(self, checked_name("scope", scope))
+        return self.scope(scope).mapping()
 
     # ------------------------------------------------------------------------------------------------- messages
 

@@ -3,6 +3,7 @@
     ScopestateError                     catch this to catch them all
     |-- DeserializationError            invalid input: `deserialization_error`
     |   `-- InvalidValue                a value that JSON cannot hold; has the path inside the value
+    |-- SchemaViolation                 a value that does not fit the type of its scope: `SCHEMA_VIOLATION`
     |-- ValueTooLarge                   encoded value over `max_value_bytes`: `VALUE_TOO_LARGE`
     |-- Conflict                        a key is not as the write expected it: `CONFLICT`
     |-- UpdateRefused                   an op did not fit, in a write that is all or nothing: `UPDATE_REFUSED`
@@ -76,6 +77,32 @@ class InvalidValue(DeserializationError):
 
     def __str__(self) -> str:
         return f"{self.problem} - at `{self.path}`"
+
+
+class SchemaViolation(ScopestateError):
+    """A value does not fit the type of its scope. A write with it has changed nothing.
+
+    `path` is the place in the value, such as `$.address.zip`, and `reason` says what is wrong there; `type_name` names
+    the type. `written`: True if the value was to be written, False if it was found in the scope.
+    """
+
+    code = "SCHEMA_VIOLATION"
+
+    def __init__(self, scope: str, key: str, path: str, reason: str, type_name: str, written: bool = True) -> None:
+        super().__init__(scope, key, path, reason, type_name, written)
+        self.scope = scope
+        self.key = key
+        self.path = path
+        self.reason = reason
+        self.type_name = type_name
+        self.written = written
+
+    def __str__(self) -> str:
+        which = f"key {self.key!r} of scope {self.scope!r}"
+        what = f"does not fit {self.type_name}: {self.reason} - at `{self.path}`"
+        if self.written:
+            return f"the value for {which} {what}; nothing was written"
+        return f"the value of {which} {what}; it was written without this type: correct it, or give `on_invalid`"
 
 
 class ValueTooLarge(ScopestateError):

@@ -6,12 +6,14 @@ import builtins
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Never, Protocol, TypeVar, Unpack, overload
 
 from msgspec import UNSET, UnsetType
 
 from scopestate.batch import Batch
+from scopestate.mapping import ScopeMapping
 from scopestate.ops.apply import MISSING
+from scopestate.ops.deliveries import Delivery
 from scopestate.ops.options import (
     Bounds,
     DeleteOptions,
@@ -23,6 +25,8 @@ from scopestate.ops.options import (
     WriteOptions,
 )
 from scopestate.ops.ranges import PAGE_KEYS
+from scopestate.ops.results import StateEvent, T
+from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
     import pykka
@@ -31,15 +35,40 @@ if TYPE_CHECKING:
     from scopestate.aio import AioEngine
     from scopestate.batch import AioBatch
     from scopestate.engine import Engine
-    from scopestate.mapping import ScopeMapping
     from scopestate.ops.results import CasResult, EntryView, ModifyResult, Page, SetResult, UpdateResult
     from scopestate.ops.transactions import Transaction
+    from scopestate.ops.triggers import EventNames, TriggerOptions
+    from scopestate.ops.writes import Absence
     from scopestate.watching import AioChanges, Changes
 
 A = TypeVar("A")
+F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 
 
-class Scope:
+class Registrar(Protocol[T]):
+    """Registers a handler of a scope, plain or `async`, and returns it."""
+
+    @overload
+    def __call__(self, handler: Callable[[StateEvent[T]], R], /) -> Callable[[StateEvent[T]], R]: ...
+
+    @overload
+    def __call__(
+        self, handler: Callable[[StateEvent[T], Delivery], R], /
+    ) -> Callable[[StateEvent[T], Delivery], R]: ...
+
+    @overload
+    def __call__(
+        self, handler: Callable[[builtins.list[StateEvent[T]]], R], /
+    ) -> Callable[[builtins.list[StateEvent[T]]], R]: ...
+
+    @overload
+    def __call__(
+        self, handler: Callable[[builtins.list[StateEvent[T]], Delivery], R], /
+    ) -> Callable[[builtins.list[StateEvent[T]], Delivery], R]: ...
+
+
+class Scope(Generic[T]):
     """One scope of an engine. It has no state of its own, so it may be kept and shared.
 
     >>> from scopestate import Engine
@@ -59,45 +88,67 @@ class Scope:
         self.name = scope
 
     @cached_property
-    def aio(self) -> AioScope:
+    def aio(self) -> AioScope[T]:
         """The same calls as coroutines."""
         return AioScope(self._engine.aio, self.name)
 
-    def set(self, key: str, value: object, **options: Unpack[SetOptions]) -> SetResult:
+    def set(self, key: str, value: T, **options: Unpack[SetOptions]) -> SetResult[T]:
         """As `Engine.set` on this scope."""
         if options:
             return self._engine._set_with(self.name, key, value, options)
         return self._engine.set(self.name, key, value)
 
+    @overload
+    def get(self, key: str) -> T | None: ...
+
+    @overload
+    def get(self, key: str, default: A) -> T | A: ...
+
     def get(self, key: str, default: Any = None) -> Any:
         """As `Engine.get` on this scope."""
         return self._engine.get(self.name, key, default)
 
-    def delete(self, key: str, **options: Unpack[DeleteOptions]) -> Any:
+    def delete(self, key: str, **options: Unpack[DeleteOptions]) -> T | None:
         """As `Engine.delete` on this scope."""
-        return self._engine.delete(self.name, key, **options)
+        value: T | None = self._engine.delete(self.name, key, **options)
+        return value
 
-    def update(self, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult:
+    def update(self, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
         """As `Engine.update` on this scope."""
         if options:
             return self._engine.update(self.name, key, ops, **options)
         return self._engine.update(self.name, key, ops)
 
-    def list(self) -> builtins.list[Any]:
+    def list(self) -> builtins.list[T]:
         """As `Engine.list` on this scope."""
         return self._engine.list(self.name)
 
-    def entry(self, key: str) -> EntryView | None:
+    def entry(self, key: str) -> EntryView[T] | None:
         """As `Engine.entry` on this scope."""
         return self._engine.entry(self.name, key)
 
-    def compare_and_set(self, key: str, expected: object, value: object, **options: Unpack[WriteOptions]) -> CasResult:
+    def compare_and_set(self, key: str, expected: object, value: T, **options: Unpack[WriteOptions]) -> CasResult[T]:
         """As `Engine.compare_and_set` on this scope."""
         return self._engine._compare_and_set(self.name, key, expected, value, options)
 
+    @overload
+    def modify(
+        self,
+        key: str,
+        function: Callable[[T | None], T | Absence],
+        default: None = None,
+        *,
+        durable: bool | None = None,
+    ) -> ModifyResult[T]: ...
+
+    @overload
+    def modify(
+        self, key: str, function: Callable[[T], T | Absence], default: T, *, durable: bool | None = None
+    ) -> ModifyResult[T]: ...
+
     def modify(
         self, key: str, function: Callable[[Any], Any], default: Any = None, *, durable: bool | None = None
-    ) -> ModifyResult:
+    ) -> ModifyResult[T]:
         """As `Engine.modify` on this scope."""
         return self._engine.modify(self.name, key, function, default, durable=durable)
 
@@ -116,11 +167,11 @@ class Scope:
         """As `Engine.ttl` on this scope."""
         return self._engine.ttl(self.name, key)
 
-    def batch(self, **options: Unpack[WriteOptions]) -> Batch:
+    def batch(self, **options: Unpack[WriteOptions]) -> Batch[T]:
         """As `Engine.batch` on this scope."""
         return Batch(self._engine._run, self.name, self._engine._limits, options)
 
-    def transact(self, function: Callable[[Transaction], A], **options: Unpack[WriteOptions]) -> A:
+    def transact(self, function: Callable[[Transaction[T]], A], **options: Unpack[WriteOptions]) -> A:
         """As `Engine.transact` on this scope."""
         return self._engine.transact(self.name, function, **options)
 
@@ -128,15 +179,15 @@ class Scope:
         """As `Engine.keys` on this scope."""
         return self._engine.keys(self.name, **within)
 
-    def items(self, **within: Unpack[RangeOptions]) -> builtins.list[tuple[str, Any]]:
+    def items(self, **within: Unpack[RangeOptions]) -> builtins.list[tuple[str, T]]:
         """As `Engine.items` on this scope."""
         return self._engine.items(self.name, **within)
 
-    def entries(self, **within: Unpack[RangeOptions]) -> builtins.list[EntryView]:
+    def entries(self, **within: Unpack[RangeOptions]) -> builtins.list[EntryView[T]]:
         """As `Engine.entries` on this scope."""
         return self._engine.entries(self.name, **within)
 
-    def values(self, **within: Unpack[RangeOptions]) -> builtins.list[Any]:
+    def values(self, **within: Unpack[RangeOptions]) -> builtins.list[T]:
         """As `Engine.values` on this scope."""
         return self._engine.values(self.name, **within)
 
@@ -150,21 +201,64 @@ class Scope:
         """As `Engine.delete_range` on this scope."""
         return self._engine.delete_range(self.name, durable=durable, idempotency_key=idempotency_key, **bounds)
 
-    def pages(self, limit: int = PAGE_KEYS, **walk: Unpack[PageOptions]) -> Iterator[Page]:
+    def pages(self, limit: int = PAGE_KEYS, **walk: Unpack[PageOptions]) -> Iterator[Page[T]]:
         """As `Engine.pages` on this scope."""
         return self._engine.pages(self.name, limit, **walk)
 
-    def iter(self, **within: Unpack[RangeOptions]) -> Iterator[tuple[str, Any]]:
+    def iter(self, **within: Unpack[RangeOptions]) -> Iterator[tuple[str, T]]:
         """As `Engine.iter` on this scope."""
         return self._engine.iter(self.name, **within)
 
-    def watch(self, **options: Unpack[WatchOptions]) -> Changes:
+    def watch(self, **options: Unpack[WatchOptions]) -> Changes[T]:
         """As `Engine.watch` on this scope."""
         return self._engine.watch(self.name, **options)
 
-    def mapping(self) -> ScopeMapping:
+    def mapping(self) -> ScopeMapping[T]:
         """Return the scope as a `collections.abc.MutableMapping` of keys to values. See `ScopeMapping`."""
-        return self._engine.mapping(self.name)
+        return ScopeMapping(self)
+
+    def on_change(
+        self,
+        *misplaced: Never,
+        key: str | None = None,
+        condition: str | Callable[..., Any] | None = None,
+        events: EventNames | None = None,
+        function_id: str | None = None,
+        **options: Unpack[TriggerOptions],
+    ) -> Registrar[T]:
+        """As `Engine.on_change` for this scope: decorate a handler of `StateEvent[T]`, plain or `async`.
+
+        A handler with a second parameter gets the `Delivery` there, if the trigger is durable. One of a trigger with
+        `batch` gets a list of events.
+        """
+
+        def register(handler: Any) -> Any:
+            self._engine.on_change(
+                *misplaced,
+                scope=self.name,
+                key=key,
+                condition=condition,
+                events=events,
+                function_id=function_id,
+                **options,
+            )(self._handler(handler))
+            return handler
+
+        return register
+
+    def _handler(self, handler: F) -> F:
+        """Return what is registered for a handler."""
+        return handler
+
+    def _data(self, key: str, value: T) -> bytes:
+        """Return a value as JSON."""
+        del key
+        return encode(value)
+
+    def _read(self, key: str, data: bytes) -> T:
+        """Return a value from its JSON."""
+        value: T = decode(data)
+        return value
 
     def __contains__(self, key: object) -> bool:
         """Return whether a key exists; one that holds null does."""
@@ -183,46 +277,68 @@ class Scope:
         return f"<Scope {self.name!r}>"
 
 
-class AioScope:
+class AioScope(Generic[T]):
     """One scope, for asyncio; holds no state of its own."""
 
     def __init__(self, engine: AioEngine, scope: str) -> None:
         self._engine = engine
         self.name = scope
 
-    async def set(self, key: str, value: object, **options: Unpack[SetOptions]) -> SetResult:
+    async def set(self, key: str, value: T, **options: Unpack[SetOptions]) -> SetResult[T]:
         """As `Engine.set` on this scope."""
         return await self._engine.set(self.name, key, value, **options)
+
+    @overload
+    async def get(self, key: str) -> T | None: ...
+
+    @overload
+    async def get(self, key: str, default: A) -> T | A: ...
 
     async def get(self, key: str, default: Any = None) -> Any:
         """As `Engine.get` on this scope."""
         return await self._engine.get(self.name, key, default)
 
-    async def delete(self, key: str, **options: Unpack[DeleteOptions]) -> Any:
+    async def delete(self, key: str, **options: Unpack[DeleteOptions]) -> T | None:
         """As `Engine.delete` on this scope."""
-        return await self._engine.delete(self.name, key, **options)
+        value: T | None = await self._engine.delete(self.name, key, **options)
+        return value
 
-    async def update(self, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult:
+    async def update(self, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
         """As `Engine.update` on this scope."""
         return await self._engine.update(self.name, key, ops, **options)
 
-    async def list(self) -> builtins.list[Any]:
+    async def list(self) -> builtins.list[T]:
         """As `Engine.list` on this scope."""
         return await self._engine.list(self.name)
 
-    async def entry(self, key: str) -> EntryView | None:
+    async def entry(self, key: str) -> EntryView[T] | None:
         """As `Engine.entry` on this scope."""
         return await self._engine.entry(self.name, key)
 
     async def compare_and_set(
-        self, key: str, expected: object, value: object, **options: Unpack[WriteOptions]
-    ) -> CasResult:
+        self, key: str, expected: object, value: T, **options: Unpack[WriteOptions]
+    ) -> CasResult[T]:
         """As `Engine.compare_and_set` on this scope."""
         return await self._engine.compare_and_set(self.name, key, expected, value, **options)
 
+    @overload
+    async def modify(
+        self,
+        key: str,
+        function: Callable[[T | None], T | Absence],
+        default: None = None,
+        *,
+        durable: bool | None = None,
+    ) -> ModifyResult[T]: ...
+
+    @overload
+    async def modify(
+        self, key: str, function: Callable[[T], T | Absence], default: T, *, durable: bool | None = None
+    ) -> ModifyResult[T]: ...
+
     async def modify(
         self, key: str, function: Callable[[Any], Any], default: Any = None, *, durable: bool | None = None
-    ) -> ModifyResult:
+    ) -> ModifyResult[T]:
         """As `Engine.modify` on this scope."""
         return await self._engine.modify(self.name, key, function, default, durable=durable)
 
@@ -241,11 +357,11 @@ class AioScope:
         """As `Engine.ttl` on this scope."""
         return await self._engine.ttl(self.name, key)
 
-    def batch(self, **options: Unpack[WriteOptions]) -> AioBatch:
+    def batch(self, **options: Unpack[WriteOptions]) -> AioBatch[T]:
         """As `Engine.batch` on this scope, for `async with`."""
         return self._engine.batch(self.name, **options)
 
-    async def transact(self, function: Callable[[Transaction], A], **options: Unpack[WriteOptions]) -> A:
+    async def transact(self, function: Callable[[Transaction[T]], A], **options: Unpack[WriteOptions]) -> A:
         """As `Engine.transact` on this scope; `function` is a plain function."""
         return await self._engine.transact(self.name, function, **options)
 
@@ -253,15 +369,15 @@ class AioScope:
         """As `Engine.keys` on this scope."""
         return await self._engine.keys(self.name, **within)
 
-    async def items(self, **within: Unpack[RangeOptions]) -> builtins.list[tuple[str, Any]]:
+    async def items(self, **within: Unpack[RangeOptions]) -> builtins.list[tuple[str, T]]:
         """As `Engine.items` on this scope."""
         return await self._engine.items(self.name, **within)
 
-    async def entries(self, **within: Unpack[RangeOptions]) -> builtins.list[EntryView]:
+    async def entries(self, **within: Unpack[RangeOptions]) -> builtins.list[EntryView[T]]:
         """As `Engine.entries` on this scope."""
         return await self._engine.entries(self.name, **within)
 
-    async def values(self, **within: Unpack[RangeOptions]) -> builtins.list[Any]:
+    async def values(self, **within: Unpack[RangeOptions]) -> builtins.list[T]:
         """As `Engine.values` on this scope."""
         return await self._engine.values(self.name, **within)
 
@@ -275,15 +391,15 @@ class AioScope:
         """As `Engine.delete_range` on this scope."""
         return await self._engine.delete_range(self.name, durable=durable, idempotency_key=idempotency_key, **bounds)
 
-    def pages(self, limit: int = PAGE_KEYS, **walk: Unpack[PageOptions]) -> AsyncIterator[Page]:
+    def pages(self, limit: int = PAGE_KEYS, **walk: Unpack[PageOptions]) -> AsyncIterator[Page[T]]:
         """As `Engine.pages` on this scope, for `async for`."""
         return self._engine.pages(self.name, limit, **walk)
 
-    def iter(self, **within: Unpack[RangeOptions]) -> AsyncIterator[tuple[str, Any]]:
+    def iter(self, **within: Unpack[RangeOptions]) -> AsyncIterator[tuple[str, T]]:
         """As `Engine.iter` on this scope, for `async for`."""
         return self._engine.iter(self.name, **within)
 
-    def watch(self, **options: Unpack[WatchOptions]) -> AioChanges:
+    def watch(self, **options: Unpack[WatchOptions]) -> AioChanges[T]:
         """As `Engine.watch` on this scope, for `async with`."""
         return self._engine.watch(self.name, **options)
 

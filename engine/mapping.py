@@ -6,25 +6,24 @@ import inspect
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, MutableMapping, ValuesView
 from threading import get_ident
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
 
 from scopestate.ops.apply import MISSING
 from scopestate.ops.options import range_of
 from scopestate.ops.ranges import Pairs
-from scopestate.ops.results import DeleteResult
+from scopestate.ops.results import DeleteResult, T
 from scopestate.ops.transactions import Batch, DeleteStep, Transaction
 from scopestate.ops.turns import checked_name
-from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
-    from scopestate.engine import Engine
+    from scopestate.handles import Scope
 
-T = TypeVar("T")
+A = TypeVar("A")
 
 _ALL: Final = range_of()
 
 
-class ScopeMapping(MutableMapping[str, Any]):
+class ScopeMapping(MutableMapping[str, T], Generic[T]):
     """The keys of one scope as a `dict` of values, live: it holds nothing itself.
 
     >>> from scopestate import Engine
@@ -45,67 +44,66 @@ class ScopeMapping(MutableMapping[str, Any]):
     writes at most 1,000 keys; `clear` takes one step for each 1,000, as `delete_range` does.
     """
 
-    def __init__(self, engine: Engine, scope: str) -> None:
-        self._engine = engine
+    def __init__(self, scope: Scope[T]) -> None:
         self._scope = scope
         self._copies: dict[int, _Copy] = {}
         """Thread id -> the copy that C code is making there."""
 
     # ----------------------------------------------------------------------------------------------------- reading
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> T:
         if self._copies and (copy := self._copies.pop(get_ident(), None)) is not None:
             data = copy.take(key)
             if data is not None:
                 if copy.left:
                     self._copies[get_ident()] = copy
-                return decode(data)
-        value = self.get(key, MISSING)
+                return self._scope._read(key, data)
+        value: Any = self.get(key, MISSING)
         if value is MISSING:
             raise KeyError(key)
-        return value
+        return value  # type: ignore[no-any-return]  # a value of the scope
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value, or `default` if the key does not exist."""
         name: object = key  # whatever the program passed: a dict has no such key either
-        return self._engine.get(self._scope, key, default) if isinstance(name, str) else default
+        return self._scope.get(key, default) if isinstance(name, str) else default
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.get(key, MISSING) is not MISSING
 
     def __len__(self) -> int:
-        return self._engine.count(self._scope)
+        return self._scope.count()
 
     def __bool__(self) -> bool:
-        return bool(self._engine.keys(self._scope, limit=1))
+        return bool(self._scope.keys(limit=1))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._engine.keys(self._scope))
+        return iter(self._scope.keys())
 
     def __reversed__(self) -> Iterator[str]:
-        return iter(self._engine.keys(self._scope, reverse=True))
+        return iter(self._scope.keys(reverse=True))
 
     def keys(self) -> KeysView[str]:
         """Return a view of the keys."""
         return _Keys(self, _caller())
 
     def _copied_keys(self) -> Iterator[str]:
-        pairs = self._engine._run(self._scope, Pairs(_ALL))
+        pairs = self._scope._engine._run(self._scope.name, Pairs(_ALL))
         if pairs:
             self._copies[get_ident()] = _Copy(pairs)
         return iter([key for key, _ in pairs])
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> ItemsView[str, T]:
         """Return a view of the keys and values; each iteration over it sees one moment."""
         return _Items(self)
 
-    def values(self) -> ValuesView[Any]:
+    def values(self) -> ValuesView[T]:
         """Return a view of the values; each iteration over it sees one moment."""
         return _Values(self)
 
-    def copy(self) -> dict[str, Any]:
+    def copy(self) -> dict[str, T]:
         """Return everything, as of one moment."""
-        return dict(self._engine.items(self._scope))
+        return dict(self._scope.items())
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, ScopeMapping):
@@ -122,60 +120,61 @@ class ScopeMapping(MutableMapping[str, Any]):
 
     # ----------------------------------------------------------------------------------------------------- writing
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._engine.set(self._scope, key, value)
+    def __setitem__(self, key: str, value: T) -> None:
+        self._scope.set(key, value)
 
     def __delitem__(self, key: str) -> None:
         self.pop(key)
 
     @overload
-    def pop(self, key: str, /) -> Any: ...
+    def pop(self, key: str, /) -> T: ...
 
     @overload
-    def pop(self, key: str, /, default: T) -> Any | T: ...
+    def pop(self, key: str, /, default: A) -> T | A: ...
 
     def pop(self, key: str, /, default: Any = MISSING) -> Any:
         """Delete a key and return its value; if it does not exist, return `default`, or raise KeyError."""
         name: object = key
         if isinstance(name, str):
             # Not `delete`, which fires an event if there is no such key.
-            answer = self._engine._run(self._scope, Batch((DeleteStep(checked_name("key", name)),)))
+            answer = self._scope._engine._run(self._scope.name, Batch((DeleteStep(checked_name("key", name)),)))
             (deleted,) = answer.results
             if isinstance(deleted, DeleteResult) and deleted.old_json is not None:
-                return decode(deleted.old_json)
+                return self._scope._read(key, deleted.old_json)
         if default is MISSING:
             raise KeyError(key)
         return default
 
-    def popitem(self) -> tuple[str, Any]:
+    def popitem(self) -> tuple[str, T]:
         """Delete the last key of the iteration, and return it with its value. Raises KeyError if there is none."""
 
-        def take(tx: Transaction) -> tuple[str, Any] | None:
+        def take(tx: Transaction[T]) -> tuple[str, Any] | None:
             for key in tx.keys(reverse=True, limit=1):
                 return key, tx.delete(key)
             return None
 
-        taken = self._engine.transact(self._scope, take)
+        taken = self._scope.transact(take)
         if taken is None:
             raise KeyError("popitem(): the scope is empty")
         return taken
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, which is set to `default` if it does not exist."""
-        name, data = checked_name("key", key), encode(default)
+        name = checked_name("key", key)
+        data = self._scope._data(name, default)
 
-        def look(tx: Transaction) -> Any:
+        def look(tx: Transaction[T]) -> Any:
             value = tx.get(name, MISSING)
             if value is MISSING:
-                value = decode(data)
+                value = self._scope._read(name, data)
                 tx.set(name, value)
             return value
 
-        return self._engine.transact(self._scope, look)
+        return self._scope.transact(look)
 
     def update(self, other: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **named: Any) -> None:  # type: ignore[override]  # the overloads of typeshed
         """Set several keys in one step: from a mapping, pairs, and named arguments. At most 1,000."""
-        with self._engine.batch(self._scope) as batch:
+        with self._scope.batch() as batch:
             for key, value in {**dict(other), **named}.items():
                 batch.set(key, value)
 
@@ -185,10 +184,10 @@ class ScopeMapping(MutableMapping[str, Any]):
 
     def clear(self) -> None:
         """Delete every key, in one step for each 1,000."""
-        self._engine.delete_range(self._scope, prefix="")
+        self._scope.delete_range(prefix="")
 
     def __repr__(self) -> str:
-        return f"<mapping of scope {self._scope!r}>"
+        return f"<mapping of scope {self._scope.name!r}>"
 
 
 # `dict(mapping)` asks for all keys and then, one by one, for their values. To give it one moment, the values are read
@@ -223,7 +222,7 @@ class _Copy:
 class _Keys(KeysView[str]):
     """The keys of a scope."""
 
-    def __init__(self, mapping: ScopeMapping, caller: _Caller) -> None:
+    def __init__(self, mapping: ScopeMapping[Any], caller: _Caller) -> None:
         super().__init__(mapping)
         self._of = mapping
         self._caller = caller
@@ -235,26 +234,26 @@ class _Keys(KeysView[str]):
 class _Items(ItemsView[str, Any]):
     """The keys of a scope with their values."""
 
-    def __init__(self, mapping: ScopeMapping) -> None:
+    def __init__(self, mapping: ScopeMapping[Any]) -> None:
         super().__init__(mapping)
         self._of = mapping
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        return iter(self._of._engine.items(self._of._scope))
+        return iter(self._of._scope.items())
 
     def __reversed__(self) -> Iterator[tuple[str, Any]]:
-        return iter(self._of._engine.items(self._of._scope, reverse=True))
+        return iter(self._of._scope.items(reverse=True))
 
 
 class _Values(ValuesView[Any]):
     """The values of a scope, in the order of their keys."""
 
-    def __init__(self, mapping: ScopeMapping) -> None:
+    def __init__(self, mapping: ScopeMapping[Any]) -> None:
         super().__init__(mapping)
         self._of = mapping
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._of._engine.values(self._of._scope))
+        return iter(self._of._scope.values())
 
     def __contains__(self, value: object) -> bool:
         return value in list(self)

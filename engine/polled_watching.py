@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Generic
 
 import msgspec
 
@@ -25,6 +25,7 @@ from scopestate.errors import (
 )
 from scopestate.ops.changes import Change, ChangeKind, KnownCursor
 from scopestate.ops.cursors import read_cursor
+from scopestate.ops.results import T
 from scopestate.ops.values import parse
 from scopestate.watch_settings import WatchSettings
 from scopestate.watching import PROGRESS_S, AioChanges, Changes, Steps, _Watch
@@ -350,11 +351,11 @@ class Polled(_Watch):
 _decode: Final = msgspec.json.Decoder(_Answer).decode
 
 
-class PolledChanges(Polled, Changes):
+class PolledChanges(Polled, Changes[T], Generic[T]):
     """A watch of scopes in another engine, or that were in one when it began."""
 
 
-class AioPolledChanges(Polled, AioChanges):
+class AioPolledChanges(Polled, AioChanges[T], Generic[T]):
     """A watch of scopes in another engine, for asyncio."""
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 import pykka
 
@@ -20,6 +20,7 @@ from scopestate.errors import Compacted, EngineClosed, Unsupported, WatchOverrun
 from scopestate.ops.changes import Change, KnownCursor
 from scopestate.ops.cursors import ManyCursor, ManyCursors, ScopeCursor, ScopeCursors, read_cursor
 from scopestate.ops.ranges import State
+from scopestate.ops.results import T
 from scopestate.ops.turns import Entry, Range, Turn
 from scopestate.signals import Guard
 from scopestate.watch_settings import WatchSettings
@@ -485,7 +486,7 @@ def _position_of(cursor: ScopeCursor | ManyCursor) -> int | None:
     return cursor.revision if isinstance(cursor, ScopeCursor) else cursor.position
 
 
-class Changes(_Watch):
+class Changes(_Watch, Generic[T]):
     """A watch: an iterator of the changes of keys, in order, each once, without a gap. `Engine.watch` returns it.
 
     Use it in a `with` statement, or call `close()`. It may be read by several threads: each change goes to one. An
@@ -500,7 +501,7 @@ class Changes(_Watch):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Change:
+    def __next__(self) -> Change[T]:
         ready = self._ready
         if ready:  # `_take`, written out: a call less for most changes
             change: Change | None = ready[0]
@@ -514,7 +515,7 @@ class Changes(_Watch):
             raise StopIteration
         return change
 
-    def get(self, timeout: float | None = None) -> Change:
+    def get(self, timeout: float | None = None) -> Change[T]:
         """Return the next change; wait for it, at most `timeout` seconds, or as long as it takes if that is None.
 
         Raises TimeoutError, WatchOverrun, Compacted if the journal is trimmed while it is read, and EngineClosed if the
@@ -603,7 +604,7 @@ class Changes(_Watch):
         self.close()
 
 
-class AioChanges(_Watch):
+class AioChanges(_Watch, Generic[T]):
     """A watch for asyncio: `async with` begins it, `async for` reads it. `AioEngine.watch` returns it.
 
     As `Changes`; no call blocks the event loop.
@@ -626,13 +627,13 @@ class AioChanges(_Watch):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Change:
+    async def __anext__(self) -> Change[T]:
         change = self._take() or await self._next(None)
         if change is None:
             raise StopAsyncIteration
         return change
 
-    async def get(self, timeout: float | None = None) -> Change:  # noqa: ASYNC109 - as for threads
+    async def get(self, timeout: float | None = None) -> Change[T]:  # noqa: ASYNC109 - as for threads
         """As `Changes.get`."""
         change = self._take() or await self._next(timeout)
         if change is None:

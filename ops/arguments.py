@@ -74,6 +74,7 @@ from scopestate.ops.turns import (
 from scopestate.ops.update_ops import checked
 from scopestate.ops.values import class_name, decode, encode
 from scopestate.ops.writes import (
+    CheckedUpdate,
     CompareAndSet,
     DeleteWith,
     GetEntry,
@@ -165,14 +166,17 @@ def update_turn(
     atomic: bool = False,
     durable: bool | None = None,
     idempotency_key: str | None = None,
+    check: Callable[[bytes], object] | None = None,
     **unknown: object,
 ) -> Asked[UpdateResult]:
-    """Return an `update` with options."""
+    """Return an `update` with options. `check` refuses a new value, by raising."""
     if unknown:
         refuse_unknown("update()", unknown, UpdateOptions)
     revision = checked_revision(if_revision, if_absent=if_absent)
     deadline = asked_deadline(ttl, expires_at, keep_ttl=keep_ttl)
     turn = UpdateWith(key, checked(ops), revision, deadline, checked_flag("atomic", atomic))
+    if check is not None:
+        turn = CheckedUpdate(key, turn.ops, revision, deadline, turn.atomic, check)
     return asked(turn, durable, idempotency_key)
 
 

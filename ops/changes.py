@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol
 
 import msgspec
 
-from scopestate.ops.results import StateEvent
+from scopestate.ops.results import StateEvent, T
 from scopestate.ops.values import decode
 
 ChangeKind = Literal["put", "delete", "expire", "synced", "progress"]
@@ -30,7 +30,7 @@ class KnownCursor(msgspec.Struct, frozen=True, gc=False):
         return self.cursor
 
 
-class Change(msgspec.Struct, frozen=True, eq=False, gc=False):
+class Change(msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False):
     """A change of one key, as a watch yields it; with `markers=True` also a mark, which has no key."""
 
     kind: ChangeKind
@@ -61,12 +61,12 @@ class Change(msgspec.Struct, frozen=True, eq=False, gc=False):
     """The event of the change in this engine; None for what is no change of now, or has come from another engine."""
 
     @property
-    def value(self) -> Any:
+    def value(self) -> T | None:
         """The new value, a new copy at each reading; None if the key was removed, or with `values=False`."""
         return None if self.json is None else decode(self.json)
 
     @property
-    def old_value(self) -> Any:
+    def old_value(self) -> T | None:
         """The value before, a new copy at each reading; None where `old_json` is None."""
         return None if self.old_json is None else decode(self.old_json)
 
@@ -81,7 +81,7 @@ class Change(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What makes cursors belongs to one engine; a copy travels.
-        return Change, (*[getattr(self, name) for name in self.__struct_fields__[:-2]], KnownCursor(self.cursor))
+        return Change, (*[getattr(self, name) for name in Change.__struct_fields__[:-2]], KnownCursor(self.cursor))
 
     def __repr__(self) -> str:
         what = "".join(

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, ClassVar, Final, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Generic, Literal, TypedDict, overload
 
 import msgspec
 
 from scopestate.ops.update_ops import OPTIONAL, OpError
 from scopestate.ops.values import decode
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    T = TypeVar("T", default=Any)
+
+else:
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
 
 # The `Meta` notes are the API reference's: `engine.functions()` and `engine.trigger_types()` are made from them.
 EventType = Annotated[
@@ -18,9 +29,9 @@ EventType = Annotated[
 EventName = Literal["created", "updated", "deleted", "expired"]
 """The type of an event without its prefix, as triggers name it."""
 OldValue = Annotated[
-    Any, msgspec.Meta(description="The value before the update (None if key didn't exist)", extra=OPTIONAL)
+    T | None, msgspec.Meta(description="The value before the update (None if key didn't exist)", extra=OPTIONAL)
 ]
-NewValue = Annotated[Any, msgspec.Meta(description="The value after the update")]
+NewValue = Annotated[T, msgspec.Meta(description="The value after the update")]
 
 
 class ListGroupsResult(TypedDict):
@@ -76,7 +87,7 @@ class WriteResult(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False)
         return f"{type(self).__name__}({fields})"
 
 
-class SetResult(WriteResult, frozen=True, eq=False, gc=False):
+class SetResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     """Result of `set`. Reference: `old_value`, `new_value`."""
 
     json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value", "revision", "replayed")
@@ -90,14 +101,15 @@ class SetResult(WriteResult, frozen=True, eq=False, gc=False):
     """The new value as JSON."""
 
     @property
-    def old_value(self) -> OldValue:
+    def old_value(self) -> OldValue[T]:
         """The previous value, a new copy at each reading; None if the key did not exist or held null."""
         return None if self.old_json is None else decode(self.old_json)
 
     @property
-    def new_value(self) -> NewValue:
+    def new_value(self) -> NewValue[T]:
         """The new value, a new copy at each reading."""
-        return decode(self.new_json)
+        value: T = decode(self.new_json)
+        return value
 
     @property
     def created(self) -> bool:
@@ -109,7 +121,7 @@ class SetResult(WriteResult, frozen=True, eq=False, gc=False):
         return self._with_details({"old_value": self.old_value, "new_value": self.new_value})
 
 
-class UpdateResult(SetResult, frozen=True, eq=False, gc=False):
+class UpdateResult(SetResult[T], Generic[T], frozen=True, eq=False, gc=False):
     """Result of `update`. Reference: `old_value`, `new_value`, `errors`."""
 
     json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value", "errors", "revision", "replayed")
@@ -158,7 +170,7 @@ class DeleteResult(WriteResult, frozen=True, eq=False, gc=False):
         return self._with_details({"old_value": self.old_value})
 
 
-class CasResult(WriteResult, frozen=True, eq=False, gc=False):
+class CasResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     """Result of `compare_and_set`. Reference: `swapped`, and `current` if it is false.
 
     `revision` is the one that the key has now, whether or not it was swapped.
@@ -169,7 +181,7 @@ class CasResult(WriteResult, frozen=True, eq=False, gc=False):
     """The value that the key had, as JSON; None if it did not exist."""
 
     @property
-    def current(self) -> Any:
+    def current(self) -> T | None:
         """The value that the key had and still has if it was not swapped, a new copy at each reading; else None."""
         return None if self.swapped or self.found_json is None else decode(self.found_json)
 
@@ -184,7 +196,7 @@ class CasResult(WriteResult, frozen=True, eq=False, gc=False):
         )
 
 
-class ModifyResult(WriteResult, frozen=True, eq=False, gc=False):
+class ModifyResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     """Result of `modify`. `revision` is the one that the key has now, or that its removal had."""
 
     old_json: bytes | None
@@ -193,12 +205,12 @@ class ModifyResult(WriteResult, frozen=True, eq=False, gc=False):
     """The value as JSON that the key has now, or None if it does not exist."""
 
     @property
-    def old_value(self) -> Any:
+    def old_value(self) -> T | None:
         """The previous value, a fresh copy at each reading; None if the key did not exist or held null."""
         return None if self.old_json is None else decode(self.old_json)
 
     @property
-    def new_value(self) -> Any:
+    def new_value(self) -> T | None:
         """The value that the key has now, a fresh copy at each reading; None if it does not exist or holds null."""
         return None if self.new_json is None else decode(self.new_json)
 
@@ -218,7 +230,7 @@ class TouchResult(msgspec.Struct, frozen=True):
         return {"touched": self.touched}
 
 
-class EntryView(msgspec.Struct, frozen=True, gc=False):
+class EntryView(msgspec.Struct, Generic[T], frozen=True, gc=False):
     """What is stored under a key. Two are equal if all fields are."""
 
     key: str
@@ -230,9 +242,10 @@ class EntryView(msgspec.Struct, frozen=True, gc=False):
     """When it expires, in milliseconds since the epoch; None: never."""
 
     @property
-    def value(self) -> Any:
+    def value(self) -> T:
         """The value, a new copy at each reading."""
-        return decode(self.json)
+        value: T = decode(self.json)
+        return value
 
     @property
     def expires_at(self) -> datetime | None:
@@ -252,10 +265,10 @@ class EntryView(msgspec.Struct, frozen=True, gc=False):
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class Page(msgspec.Struct, frozen=True):
+class Page(msgspec.Struct, Generic[T], frozen=True):
     """Some entries of a scope, in the order of the UTF-8 bytes of their keys."""
 
-    entries: tuple[EntryView, ...]
+    entries: tuple[EntryView[T], ...]
     cursor: str | None
     """Where the next page begins, for `pages(cursor=...)`; None: this is the last page."""
 
@@ -335,7 +348,7 @@ class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
         return plain
 
 
-class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
+class StateEvent(msgspec.Struct, Generic[T], eq=False, weakref=True, dict=True):
     """A change of one key, for handlers and conditions: has attributes, and is a mapping of the reference's six fields.
 
     Source: reference, "State Event Payload". A `state:expired` event has `expired_at` and `late_ms` beside the six.
@@ -405,20 +418,22 @@ class StateEvent(msgspec.Struct, eq=False, weakref=True, dict=True):
     @property
     def old_value(
         self,
-    ) -> Annotated[Any, msgspec.Meta(description="Previous value (null for created events)", extra=OPTIONAL)]:
+    ) -> Annotated[T | None, msgspec.Meta(description="Previous value (null for created events)", extra=OPTIONAL)]:
         """The previous value, or None if there was none."""
         read = self.__dict__
         if "old_value" not in read:
             read["old_value"] = None if self.old_json is None else decode(self.old_json)
-        return read["old_value"]
+        value: T | None = read["old_value"]
+        return value
 
     @property
-    def new_value(self) -> Annotated[Any, msgspec.Meta(description="New value")]:
+    def new_value(self) -> Annotated[T | None, msgspec.Meta(description="New value")]:
         """The new value; None for a delete."""
         read = self.__dict__
         if "new_value" not in read:
             read["new_value"] = None if self.new_json is None else decode(self.new_json)
-        return read["new_value"]
+        value: T | None = read["new_value"]
+        return value
 
     @property
     def existed(self) -> bool:

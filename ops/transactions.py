@@ -11,7 +11,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, Unpack, assert_never
+from typing import Any, Final, Generic, Unpack, assert_never
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -26,6 +26,7 @@ from scopestate.ops.results import (
     SetResult,
     SetResults,
     StepResult,
+    T,
     TouchResult,
     UpdateResult,
     WriteResult,
@@ -567,7 +568,7 @@ _RESULTS: Final[dict[type[Step], type[StepResult]]] = {
 prepare(*_RESULTS.values())
 
 
-class Transaction:
+class Transaction(Generic[T]):
     """What the function of `transact` reads and writes as if it were alone. It reads its own writes.
 
     Keys can be used as in a dict, too. It is of no use once the function has returned.
@@ -587,7 +588,7 @@ class Transaction:
         entry = self._draft.entry(checked_name("key", key))
         return default if entry is None else entry.value
 
-    def entry(self, key: str) -> EntryView | None:
+    def entry(self, key: str) -> EntryView[T] | None:
         """Return a key with its value, revision and deadline, or None if it does not exist.
 
         The revision of a key that this transaction has written is 0: not known yet.
@@ -598,7 +599,7 @@ class Transaction:
     def set(
         self,
         key: str,
-        value: Any,
+        value: T,
         *,
         ttl: float | timedelta | None = None,
         expires_at: datetime | None = None,
@@ -609,15 +610,16 @@ class Transaction:
         refuse_size(draft.view.scope, key, data, draft.view.limits.max_value_bytes)
         draft.set(key, data, asked_deadline(ttl, expires_at, keep_ttl=keep_ttl))
 
-    def update(self, key: str, ops: Sequence[object]) -> Any:
+    def update(self, key: str, ops: Sequence[object]) -> T:
         """Apply ops to the value of a key, and return the new value. Raises UpdateRefused if one does not fit."""
         draft, key = self._draft, checked_name("key", key)
         _, data, errors = draft.update(key, checked(ops))
         if errors:
             raise UpdateRefused(draft.view.scope, refused(errors))
-        return decode(data)
+        value: T = decode(data)
+        return value
 
-    def delete(self, key: str) -> Any:
+    def delete(self, key: str) -> T | None:
         """Remove a key, and return the value that it had, or None."""
         old = self._draft.delete(checked_name("key", key))
         return None if old is None else decode(old)
@@ -636,20 +638,21 @@ class Transaction:
         """Return the keys within a range, in the order of their UTF-8 bytes."""
         return list(self._draft.keys(range_of("keys()", **within)))
 
-    def items(self, **within: Unpack[RangeOptions]) -> list[tuple[str, Any]]:
+    def items(self, **within: Unpack[RangeOptions]) -> list[tuple[str, T]]:
         """Return the keys within a range, with their values."""
         return [(key, self[key]) for key in self._draft.keys(range_of("items()", **within))]
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.entry(key) is not None
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> T:
         entry = self._draft.entry(checked_name("key", key))
         if entry is None:
             raise KeyError(key)
-        return entry.value
+        value: T = entry.value
+        return value
 
-    def __setitem__(self, key: str, value: Any) -> None:
+    def __setitem__(self, key: str, value: T) -> None:
         self.set(key, value)
 
     def __delitem__(self, key: str) -> None:

@@ -138,6 +138,30 @@ class UpdateWith(Update, frozen=True):
         return msgspec.structs.replace(_UPDATE_RESULT.decode(kept), replayed=True)
 
 
+class CheckedUpdate(UpdateWith, frozen=True):
+    """An update whose result must fit. `check` is called in the turn, and perhaps again where another write came in."""
+
+    check: Callable[[bytes], object] = bytes
+    """Takes the new value as JSON. What it raises reaches the caller, and nothing changes."""
+
+    @property
+    def kind(self) -> str:
+        return UpdateWith.__name__
+
+    def content(self) -> Any:
+        return self.unchecked()
+
+    def unchecked(self, if_revision: int | None = None) -> UpdateWith:
+        """Return the same update without the check; with `if_revision`, of a key that has this revision."""
+        asked = self.if_revision if if_revision is None else if_revision
+        return UpdateWith(self.key, self.ops, asked, self.deadline, self.atomic)
+
+    def decide(self, view: View) -> Effects[UpdateResult]:
+        changes, answer = super().decide(view)
+        self.check(answer.new_json)
+        return changes, answer
+
+
 class DeleteWith(OneKey[DeleteResult], frozen=True):
     """Remove a key, on a condition."""
 

@@ -21,6 +21,7 @@ from scopestate.errors import (
     RemoteFailure,
     ReplyTimeout,
     RowTooLarge,
+    SchemaViolation,
     ScopestateError,
     SnapshotCapacity,
     StorageError,
@@ -41,6 +42,7 @@ _FACTS: Final[dict[type[ScopestateError], tuple[str, ...]]] = {
     InvalidCursor: ("reason",),
     ReplyTimeout: ("scope", "waited_s", "behind"),
     RowTooLarge: ("scope", "key", "size", "limit"),
+    SchemaViolation: ("scope", "key", "path", "reason", "type_name", "written"),
     SnapshotCapacity: ("problem",),
     Unsupported: ("feature", "reason"),
     UpdateRefused: ("scope", "errors"),
@@ -71,6 +73,9 @@ class _Facts(msgspec.Struct):
     waiting: int = 0
     feature: str = ""
     problem: str = ""
+    path: str = ""
+    type_name: str = ""
+    written: bool = True
     idempotency_key: str = ""
     waited_s: float = 0.0
     behind: str = ""
@@ -126,6 +131,9 @@ _MADE: Final[Mapping[str, Callable[[_Facts], ScopestateError | None]]] = {
     IdempotencyMismatch.code: lambda facts: IdempotencyMismatch(facts.scope, facts.idempotency_key),
     InvalidCursor.code: lambda facts: InvalidCursor(facts.reason),
     RowTooLarge.code: lambda facts: RowTooLarge(facts.scope, facts.key, facts.size, facts.limit),
+    SchemaViolation.code: lambda facts: SchemaViolation(
+        facts.scope, facts.key, facts.path, facts.reason, facts.type_name, facts.written
+    ),
     SnapshotCapacity.code: lambda facts: SnapshotCapacity(facts.problem),
     Unsupported.code: lambda facts: Unsupported(facts.feature, facts.reason),
     UpdateRefused.code: _update_refused,

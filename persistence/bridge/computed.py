@@ -1,4 +1,4 @@
-"""`modify` and `transact` over a bridge: read, compute here, and write if nothing has changed since.
+"""`modify`, `transact` and checked updates over a bridge: read, compute here, and write if nothing has changed since.
 
 The functions of the program run on this side, over values that were read one by one; the write names the revisions that
 it relies on. If another write came in between, all of it is done again, a bounded number of times.
@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from scopestate.errors import Conflict, ScopestateError, StorageError
+from scopestate.errors import Conflict, ScopestateError, StorageError, Unsupported
 from scopestate.ops import Set as SetOp
 from scopestate.ops.remote import Committing, KeysAt, KeysNow, Now, Recall, Recalled
-from scopestate.ops.results import ModifyResult
+from scopestate.ops.results import ModifyResult, UpdateResult
 from scopestate.ops.transactions import Draft, Transact
 from scopestate.ops.turns import Effects, Entry, PlainView, Range, Turn
 from scopestate.ops.update_ops import UpdateOp
 from scopestate.ops.values import decode, encode
-from scopestate.ops.writes import DeleteWith, Durable, GetEntry, Modify, Once, UpdateWith, unwrapped
+from scopestate.ops.writes import CheckedUpdate, DeleteWith, Durable, GetEntry, Modify, Once, UpdateWith, unwrapped
 from scopestate.signals import wait_for
 from scopestate.wire.features import Needs
 
@@ -143,14 +143,14 @@ def is_computed(turn: Turn[Any]) -> bool:
     return isinstance(unwrapped(turn), _COMPUTED)
 
 
-_COMPUTED: Final = (Modify, Transact)
+_COMPUTED: Final = (Modify, Transact, CheckedUpdate)
 """As a tuple, which is not made anew by each call."""
 
 
 def needs_of(turn: Turn[Any]) -> Needs:
     """Return what the write of a `modify` or `transact` needs: without it the function is not called."""
     durable = ("durable",) if isinstance(turn, Durable) else ()
-    if isinstance(unwrapped(turn), Modify):
+    if isinstance(unwrapped(turn), Modify | CheckedUpdate):
         return Needs("state::update", ("if_revision", *durable))
     once = () if _idempotency_key(turn) is None else ("idempotency_key",)
     return Needs("state::transaction", ("checks", "if_revision", *once, *durable))
@@ -161,6 +161,8 @@ def compute(turn: Turn[Any], scope: str, limits: Limits, ask: Ask) -> Effects[An
     core = unwrapped(turn)
     if isinstance(core, Modify):
         return _modify(core, _Found(scope, limits, ask), turn)
+    if isinstance(core, CheckedUpdate):
+        return _update(core, _Found(scope, limits, ask), turn)
     assert isinstance(core, Transact)
     return _transact(core, scope, limits, turn, ask)
 
@@ -186,6 +188,25 @@ def _modify(turn: Modify, view: _Found, outer: Turn[Any]) -> Effects[ModifyResul
             again(conflict)
             continue
         return stored, ModifyResult(answer.old_json, answer.new_json, revision=told.revision, replayed=told.replayed)
+    raise AssertionError("the last attempt has raised")
+
+
+def _update(turn: CheckedUpdate, view: _Found, outer: Turn[Any]) -> Effects[UpdateResult]:
+    if _idempotency_key(outer) is not None:
+        raise Unsupported(
+            "`idempotency_key` of an update with a typed handle",
+            "the value is checked on this side, and the other engine would see another write each time; use `transact`",
+        )
+    for again in _attempts():
+        view.forget()
+        before = view.entry(turn.key)
+        turn.decide(view)  # raises what refuses it
+        try:
+            return view.ask(_wrapped(turn.unchecked(0 if before is None else before.revision), outer))
+        except Conflict as conflict:
+            if turn.if_revision is not None:
+                raise
+            again(conflict)
     raise AssertionError("the last attempt has raised")
 
 

@@ -20,6 +20,7 @@ from scopestate.ops.ranges import DeleteRange, Entries, ReadPage, State
 from scopestate.ops.transactions import Batch, DeliveryBatch, SetAll, Transact
 from scopestate.ops.turns import Change, Delete, Get, Items, List, Set, Turn, Update
 from scopestate.ops.writes import (
+    CheckedUpdate,
     CompareAndSet,
     DeleteWith,
     Expire,
@@ -51,7 +52,7 @@ _WITHOUT_REVISIONS: Final = frozenset({Set, Get, Delete, Update, List, Items, Be
 """Turns that need nothing beside the hash: the frequent ones, which are not looked up further."""
 _NEED_REVISIONS: Final = frozenset(
     {
-        *(SetWith, UpdateWith, DeleteWith, CompareAndSet, Modify, GetEntry, Ttl, Touch, Expire, Once),
+        *(SetWith, UpdateWith, CheckedUpdate, DeleteWith, CompareAndSet, Modify, GetEntry, Ttl, Touch, Expire, Once),
         *(Batch, DeliveryBatch, SetAll, Transact, Entries, ReadPage, State, DeleteRange),
     }
 )
