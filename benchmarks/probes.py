@@ -150,7 +150,7 @@ def expiry_at_random(count: str, span_s: str) -> Findings:
     rng, late_ms, readable, reads = random.Random(1), list[float](), 0, 0
     with Engine() as engine:
         engine.on_change(scope="s", events=("expired",))(
-            lambda event: late_ms.append(time.time() * 1000 - event.expired_at)
+            lambda event: late_ms.append(time.time() * 1000 - (event.expired_at or 0))
         )
         begin = datetime.now(UTC) + timedelta(seconds=2)
         deadlines = {

@@ -3,7 +3,7 @@
 from scopestate import ops
 from scopestate.actors.consuming import ConsumerStatus, DeadLetter
 from scopestate.engine import Engine
-from scopestate.errors import Compacted, Conflict, ScopestateError, StorageError, WatchOverrun
+from scopestate.errors import Compacted, Conflict, SchemaViolation, ScopestateError, StorageError, WatchOverrun
 from scopestate.ops import MISSING, messages
 from scopestate.ops.changes import Change
 from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater
@@ -40,6 +40,7 @@ __all__ = [
     "Page",
     "Retry",
     "RetryLater",
+    "SchemaViolation",
     "ScopestateError",
     "SetResult",
     "StateEvent",

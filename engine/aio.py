@@ -30,6 +30,7 @@ from scopestate.ops.functions import BUILT_IN, FLUSH, from_payload
 from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, WatchOptions
 from scopestate.ops.results import SetResult, T, UpdateResult
 from scopestate.ops.turns import checked_name, refuse_size
+from scopestate.ops.update_ops import AnyOp
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
 from scopestate.polled_watching import watch_later
@@ -39,7 +40,7 @@ from scopestate.watching import AioChanges
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
-    from scopestate.handles import AioScope
+    from scopestate.handles import AioScope, PlainAioScope
     from scopestate.typed_results import OnInvalid
 
 A = TypeVar("A")
@@ -116,7 +117,7 @@ class AioEngine(AioStateCalls):
         return None if data is None else decode(data)
 
     async def update(
-        self, scope: str, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]
+        self, scope: str, key: str, ops: Iterable[AnyOp], **options: Unpack[UpdateOptions]
     ) -> UpdateResult:
         """As `Engine.update`."""
         if options:
@@ -150,7 +151,7 @@ class AioEngine(AioStateCalls):
         return watch_later(self._engine, WatchSettings(scope, scope_prefix, options))
 
     @overload
-    def scope(self, scope: str) -> AioScope: ...
+    def scope(self, scope: str) -> PlainAioScope: ...
 
     @overload
     def scope(self, scope: str, *, type: type[T], on_invalid: OnInvalid = "raise") -> AioScope[T]: ...

@@ -17,6 +17,7 @@ from scopestate.ops.options import DeadlineOptions, WriteOptions
 from scopestate.ops.results import BatchResult, T
 from scopestate.ops.transactions import Check, DeleteStep, SetAll, SetStep, Step
 from scopestate.ops.turns import Turn, checked_name, refuse_size
+from scopestate.ops.update_ops import AnyOp
 from scopestate.ops.values import encode
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Writes(Generic[T]):
         else:
             sets[key] = data
 
-    def update(self, key: str, ops: Iterable[object], **options: Unpack[DeadlineOptions]) -> None:
+    def update(self, key: str, ops: Iterable[AnyOp], **options: Unpack[DeadlineOptions]) -> None:
         """As `Engine.update`, but an op that does not fit raises UpdateRefused at the end, and nothing is written."""
         self._refuse_misuse()
         self._add(arguments.update_step(key, ops, options))

@@ -39,7 +39,7 @@ from scopestate.errors import (
     StorageError,
     WouldDeadlock,
 )
-from scopestate.handles import Scope
+from scopestate.handles import PlainScope, Scope
 from scopestate.mapping import ScopeMapping
 from scopestate.ops import checked, messages, polls, turns
 from scopestate.ops.arguments import answer_of, delete_turn, set_turn, turn_of, update_turn
@@ -49,6 +49,7 @@ from scopestate.ops.options import DeleteOptions, SetOptions, UpdateOptions, Wat
 from scopestate.ops.results import SetResult, T, UpdateResult
 from scopestate.ops.triggers import Trigger
 from scopestate.ops.turns import checked_name, refuse_size
+from scopestate.ops.update_ops import AnyOp
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import Durable
 from scopestate.parts import Parts
@@ -335,7 +336,7 @@ class Engine(Reactive, StateCalls):
             data = self._run_when_room(scope, turn, full)
         return None if data is None else decode(data)
 
-    def update(self, scope: str, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult:
+    def update(self, scope: str, key: str, ops: Iterable[AnyOp], **options: Unpack[UpdateOptions]) -> UpdateResult:
         """Apply ops to a value in one step: structs of `scopestate.ops`, or dicts with the same fields.
 
         An op that does not fit the value is skipped and reported in `errors`; the others are applied (docs/semantics.md
@@ -422,7 +423,7 @@ class Engine(Reactive, StateCalls):
         return watch_now(self, WatchSettings(scope, scope_prefix, options))
 
     @overload
-    def scope(self, scope: str) -> Scope: ...
+    def scope(self, scope: str) -> PlainScope: ...
 
     @overload
     def scope(self, scope: str, *, type: builtins.type[T], on_invalid: OnInvalid = "raise") -> Scope[T]: ...
@@ -441,7 +442,7 @@ class Engine(Reactive, StateCalls):
         """
         name = checked_name("scope", scope)
         if type is None:
-            return Scope(self, name)
+            return PlainScope(self, name)
         from scopestate.typed import typed_scope  # noqa: PLC0415 - only programs that give types need it
 
         return typed_scope(self, name, type, on_invalid)

@@ -6,14 +6,13 @@ import builtins
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, Never, Protocol, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Never, TypeVar, Unpack, overload
 
 from msgspec import UNSET, UnsetType
 
 from scopestate.batch import Batch
 from scopestate.mapping import ScopeMapping
 from scopestate.ops.apply import MISSING
-from scopestate.ops.deliveries import Delivery
 from scopestate.ops.options import (
     Bounds,
     DeleteOptions,
@@ -25,8 +24,10 @@ from scopestate.ops.options import (
     WriteOptions,
 )
 from scopestate.ops.ranges import PAGE_KEYS
-from scopestate.ops.results import StateEvent, T
+from scopestate.ops.results import T
+from scopestate.ops.update_ops import AnyOp
 from scopestate.ops.values import decode, encode
+from scopestate.reactive import Registrar
 
 if TYPE_CHECKING:
     import pykka
@@ -43,29 +44,6 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 F = TypeVar("F", bound=Callable[..., Any])
-R = TypeVar("R")
-
-
-class Registrar(Protocol[T]):
-    """Registers a handler of a scope, plain or `async`, and returns it."""
-
-    @overload
-    def __call__(self, handler: Callable[[StateEvent[T]], R], /) -> Callable[[StateEvent[T]], R]: ...
-
-    @overload
-    def __call__(
-        self, handler: Callable[[StateEvent[T], Delivery], R], /
-    ) -> Callable[[StateEvent[T], Delivery], R]: ...
-
-    @overload
-    def __call__(
-        self, handler: Callable[[builtins.list[StateEvent[T]]], R], /
-    ) -> Callable[[builtins.list[StateEvent[T]]], R]: ...
-
-    @overload
-    def __call__(
-        self, handler: Callable[[builtins.list[StateEvent[T]], Delivery], R], /
-    ) -> Callable[[builtins.list[StateEvent[T]], Delivery], R]: ...
 
 
 class Scope(Generic[T]):
@@ -113,7 +91,7 @@ class Scope(Generic[T]):
         value: T | None = self._engine.delete(self.name, key, **options)
         return value
 
-    def update(self, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
+    def update(self, key: str, ops: Iterable[AnyOp], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
         """As `Engine.update` on this scope."""
         if options:
             return self._engine.update(self.name, key, ops, **options)
@@ -209,7 +187,7 @@ class Scope(Generic[T]):
         """As `Engine.iter` on this scope."""
         return self._engine.iter(self.name, **within)
 
-    def watch(self, **options: Unpack[WatchOptions]) -> Changes[T]:
+    def watch(self, **options: Unpack[WatchOptions]) -> Changes[T | None]:
         """As `Engine.watch` on this scope."""
         return self._engine.watch(self.name, **options)
 
@@ -226,7 +204,7 @@ class Scope(Generic[T]):
         function_id: str | None = None,
         **options: Unpack[TriggerOptions],
     ) -> Registrar[T]:
-        """As `Engine.on_change` for this scope: decorate a handler of `StateEvent[T]`, plain or `async`.
+        """As `Engine.on_change` for this scope: decorate a handler of `StateEvent[T | None]`, plain or `async`.
 
         A handler with a second parameter gets the `Delivery` there, if the trigger is durable. One of a trigger with
         `batch` gets a list of events.
@@ -277,6 +255,25 @@ class Scope(Generic[T]):
         return f"<Scope {self.name!r}>"
 
 
+class PlainScope(Scope[Any]):
+    """A scope without a type. A type checker takes its values as `Any`, and asks for no check that there is one."""
+
+    if TYPE_CHECKING:
+
+        @cached_property
+        def aio(self) -> PlainAioScope: ...
+
+        def get(self, key: str, default: Any = None) -> Any: ...
+
+        def delete(self, key: str, **options: Unpack[DeleteOptions]) -> Any: ...
+
+    else:
+
+        @cached_property
+        def aio(self):
+            return PlainAioScope(self._engine.aio, self.name)
+
+
 class AioScope(Generic[T]):
     """One scope, for asyncio; holds no state of its own."""
 
@@ -303,7 +300,7 @@ class AioScope(Generic[T]):
         value: T | None = await self._engine.delete(self.name, key, **options)
         return value
 
-    async def update(self, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
+    async def update(self, key: str, ops: Iterable[AnyOp], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
         """As `Engine.update` on this scope."""
         return await self._engine.update(self.name, key, ops, **options)
 
@@ -399,9 +396,19 @@ class AioScope(Generic[T]):
         """As `Engine.iter` on this scope, for `async for`."""
         return self._engine.iter(self.name, **within)
 
-    def watch(self, **options: Unpack[WatchOptions]) -> AioChanges[T]:
+    def watch(self, **options: Unpack[WatchOptions]) -> AioChanges[T | None]:
         """As `Engine.watch` on this scope, for `async with`."""
         return self._engine.watch(self.name, **options)
 
     def __repr__(self) -> str:
         return f"<AioScope {self.name!r}>"
+
+
+class PlainAioScope(AioScope[Any]):
+    """As `PlainScope`, for asyncio."""
+
+    if TYPE_CHECKING:
+
+        async def get(self, key: str, default: Any = None) -> Any: ...
+
+        async def delete(self, key: str, **options: Unpack[DeleteOptions]) -> Any: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Never, TypeGuard, TypeVar, Unpack, overload
+from typing import Any, Never, Protocol, TypeGuard, TypeVar, Unpack, overload
 
 from scopestate.actors.consuming import BY_THE_PROGRAM, Consumers
 from scopestate.actors.containment import Log, described, is_from_outside
@@ -14,8 +14,9 @@ from scopestate.actors.router import EventRouter
 from scopestate.actors.triggers import TriggerTable
 from scopestate.errors import HandlerTimeout, InvalidRegistration
 from scopestate.lifecycle import stay_ahead_of_executors
+from scopestate.ops.deliveries import Delivery
 from scopestate.ops.options import refuse_unknown
-from scopestate.ops.results import DeliveryFailure
+from scopestate.ops.results import DeliveryFailure, StateEvent, T
 from scopestate.ops.triggers import OPTIONS, EventNames, Trigger, TriggerOptions, read_options
 from scopestate.ops.values import class_name, json_type
 
@@ -23,6 +24,32 @@ log = Log("scopestate.triggers")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Hook = Callable[[DeliveryFailure], object]
+R = TypeVar("R")
+
+
+class Registrar(Protocol[T]):
+    """Registers a handler of a scope, plain or `async`, and returns it."""
+
+    @overload
+    def __call__(self, handler: Callable[[StateEvent[T | None]], R], /) -> Callable[[StateEvent[T | None]], R]: ...
+
+    @overload
+    def __call__(
+        self, handler: Callable[[StateEvent[T | None], Delivery], R], /
+    ) -> Callable[[StateEvent[T | None], Delivery], R]: ...
+
+    @overload
+    def __call__(
+        self, handler: Callable[[list[StateEvent[T | None]]], R], /
+    ) -> Callable[[list[StateEvent[T | None]]], R]: ...
+
+    @overload
+    def __call__(
+        self, handler: Callable[[list[StateEvent[T | None]], Delivery], R], /
+    ) -> Callable[[list[StateEvent[T | None]], Delivery], R]: ...
+
+    @overload
+    def __call__(self, handler: Callable[[Mapping[str, Any]], R], /) -> Callable[[Mapping[str, Any]], R]: ...
 
 
 class Reactive:
@@ -119,7 +146,7 @@ class Reactive:
         events: EventNames | None = None,
         function_id: str | None = None,
         **options: Unpack[TriggerOptions],
-    ) -> Callable[[F], F]:
+    ) -> Registrar[Any]:
         """Decorate a handler: registers the function and a trigger for it, and returns the function unchanged.
 
         `events` names kinds of changes, such as `("created", "expired")`; None: all of them. `condition` is a function,
@@ -137,7 +164,7 @@ class Reactive:
         filters = {"scope": scope, "key": key, "events": events, **options}
         read_trigger("checked before the function is there", None, filters)
 
-        def register(handler: F) -> F:
+        def register(handler: Any) -> Any:
             # The plain string that a subclass holds: the format of an Enum differs between versions of Python.
             given = str.__str__(function_id) if isinstance(function_id, str) else function_id
             if options.get("durable") is not None and (misfit := misfit_of(handler)) is not None:

@@ -48,6 +48,7 @@ from scopestate.ops.results import (
 )
 from scopestate.ops.transactions import Draft, Transaction
 from scopestate.ops.turns import Turn, checked_name, refuse_size
+from scopestate.ops.update_ops import AnyOp
 from scopestate.ops.value_types import value_type
 from scopestate.ops.values import decode, encode
 from scopestate.ops.writes import DELETE, KEEP, CompareAndSet
@@ -116,7 +117,7 @@ class _Calls(Generic[T]):
         value: T | None = self.reader.read_or(key, answer.old_json, None)
         return value
 
-    def update(self, key: str, ops: Iterable[object], options: UpdateOptions) -> Asked[UpdateResult]:
+    def update(self, key: str, ops: Iterable[AnyOp], options: UpdateOptions) -> Asked[UpdateResult]:
         turn, durable = arguments.update_turn(checked_name("key", key), ops, check=self.check_of(key), **options)
         return turn, durable
 
@@ -238,7 +239,7 @@ class TypedTransaction(Transaction[T], Generic[T]):
         """As there. Raises SchemaViolation, too."""
         super().set(key, self._calls.plain(key, value), **options)
 
-    def update(self, key: str, ops: Sequence[object]) -> T:
+    def update(self, key: str, ops: Sequence[AnyOp]) -> T:
         """As there. Raises SchemaViolation for a result that does not fit."""
         data = encode(super().update(key, ops))
         self._calls.reader.check(key, data)
@@ -279,7 +280,7 @@ class _TypedWrites(Writes[T], Generic[T]):
         """As there. Raises SchemaViolation, too."""
         super().set(key, self._calls.plain(key, value), **options)
 
-    def update(self, key: str, ops: Iterable[object], **options: Unpack[DeadlineOptions]) -> None:
+    def update(self, key: str, ops: Iterable[AnyOp], **options: Unpack[DeadlineOptions]) -> None:
         """Refused: the result would have to be checked where the batch is done. `transact` can do it."""
         raise Unsupported("`update` in a batch of a typed scope", "its result is known at the end only: use `transact`")
 
@@ -420,7 +421,7 @@ class TypedScope(Scope[T], Generic[T]):
             key, self._engine._run(self.name, *arguments.delete_turn(checked_name("key", key), **options))
         )
 
-    def update(self, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
+    def update(self, key: str, ops: Iterable[AnyOp], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
         return self._calls.update_result(key, self._engine._run(self.name, *self._calls.update(key, ops, options)))
 
     def list(self) -> builtins.list[T]:
@@ -461,8 +462,8 @@ class TypedScope(Scope[T], Generic[T]):
         pairs = self._engine._run(self.name, Pairs(range_of("iter()", **within)))
         return self._calls.pairs(pairs)
 
-    def watch(self, **options: Unpack[WatchOptions]) -> Changes[T]:
-        watch: Changes[T] = _watched(self._calls, self._engine, options, TypedChanges, TypedPolledChanges)
+    def watch(self, **options: Unpack[WatchOptions]) -> Changes[T | None]:
+        watch: Changes[T | None] = _watched(self._calls, self._engine, options, TypedChanges, TypedPolledChanges)
         return watch
 
     def _handler(self, handler: F) -> F:
@@ -497,7 +498,7 @@ class AioTypedScope(AioScope[T], Generic[T]):
         turn, durable = arguments.delete_turn(checked_name("key", key), **options)
         return self._calls.deleted(key, await self._engine._run(self.name, turn, durable))
 
-    async def update(self, key: str, ops: Iterable[object], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
+    async def update(self, key: str, ops: Iterable[AnyOp], **options: Unpack[UpdateOptions]) -> UpdateResult[T]:
         turn, durable = self._calls.update(key, ops, options)
         return self._calls.update_result(key, await self._engine._run(self.name, turn, durable))
 
@@ -545,9 +546,9 @@ class AioTypedScope(AioScope[T], Generic[T]):
         for pair in self._calls.pairs(pairs):
             yield pair
 
-    def watch(self, **options: Unpack[WatchOptions]) -> AioChanges[T]:
+    def watch(self, **options: Unpack[WatchOptions]) -> AioChanges[T | None]:
         engine = self._engine._engine
-        watch: AioChanges[T] = _watched(self._calls, engine, options, AioTypedChanges, AioTypedPolledChanges)
+        watch: AioChanges[T | None] = _watched(self._calls, engine, options, AioTypedChanges, AioTypedPolledChanges)
         return watch
 
     def __repr__(self) -> str:

@@ -184,15 +184,15 @@ class TypedChange(Change[T], Generic[T], frozen=True, eq=False):
     reader: Any = None
 
     @property
-    def value(self) -> T | None:
+    def value(self) -> T:
         """As there. Raises SchemaViolation."""
-        value: T | None = self.reader.read_or(self.key, self.json, None)
+        value: T = self.reader.read_or(self.key, self.json, None)
         return value
 
     @property
-    def old_value(self) -> T | None:
+    def old_value(self) -> T:
         """As there. Raises SchemaViolation."""
-        value: T | None = self.reader.read_or(self.key, self.old_json, None)
+        value: T = self.reader.read_or(self.key, self.old_json, None)
         return value
 
 
@@ -202,21 +202,21 @@ class TypedEvent(StateEvent[T], Generic[T], eq=False):
     reader: Any = None
 
     @property
-    def old_value(self) -> T | None:
+    def old_value(self) -> T:
         """As there. Raises SchemaViolation for a value that does not fit, so the handler fails at this event."""
         read = self.__dict__
         if "old_value" not in read:
             read["old_value"] = self.reader.read_or(self.key, self.old_json, None)
-        value: T | None = read["old_value"]
+        value: T = read["old_value"]
         return value
 
     @property
-    def new_value(self) -> T | None:
+    def new_value(self) -> T:
         """As there. Raises SchemaViolation for a value that does not fit, so the handler fails at this event."""
         read = self.__dict__
         if "new_value" not in read:
             read["new_value"] = self.reader.read_or(self.key, self.new_json, None)
-        value: T | None = read["new_value"]
+        value: T = read["new_value"]
         return value
 
     def __getitem__(self, field: str) -> Any:

@@ -71,7 +71,7 @@ from scopestate.ops.turns import (
     refuse_size,
     view_of,
 )
-from scopestate.ops.update_ops import checked
+from scopestate.ops.update_ops import AnyOp, checked
 from scopestate.ops.values import class_name, decode, encode
 from scopestate.ops.writes import (
     CheckedUpdate,
@@ -156,7 +156,7 @@ def _set_turn(
 
 def update_turn(
     key: str,
-    ops: Iterable[object],
+    ops: Iterable[AnyOp],
     *,
     if_revision: int | None = None,
     if_absent: bool = False,
@@ -266,7 +266,7 @@ def delete_range_turn(
 # --------------------------------------------------------------------------------------------------- parts of a batch
 
 
-def update_step(key: str, ops: Iterable[object], options: DeadlineOptions) -> UpdateStep:
+def update_step(key: str, ops: Iterable[AnyOp], options: DeadlineOptions) -> UpdateStep:
     """Return an `update` of a batch."""
     return UpdateStep(checked_name("key", key), checked(ops), step_deadline("update()", **options))
 

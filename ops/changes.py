@@ -31,7 +31,10 @@ class KnownCursor(msgspec.Struct, frozen=True, gc=False):
 
 
 class Change(msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False):
-    """A change of one key, as a watch yields it; with `markers=True` also a mark, which has no key."""
+    """A change of one key, as a watch yields it; with `markers=True` also a mark, which has no key.
+
+    `Change[V]`: its values are of type V, as a type checker sees them; a typed scope has `Change[User | None]`.
+    """
 
     kind: ChangeKind
     """`put`: the key has a new value. `delete`, `expire`: it exists no more, by a call or because its time is over.
@@ -61,14 +64,16 @@ class Change(msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False):
     """The event of the change in this engine; None for what is no change of now, or has come from another engine."""
 
     @property
-    def value(self) -> T | None:
+    def value(self) -> T:
         """The new value, a new copy at each reading; None if the key was removed, or with `values=False`."""
-        return None if self.json is None else decode(self.json)
+        value: Any = None if self.json is None else decode(self.json)
+        return value  # type: ignore[no-any-return]  # T has room for None
 
     @property
-    def old_value(self) -> T | None:
+    def old_value(self) -> T:
         """The value before, a new copy at each reading; None where `old_json` is None."""
-        return None if self.old_json is None else decode(self.old_json)
+        value: Any = None if self.old_json is None else decode(self.old_json)
+        return value  # type: ignore[no-any-return]  # as above
 
     @property
     def cursor(self) -> str:

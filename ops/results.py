@@ -352,7 +352,8 @@ class StateEvent(msgspec.Struct, Generic[T], eq=False, weakref=True, dict=True):
     """A change of one key, for handlers and conditions: has attributes, and is a mapping of the reference's six fields.
 
     Source: reference, "State Event Payload". A `state:expired` event has `expired_at` and `late_ms` beside the six.
-    The other fields, and `existed`, are attributes only.
+    The other fields, and `existed`, are attributes only. `StateEvent[V]`: its values are of type V, as a type checker
+    sees them; those of a typed scope are `StateEvent[User | None]`.
     """
 
     json_fields: ClassVar[tuple[str, ...]] = (
@@ -418,21 +419,21 @@ class StateEvent(msgspec.Struct, Generic[T], eq=False, weakref=True, dict=True):
     @property
     def old_value(
         self,
-    ) -> Annotated[T | None, msgspec.Meta(description="Previous value (null for created events)", extra=OPTIONAL)]:
+    ) -> Annotated[T, msgspec.Meta(description="Previous value (null for created events)", extra=OPTIONAL)]:
         """The previous value, or None if there was none."""
         read = self.__dict__
         if "old_value" not in read:
             read["old_value"] = None if self.old_json is None else decode(self.old_json)
-        value: T | None = read["old_value"]
+        value: T = read["old_value"]
         return value
 
     @property
-    def new_value(self) -> Annotated[T | None, msgspec.Meta(description="New value")]:
+    def new_value(self) -> Annotated[T, msgspec.Meta(description="New value")]:
         """The new value; None for a delete."""
         read = self.__dict__
         if "new_value" not in read:
             read["new_value"] = None if self.new_json is None else decode(self.new_json)
-        value: T | None = read["new_value"]
+        value: T = read["new_value"]
         return value
 
     @property

@@ -52,7 +52,7 @@ from scopestate.ops.turns import (
     updated,
     view_of,
 )
-from scopestate.ops.update_ops import OpError, RefusedOp, UpdateOp, checked
+from scopestate.ops.update_ops import AnyOp, OpError, RefusedOp, UpdateOp, checked
 from scopestate.ops.values import decode, encode, parse, prepare
 from scopestate.ops.writes import asked_deadline, compared, same_json, touch_deadline, touched
 
@@ -610,7 +610,7 @@ class Transaction(Generic[T]):
         refuse_size(draft.view.scope, key, data, draft.view.limits.max_value_bytes)
         draft.set(key, data, asked_deadline(ttl, expires_at, keep_ttl=keep_ttl))
 
-    def update(self, key: str, ops: Sequence[object]) -> T:
+    def update(self, key: str, ops: Sequence[AnyOp]) -> T:
         """Apply ops to the value of a key, and return the new value. Raises UpdateRefused if one does not fit."""
         draft, key = self._draft, checked_name("key", key)
         _, data, errors = draft.update(key, checked(ops))

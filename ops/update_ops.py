@@ -119,6 +119,10 @@ UpdateOp = Annotated[
 ]
 
 
+AnyOp = Set | Merge | Increment | Decrement | Append | Remove | Mapping[str, Any]
+"""An op as Python code gives it: a struct, or a dict with the same fields."""
+
+
 class OpError(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why one op was skipped. The ops after it still ran."""
 

@@ -66,6 +66,7 @@ def test_the_names_that_programs_need_are_at_the_top() -> None:
         "Page",
         "Retry",
         "RetryLater",
+        "SchemaViolation",
         "ScopestateError",
         "SetResult",
         "StateEvent",

@@ -163,7 +163,7 @@ def changing(rows: ScopeMapping) -> Any:
         while not enough.is_set():
             number += 1
             rows.update({f"k{place}": number for place in range(5)})
-            with rows._engine.batch(rows._scope) as b:
+            with rows._scope.batch() as b:
                 for place in range(5):
                     b.delete(f"k{place}")
 
@@ -217,7 +217,7 @@ class Disturbed(ScopeMapping):
     """A mapping whose scope is changed by another caller before each value is read."""
 
     def __getitem__(self, key: str) -> Any:
-        with self._engine.batch(self._scope) as b:
+        with self._scope.batch() as b:
             b.set("a", "changed")
             b.delete("b")
         return super().__getitem__(key)
@@ -227,7 +227,7 @@ class Disturbed(ScopeMapping):
     "copy", [dict, lambda mapping: {**mapping}, lambda mapping: keywords(**mapping)], ids=["dict", "unpack", "keywords"]
 )
 def test_a_copy_shows_the_moment_at_which_it_began(copy: Any, engine: Engine) -> None:
-    rows = Disturbed(engine, "rows")
+    rows = Disturbed(engine.scope("rows"))
     rows.update(a=1, b=2)
 
     assert copy(rows) == {"a": 1, "b": 2}
@@ -240,10 +240,10 @@ def test_code_that_reads_key_by_key_sees_what_is_there_now(rows: ScopeMapping) -
     read = []
     keys = rows.keys()
     for key in keys:
-        rows._engine.set("rows", key, 2)
+        rows._scope.set(key, 2)
         read.append(rows[key])
     listed = list(rows.keys())
-    rows._engine.set("rows", "a", 3)
+    rows._scope.set("a", 3)
     read += [rows[key] for key in listed]
     assert read == [2, 2, 3, 2]
     assert rows._copies == {}

@@ -21,7 +21,8 @@ PATIENCE_S = 30.0
 
 SERVERS = {
     "uvicorn": ["uvicorn", "--port", "0"],
-    "gunicorn": ["gunicorn", "--bind", "127.0.0.1:0", "--no-control-socket"],
+    # A worker that gets SIGTERM before it has its signal handlers loses it, and gunicorn then waits for this timeout.
+    "gunicorn": ["gunicorn", "--bind", "127.0.0.1:0", "--no-control-socket", "--graceful-timeout", "10"],
 }
 _RUNS = re.compile(r"(?:running on|Listening at:) http://127\.0\.0\.1:(\d+)")
 

