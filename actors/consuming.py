@@ -10,11 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import msgspec
 
 from scopestate.errors import Unsupported
+from scopestate.ops.plain import Plain
 from scopestate.ops.results import StateEvent
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     """"dead", "held": the event, for the letter."""
 
 
-class ConsumerStatus(msgspec.Struct, frozen=True):
+class ConsumerStatus(Plain, msgspec.Struct, frozen=True):
     """One consumer: how far a durable trigger has come with its events."""
 
     name: str
@@ -100,8 +101,21 @@ class ConsumerStatus(msgspec.Struct, frozen=True):
     """The id of its trigger in this engine; None: no trigger has its name here, and its events are kept."""
 
 
-class DeadLetter(msgspec.Struct, frozen=True):
+class DeadLetter(Plain, msgspec.Struct, frozen=True):
     """An event that a durable trigger has given up."""
+
+    json_fields: ClassVar[tuple[str, ...]] = (
+        "id",
+        "consumer",
+        "event",
+        "revision",
+        "attempts",
+        "first_ms",
+        "died_ms",
+        "error",
+        "traceback",
+        "replays",
+    )
 
     id: str
     """Names the letter to `get`, `replay` and `purge`."""
@@ -119,6 +133,11 @@ class DeadLetter(msgspec.Struct, frozen=True):
     """Where it was raised, if that is known."""
     replays: int = 0
     """How often it was replayed before, where that is counted: in Redis."""
+
+    @property
+    def revision(self) -> int:
+        """The revision that the change gave to its key."""
+        return self.event.revision
 
     @property
     def first_at(self) -> datetime:

@@ -29,6 +29,7 @@ from scopestate.config import Config, KvOptions
 from scopestate.errors import EngineClosed, NotConnected, ScopestateError, StorageError, StoreLocked, StoreUnusable
 from scopestate.inbox import Inbox
 from scopestate.lifecycle import wait_for_dropped
+from scopestate.ops.plain import Plain
 from scopestate.persistence.local import LocalBackend
 from scopestate.signals import join
 
@@ -68,7 +69,7 @@ SERVER: Final = "scopestate.server.followers"
 _SHARE_HINT: Final = "With `share: auto`, several processes can use it together"
 
 
-class SharingStatus(msgspec.Struct, frozen=True):
+class SharingStatus(Plain, msgspec.Struct, frozen=True):
     """An engine's part in sharing its directory: `sharing` of `stats()` and `health()`."""
 
     role: Literal["owner", "follower"]

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from scopestate.ops.plain import Plain
 from scopestate.sharing import SharingStatus
 
 if TYPE_CHECKING:
     from scopestate.parts import Parts
 
 
-class Mailboxes(msgspec.Struct, frozen=True):
+class Mailboxes(Plain, msgspec.Struct, frozen=True):
     """Messages that wait now."""
 
     scopes: int
@@ -25,7 +26,7 @@ class Mailboxes(msgspec.Struct, frozen=True):
     snapshot: int
 
 
-class Stats(msgspec.Struct, frozen=True):
+class Stats(Plain, msgspec.Struct, frozen=True):
     """Counts since the engine was made, and current sizes. Read while it runs, so not all are of one moment."""
 
     calls: dict[str, int]
@@ -71,8 +72,13 @@ class Stats(msgspec.Struct, frozen=True):
     sharing: SharingStatus | None = None
     """Which process owns the directory of a `file_based` store, and how many follow; None: there is no directory."""
 
+    def __repr__(self) -> str:
+        counted = {name: getattr(self, name) for name in self.__struct_fields__}
+        counted["calls"] = {function_id: calls for function_id, calls in self.calls.items() if calls}
+        return f"Stats({', '.join(f'{name}={count!r}' for name, count in counted.items() if count)})"
 
-class Health(msgspec.Struct, frozen=True):
+
+class Health(Plain, msgspec.Struct, frozen=True):
     """Whether the engine works as it should."""
 
     ok: bool

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, Literal, Protocol
 
 import msgspec
 
+from scopestate.ops.plain import Plain, json_shown, shortened
 from scopestate.ops.results import StateEvent, T
 from scopestate.ops.values import decode
 
@@ -30,11 +32,25 @@ class KnownCursor(msgspec.Struct, frozen=True, gc=False):
         return self.cursor
 
 
-class Change(msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False):
+class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False):
     """A change of one key, as a watch yields it; with `markers=True` also a mark, which has no key.
 
     `Change[V]`: its values are of type V, as a type checker sees them; a typed scope has `Change[User | None]`.
     """
+
+    json_fields: ClassVar[tuple[str, ...]] = (
+        "kind",
+        "scope",
+        "key",
+        "value",
+        "old_value",
+        "revision",
+        "transaction",
+        "initial",
+        "position",
+        "cursor",
+    )
+    json_values: ClassVar[Mapping[str, str]] = {"value": "json", "old_value": "old_json"}
 
     kind: ChangeKind
     """`put`: the key has a new value. `delete`, `expire`: it exists no more, by a call or because its time is over.
@@ -89,9 +105,8 @@ class Change(msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False):
         return Change, (*[getattr(self, name) for name in Change.__struct_fields__[:-2]], KnownCursor(self.cursor))
 
     def __repr__(self) -> str:
-        what = "".join(
-            f", {name}={value!r}"
-            for name, value in (("key", self.key), ("value", self.value), ("initial", self.initial))
-            if value not in ("", None, False) or (name == "value" and self.kind == "put")
-        )
-        return f"Change({self.kind!r}, scope={self.scope!r}{what}, revision={self.revision})"
+        key = f", key={shortened(self.key)}" if self.key else ""
+        value = f", value={json_shown(self.json)}" if self.kind == "put" else ""
+        initial = ", initial=True" if self.initial else ""
+        scope = shortened(self.scope)
+        return f"{type(self).__name__}({self.kind!r}, scope={scope}{key}{value}{initial}, revision={self.revision})"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Generic, Lite
 
 import msgspec
 
+from scopestate.ops.plain import Plain, json_shown, shortened
 from scopestate.ops.update_ops import OPTIONAL, OpError
 from scopestate.ops.values import decode
 
@@ -40,7 +41,7 @@ class ListGroupsResult(TypedDict):
     groups: list[str]
 
 
-class WriteResult(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False):
+class WriteResult(Plain, msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False):
     """What the results of all writes have beside the reference's fields."""
 
     revision: int = 0
@@ -82,15 +83,12 @@ class WriteResult(msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False)
 
     __hash__ = None  # type: ignore[assignment]  # compares values, which may be dicts
 
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
-        return f"{type(self).__name__}({fields})"
-
 
 class SetResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     """Result of `set`. Reference: `old_value`, `new_value`."""
 
     json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value", "revision", "replayed")
+    json_values: ClassVar[Mapping[str, str]] = {"old_value": "old_json", "new_value": "new_json"}
 
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist.
@@ -154,6 +152,9 @@ class UpdateResult(SetResult[T], Generic[T], frozen=True, eq=False, gc=False):
 class DeleteResult(WriteResult, frozen=True, eq=False, gc=False):
     """Result of a `delete` with a condition or an idempotency key."""
 
+    json_fields: ClassVar[tuple[str, ...]] = ("old_value", "revision", "replayed")
+    json_values: ClassVar[Mapping[str, str]] = {"old_value": "old_json"}
+
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist."""
 
@@ -176,9 +177,17 @@ class CasResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     `revision` is the one that the key has now, whether or not it was swapped.
     """
 
+    json_fields: ClassVar[tuple[str, ...]] = ("swapped", "current", "revision", "replayed")
+    json_values: ClassVar[Mapping[str, str]] = {"current": "current_json"}
+
     swapped: bool
     found_json: bytes | None
     """The value that the key had, as JSON; None if it did not exist."""
+
+    @property
+    def current_json(self) -> bytes | None:
+        """`current` as JSON."""
+        return None if self.swapped else self.found_json
 
     @property
     def current(self) -> T | None:
@@ -198,6 +207,9 @@ class CasResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
 
 class ModifyResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     """Result of `modify`. `revision` is the one that the key has now, or that its removal had."""
+
+    json_fields: ClassVar[tuple[str, ...]] = ("old_value", "new_value", "revision")
+    json_values: ClassVar[Mapping[str, str]] = {"old_value": "old_json", "new_value": "new_json"}
 
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist."""
@@ -219,7 +231,7 @@ class ModifyResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
         return {"old_value": self.old_value, "new_value": self.new_value, "revision": self.revision}
 
 
-class TouchResult(msgspec.Struct, frozen=True):
+class TouchResult(Plain, msgspec.Struct, frozen=True):
     """Result of `state::touch`."""
 
     touched: bool
@@ -230,8 +242,11 @@ class TouchResult(msgspec.Struct, frozen=True):
         return {"touched": self.touched}
 
 
-class EntryView(msgspec.Struct, Generic[T], frozen=True, gc=False):
+class EntryView(Plain, msgspec.Struct, Generic[T], frozen=True, gc=False):
     """What is stored under a key. Two are equal if all fields are."""
+
+    json_fields: ClassVar[tuple[str, ...]] = ("key", "value", "revision", "expires_ms")
+    json_values: ClassVar[Mapping[str, str]] = {"value": "json"}
 
     key: str
     json: bytes
@@ -259,13 +274,14 @@ class EntryView(msgspec.Struct, Generic[T], frozen=True, gc=False):
 
     def __repr__(self) -> str:
         expires = "" if self.expires_ms is None else f", expires_at={self.expires_at!r}"
-        return f"EntryView(key={self.key!r}, value={self.value!r}, revision={self.revision}{expires})"
+        shown = f"key={shortened(self.key)}, value={json_shown(self.json)}, revision={self.revision}{expires}"
+        return f"{type(self).__name__}({shown})"
 
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class Page(msgspec.Struct, Generic[T], frozen=True):
+class Page(Plain, msgspec.Struct, Generic[T], frozen=True):
     """Some entries of a scope, in the order of the UTF-8 bytes of their keys."""
 
     entries: tuple[EntryView[T], ...]
@@ -314,7 +330,7 @@ class SetResults(msgspec.Struct, frozen=True, eq=False, gc=False):
     __hash__ = None  # type: ignore[assignment]  # as there
 
     def __repr__(self) -> str:
-        return repr(tuple(self))
+        return repr(tuple(self)) if len(self) <= 5 else f"<{len(self):,} of SetResult>"
 
     # The rest of the protocol, from the standard library; a Struct cannot inherit from an ABC.
     __contains__ = Sequence.__contains__
@@ -328,6 +344,8 @@ Sequence.register(SetResults)
 
 class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
     """Result of a transaction. `revision` is that of its last change."""
+
+    json_fields: ClassVar[tuple[str, ...]] = ("results", "revision", "replayed")
 
     results: Sequence[StepResult]
     """One for each write of the batch, in order.
@@ -348,7 +366,7 @@ class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
         return plain
 
 
-class StateEvent(msgspec.Struct, Generic[T], eq=False, weakref=True, dict=True):
+class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict=True):
     """A change of one key, for handlers and conditions: has attributes, and is a mapping of the reference's six fields.
 
     Source: reference, "State Event Payload". A `state:expired` event has `expired_at` and `late_ms` beside the six.
@@ -366,6 +384,7 @@ class StateEvent(msgspec.Struct, Generic[T], eq=False, weakref=True, dict=True):
         "expired_at",
         "late_ms",
     )
+    json_values: ClassVar[Mapping[str, str]] = {"old_value": "old_json", "new_value": "new_json"}
 
     event_type: Annotated[EventType, msgspec.Meta(description="Type of state change")]
     """What happened. A delete of a missing key is `state:deleted` too (docs/semantics.md, section 2): see `existed`."""
@@ -483,6 +502,17 @@ class StateEvent(msgspec.Struct, Generic[T], eq=False, weakref=True, dict=True):
         """Return the fields of the mapping as a dict, with its own copies of the values."""
         return dict(self.copy())
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `to_json`: the payload of an event, which workers get too. The other attributes are not in it."""
+        return self.to_json()
+
+    def __repr__(self) -> str:
+        old, new = json_shown(self.old_json), json_shown(self.new_json)
+        return (
+            f"{type(self).__name__}({self.event_type!r}, scope={shortened(self.scope)}, key={shortened(self.key)}, "
+            f"old_value={old}, new_value={new}, revision={self.revision})"
+        )
+
     def __getitem__(self, field: str) -> Any:
         if field in self._fields():
             return getattr(self, field)
@@ -515,7 +545,7 @@ _EVENT_FIELDS: Final = StateEvent.json_fields[:6]
 Mapping.register(StateEvent)
 
 
-class DeliveryFailure(msgspec.Struct, frozen=True):
+class DeliveryFailure(Plain, msgspec.Struct, frozen=True):
     """Why an event did not do its work at a trigger, as the `on_error` and `on_dead_letter` hooks receive it."""
 
     trigger_id: str

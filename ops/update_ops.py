@@ -13,6 +13,7 @@ import msgspec
 
 from scopestate.errors import DeserializationError, InvalidValue
 from scopestate.ops import values
+from scopestate.ops.plain import Plain
 from scopestate.ops.values import json_type
 
 MAX_OPS: Final = 10_000
@@ -123,7 +124,7 @@ AnyOp = Set | Merge | Increment | Decrement | Append | Remove | Mapping[str, Any
 """An op as Python code gives it: a struct, or a dict with the same fields."""
 
 
-class OpError(msgspec.Struct, frozen=True, omit_defaults=True):
+class OpError(Plain, msgspec.Struct, frozen=True, omit_defaults=True):
     """Why one op was skipped. The ops after it still ran."""
 
     op_index: Annotated[
@@ -143,6 +144,11 @@ class OpError(msgspec.Struct, frozen=True, omit_defaults=True):
     """For people: the place, what was found, and for a limit both numbers. The wording may change."""
     doc_url: Annotated[str | None, msgspec.Meta(description="Optional documentation URL for this error class.")] = None
     """A page about the code; left out of the JSON if it is None."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as the JSON of an `update` has it."""
+        made: dict[str, Any] = msgspec.to_builtins(self)
+        return made
 
 
 class RefusedOp(OpError, frozen=True, omit_defaults=True):

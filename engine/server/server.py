@@ -31,6 +31,7 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 from scopestate.config import AuthConfig, Config, ServerConfig
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
+from scopestate.ops.plain import Plain
 from scopestate.server.access import Access, AccessCheck
 from scopestate.server.channels import Channels
 from scopestate.server.connections import GOING, POLICY, Batches, Connection, Registry
@@ -76,7 +77,7 @@ _UNAUTHORISED: Final = encode(
 )
 
 
-class ServerStatus(msgspec.Struct, frozen=True):
+class ServerStatus(Plain, msgspec.Struct, frozen=True):
     """What a server does at one moment."""
 
     url: str

@@ -1,0 +1,143 @@
+"""Plain data and short texts of what the engine returns: for `json.dumps`, for web frameworks, and for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar, Final, get_type_hints
+
+import msgspec
+
+from scopestate.ops.values import decode
+
+LONGEST_SHOWN: Final = 200
+"""Characters of one value that a repr shows; of a longer one it shows the beginning and the size."""
+
+
+class Plain:
+    """A base of results, events and figures: they have `to_dict()`, and a repr of limited length.
+
+    FastAPI and pydantic write them as `to_dict()` by themselves. Nothing is prepared when an object is made.
+    """
+
+    __slots__ = ()
+
+    json_fields: ClassVar[tuple[str, ...]] = ()
+    """The fields and properties that the plain data has, in order; none: all fields."""
+    json_values: ClassVar[Mapping[str, str]] = {}
+    """Those of them that are values of keys -> the field that has the value as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a new dict of what JSON can hold: for `json.dumps`, logs and answers.
+
+        The names are those of the attributes. Values are as they were written; times are milliseconds since the epoch; an
+        error is its class and text.
+        """
+        values = self.json_values
+        return {
+            name: _decoded(getattr(self, values[name])) if name in values else plain(getattr(self, name))
+            for name in names_of(type(self))
+        }
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]  # FastAPI writes what `vars()` returns
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        values, defaults = self.json_values, _defaults_of(type(self))
+        shown = []
+        for name in names_of(type(self)):
+            if name in values:
+                shown.append(f"{name}={json_shown(getattr(self, values[name]))}")
+            elif (found := getattr(self, name)) != defaults.get(name, msgspec.NODEFAULT):
+                shown.append(f"{name}={shortened(found)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Called by pydantic only: takes objects of the class, and writes them as `to_dict()`."""
+        from pydantic_core import core_schema  # noqa: PLC0415 - it is there if pydantic calls
+
+        fields = {name: core_schema.typed_dict_field(handler.generate_schema(hint)) for name, hint in _hints(cls)}
+        shape = core_schema.typed_dict_schema(fields, cls_name=cls.__name__, ref=f"scopestate.{cls.__name__}:{id(cls)}")
+        return core_schema.is_instance_schema(
+            cls,
+            metadata={_SHAPE: shape},
+            serialization=core_schema.plain_serializer_function_ser_schema(_written),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:
+        """Called by pydantic only: returns the JSON schema of `to_dict()`."""
+        return handler(schema["metadata"][_SHAPE])
+
+
+_SHAPE: Final = "scopestate_shape"
+
+
+def _written(given: Plain) -> dict[str, Any]:
+    return given.to_dict()
+
+
+def plain(given: Any) -> Any:
+    """Return a field of a result as data that JSON can hold."""
+    if isinstance(given, Plain):
+        return given.to_dict()
+    if isinstance(given, Mapping):
+        return {name: plain(one) for name, one in given.items()}
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return [plain(one) for one in given]
+    if isinstance(given, BaseException):
+        return f"{type(given).__name__}: {given}"
+    return given
+
+
+def _decoded(data: bytes | None) -> Any:
+    return None if data is None else decode(data)
+
+
+def json_shown(data: bytes | None) -> str:
+    """Return the repr of a value that is kept as JSON; of a long one its beginning, without decoding it."""
+    if data is None or len(data) <= LONGEST_SHOWN:
+        return repr(_decoded(data))
+    return f"{data[:LONGEST_SHOWN].decode(errors='ignore')}... ({len(data):,} bytes)"
+
+
+def shortened(given: Any) -> str:
+    """Return a repr of limited length, of a key or of other things that a program has given."""
+    if isinstance(given, str) and len(given) > LONGEST_SHOWN:
+        return f"{given[:LONGEST_SHOWN]!r}... ({len(given):,} characters)"
+    if isinstance(given, Sequence) and not isinstance(given, str) and len(given) > _MOST_ITEMS:
+        return f"<{len(given):,} of {type(given[0]).__name__}>"
+    text = repr(given)
+    return text if len(text) <= _LONGEST_OTHER else f"{text[:_LONGEST_OTHER]}..."
+
+
+_MOST_ITEMS: Final = 5
+_LONGEST_OTHER: Final = 1000
+
+
+@cache
+def names_of(kind: type[Plain]) -> tuple[str, ...]:
+    """Return the names in the plain data of a class."""
+    if kind.json_fields:
+        return kind.json_fields
+    return tuple(field.name for field in msgspec.structs.fields(kind))  # type: ignore[arg-type]  # all are structs
+
+
+@cache
+def _defaults_of(kind: type[Plain]) -> dict[str, Any]:
+    """Return the defaults of the fields of a class: a repr leaves them out."""
+    return {field.name: field.default for field in msgspec.structs.fields(kind)}  # type: ignore[arg-type]  # as above
+
+
+def _hints(kind: type[Plain]) -> list[tuple[str, Any]]:
+    """Return the names in the plain data of a class, each with its type."""
+    fields = get_type_hints(kind)
+    hints = []
+    for name in names_of(kind):
+        hint = Any if name in kind.json_values else fields.get(name)
+        if hint is None:
+            hint = get_type_hints(getattr(kind, name).fget)["return"]
+        hints.append((name, str if hint is BaseException else hint))
+    return hints
