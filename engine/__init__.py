@@ -1,4 +1,14 @@
-"""scopestate: scoped key-value state, owned by actors, with reactive triggers."""
+"""scopestate: scoped key-value state, owned by actors, with reactive triggers.
+
+>>> from scopestate import Engine
+>>> with Engine() as engine:  # in memory; in files, Redis or another engine: Engine.from_config("engine.yaml")
+...     engine.set("users", "ada", {"name": "Ada"})
+...     engine.get("users", "ada")
+SetResult(old_value=None, new_value={'name': 'Ada'}, revision=1)
+{'name': 'Ada'}
+
+`help(Engine)` has the calls, `help(scopestate.errors)` all errors, docs/ the rest.
+"""
 
 from scopestate import ops
 from scopestate.actors.consuming import ConsumerStatus, DeadLetter

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any, ClassVar, Final, get_type_hints
+from typing import Any, ClassVar, Final, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -26,12 +25,14 @@ class Plain:
     """The fields and properties that the plain data has, in order; none: all fields."""
     json_values: ClassVar[Mapping[str, str]] = {}
     """Those of them that are values of keys -> the field that has the value as JSON."""
+    json_optional: ClassVar[tuple[str, ...]] = ()
+    """Those of them that are left out where they say nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a new dict of what JSON can hold: for `json.dumps`, logs and answers.
 
-        The names are those of the attributes. Values are as they were written; times are milliseconds since the epoch; an
-        error is its class and text.
+        The names are those of the attributes. Values are as they were written, times are milliseconds since the epoch,
+        and an error is its class and text.
         """
         values = self.json_values
         return {
@@ -58,25 +59,26 @@ class Plain:
         """Called by pydantic only: takes objects of the class, and writes them as `to_dict()`."""
         from pydantic_core import core_schema  # noqa: PLC0415 - it is there if pydantic calls
 
-        fields = {name: core_schema.typed_dict_field(handler.generate_schema(hint)) for name, hint in _hints(cls)}
-        shape = core_schema.typed_dict_schema(fields, cls_name=cls.__name__, ref=f"scopestate.{cls.__name__}:{id(cls)}")
+        fields = {
+            name: core_schema.typed_dict_field(handler.generate_schema(hint), required=name not in cls.json_optional)
+            for name, hint in _hints(cls)
+        }
+        shape = core_schema.typed_dict_schema(fields, cls=cls)
         return core_schema.is_instance_schema(
             cls,
-            metadata={_SHAPE: shape},
-            serialization=core_schema.plain_serializer_function_ser_schema(_written),
+            ref=f"{cls.__module__}.{cls.__qualname__}:{id(cls)}",
+            serialization=core_schema.plain_serializer_function_ser_schema(_written, return_schema=shape),
         )
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:
         """Called by pydantic only: returns the JSON schema of `to_dict()`."""
-        return handler(schema["metadata"][_SHAPE])
+        return handler(schema["serialization"]["return_schema"])
 
 
-_SHAPE: Final = "scopestate_shape"
-
-
-def _written(given: Plain) -> dict[str, Any]:
-    return given.to_dict()
+def _written(given: Plain | dict[str, Any]) -> dict[str, Any]:
+    """Return what pydantic writes: of what is in another object, `to_dict()` of that has made plain data before."""
+    return given if isinstance(given, dict) else given.to_dict()
 
 
 def plain(given: Any) -> Any:
@@ -117,18 +119,20 @@ _MOST_ITEMS: Final = 5
 _LONGEST_OTHER: Final = 1000
 
 
-@cache
 def names_of(kind: type[Plain]) -> tuple[str, ...]:
     """Return the names in the plain data of a class."""
-    if kind.json_fields:
-        return kind.json_fields
-    return tuple(field.name for field in msgspec.structs.fields(kind))  # type: ignore[arg-type]  # all are structs
+    return kind.json_fields or _fields_of(kind)
 
 
-@cache
+def _fields_of(kind: type[Plain]) -> tuple[str, ...]:
+    names: tuple[str, ...] = kind.__struct_fields__  # type: ignore[attr-defined]  # all such classes are structs
+    return names
+
+
 def _defaults_of(kind: type[Plain]) -> dict[str, Any]:
     """Return the defaults of the fields of a class: a repr leaves them out."""
-    return {field.name: field.default for field in msgspec.structs.fields(kind)}  # type: ignore[arg-type]  # as above
+    defaults: tuple[Any, ...] = kind.__struct_defaults__  # type: ignore[attr-defined]  # as above
+    return dict(zip(reversed(_fields_of(kind)), reversed(defaults), strict=False))
 
 
 def _hints(kind: type[Plain]) -> list[tuple[str, Any]]:
@@ -139,5 +143,14 @@ def _hints(kind: type[Plain]) -> list[tuple[str, Any]]:
         hint = Any if name in kind.json_values else fields.get(name)
         if hint is None:
             hint = get_type_hints(getattr(kind, name).fget)["return"]
-        hints.append((name, str if hint is BaseException else hint))
+        hints.append((name, _plain_hint(hint)))
     return hints
+
+
+def _plain_hint(hint: Any) -> Any:
+    """Return the type of what `plain` makes of a field."""
+    if hint is BaseException:
+        return str
+    if get_origin(hint) in (tuple, Sequence):
+        return list[get_args(hint)[0]]  # type: ignore[misc]  # made for pydantic, not for a type checker
+    return hint

@@ -384,6 +384,7 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
         "expired_at",
         "late_ms",
     )
+    json_optional: ClassVar[tuple[str, ...]] = ("expired_at", "late_ms")
     json_values: ClassVar[Mapping[str, str]] = {"old_value": "old_json", "new_value": "new_json"}
 
     event_type: Annotated[EventType, msgspec.Meta(description="Type of state change")]

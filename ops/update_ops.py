@@ -7,7 +7,7 @@ shape (docs/semantics.md 3, "Op shape rules"); `apply` decides whether an op fit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, ClassVar, Final, cast
 
 import msgspec
 
@@ -126,6 +126,8 @@ AnyOp = Set | Merge | Increment | Decrement | Append | Remove | Mapping[str, Any
 
 class OpError(Plain, msgspec.Struct, frozen=True, omit_defaults=True):
     """Why one op was skipped. The ops after it still ran."""
+
+    json_optional: ClassVar[tuple[str, ...]] = ("doc_url",)
 
     op_index: Annotated[
         int,

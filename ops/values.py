@@ -415,7 +415,7 @@ _ADVICE: Final = {
     "builtins.frozenset": "store sorted(value)",
     "builtins.coroutine": "await it, and store its result",
     "builtins.async_generator": "store [item async for item in value]",
-    "scopestate.SetResult": "store value.to_json()",
+    "scopestate.Plain": "store value.to_dict()",
     "scopestate.Missing": "MISSING stands for a key that does not exist: delete the key, or store None",
     "scopestate.Absence": "KEEP and DELETE are what the function of `modify` may return; to remove the key, delete it",
     "msgspec.Raw": "store msgspec.json.decode(value)",
