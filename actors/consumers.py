@@ -419,8 +419,17 @@ class JournalConsumer(ConsumerPort):
             raise Unsupported(
                 "a transaction of a delivery", f"what is written to scope {scope!r} is never saved (durability memory)"
             )
-        self._exclusive.run(self._progress.join, position)
+        if not self._exclusive.run(self._join, position):
+            # Another engine, or a transaction whose answer was lost, has acknowledged it: no effect may come twice.
+            raise Unsupported("a delivery that is over", f"'{self.name}:{position}' was handled before")
         return ((self.number, position),)
+
+    def _join(self, position: int) -> bool:
+        self._settle_ended()
+        if position not in self._progress.open:
+            return False
+        self._progress.join(position)
+        return True
 
     @exclusive
     def transaction_failed(self, position: int) -> None:

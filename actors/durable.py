@@ -521,6 +521,11 @@ class DurableHandler(HandlerActor):
         return (item.due_ms - self._clock.now_ms()) / 1000 if item.due_ms else 0.0
 
     def _pause(self, run: Run) -> None:
+        attempt = run.extra
+        if attempt is not None and attempt.over and attempt.lost:
+            run.pending = None
+            self._end(run)
+            return
         pause = run.pending
         if pause.delay_s < math.inf:  # type: ignore[union-attr]  # it is a pause
             super()._pause(run)
@@ -550,6 +555,9 @@ class DurableHandler(HandlerActor):
         for position in lost.intersection(self._in_shape):
             del self._in_shape[position]
         lanes = self._lanes
+        for run in self._runs_under_way():
+            if run.extra is not None:
+                run.extra.lose(lost)  # its attempt may have ended, and the run not have come back to wait for the next
         for run in [] if lanes is None else [run for run in lanes.aside if _is_lost(run.item, lost)]:
             self._blocked.pop(run.item.event.position, None)
             if run.paused:

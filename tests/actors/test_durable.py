@@ -400,6 +400,35 @@ def test_a_coroutine_keeps_its_lane_and_no_thread(stage: Stage) -> None:
     assert sorted(seen) == list(range(1, 21))
 
 
+def test_what_is_lost_just_when_its_attempt_has_failed_is_not_tried_again(stage: Stage, monkeypatch: Any) -> None:
+    """Another engine has it, or a transaction whose answer was lost has acknowledged it."""
+    seen: list[int] = []
+    done = threading.Event()
+
+    def ship(event: StateEvent) -> None:
+        seen.append(event.revision)
+        if event.revision == 1:
+            raise OSError("try again")
+        done.set()
+
+    handler = stage.begin(ship, concurrency=2, retry=Retry(first=0.0))
+    handler.apart = True  # as once a call was found to block
+    hear = handler._hear
+
+    def lose_first() -> None:
+        if any(run.news == "pause" for run in handler._news):
+            handler.lost([1])
+            handler._lose()
+        hear()
+
+    monkeypatch.setattr(handler, "_hear", lose_first)
+    stage.port.put("a")
+    stage.port.put("a")  # its lane goes on
+
+    assert done.wait(PATIENCE_S)
+    assert seen == [1, 2]
+
+
 def test_a_coroutine_over_its_time_is_cancelled_and_tried_again(stage: Stage) -> None:
     attempts: list[int] = []
     done = threading.Event()

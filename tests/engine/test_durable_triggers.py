@@ -889,3 +889,27 @@ def test_while_its_function_is_missing_few_events_wait_in_memory(
         time.sleep(0.01)
 
     assert sorted(seen) == list(range(300))
+
+
+def test_a_transaction_of_a_delivery_that_is_over_is_refused(opened: Opener) -> None:
+    """Its effects would be there twice: another engine, or a transaction whose answer was lost, has acknowledged it."""
+    engine = opened()
+    done = threading.Event()
+    positions: list[int] = []
+
+    @engine.on_change(scope="orders", durable="ship")
+    def ship(event: StateEvent, delivery: Delivery) -> None:
+        positions.append(int(delivery.id.rpartition(":")[2]))
+        with delivery.transaction("totals") as tx:
+            tx.set("sum", tx.get("sum", 0) + event.new_value)
+        done.set()
+
+    engine.set("orders", "a", 5, durable=True)
+    engine.drain(PATIENCE_S)
+    assert done.is_set()
+    consumers: Any = engine._parts.snapshot.consumers
+    (consumer,) = consumers._by_name.values()
+
+    with pytest.raises(Unsupported, match="was handled before"):
+        consumer.transaction(positions[0], "totals")
+    assert engine.get("totals", "sum") == 5
