@@ -202,6 +202,10 @@ class ConsumerPort(ABC):
         """Return outcomes that are kept in this engine only: another port goes on. The runtime hears nothing more."""
         return []
 
+    def left_behind(self) -> list[Outcome]:
+        """Return the outcomes that were noted since `hand_over`, each one time: they are for the next port."""
+        return []
+
     @abstractmethod
     def flush(self) -> None:
         """Return when what has ended is saved. Raises StorageError."""

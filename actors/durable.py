@@ -255,7 +255,7 @@ class DurableHandler(HandlerActor):
         self.begins_at_once = port.notes_at_once
         if self.active and not self._stopped:
             port.start(self.trigger, self.wake_up, self.lost, lambda: {**running, **self.running()})
-        port.ended(unsent)
+        port.ended(unsent + before.left_behind())
 
     def forget(self) -> None:
         """Its consumer is forgotten: nothing that is here counts any more."""
@@ -477,7 +477,7 @@ class DurableHandler(HandlerActor):
 
     def _pass_over(self, position: int) -> None:
         """It is not delivered, and needs not be."""
-        self.port.ended((Outcome(position, "done"),))
+        self._tell_port((Outcome(position, "done"),))
         self._note("skipped")
         if self._barriers:
             self._discard(position)
@@ -908,7 +908,7 @@ class DurableHandler(HandlerActor):
         """The attempt is over: its lane goes on, or waits."""
         item = attempt.item
         # Before the lane goes on: a save must not have the next one of it without this one.
-        self.port.ended((outcome,) if type(item) is Held else _for_each(outcome, item))
+        self._tell_port((outcome,) if type(item) is Held else _for_each(outcome, item))
         if outcome.verdict == "retry":
             item.due_ms = outcome.due_ms
             attempt.pause = Pause(max(self.wait_for(item), 0.0))
@@ -918,6 +918,12 @@ class DurableHandler(HandlerActor):
         attempt.over = True
         attempt.counted = counted
         del self._attempts[attempt]
+
+    def _tell_port(self, outcomes: Sequence[Outcome]) -> None:
+        port = self.port
+        port.ended(outcomes)
+        if self.port is not port and (late := port.left_behind()):
+            self.port.ended(late)  # the port was exchanged in between
 
     def _take_back(self, attempt: Attempt, pause_s: float = 0.0) -> None:
         """It counts as not begun, and is begun again when it may, after a pause."""

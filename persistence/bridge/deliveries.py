@@ -132,6 +132,8 @@ class RemotePort(ConsumerPort):
         self._outcomes: list[Outcome] = []
         self._changing = threading.Lock()
         """Held for a moment, to change `_outcomes`. Not on the main thread."""
+        self._is_left = False
+        self._left_behind: list[Outcome] = []
         self._paused: str | None = None
         self._joined = asyncio.Event()
         """Set while the other engine knows this one. On the loop."""
@@ -211,23 +213,32 @@ class RemotePort(ConsumerPort):
             self._lost(gone)
 
     def ended(self, outcomes: Sequence[Outcome]) -> None:
-        # No lock: a handler's thread must not wait for the other engine here.
-        told = []
-        for one in outcomes:
-            if one.position in self._held:
-                told.append(one)
-                if one.verdict in ("done", "dead"):
-                    self._held.pop(one.position, None)
-                    self._serials.pop(one.position, None)
-                else:
-                    self._held[one.position] = 0
+        # Not `_saying`: a handler's thread must not wait for the other engine here.
         with self._changing:
-            self._outcomes += told
+            if self._is_left:
+                self._left_behind += outcomes
+                return
+            for one in outcomes:
+                if one.position in self._held:
+                    self._outcomes.append(one)
+                    if one.verdict in ("done", "dead"):
+                        self._held.pop(one.position, None)
+                        self._serials.pop(one.position, None)
+                    else:
+                        self._held[one.position] = 0
         self.nudge()
 
     def hand_over(self) -> list[Outcome]:
         self._wake = self._lost = _nothing
-        return self.take_outcomes()
+        with self._changing:
+            self._is_left = True
+            told, self._outcomes = self._outcomes, []
+        return told
+
+    def left_behind(self) -> list[Outcome]:
+        with self._changing:
+            told, self._left_behind = self._left_behind, []
+        return told
 
     def take_outcomes(self) -> list[Outcome]:
         """Return the outcomes that are not told yet, and forget them."""

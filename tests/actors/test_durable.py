@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from keeping import Stage
+from keeping import Kept, Stage
 
-from scopestate.actors.consuming import Held
+from scopestate.actors.consuming import Held, Outcome
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.dispatcher import ThreadDispatcher
 from scopestate.actors.durable import takes_two
@@ -398,6 +399,61 @@ def test_a_coroutine_keeps_its_lane_and_no_thread(stage: Stage) -> None:
     for _ in range(20):
         assert done.acquire(timeout=PATIENCE_S)
     assert sorted(seen) == list(range(1, 21))
+
+
+@pytest.mark.parametrize("when", ["is left", "goes on", "has moved"])
+def test_what_ends_while_another_port_takes_over_is_told_to_that_port(stage: Stage, when: str) -> None:
+    runs, ends, told, moved = (threading.Event() for _ in range(4))
+    ends_late = threading.Event()
+    late: list[Outcome] = []
+
+    class Before(Kept):
+        def hand_over(self) -> list[Outcome]:
+            if when == "is left":
+                ends.set()
+                assert told.wait(PATIENCE_S)
+            return []
+
+        def ended(self, outcomes: Sequence[Outcome]) -> None:
+            if when == "has moved":
+                ends_late.set()
+                assert moved.wait(PATIENCE_S)
+            late.extend(outcomes)
+            told.set()
+
+        def left_behind(self) -> list[Outcome]:
+            found = late[:]
+            late.clear()
+            moved.set()
+            return found
+
+    class After(Kept):
+        def start(self, *args: Any) -> None:
+            ends.set()
+            if when == "goes on":
+                assert told.wait(PATIENCE_S)
+            super().start(*args)
+
+    def ship(event: StateEvent) -> None:
+        runs.set()
+        assert ends.wait(PATIENCE_S)
+
+    before, after = Before(), After()
+    stage.port = before
+    handler = stage.begin(ship, concurrency=2)
+    handler.apart = True  # the call does not hold up the turn that exchanges the port
+    before.put("a")
+    assert runs.wait(PATIENCE_S)
+    if when == "has moved":
+        ends.set()
+        assert ends_late.wait(PATIENCE_S)  # it has the old port in its hands
+    handler.move_to(after)
+
+    deadline = time.monotonic() + PATIENCE_S
+    while not after.outcomes:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.001)
+    assert after.ended_as() == [(1, "done")]
 
 
 def test_what_is_lost_just_when_its_attempt_has_failed_is_not_tried_again(stage: Stage, monkeypatch: Any) -> None:
