@@ -154,10 +154,15 @@ class Handshakes:
 
     async def accept_from(self, listener: socket.socket) -> None:
         """Accept until cancelled. Nothing that a client does ends it."""
+        # Not `loop.sock_accept`: one that is cancelled just when a client has come drops the socket without closing it.
         loop = asyncio.get_running_loop()
         while True:
             try:
-                accepted, _ = await loop.sock_accept(listener)
+                accepted, _ = listener.accept()
+                accepted.setblocking(False)
+            except (BlockingIOError, InterruptedError):
+                await _readable(loop, listener)
+                continue
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     # Other descriptors of the process have taken what was kept in reserve.
@@ -167,8 +172,8 @@ class Handshakes:
                 elif listener.fileno() < 0:
                     return
                 continue  # the client had left before it was accepted
-            if self._admit(loop, accepted):
-                await asyncio.sleep(CLOSING_S)
+            # 0: others get their turn, however many clients come.
+            await asyncio.sleep(CLOSING_S if self._admit(loop, accepted) else 0)
 
     def _admit(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> bool:
         """Hold a new connection, or close it. True: descriptors are short, so pause before the next one."""
@@ -208,6 +213,16 @@ class Handshakes:
         """Close every connection that waits."""
         for arrival in list(self._waiting):
             arrival.end()
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+    """Wait for a client."""
+    came = asyncio.Event()
+    loop.add_reader(listener, came.set)
+    try:
+        await came.wait()
+    finally:
+        loop.remove_reader(listener)
 
 
 class _Arrival(asyncio.BufferedProtocol):
