@@ -63,6 +63,9 @@ class AioEngine(AioStateCalls):
         self._count_get = engine._count_get
         self._deadlines: dict[asyncio.AbstractEventLoop, Deadlines] = {}
 
+    def __repr__(self) -> str:
+        return f"<AioEngine of {self._engine!r}>"
+
     async def set(self, scope: str, key: str, value: object, **options: Unpack[SetOptions]) -> SetResult:
         """As `Engine.set`."""
         if IN_CALLBACK:

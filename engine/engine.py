@@ -612,6 +612,13 @@ class Engine(Reactive, StateCalls):
         """True once the engine refuses calls."""
         return self._closing.begun or self._forked
 
+    def __repr__(self) -> str:
+        parts: Parts | None = getattr(self, "_parts", None)
+        if parts is None:
+            return "<Engine: not opened>"
+        state = "closed" if self.closed else "open"
+        return f"<Engine: {parts.described()}; {state}, {len(parts.directory):,} scopes in use>"
+
     def close(self) -> None:
         """Close the engine: refuse calls, save, deliver events for at most `close_grace_ms`, save, release the store.
 

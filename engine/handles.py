@@ -23,6 +23,7 @@ from scopestate.ops.options import (
     WatchOptions,
     WriteOptions,
 )
+from scopestate.ops.plain import shortened
 from scopestate.ops.ranges import PAGE_KEYS
 from scopestate.ops.results import T
 from scopestate.ops.update_ops import AnyOp
@@ -252,7 +253,7 @@ class Scope(Generic[T]):
         return ref
 
     def __repr__(self) -> str:
-        return f"<Scope {self.name!r}>"
+        return f"<Scope {shortened(self.name)}>"
 
 
 class PlainScope(Scope[Any]):
@@ -401,7 +402,7 @@ class AioScope(Generic[T]):
         return self._engine.watch(self.name, **options)
 
     def __repr__(self) -> str:
-        return f"<AioScope {self.name!r}>"
+        return f"<AioScope {shortened(self.name)}>"
 
 
 class PlainAioScope(AioScope[Any]):

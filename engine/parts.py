@@ -31,6 +31,7 @@ from scopestate.config import (
     AuthConfig,
     Config,
     FunctionRef,
+    KvOptions,
     LimitsConfig,
     ServerConfig,
     TriggerConfig,
@@ -52,6 +53,7 @@ from scopestate.ops.functions import BUILT_IN, FLUSH
 from scopestate.ops.results import DeliveryFailure
 from scopestate.ops.triggers import Trigger, read_options
 from scopestate.ops.turns import checked_length
+from scopestate.persistence.local import LocalBackend
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
@@ -129,6 +131,18 @@ class Parts:
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that applies changes of the file."""
         self.tally = {function_id: Tally() for function_id in (*BUILT_IN, polls.FUNCTION_ID, FLUSH)}
+
+    def described(self) -> str:
+        """Describe where the state is kept, without a look at the disk, and without passwords."""
+        if self.sharing is not None:
+            return f"{self.sharing.directory}, {self.sharing.role}"
+        options = self.config.adapter.config
+        if not isinstance(options, KvOptions):
+            return options.described()
+        if not isinstance(self.backend, LocalBackend):
+            return f"adapter {type(self.backend).__name__}"
+        store = self.backend.store
+        return "in memory" if store is None else f"adapter {type(store).__name__}"
 
     def _attach(self, backend: Backend) -> None:
         """Have everything that depends on the backend go by this one, except the scopes. Raises StorageError."""

@@ -490,6 +490,11 @@ class Sharing:
 
     # ----------------------------------------------------------------------------------------------------------- status
 
+    @property
+    def role(self) -> Literal["owner", "follower"]:
+        """As in `SharingStatus`, known without a look at the directory."""
+        return self._role
+
     def status(self) -> SharingStatus:
         """Return which process owns the directory, and how many engines follow."""
         holder = self._holder()

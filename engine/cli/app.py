@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import scopestate
 from scopestate.cli import config, consumers, state, store, watch
 from scopestate.cli.serve import serve
 from scopestate.cli.terminal import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
@@ -86,7 +86,7 @@ app.add_typer(store.app, name="store", rich_help_panel=_FILES)
 def _print_version(asked: bool) -> None:
     if asked:
         with errors_to_exit_codes(as_json=False):
-            out(f"scopestate {installed_version()}")
+            out(f"scopestate {scopestate.__version__}")
         raise typer.Exit
 
 
@@ -97,14 +97,6 @@ def main_options(
     ] = False,
 ) -> None:
     """Scoped key-value state: serve an engine, call or watch a running one, check configurations and stores."""
-
-
-def installed_version() -> str:
-    """Return the version of the installed distribution."""
-    try:
-        return version("scopestate")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def main() -> None:

@@ -81,8 +81,8 @@ def test_results_compare_by_content_and_show_it(engine: Engine) -> None:
     assert engine.set("s", "d", {"a": 1, "b": 2}) == engine.set("s", "e", {"b": 2, "a": 1})
     assert one != update
     assert one != "something else"
-    assert repr(one) == "SetResult(old_value=None, new_value=[1])"
-    assert repr(update) == "UpdateResult(old_value=None, new_value={})"
+    assert repr(one) == "SetResult(old_value=None, new_value=[1], revision=1)"
+    assert repr(update) == "UpdateResult(old_value=None, new_value={}, revision=3)"
 
 
 def test_get_tells_a_missing_key_from_a_stored_null_by_its_default(engine: Engine) -> None:

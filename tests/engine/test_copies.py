@@ -99,6 +99,7 @@ ERRORS = [
     errors.ScopestateError("x"),
     errors.InvalidValue("$.a", "no JSON"),
     errors.ValueTooLarge("s", "k", 2, 1),
+    errors.SchemaViolation("s", "k", "$.a", "x", "User", written=False),
     errors.Conflict("s", [errors.KeyConflict(0, "k", 3, 4), errors.KeyConflict(1, "l", None, 0)]),
     errors.UpdateRefused("s", [ops.RefusedOp(0, "set.path.proto_polluted", "x", index=1)]),
     errors.BatchTooLarge("s", 1001, 1000, "keys"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
+import pydoc
 import subprocess
 import sys
 import types
@@ -15,7 +17,17 @@ PACKAGES = ["scopestate", "scopestate.actors", "scopestate.ops", "scopestate.per
 UNTRACED = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 """Without what makes a child measure coverage, which itself imports much."""
 
-LATE = ["yaml", "watchdog", "sqlite3", "scopestate.catalogue", "redis", "websockets"]
+LATE = [
+    "yaml",
+    "watchdog",
+    "sqlite3",
+    "scopestate.catalogue",
+    "redis",
+    "websockets",
+    "pydantic",
+    "pydantic_core",
+    "importlib.metadata",
+]
 """What only some programs need; a plain import must not pay for it."""
 
 
@@ -50,29 +62,45 @@ def test_the_names_that_programs_need_are_at_the_top() -> None:
         "DELETE",
         "KEEP",
         "MISSING",
+        "AioEngine",
+        "AioScope",
         "BatchResult",
         "CasResult",
         "Change",
         "Compacted",
+        "Config",
+        "ConfigError",
         "Conflict",
         "ConsumerStatus",
         "DeadLetter",
+        "DeleteResult",
         "Delivery",
         "DeliveryFailure",
         "Discard",
         "Engine",
+        "EngineClosed",
         "EntryView",
+        "Health",
+        "InvalidValue",
         "ModifyResult",
+        "Overloaded",
         "Page",
+        "ReplyTimeout",
         "Retry",
         "RetryLater",
         "SchemaViolation",
+        "Scope",
         "ScopestateError",
         "SetResult",
+        "SharingStatus",
         "StateEvent",
+        "Stats",
         "StorageError",
+        "StoreLocked",
+        "UpdateRefused",
         "UpdateResult",
         "WatchOverrun",
+        "errors",
         "messages",
         "ops",
     ]
@@ -118,3 +146,50 @@ def test_an_engine_in_memory_needs_none_of_it_either() -> None:
     )
 
     assert subprocess.run([sys.executable, "-c", code], env=UNTRACED, check=False).returncode == 0
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    import scopestate
+
+    assert scopestate.__version__ == importlib.metadata.version("scopestate")
+    assert "__version__" in dir(scopestate)
+
+
+def test_the_source_without_a_package_has_a_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import scopestate
+
+    monkeypatch.delitem(vars(scopestate), "__version__", raising=False)
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+    assert scopestate.__version__ == "0+unknown"
+    monkeypatch.delitem(vars(scopestate), "__version__")
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    import scopestate
+
+    with pytest.raises(AttributeError, match="module 'scopestate' has no attribute 'Engin'"):
+        scopestate.Engin  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_what_is_loaded_late_is_listed_for_completion_and_is_the_class_itself() -> None:
+    import scopestate
+    import scopestate.aio
+
+    assert set(scopestate.__all__) <= set(dir(scopestate))
+    assert scopestate.AioEngine is scopestate.aio.AioEngine
+
+
+def test_help_is_short_and_begins_with_an_example() -> None:
+    import scopestate
+
+    text = pydoc.plain(pydoc.render_doc(scopestate))
+
+    assert len(text.splitlines()) < 100
+    assert 'engine.set("users", "ada", {"name": "Ada"})' in text
+    assert "VERSION\n    " + scopestate.__version__ in text
+    assert len(pydoc.plain(pydoc.render_doc(scopestate.Engine)).splitlines()) > 100

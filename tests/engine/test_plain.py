@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +27,14 @@ from scopestate import (
     StateEvent,
     UpdateResult,
 )
+from scopestate.config import AdapterConfig, Config, KvOptions, RedisOptions
 from scopestate.ops import Append, Increment
 from scopestate.ops.changes import KnownCursor
 from scopestate.ops.plain import Plain
 from scopestate.ops.results import DeleteResult, TouchResult
 from scopestate.ops.update_ops import OpError
+from scopestate.parts import Parts
+from scopestate.persistence.sqlite.adapter import FileAdapter
 from scopestate.stats import Health, Stats
 
 EVENT: StateEvent[Any] = StateEvent("state:updated", "s", "k", b"1", b'{"a":[2]}', 7)
@@ -264,3 +268,35 @@ def test_no_repr_shows_a_large_value() -> None:
             done.append(next(changes))
 
     assert [len(repr(one)) for one in done if len(repr(one)) > 3000] == []
+
+
+def test_an_engine_shows_where_its_state_is_and_whether_it_is_open(tmp_path: Path) -> None:
+    with Engine() as engine:
+        engine.set("s", "k", 1)
+        assert repr(engine) == "<Engine: in memory; open, 1 scopes in use>"
+        assert repr(engine.aio) == f"<AioEngine of {engine!r}>"
+    assert repr(engine) == "<Engine: in memory; closed, 1 scopes in use>"
+    assert repr(Engine.__new__(Engine)) == "<Engine: not opened>"
+
+    config = Config(adapter=AdapterConfig("kv", KvOptions(store_method="file_based", file_path=str(tmp_path / "d"))))
+    with Engine(config) as engine:
+        assert repr(engine) == f"<Engine: {(tmp_path / 'd').resolve()}, owner; open, 0 scopes in use>"
+
+    with Engine(adapter=FileAdapter(tmp_path / "other")) as engine:
+        assert repr(engine) == "<Engine: adapter FileAdapter; open, 0 scopes in use>"
+
+
+def test_an_engine_shows_no_password() -> None:
+    options = RedisOptions(redis_url="redis://ada:hunter2@localhost:1/3", password="hunter3")
+    parts = Parts.__new__(Parts)
+    parts.config, parts.sharing = Config(adapter=AdapterConfig("redis", options)), None
+
+    assert parts.described() == "Redis at redis://localhost:1/3, local events"
+
+
+def test_handles_show_the_scope_and_its_type() -> None:
+    with Engine() as engine:
+        assert repr(engine.scope("s")) == "<Scope 's'>"
+        assert repr(engine.scope("s").aio) == "<AioScope 's'>"
+        assert "dict[str, int]" in repr(engine.scope("s", type=dict[str, int]))
+        assert len(repr(engine.scope("s" * 5000))) < 300
