@@ -63,7 +63,7 @@ class Plain:
             name: core_schema.typed_dict_field(handler.generate_schema(hint), required=name not in cls.json_optional)
             for name, hint in _hints(cls)
         }
-        shape = core_schema.typed_dict_schema(fields, cls=cls)
+        shape = core_schema.typed_dict_schema(fields)
         return core_schema.is_instance_schema(
             cls,
             ref=f"{cls.__module__}.{cls.__qualname__}:{id(cls)}",
@@ -73,7 +73,9 @@ class Plain:
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:
         """Called by pydantic only: returns the JSON schema of `to_dict()`."""
-        return handler(schema["serialization"]["return_schema"])
+        first = (cls.__doc__ or "").split("\n\n")[0]
+        shape = handler(schema["serialization"]["return_schema"])
+        return {**shape, "title": cls.__name__, "description": " ".join(first.split())}
 
 
 def _written(given: Plain | dict[str, Any]) -> dict[str, Any]:
