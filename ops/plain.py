@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from scopestate.ops.values import decode
+from scopestate.ops.values import class_name, decode
 
 LONGEST_SHOWN: Final = 200
 """Characters of one value that a repr shows; of a longer one it shows the beginning and the size."""
@@ -92,8 +92,16 @@ def plain(given: Any) -> Any:
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [plain(one) for one in given]
     if isinstance(given, BaseException):
-        return f"{type(given).__name__}: {given}"
+        return f"{class_name(given)}: {_text_of(given)}"
     return given
+
+
+def _text_of(given: object, text: Callable[[Any], str] = str) -> str:
+    """Return `str` or `repr` of what a program has given; its own methods may raise."""
+    try:
+        return text(given)
+    except Exception as problem:  # noqa: BLE001 - whatever the program's own method raises
+        return f"(its text could not be read: {class_name(problem)})"
 
 
 def _decoded(data: bytes | None) -> Any:
@@ -113,7 +121,7 @@ def shortened(given: Any) -> str:
         return f"{given[:LONGEST_SHOWN]!r}... ({len(given):,} characters)"
     if isinstance(given, Sequence) and not isinstance(given, str) and len(given) > _MOST_ITEMS:
         return f"<{len(given):,} of {type(given[0]).__name__}>"
-    text = repr(given)
+    text = _text_of(given, repr)
     return text if len(text) <= _LONGEST_OTHER else f"{text[:_LONGEST_OTHER]}..."
 
 

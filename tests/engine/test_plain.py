@@ -300,3 +300,16 @@ def test_handles_show_the_scope_and_its_type() -> None:
         assert repr(engine.scope("s").aio) == "<AioScope 's'>"
         assert "dict[str, int]" in repr(engine.scope("s", type=dict[str, int]))
         assert len(repr(engine.scope("s" * 5000))) < 300
+
+
+def test_an_error_whose_text_cannot_be_read_spoils_nothing_else() -> None:
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise KeyError("x")
+
+        __repr__ = __str__
+
+    failure = DeliveryFailure("t", "f", EVENT, Silent(), 1, True)
+
+    assert failure.to_dict()["error"] == "Silent: (its text could not be read: KeyError)"
+    assert "error=(its text could not be read: KeyError), attempt=1" in repr(failure)
