@@ -1,11 +1,12 @@
 """scopestate: scoped key-value state, owned by actors, with reactive triggers.
 
 >>> from scopestate import Engine
->>> with Engine() as engine:  # in memory; for files, Redis or another engine: Engine.from_config("engine.yaml")
-...     engine.set("users", "ada", {"name": "Ada"})
-...     engine.get("users", "ada")
+>>> engine = Engine()  # in memory; for files, Redis or another engine: Engine.from_config("engine.yaml")
+>>> engine.set("users", "ada", {"name": "Ada"})
 SetResult(old_value=None, new_value={'name': 'Ada'}, revision=1)
+>>> engine.get("users", "ada")
 {'name': 'Ada'}
+>>> engine.close()
 
 `help(scopestate.Engine)` describes the calls, and `dir(scopestate)` has the names of what else there is: handles
 (`Scope`), results (`SetResult`, ...), what handlers get (`StateEvent`, `Delivery`), errors (all: `scopestate.errors`).
