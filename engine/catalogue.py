@@ -209,7 +209,7 @@ def _fields(kind: Any) -> Iterator[tuple[str, Any, bool]]:
         yield from ((name, hint, name in kind.__required_keys__) for name, hint in hints.items())
         return
     struct_fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
-    for name in getattr(kind, "json_fields", struct_fields):
+    for name in getattr(kind, "json_fields", ()) or struct_fields:
         field = struct_fields.get(name)
         if field is None:  # a property
             hint = get_type_hints(getattr(kind, name).fget, include_extras=True)["return"]
