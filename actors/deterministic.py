@@ -239,7 +239,7 @@ class DeterministicDispatcher:
             able = [worker for worker in self._parked if worker.can_go(self._now)]
             if ready or able:
                 break
-            due = self._next_due()
+            due = self.next_due()
             if due is None or due > latest:
                 return False
             self._now = max(self._now, due)
@@ -273,8 +273,8 @@ class DeterministicDispatcher:
         finally:
             self._ringing = False
 
-    def _next_due(self) -> float | None:
-        """Return when something becomes ready by itself; None if nothing will."""
+    def next_due(self) -> float | None:
+        """Return the virtual second at which something becomes ready by itself; None if nothing will."""
         timers = self._timers
         while timers and timers[0][2].callback is None:
             heapq.heappop(timers)
@@ -303,7 +303,7 @@ class DeterministicDispatcher:
             pass
         if reply.done:
             return
-        if deadline is None or self._next_due() is None:
+        if deadline is None or self.next_due() is None:
             raise WouldDeadlock(
                 "nothing is left to run that could deliver this reply; "
                 f"turns that wait themselves: {', '.join(self.waiting()) or 'none'}"

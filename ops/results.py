@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Generic, Lite
 
 import msgspec
 
+from scopestate.ops.apply import MISSING
 from scopestate.ops.plain import Plain, json_shown, shortened
 from scopestate.ops.update_ops import OPTIONAL, OpError
-from scopestate.ops.values import decode
+from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -460,6 +461,48 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
     def existed(self) -> bool:
         """True if the key existed before: a delete with `existed` false removed nothing."""
         return self.old_json is not None
+
+    @classmethod
+    def example(
+        cls,
+        event_type: EventType | None = None,
+        *,
+        scope: str = "scope",
+        key: str = "key",
+        old_value: object = MISSING,
+        new_value: object = MISSING,
+        revision: int = 1,
+        depth: int = 0,
+        time_ms: int = 1_767_225_600_000,
+        metadata: Any = None,
+    ) -> StateEvent[Any]:
+        """Return an event for the unit test of a handler, made without an engine.
+
+        Its type follows from the values: `state:created` with a new value or none at all, `state:updated` with both,
+        `state:deleted` with an old value only. A value that is not given does not exist, with one exception: the new
+        value of a created event is then {}. None is JSON's null. An expired event has its deadline at `time_ms`.
+        Raises InvalidValue for what JSON cannot hold. Two events are equal if the fields of the mapping are.
+        """
+        if event_type is None:
+            had, has = old_value is not MISSING, new_value is not MISSING
+            event_type = "state:updated" if had and has else "state:deleted" if had else "state:created"
+        if event_type in {"state:created", "state:updated"} and new_value is MISSING:
+            new_value = {}
+        expired = event_type == "state:expired"
+        return StateEvent(
+            event_type,
+            scope,
+            key,
+            None if old_value is MISSING else encode(old_value),
+            None if new_value is MISSING else encode(new_value),
+            revision,
+            depth,
+            time_ms if expired else None,
+            0 if expired else None,
+            revision,
+            time_ms,
+            metadata=metadata,
+        )
 
     def copy(self) -> StateEvent:
         """Return the same event with its own values, so that changes that one handler makes to them reach no other."""

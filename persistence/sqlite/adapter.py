@@ -222,6 +222,11 @@ class FileAdapter(Store):
         self._saving.run(self._close)
         _opened.discard(self)
 
+    def leave(self) -> None:
+        """Release the files as a process leaves them that is killed: the end of the session is not noted."""
+        self._closed = True
+        self.close()
+
     def _close(self) -> None:
         if not self._closed and not self._damage:
             self._end_session()

@@ -1,0 +1,217 @@
+"""For the tests of programs: engines on a clock that the test moves, and the crash of such an engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, Self
+
+import msgspec
+
+from scopestate import lifecycle
+from scopestate.actors.deterministic import START_S, DeterministicDispatcher
+from scopestate.config import Config, KvOptions, from_mapping, load
+from scopestate.engine import Engine
+from scopestate.errors import EngineClosed, Unsupported
+from scopestate.opening import durable_mistakes
+from scopestate.ops.results import DeliveryFailure
+from scopestate.persistence.sqlite.adapter import FileAdapter
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
+"""A configuration: a file, a mapping of the same shape, a Config, or nothing (in memory)."""
+
+_ROUNDING_S: Final = 1e-6
+"""Times of day in seconds are sums of floats: those nearer to one another than this are the same."""
+NAMED: Final = 10
+"""How many failures a message shows."""
+
+
+def read_config(source: Source) -> Config:
+    """Return the configuration. Raises ConfigError."""
+    if isinstance(source, Config):
+        return source
+    if source is None:
+        return Config()
+    return load(source) if isinstance(source, (str, os.PathLike)) else from_mapping(source)
+
+
+class _Opened(msgspec.Struct, eq=False):
+    """An engine on the clock."""
+
+    engine: Engine
+    config: Config
+    dispatcher: DeterministicDispatcher
+    store: FileAdapter | None
+    began_s: float
+    """What the clock showed when it was opened."""
+
+
+class VirtualClock:
+    """Time for engines in memory and in files that passes only when the test says so.
+
+    ::
+
+        clock = VirtualClock()
+        engine = clock.open()
+        engine.set("sessions", "ada", 1, ttl=30)
+        clock.advance(60)                        # runs what is due, in order, each at its own time
+        assert engine.get("sessions", "ada") is None
+
+    On such an engine nothing runs by itself: handlers, saves, expiry and retries run in `advance` and `run`, and in
+    calls that wait for them (`drain`, `flush`, a write with `durability: commit`). Handlers run one at a time.
+    Use it, and the engines, on the thread that made it. Refused by the engines: coroutine handlers and `engine.aio`,
+    whose event loops have a time of their own. Redis and a bridge keep time in another process: Unsupported.
+    """
+
+    def __init__(self, start: datetime | None = None) -> None:
+        """`start`: the time at which it begins, with a time zone; by default 2026-01-01 in UTC."""
+        self._now_s = START_S if start is None else start.timestamp()
+        self._opened: list[_Opened] = []
+        self.failures: list[DeliveryFailure] = []
+        """The events that were given up, or reached no handler. A test that expects them removes them."""
+
+    @property
+    def now(self) -> datetime:
+        """The time that the engines see, in UTC."""
+        return datetime.fromtimestamp(self._now_s, UTC)
+
+    def open(self, config: Source = None) -> Engine:
+        """Open an engine on this clock. Raises ConfigError, StorageError, and Unsupported for Redis and a bridge."""
+        read = read_config(config)
+        options = read.adapter.config
+        if not isinstance(options, KvOptions):
+            raise Unsupported(
+                f"the adapter {read.adapter.name} on a virtual clock",
+                "time passes in another process there: use the real clock",
+            )
+        for mistake in durable_mistakes(read):
+            raise mistake
+        # A process of its own, which shares its directory with none: sharing goes by the real time.
+        store = FileAdapter(options.file_path) if options.store_method == "file_based" else None
+        dispatcher = DeterministicDispatcher(0, switch=0.0, busy=0.0, wall_s=self._now_s)
+        try:
+            engine = Engine(read, on_error=self._note, adapter=store, dispatcher=dispatcher, handle_sigterm=False)
+        except BaseException:
+            dispatcher.kill()
+            if store is not None:
+                store.close()
+            raise
+        self._opened.append(_Opened(engine, read, dispatcher, store, self._now_s))
+        return engine
+
+    def _note(self, failure: DeliveryFailure) -> None:
+        if failure.final:
+            self.failures.append(failure)
+
+    def run(self) -> None:
+        """Run what is due now: the handlers of what was written, for example. Raises as `advance`."""
+        self.advance(0.0)
+
+    def advance(self, seconds: float) -> None:
+        """Let `seconds` pass, and run all that is due in that time, each at its own time: one thing after the other.
+
+        What something at 10 s has fall due at 20 s runs too, if it is within `seconds`. When this returns, the handlers
+        have ended. Raises ValueError for less than 0 seconds; and an ExceptionGroup of the errors of handlers whose
+        events were given up meanwhile, after all is done. They stay in `failures`.
+        """
+        if not seconds >= 0:
+            raise ValueError(f"advance takes seconds, 0 or more, not {seconds!r}: time does not go back")
+        before = len(self.failures)
+        self._pass(seconds)
+        errors = [failure.error for failure in self.failures[before:]]
+        if errors:
+            raise BaseExceptionGroup(describe(self.failures[before:]), errors)
+
+    def settle(self) -> None:
+        """As `run`, and raise nothing: what fails is in `failures`."""
+        self._pass(0.0)
+
+    def _pass(self, seconds: float) -> None:
+        self._live()
+        until = self._now_s + seconds
+        while True:
+            self._catch_up()
+            dues = [each.began_s + due for each in self._live() if (due := each.dispatcher.next_due()) is not None]
+            if not dues or min(dues) > until:
+                break
+            self._now_s = max(self._now_s, min(dues))
+        self._now_s = max(self._now_s, until)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Have each engine run what is due by now."""
+        for each in self._live():
+            there, due = self._now_s - each.began_s, each.dispatcher.next_due()
+            if due is not None and abs(due - there) < _ROUNDING_S:
+                there = due  # or a due that rounding puts just behind `there` would never be reached
+            each.dispatcher.advance(max(0.0, there - each.dispatcher.monotonic()))
+            # The sum in `advance` is rounded too.
+            while (due := each.dispatcher.next_due()) is not None and due <= there:
+                each.dispatcher.step()
+
+    def _live(self) -> list[_Opened]:
+        self._opened = [each for each in self._opened if not each.engine.closed]
+        for each in self._opened:
+            # A call that waited, such as `drain`, may have let time pass for its engine.
+            self._now_s = max(self._now_s, each.began_s + each.dispatcher.monotonic())
+        return self._opened
+
+    def crash(self, engine: Engine) -> Engine:
+        """End `engine` as SIGKILL ends its process, and return a new one on what had reached the disk.
+
+        What was written and not saved is gone, except in scopes with `durability: commit`; the events of durable
+        triggers that no handler has finished are delivered again when the trigger is registered again. The old engine
+        runs no handler any more, writes nothing, and refuses calls with EngineClosed. Functions and triggers of the
+        program are gone with it, those of the configuration are there again. Call it outside of handlers. Raises
+        ValueError for an engine that is not open on this clock.
+        """
+        found = next((each for each in self._live() if each.engine is engine), None)
+        if found is None:
+            raise ValueError("crash takes an engine that this clock has opened, and that is open")
+        self._opened.remove(found)
+        self._end(found)
+        return self.open(found.config)
+
+    @staticmethod
+    def _end(opened: _Opened) -> None:
+        engine = opened.engine
+        opened.dispatcher.kill()
+        engine._scopes.disown(EngineClosed)
+        engine.disown()
+        engine._forked = False
+        engine._closing.begun = engine._closing.done = True
+        engine._scopes.refuse(EngineClosed)
+        engine._parts.loop_thread.close()
+        if opened.store is not None:
+            opened.store.leave()
+        lifecycle.release(engine)
+
+    def close(self) -> None:
+        """Close the engines that are still open, which saves and delivers. Raises StorageError as `Engine.close`.
+
+        The end of `with VirtualClock() as clock:` does it.
+        """
+        for each in self._live():
+            each.engine.close()
+        self._opened = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def describe(failures: list[DeliveryFailure]) -> str:
+    """Return for people what was not delivered, and why."""
+    lines = [f"{len(failures)} events were not handled:"]
+    for failure in failures[:NAMED]:
+        event, error = failure.event, failure.error
+        lines.append(
+            f"  {event.event_type} {event.scope}/{event.key} at {failure.trigger_id} ({failure.function_id}), "
+            f"attempt {failure.attempt}: {type(error).__name__}: {error}"
+        )
+    if len(failures) > NAMED:
+        lines.append(f"  and {len(failures) - NAMED} more")
+    return "\n".join(lines)

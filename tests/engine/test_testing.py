@@ -1,0 +1,181 @@
+"""Engines on a clock that the test moves, and their crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scopestate import StateEvent
+from scopestate.errors import EngineClosed, Unsupported
+from scopestate.testing import VirtualClock
+
+
+def files(directory: Path, **more: Any) -> dict[str, Any]:
+    kv = {"store_method": "file_based", "file_path": str(directory), "save_interval_ms": 1000, **more}
+    return {"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}]}
+
+
+def test_what_falls_due_runs_at_its_own_time() -> None:
+    clock = VirtualClock(datetime(2030, 1, 1, tzinfo=UTC))
+    engine = clock.open()
+    seen: list[tuple[str, timedelta]] = []
+
+    def again(event: StateEvent) -> None:
+        seen.append((event.key, clock.now - datetime(2030, 1, 1, tzinfo=UTC)))
+        if event.key == "first":
+            engine.set("s", "second", 1, ttl=10)
+
+    engine.register_function("again", again)
+    engine.register_trigger(function_id="again", events=["expired"])
+    engine.set("s", "first", 1, ttl=10)
+    engine.set("s", "late", 1, ttl=61)
+    clock.advance(60)
+    assert seen == [("first", timedelta(seconds=10)), ("second", timedelta(seconds=20))]
+    assert clock.now == datetime(2030, 1, 1, 0, 1, tzinfo=UTC)
+    clock.advance(1)
+    assert seen[-1] == ("late", timedelta(seconds=61))
+    clock.close()
+
+
+def test_retries_wait_for_the_clock_and_errors_come_out_of_it() -> None:
+    clock = VirtualClock()
+    engine = clock.open({"limits": {"handler_attempts": 3}})
+    tries: list[datetime] = []
+
+    def fail(event: StateEvent) -> None:
+        tries.append(clock.now)
+        raise ValueError(event.key)
+
+    engine.register_function("fail", fail)
+    engine.register_trigger(function_id="fail", scope="s")
+    engine.set("s", "a", 1)
+    assert tries == []
+    with pytest.raises(ExceptionGroup, match="1 events were not handled") as caught:
+        clock.advance(3600)
+    assert [str(error) for error in caught.value.exceptions] == ["a"]
+    assert len(tries) == 3
+    assert len(clock.failures) == 1
+    clock.failures.clear()
+    clock.close()
+
+
+def test_time_does_not_go_back_and_is_kept_by_engines_here() -> None:
+    with VirtualClock() as clock, VirtualClock() as other:
+        with pytest.raises(ValueError, match="0 or more"):
+            clock.advance(-1)
+        with pytest.raises(Unsupported, match="real clock"):
+            clock.open({"workers": [{"name": "iii-state", "config": {"adapter": {"name": "redis"}}}]})
+        with pytest.raises(ValueError, match="this clock has opened"):
+            clock.crash(other.open())
+
+
+def test_a_crashed_engine_refuses_and_writes_nothing(tmp_path: Path) -> None:
+    clock = VirtualClock()
+    engine = clock.open(files(tmp_path))
+    scope, handled = engine.scope("s"), list[str]()
+    engine.register_function("handle", lambda event: handled.append(event.key))
+    engine.register_trigger(function_id="handle")
+    engine.set("s", "saved", 1)
+    clock.advance(2)
+    engine.set("s", "lost", 1)
+    again = clock.crash(engine)
+    for call in (lambda: engine.get("s", "saved"), lambda: scope.set("x", 1), lambda: scope.get("saved"), engine.flush):
+        with pytest.raises(EngineClosed):
+            call()
+    engine.close()
+    clock.advance(60)
+    assert handled == ["saved"]
+    assert again.scope("s").keys() == ["saved"]
+    assert again.set("s", "lost", 2).created
+    clock.close()
+
+
+CHILD = """
+import os, signal, sys, json
+from scopestate.testing import VirtualClock
+clock = VirtualClock()
+engine = clock.open(json.loads(sys.argv[1]))
+for what, key in json.loads(sys.argv[2]):
+    if what == "set": engine.set("s", key, what)
+    elif what == "delete": engine.delete("s", key)
+    elif what == "advance": clock.advance(1)
+    else: engine.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["set", "set", "delete", "advance", "flush"]), st.sampled_from("abc")), max_size=12
+)
+
+
+def _after_crash(config: dict[str, Any], steps: list[tuple[str, str]]) -> list[Any]:
+    clock = VirtualClock()
+    engine = clock.open(config)
+    for what, key in steps:
+        match what:
+            case "set":
+                engine.set("s", key, what)
+            case "delete":
+                engine.delete("s", key)
+            case "advance":
+                clock.advance(1)
+            case _:
+                engine.flush()
+    entries = list(clock.crash(engine).scope("s").entries())
+    clock.close()
+    return entries
+
+
+@settings(max_examples=6, deadline=None)
+@given(steps=STEPS, durability=st.sampled_from(["interval", "commit"]))
+def test_a_crash_leaves_what_sigkill_leaves(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str]], durability: str
+) -> None:
+    mine, other = tmp_path_factory.mktemp("mine"), files(tmp_path_factory.mktemp("other"), durability=durability)
+    arguments = [sys.executable, "-c", CHILD, json.dumps(other), json.dumps(steps)]
+    assert subprocess.run(arguments, env=dict(os.environ), timeout=60, check=False).returncode == -signal.SIGKILL
+    clock = VirtualClock()
+    killed = list(clock.open(other).scope("s").entries())
+    clock.close()
+    assert _after_crash(files(mine, durability=durability), steps) == killed
+
+
+def test_durable_events_that_were_not_handled_come_again(tmp_path: Path) -> None:
+    with VirtualClock() as clock:
+        engine = clock.open(files(tmp_path, durability="commit"))
+        seen: list[tuple[str, str]] = []
+
+        def listen(to: Any, name: str) -> None:
+            to.register_function("ship", lambda event: seen.append((name, event.key)))
+            to.register_trigger(function_id="ship", durable="ship", scope="orders")
+
+        listen(engine, "old")
+        engine.set("orders", "one", 1)
+        clock.advance(5)
+        engine.set("orders", "two", 1)
+        again = clock.crash(engine)
+        listen(again, "new")
+        clock.advance(60)
+        assert seen == [("old", "one"), ("new", "two")]
+
+
+def test_examples_of_events() -> None:
+    event = StateEvent.example(scope="users", key="ada", new_value={"name": "Ada"})
+    assert (event.event_type, event.scope, event.key, event.old_value) == ("state:created", "users", "ada", None)
+    assert event == StateEvent.example(scope="users", key="ada", new_value={"name": "Ada"})
+    assert event != StateEvent.example(scope="users", key="ada", new_value={"name": "Bob"})
+    assert StateEvent.example().new_value == {}
+    assert StateEvent.example(old_value=1, new_value=None).event_type == "state:updated"
+    assert StateEvent.example(old_value=1).event_type == "state:deleted"
+    expired = StateEvent.example("state:expired", old_value=1)
+    assert (expired.expired_at, expired["late_ms"], expired.new_value) == (expired.time_ms, 0, None)
