@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scopestate import StateEvent
-from scopestate.errors import EngineClosed, Unsupported
+from scopestate.errors import ConfigError, EngineClosed, Unsupported
 from scopestate.testing import VirtualClock
 
 
@@ -148,6 +148,27 @@ def test_a_crash_leaves_what_sigkill_leaves(
     killed = list(clock.open(other).scope("s").entries())
     clock.close()
     assert _after_crash(files(mine, durability=durability), steps) == killed
+
+
+def test_what_cannot_be_opened_leaves_the_files_to_the_next(tmp_path: Path) -> None:
+    with VirtualClock() as clock:
+        with pytest.raises(ConfigError, match="durable"):
+            clock.open({"triggers": [{"function_id": "ship", "durable": "ship"}]})
+        with pytest.raises(ConfigError, match="state::set"):
+            clock.open({**files(tmp_path), "functions": {"state::set": "json:dumps"}})
+        assert clock.open(files(tmp_path)).set("s", "a", 1).created
+
+
+def test_many_failures_are_counted_and_the_first_are_named() -> None:
+    with VirtualClock() as clock:
+        engine = clock.open()
+        engine.register_function("fail", lambda event: event.no_such_attribute)
+        engine.register_trigger(function_id="fail")
+        for number in range(12):
+            engine.set("s", str(number), 1)
+        with pytest.raises(ExceptionGroup, match=r"12 events were not handled:(?s:.*)and 2 more"):
+            clock.run()
+        assert len(clock.failures) == 12
 
 
 def test_durable_events_that_were_not_handled_come_again(tmp_path: Path) -> None:
