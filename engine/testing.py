@@ -60,7 +60,7 @@ class VirtualClock:
 
     On such an engine nothing runs by itself: handlers, saves, expiry and retries run in `advance` and `run`, and in
     calls that wait for them (`drain`, `flush`, a write with `durability: commit`). Handlers run one at a time.
-    Use it, and the engines, on the thread that made it. Refused by the engines: coroutine handlers and `engine.aio`,
+    Use it, and the engines, on the thread that made it. Not for coroutine handlers and `engine.aio`,
     whose event loops have a time of their own. Redis and a bridge keep time in another process: Unsupported.
     """
 
