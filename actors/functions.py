@@ -166,7 +166,12 @@ def is_async(target: Callable[..., Any]) -> bool:
 def running_loop() -> asyncio.AbstractEventLoop | None:
     """The event loop that is running on this thread, if any."""
     module = sys.modules.get("asyncio")  # if it is not imported, no loop runs; importing it takes 20 ms
-    return None if module is None else module._get_running_loop()
+    if module is None:
+        return None
+    try:
+        return module._get_running_loop()  # type: ignore[no-any-return]
+    except AttributeError:
+        return None  # another thread is importing it
 
 
 def is_awaitable(result: object) -> TypeGuard[Awaitable[Any]]:

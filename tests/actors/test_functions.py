@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -99,4 +101,10 @@ def test_the_running_loop_is_found_and_nothing_outside_of_one() -> None:
 
     assert running_loop() is None
     assert asyncio.run(inside())
+    assert running_loop() is None
+
+
+def test_no_loop_runs_while_another_thread_imports_asyncio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncio", types.ModuleType("asyncio"))
+
     assert running_loop() is None
