@@ -138,7 +138,7 @@ class _Calls(Generic[T]):
         )
 
     def entry(self, view: EntryView | None) -> EntryView[T] | None:
-        """Return the entry of a key with a typed value; None if there is none, or if it is skipped."""
+        """Return an entry with a typed value; None if the key does not exist, or if its value is skipped."""
         if view is None:
             return None
         if self.reader.read(view.key, view.json) is SKIPPED:

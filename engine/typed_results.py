@@ -47,7 +47,7 @@ class Reader(Generic[T]):
             return self._instead(key, data, self.kind.refuse(self.scope, key, misfit, written=False))
 
     def read_or(self, key: str, data: bytes | None, default: Any) -> Any:
-        """Return a value, or `default` if there is none, or if it is skipped. Raises SchemaViolation."""
+        """Return a value, or `default` if the key does not exist or its value is skipped. Raises SchemaViolation."""
         if data is None:
             return default
         value = self.read(key, data)

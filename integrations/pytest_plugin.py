@@ -74,7 +74,7 @@ class StateEvents(list["StateEvent"]):
     def wait_for(self, wanted: Callable[[StateEvent], object], timeout: float = 10.0) -> StateEvent:
         """Return the first event for which `wanted(event)` is true, and wait for it up to `timeout` seconds.
 
-        Fails the test, and shows the events that came, if there is none by then. Blocks the calling thread.
+        If none has come by then, the test fails and shows the events that came. Blocks the calling thread.
         """
         deadline = time.monotonic() + timeout
         seen = 0

