@@ -63,6 +63,8 @@ class EventRouter(TurnActor):
         self._incoming = self.feed.incoming
         self.outlet: list[Prepared] = self._mailbox
         """Where a scope appends what it has prepared, in the stretch that no signal can cut; `wake` follows."""
+        self._passing: list[Any] = []
+        """What the current turn has taken out of the mailbox and not offered to its handlers yet, the next one last."""
         self.routed = 0
         """Events that had at least one trigger."""
         self.loops_cut = 0
@@ -107,7 +109,7 @@ class EventRouter(TurnActor):
         backlog, limits, waiting = self.backlog, self._limits, len(self._mailbox)
         size = (len(old) if old else 0) + (len(new) if new else 0)
         backlog.largest = max(backlog.largest, size)
-        room = limits.handler_mailbox - waiting
+        room = limits.handler_mailbox - waiting - len(self._passing)
         if depth or room <= 0 or waiting * backlog.largest >= backlog.allowance:
             self._admit(scope, handlers, depth)
         elif limits.handler_when_full == "block":
@@ -206,10 +208,10 @@ class EventRouter(TurnActor):
     def _admit(self, scope: str, handlers: tuple[HandlerActor, ...], depth: int) -> None:
         limits, backlog = self._limits, self.backlog
         progress = backlog.progress
-        room = limits.handler_mailbox - len(self._mailbox)
+        room = limits.handler_mailbox - len(self._mailbox) - len(self._passing)
         if room <= 0 or limits.handler_when_full == "block":
             most = limits.handler_mailbox_bytes or sys.maxsize
-            queued = backlog.queued(self._mailbox) if backlog.largest else 0
+            queued = backlog.queued([*self._passing, *self._mailbox]) if backlog.largest else 0
             for handler in handlers:
                 if handler.depth() >= room or handler.offered - handler.taken + queued >= most:
                     self._refuse(scope, handlers, depth, progress)
@@ -364,16 +366,23 @@ class EventRouter(TurnActor):
         mailbox, backlog = self._mailbox, self.backlog
         self.feed.number()
         batch = mailbox[: self.batch]
-        backlog.begin_turn(len(batch))
+        count = len(batch)
+        backlog.begin_turn(count)
+        # Other threads write meanwhile: until a handler has an event, it counts as one that waits here.
+        self._passing = batch[::-1]
         # As many as were copied: others may have been appended since.
-        del mailbox[: len(batch)]
-        self._handle_all(batch, self._pass_on)
+        del mailbox[:count]
+        try:
+            self._handle_all(batch, self._pass_on)
+        finally:
+            self._passing = []
         backlog.end_turn(idle=not mailbox)
         if batch:
             # Not for nothing: a writer that finds its handler still full wakes this actor, and would be told at once.
             backlog.made_room()
 
     def _pass_on(self, item: Any) -> None:
+        self._passing.pop()
         if type(item) is not tuple:
             self._handle(item)
             return

@@ -260,6 +260,36 @@ def test_a_loop_that_doubles_stays_within_the_mailboxes(open_engine: OpenEngine)
         handle.unregister()
 
 
+def test_events_that_the_router_is_passing_on_count_as_waiting(open_engine: OpenEngine) -> None:
+    """Or a writer that comes just then would be let in once more for each of them."""
+    engine = open_engine(limits={"handler_mailbox": 10, "call_timeout_ms": 300})
+    router, passing, go_on = engine._parts.router, threading.Event(), threading.Event()
+    pass_on = router._pass_on
+
+    def pass_on_later(item: Any) -> None:
+        passing.set()
+        assert go_on.wait(PATIENCE_S)
+        pass_on(item)
+
+    seen: list[int] = []
+    engine.on_change(scope="s")(lambda event: seen.append(event.new_value))
+    router._pass_on = pass_on_later  # type: ignore[method-assign]
+    with engine.batch("s") as batch:
+        for number in range(10):
+            batch.set(f"key {number}", number)
+    assert passing.wait(PATIENCE_S)
+
+    with pytest.raises(Overloaded, match="is full"):
+        for number in range(10, 25):
+            engine.set("s", f"key {number}", number)
+    refused_at = number
+    go_on.set()
+    engine.drain(PATIENCE_S)
+
+    assert refused_at <= 11  # one is in the hand of the router
+    assert seen == list(range(refused_at))
+
+
 # --- too many writers ------------------------------------------------------------------------------------------------
 
 
