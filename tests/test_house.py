@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("actors", "config", "engine", "integrations", "ops", "persistence", "wire")
 IMPORT_BUDGET_S = 0.100
+MOST_IMPORTS = 60
 
 # Building and installing fetch packages; the other tests' limit is for code that waits for nobody.
 pytestmark = pytest.mark.timeout(300)
@@ -168,18 +169,23 @@ def test_import_costs_at_most_a_tenth_of_a_second(fresh_python: Path, tmp_path: 
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
-    def best(program: str) -> float:
-        """Return the smallest of several runs, in seconds: noise only ever adds."""
-        taken = []
-        for _ in range(7):
-            before = used()
-            _run(fresh_python, "-c", program, cwd=tmp_path)
-            taken.append(used() - before)
-        return min(taken)
+    def cost(program: str) -> float:
+        """Return what one run of the program takes, in seconds."""
+        before = used()
+        _run(fresh_python, "-c", program, cwd=tmp_path)
+        return used() - before
 
-    best("import scopestate")  # compiles what is not compiled yet
-
-    nothing = best("pass")
-    # Beside other load all processor time counts for more, that of what every program imports too.
-    parts = best("import asyncio, dataclasses, inspect, logging, msgspec, pykka, uuid") - nothing
-    assert best("import scopestate") - nothing <= max(IMPORT_BUDGET_S, 2.5 * parts)
+    programs = (
+        "pass",
+        # Beside other load all processor time counts for more, that of what every program imports too.
+        "import asyncio, dataclasses, inspect, logging, msgspec, pykka, uuid",
+        "import scopestate",
+    )
+    least = [sys.float_info.max] * len(programs)
+    # In turn, so that a load that comes and goes meets all of them; the least of many runs, as noise only ever adds.
+    for tried in range(MOST_IMPORTS):
+        least = list(map(min, least, map(cost, programs)))
+        nothing, parts, all_of_it = least
+        if tried > 5 and all_of_it - nothing <= max(IMPORT_BUDGET_S, 2.5 * (parts - nothing)):
+            return
+    pytest.fail(f"importing scopestate took {all_of_it - nothing:.3f} s, its parts {parts - nothing:.3f} s")
