@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from scopestate import DeliveryFailure, Engine, StateEvent
     from scopestate.testing import VirtualClock
 
-# pytest loads this module in every run, and with it the package: what is not part of `import scopestate` waits until a
-# fixture is used.
+# pytest loads this module in every run. The engine is imported when a fixture is used.
 
 DRAIN_S: Final = 10.0
 """How long, at the end of a test, events that were fired may take to be handled."""

@@ -28,7 +28,10 @@ LATE = [
     "pydantic_core",
     "importlib.metadata",
 ]
-"""What only some programs need; a plain import must not pay for it."""
+"""What only some programs need; the import of the engine must not pay for it."""
+
+HOUSE = ["scopestate.engine", "scopestate.errors", "asyncio", "inspect", "logging", "msgspec", "pykka"]
+"""What the import of the package alone does not load: pytest imports it in every run, for the plugin."""
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -127,9 +130,71 @@ def test_without_its_extra_a_part_says_what_to_install(module: str, library: str
     assert "pip install 'scopestate[" in done.stderr.splitlines()[-1]
 
 
+def test_the_package_alone_loads_nothing() -> None:
+    code = (
+        f"import scopestate, scopestate.integrations, sys; print([name for name in {HOUSE!r} if name in sys.modules])"
+    )
+
+    assert subprocess.check_output([sys.executable, "-c", code], env=UNTRACED, text=True) == "[]\n"
+
+
+PATCHED = (
+    "from unittest import mock; p = mock.patch('scopestate.Engine'); p.start(); import scopestate; "
+    "hasattr(scopestate, 'no'); assert isinstance(scopestate.Engine, mock.Mock); p.stop(); scopestate.Engine.get"
+)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import scopestate; scopestate.Engine",
+        "import scopestate; scopestate.errors.Conflict",
+        "import scopestate; scopestate.engine.Engine",  # a module that is not exported, but came with the rest
+        "from scopestate import *; Engine; AioEngine",
+        "from scopestate import errors; errors.Conflict",
+        "from scopestate import closing; closing.Closing",
+        "from scopestate.ops import results; import scopestate; assert scopestate.SetResult is results.SetResult",
+        "import pickle; pickle.loads(b'cscopestate\\nStateEvent\\n.')",
+        "import typing, scopestate; typing.get_type_hints(scopestate.Engine.get)",
+        "import scopestate; dir(scopestate).index('Engine'); help(scopestate)",
+        PATCHED,
+    ],
+)
+def test_the_first_use_of_the_package_may_be(use: str) -> None:
+    done = subprocess.run([sys.executable, "-c", use], env=UNTRACED, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_first_use_by_many_threads_at_once_gives_all_the_same() -> None:
+    code = (
+        "import scopestate, threading\n"
+        "seen, ready = [], threading.Barrier(8)\n"
+        "def use(name):\n"
+        "    ready.wait()\n"
+        "    seen.append(getattr(scopestate, name).__name__)\n"
+        "names = ('Engine', 'StateEvent', 'Health', 'Page') * 2\n"
+        "threads = [threading.Thread(target=use, args=(name,)) for name in names]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "print(sorted(seen))"
+    )
+
+    printed = subprocess.check_output([sys.executable, "-c", code], env=UNTRACED, text=True)
+    assert printed == "['Engine', 'Engine', 'Health', 'Health', 'Page', 'Page', 'StateEvent', 'StateEvent']\n"
+
+
+def test_what_the_package_loads_late_is_what_it_exports() -> None:
+    import scopestate
+    from scopestate import exports
+
+    assert set(scopestate.__all__) - set(exports.__all__) == {"AioEngine"}
+    assert set(exports.__all__) <= set(scopestate.__all__)
+
+
 @pytest.mark.parametrize("late", LATE)
-def test_a_plain_import_does_not_load(late: str) -> None:
-    code = f"import scopestate, sys; sys.exit({late!r} in sys.modules)"
+def test_the_import_of_the_engine_does_not_load(late: str) -> None:
+    code = f"import sys; from scopestate import Engine; sys.exit({late!r} in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], env=UNTRACED, check=False).returncode == 0
 
