@@ -2,6 +2,9 @@
 
 A poll is under way while a caller waits for a change, and none else: a caller that does not read lets the other engine
 wait. If the connection is lost, the next poll goes on with the cursor of the last answer.
+
+The cursor of an answer is behind all of its changes. What the caller sees as a cursor is before those that it has not
+read yet.
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Generic
 
 import msgspec
 
-from scopestate.actors.reply import ReplyTo
+from scopestate.actors.reply import Reply, ReplyTo
 from scopestate.errors import (
     CallTimeout,
     Compacted,
@@ -24,7 +28,7 @@ from scopestate.errors import (
     ScopestateError,
 )
 from scopestate.ops.changes import Change, ChangeKind, KnownCursor
-from scopestate.ops.cursors import read_cursor
+from scopestate.ops.cursors import cursor_before, cursor_of_snapshot, read_cursor
 from scopestate.ops.results import T
 from scopestate.ops.values import parse
 from scopestate.watch_settings import WatchSettings
@@ -38,6 +42,8 @@ MOST: Final = 1_000
 """Changes that are asked for at a time."""
 AGAIN_S: Final = 0.05
 """Pause after a poll that has failed because there is no connection."""
+LOOK_S: Final = 1.0
+"""How long a caller whose time is over waits for the other engine to say whether something has changed."""
 _AWAY: Final = (CallTimeout, ConnectionLost, NotConnected)
 
 _ABSENT: Final = msgspec.Raw()
@@ -89,7 +95,9 @@ class Polled(_Watch):
         self._round = 0
         """Answers to polls of an earlier round are of no use."""
         self._answered: str | None = None
-        """The cursor of the next poll."""
+        """The cursor of the next poll. It changes together with what waits."""
+        self._more = True
+        """True: the last answer did not have everything that there was."""
         self._behind: int | None = None
         """The revision that the first poll goes on behind, in the place of a cursor."""
         self._before = ""
@@ -102,6 +110,8 @@ class Polled(_Watch):
         self._error: ScopestateError | None = None
         self._told = ""
         """The cursor of the last mark."""
+        self._lookers: list[Reply[None]] = []
+        """Those that wait for the end of a poll, whatever it finds."""
         super().__init__(engine, settings)
         key, table = id(self), engine._polled
         table[key] = weakref.ref(self, lambda _: table.pop(key, None))
@@ -116,7 +126,7 @@ class Polled(_Watch):
             self._behind = since
         elif since is not None:
             settings.check_cursor(read_cursor(since))
-            self._answered = since
+            self._answered = self._before = since
         self._snapshot = settings.snapshot and since is None
         try:
             answer = yield self._poll_now
@@ -128,8 +138,12 @@ class Polled(_Watch):
         self._take_in(answer)
 
     def _begin_anew(self) -> None:
-        self._answered, self._behind, self._snapshot, self._resynced = None, None, True, True
+        self._exclusive.run(self._forget_answers)
         self._there.clear()
+
+    def _forget_answers(self) -> None:
+        self._before = self._cursor()
+        self._answered, self._behind, self._snapshot, self._resynced = None, None, True, True
 
     def _poll_now(self) -> bytes:
         return self._remote.poll_now(self._asked(0))
@@ -154,21 +168,23 @@ class Polled(_Watch):
         """Take an answer. One at a time."""
         answer = _decode(text)
         changes = [found.change() for found in answer.changes]
-        initial = bool(answer.changes) and answer.changes[-1].initial
-        for change in changes:
-            if change.initial:
-                self._before = change.cursor
-            if self._settings.resync or self._snapshot:
+        if self._settings.resync or self._snapshot:
+            for change in changes:
                 self._note_key(change)
-        self._answered = answer.cursor
-        if self._snapshot and not (initial and answer.more):
-            self._snapshot = False
-            place = next((index for index, one in enumerate(changes) if not one.initial), len(changes))
-            changes[place:place] = [*self._deletes(), *([self._mark("synced")] if self._settings.markers else ())]
-        self._watcher._add(changes)
-        if not self._snapshot:
-            self._note_synced()
+        self._exclusive.run(self._add_answer, answer, changes)
         self._watcher.wake()
+
+    def _add_answer(self, answer: _Answer, changes: list[Change]) -> None:
+        if self._snapshot:
+            place = next((index for index, one in enumerate(changes) if not one.initial), len(changes))
+            self._before = changes[0].cursor if place else cursor_of_snapshot(answer.cursor)
+            if place < len(changes) or not (place and answer.more):
+                behind = cursor_before(changes[place].cursor) if place < len(changes) else answer.cursor
+                marks = [self._mark("synced", behind)] if self._settings.markers else []
+                changes[place:place] = chain(self._deletes(), marks)
+                self._snapshot = False
+        self._watcher._add(changes)
+        self._answered, self._more = answer.cursor, answer.more
 
     def _note_key(self, change: Change) -> None:
         name = change.scope, change.key
@@ -201,17 +217,18 @@ class Polled(_Watch):
     # -------------------------------------------------------------------------------------------------------- polling
 
     def _begin_poll(self) -> bool:
+        """Return whether there is no poll under way; then there is one from now on."""
         if self._polling or self._watcher.closed or self._error is not None:
             return False
         self._polling = True
         return True
 
-    def _poll_soon(self) -> None:
-        """Have a poll under way, unless there is one. From any thread."""
+    def _poll_soon(self, *, waits: bool = True) -> bool:
+        """Have a poll under way, unless there is one: then False is returned. From any thread."""
         if not self._exclusive.run(self._begin_poll):
-            return
+            return False
         try:
-            longest_ms = self._remote.longest_wait_ms
+            longest_ms = self._remote.longest_wait_ms if waits else 0
             if self._settings.markers:  # the cursor moves on when a poll ends
                 longest_ms = min(longest_ms, int(PROGRESS_S * 1000))
             asked = self._asked(longest_ms)
@@ -220,9 +237,11 @@ class Polled(_Watch):
             self._watcher.ending = True
             self._polling = False
             self._watcher.wake()
+            self._end_looks()
         except BaseException:
             self._polling = False
             raise
+        return True
 
     def _polled(self, asked_in: int, text: bytes | None, error: ScopestateError | None) -> None:
         """Take what has come of a poll. On the thread of the connection."""
@@ -235,6 +254,7 @@ class Polled(_Watch):
             except ScopestateError as problem:
                 error = problem
         self._polling = False
+        self._end_looks()
         if isinstance(error, _AWAY):
             if self._engine.closed:
                 self._watcher.ending = True
@@ -261,6 +281,47 @@ class Polled(_Watch):
         if self._watcher.waiters:
             self._poll_soon()
 
+    def _look_steps(self) -> Steps[None]:
+        """Have the other engine say whether something has changed by now."""
+        if self.over or self._watcher.has_next():
+            return
+        dispatcher = self._engine._parts.dispatcher
+        looker: Reply[None] = dispatcher.reply()
+        self._lookers.append(looker)
+        timer = dispatcher.call_later(LOOK_S, partial(self._end_look, looker))
+        try:
+            if not self._poll_soon(waits=False):
+                self._ask_beside(looker)
+            yield looker
+        finally:
+            timer.cancel()
+            self._end_look(looker)
+
+    def _ask_beside(self, looker: Reply[None]) -> None:
+        """A poll is under way, and waits. Wait for its answer only if there is something that it will bring."""
+        asked_in, cursor = self._round, self._answered
+
+        def answered(text: bytes | None, error: ScopestateError | None) -> None:
+            finds = text is not None and error is None and bool(_decode(text).changes)
+            if not finds or self._answered != cursor or asked_in != self._round or not self._polling:
+                self._end_look(looker)
+
+        try:
+            self._remote.poll({**self._asked(0), "limit": 1, "_once": True}, answered)
+        except EngineClosed:
+            self._end_look(looker)
+
+    def _end_look(self, looker: Reply[None]) -> None:
+        try:
+            self._lookers.remove(looker)
+        except ValueError:
+            return  # another thread has ended it
+        looker.set(None)
+
+    def _end_looks(self) -> None:
+        for looker in self._lookers.copy():
+            self._end_look(looker)
+
     # ---------------------------------------------------------------------------------------------------- taking over
 
     def prepare(self) -> None:
@@ -270,6 +331,7 @@ class Polled(_Watch):
         """
         self._round += 1
         self._polling = False
+        self._end_looks()
         if not self.over:
             self._feed.unwant(
                 self._feed.want(self._settings.scope, self._settings.scope_prefix, began=self._feed.primed)
@@ -284,6 +346,8 @@ class Polled(_Watch):
 
     def _take(self) -> Change | None:
         waiting = self._watcher.pending
+        if self._ready is self._early and self._has_begun():
+            self._note_synced()
         if not waiting:
             return self._take_latest()
         change = waiting[0]
@@ -291,19 +355,35 @@ class Polled(_Watch):
         del waiting[0]
         return change
 
-    def _mark(self, kind: Any) -> Change:
-        self._told, self._marked_s = self._answered or "", self._now_s()
-        return Change(kind, self._settings.scope or "", "", None, None, 0, 0, False, 0, KnownCursor(self._told))
+    def _has_begun(self) -> bool:
+        """Return whether the snapshot was read, or what was missed."""
+        if (self._settings.snapshot and self._settings.since is None) or self._resynced:
+            return self._answered is not None and not self.in_snapshot
+        return not (self._more or self._watcher.has_next())
+
+    def _mark(self, kind: Any, cursor: str) -> Change:  # type: ignore[override]  # nothing else makes one
+        self._told, self._marked_s = cursor, self._now_s()
+        return Change(kind, self._settings.scope or "", "", None, None, 0, 0, False, 0, KnownCursor(cursor))
 
     def _progress(self) -> Change | None:
         if not self._settings.markers or self._now_s() - self._marked_s < PROGRESS_S or self.in_snapshot:
             return None
-        return self._mark("progress") if self._answered not in (self._told, None) else None
+        cursor, last = self.cursor, self._last
+        known = cursor in ("", self._told) or (last is not None and cursor == last.cursor)
+        return None if known else self._mark("progress", cursor)
+
+    def _first(self) -> Change | None:
+        """Return the change that is taken next; None: none waits."""
+        watcher = self._watcher
+        try:
+            return watcher.pending[0] if watcher.newest is None else next(iter(watcher.newest.values()), None)
+        except (IndexError, RuntimeError):
+            return None  # another thread has taken it
 
     @property
     def in_snapshot(self) -> bool:
         """True while entries of a snapshot are left to be yielded."""
-        waits = self._watcher.peek()
+        waits = self._first()
         return self._snapshot or (waits is not None and waits.initial)
 
     @property
@@ -314,12 +394,15 @@ class Polled(_Watch):
     @property
     def cursor(self) -> str:
         """As of any watch."""
-        if self.in_snapshot:
+        return self._exclusive.run(self._cursor)
+
+    def _cursor(self) -> str:
+        waits = self._first()
+        if self._snapshot or (waits is not None and waits.initial):
             return self._before
-        waits, last = self._watcher.peek(), self._last
-        if waits is None or last is None or last.initial or not last.cursor:
+        if waits is None:
             return self._answered or ""
-        return last.cursor
+        return waits.cursor if waits.kind == "synced" else cursor_before(waits.cursor)
 
     def _over(self) -> bool:
         watcher = self._watcher
@@ -345,7 +428,9 @@ class Polled(_Watch):
         """As of any watch."""
         self._watcher.closed = True
         self._watcher.wake()
-        self._note_synced()
+        self._end_looks()
+        while self._waiting:
+            self._waiting.pop().set(None)
 
 
 _decode: Final = msgspec.json.Decoder(_Answer).decode

@@ -394,7 +394,8 @@ class Polls:
             self._keep(cursor, watched)
         else:
             self._end(watched)
-        return changes_text(answer.changes, cursor, more=answer.more or ahead or reading)
+        more = answer.more or ahead or reading or (answer.is_full and watch.has_ready)
+        return changes_text(answer.changes, cursor, more=more)
 
     def _snapshot_read(self, watched: _Watched) -> None:
         if watched.snapshot:
@@ -473,9 +474,7 @@ class _Answer:
     @property
     def is_full(self) -> bool:
         """Whether there is no room for another change, of any size."""
-        if len(self.changes) >= self._limit:
-            self.more = True
-        return self.more
+        return self.more or len(self.changes) >= self._limit
 
     def add(self, change: Change) -> bool:
         """Add a change if there is room; return False if there is not. The first one is always added."""

@@ -77,6 +77,22 @@ def _text_of(cursor: ScopeCursor | ManyCursor) -> str:
     return urlsafe_b64encode(binascii.crc32(body).to_bytes(4, "big") + body).rstrip(b"=").decode()
 
 
+def cursor_before(text: str) -> str:
+    """Return the cursor in front of a change, from the one behind it. Raises InvalidCursor."""
+    found = read_cursor(text)
+    if isinstance(found, ScopeCursor):
+        return ScopeCursor(found.store, found.scope, max((found.revision or 0) - 1, 0)).text()
+    return ManyCursor(found.store, found.epoch, max((found.position or 0) - 1, 0)).text()
+
+
+def cursor_of_snapshot(text: str) -> str:
+    """Return the cursor before the snapshot, from another one of the same watch. Raises InvalidCursor."""
+    found = read_cursor(text)
+    if isinstance(found, ScopeCursor):
+        return ScopeCursor(found.store, found.scope, None).text()
+    return ManyCursor(found.store, found.epoch, None).text()
+
+
 def read_start(text: str) -> ScopeCursor | ManyCursor:
     """Return the cursor at which a durable trigger begins. Raises InvalidCursor, which says what else it may be."""
     try:

@@ -65,7 +65,8 @@ class RemoteChanges(ChangeSource):
         if self._successor is not None:
             self._successor.poll(asked, done)
             return
-        needs = Needs(FUNCTION_ID, tuple(asked))
+        # Names with "_" are not listed. An engine that does not know one keeps a watch that no poll goes on with.
+        needs = Needs(FUNCTION_ID, tuple(name for name in asked if not name.startswith("_")))
         try:
             self._call(FUNCTION_ID, msgspec.json.encode(asked), finish, 0, needs)
         except EngineClosed:

@@ -12,9 +12,10 @@ from leftovers import no_leftovers
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from second_engine import OpenBridge, RemoteProcess, bridge_config
+from second_engine import OpenBridge, RemoteProcess, Serve, bridge_config
 
 from scopestate import Engine
+from scopestate.server.server import Server
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +52,24 @@ def open_bridge(nothing_left_behind: None) -> Iterator[OpenBridge]:
     yield open_
     for engine in reversed(opened):
         engine.close()
+
+
+@pytest.fixture
+def there(nothing_left_behind: None) -> Iterator[Engine]:
+    """The engine at the other end."""
+    with Engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def serve(there: Engine) -> Iterator[Serve]:
+    """Serve the other engine, or another one; `serve(port=...)` again at the same address."""
+    opened: list[Server] = []
+
+    def start(engine: Engine = there, port: int = 0) -> Server:
+        opened.append(Server(engine, port=port).start())
+        return opened[-1]
+
+    yield start
+    for server in opened:
+        server.stop()

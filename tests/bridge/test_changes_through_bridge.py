@@ -4,41 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from queue import Queue
 from typing import Any
 
 import pytest
-from second_engine import PATIENCE_S, OpenBridge, Seen
+from second_engine import PATIENCE_S, OpenBridge, Seen, Serve
 
 from scopestate import Engine, StateEvent
 from scopestate.errors import Compacted, EngineClosed, InvalidCursor, StorageError
 from scopestate.ops.results import DeliveryFailure
-from scopestate.server.server import Server
-
-Serve = Callable[..., Server]
-
-
-@pytest.fixture
-def there(nothing_left_behind: None) -> Iterator[Engine]:
-    """The engine at the other end."""
-    with Engine() as engine:
-        yield engine
-
-
-@pytest.fixture
-def serve(there: Engine) -> Iterator[Serve]:
-    """Serve the other engine, or another one; `serve(port=...)` again at the same address."""
-    opened: list[Server] = []
-
-    def start(engine: Engine = there, port: int = 0) -> Server:
-        opened.append(Server(engine, port=port).start())
-        return opened[-1]
-
-    yield start
-    for server in opened:
-        server.stop()
 
 
 def test_a_watch_tells_what_others_change(there: Engine, serve: Serve, open_bridge: OpenBridge) -> None:
