@@ -1,0 +1,453 @@
+"""The cache itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, overload
+
+from scopestate.engine import Engine
+from scopestate.errors import Conflict, DeserializationError, ScopestateError
+from scopestate.integrations.cache.engines import Durability, EngineSource
+from scopestate.integrations.cache.limits import ENTRY_BYTES, PAGE, CacheStats, Counts, Limits, Sized
+from scopestate.integrations.cache.memoize import Memoize
+from scopestate.integrations.cache.transaction import CacheTransaction, TransactionBlock
+from scopestate.integrations.cache.values import (
+    MARK,
+    added,
+    deadline,
+    key_of,
+    name_of,
+    pack,
+    tag_of,
+    unpack,
+    value_of,
+    with_facts,
+)
+from scopestate.ops import Increment
+from scopestate.ops.results import EntryView
+
+log = logging.getLogger("scopestate.integrations")
+
+A = TypeVar("A")
+
+_ABSENT: Final = object()
+
+
+class Cache:
+    """Keys and values that expire, with tags and a limit of size. Any thread may use it.
+
+    >>> from scopestate.integrations.cache import Cache
+    >>> with Cache() as cache:  # in memory; Cache("./data/cache") keeps it in a directory
+    ...     cache.set("ada", {"logins": 1}, expire=60)
+    ...     cache.add("ada", "too late"), cache.incr("visits"), cache.get("bob", "unknown")
+    ...     cache["ada"]
+    True
+    (False, 1, 'unknown')
+    {'logins': 1}
+
+    Errors of the engine reach the caller: see `Engine.get` and `Engine.set`. Beside a single step each call says how
+    many it takes.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Engine | None = None,
+        *,
+        scope: str = "cache",
+        size_limit: int | None = 2**30,
+        max_entries: int | None = None,
+        durability: Durability | None = None,
+        save_interval_ms: int | None = None,
+        statistics: bool = False,
+    ) -> None:
+        """Make a cache in a directory, in an engine of the program, or, without a source, in memory.
+
+        The first call opens the directory, which several processes may share (docs/sharing.md). `durability` is
+        "interval", the default: a crash loses what was written in the last `save_interval_ms` (1000); or "commit": each
+        write is on disk when its call returns.
+
+        If the values take more than `size_limit` bytes, or there are more than `max_entries`, the entries that were
+        stored the longest ago are removed: see `cull`. None: no limit.
+        """
+        self._source = EngineSource(source, durability, save_interval_ms)
+        self._scope: Final = scope
+        self._limits = Limits(size_limit, max_entries)
+        self._counts: Counts | None = Counts() if statistics else None
+        self._block: ContextVar[TransactionBlock | None] = ContextVar("scopestate_cache_block", default=None)
+        self._blocks = 0
+        """Open blocks of `transact`. Nearly always 0, which each call checks."""
+        self._blocks_lock = threading.Lock()
+        self._turns = threading.RLock()
+        self._arguments = (scope, size_limit, max_entries, durability, save_interval_ms, statistics)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that has the entries, opened if it is not."""
+        return self._source.open()
+
+    @property
+    def scope(self) -> str:
+        """The scope that has them."""
+        return self._scope
+
+    @property
+    def directory(self) -> str | None:
+        """The directory; None in memory, and for an engine of the program."""
+        return self._source.directory
+
+    # --------------------------------------------------------------------------------------------------- one entry
+
+    def get(self, key: Any, default: Any = None, *, expire_time: bool = False, tag: bool = False) -> Any:
+        """Return a new copy of a value, or `default`.
+
+        With `expire_time` a tuple of it and the time at which it expires, in seconds since the epoch, or None; with
+        `tag` of it and its tag; with both of all three.
+        """
+        if self._blocks and (transaction := self._transaction()) is not None:
+            return transaction.get(key, default, expire_time=expire_time, tag=tag)
+        name = key if type(key) is str and key[:1] != MARK else name_of(key)
+        if expire_time or tag:
+            return self._with_facts(self._source.engine.entry(self._scope, name), default, expire_time, tag)
+        value = self._source.engine.get(self._scope, name, _ABSENT)
+        if self._counts is not None:
+            self._counts.count(found=value is not _ABSENT)
+        if value is _ABSENT:
+            return default
+        return unpack(value) if type(value) is dict and MARK in value else value
+
+    def _with_facts(self, entry: EntryView[Any] | None, default: Any, expire_time: bool, tag: bool) -> Any:
+        if self._counts is not None:
+            self._counts.count(found=entry is not None)
+        found = None if entry is None else (entry.value, entry.expires_ms)
+        return with_facts(found, default, expire_time=expire_time, tag=tag)
+
+    def set(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
+        """Set a value, which expires in `expire` seconds; return True.
+
+        `tag`, of the types that keys have, names a group of entries for `evict`. Raises InvalidValue, with the path,
+        for a value that would be read back as another one: docs/caches.md says which there are.
+        """
+        if self._blocks and (transaction := self._transaction()) is not None:
+            return transaction.set(key, value, expire, tag=tag)
+        stored = pack(value, None if tag is None else name_of(tag))
+        name = key if type(key) is str and key[:1] != MARK else name_of(key)
+        if expire is None:
+            result = self._source.engine.set(self._scope, name, stored)
+        else:
+            result = self._source.engine.set(self._scope, name, stored, **deadline(expire))
+        self._grown(len(result.new_json) + len(name))
+        return True
+
+    def add(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
+        """Set a value if there is no such key; return whether it was set. One step, whichever processes try."""
+        if self._blocks and (transaction := self._transaction()) is not None:
+            return transaction.add(key, value, expire, tag=tag)
+        name = name_of(key)
+        engine = self._source.engine
+        if engine.get(self._scope, name, _ABSENT) is not _ABSENT:
+            return False  # refusing it takes longer than looking
+        stored = pack(value, None if tag is None else name_of(tag))
+        try:
+            result = engine.set(self._scope, name, stored, if_absent=True, **deadline(expire))
+        except Conflict:
+            return False
+        self._grown(len(result.new_json) + len(name))
+        return True
+
+    def incr(self, key: Any, delta: float = 1, default: float | None = 0) -> Any:
+        """Add `delta` to a number in one step, and return the new one. A key that does not exist has `default`.
+
+        Its deadline and tag stay. Raises KeyError if there is no such key and `default` is None, and TypeError for a
+        value that is no number.
+        """
+        if self._blocks and (transaction := self._transaction()) is not None:
+            return transaction.incr(key, delta, default)
+        name = name_of(key)
+        engine = self._source.engine
+        if type(delta) is int and default == 0 and -_SMALL < delta < _SMALL:
+            result = engine.update(self._scope, name, [Increment("", delta)])
+            if not result.errors:
+                return result.new_value
+        changed = engine.modify(
+            self._scope, name, lambda stored: added(key, stored, delta, default, _NO_VALUE), _NO_VALUE
+        )
+        return value_of(changed.new_value)
+
+    def decr(self, key: Any, delta: float = 1, default: float | None = 0) -> Any:
+        """As `incr`, with `-delta`."""
+        return self.incr(key, -delta, default)
+
+    def pop(self, key: Any, default: Any = None, *, expire_time: bool = False, tag: bool = False) -> Any:
+        """Remove a key and return its value, or `default`, in one step. The rest is as in `get`."""
+        if self._blocks and (transaction := self._transaction()) is not None:
+            return transaction.pop(key, default, expire_time=expire_time, tag=tag)
+        name = name_of(key)
+        engine = self._source.engine
+        if not (expire_time or tag):
+            return value_of(engine.mapping(self._scope).pop(name, default))
+        while True:
+            entry = engine.entry(self._scope, name)
+            if entry is None or self._remove([entry]):
+                return self._with_facts(entry, default, expire_time, tag)
+
+    def touch(self, key: Any, expire: float | timedelta | None = None) -> bool:
+        """Have a key expire in `expire` seconds from now, or never; return whether it exists."""
+        if self._blocks and (transaction := self._transaction()) is not None:
+            return transaction.touch(key, expire)
+        return self._source.engine.touch(self._scope, name_of(key), **(deadline(expire) or {"ttl": None}))
+
+    def delete(self, key: Any) -> bool:
+        """Remove a key; return whether it existed."""
+        if self._blocks and (transaction := self._transaction()) is not None:
+            return transaction.delete(key)
+        return self._source.engine.mapping(self._scope).pop(name_of(key), _ABSENT) is not _ABSENT
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self.get(key, _ABSENT)
+        if value is _ABSENT:
+            raise KeyError(key)
+        return value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.set(key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        if not self.delete(key):
+            raise KeyError(key)
+
+    def __contains__(self, key: Any) -> bool:
+        if self._blocks and (transaction := self._transaction()) is not None:
+            return transaction.get(key, _ABSENT) is not _ABSENT
+        return self._source.engine.get(self._scope, name_of(key), _ABSENT) is not _ABSENT
+
+    # ------------------------------------------------------------------------------------------------- all entries
+
+    def __len__(self) -> int:
+        """Return how many entries there are. Those that have expired do not count."""
+        return self._source.engine.count(self._scope)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the keys, in the order of their text. It reads them in pages."""
+        return self.iterkeys()
+
+    def __reversed__(self) -> Iterator[Any]:
+        return self.iterkeys(reverse=True)
+
+    def iterkeys(self, reverse: bool = False) -> Iterator[Any]:
+        """Iterate over the keys in the order of their text, with `reverse` from the last one on."""
+        for entry in self._entries(reverse=reverse):
+            yield key_of(entry.key)
+
+    def _entries(self, *, reverse: bool = False) -> Iterator[EntryView[Any]]:
+        for page in self._source.engine.pages(self._scope, PAGE, reverse=reverse):
+            yield from page.entries
+
+    def clear(self) -> int:
+        """Remove all entries, in steps of 1,000; return how many there were."""
+        return self._source.engine.delete_range(self._scope, prefix="")
+
+    def evict(self, tag: Any) -> int:
+        """Remove the entries with a tag, in steps; return how many. It looks at each entry of the cache."""
+        name = name_of(tag)
+        return self._remove_where(lambda entry: entry.json.startswith(b'{"~"') and tag_of(entry.value) == name)
+
+    def expire(self, now: float | None = None) -> int:
+        """Remove the entries that expire until `now`, in seconds since the epoch; return how many.
+
+        Without `now` there is nothing to do: the engine removes what has expired by itself.
+        """
+        if now is None:
+            return 0
+        return self._remove_where(lambda entry: entry.expires_ms is not None and entry.expires_ms <= now * 1000)
+
+    def volume(self) -> int:
+        """Return about how many bytes the entries take. It looks at each of them."""
+        return sum(map(_size, self._entries()))
+
+    def cull(self) -> int:
+        """Remove entries until the limits hold, the ones first that were stored the longest ago; return how many.
+
+        Down to nine tenths of a limit, so that it is not needed again soon. The writes of this object do it by
+        themselves, now and then: there may be more for a while, at most by a quarter of the limit for each process.
+        """
+        limits, removed, count, size = self._limits, 0, 0, 0
+        if not limits.begin():
+            return 0
+        try:
+            entries: list[Sized] = [(entry.revision, entry.key, _size(entry)) for entry in self._entries()]
+            count, size = len(entries), sum([one[2] for one in entries])
+            for piece in limits.surplus(entries):
+                removed += self._remove([EntryView(key, b"", revision) for revision, key, _ in piece])
+                count, size = count - len(piece), size - sum([one[2] for one in piece])
+            return removed
+        finally:
+            limits.end(count, size)
+            limits.release()
+
+    def _grown(self, size: int) -> None:
+        """Note a write of so many bytes, and look after the limits if it is time."""
+        if self._limits.written(size):
+            try:
+                self.cull()
+            except ScopestateError as error:
+                log.warning("the cache in scope %r could not be culled: %s", self._scope, error)  # the write was made
+
+    def _remove_where(self, wanted: Callable[[EntryView[Any]], bool]) -> int:
+        engine, removed = self._source.engine, 0
+        for page in engine.pages(self._scope, PAGE):
+            found = [entry for entry in page.entries if wanted(entry)]
+            if found:
+                removed += self._remove(found)
+        return removed
+
+    def _remove(self, entries: Iterable[EntryView[Any]]) -> int:
+        """Remove entries that have not changed since they were read; return how many."""
+        entries, engine = list(entries), self._source.engine
+        try:
+            with engine.batch(self._scope) as batch:
+                for entry in entries:
+                    if entry.revision:  # 0: where the scope is, there are none
+                        batch.check(entry.key, revision=entry.revision)
+                    batch.delete(entry.key)
+            return len(entries)
+        except Conflict:
+            return 0 if len(entries) == 1 else sum([self._remove([entry]) for entry in entries])
+
+    def stats(self, enable: bool = True, reset: bool = False) -> CacheStats:
+        """Return hits and misses of `get` since they were counted, begin or end to count them, and set them to 0."""
+        found = CacheStats(0, 0) if self._counts is None else self._counts.read(reset=reset)
+        if not enable:
+            self._counts = None
+        elif self._counts is None:
+            self._counts = Counts()
+        return found
+
+    # ------------------------------------------------------------------------------------- functions, transactions
+
+    def memoize(
+        self,
+        expire: float | timedelta | None = None,
+        *,
+        name: str | None = None,
+        tag: Any = None,
+        ignore: Iterable[int | str] = (),
+        key: Callable[..., Any] | None = None,
+        lease: float = 60,
+        early: float = 0,
+    ) -> Memoize:
+        """Decorate a function, plain or `async`: its results are kept, each for `expire` seconds.
+
+        While one call computes a result, others with the same arguments wait for it: of other threads and tasks, and of
+        other processes with the same directory or Redis. A process that computes holds a lease of `lease` seconds, in
+        the scope with ":leases" behind the name; behind that, another one computes it too. An exception is not kept: it
+        reaches the callers that wait in this process too.
+
+        `name` is that of the function, by default with its module. `ignore`: places and names of arguments that do not
+        matter. `key(*args, **kwargs)` returns the key of a call, for arguments that no cache holds. `early`, such as 1:
+        compute a result anew before it expires, at a random time, sooner the longer computing it takes; needs `expire`.
+
+        `function.__cache_key__(...)` returns the key of a call in the cache; `function.__wrapped__` is the function.
+        """
+        if callable(expire):
+            raise TypeError("memoize is called to make the decorator: write @cache.memoize()")
+        if early and expire is None:
+            raise DeserializationError("`early` needs `expire`: a result that never expires is never too old")
+        return Memoize(self, expire, name, tag, ignore, key, lease, early)
+
+    @overload
+    def transact(self) -> TransactionBlock: ...
+
+    @overload
+    def transact(self, function: Callable[[], A]) -> A: ...
+
+    def transact(self, function: Callable[[], A] | None = None) -> TransactionBlock | A:
+        """Return a block for `with`, in which the calls of this thread or task take effect at its end: all, or none.
+
+        Within it `get`, `set`, `add`, `incr`, `decr`, `pop`, `touch`, `delete` and the operators read what the block
+        has written. If the block raises, nothing is written. Blocks of this object's threads wait for one another. If
+        another call has changed meanwhile what the block has read, its end raises Conflict, and nothing is written.
+
+        With a function: it is called in such a block, again after a Conflict, and what it returns is returned.
+        """
+        if function is None:
+            return TransactionBlock(self)
+        for attempt in range(_ATTEMPTS):
+            try:
+                with TransactionBlock(self):
+                    return function()
+            except Conflict:
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+        raise AssertionError
+
+    def _transaction(self) -> CacheTransaction | None:
+        """Return the transaction whose block this thread or task is in."""
+        block = self._block.get()
+        return None if block is None or block.transaction.ended else block.transaction
+
+    def _count_blocks(self, change: int) -> None:
+        with self._blocks_lock:
+            self._blocks += change
+
+    # ----------------------------------------------------------------------------------------------------- the end
+
+    def close(self) -> None:
+        """Save and close the engine that this has opened, unless another cache of the process uses it.
+
+        A later call opens it again. An engine of the program stays open.
+        """
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        self._source.enter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._source.leave()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._source.directory is None:
+            raise TypeError("only a cache in a directory can be sent to another process")
+        return _made_again, (self._source.directory, *self._arguments)
+
+    def __repr__(self) -> str:
+        where = self._source.directory or ("an engine" if isinstance(self._source.given, Engine) else "memory")
+        return f"<Cache {self._scope!r} in {where}>"
+
+
+_SMALL: Final = 2**53
+_ATTEMPTS: Final = 100
+_NO_VALUE: Final = {MARK: "absent"}
+"""What `modify` is given for a key that does not exist; no cache stores it."""
+
+
+def _made_again(
+    directory: str,
+    scope: str,
+    size_limit: int | None,
+    max_entries: int | None,
+    durability: Durability | None,
+    save_interval_ms: int | None,
+    statistics: bool,
+) -> Cache:
+    return Cache(
+        directory,
+        scope=scope,
+        size_limit=size_limit,
+        max_entries=max_entries,
+        durability=durability,
+        save_interval_ms=save_interval_ms,
+        statistics=statistics,
+    )
+
+
+def _size(entry: EntryView[Any]) -> int:
+    return len(entry.json) + len(entry.key) + ENTRY_BYTES

@@ -1,0 +1,112 @@
+"""How much a cache may hold, and how often it has found what it was asked for."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from scopestate.errors import DeserializationError
+
+ENTRY_BYTES: Final = 100
+"""What an entry counts beside its key and value."""
+PAGE: Final = 500
+"""Keys that one step of a walk over a cache looks at, or removes."""
+_GOAL: Final = 0.9
+"""How full a cache is after it was culled."""
+
+Sized = tuple[int, str, int]
+"""Revision, key and bytes of an entry. The lowest revision was stored the longest ago."""
+
+
+class Limits:
+    """The limits of a cache, and when it must be looked at whether they hold.
+
+    Looking takes a walk over all entries. So the writes are counted, and it is done when they might have filled the
+    cache: after an eighth of a limit at the latest, because other processes write too. The counts need no lock: a
+    write that another thread's hides makes the next look a little later.
+    """
+
+    def __init__(self, size_limit: int | None, max_entries: int | None) -> None:
+        for name, limit in (("size_limit", size_limit), ("max_entries", max_entries)):
+            if limit is not None and (type(limit) is not int or limit < 1):
+                raise DeserializationError(f"`{name}` is a whole number from 1 on, or None, not {limit!r:.40}")
+        self._bytes = math.inf if size_limit is None else size_limit
+        self._entries = math.inf if max_entries is None else max_entries
+        self._walk = threading.Lock()
+        self._bytes_left = self._entries_left = 0.0
+        self.end(0, 0)
+        if size_limit is None and max_entries is None:
+            self._walk.acquire()  # there is never anything to look for
+
+    def written(self, size: int) -> bool:
+        """Note a write of so many bytes; return whether it is time to look."""
+        self._bytes_left -= size + ENTRY_BYTES
+        self._entries_left -= 1
+        return self._bytes_left < 0 or self._entries_left < 0
+
+    def begin(self) -> bool:
+        """Begin to look. False: another thread does, or there is no limit."""
+        return self._walk.acquire(blocking=False)
+
+    def end(self, count: int, size: int) -> None:
+        """Note how many entries and bytes there are now."""
+        self._bytes_left = _pause(self._bytes, size)
+        self._entries_left = _pause(self._entries, count)
+
+    def release(self) -> None:
+        """End what `begin` has begun."""
+        self._walk.release()
+
+    def surplus(self, entries: list[Sized]) -> Iterator[list[Sized]]:
+        """Yield the entries to remove, in pieces of a page; none if the limits hold."""
+        count, size = len(entries), sum([one[2] for one in entries])
+        if count <= self._entries and size <= self._bytes:
+            return
+        piece: list[Sized] = []
+        for entry in sorted(entries):
+            if count <= self._entries * _GOAL and size <= self._bytes * _GOAL:
+                break
+            piece.append(entry)
+            count, size = count - 1, size - entry[2]
+            if len(piece) == PAGE:
+                yield piece
+                piece = []
+        if piece:
+            yield piece
+
+
+def _pause(limit: float, held: float) -> float:
+    return limit if limit == math.inf else max(limit / 64, min(limit / 8, limit - held))
+
+
+class CacheStats(NamedTuple):
+    """How often `get` has found a key, and how often not, in this object since it was counted or reset."""
+
+    hits: int
+    misses: int
+
+
+class Counts:
+    """Counts hits and misses, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hits = self._misses = 0
+
+    def count(self, *, found: bool) -> None:
+        """Count one."""
+        with self._lock:
+            if found:
+                self._hits += 1
+            else:
+                self._misses += 1
+
+    def read(self, *, reset: bool) -> CacheStats:
+        """Return the counts."""
+        with self._lock:
+            found = CacheStats(self._hits, self._misses)
+            if reset:
+                self._hits = self._misses = 0
+        return found

@@ -1,0 +1,315 @@
+"""Functions whose results are kept, each computed by one caller at once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+from scopestate.errors import Conflict, DeserializationError, ScopestateError, Unsupported
+from scopestate.integrations.cache.values import (
+    MARK,
+    call_name,
+    deadline,
+    name_of,
+    pack,
+    took_of,
+    unpack,
+    value_of,
+)
+from scopestate.ops.values import class_name, decode
+
+if TYPE_CHECKING:
+    from scopestate.engine import Engine
+    from scopestate.integrations.cache.cache import Cache
+    from scopestate.ops.results import SetResult
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+log = logging.getLogger("scopestate.integrations")
+
+ABSENT: Final = object()
+FIRST_PAUSE_S: Final = 0.005
+LONGEST_PAUSE_S: Final = 0.1
+"""Between two looks whether another process has computed a result."""
+NO_LEASE: Final = 0
+"""In the place of a lease where the backend has no conditional writes: only this process keeps to one computation."""
+
+
+class Outcome(NamedTuple):
+    """How a computation has ended. Neither: it was given up, or another process has the result."""
+
+    stored: bytes | None = None
+    """What was stored, as JSON."""
+    error: Exception | None = None
+
+
+class Computation:
+    """One computation of a result in this process, for others to wait for."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+        """The thread or task that computes."""
+        self.outcome: Outcome = Outcome()
+        self.ended: Future[Outcome] = Future()
+        self.ended.set_running_or_notify_cancel()  # a task that waits and is cancelled must not cancel it
+
+    def told(self) -> Any:
+        """Return the result, or raise its error; ABSENT if there is neither."""
+        outcome = self.ended.result()
+        if outcome.error is not None:
+            raise outcome.error
+        return ABSENT if outcome.stored is None else value_of(decode(outcome.stored))
+
+
+class Memoize:
+    """What `Cache.memoize` returns: decorates a function."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        expire: float | timedelta | None,
+        name: str | None,
+        tag: Any,
+        ignore: Iterable[int | str],
+        key: Callable[..., Any] | None,
+        lease: float,
+        early: float,
+    ) -> None:
+        self._cache = cache
+        self._options = deadline(expire)
+        self._name = name
+        self._tag = None if tag is None else name_of(tag)
+        self._ignore = frozenset(ignore)
+        self._key = key
+        self._lease = lease
+        self._early = early
+
+    def __call__(self, function: F) -> F:
+        """Return the function with results that are kept."""
+        base = self._base(function)
+        memo = Memo(self._cache, function, self._options, self._tag, self._lease, self._early)
+        key_of_call = self._key_of_call(base)
+        wrapper: Any
+        if inspect.iscoroutinefunction(function):
+            from scopestate.integrations.cache.memoize_async import decorated  # noqa: PLC0415 - imports asyncio
+
+            wrapper = decorated(memo, key_of_call)
+        else:
+            wrapper = _decorated(memo, key_of_call)
+        wrapper = functools.wraps(function)(wrapper)
+        wrapper.__cache_key__ = lambda *args, **kwargs: key_of_call(args, kwargs)
+        return wrapper  # type: ignore[no-any-return]  # it takes and returns what the function does
+
+    def _base(self, function: Callable[..., Any]) -> str:
+        if not callable(function):
+            raise DeserializationError(f"memoize decorates a function, not a {class_name(function)}")
+        name = self._name
+        if name is None:
+            name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', class_name(function))}"
+        # What follows is JSON and begins with one of the two: so different calls have different keys.
+        if name.startswith(MARK) or "[" in name or "{" in name:
+            raise DeserializationError(
+                f"the name of a memoized function has no [ or {{, and no ~ at its start: {name!r}"
+            )
+        return name
+
+    def _key_of_call(self, base: str) -> Callable[[tuple[Any, ...], dict[str, Any]], str]:
+        ignore, key = self._ignore, self._key
+        if key is not None:
+            if ignore:
+                raise DeserializationError(
+                    "give `key` or `ignore`: a function that returns the key ignores what it will"
+                )
+            return lambda args, kwargs: call_name(base, (key(*args, **kwargs),), {})
+        if ignore:
+            return lambda args, kwargs: call_name(
+                base,
+                tuple([arg for index, arg in enumerate(args) if index not in ignore]),
+                {name: arg for name, arg in kwargs.items() if name not in ignore},
+            )
+        return functools.partial(call_name, base)
+
+
+class Memo:
+    """The results of one function in a cache, and its computations in this process."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        function: Callable[..., Any],
+        options: dict[str, Any],
+        tag: str | None,
+        lease_s: float,
+        early: float,
+    ) -> None:
+        self.cache = cache
+        self.scope: Final = cache.scope
+        self.leases: Final = f"{cache.scope}:leases"
+        self.function = function
+        self.options = options
+        self.lease_s = lease_s
+        self.early = early
+        self.running: dict[str, Computation] = {}
+        """Key -> the computation that this process makes of it."""
+        self._tag = tag
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the cache."""
+        return self.cache._source.engine
+
+    def packed(self, result: Any, began: float) -> Any:
+        """Return what is stored for a result. Raises InvalidValue."""
+        return pack(result, self._tag, time.perf_counter() - began if self.early else None)
+
+    def kept(self, mine: Computation, result: SetResult) -> None:
+        """Note that a result is in the cache."""
+        mine.outcome = Outcome(result.new_json)
+        self.cache._grown(len(result.new_json))
+
+    def give_up(self, name: str, other: Computation) -> None:
+        """Wait no longer for a computation: it takes longer than a lease, or a signal has ended its thread."""
+        if self.running.get(name) is other:
+            self.running.pop(name, None)
+
+    def end(self, name: str, mine: Computation) -> None:
+        """End a computation, and tell those that wait for it."""
+        self.give_up(name, mine)
+        mine.ended.set_result(mine.outcome)
+
+    def is_early(self, took_s: float, left_s: float | None) -> bool:
+        """Decide by chance whether a result is computed anew before it expires.
+
+        As in Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention" (2015).
+        """
+        return left_s is not None and -math.log(1.0 - random.random()) * took_s * self.early >= left_s
+
+    def count(self, *, found: bool) -> None:
+        """Count a hit or a miss, if the cache counts them."""
+        if self.cache._counts is not None:
+            self.cache._counts.count(found=found)
+
+
+def _decorated(memo: Memo, key_of_call: Callable[[tuple[Any, ...], dict[str, Any]], str]) -> Callable[..., Any]:
+    source, scope, early = memo.cache._source, memo.scope, memo.early
+    computing = _Computing(memo)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        name = key_of_call(args, kwargs)
+        value = source.engine.get(scope, name, ABSENT)
+        if memo.cache._counts is not None:
+            memo.count(found=value is not ABSENT)
+        if value is ABSENT:
+            return computing.result(name, args, kwargs)
+        if type(value) is dict and MARK in value:
+            if early and (took := took_of(value)) is not None and memo.is_early(took, source.engine.ttl(scope, name)):
+                return computing.renewed(name, value, args, kwargs)
+            return unpack(value)
+        return value
+
+    return wrapper
+
+
+class _Computing:
+    """Computes results on the threads of callers."""
+
+    def __init__(self, memo: Memo) -> None:
+        self._memo = memo
+
+    def result(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of a call that is not in the cache."""
+        memo, me = self._memo, threading.get_ident()
+        until = time.monotonic() + memo.lease_s
+        mine = Computation(me)
+        while (other := memo.running.setdefault(name, mine)) is not mine:
+            if other.owner == me:  # a function that has called itself with the same arguments
+                return memo.function(*args, **kwargs)
+            try:
+                other.ended.result(max(0.0, until - time.monotonic()))
+            except TimeoutError:
+                memo.give_up(name, other)
+                return self._compute(name, Computation(me), args, kwargs)
+            value = other.told()
+            if value is ABSENT:
+                value = self._look(name)
+            if value is not ABSENT:
+                return value
+        lease = None
+        try:
+            lease, value = self._lease_or_value(name, until)
+            return self._compute(name, mine, args, kwargs) if value is ABSENT else value
+        finally:
+            memo.end(name, mine)
+            self._give_back(name, lease)
+
+    def renewed(self, name: str, stored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a result anew that will expire. If another caller does, or it fails, return the one that is there."""
+        memo, mine = self._memo, Computation(threading.get_ident())
+        if memo.running.setdefault(name, mine) is not mine:
+            return unpack(stored)
+        lease = None
+        try:
+            lease = self._take_lease(name)
+            return unpack(stored) if lease is None else self._compute(name, mine, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever the function raises
+            mine.outcome = Outcome()
+            log.warning("%s could not be computed anew before it expires: %s: %s", name, class_name(error), error)
+            return unpack(stored)
+        finally:
+            memo.end(name, mine)
+            self._give_back(name, lease)
+
+    def _compute(self, name: str, mine: Computation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        memo, began = self._memo, time.perf_counter()
+        try:
+            result = memo.function(*args, **kwargs)
+            memo.kept(mine, memo.engine.set(memo.scope, name, memo.packed(result, began), **memo.options))
+        except Exception as error:
+            mine.outcome = Outcome(error=error)
+            raise
+        return result
+
+    def _look(self, name: str) -> Any:
+        value = self._memo.engine.get(self._memo.scope, name, ABSENT)
+        return value if value is ABSENT else value_of(value)
+
+    def _lease_or_value(self, name: str, until: float) -> tuple[int | None, Any]:
+        """Take the lease of a result, or wait until another process has computed it. Neither: it takes too long."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            lease = self._take_lease(name)
+            value = self._look(name)
+            if lease is not None or value is not ABSENT:
+                return lease, value
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return None, ABSENT
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _take_lease(self, name: str) -> int | None:
+        memo = self._memo
+        try:
+            return memo.engine.set(memo.leases, name, 1, if_absent=True, ttl=memo.lease_s).revision
+        except Conflict:
+            return None
+        except Unsupported:
+            return NO_LEASE
+
+    def _give_back(self, name: str, lease: int | None) -> None:
+        if lease:
+            try:
+                self._memo.engine.delete(self._memo.leases, name, if_revision=lease)
+            except Conflict:
+                pass  # it has ended, and may be another one's
+            except ScopestateError as error:
+                log.warning("the lease of %s ends by itself, it could not be given back: %s", name, error)

@@ -1,0 +1,204 @@
+"""Several calls of a cache that take effect together."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextvars import Token
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from scopestate.errors import DeserializationError, Overloaded
+from scopestate.integrations.cache.values import (
+    added,
+    deadline,
+    milliseconds_of,
+    name_of,
+    pack,
+    value_of,
+    with_facts,
+)
+from scopestate.ops.results import EntryView
+
+if TYPE_CHECKING:
+    from scopestate.integrations.cache.cache import Cache
+
+_ABSENT: Final = object()
+_LONGEST_S: Final = 60.0
+"""How long a block waits for the block of another thread, as long as diskcache waits for its file."""
+
+
+class TransactionBlock:
+    """A `with` block of `Cache.transact`. One within another one is a part of that."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._token: Token[TransactionBlock | None] | None = None
+        self._locked = False
+        self.transaction = CacheTransaction(cache)
+
+    def __enter__(self) -> CacheTransaction:
+        cache = self._cache
+        outer = cache._transaction()
+        if outer is not None:
+            return outer
+        if self.transaction.ended:
+            raise DeserializationError("this block has ended: call `transact()` for each `with` statement")
+        if not _runs_loop():  # where one runs, waiting would stop the block that is waited for
+            self._locked = cache._turns.acquire(timeout=_LONGEST_S)
+            if not self._locked:
+                raise Overloaded(f"another transaction of this cache has run for {_LONGEST_S:g} s: nothing was done")
+        cache._count_blocks(1)
+        self._token = cache._block.set(self)
+        return self.transaction
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        token, self._token = self._token, None
+        if token is None:
+            return
+        cache = self._cache
+        cache._block.reset(token)
+        cache._count_blocks(-1)
+        self.transaction.ended = True
+        try:
+            if kind is None:
+                self.transaction._commit()
+        finally:
+            if self._locked:
+                cache._turns.release()
+
+
+def _runs_loop() -> bool:
+    asyncio = sys.modules.get("asyncio.events")
+    return asyncio is not None and asyncio._get_running_loop() is not None
+
+
+class _Held(NamedTuple):
+    """What the transaction has put under a key."""
+
+    stored: Any
+    options: dict[str, Any]
+    """The deadline, as `Batch.set` and `Batch.touch` take it."""
+    expires_ms: int | None
+    written: bool
+    """False: only its deadline is new."""
+
+
+class CacheTransaction:
+    """What a block of `transact` reads and writes. The calls are those of `Cache`."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.ended = False
+        self._cache = cache
+        self._seen: dict[str, EntryView[Any] | None] = {}
+        """What the cache had under each key that was read."""
+        self._now: dict[str, _Held | None] = {}
+        """What each key that was changed has now; None: it is deleted."""
+
+    def get(self, key: Any, default: Any = None, *, expire_time: bool = False, tag: bool = False) -> Any:
+        """As `Cache.get`."""
+        held = self._entry(name_of(key))
+        facts = None if held is None else (held.stored, held.expires_ms)
+        return with_facts(facts, default, expire_time=expire_time, tag=tag)
+
+    def set(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
+        """As `Cache.set`. What was there before is not read."""
+        self._refuse_if_ended()
+        options = deadline(expire)
+        stored = pack(value, None if tag is None else name_of(tag))
+        self._now[name_of(key)] = _Held(stored, options, milliseconds_of(options), written=True)
+        return True
+
+    def add(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
+        """As `Cache.add`."""
+        return self._entry(name_of(key)) is None and self.set(key, value, expire, tag=tag)
+
+    def incr(self, key: Any, delta: float = 1, default: float | None = 0) -> Any:
+        """As `Cache.incr`."""
+        name = name_of(key)
+        held = self._entry(name)
+        stored = added(key, _ABSENT if held is None else held.stored, delta, default, _ABSENT)
+        if held is None:
+            self._now[name] = _Held(stored, {}, None, written=True)
+        else:
+            self._now[name] = held._replace(stored=stored, written=True)
+        return value_of(stored)
+
+    def decr(self, key: Any, delta: float = 1, default: float | None = 0) -> Any:
+        """As `Cache.decr`."""
+        return self.incr(key, -delta, default)
+
+    def pop(self, key: Any, default: Any = None, *, expire_time: bool = False, tag: bool = False) -> Any:
+        """As `Cache.pop`."""
+        found = self.get(key, default, expire_time=expire_time, tag=tag)
+        self.delete(key)
+        return found
+
+    def touch(self, key: Any, expire: float | timedelta | None = None) -> bool:
+        """As `Cache.touch`."""
+        name, options = name_of(key), deadline(expire)
+        held = self._entry(name)
+        if held is not None:
+            self._now[name] = held._replace(options=options, expires_ms=milliseconds_of(options))
+        return held is not None
+
+    def delete(self, key: Any) -> bool:
+        """As `Cache.delete`."""
+        name = name_of(key)
+        held = self._entry(name)
+        if held is not None:
+            self._now[name] = None
+        return held is not None
+
+    def __getitem__(self, key: Any) -> Any:
+        value = self.get(key, _ABSENT)
+        if value is _ABSENT:
+            raise KeyError(key)
+        return value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.set(key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        if not self.delete(key):
+            raise KeyError(key)
+
+    def __contains__(self, key: Any) -> bool:
+        return self._entry(name_of(key)) is not None
+
+    def _entry(self, name: str) -> _Held | None:
+        self._refuse_if_ended()
+        if name in self._now:
+            held = self._now[name]
+            passed = held is not None and held.expires_ms is not None and held.expires_ms <= time.time() * 1000
+            return None if passed else held
+        if name not in self._seen:
+            self._seen[name] = self._cache.engine.entry(self._cache.scope, name)
+        entry = self._seen[name]
+        return None if entry is None else _Held(entry.value, {"keep_ttl": True}, entry.expires_ms, written=False)
+
+    def _refuse_if_ended(self) -> None:
+        if self.ended:
+            raise DeserializationError("this transaction has ended: use it within its block only")
+
+    def _commit(self) -> None:
+        """Write everything in one step. Raises Conflict if what was read has changed."""
+        cache = self._cache
+        with cache.engine.batch(cache.scope) as batch:
+            for name, entry in self._seen.items():
+                if entry is None:
+                    batch.check(name, absent=True)
+                elif entry.revision:  # 0: where the scope is, there are none
+                    batch.check(name, revision=entry.revision)
+            for name, held in self._now.items():
+                if held is None:
+                    batch.delete(name)
+                elif held.written:
+                    batch.set(name, held.stored, **held.options)
+                else:
+                    batch.touch(name, **(held.options or {"ttl": None}))
+        sizes = [len(getattr(result, "new_json", b"")) for result in batch.result.results]
+        cache._grown(sum(sizes))
