@@ -21,8 +21,12 @@ log: Final = Log("scopestate.scope")
 LONG_S: Final = 0.25
 """A function that runs longer is logged: other callers of its scope have waited for it."""
 
+_METHODS: Final = ("modify", "transact")
+
 IN_CALLBACK: Final[dict[int, str]] = {}
-"""Thread id -> the method whose function runs there. Nearly always empty, which every call of the engine checks."""
+"""Thread id -> the method whose function runs there, or what checks a value there.
+
+Nearly always empty, which every call of the engine checks."""
 
 if hasattr(os, "register_at_fork"):
     # Threads that run functions are not there in a forked child, and new ones may get their ids.
@@ -30,7 +34,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_callback(name: str, scope: str, function: Callable[[Any], Any], argument: Any) -> Any:
-    """Call a function of a caller in a turn of `scope`; `name` is the method that it was given to.
+    """Call a function of a caller in a turn of `scope`; `name`: the method that it was given to, or what it is.
 
     It is the `runner` of such turns. Raises what the function raises.
     """
@@ -45,14 +49,14 @@ def run_callback(name: str, scope: str, function: Callable[[Any], Any], argument
             del IN_CALLBACK[me]
         took_s = monotonic() - began
         if took_s > LONG_S:
-            log.warning("the function of a %s on scope %r took %.2f s: others waited", name, scope, took_s)
+            what = f"the function of a {name}" if name in _METHODS else name
+            log.warning("%s on scope %r took %.2f s: others waited", what, scope, took_s)
 
 
 def refuse_in_callback() -> None:
-    """Raise WouldDeadlock if this thread runs a function of `modify` or `transact`."""
+    """Raise WouldDeadlock if this thread runs a function of `modify` or `transact`, or checks a value."""
     name = IN_CALLBACK.get(get_ident())
     if name is not None:
         other = "the methods of the transaction" if name == "transact" else "what it is given"
-        raise WouldDeadlock(
-            f"the function of `{name}` has called an engine: it may use {other} only, and nothing was changed"
-        )
+        what = f"the function of `{name}`" if name in _METHODS else name
+        raise WouldDeadlock(f"{what} has called an engine: it may use {other} only, and nothing was changed")

@@ -284,7 +284,7 @@ class LocalScope(ScopeInMemory):
         assert view is not None  # within a turn
         view.revision = self._sequence
         view.now = None
-        stored, answer = turn.decide(view)
+        stored, answer = turn.decide(view) if rule.values is None else rule.values.decide(turn, view)
         if stored:
             self._store(stored)
         return answer

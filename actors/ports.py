@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Name
 import msgspec
 
 from scopestate.actors.journal import ConsumerChange, Journal
+from scopestate.actors.value_rules import ValueRule
 from scopestate.ops.results import StateEvent
 from scopestate.ops.turns import TtlRule
 
@@ -36,6 +37,13 @@ class WriteRule(msgspec.Struct, frozen=True):
     """The deadline of keys that are written without one; None: they have none."""
     strict: bool = False
     """True: an update with an op that is refused writes nothing."""
+    values: ValueRule | None = None
+    """What the values must fit."""
+
+    @property
+    def needs_entries(self) -> bool:
+        """True if writes need more than values: the time, or what becomes of an op that is refused."""
+        return self.ttl is not None or self.strict
 
 
 NO_RULE: Final = WriteRule()

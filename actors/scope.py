@@ -16,6 +16,7 @@ from scopestate.actors.ports import Store, WriteRule
 from scopestate.actors.pykka_face import PROXIES, Stop
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.turn import BUSY, TurnActor
+from scopestate.actors.value_rules import Misfits
 from scopestate.actors.wheel import NEVER
 from scopestate.errors import DeserializationError, EngineClosed, Overloaded, ReplyTimeout, ScopestateError, Unsupported
 from scopestate.ops.arguments import answer_of, turn_of
@@ -84,6 +85,7 @@ class Surroundings:
         self.rule_of = rule_of
         """Returns what the configuration says about the writes of a scope now."""
         self.expiry = expiry
+        self.misfits = Misfits()
         self.highest_forgotten = 0
         """The highest revision of a scope that has left memory, and of which no revision is kept.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 from scopestate.actors.functions import is_generator
 from scopestate.config.schema import FunctionRef
@@ -32,10 +33,23 @@ def import_function(target: str) -> FunctionRef:
     Raises:
         TargetError: malformed, no such module, the module fails, no such attribute, not callable.
     """
+    found = import_object(target, "callable")
+    if not callable(found):
+        raise TargetError(f"{target!r} is a {type(found).__name__}, which cannot be called")
+    if is_generator(found):
+        raise TargetError(f"{target!r} has a `yield` in it: a call would return a generator and run nothing")
+    return FunctionRef(target=target, callable=found)
+
+
+def import_object(target: str, what: str) -> Any:
+    """Import `package.module:name`, as `import_function` does, whatever it is; `what` it should be, for a message.
+
+    Raises TargetError.
+    """
     module_name, colon, attributes = target.partition(":")
     names = attributes.split(".")
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), *names)):
-        raise TargetError(f'expected "package.module:callable", found {target!r}')
+        raise TargetError(f'expected "package.module:{what}", found {target!r}')
     try:
         found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -56,11 +70,7 @@ def import_function(target: str) -> FunctionRef:
         except Exception as error:
             raise TargetError(f"reading {name!r} of {walked!r} raised {type(error).__name__}: {error}") from error
         walked = f"{walked}.{name}" if walked != module_name else f"{module_name}:{name}"
-    if not callable(found):
-        raise TargetError(f"{target!r} is a {type(found).__name__}, which cannot be called")
-    if is_generator(found):
-        raise TargetError(f"{target!r} has a `yield` in it: a call would return a generator and run nothing")
-    return FunctionRef(target=target, callable=found)
+    return found
 
 
 def _raised(module_name: str, error: BaseException) -> str:

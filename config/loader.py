@@ -8,11 +8,12 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import msgspec
 
-from scopestate.config.schema import Config
+from scopestate.config.schema import Config, SchemaRef, TypeRef
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
 
@@ -32,13 +33,7 @@ def load(path: str | os.PathLike[str]) -> Config:
     Raises:
         ConfigError: the first mistake in the file, or why it cannot be read.
     """
-    return load_bytes(read_bytes(path), path)
-
-
-def load_bytes(content: bytes, path: str | os.PathLike[str]) -> Config:
-    """Like `load`, for the content of `path` as it was read before."""
-    file = expand_home(path)
-    return _first(_examined(_decode(content, file), file, os.path.abspath(file)))
+    return examine(path).first()
 
 
 def loads(text: str, *, file: str = "<string>") -> Config:
@@ -47,7 +42,7 @@ def loads(text: str, *, file: str = "<string>") -> Config:
     Raises:
         ConfigError: the first mistake in it.
     """
-    return _first(_examined(text, file, None))
+    return _examined(text, file, None).first()
 
 
 def from_mapping(mapping: Mapping[str, object] | Sequence[object]) -> Config:
@@ -63,7 +58,7 @@ def from_mapping(mapping: Mapping[str, object] | Sequence[object]) -> Config:
     if isinstance(mapping, str | bytes):
         raise ConfigError("expected a mapping, found text; use `loads` for YAML text and `load` for a path")
     config, errors = read_python(mapping)
-    return _first(Examined(config, errors))
+    return Examined(config, errors).first()
 
 
 def check(path: str | os.PathLike[str]) -> list[ConfigError]:
@@ -81,13 +76,29 @@ class Examined(NamedTuple):
     """What works and is probably a mistake: triggers of functions that are not in the file."""
     lines: Mapping[str, int | None] = {}
     """Path of each key that was read -> its line."""
+    files: AbstractSet[str] = frozenset()
+    """Files beside it that were read, or looked for: those of schemas."""
+
+    def first(self) -> Config:
+        """Return the configuration. Raises the first mistake."""
+        if self.config is None or self.errors:
+            raise self.errors[0]
+        return self.config
 
 
 def examine(path: str | os.PathLike[str]) -> Examined:
     """Read a file as `check` does, for a tool that looks further. `config` is None, or has defaults, after mistakes."""
+    try:
+        return examine_bytes(read_bytes(path), path)
+    except ConfigError as error:
+        return Examined(None, [error])
+
+
+def examine_bytes(content: bytes, path: str | os.PathLike[str]) -> Examined:
+    """Like `examine`, for the content of `path` as it was read before."""
     file = expand_home(path)
     try:
-        return _examined(_decode(read_bytes(path), file), file, file)
+        return _examined(_decode(content, file), file, os.path.abspath(file))
     except ConfigError as error:
         return Examined(None, [error])
 
@@ -153,16 +164,14 @@ def _examined(text: str, file: str, source: str | None) -> Examined:
         return Examined(None, [ConfigError(problem, file=file)])
     problems = Problems(file)
     config, errors = read_text(text, source, problems)
-    return Examined(config, errors, problems.doubts, problems.lines)
-
-
-def _first(found: Examined) -> Config:
-    if found.config is None or found.errors:
-        raise found.errors[0]
-    return found.config
+    return Examined(config, errors, problems.doubts, problems.lines, problems.files)
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, TypeRef):
+        return value.type
+    if isinstance(value, SchemaRef):
+        return value
     if isinstance(value, msgspec.Struct):
         return {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

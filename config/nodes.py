@@ -78,6 +78,8 @@ class Problems:
     doubts: list[ConfigError] = field(default_factory=list)
     lines: dict[str, int | None] = field(default_factory=dict)
     """Path of each key that was read -> its line."""
+    files: set[str] = field(default_factory=set)
+    """Absolute paths of the files of schemas that were read, or looked for."""
 
     def error(self, problem: str, line: int | None, key: str | None = None) -> ConfigError:
         return ConfigError(problem, file=self.file, line=line, key=key)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from scopestate.actors.journal import History
+from scopestate.ops.json_schema import JsonSchema
 from scopestate.ops.results import EventName
 from scopestate.ops.triggers import OPTIONS, Order
 from scopestate.persistence.bridge.options import BridgeOptions
@@ -97,11 +98,27 @@ class HistoryConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return History(self.events, self.age_s * 1000, self.bytes)
 
 
+class TypeRef(msgspec.Struct, frozen=True):
+    """`type:` of an entry of `scopes:`, resolved."""
+
+    target: str
+    """`package.module:Type`, as in the file; the name of a type that the program gave itself."""
+    type: Any
+
+
+class SchemaRef(msgspec.Struct, frozen=True):
+    """`schema:` of an entry of `scopes:`, compiled."""
+
+    path: str | None
+    """As in the file; None: it stands in the configuration itself."""
+    schema: JsonSchema
+
+
 class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """An entry of `scopes:`: what differs for some scopes.
 
-    Each option is taken from the first entry that fits and has it. A reload changes `ttl_ms`, `ttl_from`, `strict` and
-    `history` for the writes that follow.
+    Each option is taken from the first entry that fits and has it; `type` or `schema`, and `enforce`, are one option. A
+    reload changes all but `durability` for the writes that follow.
     """
 
     durability: Literal["memory", "interval", "commit"] | None = None
@@ -117,6 +134,13 @@ class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     `write`."""
     strict: bool | None = None
     """True: an update with an op that is refused writes nothing, and raises `UpdateRefused`."""
+    type: TypeRef | None = None
+    """The type that values must fit, as `package.module:Type`. Give `type` or `schema`, not both."""
+    schema: SchemaRef | None = None
+    """The JSON schema that values must fit: a path from the folder of the file, or the schema itself."""
+    enforce: Literal["refuse", "warn"] | None = None
+    """What becomes of a write whose value does not fit. `refuse`: it raises `SchemaViolation`. `warn`: it is made,
+    counted and logged. Left out: `refuse`."""
     history: HistoryConfig | None = None
     """Keep the changes, so that a watch can go on from a cursor: in a store of files, after a restart too."""
 

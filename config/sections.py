@@ -7,6 +7,7 @@ Where iii ignores an unknown key or a wrong type inside the adapter's `config`, 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
@@ -36,16 +37,20 @@ from scopestate.config.schema import (
     Config,
     FunctionRef,
     LimitsConfig,
+    SchemaRef,
     ScopeRule,
     ServerConfig,
     TokenConfig,
     TriggerConfig,
+    TypeRef,
     full_token,
     options_of,
     with_every_list,
 )
+from scopestate.config.value_rules import import_type, inline_schema, read_schema, type_ref
 from scopestate.errors import ConfigError
 from scopestate.ops.functions import BUILT_IN_IDS
+from scopestate.ops.json_schema import BadSchema
 from scopestate.ops.triggers import read_options
 
 log = logging.getLogger("scopestate.config")
@@ -55,6 +60,8 @@ SERVER = "iii-worker-manager"
 _SECRETS = ("token", "password", "sentinel_password")
 _TOP_KEYS = ("workers", "modules", "functions", "triggers", "scopes", "limits")
 _ENTRY_KEYS = ("name", "image", "config")
+_SAYS_SOMETHING = ("durability", "ttl_ms", "strict", "type", "schema", "history")
+"""Options of an entry of `scopes:`, one of which it has."""
 _MAX_HINTS = 100
 _NAME = str
 
@@ -110,6 +117,7 @@ class SectionReader:
     def __init__(self, problems: Problems) -> None:
         self._problems = problems
         self._file = problems.file or "configuration"
+        self._source: str | None = None
         self._worker: Place | None = None
         self._ignored: list[str] = []
         self._others: list[OtherWorker] = []
@@ -119,6 +127,7 @@ class SectionReader:
 
     def read(self, root: Node, source: str | None) -> Config:
         """Read the whole file. A bare list is the list of workers, as in the reference's sample."""
+        self._source = None if source is None else os.path.abspath(source)
         top = Place(root, root.line, "")
         if isinstance(root, Sequence):
             sections = {}
@@ -275,10 +284,14 @@ class SectionReader:
                 functions[function_id] = import_function(str(text))
             except TargetError as error:
                 self._broken.append(function_id)
-                failure = self._problems.error(str(error), target.line, target.path)
-                failure.__cause__ = error.__cause__
-                self._problems.errors.append(failure)
+                self._unusable(target, error)
         return functions
+
+    def _unusable(self, place: Place, error: TargetError | BadSchema) -> None:
+        """Report what is named in the file and cannot be used."""
+        failure = self._problems.error(str(error), place.line, place.path)
+        failure.__cause__ = error.__cause__
+        self._problems.errors.append(failure)
 
     def _triggers(self, place: Place | None, known: Iterable[str]) -> tuple[TriggerConfig, ...]:
         triggers: list[TriggerConfig] = []
@@ -336,12 +349,49 @@ class SectionReader:
             if rule.ttl_from is not None and not rule.ttl_ms:
                 key = join(item.path, "ttl_from")
                 self._problems.add("`ttl_from` says nothing without `ttl_ms`", self._line_of(item, "ttl_from"), key)
-            elif (rule.durability, rule.ttl_ms, rule.strict, rule.history) == (None, None, None, None):
-                self._problems.add(
-                    "give `durability`, `ttl_ms`, `strict` or `history`, found none", item.line, item.path
-                )
+            elif not self._check_values(item, rule):
+                pass
+            elif all(getattr(rule, name) is None for name in _SAYS_SOMETHING):
+                options = f"{', '.join(f'`{name}`' for name in _SAYS_SOMETHING[:-1])} or `{_SAYS_SOMETHING[-1]}`"
+                self._problems.add(f"give {options}, found none", item.line, item.path)
             rules.append(rule)
         return tuple(rules)
+
+    def _check_values(self, item: Place, rule: ScopeRule) -> bool:
+        """Report what does not go together in what a rule says about values; return whether there is nothing."""
+        errors_before = len(self._problems.errors)
+        if rule.type is not None and rule.schema is not None:
+            key = join(item.path, "schema")
+            self._problems.add("give `type` or `schema`, not both", self._line_of(item, "schema"), key)
+        if rule.enforce is not None and rule.type is None and rule.schema is None:
+            key = join(item.path, "enforce")
+            self._problems.add("`enforce` says nothing without `type` or `schema`", self._line_of(item, "enforce"), key)
+        return len(self._problems.errors) == errors_before
+
+    def _type_ref(self, place: Place) -> TypeRef | None:
+        node = place.node
+        try:
+            if isinstance(node, Scalar) and node.style == "native" and not isinstance(node.content, str | None):
+                return type_ref(node.content)
+            target = self._typed(place, _NAME)
+            return None if target is None else import_type(str(target))
+        except TargetError as error:
+            self._unusable(place, error)
+            return None
+
+    def _schema_ref(self, place: Place) -> SchemaRef | None:
+        node, files = place.node, self._problems.files
+        try:
+            if isinstance(node, Mapping):
+                return inline_schema(self._json(place), place.path, self._source, files)  # type: ignore[arg-type]  # a mapping gives a dict
+            if isinstance(node, Scalar) and isinstance(node.content, SchemaRef):
+                return node.content
+            path = self._typed(place, _NAME)
+            folder = None if self._source is None else os.path.dirname(self._source)
+            return None if path is None else read_schema(str(path), folder, files)
+        except (BadSchema, ConfigError) as error:
+            self._unusable(place, BadSchema(str(error)))
+            return None
 
     def _limits(self, place: Place | None) -> LimitsConfig:
         if place is None or self._is_null(place):
@@ -379,6 +429,10 @@ class SectionReader:
             return self._token(place)
         if any(get_origin(kind) is dict for kind in get_args(wanted)):
             return None if self._is_null(place) else self._json(place)
+        if TypeRef in get_args(wanted):
+            return None if self._is_null(place) else self._type_ref(place)
+        if SchemaRef in get_args(wanted):
+            return None if self._is_null(place) else self._schema_ref(place)
         for kind in (wanted, *get_args(wanted)):
             if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
                 optional = kind is not wanted

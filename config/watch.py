@@ -1,8 +1,8 @@
 """Hot reload: follows the configuration file and hands over each valid change.
 
-The folders are watched, not the file: editors replace a file by renaming another over it, and Kubernetes swaps a
-symlink (`engine.yaml -> ..data/engine.yaml`, `..data -> ..2024_05_01`), so each folder that holds a link on the way is
-watched for that link's name.
+The files of schemas that it names are followed with it. The folders are watched, not the files: editors replace a file
+by renaming another over it, and Kubernetes swaps a symlink (`engine.yaml -> ..data/engine.yaml`,
+`..data -> ..2024_05_01`), so each folder that holds a link on the way is watched for that link's name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from scopestate.config.loader import load_bytes, read_bytes
+from scopestate.config.loader import examine_bytes, read_bytes
 from scopestate.config.schema import Config
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
@@ -74,6 +74,8 @@ class ConfigWatcher:
         self._apply = apply
         self._report = report
         self._running = running
+        self._beside: frozenset[str] = frozenset()
+        """Files that the last content named beside it: those of schemas. A change of one is a change of the file."""
         self._quiet_s = quiet_s
         self._recheck_s = recheck_s
         self._handler = Handler()
@@ -81,8 +83,8 @@ class ConfigWatcher:
         # Only the watcher's own thread changes these, and `start` before there is one.
         self._watches: dict[str, tuple[tuple[int, int], ObservedWatch]] = {}
         self._paths: frozenset[str] = frozenset()
-        self._seen: bytes | str | None = None
-        self._signature: tuple[int, ...] | None = None
+        self._seen: tuple[bytes | str, ...] | None = None
+        self._signature: tuple[tuple[int, ...] | None, ...] | None = None
         self._calm = True  # the last wait for quiet found it
         # Guards the rest. Never held while something else is called.
         self._changed = threading.Condition()
@@ -106,7 +108,7 @@ class ConfigWatcher:
         if self._running is None:
             self._signature = self._stat()
             content = self._read()
-            self._seen = content if isinstance(content, bytes) else str(content)
+            self._seen = self._seen_now(content)
         else:
             self._handled = -1  # the first look comes without an event, and compares with `running`
         thread.start()
@@ -171,13 +173,21 @@ class ConfigWatcher:
         self._arm()
         self._signature = self._stat()
         content = self._read()
-        seen = content if isinstance(content, bytes) else str(content)
+        seen = self._seen_now(content)
         if seen == self._seen:
             return True
         try:
             if isinstance(content, ConfigError):
                 raise content
-            config = load_bytes(content, self._file)
+            examined = examine_bytes(content, self._file)
+            if examined.files != self._beside:
+                self._beside = frozenset(examined.files)
+                # As above: watched first, then read.
+                self._arm()
+                self._signature = self._stat()
+                seen = self._seen_now(content)
+                examined = examine_bytes(content, self._file)
+            config = examined.first()
         except ConfigError as error:
             if not last_try:
                 return False
@@ -220,12 +230,18 @@ class ConfigWatcher:
         except ConfigError as error:
             return error
 
-    def _stat(self) -> tuple[int, ...] | None:
-        try:
-            found = os.stat(self._file)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    def _seen_now(self, content: bytes | ConfigError) -> tuple[bytes | str, ...]:
+        """Return what was read, with what the files beside it hold."""
+        seen: list[bytes | str] = [content if isinstance(content, bytes) else str(content)]
+        for file in sorted(self._beside):
+            try:
+                seen.append(read_bytes(file))
+            except ConfigError as error:
+                seen.append(str(error))
+        return tuple(seen)
+
+    def _stat(self) -> tuple[tuple[int, ...] | None, ...]:
+        return tuple([_signature(file) for file in (self._file, *sorted(self._beside))])
 
     # What is watched.
 
@@ -262,7 +278,7 @@ class ConfigWatcher:
 
     def _arm(self, *, strict: bool = False) -> None:
         """Watch the folders that matter now. Unless `strict`, one that cannot be watched waits for the next recheck."""
-        points = watch_points(self._file)
+        points = watch_points(self._file).union(*map(watch_points, self._beside))
         folders = {folder: identity for folder, _ in points if (identity := _identity(folder)) is not None}
         self._paths = frozenset(os.path.join(*point) for point in points)
         for folder, (identity, watch) in list(self._watches.items()):
@@ -314,6 +330,14 @@ def watch_points(path: str) -> set[tuple[str, str]]:
             current, parts = parts[0], parts[1:]
         pending.extend(reversed(parts))
     return points
+
+
+def _signature(file: str) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _identity(folder: str) -> tuple[int, int] | None:

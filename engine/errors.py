@@ -80,7 +80,7 @@ class InvalidValue(DeserializationError):
 
 
 class SchemaViolation(ScopestateError):
-    """A value does not fit the type of its scope. A write with it has changed nothing.
+    """A value does not fit the type of its scope, or its schema. A write with it has changed nothing.
 
     `path` is the place in the value, such as `$.address.zip`, and `reason` says what is wrong there; `type_name` names
     the type. `written`: True if the value was to be written, False if it was found in the scope.
@@ -97,12 +97,15 @@ class SchemaViolation(ScopestateError):
         self.type_name = type_name
         self.written = written
 
+    def what_is_wrong(self) -> str:
+        """Return which value does not fit, and why."""
+        which = f"the value {'for' if self.written else 'of'} key {self.key!r} of scope {self.scope!r}"
+        return f"{which} does not fit {self.type_name}: {self.reason} - at `{self.path}`"
+
     def __str__(self) -> str:
-        which = f"key {self.key!r} of scope {self.scope!r}"
-        what = f"does not fit {self.type_name}: {self.reason} - at `{self.path}`"
         if self.written:
-            return f"the value for {which} {what}; nothing was written"
-        return f"the value of {which} {what}; it was written without this type: correct it, or give `on_invalid`"
+            return f"{self.what_is_wrong()}; nothing was written"
+        return f"{self.what_is_wrong()}; it was written without this type: correct it, or give `on_invalid`"
 
 
 class ValueTooLarge(ScopestateError):

@@ -199,7 +199,7 @@ class Parts:
         return self.backend.make_scope(scope, self._around)
 
     def _rule_of(self, scope: str) -> WriteRule:
-        return write_rule_of(scope, self.config.scopes)
+        return write_rule_of(scope, self.config.scopes, self._around.misfits.note)
 
     def _history_of(self, scope: str) -> History | None:
         return history_of(scope, self.config.scopes)

@@ -29,6 +29,7 @@ from scopestate.config import Config, KvOptions
 from scopestate.errors import EngineClosed, NotConnected, ScopestateError, StorageError, StoreLocked, StoreUnusable
 from scopestate.inbox import Inbox
 from scopestate.lifecycle import wait_for_dropped
+from scopestate.ops.json_schema import JsonSchema
 from scopestate.ops.plain import Plain
 from scopestate.persistence.local import LocalBackend
 from scopestate.signals import join
@@ -536,7 +537,13 @@ def _settings_of(config: Config) -> dict[str, str]:
         "max_value_bytes": limits.max_value_bytes,
         "max_batch_bytes": limits.max_batch_bytes,
     }
-    return {name: f"{crc32(msgspec.json.encode(value)):08x}" for name, value in compared.items()}
+    encode = msgspec.json.Encoder(enc_hook=_as_json).encode
+    return {name: f"{crc32(encode(value)):08x}" for name, value in compared.items()}
+
+
+def _as_json(value: object) -> object:
+    """Return what stands for a schema, or for a type: its code is not compared, only its name."""
+    return value.documents() if isinstance(value, JsonSchema) else getattr(value, "__qualname__", repr(value))
 
 
 def _why_alone(kv: KvOptions, directory: str) -> str | None:

@@ -64,6 +64,9 @@ class Stats(Plain, msgspec.Struct, frozen=True):
     """How many milliseconds after its deadline the oldest key of the last removal was removed."""
     expiring_scopes: int
     """Scopes that have keys with deadlines, in memory or not. A scope may be counted a moment later."""
+    misfits: int
+    """Writes of values that do not fit the type or schema of their scope, whose rule says `enforce: warn`. In Redis a
+    write that is decided again, because the key has changed meanwhile, counts again."""
     mailboxes: Mailboxes
     threads: int
     """Live worker threads."""
@@ -119,6 +122,7 @@ def measure(parts: Parts) -> Stats:
         expired=parts.expiry.expired,
         expiry_late_ms=parts.expiry.late_ms,
         expiring_scopes=parts.expiry.scopes(),
+        misfits=parts._around.misfits.written.value(),
         mailboxes=Mailboxes(
             scopes=sum(waiting),
             deepest_scope=max(waiting, default=0),

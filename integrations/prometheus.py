@@ -72,6 +72,7 @@ _FIGURES: Final = (
     _Figure("scopestate_keys", "Keys in the memory of this engine", lambda stats, _: stats.keys),
     _Figure("scopestate_expired_total", "Keys removed after their deadline", lambda stats, _: stats.expired),
     _Figure("scopestate_expiry_late_seconds", "Delay of the last one", lambda stats, _: stats.expiry_late_ms / 1000),
+    _Figure("scopestate_misfits_total", "Values written that do not fit their rule", lambda stats, _: stats.misfits),
     _Figure("scopestate_expiring_scopes", "Scopes with deadlines", lambda stats, _: stats.expiring_scopes),
     _Figure(
         "scopestate_waiting",

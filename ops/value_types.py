@@ -200,7 +200,7 @@ class _PydanticType(ValueType[T]):
             value: T = self._adapter.validate_json(json)
         except self._refusal as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            raise Misfit(_path_of(first["loc"]), first["msg"]) from error
+            raise Misfit(path_of(first["loc"]), first["msg"]) from error
         except Exception as error:
             raise Misfit("$", f"the type's own code raised {class_name(error)}: {error}") from error
         return value
@@ -210,5 +210,6 @@ class _PydanticType(ValueType[T]):
         return schema
 
 
-def _path_of(steps: tuple[int | str, ...]) -> str:
+def path_of(steps: tuple[int | str, ...]) -> str:
+    """Return the place in a value that these keys and indices lead to."""
     return "$" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)

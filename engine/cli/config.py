@@ -18,7 +18,7 @@ from rich.markup import escape
 from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import AdapterConfig, Config, KvOptions, ServerConfig, examine, load
 from scopestate.config.loader import Examined
-from scopestate.config.schema import FunctionRef
+from scopestate.config.schema import FunctionRef, SchemaRef, TypeRef
 from scopestate.errors import ConfigError
 from scopestate.opening import durable_mistakes, load_libraries
 from scopestate.paths import expand_home
@@ -175,8 +175,10 @@ def as_mapping(config: Config) -> dict[str, Any]:
 
 
 def _plain(value: object, name: str = "") -> Any:
-    if isinstance(value, FunctionRef):
+    if isinstance(value, FunctionRef | TypeRef):
         return value.target
+    if isinstance(value, SchemaRef):
+        return value.path or value.schema.json_schema()
     if isinstance(value, msgspec.Struct):
         return {field: _plain(getattr(value, field), field) for field in value.__struct_fields__}
     if isinstance(value, tuple | list):

@@ -153,7 +153,8 @@ class Functions:
     def _attempt(self, turn: Turn[A], view: EntryView) -> tuple[Effects[A] | None, BaseException | None]:
         """Have the turn decide. Returns its effects, or what it has raised."""
         try:
-            return turn.decide(view), None
+            rule = self._scope.rule
+            return turn.decide(view) if rule.values is None else rule.values.decide(turn, view), None
         except (NotSeen, Exception) as error:  # noqa: BLE001 - of the program: see `_is_final`
             return None, error
 

@@ -169,6 +169,9 @@ class CommandMaker:
             call.one_step = one_step
             call.sends_write = True
             after = one_step.after(turn)
+            rule = self._scope.rule
+            if rule.values is not None and after is not None:  # without revisions: else it has gone another way
+                rule.values.check(keys[0], after)
             if after is None:
                 known[keys[0]] = NOTHING
             else:
@@ -186,7 +189,12 @@ class CommandMaker:
                     break
                 values[key] = value
             else:
-                return self._decide(call, values, known)
+                try:
+                    return self._decide(call, values, known)
+                except ScopestateError:
+                    if looked is not None:
+                        raise
+                    call.sends_write = False  # it may be what was seen that is old
         call.looked = {}
         call.awaited = len(keys)
         return None
@@ -265,7 +273,8 @@ class CommandMaker:
             else:
                 view = self._entry_view(values, call.now_ms if is_fresh else self._time_ms())
                 try:
-                    effects = turn.decide(view)
+                    rule = self._scope.rule
+                    effects = turn.decide(view) if rule.values is None else rule.values.decide(turn, view)
                 except ScopestateError:
                     # It may be what was seen that is old.
                     if is_fresh:
@@ -343,7 +352,8 @@ class CommandMaker:
     def _decide(self, call: Call, values: dict[str, Known], known: dict[str, Known]) -> Sequence[Any]:
         view = self._view
         view.found = {key: value[1] for key, value in values.items()}
-        call.effects = effects = call.message.decide(view)
+        turn, rule = call.message, self._scope.rule
+        call.effects = effects = turn.decide(view) if rule.values is None else rule.values.decide(turn, view)
         changes = changes_in(effects[0])
         for change in changes:
             if change.after is not None and len(change.after) > _LARGEST_BYTES:

@@ -247,7 +247,7 @@ class RedisScope(ScopeActor):
 
     def _refuse_revisions(self, turn: Turn[Any]) -> None:
         """Raise Unsupported if a turn needs what is kept beside the hash."""
-        if type(turn) in _NEED_REVISIONS or (turn.writes and self.rule != NO_RULE):
+        if type(turn) in _NEED_REVISIONS or (turn.writes and self.rule.needs_entries):
             asked = unwrapped(turn)
             raise Unsupported(
                 "`delivery.transaction`" if isinstance(asked, DeliveryBatch) else type(asked).__name__,

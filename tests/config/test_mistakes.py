@@ -230,7 +230,12 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
         "scopes[0]",
         "give either `name` or `prefix`, found both",
     ),
-    ("scopes:\n- {name: a}", 2, "scopes[0]", "give `durability`, `ttl_ms`, `strict` or `history`, found none"),
+    (
+        "scopes:\n- {name: a}",
+        2,
+        "scopes[0]",
+        "give `durability`, `ttl_ms`, `strict`, `type`, `schema` or `history`, found none",
+    ),
     (
         "scopes:\n- name: a\n  durability: commit\n  ttl_from: write",
         4,

@@ -15,7 +15,7 @@ import pytest
 
 from scopestate import config
 from scopestate.config import Config, ConfigWatcher
-from scopestate.config.loader import load_bytes
+from scopestate.config.loader import Examined, examine_bytes
 from scopestate.config.watch import watch_points
 from scopestate.errors import ConfigError
 
@@ -334,18 +334,16 @@ class TestWhatIsNoChange:
         self, path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # The second half is written at the moment when the first was read and found wrong.
-        whole, original = threading.Event(), load_bytes
+        whole, original = threading.Event(), examine_bytes
 
-        def read_then_finish(content: bytes, file: str) -> Config:
-            try:
-                return original(content, file)
-            except ConfigError:
-                if not whole.is_set():
-                    whole.set()
-                    path.write_text(text(2))
-                raise
+        def read_then_finish(content: bytes, file: str) -> Examined:
+            examined = original(content, file)
+            if examined.errors and not whole.is_set():
+                whole.set()
+                path.write_text(text(2))
+            return examined
 
-        monkeypatch.setattr("scopestate.config.watch.load_bytes", read_then_finish)
+        monkeypatch.setattr("scopestate.config.watch.examine_bytes", read_then_finish)
         watched = watch(path)
 
         path.write_text("limits: {scope_mail")
@@ -550,20 +548,20 @@ class TestStop:
     ) -> None:
         watched = watch(path, quiet_s=0.02 if bad else 60)
         waiting = threading.Event()
-        original_wait, original_load = ConfigWatcher._wait_for_quiet, load_bytes
+        original_wait, original_load = ConfigWatcher._wait_for_quiet, examine_bytes
 
         def tell_then_wait(self: ConfigWatcher) -> bool:
             if not bad:
                 waiting.set()
             return original_wait(self)
 
-        def tell_then_load(content: bytes, file: str) -> Config:
+        def tell_then_load(content: bytes, file: str) -> Examined:
             watched.watcher._quiet_s = 60
             waiting.set()
             return original_load(content, file)
 
         monkeypatch.setattr(ConfigWatcher, "_wait_for_quiet", tell_then_wait)
-        monkeypatch.setattr("scopestate.config.watch.load_bytes", tell_then_load)
+        monkeypatch.setattr("scopestate.config.watch.examine_bytes", tell_then_load)
         path.write_text("a: [" if bad else text(2))
         assert waiting.wait(LIMIT_S)
 
@@ -571,15 +569,15 @@ class TestStop:
 
     def test_while_the_last_file_is_read(self, path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
         watched = watch(path)
-        reading, original = threading.Event(), load_bytes
+        reading, original = threading.Event(), examine_bytes
 
-        def read_when_stopping(content: bytes, file: str) -> Config:
+        def read_when_stopping(content: bytes, file: str) -> Examined:
             reading.set()
             with watched.watcher._changed:
                 assert watched.watcher._changed.wait_for(lambda: watched.watcher._stopping, LIMIT_S)
             return original(content, file)
 
-        monkeypatch.setattr("scopestate.config.watch.load_bytes", read_when_stopping)
+        monkeypatch.setattr("scopestate.config.watch.examine_bytes", read_when_stopping)
         path.write_text(text(2))
         assert reading.wait(LIMIT_S)
 

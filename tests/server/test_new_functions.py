@@ -11,7 +11,9 @@ from raw import RawWorker
 from serving import OpenRaw, OpenServer, eventually
 
 from scopestate import Engine
-from scopestate.errors import EngineClosed, ScopestateError
+from scopestate.config import from_mapping
+from scopestate.errors import EngineClosed, SchemaViolation, ScopestateError
+from scopestate.server.server import Server
 
 STEPS: list[tuple[str, dict[str, Any], Any]] = [
     (
@@ -143,6 +145,33 @@ def test_other_refusals_carry_their_facts(connect: OpenRaw) -> None:
     )
     assert details("list_entries", prefix="", cursor="x") == ("INVALID_CURSOR", {"reason": "damaged"})
     assert details("set", key="k", value=2, durable=True)[0] == "UNSUPPORTED"
+
+
+def test_a_value_that_breaks_the_rule_of_its_scope_is_refused_to_workers_and_bridges(
+    connect: OpenRaw, engine: Engine, server: Server
+) -> None:
+    name = {"type": "object", "properties": {"name": {"type": "string"}}}
+    engine.reconfigure(from_mapping({"scopes": [{"name": "s", "schema": name}]}))
+    bridge = {"name": "bridge", "config": {"bridge_url": server.url}}
+    facts = {
+        "scope": "s",
+        "key": "k",
+        "path": "$.name",
+        "reason": "7 is not of type 'string'",
+        "type_name": "scopes[0].schema",
+        "written": True,
+    }
+
+    error = connect().ask("state::set", {"scope": "s", "key": "k", "value": {"name": 7}})["error"]
+    with (
+        Engine.from_config([{"name": "iii-state", "config": {"adapter": bridge}}]) as other,
+        pytest.raises(SchemaViolation) as caught,
+    ):
+        other.modify("s", "k", lambda old: {"name": 7})
+
+    assert (error["code"], error["details"]) == ("SCHEMA_VIOLATION", facts)
+    assert {name: getattr(caught.value, name) for name in facts} == facts
+    assert engine.get("s", "k") is None
 
 
 def test_errors_of_the_reference_have_no_details(connect: OpenRaw) -> None:
