@@ -332,7 +332,8 @@ class AioEngine(AioStateCalls):
                 said = no_room(scope, full)
                 left_s = None if deadline is None else deadline - loop.time()
                 try:
-                    await asyncio.wait_for(room.future, left_s)
+                    async with asyncio.timeout(left_s):
+                        await room.future
                 except TimeoutError as error:
                     backlog.refused.add()
                     raise Overloaded(said) from error
@@ -349,7 +350,8 @@ async def _answer(reply: Reply[Any], timeout_s: float | None) -> Any:
     waiter = LoopReply()
     reply.when_done(lambda _: waiter.set())
     try:
-        await asyncio.wait_for(waiter.future, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await waiter.future
     except TimeoutError as error:
         raise pykka.Timeout(f"no reply within {timeout_s} s") from error
     return reply.get()

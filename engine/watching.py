@@ -718,7 +718,9 @@ async def _in_time(reply: LoopReply, timeout_s: float | None) -> bool:
     import asyncio  # noqa: PLC0415 - it takes 20 ms to import
 
     try:
-        await asyncio.wait_for(reply.future, timeout_s)
+        # Not `wait_for`: in CPython 3.11 it drops a cancellation that comes together with the answer.
+        async with asyncio.timeout(timeout_s):
+            await reply.future
     except TimeoutError:
         return False
     return True

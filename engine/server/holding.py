@@ -267,7 +267,8 @@ class Deliveries:
             if found or place.lost or news or left_s <= 0 or not self._gives:
                 break
             with suppress(TimeoutError):
-                await asyncio.wait_for(place.news.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await place.news.wait()
         place.paused, place.stands_by = paused, place.holder.stands_by
         lost = place.take_lost()
         sent = _as_many_as_fit(found)

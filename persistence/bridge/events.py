@@ -311,7 +311,8 @@ class RemoteEvents:
             if not self._by_polls:
                 self._await_decision()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._tried.wait(), FIRST_S)
+            async with asyncio.timeout(FIRST_S):
+                await self._tried.wait()
         if self._client.connected and not self._by_trigger:
             if self.cursor is None and self._begin is None:
                 self._ask_begin()

@@ -998,6 +998,24 @@ def test_a_task_that_is_cancelled_loses_no_change(engine: Engine, loop_thread: L
     assert loop_thread.do(watch) == [0, 1, 2]
 
 
+def test_a_task_that_is_cancelled_just_when_a_change_comes_is_cancelled(
+    engine: Engine, loop_thread: LoopThread
+) -> None:
+    async def main() -> str:
+        async with engine.aio.scope("s").watch(snapshot=False) as changes:
+            task = asyncio.ensure_future(changes.get(PATIENCE_S))
+            while not changes._watcher.waiters:
+                await asyncio.sleep(0)
+            changes._watcher.wake()  # what the task waits for is there, and it has not run since
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await engine.aio.set("s", "k", 1)
+            return (await changes.get(PATIENCE_S)).key
+
+    assert loop_thread.do(main) == "k"
+
+
 def test_many_polls_leave_little_behind() -> None:
     dispatcher = DeterministicDispatcher(1, switch=0, busy=0)
     with Engine(dispatcher=dispatcher) as engine:
