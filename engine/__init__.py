@@ -85,21 +85,35 @@ if not TYPE_CHECKING:  # a checker would take every name for one of the package
             found = _installed_version()
         elif name.startswith("__"):
             raise AttributeError(f"module 'scopestate' has no attribute {name!r}")
-        else:
+        elif name in __all__:
             return _exported(name)
+        else:
+            found = _module(name)
         globals()[name] = found
         return found
 
 
 def _exported(name: str) -> Any:
-    """Load all that is exported, with the modules that this brings, and return what has this name now."""
+    """Load all that is exported, and return what has this name now."""
     exports = importlib.import_module("scopestate.exports")
     here = globals()
     # What is there stays: a test may have replaced it.
     here.update({each: vars(exports)[each] for each in exports.__all__ if each not in here})
-    if name not in here:
-        raise AttributeError(f"module 'scopestate' has no attribute {name!r}")
     return here[name]
+
+
+def _module(name: str) -> Any:
+    """Return a module of the package, for `from scopestate import testing`.
+
+    Not by `_exported`: if a module that the exports need is the first to be imported, they are not there yet.
+    """
+    whole = f"scopestate.{name}"
+    try:
+        return importlib.import_module(whole)
+    except ModuleNotFoundError as error:
+        if error.name != whole:
+            raise
+        raise AttributeError(f"module 'scopestate' has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:

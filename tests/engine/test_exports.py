@@ -43,6 +43,20 @@ def test_everything_in_all_can_be_imported_and_is_listed_once_in_order(name: str
     assert package.__doc__
 
 
+FIRST = """
+import importlib, sys
+for name in ("engine", "aio", "testing", "lifecycle", "errors", "handles", "ops", "config", "integrations.asgi"):
+    for loaded in [each for each in sys.modules if each.partition(".")[0] == "scopestate"]:
+        del sys.modules[loaded]
+    importlib.import_module(f"scopestate.{name}")
+"""
+
+
+def test_a_module_may_be_the_first_to_be_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST], env=UNTRACED, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", PACKAGES)
 def test_every_public_name_of_a_package_is_in_its_all(name: str) -> None:
     package = importlib.import_module(name)
