@@ -11,10 +11,11 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Final
+from typing import Any
 
 from scopestate.config import Config
 from scopestate.engine import Engine
+from scopestate.integrations._web_server import workers
 from scopestate.persistence.local import LocalBackend
 
 __all__ = ["lifespan", "open_engine"]
@@ -22,9 +23,6 @@ __all__ = ["lifespan", "open_engine"]
 log = logging.getLogger("scopestate.integrations")
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
-
-_SERVERS: Final = ("gunicorn", "uvicorn")
-"""Packages whose objects say how many workers there are, the outermost one first: gunicorn runs uvicorn's server."""
 
 _warned = False
 
@@ -78,7 +76,7 @@ def _warn_of_several_states(engine: Engine) -> None:
     backend = engine._parts.backend
     if _warned or not isinstance(backend, LocalBackend) or backend.store is not None:
         return
-    count, told_by = _workers()
+    count, told_by = workers()
     if count > 1:
         _warned = True
         log.warning(
@@ -88,35 +86,3 @@ def _warn_of_several_states(engine: Engine) -> None:
             count,
             told_by,
         )
-
-
-def _workers() -> tuple[int, str]:
-    """Return how many workers the server runs, as far as a worker can know, and what says so. (1, "") if nothing does.
-
-    The server's own objects are asked, which stand in the frames that have called the lifespan: a worker has nothing
-    else in which the command line, the files and the environment have been put together. A server that is not known, or
-    that has changed, leaves `WEB_CONCURRENCY`.
-    """
-    found: dict[str, int] = {}
-    frame = inspect.currentframe()
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if package in _SERVERS:
-            count = _workers_of(frame.f_locals.get("self"), package)
-            if count is not None:
-                found[package] = count
-        frame = frame.f_back
-    for server in _SERVERS:
-        if server in found:
-            return found[server], f"{server}'s `workers`"
-    text = os.environ.get("WEB_CONCURRENCY", "")
-    return (int(text), f"WEB_CONCURRENCY={text}") if text.isdecimal() else (1, "")
-
-
-def _workers_of(server: object, package: str) -> int | None:
-    """Return the number of workers that an object of a server has in its settings; None if it has none."""
-    settings = getattr(server, "cfg", None) or getattr(server, "config", None)
-    count = getattr(settings, "workers", None)
-    if not isinstance(count, int):
-        return None
-    return 1 if package == "uvicorn" and getattr(settings, "reload", False) else count  # which it then ignores

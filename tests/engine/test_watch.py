@@ -1004,7 +1004,7 @@ def test_a_task_that_is_cancelled_just_when_a_change_comes_is_cancelled(
     async def main() -> str:
         async with engine.aio.scope("s").watch(snapshot=False) as changes:
             task = asyncio.ensure_future(changes.get(PATIENCE_S))
-            while not changes._watcher.waiters:
+            while not changes._watcher.waiters:  # noqa: ASYNC110 - nothing tells it
                 await asyncio.sleep(0)
             changes._watcher.wake()  # what the task waits for is there, and it has not run since
             task.cancel()

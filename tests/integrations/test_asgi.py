@@ -12,6 +12,7 @@ from web_servers import WebServer, file_config
 from scopestate import Engine, ops
 from scopestate.errors import ConfigError, EngineClosed
 from scopestate.integrations import asgi
+from scopestate.integrations._web_server import workers_of
 from scopestate.integrations.asgi import lifespan, open_engine
 
 APP = """
@@ -112,11 +113,11 @@ async def test_several_workers_with_a_state_in_memory_are_warned_of_once(
 
 def test_uvicorn_runs_one_worker_if_it_reloads() -> None:
     server = SimpleNamespace(config=SimpleNamespace(workers=4, reload=True))
-    assert asgi._workers_of(server, "uvicorn") == 1
+    assert workers_of(server, "uvicorn") == 1
     server.config.reload = False
-    assert asgi._workers_of(server, "uvicorn") == 4
-    assert asgi._workers_of(SimpleNamespace(cfg=SimpleNamespace(workers="many")), "gunicorn") is None
-    assert asgi._workers_of(None, "gunicorn") is None
+    assert workers_of(server, "uvicorn") == 4
+    assert workers_of(SimpleNamespace(cfg=SimpleNamespace(workers="many")), "gunicorn") is None
+    assert workers_of(None, "gunicorn") is None
 
 
 @pytest.mark.parametrize(

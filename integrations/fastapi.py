@@ -1,0 +1,68 @@
+"""An engine in a FastAPI application: as a dependency, as a stream of events, and its errors as documented answers.
+
+    app = FastAPI(lifespan=lifespan("engine.yaml"), exception_handlers=exception_handlers, responses=problem_responses)
+
+    @app.get("/users/{name}")
+    async def user(name: str, engine: EngineDep) -> dict[str, Any]: ...
+
+`lifespan` is in `scopestate.integrations.asgi`. docs/web-frameworks.md has all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+try:
+    from fastapi import Depends
+    from pydantic import BaseModel
+    from starlette.requests import HTTPConnection
+except ImportError as error:
+    raise ImportError("scopestate.integrations.fastapi needs FastAPI: pip install 'scopestate[fastapi]'") from error
+
+from scopestate.engine import Engine
+from scopestate.handles import Scope
+from scopestate.integrations.problems import MEDIA_TYPE, SCHEMA, STATUSES
+from scopestate.integrations.starlette import WatchResponse, engine_of, exception_handlers, watch_response
+
+__all__ = ["EngineDep", "WatchResponse", "exception_handlers", "problem_responses", "scope_of", "watch_response"]
+
+
+async def _engine(connection: HTTPConnection) -> Engine:
+    return engine_of(connection)
+
+
+EngineDep = Annotated[Engine, Depends(_engine)]
+"""A parameter of this type is the engine that the lifespan has opened; of a route or a WebSocket."""
+
+
+def scope_of(scope: str, *, engine: str = "engine", **options: Any) -> Any:
+    """Return a dependency, a handle on one scope: `Users = Annotated[Scope[User], scope_of("users", type=User)]`.
+
+    `options` are those of `Engine.scope`, such as `type`; `engine` is the `name` of the lifespan.
+    """
+
+    async def handle(connection: HTTPConnection) -> Scope:
+        handle: Scope = engine_of(connection, engine).scope(scope, **options)
+        return handle
+
+    return Depends(handle)
+
+
+class HTTPValidationError(BaseModel):
+    """What FastAPI answers to a request that does not fit the parameters of a route."""
+
+    detail: list[dict[str, Any]] = []
+
+
+def _responses() -> dict[int | str, dict[str, Any]]:
+    found: dict[int | str, dict[str, Any]] = {}
+    for kind, (status, title) in STATUSES.items():
+        said = found.setdefault(status, {"description": "", "content": {MEDIA_TYPE: {"schema": SCHEMA}}})
+        said["description"] += f"{', ' if said['description'] else ''}{title} (`{kind.code}`)"
+    found[422]["model"] = HTTPValidationError  # FastAPI documents its own no more, once there is another one
+    found[503]["headers"] = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer"}}}
+    return found
+
+
+problem_responses: Final = _responses()
+"""The error answers for the OpenAPI document: `FastAPI(responses=problem_responses)`, or of a router or a route."""
