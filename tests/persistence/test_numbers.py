@@ -17,13 +17,14 @@ from scopestate.persistence.sqlite.schema import RESERVED
 RunChild = Callable[..., subprocess.Popen[str]]
 
 WRITE_AND_WAIT = """
-import sys, threading
+import os, sys, threading
 from scopestate import Engine
 from scopestate.config import from_mapping
 kv = {"store_method": "file_based", "file_path": sys.argv[1], "save_interval_ms": 3_600_000}
 engine = Engine(from_mapping({"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}]}))
 for scope in ("saved", "new"):
-    engine.on_change(scope=scope)(lambda event: print(event.scope, event.revision, flush=True))
+    # In one call: two handlers print at once, and `print` makes a line of several.
+    engine.on_change(scope=scope)(lambda event: os.write(1, f"{event.scope} {event.revision}\n".encode()))
 for number in range(3):
     engine.set("saved", f"k{number}", number)
 engine.flush()
