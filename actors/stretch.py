@@ -662,10 +662,19 @@ class ScopeInMemory(ScopeActor):
         for name in _COMMITS:
             self.__dict__.pop(name, None)
 
+    def refuse_commits(self, refusal: Callable[[], Exception]) -> None:
+        """Raise `refusal()` where a turn, even one under way, would change the scope. From any thread; for good."""
+        for name in _COMMITS:
+            setattr(self, name, partial(_raise, refusal))
+
     def _refuse_write(self, name: str, *what: Any) -> NoReturn:
         """In place of the methods that commit."""
         deletes = name == "_remove" or (name == "_write" and what[2] is None)
         raise StorageError(self._no_writes, code="DELETE_ERROR" if deletes else "SET_ERROR")
+
+
+def _raise(refusal: Callable[[], Exception], *_: Any) -> NoReturn:
+    raise refusal()
 
 
 class _Changes:

@@ -1,19 +1,21 @@
-"""For the tests of programs: engines on a clock that the test moves, and the crash of such an engine."""
+"""For the tests of programs: engines that can crash, on real threads or on a clock that the test moves."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Self
 
 import msgspec
 
-from scopestate import lifecycle
+from scopestate.actors.callbacks import refuse_in_callback
 from scopestate.actors.deterministic import START_S, DeterministicDispatcher
-from scopestate.config import Config, KvOptions, from_mapping, load
+from scopestate.config import Config, KvOptions, RedisOptions, from_mapping, load, validate
+from scopestate.crashing import MortalDispatcher, end_deterministic, end_threads
 from scopestate.engine import Engine
-from scopestate.errors import EngineClosed, Unsupported
+from scopestate.errors import Unsupported
 from scopestate.opening import durable_mistakes
 from scopestate.ops.results import DeliveryFailure
 from scopestate.persistence.sqlite.adapter import FileAdapter
@@ -30,10 +32,97 @@ NAMED: Final = 10
 def read_config(source: Source) -> Config:
     """Return the configuration. Raises ConfigError."""
     if isinstance(source, Config):
+        validate(source)
         return source
     if source is None:
         return Config()
     return load(source) if isinstance(source, (str, os.PathLike)) else from_mapping(source)
+
+
+class Engines:
+    """Opens engines on real threads for a test, and ends them: in order, or by a crash.
+
+    ::
+
+        with Engines() as engines:
+            engine = engines.open({"workers": [...]})
+            engine.set("users", "ada", 1)
+            engine = engines.crash(engine)           # as after SIGKILL, opened again
+
+    Several that are opened on one directory share it, as those of several processes do. From any thread.
+    """
+
+    def __init__(self) -> None:
+        self._opened: dict[Engine, tuple[Config, MortalDispatcher]] = {}
+        self.failures: list[DeliveryFailure] = []
+        """The events that were given up, or reached no handler. A test that expects them removes them."""
+
+    def open(self, config: Source = None) -> Engine:
+        """Open an engine; without a configuration in memory. Raises ConfigError and StorageError.
+
+        A file is not watched, and the signals of the process are left alone.
+        """
+        read = read_config(config)
+        dispatcher = MortalDispatcher()
+        engine = Engine(read, on_error=self._note, dispatcher=dispatcher, handle_sigterm=False)
+        self._opened[engine] = read, dispatcher
+        return engine
+
+    def _note(self, failure: DeliveryFailure) -> None:
+        if failure.final:
+            self.failures.append(failure)
+
+    def crash(self, engine: Engine) -> Engine:
+        """End `engine` as SIGKILL ends its process, and return a new one with the same configuration.
+
+        What was written and not saved is gone, except in scopes with `durability: commit`; the events of durable
+        triggers that no handler has finished are delivered again when the trigger is registered again. Functions and
+        triggers of the program are gone, those of the configuration are there again. If other engines share its
+        directory, one of them owns it from now on, or the new one.
+
+        The old engine refuses calls with EngineClosed: those of handlers that run, which cannot be ended, too, and
+        those that wait. A write that waits for its commit raises that or StorageError. Its coroutine handlers are
+        cancelled. Call it on any thread, but not in a coroutine handler.
+
+        Raises ValueError for an engine that is not open here, Unsupported for Redis, WouldDeadlock in the function of a
+        `modify` or `transact`, and what `open` raises.
+        """
+        refuse_in_callback()
+        config, dispatcher = self._found(engine)
+        if isinstance(config.adapter.config, RedisOptions):
+            raise Unsupported("the crash of an engine on Redis", "end a process of your own by SIGKILL")
+        del self._opened[engine]
+        end_threads(engine, dispatcher)
+        return self.open(config)
+
+    def _found(self, engine: Engine) -> tuple[Config, MortalDispatcher]:
+        found = self._opened.get(engine)
+        if found is None or engine.closed:
+            raise ValueError("crash takes an engine that was opened here, and that is open")
+        return found
+
+    def settle(self, timeout: float) -> None:
+        """Wait until the events of all engines are handled; what fails is in `failures`. Raises ReplyTimeout."""
+        # As often as there are engines: a handler of one may write to the next.
+        deadline = time.monotonic() + timeout
+        for _ in list(self._opened):
+            for engine in list(self._opened):
+                if not engine.closed:
+                    engine.drain(timeout=max(deadline - time.monotonic(), 0.0))
+
+    def close(self) -> None:
+        """Close the engines that are still open, which saves and delivers: the last opened first.
+
+        Raises StorageError as `Engine.close`. The end of `with Engines() as engines:` does it.
+        """
+        while self._opened:
+            self._opened.popitem()[0].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Opened(msgspec.Struct, eq=False):
@@ -170,22 +259,8 @@ class VirtualClock:
         if found is None:
             raise ValueError("crash takes an engine that this clock has opened, and that is open")
         self._opened.remove(found)
-        self._end(found)
+        end_deterministic(engine, found.dispatcher)
         return self.open(found.config)
-
-    @staticmethod
-    def _end(opened: _Opened) -> None:
-        engine = opened.engine
-        opened.dispatcher.kill()
-        engine._scopes.disown(EngineClosed)
-        engine.disown()
-        engine._forked = False
-        engine._closing.begun = engine._closing.done = True
-        engine._scopes.refuse(EngineClosed)
-        engine._parts.loop_thread.close()
-        if opened.store is not None:
-            opened.store.leave()
-        lifecycle.release(engine)
 
     def close(self) -> None:
         """Close the engines that are still open, which saves and delivers. Raises StorageError as `Engine.close`.

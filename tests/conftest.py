@@ -15,6 +15,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# The package has a plugin, so pytest would rewrite the assertions in all its modules: the engine under test would be
+# another one than users have, and each process of a run would take longer to import it. The plugin does the same.
+for _finder in sys.meta_path:
+    getattr(_finder, "_must_rewrite", set()).discard("scopestate")
+
 # A shell ignores SIGINT in what it starts in the background, and `nohup` SIGHUP; processes inherit that, and the tests
 # send these signals to theirs. One that is handled here has its default there. SIGHUP still does not end this process.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):

@@ -28,6 +28,7 @@ from scopestate.persistence.sqlite.database import (
     is_corruption,
     storage_error,
 )
+from scopestate.persistence.sqlite.files import read_whole, write_whole
 from scopestate.persistence.sqlite.journal import SavedJournal
 from scopestate.persistence.sqlite.lock import ALONE, StoreLock, Terms
 from scopestate.persistence.sqlite.opening import copy_database, open_directory, open_store, publish
@@ -223,9 +224,28 @@ class FileAdapter(Store):
         _opened.discard(self)
 
     def leave(self) -> None:
-        """Release the files as a process leaves them that is killed: the end of the session is not noted."""
+        """Release the files as a process leaves them that is killed. Idempotent; waits for running calls.
+
+        The write-ahead log stays, for the next opening, and the end of the session is not noted. For tests: the
+        database is read into memory meanwhile.
+        """
+        self._saving.run(self._leave)
+        _opened.discard(self)
+
+    def _leave(self) -> None:
         self._closed = True
-        self.close()
+        self._when_nothing_is_lent(self._release_as_killed)
+
+    def _release_as_killed(self) -> None:
+        if not self._released:
+            # SQLite ends the log when its last connection is closed, so the files are put back. The lock is still held.
+            files = {path: read_whole(path) for path in (self.path, self.path + "-wal")}
+            self._disconnect()
+            self.journal.abandon()  # what a thread still notes reaches no file
+            for path, content in files.items():
+                write_whole(path, content)
+            self._lock.leave()
+            self._released = True
 
     def _close(self) -> None:
         if not self._closed and not self._damage:
@@ -244,13 +264,16 @@ class FileAdapter(Store):
     def _release(self) -> None:
         if self._released:
             return
+        self._disconnect()
+        self._lock.release()
+        self._released = True
+
+    def _disconnect(self) -> None:
         connections = [*self._idle, *([self._writer] if self._writer else [])]
         self._idle, self._writer = [], None
         # Safe if another database has replaced ours: SQLite notices and leaves the log of that one alone.
         self._close_connections(connections)
         self.journal.close()
-        self._lock.release()
-        self._released = True
 
     def _when_nothing_is_lent(self, work: Callable[[], object]) -> None:
         """Call `work` while no load is running and none can begin."""

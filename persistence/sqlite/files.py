@@ -40,6 +40,24 @@ def create_private(path: str) -> None:
         return
 
 
+def read_whole(path: str) -> bytes | None:
+    """Return the content of a file; None: there is none."""
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def write_whole(path: str, content: bytes | None) -> None:
+    """Give a file this content, and create it private if it is missing. None: leave it as it is."""
+    if content is not None:
+        create_private(path)
+        with open(path, "r+b") as file:
+            file.write(content)
+            file.truncate()
+
+
 def make_private(path: str) -> None:
     """Remove the permissions of other users from `path`, if it exists; a change is logged."""
     if os.name == "nt":  # pragma: no cover - has no such permissions

@@ -180,6 +180,12 @@ class StoreLock:
         # The record is for people, so writing it may fail.
         with contextlib.suppress(StoreUnusable):
             self._write({"created": self.created})
+        self.leave()
+
+    def leave(self) -> None:
+        """Release the lock as the end of the process does: the record stays. Idempotent."""
+        if self._file.closed:
+            return
         # Closing alone does not release it at once: a process that is being started shares the descriptor until its
         # exec, which can be after the call that starts it has returned (seen on Linux).
         _unlock(self._file.fileno())

