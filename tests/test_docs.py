@@ -120,7 +120,7 @@ def test_each_logger_of_the_source_has_its_line_and_no_other() -> None:
 def test_each_command_has_its_place_and_no_other() -> None:
     command = typer.main.get_command(app)
     assert isinstance(command, TyperGroup)
-    groups = {"config", "store", "consumers", "dead-letters"}
+    groups = {"cache", "config", "store", "consumers", "dead-letters"}
     real = {name for name in command.commands if name not in groups}
     for name in groups:
         group = command.commands[name]

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import scopestate
-from scopestate.cli import config, consumers, state, store, watch
+from scopestate.cli import cache, config, consumers, state, store, watch
 from scopestate.cli.serve import serve
 from scopestate.cli.terminal import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
 
@@ -81,6 +81,7 @@ app.add_typer(consumers.consumers, name="consumers", rich_help_panel=_ENGINE)
 app.add_typer(consumers.dead_letters, name="dead-letters", rich_help_panel=_ENGINE)
 app.add_typer(config.app, name="config", rich_help_panel=_FILES)
 app.add_typer(store.app, name="store", rich_help_panel=_FILES)
+app.add_typer(cache.app, name="cache", rich_help_panel=_FILES)
 
 
 def _print_version(asked: bool) -> None:
