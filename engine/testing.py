@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar, overload
 
 import msgspec
 
+from scopestate import typed_results
 from scopestate.actors.callbacks import refuse_in_callback
 from scopestate.actors.deterministic import START_S, DeterministicDispatcher
 from scopestate.config import Config, KvOptions, RedisOptions, from_mapping, load, validate
@@ -17,11 +18,23 @@ from scopestate.crashing import MortalDispatcher, end_deterministic, end_threads
 from scopestate.engine import Engine
 from scopestate.errors import Unsupported
 from scopestate.opening import durable_mistakes
-from scopestate.ops.results import DeliveryFailure
+from scopestate.ops.changes import Change
+from scopestate.ops.results import (
+    CasResult,
+    DeliveryFailure,
+    EntryView,
+    ModifyResult,
+    SetResult,
+    StateEvent,
+    UpdateResult,
+)
+from scopestate.ops.value_types import value_type
 from scopestate.persistence.sqlite.adapter import FileAdapter
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
 """A configuration: a file, a mapping of the same shape, a Config, or nothing (in memory)."""
+
+V = TypeVar("V")
 
 _ROUNDING_S: Final = 1e-6
 """Times of day in seconds are sums of floats: those nearer to one another than this are the same."""
@@ -276,6 +289,30 @@ class VirtualClock:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@overload
+def typed(example: StateEvent[Any], kind: type[V]) -> StateEvent[V | None]: ...
+@overload
+def typed(example: Change[Any], kind: type[V]) -> Change[V | None]: ...
+@overload
+def typed(example: EntryView[Any], kind: type[V]) -> EntryView[V]: ...
+@overload
+def typed(example: UpdateResult[Any], kind: type[V]) -> UpdateResult[V]: ...
+@overload
+def typed(example: SetResult[Any], kind: type[V]) -> SetResult[V]: ...
+@overload
+def typed(example: ModifyResult[Any], kind: type[V]) -> ModifyResult[V]: ...
+@overload
+def typed(example: CasResult[Any], kind: type[V]) -> CasResult[V]: ...
+def typed(example: Any, kind: type[V]) -> Any:
+    """Return an example as the handles of a typed scope have it: `typed(StateEvent.example(new_value={...}), User)`.
+
+    Its values are objects of `kind`; one that does not fit raises SchemaViolation when it is read.
+    """
+    return typed_results.typed(
+        example, typed_results.Reader(getattr(example, "scope", "scope"), value_type(kind), "raise")
+    )
 
 
 def describe(failures: list[DeliveryFailure]) -> str:

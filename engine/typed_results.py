@@ -90,6 +90,9 @@ class TypedSetResult(SetResult[T], Generic[T], frozen=True, eq=False):
     reader: Any = None
     key: str = ""
 
+    def _kind(self) -> type:
+        return SetResult
+
     @property
     def old_value(self) -> T | None:
         """As there. Raises SchemaViolation for a value that was written without the type."""
@@ -113,6 +116,9 @@ class TypedUpdateResult(UpdateResult[T], Generic[T], frozen=True, eq=False):
     reader: Any = None
     key: str = ""
 
+    def _kind(self) -> type:
+        return UpdateResult
+
     old_value = TypedSetResult.old_value
     new_value = TypedSetResult.new_value
 
@@ -134,6 +140,9 @@ class TypedModifyResult(ModifyResult[T], Generic[T], frozen=True, eq=False):
     reader: Any = None
     key: str = ""
 
+    def _kind(self) -> type:
+        return ModifyResult
+
     old_value = TypedSetResult.old_value
 
     @property
@@ -152,6 +161,9 @@ class TypedCasResult(CasResult[T], Generic[T], frozen=True, eq=False):
 
     reader: Any = None
     key: str = ""
+
+    def _kind(self) -> type:
+        return CasResult
 
     @property
     def current(self) -> T | None:
@@ -234,6 +246,21 @@ def typed_event(event: StateEvent[Any], reader: Reader[T]) -> TypedEvent[T]:
     return TypedEvent(**{name: getattr(event, name) for name in _EVENT_FIELDS}, reader=reader)
 
 
+def typed(example: Any, reader: Reader[Any]) -> Any:
+    """Return the same result, entry, event or change, with values of a type."""
+    kind = _TYPED[type(example)]
+    return kind(**{name: getattr(example, name) for name in type(example).__struct_fields__}, reader=reader)
+
+
+_TYPED: Final[dict[type, Any]] = {
+    SetResult: TypedSetResult,
+    UpdateResult: TypedUpdateResult,
+    ModifyResult: TypedModifyResult,
+    CasResult: TypedCasResult,
+    EntryView: TypedEntryView,
+    Change: TypedChange,
+    StateEvent: TypedEvent,
+}
 _EVENT_FIELDS: Final = StateEvent.__struct_fields__
 
 

@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Generic, Literal, Protocol
 
 import msgspec
 
+from scopestate.ops.apply import MISSING
 from scopestate.ops.plain import Plain, json_shown, shortened
 from scopestate.ops.results import StateEvent, T
-from scopestate.ops.values import decode
+from scopestate.ops.values import decode, encode
 
 ChangeKind = Literal["put", "delete", "expire", "synced", "progress"]
 
@@ -78,6 +79,59 @@ class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False)
     """What makes `cursor` when it is read. It refers to nothing: the garbage collector does not look at changes."""
     event: StateEvent | None = None
     """The event of the change in this engine; None for what is no change of now, or has come from another engine."""
+
+    @classmethod
+    def example(
+        cls,
+        kind: ChangeKind = "put",
+        *,
+        scope: str = "scope",
+        key: str = "key",
+        value: object = MISSING,
+        old_value: object = MISSING,
+        revision: int = 1,
+        initial: bool = False,
+        position: int = 0,
+        cursor: str = "",
+    ) -> Change[Any]:
+        """Return a change for the unit test of what reads a watch, made without an engine.
+
+        The value of a `put` is {} if none is given, and a mark has no key. Raises InvalidValue for what JSON cannot
+        hold. Two changes are equal if all is equal but the place in the engine: `position` and `cursor`.
+        """
+        if kind == "put" and value is MISSING:
+            value = {}
+        return Change(
+            kind,
+            scope,
+            "" if kind in {"synced", "progress"} else key,
+            None if value is MISSING else encode(value),
+            None if old_value is MISSING else encode(old_value),
+            revision,
+            revision,
+            initial,
+            position,
+            KnownCursor(cursor),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Change):
+            return NotImplemented
+        return self._identified() == other._identified() and self._values() == other._values()
+
+    # Needed, because the base class Struct compares by identity for `!=`.
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    def __hash__(self) -> int:
+        return hash(self._identified())
+
+    def _identified(self) -> tuple[object, ...]:
+        return self.kind, self.scope, self.key, self.revision, self.transaction, self.initial
+
+    def _values(self) -> list[Any]:
+        return [None if data is None else (decode(data),) for data in (self.json, self.old_json)]
 
     @property
     def value(self) -> T:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import msgspec
 
-from scopestate.errors import InvalidRegistration
+from scopestate.errors import InvalidRegistration, Unsupported
 
 if TYPE_CHECKING:
     from scopestate.ops.results import StateEvent
@@ -140,6 +140,19 @@ class DeliveryRuntime(Protocol):
         """See `Delivery.transaction`."""
 
 
+class _NoEngine:
+    """Behind an example."""
+
+    def extend(self, delivery: Delivery, seconds: float) -> None:
+        """There is no time limit."""
+
+    def transaction(self, delivery: Delivery, scope: str) -> Any:
+        """Refuse."""
+        raise Unsupported(
+            "the transaction of an example of a delivery", "have an engine deliver the event, as `state_store` does"
+        )
+
+
 class Delivery:
     """One attempt to have an event handled by a durable trigger: the second argument of its handler, if it takes two.
 
@@ -170,6 +183,23 @@ class Delivery:
         self.metadata = metadata
         """What the trigger was registered with as `metadata`."""
         self._runtime = runtime
+
+    @classmethod
+    def example(
+        cls,
+        event: StateEvent,
+        *,
+        consumer: str = "consumer",
+        attempt: int = 1,
+        position: int = 1,
+        first_ms: int = 1_767_225_600_000,
+        metadata: Any = None,
+    ) -> Delivery:
+        """Return a delivery for the unit test of a handler, made without an engine: `handle(event, delivery)`.
+
+        `extend` checks its argument and does nothing; `transaction` raises Unsupported, as there is no scope to change.
+        """
+        return cls(consumer, position, event, attempt, first_ms, metadata, _NoEngine())
 
     @property
     def id(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Generic, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Generic, Literal, Self, TypedDict, overload
 
 import msgspec
 
@@ -34,6 +34,10 @@ OldValue = Annotated[
     T | None, msgspec.Meta(description="The value before the update (None if key didn't exist)", extra=OPTIONAL)
 ]
 NewValue = Annotated[T, msgspec.Meta(description="The value after the update")]
+
+
+def _json_or_none(value: object) -> bytes | None:
+    return None if value is MISSING else encode(value)
 
 
 class ListGroupsResult(TypedDict):
@@ -73,9 +77,13 @@ class WriteResult(Plain, msgspec.Struct, frozen=True, eq=False, kw_only=True, gc
         return plain
 
     def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
+        if not isinstance(other, WriteResult) or other._kind() is not self._kind():
             return NotImplemented
         return self._shown() == other._shown()
+
+    def _kind(self) -> type:
+        """Return the class that says what it is the result of; one of a typed scope has another one."""
+        return type(self)
 
     # Needed, because the base class Struct compares by identity for `!=`.
     def __ne__(self, other: object) -> bool:
@@ -98,6 +106,14 @@ class SetResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     """
     new_json: bytes
     """The new value as JSON."""
+
+    @classmethod
+    def example(cls, new_value: object, *, old_value: object = MISSING, revision: int = 1) -> Self:
+        """Return a result for a unit test, made without an engine. Without `old_value` the key did not exist.
+
+        Raises InvalidValue for what JSON cannot hold.
+        """
+        return cls(_json_or_none(old_value), encode(new_value), revision=revision)
 
     @property
     def old_value(self) -> OldValue[T]:
@@ -159,6 +175,11 @@ class DeleteResult(WriteResult, frozen=True, eq=False, gc=False):
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist."""
 
+    @classmethod
+    def example(cls, old_value: object = MISSING, *, revision: int = 1) -> Self:
+        """As `SetResult.example`."""
+        return cls(_json_or_none(old_value), revision=revision, detailed=True)
+
     @property
     def old_value(self) -> Any:
         """The previous value, a fresh copy at each reading; None if the key did not exist or held null."""
@@ -184,6 +205,11 @@ class CasResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     swapped: bool
     found_json: bytes | None
     """The value that the key had, as JSON; None if it did not exist."""
+
+    @classmethod
+    def example(cls, swapped: bool, found: object = MISSING, *, revision: int = 1) -> Self:
+        """As `SetResult.example`. `found`: the value that the key had; left out, it did not exist."""
+        return cls(swapped, _json_or_none(found), revision=revision)
 
     @property
     def current_json(self) -> bytes | None:
@@ -216,6 +242,11 @@ class ModifyResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     """The previous value as JSON, or None if the key did not exist."""
     new_json: bytes | None
     """The value as JSON that the key has now, or None if it does not exist."""
+
+    @classmethod
+    def example(cls, new_value: object = MISSING, *, old_value: object = MISSING, revision: int = 1) -> Self:
+        """As `SetResult.example`. Without `new_value` the key does not exist now."""
+        return cls(_json_or_none(old_value), _json_or_none(new_value), revision=revision)
 
     @property
     def old_value(self) -> T | None:
@@ -256,6 +287,14 @@ class EntryView(Plain, msgspec.Struct, Generic[T], frozen=True, gc=False):
     """The number of the key's last change: each change of a scope takes a larger one."""
     expires_ms: int | None = None
     """When it expires, in milliseconds since the epoch; None: never."""
+
+    @classmethod
+    def example(
+        cls, value: object = None, *, key: str = "key", revision: int = 1, expires_at: datetime | None = None
+    ) -> Self:
+        """As `SetResult.example`. `expires_at` has a time zone."""
+        expires_ms = None if expires_at is None else (expires_at - _EPOCH) // timedelta(milliseconds=1)
+        return cls(key, encode(value), revision, expires_ms)
 
     @property
     def value(self) -> T:
@@ -493,8 +532,8 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
             event_type,
             scope,
             key,
-            None if old_value is MISSING else encode(old_value),
-            None if new_value is MISSING else encode(new_value),
+            _json_or_none(old_value),
+            _json_or_none(new_value),
             revision,
             depth,
             time_ms if expired else None,

@@ -49,6 +49,11 @@ PRIVATE = {
     "_get_socket": Private(
         "redis", "redis-py has no public way to the socket of a connection", "tests/redis/test_connecting.py"
     ),
+    "_must_rewrite": Private(
+        "pytest",
+        "pytest rewrites every module of a distribution that has a plugin, and has no public way to leave one out",
+        "tests/integrations/test_pytest_plugin.py::test_it_is_there_without_being_asked_for",
+    ),
     "_register_atexit": Private(
         "threading",
         "`atexit` runs when the executors have ended, which handlers may need",

@@ -24,7 +24,7 @@ kv = {"store_method": "file_based", "file_path": sys.argv[1], "save_interval_ms"
 engine = Engine(from_mapping({"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}]}))
 for scope in ("saved", "new"):
     # In one call: two handlers print at once, and `print` makes a line of several.
-    engine.on_change(scope=scope)(lambda event: os.write(1, f"{event.scope} {event.revision}\n".encode()))
+    engine.on_change(scope=scope)(lambda event: os.write(1, f"{event.scope} {event.revision}\\n".encode()))
 for number in range(3):
     engine.set("saved", f"k{number}", number)
 engine.flush()

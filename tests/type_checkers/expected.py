@@ -9,6 +9,7 @@ import msgspec
 
 from scopestate import DELETE, Change, Delivery, Engine, EntryView, SetResult, StateEvent, UpdateResult, ops
 from scopestate.handles import AioScope, Scope
+from scopestate.testing import Engines, VirtualClock, typed
 
 
 class User(msgspec.Struct):
@@ -55,6 +56,15 @@ with users.watch() as changes:
         assert_type(change, Change[User | None])
         assert_type(change.value, User | None)
         assert_type(change.old_value, User | None)
+
+# Examples for unit tests.
+assert_type(typed(StateEvent.example(new_value={"name": "Ada"}), User), StateEvent[User | None])
+assert_type(typed(Change.example(), User).value, User | None)
+assert_type(typed(SetResult[Any].example(1), User).new_value, User)
+assert_type(Delivery.example(StateEvent.example()), Delivery)
+with VirtualClock() as clock, Engines() as engines:
+    assert_type(clock.crash(clock.open()), Engine)
+    assert_type(engines.crash(engines.open({})), Engine)
 
 # Without a type, values are of any type.
 assert_type(plain.get("a"), Any)
