@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import (
     against,
+    measures_cache,
     measures_calls,
     measures_events,
     measures_journal,
@@ -33,6 +34,7 @@ MEASURES: dict[str, Measure] = {
     **measures_calls.MEASURES,
     **measures_writes.MEASURES,
     **measures_keys.MEASURES,
+    **measures_cache.MEASURES,
     **measures_threads.MEASURES,
     **measures_events.MEASURES,
     **measures_journal.MEASURES,

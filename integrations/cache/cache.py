@@ -113,19 +113,16 @@ class Cache:
             return transaction.get(key, default, expire_time=expire_time, tag=tag)
         name = key if type(key) is str and key[:1] != MARK else name_of(key)
         if expire_time or tag:
-            return self._with_facts(self._source.engine.entry(self._scope, name), default, expire_time, tag)
+            entry = self._source.engine.entry(self._scope, name)
+            if self._counts is not None:
+                self._counts.count(found=entry is not None)
+            return with_facts(_facts(entry), default, expire_time=expire_time, tag=tag)
         value = self._source.engine.get(self._scope, name, _ABSENT)
         if self._counts is not None:
             self._counts.count(found=value is not _ABSENT)
         if value is _ABSENT:
             return default
         return unpack(value) if type(value) is dict and MARK in value else value
-
-    def _with_facts(self, entry: EntryView[Any] | None, default: Any, expire_time: bool, tag: bool) -> Any:
-        if self._counts is not None:
-            self._counts.count(found=entry is not None)
-        found = None if entry is None else (entry.value, entry.expires_ms)
-        return with_facts(found, default, expire_time=expire_time, tag=tag)
 
     def set(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
         """Set a value, which expires in `expire` seconds; return True.
@@ -194,7 +191,7 @@ class Cache:
         while True:
             entry = engine.entry(self._scope, name)
             if entry is None or self._remove([entry]):
-                return self._with_facts(entry, default, expire_time, tag)
+                return with_facts(_facts(entry), default, expire_time=expire_time, tag=tag)
 
     def touch(self, key: Any, expire: float | timedelta | None = None) -> bool:
         """Have a key expire in `expire` seconds from now, or never; return whether it exists."""
@@ -447,6 +444,10 @@ def _made_again(
         save_interval_ms=save_interval_ms,
         statistics=statistics,
     )
+
+
+def _facts(entry: EntryView[Any] | None) -> tuple[Any, int | None] | None:
+    return None if entry is None else (entry.value, entry.expires_ms)
 
 
 def _size(entry: EntryView[Any]) -> int:

@@ -149,9 +149,9 @@ _WRITERS: Final[dict[type, Callable[[Any], Any]]] = {
     bytes: lambda value: base64.b64encode(value).decode("ascii"),
     int: hex,
     float: repr,
-    dt.datetime: dt.datetime.isoformat,
+    dt.datetime: lambda value: [value.isoformat()] if value.fold else value.isoformat(),
     dt.date: dt.date.isoformat,
-    dt.time: dt.time.isoformat,
+    dt.time: lambda value: [value.isoformat()] if value.fold else value.isoformat(),
     dt.timedelta: lambda value: [value.days, value.seconds, value.microseconds],
     decimal.Decimal: str,
     uuid.UUID: str,
@@ -162,9 +162,9 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "bytes": base64.b64decode,
     "int": lambda text: int(text, 16),
     "float": float,
-    "datetime": dt.datetime.fromisoformat,
+    "datetime": lambda text: _time(dt.datetime, text),
     "date": dt.date.fromisoformat,
-    "time": dt.time.fromisoformat,
+    "time": lambda text: _time(dt.time, text),
     "timedelta": lambda parts: dt.timedelta(*parts),
     "Decimal": decimal.Decimal,
     "UUID": uuid.UUID,
@@ -173,6 +173,11 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "frozenset": lambda items: frozenset(map(_untyped, items)),
     "dict": lambda pairs: {_untyped(key): _untyped(item) for key, item in pairs},
 }
+
+
+def _time(kind: Any, text: Any) -> Any:
+    """Return a time from its text, which is in a list if it is the second one of its name: `fold=1`."""
+    return kind.fromisoformat(text[0]).replace(fold=1) if type(text) is list else kind.fromisoformat(text)
 
 
 def _untyped(value: Any) -> Any:
