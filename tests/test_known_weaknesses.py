@@ -186,6 +186,7 @@ def test_semantics_8_09_only_false_skips_and_a_failing_condition_is_reported(ope
 
     assert [event.new_value for event in seen.events] == [0, 1, 2, 3, 4, 5, 7]
     assert engine.stats().skipped == 1
+    engine.close()  # waits for the hooks
     assert {type(failure.error) for failure in errors} == {FunctionNotFound}
     assert len(errors) == len(verdicts)
 

@@ -46,6 +46,7 @@ def test_a_full_paused_trigger_is_as_any_full_handler(open_engine: Any) -> None:
     handle.resume()
 
     assert [event.new_value for event in seen.wait_for(2)] == [2, 3]
+    engine.close()  # waits for the hooks
     assert [failure.event.new_value for failure in failures] == [0, 1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ def test_no_key_is_readable_after_its_deadline_and_no_event_comes_before_it() ->
 
         begin = datetime.now(UTC) + timedelta(seconds=2)
         deadlines = {f"k{index}": begin + timedelta(seconds=1.5 * rng.random()) for index in range(number)}
-        for key, deadline in deadlines.items():
-            engine.set("s", key, 1, expires_at=deadline)
+        for some in batched(list(deadlines.items())):
+            with engine.batch("s") as batch:
+                for key, deadline in some:
+                    batch.set(key, 1, expires_at=deadline)
         assert datetime.now(UTC) < begin
         keys, until = list(deadlines), begin + timedelta(seconds=1.5)
         while (now := datetime.now(UTC)) < until:
@@ -54,10 +57,13 @@ def test_no_key_is_readable_after_its_deadline_and_no_event_comes_before_it() ->
 def test_keys_that_fall_due_together_hold_no_writer_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     number, told, spent_ms = 20_000, list[str](), list[float]()
     receive = LocalScope.on_receive
+    expiring, over = threading.Event(), threading.Event()
 
     def timed(self: LocalScope, turn: Any) -> Any:
         if type(turn) is not Expire:
             return receive(self, turn)
+        expiring.set()
+        await_(lambda: self.has_mail() or over.is_set())  # until the writer waits for the end of this turn
         began = time.thread_time()
         answer = receive(self, turn)
         spent_ms.append((time.thread_time() - began) * 1000)
@@ -68,25 +74,25 @@ def test_keys_that_fall_due_together_hold_no_writer_up(tmp_path: Path, monkeypat
     worker = {"name": "iii-state", "config": {"adapter": {"name": "kv", "config": kv}}}
     with Engine.from_config({"workers": [worker]}) as engine:
         engine.on_change(scope="s", events=("expired",))(lambda event: told.append(event.key))
-        deadline = datetime.now(UTC) + timedelta(seconds=6)
-        for index in range(number):
-            engine.set("s", f"k{index}", index, expires_at=deadline)
+        deadline = datetime.now(UTC) + timedelta(seconds=4)
+        for some in batched(range(number)):
+            with engine.batch("s") as batch:
+                for index in some:
+                    batch.set(f"k{index}", index, expires_at=deadline)
         assert datetime.now(UTC) < deadline
         before = psutil.Process().memory_info().rss
         written = [0]
-        over = threading.Event()
 
         def write() -> None:
+            assert expiring.wait(PATIENCE_S)
             while not over.is_set():
                 engine.set("s", "w", written[0])
                 written[0] += 1
 
-        await_(lambda: bool(told))
         writer = threading.Thread(target=write)
         writer.start()
-        at_first = written[0]
         await_(lambda: len(told) == number)
-        meanwhile = written[0] - at_first
+        meanwhile = written[0]
         grown = psutil.Process().memory_info().rss - before
         over.set()
         writer.join()
@@ -95,8 +101,13 @@ def test_keys_that_fall_due_together_hold_no_writer_up(tmp_path: Path, monkeypat
     assert len(spent_ms) >= number / 256
     # In processor time, which other processes do not change: the scope is held for this long.
     assert sorted(spent_ms)[len(spent_ms) * 95 // 100] < 20
-    assert meanwhile > 50  # the writer came between the turns
+    assert meanwhile >= number / 256 - 1  # the writer came between the turns
     assert grown < 64 << 20
+
+
+def batched(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Yield as many at a time as one transaction may set: far quicker than a call for each."""
+    return (items[begin : begin + 1000] for begin in range(0, len(items), 1000))
 
 
 def await_(condition: Any) -> None:

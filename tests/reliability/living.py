@@ -18,7 +18,7 @@ from scopestate.ops import turns
 from scopestate.ops.results import SetResult
 from scopestate.persistence import FileAdapter
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
 
 HERE = Path(__file__).parent
