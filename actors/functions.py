@@ -27,6 +27,9 @@ class Function(msgspec.Struct, frozen=True):
     loop: asyncio.AbstractEventLoop | None = None
     """The event loop that its coroutines run on: the one running at registration; None: the engine's own."""
     description: str | None = None
+    request_schema: dict[str, Any] | None = None
+    """The JSON schema of its payload, for descriptions; None: not known."""
+    response_schema: dict[str, Any] | None = None
     builtin: bool = False
     is_async: bool = False
     """True if calling it makes a coroutine; found out at registration."""

@@ -12,9 +12,9 @@ from scopestate.actors.answers import NO_ANSWERS, Answers
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.gate import Gate
 from scopestate.actors.index import OrderedKeys, TooLong
-from scopestate.actors.ports import NO_RULE, Answer
+from scopestate.actors.ports import NO_RULE, Answer, WriteRule
 from scopestate.actors.reply import Envelope, ReplyTo
-from scopestate.actors.scope import Collect, Housekeeping, Surroundings
+from scopestate.actors.scope import Collect, Housekeeping, Ping, Surroundings
 from scopestate.actors.stretch import LAST_SEQUENCE, MOST_UNSAVED, NO_DEADLINES, Collected, ScopeInMemory, part
 from scopestate.actors.turn import BUSY, HOLDER
 from scopestate.actors.view import AnswerApart, Apart, InMemory, Unexpired, WithDeadlines
@@ -107,8 +107,15 @@ class LocalScope(ScopeInMemory):
         if not self._closed and (self._gate is None or not self._gate.unsettled):
             self.readable = self._unexpired if self._deadlines else self._values  # with deadlines there is one
             # Read after that: a sender that keeps order in between has cleared the flag, or clears `readable`.
-            if not self._direct:
+            if not self._direct or not self.rule.reads_plainly:
                 self.readable = None
+
+    def apply_rule(self, rule: WriteRule) -> None:
+        super().apply_rule(rule)
+        if not rule.reads_plainly:
+            self.readable = None  # a turn that allows reading meanwhile looks at the rule afterwards
+        elif self.readable is None:
+            self._enqueue(Envelope(Ping(), self._dispatcher.reply()))  # behind it, reading is allowed
 
     def _begin_deadlines(self) -> None:
         """A key is about to get the first deadline of the scope: from now on readers look at deadlines."""
@@ -258,7 +265,7 @@ class LocalScope(ScopeInMemory):
                 self._write(change.key, change.before, change.after)  # type: ignore[union-attr]  # it is a change
                 return answer
         elif kind is Delete:
-            if not self._deadlines:
+            if self.rule.values is None and not self._deadlines:
                 key = turn.key  # type: ignore[attr-defined]  # of a Delete
                 old = view.get(key)
                 self._remove(key, old)
@@ -404,7 +411,7 @@ class LocalScope(ScopeInMemory):
             view = self._timed_view
         assert view is not None  # from then on
         view.revision, view.now = self._sequence, None
-        return Apart(turn, view.apart(self._around, self._ordered, turn.looks_at))
+        return Apart(turn, view.apart(self._around, self._ordered, turn.looks_at), self.rule)
 
     def _tell_again(self) -> None:
         self._router.wake_anyway()

@@ -41,6 +41,11 @@ class WriteRule(msgspec.Struct, frozen=True):
     """What the values must fit."""
 
     @property
+    def reads_plainly(self) -> bool:
+        """True if what is stored is what is read: no value is brought up to date."""
+        return self.values is None or self.values.versions is None
+
+    @property
     def needs_entries(self) -> bool:
         """True if writes need more than values: the time, or what becomes of an op that is refused."""
         return self.ttl is not None or self.strict

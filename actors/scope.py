@@ -157,6 +157,10 @@ class ScopeActor(TurnActor):
         self.touched = True
         """Set by every call; the passivation sweep clears it and takes scopes that it still finds cleared."""
 
+    def apply_rule(self, rule: WriteRule) -> None:
+        """Follow another rule from the next turn on. From any thread."""
+        self.rule = rule
+
     @property
     def name(self) -> str:
         return f"scope {self.scope!r}"

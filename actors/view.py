@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scopestate.actors.containment import is_from_outside
 from scopestate.actors.index import READ_WITHIN_TURN, KeysApart, OrderedKeys
-from scopestate.actors.ports import ANSWERS_KEPT_MS, Answer
+from scopestate.actors.ports import ANSWERS_KEPT_MS, Answer, WriteRule
 from scopestate.actors.wheel import Wheel
 from scopestate.ops.turns import Entry, Kept, Range, TtlRule, Turn
 
@@ -253,15 +253,17 @@ class WithDeadlines(InMemory):
 class Apart:
     """A turn that only reads, and copies of what it reads: it can be decided later, outside of the scope."""
 
-    __slots__ = ("_turn", "_view")
+    __slots__ = ("_rule", "_turn", "_view")
 
-    def __init__(self, turn: Turn[Any], view: InMemory) -> None:
+    def __init__(self, turn: Turn[Any], view: InMemory, rule: WriteRule) -> None:
         self._turn = turn
         self._view = view
+        self._rule = rule
 
     def answer(self) -> Any:
         """Return the answer, which is that of the moment at which the copies were made. Raises what the turn raises."""
-        _, answer = self._turn.decide(self._view)
+        values = self._rule.values
+        _, answer = self._turn.decide(self._view) if values is None else values.decide(self._turn, self._view)
         return answer
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from scopestate.config.schema import Config, SchemaRef, TypeRef
+from scopestate.config.schema import Config, FunctionRef, SchemaRef, TypeRef
 from scopestate.errors import ConfigError
 from scopestate.paths import expand_home
 
@@ -170,6 +170,8 @@ def _examined(text: str, file: str, source: str | None) -> Examined:
 def _plain(value: object) -> object:
     if isinstance(value, TypeRef):
         return value.type
+    if isinstance(value, FunctionRef):
+        return value.callable
     if isinstance(value, SchemaRef):
         return value
     if isinstance(value, msgspec.Struct):

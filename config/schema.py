@@ -98,6 +98,14 @@ class HistoryConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return History(self.events, self.age_s * 1000, self.bytes)
 
 
+class FunctionRef(msgspec.Struct, frozen=True):
+    """A value of `functions:`, resolved."""
+
+    target: str
+    """`package.module:callable`, as in the file; dots after the colon are attributes."""
+    callable: Callable[..., object]
+
+
 class TypeRef(msgspec.Struct, frozen=True):
     """`type:` of an entry of `scopes:`, resolved."""
 
@@ -117,8 +125,8 @@ class SchemaRef(msgspec.Struct, frozen=True):
 class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """An entry of `scopes:`: what differs for some scopes.
 
-    Each option is taken from the first entry that fits and has it; `type` or `schema`, and `enforce`, are one option. A
-    reload changes all but `durability` for the writes that follow.
+    Each option is taken from the first entry that fits and has it. All that is about values, from `type` to `upgrade`,
+    is one option. A reload changes all but `durability` for the writes that follow.
     """
 
     durability: Literal["memory", "interval", "commit"] | None = None
@@ -141,6 +149,12 @@ class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     enforce: Literal["refuse", "warn"] | None = None
     """What becomes of a write whose value does not fit. `refuse`: it raises `SchemaViolation`. `warn`: it is made,
     counted and logged. Left out: `refuse`."""
+    version: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+    """The current version of the values."""
+    version_field: str | None = None
+    """The field at the top of a value that has its version; a value without it has version 1."""
+    upgrade: FunctionRef | None = None
+    """Makes of a value and its version the value as the next version has it: `package.module:callable`."""
     history: HistoryConfig | None = None
     """Keep the changes, so that a watch can go on from a cursor: in a store of files, after a restart too."""
 
@@ -325,14 +339,6 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Events that may wait for one trigger of a worker; more close its connection with code 1008."""
     max_waiting_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**40)] = 268_435_456
     """Bytes of the events that may wait for all triggers of one worker; more close its connection with code 1008."""
-
-
-class FunctionRef(msgspec.Struct, frozen=True):
-    """A value of `functions:`, resolved."""
-
-    target: str
-    """`package.module:callable`, as in the file; dots after the colon are attributes."""
-    callable: Callable[..., object]
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 import msgspec
@@ -48,7 +48,8 @@ from scopestate.config.schema import (
     with_every_list,
 )
 from scopestate.config.value_rules import import_type, inline_schema, read_schema, type_ref
-from scopestate.errors import ConfigError
+from scopestate.errors import ConfigError, DeserializationError
+from scopestate.ops.callbacks import refuse_callback
 from scopestate.ops.functions import BUILT_IN_IDS
 from scopestate.ops.json_schema import BadSchema
 from scopestate.ops.triggers import read_options
@@ -60,7 +61,7 @@ SERVER = "iii-worker-manager"
 _SECRETS = ("token", "password", "sentinel_password")
 _TOP_KEYS = ("workers", "modules", "functions", "triggers", "scopes", "limits")
 _ENTRY_KEYS = ("name", "image", "config")
-_SAYS_SOMETHING = ("durability", "ttl_ms", "strict", "type", "schema", "history")
+_SAYS_SOMETHING = ("durability", "ttl_ms", "strict", "type", "schema", "version", "history")
 """Options of an entry of `scopes:`, one of which it has."""
 _MAX_HINTS = 100
 _NAME = str
@@ -269,23 +270,27 @@ class SectionReader:
     def _functions(self, place: Place | None) -> dict[str, FunctionRef]:
         functions: dict[str, FunctionRef] = {}
         for function_id, target in self._fields(place, None).items():
-            node = target.node
             misfit_of_id = misfit_id(function_id)
             if misfit_of_id is not None:
                 self._problems.add(misfit_of_id, target.line, target.path)
                 continue
-            if isinstance(node, Scalar) and node.style == "native" and callable(node.content):
-                functions[function_id] = reference(node.content)
-                continue
-            text = self._typed(target, _NAME)
-            if text is None:
-                continue
-            try:
-                functions[function_id] = import_function(str(text))
-            except TargetError as error:
+            found = self._function_ref(target)
+            if found is None:
                 self._broken.append(function_id)
-                self._unusable(target, error)
+            else:
+                functions[function_id] = found
         return functions
+
+    def _function_ref(self, place: Place) -> FunctionRef | None:
+        node = place.node
+        if isinstance(node, Scalar) and node.style == "native" and callable(node.content):
+            return reference(node.content)
+        text = self._typed(place, _NAME)
+        try:
+            return None if text is None else import_function(str(text))
+        except TargetError as error:
+            self._unusable(place, error)
+            return None
 
     def _unusable(self, place: Place, error: TargetError | BadSchema) -> None:
         """Report what is named in the file and cannot be used."""
@@ -366,6 +371,8 @@ class SectionReader:
         if rule.enforce is not None and rule.type is None and rule.schema is None:
             key = join(item.path, "enforce")
             self._problems.add("`enforce` says nothing without `type` or `schema`", self._line_of(item, "enforce"), key)
+        for name, problem in _mistakes_of_version(rule):
+            self._problems.add(problem, self._line_of(item, name), join(item.path, name))
         return len(self._problems.errors) == errors_before
 
     def _type_ref(self, place: Place) -> TypeRef | None:
@@ -429,6 +436,8 @@ class SectionReader:
             return self._token(place)
         if any(get_origin(kind) is dict for kind in get_args(wanted)):
             return None if self._is_null(place) else self._json(place)
+        if FunctionRef in get_args(wanted):
+            return None if self._is_null(place) else self._function_ref(place)
         if TypeRef in get_args(wanted):
             return None if self._is_null(place) else self._type_ref(place)
         if SchemaRef in get_args(wanted):
@@ -577,6 +586,24 @@ class SectionReader:
             hint = (few and did_you_mean(key, known)) or f"; known here: {', '.join(known)}"
             problem = f"unknown key `{shorten(key, quote=False)}`{hint}"
         self._problems.add(problem, place.line, place.path)
+
+
+def _mistakes_of_version(rule: ScopeRule) -> Iterator[tuple[str, str]]:
+    """Yield what does not go together in what a rule says about versions."""
+    if rule.version is None:
+        for name in ("version_field", "upgrade"):
+            if getattr(rule, name) is not None:
+                yield name, f"`{name}` says nothing without `version`"
+    else:
+        if not rule.version_field:
+            yield "version_field", "`version` needs the name of a field that has it, `version_field`"
+        if rule.version > 1 and rule.upgrade is None:
+            yield "upgrade", f"`version: {rule.version}` needs `upgrade`, for values of the versions before it"
+    if rule.upgrade is not None:
+        try:
+            refuse_callback("upgrade", rule.upgrade.callable)
+        except DeserializationError as error:
+            yield "upgrade", str(error)
 
 
 def _key_value(key: Scalar) -> Value:

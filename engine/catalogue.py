@@ -13,6 +13,7 @@ types, ops inline in a `oneOf`. Scalars are left to msgspec.
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Iterator
@@ -34,11 +35,14 @@ _DIALECT: Final = "http://json-schema.org/draft-07/schema#"
 def functions(registered: Functions) -> list[dict[str, Any]]:
     """Describe the built-in functions as the API reference does, then the registered ones in order of registration.
 
-    The schema of a registered function is not known: `{}` allows anything.
+    The schemas of a registered function are those of the types it was registered with. `{}`, which allows anything: it
+    was registered without.
     """
     described: list[dict[str, Any]] = decode(_builtin_functions())
     described += [
-        _entry(function.function_id, function.description) for function in registered.all() if not function.builtin
+        _entry(function.function_id, function.description, function.request_schema, function.response_schema)
+        for function in registered.all()
+        if not function.builtin
     ]
     return described
 
@@ -54,8 +58,8 @@ def _entry(function_id: str, description: str | None, request: Any = None, respo
         "name": function_id,
         "description": description,
         "metadata": {},
-        "request_schema": request or {},
-        "response_schema": response or {},
+        "request_schema": copy.deepcopy(request) or {},
+        "response_schema": copy.deepcopy(response) or {},
     }
 
 

@@ -447,6 +447,14 @@ class Engine(Reactive, StateCalls):
 
         return typed_scope(self, name, type, on_invalid)
 
+    def schema(self, scope: str) -> dict[str, Any] | None:
+        """Return the JSON schema that the configuration of this engine gives to the values of a scope; None: none.
+
+        That of a type is made from it. In a follower or behind a bridge the rule of the other engine counts.
+        """
+        rule = self._parts.values_of(checked_name("scope", scope))
+        return None if rule is None else rule.json_schema()
+
     def mapping(self, scope: str) -> ScopeMapping:
         """Return a scope as a `collections.abc.MutableMapping` of keys to values. See `ScopeMapping`."""
         return self.scope(scope).mapping()

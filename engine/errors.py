@@ -105,7 +105,7 @@ class SchemaViolation(ScopestateError):
     def __str__(self) -> str:
         if self.written:
             return f"{self.what_is_wrong()}; nothing was written"
-        return f"{self.what_is_wrong()}; it was written without this type: correct it, or give `on_invalid`"
+        return f"{self.what_is_wrong()}; correct it, or read it with a typed handle that has `on_invalid`"
 
 
 class ValueTooLarge(ScopestateError):

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scopestate.actors.consumers import no_memory_for
 from scopestate.actors.journal import History
 from scopestate.actors.ports import NO_RULE, Backend, Durability, Store, WriteRule
 from scopestate.actors.reply import deliver
-from scopestate.actors.value_rules import ValueRule
+from scopestate.actors.value_rules import Misfits, ValueRule
 from scopestate.config import AdapterConfig, BridgeOptions, Config, KvOptions, RedisOptions, ScopeRule
 from scopestate.config.schema import TriggerConfig
-from scopestate.errors import ConfigError, InvalidCursor, SchemaViolation, StoreLocked
+from scopestate.errors import ConfigError, InvalidCursor, StoreLocked
 from scopestate.lifecycle import wait_for_dropped
 from scopestate.ops.cursors import read_start
 from scopestate.ops.turns import TtlRule
-from scopestate.ops.value_types import value_type
+from scopestate.ops.value_types import ValueType, value_type
+from scopestate.ops.versions import Versions
 from scopestate.persistence.local import LocalBackend
 from scopestate.sharing import Sharing
 
@@ -70,8 +71,8 @@ def open_backend(config: Config, given: Store | Backend | None = None) -> Backen
             )
         if isinstance(options, BridgeOptions) and any(_is_about_writes(rule) for rule in config.scopes):
             log.warning(
-                "`ttl_ms`, `strict`, `type` and `schema` under `scopes:` do nothing with the adapter bridge: the other "
-                "engine's configuration counts"
+                "`ttl_ms`, `strict`, `type`, `schema` and `version` under `scopes:` do nothing with the adapter "
+                "bridge: the other engine's configuration counts"
             )
         return open_shared(config.adapter)
     return LocalBackend(given, partial(durability_of, rules=config.scopes, otherwise=config.adapter.kv.durability))
@@ -146,31 +147,43 @@ def durability_of(scope: str, rules: Iterable[ScopeRule], otherwise: Durability)
     return otherwise
 
 
-def write_rule_of(
-    scope: str, rules: Iterable[ScopeRule], note_misfit: Callable[[SchemaViolation], object]
-) -> WriteRule:
+def write_rule_of(scope: str, rules: Sequence[ScopeRule], misfits: Misfits) -> WriteRule:
     """Return what the rules say about the writes of `scope`: each option by the first rule that fits and has it.
 
-    `note_misfit` takes the violations of values that are written all the same.
+    `misfits` takes what does not fit and is let through.
     """
-    ttl_ms = strict = about_values = None
+    ttl_ms = strict = None
     from_creation = False
     for rule in _fitting(scope, rules):
-        if about_values is None and (rule.type is not None or rule.schema is not None):
-            about_values = rule
         if ttl_ms is None and rule.ttl_ms is not None:
             ttl_ms, from_creation = rule.ttl_ms, rule.ttl_from == "create"
         if strict is None:
             strict = rule.strict
-    if not ttl_ms and not strict and about_values is None:
+    values = value_rule_of(scope, rules, misfits)
+    if not ttl_ms and not strict and values is None:
         return NO_RULE
-    values = None if about_values is None else _value_rule(scope, about_values, note_misfit)
     return WriteRule(TtlRule(ttl_ms, from_creation) if ttl_ms else None, bool(strict), values)
 
 
-def _value_rule(scope: str, rule: ScopeRule, note_misfit: Callable[[SchemaViolation], object]) -> ValueRule:
-    kind = rule.schema.schema if rule.schema is not None else value_type(rule.type.type)  # type: ignore[union-attr]  # it has one of them
-    return ValueRule(scope, kind, note_misfit if rule.enforce == "warn" else None)
+def value_rule_of(scope: str, rules: Iterable[ScopeRule], misfits: Misfits) -> ValueRule | None:
+    """Return what the rules say about the values of `scope`; None: nothing."""
+    for rule in _fitting(scope, rules):
+        kind = type_in(rule)
+        if kind is None and rule.version is None:
+            continue
+        versions = None
+        if rule.version is not None:
+            upgrade = None if rule.upgrade is None else rule.upgrade.callable
+            versions = Versions(rule.version, rule.version_field or "", upgrade)
+        return ValueRule(scope, kind, misfits, versions, refuses=rule.enforce != "warn")
+    return None
+
+
+def type_in(rule: ScopeRule) -> ValueType[Any] | None:
+    """Return what a rule says that values must fit; None: nothing."""
+    if rule.schema is not None:
+        return rule.schema.schema
+    return None if rule.type is None else value_type(rule.type.type)
 
 
 def history_of(scope: str, rules: Iterable[ScopeRule]) -> History | None:
@@ -182,7 +195,7 @@ def history_of(scope: str, rules: Iterable[ScopeRule]) -> History | None:
 
 
 def _is_about_writes(rule: ScopeRule) -> bool:
-    return any(option is not None for option in (rule.ttl_ms, rule.strict, rule.type, rule.schema))
+    return any(option is not None for option in (rule.ttl_ms, rule.strict, rule.type, rule.schema, rule.version))
 
 
 def _fitting(scope: str, rules: Iterable[ScopeRule]) -> Iterator[ScopeRule]:

@@ -27,6 +27,7 @@ from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.services import HandlerServices
 from scopestate.actors.snapshot import SnapshotActor
+from scopestate.actors.value_rules import ValueRule
 from scopestate.config import (
     AuthConfig,
     Config,
@@ -199,13 +200,17 @@ class Parts:
         return self.backend.make_scope(scope, self._around)
 
     def _rule_of(self, scope: str) -> WriteRule:
-        return write_rule_of(scope, self.config.scopes, self._around.misfits.note)
+        return write_rule_of(scope, self.config.scopes, self._around.misfits)
+
+    def values_of(self, scope: str) -> ValueRule | None:
+        """Return what the configuration says about the values of a scope; None: nothing."""
+        return self._rule_of(scope).values
 
     def _history_of(self, scope: str) -> History | None:
         return history_of(scope, self.config.scopes)
 
     def _give_rule(self, actor: ScopeActor) -> None:
-        actor.rule = self._rule_of(actor.scope)
+        actor.apply_rule(self._rule_of(actor.scope))
 
     def configure(self) -> None:
         """Register the configured functions and triggers, and start saving."""

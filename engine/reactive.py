@@ -18,6 +18,7 @@ from scopestate.ops.deliveries import Delivery
 from scopestate.ops.options import refuse_unknown
 from scopestate.ops.results import DeliveryFailure, StateEvent, T
 from scopestate.ops.triggers import OPTIONS, EventNames, Trigger, TriggerOptions, read_options
+from scopestate.ops.value_types import value_type
 from scopestate.ops.values import class_name, json_type
 
 log = Log("scopestate.triggers")
@@ -69,23 +70,44 @@ class Reactive:
         """Return the consumers of durable triggers, if there can be any."""
 
     @overload
-    def register_function(self, function_id: str, target: F, *, description: str | None = None) -> F: ...
+    def register_function(
+        self, function_id: str, target: F, *, description: str | None = None, request: Any = None, response: Any = None
+    ) -> F: ...
 
     @overload
     def register_function(
-        self, function_id: str, target: None = None, *, description: str | None = None
+        self,
+        function_id: str,
+        target: None = None,
+        *,
+        description: str | None = None,
+        request: Any = None,
+        response: Any = None,
     ) -> Callable[[F], F]: ...
 
-    def register_function(self, function_id: str, target: Any = None, *, description: str | None = None) -> Any:
+    def register_function(
+        self,
+        function_id: str,
+        target: Any = None,
+        *,
+        description: str | None = None,
+        request: Any = None,
+        response: Any = None,
+    ) -> Any:
         """Register a plain or `async` function of one argument, the payload. A known id is replaced.
 
         Without `target` it is a decorator. A coroutine function belongs to the event loop that is running now, or to
-        the engine's own. Raises InvalidRegistration for a built-in id or what is not callable.
+        the engine's own. `request` and `response` are types, as of typed scopes, whose JSON schemas `functions()` and
+        the server show; what is passed is not checked. Raises InvalidRegistration for a built-in id or what is not
+        callable, and DeserializationError for what is not a type.
         """
         if target is None:
-            return lambda function: self.register_function(function_id, function, description=description)
+            return lambda function: self.register_function(
+                function_id, function, description=description, request=request, response=response
+            )
         self._refuse_if_closed()
-        self._functions.add(Function(function_id, target, running_loop(), description))
+        schemas = [None if kind is None else value_type(kind).json_schema() for kind in (request, response)]
+        self._functions.add(Function(function_id, target, running_loop(), description, schemas[0], schemas[1]))
         stay_ahead_of_executors()
         return target
 

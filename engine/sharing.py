@@ -542,7 +542,7 @@ def _settings_of(config: Config) -> dict[str, str]:
 
 
 def _as_json(value: object) -> object:
-    """Return what stands for a schema, or for a type: its code is not compared, only its name."""
+    """Return what stands for a schema; a type or a function is compared by its name."""
     return value.documents() if isinstance(value, JsonSchema) else getattr(value, "__qualname__", repr(value))
 
 

@@ -63,6 +63,7 @@ from scopestate.typed_results import (
     TypedModifyResult,
     TypedSetResult,
     TypedUpdateResult,
+    VersionedReader,
     typed_event,
 )
 from scopestate.watch_settings import WatchSettings
@@ -580,4 +581,7 @@ def typed_handler(handler: F, reader: Reader[Any]) -> F:
 
 def typed_scope(engine: Engine, scope: str, kind: Any, on_invalid: OnInvalid) -> TypedScope[Any]:
     """Return a handle on a scope of values of one type."""
+    rule = engine._parts.values_of(scope)
+    if rule is not None and rule.versions is not None:
+        return TypedScope(engine, scope, VersionedReader(scope, value_type(kind), on_invalid, rule))
     return TypedScope(engine, scope, Reader(scope, value_type(kind), on_invalid))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, Literal
 
 from scopestate.actors.containment import Log
+from scopestate.actors.value_rules import ValueRule
 from scopestate.errors import DeserializationError, SchemaViolation
 from scopestate.ops.changes import Change
 from scopestate.ops.results import CasResult, EntryView, ModifyResult, SetResult, StateEvent, T, UpdateResult
@@ -77,6 +78,22 @@ class Reader(Generic[T]):
             self._told.add(key)
             log.warning("%s: it is left out", violation)
         return SKIPPED
+
+
+class VersionedReader(Reader[T]):
+    """As `Reader`, of a scope whose values have versions: it reads them as the current version has them."""
+
+    def __init__(self, scope: str, kind: ValueType[T], on_invalid: OnInvalid, rule: ValueRule) -> None:
+        super().__init__(scope, kind, on_invalid)
+        self._rule = rule
+
+    def read(self, key: str, data: bytes) -> T | Skipped:
+        """As there. Raises SchemaViolation for a later version too, whose fields may mean something else."""
+        try:
+            data = self._rule.known(key, data)
+        except SchemaViolation as violation:
+            return self._instead(key, data, violation)
+        return super().read(key, data)
 
 
 _MOST_TOLD: Final = 1000

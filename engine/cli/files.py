@@ -164,10 +164,18 @@ class Source:
         self._stream = stream
         self._name = name
 
-    def count_keys(self) -> int:
-        """Read the whole file and return its number of keys. Raises StorageError if it is not an export."""
+    def count_keys(self, check: Callable[[KeyLine], object] = bool) -> int:
+        """Read the whole file and return its number of keys. Raises StorageError if it is not an export.
+
+        Each key is given to `check`, which may refuse it.
+        """
+        keys = 0
         try:
-            return sum(isinstance(item, KeyLine) for item in read_lines(self.lines()))
+            for item in read_lines(self.lines()):
+                if isinstance(item, KeyLine):
+                    keys += 1
+                    check(item)
+            return keys
         except DeserializationError as error:
             raise StorageError(f"{_named(self._name)}: {error}", code=error.code) from error
 

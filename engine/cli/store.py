@@ -20,6 +20,7 @@ from rich.table import Table
 
 from scopestate.cli.client import CaFile, Token, with_client
 from scopestate.cli.files import output, source_of
+from scopestate.cli.rules import ConfigFile, Found, Migration, Rules, names_config, rules_for
 from scopestate.cli.terminal import (
     AsJson,
     Exit,
@@ -140,22 +141,82 @@ def keys(
 
 
 @app.command()
-def verify(where: Where, as_json: AsJson = False) -> None:
-    """Read a whole store and report its problems, with exit code 4 if there are any. Changes nothing."""
+def verify(where: Where, config: ConfigFile = None, as_json: AsJson = False) -> None:
+    """Read a whole store and report its problems, with exit code 4 if there are any. Changes nothing.
+
+    With a configuration file, values that do not fit the types and schemas of its rules are problems too.
+    """
     with errors_to_exit_codes(as_json=as_json):
-        _verify(where, as_json=as_json)
+        _verify(where, rules_for(where, config), as_json=as_json)
 
 
-def _verify(where: str, *, as_json: bool) -> None:
+def _verify(where: str, rules: Rules, *, as_json: bool) -> None:
+    misfits = Found()
     with _reader(where) as reader:
         problems = reader.problems()
+        if not problems and rules:
+            for scope in reader.scopes():
+                for key, entry in reader.entries(scope) if rules.of(scope) is not None else ():
+                    misfits.check(rules, scope, key, entry.json)
+    ok = not (problems or misfits.count)
     if as_json:
-        out(json_of({"ok": not problems, "problems": problems}))
+        out(json_of({"ok": ok, "problems": problems, **(misfits.facts() if rules else {})}))
     else:
-        for problem in problems:
+        for problem in (*problems, *misfits.lines()):
             standard_error().print(shown(problem), markup=False)
-        out(shown(f"{reader.directory}: {f'{len(problems)} problems' if problems else 'ok'}"))
-    if problems:
+        count = len(problems) + misfits.count
+        out(shown(f"{reader.directory}: {f'{count} problems' if count else 'ok'}"))
+    if not ok:
+        raise typer.Exit(Exit.STORE)
+
+
+@app.command()
+def migrate(
+    where: Where,
+    config: ConfigFile = None,
+    scope: Annotated[str | None, typer.Option(help="This scope only.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be done, and change nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Store every value as the current version of its rule has it. No engine may have the directory open.
+
+    Keys keep their revisions, their order and their deadlines, and no events fire. What does not fit is listed and left
+    as it is, with exit code 4. The values are written in steps: a migration that was interrupted is begun again, and
+    goes on where it was.
+    """
+    with errors_to_exit_codes(as_json=as_json), _ended_by_signals():
+        rules = rules_for(where, config)
+        if not rules:
+            raise ConfigError("no configuration file: name one with --config, whose rules have versions")
+        _migrate(directory_of(where), Migration(rules, scope, dry_run=dry_run), as_json=as_json)
+
+
+def _migrate(directory: str, migration: Migration, *, as_json: bool) -> None:
+    from scopestate.opening import open_store  # noqa: PLC0415 - not needed for most commands
+
+    with ExitStack() as stack:
+        store = None
+        if not migration.dry_run:
+            StoreReader(directory).close()  # raises what is wrong, where opening would make a store
+            store = open_store(KvOptions("file_based", directory))
+            stack.callback(store.close)
+        reader = stack.enter_context(StoreReader(directory))
+        total = sum(one.keys for one in reader.sizes() if migration.concerns(one.scope))
+        advance = stack.enter_context(_progress("migrating", total))
+        try:
+            migration.run(reader, store, advance)
+        except BaseException:
+            if not as_json:
+                standard_error().print(shown(f"stopped: {migration.summary()}; repeat it to go on"), markup=False)
+            raise
+    found = migration.found
+    if as_json:
+        out(json_of({**migration.facts(), **found.facts()}))
+    else:
+        for line in found.lines():
+            standard_error().print(shown(line), markup=False)
+        out(shown(f"{directory}: {migration.summary()}"))
+    if found.count:
         raise typer.Exit(Exit.STORE)
 
 
@@ -197,11 +258,14 @@ def import_(
     merge: Annotated[
         bool, typer.Option("--merge", help="Import into a store that holds keys; equal keys are overwritten.")
     ] = False,
+    config: ConfigFile = None,
     token: Token = None,
     ca_file: CaFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Read JSON lines into a store. The whole file is checked before anything is written.
+
+    With a configuration file, its values must fit the types and schemas of the rules there.
 
     Triggers do not fire, and in Redis no events are published. Only a running engine (ws://...) handles each key as an
     ordinary call, with its event.
@@ -219,7 +283,8 @@ def import_(
         ExitStack() as stack,
     ):
         file = stack.enter_context(source_of(source))
-        total = file.count_keys()
+        rules = rules_for(target, config)
+        total = file.count_keys(rules.check if rules else bool)
         store = _open_target(target, token, ca_file)
         stack.callback(store.close)
         if not merge and store.scopes():
@@ -351,11 +416,6 @@ def _is_elsewhere(where: str) -> bool:
 
 def _shown(where: str) -> str:
     return without_credentials(where) if where.startswith(_REDIS) else where
-
-
-def names_config(where: str) -> bool:
-    """Return whether this names a configuration file, not a directory."""
-    return where.endswith((".yaml", ".yml")) and not os.path.isdir(where)
 
 
 def directory_of(where: str) -> str:

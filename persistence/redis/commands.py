@@ -331,10 +331,10 @@ class ScopeCommands(CommandMaker):
                     view.replay = call.replay
                     if turn.idempotency_key is not None:
                         view.answers = {turn.idempotency_key: None if call.replay is None else call.replay.kept}
-                _, call.answer = turn.decide(view)
+                _, call.answer = self._decided(turn, view)
             else:
                 self._view.found = {key: known[1] for key, known in looked.items()}
-                _, call.answer = turn.decide(self._view)
+                _, call.answer = self._decided(turn, self._view)
             call.done = True
         except ScopestateError as error:
             call.fail(error)
@@ -456,8 +456,11 @@ class ScopeCommands(CommandMaker):
         view = self._view
         view.found = dict(items)
         for call in calls:
-            _, call.answer = call.message.decide(view)
-            call.done = True
+            try:
+                _, call.answer = self._decided(call.message, view)
+                call.done = True
+            except ScopestateError as error:
+                call.fail(error)
             ended.append(call)
 
 

@@ -229,7 +229,8 @@ def read_range(scope: RedisScope, turn: Any, depth: int) -> Any:
         view.known.update(found.known)
     while True:
         try:
-            return turn.decide(view)[1]
+            values = scope.rule.values
+            return turn.decide(view)[1] if values is None else values.decide(turn, view)[1]
         except NotSeen:
             # Once for most, but all ranges of a turn must be of one moment.
             (asked,) = view.missing

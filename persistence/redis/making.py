@@ -17,7 +17,7 @@ from scopestate.errors import ScopestateError, StorageError, Unsupported
 from scopestate.ops import turns
 from scopestate.ops.results import SetResult
 from scopestate.ops.transactions import DeliveryBatch
-from scopestate.ops.turns import NO_DEADLINE, Change, Effects, NewDeadline, Turn, changes_in
+from scopestate.ops.turns import NO_DEADLINE, A, Change, Effects, NewDeadline, Turn, View, changes_in
 from scopestate.ops.writes import Expire, SetWith
 from scopestate.persistence.redis.calls import ONE_STEP, Behind, Call, Command, Pause
 from scopestate.persistence.redis.numbered import NumberedShape
@@ -273,8 +273,7 @@ class CommandMaker:
             else:
                 view = self._entry_view(values, call.now_ms if is_fresh else self._time_ms())
                 try:
-                    rule = self._scope.rule
-                    effects = turn.decide(view) if rule.values is None else rule.values.decide(turn, view)
+                    effects = self._decided(turn, view)
                 except ScopestateError:
                     # It may be what was seen that is old.
                     if is_fresh:
@@ -349,11 +348,15 @@ class CommandMaker:
         """Note the time of the server, which has just said it."""
         self._ahead_ms = server_ms - self._clock() * 1000
 
+    def _decided(self, turn: Turn[A], view: View) -> Effects[A]:
+        """Have a turn decide, by the rule of the scope. Raises what refuses it."""
+        values = self._scope.rule.values
+        return turn.decide(view) if values is None or type(turn) is Look else values.decide(turn, view)
+
     def _decide(self, call: Call, values: dict[str, Known], known: dict[str, Known]) -> Sequence[Any]:
         view = self._view
         view.found = {key: value[1] for key, value in values.items()}
-        turn, rule = call.message, self._scope.rule
-        call.effects = effects = turn.decide(view) if rule.values is None else rule.values.decide(turn, view)
+        call.effects = effects = self._decided(call.message, view)
         changes = changes_in(effects[0])
         for change in changes:
             if change.after is not None and len(change.after) > _LARGEST_BYTES:

@@ -14,7 +14,7 @@ from typing import Self
 
 import msgspec
 
-from scopestate.actors.ports import Answer
+from scopestate.actors.ports import Answer, Row
 from scopestate.errors import StorageError, StoreCorrupt, StoreUnusable
 from scopestate.ops.turns import Entry, Range
 from scopestate.paths import expand_home
@@ -161,10 +161,15 @@ class StoreReader:
 
         Raises StorageError for a row that is not JSON.
         """
+        for key, row in self.rows(scope):
+            yield key, Entry(row.json, row.revision, row.expires_ms)
+
+    def rows(self, scope: str) -> Iterator[tuple[str, Row]]:
+        """As `entries`, with what the store needs to write the key again."""
         with self._translated(f"read scope {scope!r}"):
             for key, row in read_pages(self._connection, scope):
                 if row.expires_ms is None or row.expires_ms > self._now_ms:
-                    yield key, Entry(row.json, row.revision, row.expires_ms)
+                    yield key, row
 
     def keys(self, scope: str, within: Range) -> Iterator[str]:
         """Yield the keys within a range, in its order, without those that have expired. Reads no values."""

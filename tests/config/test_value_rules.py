@@ -78,13 +78,24 @@ def test_a_type_is_imported(write: Write, module: Module) -> None:
         ("schema: 7", "scopes[0].schema", "expected a string"),
         ("type: 'shop.models:User'\n    schema: {}", "scopes[0].schema", "not both"),
         ("enforce: warn", "scopes[0].enforce", "says nothing without"),
+        ("version: 2\n    version_field: v", "scopes[0].upgrade", "needs `upgrade`"),
+        ("version: 2\n    upgrade: 'shop.models:up'", "scopes[0].version_field", "needs the name of a field"),
+        ("upgrade: 'shop.models:up'", "scopes[0].upgrade", "says nothing without `version`"),
+        ("strict: true\n    version_field: v", "scopes[0].version_field", "says nothing without `version`"),
+        ("version: 0", "scopes[0].version", "1"),
+        ("version: 2\n    version_field: v\n    upgrade: 'shop.models:later'", "scopes[0].upgrade", "plain function"),
+        ("version: 2\n    version_field: v\n    upgrade: 'shop.models:PLAIN'", "scopes[0].upgrade", "cannot be called"),
         ("type: 'shop.models:User'\n    enforce: maybe", "scopes[0].enforce", "maybe"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_file_line_and_key(
     write: Write, module: Module, tmp_path: Path, line: str, key: str, text: str
 ) -> None:
-    module("shop.models", "import msgspec\nclass User(msgspec.Struct):\n    name: str\nPLAIN = 7\n")
+    module(
+        "shop.models",
+        "import msgspec\nclass User(msgspec.Struct):\n    name: str\nPLAIN = 7\n"
+        "def up(value, version): return value\nasync def later(value, version): return value\n",
+    )
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path.parent / "secret.json").write_text("{}")
@@ -94,7 +105,7 @@ def test_what_cannot_be_used_is_refused_with_file_line_and_key(
         load(path)
 
     assert (caught.value.file, caught.value.key) == (str(path), key)
-    assert caught.value.line in (2, 3, 4)
+    assert caught.value.line in (2, 3, 4, 5)
     assert text in str(caught.value)
 
 

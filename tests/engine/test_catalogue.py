@@ -7,10 +7,12 @@ import sys
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 from conformance import load, same
 
 from scopestate import Engine
+from scopestate.errors import DeserializationError
 from scopestate.ops.triggers import OPTIONS
 
 PUBLISHED: dict[str, Any] = load("catalogue.json")
@@ -32,6 +34,33 @@ def of_the_reference(functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for name in added & set(schema.get("properties", ())):
                 del schema["properties"][name]
     return six
+
+
+class Order(msgspec.Struct):
+    total: int
+
+
+def test_a_function_shows_the_schemas_of_its_types(engine: Engine) -> None:
+    @engine.register_function("shop::rate", request=Order, response=dict[str, float])
+    def rate(order: Any) -> Any:
+        return {"rate": order["total"] / 2}
+
+    described = engine.functions()[-1]
+    assert described["request_schema"]["$defs"]["Order"]["properties"] == {"total": {"type": "integer"}}
+    assert described["response_schema"] == {"type": "object", "additionalProperties": {"type": "number"}}
+    described["request_schema"].clear()
+    assert engine.functions()[-1]["request_schema"]
+    assert engine.call("shop::rate", {"total": 3}) == {"rate": 1.5}
+    with pytest.raises(DeserializationError, match="not a type"):
+        engine.register_function("shop::other", rate, request=object())
+
+
+def test_a_scope_shows_the_schema_of_its_rule() -> None:
+    name = {"type": "string"}
+    with Engine.from_config({"scopes": [{"name": "a", "schema": name}, {"name": "b", "type": int}]}) as engine:
+        assert engine.schema("a") == name
+        assert engine.schema("b") == {"type": "integer"}
+        assert engine.schema("c") is None
 
 
 def test_the_six_functions_are_described_as_in_the_reference_with_optional_fields(engine: Engine) -> None:

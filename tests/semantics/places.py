@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from scopestate import Engine, StateEvent
+from scopestate.config import from_mapping
 
 PATIENCE_S = 20.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
@@ -68,6 +69,8 @@ class Place:
         self._redis_url = redis_url
         self._stack = ExitStack()
         self._owner: Engine | None = None
+        self._newest: Engine
+        self._config: dict[str, Any] = {}
         self.opened_redis = False
         """The server has been emptied for this test."""
 
@@ -99,10 +102,15 @@ class Place:
                     "durability": "interval" if durability == "follower" else durability,
                 }
                 adapter = {"name": "kv", "config": kv}
-        config = {"workers": [{"name": "iii-state", "config": {"adapter": adapter}}], **sections}
+        config = self._config = {"workers": [{"name": "iii-state", "config": {"adapter": adapter}}], **sections}
         if self.name == "follower" and self._owner is None:
             self._owner = self._stack.enter_context(Engine.from_config(config))
-        return self._stack.enter_context(Engine.from_config(config))
+        self._newest = self._stack.enter_context(Engine.from_config(config))
+        return self._newest
+
+    def reconfigure(self, **sections: Any) -> None:
+        """Give the engine that keeps the scopes other sections: the newest one, or the one that it follows."""
+        (self._owner or self._newest).reconfigure(from_mapping({**self._config, **sections}))
 
     def saves(self, engine: Engine) -> int:
         """Return how often the engine, or the one that it follows, has saved."""

@@ -1,0 +1,92 @@
+"""Values with versions: a value says in one of its fields which version it has, and functions bring it up to date.
+
+Pure: the functions of the program are called, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Final
+
+import msgspec
+
+from scopestate.errors import InvalidValue
+from scopestate.ops.callbacks import plain_answer
+from scopestate.ops.value_types import Misfit
+from scopestate.ops.values import class_name, decode, encode
+
+Upgrade = Callable[[Any, int], Any]
+"""Takes a value and its version, and returns the value as the next version has it."""
+
+
+class Age(Enum):
+    """How the version of a value stands to the one that is known."""
+
+    OLD = "old"
+    CURRENT = "current"
+    NEW = "new"
+
+
+class Versions:
+    """The versions that the values of some scopes have. It has no state: any thread may use it."""
+
+    def __init__(self, version: int, field: str, upgrade: Upgrade | None) -> None:
+        """`version`: the current one. `field`: of an object, at its top; a value without it has version 1."""
+        self.version: Final = version
+        self.field: Final = field
+        self._upgrade = upgrade
+        kind = msgspec.defstruct("Versioned", [("version", Any, 1)], rename={"version": field})
+        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(kind).decode
+
+    def of(self, json: bytes) -> int:
+        """Return the version of a value. Raises Misfit if it is not a number from 1 on."""
+        if not json.lstrip().startswith(b"{"):
+            return 1
+        version = self._decode(json).version
+        if type(version) is not int or version < 1:
+            raise Misfit(f"$.{self.field}", f"a version is a whole number from 1 on, not {str(version)[:40]}")
+        return version
+
+    def age(self, json: bytes) -> Age:
+        """Return how a value stands to the current version. Raises Misfit."""
+        version = self.of(json)
+        return Age.CURRENT if version == self.version else Age.OLD if version < self.version else Age.NEW
+
+    def current(self, json: bytes) -> bytes:
+        """Return a value as the current version has it; one that is not older as it is.
+
+        Raises Misfit, with what the function has raised as its cause.
+        """
+        version = self.of(json)
+        if version >= self.version:
+            return json
+        value = decode(json)
+        while version < self.version:
+            value = self._next(value, version)
+            version += 1
+        try:
+            return encode(value)
+        except InvalidValue as error:
+            raise Misfit(error.path, f"what the upgrade has returned is not JSON: {error.problem}") from error
+
+    def _next(self, value: Any, version: int) -> Any:
+        assert self._upgrade is not None  # a rule of a later version has one
+        step = f"the upgrade from version {version}"
+        try:
+            value = plain_answer("upgrade", self._upgrade(value, version))
+        except Exception as error:
+            raise Misfit("$", f"{step} raised {class_name(error)}: {error}") from error
+        if type(value) is not dict:
+            raise Misfit("$", f"{step} returned {class_name(value)}: a value with a version is an object, as a dict")
+        value[self.field] = version + 1
+        return value
+
+    def is_too_new(self, json: bytes) -> Misfit | None:
+        """Return what is wrong if a value has a later version than is known; None if it has not."""
+        version = self.of(json)
+        if version <= self.version:
+            return None
+        return Misfit(
+            f"$.{self.field}", f"it has version {version}, newer than {self.version}, which this engine knows"
+        )
