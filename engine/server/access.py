@@ -29,6 +29,10 @@ ALWAYS_ALLOWED: Final = ("engine::channels::create", "engine::workers::register"
 ENGINE_NAMESPACES: Final = ("engine::", "state::")
 """Ids that begin like this are the engine's own: a pattern of `registers` must begin so to match one."""
 
+METRICS_ID: Final = "engine::metrics"
+"""What a token that is not full names in `functions` to read `/metrics`. No pattern stands for it: the figures are of
+the whole engine, and name the durable triggers of every token."""
+
 MAX_TOKEN_BYTES: Final = 8_192
 
 MAX_KEPT: Final = 1_000
@@ -63,6 +67,8 @@ class Access:
         self.name = config.name
         self.full = all("*" in patterns for patterns in (functions, config.registers, read, write))
         """Whether it may do everything; then it sees everything that other tokens have registered as well."""
+        self.reads_metrics = self.full or METRICS_ID in functions
+        """Whether it may read the figures of the engine."""
 
     def check_call(self, function_id: str) -> None:
         """Refuse a function that may not be called."""
@@ -351,6 +357,24 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def cannot_be_rebound(host: str | None, own: str) -> bool:
+    """Return whether a web page that was loaded from elsewhere cannot have this `Host` header.
+
+    A page can have a name of its own point at this machine later, and its browser then shows it the answers. It cannot
+    do so with an address, the server's own name, or a name without a dot.
+    """
+    if host is None:
+        return True  # not of a browser
+    name = host.strip().rpartition("]")[0].lstrip("[") or host.strip().partition(":")[0]
+    if name.lower() == own.lower():
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "." not in name
+    return True
 
 
 def _digest(token: str) -> bytes:

@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Final, cast
 
@@ -130,7 +130,7 @@ class Handshakes:
 
     def __init__(
         self,
-        respond: Callable[[Request], Response],
+        respond: Callable[[Request], Response | Awaitable[Response]],
         make_protocol: Callable[[], asyncio.BufferedProtocol],
         certificates: Certificates | None,
         most: int,
@@ -236,6 +236,8 @@ class _Arrival(asyncio.BufferedProtocol):
         self._filled = 0
         self._requests = 0
         self._over = False
+        self._answering: asyncio.Task[None] | None = None
+        """Waits for an answer that takes time; further requests of the connection wait behind it."""
         self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_S, self.end)
         self.task: asyncio.Task[None] | None = None
 
@@ -269,6 +271,8 @@ class _Arrival(asyncio.BufferedProtocol):
         """Remove it from those that wait; False: it was removed before."""
         self._timer.cancel()
         self._over = True
+        if self._answering is not None:
+            self._answering.cancel()
         return self._handshakes._waiting.pop(self, self) is None
 
     # ----------------------------------------------------------------------------------------- the loop calls these
@@ -293,7 +297,11 @@ class _Arrival(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes
-        while not self._over and self._filled:
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Answer the requests that are complete."""
+        while not self._over and self._filled and self._answering is None:
             head, rest = _split(bytes(self._buffer[: self._filled]))
             if head is None:
                 if self._filled >= HEAD_BYTES:
@@ -314,9 +322,26 @@ class _Arrival(asyncio.BufferedProtocol):
             return
         self._requests += 1
         keep_alive = request.keeps_alive() and self._requests < MOST_REQUESTS
-        self._answer(self._handshakes._respond(request), request, keep_alive=keep_alive)
         self._buffer[: len(rest)] = rest
         self._filled = len(rest)
+        response = self._handshakes._respond(request)
+        if isinstance(response, Response):
+            self._answer(response, request, keep_alive=keep_alive)
+        else:
+            self._transport.pause_reading()
+            self._answering = asyncio.ensure_future(self._answer_later(response, request, keep_alive=keep_alive))
+
+    async def _answer_later(self, response: Awaitable[Response], request: Request, *, keep_alive: bool) -> None:
+        try:
+            answer = await response
+        except Exception:
+            log.exception("%s could not be answered", request.path)
+            answer = _plain(HTTPStatus.INTERNAL_SERVER_ERROR, "the answer could not be made: see the log of the server")
+        self._answering = None
+        self._answer(answer, request, keep_alive=keep_alive)
+        if not self._over:
+            self._transport.resume_reading()
+            self._go_on()
 
     def _answer(self, response: Response, request: Request | None = None, *, keep_alive: bool = False) -> None:
         with_body = request is None or request.method != "HEAD"

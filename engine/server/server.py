@@ -4,7 +4,7 @@
         ...                                   # on a thread and an event loop of its own
     await Server(engine).serve()              # on the loop that is running
 
-Needs the extra `wire`. Paths: `/` for workers, `/otel` for telemetry, `/ws/channels/{id}`, `/healthz`.
+Needs the extra `wire`. Paths: `/` for workers, `/otel` for telemetry, `/ws/channels/{id}`, `/healthz`, `/metrics`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, Self
@@ -31,8 +31,9 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 from scopestate.config import AuthConfig, Config, ServerConfig
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError
+from scopestate.figures import CONTENT_TYPE, exposition
 from scopestate.ops.plain import Plain
-from scopestate.server.access import Access, AccessCheck
+from scopestate.server.access import METRICS_ID, Access, AccessCheck, cannot_be_rebound
 from scopestate.server.channels import Channels
 from scopestate.server.connections import GOING, POLICY, Batches, Connection, Registry
 from scopestate.server.handshakes import Certificates, Handshakes, Request, Response
@@ -139,6 +140,8 @@ class Server:
         self._refusals = Registry()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._hub: Hub | None = None
+        self._scrape: asyncio.Task[Response] | None = None
+        """Reads the figures for `/metrics`; None: nobody has asked since the last answer."""
         self._channels: Channels | None = None
         self._thread: threading.Thread | None = None
         self._listening = threading.Event()
@@ -473,16 +476,53 @@ class Server:
             most -= -(-most // RESERVED_SHARE)
         return len(self._connections) >= most
 
-    def _respond(self, request: Request) -> Response:
+    def _respond(self, request: Request) -> Response | Awaitable[Response]:
         """Answer a request that asks for no WebSocket."""
         websocket = request.path in ("/", "/otel")
-        if request.path not in ("/healthz", "/healthz/") and not websocket:
+        path = request.path if websocket else request.path.removesuffix("/")
+        if path not in ("/healthz", "/metrics") and not websocket:
             return Response(HTTPStatus.NOT_FOUND, b"404 Not Found")
         if request.method not in ("GET", "HEAD"):
             return Response(HTTPStatus.METHOD_NOT_ALLOWED, b"405 Method Not Allowed", {"Allow": "GET, HEAD"})
         if websocket:
             return Response(HTTPStatus.UPGRADE_REQUIRED, b"this path is for WebSockets", {"Upgrade": "websocket"})
+        if path == "/metrics":
+            return self._metrics(request)
         return self._health(request.headers.get("authorization"))
+
+    def _metrics(self, request: Request) -> Response | Awaitable[Response]:
+        """Answer with the figures of the engine: to a full token, or one that names `METRICS_ID`.
+
+        Without tokens only under a name that no web page can have given this server: see `cannot_be_rebound`.
+        """
+        admitted, access = self._access_check.admits(request.headers.get("authorization"))
+        if not admitted:
+            self._note_refused()
+            words = b"this path wants `Authorization: Bearer TOKEN` with a token it knows"
+            return Response(HTTPStatus.UNAUTHORIZED, words, {"WWW-Authenticate": "Bearer"})
+        if access is not None and not access.reads_metrics:
+            self._note_refused()
+            words = b"this token may not read the figures of the engine: name " + METRICS_ID.encode()
+            return Response(HTTPStatus.FORBIDDEN, words + b" in its `functions`")
+        if access is None and not cannot_be_rebound(request.headers.get("host"), self.config.host):
+            words = b"without `auth.tokens`, ask by an IP address or as localhost: any other name may be a web page's"
+            return Response(HTTPStatus.FORBIDDEN, words)
+        if self._scrape is None:
+            self._scrape = asyncio.ensure_future(self._read_figures())
+        # All who ask while the figures are read get the same: many scrapes take one thread, and one look at a store.
+        return asyncio.shield(self._scrape)
+
+    async def _read_figures(self) -> Response:
+        # Not on the threads for handlers: the figures are wanted most when all of those are in use.
+        try:
+            figures = await asyncio.get_running_loop().run_in_executor(None, exposition, self.engine)
+        finally:
+            self._scrape = None
+        return Response(HTTPStatus.OK, figures, {"Content-Type": CONTENT_TYPE, "Cache-Control": "no-store"})
+
+    def _note_refused(self) -> None:
+        if self._hub is not None:
+            self._hub.refused += 1
 
     def _health(self, authorization: str | None) -> Response:
         """Answer whether the engine is healthy; the problems only to a token that may do everything.
