@@ -22,7 +22,7 @@ __all__ = ["lifespan", "open_engine"]
 
 log = logging.getLogger("scopestate.integrations")
 
-Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
+Source = str | os.PathLike[str] | Mapping[str, Any] | Config | Engine | None
 
 _warned = False
 
@@ -31,11 +31,17 @@ _warned = False
 async def open_engine(source: Source = None, **options: Any) -> AsyncIterator[Engine]:
     """Open an engine, for the body of an `async with` in a lifespan of your own, and close it in order at its end.
 
-    `source` and `options` are those of `Engine.from_config`. Opening blocks the event loop, which serves nothing yet;
-    closing does not, so handlers on it run to their end. Raises ConfigError and StorageError: the server then reports
-    that the application did not start. Once in a process, the log warns if the state is in memory while the server runs
-    several workers, each of which has a state of its own then.
+    `source` and `options` are those of `Engine.from_config`. `source` may also be an open engine, such as one that a
+    test has made: it is used as it is, and not closed. Opening blocks the event loop, which serves nothing yet; closing
+    does not, so handlers on it run to their end. Raises ConfigError and StorageError: the server then reports that the
+    application did not start. Once in a process, the log warns if the state is in memory while the server runs several
+    workers, each of which has a state of its own then.
     """
+    if isinstance(source, Engine):
+        if options:
+            raise TypeError(f"an engine that is open takes no options: {', '.join(options)}")
+        yield source
+        return
     engine = Engine.from_config(source, **options)
     try:
         _warn_of_several_states(engine)
@@ -55,8 +61,7 @@ def lifespan(
 
     A request finds the engine as `request.state.engine`, or under another `name`. `setup(engine)`, a plain function or
     a coroutine function, runs once it is open and before the first request: to register triggers. If it raises, the
-    engine is closed and the application does not start. `source` and `options` are those of `Engine.from_config`; the
-    rest is as in `open_engine`.
+    engine is closed and the application does not start. The rest is as in `open_engine`.
     """
 
     @asynccontextmanager

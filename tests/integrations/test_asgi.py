@@ -56,6 +56,18 @@ async def test_a_lifespan_opens_an_engine_sets_it_up_and_closes_it(tmp_path: Pat
 
 
 @pytest.mark.asyncio
+async def test_an_open_engine_is_set_up_and_not_closed() -> None:
+    seen = []
+    with Engine() as engine:
+        async with lifespan(engine, setup=seen.append)("the application") as state:
+            assert state == {"engine": engine}
+        assert seen == [engine]
+        assert not engine.closed
+        with pytest.raises(TypeError, match="takes no options: watch"):
+            await open_engine(engine, watch=False).__aenter__()
+
+
+@pytest.mark.asyncio
 async def test_an_engine_whose_setup_fails_is_closed(tmp_path: Path) -> None:
     opened = []
 
