@@ -104,6 +104,10 @@ class DeterministicDispatcher:
             pass
         self._now = max(self._now, until)
 
+    def pass_to(self, seconds: float) -> None:
+        """Let time pass up to this second, and run nothing: for several dispatchers that have the same time."""
+        self._now = max(self._now, seconds)
+
     def set_clock(self, seconds: float) -> None:
         """Set the time of day forward by `seconds`, or back if they are less than 0. No time passes."""
         self._wall_s += seconds

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, overload
 
 import msgspec
 
 from scopestate import typed_results
 from scopestate.actors.callbacks import refuse_in_callback
 from scopestate.actors.deterministic import START_S, DeterministicDispatcher
+from scopestate.actors.functions import Function, is_async
 from scopestate.config import Config, KvOptions, RedisOptions, from_mapping, load, validate
 from scopestate.crashing import MortalDispatcher, end_deterministic, end_threads
 from scopestate.engine import Engine
@@ -30,6 +31,9 @@ from scopestate.ops.results import (
 )
 from scopestate.ops.value_types import value_type
 from scopestate.persistence.sqlite.adapter import FileAdapter
+
+if TYPE_CHECKING:
+    from scopestate.aio import AioEngine
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
 """A configuration: a file, a mapping of the same shape, a Config, or nothing (in memory)."""
@@ -116,12 +120,21 @@ class Engines:
 
     def settle(self, timeout: float) -> None:
         """Wait until the events of all engines are handled; what fails is in `failures`. Raises ReplyTimeout."""
+        for engine, left_s in self._in_turn(timeout):
+            engine.drain(timeout=left_s)
+
+    async def settle_on_loop(self, timeout: float) -> None:  # noqa: ASYNC109 - as `AioEngine.drain`
+        """As `settle`, on the event loop of asyncio that is running, to which handlers may belong."""
+        for engine, left_s in self._in_turn(timeout):
+            await engine.aio.drain(timeout=left_s)
+
+    def _in_turn(self, timeout: float) -> Iterator[tuple[Engine, float]]:
         # As often as there are engines: a handler of one may write to the next.
         deadline = time.monotonic() + timeout
         for _ in list(self._opened):
             for engine in list(self._opened):
                 if not engine.closed:
-                    engine.drain(timeout=max(deadline - time.monotonic(), 0.0))
+                    yield engine, max(deadline - time.monotonic(), 0.0)
 
     def close(self) -> None:
         """Close the engines that are still open, which saves and delivers: the last opened first.
@@ -136,6 +149,40 @@ class Engines:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _OnClock(Engine):
+    """An engine whose time passes when a clock says so: without event loops, which have a time of their own."""
+
+    @property
+    def aio(self) -> AioEngine:
+        raise _no_loops("`engine.aio`")
+
+    def refuse_coroutines(self) -> None:
+        """Refuse coroutine handlers, those of the configuration now. Raises Unsupported."""
+        functions = self._functions
+        add = functions.add
+
+        def add_plain(function: Function) -> None:
+            if is_async(function.target):
+                raise _no_loops(f"the coroutine function {function.function_id!r}")
+            add(function)
+
+        def get() -> NoReturn:
+            raise _no_loops("a function that returns a coroutine")
+
+        functions.add = add_plain  # type: ignore[method-assign]
+        self._parts.loop_thread.get = get  # type: ignore[method-assign]
+        for function in functions.all():
+            if function.is_async:
+                raise _no_loops(f"the coroutine function {function.function_id!r}")
+
+
+def _no_loops(what: str) -> Unsupported:
+    return Unsupported(
+        f"{what} on a virtual clock",
+        "event loops have a time of their own: use `state_engine`, or `scopestate.testing.Engines`",
+    )
 
 
 class _Opened(msgspec.Struct, eq=False):
@@ -162,8 +209,8 @@ class VirtualClock:
 
     On such an engine nothing runs by itself: handlers, saves, expiry and retries run in `advance` and `run`, and in
     calls that wait for them (`drain`, `flush`, a write with `durability: commit`). Handlers run one at a time.
-    Use it, and the engines, on the thread that made it. Not for coroutine handlers and `engine.aio`,
-    whose event loops have a time of their own. Redis and a bridge keep time in another process: Unsupported.
+    Use it, and the engines, on the thread that made it. Coroutine handlers and `engine.aio` are refused, as event loops
+    have a time of their own, and so are Redis and a bridge, whose time passes in another process: Unsupported.
     """
 
     def __init__(self, start: datetime | None = None) -> None:
@@ -193,7 +240,12 @@ class VirtualClock:
         store = FileAdapter(options.file_path) if options.store_method == "file_based" else None
         dispatcher = DeterministicDispatcher(0, switch=0.0, busy=0.0, wall_s=self._now_s)
         try:
-            engine = Engine(read, on_error=self._note, adapter=store, dispatcher=dispatcher, handle_sigterm=False)
+            engine = _OnClock(read, on_error=self._note, adapter=store, dispatcher=dispatcher, handle_sigterm=False)
+            try:
+                engine.refuse_coroutines()
+            except Unsupported:
+                engine.close()
+                raise
         except BaseException:
             dispatcher.kill()
             if store is not None:
@@ -242,15 +294,16 @@ class VirtualClock:
         self._catch_up()
 
     def _catch_up(self) -> None:
-        """Have each engine run what is due by now."""
-        for each in self._live():
-            there, due = self._now_s - each.began_s, each.dispatcher.next_due()
-            if due is not None and abs(due - there) < _ROUNDING_S:
-                there = due  # or a due that rounding puts just behind `there` would never be reached
-            each.dispatcher.advance(max(0.0, there - each.dispatcher.monotonic()))
-            # The sum in `advance` is rounded too.
-            while (due := each.dispatcher.next_due()) is not None and due <= there:
-                each.dispatcher.step()
+        """Have each engine run what is due by now. All have the same time before one runs: it may call the others."""
+        while True:
+            opened = self._live()
+            for each in opened:
+                there, due = self._now_s - each.began_s, each.dispatcher.next_due()
+                if due is not None and abs(due - there) < _ROUNDING_S:
+                    there = due  # or a due that rounding puts just behind `there` would never be reached
+                each.dispatcher.pass_to(there)
+            if not sum([each.dispatcher.run_until_idle() for each in opened]):
+                break
 
     def _live(self) -> list[_Opened]:
         self._opened = [each for each in self._opened if not each.engine.closed]

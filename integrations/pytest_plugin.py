@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import inspect
 import os
 import secrets
 import threading
@@ -31,6 +34,7 @@ STARTS: Final = 3
 """Attempts to start a server: another process may take its port first."""
 
 _checks = pytest.StashKey[list[Callable[[], None]]]()
+_opened = pytest.StashKey["Engines"]()
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -57,10 +61,32 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """After a test that has passed, check its engines."""
+    function = getattr(item, "obj", None)
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(function) and _opened in item.stash:
+        item.obj = _settled(function, item.stash[_opened])
     result = yield
     for check in item.stash.get(_checks, []):
         check()
     return result
+
+
+def _settled(function: Callable[..., Any], engines: Engines) -> Callable[..., Any]:
+    """Return the test with a wait for what it has fired: its event loop, and that of its handlers, may end with it."""
+
+    @functools.wraps(function)
+    async def run(*arguments: Any, **named: Any) -> Any:
+        import asyncio  # noqa: PLC0415 - takes 20 ms
+
+        result = await function(*arguments, **named)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return result  # another library's, such as trio's: no handler belongs to it
+        with _in_time():
+            await engines.settle_on_loop(DRAIN_S)
+        return result
+
+    return run
 
 
 class _Marked:
@@ -131,20 +157,28 @@ def _with_adapter(config: Any, name: str, options: dict[str, Any]) -> dict[str, 
     return {**(config or {}), "workers": [{"name": "iii-state", "config": {"adapter": adapter}}]}
 
 
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """Fail the test if its events take too long."""
+    from scopestate.errors import ReplyTimeout  # noqa: PLC0415 - see above
+
+    try:
+        yield
+    except ReplyTimeout as error:
+        pytest.fail(f"events were not handled {DRAIN_S:g} s after the test: {error}", pytrace=False)
+
+
 @pytest.fixture
 def state_engines(request: pytest.FixtureRequest) -> Iterator[Engines]:
     """Opens engines on real threads: `open(config)`, `crash(engine)`; failed and unhandled events fail the test."""
-    from scopestate.errors import ReplyTimeout  # noqa: PLC0415 - see above
     from scopestate.testing import Engines, describe  # noqa: PLC0415 - see above
 
     marked = _Marked(request.node)
-    engines = Engines()
+    request.node.stash[_opened] = engines = Engines()
 
     def check() -> None:
-        try:
+        with _in_time():
             engines.settle(DRAIN_S)
-        except ReplyTimeout as error:
-            pytest.fail(f"events were not handled {DRAIN_S:g} s after the test: {error}", pytrace=False)
         if engines.failures and marked.fails:
             pytest.fail(describe(engines.failures), pytrace=False)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from scopestate import StateEvent
+from scopestate import Delivery, Engine, Retry, StateEvent
 from scopestate.errors import ConfigError, EngineClosed, Unsupported
 from scopestate.testing import VirtualClock
 
@@ -101,21 +101,19 @@ def test_a_crashed_engine_refuses_and_writes_nothing(tmp_path: Path) -> None:
 
 
 CHILD = """
-import os, signal, sys, json
+import json, os, signal, sys
 from scopestate.testing import VirtualClock
-clock = VirtualClock()
-engine = clock.open(json.loads(sys.argv[1]))
-for what, key in json.loads(sys.argv[2]):
-    if what == "set": engine.set("s", key, what)
-    elif what == "delete": engine.delete("s", key)
-    elif what == "advance": clock.advance(1)
-    else: engine.flush()
+clocks = []
+for config, steps in json.load(sys.stdin):
+    clocks.append(clock := VirtualClock())
+    engine = clock.open(config)
+    for what, key in steps:
+        if what == "set": engine.set("s", key, what)
+        elif what == "delete": engine.delete("s", key)
+        elif what == "advance": clock.advance(1)
+        else: engine.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
-
-STEPS = st.lists(
-    st.tuples(st.sampled_from(["set", "set", "delete", "advance", "flush"]), st.sampled_from("abc")), max_size=12
-)
 
 
 def _after_crash(config: dict[str, Any], steps: list[tuple[str, str]]) -> list[Any]:
@@ -136,18 +134,27 @@ def _after_crash(config: dict[str, Any], steps: list[tuple[str, str]]) -> list[A
     return entries
 
 
-@settings(max_examples=6, deadline=None)
-@given(steps=STEPS, durability=st.sampled_from(["interval", "commit"]))
-def test_a_crash_leaves_what_sigkill_leaves(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str]], durability: str
-) -> None:
-    mine, other = tmp_path_factory.mktemp("mine"), files(tmp_path_factory.mktemp("other"), durability=durability)
-    arguments = [sys.executable, "-c", CHILD, json.dumps(other), json.dumps(steps)]
-    assert subprocess.run(arguments, env=dict(os.environ), timeout=60, check=False).returncode == -signal.SIGKILL
-    clock = VirtualClock()
-    killed = list(clock.open(other).scope("s").entries())
-    clock.close()
-    assert _after_crash(files(mine, durability=durability), steps) == killed
+def test_a_crash_leaves_what_sigkill_leaves(tmp_path: Path) -> None:
+    chosen, cases = random.Random(62), []
+    for number in range(10):
+        kinds = ["set", "set", "delete", "advance", "flush"]
+        steps = [(chosen.choice(kinds), chosen.choice("abc")) for _ in range(chosen.randrange(12))]
+        cases.append((("interval", "commit")[number % 2], steps))
+    theirs = [(files(tmp_path / f"other{n}", durability=kept), steps) for n, (kept, steps) in enumerate(cases)]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=json.dumps(theirs),
+        text=True,
+        env=dict(os.environ),
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    for number, (durability, steps) in enumerate(cases):
+        with VirtualClock() as clock:
+            killed = list(clock.open(theirs[number][0]).scope("s").entries())
+        mine = files(tmp_path / f"mine{number}", durability=durability)
+        assert _after_crash(mine, steps) == killed, (durability, steps)
 
 
 def test_what_cannot_be_opened_leaves_the_files_to_the_next(tmp_path: Path) -> None:
@@ -200,3 +207,87 @@ def test_examples_of_events() -> None:
     assert StateEvent.example(old_value=1).event_type == "state:deleted"
     expired = StateEvent.example("state:expired", old_value=1)
     assert (expired.expired_at, expired["late_ms"], expired.new_value) == (expired.time_ms, 0, None)
+
+
+def _pass_on(to: Engine, event: StateEvent) -> None:
+    if event.new_value:
+        to.set("n", "n", event.new_value - 1)
+
+
+def test_two_engines_are_on_one_clock_and_a_handler_of_one_writes_to_the_other() -> None:
+    with VirtualClock() as clock:
+        one, other, began, seen = clock.open(), clock.open(), clock.now, list[tuple[str, float]]()
+        one.register_function("pass on", lambda event: other.set("there", event.key, 1, ttl=5))
+        one.register_trigger(function_id="pass on", events=["expired"])
+        other.register_function("note", lambda event: seen.append((event.key, (clock.now - began).total_seconds())))
+        other.register_trigger(function_id="note", events=["expired"])
+        one.set("here", "a", 1, ttl=10)
+        clock.advance(12)
+        assert (other.get("there", "a"), seen) == (1, [])
+        clock.advance(10)
+        assert seen == [("a", 15.0)]
+        # Back and forth at one moment.
+        for mine, theirs in ((one, other), (other, one)):
+            mine.register_function("count", partial(_pass_on, theirs))
+            mine.register_trigger(function_id="count", scope="n")
+        one.set("n", "n", 6)
+        clock.run()
+        assert (one.get("n", "n"), other.get("n", "n")) == (0, 1)
+
+
+def test_retries_debounce_and_batches_of_durable_triggers_go_by_the_clock(tmp_path: Path) -> None:
+    with VirtualClock() as clock:
+        engine, began = clock.open(files(tmp_path, durability="commit")), clock.now
+        seen: list[tuple[str, Any, float]] = []
+
+        def note(name: str, what: Any) -> None:
+            seen.append((name, what, (clock.now - began).total_seconds()))
+
+        def fail_twice(event: StateEvent, delivery: Delivery) -> None:
+            note("retry", delivery.attempt)
+            if delivery.attempt < 3:
+                raise ValueError(event.key)
+
+        engine.register_function("retry", fail_twice)
+        engine.register_function("debounce", lambda event: note("debounce", event.new_value))
+        engine.register_function("batch", lambda events: note("batch", [event.key for event in events]))
+        retry = Retry(attempts=3, first=10, factor=2, jitter=0)
+        engine.register_trigger(function_id="retry", scope="r", durable="retry", retry=retry)
+        engine.register_trigger(function_id="debounce", scope="d", durable="debounce", debounce=30)
+        engine.register_trigger(function_id="batch", scope="b", durable="batch", batch=3, batch_wait=60)
+        engine.set("r", "a", 1)
+        engine.set("d", "a", 1)
+        engine.set("b", "a", 1)
+        clock.advance(20)
+        engine.set("d", "a", 2)
+        engine.set("b", "b", 1)
+        clock.advance(100)
+        rounded = sorted((name, what, round(at)) for name, what, at in seen if name != "batch")
+        assert rounded == [("debounce", 2, 50), ("retry", 1, 0), ("retry", 2, 10), ("retry", 3, 30)]
+        assert [(what, round(at)) for name, what, at in seen if name == "batch"] == [(["a", "b"], 60)]
+        assert clock.failures == []
+
+
+async def coroutine(event: StateEvent) -> None:
+    """Stands in a configuration."""
+
+
+def test_what_needs_an_event_loop_is_refused_and_names_what_to_use(tmp_path: Path) -> None:
+    with VirtualClock() as clock:
+        engine = clock.open()
+        for call in (
+            lambda: engine.register_function("handle", coroutine),
+            lambda: engine.on_change(scope="s")(coroutine),
+            lambda: engine.aio,
+            lambda: engine.scope("s").aio,
+        ):
+            with pytest.raises(Unsupported, match="state_engine"):
+                call()
+        engine.register_function("late", lambda event: coroutine(event) if event else None)
+        engine.register_trigger(function_id="late")
+        engine.set("s", "a", 1)
+        with pytest.raises(ExceptionGroup, match="returns a coroutine"):
+            clock.run()
+        with pytest.raises(Unsupported, match="state_engine"):
+            clock.open(files(tmp_path) | {"functions": {"handle": "asyncio:sleep"}})
+        assert clock.open(files(tmp_path)).list_groups() == []

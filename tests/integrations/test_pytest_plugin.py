@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 INI = "[pytest]\nfilterwarnings = error\n"
 PLUGIN = "scopestate.integrations.pytest_plugin"
 
@@ -224,7 +226,9 @@ def test_redis_may_be_a_server_that_is_there(tmp_path: Path) -> None:
 
 
 def test_the_plugin_imports_no_engine_before_a_fixture_is_used(tmp_path: Path) -> None:
-    source = "import sys\ndef test_it(): assert not {'scopestate.engine', 'msgspec', 'pykka'} & set(sys.modules)"
+    source = (
+        "import sys\ndef test_it(): assert not {'scopestate.engine', 'asyncio', 'msgspec', 'pykka'} & set(sys.modules)"
+    )
     assert "1 passed" in _run(tmp_path, source)
 
 
@@ -233,3 +237,144 @@ def test_the_test_file_of_the_page_passes(tmp_path: Path) -> None:
     found = re.search(r"^```python test_shop.py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert found is not None
     assert "5 passed" in _run(tmp_path, found[1])
+
+
+COROUTINES = """
+import asyncio
+
+import pytest
+
+{mark}
+
+
+async def test_passes(state_engine, state_events):
+    seen = []
+
+    @state_engine.on_change(scope="shop")
+    async def handle(event):
+        await asyncio.sleep(0)
+        seen.append((event.key, asyncio.get_running_loop()))
+
+    await state_engine.aio.set("shop", "ada", 1)
+    await state_engine.aio.drain()
+    assert seen == [("ada", asyncio.get_running_loop())]
+    async with state_engine.aio.watch("shop") as changes:
+        assert (await anext(changes)).value == 1
+
+
+async def test_fails_behind_its_end(state_engine):
+    @state_engine.on_change(scope="shop")
+    async def handle(event):
+        await asyncio.sleep(0.01)
+        raise ValueError(f"no {{event.key}}")
+
+    await state_engine.aio.set("shop", "ada", 1)
+
+
+async def test_crash(state_store, state_engines):
+    await state_store.aio.set("shop", "ada", 1, durable=True)
+    await state_store.aio.set("other", "ada", 1)
+    again = state_engines.crash(state_store)
+    with pytest.raises(Exception, match="closed"):
+        await state_store.aio.get("shop", "ada")
+    assert await again.aio.get("shop", "ada") == 1
+    assert await again.aio.get("other", "ada") is None
+
+
+async def test_clock(state_clock):
+    from scopestate.errors import Unsupported
+
+    engine = state_clock.open()
+
+    async def handle(event):
+        pass
+
+    with pytest.raises(Unsupported, match="state_engine"):
+        engine.register_function("handle", handle)
+    with pytest.raises(Unsupported, match="state_engine"):
+        engine.aio
+"""
+
+
+@pytest.mark.parametrize(
+    ("plugin", "ini", "mark"),
+    [
+        ("pytest_asyncio.plugin", "asyncio_mode = strict\n", "pytestmark = pytest.mark.asyncio"),
+        ("pytest_asyncio.plugin", "asyncio_mode = auto\n", ""),
+        (
+            "anyio.pytest_plugin",
+            "",
+            "pytestmark = pytest.mark.anyio\n\n\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'",
+        ),
+    ],
+    ids=["asyncio strict", "asyncio auto", "anyio"],
+)
+def test_tests_that_are_coroutines(tmp_path: Path, plugin: str, ini: str, mark: str) -> None:
+    if "asyncio" in ini:
+        ini += "asyncio_default_fixture_loop_scope = function\n"
+    printed = _run(tmp_path, COROUTINES.format(mark=mark), ini=ini, plugins=(plugin, PLUGIN))
+    assert "1 failed, 3 passed" in printed, printed
+    assert "ValueError: no ada" in printed
+    assert "FAILED test_it.py::test_fails_behind_its_end" in printed
+
+
+MISTAKES = """
+import unittest
+
+import pytest
+
+
+@pytest.mark.scopestate("memory")
+def test_a_value_without_a_name(state_engine):
+    pass
+
+
+@pytest.mark.scopestate(errors="ignore")
+def test_errors(state_clock):
+    pass
+
+
+@pytest.mark.scopestate(config={"limits": {"max_value": 1}})
+def test_config(state_engine):
+    pass
+
+
+@pytest.mark.scopestate(config={"workers": []})
+def test_workers(state_store):
+    pass
+
+
+@pytest.mark.scopestate(config="engine.yaml")
+def test_file(state_store):
+    pass
+
+
+@pytest.mark.scopestate(config={"limits": {"max_value_bytes": 10}})
+class TestNearest:
+    @pytest.mark.scopestate(errors="allow")
+    def test_of_two_markers_the_nearest_counts(self, state_engine):
+        state_engine.set("shop", "ada", "x" * 100)
+
+
+class TestOld(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def _engine(self, state_engine):
+        self.engine = state_engine
+
+    def test_passes(self):
+        assert self.engine.set("shop", "ada", 1).created
+
+    def test_fails(self):
+        self.engine.register_function("fail", lambda event: 1 / 0)
+        self.engine.register_trigger(function_id="fail")
+        self.engine.set("shop", "ada", 1)
+"""
+
+
+def test_mistakes_are_named_and_classes_of_unittest_work(tmp_path: Path) -> None:
+    printed = _run(tmp_path, MISTAKES, "-n", "2", plugins=("xdist.plugin", PLUGIN))
+    assert "1 failed, 2 passed, 5 errors" in printed, printed
+    assert "FAILED test_it.py::TestOld::test_fails" in printed
+    assert printed.count("the marker scopestate takes config=... and errors='fail' or 'allow', by name") >= 2
+    assert printed.count("the config of the marker scopestate is a mapping without `workers`") >= 2
+    assert "max_value" in printed
