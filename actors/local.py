@@ -111,10 +111,11 @@ class LocalScope(ScopeInMemory):
                 self.readable = None
 
     def apply_rule(self, rule: WriteRule) -> None:
+        before = self.rule
         super().apply_rule(rule)
         if not rule.reads_plainly:
             self.readable = None  # a turn that allows reading meanwhile looks at the rule afterwards
-        elif self.readable is None:
+        elif not before.reads_plainly:
             self._enqueue(Envelope(Ping(), self._dispatcher.reply()))  # behind it, reading is allowed
 
     def _begin_deadlines(self) -> None:
@@ -123,6 +124,8 @@ class LocalScope(ScopeInMemory):
             self._see_deadlines()
         if self.readable is not None:
             self.readable = self._unexpired
+            if not self._direct or not self.rule.reads_plainly:  # as in `_allow_reading`
+                self.readable = None
 
     def values_now(self) -> list[bytes] | None:
         readable = self.readable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from scopestate.lifecycle import wait_for_dropped
 from scopestate.ops.cursors import read_start
 from scopestate.ops.turns import TtlRule
 from scopestate.ops.value_types import ValueType, value_type
-from scopestate.ops.versions import Versions
+from scopestate.ops.versions import Upgrade, Versions
 from scopestate.persistence.local import LocalBackend
 from scopestate.sharing import Sharing
 
@@ -171,12 +172,24 @@ def value_rule_of(scope: str, rules: Iterable[ScopeRule], misfits: Misfits) -> V
         kind = type_in(rule)
         if kind is None and rule.version is None:
             continue
-        versions = None
-        if rule.version is not None:
-            upgrade = None if rule.upgrade is None else rule.upgrade.callable
-            versions = Versions(rule.version, rule.version_field or "", upgrade)
-        return ValueRule(scope, kind, misfits, versions, refuses=rule.enforce != "warn")
+        return ValueRule(scope, kind, misfits, _versions_in(rule), refuses=rule.enforce != "warn")
     return None
+
+
+def _versions_in(rule: ScopeRule) -> Versions | None:
+    if rule.version is None:
+        return None
+    asked = (rule.version, rule.version_field or "", None if rule.upgrade is None else rule.upgrade.callable)
+    try:
+        return _versions(*asked)
+    except TypeError:  # a callable object that is not hashable
+        return Versions(*asked)
+
+
+@functools.lru_cache(maxsize=256)
+def _versions(version: int, field: str, upgrade: Upgrade | None) -> Versions:
+    """Return the same object for all scopes of a rule: making one takes longer than making a scope."""
+    return Versions(version, field, upgrade)
 
 
 def type_in(rule: ScopeRule) -> ValueType[Any] | None:

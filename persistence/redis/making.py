@@ -164,12 +164,11 @@ class CommandMaker:
                 if entry is not None:
                     return entry
             return self._general_entry(call, keys, known, kept, alone=alone)
-        one_step = ONE_STEP.get(type(turn))
-        if one_step is not None:
+        one_step, rule = ONE_STEP.get(type(turn)), self._scope.rule
+        if one_step is not None and rule.reads_plainly:
             call.one_step = one_step
             call.sends_write = True
             after = one_step.after(turn)
-            rule = self._scope.rule
             if rule.values is not None and after is not None:  # without revisions: else it has gone another way
                 rule.values.check(keys[0], after)
             if after is None:

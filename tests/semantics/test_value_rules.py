@@ -241,3 +241,36 @@ def test_it_is_the_rule_of_the_first_entry_that_has_one(place: Place) -> None:
     assert caught.value.type_name == "scopes[1].schema"
     with pytest.raises(UpdateRefused):
         engine.update("users:guests", "a", [ops.Increment("", 1)])
+
+
+@pytest.mark.parametrize("revisions", [True, False])
+def test_in_redis_what_was_seen_earlier_refuses_nothing(redis_url: str, revisions: bool) -> None:
+    options = {"redis_url": redis_url, "revisions": revisions, "key_prefix": f"seen-{revisions}:"}
+    workers = [{"name": "iii-state", "config": {"adapter": {"name": "redis", "config": options}}}]
+    rule = {
+        "name": "users",
+        "schema": SCHEMA,
+        "version": 2,
+        "version_field": "v",
+        "upgrade": lambda value, version: value,
+    }
+    with (
+        Engine.from_config({"workers": workers, "scopes": [rule]}) as held,
+        Engine.from_config({"workers": workers}) as free,
+    ):
+        free.set("users", "ada", MISFIT)
+        with pytest.raises(SchemaViolation):
+            held.update("users", "ada", PLUS_ONE)  # it has seen the value now
+        free.set("users", "ada", ADA)
+        assert held.update("users", "ada", PLUS_ONE).new_value == {"name": "Ada", "logins": 2, "v": 2}
+        with pytest.raises(SchemaViolation):
+            held.set("users", "bob", MISFIT)
+        free.set("users", "bob", ADA)
+        assert held.get("users", "bob") == {**ADA, "v": 2}
+        assert held.list("users") == [{"name": "Ada", "logins": 2, "v": 2}, {**ADA, "v": 2}]
+        assert free.get("users", "bob") == ADA
+        free.set("users", "bob", {"v": 3})
+        with pytest.raises(SchemaViolation, match="newer than 2"):
+            held.set("users", "bob", ADA)
+        assert held.delete("users", "bob") == {"v": 3}
+        free.delete("users", "ada")

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from places import Events, Place, restarted
+from places import Events, Place, restarted, until
 
 from scopestate import Engine, StateEvent, ops
 from scopestate.errors import SchemaViolation
@@ -180,3 +180,17 @@ def test_an_export_has_the_values_as_they_are_stored(engine: Engine, tmp_path: P
     engine.flush()
     with StoreReader(tmp_path / "store") as reader:
         assert json.loads(dict(reader.entries("users"))["old"].json) == OLD
+
+
+def test_a_reload_begins_and_ends_it(place: Place) -> None:
+    engine = place.open(scopes=[])
+    engine.set("users", "ada", OLD)
+    assert engine.get("users", "ada") == OLD
+    for _ in range(3):
+        place.reconfigure(scopes=[RULE])
+        assert engine.get("users", "ada") == NOW
+        place.reconfigure(scopes=[])
+        assert engine.get("users", "ada") == OLD
+    if place.name in ("memory", "interval"):
+        actor = engine._scopes["users"]
+        until(lambda: actor.readable is not None, "reading takes a turn for ever")
