@@ -132,7 +132,16 @@ def _typed(value: Any, path: str, levels: int) -> Any:
     writer = _WRITERS.get(kind)
     if writer is None:
         raise InvalidValue(path, _refusal(value))
-    return {MARK: kind.__name__, "v": writer(value)}
+    return {MARK: _NAMES.get(kind, kind.__name__), "v": writer(value)}
+
+
+def hold(kind: type, name: str, write: Callable[[Any], Any], read: Callable[[Any], Any]) -> None:
+    """Have the caches of this process hold values of one more type, exactly this one.
+
+    `name` stands for it in what is stored. `write` makes JSON data of a value, and `read` a value of that: it gets what
+    any process with access to the cache has stored, so it must not run code that this names.
+    """
+    _WRITERS[kind], _NAMES[kind], _READERS[name] = write, name, read
 
 
 def _refusal(value: Any) -> str:
@@ -157,6 +166,9 @@ _WRITERS: Final[dict[type, Callable[[Any], Any]]] = {
     uuid.UUID: str,
 }
 """Type -> what makes JSON data of it, beside the containers."""
+
+_NAMES: Final[dict[type, str]] = {}
+"""Type -> its name in what is stored, if it is not that of the class."""
 
 _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "bytes": base64.b64decode,
