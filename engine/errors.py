@@ -538,27 +538,34 @@ class ConnectionLost(ScopestateError):
 
 
 class CallTimeout(ScopestateError):
-    """No answer arrived in time. If `sent` is true, a write may have been applied; if false, nothing was sent.
+    """No answer arrived in time. If `sent` is false, nothing was sent.
 
-    `about` says more about the other engine, if that is known.
+    `may_be_applied` is true if it was sent, and is not one that changes nothing. `about` says more about the other
+    engine, if that is known.
     """
 
     code = "TIMEOUT"
 
-    def __init__(self, function_id: str, waited_s: float, sent: bool, about: str = "") -> None:
+    def __init__(
+        self, function_id: str, waited_s: float, sent: bool, about: str = "", *, may_be_applied: bool = True
+    ) -> None:
         super().__init__(function_id, waited_s, sent, about)
         self.function_id = function_id
         self.waited_s = waited_s
         self.sent = sent
         self.about = about
+        self.may_be_applied = sent and may_be_applied
 
     def __str__(self) -> str:
-        text = (
-            f"no answer to {self.function_id} within {self.waited_s:g} s; a write may have been applied: read the key "
-            "before retrying"
-            if self.sent
-            else f"{self.function_id} could not be sent within {self.waited_s:g} s; nothing was sent"
-        )
+        text = f"no answer to {self.function_id} within {self.waited_s:g} s; "
+        if not self.sent:
+            text = f"{self.function_id} could not be sent within {self.waited_s:g} s; nothing was sent"
+        elif not self.may_be_applied:
+            text += "nothing was changed"
+        elif self.function_id.startswith("state::"):
+            text += "a write may have been applied: read the key before retrying"
+        else:
+            text += "it may have been done"
         return f"invocation timed out: {text}" + (f"; {self.about}" if self.about else "")
 
 

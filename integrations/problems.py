@@ -177,9 +177,7 @@ def _may_be_applied(error: BaseException) -> bool:
     """Return whether a write that failed so may have been made."""
     if isinstance(error, ReplyTimeout):
         return True
-    if isinstance(error, CallTimeout):
-        return error.sent
-    if isinstance(error, ConnectionLost):
+    if isinstance(error, (CallTimeout, ConnectionLost)):
         return error.may_be_applied
     return error.__cause__ is not None and _may_be_applied(error.__cause__)
 

@@ -15,7 +15,7 @@ from msgspec import Raw
 from scopestate.errors import CallTimeout, MessageTooLarge, NotConnected, RemoteFailure, ScopestateError
 from scopestate.wire import frames
 from scopestate.wire.depth import depth_in, event_depth
-from scopestate.wire.features import LIST, Features, Needs, learn_features
+from scopestate.wire.features import LIST, Features, Needs, learn_features, may_change
 
 log = logging.getLogger("scopestate.wire.client")
 
@@ -195,7 +195,10 @@ class PendingCalls:
             self.settle(call, None, NotConnected(f"{reason}; waited {wait_s:g} s, nothing was sent"))
 
     def _no_answer(self, call: PendingCall) -> None:
-        self.settle(call, None, CallTimeout(call.function_id, call.timeout_s, True, self._describe()))
+        late = CallTimeout(
+            call.function_id, call.timeout_s, True, self._describe(), may_be_applied=may_change(call.function_id)
+        )
+        self.settle(call, None, late)
 
 
 def failure_of(result: frames.InvocationResult, function_id: str) -> RemoteFailure | None:

@@ -30,7 +30,7 @@ from scopestate.wire import frames
 from scopestate.wire.address import DEFAULT_URL, Address
 from scopestate.wire.calls import Done, Handler, OfferedFunctions, PendingCall, PendingCalls
 from scopestate.wire.depth import event_depth, with_depth
-from scopestate.wire.features import Needs
+from scopestate.wire.features import Needs, may_change
 from scopestate.wire.options import GOING, GOODBYE, LIMIT_HEADER, REFUSALS, ClientOptions, limit_in
 
 try:
@@ -444,7 +444,9 @@ class Client:
 
     def _lost(self, call: PendingCall, reason: str) -> ScopestateError:
         # A server that refused this client has not carried out its calls.
-        return self._not_connected() if self._refused else ConnectionLost(call.function_id, self.url, reason)
+        if self._refused:
+            return self._not_connected()
+        return ConnectionLost(call.function_id, self.url, reason, may_be_applied=may_change(call.function_id))
 
     def _pending(self) -> PendingCalls:
         if self._calls is None:

@@ -19,6 +19,26 @@ MARK: Final = "state::get-entry"
 """A function that only scopestate has. Others may have functions of the same names that do less."""
 
 
+_READS: Final = frozenset(
+    {
+        LIST,
+        "state::changes",
+        "state::count",
+        "state::get",
+        "state::get-entry",
+        "state::list",
+        "state::list_entries",
+        "state::list_groups",
+        "state::list_keys",
+    }
+)
+
+
+def may_change(function_id: str) -> bool:
+    """Return whether a call of this function may change something at the other end."""
+    return function_id not in _READS
+
+
 class Needs(NamedTuple):
     """What a call needs of the other engine."""
 

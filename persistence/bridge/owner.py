@@ -30,7 +30,7 @@ from scopestate.persistence.connections.owner import ConnectionOwner
 from scopestate.persistence.connections.pump import Means, TimeLimits
 from scopestate.wire import frames
 from scopestate.wire.calls import failure_of
-from scopestate.wire.features import LIST, Features, learn_features
+from scopestate.wire.features import LIST, Features, learn_features, may_change
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -426,7 +426,7 @@ class BridgeConnectionOwner(
             self._finish(call, None, self._lost(call, error))
 
     def _lost(self, call: RemoteCall | TurnCall, error: Broken) -> ConnectionLost:
-        lost = ConnectionLost(call.function_id, self.address, str(error))
+        lost = ConnectionLost(call.function_id, self.address, str(error), may_be_applied=may_change(call.function_id))
         lost.__cause__ = error
         return lost
 
@@ -437,9 +437,14 @@ class BridgeConnectionOwner(
             if call.deadline > now:
                 return call.deadline
             del under_way[call.invocation_id]
-            self._finish(
-                call, None, CallTimeout(call.function_id, self._call_timeout_s, sent=True, about=self._describe())
+            late = CallTimeout(
+                call.function_id,
+                self._call_timeout_s,
+                sent=True,
+                about=self._describe(),
+                may_be_applied=may_change(call.function_id),
             )
+            self._finish(call, None, late)
         return None
 
     def _refuse(self, item: LeadingScope | RemoteCall | TurnCall, error: ScopestateError) -> None:

@@ -34,6 +34,7 @@ def test_a_conflict_says_what_it_has_found() -> None:
         (errors.ReplyTimeout("s", 30.0), True),
         (errors.CallTimeout("state::set", 30.0, sent=True), True),
         (errors.CallTimeout("state::set", 30.0, sent=False), False),
+        (errors.CallTimeout("state::get", 30.0, sent=True, may_be_applied=False), False),
         (errors.ConnectionLost("state::get", "ws://secret.host", "reset", may_be_applied=False), False),
         (errors.StorageError("/var/secret is full"), False),
         (errors.Overloaded("full"), False),

@@ -97,6 +97,11 @@ def test_a_stopped_owner_keeps_the_directory_and_is_named(open_engine: Open, sta
     assert isinstance(caught.value.__cause__, CallTimeout)
     assert f"process {owner.pid}" in str(caught.value)
     assert "kill -CONT" in str(caught.value)
+    assert "a write may have been applied" in str(caught.value)
+    with pytest.raises(StorageError) as caught:
+        engine.get("s", "k")
+    assert "nothing was changed" in str(caught.value)
+    assert "write" not in str(caught.value)
     assert role_of(engine) == "follower"
     owner.send(signal.SIGCONT)
     assert engine.get("s", "k") in (1, 2)
