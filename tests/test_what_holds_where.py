@@ -15,7 +15,7 @@ from scopestate import Engine, StateEvent
 from scopestate.inbox import Inbox
 from scopestate.server import Server
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 Open = Callable[[], Engine]
 
 

@@ -58,12 +58,13 @@ def unhurried_interpreter() -> Iterator[None]:
 def test_a_wait_that_signals_interrupt_until_its_time_is_over_ends() -> None:
     inbox: Inbox[int] = Inbox()
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
-    over = threading.Event()
+    over, sent = threading.Event(), threading.Event()
 
     def wait() -> None:
         with pytest.raises(Empty):
             inbox.get_within(0.1)
         over.set()
+        assert sent.wait(PATIENCE_S)  # a thread that has ended gets no signals
 
     try:
         thread = threading.Thread(target=wait, name="test-waits", daemon=True)
@@ -73,6 +74,8 @@ def test_a_wait_that_signals_interrupt_until_its_time_is_over_ends() -> None:
         while time.monotonic() < until:
             signal.pthread_kill(thread.ident, signal.SIGUSR1)
         assert over.wait(PATIENCE_S)
+        sent.set()
+        thread.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
 

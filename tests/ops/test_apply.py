@@ -398,10 +398,10 @@ def test_ops_together_do_what_they_do_one_by_one(old: Any, ops: list[UpdateOp]) 
 )
 def test_many_ops_copy_a_large_value_once(old: Any, op: UpdateOp) -> None:
     mixed = [op, Append("a", []) if isinstance(old, dict) else Increment("", 1)]  # the second is mostly refused
-    began = time.monotonic()
+    began = time.thread_time()
     apply(old, mixed * 2_500)
     # Copying at each op takes more than ten seconds, idle; copying once takes a few milliseconds.
-    assert time.monotonic() - began < 5.0
+    assert time.thread_time() - began < 5.0
 
 
 def test_an_update_has_at_most_ten_thousand_ops() -> None:

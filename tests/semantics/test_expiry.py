@@ -21,6 +21,10 @@ def revision_of(scope: Scope, key: str) -> int:
     return 0 if entry is None else entry.revision
 
 
+LONGER = (0.08, 1.0, 10.0)
+"""Seconds to live: the next one is for a machine too busy to do in time what must be done before the deadline."""
+
+
 def lapse(scope: Scope, key: str, value: object = "over") -> None:
     """Leave a key whose deadline has passed; whether it has been removed already is open."""
     scope.set(key, value, expires_at=LONG_AGO)
@@ -165,16 +169,17 @@ def test_a_deadline_far_away_is_kept(users: Scope) -> None:
 
 def test_a_key_is_gone_at_its_deadline(users: Scope) -> None:
     """Looked at again and again: never a value after the deadline, never its absence long before."""
-    began = time.monotonic()
-    users.set("a", 1, ttl=0.08)
-    entry = users.entry("a")
-    seen = [entry]
-    while (entry := users.entry("a")) is not None:
-        assert time.monotonic() - began < 5
-        seen.append(entry)
+    for ttl_s in LONGER:
+        began, seen = time.monotonic(), []
+        users.set("a", 1, ttl=ttl_s)
+        while (entry := users.entry("a")) is not None:
+            assert time.monotonic() - began < ttl_s + 5
+            seen.append(entry)
+        assert time.monotonic() - began >= ttl_s - 0.001
+        if seen:
+            break
 
-    assert time.monotonic() - began >= 0.079
-    assert {one.value for one in seen if one is not None} == {1}
+    assert {one.value for one in seen} == {1}
     assert users.get("a", "none") == "none"
     assert users.list() == []
 
@@ -309,20 +314,28 @@ def test_the_events_of_a_scope_are_in_the_order_of_their_revisions(users: Scope,
 
 
 def test_a_touched_key_does_not_expire_at_its_old_deadline(users: Scope, events: Events) -> None:
-    users.set("a", 1, ttl=0.05)
-    users.set("b", 1, ttl=0.05)
-    users.touch("a", ttl=3600)
+    for ttl_s in LONGER:
+        users.set("a", 1, ttl=ttl_s)
+        users.set("b", 1, ttl=ttl_s)
+        if users.touch("a", ttl=3600):
+            break
+        until(lambda: users.keys() == [], "a key outlives its deadline")
+        events.take()
 
     assert [brief(event)[:2] for event in events.wait_for(3)] == [("created", "a"), ("created", "b"), ("expired", "b")]
     assert users.keys() == ["a"]
 
 
 def test_a_key_that_was_deleted_or_set_again_does_not_expire(users: Scope, events: Events) -> None:
-    users.set("a", 1, ttl=0.05)
-    users.set("b", 1, ttl=0.05)
-    users.set("c", 1, ttl=0.06)
-    users.delete("a")
-    users.set("b", 2)
+    for ttl_s in LONGER:
+        users.set("a", 1, ttl=ttl_s)
+        users.set("b", 1, ttl=ttl_s)
+        users.set("c", 1, ttl=ttl_s + 0.01)
+        if (users.delete("a"), users.set("b", 2).old_value) == (1, 1):
+            break
+        users.delete("b")
+        until(lambda: users.keys() == [], "a key outlives its deadline")
+        events.take()
 
     expired = [event for event in events.wait_for(6) if event.event_type == "state:expired"]
     assert [event.key for event in expired] == ["c"]
@@ -418,8 +431,12 @@ def test_deadlines_go_on_in_the_next_engine(place: Place) -> None:
 @restarted
 def test_what_fell_due_in_between_fires_in_the_next_engine(place: Place) -> None:
     """Though the scope is not used: only its event is waited for."""
-    with place.open() as engine:
-        engine.scope("users").set("a", 1, ttl=0.3)
+    for ttl_s in LONGER:
+        with place.open() as engine:
+            began = time.monotonic()
+            engine.scope("users").set("a", 1, ttl=4 * ttl_s)
+        if time.monotonic() - began < 4 * ttl_s:  # it has not fired in this engine
+            break
     with place.open() as engine:
         events = Events(engine, "users")
         assert brief(events.wait_for(1)[0]) == ("expired", "a", 1, None)

@@ -391,10 +391,10 @@ def test_a_thousand_channels_are_as_quick_to_make_as_a_few(server: Server, conne
     workers = [connect() for _ in range(8)]
     took = []
     for worker in workers:  # each may have 1,000; the eighth begins with 7,000 in the server's table
-        before = time.thread_time(), time.monotonic()
+        before = time.process_time()  # of the server too, which other programs do not change
         for _ in range(1_000):
             worker.call("engine::channels::create", {})
-        took.append(time.monotonic() - before[1])
+        took.append(time.process_time() - before)
         assert worker.ask("engine::channels::create", {})["error"]["code"] == "OVERLOADED"
     assert min(took[4:]) < 5 * min(took[:4])
     assert len(server._channels) == 8_000  # type: ignore[arg-type]  # it serves
@@ -713,14 +713,14 @@ def test_an_update_of_many_ops_on_a_large_value_holds_up_no_event(connect: OpenR
     worker = connect()
     ops = [{"type": "append", "path": "", "value": "y"}] * 5_000
 
-    began = time.monotonic()
+    began = time.process_time()
     worker.invoke("state::update", {"scope": "s", "key": "k", "ops": ops}, action={"type": "void"})
     engine.set("mine", "k", 1)
     seen.get(timeout=PATIENCE_S)
     worker.settle()
 
     # A copy of the value for each op takes more than ten seconds, idle.
-    assert time.monotonic() - began < 5.0
+    assert time.process_time() - began < 5.0
     assert len(engine.get("s", "k")) == 20_005_000
 
 
