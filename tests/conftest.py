@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,6 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 # another one than users have, and each process of a run would take longer to import it. The plugin does the same.
 for _finder in sys.meta_path:
     getattr(_finder, "_must_rewrite", set()).discard("scopestate")
+
+# How long an example takes says more about the machine than about the project.
+settings.register_profile("suite", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 # A shell ignores SIGINT in what it starts in the background, and `nohup` SIGHUP; processes inherit that, and the tests
 # send these signals to theirs. One that is handled here has its default there. SIGHUP still does not end this process.

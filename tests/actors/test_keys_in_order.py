@@ -109,7 +109,9 @@ def compare(place: Place, values: dict[str, bytes], within: Range) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     data=st.lists(
         st.tuples(st.just("set"), NAMES)

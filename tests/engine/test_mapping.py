@@ -266,7 +266,9 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(steps=STEPS)
 def test_it_does_what_a_dict_does(steps: list[tuple[str, str, Any]], engine: Engine) -> None:
     rows: MutableMapping[str, Any] = engine.mapping("rows")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ids import stable
 
 from scopestate import Engine
 from scopestate.errors import DeserializationError, InvalidValue
@@ -137,7 +138,7 @@ class Level(enum.IntEnum):
         ({1: object()}, "$[1]", "pickles nothing"),
         ({Level.HIGH: 1}, "$.keys()", r"store int\(value\)"),
     ],
-    ids=str,
+    ids=stable,
 )
 def test_what_is_refused_says_where_and_what_to_do(value: Any, path: str, text: str) -> None:
     with pytest.raises(InvalidValue, match=text) as refused:
