@@ -20,6 +20,7 @@ from scopestate.errors import (
     DeserializationError,
     EngineClosed,
     InvalidCursor,
+    SchemaViolation,
     ScopestateError,
     WatchOverrun,
 )
@@ -104,6 +105,9 @@ async def open_stream(
     its end. A client that cannot go on from its id gets `resync` and a snapshot (without one if `snapshot` is false);
     with `on_compacted="raise"` this raises Compacted or InvalidCursor instead.
 
+    A typed handle leaves out values as its `on_invalid` says; for one that it raises of, the log has a warning, and the
+    client gets the event `invalid` with `scope` and `key`.
+
     `data(change)` replaces the data: a text is sent as it is, other values as JSON, and None leaves the event out. It
     runs on the event loop. After `heartbeat_s` without an event a comment is sent, so that no proxy ends the
     connection. `retry_ms` tells the client how long to wait before it connects again.
@@ -112,6 +116,8 @@ async def open_stream(
     gunicorn's ASGI workers), and when `buffer` changes wait for a client that is too slow. All but the first are for
     the client to connect again. Raises what a watch raises: a refusal is an answer of the API, before the stream.
     """
+    if not heartbeat_s > 0:
+        raise DeserializationError(f"`heartbeat_s` is a number of seconds above 0, not {heartbeat_s!r:.40}")
     handle = watched if isinstance(watched, AioEngine | AioScope) else watched.aio
     if scope_prefix is not None:
         if isinstance(handle, AioScope):
@@ -146,6 +152,8 @@ class WatchStream:
         """Why the stream does not go on from where the client is; None: it does."""
         self._told = ""
         """The id that the client has."""
+        self._in_snapshot = False
+        """Whether the client waits for the end of a snapshot."""
 
     # ------------------------------------------------------------------------------------------------------- watching
 
@@ -212,11 +220,14 @@ class WatchStream:
             return self._mark() or b":\n\n"
         # An empty id: a client that loses the connection within the snapshot begins with all of it again.
         begins = _event("resync", msgspec.json.encode({"reason": self._reason}), "")
-        if self._changes.in_snapshot:
-            return begins
-        return begins + self._synced()
+        self._in_snapshot = True
+        return begins + self._end_of_snapshot()
 
-    def _synced(self) -> bytes:
+    def _end_of_snapshot(self) -> bytes:
+        """Return the event `synced`, if the snapshot has been read to its end just now."""
+        if not self._in_snapshot or self._changes.in_snapshot:
+            return b""
+        self._in_snapshot = False
         self._told = self._changes.cursor
         return _event("synced", b"{}", self._told)
 
@@ -232,14 +243,14 @@ class WatchStream:
         changes = self._changes
         while True:
             try:
-                change = await changes.get(self._heartbeat_s)
+                piece = await self._next(self._heartbeat_s)
             except TimeoutError:
-                yield b":\n" + (b"\n" if changes.in_snapshot else self._mark() or b"\n")
+                moved = b"" if changes.in_snapshot else self._end_of_snapshot() or self._mark()
+                yield b":\n" + (moved or b"\n")
                 continue
-            piece = self._event_of(change)
             while changes.has_ready and len(piece) < CHUNK:
                 try:
-                    piece += self._event_of(await changes.get(0))
+                    piece += await self._next(0)
                 except TimeoutError:
                     break
                 except (EngineClosed, WatchOverrun):
@@ -248,13 +259,28 @@ class WatchStream:
             if piece:
                 yield piece
 
-    def _event_of(self, change: Change) -> bytes:
-        data = self._data_of(change)
-        if not change.initial:
-            self._told = change.cursor
-            return b"id: %s\n\n" % self._told.encode() if data is None else _event(change.kind, data, self._told)
-        event = b"" if data is None else _event(change.kind, data)
-        return event if self._changes.in_snapshot else event + self._synced()
+    async def _next(self, within_s: float) -> bytes:
+        """Return the event of the next change. Raises TimeoutError if there is none within so many seconds."""
+        initial = self._changes.in_snapshot
+        try:
+            change = await self._changes.get(within_s)
+        except SchemaViolation as violation:
+            # Of a typed handle. A stream that ended here would end here again when the client has come back.
+            log.warning("a stream of events leaves out a value: %s", violation)
+            data = msgspec.json.encode({"scope": violation.scope, "key": violation.key})
+            return self._event("invalid", data, None if initial else self._changes.cursor)
+        return self._event(change.kind, self._data_of(change), None if change.initial else change.cursor)
+
+    def _event(self, name: str, data: bytes | None, cursor: str | None) -> bytes:
+        """Return an event, with what belongs beside it; `cursor` is None within a snapshot."""
+        if cursor is None:
+            return (b"" if data is None else _event(name, data)) + self._end_of_snapshot()
+        self._told = cursor
+        event = b"id: %s\n\n" % cursor.encode() if data is None else _event(name, data, cursor)
+        if not self._in_snapshot:
+            return event
+        self._in_snapshot = False  # its last entries were skipped by a typed handle
+        return _event("synced", b"{}") + event
 
     def _data_of(self, change: Change) -> bytes | None:
         if self._data is not None:

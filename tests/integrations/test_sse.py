@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import pytest
 from served import PATIENCE_S, EventSource, Served, ServerSentEvent
 from starlette.applications import Starlette
@@ -288,6 +289,55 @@ def test_a_mistake_in_the_data_ends_that_stream_only(engine: Engine) -> None:
             source.response.read()
         assert served.ask("HEAD", "/")[0].status == 200
         assert not engine._router.feed.watchers()
+
+
+class Job(msgspec.Struct):
+    state: str
+
+
+@pytest.mark.parametrize("on_invalid", ["raise", "skip"])
+@pytest.mark.parametrize("bad", ["1", "3"], ids=["first of the snapshot", "last of the snapshot"])
+def test_values_that_do_not_fit_their_type_are_left_out_and_the_stream_goes_on(
+    engine: Engine, on_invalid: Literal["raise", "skip"], bad: str
+) -> None:
+    said = [("invalid", bad, None)] if on_invalid == "raise" else []
+    engine.set("jobs", "2", {"state": "new"})
+    engine.set("jobs", bad, {"status": "new"})
+    with serve(engine, engine.scope("jobs", type=Job, on_invalid=on_invalid), heartbeat_s=0.05) as served:
+        with served.stream("/") as source:
+            good = [("put", "2", {"state": "new"})]
+            found = shown(source.until("synced"))
+            assert sorted(found[1:-1]) == sorted([*said, *good])
+            begin = source.last_event_id
+            assert begin
+            engine.set("jobs", bad, {"status": "old"})
+            engine.set("jobs", "4", {"state": "new"})
+            assert shown(source.until("put")) == [*said, ("put", "4", {"state": "new"})]
+        with served.stream("/", begin) as source:
+            if said:
+                assert shown(source.until("invalid")) == said
+                begin = source.last_event_id
+            assert shown(source.until("put")) == [("put", "4", {"state": "new"})]
+        with served.stream("/", begin) as source:  # behind the value that does not fit
+            assert shown(source.until("put")) == [("put", "4", {"state": "new"})]
+
+
+def test_a_change_behind_skipped_entries_ends_the_snapshot_first(engine: Engine) -> None:
+    engine.set("jobs", "1", {"status": "new"})
+    with serve(engine, engine.scope("jobs", type=Job, on_invalid="skip")) as served, served.stream("/") as source:
+        assert source.next() is not None
+        engine.set("jobs", "2", {"state": "new"})
+        synced, put = source.until("put")
+        assert (synced.kind, synced.id) == ("synced", None)
+        assert put.json()["key"] == "2"
+        assert put.id
+
+
+@pytest.mark.parametrize("heartbeat_s", [0, -1, float("nan")])
+def test_a_stream_needs_time_between_its_comments(engine: Engine, heartbeat_s: float) -> None:
+    with serve(engine, heartbeat_s=heartbeat_s) as served:
+        response, body = served.ask("GET", "/")
+        assert (response.status, b"heartbeat_s" in body) == (422, True)
 
 
 APP = """
