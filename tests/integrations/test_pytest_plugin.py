@@ -232,11 +232,14 @@ def test_the_plugin_imports_no_engine_before_a_fixture_is_used(tmp_path: Path) -
     assert "1 passed" in _run(tmp_path, source)
 
 
-def test_the_test_file_of_the_page_passes(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text(encoding="utf-8")
-    found = re.search(r"^```python test_shop.py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "file", "passed"), [("testing.md", "test_shop.py", 5), ("web-frameworks.md", "test_app.py", 1)]
+)
+def test_the_test_file_of_a_page_passes(tmp_path: Path, page: str, file: str, passed: int) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    found = re.search(rf"^```python {file}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert found is not None
-    assert "5 passed" in _run(tmp_path, found[1])
+    assert f"{passed} passed" in _run(tmp_path, found[1])
 
 
 COROUTINES = """
