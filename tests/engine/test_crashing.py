@@ -318,6 +318,8 @@ def test_plain_handlers_that_wait_do_not_run_and_no_failure_is_reported(engines:
     new = engines.crash(old)
     thread.join(PATIENCE_S)
     go_on.set()
+    while old._parts.dispatcher.threads():  # until nothing of it runs
+        threading.Event().wait(0.001)
     new.set("s", "c", 1)
     new.drain(PATIENCE_S)
     assert (seen, len(waiting), engines.failures) == (["a"], 1, [])
