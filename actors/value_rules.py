@@ -106,8 +106,9 @@ class ValueRule:
         try:
             effects = turn.decide(current)
         except ScopestateError as error:
-            for violation in current.outdated.values():
-                raise violation from error  # it may have failed because of a value that is not current
+            for key, violation in current.outdated.items():
+                if _rests_on(turn, key):
+                    raise violation from error  # it may have failed because of a value that is not current
             raise
         for key, violation in current.outdated.items():
             if _rests_on(turn, key):

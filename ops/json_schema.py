@@ -46,11 +46,11 @@ class JsonSchema(ValueType[Any]):
         Raises BadSchema if the schema is not valid, refers to what there is not, or `jsonschema` is not installed.
         """
         super().__init__(name)
-        self._document = copy.deepcopy(dict(document))
         self._uri = uri or "scopestate:schema"
         self._others: dict[str, Any] = {}
         """The documents that it refers to, by URI."""
         try:
+            self._document = copy.deepcopy(dict(document))
             self._validator, self._best = self._compiled(load or _nothing_beside)
         except RecursionError as error:
             raise BadSchema("the schema is nested too deep") from error

@@ -6,7 +6,6 @@ Pure: the functions of the program are called, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from typing import Any, Final
 
 import msgspec
@@ -18,14 +17,6 @@ from scopestate.ops.values import class_name, decode, encode
 
 Upgrade = Callable[[Any, int], Any]
 """Takes a value and its version, and returns the value as the next version has it."""
-
-
-class Age(Enum):
-    """How the version of a value stands to the one that is known."""
-
-    OLD = "old"
-    CURRENT = "current"
-    NEW = "new"
 
 
 class Versions:
@@ -47,11 +38,6 @@ class Versions:
         if type(version) is not int or version < 1:
             raise Misfit(f"$.{self.field}", f"a version is a whole number from 1 on, not {str(version)[:40]}")
         return version
-
-    def age(self, json: bytes) -> Age:
-        """Return how a value stands to the current version. Raises Misfit."""
-        version = self.of(json)
-        return Age.CURRENT if version == self.version else Age.OLD if version < self.version else Age.NEW
 
     def current(self, json: bytes) -> bytes:
         """Return a value as the current version has it; one that is not older as it is.

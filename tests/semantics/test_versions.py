@@ -11,7 +11,7 @@ import pytest
 from places import Events, Place, restarted, until
 
 from scopestate import Engine, StateEvent, ops
-from scopestate.errors import SchemaViolation
+from scopestate.errors import Conflict, SchemaViolation
 
 
 class User(msgspec.Struct):
@@ -139,6 +139,11 @@ def test_a_value_that_cannot_be_upgraded_says_so_and_may_be_replaced(engine: Eng
         assert caught.value.key == "broken"
     with pytest.raises(SchemaViolation, match="raised ValueError"):
         users.update("broken", [ops.Set("first", "Ada")])
+    with pytest.raises(SchemaViolation, match="raised ValueError"), users.batch() as batch:
+        batch.update("broken", [ops.Set("first", "Ada")])
+    with pytest.raises(Conflict), users.batch() as batch:
+        batch.check("now", revision=10**6)
+        batch.set("broken", NOW)
     assert users.set("broken", NOW).old_value == BROKEN
     assert users.get("broken") == NOW
 
