@@ -37,8 +37,28 @@ class Private(NamedTuple):
 
 _FACE = "tests/engine/test_refs.py"
 _PYKKA_SUBCLASS = "Pykka's Actor asks its subclasses for it, and our actors run on a dispatcher instead of a thread"
+_KEY_VALUE = Private(
+    "py-key-value-aio",
+    "its base classes ask their subclasses for it",
+    "tests/integrations/test_key_value.py::test_it_passes_the_store_tests_of_py_key_value",
+)
+_OF_STORES = (
+    "_cull",
+    "_delete_collection",
+    "_delete_managed_entries",
+    "_delete_managed_entry",
+    "_delete_store",
+    "_get_collection_keys",
+    "_get_collection_names",
+    "_get_managed_entries",
+    "_get_managed_entry",
+    "_put_managed_entries",
+    "_put_managed_entry",
+    "_setup",
+)
 
 PRIVATE = {
+    **dict.fromkeys(_OF_STORES, _KEY_VALUE),
     "_create_actor_inbox": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_ref_asks_and_tells"),
     "_create_future": Private("pykka", _PYKKA_SUBCLASS, f"{_FACE}::test_a_ref_asks_and_tells"),
     "_get_running_loop": Private(

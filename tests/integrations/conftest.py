@@ -11,6 +11,8 @@ from leftovers import no_leftovers
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import web_servers`
 
+collect_ignore = ["vendor"]  # tests of other projects, which run in processes of their own
+
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
