@@ -24,6 +24,7 @@ from played_owner import LEFT_OUT, Loop, ReplyTo, enter_worlds, give_points, is_
 from played_server import PlayedServer
 
 from scopestate.actors.backlog import Limits
+from scopestate.actors.ports import NO_RULE
 from scopestate.errors import NotConnected, ScopestateError
 from scopestate.ops import turns
 from scopestate.ops.update_ops import Append
@@ -141,6 +142,7 @@ class Scope(RedisScope):
 
     def __init__(self, model: Model, name: str) -> None:
         self.scope = name
+        self.rule = NO_RULE
         self.events: list[tuple[Any, ...]] = []
         self.commands = ScopeCommands(
             self, Store(model), Limits(), self._note, clock=model.clock, uniform=lambda low, high: high
