@@ -5,9 +5,9 @@ It runs in a process of its own, from this folder, because those tests are in a 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from tests.stores.base import BaseStoreTests, ContextManagerStoreTestMixin
@@ -25,20 +25,34 @@ class TestInMemory(ContextManagerStoreTestMixin, BaseStoreTests):
         return StateStore(max_entries_per_collection=MOST)
 
 
+@pytest.fixture(scope="module")
+def file_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    options = {"store_method": "file_based", "file_path": str(tmp_path_factory.mktemp("state"))}
+    return {"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": options}}}]}
+
+
+@pytest.fixture(scope="module")
+def owner(file_config: dict[str, Any]) -> Iterator[Engine]:
+    with Engine.from_config(file_config) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def follower(owner: Engine, file_config: dict[str, Any]) -> Iterator[Engine]:
+    with Engine.from_config(file_config) as engine:
+        yield engine
+
+
 class TestInADirectory(BaseStoreTests):
     @pytest.fixture
-    async def store(self, tmp_path: Path) -> AsyncIterator[StateStore]:
-        async with StateStore(tmp_path / "state", max_entries_per_collection=MOST) as store:
-            yield store
+    async def store(self, owner: Engine) -> StateStore:
+        return StateStore(owner, prefix=f"{uuid4()}:", max_entries_per_collection=MOST)
 
 
 class TestBehindTheOwner(BaseStoreTests):
     @pytest.fixture
-    async def store(self, tmp_path: Path) -> AsyncIterator[StateStore]:
-        options = {"store_method": "file_based", "file_path": str(tmp_path / "state")}
-        config = {"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": options}}}]}
-        with Engine.from_config(config), Engine.from_config(config) as follower:
-            yield StateStore(follower, max_entries_per_collection=MOST)
+    async def store(self, follower: Engine) -> StateStore:
+        return StateStore(follower, prefix=f"{uuid4()}:", max_entries_per_collection=MOST)
 
 
 class TestInRedis(BaseStoreTests):
