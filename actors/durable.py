@@ -17,7 +17,7 @@ from scopestate.actors.backlog import size_of
 from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, HeldGroup, Outcome, members_of
 from scopestate.actors.containment import Log, contained, described
 from scopestate.actors.dispatcher import weakly
-from scopestate.actors.functions import close_unrun, is_awaitable, is_unrun
+from scopestate.actors.functions import ObservedFunction, close_unrun, is_awaitable, is_unrun, plain_target, takes_two
 from scopestate.actors.handler import HandlerActor
 from scopestate.actors.lanes import NO_LANE, Barrier, Lanes, Run
 from scopestate.actors.loops import OnLoop, Overdue, Pending
@@ -695,7 +695,7 @@ class DurableHandler(HandlerActor):
         target = self._services.functions.get(function_id).target
         known, takes_delivery = self._target
         if known is not target:
-            takes_delivery = takes_two(target)
+            takes_delivery = type(target) is ObservedFunction or takes_two(target)
             self._target = (target, takes_delivery)
         if takes_delivery:
             return target(attempt.event, self.delivery_of(attempt))  # type: ignore[call-arg]  # as its signature says
@@ -1062,6 +1062,7 @@ def text_of(error: BaseException) -> str:
 
 def misfit_of(target: Callable[..., Any]) -> str | None:
     """Return why a function cannot handle deliveries; None if it can, or if that cannot be told."""
+    target = plain_target(target)
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):
@@ -1082,14 +1083,3 @@ def traceback_of(error: BaseException) -> str:
     except Exception:  # noqa: BLE001 - it may call code of the error's class, and of those that it was caused by
         text = "".join(traceback.format_tb(error.__traceback__))
     return text[-LONGEST_TEXT:]
-
-
-def takes_two(target: Callable[..., Any]) -> bool:
-    """Return whether a handler takes the delivery beside the event: by its parameters without a default."""
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [one for one in parameters if one.kind in kinds and one.default is inspect.Parameter.empty]
-    return len(needed) >= 2 or any(one.name == "delivery" and one.kind in kinds for one in parameters)

@@ -7,11 +7,13 @@ import inspect
 import sys
 import types
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import msgspec
 
 from scopestate.errors import FunctionNotFound, InvalidRegistration
+from scopestate.ops.results import StateEvent
 from scopestate.ops.values import class_name, json_type
 from scopestate.signals import Guard, exclusive
 
@@ -35,6 +37,59 @@ class Function(msgspec.Struct, frozen=True):
     """True if calling it makes a coroutine; found out at registration."""
 
 
+AroundHandler = Callable[[Function, tuple[Any, ...]], AbstractContextManager[object]]
+"""Makes what the call of a handler runs within, from the function and what it is called with."""
+
+
+class ObservedFunction:
+    """A function whose calls by triggers run within something. It may always be given the delivery beside the event."""
+
+    def __init__(self, function: Function, around: AroundHandler) -> None:
+        self.plain = self.__wrapped__ = function.target
+        self._function = function
+        self._around = around
+
+    def __call__(self, *given: Any) -> Any:
+        """Call the function, within `around` if it is given events."""
+        first = given[0]
+        if not (isinstance(first, StateEvent) or (type(first) is list and first and isinstance(first[0], StateEvent))):
+            return self.plain(*given)
+        if self._function.is_async:
+            return self._run(given)
+        with self._around(self._function, given):
+            result = self.plain(*self._taken(given))
+        # An awaitable of a plain function: what happens until it returned and what it awaits are observed apart.
+        return self._wait_for(result, given) if is_awaitable(result) else result
+
+    async def _run(self, given: tuple[Any, ...]) -> Any:
+        with self._around(self._function, given):
+            return await self.plain(*self._taken(given))
+
+    async def _wait_for(self, result: Awaitable[Any], given: tuple[Any, ...]) -> Any:
+        with self._around(self._function, given):
+            return await result
+
+    def _taken(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return given if len(given) < 2 or takes_two(self.plain) else given[:1]
+
+
+def plain_target(target: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that the program has registered, of one that may be observed."""
+    return target.plain if type(target) is ObservedFunction else target
+
+
+def _plain(function: Function) -> Function:
+    target = plain_target(function.target)
+    return function if target is function.target else msgspec.structs.replace(function, target=target)
+
+
+def _observed(function: Function, around: AroundHandler) -> Function:
+    # What a worker executes is observed in the worker.
+    if function.builtin or hasattr(type(function.target), "executed_elsewhere"):
+        return function
+    return msgspec.structs.replace(function, target=ObservedFunction(function, around))
+
+
 class Functions:
     """Function id -> function. Methods may be called from any thread; a look-up takes no lock."""
 
@@ -42,6 +97,7 @@ class Functions:
         self._by_id: dict[str, Function] = {}
         # Reentrant: a function that is replaced may run its finalizer here, which may register another.
         self._exclusive = Guard()
+        self._around: AroundHandler | None = None
         self._numbered: dict[str, list[int]] = {}
         """Name -> [the highest number used for it, how many numbered ids of that name exist]."""
 
@@ -77,7 +133,14 @@ class Functions:
         known = self._by_id.get(function_id)  # kept until the end: its finalizer may call this method
         if known is not None and known.builtin:
             raise InvalidRegistration(f"{function_id!r} is built in and cannot be replaced: choose another id")
-        self._by_id[function_id] = entry
+        self._by_id[function_id] = entry if self._around is None else _observed(entry, self._around)
+
+    @exclusive
+    def observe(self, around: AroundHandler | None) -> None:
+        """Have calls by triggers run within `around(function, arguments)`; None: no more. Built-ins are left out."""
+        self._around = around
+        for function_id, entry in list(self._by_id.items()):
+            self._by_id[function_id] = _plain(entry) if around is None else _observed(_plain(entry), around)
 
     def remove(self, function_id: str) -> None:
         """Unregister. Raises FunctionNotFound, and InvalidRegistration for a built-in."""
@@ -124,7 +187,7 @@ class Functions:
         if instead is not None:
             instead = msgspec.structs.replace(instead, is_async=is_async(instead.target))
         known = self._by_id.get(function_id)
-        if known is None or known.target is not target:
+        if known is None or plain_target(known.target) is not plain_target(target):
             return
         if instead is None:
             del self._by_id[function_id]
@@ -164,6 +227,17 @@ def is_async(target: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(
         getattr(target, "__call__", None)  # noqa: B004 - whether it is callable is known, what is asked is how
     )
+
+
+def takes_two(target: Callable[..., Any]) -> bool:
+    """Return whether a handler takes the delivery beside the event: by its parameters without a default."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [one for one in parameters if one.kind in kinds and one.default is inspect.Parameter.empty]
+    return len(needed) >= 2 or any(one.name == "delivery" and one.kind in kinds for one in parameters)
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

@@ -201,6 +201,8 @@ class WorkerConnection(Connection):
 class WorkerFunction:
     """A function that a worker executes, as the engine calls it: for triggers and for the embedding program."""
 
+    executed_elsewhere = True
+
     def __init__(self, hub: Hub, worker: Worker, frame: RegisterFunction) -> None:
         self.hub = hub
         self.worker = worker

@@ -14,8 +14,7 @@ from keeping import Kept, Stage
 from scopestate.actors.consuming import Held, Outcome
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.dispatcher import ThreadDispatcher
-from scopestate.actors.durable import takes_two
-from scopestate.actors.functions import Function
+from scopestate.actors.functions import Function, takes_two
 from scopestate.actors.lanes import Barrier
 from scopestate.errors import HandlerTimeout, Unsupported
 from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater

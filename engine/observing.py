@@ -1,0 +1,179 @@
+"""Observing the calls and the handlers of an engine: what an integration for traces is made of.
+
+`observe(engine, observer)` has each call of the program and each handler run within what the observer makes for it. An
+engine that is not observed has nothing of this on any path: observing gives it other methods and other functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+from scopestate.errors import ScopestateError
+from scopestate.ops.deliveries import Delivery
+from scopestate.ops.turns import Turn
+from scopestate.persistence.local import LocalBackend
+from scopestate.wire.depth import event_depth
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scopestate.actors.functions import Function
+    from scopestate.engine import Engine
+    from scopestate.ops.results import StateEvent
+
+Place = Literal["local", "redis", "bridge"]
+"""Where the scopes are: in this engine, in Redis, or in another engine, as behind a bridge and of a follower."""
+
+_CALLS: Final = ("set", "_set_with", "get", "delete", "update", "list", "list_groups", "_run")
+"""The methods through which every call of state goes, of `Engine` and of `AioEngine`."""
+
+_inside: Final[ContextVar[bool]] = ContextVar("scopestate_observed", default=False)
+"""True within a call that is observed: what it calls itself is a part of it."""
+
+
+class Observer(Protocol):
+    """Makes what calls and handlers run within. From any thread; what it raises reaches the caller of the engine."""
+
+    def call(self, operation: str, scope: str | None, place: Place) -> AbstractContextManager[object]:
+        """Return what a call runs within. `operation` is the name of a state function, such as `set`."""
+
+    def handler(
+        self, function_id: str, events: Sequence[StateEvent], attempt: int, consumer: str | None
+    ) -> AbstractContextManager[object]:
+        """Return what one attempt of a handler, or of a condition, runs within.
+
+        `events` is one event, or those of a batch. `attempt` counts from 1. `consumer` is the name of a durable
+        trigger.
+        """
+
+    def origin(self) -> object | None:
+        """Return what the events of the call that has begun are to carry: see `origin_of`. None: nothing."""
+
+
+class _Depth(int):
+    """The depth of an event, with the origin of the call that has fired it. It goes where the depth goes."""
+
+    origin: object
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return (int, (int(self),))
+
+    def __copy__(self) -> _Depth:
+        return self
+
+    def __deepcopy__(self, memo: object) -> _Depth:
+        return self
+
+
+def origin_of(event: StateEvent) -> object | None:
+    """Return what `Observer.origin` returned for the call that has fired an event.
+
+    None if that call was not observed, was made in another process or before a restart: it is not stored.
+    """
+    return getattr(event.depth, "origin", None)
+
+
+def place_of(engine: Engine) -> Place:
+    """Return where the scopes are now: a follower may become the owner."""
+    parts = engine._parts
+    if isinstance(parts.backend, LocalBackend):
+        return "local"
+    return "redis" if parts.sharing is None and parts.config.adapter.name == "redis" else "bridge"
+
+
+def observe(engine: Engine, observer: Observer) -> None:
+    """Have the calls and the handlers of an engine observed from now on, until `unobserve`.
+
+    From any thread. Raises ScopestateError if it is observed already.
+    """
+    if "_run" in vars(engine):
+        raise ScopestateError(f"{engine!r} is observed already: end that first")
+    for doors, wrap in ((engine, _wrapped), (engine.aio, _wrapped_coroutine)):
+        for name in _CALLS:
+            method = getattr(doors, name, None)
+            if method is not None:
+                setattr(doors, name, wrap(engine, observer, name, method))
+    engine._functions.observe(lambda function, given: _around_handler(observer, function, given))
+
+
+def unobserve(engine: Engine) -> None:
+    """Leave an engine as it was before `observe`. Idempotent; calls that have begun are observed to their end."""
+    engine._functions.observe(None)
+    for doors in (engine, engine.aio):
+        for name in _CALLS:
+            vars(doors).pop(name, None)
+
+
+def _named(name: str, given: tuple[Any, ...]) -> tuple[str, str | None]:
+    """Return the operation and the scope of a call of a method."""
+    scope = given[0] if given and isinstance(given[0], str) else None
+    if name != "_run":
+        return "set" if name == "_set_with" else name, scope
+    turn: Turn[Any] = given[1]
+    function_id = getattr(turn, "function_id", None) or type(turn).__name__.lower()
+    return str(function_id).rpartition("::")[2], scope
+
+
+@contextmanager
+def _around_call(engine: Engine, observer: Observer, name: str, given: tuple[Any, ...]) -> Iterator[None]:
+    operation, scope = _named(name, given)
+    with observer.call(operation, scope, place_of(engine)):
+        before = event_depth.get()
+        depth: int = before
+        origin = observer.origin()
+        if origin is not None:
+            depth = _Depth(before)
+            depth.origin = origin
+        of_inside, of_depth = _inside.set(True), event_depth.set(depth)
+        try:
+            yield
+        finally:
+            event_depth.reset(of_depth)
+            _inside.reset(of_inside)
+
+
+def _wrapped(engine: Engine, observer: Observer, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*given: Any, **options: Any) -> Any:
+        if _inside.get():
+            return method(*given, **options)
+        with _around_call(engine, observer, name, given):
+            return method(*given, **options)
+
+    return call
+
+
+def _wrapped_coroutine(
+    engine: Engine, observer: Observer, name: str, method: Callable[..., Awaitable[Any]]
+) -> Callable[..., Awaitable[Any]]:
+    @wraps(method)
+    async def call(*given: Any, **options: Any) -> Any:
+        if _inside.get():
+            return await method(*given, **options)
+        with _around_call(engine, observer, name, given):
+            return await method(*given, **options)
+
+    return call
+
+
+@contextmanager
+def _around_handler(observer: Observer, function: Function, given: tuple[Any, ...]) -> Iterator[None]:
+    first = given[0]
+    events: list[StateEvent] = first if isinstance(first, list) else [first]
+    delivery = given[1] if len(given) > 1 and isinstance(given[1], Delivery) else None
+    if delivery is None:
+        # The same event comes to each attempt. Not a field of it: an event that is not observed has none.
+        counts = vars(events[0]).setdefault("_attempts", {})
+        attempt = counts[function.function_id] = counts.get(function.function_id, 0) + 1
+    else:
+        attempt = delivery.attempt
+    token = _inside.set(False)  # it may run within a call, where one thread does everything
+    try:
+        with observer.handler(function.function_id, events, attempt, None if delivery is None else delivery.consumer):
+            yield
+    finally:
+        _inside.reset(token)
