@@ -141,7 +141,7 @@ class Server:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._hub: Hub | None = None
         self._scrape: asyncio.Task[Response] | None = None
-        """Reads the figures for `/metrics`; None: nobody has asked since the last answer."""
+        """Reads the figures for `/metrics`; None: there was no request since the last answer."""
         self._channels: Channels | None = None
         self._thread: threading.Thread | None = None
         self._listening = threading.Event()
@@ -509,7 +509,7 @@ class Server:
             return Response(HTTPStatus.FORBIDDEN, words)
         if self._scrape is None:
             self._scrape = asyncio.ensure_future(self._read_figures())
-        # All who ask while the figures are read get the same: many scrapes take one thread, and one look at a store.
+        # Requests that come while the figures are read get the same: many scrapes take one thread, one look at a store.
         return asyncio.shield(self._scrape)
 
     async def _read_figures(self) -> Response:

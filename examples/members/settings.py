@@ -15,7 +15,7 @@ USE_TZ = True
 DIRECTORY = os.environ.get("MEMBERS_DIRECTORY", "state")
 
 CACHES = {
-    # Sessions are saved before the answer is sent: whoever is logged in stays so when a worker is killed.
+    # Sessions are saved before the answer is sent: members stay logged in when a worker is killed.
     "sessions": {
         "BACKEND": "scopestate.integrations.django.StateCache",
         "LOCATION": DIRECTORY,

@@ -24,7 +24,7 @@ def log_in(request: HttpRequest) -> HttpResponse:
 
 
 def me(request: HttpRequest) -> HttpResponse:
-    """Count a visit of the member who is logged in."""
+    """Count a visit of the member that is logged in."""
     if "member" not in request.session:
         return JsonResponse({"error": "log in first"}, status=401)
     request.session["visits"] += 1

@@ -1,8 +1,8 @@
-"""A board of cards for a team: everyone sees at once what the others do. FastAPI, for any number of workers.
+"""The cards of a team: everyone sees at once what the others do. FastAPI, for any number of workers.
 
     uvicorn service:app --workers 2
 
-Then open http://127.0.0.1:8000 in two browsers. `python board.py` starts it, makes requests, kills a worker meanwhile,
+Then open http://127.0.0.1:8000 in two browsers. `python cards.py` starts it, makes requests, kills a worker meanwhile,
 and compares. test_service.py has the tests of a service like this.
 """
 
@@ -41,7 +41,7 @@ class Card(BaseModel):
 
 
 class Hold(BaseModel):
-    """Says who works at a card at this moment. It ends by itself."""
+    """Says which member works at a card at this moment. It ends by itself."""
 
     by: str
 
@@ -60,8 +60,8 @@ class Status(BaseModel):
     health: Health
 
 
-Cards = Annotated[Scope[Card], scope_of("board:cards", type=Card)]
-Holds = Annotated[Scope[Hold], scope_of("board:holds", type=Hold)]
+Cards = Annotated[Scope[Card], scope_of("team:cards", type=Card)]
+Holds = Annotated[Scope[Hold], scope_of("team:holds", type=Hold)]
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key")]
 """A client that has got no answer sends its request again with the same key: it is done once."""
 
@@ -71,11 +71,11 @@ def set_up(engine: Engine) -> None:
 
     # Each worker registers it under the same name: an event is handled by one of them, and by another one if that is
     # killed. What is written in the transaction is written once, however often the event was delivered.
-    @engine.scope("board:cards", type=Card).on_change(durable="count-done")
+    @engine.scope("team:cards", type=Card).on_change(durable="count-done")
     def count_done(event: StateEvent[Card | None], delivery: Delivery) -> None:
         more = is_done(event.new_value) - is_done(event.old_value)
         if more:
-            with delivery.transaction("board:totals") as tx:
+            with delivery.transaction("team:totals") as tx:
                 tx.update("done", [ops.Increment("", more)])
 
 
@@ -93,16 +93,16 @@ def create_app(engine: Engine | None = None) -> FastAPI:
             set_up(opened)
             yield {"engine": opened}
 
-    app = FastAPI(title="Board", lifespan=running, exception_handlers=exception_handlers, responses=problem_responses)
+    app = FastAPI(title="Cards", lifespan=running, exception_handlers=exception_handlers, responses=problem_responses)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(HERE / "board.html")
+        return FileResponse(HERE / "cards.html")
 
     @app.get("/changes")
     async def changes(request: Request, engine: EngineDep) -> WatchResponse:
         """Stream what is there, and every change of cards, holds and totals from then on."""
-        response = await watch_response(request, engine, scope_prefix="board:", retry_ms=100)
+        response = await watch_response(request, engine, scope_prefix="team:", retry_ms=100)
         response.headers["X-Worker"] = str(os.getpid())
         return response
 
@@ -142,7 +142,7 @@ def create_app(engine: Engine | None = None) -> FastAPI:
 
     @app.get("/status")
     async def status(engine: EngineDep) -> Status:
-        """Tell who answers, and what the engine says of itself, such as who owns the directory."""
+        """Tell which process answers, and what the engine says of itself, such as its part in sharing the directory."""
         return Status(worker=os.getpid(), health=engine.health())
 
     return app

@@ -1,6 +1,6 @@
 """Run the service under uvicorn with two workers, kill one under load, restart all, and compare what everyone saw.
 
-    python examples/board/board.py
+    python examples/cards/cards.py
 
 Exit status: 0 if every write that was answered was made once, and every stream showed each change once, 1 if not.
 """
@@ -43,7 +43,7 @@ class Service:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "uvicorn", "service:app", "--port", "0", "--workers", "2", "--no-access-log"],
                 cwd=HERE,
-                env={**os.environ, "BOARD_DIRECTORY": str(folder / "state")},
+                env={**os.environ, "CARDS_DIRECTORY": str(folder / "state")},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -136,7 +136,7 @@ class Page(threading.Thread):
         """Kind, scope, key, revision and value of each change."""
         self.ids: list[str] = []
         """The id behind each of them."""
-        self.board: dict[tuple[str, str], Any] = {}
+        self.latest: dict[tuple[str, str], Any] = {}
         """What the page shows."""
 
     def run(self) -> None:
@@ -174,19 +174,19 @@ class Page(threading.Thread):
     def _take(self, kind: str, data: Any) -> None:
         if kind == "resync":
             self.resyncs.append(data["reason"])
-            self.board.clear()
+            self.latest.clear()
         elif kind in ("put", "delete", "expire"):
             scope, key, value = data["scope"], data["key"], data.get("value")
             self.ids.append(self.last_id)
             self.changes.append((kind, scope, key, data["revision"], value))
             if kind == "put":
-                self.board[scope, key] = value
+                self.latest[scope, key] = value
             else:
-                self.board.pop((scope, key), None)
+                self.latest.pop((scope, key), None)
 
     def shows(self, scope: str) -> dict[str, Any]:
         """Return what the page shows of a scope."""
-        return {key: value for (of, key), value in list(self.board.items()) if of == scope}
+        return {key: value for (of, key), value in list(self.latest.items()) if of == scope}
 
 
 class Team:
@@ -218,7 +218,7 @@ class Team:
         number = 0
         while (number < CARDS or not self._over.is_set()) and not self.failed:
             key, revision = f"{name}-{number}", 0
-            self._note("board:holds", key, *self._service.write("POST", f"/cards/{key}/hold", {"by": name}, seconds=1))
+            self._note("team:holds", key, *self._service.write("POST", f"/cards/{key}/hold", {"by": name}, seconds=1))
             for column in ("todo", "doing", "done"):
                 revision = self._put(key, {"title": f"A card\nof {name}", "column": column}, revision)
             with self._exclusive:
@@ -228,14 +228,14 @@ class Team:
 
     def _put(self, key: str, card: dict[str, Any], revision: int) -> int:
         status, answer = self._service.write("PUT", f"/cards/{key}", card, revision=revision)
-        return self._note("board:cards", key, status, answer)
+        return self._note("team:cards", key, status, answer)
 
     def _vote(self) -> None:
-        """Read, add one, write if nobody else has voted since; otherwise again."""
+        """Read, add one, write if there was no other vote since; otherwise again."""
         while not self.failed:
             status, found = self._service.write("GET", "/cards/vote", None)
             if status != 200:
-                self._note("board:cards", "vote", status, found)
+                self._note("team:cards", "vote", status, found)
                 return
             card = {**found["card"], "votes": found["card"]["votes"] + 1}
             status, answer = self._service.write("PUT", "/cards/vote", card, revision=found["revision"])
@@ -243,7 +243,7 @@ class Team:
                 with self._exclusive:
                     self.conflicts += 1
                 continue
-            self._note("board:cards", "vote", status, answer)
+            self._note("team:cards", "vote", status, answer)
             with self._exclusive:
                 self.votes += 1
             return
@@ -260,7 +260,7 @@ class Team:
 
 def main() -> int:
     """Run it; return the exit status."""
-    with tempfile.TemporaryDirectory(prefix="scopestate-board-") as name:
+    with tempfile.TemporaryDirectory(prefix="scopestate-cards-") as name:
         folder = Path(name)
         service = Service(folder)
         try:
@@ -307,9 +307,9 @@ def open_pages(service: Service, workers: set[int]) -> list[Page]:
 
 def settled(page: Page, team: Team) -> bool:
     """Return whether a page shows what the team has done, and everything that comes of it by itself."""
-    cards = page.shows("board:cards")
-    shown = (len(cards) - 1, page.shows("board:totals").get("done"), cards.get("vote", {}).get("votes"))
-    return bool(team.failed) or (shown == (team.done, team.done, team.votes) and not page.shows("board:holds"))
+    cards = page.shows("team:cards")
+    shown = (len(cards) - 1, page.shows("team:totals").get("done"), cards.get("vote", {}).get("votes"))
+    return bool(team.failed) or (shown == (team.done, team.done, team.votes) and not page.shows("team:holds"))
 
 
 def resumed(service: Service, page: Page) -> Page:
@@ -327,14 +327,14 @@ def compare(team: Team, pages: list[Page], late: Page, found: dict[str, Any], en
     first = pages[0]
     puts = [(scope, key, revision) for kind, scope, key, revision, _ in first.changes if kind == "put"]
     expired = [key for kind, _, key, _, _ in first.changes if kind == "expire"]
-    held = {key for scope, key, _ in team.written if scope == "board:holds"}
+    held = {key for scope, key, _ in team.written if scope == "team:holds"}
     checks = {
         "every request was answered": not team.failed,
-        "every write was shown, and once": sorted(at for at in puts if at[0] != "board:totals") == sorted(team.written),
+        "every write was shown, and once": sorted(at for at in puts if at[0] != "team:totals") == sorted(team.written),
         "no vote was lost": found["vote"]["votes"] == team.votes,
-        "every card that is done was counted once": first.shows("board:totals") == {"done": team.done},
+        "every card that is done was counted once": first.shows("team:totals") == {"done": team.done},
         "every hold ended, and once": sorted(expired) == sorted(held),
-        "the pages saw the same, and what is stored": first.shows("board:cards") == found
+        "the pages saw the same, and what is stored": first.shows("team:cards") == found
         and all(page.changes == first.changes and page.resyncs == ["begin"] for page in pages),
         "a page was resumed after the kill": any(page.connected > 1 for page in pages),
         "a page was resumed after the restart": not late.resyncs

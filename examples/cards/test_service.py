@@ -1,4 +1,4 @@
-"""Tests of the board with the fixtures of `scopestate[pytest]`: `cd examples/board && python -m pytest`."""
+"""Tests of the service with the fixtures of `scopestate[pytest]`: `cd examples/cards && python -m pytest`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_card_is_made_moved_and_counted(client: TestClient, state_store: Engin
     client.put("/cards/tea", json={"title": "Make tea", "column": "done"}, params={"revision": made["revision"]})
 
     state_store.drain()
-    assert state_store.get("board:totals", "done") == 1
+    assert state_store.get("team:totals", "done") == 1
 
 
 def test_who_has_not_seen_the_last_change_overwrites_nothing(client: TestClient) -> None:
@@ -60,7 +60,7 @@ def test_what_is_no_card_is_refused(client: TestClient) -> None:
 
 
 def test_a_hold_ends_by_itself(state_clock: VirtualClock) -> None:
-    holds = state_clock.open().scope("board:holds")
+    holds = state_clock.open().scope("team:holds")
     holds.set("tea", {"by": "Ada"}, ttl=30)
     state_clock.advance(29)
     assert holds.keys() == ["tea"]
@@ -68,16 +68,16 @@ def test_a_hold_ends_by_itself(state_clock: VirtualClock) -> None:
     assert holds.keys() == []
 
 
-@pytest.mark.scopestate(config={"scopes": [{"prefix": "board:", "durability": "commit"}]})
+@pytest.mark.scopestate(config={"scopes": [{"prefix": "team:", "durability": "commit"}]})
 def test_a_card_is_counted_once_also_if_the_process_is_killed(
     state_clock: VirtualClock, state_files: dict[str, Any]
 ) -> None:
     engine = state_clock.open(state_files)
     set_up(engine)
-    engine.scope("board:cards", type=Card).set("tea", Card(title="Make tea", column="done"))
+    engine.scope("team:cards", type=Card).set("tea", Card(title="Make tea", column="done"))
 
     engine = state_clock.crash(engine)  # before the handler has run
     set_up(engine)
     state_clock.advance(1)
 
-    assert engine.get("board:totals", "done") == 1
+    assert engine.get("team:totals", "done") == 1

@@ -1,4 +1,4 @@
-"""The board example: two workers under uvicorn, one of them killed under load; and its own tests."""
+"""The cards example: two workers under uvicorn, one of them killed under load; and its own tests."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 from reliability.living import untraced_environment
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "board"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cards"
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """Run this interpreter in a copy of the example; return the exit status and what it has printed."""
     started: list[subprocess.Popen[str]] = []
-    shutil.copytree(EXAMPLE, tmp_path / "board", ignore=shutil.ignore_patterns("__pycache__", "board-state"))
+    shutil.copytree(EXAMPLE, tmp_path / "cards", ignore=shutil.ignore_patterns("__pycache__", "cards-state"))
 
     def run_(*arguments: str) -> tuple[int, str, str]:
         process = subprocess.Popen(
             [sys.executable, "-B", "-W", "error", *arguments],
-            cwd=tmp_path / "board", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=tmp_path / "cards", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=untraced_environment(), start_new_session=True,
         )  # fmt: skip
         started.append(process)
@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
 
 @pytest.mark.timeout(300)  # it starts a server twice, and replaces a worker: less than 10 s on an idle machine
 def test_nothing_is_lost_or_done_twice_when_a_worker_is_killed(run: Callable[..., tuple[int, str, str]]) -> None:
-    status, printed, complaints = run("board.py")
+    status, printed, complaints = run("cards.py")
 
     assert (status, complaints) == (0, ""), printed
     assert "NO" not in printed
