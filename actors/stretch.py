@@ -390,37 +390,13 @@ class ScopeInMemory(ScopeActor):
         if timed:
             self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
 
-    def _write_deadline(self, key: str, expires_ms: int) -> None:
-        """Commit that a key has another deadline, and nothing else: as `_commit`, in a third of the time."""
-        sooner = self._place(key, expires_ms, None)
-        deadlines, dirty, gate = self._deadlines, self._dirty, self._gate
-        if gate is not None:
-            gate.unsettled = True
-            self.readable = None  # before the deadline can be seen
-        self.touched = True
-        # The stretch begins here. If there is no memory for the deadline, the key is saved once more as it was.
-        if dirty is not None:
-            dirty[key] = None
-            self._registry[self.scope] = self
-        deadlines[key] = expires_ms
-        # The stretch has ended.
-        if gate is not None:
-            self._tell()
-        if sooner:
-            self._expect()
-
     # -------------------------------------------------------------------------------------------------- many changes
 
     def _store(self, stored: Sequence[Stored]) -> None:
         """Commit what a turn has decided."""
-        if len(stored) == 1:
-            (one,) = stored
-            if type(one) is Change:
-                self._write_change(one)
-                return
-            if type(one) is NewDeadline and one.expires_ms is not None:
-                self._write_deadline(one.key, one.expires_ms)
-                return
+        if len(stored) == 1 and type(stored[0]) is Change:
+            self._write_change(stored[0])
+            return
         # No generators here and below: CPython 3.12 crashes if there is no memory for one.
         expired = [one for one in stored if type(one) is Change and one.expired]
         if expired:
