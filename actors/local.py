@@ -429,7 +429,7 @@ class LocalScope(ScopeInMemory):
             super()._handle(item)
         elif self._passivated:
             self._forward(item)
-        elif item.depth:
+        elif item.depth or type(item.depth) is not int:  # one with an origin: see `scopestate.observing`
             token = event_depth.set(item.depth)
             try:
                 super()._handle(item)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from scopestate import Engine
-from scopestate.integrations.prometheus import METRICS, StateCollector
+from scopestate.figures import families
+from scopestate.integrations.prometheus import METRICS
 
 FILE = Path(__file__).parents[2] / "docs" / "grafana" / "scopestate.json"
 METRIC = re.compile(r"scopestate_\w+")
@@ -31,10 +31,8 @@ def dashboard() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def labels() -> dict[str, set[str]]:
-    """Metric -> the labels that its samples may have, as an engine gives them."""
-    with Engine() as engine:
-        families = StateCollector(engine)._families()
-    return {name: {*family._labelnames} for name, family in families.items() if name not in NOT_SHOWN}
+    """Metric -> the labels that its samples may have, as a scrape gives them."""
+    return {family.name: set(family.labels) for family in families({}, read=False)}
 
 
 def queries(dashboard: dict[str, Any]) -> Iterator[str]:
