@@ -234,7 +234,7 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
         "scopes:\n- {name: a}",
         2,
         "scopes[0]",
-        "give `durability`, `ttl_ms`, `strict`, `type`, `schema` or `history`, found none",
+        "give `durability`, `ttl_ms`, `strict`, `type`, `schema`, `version` or `history`, found none",
     ),
     (
         "scopes:\n- name: a\n  durability: commit\n  ttl_from: write",

@@ -81,7 +81,7 @@ def test_a_mutated_database_is_read_or_refused_and_never_overwritten(pristine: P
             aside = error.quarantined if isinstance(error, StoreCorrupt) else None
         if aside is not None:
             assert Path(aside).read_bytes() == damaged, f"seed {seed}"
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)  # a connection that ends late removes its files itself
     assert opened > 10
     assert refused > 10
     record("mutated databases", cases=CASES, opened=opened, refused=refused)
