@@ -42,8 +42,6 @@ MOST_PARKED: Final = 10_000
 MOST_PARKED_BYTES: Final = 64 << 20
 _MOST_READ: Final = 256
 """Events that are read at a time while those that were read before wait in their lanes."""
-_READS: Final = 3
-"""So often one fetch reads at most: an engine that joins, or another fetch, may wait for that."""
 NEAR_MS: Final = 1000
 """As `actors.durable.NEAR_S`: a retry that is due later is not waited for."""
 
@@ -463,19 +461,14 @@ class SharedConsumer:
         found = self._guard.run(self._give, holder, most)
         size = self._reads(holder, most - len(found))
         is_left = False
-        for _ in range(_READS):
-            if not size:
-                break
+        while size:
             with self._source.reading:
                 read = self._source.read(size)
                 if not read:
-                    size = 0
                     break
                 mine, is_left = self._guard.run(self._sort, holder, read, most - len(found))
             found += mine
-            size = 0 if found or not self._reads(holder, 1) else min(4 * size, _MOST_READ)
-        if size:
-            holder.wake()
+            size = 0 if found or not self._reads(holder, 1) else min(2 * size, _MOST_READ)
         if is_left:
             self._wake(but=holder)
         if len(found) >= most:
@@ -839,8 +832,7 @@ class SharedConsumer:
     def _is_settled(self, mark: int) -> bool:
         near_ms = self._now_ms() + NEAR_MS
         for lane in self._lanes.values():
-            # Of those that are parked the first is enough: there may be thousands.
-            items = [*[hold.item for hold in lane.holds.values()], *islice(lane.parked.values(), 1)]
+            items = [*[hold.item for hold in lane.holds.values()], *lane.parked.values()]
             if any(hold.waits and _is_far(hold.item, near_ms) for hold in lane.holds.values()):
                 continue
             if items and min(item.event.position for item in items) <= mark and not _is_far(items[0], near_ms):
