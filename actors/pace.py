@@ -33,10 +33,7 @@ class Pace:
         return int(max(self._per_s * _AHEAD_S, self.ended if passed_s < _AHEAD_S else 0))
 
     def room(self, trigger: Trigger) -> int:
-        """Return how many events the engine may hold, and in how many lanes: two bounds of the same size.
-
-        Lanes that wait for another attempt are not counted, nor are their events.
-        """
+        """Return how many events the engine may hold, those not counted that wait for another attempt."""
         at_once = trigger.concurrency * (trigger.batch or 1)
         if trigger.debounce is not None:
             at_once = max(at_once, MOST_AHEAD)  # each key rests by itself, and what rests is held

@@ -3,15 +3,10 @@
 An event that an engine was given, and that is not over, is *held* by it. As long as an engine holds an event of a lane,
 it alone is given the later events of that lane; what is read for another one is *parked*. So the events of a lane are
 handled one after the other, whichever engines handle them, and each engine keeps the order of what it holds itself.
-
-How many events an engine may hold is bounded twice (`actors.pace`): the lanes of which it holds events, each of which
-may take a place of its handler, and the events in all of these, which wait behind one another. So lanes whose handlers
-are slow leave room for further lanes, and what waits in them is parked.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,8 +35,6 @@ ENDED: Final = -1
 MOST_PARKED: Final = 10_000
 """So many events are parked at most; with more, nothing is read before some of them are given to an engine."""
 MOST_PARKED_BYTES: Final = 64 << 20
-_MOST_READ: Final = 256
-"""Events that are read at a time while those that were read before wait in their lanes."""
 NEAR_MS: Final = 1000
 """As `actors.durable.NEAR_S`: a retry that is due later is not waited for."""
 
@@ -135,10 +128,8 @@ class Holder:
         self.wake = wake
         self.lost = lost
         self.holds: dict[int, Hold] = {}
-        self.active = self.lanes = 0
-        """How many of them are in lanes that do not wait for another attempt, and how many such lanes."""
-        self.behind: dict[Any, None] = {}
-        """Lanes with parked events that it may get, as it alone holds those before them."""
+        self.active = 0
+        """How many of them are in lanes that do not wait for another attempt."""
         self.given: deque[Held] = deque()
         """What it gets before anything else: replayed events that hold back their lanes, and what did not fit."""
         self.pace = Pace(monotonic)
@@ -148,6 +139,10 @@ class Holder:
         """True: a newer trigger wants other events, or another order."""
         self.is_leaving = False
         """True: it is given nothing more, and is no holder any more when it holds nothing."""
+
+    def room(self) -> int:
+        """Return how many more events it may hold."""
+        return self.pace.room(self.trigger) - self.active
 
 
 class Hold:
@@ -170,7 +165,7 @@ class Hold:
 
 
 class _Lane:
-    __slots__ = ("holders", "holds", "listed", "name", "parked", "waits")
+    __slots__ = ("holders", "holds", "name", "parked", "waits")
 
     def __init__(self, name: Any) -> None:
         self.name = name
@@ -181,28 +176,16 @@ class _Lane:
         """In the order in which they are to be handled; all of them behind what is held."""
         self.waits = 0
         """How many of those held wait."""
-        self.listed: dict[Any, None] | None = None
-        """Where it is listed because parked events of it may be given; None: they may not, or there are none."""
 
     def is_open_to(self, holder: Holder) -> bool:
         """Return whether no other engine holds an event of it."""
         return not self.holders or (len(self.holders) == 1 and holder in self.holders)
 
-    def count(self, holder: Holder, by: int) -> None:
+    def add(self, holder: Holder, by: int) -> None:
         """Count an event that an engine holds, or holds no more."""
-        before = self.holders.pop(holder, 0)
-        count = before + by
+        count = self.holders.pop(holder, 0) + by
         if count:
             self.holders[holder] = count
-        if not self.waits:
-            holder.active += by
-            holder.lanes += bool(count) - bool(before)
-
-    def where(self, ready: dict[Any, None]) -> dict[Any, None] | None:
-        """Return where it is to be listed: with those that no engine holds, or those that one engine goes on with."""
-        if not self.parked or self.waits or len(self.holders) > 1:
-            return None
-        return next(iter(self.holders)).behind if self.holders else ready
 
 
 class SharedConsumer:
@@ -368,6 +351,7 @@ class SharedConsumer:
     def _unpark(self, lane: _Lane, position: int) -> Held:
         item = lane.parked.pop(position)
         self._count_parked(item, -1)
+        self._ready.pop(lane.name, None)
         return item
 
     def leave(self, name: str) -> None:
@@ -439,9 +423,8 @@ class SharedConsumer:
         parked = sorted(
             (item for lane in self._lanes.values() for item in lane.parked.values()), key=lambda one: one.event.position
         )
-        for holder in {*self._holders.values(), *(hold.holder for hold in holds)}:
-            holder.active = holder.lanes = 0
-            holder.behind.clear()
+        for holder in self._holders.values():
+            holder.active = 0
         self._lanes, self._ready, self._holds, self._parked, self._parked_bytes = {}, {}, {}, 0, 0
         for hold in holds:
             waits, hold.waits = hold.waits, False
@@ -457,29 +440,23 @@ class SharedConsumer:
         """Return the next events for an engine, [] if there are none for it now. Raises StorageError."""
         if holder is None or self._source.paused() is not None:
             return []
-        holder.is_hungry = True  # before anything is looked for: what becomes ready behind that wakes it
-        found = self._guard.run(self._give, holder, most)
-        size = self._reads(holder, most - len(found))
-        is_left = False
-        while size:
+        found, room = self._guard.run(self._give, holder, most)
+        while len(found) < room and self._may_read():
             with self._source.reading:
-                read = self._source.read(size)
+                read = self._source.read(room - len(found))
                 if not read:
                     break
-                mine, is_left = self._guard.run(self._sort, holder, read, most - len(found))
-            found += mine
-            size = 0 if found or not self._reads(holder, 1) else min(2 * size, _MOST_READ)
-        if is_left:
-            self._wake(but=holder)
-        if len(found) >= most:
-            holder.is_hungry = False
-        if self._is_alone(holder):
+                mine, room = self._guard.run(self._sort, holder, read, room)
+                found += mine
+        if len(found) < most:
+            holder.is_hungry = True
+        if holder.name == HERE and not self.is_served_elsewhere:
             with self._source.reading:  # not while another engine joins
                 self._guard.run(self._go_on_alone)
         return found
 
-    def _is_alone(self, holder: Holder) -> bool:
-        return holder.name == HERE and not self.is_served_elsewhere
+    def _may_read(self) -> bool:
+        return self._parked < MOST_PARKED and self._parked_bytes < MOST_PARKED_BYTES
 
     def _go_on_alone(self) -> None:
         here = self.here
@@ -488,54 +465,32 @@ class SharedConsumer:
             self._has_ended = True
             self._source.end_sharing()
 
-    def _room(self, holder: Holder) -> int:
-        """Return how many events, and in how many lanes, an engine may hold."""
-        if holder.stands_by or self._holders.get(holder.name) is not holder:
-            return 0
-        return sys.maxsize if self._is_alone(holder) else holder.pace.room(holder.trigger)
-
-    def _reads(self, holder: Holder, most: int) -> int:
-        """Return how many events to read for an engine that may get so many; 0: none."""
-        if self._parked >= MOST_PARKED or self._parked_bytes >= MOST_PARKED_BYTES:
-            return 0
-        taken = holder.lanes
-        if self.leading is not None and self.leading.order == "trigger":
-            # There is one lane, so nothing that is read can be for an engine that does not hold its events.
-            if not all(lane.is_open_to(holder) for lane in list(self._lanes.values())):
-                return 0
-            taken = holder.active
-        return max(min(most, self._room(holder) - taken), 0)
-
-    def _give(self, holder: Holder, most: int) -> list[Held]:
-        """Return what this engine gets of what is parked: the first of each lane that is free, then what is behind."""
+    def _give(self, holder: Holder, most: int) -> tuple[list[Held], int]:
+        """Return what is parked and may go to this engine, and how many events it may get in all."""
         given = holder.given
         found = [given.popleft() for _ in range(min(most, len(given)))]
-        room, left = self._room(holder), most - len(found)
-        taken: list[Held] = []
-        while self._ready and (lanes := min(room - holder.lanes, left - len(taken))) > 0:
-            for name in list(islice(self._ready, lanes)):
-                self._take_parked(holder, self._lanes[name], 1, taken)
-        while holder.behind and (events := min(room - holder.active, left - len(taken))) > 0:
-            share = max(events // len(holder.behind), 1)
-            for name in list(islice(holder.behind, events)):
-                self._take_parked(holder, self._lanes[name], share, taken)
-        taken.sort(key=_position_of)
-        return found + taken
-
-    def _take_parked(self, holder: Holder, lane: _Lane, most: int, taken: list[Held]) -> None:
-        for item in list(islice(lane.parked.values(), most)):
-            del lane.parked[item.event.position]
-            self._count_parked(item, -1)
-            hold = Hold(item, holder, lane)
-            self._put(hold)
-            taken.append(item)
-            if item.blocked or item.due_ms > self._now_ms():
-                self._set_waits(hold, waits=True)
+        room = min(most, max(holder.room(), 0) + len(found)) if not holder.stands_by else 0
+        if self._holders.get(holder.name) is not holder:
+            return found, 0
+        for name in list(islice(self._ready, max(room - len(found), 0))):
+            lane = self._lanes[name]
+            taken = list(islice(lane.parked.values(), room - len(found)))
+            if not taken:
                 break
+            del self._ready[name]
+            for item in taken:
+                del lane.parked[item.event.position]
+                self._count_parked(item, -1)
+                self._put(Hold(item, holder, lane))
+                found.append(item)
+                if item.due_ms > self._now_ms() or item.blocked:
+                    self._set_waits(self._holds[item.event.position], waits=True)
+        return found, room
 
-    def _sort(self, holder: Holder, items: Iterable[Held], most: int) -> tuple[list[Held], bool]:
-        """Sort these into their lanes. Return what this engine gets, and whether another one may get more."""
-        replayed = []
+    def _sort(self, holder: Holder, items: Iterable[Held], room: int) -> tuple[list[Held], int]:
+        """Return those of these events that go to this engine, and park the others."""
+        found = []
+        gone = self._holders.get(holder.name) is not holder or holder.stands_by
         for item in items:
             position = item.event.position
             hold = self._holds.get(position)
@@ -544,7 +499,8 @@ class SharedConsumer:
                 hold.item = item
                 self._set_waits(hold, waits=item.blocked)
                 if hold.holder is holder:
-                    replayed.append(item)
+                    found.append(item)
+                    room += 1
                 else:
                     hold.holder.given.append(item)
                     hold.holder.wake()
@@ -552,9 +508,14 @@ class SharedConsumer:
                 lane.parked[position] = item
             elif self._unclaimed is not None and item.cut_off:
                 self._put(Hold(item, self._unclaimed, lane))
-            else:
+            elif gone or lane.parked or lane.waits or not lane.is_open_to(holder):
                 self._park_one(item)
-        return replayed + self._give(holder, most - len(replayed)), bool(self._ready)
+            else:
+                hold = Hold(item, holder, lane)
+                self._put(hold)
+                self._set_waits(hold, waits=item.blocked or item.due_ms > self._now_ms())
+                found.append(item)
+        return found, 0 if gone else room
 
     def keep(self, holder: Holder, items: Sequence[Held]) -> None:
         """Give these to the engine with its next fetch: they were too many for one answer."""
@@ -720,37 +681,40 @@ class SharedConsumer:
     def _put(self, hold: Hold) -> None:
         position, lane = hold.item.event.position, hold.lane
         lane.holds[position] = self._holds[position] = hold.holder.holds[position] = hold
-        lane.count(hold.holder, 1)
-        self._tidy(lane)
+        lane.add(hold.holder, 1)
+        if not lane.waits:
+            hold.holder.active += 1
 
     def _drop(self, hold: Hold) -> None:
         position, lane = hold.item.event.position, hold.lane
         self._set_waits(hold, waits=False)
         del lane.holds[position], self._holds[position], hold.holder.holds[position]
-        lane.count(hold.holder, -1)
+        lane.add(hold.holder, -1)
+        if not lane.waits:
+            hold.holder.active -= 1
         self._tidy(lane)
 
     def _tidy(self, lane: _Lane) -> None:
-        """Something of a lane was taken, or put there: list it where its parked events may be given."""
-        where, listed = lane.where(self._ready), lane.listed
-        if where is not listed:
-            if listed is not None:
-                listed.pop(lane.name, None)
-            if where is not None:
-                where[lane.name] = None
-            lane.listed = where
-        if not lane.holds and not lane.parked:
+        """See what becomes of a lane of which something was taken."""
+        if lane.holds:
+            return
+        if lane.parked:
+            self._ready[lane.name] = None
+        else:
+            self._ready.pop(lane.name, None)
             self._lanes.pop(lane.name, None)
 
     def _move(self, hold: Hold, holder: Holder) -> None:
         """The same engine has another entry."""
-        position, before, lane = hold.item.event.position, hold.holder, hold.lane
+        position, before = hold.item.event.position, hold.holder
         del before.holds[position]
         holder.holds[position] = hold
-        lane.count(before, -1)
-        lane.count(holder, 1)
+        if not hold.lane.waits:
+            before.active -= 1
+            holder.active += 1
+        hold.lane.add(before, -1)
+        hold.lane.add(holder, 1)
         hold.holder = holder
-        self._tidy(lane)
 
     def _set_waits(self, hold: Hold, *, waits: bool) -> None:
         if hold.waits is waits:
@@ -759,11 +723,8 @@ class SharedConsumer:
         before = lane.waits
         lane.waits += 1 if waits else -1
         if not before or not lane.waits:
-            by = -1 if waits else 1
-            for holder, count in lane.holders.items():
-                holder.active += by * count
-                holder.lanes += by
-            self._tidy(lane)
+            for one in lane.holds.values():
+                one.holder.active += -1 if waits else 1
 
     def _park(self, holds: Sequence[Hold]) -> None:
         """Take these from the engines that hold them. They come before what is parked behind them in their lanes."""
@@ -799,10 +760,10 @@ class SharedConsumer:
         for holder, positions in changed:
             holder.lost(positions)
 
-    def _wake(self, but: Holder | None = None) -> None:
+    def _wake(self) -> None:
         """Wake the engines that look for more."""
         for holder in list(self._holders.values()):
-            if holder.is_hungry and holder is not but:
+            if holder.is_hungry:
                 holder.is_hungry = False
                 holder.wake()
         if self._waiters:
@@ -838,10 +799,6 @@ class SharedConsumer:
             if items and min(item.event.position for item in items) <= mark and not _is_far(items[0], near_ms):
                 return False
         return True
-
-
-def _position_of(item: Held) -> int:
-    return item.event.position
 
 
 def _in_order(parked: dict[int, Held]) -> dict[int, Held]:
