@@ -124,14 +124,7 @@ def test_a_planted_bug_is_caught(bug: Callable[[Patch], None], monkeypatch: Patc
 def test_it_is_caught_if_a_lane_overlooks_what_a_follower_may_be_handling(monkeypatch: Patch) -> None:
     """Few seeds come there: in each of these, a crash cuts off an event of a lane in which this engine has others."""
     seeds = (126, *range(ENOUGH_SEEDS))
-
-    def where(self: _Lane, ready: dict[Any, None]) -> dict[Any, None] | None:
-        if not self.parked or self.waits:
-            return None
-        return next(iter(self.holders)).behind if self.holders else ready
-
     monkeypatch.setattr(_Lane, "is_open_to", lambda self, holder: not self.holders or holder in self.holders)
-    monkeypatch.setattr(_Lane, "where", where)
 
     with untraced():
         assert any(simulate(seed) is not None for seed in seeds)
