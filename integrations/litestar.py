@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 try:
     from litestar import Litestar, Request, Response
@@ -28,8 +28,7 @@ from scopestate.engine import Engine
 from scopestate.errors import ScopestateError
 from scopestate.integrations.asgi import Source, lifespan
 from scopestate.integrations.problems import problem_of
-from scopestate.integrations.sse import HEADERS, StreamOptions, Watched, WatchStream, open_stream
-from scopestate.ops.changes import Change
+from scopestate.integrations.sse import HEADERS, ResponseOptions, Watched, WatchStream, open_stream
 
 __all__ = ["EngineDep", "ScopestatePlugin", "WatchResponse", "answer_to_error", "watch_response"]
 
@@ -131,30 +130,11 @@ class _SentStream(ASGIResponse):
 async def watch_response(
     request: Request[Any, Any, Any],
     watched: Watched,
-    *,
-    since: str | None = None,
-    scope_prefix: str | None = None,
-    on_compacted: Literal["resync", "raise"] = "resync",
-    data: Callable[[Change], object] | None = None,
-    heartbeat_s: float = 15.0,
-    retry_ms: int | None = None,
-    **options: Unpack[StreamOptions],
+    **options: Unpack[ResponseOptions],
 ) -> WatchResponse:
     """Return a response that streams the changes of a scope, or of an engine, as server-sent events.
 
     `return await watch_response(request, engine.scope("jobs"))`. `Last-Event-ID` of the request says where it goes on.
     The rest is as in `scopestate.integrations.sse.open_stream`.
     """
-    return WatchResponse(
-        await open_stream(
-            watched,
-            request.headers.get("Last-Event-ID"),
-            since=since,
-            scope_prefix=scope_prefix,
-            on_compacted=on_compacted,
-            data=data,
-            heartbeat_s=heartbeat_s,
-            retry_ms=retry_ms,
-            **options,
-        )
-    )
+    return WatchResponse(await open_stream(watched, request.headers.get("Last-Event-ID"), **options))

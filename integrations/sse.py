@@ -30,7 +30,7 @@ from scopestate.ops.changes import Change
 from scopestate.ops.results import EventName
 from scopestate.watching import AioChanges
 
-__all__ = ["HEADERS", "StreamOptions", "WatchStream", "Watched", "open_stream"]
+__all__ = ["HEADERS", "ResponseOptions", "StreamOptions", "WatchStream", "Watched", "open_stream"]
 
 log = logging.getLogger("scopestate.integrations")
 
@@ -69,6 +69,17 @@ class StreamOptions(TypedDict, total=False):
     """True: of changes that wait for a slow client only the newest of each key is kept, so the stream never ends."""
     buffer: int
     """How many changes may wait for a slow client; with more the stream ends. Default: 10,000."""
+
+
+class ResponseOptions(StreamOptions, total=False):
+    """What `watch_response` of a framework takes: see `open_stream`."""
+
+    since: str | None
+    scope_prefix: str | None
+    on_compacted: Literal["resync", "raise"]
+    data: Callable[[Change], object] | None
+    heartbeat_s: float
+    retry_ms: int | None
 
 
 class _Data(msgspec.Struct):

@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, Literal, Unpack
+from typing import Any, Final, Unpack
 
 try:
     from starlette.requests import HTTPConnection, Request
@@ -23,8 +22,7 @@ except ImportError as error:
 from scopestate.engine import Engine
 from scopestate.errors import ScopestateError
 from scopestate.integrations.problems import problem_of
-from scopestate.integrations.sse import HEADERS, StreamOptions, Watched, WatchStream, open_stream
-from scopestate.ops.changes import Change
+from scopestate.integrations.sse import HEADERS, ResponseOptions, Watched, WatchStream, open_stream
 
 __all__ = ["WatchResponse", "answer_to_error", "engine_of", "exception_handlers", "watch_response"]
 
@@ -82,30 +80,11 @@ class WatchResponse(Response):
 async def watch_response(
     request: Request,
     watched: Watched,
-    *,
-    since: str | None = None,
-    scope_prefix: str | None = None,
-    on_compacted: Literal["resync", "raise"] = "resync",
-    data: Callable[[Change], object] | None = None,
-    heartbeat_s: float = 15.0,
-    retry_ms: int | None = None,
-    **options: Unpack[StreamOptions],
+    **options: Unpack[ResponseOptions],
 ) -> WatchResponse:
     """Return a response that streams the changes of a scope, or of an engine, as server-sent events.
 
     `return await watch_response(request, engine_of(request).scope("jobs"))`. `Last-Event-ID` of the request says where
     it goes on. The rest is as in `scopestate.integrations.sse.open_stream`.
     """
-    return WatchResponse(
-        await open_stream(
-            watched,
-            request.headers.get("Last-Event-ID"),
-            since=since,
-            scope_prefix=scope_prefix,
-            on_compacted=on_compacted,
-            data=data,
-            heartbeat_s=heartbeat_s,
-            retry_ms=retry_ms,
-            **options,
-        )
-    )
+    return WatchResponse(await open_stream(watched, request.headers.get("Last-Event-ID"), **options))

@@ -166,7 +166,6 @@ def test_a_cache_can_be_sent_to_another_process(tmp_path: Path) -> None:
         assert cache["k"] == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is what is tested")
 def test_a_forked_child_opens_the_directory_of_its_parent(tmp_path: Path) -> None:
     with Cache(tmp_path / "cache") as cache:
         cache["parent"] = 1

@@ -262,11 +262,11 @@ def test_an_engine_of_the_program_may_have_the_entries(make: Callable[..., State
         make("", engine=dict).get("k")
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ImproperlyConfigured, match="does not know colour in OPTIONS; it knows cull_frequency, durab"):
         StateCache("", {"OPTIONS": {"colour": "red"}})
     with pytest.raises(ImproperlyConfigured, match="not both"):
-        StateCache("/tmp/x", {"OPTIONS": {"engine": dict}})
+        StateCache(tmp_path, {"OPTIONS": {"engine": dict}})
 
 
 def test_without_a_location_it_is_in_the_memory_of_the_process(make: Callable[..., StateCache]) -> None:
