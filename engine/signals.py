@@ -63,9 +63,18 @@ class Guard:
             certainly(lambda: self.give_back(ticket))
             raise
 
-    def take(self, timeout_s: float) -> list[int] | None:
-        """Take the guard within `timeout_s` seconds. Returns the ticket for `give_back`; None if it was not free."""
-        ticket = [get_ident()]
+    @staticmethod
+    def ticket() -> list[int]:
+        """Return a new ticket of this thread."""
+        return [get_ident()]
+
+    def take(self, timeout_s: float, ticket: list[int] | None = None) -> list[int] | None:
+        """Take the guard within `timeout_s` seconds. Returns the ticket for `give_back`; None if it was not free.
+
+        If a signal handler raises meanwhile, it may have been taken: a caller that goes on then brings its own ticket.
+        """
+        if ticket is None:
+            ticket = self.ticket()
         return ticket if self._queue(ticket, time.monotonic() + timeout_s) else None
 
     def give_back(self, ticket: list[int]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import os
-import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Protocol
 
@@ -34,6 +33,7 @@ from scopestate.engine import Engine
 from scopestate.errors import Conflict
 from scopestate.integrations.cache import Cache
 from scopestate.integrations.cache.values import deadline, hold, name_of, pack, value_of
+from scopestate.signals import Guard
 
 __all__ = ["StateCache"]
 
@@ -231,7 +231,7 @@ hold(SafeString, "SafeString", str.__str__, mark_safe)
 
 # -------------------------------------------------------------------------------------------------- one for a process
 
-_lock = threading.Lock()
+_exclusive = Guard()
 _caches: dict[tuple[Any, ...], Cache] = {}
 
 
@@ -243,10 +243,13 @@ def _shared_cache(location: str | os.PathLike[str], options: Mapping[str, Any]) 
     if engine is not None:
         engine = _engine_of(engine)
     name = (place, scope, engine, *sorted(limits.items()), *sorted(saving.items()))
-    with _lock:
+
+    def one() -> Cache:
         if name not in _caches:
             _caches[name] = Cache(engine or place or None, scope=scope, **limits, **saving)
         return _caches[name]
+
+    return _exclusive.run(one)
 
 
 def _engine_of(given: Any) -> Engine:
@@ -260,8 +263,8 @@ def _engine_of(given: Any) -> Engine:
 
 
 def _after_fork() -> None:
-    global _lock  # noqa: PLW0603 - a thread that is not there in the child may hold it
-    _lock = threading.Lock()
+    global _exclusive  # noqa: PLW0603 - a thread that is not there in the child may hold it
+    _exclusive = Guard()
 
 
 if hasattr(os, "register_at_fork"):

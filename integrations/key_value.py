@@ -109,7 +109,7 @@ class StateStore(
             raise errors.DeserializationError(
                 "`prefix` is empty: `destroy` would delete every scope of the engine; give a prefix"
             )
-        self._source = EngineSource(source, durability, save_interval_ms)
+        self._source = EngineSource(source, durability, save_interval_ms, self._after_fork)
         self._prefix: Final = prefix
         self._most: Final = max_entries_per_collection
         Limits(None, max_entries_per_collection)  # refuses what is no limit
@@ -263,9 +263,14 @@ class StateStore(
         limits = self._limits.get(collection)
         return limits or self._limits.setdefault(collection, Limits(None, self._most))
 
+    def _after_fork(self) -> None:
+        for limits in self._limits.values():
+            limits.forget()
+
     async def _cull_collection(self, collection: str) -> None:
         limits, scope, count = self._limits_of(collection), self._prefix + collection, 0
-        if not limits.begin():
+        ticket = object()
+        if not limits.begin(ticket):
             return  # another task does
         try:
             with _their_errors(collection):
@@ -278,7 +283,7 @@ class StateStore(
                     count -= len(piece)
         finally:
             limits.end(count, 0)
-            limits.release()
+            limits.release(ticket)
 
     async def _remove(self, aio: AioEngine, scope: str, entries: Sequence[Sized]) -> None:
         """Remove entries that have not changed since they were read."""

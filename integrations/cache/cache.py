@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import timedelta
@@ -15,7 +15,7 @@ from scopestate.engine import Engine
 from scopestate.errors import BatchTooLarge, Conflict, DeserializationError, ScopestateError
 from scopestate.integrations.cache.engines import Durability, EngineSource
 from scopestate.integrations.cache.limits import ENTRY_BYTES, PAGE, CacheStats, Counts, Limits, Sized
-from scopestate.integrations.cache.memoize import Memoize
+from scopestate.integrations.cache.memoize import Memo, Memoize
 from scopestate.integrations.cache.transaction import CacheTransaction, TransactionBlock
 from scopestate.integrations.cache.values import (
     MARK,
@@ -31,6 +31,7 @@ from scopestate.integrations.cache.values import (
 )
 from scopestate.ops import Increment
 from scopestate.ops.results import EntryView
+from scopestate.signals import Guard, certainly
 
 log = logging.getLogger("scopestate.integrations")
 
@@ -75,15 +76,18 @@ class Cache:
         If the values take more than `size_limit` bytes, or there are more than `max_entries`, the entries that were
         stored the longest ago are removed: see `cull`. None: no limit.
         """
-        self._source = EngineSource(source, durability, save_interval_ms)
+        self._source = EngineSource(source, durability, save_interval_ms, self._after_fork)
         self._scope: Final = scope
         self._limits = Limits(size_limit, max_entries)
         self._counts: Counts | None = Counts() if statistics else None
-        self._block: ContextVar[TransactionBlock | None] = ContextVar("scopestate_cache_block", default=None)
-        self._blocks = 0
-        """Open blocks of `transact`. Nearly always 0, which each call checks."""
-        self._blocks_lock = threading.Lock()
-        self._turns = threading.RLock()
+        self._block: ContextVar[weakref.ref[TransactionBlock] | None] = ContextVar(
+            "scopestate_cache_block", default=None
+        )
+        self._blocks: dict[int, None] = {}
+        """The ids of the open blocks of `transact`. Nearly always empty, which each call checks."""
+        self._turns = Guard()
+        """Held by the block whose turn it is."""
+        self._memos: weakref.WeakSet[Memo] = weakref.WeakSet()
         self._arguments = (scope, size_limit, max_entries, durability, save_interval_ms, statistics)
 
     @property
@@ -298,9 +302,18 @@ class Cache:
         Down to nine tenths of a limit, so that it is not needed again soon. The writes of this object do it by
         themselves, now and then: there may be more for a while, at most by a quarter of the limit for each process.
         """
+        ticket = object()
+        try:
+            removed = self._cull() if self._limits.begin(ticket) else 0
+            self._limits.release(ticket)
+            return removed
+        except BaseException:
+            # Not `finally`: an exception of a signal handler at its first step would end all culling.
+            certainly(lambda: self._limits.release(ticket))
+            raise
+
+    def _cull(self) -> int:
         limits, removed, count, size = self._limits, 0, 0, 0
-        if not limits.begin():
-            return 0
         try:
             entries: list[Sized] = [(entry.revision, entry.key, _size(entry)) for entry in self._entries()]
             count, size = len(entries), sum([one[2] for one in entries])
@@ -310,7 +323,6 @@ class Cache:
             return removed
         finally:
             limits.end(count, size)
-            limits.release()
 
     def is_grown(self, size: int) -> bool:
         """Note a write of so many bytes; return whether it is time for `cull`. For writes that go by the engine."""
@@ -413,12 +425,18 @@ class Cache:
 
     def _transaction(self) -> CacheTransaction | None:
         """Return the transaction whose block this thread or task is in."""
-        block = self._block.get()
+        reference = self._block.get()
+        block = None if reference is None else reference()
         return None if block is None or block.transaction.ended else block.transaction
 
-    def _count_blocks(self, change: int) -> None:
-        with self._blocks_lock:
-            self._blocks += change
+    def _after_fork(self) -> None:
+        """In a forked child: wait for nothing that a thread of the parent was doing."""
+        self._turns = Guard()
+        self._limits.forget()
+        if self._counts is not None:
+            self._counts.forget()
+        for memo in list(self._memos):
+            memo.running.clear()
 
     # ----------------------------------------------------------------------------------------------------- the end
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError
+from scopestate.signals import Guard, exclusive
 
 Durability = Literal["interval", "commit"]
 
@@ -21,10 +22,15 @@ class EngineSource:
     """
 
     def __init__(
-        self, given: str | os.PathLike[str] | Engine | None, durability: Durability | None, interval_ms: int | None
+        self,
+        given: str | os.PathLike[str] | Engine | None,
+        durability: Durability | None,
+        interval_ms: int | None,
+        after_fork: Callable[[], None],
     ) -> None:
         self.given: Final = given
-        self._lock = threading.RLock()
+        self._after_fork = after_fork
+        self._exclusive = Guard()
         self._entered = 0
         self._opened: _Opened | None = None
         self.engine: Engine
@@ -54,40 +60,42 @@ class EngineSource:
         """The directory; None in memory, and with an engine of the program."""
         return None if isinstance(self.given, Engine) else self._options.get("file_path")  # type: ignore[return-value]
 
+    @exclusive
     def open(self) -> Engine:
         """Return the engine, opened if it is not. Raises ConfigError and StorageError."""
-        with self._lock:
-            if self._opened is None:
-                if isinstance(self.given, Engine):
-                    return self.given
-                self._opened = _acquire(self._options)
-                self.engine = self._opened.engine
-            return self.engine
+        if self._opened is None:
+            if isinstance(self.given, Engine):
+                return self.given
+            self._opened = _exclusive.run(_acquire, self, self._options)
+            self.engine = self._opened.engine
+        return self.engine
 
+    @exclusive
     def enter(self) -> None:
         """Begin a `with` block."""
-        with self._lock:
-            self._entered += 1
-            self.open()
+        self._entered += 1
+        self.open()
 
+    @exclusive
     def leave(self) -> None:
         """End a `with` block: the last one that ends closes the engine."""
-        with self._lock:
-            self._entered -= 1
-            if self._entered == 0:
-                self.close()
+        self._entered -= 1
+        if self._entered == 0:
+            self.close()
 
+    @exclusive
     def close(self) -> None:
         """Close the engine if this has opened it, and no other cache of this process uses it. A later call opens it."""
-        with self._lock:
-            opened, self._opened = self._opened, None
-            if opened is not None:
-                self.engine = _OpensIt(self)  # type: ignore[assignment]  # as above
-                _release(opened)
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            self.engine = _OpensIt(self)  # type: ignore[assignment]  # as above
+            if _exclusive.run(_release, self, opened):
+                opened.engine.close()
 
     def forget(self) -> None:
-        """In a forked child: leave the engine to the parent."""
-        self._lock = threading.RLock()
+        """In a forked child: leave the engine to the parent, and what its threads hold."""
+        self._exclusive = Guard()
+        self._after_fork()
         if self._opened is not None:
             self._opened = None
             self._entered = 0
@@ -110,40 +118,39 @@ class _Opened:
     def __init__(self, engine: Engine, options: dict[str, Any]) -> None:
         self.engine = engine
         self.options = options
-        self.users = 0
+        self.users: weakref.WeakSet[EngineSource] = weakref.WeakSet()
 
 
-_lock = threading.Lock()
+_exclusive = Guard()
 _by_directory: weakref.WeakValueDictionary[str, _Opened] = weakref.WeakValueDictionary()
 _sources: weakref.WeakSet[EngineSource] = weakref.WeakSet()
 
 
-def _acquire(options: dict[str, Any]) -> _Opened:
+def _acquire(source: EngineSource, options: dict[str, Any]) -> _Opened:
     directory = options.get("file_path", "")
-    with _lock:
-        opened = _by_directory.get(directory) if directory else None
-        if opened is None or opened.engine.closed:
-            opened = _Opened(Engine.from_config(_config(options)), options)
-            if directory:
-                _by_directory[directory] = opened
-        elif opened.options != options:
-            raise ConfigError(
-                f"another cache of this process has opened {directory} with another `durability` or "
-                "`save_interval_ms`: give both the same"
-            )
-        opened.users += 1
-        return opened
+    opened = _by_directory.get(directory) if directory else None
+    if opened is None or opened.engine.closed:
+        opened = _Opened(Engine.from_config(_config(options)), options)
+        if directory:
+            _by_directory[directory] = opened
+    elif opened.options != options:
+        raise ConfigError(
+            f"another cache of this process has opened {directory} with another `durability` or "
+            "`save_interval_ms`: give both the same"
+        )
+    opened.users.add(source)
+    return opened
 
 
-def _release(opened: _Opened) -> None:
-    with _lock:
-        opened.users -= 1
-        if opened.users:
-            return
-        directory = opened.options.get("file_path", "")
-        if _by_directory.get(directory) is opened:
-            del _by_directory[directory]
-    opened.engine.close()
+def _release(source: EngineSource, opened: _Opened) -> bool:
+    """Note that a source uses an engine no longer; return whether it was the last one."""
+    opened.users.discard(source)
+    if opened.users:
+        return False
+    directory = opened.options.get("file_path", "")
+    if _by_directory.get(directory) is opened:
+        del _by_directory[directory]
+    return True
 
 
 def _config(options: dict[str, Any]) -> dict[str, Any]:
@@ -153,8 +160,8 @@ def _config(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _after_fork() -> None:
-    global _lock  # noqa: PLW0603 - a thread that is not there in the child may hold it
-    _lock = threading.Lock()
+    global _exclusive  # noqa: PLW0603 - a thread that is not there in the child may hold it
+    _exclusive = Guard()
     _by_directory.clear()
     for source in list(_sources):
         source.forget()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from scopestate.errors import DeserializationError
+from scopestate.signals import Guard, exclusive
 
 ENTRY_BYTES: Final = 100
 """What an entry counts beside its key and value."""
 PAGE: Final = 500
 """Keys that one step of a walk over a cache looks at, or removes."""
+_WALK: Final = "walk"
 _GOAL: Final = 0.9
 """How full a cache is after it was culled."""
 
@@ -34,11 +35,11 @@ class Limits:
                 raise DeserializationError(f"`{name}` is a whole number from 1 on, or None, not {limit!r:.40}")
         self._bytes = math.inf if size_limit is None else size_limit
         self._entries = math.inf if max_entries is None else max_entries
-        self._walk = threading.Lock()
+        self._bounded = size_limit is not None or max_entries is not None
+        self._walk: dict[str, object] = {}
+        """The ticket of the walk that is under way."""
         self._bytes_left = self._entries_left = 0.0
         self.end(0, 0)
-        if size_limit is None and max_entries is None:
-            self._walk.acquire()  # there is never anything to look for
 
     def written(self, size: int) -> bool:
         """Note a write of so many bytes; return whether it is time to look."""
@@ -46,18 +47,26 @@ class Limits:
         self._entries_left -= 1
         return self._bytes_left < 0 or self._entries_left < 0
 
-    def begin(self) -> bool:
-        """Begin to look. False: another thread does, or there is no limit."""
-        return self._walk.acquire(blocking=False)
+    def begin(self, ticket: object) -> bool:
+        """Begin to look. False: another thread or task does, or there is no limit.
+
+        The caller ends it by `release`, with the same object, also if this raises what a signal handler has raised.
+        """
+        return self._bounded and self._walk.setdefault(_WALK, ticket) is ticket
+
+    def release(self, ticket: object) -> None:
+        """End what `begin` has begun with this ticket. As often as it takes: see `certainly`."""
+        if self._walk.get(_WALK) is ticket:
+            del self._walk[_WALK]
 
     def end(self, count: int, size: int) -> None:
-        """Note how many entries and bytes there are now."""
+        """Note how many entries and bytes there are behind a walk."""
         self._bytes_left = _pause(self._bytes, size)
         self._entries_left = _pause(self._entries, count)
 
-    def release(self) -> None:
-        """End what `begin` has begun."""
-        self._walk.release()
+    def forget(self) -> None:
+        """In a forked child: forget a walk of the parent."""
+        self._walk = {}
 
     def surplus(self, entries: list[Sized]) -> Iterator[list[Sized]]:
         """Yield the entries to remove, in pieces of a page; none if the limits hold."""
@@ -92,21 +101,25 @@ class Counts:
     """Counts hits and misses, from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._exclusive = Guard()
         self._hits = self._misses = 0
 
+    @exclusive
     def count(self, *, found: bool) -> None:
         """Count one."""
-        with self._lock:
-            if found:
-                self._hits += 1
-            else:
-                self._misses += 1
+        if found:
+            self._hits += 1
+        else:
+            self._misses += 1
 
+    @exclusive
     def read(self, *, reset: bool) -> CacheStats:
         """Return the counts."""
-        with self._lock:
-            found = CacheStats(self._hits, self._misses)
-            if reset:
-                self._hits = self._misses = 0
+        found = CacheStats(self._hits, self._misses)
+        if reset:
+            self._hits = self._misses = 0
         return found
+
+    def forget(self) -> None:
+        """In a forked child: wait for no thread of the parent."""
+        self._exclusive = Guard()

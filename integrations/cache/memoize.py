@@ -161,6 +161,7 @@ class Memo:
         self.running: dict[str, Computation] = {}
         """Key -> the computation that this process makes of it."""
         self._tag = tag
+        cache._memos.add(self)
 
     @property
     def engine(self) -> Engine:

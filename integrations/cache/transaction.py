@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextvars import Token
+import weakref
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -20,6 +20,7 @@ from scopestate.integrations.cache.values import (
     with_facts,
 )
 from scopestate.ops.results import EntryView
+from scopestate.signals import certainly
 
 if TYPE_CHECKING:
     from scopestate.integrations.cache.cache import Cache
@@ -30,12 +31,17 @@ _LONGEST_S: Final = 60.0
 
 
 class TransactionBlock:
-    """A `with` block of `Cache.transact`. One within another one is a part of that."""
+    """A `with` block of `Cache.transact`. One within another one is a part of that.
+
+    The `with` statement holds it, and the cache only refers to it. So if a signal handler raises between `__enter__`
+    and the block, it goes, and with it the transaction.
+    """
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._token: Token[TransactionBlock | None] | None = None
-        self._locked = False
+        self._turns = cache._turns
+        self._ticket: list[int] = []
+        self._entered = False
         self.transaction = CacheTransaction(cache)
 
     def __enter__(self) -> CacheTransaction:
@@ -45,30 +51,44 @@ class TransactionBlock:
             return outer
         if self.transaction.ended:
             raise DeserializationError("this block has ended: call `transact()` for each `with` statement")
-        if not _runs_loop():  # where one runs, waiting would stop the block that is waited for
-            self._locked = cache._turns.acquire(timeout=_LONGEST_S)
-            if not self._locked:
+        self._ticket = self._turns.ticket()
+        try:
+            # Where an event loop runs, waiting would stop the block that is waited for.
+            if not (_runs_loop() or self._turns.is_mine() or self._turns.take(_LONGEST_S, self._ticket)):
                 raise Overloaded(f"another transaction of this cache has run for {_LONGEST_S:g} s: nothing was done")
-        cache._count_blocks(1)
-        self._token = cache._block.set(self)
+            cache._blocks[id(self)] = None
+            cache._block.set(weakref.ref(self))
+            self._entered = True
+        except BaseException:
+            certainly(self._leave)
+            raise
         return self.transaction
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        token, self._token = self._token, None
-        if token is None:
+        if not self._entered:  # it is a part of another one
             return
-        cache = self._cache
-        cache._block.reset(token)
-        cache._count_blocks(-1)
-        self.transaction.ended = True
         try:
+            self.transaction.ended = True
             if kind is None:
                 self.transaction._commit()
-        finally:
-            if self._locked:
-                cache._turns.release()
+            self._leave()
+        except BaseException:
+            # Not `finally`: an exception of a signal handler at its first step would leave the turn taken.
+            certainly(self._leave)
+            raise
+
+    def _leave(self) -> None:
+        """End it. As often as it takes: see `certainly`."""
+        self.transaction.ended = True
+        self._cache._blocks.pop(id(self), None)
+        self._entered = False
+        self._turns.give_back(self._ticket)
+
+    def __del__(self) -> None:
+        if self._entered:
+            self._leave()
 
 
 def _runs_loop() -> bool:

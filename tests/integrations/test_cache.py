@@ -6,8 +6,10 @@ import asyncio
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ import diskcache
 import pytest
 from cache_behaviour import CacheBehaviour
 from forking import beside_threads
-from reliability.living import untraced_environment
+from reliability.living import PATIENCE_S, untraced_environment
 
 from scopestate import Engine
 from scopestate.errors import ConfigError, Conflict, DeserializationError, Overloaded, StorageError
@@ -180,6 +182,87 @@ def test_a_forked_child_opens_the_directory_of_its_parent(tmp_path: Path) -> Non
                 os._exit(status)
         assert os.waitpid(child, 0)[1] == 0
         assert cache["child"] == 1
+
+
+def test_a_forked_child_waits_for_nothing_that_a_thread_of_its_parent_does(tmp_path: Path) -> None:
+    """A block, a walk over the entries, a count of hits, and a computation that other threads have begun."""
+    here, on = threading.Barrier(2), threading.Event()
+    with Cache(tmp_path / "cache", max_entries=10, statistics=True) as cache, ThreadPoolExecutor(3) as pool:
+
+        def hold() -> int:
+            here.wait(PATIENCE_S)
+            assert on.wait(PATIENCE_S)
+            return 0
+
+        @cache.memoize()
+        def compute() -> int:
+            return hold() if threading.current_thread() is not threading.main_thread() else 5
+
+        def block() -> None:
+            with cache.transact():
+                hold()
+
+        def walk() -> None:
+            assert counts is not None
+            assert cache._limits.begin(counts)
+            counts._exclusive.run(hold)
+
+        counts = cache._counts
+        working = []
+        for work in (compute, block, walk):
+            working.append(pool.submit(work))
+            here.wait(PATIENCE_S)
+        cache.engine.delete_range("cache:leases", prefix="")  # or the child would wait for that, as any process does
+        with beside_threads():
+            child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.alarm(int(PATIENCE_S))
+                with cache.transact() as inside:
+                    inside["block"] = 1
+                for n in range(20):
+                    cache[n] = n
+                status = 0 if (compute(), cache.stats().hits, len(cache) < 20) == (5, 0, True) else 2
+                cache.close()
+            finally:
+                os._exit(status)
+        on.set()
+        for one in working:
+            one.result()
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_block_whose_with_statement_was_cut_off_holds_up_nothing() -> None:
+    """As a signal handler may do from CPython 3.14 on: it raises before the block of the statement is entered."""
+    with Cache() as cache, ThreadPoolExecutor(1) as pool:
+        block = cache.transact()
+        inside = block.__enter__()
+        inside["a"] = 1
+        del block
+
+        cache["b"] = 2
+        assert (cache.engine.get("cache", "b"), "a" in cache) == (2, False)
+        pool.submit(cache.transact, lambda: cache.incr("b")).result(PATIENCE_S)
+        with pytest.raises(DeserializationError, match="has ended"):
+            inside.get("a")
+
+
+def test_an_interrupt_while_a_block_begins_or_ends_leaves_its_turn_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cut(BaseException):
+        pass
+
+    def cut(*_: object) -> None:
+        raise Cut
+
+    with Cache() as cache, ThreadPoolExecutor(1) as pool:
+        for what in ("_runs_loop", "CacheTransaction._commit"):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"scopestate.integrations.cache.transaction.{what}", cut)
+                with pytest.raises(Cut), cache.transact() as inside:
+                    inside["a"] = 1
+            assert pool.submit(cache.transact, lambda: cache.incr("n")).result(PATIENCE_S)
+        assert "a" not in cache
 
 
 def test_the_oldest_entries_go_first(tmp_path: Path) -> None:

@@ -281,8 +281,6 @@ MAY_USE_LOCKS = {
     "actors/deterministic.py",  # for tests: one thread runs at a time, and hands over
     "persistence/redis",  # its tables of servers: held for a few lines; a known gap from 3.14 on
     "config/watch.py",  # a Condition: `stop` is all that the main thread does there
-    "integrations/cache",  # around opening, closing and counting; a known gap from 3.14 on
-    "integrations/django.py",  # around making one cache of a process; likewise
 }
 """Where a bare `with lock` is let through, and why."""
 
