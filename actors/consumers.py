@@ -360,10 +360,13 @@ class JournalConsumer(ConsumerPort):
 
     def began(self, attempts: Sequence[tuple[int, int]]) -> None:
         shared = self.shared
-        if shared is not None and shared.here is not None:
-            shared.began(shared.here, attempts)
-        else:
+        if shared is None:
             self.note(attempts)
+            return
+        here = shared.here
+        gone = [position for position, _ in attempts] if here is None else shared.began(here, attempts)
+        if gone and self._handler is not None:
+            self._handler.lost(gone)  # they were given to another engine meanwhile
 
     def note(self, attempts: Sequence[tuple[int, int]]) -> None:
         """Note attempts that begin, wherever they do."""

@@ -380,6 +380,7 @@ class SharedConsumer:
         idle = [hold for hold in holder.holds.values() if not hold.begun]
         positions = [hold.item.event.position for hold in idle]
         self._park(idle)
+        holder.given.clear()
         if not holder.holds:
             del self._holders[name]
         return [*([(holder, positions)] if positions else []), *self._elect()]

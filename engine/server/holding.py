@@ -74,6 +74,8 @@ class _Place:
         self.heard_s = loop.time()
         self.takes = 0
         """How many of its calls wait for events."""
+        self.is_joining = True
+        """True until the consumer knows it, or has refused it."""
         self._loop = loop
         self._woken = False
 
@@ -165,7 +167,10 @@ class Deliveries:
                 place.shared = consumers.share(name, trigger)
             return found
 
-        lost = await self._elsewhere(worker, join)
+        try:
+            lost = await self._elsewhere(worker, join)
+        finally:
+            place.is_joining = False
         if before is not None:
             before.news.set()  # a call that waits there would learn nothing more
         self._look_later()
@@ -203,6 +208,8 @@ class Deliveries:
         for key, place in list(self._places.items()):
             patience_s = max(place.holder.trigger.ack_wait, PATIENCE_S)
             silent_s = 0.0 if place.takes else now_s - place.heard_s
+            if place.is_joining:
+                continue
             if not place.is_held:
                 del self._places[key]
             elif silent_s > (CLAIM_S if place.worker is None else patience_s) or _is_gone(place):

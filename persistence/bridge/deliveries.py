@@ -31,6 +31,7 @@ from scopestate.errors import (
 )
 from scopestate.ops import handed
 from scopestate.ops.triggers import Trigger
+from scopestate.signals import Guard, exclusive
 from scopestate.wire.refusals import refusal_of
 
 log = Log("scopestate.persistence.bridge")
@@ -130,8 +131,8 @@ class RemotePort(ConsumerPort):
         """Position -> which message has told that its attempt begins."""
         self._numbers = itertools.count(1)
         self._outcomes: list[Outcome] = []
-        self._changing = threading.Lock()
-        """Held for a moment, to change `_outcomes`. Not on the main thread."""
+        self._exclusive = Guard()
+        """Held for a moment, to change what is held and `_outcomes`."""
         self._is_left = False
         self._left_behind: list[Outcome] = []
         self._paused: str | None = None
@@ -175,11 +176,16 @@ class RemotePort(ConsumerPort):
     def stop(self) -> None:
         self.stopping = True
         self._wake = _nothing
-        self._arrived.clear()
-        idle = [position for position, attempt in list(self._held.items()) if not attempt]
-        self._forget(idle)
-        self._lost(idle)
+        self._lost(self._forget_idle())
         self.ring()
+
+    @exclusive
+    def _forget_idle(self) -> list[int]:
+        """Forget what has not begun, and return its positions."""
+        self._arrived.clear()
+        idle = [position for position, attempt in self._held.items() if not attempt]
+        self._forget(idle)
+        return idle
 
     def fetch(self, most: int) -> list[Held]:
         found: list[Held] = []
@@ -193,57 +199,66 @@ class RemotePort(ConsumerPort):
     def began(self, attempts: Sequence[tuple[int, int]]) -> None:
         with self._saying:
             serial = next(self._numbers)
-            for position, attempt in attempts:
-                if position in self._held:
-                    self._held[position], self._serials[position] = attempt, serial
+            begun, gone = self._begin(attempts, serial)
             try:
-                noted = self._say(began=attempts, serial=serial)
-                gone = noted.gone
+                if begun:
+                    gone += self._say(began=begun, serial=serial).gone
             except StorageError as error:
                 if not isinstance(error.__cause__, AWAY):
-                    for position, _ in attempts:
-                        if position in self._held:
-                            self._held[position] = 0
+                    self._begin([(position, 0) for position, _ in begun], 0)
                     raise
                 # They are safe there, and come again from the engine that answers next.
                 log.debug("consumer %r: attempts could not be noted: %s", self.name, error)
-                gone = [position for position, _ in attempts]
+                gone += [position for position, _ in begun]
         if gone:
             self._forget(gone)
             self._lost(gone)
 
+    @exclusive
+    def _begin(self, attempts: Sequence[tuple[int, int]], serial: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """Note attempts as running. Returns them, and the positions of those that were forgotten before."""
+        begun = [(position, attempt) for position, attempt in attempts if position in self._held]
+        for position, attempt in begun:
+            self._held[position], self._serials[position] = attempt, serial
+        return begun, [position for position, _ in attempts if position not in self._held]
+
     def ended(self, outcomes: Sequence[Outcome]) -> None:
         # Not `_saying`: a handler's thread must not wait for the other engine here.
-        with self._changing:
-            if self._is_left:
-                self._left_behind += outcomes
-                return
-            for one in outcomes:
-                if one.position in self._held:
-                    self._outcomes.append(one)
-                    if one.verdict in ("done", "dead"):
-                        self._held.pop(one.position, None)
-                        self._serials.pop(one.position, None)
-                    else:
-                        self._held[one.position] = 0
-        self.nudge()
+        if self._note_ended(outcomes):
+            self.nudge()
 
+    @exclusive
+    def _note_ended(self, outcomes: Sequence[Outcome]) -> bool:
+        """Note how attempts have ended. False: another port goes on."""
+        if self._is_left:
+            self._left_behind += outcomes
+            return False
+        for one in outcomes:
+            if one.position in self._held:
+                self._outcomes.append(one)
+                if one.verdict in ("done", "dead"):
+                    self._held.pop(one.position, None)
+                    self._serials.pop(one.position, None)
+                else:
+                    self._held[one.position] = 0
+        return True
+
+    @exclusive
     def hand_over(self) -> list[Outcome]:
         self._wake = self._lost = _nothing
-        with self._changing:
-            self._is_left = True
-            told, self._outcomes = self._outcomes, []
+        self._is_left = True
+        told, self._outcomes = self._outcomes, []
         return told
 
+    @exclusive
     def left_behind(self) -> list[Outcome]:
-        with self._changing:
-            told, self._left_behind = self._left_behind, []
+        told, self._left_behind = self._left_behind, []
         return told
 
+    @exclusive
     def take_outcomes(self) -> list[Outcome]:
         """Return the outcomes that are not told yet, and forget them."""
-        with self._changing:
-            told, self._outcomes = self._outcomes, []
+        told, self._outcomes = self._outcomes, []
         return told
 
     def flush(self) -> None:
@@ -289,8 +304,6 @@ class RemotePort(ConsumerPort):
 
     def _join(self) -> None:
         """Tell the other engine what this one holds, and learn what it has lost. Raises as `ask`."""
-        held = {one.position: ENDED for one in self._outcomes}
-        held.update((position, attempt or held.get(position, 0)) for position, attempt in list(self._held.items()))
         config = {**self._trigger.options(), "start": self._start}
         trigger = self._trigger
         asked = handed.Join(
@@ -300,7 +313,7 @@ class RemotePort(ConsumerPort):
             trigger.function_id,
             config,
             self._since_ms,
-            [(position, attempt, self._serials.get(position, 0)) for position, attempt in held.items()],
+            self._held_and_ended(),
         )
         joined = ask(self._line, handed.JOIN, asked, handed.Joined)
         lost = set(joined.lost)
@@ -309,6 +322,13 @@ class RemotePort(ConsumerPort):
             self._forget(lost)
             self._lost(list(lost))
         self.ring()
+
+    @exclusive
+    def _held_and_ended(self) -> list[tuple[int, int, int]]:
+        """Return what this engine holds, and what has ended and was not told, as `SharedConsumer.join` takes it."""
+        held = {one.position: ENDED for one in self._outcomes}
+        held.update((position, attempt or held.get(position, 0)) for position, attempt in self._held.items())
+        return [(position, attempt, self._serials.get(position, 0)) for position, attempt in held.items()]
 
     def _say(self, **fields: Any) -> handed.Noted:
         """Tell what has ended, and more. Raises StorageError."""
@@ -328,12 +348,15 @@ class RemotePort(ConsumerPort):
                     continue  # it may be done twice
                 raise
             if noted.is_holder or self.stopping:
-                with self._changing:
-                    over = set(map(id, sent))
-                    self._outcomes = [one for one in self._outcomes if id(one) not in over]
+                self._forget_told(sent)
                 return noted
             self.is_joined = False
         raise StorageError(f"consumer {self.name!r}: the other engine does not keep this one as a holder")
+
+    @exclusive
+    def _forget_told(self, sent: Sequence[Outcome]) -> None:
+        over = set(map(id, sent))
+        self._outcomes = [one for one in self._outcomes if id(one) not in over]
 
     def _note_away(self, error: StorageError) -> None:
         self.is_joined = False
@@ -342,15 +365,19 @@ class RemotePort(ConsumerPort):
     def keep(self) -> None:
         """Say what is to be said. On the keeper's thread. Raises StorageError."""
         with self._saying:
+            if not self.is_joined and not (self.stopping and self._has_told_all()):
+                self._join()
             if self.stopping:
                 if self.is_joined:
                     self._say(leave=True)
-                    self.is_over = not self._held
-                return
-            if not self.is_joined:
-                self._join()
-            if self._outcomes:
+                self.is_over = self._has_told_all()
+            elif self._outcomes:
                 self._say()
+
+    @exclusive
+    def _has_told_all(self) -> bool:
+        """Return whether nothing is running, and all that has ended was told."""
+        return not self._outcomes and not any(self._held.values())
 
     @property
     def has_to_say(self) -> bool:
@@ -412,15 +439,19 @@ class RemotePort(ConsumerPort):
                 except ValueError:
                     continue  # it was just fetched
             self._lost(taken.lost)
-        for one in taken.events:
-            item = Held(one.event(), one.attempts, one.first_ms, one.due_ms, one.error, one.cut_off, one.blocked)
-            self._held[one.position] = 0
-            if not self.stopping:
-                self._arrived.append(item)
+        self._exclusive.run(self._arrive, taken.events)
         self.note_pause(taken.paused)
         self.problem = standing_by(self.name) if taken.stands_by else None
         if taken.events:
             self._wake()
+
+    def _arrive(self, events: Sequence[handed.HandedEvent]) -> None:
+        if self.stopping:
+            return  # they go to others when this engine has said that it leaves
+        for one in events:
+            self._held[one.position] = 0
+            item = Held(one.event(), one.attempts, one.first_ms, one.due_ms, one.error, one.cut_off, one.blocked)
+            self._arrived.append(item)
 
     def _begin_anew(self, *, forgotten: bool) -> None:
         """The other engine does not know this one: it is another one now, or has dismissed this one."""
@@ -435,16 +466,14 @@ class RemotePort(ConsumerPort):
             self._start = "now"
         self.ring()
 
+    @exclusive
     def _forget(self, positions: Sequence[int] | set[int]) -> None:
         for position in positions:
             self._held.pop(position, None)
             self._serials.pop(position, None)
         gone = set(positions)
-        with self._changing:
-            # What is over is still told: it counts if the event is this engine's after all.
-            self._outcomes = [
-                one for one in self._outcomes if one.position not in gone or one.verdict in ("done", "dead")
-            ]
+        # What is over is still told: it counts if the event is this engine's after all.
+        self._outcomes = [one for one in self._outcomes if one.position not in gone or one.verdict in ("done", "dead")]
 
 
 def _said(one: Outcome) -> handed.HandedOutcome:

@@ -215,6 +215,17 @@ def test_an_engine_that_retires_ends_what_it_handles(events: Events, shared: Sha
     assert shared.holder("one") is None
 
 
+def test_an_engine_that_retires_is_given_nothing_more(events: Events, shared: SharedConsumer) -> None:
+    one, two = Engine(shared, "one"), Engine(shared, "two")
+    events.put("a", "b")
+    items = shared.fetch(one.holder, 2)
+    shared.keep(one.holder, items[1:])
+    one.begin(1)
+    shared.retire("one")
+    assert one.fetch() == []
+    assert two.fetch() == [2]
+
+
 def test_an_engine_that_is_back_keeps_what_it_names(events: Events, shared: SharedConsumer) -> None:
     one, two = Engine(shared, "one"), Engine(shared, "two")
     events.put("a", "b", "c")

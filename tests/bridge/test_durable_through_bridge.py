@@ -234,16 +234,27 @@ def test_several_engines_share_the_work_and_keep_the_order_of_each_key(
 ) -> None:
     handled = Handled()
     engines = {"there": there, "one": open_bridge(url), "two": open_bridge(url)}
+    busy: set[str] = set()
+
+    def work_on(name: str) -> Callable[[StateEvent], object]:
+        """Return a handler that waits until each engine has an event: the first cannot handle them all."""
+
+        def work(event: StateEvent) -> None:
+            busy.add(name)
+            until(lambda: len(busy) == len(engines))
+
+        return work
+
     for name, engine in engines.items():
-        handled.on(engine, name, lambda event: time.sleep(0.002))
+        handled.on(engine, name, work_on(name))
     for number in range(300):
-        there.set("orders", f"o-{number % 30}", number)
+        there.set("orders", f"o-{number % 60}", number)  # more keys than two engines hold at a time
     handled.wait(300)
 
     assert len(handled.seen) == 300
     assert handled.overlaps == []
-    for key in range(30):
-        assert handled.values(f"o-{key}") == list(range(key, 300, 30))
+    for key in range(60):
+        assert handled.values(f"o-{key}") == list(range(key, 300, 60))
     assert all(handled.by(name) > 0 for name in engines), Counter(name for name, _, _ in handled.seen)
     engines["two"].drain(PATIENCE_S)
     assert [one.lag_events for one in there.consumers()] == [0]
