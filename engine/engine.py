@@ -124,6 +124,8 @@ class Engine(Reactive, StateCalls):
         self._polls = Polls(self)
         self._polled: dict[int, weakref.ref[Polled]] = {}
         """The watches that poll another engine."""
+        self._hubs: list[Any] = []
+        """What knows the workers of each server of this engine (`server/hub.py`)."""
         self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False

@@ -10,24 +10,51 @@ import typer
 from typer.core import TyperGroup
 
 import scopestate
-from scopestate.cli import cache, config, consumers, state, store, watch
+from scopestate.cli import cache, config, consumers, listing, start, state, store, watch
 from scopestate.cli.serve import serve
-from scopestate.cli.terminal import EXIT_CODES, errors_to_exit_codes, out, prepare_output, standard_output
+from scopestate.cli.terminal import (
+    EXIT_CODES,
+    Exit,
+    errors_to_exit_codes,
+    out,
+    prepare_output,
+    standard_output,
+    usage_error,
+)
 
 
 class Commands(TyperGroup):
     """The commands, with the same exit codes when the output of any of them cannot be written."""
 
-    def make_context(self, *args: Any, **extra: Any) -> Any:
+    def make_context(self, info_name: Any, args: list[str], *more: Any, **extra: Any) -> Any:
         """Read the arguments. This is where help is printed."""
-        with _output_may_end():
-            return super().make_context(*args, **extra)
+        self._as_json = "--json" in args
+        with _output_may_end(), _wrong_usage(as_json=self._as_json):
+            return super().make_context(info_name, args, *more, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         prepare_output()
-        with _output_may_end():
+        with _output_may_end(), _wrong_usage(as_json=self._as_json):
             return super().invoke(ctx)
+
+
+@contextmanager
+def _wrong_usage(*, as_json: bool) -> Iterator[None]:
+    """Report wrong usage in the style of the other errors. Typer would print a box, also into a log."""
+    try:
+        yield
+    except _UsageError as error:
+        usage_error(error, as_json=as_json)
+    except typer.Abort as error:
+        # Typer raises it for Ctrl-C at a question, and for the end of standard input.
+        if isinstance(error.__context__, EOFError):
+            usage_error(typer.BadParameter("the question got no answer; --yes answers it"), as_json=as_json)
+        raise typer.Exit(Exit.INTERRUPTED) from None
+
+
+_UsageError: Any = typer.BadParameter.__base__
+"""Its name is not public: Typer has had it from Click, and has its own since 0.26."""
 
 
 @contextmanager
@@ -45,7 +72,7 @@ def _output_may_end() -> Iterator[None]:
 
 app = typer.Typer(
     name="scopestate",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -75,6 +102,9 @@ for _name, _function, _settings in (
     ("list-groups", state.list_groups, {}),
     ("call", state.call, _NEGATIVE),
     ("watch", watch.watch, {}),
+    ("workers", listing.workers, {}),
+    ("functions", listing.functions, {}),
+    ("triggers", listing.triggers, {}),
 ):
     app.command(_name, rich_help_panel=_ENGINE, epilog=EXIT_CODES, context_settings=_settings)(_function)
 app.add_typer(consumers.consumers, name="consumers", rich_help_panel=_ENGINE)
@@ -82,6 +112,7 @@ app.add_typer(consumers.dead_letters, name="dead-letters", rich_help_panel=_ENGI
 app.add_typer(config.app, name="config", rich_help_panel=_FILES)
 app.add_typer(store.app, name="store", rich_help_panel=_FILES)
 app.add_typer(cache.app, name="cache", rich_help_panel=_FILES)
+app.command("completion")(start.completion)
 
 
 def _print_version(asked: bool) -> None:
@@ -93,11 +124,14 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def main_options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Scoped key-value state: serve an engine, call or watch a running one, check configurations and stores."""
+    if context.invoked_subcommand is None:
+        start.welcome()
 
 
 def main() -> None:

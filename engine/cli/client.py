@@ -36,6 +36,8 @@ Token = Annotated[
 Timeout = Annotated[float, typer.Option("--timeout", "-t", min=0.001, help="Seconds to wait for the answer.")]
 CaFile = Annotated[str | None, typer.Option("--ca-file", help="PEM file of authorities to trust for wss://.")]
 
+CLIENT_NAME: Final = "scopestate-cli:"
+"""The name of a command as a worker begins so; its process id follows."""
 DEFAULT_TIMEOUT_S = 30.0
 CONNECT_WAIT_S = 5.0
 _ENDS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -54,7 +56,7 @@ def with_client(
 ) -> T:
     """Connect, do `work`, disconnect. Errors end the program, and so do SIGINT, SIGTERM and SIGHUP."""
     options = ClientOptions(
-        name=f"scopestate-cli:{os.getpid()}",
+        name=f"{CLIENT_NAME}{os.getpid()}",
         connect_wait_s=min(CONNECT_WAIT_S, timeout_s),
         call_timeout_s=timeout_s,
         insist=False,

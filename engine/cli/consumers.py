@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -11,7 +11,8 @@ from rich.table import Table
 
 from scopestate.cli.client import EngineAt, connected
 from scopestate.cli.offline import Store, at
-from scopestate.cli.terminal import Exit, given_text, json_of, out, print_rich, shown, standard_error
+from scopestate.cli.people import ExactTimes, duration, many, moment, number
+from scopestate.cli.terminal import Exit, given_text, json_of, out, print_error, print_rich, shown, standard_error
 
 consumers = typer.Typer(
     no_args_is_help=True, help="Consumers, which durable triggers have: list, pause, resume and forget them."
@@ -48,9 +49,13 @@ def list_consumers(engine: EngineAt, store: Store = None) -> None:
         table.add_column(name, justify="right")
     table.add_column("state")
     for one in found:
-        lag = f"{one['lag_seconds']:.0f} s" if one["lag_events"] else ""
+        lag = duration(one["lag_seconds"]) if one["lag_events"] else ""
         numbers = (one["lag_events"], lag, one["in_flight"], one["dead"])
-        table.add_row(_cell(one["name"]), *map(str, numbers), _cell(_state(one)))
+        table.add_row(
+            _cell(one["name"]),
+            *(each if isinstance(each, str) else number(each) for each in numbers),
+            _cell(_state(one)),
+        )
     print_rich(table)
 
 
@@ -98,7 +103,7 @@ def forget(
 def _do(engine: EngineAt, store: str | None, function_id: str, name: str, **more: Any) -> None:
     asked = {"name": given_text(name, "the name"), **more}
     if not at(engine, store).call(function_id, asked)["done"]:
-        standard_error().print(shown(f"there is no consumer {name!r}"), markup=False)
+        print_error(f"there is no consumer {name!r}")
         raise typer.Exit(Exit.MISSING)
 
 
@@ -115,6 +120,7 @@ def list_letters(
         str | None, typer.Option("--after", help="Only those behind the letter with this id.", metavar="ID")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="At most so many.", metavar="N")] = None,
+    exact_times: ExactTimes = False,
 ) -> None:
     """Print dead letters, the oldest first. In a pipe, or with --json, each is a JSON object on a line of its own."""
     place = at(engine, store)
@@ -125,7 +131,7 @@ def list_letters(
             asked["after"] = after
         page = place.call("engine::dead-letters::list", asked)
         for letter in page["letters"]:
-            _print_letter(engine, letter)
+            _print_letter(engine, letter, exact_times=exact_times)
         after = page["next"]
         if after is None:
             return
@@ -135,15 +141,15 @@ def list_letters(
 _PAGE: Final = 100
 
 
-def _print_letter(engine: EngineAt, letter: dict[str, Any]) -> None:
+def _print_letter(engine: EngineAt, letter: dict[str, Any], *, exact_times: bool) -> None:
     if not engine.for_people:
         out(json_of(letter))
         return
-    event = letter["event"]
+    event, died = letter["event"], moment(letter["died_at"], exactly=exact_times)
     out(
         shown(
-            f"{letter['id']}  {_moment(letter['died_at'])}  {letter['consumer']}  {event['scope']} / {event['key']}  "
-            f"{letter['attempts']} attempts  {letter['error']}",
+            f"{letter['id']}  {died}  {letter['consumer']}  {event['scope']} / {event['key']}  "
+            f"{many(letter['attempts'], 'attempt')}  {letter['error']}",
             keep="",
         )
     )
@@ -152,18 +158,22 @@ def _print_letter(engine: EngineAt, letter: dict[str, Any]) -> None:
 @dead_letters.command()
 @connected
 def show(
-    engine: EngineAt, letter_id: Annotated[str, typer.Argument(metavar="ID", help="Its id.")], store: Store = None
+    engine: EngineAt,
+    letter_id: Annotated[str, typer.Argument(metavar="ID", help="Its id.")],
+    store: Store = None,
+    exact_times: ExactTimes = False,
 ) -> None:
     """Print a dead letter: its event, the last error with where it was raised, and its attempts. Exit code 6: none."""
     letter = at(engine, store).call("engine::dead-letters::get", {"id": given_text(letter_id, "the id")})
     if letter is None:
-        standard_error().print(shown(f"there is no dead letter {letter_id!r}"), markup=False)
+        print_error(f"there is no dead letter {letter_id!r}")
         raise typer.Exit(Exit.MISSING)
     if not engine.for_people:
         out(json_of(letter))
         return
-    _print_letter(engine, letter)
-    out(f"first attempt {_moment(letter['first_at'])}, replayed {letter['replays']} times before")
+    _print_letter(engine, letter, exact_times=exact_times)
+    first = moment(letter["first_at"], exactly=exact_times)
+    out(f"first attempt {first}, replayed {many(letter['replays'], 'time')} before")
     engine.print(msgspec.json.encode(letter["event"]))
     if letter["traceback"]:
         out(shown(letter["traceback"]))
@@ -237,10 +247,6 @@ def _read_moment(text: str) -> int:
             shown(f"--before takes a time with its zone, such as 2030-01-31T12:00:00Z, not {text}")
         )
     return int(moment.timestamp() * 1000)
-
-
-def _moment(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
 
 
 def _cell(text: str) -> str:

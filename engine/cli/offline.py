@@ -14,9 +14,11 @@ from scopestate.cli.store import directory_of
 from scopestate.cli.terminal import errors_to_exit_codes
 from scopestate.config import AdapterConfig, Config, KvOptions, load
 from scopestate.engine import Engine
-from scopestate.errors import ConfigError, StoreUnusable
+from scopestate.errors import ConfigError, NotConnected, StoreUnusable
 from scopestate.opening import open_for_tool
 from scopestate.paths import expand_home
+from scopestate.persistence.sharing.sockets import SOCKET_FILE
+from scopestate.wire.address import Address
 
 Store = Annotated[
     str | None,
@@ -27,6 +29,38 @@ Store = Annotated[
         "or Redis. If engines use the directory, it is reached through them.",
     ),
 ]
+
+Owned = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="STORE",
+        help="In place of an address: the directory of a store, or the configuration file (.yaml) that names it; the "
+        "engine that has it open answers.",
+    ),
+]
+
+
+def owner_of(engine: EngineAt, store: str | None) -> EngineAt:
+    """Return the engine that has a store open, by the socket in its directory; None: the one that the address names.
+
+    Ends the program if no engine has it open, or if that shares its directory with no other process.
+    """
+    if store is None:
+        return engine
+    with errors_to_exit_codes(as_json=engine.as_json):
+        return engine._replace(url=address_of_owner(directory_of(store)), token=None)
+
+
+def address_of_owner(directory: str) -> str:
+    """Return the address at which the engine that has a directory open serves other processes. Raises NotConnected."""
+    place = os.path.realpath(expand_home(directory))
+    socket_file = os.path.join(place, SOCKET_FILE)
+    if not os.path.lexists(socket_file):
+        raise NotConnected(
+            f"no engine serves other processes in {place}: start the program that uses it, with `share: auto`"
+        )
+    return Address.of_path(socket_file).url
 
 
 class Place(Protocol):

@@ -90,7 +90,7 @@ class Found:
         for violation in self._first:
             yield violation.what_is_wrong()
         if self.count > len(self._first):
-            yield f"and {self.count - len(self._first)} more"
+            yield f"and {self.count - len(self._first):,} more"
 
     def facts(self) -> dict[str, Any]:
         """Return what is wrong, for JSON."""
@@ -159,8 +159,8 @@ class Migration:
     def summary(self) -> str:
         """Return what was done, as text."""
         done = "would be migrated" if self.dry_run else "migrated"
-        left = f", {self.found.count} do not fit and were left as they are" if self.found.count else ""
-        return f"{self._migrated} values {done}, {self._current} are current{left}"
+        left = f", {self.found.count:,} do not fit and were left as they are" if self.found.count else ""
+        return f"{self._migrated:,} values {done}, {self._current:,} are current{left}"
 
     def facts(self) -> dict[str, Any]:
         """Return what was done, for JSON."""

@@ -15,6 +15,7 @@ from scopestate.cli.terminal import (
     given_text,
     json_text,
     out,
+    print_error,
     read_json,
     shown,
     standard_error,
@@ -506,5 +507,5 @@ def _moment(text: str) -> datetime:
 def _refuse_missing(engine: EngineAt, scope: str, key: str) -> None:
     """End the program: the key does not exist."""
     if not engine.as_json:
-        standard_error().print(shown(f"key {key!r} of scope {scope!r} does not exist"), markup=False)
+        print_error(f"key {key!r} of scope {scope!r} does not exist")
     raise typer.Exit(Exit.MISSING)

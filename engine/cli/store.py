@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from types import FrameType
 from typing import Annotated, Final
 
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from scopestate.cli.client import CaFile, Token, with_client
 from scopestate.cli.files import output, source_of
+from scopestate.cli.people import ExactTimes, many, moment, number
 from scopestate.cli.rules import ConfigFile, Found, Migration, Rules, names_config, rules_for
 from scopestate.cli.terminal import (
     AsJson,
@@ -71,13 +71,13 @@ Target = Annotated[
 
 
 @app.command()
-def info(where: Where, as_json: AsJson = False) -> None:
+def info(where: Where, exact_times: ExactTimes = False, as_json: AsJson = False) -> None:
     """Show what a store holds. Takes no lock, so an engine may be using it."""
     with errors_to_exit_codes(as_json=as_json):
-        _info(where, as_json=as_json)
+        _info(where, exact_times=exact_times, as_json=as_json)
 
 
-def _info(where: str, *, as_json: bool) -> None:
+def _info(where: str, *, exact_times: bool, as_json: bool) -> None:
     with _reader(where) as reader:
         sizes, facts = reader.sizes(), reader.facts()
         keys, size = sum(one.keys for one in sizes), reader.size_bytes()
@@ -85,37 +85,29 @@ def _info(where: str, *, as_json: bool) -> None:
         whole = {"directory": reader.directory, "size_bytes": size, "keys": keys, "scopes": sizes}
         out(json_of({**whole, **msgspec.structs.asdict(facts)}))
         return
-    out(shown(f"{reader.directory}: {len(sizes)} scopes, {keys} keys, {decimal(size)} on disk"))
-    out(f"id {facts.id}, {_said(facts)}")
+    out(shown(f"{reader.directory}: {many(len(sizes), 'scope')}, {many(keys, 'key')}, {decimal(size)} on disk"))
+    out(f"id {facts.id}, {_said(facts, exact_times=exact_times)}")
     if sizes:
         table = Table("scope", box=None, header_style="bold")
         for name in ("keys", "bytes", "last write", "with a deadline"):
             table.add_column(name, justify="right")
         for one in sizes:
             numbers = (one.keys, one.bytes, one.revision, one.expiring)
-            table.add_row(ascii(one.scope)[1:-1] or '""', *map(str, numbers))
+            table.add_row(ascii(one.scope)[1:-1] or '""', *map(number, numbers))
         print_rich(table)
 
 
-def _said(facts: StoreFacts) -> str:
+def _said(facts: StoreFacts, *, exact_times: bool) -> str:
     parts = ["in use, or not closed in order" if facts.in_use else "closed in order"]
     if facts.saved_ms:
-        parts.append(f"last saved {_moment(facts.saved_ms)}")
+        parts.append(f"last saved {moment(facts.saved_ms, exactly=exact_times)}")
     if facts.ends:
-        parts.append(f"not closed in order {_many(facts.ends, 'time')} before")
+        parts.append(f"not closed in order {many(facts.ends, 'time')} before")
     if facts.expired:
-        parts.append(f"{_many(facts.expired, 'key')} expired and not removed yet")
+        parts.append(f"{many(facts.expired, 'key')} expired and not removed yet")
     if facts.answers:
-        parts.append(f"{_many(facts.answers, 'kept answer')} to calls with an idempotency key")
+        parts.append(f"{many(facts.answers, 'kept answer')} to calls with an idempotency key")
     return ", ".join(parts)
-
-
-def _many(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _moment(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
 
 
 @app.command()
@@ -165,7 +157,7 @@ def _verify(where: str, rules: Rules, *, as_json: bool) -> None:
         for problem in (*problems, *misfits.lines()):
             standard_error().print(shown(problem), markup=False)
         count = len(problems) + misfits.count
-        out(shown(f"{reader.directory}: {f'{count} problems' if count else 'ok'}"))
+        out(shown(f"{reader.directory}: {many(count, 'problem') if count else 'ok'}"))
     if not ok:
         raise typer.Exit(Exit.STORE)
 
@@ -293,10 +285,8 @@ def import_(
             )
         whole = isinstance(store, FileAdapter)
         if not whole and not as_json:
-            standard_error().print(
-                shown(f"importing {total} keys to {_shown(target)}; if this is interrupted, repeat it with --merge"),
-                markup=False,
-            )
+            begins = f"importing {many(total, 'key')} to {_shown(target)}"
+            standard_error().print(shown(f"{begins}; if this is interrupted, repeat it with --merge"), markup=False)
         with _progress("importing", total) as advance, _said_if_it_fails(imported):
             imported.begin(advance, total, whole=whole)
             if isinstance(store, FileAdapter):
@@ -316,9 +306,9 @@ def import_(
 
 def _remarks(done: Imported) -> Iterator[str]:
     if done.expired:
-        yield f"left out: {_many(done.expired, 'key')} that had expired"
+        yield f"left out: {many(done.expired, 'key')} that had expired"
     if done.left_out:
-        answers = _many(done.left_out, "kept answer")
+        answers = many(done.left_out, "kept answer")
         yield f"left out: {answers}; a call that is repeated with its idempotency key is done again"
     if done.renumbered:
         yield "keys have other revisions than in the file: a write that expects one of those is refused"
@@ -345,12 +335,12 @@ class _Imported:
 
     def __str__(self) -> str:
         if self._ended is not None:
-            return f"all {self._ended} keys were imported to {self._target}"
+            return f"all {self._ended:,} keys were imported to {self._target}"
         if self._advance is None or self._whole:
             return f"nothing was imported to {self._target}"
         return (
-            f"about {self._advance.done} of {self._total} keys were imported to {self._target}; to go on, repeat the "
-            "import with --merge"
+            f"about {self._advance.done:,} of {self._total:,} keys were imported to {self._target}; to go on, repeat "
+            "the import with --merge"
         )
 
 
@@ -511,5 +501,5 @@ def _report(what: str, keys: int, place: str, remark: str = "", *, as_json: bool
     if as_json:
         note_json({what: keys, **({"overwritten": True} if remark else {})})
     else:
-        text = f"{what} {keys} keys{'' if place == '-' else f' to {place}'}{remark}"
+        text = f"{what} {many(keys, 'key')}{'' if place == '-' else f' to {place}'}{remark}"
         standard_error().print(shown(text), markup=False)

@@ -259,9 +259,27 @@ def fail(error: ScopestateError, *, as_json: bool) -> NoReturn:
     if as_json:
         note_json({"error": {"code": error.code, "message": str(error)}})
     else:
-        text = f"[bold red]error[/] [dim]({escape(shown(error.code))})[/]: {escape(shown(str(error)))}"
-        standard_error().print(text)
+        print_error(str(error), error.code)
     raise typer.Exit(exit_code(error))
+
+
+def print_error(text: str, code: str | None = None) -> None:
+    """Print an error as every command does: `scopestate: error: what, where, what to do (CODE)`."""
+    behind = "" if code is None else f" [dim]({escape(shown(code))})[/]"
+    standard_error().print(f"scopestate: [bold red]error[/]: {escape(shown(text))}{behind}")
+
+
+def usage_error(error: Any, *, as_json: bool) -> NoReturn:
+    """Print what is wrong with the arguments, by an exception of Typer, and end the program."""
+    text = error.format_message().removeprefix("Invalid value: ").rstrip(".")
+    # A group without a command prints its help, and is such an exception too.
+    if text and as_json:
+        note_json({"error": {"code": "USAGE", "message": text}})
+    elif text:
+        context = getattr(error, "ctx", None)
+        command = "scopestate" if context is None else context.command_path
+        print_error(f"{text}{'' if text.endswith('?') else '.'} See `{command} --help`")
+    raise typer.Exit(Exit.USAGE)
 
 
 def note_json(facts: dict[str, Any]) -> None:

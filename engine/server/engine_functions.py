@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
@@ -123,12 +123,17 @@ class EngineFunctions:
         wanted = _read("engine::workers::list", data, _Listing).worker_id
         infos = [
             _worker_info(known)
-            for known in list(self._hub.workers.values())
+            for known in self._known_workers()
             if (known.metadata.get("pid") is not None if wanted is None else known.worker_id == wanted)
             and (worker is None or worker.sees(known))
         ]
         infos.sort(key=lambda info: (info["name"] or "", info["id"]))
         return _to_json({"workers": infos, "timestamp": time.time_ns() // 1_000_000})
+
+    def _known_workers(self) -> Iterator[Worker]:
+        """Yield the workers of this server. That of a directory knows those of the engine's other servers too."""
+        for hub in [self._hub] if self._hub.public else list(self._hub.engine._hubs):
+            yield from list(hub.workers.values())
 
     def _list_triggers(self, worker: Worker | None, data: Raw) -> bytes:
         internal = bool(_read("engine::triggers::list", data, _Listing).include_internal)

@@ -129,6 +129,7 @@ class Hub:
             raise InvalidRegistration("this engine has a server already: stop that one first")
         for function in self._published:
             self.functions.add(function)
+        engine._hubs.append(self)
 
     # ---------------------------------------------------------------------------------------------- coming and going
 
@@ -198,6 +199,7 @@ class Hub:
             self.disconnect(worker)
         for function in self._published:
             self.functions.discard(function.function_id, function.target)
+        self.engine._hubs.remove(self)
         self.triggers.dispatcher.close()
         self.deliveries.close()
         if self._timer is not None:

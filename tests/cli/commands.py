@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -40,6 +41,31 @@ def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Result(result.exit_code, result.stdout, result.stderr)
+
+
+def in_terminal(*arguments: str, **environment: str | None) -> str:
+    """Run a command in a terminal, and return what that was sent. None: a variable is not set."""
+    wanted = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", **environment}
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "scopestate", *arguments]
+    with subprocess.Popen(
+        command,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={name: value for name, value in wanted.items() if value is not None},
+    ) as process:
+        os.close(slave)
+        told = b""
+        try:
+            while piece := os.read(master, 65536):
+                told += piece
+        except OSError:
+            pass  # Linux says so when the last program that has the terminal open has ended
+        finally:
+            os.close(master)
+        process.wait(PATIENCE_S)
+    return told.decode()
 
 
 class Program:

@@ -41,7 +41,7 @@ def test_an_import_into_a_directory_in_use_names_the_address_of_its_engine(cli: 
     with open_store(folder) as engine:
         refused = cli("store", "import", str(folder), "-", stdin=lines)
         assert refused.code == 4
-        address = refused.err.split()[-1]
+        address = refused.err.split()[-2]
         assert address == f"ws+unix://{tmp_path}/a%20store/state.sock"
 
         assert cli("store", "import", address, "-", stdin=lines).code == 0

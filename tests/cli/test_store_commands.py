@@ -63,7 +63,7 @@ def keys_in(text: str) -> list[tuple[str, str, str]]:
 def test_info(cli: Run, store: Path) -> None:
     shown, plain = cli("store", "info", str(store)), cli("store", "info", str(store), "--json").json
 
-    assert "3 scopes, 2505 keys" in shown.out
+    assert "3 scopes, 2,505 keys" in shown.out
     assert {one["scope"]: one["keys"] for one in plain["scopes"]} == {"": 2, "users": 3, "a/b:c%": 2500}
     assert {one["scope"]: one["revision"] for one in plain["scopes"]} == {"": 4, "users": 5, "a/b:c%": 2502}
     assert plain["size_bytes"] > 0
@@ -152,8 +152,8 @@ def test_out_and_in_again_is_the_same_store(cli: Run, store: Path, tmp_path: Pat
     exported = cli("store", "export", str(store), str(file))
     imported = cli("store", "import", str(copy), str(file))
 
-    assert "exported 2505 keys" in exported.err
-    assert "imported 2505 keys" in imported.err
+    assert "exported 2,505 keys" in exported.err
+    assert "imported 2,505 keys" in imported.err
     assert content(copy) == content(store)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     again = tmp_path / "again.jsonl"
@@ -179,7 +179,7 @@ def test_into_a_running_engine(cli: Run, store: Path, server: Server, engine: En
     assert engine.list("a/b:c%") == list(range(2500))
     exported = cli("store", "export", server.url)
     assert exported.code == 0, exported.err
-    assert "exported 2505 keys" in exported.err
+    assert "exported 2,505 keys" in exported.err
     assert keys_in(exported.out) == keys_in(text)
     refused = cli("store", "info", server.url)
     assert (refused.code, "not a store" in refused.err) == (4, True)
