@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -16,8 +17,25 @@ from typing import Any
 
 import pytest
 
+import scopestate
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("actors", "config", "engine", "integrations", "ops", "persistence", "wire")
+IN_SOURCE = (
+    *(
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "Makefile",
+    ),
+    *PACKAGES,
+    *("docs", "examples", "tests"),
+)
+"""What the source distribution holds."""
 IMPORT_BUDGET_S = 0.100
 MOST_IMPORTS = 60
 
@@ -39,17 +57,30 @@ def project() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the source distribution, and of the wheel that was built from it alone."""
     # From a copy: setuptools packs what an earlier build left in `build/lib`, and a test leaves nothing in the tree.
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    target = tmp_path_factory.mktemp("wheel")
-    _run(sys.executable, "-m", "build", "--wheel", "--outdir", target, source, cwd=source)
-    (built,) = target.glob("*.whl")
-    return built
+    for name in IN_SOURCE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source)
+    target = tmp_path_factory.mktemp("built")
+    _run(sys.executable, "-m", "build", "--outdir", target, source, cwd=source)
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (found,) = built.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def sdist(built: Path) -> Path:
+    (found,) = built.glob("*.tar.gz")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +116,57 @@ def test_the_wheel_holds_every_source_file_under_its_import_name(wheel: Path) ->
 
 def test_the_wheel_is_typed_and_brings_the_default_configuration(wheel: Path) -> None:
     assert {"scopestate/py.typed", "scopestate/config/engine.yaml"} <= set(_files(wheel))
+
+
+def test_the_wheel_holds_no_tests_and_nothing_that_was_made_beside_the_source(wheel: Path) -> None:
+    inside = [Path(name) for name in _files(wheel) if ".dist-info/" not in name]
+
+    made = {".pyc", ".md", ".db", ".orig", ".rej"}
+    assert [str(path) for path in inside if path.suffix in made or {"tests", "docs"} & set(path.parts)] == []
+
+
+def test_the_source_distribution_holds_documentation_examples_and_tests(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+
+    assert set(IN_SOURCE) <= names
+    for folder in IN_SOURCE:
+        for file in (ROOT / folder).rglob("*.py") if (ROOT / folder).is_dir() else ():
+            assert file.relative_to(ROOT).as_posix() in names
+    assert [name for name in names if "__pycache__" in name or name.startswith((".", "build/"))] == []
+
+
+def test_a_package_index_accepts_both(built: Path) -> None:
+    files = sorted(built.iterdir())
+
+    assert len(files) == 2
+    assert _run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=built).count("PASSED") == 2
+
+
+def test_the_version_stands_in_one_place(
+    project: dict[str, Any], wheel: Path, sdist: Path, fresh_python: Path, tmp_path: Path
+) -> None:
+    version = project["project"]["version"]
+
+    assert scopestate.__version__ == version
+    assert (wheel.name.split("-")[1], sdist.name) == (version, f"scopestate-{version}.tar.gz")
+    assert _run(fresh_python, "-c", "import scopestate; print(scopestate.__version__)", cwd=tmp_path) == f"{version}\n"
+    elsewhere = [
+        file
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        if f'"{version}"' in file.read_text(encoding="utf-8").replace(f'such as "{version}"', "")
+    ]
+    assert elsewhere == []
+
+
+def test_the_command_says_which_extra_it_needs(fresh_python: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [fresh_python.parent / "scopestate"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "pip install 'scopestate[cli]'" in done.stderr
 
 
 def test_the_wheel_carries_its_licence(wheel: Path) -> None:
