@@ -10,8 +10,8 @@ SIMULATE_ARGS ?=
 EXAMPLE := examples/temperatures/run.py
 
 BIN := $(VENV)/bin
-PACKAGES := actors config engine integrations ops persistence wire
-SOURCES := $(sort $(shell find $(PACKAGES) -name '*.py' -o -name 'py.typed' -o -name '*.yaml'))
+PACKAGES := actors config console engine integrations ops persistence wire
+SOURCES := $(sort $(shell find $(PACKAGES) -name '*.py' -o -name 'py.typed' -o -name '*.yaml' -o -name '*.html' -o -name '*.css' -o -name '*.js'))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_ROOT_USER_ACTION := ignore
 

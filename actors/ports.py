@@ -260,6 +260,9 @@ class Backend(ABC):
     """What brings events of other engines; None if every event is one of a write through this engine."""
     unwatchable: str | None = None
     """Why the scopes cannot be watched; None: they can be."""
+    call_elsewhere: Callable[[str, bytes], bytes | None] | None = None
+    """Calls a function that changes nothing of the engine that has the scopes, by its id and with JSON, and waits for
+    the result; None: no other engine has them. It raises the error of the call."""
     catch_up: Callable[[], object] | None = None
     """Waits until every change that was made by now is in the feed; it may wait for a server, and raises StorageError.
     None: the router's turns enter them."""

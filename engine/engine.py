@@ -6,6 +6,7 @@ import builtins
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
@@ -55,7 +56,7 @@ from scopestate.ops.writes import Durable
 from scopestate.parts import Parts
 from scopestate.polled_watching import Polled, watch_now
 from scopestate.polls import Polls
-from scopestate.reactive import Hook, Reactive, checked_hook
+from scopestate.reactive import FAILURES_KEPT, Hook, Reactive, checked_hook
 from scopestate.snapshots import REFUSED, Call, Snapshots
 from scopestate.state import StateCalls
 from scopestate.stats import Health, Stats, check_health, measure
@@ -106,6 +107,7 @@ class Engine(Reactive, StateCalls):
             )
         checked_hook("on_error", on_error)
         checked_hook("on_dead_letter", on_dead_letter)
+        self._failures = deque(maxlen=FAILURES_KEPT)
         parts = Parts(config or Config(), adapter, dispatcher, self._report, self._tell_hooks)
         self._parts = parts
         self._limits = parts.limits

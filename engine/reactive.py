@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Never, Protocol, TypeGuard, TypeVar, Unpack, overload
+from typing import Any, Final, NamedTuple, Never, Protocol, TypeGuard, TypeVar, Unpack, overload
 
 from scopestate.actors.consuming import BY_THE_PROGRAM, Consumers
 from scopestate.actors.containment import Log, described, is_from_outside
@@ -26,6 +28,26 @@ log = Log("scopestate.triggers")
 F = TypeVar("F", bound=Callable[..., Any])
 Hook = Callable[[DeliveryFailure], object]
 R = TypeVar("R")
+
+
+FAILURES_KEPT: Final = 100
+"""Of the failures of deliveries, the newest ones are kept for the console."""
+_LONGEST_ERROR: Final = 1_000
+
+
+class FailureNote(NamedTuple):
+    """A DeliveryFailure without its event and its exception, which would keep values in memory."""
+
+    time_ms: int
+    """When it was reported, in milliseconds since the epoch."""
+    trigger_id: str
+    function_id: str
+    scope: str
+    key: str
+    revision: int
+    attempt: int
+    final: bool
+    error: str
 
 
 class Registrar(Protocol[T]):
@@ -59,6 +81,8 @@ class Reactive:
     _functions: Functions
     _router: EventRouter
     _hooks: dict[str, Hook | None]
+    _failures: deque[FailureNote]
+    """The newest failures of deliveries, the oldest first."""
 
     def _refuse_if_closed(self) -> None:
         """Raise EngineClosed if the engine takes no more registrations."""
@@ -242,6 +266,14 @@ class Reactive:
         self._tell_hooks(failure)
 
     def _tell_hooks(self, failure: DeliveryFailure) -> None:
+        event = failure.event
+        self._failures.append(
+            FailureNote(
+                time.time_ns() // 1_000_000, failure.trigger_id, failure.function_id, event.scope, event.key,
+                event.revision, failure.attempt, failure.final,
+                f"{class_name(failure.error)}: {described(failure.error)}"[:_LONGEST_ERROR],
+            )
+        )  # fmt: skip
         for name, wanted in (("error", True), ("dead letter", failure.final)):
             hook = self._hooks[name]
             if hook is not None and wanted:

@@ -110,7 +110,7 @@ def test_example_runs_without_error_or_warning(page: Path, source: str, printed:
 
 def test_each_logger_of_the_source_has_its_line_and_no_other() -> None:
     used = set()
-    for package in ("actors", "config", "engine", "integrations", "ops", "persistence", "wire"):
+    for package in ("actors", "config", "console", "engine", "integrations", "ops", "persistence", "wire"):
         for file in (ROOT / package).rglob("*.py"):
             used.update(re.findall(r'(?:getLogger|\bLog)\("(scopestate[^"]*)"\)', file.read_text(encoding="utf-8")))
 

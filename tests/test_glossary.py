@@ -15,7 +15,18 @@ ROOT = Path(__file__).parents[1]
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 SOURCES = sorted(
     file
-    for folder in ("actors", "benchmarks", "config", "engine", "examples", "integrations", "ops", "persistence", "wire")
+    for folder in (
+        "actors",
+        "benchmarks",
+        "config",
+        "console",
+        "engine",
+        "examples",
+        "integrations",
+        "ops",
+        "persistence",
+        "wire",
+    )
     for file in (ROOT / folder).rglob("*.py")
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -20,7 +20,7 @@ import pytest
 import scopestate
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("actors", "config", "engine", "integrations", "ops", "persistence", "wire")
+PACKAGES = ("actors", "config", "console", "engine", "integrations", "ops", "persistence", "wire")
 IN_SOURCE = (
     *(
         "pyproject.toml",

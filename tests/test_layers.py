@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERED = ("actors", "config", "integrations", "ops", "persistence", "wire")
+LAYERED = ("actors", "config", "console", "integrations", "ops", "persistence", "wire")
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_nothing_guesses_what_a_backend_can_do() -> None:
     assert list(_guesses(ast.parse("if hasattr(self.parts.backend, 'counts'):\n    pass"))) == [1]  # it does find one
     found = [
         f"{file.relative_to(ROOT)}:{line}"
-        for folder in ("actors", "config", "engine", "integrations", "ops", "persistence", "wire")
+        for folder in ("actors", "config", "console", "engine", "integrations", "ops", "persistence", "wire")
         for file in (ROOT / folder).rglob("*.py")
         for line in _guesses(ast.parse(file.read_text(encoding="utf-8")))
     ]

@@ -18,7 +18,7 @@ import scopestate
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
     file
-    for folder in ("actors", "config", "engine", "integrations", "ops", "persistence", "wire")
+    for folder in ("actors", "config", "console", "engine", "integrations", "ops", "persistence", "wire")
     for file in (ROOT / folder).rglob("*.py")
 )
 LONGEST_FUNCTION = 60

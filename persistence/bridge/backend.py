@@ -122,6 +122,7 @@ class BridgeBackend(Backend):
         self.leaving = False
         """As in `Connection`."""
         self._open = [None]
+        self.call_elsewhere = self.read_now
         self.changes: RemoteChanges = RemoteChanges(
             self._post, options.call_timeout_ms, options.connect_wait_ms, lambda: self.leaving
         )

@@ -15,7 +15,7 @@ from benchmarks.against import Change, Comparison, pair_rows, table
 from benchmarks.harness import Compared, Row
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("actors", "benchmarks", "config", "engine", "integrations", "ops", "persistence", "wire")
+FOLDERS = ("actors", "benchmarks", "config", "console", "engine", "integrations", "ops", "persistence", "wire")
 
 # Each test that builds runs pip, which may fetch the build backend: seconds on an idle machine, minutes on a busy one.
 pytestmark = pytest.mark.timeout(1200)

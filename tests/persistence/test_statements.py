@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("actors", "config", "engine", "integrations", "ops", "persistence", "wire")
+PACKAGES = ("actors", "config", "console", "engine", "integrations", "ops", "persistence", "wire")
 
 
 def _texts(file: Path) -> list[str]:

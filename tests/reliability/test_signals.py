@@ -23,7 +23,7 @@ from scopestate.signals import SLICE_S, Guard, SignalPipe, exclusive, join, wait
 SIGNALS = 500
 PRODUCT = [
     Path(__file__).parents[2] / folder
-    for folder in ("actors", "config", "engine", "integrations", "ops", "persistence", "wire")
+    for folder in ("actors", "config", "console", "engine", "integrations", "ops", "persistence", "wire")
 ]
 
 

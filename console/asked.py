@@ -1,0 +1,90 @@
+"""What a page is asked, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import quote, unquote
+
+from starlette.datastructures import QueryParams
+from starlette.responses import Response, StreamingResponse
+
+from scopestate.engine import Engine
+from scopestate.errors import DeserializationError
+
+CHUNK = 256 * 1024
+
+
+class Asked:
+    """A request, as a page sees it. Pages are made on threads, and may use the calls of the engine that wait."""
+
+    def __init__(
+        self, engine: Engine, query: QueryParams, form: list[tuple[str, str]], token: str, *, may_write: bool
+    ) -> None:
+        self.engine = engine
+        self.query = query
+        self._form = form
+        self.token = token
+        """For the forms of the page."""
+        self.may_write = may_write
+
+    def name(self, field: str) -> str:
+        """Return a scope, a key or an id of the address. Raises DeserializationError if it is not there."""
+        found, quoted = self.query.get(field), self.query.get(f"{field}_quoted")
+        if found is None and quoted is not None:
+            return unquote(quoted)  # a form of a page: browsers change line ends in what they send
+        if found is None:
+            raise DeserializationError(f"the address of this page needs `{field}`")
+        return found
+
+    def optional(self, field: str) -> str | None:
+        """Return a field of the address; None if it is not there or empty."""
+        return self.query.get(field) or None
+
+    def number(self, field: str, otherwise: int, most: int) -> int:
+        """Return a number of the address, 1 to `most`."""
+        text = self.query.get(field, "")
+        return min(max(int(text), 1), most) if text.isascii() and text.isdecimal() else otherwise
+
+    def field(self, name: str) -> str | None:
+        """Return a field of the form; None if it is not there."""
+        return next((value for known, value in self._form if known == name), None)
+
+    def fields(self, name: str) -> list[str]:
+        """Return all fields of the form with this name."""
+        return [value for known, value in self._form if known == name]
+
+
+class Shown(NamedTuple):
+    """A template with what it shows."""
+
+    template: str
+    facts: Mapping[str, Any]
+    status: int = 200
+
+
+class Moved(NamedTuple):
+    """The browser goes to another page of the console: what a form has asked for is done."""
+
+    to: str
+
+
+class Download(NamedTuple):
+    """A value as a file."""
+
+    content: bytes
+    name: str
+
+    def response(self) -> Response:
+        """Return it in pieces, so that a large one does not hold the event loop."""
+        disposition = f"attachment; filename=\"value.json\"; filename*=UTF-8''{quote(self.name, safe='')}"
+        headers = {"Content-Disposition": disposition, "Content-Length": str(len(self.content))}
+        return StreamingResponse(self._pieces(), headers=headers, media_type="application/json")
+
+    def _pieces(self) -> Iterator[bytes]:
+        for start in range(0, len(self.content), CHUNK):
+            yield self.content[start : start + CHUNK]
+
+
+Answer: TypeAlias = Shown | Moved | Download
+Page: TypeAlias = Callable[[Asked], Answer]

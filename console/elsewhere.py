@@ -1,0 +1,64 @@
+"""What the engine that has the scopes knows: its workers, functions and triggers.
+
+It may be this engine, with or without a server, or another one that this engine reaches: as its follower, or through a
+bridge. Then the other engine is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+from scopestate.engine import Engine
+from scopestate.errors import FunctionNotFound, ScopestateError
+
+
+class Listing(NamedTuple):
+    """A list that an engine was asked for."""
+
+    found: list[dict[str, Any]]
+    note: str
+    """Why there is nothing to list; empty if there is."""
+
+
+def workers_of(engine: Engine) -> Listing:
+    """Return the workers that are connected to the server."""
+    listing = _listed(engine, "engine::workers::list", "workers", {})
+    if listing is None:
+        return Listing([], "No server runs with this engine, so no worker can connect.")
+    return listing
+
+
+def functions(engine: Engine) -> list[dict[str, Any]]:
+    """Return the functions that can be called, by id: with a server those of its workers too."""
+    listing = _listed(engine, "engine::functions::list", "functions", {"include_internal": True})
+    if listing is None or not listing.found:
+        found = [{"function_id": one["name"], "description": one.get("description")} for one in engine.functions()]
+    else:
+        found = listing.found
+    return sorted(found, key=lambda one: str(one["function_id"]))
+
+
+def triggers_elsewhere(engine: Engine) -> Listing | None:
+    """Return the triggers of the other engine, if there is one."""
+    if engine._parts.backend.call_elsewhere is None:
+        return None
+    return _listed(engine, "engine::triggers::list", "triggers", {})
+
+
+def _listed(engine: Engine, function_id: str, field: str, payload: dict[str, Any]) -> Listing | None:
+    """Call a function of the server; None: there is none."""
+    call = engine._parts.backend.call_elsewhere
+    try:
+        if call is None:
+            answer: Any = engine.call(function_id, payload)
+        else:
+            answer = msgspec.json.decode(call(function_id, msgspec.json.encode(payload)) or b"null")
+    except FunctionNotFound:
+        return None
+    except ScopestateError as error:
+        return Listing([], f"The other engine does not tell: {error}" if call else str(error))
+    found = answer.get(field) if isinstance(answer, dict) else None
+    items = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return Listing(items, "")

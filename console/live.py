@@ -1,0 +1,134 @@
+"""Live changes: the page, and the stream of server-sent events that its script reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from scopestate.console.asked import Answer, Asked, Shown
+from scopestate.console.rendering import link, preview
+from scopestate.console.security import Message, Receive, Scope, Send
+from scopestate.console.texts import one_line
+from scopestate.engine import Engine
+from scopestate.integrations.sse import HEADERS, StreamOptions, Watched, WatchStream, open_stream
+from scopestate.ops.changes import Change
+from scopestate.ops.results import EventName
+
+KINDS: Final[tuple[EventName, ...]] = ("created", "updated", "deleted", "expired")
+LONGEST_S: Final = 600.0
+"""A stream ends after so many seconds. The browser connects again, and goes on where it was if it is still let in."""
+SHARE: Final = 4
+"""One client can have this part of the streams."""
+BUFFER: Final = 1_000
+"""Changes that wait for a slow client; of each key only the newest."""
+
+
+def changes(asked: Asked) -> Answer:
+    """Show changes as they happen."""
+    query = asked.query
+    chosen = [kind for kind in KINDS if kind in query.getlist("events")] or list(KINDS)
+    filters = {name: query.get(name) or None for name in ("scope", "scope_prefix", "prefix")}
+    address = link("stream", **filters, events=",".join(chosen) if len(chosen) < len(KINDS) else None)
+    facts = {
+        "filters": filters,
+        "kinds": KINDS,
+        "chosen": chosen,
+        "stream": address,
+        "unwatchable": asked.engine._parts.backend.unwatchable,
+    }
+    return Shown("changes.html", facts)
+
+
+class Streams:
+    """The open streams of one console, which are bounded."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._of_client: Counter[str] = Counter()
+
+    async def open(self, request: Request, engine: Engine) -> Response:
+        """Begin a stream; refused if there are too many. Raises what a watch raises."""
+        client = request.client.host if request.client is not None else ""
+        if self._of_client.total() >= self._most or self._of_client[client] >= max(1, self._most // SHARE):
+            said = "Too many streams of live changes are open. Close other pages of the console.\n"
+            return PlainTextResponse(said, 503, {"Retry-After": "10"})
+        self._of_client[client] += 1
+        try:
+            watched, options = _watched(request, engine)
+            stream = await open_stream(
+                watched, request.headers.get("Last-Event-ID"), data=_shown, retry_ms=2_000, **options
+            )
+        except BaseException:
+            self._end(client)
+            raise
+        return _Stream(stream, lambda: self._end(client))
+
+    def _end(self, client: str) -> None:
+        self._of_client[client] -= 1
+        if self._of_client[client] <= 0:
+            del self._of_client[client]
+
+
+def _watched(request: Request, engine: Engine) -> tuple[Watched, dict[str, Any]]:
+    query = request.query_params
+    options: StreamOptions = {"snapshot": False, "latest": True, "buffer": BUFFER}
+    if "key" in query:
+        options["key"] = query["key"]
+    elif query.get("prefix"):
+        options["prefix"] = query["prefix"]
+    wanted = query.get("events", "").split(",")
+    chosen = [kind for kind in KINDS if kind in wanted]
+    if chosen:
+        options["events"] = chosen
+    if query.get("scope") or "key" in query:
+        return engine.scope(query.get("scope", "")), dict(options)
+    return engine, {**options, "scope_prefix": query.get("scope_prefix") or None}
+
+
+def _shown(change: Change) -> dict[str, Any]:
+    """Return what the script shows of a change. Everything in it is a text, for `textContent`."""
+    created = change.kind == "put" and change.old_json is None
+    return {
+        "kind": "created" if created else {"put": "updated", "delete": "deleted", "expire": "expired"}[change.kind],
+        "scope": one_line(change.scope[:200]) or "(empty)",
+        "key": one_line(change.key[:200]) or "(empty)",
+        "revision": change.revision,
+        "value": preview(change.json),
+        "entry": link("entry", scope=change.scope, key=change.key),
+    }
+
+
+class _Stream(Response):
+    """A stream as the answer to a request."""
+
+    def __init__(self, stream: WatchStream, ended: Callable[[], object]) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["Content-Length"]
+        self._stream = stream
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request, as ASGI says."""
+        try:
+            await self._stream(scope, _bounded(receive, LONGEST_S), send, self.raw_headers)
+        finally:
+            self._ended()
+
+
+def _bounded(receive: Receive, longest_s: float) -> Callable[[], Awaitable[Message]]:
+    """Return a `receive` by which the client goes after so many seconds at the latest."""
+    ends = asyncio.get_running_loop().time() + longest_s
+
+    async def receive_or_end() -> Message:
+        try:
+            async with asyncio.timeout_at(ends):
+                return await receive()
+        except TimeoutError:
+            return {"type": "http.disconnect"}
+
+    return receive_or_end
