@@ -14,10 +14,10 @@ PATIENCE_S = 30.0
 
 
 class Served:
-    """`with Served(app) as served:` runs the application on a free port of this machine."""
+    """`with Served(app) as served:` runs the application on this machine; `port` 0: on a free port."""
 
-    def __init__(self, app: Any, **options: Any) -> None:
-        config = uvicorn.Config(app, port=0, log_level="warning", ws="websockets-sansio", **options)
+    def __init__(self, app: Any, *, port: int = 0, **options: Any) -> None:
+        config = uvicorn.Config(app, port=port, log_level="warning", ws="websockets-sansio", **options)
         self.server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self.server.run, name="uvicorn")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from leftovers import no_leftovers
-from playwright.sync_api import Browser, Playwright, sync_playwright
+from playwright.sync_api import Browser, Playwright, expect, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import windows`
 
@@ -36,6 +36,7 @@ def nothing_left_behind() -> Iterator[None]:
 # the thread of the tests, and `asyncio.run` in a test of another folder would refuse.
 @pytest.fixture(scope="module")
 def playwright() -> Iterator[Playwright]:
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as started:
         yield started
 
@@ -45,6 +46,7 @@ def _launched(playwright: Playwright, name: str) -> Browser:
     return playwright.chromium.launch(
         executable_path=chosen.path,
         env={**os.environ, **chosen.environment},
+        args=["--host-resolver-rules=MAP *.example 127.0.0.1"],  # sites of other people, for attacks
         timeout=PATIENCE_MS,
     )
 
