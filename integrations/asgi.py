@@ -11,14 +11,15 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from scopestate.config import Config
 from scopestate.engine import Engine
 from scopestate.integrations._web_server import workers
 from scopestate.persistence.local import LocalBackend
+from scopestate.reactive import Hook
 
-__all__ = ["lifespan", "open_engine"]
+__all__ = ["EngineOptions", "lifespan", "open_engine"]
 
 log = logging.getLogger("scopestate.integrations")
 
@@ -27,8 +28,17 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | Config | Engine | None
 _warned = False
 
 
+class EngineOptions(TypedDict, total=False):
+    """Options of `Engine.from_config`."""
+
+    watch: bool
+    on_error: Hook | None
+    on_dead_letter: Hook | None
+    handle_sigterm: bool
+
+
 @asynccontextmanager
-async def open_engine(source: Source = None, **options: Any) -> AsyncIterator[Engine]:
+async def open_engine(source: Source = None, **options: Unpack[EngineOptions]) -> AsyncIterator[Engine]:
     """Open an engine, for the body of an `async with` in a lifespan of your own, and close it in order at its end.
 
     `source` and `options` are those of `Engine.from_config`. `source` may also be an open engine, such as one that a
@@ -55,7 +65,7 @@ def lifespan(
     *,
     setup: Callable[[Engine], Awaitable[None] | None] | None = None,
     name: str = "engine",
-    **options: Any,
+    **options: Unpack[EngineOptions],
 ) -> Callable[[object], AbstractAsyncContextManager[dict[str, Engine]]]:
     """Return a lifespan for an application: `Starlette(lifespan=lifespan("engine.yaml"))`, the same for FastAPI.
 

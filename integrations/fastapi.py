@@ -23,6 +23,7 @@ from scopestate.engine import Engine
 from scopestate.handles import Scope
 from scopestate.integrations.problems import MEDIA_TYPE, SCHEMA, STATUSES
 from scopestate.integrations.starlette import WatchResponse, engine_of, exception_handlers, watch_response
+from scopestate.typed_results import OnInvalid
 
 __all__ = ["EngineDep", "WatchResponse", "exception_handlers", "problem_responses", "scope_of", "watch_response"]
 
@@ -35,14 +36,14 @@ EngineDep = Annotated[Engine, Depends(_engine)]
 """A parameter of this type is the engine that the lifespan has opened; of a route or a WebSocket."""
 
 
-def scope_of(scope: str, *, engine: str = "engine", **options: Any) -> Any:
+def scope_of(scope: str, *, type: Any = None, on_invalid: OnInvalid = "raise", engine: str = "engine") -> Any:  # noqa: A002 - as `Engine.scope`
     """Return a dependency, a handle on one scope: `Users = Annotated[Scope[User], scope_of("users", type=User)]`.
 
-    `options` are those of `Engine.scope`, such as `type`; `engine` is the `name` of the lifespan.
+    `type` and `on_invalid` are those of `Engine.scope`; `engine` is the `name` of the lifespan.
     """
 
     async def handle(connection: HTTPConnection) -> Scope:
-        handle: Scope = engine_of(connection, engine).scope(scope, **options)
+        handle: Scope = engine_of(connection, engine).scope(scope, type=type, on_invalid=on_invalid)
         return handle
 
     return Depends(handle)

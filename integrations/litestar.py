@@ -26,7 +26,7 @@ except ImportError as error:
 
 from scopestate.engine import Engine
 from scopestate.errors import ScopestateError
-from scopestate.integrations.asgi import Source, lifespan
+from scopestate.integrations.asgi import EngineOptions, Source, lifespan
 from scopestate.integrations.problems import problem_of
 from scopestate.integrations.sse import HEADERS, ResponseOptions, Watched, WatchStream, open_stream
 
@@ -51,7 +51,7 @@ class ScopestatePlugin(InitPlugin):
         setup: Callable[[Engine], Awaitable[None] | None] | None = None,
         name: str = "engine",
         handle_errors: bool = True,
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ) -> None:
         self._open = lifespan(source, setup=setup, name=name, **options)
         self._name = name

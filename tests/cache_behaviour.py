@@ -249,7 +249,7 @@ class CacheBehaviour:
         assert square(3) == {"square": 9}
         assert calls == [3]
         assert _leases(cache) == []
-        del cache[square.__cache_key__(3)]  # type: ignore[attr-defined]  # `memoize` adds it
+        del cache[square.__cache_key__(3)]
         square(3)
         assert calls == [3, 3]
 
@@ -286,8 +286,8 @@ class CacheBehaviour:
             return "own"
 
         for call, key in (
-            (own, own.__cache_key__()),  # type: ignore[attr-defined]  # as above
-            (lambda: asyncio.run(own_async()), own_async.__cache_key__()),  # type: ignore[attr-defined]  # as above
+            (own, own.__cache_key__()),
+            (lambda: asyncio.run(own_async()), own_async.__cache_key__()),
         ):
             cache.engine.set(f"{cache.scope}:leases", key, 1, ttl=600)
             with ThreadPoolExecutor(1) as pool:
@@ -301,7 +301,7 @@ class CacheBehaviour:
         def value() -> str:
             return "own"
 
-        cache.engine.set(f"{cache.scope}:leases", value.__cache_key__(), 1, ttl=0.2)  # type: ignore[attr-defined]
+        cache.engine.set(f"{cache.scope}:leases", value.__cache_key__(), 1, ttl=0.2)
         assert value() == "own"
 
 

@@ -12,7 +12,19 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Final,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+    overload,
+)
 
 from scopestate.errors import Conflict, DeserializationError, ScopestateError, Unsupported
 from scopestate.integrations.cache.values import (
@@ -32,7 +44,10 @@ if TYPE_CHECKING:
     from scopestate.integrations.cache.cache import Cache
     from scopestate.ops.results import SetResult
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
 
 log = logging.getLogger("scopestate.integrations")
 
@@ -70,6 +85,26 @@ class Computation:
         return ABSENT if outcome.stored is None else value_of(decode(outcome.stored))
 
 
+class Memoized(Protocol[P, R]):
+    """A function whose results are kept. Called as the function is, and a method where that is one."""
+
+    __wrapped__: Callable[P, R]
+    """The function itself."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Return the result of a call, kept or computed."""
+
+    def __cache_key__(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """Return the key of a call in the cache."""
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(
+        self: Memoized[Concatenate[Any, Q], S], instance: object, owner: type | None = None
+    ) -> Callable[Q, S]: ...
+
+
 class Memoize:
     """What `Cache.memoize` returns: decorates a function."""
 
@@ -93,7 +128,7 @@ class Memoize:
         self._lease = lease
         self._early = early
 
-    def __call__(self, function: F) -> F:
+    def __call__(self, function: Callable[P, R]) -> Memoized[P, R]:
         """Return the function with results that are kept."""
         base = self._base(function)
         memo = Memo(self._cache, function, self._options, self._tag, self._lease, self._early)
@@ -107,7 +142,7 @@ class Memoize:
             wrapper = _decorated(memo, key_of_call)
         wrapper = functools.wraps(function)(wrapper)
         wrapper.__cache_key__ = lambda *args, **kwargs: key_of_call(args, kwargs)
-        return wrapper  # type: ignore[no-any-return]  # it takes and returns what the function does
+        return cast("Memoized[P, R]", wrapper)
 
     def _base(self, function: Callable[..., Any]) -> str:
         if not callable(function):

@@ -1,4 +1,4 @@
-"""Type checkers see what the handles promise: `expected.py` is without an error, `mistakes.py` is full of them."""
+"""Type checkers see what the API promises: files of expected types are without an error, mistakes are found."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,58 +14,67 @@ from node_packages import NODE, from_npm
 HERE = Path(__file__).parent
 PYRIGHT = "1.1.405"
 MARK = "# wrong"
+EXPECTED = ["expected.py", "integrations_expected.py"]
+MISTAKES = ["mistakes.py", "integrations_mistakes.py"]
 
-Check = Callable[[Path, Path], dict[int, str]]
+Place = tuple[str, int]
+"""The name of a file, and a line."""
 
 
-def by_mypy(file: Path, folder: Path) -> dict[int, str]:
-    """Return the errors that mypy finds, by line."""
+def by_mypy(folder: Path) -> dict[Place, str]:
+    """Return the errors that mypy finds in all files."""
     command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--hide-error-context"]
-    command += ["--cache-dir", str(folder / "mypy"), "--config-file", "", str(file)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    command += ["--cache-dir", str(folder / "mypy"), "--config-file", "", *EXPECTED, *MISTAKES]
+    finished = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=280, check=False)
     assert finished.stderr == ""
-    errors: dict[int, str] = {}
+    errors: dict[Place, str] = {}
     for line in finished.stdout.splitlines():
         name, number, kind, text = line.split(":", 3)
-        assert Path(name).name == file.name, line
         if kind.strip() == "error":
-            errors.setdefault(int(number), text)
+            errors.setdefault((name, int(number)), text)
     return errors
 
 
-def by_pyright(file: Path, folder: Path) -> dict[int, str]:
-    """Return the errors that pyright finds, by line."""
+def by_pyright(folder: Path) -> dict[Place, str]:
+    """Return the errors that pyright finds in all files."""
     package = from_npm(f"pyright-{PYRIGHT}", f"pyright@{PYRIGHT}") / "node_modules" / "pyright"
-    shutil.copy(file, folder)
+    names = [*EXPECTED, *MISTAKES]
+    for name in names:
+        shutil.copy(HERE / name, folder)
     settings = folder / "pyrightconfig.json"
-    settings.write_text(json.dumps({"typeCheckingMode": "strict", "include": [file.name]}), encoding="utf-8")
+    settings.write_text(json.dumps({"typeCheckingMode": "strict", "include": names}), encoding="utf-8")
     command = [NODE, str(package / "index.js"), "--outputjson", "--pythonpath", sys.executable, "-p", str(settings)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     report = json.loads(finished.stdout)
-    assert report["summary"]["filesAnalyzed"] == 1, finished.stdout
+    assert report["summary"]["filesAnalyzed"] == len(names), finished.stdout
     return {
-        one["range"]["start"]["line"] + 1: one["message"]
+        (Path(one["file"]).name, one["range"]["start"]["line"] + 1): one["message"]
         for one in report["generalDiagnostics"]
         if one["severity"] == "error"
     }
 
 
-checkers = pytest.mark.parametrize("check", [by_mypy, by_pyright])
+@pytest.fixture(scope="module", params=[by_mypy, by_pyright])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Place, str]:
+    """The errors that a type checker finds."""
+    errors: dict[Place, str] = request.param(tmp_path_factory.mktemp("types"))
+    return errors
 
 
-@checkers
-@pytest.mark.timeout(300)  # pyright is fetched once
-def test_what_is_right_is_accepted(check: Check, tmp_path: Path) -> None:
-    assert check(HERE / "expected.py", tmp_path) == {}
+@pytest.mark.timeout(600)  # pyright is fetched once
+def test_what_is_right_is_accepted(found: dict[Place, str]) -> None:
+    assert {place: text for place, text in found.items() if place[0] in EXPECTED} == {}
 
 
-@checkers
-@pytest.mark.timeout(300)  # pyright is fetched once
-def test_each_mistake_is_found_and_nothing_else(check: Check, tmp_path: Path) -> None:
-    file = HERE / "mistakes.py"
-    marked = {number for number, line in enumerate(file.read_text().splitlines(), 1) if line.endswith(MARK)}
+@pytest.mark.timeout(600)  # likewise
+def test_each_mistake_is_found_and_nothing_else(found: dict[Place, str]) -> None:
+    marked = {
+        (name, number)
+        for name in MISTAKES
+        for number, line in enumerate((HERE / name).read_text().splitlines(), 1)
+        if line.endswith(MARK)
+    }
 
-    found = check(file, tmp_path)
-
-    assert {number: text for number, text in found.items() if number not in marked} == {}
+    assert len(marked) > 70
+    assert {place: text for place, text in found.items() if place[0] in MISTAKES and place not in marked} == {}
     assert marked - found.keys() == set()
