@@ -33,7 +33,7 @@ from scopestate.ops.results import BatchResult, CasResult, ModifyResult, SetResu
 from scopestate.ops.transactions import DeliveryBatch, SetAll
 from scopestate.ops.turns import LAST_MS, NO_DEADLINE, Delete, Items, List, Range, Set, Turn, Update, refuse_size
 from scopestate.ops.values import encode
-from scopestate.ops.writes import DELETE, KEEP, CompareAndSet, Durable, Modify, SetWith, same_json
+from scopestate.ops.writes import DELETE, KEEP, CompareAndSet, Durable, Modify, SetWith, Touch, same_json
 from scopestate.signals import certainly
 from scopestate.wire.depth import event_depth
 
@@ -344,6 +344,21 @@ class LocalScope(ScopeInMemory):
             self._write(key, old, turn.data)
         return SetResult(old, turn.data, revision=self._sequence, detailed=True)
 
+    def _touch(self, turn: Touch) -> bool:
+        """As `_decide`, for a new deadline of a key that exists."""
+        key, asked, deadlines = turn.key, turn.deadline, self._deadlines
+        now_ms = self._around.clock.now_ms()
+        expires_ms = asked.expires_ms if asked.ttl_ms is None else min(now_ms + asked.ttl_ms, LAST_MS)
+        if (
+            self.rule is not NO_RULE
+            or expires_ms is None
+            or key not in self._values  # type: ignore[operator]  # within a turn
+            or (key in deadlines and deadlines[key] <= now_ms)
+        ):
+            return self._decide(turn)
+        self._write_deadline(key, expires_ms, now_ms)
+        return True
+
     def _read_many(self, turn: Turn[A]) -> A:
         """As `_decide`, for a turn that reads many keys.
 
@@ -644,6 +659,7 @@ _WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
     **dict.fromkeys((Keys, Pairs, Values, Entries, State, Count, ReadPage, DeleteRange, Items), LocalScope._read_many),
     CompareAndSet: LocalScope._compare_and_set,
     Modify: LocalScope._modify,
+    Touch: LocalScope._touch,
     Durable: LocalScope._open,
 }
 """Turns that do not simply decide. tests/properties/test_turns.py holds what they do equal to `decide`."""

@@ -53,8 +53,8 @@ MOST_UNSAVED: Final = 2**31
 write may have had a higher one. It is compared at each save, which leaves the rest to the writes until the next one.
 """
 
-_COMMITS: Final = ("_write", "_create", "_write_timed", "_remove", "_write_all", "_apply")
-"""The methods that have a stretch."""
+_COMMITS: Final = ("_write", "_create", "_write_timed", "_write_deadline", "_remove", "_write_all", "_apply")
+"""The methods that have a stretch, all of them: a scope that takes no writes has others in their place."""
 _UNUSED: Final[dict[str, int]] = {}
 _NONE_GONE: Final[dict[int, None]] = {}
 """Shared by the scopes that are not kept: nothing is put into them."""
@@ -389,6 +389,25 @@ class ScopeInMemory(ScopeActor):
             self._tell()
         if timed:
             self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
+
+    def _write_deadline(self, key: str, expires_ms: int, now_ms: int) -> None:
+        """Commit that a key that exists has another deadline, and nothing else: as `_commit`, in less time."""
+        sooner = self._place(key, expires_ms, now_ms)
+        deadlines, dirty, gate = self._deadlines, self._dirty, self._gate
+        if gate is not None:
+            gate.unsettled = True
+            self.readable = None  # before the deadline can be seen
+        self.touched = True
+        # The stretch begins here. If there is no memory for the deadline, the key is saved once more as it was.
+        if dirty is not None:
+            dirty[key] = None
+            self._registry[self.scope] = self
+        deadlines[key] = expires_ms
+        # The stretch has ended.
+        if gate is not None:
+            self._tell()
+        if sooner:
+            self._expect()
 
     # -------------------------------------------------------------------------------------------------- many changes
 

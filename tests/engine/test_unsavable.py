@@ -191,7 +191,14 @@ def test_a_scope_at_the_highest_number_that_a_store_holds_can_be_read_and_not_wr
     engine.set("t", "k", 1)
 
     assert engine.get("s", "k") == 1
-    for write in (lambda: engine.set("s", "k", 2), lambda: engine.delete("s", "k"), lambda: engine.set("s", "new", 2)):
+    for write in (
+        lambda: engine.set("s", "k", 2),
+        lambda: engine.set("s", "k", 2, ttl=60),
+        lambda: engine.set("s", "new", 2),
+        lambda: engine.delete("s", "k"),
+        lambda: engine.touch("s", "k", 60),
+        lambda: engine.touch("s", "k", None),
+    ):
         with pytest.raises(StorageError, match="takes no more writes"):
             write()
     engine.flush()
