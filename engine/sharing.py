@@ -184,6 +184,11 @@ class Sharing:
         return LocalBackend(self._store, self._durability_of)
 
     @property
+    def follows(self) -> bool:
+        """Whether another engine owns the directory, so that calls go over a connection."""
+        return self._role == "follower"
+
+    @property
     def _mark(self) -> str:
         """The file that says that the owner has, or had, followers. It goes when an owner without any closes."""
         return os.path.join(self.directory, FOLLOWED_FILE)

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Protocol
 
 try:
-    from asgiref.sync import sync_to_async
     from django.core.cache.backends.base import DEFAULT_TIMEOUT, BaseCache
     from django.core.exceptions import ImproperlyConfigured
     from django.http import HttpResponse
@@ -30,9 +29,8 @@ except ImportError as error:
     raise ImportError("scopestate.integrations.django needs Django: pip install 'scopestate[django]'") from error
 
 from scopestate.engine import Engine
-from scopestate.errors import Conflict
 from scopestate.integrations.cache import Cache
-from scopestate.integrations.cache.values import deadline, hold, name_of, pack, value_of
+from scopestate.integrations.cache.values import hold
 from scopestate.signals import Guard
 
 __all__ = ["StateCache"]
@@ -137,9 +135,11 @@ class StateCache(BaseCache):  # type: ignore[misc]  # Django has no types
         self, data: Mapping[Any, Any], timeout: Any = DEFAULT_TIMEOUT, version: int | None = None
     ) -> list[Any]:
         """Set many values, 500 in a step; return []: none fails by itself."""
-        named = {self.make_and_validate_key(key, version): self._packed(value) for key, value in data.items()}
-        self._cache.set_many(named, self._expire(timeout))
+        self._cache.set_many(self._named(data, version), self._expire(timeout))
         return []
+
+    def _named(self, data: Mapping[Any, Any], version: int | None) -> dict[str, Any]:
+        return {self.make_and_validate_key(key, version): self._packed(value) for key, value in data.items()}
 
     def delete_many(self, keys: Iterable[Any], version: int | None = None) -> None:
         """Remove many entries, 500 in a step."""
@@ -151,41 +151,59 @@ class StateCache(BaseCache):  # type: ignore[misc]  # Django has no types
 
     # ----------------------------------------------------------------------------------------------------- asyncio
 
-    # Those that are not here run the ones above on a thread, as Django's own backends do.
+    # What is not here runs the calls above on a thread, as in Django's own backends.
 
     async def aget(self, key: Any, default: Any = None, version: int | None = None) -> Any:
         """As `get`."""
-        cache, name = self._cache, name_of(self.make_and_validate_key(key, version))
-        value = await cache.engine.aio.get(cache.scope, name, _ABSENT)
-        return default if value is _ABSENT else self._unpacked(value_of(value))
+        value = await self._cache.aio.get(self.make_and_validate_key(key, version), _ABSENT)
+        return default if value is _ABSENT else self._unpacked(value)
+
+    async def ahas_key(self, key: Any, version: int | None = None) -> bool:
+        """As `has_key`."""
+        return await self._cache.aio.contains(self.make_and_validate_key(key, version))
 
     async def aset(self, key: Any, value: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None) -> None:  # noqa: ASYNC109 - as Django has it
         """As `set`."""
-        await self._aset(key, value, timeout, version)
+        name = self.make_and_validate_key(key, version)
+        await self._cache.aio.set(name, self._packed(value), self._expire(timeout))
 
     async def aadd(self, key: Any, value: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None) -> bool:  # noqa: ASYNC109 - as Django has it
         """As `add`."""
-        try:
-            await self._aset(key, value, timeout, version, if_absent=True)
-        except Conflict:
-            return False
-        return True
-
-    async def _aset(self, key: Any, value: Any, expire: Any, version: int | None, **condition: Any) -> None:
-        cache, name = self._cache, name_of(self.make_and_validate_key(key, version))
-        options = {**deadline(self._expire(expire)), **condition}
-        result = await cache.engine.aio.set(cache.scope, name, pack(self._packed(value)), **options)
-        if cache.is_grown(len(result.new_json) + len(name)):
-            await sync_to_async(cache.cull)()
+        name = self.make_and_validate_key(key, version)
+        return await self._cache.aio.add(name, self._packed(value), self._expire(timeout))
 
     async def atouch(self, key: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None) -> bool:  # noqa: ASYNC109 - as Django has it
         """As `touch`."""
-        cache, name = self._cache, name_of(self.make_and_validate_key(key, version))
-        return await cache.engine.aio.touch(cache.scope, name, **(deadline(self._expire(timeout)) or {"ttl": None}))
+        return await self._cache.aio.touch(self.make_and_validate_key(key, version), self._expire(timeout))
+
+    async def adelete(self, key: Any, version: int | None = None) -> bool:
+        """As `delete`."""
+        return await self._cache.aio.delete(self.make_and_validate_key(key, version))
 
     async def aincr(self, key: Any, delta: int = 1, version: int | None = None) -> Any:
         """As `incr`."""
-        return await sync_to_async(self.incr)(key, delta, version)
+        try:
+            return await self._cache.aio.incr(self.make_and_validate_key(key, version), delta, default=None)
+        except KeyError:
+            raise ValueError(f"Key {key!r} not found") from None
+
+    async def aset_many(
+        self,
+        data: Mapping[Any, Any],
+        timeout: Any = DEFAULT_TIMEOUT,  # noqa: ASYNC109 - as Django has it
+        version: int | None = None,
+    ) -> list[Any]:
+        """As `set_many`."""
+        await self._cache.aio.set_many(self._named(data, version), self._expire(timeout))
+        return []
+
+    async def adelete_many(self, keys: Iterable[Any], version: int | None = None) -> None:
+        """As `delete_many`."""
+        await self._cache.aio.delete_many([self.make_and_validate_key(key, version) for key in keys])
+
+    async def aclear(self) -> None:
+        """As `clear`."""
+        await self._cache.aio.clear()
 
 
 def _serializer_of(given: Any) -> Serializer | None:

@@ -125,14 +125,6 @@ class StateStore(
         """The engine that has the entries, opened if it is not."""
         return self._source.open()
 
-    async def _aio(self) -> AioEngine:
-        """Return the engine for asyncio. It is opened on a thread: at first, after `close`, and in a forked child."""
-        engine: object = self._source.engine
-        if isinstance(engine, Engine):
-            return engine.aio
-        # Not by use of that object: it would open the engine here, on the event loop.
-        return (await asyncio.to_thread(self._source.open)).aio
-
     async def close(self) -> None:
         """Save and close the engine that this has opened, unless another store or cache of the process uses it.
 
@@ -148,11 +140,11 @@ class StateStore(
         await asyncio.to_thread(self._source.close)
 
     async def _setup(self) -> None:
-        await self._aio()
+        await self._source.aio()
 
     async def _get_managed_entry(self, *, collection: str, key: str) -> ManagedEntry | None:
         with _their_errors(collection):
-            entry = await (await self._aio()).entry(self._prefix + collection, key)
+            entry = await (await self._source.aio()).entry(self._prefix + collection, key)
             return None if entry is None else _managed(entry)
 
     async def _get_managed_entries(self, *, collection: str, keys: Sequence[str]) -> list[ManagedEntry | None]:
@@ -164,7 +156,7 @@ class StateStore(
 
     async def _put_managed_entry(self, *, collection: str, key: str, managed_entry: ManagedEntry) -> None:
         with _their_errors(collection):
-            aio, scope, value = await self._aio(), self._prefix + collection, dict(managed_entry.value)
+            aio, scope, value = await self._source.aio(), self._prefix + collection, dict(managed_entry.value)
             if managed_entry.ttl is None:
                 await aio.set(scope, key, value)
             else:
@@ -191,7 +183,7 @@ class StateStore(
         self, collection: str, piece: Sequence[tuple[str, dict[str, object]]], ttl: float | None
     ) -> None:
         try:
-            async with (await self._aio()).batch(self._prefix + collection) as batch:
+            async with (await self._source.aio()).batch(self._prefix + collection) as batch:
                 for key, value in piece:
                     if ttl is None:
                         batch.set(key, value)
@@ -211,7 +203,7 @@ class StateStore(
         deleted = 0
         with _their_errors(collection):
             for piece in _pieces(keys):
-                async with (await self._aio()).batch(self._prefix + collection) as batch:
+                async with (await self._source.aio()).batch(self._prefix + collection) as batch:
                     for key in piece:
                         batch.delete(key)
                 deleted += sum(
@@ -223,17 +215,17 @@ class StateStore(
         if limit is not None and limit < 1:
             return []
         with _their_errors(collection):
-            return await (await self._aio()).keys(self._prefix + collection, limit=limit)
+            return await (await self._source.aio()).keys(self._prefix + collection, limit=limit)
 
     async def _get_collection_names(self, *, limit: int | None = None) -> list[str]:
         with _their_errors(None):
-            scopes = await (await self._aio()).list_groups()
+            scopes = await (await self._source.aio()).list_groups()
         names = [scope[len(self._prefix) :] for scope in scopes if scope.startswith(self._prefix)]
         return names if limit is None else names[: max(0, limit)]
 
     async def _delete_collection(self, *, collection: str) -> bool:
         with _their_errors(collection):
-            return await (await self._aio()).delete_range(self._prefix + collection, prefix="") > 0
+            return await (await self._source.aio()).delete_range(self._prefix + collection, prefix="") > 0
 
     async def _delete_store(self) -> bool:
         for collection in await self._get_collection_names():
@@ -274,7 +266,7 @@ class StateStore(
             return  # another task does
         try:
             with _their_errors(collection):
-                aio, entries = await self._aio(), list[Sized]()
+                aio, entries = await self._source.aio(), list[Sized]()
                 async for page in aio.pages(scope, PAGE):
                     entries += [(one.revision, one.key, len(one.json) + ENTRY_BYTES) for one in page.entries]
                 count = len(entries)

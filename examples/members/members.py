@@ -101,7 +101,10 @@ class Member(threading.Thread):
                 return
             self.visits.append(answer["visits"])
             self.workers.add(answer["worker"])
-            self.computed.add(self._get("/report")[1]["computed"])
+            status, answer = self._get("/report")
+            if status != 200:
+                return
+            self.computed.add(answer["computed"])
         before = self.asked_again
         for _ in range(SEARCHES):
             self.allowed += self._get("/search")[0] == 200
@@ -115,8 +118,6 @@ class Member(threading.Thread):
                 connection.request("GET", path, headers={"Cookie": self._cookie, "Connection": "close"})
                 response = connection.getresponse()
                 body = response.read()
-                if response.status >= 500:  # what this request has written was under way when the worker was killed
-                    raise ConnectionError(body.decode(errors="replace"))
             except (OSError, http.client.HTTPException):
                 self.asked_again += 1
                 if time.monotonic() > ends:
@@ -127,6 +128,8 @@ class Member(threading.Thread):
                 connection.close()
             if given := response.headers["Set-Cookie"]:
                 self._cookie = given.partition(";")[0]
+            if response.status >= 500:
+                self.problems.append(f"{path}: {response.status}: {body.decode(errors='replace'):.500}")
             return response.status, json.loads(body) if body[:1] == b"{" else body.decode(errors="replace")
 
 

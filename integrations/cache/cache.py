@@ -13,18 +13,30 @@ from typing import Any, Final, Self, TypeVar, overload
 
 from scopestate.engine import Engine
 from scopestate.errors import BatchTooLarge, Conflict, DeserializationError, ScopestateError
+from scopestate.integrations.cache.aio import AioCache
 from scopestate.integrations.cache.engines import Durability, EngineSource
-from scopestate.integrations.cache.limits import ENTRY_BYTES, PAGE, CacheStats, Counts, Limits, Sized
+from scopestate.integrations.cache.limits import PAGE, CacheStats, Counts, Limits, Sized
 from scopestate.integrations.cache.memoize import Memo, Memoize
-from scopestate.integrations.cache.transaction import CacheTransaction, TransactionBlock
+from scopestate.integrations.cache.steps import (
+    adding,
+    expires_until,
+    facts_of,
+    has_tag,
+    is_increment,
+    pieces,
+    remove_unchanged,
+    size_of,
+    sizes_of,
+    taken,
+)
+from scopestate.integrations.cache.transaction import ATTEMPTS, Block, CacheTransaction, TransactionBlock
 from scopestate.integrations.cache.values import (
+    ABSENT,
     MARK,
-    added,
     deadline,
     key_of,
     name_of,
     pack,
-    tag_of,
     unpack,
     value_of,
     with_facts,
@@ -36,8 +48,6 @@ from scopestate.signals import Guard, certainly
 log = logging.getLogger("scopestate.integrations")
 
 A = TypeVar("A")
-
-_ABSENT: Final = object()
 
 
 class Cache:
@@ -80,9 +90,7 @@ class Cache:
         self._scope: Final = scope
         self._limits = Limits(size_limit, max_entries)
         self._counts: Counts | None = Counts() if statistics else None
-        self._block: ContextVar[weakref.ref[TransactionBlock] | None] = ContextVar(
-            "scopestate_cache_block", default=None
-        )
+        self._block: ContextVar[weakref.ref[Block] | None] = ContextVar("scopestate_cache_block", default=None)
         self._blocks: dict[int, None] = {}
         """The ids of the open blocks of `transact`. Nearly always empty, which each call checks."""
         self._turns = Guard()
@@ -105,6 +113,11 @@ class Cache:
         """The directory; None in memory, and for an engine of the program."""
         return self._source.directory
 
+    @property
+    def aio(self) -> AioCache:
+        """The same calls for asyncio: `await cache.aio.get("ada")`."""
+        return AioCache(self)
+
     # --------------------------------------------------------------------------------------------------- one entry
 
     def get(self, key: Any, default: Any = None, *, expire_time: bool = False, tag: bool = False) -> Any:
@@ -120,11 +133,11 @@ class Cache:
             entry = self._source.engine.entry(self._scope, name)
             if self._counts is not None:
                 self._counts.count(found=entry is not None)
-            return with_facts(_facts(entry), default, expire_time=expire_time, tag=tag)
-        value = self._source.engine.get(self._scope, name, _ABSENT)
+            return with_facts(facts_of(entry), default, expire_time=expire_time, tag=tag)
+        value = self._source.engine.get(self._scope, name, ABSENT)
         if self._counts is not None:
-            self._counts.count(found=value is not _ABSENT)
-        if value is _ABSENT:
+            self._counts.count(found=value is not ABSENT)
+        if value is ABSENT:
             return default
         return unpack(value) if type(value) is dict and MARK in value else value
 
@@ -138,36 +151,36 @@ class Cache:
             return transaction.set(key, value, expire, tag=tag)
         stored = pack(value, None if tag is None else name_of(tag))
         name = key if type(key) is str and key[:1] != MARK else name_of(key)
-        if expire is None:
-            result = self._source.engine.set(self._scope, name, stored)
-        else:
-            result = self._source.engine.set(self._scope, name, stored, **deadline(expire))
+        options = self._source.once()
+        if expire is not None:
+            options |= deadline(expire)
+        result = self._source.engine.set(self._scope, name, stored, **options)
         self._grown(len(result.new_json) + len(name))
         return True
 
     def set_many(self, values: Mapping[Any, Any], expire: float | timedelta | None = None, *, tag: Any = None) -> None:
         """Set many values, 500 in a step, which is made whole or not at all. Not within `transact`."""
         group, options = None if tag is None else name_of(tag), deadline(expire)
-        engine, sizes = self._source.engine, list[int]()
+        source, sizes = self._source, list[int]()
         packed = [(name_of(key), pack(value, group)) for key, value in values.items()]
-        for begin in range(0, len(packed), PAGE):
-            piece = packed[begin : begin + PAGE]
+        for piece in pieces(packed):
             try:
-                with engine.batch(self._scope) as batch:
+                with source.engine.batch(self._scope, **source.once()) as batch:
                     for name, value in piece:
                         batch.set(name, value, **options)
-                sizes += [len(result.new_json or b"") for result in batch.result.results]  # type: ignore[union-attr]  # sets only
+                sizes += sizes_of(batch.result)
             except BatchTooLarge:
-                sizes += [len(engine.set(self._scope, name, value, **options).new_json) for name, value in piece]
+                for name, value in piece:
+                    result = source.engine.set(self._scope, name, value, **options, **source.once())
+                    sizes.append(len(result.new_json))
         for size in sizes:
             self._grown(size)
 
     def delete_many(self, keys: Iterable[Any]) -> None:
         """Remove many keys, 500 in a step. Not within `transact`."""
-        names = [name_of(key) for key in keys]
-        for begin in range(0, len(names), PAGE):
-            with self._source.engine.batch(self._scope) as batch:
-                for name in names[begin : begin + PAGE]:
+        for piece in pieces([name_of(key) for key in keys]):
+            with self._source.engine.batch(self._scope, **self._source.once()) as batch:
+                for name in piece:
                     batch.delete(name)
 
     def add(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
@@ -176,11 +189,11 @@ class Cache:
             return transaction.add(key, value, expire, tag=tag)
         name = name_of(key)
         engine = self._source.engine
-        if engine.get(self._scope, name, _ABSENT) is not _ABSENT:
+        if engine.get(self._scope, name, ABSENT) is not ABSENT:
             return False  # refusing it takes longer than looking
         stored = pack(value, None if tag is None else name_of(tag))
         try:
-            result = engine.set(self._scope, name, stored, if_absent=True, **deadline(expire))
+            result = engine.set(self._scope, name, stored, if_absent=True, **deadline(expire), **self._source.once())
         except Conflict:
             return False
         self._grown(len(result.new_json) + len(name))
@@ -196,14 +209,11 @@ class Cache:
             return transaction.incr(key, delta, default)
         name = name_of(key)
         engine = self._source.engine
-        if type(delta) is int and default == 0 and -_SMALL < delta < _SMALL:
-            result = engine.update(self._scope, name, [Increment("", delta)])
+        if is_increment(delta, default):
+            result = engine.update(self._scope, name, [Increment("", delta)], **self._source.once())  # type: ignore[arg-type]  # a whole number
             if not result.errors:
                 return result.new_value
-        changed = engine.modify(
-            self._scope, name, lambda stored: added(key, stored, delta, default, _NO_VALUE), _NO_VALUE
-        )
-        return value_of(changed.new_value)
+        return value_of(engine.transact(self._scope, adding(key, name, delta, default), **self._source.once()))
 
     def decr(self, key: Any, delta: float = 1, default: float | None = 0) -> Any:
         """As `incr`, with `-delta`."""
@@ -216,27 +226,34 @@ class Cache:
         name = name_of(key)
         engine = self._source.engine
         if not (expire_time or tag):
-            return value_of(engine.mapping(self._scope).pop(name, default))
+            return self._taken(name, default)
         while True:
             entry = engine.entry(self._scope, name)
             if entry is None or self._remove([entry]):
-                return with_facts(_facts(entry), default, expire_time=expire_time, tag=tag)
+                return with_facts(facts_of(entry), default, expire_time=expire_time, tag=tag)
 
     def touch(self, key: Any, expire: float | timedelta | None = None) -> bool:
         """Have a key expire in `expire` seconds from now, or never; return whether it exists."""
         if self._blocks and (transaction := self._transaction()) is not None:
             return transaction.touch(key, expire)
-        return self._source.engine.touch(self._scope, name_of(key), **(deadline(expire) or {"ttl": None}))
+        asked = deadline(expire) or {"ttl": None}
+        return self._source.engine.touch(self._scope, name_of(key), **asked, **self._source.once())
 
     def delete(self, key: Any) -> bool:
         """Remove a key; return whether it existed."""
         if self._blocks and (transaction := self._transaction()) is not None:
             return transaction.delete(key)
-        return self._source.engine.mapping(self._scope).pop(name_of(key), _ABSENT) is not _ABSENT
+        return self._taken(name_of(key), ABSENT) is not ABSENT
+
+    def _taken(self, name: str, default: Any) -> Any:
+        """Remove a key and return its value, or `default`. Not by `Engine.delete`, which fires an event in any case."""
+        with self._source.engine.batch(self._scope, **self._source.once()) as batch:
+            batch.delete(name)
+        return taken(batch.result, default)
 
     def __getitem__(self, key: Any) -> Any:
-        value = self.get(key, _ABSENT)
-        if value is _ABSENT:
+        value = self.get(key, ABSENT)
+        if value is ABSENT:
             raise KeyError(key)
         return value
 
@@ -249,8 +266,8 @@ class Cache:
 
     def __contains__(self, key: Any) -> bool:
         if self._blocks and (transaction := self._transaction()) is not None:
-            return transaction.get(key, _ABSENT) is not _ABSENT
-        return self._source.engine.get(self._scope, name_of(key), _ABSENT) is not _ABSENT
+            return transaction.get(key, ABSENT) is not ABSENT
+        return self._source.engine.get(self._scope, name_of(key), ABSENT) is not ABSENT
 
     # ------------------------------------------------------------------------------------------------- all entries
 
@@ -276,12 +293,11 @@ class Cache:
 
     def clear(self) -> int:
         """Remove all entries, in steps of 1,000; return how many there were."""
-        return self._source.engine.delete_range(self._scope, prefix="")
+        return self._source.engine.delete_range(self._scope, prefix="", **self._source.once())
 
     def evict(self, tag: Any) -> int:
         """Remove the entries with a tag, in steps; return how many. It looks at each entry of the cache."""
-        name = name_of(tag)
-        return self._remove_where(lambda entry: entry.json.startswith(b'{"~"') and tag_of(entry.value) == name)
+        return self._remove_where(has_tag(name_of(tag)))
 
     def expire(self, now: float | None = None) -> int:
         """Remove the entries that expire until `now`, in seconds since the epoch; return how many.
@@ -290,11 +306,11 @@ class Cache:
         """
         if now is None:
             return 0
-        return self._remove_where(lambda entry: entry.expires_ms is not None and entry.expires_ms <= now * 1000)
+        return self._remove_where(expires_until(now))
 
     def volume(self) -> int:
         """Return about how many bytes the entries take. It looks at each of them."""
-        return sum(map(_size, self._entries()))
+        return sum(map(size_of, self._entries()))
 
     def cull(self) -> int:
         """Remove entries until the limits hold, the ones first that were stored the longest ago; return how many.
@@ -315,7 +331,7 @@ class Cache:
     def _cull(self) -> int:
         limits, removed, count, size = self._limits, 0, 0, 0
         try:
-            entries: list[Sized] = [(entry.revision, entry.key, _size(entry)) for entry in self._entries()]
+            entries: list[Sized] = [(entry.revision, entry.key, size_of(entry)) for entry in self._entries()]
             count, size = len(entries), sum([one[2] for one in entries])
             for piece in limits.surplus(entries):
                 removed += self._remove([EntryView(key, b"", revision) for revision, key, _ in piece])
@@ -345,13 +361,10 @@ class Cache:
 
     def _remove(self, entries: Iterable[EntryView[Any]]) -> int:
         """Remove entries that have not changed since they were read; return how many."""
-        entries, engine = list(entries), self._source.engine
+        entries = list(entries)
         try:
-            with engine.batch(self._scope) as batch:
-                for entry in entries:
-                    if entry.revision:  # 0: where the scope is, there are none
-                        batch.check(entry.key, revision=entry.revision)
-                    batch.delete(entry.key)
+            with self._source.engine.batch(self._scope, **self._source.once()) as batch:
+                remove_unchanged(batch, entries)
             return len(entries)
         except Conflict:
             return 0 if len(entries) == 1 else sum([self._remove([entry]) for entry in entries])
@@ -414,12 +427,12 @@ class Cache:
         """
         if function is None:
             return TransactionBlock(self)
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 with TransactionBlock(self):
                     return function()
             except Conflict:
-                if attempt + 1 == _ATTEMPTS:
+                if attempt + 1 == ATTEMPTS:
                     raise
         raise AssertionError
 
@@ -466,12 +479,6 @@ class Cache:
         return f"<Cache {self._scope!r} in {where}>"
 
 
-_SMALL: Final = 2**53
-_ATTEMPTS: Final = 100
-_NO_VALUE: Final = {MARK: "absent"}
-"""What `modify` is given for a key that does not exist; no cache stores it."""
-
-
 def _made_again(
     directory: str,
     scope: str,
@@ -490,11 +497,3 @@ def _made_again(
         save_interval_ms=save_interval_ms,
         statistics=statistics,
     )
-
-
-def _facts(entry: EntryView[Any] | None) -> tuple[Any, int | None] | None:
-    return None if entry is None else (entry.value, entry.expires_ms)
-
-
-def _size(entry: EntryView[Any]) -> int:
-    return len(entry.json) + len(entry.key) + ENTRY_BYTES

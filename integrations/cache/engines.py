@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import secrets
 import weakref
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError
 from scopestate.signals import Guard, exclusive
+
+if TYPE_CHECKING:
+    from scopestate.aio import AioEngine
 
 Durability = Literal["interval", "commit"]
 
@@ -69,6 +73,25 @@ class EngineSource:
             self._opened = _exclusive.run(_acquire, self, self._options)
             self.engine = self._opened.engine
         return self.engine
+
+    async def aio(self) -> AioEngine:
+        """Return the engine for asyncio. It is opened on a thread: at first, after `close`, and in a forked child."""
+        engine: object = self.engine
+        if isinstance(engine, Engine):
+            return engine.aio
+        import asyncio  # noqa: PLC0415 - takes 20 ms
+
+        # Not by use of that object: it would open the engine here, on the event loop.
+        return (await asyncio.to_thread(self.open)).aio
+
+    def once(self) -> dict[str, Any]:
+        """Return an option for one write: in a follower an idempotency key, otherwise nothing.
+
+        With it a write that is under way when the owner of the directory is killed is sent again, to the next owner. It
+        has its price, as the owner keeps the answer: so not where no connection can be lost, and not in Redis.
+        """
+        sharing = self.engine._parts.sharing
+        return {"idempotency_key": secrets.token_hex(16)} if sharing is not None and sharing.follows else {}
 
     @exclusive
     def enter(self) -> None:

@@ -28,6 +28,7 @@ from typing import (
 
 from scopestate.errors import Conflict, DeserializationError, ScopestateError, Unsupported
 from scopestate.integrations.cache.values import (
+    ABSENT,
     MARK,
     call_name,
     deadline,
@@ -51,7 +52,6 @@ S = TypeVar("S")
 
 log = logging.getLogger("scopestate.integrations")
 
-ABSENT: Final = object()
 FIRST_PAUSE_S: Final = 0.005
 LONGEST_PAUSE_S: Final = 0.1
 """Between two looks whether another process has computed a result."""
@@ -203,6 +203,14 @@ class Memo:
         """The engine of the cache."""
         return self.cache._source.engine
 
+    def once(self) -> dict[str, Any]:
+        """As `EngineSource.once`."""
+        return self.cache._source.once()
+
+    def writing(self) -> dict[str, Any]:
+        """Return the options with which a result is stored."""
+        return {**self.options, **self.once()}
+
     def packed(self, result: Any, began: float) -> Any:
         """Return what is stored for a result. Raises InvalidValue."""
         return pack(result, self._tag, time.perf_counter() - began if self.early else None)
@@ -308,7 +316,7 @@ class _Computing:
         memo, began = self._memo, time.perf_counter()
         try:
             result = memo.function(*args, **kwargs)
-            memo.kept(mine, memo.engine.set(memo.scope, name, memo.packed(result, began), **memo.options))
+            memo.kept(mine, memo.engine.set(memo.scope, name, memo.packed(result, began), **memo.writing()))
         except Exception as error:
             mine.outcome = Outcome(error=error)
             raise
@@ -335,7 +343,7 @@ class _Computing:
     def _take_lease(self, name: str) -> int | None:
         memo = self._memo
         try:
-            return memo.engine.set(memo.leases, name, 1, if_absent=True, ttl=memo.lease_s).revision
+            return memo.engine.set(memo.leases, name, 1, if_absent=True, ttl=memo.lease_s, **memo.once()).revision
         except Conflict:
             return None
         except Unsupported:
@@ -344,7 +352,7 @@ class _Computing:
     def _give_back(self, name: str, lease: int | None) -> None:
         if lease:
             try:
-                self._memo.engine.delete(self._memo.leases, name, if_revision=lease)
+                self._memo.engine.delete(self._memo.leases, name, if_revision=lease, **self._memo.once())
             except Conflict:
                 pass  # it has ended, and may be another one's
             except ScopestateError as error:

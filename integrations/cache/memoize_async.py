@@ -9,7 +9,6 @@ from typing import Any
 
 from scopestate.errors import Conflict, ScopestateError, Unsupported
 from scopestate.integrations.cache.memoize import (
-    ABSENT,
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
     NO_LEASE,
@@ -18,7 +17,7 @@ from scopestate.integrations.cache.memoize import (
     Outcome,
     log,
 )
-from scopestate.integrations.cache.values import MARK, took_of, unpack, value_of
+from scopestate.integrations.cache.values import ABSENT, MARK, took_of, unpack, value_of
 from scopestate.ops.values import class_name
 
 
@@ -29,7 +28,7 @@ def decorated(memo: Memo, key_of_call: Callable[[tuple[Any, ...], dict[str, Any]
 
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         name = key_of_call(args, kwargs)
-        aio = source.engine.aio
+        aio = await source.aio()
         value = await aio.get(scope, name, ABSENT)
         memo.count(found=value is not ABSENT)
         if value is ABSENT:
@@ -99,7 +98,7 @@ class _Computing:
         memo, began = self._memo, time.perf_counter()
         try:
             result = await memo.function(*args, **kwargs)
-            memo.kept(mine, await memo.engine.aio.set(memo.scope, name, memo.packed(result, began), **memo.options))
+            memo.kept(mine, await memo.engine.aio.set(memo.scope, name, memo.packed(result, began), **memo.writing()))
         except Exception as error:
             mine.outcome = Outcome(error=error)
             raise
@@ -125,7 +124,9 @@ class _Computing:
     async def _take_lease(self, name: str) -> int | None:
         memo = self._memo
         try:
-            return (await memo.engine.aio.set(memo.leases, name, 1, if_absent=True, ttl=memo.lease_s)).revision
+            return (
+                await memo.engine.aio.set(memo.leases, name, 1, if_absent=True, ttl=memo.lease_s, **memo.once())
+            ).revision
         except Conflict:
             return None
         except Unsupported:
@@ -134,7 +135,7 @@ class _Computing:
     async def _give_back(self, name: str, lease: int | None) -> None:
         if lease:
             try:
-                await self._memo.engine.aio.delete(self._memo.leases, name, if_revision=lease)
+                await self._memo.engine.aio.delete(self._memo.leases, name, if_revision=lease, **self._memo.once())
             except Conflict:
                 pass  # it has ended, and may be another one's
             except ScopestateError as error:

@@ -9,8 +9,11 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from scopestate.batch import Writes
 from scopestate.errors import DeserializationError, Overloaded
+from scopestate.integrations.cache.steps import sizes_of
 from scopestate.integrations.cache.values import (
+    ABSENT,
     added,
     deadline,
     milliseconds_of,
@@ -25,13 +28,14 @@ from scopestate.signals import certainly
 if TYPE_CHECKING:
     from scopestate.integrations.cache.cache import Cache
 
-_ABSENT: Final = object()
+ATTEMPTS: Final = 100
+"""How often the function of a block is called at most because of conflicts."""
 _LONGEST_S: Final = 60.0
 """How long a block waits for the block of another thread, as long as diskcache waits for its file."""
 
 
-class TransactionBlock:
-    """A `with` block of `Cache.transact`. One within another one is a part of that.
+class Block:
+    """A block of `Cache.transact`. One within another one is a part of that.
 
     The `with` statement holds it, and the cache only refers to it. So if a signal handler raises between `__enter__`
     and the block, it goes, and with it the transaction.
@@ -44,7 +48,7 @@ class TransactionBlock:
         self._entered = False
         self.transaction = CacheTransaction(cache)
 
-    def __enter__(self) -> CacheTransaction:
+    def _enter(self) -> CacheTransaction:
         cache = self._cache
         outer = cache._transaction()
         if outer is not None:
@@ -64,6 +68,24 @@ class TransactionBlock:
             raise
         return self.transaction
 
+    def _leave(self) -> None:
+        """End it. As often as it takes: see `certainly`."""
+        self.transaction.ended = True
+        self._cache._blocks.pop(id(self), None)
+        self._entered = False
+        self._turns.give_back(self._ticket)
+
+    def __del__(self) -> None:
+        if self._entered:
+            self._leave()
+
+
+class TransactionBlock(Block):
+    """The one for `with`."""
+
+    def __enter__(self) -> CacheTransaction:
+        return self._enter()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -78,17 +100,6 @@ class TransactionBlock:
             # Not `finally`: an exception of a signal handler at its first step would leave the turn taken.
             certainly(self._leave)
             raise
-
-    def _leave(self) -> None:
-        """End it. As often as it takes: see `certainly`."""
-        self.transaction.ended = True
-        self._cache._blocks.pop(id(self), None)
-        self._entered = False
-        self._turns.give_back(self._ticket)
-
-    def __del__(self) -> None:
-        if self._entered:
-            self._leave()
 
 
 def _runs_loop() -> bool:
@@ -140,7 +151,7 @@ class CacheTransaction:
         """As `Cache.incr`."""
         name = name_of(key)
         held = self._entry(name)
-        stored = added(key, _ABSENT if held is None else held.stored, delta, default, _ABSENT)
+        stored = added(key, ABSENT if held is None else held.stored, delta, default)
         if held is None:
             self._now[name] = _Held(stored, {}, None, written=True)
         else:
@@ -174,8 +185,8 @@ class CacheTransaction:
         return held is not None
 
     def __getitem__(self, key: Any) -> Any:
-        value = self.get(key, _ABSENT)
-        if value is _ABSENT:
+        value = self.get(key, ABSENT)
+        if value is ABSENT:
             raise KeyError(key)
         return value
 
@@ -200,6 +211,11 @@ class CacheTransaction:
         entry = self._seen[name]
         return None if entry is None else _Held(entry.value, {"keep_ttl": True}, entry.expires_ms, written=False)
 
+    def _must_read(self, name: str) -> bool:
+        """Return whether the cache must be read to know what the transaction sees under a name."""
+        self._refuse_if_ended()
+        return name not in self._now and name not in self._seen
+
     def _refuse_if_ended(self) -> None:
         if self.ended:
             raise DeserializationError("this transaction has ended: use it within its block only")
@@ -207,18 +223,20 @@ class CacheTransaction:
     def _commit(self) -> None:
         """Write everything in one step. Raises Conflict if what was read has changed."""
         cache = self._cache
-        with cache.engine.batch(cache.scope) as batch:
-            for name, entry in self._seen.items():
-                if entry is None:
-                    batch.check(name, absent=True)
-                elif entry.revision:  # 0: where the scope is, there are none
-                    batch.check(name, revision=entry.revision)
-            for name, held in self._now.items():
-                if held is None:
-                    batch.delete(name)
-                elif held.written:
-                    batch.set(name, held.stored, **held.options)
-                else:
-                    batch.touch(name, **(held.options or {"ttl": None}))
-        sizes = [len(getattr(result, "new_json", b"")) for result in batch.result.results]
-        cache._grown(sum(sizes))
+        with cache.engine.batch(cache.scope, **cache._source.once()) as batch:
+            self._fill(batch)
+        cache._grown(sum(sizes_of(batch.result)))
+
+    def _fill(self, batch: Writes[Any]) -> None:
+        for name, entry in self._seen.items():
+            if entry is None:
+                batch.check(name, absent=True)
+            elif entry.revision:  # 0: where the scope is, there are none
+                batch.check(name, revision=entry.revision)
+        for name, held in self._now.items():
+            if held is None:
+                batch.delete(name)
+            elif held.written:
+                batch.set(name, held.stored, **held.options)
+            else:
+                batch.touch(name, **(held.options or {"ttl": None}))

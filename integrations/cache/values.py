@@ -23,6 +23,8 @@ from scopestate.ops.values import MAX_LEVELS, class_name
 
 MARK: Final = "~"
 """The field of an object that is not plain JSON, and the first character of a key that is not plain text."""
+ABSENT: Final = object()
+"""In the place of a value: there is no such key."""
 PLAIN: Final = "plain"
 TYPED: Final = "typed"
 
@@ -245,12 +247,12 @@ def milliseconds_of(options: dict[str, Any]) -> int | None:
 _EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
-def added(key: Any, stored: Any, delta: float, default: float | None, absent: Any) -> Any:
-    """Return what is stored for a number and `delta`; `stored` is `absent` if there is no such key.
+def added(key: Any, stored: Any, delta: float, default: float | None) -> Any:
+    """Return what is stored for a number and `delta`; `stored` is ABSENT if there is no such key.
 
     Raises KeyError if there is none and no default, and TypeError for a value that is no number.
     """
-    if stored is absent or stored == absent:
+    if stored is ABSENT:
         if default is None:
             raise KeyError(key)
         return pack(default + delta)

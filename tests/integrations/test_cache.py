@@ -52,6 +52,56 @@ class TestCache(CacheBehaviour):
     """Each of them, in each place."""
 
 
+class Driven:
+    """A cache whose calls are those for asyncio, each on an event loop of its own."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"memoize", "transact", "engine", "scope", "stats", "iterkeys"}:
+            return getattr(self._cache, name)
+        call = getattr(self._cache.aio, name)
+        return lambda *args, **kwargs: asyncio.run(call(*args, **kwargs))
+
+    def __getitem__(self, key: Any) -> Any:
+        found = self.get(key, self)
+        if found is self:
+            raise KeyError(key)
+        return found
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.set(key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        if not self.delete(key):
+            raise KeyError(key)
+
+    def __contains__(self, key: Any) -> bool:
+        return bool(self.contains(key))
+
+    def __len__(self) -> int:
+        return int(self.count())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(asyncio.run(self._keys(reverse=False)))
+
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(asyncio.run(self._keys(reverse=True)))
+
+    async def _keys(self, *, reverse: bool) -> list[Any]:
+        aio = self._cache.aio
+        return [key async for key in (aio.iterkeys(reverse=True) if reverse else aio)]
+
+
+class TestAioCache(CacheBehaviour):
+    """Each of them, by the calls for asyncio. Calls within a block of `transact` are those of asyncio too."""
+
+    @pytest.fixture
+    def cache(self, cache: Cache) -> Driven:
+        return Driven(cache)
+
+
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Cache]:
     with Cache(tmp_path / "cache", statistics=True) as cache:

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 
 from scopestate import Engine, Scope, StateEvent
 from scopestate.integrations.asgi import lifespan, open_engine
-from scopestate.integrations.cache import Cache, CacheStats, CacheTransaction
+from scopestate.integrations.cache import AioCache, Cache, CacheStats, CacheTransaction
 from scopestate.integrations.fastapi import (
     EngineDep,
     WatchResponse,
@@ -119,7 +119,20 @@ async def streams(engine: Engine) -> None:
 
 
 async def fetched() -> None:
+    assert_type(cache.aio, AioCache)
+    assert_type(await cache.aio.add("ada", b"bytes", 0.5), bool)
+    assert_type(await cache.aio.count(), int)
+    assert_type([key async for key in cache.aio], list[Any])
+    async with cache.aio.transact() as inside:
+        assert_type(await inside.delete("ada"), bool)
+    assert_type(await cache.aio.transact(shared), float)
+    async with Cache().aio as opened:
+        assert_type(opened, AioCache)
     assert_type(await fetch("ada"), bytes)
+
+
+async def shared() -> float:
+    return 0.5
 
 
 # py-key-value.

@@ -69,6 +69,10 @@ async def user(name: str, engine: EngineDep) -> None:
 
 async def stream(request: Request, engine: Engine) -> None:
     await watch_response(request, "jobs")  # wrong
+    await cache.aio.set("ada", 1, "soon")  # wrong
+    (await cache.aio.add("ada", 1)).value  # wrong
+    cache.aio["ada"]  # wrong
+    await cache.aio.transact(lambda: 5)  # wrong
     await watch_response(request, engine, prefx="a")  # wrong
     await open_stream(engine, events=["changed"])  # wrong
     await open_stream(engine, heartbeat_s="5")  # wrong
