@@ -214,8 +214,6 @@ class Console:
         refused = await self._refusal(request)
         if refused is not None:
             return refused
-        if request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
-            return _message(403, "Not allowed", "Only pages of this console read its streams.")
         try:
             return await self._streams.open(request, self._engine_for(request))
         except ScopestateError as error:

@@ -43,8 +43,22 @@ class Asked:
 
     def number(self, field: str, otherwise: int, most: int) -> int:
         """Return a number of the address, 1 to `most`."""
-        text = self.query.get(field, "")
-        return min(max(int(text), 1), most) if text.isascii() and text.isdecimal() else otherwise
+        found = whole_number(self.query.get(field, ""))
+        return otherwise if found is None else min(max(found, 1), most)
+
+    def choice(self, *known: str) -> str:
+        """Return what the button of a form says is to be done. Raises DeserializationError if it is not known."""
+        found = self.field("do")
+        if found not in known:
+            raise DeserializationError(f"the form needs `do`: {', '.join(known)}")
+        return found
+
+    def revision(self) -> int:
+        """Return the revision that a form was made for. Raises DeserializationError."""
+        found = whole_number(self.field("revision") or "")
+        if found is None:
+            raise DeserializationError("the form needs `revision`, a whole number")
+        return found
 
     def field(self, name: str) -> str | None:
         """Return a field of the form; None if it is not there."""
@@ -53,6 +67,11 @@ class Asked:
     def fields(self, name: str) -> list[str]:
         """Return all fields of the form with this name."""
         return [value for known, value in self._form if known == name]
+
+
+def whole_number(text: str) -> int | None:
+    """Return the number that a text of at most 19 digits is; None for another text."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 19 else None
 
 
 class Shown(NamedTuple):

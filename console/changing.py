@@ -14,13 +14,6 @@ _REFUSALS = (DeserializationError, InvalidValue, SchemaViolation, ValueTooLarge)
 """What is said about a value in the form that has it, so that the text is not lost."""
 
 
-def _revision(asked: Asked) -> int:
-    text = asked.field("revision") or ""
-    if not (text.isascii() and text.isdecimal()):
-        raise DeserializationError("the form needs `revision`, a whole number")
-    return int(text)
-
-
 def _deadline(asked: Asked) -> dict[str, Any]:
     """Return the options of `set` for the deadline that a form asks for."""
     kind = asked.field("deadline") or "keep"
@@ -39,7 +32,7 @@ def set_value(asked: Asked) -> Answer:
     try:
         options = _deadline(asked)
         value = decode(parse(text))
-        asked.engine.set(scope, key, value, if_revision=_revision(asked), **options)
+        asked.engine.set(scope, key, value, if_revision=asked.revision(), **options)
     except Conflict:
         return _conflict(asked, scope, key, text)
     except _REFUSALS as error:
@@ -76,7 +69,7 @@ def delete(asked: Asked) -> Answer:
     """Delete an entry if nothing else has changed it since the form was made."""
     scope, key = asked.name("scope"), asked.name("key")
     try:
-        asked.engine.delete(scope, key, if_revision=_revision(asked))
+        asked.engine.delete(scope, key, if_revision=asked.revision())
     except Conflict:
         found = asked.engine.entry(scope, key)
         said = "The key was not deleted: it has changed since the page was made. This is what it has now."
@@ -90,7 +83,7 @@ def delete(asked: Asked) -> Answer:
 def consumer(asked: Asked) -> Answer:
     """Pause or resume a consumer."""
     name, consumers = asked.name("name"), asked.engine.consumers()
-    if asked.field("do") == "pause":
+    if asked.choice("pause", "resume") == "pause":
         consumers.pause(name, "paused in the console")
     else:
         consumers.resume(name)
@@ -99,10 +92,10 @@ def consumer(asked: Asked) -> Answer:
 
 def trigger(asked: Asked) -> Answer:
     """Pause or resume a trigger of this engine."""
-    wanted = asked.name("id")
+    wanted, pause = asked.name("id"), asked.choice("pause", "resume") == "pause"
     for handle in asked.engine.triggers():
         if handle.trigger_id == wanted:
-            if asked.field("do") == "pause":
+            if pause:
                 handle.pause()
             else:
                 handle.resume()
@@ -113,8 +106,9 @@ def trigger(asked: Asked) -> Answer:
 def letters(asked: Asked) -> Answer:
     """Replay or purge dead letters: those that are ticked, or all of a consumer."""
     of = asked.optional("consumer")
-    dead, replay = asked.engine.dead_letters(of), (asked.field("do") or "").startswith("replay")
-    if (asked.field("do") or "").endswith("all"):
+    action = asked.choice("replay", "replay-all", "purge", "purge-all")
+    dead, replay = asked.engine.dead_letters(of), action.startswith("replay")
+    if action.endswith("all"):
         count = dead.replay(all=True) if replay else dead.purge(all=True)
     else:
         ids = asked.fields("letter")

@@ -61,7 +61,13 @@ class Streams:
         try:
             watched, options = _watched(request, engine)
             stream = await open_stream(
-                watched, request.headers.get("Last-Event-ID"), data=_shown, retry_ms=2_000, **options
+                watched,
+                request.headers.get("Last-Event-ID"),
+                # A new EventSource sends no id: a page that was hidden goes on by its address.
+                since=request.query_params.get("since") or None,
+                data=_shown,
+                retry_ms=2_000,
+                **options,
             )
         except BaseException:
             self._end(client)

@@ -23,7 +23,7 @@ A plain function runs on a thread, a coroutine function on the event loop.
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 """The hosts of this machine, as the header `Host` names them."""
 
-CSRF_COOKIE: Final = "scopestate_csrf"
+_CSRF_COOKIE: Final = "scopestate_csrf"
 CSRF_FIELD: Final = "csrf"
 
 _POLICY: Final = (
@@ -103,7 +103,11 @@ class Guard:
                 message = {**message, "headers": _with_headers(message.get("headers", ()))}
             await send(message)
 
-        host = _host_of(scope)
+        if _is_foreign(scope):
+            said = "Pages of other sites may link to this console, and do nothing else with it.\n"
+            await PlainTextResponse(said, 403)(scope, receive, protected)
+            return
+        host = _header(scope, b"host")
         if self._hosts is None or _without_port(host) in self._hosts:
             await self._app(scope, receive, protected)
             return
@@ -120,9 +124,20 @@ def _with_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
     return own + [(name, value) for name, value in HEADERS.items() if name not in named]
 
 
-def _host_of(scope: Scope) -> str:
-    found = [value for name, value in scope["headers"] if name == b"host"]
+def _header(scope: Scope, wanted: bytes) -> str:
+    """Return a header; empty if it is not there, or there more than once."""
+    found = [value for name, value in scope["headers"] if name == wanted]
     return found[0].decode("latin-1") if len(found) == 1 else ""
+
+
+def _is_foreign(scope: Scope) -> bool:
+    """Tell whether a page of another site asks, other than by a link that a person follows.
+
+    It could not read the answer, but it could open streams with the password that a browser remembers, and measure.
+    """
+    if _header(scope, b"sec-fetch-site") not in {"cross-site", "same-site"}:
+        return False
+    return (_header(scope, b"sec-fetch-mode"), _header(scope, b"sec-fetch-dest")) != ("navigate", "document")
 
 
 def _without_port(host: str) -> str:
@@ -130,16 +145,25 @@ def _without_port(host: str) -> str:
     return (name if colon and not port.strip("0123456789") and name else host).lower()
 
 
+def cookie_name(name: str, request: Request) -> str:
+    """Return the name of a cookie with the port of the request: browsers do not separate cookies by port."""
+    host = request.headers.get("Host", "")
+    port = host[len(_without_port(host)) + 1 :]
+    return f"{name}_{port}" if port else name
+
+
 def csrf_token(request: Request) -> tuple[str, bool]:
     """Return the token for the forms of a page, and whether the browser has still to be given it as a cookie."""
-    known = request.cookies.get(CSRF_COOKIE, "")
+    known = request.cookies.get(cookie_name(_CSRF_COOKIE, request), "")
     return (known, False) if len(known) >= 32 else (secrets.token_urlsafe(32), True)
 
 
 def give_csrf_token(response: Response, request: Request, token: str) -> None:
     """Set the cookie that the forms of a page are compared with."""
     secure = request.url.scheme == "https"
-    response.set_cookie(CSRF_COOKIE, token, path="/", httponly=True, samesite="strict", secure=secure)
+    response.set_cookie(
+        cookie_name(_CSRF_COOKIE, request), token, path="/", httponly=True, samesite="strict", secure=secure
+    )
 
 
 def wrong_origin(request: Request) -> str | None:
@@ -153,12 +177,16 @@ def wrong_origin(request: Request) -> str | None:
     origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
     if origin is None:
         return "the browser does not say where it comes from (no `Sec-Fetch-Site` and no `Origin`)"
-    if urlsplit(origin).netloc.lower() != host.lower():
+    try:
+        came_from = urlsplit(origin).netloc
+    except ValueError:
+        came_from = ""
+    if not came_from or came_from.lower() != host.lower():
         return f"it comes from {origin}, and this console is at the host {host}; a proxy must pass `Host` on"
     return None
 
 
 def wrong_token(request: Request, given: str | None) -> bool:
     """Tell whether the token of a form is not the one of its browser."""
-    known = request.cookies.get(CSRF_COOKIE, "")
+    known = request.cookies.get(cookie_name(_CSRF_COOKIE, request), "")
     return len(known) < 32 or not hmac.compare_digest(known.encode(), (given or "").encode())

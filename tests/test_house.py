@@ -118,6 +118,17 @@ def test_the_wheel_is_typed_and_brings_the_default_configuration(wheel: Path) ->
     assert {"scopestate/py.typed", "scopestate/config/engine.yaml"} <= set(_files(wheel))
 
 
+def test_the_wheel_brings_the_pages_of_the_console(wheel: Path) -> None:
+    expected = {
+        f"scopestate/console/{file.parent.name}/{file.name}"
+        for folder in ("static", "templates")
+        for file in (ROOT / "console" / folder).iterdir()
+    }
+
+    assert len(expected) >= 12
+    assert expected <= set(_files(wheel))
+
+
 def test_the_wheel_holds_no_tests_and_nothing_that_was_made_beside_the_source(wheel: Path) -> None:
     inside = [Path(name) for name in _files(wheel) if ".dist-info/" not in name]
 

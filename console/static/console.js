@@ -41,6 +41,32 @@ function refreshing() {
 
 // -------------------------------------------------------------------------------------------------------- live changes
 
+// Reads a stream while the page is visible: a browser has six connections for all its pages of one site. When the page
+// is visible again, the stream goes on behind the last change. Returns what ends it.
+function follow(address, take, tell) {
+  let source = null;
+  let last = "";
+  function close() {
+    source?.close();
+    source = null;
+  }
+  function open() {
+    if (source) return;
+    source = new EventSource(last ? `${address}${address.includes("?") ? "&" : "?"}since=${encodeURIComponent(last)}` : address);
+    source.addEventListener("open", () => tell(true, false));
+    source.addEventListener("error", (event) => tell(false, event.target.readyState === EventSource.CLOSED));
+    for (const kind of ["put", "delete", "expire"]) {
+      source.addEventListener(kind, (event) => { last = event.lastEventId || last; take(event); });
+    }
+  }
+  function visible() {
+    if (document.hidden) close(); else open();
+  }
+  document.addEventListener("visibilitychange", visible);
+  visible();
+  return () => { document.removeEventListener("visibilitychange", visible); close(); };
+}
+
 function element(name, text, className) {
   const made = document.createElement(name);
   if (text !== undefined) made.textContent = text;
@@ -85,7 +111,7 @@ function liveChanges() {
     const held = waiting.length + missed;
     state.textContent = paused
       ? `Paused, ${held.toLocaleString("en")} change${held === 1 ? "" : "s"} waiting`
-      : connected ? "Connected" : "Not connected, trying again";
+      : connected ? "Live" : "Not connected, trying again";
   }
   function draw() {
     drawing = false;
@@ -105,21 +131,18 @@ function liveChanges() {
   pause.hidden = clear.hidden = false;
   pause.addEventListener("click", () => {
     paused = !paused;
-    pause.textContent = paused ? "Go on" : "Pause";
+    pause.textContent = paused ? "Resume" : "Pause";
     pause.setAttribute("aria-pressed", String(paused));
     tell();
     draw();
   });
   clear.addEventListener("click", () => { body.replaceChildren(); waiting = []; missed = 0; empty.hidden = false; tell(); });
 
-  const source = new EventSource(table.dataset.changes);
-  source.addEventListener("open", () => { connected = true; tell(); });
-  source.addEventListener("error", () => {
-    connected = false;
-    tell();
-    if (source.readyState === EventSource.CLOSED) state.textContent = "Not connected: the console refuses the stream. Load the page again.";
+  follow(table.dataset.changes, take, (now, refused) => {
+    connected = now;
+    if (refused) state.textContent = "Not connected: the console refuses the stream. Load the page again.";
+    else tell();
   });
-  for (const kind of ["put", "delete", "expire"]) source.addEventListener(kind, take);
 }
 
 // ------------------------------------------------------------------------------------------ an entry that is changed
@@ -127,10 +150,7 @@ function liveChanges() {
 function changedEntry() {
   const notice = document.querySelector("[data-changed]");
   if (!notice) return;
-  const source = new EventSource(notice.dataset.stream);
-  for (const kind of ["put", "delete", "expire"]) {
-    source.addEventListener(kind, () => { notice.hidden = false; source.close(); });
-  }
+  const end = follow(notice.dataset.stream, () => { notice.hidden = false; end(); }, () => {});
 }
 
 refreshing();

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import scopestate
 from scopestate.cli import cache, config, consumers, listing, start, state, store, watch
+from scopestate.cli.console import console
 from scopestate.cli.serve import serve
 from scopestate.cli.terminal import (
     EXIT_CODES,
@@ -85,6 +86,7 @@ _ENGINE = "A running engine"
 _FILES = "Files"
 
 app.command("serve")(serve)
+app.command("console", epilog=EXIT_CODES)(console)
 _NEGATIVE = {"ignore_unknown_options": True}
 """For commands that take JSON, where -5 is a number and not an option."""
 for _name, _function, _settings in (

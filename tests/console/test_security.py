@@ -18,6 +18,7 @@ from scopestate import Engine
 from scopestate.console import allow_everyone, basic_auth, console
 from scopestate.integrations.asgi import lifespan
 
+NAVIGATION = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
 PAGES = ["", "scopes", "entry?scope=s&key=k", "changes", "stream", "nowhere", "download?scope=s&key=k"]
 
 
@@ -112,11 +113,13 @@ def test_no_page_has_a_script_or_a_style_of_its_own(engine: Engine, writer: Visi
 @pytest.mark.parametrize(
     ("headers", "said"),
     [
-        ({"Sec-Fetch-Site": "cross-site", "Origin": f"http://{HOST}"}, "another site"),
-        ({"Sec-Fetch-Site": "same-site"}, "another site"),
+        ({"Sec-Fetch-Site": "cross-site", **NAVIGATION}, "another site"),
+        ({"Sec-Fetch-Site": "same-site", **NAVIGATION}, "another site"),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, "other sites"),
         ({"Sec-Fetch-Site": "none"}, "another site"),
         ({"Origin": "http://evil.example"}, "evil.example"),
         ({"Origin": "null"}, "null"),
+        ({"Origin": "http://[bad"}, "bad"),
         ({}, "does not say"),
     ],
 )
