@@ -22,12 +22,13 @@ _COOKIE: Final = "scopestate_console"
 # would not send the new cookie (SameSite=Strict) to its target if the address was opened from a page of another site.
 _WELCOME: Final = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=./">'
-    '<title>scopestate</title><p><a href="./">Go on to the console</a></p></html>'
+    '<title>scopestate</title><main><h1>scopestate</h1><p><a href="./">Go on to the console</a></p></main></html>'
 )
 _REFUSED: Final = (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><title>scopestate</title><h1>Not allowed</h1>'
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    "<title>scopestate</title><main><h1>Not allowed</h1>"
     "<p>Open the address that <code>scopestate console</code> has printed. It lets one browser in, once, and within 15 "
-    "minutes. For another browser, press Enter in that terminal, or start the command again.</p></html>"
+    "minutes. For another browser, press Enter in that terminal, or start the command again.</p></main></html>"
 )
 
 

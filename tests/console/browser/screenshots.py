@@ -68,7 +68,7 @@ def take(folder: Path) -> list[Path]:
 def _live(browser: Browser, shop: Shop, folder: Path, state: str) -> Path:
     window = Window(browser)
     window.page.goto(shop.url("changes"))
-    expect(window.page.get_by_role("status")).to_have_text("Connected")
+    expect(window.page.get_by_role("status")).to_have_text("Live")
     for number in range(1, 9):
         person = ("ada", "grace", "alan")[number % 3]
         shop.engine.set(f"cart:{person}", f"item-{number}", {"quantity": number, "price": 2.25 * number})

@@ -36,7 +36,7 @@ def test_a_user_with_a_password_reads_writes_and_sees_live_changes(open_window: 
         page.get_by_role("button", name="Save").click()
         expect(page.locator("main")).to_contain_text('"changed"')
         page.get_by_role("link", name="Live changes", exact=True).click()
-        expect(page.locator("#stream-state")).to_have_text("Connected")
+        expect(page.locator("#stream-state")).to_have_text("Live")
         shop.engine.set("users", "linus", 1)
         expect(page.locator("#changes tr").filter(has_text="linus")).to_have_count(1)
 

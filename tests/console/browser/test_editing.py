@@ -107,6 +107,7 @@ def test_a_console_that_only_reads_has_no_forms_that_write(open_window: OpenWind
             shop.url("entry", scope="users", key="ada"),
             shop.url("keys", scope="users"),
             shop.url("triggers"),
+            shop.url("dead-letters"),
             shop.url("dead-letter", id=letter.id),
         ):
             window.page.goto(address)

@@ -66,7 +66,7 @@ def test_hostile_changes_run_nothing_while_they_arrive(open_window: OpenWindow, 
     window = open_window(width=360)
     with Shop(tmp_path, filled=False) as shop:
         window.page.goto(shop.url("changes"))
-        expect(window.page.get_by_role("status")).to_have_text("Connected")
+        expect(window.page.get_by_role("status")).to_have_text("Live")
         for text in HOSTILE:
             shop.engine.set(text, text, {text: text})
         shop.engine.set("after", "all", "arrived")

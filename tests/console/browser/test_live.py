@@ -28,7 +28,7 @@ def state(page: Page) -> Locator:
 
 def live(page: Page) -> None:
     """Wait until the page says that it gets what happens."""
-    expect(state(page)).to_have_text("Connected")
+    expect(state(page)).to_have_text("Live")
 
 
 def test_a_change_of_another_thread_appears(open_in_each: OpenWindow, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_paused_page_holds_what_arrives_and_shows_it_when_it_goes_on(open_wind
         expect(state(page)).to_contain_text("2")
         expect(changes(page).filter(has_text="linus")).to_have_count(0)
 
-        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("button", name="Resume").click()
 
         expect(changes(page).filter(has_text="linus")).to_have_count(1)
         expect(changes(page).filter(has_text="bjarne")).to_have_count(1)
@@ -122,7 +122,7 @@ def test_the_stream_goes_on_after_a_restart_of_the_server_without_a_gap(
         expect(changes(page).filter(has_text="before")).to_have_count(1)
 
         def meanwhile() -> None:
-            expect(state(page)).not_to_have_text("Connected")
+            expect(state(page)).not_to_have_text("Live")
             shop.engine.set("users", "while-down", 1)
 
         shop.restart(meanwhile)
@@ -137,11 +137,39 @@ def test_the_stream_goes_on_after_a_restart_of_the_server_without_a_gap(
 
 def test_leaving_the_page_ends_its_stream(open_window: OpenWindow, tmp_path: Path) -> None:
     window = open_window()
-    with Shop(tmp_path, max_streams=4) as shop:
-        for _ in range(6):
+    with Shop(tmp_path, max_streams=16) as shop:  # of which a client has four
+        for _ in range(12):
             window.page.goto(shop.url("changes"))
             live(window.page)
             window.page.goto(shop.url())
+
+
+# A browser that runs for tests counts every page as visible.
+_HIDE = """hidden => {
+    Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+def test_a_hidden_page_gives_back_its_connection_and_goes_on_without_a_gap(
+    open_window: OpenWindow, tmp_path: Path
+) -> None:
+    window = open_window()
+    with Shop(tmp_path) as shop:
+        page = window.page
+        page.goto(shop.url("changes", scope="users"))
+        live(page)
+        shop.engine.set("users", "before", 1)
+        expect(changes(page).filter(has_text="before")).to_have_count(1)
+        with page.expect_event("requestfailed"):  # the stream, which the page has closed
+            page.evaluate(_HIDE, True)
+        shop.engine.set("users", "while-hidden", 1)
+        page.evaluate(_HIDE, False)
+        shop.engine.set("users", "later", 1)
+
+        expect(changes(page).filter(has_text="later")).to_have_count(1)
+        expect(changes(page).filter(has_text="while-hidden")).to_have_count(1)
+        expect(changes(page).filter(has_text="before")).to_have_count(1)
 
 
 def figure(page: Page, name: str) -> Locator:
