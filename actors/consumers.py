@@ -17,7 +17,7 @@ from scopestate.actors.containment import Log
 from scopestate.actors.progress import Progress
 from scopestate.actors.shared_consumer import HERE, Holder, SharedConsumer, standing_by
 from scopestate.actors.snapshot import Flush
-from scopestate.errors import Compacted, ConfigError, Unsupported
+from scopestate.errors import Compacted, ConfigError, StorageError, Unsupported
 from scopestate.ops.cursors import ManyCursor, read_start
 from scopestate.signals import Guard, exclusive
 
@@ -172,21 +172,22 @@ class JournalConsumer(ConsumerPort):
             if self.shared is None:
                 shared = SharedConsumer(self, self._owner.now_ms, self._owner.dispatcher.monotonic)
                 handler = self._handler
+                if handler is not None:
+                    monotonic = self._owner.dispatcher.monotonic
+                    shared.expect(
+                        Holder(HERE, handler.trigger, handler.since_ms, handler.wake, handler.lost, monotonic)
+                    )
                 # First: what ends from here on is told to both.
                 self.shared = shared
                 if self._owner.expects_claims and self._progress.has_begun:
                     shared.expect_claims()
                     self._owner.dispatcher.call_later(self._owner.claims_left_s(), shared.end_claims)
                 if handler is not None:
-                    here = Holder(
-                        HERE,
-                        handler.trigger,
-                        handler.since_ms,
-                        handler.wake,
-                        handler.lost,
-                        self._owner.dispatcher.monotonic,
-                    )
-                    shared.begin(here, self.open_items(), self._running())
+                    try:
+                        shared.begin(self.open_items(), self._running())
+                    except StorageError:
+                        self.shared = None
+                        raise
                 self._wake, self._lost = shared.wake_all, shared.lose
                 stopped, self.trigger = self.trigger is None, self.trigger or shared.leading
             else:
@@ -194,6 +195,13 @@ class JournalConsumer(ConsumerPort):
         if stopped:
             self.shared.retire(HERE)
         return self.shared
+
+    def is_served_elsewhere(self) -> bool:
+        """Return whether another engine takes events of it, or may come back for what it was handling."""
+        shared = self.shared
+        if shared is not None:
+            return shared.is_served_elsewhere
+        return self._owner.expects_claims and self._progress.has_begun
 
     def end_sharing(self) -> None:
         """This engine alone takes the events from now on."""
@@ -661,12 +669,12 @@ class JournalConsumers(Consumers):
         return self.open(name, trigger).share()
 
     def served_elsewhere(self) -> list[str]:
-        return [one.name for one in self._all() if one.shared is not None and one.shared.is_served_elsewhere]
+        return [one.name for one in self._all() if one.is_served_elsewhere()]
 
     def settle(self, names: Sequence[str], marks: Mapping[str, int], wait_s: float) -> dict[str, int]:
         monotonic = self.dispatcher.monotonic
         ends_s = monotonic() + wait_s
-        shared = {name: one.shared for name in names if (one := self._by_name.get(name)) and one.shared is not None}
+        shared = {name: one.share() for name in names if (one := self._by_name.get(name)) is not None}
         if any(name not in marks for name in shared):
             self.flush()
         left = {name: marks.get(name, self.settled) for name in shared}

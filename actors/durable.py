@@ -245,17 +245,28 @@ class DurableHandler(HandlerActor):
     def _move(self, port: ConsumerPort) -> None:
         """Within a turn, so that nothing is fetched at the same time."""
         before, self._next_port = self.port, None
+        # First: what ends from here on is not told to the other place, but is among `unsent`, or left behind.
+        running = self.running()
         unsent = before.hand_over()
         before.stop()
         waits = {one.position for one in unsent if one.verdict in ("retry", "held")}
-        running = {**{one.position: ENDED for one in unsent}, **self.running()}
-        self._lost.append(frozenset(self._held_positions()).difference(waits, self.running()))
+        self._lost.append(frozenset(self._held_positions()).difference(waits, running))
         self._lose()
-        self.port = port
         self.begins_at_once = port.notes_at_once
-        if self.active and not self._stopped:
-            port.start(self.trigger, self.wake_up, self.lost, lambda: {**running, **self.running()})
-        port.ended(unsent + before.left_behind())
+        known = {**{one.position: ENDED for one in unsent}, **running}
+        try:
+            if self.active and not self._stopped:
+                port.start(self.trigger, self.wake_up, self.lost, lambda: {**known, **self.running()})
+        finally:
+            known.clear()
+            self.port = port  # only now: an outcome counts if the port knows that the attempt is running
+            port.ended(unsent + before.left_behind())
+            self._exclusive.run(self._mark_again)
+
+    def _mark_again(self) -> None:
+        """The marks of barriers are those of another port."""
+        for waiting in self._barriers:
+            waiting.mark, waiting.left = self.port.mark(), None
 
     def forget(self) -> None:
         """Its consumer is forgotten: nothing that is here counts any more."""

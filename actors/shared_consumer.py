@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -164,6 +164,12 @@ class Hold:
         """True: it waits for its next attempt, or holds back its lane."""
 
 
+class _Early(NamedTuple):
+    begun: dict[int, int]
+    """Position -> attempt."""
+    ended: list[Outcome]
+
+
 class _Lane:
     __slots__ = ("holders", "holds", "name", "parked", "waits")
 
@@ -206,6 +212,8 @@ class SharedConsumer:
         """The trigger that says which events are read, and in which order they are handled."""
         self._waiters: list[Callable[[], object]] = []
         self._has_ended = False
+        self._early: _Early | None = None
+        """What begins and ends here between `expect` and `begin`; None: at any other time."""
         self._unclaimed: Holder | None = None
         """Has what an engine was handling when the one before this one ended, until that engine claims it."""
 
@@ -224,13 +232,25 @@ class SharedConsumer:
         if unclaimed is not None:
             self._park(list(unclaimed.holds.values()))
 
-    def begin(self, here: Holder, items: Sequence[Held], running: Mapping[int, int]) -> None:
-        """Note what this engine holds at the beginning: everything that was fetched."""
+    def expect(self, here: Holder) -> None:
+        """This engine takes events already: `begin` follows, and until then what begins and ends is kept for it."""
         self._holders[HERE] = here
         self.leading = here.trigger
+        self._early = _Early({}, [])
+
+    def begin(self, items: Sequence[Held], running: Mapping[int, int]) -> None:
+        """Note what this engine holds: everything that was fetched, and was not over a moment ago."""
+        here, ended = self._guard.run(self._begin, items, running)
+        self.ended(here, ended, is_taken=True)
+
+    def _begin(self, items: Sequence[Held], running: Mapping[int, int]) -> tuple[Holder, list[Outcome]]:
+        here, early = self._holders[HERE], self._early or _Early({}, [])
+        self._early = None
+        begun = {**running, **early.begun}
         for item in items:
-            attempt = max(running.get(item.event.position, 0), 0)
+            attempt = max(begun.get(item.event.position, 0), 0)
             self._put(Hold(item, here, self._lane_of(item.event), attempt))
+        return here, early.ended
 
     # ------------------------------------------------------------------------------------------------------- holders
 
@@ -442,13 +462,17 @@ class SharedConsumer:
         if holder is None or self._source.paused() is not None:
             return []
         found, room = self._guard.run(self._give, holder, most)
-        while len(found) < room and self._may_read():
-            with self._source.reading:
-                read = self._source.read(room - len(found))
-                if not read:
-                    break
-                mine, room = self._guard.run(self._sort, holder, read, room)
-                found += mine
+        try:
+            while len(found) < room and self._may_read():
+                with self._source.reading:
+                    read = self._source.read(room - len(found))
+                    if not read:
+                        break
+                    mine, room = self._guard.run(self._sort, holder, read, room)
+                    found += mine
+        except StorageError:
+            self.keep(holder, found)
+            raise
         if len(found) < most:
             holder.is_hungry = True
         if holder.name == HERE and not self.is_served_elsewhere:
@@ -537,6 +561,9 @@ class SharedConsumer:
     def _began(
         self, holder: Holder, attempts: Sequence[tuple[int, int]], serial: int
     ) -> tuple[list[tuple[int, int]], list[int]]:
+        if self._early is not None:
+            self._early.begun.update(attempts)
+            return list(attempts), []
         held, gone = [], []
         for position, attempt in attempts:
             hold = holder.holds.get(position)
@@ -564,6 +591,9 @@ class SharedConsumer:
             self._wake()
 
     def _ended(self, holder: Holder, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[int]]:
+        if self._early is not None:
+            self._early.ended.extend(outcomes)
+            return list(outcomes), []
         count, failed = [], []
         for outcome in outcomes:
             hold = holder.holds.get(outcome.position)
@@ -787,7 +817,7 @@ class SharedConsumer:
 
     def is_settled(self, mark: int) -> bool:
         """Return whether no event up to a position is to be handled soon: none is left, or only such as wait long."""
-        if self._source.paused() is not None or not self._holders:
+        if self._source.paused() is not None or not (self._holders or self._unclaimed):
             return not any(hold.begun for hold in list(self._holds.values()))
         return self._source.is_read_to(mark) and self._guard.run(self._is_settled, mark)
 

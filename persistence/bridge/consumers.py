@@ -247,6 +247,9 @@ class RemoteConsumers(Consumers):
         return next((one for one in self.statuses() if one.name == name), None)
 
     def settle(self, names: Sequence[str], marks: Mapping[str, int], wait_s: float) -> dict[str, int]:
+        for name in names:
+            if (port := self._ports.get(name)) is not None:
+                port.be_joined()  # or the other engine does not know what is handled here
         asked = handed.Drain(list(names), int(wait_s * 1000), dict(marks))
         drained: handed.Drained = ask(self._line, handed.DRAIN, asked, handed.Drained, reads=True)
         return drained.left

@@ -362,6 +362,12 @@ class RemotePort(ConsumerPort):
         self.is_joined = False
         self.problem = f"consumer {self.name!r} gets no events: {error}"
 
+    def be_joined(self) -> None:
+        """Return when the other engine knows what this one holds. Raises StorageError if it does not answer."""
+        with self._saying:
+            if not (self.is_joined or self.stopping):
+                self._join()
+
     def keep(self) -> None:
         """Say what is to be said. On the keeper's thread. Raises StorageError."""
         with self._saying:

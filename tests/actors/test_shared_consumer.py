@@ -13,7 +13,7 @@ import pytest
 
 from scopestate.actors.consuming import Held, Outcome, Verdict
 from scopestate.actors.shared_consumer import ENDED, HERE, Holder, SharedConsumer
-from scopestate.errors import Unsupported
+from scopestate.errors import StorageError, Unsupported
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Order, Trigger
 
@@ -428,7 +428,8 @@ def test_what_a_transaction_has_acknowledged_is_not_given_to_another(events: Eve
 def test_this_engine_goes_on_alone_when_the_others_are_gone(events: Events, shared: SharedConsumer) -> None:
     events.put("a", "b")
     here = Holder(HERE, Trigger("t", "f", durable="ship", order="key"), 0, lambda: None, lambda lost: None, lambda: 0.0)
-    shared.begin(here, events.read(1), {1: 1})
+    shared.expect(here)
+    shared.begin(events.read(1), {1: 1})
     one = Engine(shared, "one")
     assert one.fetch() == [2]
     assert not events.is_alone
@@ -517,3 +518,49 @@ def test_any_history_handles_each_event_once_and_in_order(seed: int) -> None:
     assert not events.open
     for key, positions in handled.items():
         assert positions == sorted(positions), key
+
+
+def test_what_begins_and_ends_while_sharing_begins_counts(events: Events, shared: SharedConsumer) -> None:
+    events.put("a", "b", "c")
+    items = events.read(3)
+    here = Holder(HERE, Trigger("t", "f", durable="ship"), 0, lambda: None, lambda positions: None, lambda: 0.0)
+    shared.expect(here)
+    assert shared.began(here, [(2, 1)]) == []
+    shared.ended(here, [Outcome(1, "done", 1)])
+    assert (events.noted, events.over) == ([(2, 1)], [1])
+
+    shared.begin(items, {1: 1})
+    assert {position: hold.begun for position, hold in here.holds.items()} == {2: 1, 3: 0}
+    shared.ended(here, [Outcome(2, "done", 1)])
+    assert events.over == [1, 2]
+    assert not shared.is_settled(3)
+    shared.ended(here, [Outcome(3, "done", 1)])
+    assert shared.is_settled(3)
+
+
+def test_what_was_found_before_reading_failed_is_given_the_next_time(
+    events: Events, shared: SharedConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = Engine(shared, "one"), Engine(shared, "two")
+    events.put("a", "b")
+    assert one.fetch() == [1, 2]
+    shared.leave("one")  # both may go to any engine
+
+    def fail(most: int) -> list[Held]:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(events, "read", fail)
+        with pytest.raises(StorageError):
+            two.fetch()
+    assert two.fetch() == [1, 2]
+
+
+def test_what_ran_before_is_waited_for_until_its_engine_may_not_come_any_more(
+    events: Events, shared: SharedConsumer
+) -> None:
+    shared.expect_claims()
+    events.put("a")
+    assert not shared.is_settled(1)
+    shared.end_claims()
+    assert shared.is_settled(1)
