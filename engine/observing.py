@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from scopestate.errors import ScopestateError
 from scopestate.ops.deliveries import Delivery
+from scopestate.ops.trace_context import TraceContext, TracedDepth, context_of
 from scopestate.ops.turns import Turn
 from scopestate.persistence.local import LocalBackend
 from scopestate.wire.depth import event_depth
@@ -50,31 +51,16 @@ class Observer(Protocol):
         trigger.
         """
 
-    def origin(self) -> object | None:
-        """Return what the events of the call that has begun are to carry: see `origin_of`. None: nothing."""
+    def origin(self) -> TraceContext | None:
+        """Return the trace that the call which has begun is part of. Its events carry it: see `origin_of`."""
 
 
-class _Depth(int):
-    """The depth of an event, with the origin of the call that has fired it. It goes where the depth goes."""
+def origin_of(event: StateEvent) -> TraceContext | None:
+    """Return the trace of the call that has fired an event: what `Observer.origin` returned there.
 
-    origin: object
-
-    def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return (int, (int(self),))
-
-    def __copy__(self) -> _Depth:
-        return self
-
-    def __deepcopy__(self, memo: object) -> _Depth:
-        return self
-
-
-def origin_of(event: StateEvent) -> object | None:
-    """Return what `Observer.origin` returned for the call that has fired an event.
-
-    None if that call was not observed, was made in another process or before a restart: it is not stored.
+    That call may have been made in another process, or before a restart. None if it was not part of a trace.
     """
-    return getattr(event.depth, "origin", None)
+    return context_of(event.depth)
 
 
 def place_of(engine: Engine) -> Place:
@@ -123,11 +109,8 @@ def _around_call(engine: Engine, observer: Observer, name: str, given: tuple[Any
     operation, scope = _named(name, given)
     with observer.call(operation, scope, place_of(engine)):
         before = event_depth.get()
-        depth: int = before
         origin = observer.origin()
-        if origin is not None:
-            depth = _Depth(before)
-            depth.origin = origin
+        depth = before if origin is None else TracedDepth.of(before, origin)
         of_inside, of_depth = _inside.set(True), event_depth.set(depth)
         try:
             yield

@@ -23,7 +23,7 @@ try:
     from opentelemetry import context as contexts
     from opentelemetry import metrics, trace
     from opentelemetry.context import Context
-    from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode
+    from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 except ImportError as error:
     raise ImportError("scopestate.integrations.opentelemetry needs: pip install 'scopestate[otel]'") from error
 
@@ -33,6 +33,7 @@ from scopestate.errors import ScopestateError
 from scopestate.observing import Place, observe, origin_of, unobserve
 from scopestate.ops.deliveries import RetryLater
 from scopestate.ops.results import StateEvent
+from scopestate.ops.trace_context import TraceContext, read_context
 
 __all__ = ["instrument", "uninstrument"]
 
@@ -124,14 +125,17 @@ class _Tracer:
             attributes["scopestate.event_type"] = events[0].event_type
         if self._keys:
             attributes["scopestate.keys"] = [event.key for event in events]
-        links = tuple(Link(origin) for event in events if isinstance(origin := origin_of(event), SpanContext))
+        links = tuple(Link(_span_context(origin)) for event in events if (origin := origin_of(event)) is not None)
         return self._span(f"handle {function_id}", SpanKind.CONSUMER, attributes, links, Context())
 
-    def origin(self) -> SpanContext | None:
+    def origin(self) -> TraceContext | None:
         with _contained():
             found = trace.get_current_span().get_span_context()
             if found.is_valid:
-                return found
+                return read_context(
+                    f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}",
+                    found.trace_state.to_header(),
+                )
         return None
 
     @contextmanager
@@ -157,6 +161,12 @@ class _Tracer:
             if span is not None:
                 with _contained():
                     span.end()
+
+
+def _span_context(context: TraceContext) -> SpanContext:
+    _, trace_id, span_id, flags = context.traceparent.split("-")
+    state = TraceState.from_header([context.tracestate]) if context.tracestate else None
+    return SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)), state)
 
 
 def _fail(span: Span, error: BaseException) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
 from scopestate.ops.results import EventType, StateEvent
+from scopestate.ops.trace_context import TracedDepth, context_of, read_text
 from scopestate.ops.values import parse, prepare
 
 JOIN: Final = "engine::deliveries::join"
@@ -49,10 +50,12 @@ class HandedEvent(msgspec.Struct, omit_defaults=True):
     error: str | None = None
     cut_off: bool = False
     blocked: bool = False
+    trace: str = ""
 
     @classmethod
     def of(cls, event: StateEvent, **attempts: Any) -> HandedEvent:
         """Return an event as it is sent."""
+        context = context_of(event.depth)
         return cls(
             event.event_type,
             event.scope,
@@ -61,11 +64,12 @@ class HandedEvent(msgspec.Struct, omit_defaults=True):
             event.position,
             UNSET if event.old_json is None else Raw(event.old_json),
             UNSET if event.new_json is None else Raw(event.new_json),
-            event.depth,
+            int(event.depth),
             event.expired_at,
             event.late_ms,
             event.transaction,
             event.time_ms,
+            trace="" if context is None else context.text,
             **attempts,
         )
 
@@ -78,7 +82,7 @@ class HandedEvent(msgspec.Struct, omit_defaults=True):
             None if isinstance(self.old, UnsetType) else parse(bytes(self.old)),
             None if isinstance(self.new, UnsetType) else parse(bytes(self.new)),
             self.revision,
-            self.depth,
+            TracedDepth.of(self.depth, read_text(self.trace)) if self.trace else self.depth,
             self.expired_at,
             self.late_ms,
             self.transaction,

@@ -16,6 +16,7 @@ from scopestate.errors import DeserializationError, InvalidPageLimits
 from scopestate.ops.changes import Change
 from scopestate.ops.requests import Payload, convert
 from scopestate.ops.results import EventName
+from scopestate.ops.trace_context import context_of
 from scopestate.ops.values import prepare
 
 FUNCTION_ID: Final = "state::changes"
@@ -150,6 +151,9 @@ def change_text(change: Change, *, tell: bool = False) -> bytes:
         parts.append(b',"time_ms":%d' % event.time_ms)
     if tell and event is not None and event.depth:
         parts.append(b',"depth":%d' % event.depth)
+    context = context_of(event.depth) if tell and event is not None else None
+    if context is not None:
+        parts.append(b',"trace":%b' % _json(context.text))
     return b"".join(parts) + b"}"
 
 

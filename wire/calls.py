@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Raw
 
 from scopestate.errors import CallTimeout, MessageTooLarge, NotConnected, RemoteFailure, ScopestateError
+from scopestate.ops.trace_context import TracedDepth, read_context
 from scopestate.wire import frames
 from scopestate.wire.depth import depth_in, event_depth
 from scopestate.wire.features import LIST, Features, Needs, learn_features, may_change
@@ -36,7 +37,7 @@ class PendingCall:
         payload: bytes,
         done: Done,
         timeout_s: float,
-        baggage: str | None = None,
+        depth: int = 0,
         needs: Needs | None = None,
     ) -> None:
         self.function_id = function_id
@@ -45,9 +46,7 @@ class PendingCall:
         self.invocation_id = str(uuid.uuid4())
         self.done: Done | None = done
         """None once the outcome was delivered, or is no longer wanted."""
-        self.frame = frames.encode(
-            frames.InvokeFunction(function_id, Raw(payload), self.invocation_id, baggage=baggage)
-        )
+        self.frame = frames.call_text(function_id, self.invocation_id, payload, depth)
         self.sent = False
         self.timeout_s = timeout_s
         self.timer: asyncio.TimerHandle | None = None
@@ -299,6 +298,14 @@ class _Function:
             self.waiting.clear()
 
 
+def depth_of(frame: frames.InvokeFunction) -> int:
+    """Return how many handlers deep a call of the server is, with the trace that it is part of."""
+    depth = depth_in(frame.baggage)
+    if frame.traceparent is None:
+        return depth
+    return TracedDepth.of(depth, read_context(frame.traceparent, frame.tracestate))
+
+
 async def _run_in_order(function: _Function) -> None:
     while function.waiting:
         await _run(function, *function.waiting.popleft())
@@ -308,7 +315,8 @@ async def _run_in_order(function: _Function) -> None:
 async def _run(function: _Function, frame: frames.InvokeFunction, answer: Answer, max_bytes: int) -> None:
     result: bytes | None = None
     problem: frames.ErrorBody | None = None
-    event_depth.set(depth_in(frame.baggage))  # in this task's context: calls that the handler makes carry it
+    # In this task's context: calls that the handler makes carry it.
+    event_depth.set(depth_of(frame))
     task = asyncio.current_task()
     assert task is not None
     try:

@@ -29,7 +29,7 @@ from scopestate.ops.values import encode as encode_value
 from scopestate.wire import frames
 from scopestate.wire.address import DEFAULT_URL, Address
 from scopestate.wire.calls import Done, Handler, OfferedFunctions, PendingCall, PendingCalls
-from scopestate.wire.depth import event_depth, with_depth
+from scopestate.wire.depth import event_depth
 from scopestate.wire.features import Needs, may_change
 from scopestate.wire.options import GOING, GOODBYE, LIMIT_HEADER, REFUSALS, ClientOptions, limit_in
 
@@ -190,9 +190,8 @@ class Client:
         options = self.options
         if depth is None:
             depth = event_depth.get()
-        baggage = with_depth(None, depth) if depth else None
         timeout_s = options.call_timeout_s if timeout_s is None else timeout_s
-        call = PendingCall(function_id, payload, done, timeout_s, baggage, needs)
+        call = PendingCall(function_id, payload, done, timeout_s, depth, needs)
         refusal = self._refusal(len(payload))
         if refusal is not None:
             asyncio.get_running_loop().call_soon(calls.settle, call, None, refusal)

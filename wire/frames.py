@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Raw
 
 from scopestate.errors import DeserializationError
+from scopestate.ops.trace_context import TraceContext, context_of
 from scopestate.ops.values import json_words
 from scopestate.wire.depth import KEY
 
@@ -136,6 +137,8 @@ class InvokeFunction(_Frame):
     baggage: str | None = None
     metadata: Raw = ABSENT
     """An argument of newer SDKs beside `data`; passed on unchanged."""
+    tracestate: str | None = None
+    """scopestate only: what belongs to `traceparent`. iii ignores it."""
 
 
 class InvocationResult(_Frame):
@@ -280,10 +283,20 @@ def answer_text(function_id: str, invocation_id: str, result: bytes | None) -> b
 
 
 def call_text(function_id: str, invocation_id: str, data: Raw | bytes, depth: int) -> bytes:
-    """Return an `InvokeFunction` as text, with the event depth in its baggage unless that is 0."""
+    """Return an `InvokeFunction` as text, with the event depth in its baggage unless that is 0, and with its trace."""
     head = _call_heads.get(function_id) or _head(_call_heads, "invokefunction", function_id)
-    end = b',"baggage":"%b=%d"}' % (_DEPTH, depth) if depth else b"}"
+    end = b"}"
+    if depth or type(depth) is not int:
+        end = b"}" if not depth else b',"baggage":"%b=%d"}' % (_DEPTH, depth)
+        context = context_of(depth)
+        if context is not None:
+            end = _trace_text(context) + end
     return b"".join((head, invocation_id.encode(), b'","data":', data or NULL, end))
+
+
+def _trace_text(context: TraceContext) -> bytes:
+    text = b',"traceparent":"%b"' % context.traceparent.encode()
+    return text + b',"tracestate":%b' % encode(context.tracestate) if context.tracestate else text
 
 
 def _head(heads: dict[str, bytes], kind: str, function_id: str) -> bytes:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Raw
 
 from scopestate.errors import DeserializationError, MessageTooLarge
+from scopestate.ops.trace_context import TracedDepth, context_of, read_context
 from scopestate.ops.values import check, json_words
 from scopestate.wire.bounded_log import BoundedLog
 from scopestate.wire.depth import KEY, depth_in, with_depth
@@ -220,13 +221,18 @@ class WorkerSession:
         return self._receive_rare(frame, message)
 
     def depth_of(self, call: InvokeFunction) -> int:
-        """Return the event depth of a call of this worker: 0 if no event has caused it.
+        """Return the event depth of a call of this worker, with its trace: 0 if no event has caused it.
 
         A call without a depth is attributed to the newest call that the worker is executing. That is right for a
         handler that waits for the calls it makes. It is too low for calls that outlive their handler, and too high for
         a worker that makes unrelated calls while it is always busy with events.
         """
-        baggage = call.baggage
+        depth = self._depth_of(call.baggage)
+        if call.traceparent is None:
+            return depth
+        return TracedDepth.of(depth, read_context(call.traceparent, call.tracestate))
+
+    def _depth_of(self, baggage: str | None) -> int:
         if baggage is not None and KEY in baggage:
             return depth_in(baggage)
         if self.carries_depth or not self.executing:
@@ -457,13 +463,15 @@ class WorkerSession:
         *,
         invocation_id: str | None = None,
         traceparent: str | None = None,
+        tracestate: str | None = None,
         baggage: str | None = None,
         metadata: Raw = ABSENT,
         depth: int = 0,
     ) -> tuple[Execution, bytes] | None:
         """Begin a call that the worker executes: return its record and the message to send. None: it has too many.
 
-        `depth`: the event depth of calls that the worker makes for this one. The message always has an id, so that the
+        `depth`: the event depth of calls that the worker makes for this one; the trace that it carries goes into the
+        message, unless `traceparent` names one. The message always has an id, so that the
         worker always answers: the caller's, unless the worker is executing a call with the same id. Raises
         MessageTooLarge.
         """
@@ -477,15 +485,21 @@ class WorkerSession:
         else:
             if depth:
                 baggage = with_depth(baggage, depth)
+            context = context_of(depth) if traceparent is None else None
+            if context is not None:
+                traceparent, tracestate = context.traceparent, context.tracestate or None
             message = encode(
-                InvokeFunction(function_id, data or NULL, invocation_id, None, traceparent, baggage, metadata)
+                InvokeFunction(
+                    function_id, data or NULL, invocation_id, None, traceparent, baggage, metadata, tracestate
+                )
             )
         if len(message) > self._max_bytes:
             raise MessageTooLarge(
                 f"a call of {function_id[:LONGEST_NAME]!r} takes {len(message)} bytes, and a message to its worker "
                 f"may take {self._max_bytes}: send less at once, or raise `max_message_bytes` on both sides"
             )
-        execution = Execution(self, function_id, invocation_id, settle, depth)
+        # Without the trace: which call of the worker belongs to it, the worker says itself.
+        execution = Execution(self, function_id, invocation_id, settle, int(depth))
         executing[invocation_id] = execution
         return execution, message
 

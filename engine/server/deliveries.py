@@ -238,7 +238,7 @@ class WorkerHandler(HandlerActor):
                 event_depth.set(run.event.depth + 1)
                 self._settle(run, self._carry_on(run))
         self._give_back()
-        if depth:
+        if depth or type(depth) is not int:
             event_depth.set(depth)
 
     def _send(self, run: Run) -> bool:

@@ -213,9 +213,11 @@ class Hub:
     def act(self, worker: Worker, action: Action) -> None:
         """Carry out what a worker's session asks for."""
         if type(action) is InvokeFunction:
-            if (action.baggage is not None or worker.session.executing) and not self._deep:
+            if (
+                action.baggage is not None or action.traceparent is not None or worker.session.executing
+            ) and not self._deep:
                 depth = worker.session.depth_of(action)
-                if depth:
+                if depth or type(depth) is not int:
                     self._act_deep(worker, action, depth)
                     return
             self.calls += 1
@@ -264,7 +266,7 @@ class Hub:
             self.act(worker, action)
 
     def _act_deep(self, worker: Worker, call: InvokeFunction, depth: int) -> None:
-        """Carry out a call from within a handler: its writes and its calls are `depth` handlers deep."""
+        """Carry out a call from within a handler, or of a trace: its writes and its calls have that `depth`."""
         self._deep = True
         event_depth.set(depth)
         try:
@@ -521,6 +523,7 @@ class Hub:
                 settle,
                 invocation_id=call.invocation_id,
                 traceparent=call.traceparent,
+                tracestate=call.tracestate,
                 baggage=call.baggage,
                 metadata=call.metadata,
                 depth=depth,
@@ -621,6 +624,7 @@ def _size_of(call: InvokeFunction) -> int:
         + len(call.function_id)
         + len(call.baggage or "")
         + len(call.traceparent or "")
+        + len(call.tracestate or "")
         + len(call.metadata)
     )
 

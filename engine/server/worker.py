@@ -14,6 +14,7 @@ from msgspec import Raw
 from scopestate.errors import RemoteFailure
 from scopestate.ops.deliveries import Delivery, Discard, RetryLater
 from scopestate.ops.results import StateEvent
+from scopestate.ops.trace_context import TracedDepth, context_of
 from scopestate.ops.values import decode, encode, parse
 from scopestate.server.connections import TEXT, TURN, Batches, Connection
 from scopestate.snapshots import Caller
@@ -244,8 +245,7 @@ class WorkerFunction:
                 future.set_result(outcome)
 
         data, metadata = delivery_json(item, delivery, consumer)
-        depth = item.depth if isinstance(item, StateEvent) else max(event.depth for event in item)
-        execution = self.hub.execute(self, data, settle, depth=depth + 1, metadata=metadata, timed=False)
+        execution = self.hub.execute(self, data, settle, depth=_depth_for(item), metadata=metadata, timed=False)
         try:
             outcome = await future
         finally:
@@ -262,9 +262,10 @@ class WorkerFunction:
         beside = ABSENT if metadata is None else Raw(metadata)
         if isinstance(item, StateEvent):
             data, depth = event_json(item), item.depth
+            depth = depth + 1 if type(depth) is int else _depth_for(item)
         else:
-            data, depth = batch_json(item), max(event.depth for event in item)
-        return self.hub.execute(self, Raw(data), settle, depth=depth + 1, metadata=beside)
+            data, depth = batch_json(item), _depth_for(item)
+        return self.hub.execute(self, Raw(data), settle, depth=depth, metadata=beside)
 
     def result_for_event(self, outcome: InvocationResult) -> bool | None:
         """Return False if the answer to an event is a literal `false`, as that of a condition may be; else None."""
@@ -275,6 +276,14 @@ class WorkerFunction:
         if error is not None:
             raise RemoteFailure(self.frame.id, error.code, error.message, error.stacktrace)
         return bytes(value_of(outcome))
+
+
+def _depth_for(item: StateEvent | list[StateEvent]) -> int:
+    """Return the depth of the call that delivers events, with the trace of their writer if all have the same."""
+    events = [item] if isinstance(item, StateEvent) else item
+    depth = max(event.depth for event in events) + 1
+    contexts = {context_of(event.depth) for event in events}
+    return TracedDepth.of(depth, contexts.pop() if len(contexts) == 1 else None)
 
 
 def delivery_json(item: StateEvent | list[StateEvent], delivery: Delivery, consumer: str) -> tuple[Raw, Raw]:

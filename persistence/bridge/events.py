@@ -32,6 +32,7 @@ from scopestate.errors import (
 )
 from scopestate.ops.cursors import ManyCursor, read_cursor
 from scopestate.ops.polls import FUNCTION_ID
+from scopestate.ops.trace_context import TracedDepth, context_of, read_text
 from scopestate.ops.values import parse
 from scopestate.persistence.bridge.changes import AWAY, error_of
 from scopestate.signals import wait_for
@@ -76,6 +77,7 @@ class _Told(msgspec.Struct):
     late_ms: int = 0
     time_ms: int = 0
     depth: int = 0
+    trace: str = ""
     cursor: str = ""
 
     def arrived(self) -> _Arrived:
@@ -86,7 +88,7 @@ class _Told(msgspec.Struct):
             parse(bytes(self.old_value)) if self.old_value else None,
             parse(bytes(self.value)) if self.value else None,
             self.revision,
-            self.depth,
+            TracedDepth.of(self.depth, read_text(self.trace)) if self.trace else self.depth,
             None if self.expired_at is None else (self.expired_at, self.late_ms),
             self.transaction or self.revision,
             self.time_ms,
@@ -570,7 +572,9 @@ class RemoteEvents:
             await self._decided.wait()
             if self._by_trigger:
                 event = _read_event(payload)
-                depth = max(0, event_depth.get() - 1)  # the depth of the event; that of this handler is one more
+                deep = event_depth.get()
+                # The depth of the event; that of this handler is one more.
+                depth = TracedDepth.of(max(0, deep - 1), context_of(deep))
                 self._numbered += 1
                 await self._fire(event.arrived(self._numbered, depth))
             return None

@@ -465,7 +465,9 @@ class BridgeScope(LeadingScope):
         may be used as every other.
         """
         turn, owner = item.message, self._connection.owner
-        if type(turn) not in FREQUENT or item.depth or owner is None or call.home is not None:
+        if type(turn) not in FREQUENT or owner is None or call.home is not None:
+            return False
+        if item.depth or type(item.depth) is not int:  # of a handler, or of a trace
             return False
         key = turn.key
         if self._passivated or self._closed or self._barrier is not None or key in self._keys:
