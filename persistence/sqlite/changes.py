@@ -11,10 +11,12 @@ import msgspec
 from scopestate.actors.journal import EVENT_OVERHEAD, Gone, Letter
 from scopestate.errors import StorageError, UnsavableValue
 from scopestate.ops.results import EventType, StateEvent
+from scopestate.ops.trace_context import TracedDepth
 from scopestate.ops.turns import end_of_prefix
 from scopestate.persistence.sqlite.database import primary_code
 from scopestate.persistence.sqlite.schema import RESERVED
 from scopestate.persistence.sqlite.statements import Parameter, Write, ladder
+from scopestate.persistence.sqlite.traces import restore_traces, write_traces
 
 KINDS: Final[tuple[EventType, ...]] = ("state:created", "state:updated", "state:deleted", "state:expired")
 """The column `kind` is an index of it."""
@@ -113,6 +115,8 @@ def write_changes(
             parameters, total = [], 0
     written.extend(parameters, total)
     written.flush()
+    if TracedDepth.is_used:
+        write_traces(connection, (event for _, _, event, _ in rows))
 
 
 def _check_room(rows: Iterable[tuple[int, int, StateEvent, int]], room: int) -> None:
@@ -251,6 +255,8 @@ def _read(
         most_bytes -= sum(sizes[:rows])
         if rows == len(places) < PAGE_ROWS:
             break
+    if TracedDepth.is_used:
+        restore_traces(connection, found)
     return found
 
 
@@ -434,6 +440,7 @@ _INSERT_LETTERS: Final = ladder(
 def write_letters(connection: sqlite3.Connection, letters: Iterable[tuple[int, Letter]]) -> None:
     """Write dead letters, each with the number of the scope of its event."""
     written = Write(connection, _INSERT_LETTERS, EVENT_WIDTH + 6)
+    events: list[StateEvent] = []
     for scope, letter in letters:
         (size,) = sizes_of([letter.event])
         row = (
@@ -446,7 +453,9 @@ def write_letters(connection: sqlite3.Connection, letters: Iterable[tuple[int, L
             *event_row(letter.event, scope, size),
         )
         written.add(row, size + len(letter.error) + len(letter.traceback))
+        events.append(letter.event)
     written.flush()
+    write_traces(connection, events)  # the journal may have forgotten them
 
 
 def _text(text: str) -> str:

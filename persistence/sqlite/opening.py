@@ -41,6 +41,7 @@ from scopestate.persistence.sqlite.schema import (
     probe,
     version_of,
 )
+from scopestate.persistence.sqlite.traces import note_traces
 
 log = logging.getLogger("scopestate.persistence.file")
 
@@ -139,6 +140,7 @@ def _open_locked(path: str, lock: StoreLock, open_: Open) -> tuple[sqlite3.Conne
                 missing = _report_lost(connection, path, lock.committed)
             # Finds out now, not at the first save, whether the database may be written.
             session = begin_session(connection, lost=missing is not None or killed)
+            note_traces(connection)
         except BaseException:
             connection.close()
             raise
