@@ -7,6 +7,7 @@ from typing import NamedTuple
 from scopestate.actors.router import Expired
 from scopestate.errors import DeserializationError
 from scopestate.ops.results import EventType, StateEvent
+from scopestate.ops.trace_context import TracedDepth, read_text
 from scopestate.ops.values import parse
 
 
@@ -38,6 +39,7 @@ def event_of(fields: list[bytes]) -> Event:
         raise ValueError(f"an entry of other fields: {fields!r:.100}")
     old = new = None
     depth = revision = deadline = following = 0
+    trace = b""
     for i in range(6, len(fields), 2):
         name = fields[i]
         if name == b"v":
@@ -46,12 +48,16 @@ def event_of(fields: list[bytes]) -> Event:
             old = _as_json(fields[i + 1])
         elif name == b"d":
             depth = int(fields[i + 1])
+        elif name == b"t":
+            trace = fields[i + 1]
         elif name == b"r":
             revision = int(fields[i + 1])
         elif name == b"x":
             deadline = int(fields[i + 1])
         elif name == b"m":
             following = int(fields[i + 1])
+    if trace:
+        depth = TracedDepth.of(depth, read_text(trace.decode(errors="replace")))
     number = int(fields[1])
     # A revision is the time of the change in microseconds, or a little more.
     expired = (deadline, max(0, revision // 1000 - deadline)) if deadline else None

@@ -16,6 +16,7 @@ from scopestate.actors.ports import NO_RULE
 from scopestate.errors import ScopestateError, StorageError, Unsupported
 from scopestate.ops import turns
 from scopestate.ops.results import SetResult
+from scopestate.ops.trace_context import context_of
 from scopestate.ops.transactions import DeliveryBatch
 from scopestate.ops.turns import NO_DEADLINE, A, Change, Effects, NewDeadline, Turn, View, changes_in
 from scopestate.ops.writes import Expire, SetWith
@@ -134,8 +135,8 @@ class CommandMaker:
             return None
         calls = [call]
         if entry is not None:
-            if call.depth and self._store.shares_events:
-                entry = ["p", str(call.depth), *entry]
+            if (call.depth or type(call.depth) is not int) and self._store.shares_events:
+                entry = ["p", _depth_text(call.depth), *entry]
             if kept or self._has_deadlines:
                 parts = shape.write(names, self.name, entry, kept)
             else:
@@ -483,9 +484,9 @@ class _Making:
             self._entries += maker.reads(call, keys, self._kept)
             self.calls += [call] * call.awaited
             return True
-        if call.depth != self._depth and maker.publishes:
+        if call.depth is not self._depth and maker.publishes:  # those of two traces are equal numbers
             self._depth = call.depth
-            self._entries += ("p", str(self._depth))
+            self._entries += ("p", _depth_text(call.depth))
         self._entries += entry
         self.size += call.message.size() if len(entry) > 6 else len(entry[-1])
         self.calls.append(call)
@@ -494,6 +495,11 @@ class _Making:
     def command(self) -> Command:
         """Return the command."""
         return self._maker.command_of(self._entries, self.calls, self.again, self._kept, whole=self.whole)
+
+
+def _depth_text(depth: int) -> str:
+    context = context_of(depth)
+    return str(int(depth)) if context is None else f"{int(depth)} {context.text}"
 
 
 def _stored(values: dict[str, Known], changes: tuple[Change, ...]) -> tuple[Any, ...]:

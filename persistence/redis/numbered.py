@@ -197,7 +197,7 @@ WRITES: Final = (
     + b"""
 local stream, counter, limit, kept, kept_keys = nil, nil, nil, ARGV[2], 4
 if kept ~= '' then stream, counter, limit, kept_keys = KEYS[5], KEYS[6], KEYS[7], 7 end
-local replies, count, failed, last, depth, following = {}, 0, nil, 0, nil, 0
+local replies, count, failed, last, depth, trace, following = {}, 0, nil, 0, nil, nil, 0
 local creates, emptied, indexed, ack = false, false, nil, nil
 """
     + LIMITED
@@ -246,6 +246,7 @@ local function store(field, old, entry, new, digest, deadline, expired)
     if old then event[size + 1], event[size + 2], size = 'o', old, size + 2 end
     if new then event[size + 1], event[size + 2], size = 'v', new, size + 2 end
     if depth then event[size + 1], event[size + 2], size = 'd', depth, size + 2 end
+    if trace then event[size + 1], event[size + 2], size = 't', trace, size + 2 end
     event[size + 1], event[size + 2], size = 'r', text, size + 2
     if expired then event[size + 1], event[size + 2], size = 'x', expired, size + 2 end
     if following > 0 then event[size + 1], event[size + 2] = 'm', following end
@@ -375,7 +376,8 @@ local function run()
     local kind, field, value = ARGV[i], ARGV[i + 1], ARGV[i + 2]
     local reply, failure
     if kind == 'p' then
-      depth = field ~= '0' and field or nil
+      depth, trace = string.match(field, '^(%d+) ?(.*)$')
+      depth, trace = depth ~= '0' and depth or nil, trace ~= '' and trace or nil
       i = i + 2
     elseif kind == 'a' then
       ack = {field, value, ARGV[i + 3]}

@@ -83,7 +83,8 @@ end
 #   t expected changes ...    set and delete several fields, if several have the expected values: the two counts, then
 #                             for each of both kinds `field 1 value`, or `field 0 ''` for no value; a changed field is
 #                             an expected one as well
-#   p depth                   how many handlers deep what follows was caused; 0 until then; has no reply
+#   p depth                   how many handlers deep what follows was caused; 0 until then; has no reply. The trace that
+#                             it is part of, if any, follows a space
 # Replies, one for each entry: the value that was there; for `n`, `c` and `t` DONE if it was as expected.
 # Once an `n`, `c` or `t` has failed, later entries of its fields are left undone and answered SKIPPED: they were made
 # behind it. Last, with shared events, the number of the newest event. An event that cannot be appended is not counted:
@@ -92,7 +93,7 @@ SOURCE: Final = (
     b"""
 local hash, stream, counter, limit, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]
 local i = stream and 3 or 1
-local replies, count, failed, last, depth, following = {}, 0, nil, 0, nil, 0
+local replies, count, failed, last, depth, trace, following = {}, 0, nil, 0, nil, nil, 0
 """
     + LIMITED
     + b"""
@@ -106,6 +107,7 @@ local function store(field, old, new)
     if old then event[size + 1], event[size + 2], size = 'o', old, size + 2 end
     if new then event[size + 1], event[size + 2], size = 'v', new, size + 2 end
     if depth then event[size + 1], event[size + 2], size = 'd', depth, size + 2 end
+    if trace then event[size + 1], event[size + 2], size = 't', trace, size + 2 end
     if following > 0 then event[size + 1], event[size + 2] = 'm', following end
     local entry = add(event)
     if type(entry) == 'table' then
@@ -145,7 +147,8 @@ end
 while ARGV[i] do
   local kind, field, value = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if kind == 'p' then
-    depth = field ~= '0' and field or nil
+    depth, trace = string.match(field, '^(%d+) ?(.*)$')
+    depth, trace = depth ~= '0' and depth or nil, trace ~= '' and trace or nil
     i = i + 2
   elseif kind == 't' then
     local reply = transact(i + 3, tonumber(field), tonumber(value))
@@ -208,7 +211,8 @@ class Shape:
         self.key_prefix = key_prefix
         self.stream = f"scopestate:events:{key_prefix}"
         """The stream of events: field `n` number, `s` scope, `k` key, `o` old and `v` new value if any, `d` depth,
-        `r` revision, `x` deadline if it has expired, `m` how many more events of its transaction follow."""
+        `t` trace if any, `r` revision, `x` deadline if it has expired, `m` how many more events of its transaction
+        follow."""
         self.counter = f"scopestate:count:{key_prefix}"
         self.limit = f"scopestate:limit:{key_prefix}"
         """What the stream may hold while there are durable triggers: see `LIMITED`."""

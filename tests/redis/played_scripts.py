@@ -197,6 +197,7 @@ class Writes(Numbered):
         self.kept_at = 7 if self.publishes else 4
         self.last = 0
         self.depth: bytes | None = None
+        self.trace = b""
         self.following = 0
         self.failed: set[bytes] = set()
         replies: list[Any] = []
@@ -205,7 +206,8 @@ class Writes(Numbered):
         while i < len(self.arguments):
             kind, field = self.arguments[i : i + 2]
             if kind == b"p":
-                self.depth = field if field != b"0" else None
+                depth, _, self.trace = field.partition(b" ")
+                self.depth = depth if depth != b"0" else None
                 i += 2
                 continue
             if kind == b"t":
@@ -294,6 +296,7 @@ class Writes(Numbered):
         event += [b"o", old] if old is not None else []
         event += [b"v", new] if new is not None else []
         event += [b"d", self.depth] if self.depth is not None else []
+        event += [b"t", self.trace] if self.trace else []
         event += [b"r", text]
         event += [b"x", expired] if expired is not None else []
         event += [b"m", b"%d" % self.following] if self.following else []

@@ -496,6 +496,7 @@ class _Script:
         self._arguments = arguments
         self._last = 0
         self._depth: bytes | None = None
+        self._trace = b""
         self._following = 0
         self._writes: list[tuple[bytes, bytes | None, bytes | None]] = []
 
@@ -518,7 +519,8 @@ class _Script:
             kind, field = arguments[i], arguments[i + 1]
             value = arguments[i + 2] if i + 2 < len(arguments) else b""
             if kind == b"p":
-                self._depth = field if field != b"0" else None
+                depth, _, self._trace = field.partition(b" ")
+                self._depth = depth if depth != b"0" else None
                 i += 2
                 continue
             if kind == b"t":
@@ -568,6 +570,7 @@ class _Script:
             entry += [b"o", old] if old is not None else []
             entry += [b"v", new] if new is not None else []
             entry += [b"d", self._depth] if self._depth is not None else []
+            entry += [b"t", self._trace] if self._trace else []
             entry += [b"m", b"%d" % self._following] if self._following else []
             try:
                 self._call(b"XADD", self._stream, b"MAXLEN", b"~", self._arguments[0], b"*", *entry)
