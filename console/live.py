@@ -24,8 +24,8 @@ LONGEST_S: Final = 600.0
 """A stream ends after so many seconds. The browser connects again, and goes on where it was if it is still let in."""
 SHARE: Final = 4
 """One client can have this part of the streams."""
-BUFFER: Final = 1_000
-"""Changes that wait for a slow client; of each key only the newest."""
+BUFFER: Final = 5_000
+"""Changes that wait for a slow client. With more its stream ends, and goes on when it connects again."""
 
 
 def changes(asked: Asked) -> Answer:
@@ -82,7 +82,7 @@ class Streams:
 
 def _watched(request: Request, engine: Engine) -> tuple[Watched, dict[str, Any]]:
     query = request.query_params
-    options: StreamOptions = {"snapshot": False, "latest": True, "buffer": BUFFER}
+    options: StreamOptions = {"snapshot": False, "buffer": BUFFER}
     if "key" in query:
         options["key"] = query["key"]
     elif query.get("prefix"):

@@ -6,9 +6,11 @@ from typing import Any, Final
 
 import msgspec
 
+from scopestate.actors.consuming import ConsumerStatus
 from scopestate.console.asked import Answer, Asked, Shown
 from scopestate.console.elsewhere import functions, triggers_elsewhere, workers_of
 from scopestate.console.rendering import value_html
+from scopestate.errors import ScopestateError
 
 LETTERS_OF_A_PAGE: Final = 50
 
@@ -16,7 +18,14 @@ LETTERS_OF_A_PAGE: Final = 50
 def triggers(asked: Asked) -> Answer:
     """Show the triggers of this engine, and the consumers of durable triggers."""
     engine = asked.engine
+    consumers: list[ConsumerStatus] = []
+    consumers_note = "There are none."
+    try:
+        consumers = list(engine.consumers())
+    except ScopestateError as error:  # such as a right that is missing: the rest of the page is shown
+        consumers_note = f"They cannot be read: {error}"
     facts = {
+        "consumers_note": consumers_note,
         "triggers": [
             {
                 "handle": handle,
@@ -26,7 +35,7 @@ def triggers(asked: Asked) -> Answer:
             for handle in engine.triggers()
         ],
         "elsewhere": triggers_elsewhere(engine),
-        "consumers": list(engine.consumers()),
+        "consumers": consumers,
         "failures": list(reversed(engine._failures.copy())),
     }
     return Shown("triggers.html", facts)

@@ -55,6 +55,7 @@ function follow(address, take, tell) {
     source = new EventSource(last ? `${address}${address.includes("?") ? "&" : "?"}since=${encodeURIComponent(last)}` : address);
     source.addEventListener("open", () => tell(true, false));
     source.addEventListener("error", (event) => tell(false, event.target.readyState === EventSource.CLOSED));
+    source.addEventListener("resync", (event) => { if (JSON.parse(event.data).reason !== "begin") tell(true, false, true); });
     for (const kind of ["put", "delete", "expire"]) {
       source.addEventListener(kind, (event) => { last = event.lastEventId || last; take(event); });
     }
@@ -106,12 +107,13 @@ function liveChanges() {
   let paused = false;
   let drawing = false;
   let connected = false;
+  let incomplete = false;
 
   function tell() {
     const held = waiting.length + missed;
     state.textContent = paused
       ? `Paused, ${held.toLocaleString("en")} change${held === 1 ? "" : "s"} waiting`
-      : connected ? "Live" : "Not connected, trying again";
+      : connected ? (incomplete ? "Live; some changes are gone, and are not shown" : "Live") : "Not connected, trying again";
   }
   function draw() {
     drawing = false;
@@ -136,10 +138,11 @@ function liveChanges() {
     tell();
     draw();
   });
-  clear.addEventListener("click", () => { body.replaceChildren(); waiting = []; missed = 0; empty.hidden = false; tell(); });
+  clear.addEventListener("click", () => { body.replaceChildren(); waiting = []; missed = 0; incomplete = false; empty.hidden = false; tell(); });
 
-  follow(table.dataset.changes, take, (now, refused) => {
+  follow(table.dataset.changes, take, (now, refused, gap = false) => {
     connected = now;
+    incomplete ||= gap;
     if (refused) state.textContent = "Not connected: the console refuses the stream. Load the page again.";
     else tell();
   });

@@ -1,0 +1,103 @@
+"""The console of an engine whose scopes are in another one, and of one that has workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from visitors import text_of, visit
+from websockets.sync.client import connect
+
+from scopestate import Engine
+from scopestate.config import from_mapping
+from scopestate.server.server import Server
+
+
+def _sharing(folder: Path) -> Engine:
+    options = {"store_method": "file_based", "file_path": str(folder / "store")}
+    return Engine.from_config(
+        {"workers": [{"name": "iii-state", "config": {"adapter": {"name": "kv", "config": options}}}]}
+    )
+
+
+def _bridged(url: str, **more: Any) -> Engine:
+    options = {"bridge_url": url, **more}
+    return Engine.from_config(
+        {"workers": [{"name": "iii-state", "config": {"adapter": {"name": "bridge", "config": options}}}]}
+    )
+
+
+def test_a_follower_shows_what_the_owner_has(tmp_path: Path) -> None:
+    with _sharing(tmp_path) as owner, _sharing(tmp_path) as follower:
+        owner.set("users", "ada", {"logins": 1})
+        owner.on_change(scope="users", function_id="app::greet")(lambda event: None)
+        visitor = visit(follower, write=True)
+
+        assert "follower" in visitor.page()
+        assert "users 1 kept elsewhere" in text_of(visitor.page("scopes"))
+        assert "app::greet" in visitor.page("triggers")
+        entry = follower.entry("users", "ada")
+        assert entry is not None
+        visitor.send("set?scope=users&key=ada", value="2", revision=entry.revision, deadline="keep")
+        assert owner.get("users", "ada") == 2
+        visitor.send("set?scope=users&key=ada", 409, value="3", revision=entry.revision, deadline="keep")
+        assert "Followers 1" in text_of(visit(owner).page())
+
+
+def test_workers_and_their_functions_are_shown_here_and_through_a_bridge(engine: Engine) -> None:
+    with Server(engine, port=0) as server, connect(server.url) as worker, _bridged(server.url) as bridged:
+        worker.send(json.dumps({"type": "registerfunction", "id": "app::<greet>", "description": "says <hello>"}))
+        about = {"name": "greeter", "runtime": "python", "version": "1", "pid": 4242}
+        worker.send(
+            json.dumps(
+                {
+                    "type": "invokefunction",
+                    "invocation_id": "00000000-0000-4000-8000-000000000001",
+                    "function_id": "engine::workers::register",
+                    "data": about,
+                }
+            )
+        )
+        while json.loads(worker.recv(30))["type"] != "invocationresult":
+            pass
+
+        for looked_at in (engine, bridged):
+            html = visit(looked_at).page("workers")
+            text = text_of(html)
+            assert "greeter" in text
+            assert "process 4242" in text
+            assert "says &lt;hello&gt;" in text
+            assert "<greet>" not in html
+
+
+def test_an_engine_without_a_server_says_so(engine: Engine) -> None:
+    engine.register_function("app::f", lambda payload: payload, description="of the program")
+
+    text = text_of(visit(engine).page("workers"))
+
+    assert "No server runs with this engine" in text
+    assert "app::f of the program" in text
+    assert "state::set" in text
+
+
+def test_a_right_that_is_missing_is_said_and_the_rest_of_the_page_is_there(tmp_path: Path) -> None:
+    server_config = {
+        "name": "iii-worker-manager",
+        "config": {
+            "port": 0,
+            "auth": {
+                "tokens": [{"token": "t" * 32, "functions": ["state::*", "engine::functions::list"], "read": ["users"]}]
+            },
+        },
+    }
+    with Engine() as engine:
+        engine.set("users", "ada", 1)
+        engine.on_change(scope="users", function_id="app::greet")(lambda event: None)
+        config = from_mapping([server_config])
+        with Server(engine, config=config.server, port=0) as server, _bridged(server.url, token="t" * 32) as bridged:
+            assert "ada" in visit(bridged).page("keys?scope=users")
+            text = text_of(visit(bridged).page("triggers"))
+            assert "They cannot be read" in text
+            assert "The other engine does not tell" in text
+            assert "Last errors" in text
