@@ -59,7 +59,7 @@ bench: $(READY_DEV)
 simulate: $(READY_DEV)
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST) $(SIMULATE_ARGS)
 
-# The proofs in their full sizes, then docs/reliability.md from the figures that they recorded.
+# The proofs in their full sizes, then docs/explanation/reliability.md from the figures that they recorded.
 reliability: $(READY_DEV)
 	SCOPESTATE_PROOF=full $(BIN)/python -m pytest --no-cov -q tests/reliability tests/simulation tests/linearizability tests/load \
 		tests/hostile tests/faults tests/persistence tests/redis tests/properties tests/wire tests/config tests/sharing

@@ -114,7 +114,7 @@ class PykkaFace(pykka.Actor):
         """Make an actor and return its ref; the arguments are those of the class.
 
         It is not entered into `pykka.ActorRegistry`, a list with O(n) removal: the host program's
-        `ActorRegistry.stop_all()` must not stop an engine (docs/functions-and-messages.md).
+        `ActorRegistry.stop_all()` must not stop an engine (docs/reference/functions-and-messages.md).
         """
         actor = cls(*args, **kwargs)
         try:

@@ -217,7 +217,8 @@ class TriggerTable:
     """The triggers of one engine. Methods may be called from any thread.
 
     A scope looks up its triggers within the turn that writes, so the point is exact: a trigger sees every write whose
-    turn begins after `register` has returned, and none that begins after `unregister` has (docs/semantics.md 8.7).
+    turn begins after `register` has returned, and none that begins after `unregister` has (docs/reference/semantics.md
+    8.7).
     """
 
     def __init__(self, make: Callable[[Trigger], HandlerActor]) -> None:

@@ -1,7 +1,7 @@
 """What one scalar means: `${VAR:default}` expansion, its type, and whether it fits a field. Reads the environment only.
 
 Expansion happens after parsing, one scalar at a time, so a variable may change the type of a scalar but never the
-structure of the file (docs/semantics.md 5 and 8.39: iii-state expands the raw text).
+structure of the file (docs/reference/semantics.md 5 and 8.39: iii-state expands the raw text).
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _yaml_1_1_tag(text: str) -> str:
 def misfit(wanted: object, value: Value) -> str | None:
     """Return what is wrong with `value` for a field of type `wanted`, or None if it fits.
 
-    Types are strict: `true` is not 1, `5.0` is not 5, `"100"` is not 100 (docs/semantics.md 8.25).
+    Types are strict: `true` is not 1, `5.0` is not 5, `"100"` is not 100 (docs/reference/semantics.md 8.25).
     """
     info = msgspec.inspect.type_info(wanted)
     if _fits(info, value):

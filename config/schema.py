@@ -241,7 +241,7 @@ EVERY_REGISTRATION: Final = ("*", "engine::*", "state::*")
 
 
 class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """An entry of `auth.tokens`: where the token comes from, and what its bearer may do (docs/rights.md).
+    """An entry of `auth.tokens`: where the token comes from, and what its bearer may do (docs/reference/rights.md).
 
     A string instead of the mapping is a token that may do everything (`full_token`). A pattern is a name in which `*`
     stands for any characters, `?` for one. If none of `functions`, `read` and `write` is given, these three are

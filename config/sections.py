@@ -1,6 +1,6 @@
 """From nodes to `Config`: which keys there are, where, and of what type. Collects every mistake.
 
-The file's shape is iii's (docs/semantics.md 5). `functions`, `triggers`, `scopes` and `limits` are ours.
+The file's shape is iii's (docs/reference/semantics.md 5). `functions`, `triggers`, `scopes` and `limits` are ours.
 Where iii ignores an unknown key or a wrong type inside the adapter's `config`, we refuse: a typo must not lose data.
 """
 

@@ -2,7 +2,7 @@
 
     app.mount("/state", console(engine, auth=basic_auth("admin", password)))
 
-docs/console.md has all of it. `scopestate console` serves it by itself.
+docs/how-to/console.md has all of it. `scopestate console` serves it by itself.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Engine(Reactive, StateCalls):
 
     Every method may be called from any thread and from handlers. Each call takes effect in one step, and every later
     call sees it. Errors are `ScopestateError`s. What differs between scopes in memory, in files, in Redis and behind a
-    bridge is in the docstrings, and in a table in docs/state.md.
+    bridge is in the docstrings, and in a table in docs/reference/state.md.
     """
 
     def __init__(
@@ -343,10 +343,11 @@ class Engine(Reactive, StateCalls):
     def update(self, scope: str, key: str, ops: Iterable[AnyOp], **options: Unpack[UpdateOptions]) -> UpdateResult:
         """Apply ops to a value in one step: structs of `scopestate.ops`, or dicts with the same fields.
 
-        An op that does not fit the value is skipped and reported in `errors`; the others are applied (docs/semantics.md
-        3). A missing key starts as `{}`. Fires `state:created` or `state:updated`. Raises DeserializationError for an
-        invalid op, ValueTooLarge if the new value exceeds the limit, StorageError `UPDATE_ERROR`, and what `set`
-        raises. In Redis it is computed again if another engine changes the key; after `update_attempts` it fails.
+        An op that does not fit the value is skipped and reported in `errors`; the others are applied
+        (docs/reference/semantics.md 3). A missing key starts as `{}`. Fires `state:created` or `state:updated`. Raises
+        DeserializationError for an invalid op, ValueTooLarge if the new value exceeds the limit, StorageError
+        `UPDATE_ERROR`, and what `set` raises. In Redis it is computed again if another engine changes the key; after
+        `update_attempts` it fails.
 
         Options: those of `set`, but the deadline stays if none is given for it; and `atomic=True`, which raises
         UpdateRefused in place of skipping an op, and writes nothing then.
@@ -439,8 +440,8 @@ class Engine(Reactive, StateCalls):
         """Return a handle on one scope, which need not exist.
 
         With `type` its values are of that type: a msgspec Struct, a dataclass, a TypedDict, an attrs class, a pydantic
-        model, or what is made of these (docs/typed-scopes.md). They are stored as JSON. A write through this handle
-        whose result does not fit raises SchemaViolation and writes nothing; others may still write anything.
+        model, or what is made of these (docs/how-to/typed-scopes.md). They are stored as JSON. A write through this
+        handle whose result does not fit raises SchemaViolation and writes nothing; others may still write anything.
         `on_invalid` says what becomes of such values: "raise" (SchemaViolation), "skip" (as if there were none, and
         logged), or a function of key, plain value and SchemaViolation that returns what to take instead.
         """
@@ -575,9 +576,10 @@ class Engine(Reactive, StateCalls):
         """Wait until every event fired so far has been handled, and every event that those handlers fired.
 
         Redis with `events: shared`: it waits for the events of this engine's own writes; other engines that have the
-        same durable trigger may have some of them, and still be handling those (docs/from-one-process-to-many.md).
-        Bridge with `events: remote`: it waits for the events of what any engine has written before. With durable
-        triggers everything is saved first; a retry of theirs is waited for if it is due within a second.
+        same durable trigger may have some of them, and still be handling those
+        (docs/how-to/from-one-process-to-many.md). Bridge with `events: remote`: it waits for the events of what any
+        engine has written before. With durable triggers everything is saved first; a retry of theirs is waited for if
+        it is due within a second.
 
         `timeout` is in seconds. Raises ReplyTimeout, which names the triggers that are behind, StorageError if what
         durable triggers wait for cannot be saved, or the other engine cannot be reached, and WouldDeadlock if it would

@@ -41,8 +41,8 @@
     `-- EngineClosed                    the engine is closed or closing: `ENGINE_CLOSED`
         `-- EngineForked                the engine was inherited through fork: `ENGINE_FORKED`
 
-`code` is what the wire protocol carries (docs/semantics.md 2; docs/protocol.md 4.4), and what clients compare.
-The text is for people: it says what is wrong, where, and what to do.
+`code` is what the wire protocol carries (docs/reference/semantics.md 2; docs/reference/protocol.md 4.4), and what
+clients compare. The text is for people: it says what is wrong, where, and what to do.
 
 A call on a scope in Redis or behind a bridge raises StorageError with the code of its function, and NotConnected,
 ConnectionLost, CallTimeout or RemoteFailure as its `__cause__`: the cause says whether a write may have been applied.
@@ -409,7 +409,7 @@ class RemoteFailure(FunctionFailed):
         self.stacktrace = stacktrace
 
     details: Mapping[str, Any] | None = None
-    """The facts of the error, if scopestate sent it; see docs/protocol.md, section 4.4."""
+    """The facts of the error, if scopestate sent it; see docs/reference/protocol.md, section 4.4."""
 
     def __str__(self) -> str:
         return self.message

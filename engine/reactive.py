@@ -162,9 +162,10 @@ class Reactive:
         """Have a function called when a matching key changes. It need not be registered yet.
 
         `scope` and `key` are exact; None matches everything. `events` names kinds of changes: "created", "updated",
-        "deleted", "expired". The other options: `TriggerOptions` (docs/triggers.md). `config` takes the raw object of
-        the wire instead of all of them. A trigger with the same `trigger_id` is replaced. The trigger sees every write
-        that begins after this has returned. Raises InvalidRegistration (docs/semantics.md, section 4).
+        "deleted", "expired". The other options: `TriggerOptions` (docs/reference/triggers.md). `config` takes the raw
+        object of the wire instead of all of them. A trigger with the same `trigger_id` is replaced. The trigger sees
+        every write that begins after this has returned. Raises InvalidRegistration (docs/reference/semantics.md,
+        section 4).
         """
         _refuse_unknown_options("register_trigger()", options)
         filters = {
@@ -197,8 +198,8 @@ class Reactive:
 
         `events` names kinds of changes, such as `("created", "expired")`; None: all of them. `condition` is a function,
         or the id of one; only `False` skips the handler. The function id is made from the module and name, unless
-        given. The other options: `TriggerOptions` (docs/triggers.md). Raises InvalidRegistration for options that are
-        wrong, before the function is registered, and for `@on_change` without parentheses.
+        given. The other options: `TriggerOptions` (docs/reference/triggers.md). Raises InvalidRegistration for options
+        that are wrong, before the function is registered, and for `@on_change` without parentheses.
         """
         if misplaced:
             raise InvalidRegistration(
@@ -402,7 +403,7 @@ def read_trigger(
     trigger_id: object,
     config: object,
 ) -> Trigger:
-    """Read a trigger from what a caller or the wire gives (docs/semantics.md, section 4).
+    """Read a trigger from what a caller or the wire gives (docs/reference/semantics.md, section 4).
 
     `config` is the raw config object: each of its fields is an option (`ops.triggers.read_options`), or null or absent
     for its default. Other fields are ignored with a warning, because a misspelt one makes a catch-all trigger. Raises

@@ -592,5 +592,5 @@ def _why_the_owner(locked: StoreLocked) -> str:
 def _refused(locked: StoreLocked, why: str, alone: str) -> StoreLocked:
     """Return the error for an engine that can neither open the directory nor follow; `why` says which one cannot."""
     return StoreLocked(
-        f"{locked}. {_SHARE_HINT} (docs/sharing.md), but {why}", pid=locked.pid, host=locked.host, alone=alone
+        f"{locked}. {_SHARE_HINT} (docs/how-to/sharing.md), but {why}", pid=locked.pid, host=locked.host, alone=alone
     )

@@ -1,7 +1,7 @@
 """An engine in the lifespan of a web application, for Starlette, FastAPI and other ASGI frameworks.
 
 The server calls the lifespan once in each worker process, behind any fork, and again when the worker ends: the place to
-open an engine and to close it. docs/sharing.md says how the workers of one application share a directory.
+open an engine and to close it. docs/how-to/sharing.md says how the workers of one application share a directory.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _warn_of_several_states(engine: Engine) -> None:
         log.warning(
             "the server runs %d workers (%s), and the state of this engine is in the memory of its process: each "
             "worker has a state of its own. Give the adapter kv `store_method: file_based`, then the workers share the "
-            "directory; or use the adapter redis (docs/sharing.md)",
+            "directory; or use the adapter redis (docs/how-to/sharing.md)",
             count,
             told_by,
         )

@@ -7,7 +7,7 @@
         }
     }
 
-Needs the extra `django`. docs/caches.md says what it holds, and what its options are.
+Needs the extra `django`. docs/how-to/caches.md says what it holds, and what its options are.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class StateCache(BaseCache):  # type: ignore[misc]  # Django has no types
     """A cache of Django. Each thread of a process has one of its own; those with the same settings share one `Cache`.
 
     The engine is opened at the first call, in each process that serves requests. Processes with the same directory
-    share it (docs/sharing.md). Each write of one key is one step; `incr`, `add` and `touch` too, whichever processes
-    try. Errors of the engine reach the caller: see `Cache`.
+    share it (docs/how-to/sharing.md). Each write of one key is one step; `incr`, `add` and `touch` too, whichever
+    processes try. Errors of the engine reach the caller: see `Cache`.
     """
 
     def __init__(self, location: str | os.PathLike[str], params: dict[str, Any]) -> None:

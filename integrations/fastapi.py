@@ -5,7 +5,7 @@
     @app.get("/users/{name}")
     async def user(name: str, engine: EngineDep) -> dict[str, Any]: ...
 
-`lifespan` is in `scopestate.integrations.asgi`. docs/web-frameworks.md has all of it.
+`lifespan` is in `scopestate.integrations.asgi`. docs/how-to/web-frameworks.md has all of it.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     store = StateStore("./data/state")  # StateStore() is in memory, StateStore(engine) in an engine of the program
     await store.put("ada", {"name": "Ada"}, collection="users", ttl=600)
 
-Each collection is a scope, and each value is stored as it is, so triggers and the command line see it. docs/caches.md
-has the rest.
+Each collection is a scope, and each value is stored as it is, so triggers and the command line see it.
+docs/how-to/caches.md has the rest.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class StateStore(
         durability: Durability | None = None,
         save_interval_ms: int | None = None,
     ) -> None:
-        """Make a store. The first call opens the directory, which several processes may share (docs/sharing.md).
+        """Make a store. The first call opens the directory, which several processes may share (docs/how-to/sharing.md).
 
         The scope of a collection is `prefix` and its name. Two stores in one place are apart if neither prefix begins
         with the other one. `durability` is "interval", the default: a crash loses what was written in the last

@@ -5,7 +5,7 @@
 
     app = Litestar([user], plugins=[ScopestatePlugin("engine.yaml")])
 
-docs/web-frameworks.md has all of it.
+docs/how-to/web-frameworks.md has all of it.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ SCHEMA: Final[dict[str, Any]] = {
         "key": {"type": "string"},
     },
 }
-"""The JSON schema of a body. What kinds of problems have beside that is in docs/web-frameworks.md."""
+"""The JSON schema of a body. What kinds of problems have beside that is in docs/how-to/web-frameworks.md."""
 
 _FACTS: Final[Mapping[type[ScopestateError], tuple[str, ...]]] = MappingProxyType(
     {

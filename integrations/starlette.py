@@ -2,7 +2,7 @@
 
     app = Starlette(routes=..., lifespan=lifespan("engine.yaml"), exception_handlers=exception_handlers)
 
-`lifespan` is in `scopestate.integrations.asgi`. docs/web-frameworks.md has all of it.
+`lifespan` is in `scopestate.integrations.asgi`. docs/how-to/web-frameworks.md has all of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Applying update ops to a value: pure, no I/O. docs/semantics.md 3 has the rules, 3.4 the codes that clients compare.
+"""Applying update ops to a value: pure, no I/O. docs/reference/semantics.md 3 has the rules, 3.4 the codes.
 
 Ops run in order on a working copy. An op that fails is skipped and reported; the others still run.
 """
@@ -45,7 +45,7 @@ class Missing(Enum):
 
 
 MISSING: Final = Missing.MISSING
-"""The old value of a key that does not exist. Not None: JSON null is a value (docs/semantics.md 3.2)."""
+"""The old value of a key that does not exist. Not None: JSON null is a value (docs/reference/semantics.md 3.2)."""
 
 
 class _Working(msgspec.Struct):
@@ -54,7 +54,7 @@ class _Working(msgspec.Struct):
     root: Any
     """The value so far. It may still belong to the caller, so it is written to only through `fields()`."""
     fresh: bool
-    """The key is missing and no op has succeeded yet, so the root counts as nothing (docs/semantics.md 3.2)."""
+    """The key is missing and no op has succeeded yet, so the root is nothing (docs/reference/semantics.md 3.2)."""
     owned: bool
     """True if `root` is an object made here, which may be written to."""
 
@@ -237,7 +237,8 @@ def _append_at(working: _Working, segments: Sequence[str], value: object) -> _Re
     *steps, name = segments
     fields = _walk(working, steps)
     if name not in fields:
-        joined: object = [value]  # even for a string, unlike at the root and its fields (docs/semantics.md 3.3)
+        # An array even for a string, unlike at the root and its fields (docs/reference/semantics.md 3.3).
+        joined: object = [value]
         working.note_made(joined)
     else:
         joined = _joined(working, fields[name], value, fields, segments)
@@ -296,7 +297,7 @@ def _merge(working: _Working, path: str | list[str] | None, value: object) -> _R
     if not segments:
         if isinstance(working.root, dict):
             working.fields().update(value)
-        # Any other root stays and is not an error, as in 0.11.6 (docs/semantics.md 3.3).
+        # Any other root stays and is not an error, as in 0.11.6 (docs/reference/semantics.md 3.3).
         return None
     if not isinstance(working.root, dict):
         working.replace({})

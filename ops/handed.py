@@ -1,4 +1,4 @@
-"""What an engine behind a bridge and the other engine say to each other about deliveries (docs/protocol.md, 13.1).
+"""What the engines on both sides of a bridge tell each other about deliveries (docs/reference/protocol.md 13.1).
 
 The other engine has the consumers. An engine behind a bridge takes events of them, and calls the handlers. The fields
 are those of `actors/consuming.py`; positions are those of the other engine's journal.

@@ -2,7 +2,7 @@
 
 The fields are the arguments of the method of the same name, and mean the same. The fields of the six functions of the
 reference, without the options, are also the input of `engine.call` and of the wire; `ops/functions.py` reads them from
-JSON. Source: the API reference, and docs/semantics.md 2 for what is refused.
+JSON. Source: the API reference, and docs/reference/semantics.md 2 for what is refused.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Update(_Conditional, frozen=True):
     scope: str
     key: str
     ops: tuple[UpdateOp, ...]
-    """Applied in order to one working copy, then written once (docs/semantics.md, section 3)."""
+    """Applied in order to one working copy, then written once (docs/reference/semantics.md, section 3)."""
     atomic: bool = False
 
 

@@ -248,7 +248,7 @@ def asks(payload: Payload) -> bool:
 
 
 def misfit(function_id: str, problem: str) -> DeserializationError:
-    """Return the error for input that does not fit `function_id` (docs/protocol.md, section 4.4)."""
+    """Return the error for input that does not fit `function_id` (docs/reference/protocol.md, section 4.4)."""
     return DeserializationError(f"Failed to deserialize input for {function_id}: {problem}")
 
 
@@ -262,7 +262,7 @@ def _text(function_id: str, payload: Payload, field: str) -> str:
 
 
 def _value(function_id: str, payload: Payload, field: str) -> Any:
-    """`value`, or `data` as its alias; both together are a duplicate (docs/semantics.md, section 2)."""
+    """`value`, or `data` as its alias; both together are a duplicate (docs/reference/semantics.md, section 2)."""
     if field in payload:
         if "data" in payload:
             raise misfit(function_id, "duplicate field `value`: give either `value` or its alias `data`")

@@ -156,7 +156,7 @@ class UpdateResult(SetResult[T], Generic[T], frozen=True, eq=False, gc=False):
             )
         ),
     ] = ()
-    """One entry for each op that was refused. The other ops were applied (docs/semantics.md, section 3)."""
+    """One entry for each op that was refused. The other ops were applied (docs/reference/semantics.md, section 3)."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as `call` returns it. `errors` is left out if there are none."""
@@ -428,7 +428,7 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
     json_values: ClassVar[Mapping[str, str]] = {"old_value": "old_json", "new_value": "new_json"}
 
     event_type: Annotated[EventType, msgspec.Meta(description="Type of state change")]
-    """What happened. A delete of a missing key is `state:deleted` too (docs/semantics.md, section 2): see `existed`."""
+    """What happened. Deleting a missing key is `state:deleted` too (docs/reference/semantics.md 2): see `existed`."""
     scope: Annotated[str, msgspec.Meta(description="State scope")]
     key: Annotated[str, msgspec.Meta(description="State key")]
     old_json: bytes | None

@@ -31,7 +31,7 @@ _LAST_CHARACTER: Final = chr(0x10FFFF)
 
 
 class Failure(NamedTuple):
-    """How an operation reports that its store failed (docs/protocol.md, section 4.4)."""
+    """How an operation reports that its store failed (docs/reference/protocol.md, section 4.4)."""
 
     code: str
     words: str

@@ -1,7 +1,7 @@
 """The six update ops, and reading them from JSON and from Python.
 
 Ops are frozen structs with the tag `type`, the same in Python, on the wire and in files. Reading them checks only their
-shape (docs/semantics.md 3, "Op shape rules"); `apply` decides whether an op fits the value.
+shape (docs/reference/semantics.md 3, "Op shape rules"); `apply` decides whether an op fits the value.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class OpError(Plain, msgspec.Struct, frozen=True, omit_defaults=True):
     ]
     """Place of the op in the update, from 0."""
     code: Annotated[str, msgspec.Meta(description='Stable error code, e.g. `"merge.path.too_deep"`.')]
-    """`<op>.<reason>`, which is stable and what clients compare. docs/semantics.md 3.4 has all codes."""
+    """`<op>.<reason>`, which is stable and what clients compare. docs/reference/semantics.md 3.4 has all codes."""
     message: Annotated[
         str, msgspec.Meta(description="Human-readable description with concrete numbers when applicable.")
     ]
@@ -169,7 +169,7 @@ def convert_ops(payload: object) -> tuple[UpdateOp, ...]:
     """Read the `ops` of a `state::update` call from plain JSON data, as `values.decode` returns it.
 
     The ops share `value` with `payload`. Unknown fields are ignored. Raises DeserializationError, with the place
-    (`$.ops[1].by`), for every shape that docs/semantics.md 3 refuses.
+    (`$.ops[1].by`), for every shape that docs/reference/semantics.md 3 refuses.
     """
     if not isinstance(payload, list | tuple):
         raise _misfit(f"invalid type: {json_type(payload)}, expected an array of ops", "$.ops")

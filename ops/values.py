@@ -1,8 +1,9 @@
 """Values as JSON bytes: encoded once at the boundary, and immutable from then on.
 
 Four functions: `encode` and `decode` between Python values and bytes, `parse` for JSON text from outside, `normalise`
-for plain JSON data without encoding it. docs/semantics.md 1 says what they accept: text without lone surrogates, string
-keys, finite numbers, at most 128 levels. Integers from -2^63 to 2^64-1 are exact, larger ones become floats.
+for plain JSON data without encoding it. docs/reference/semantics.md 1 says what they accept: text without lone
+surrogates, string keys, finite numbers, at most 128 levels. Integers from -2^63 to 2^64-1 are exact, larger ones become
+floats.
 """
 
 from __future__ import annotations
@@ -253,8 +254,9 @@ def _may_change(text: bytes) -> bool:
 def parse(text: bytes | str) -> bytes:
     """Return JSON text from a file, the wire or Redis in the form that `encode` writes.
 
-    Integers beyond 64 bits and `-0` are floats, and of duplicate keys the last one counts (docs/semantics.md 1). Raises
-    DeserializationError for text that is not JSON, numbers beyond binary64, lone surrogates, and more than 128 levels.
+    Integers beyond 64 bits and `-0` are floats, and of duplicate keys the last one counts (docs/reference/semantics.md
+    1). Raises DeserializationError for text that is not JSON, numbers beyond binary64, lone surrogates, and more than
+    128 levels.
     """
     try:
         value = decode(text)

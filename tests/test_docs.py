@@ -22,6 +22,8 @@ from scopestate.config import LimitsConfig
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+GUIDE = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "design")
+"""The pages for users: the blocks of docs/design are sketches."""
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("tests/**/*.md"))]
 SOURCES = sorted(
     file
@@ -52,7 +54,7 @@ def _text(name: str) -> str:
 def _examples() -> list[pytest.param]:
     """Return page, source and expected output of each block to run, with page and place as the id."""
     found = []
-    for page in (README, *sorted((ROOT / "docs").glob("*.md"))):  # the blocks of docs/design are sketches
+    for page in (README, *GUIDE):
         text = page.read_text(encoding="utf-8")
         for match in BLOCK.finditer(text):
             if match["language"] == "python" and not match["file"]:
@@ -114,7 +116,7 @@ def test_each_logger_of_the_source_has_its_line_and_no_other() -> None:
         for file in (ROOT / package).rglob("*.py"):
             used.update(re.findall(r'(?:getLogger|\bLog)\("(scopestate[^"]*)"\)', file.read_text(encoding="utf-8")))
 
-    assert set(_first_cells(_section("docs/operations.md", "Logs"))) == used
+    assert set(_first_cells(_section("docs/reference/operations.md", "Logs"))) == used
 
 
 def test_each_command_has_its_place_and_no_other() -> None:
@@ -127,17 +129,17 @@ def test_each_command_has_its_place_and_no_other() -> None:
         assert isinstance(group, TyperGroup)
         real.update(f"{name} {inner}" for inner in group.commands)
 
-    assert {re.split(r" [A-Z[]", cell)[0] for cell in _first_cells(_text("docs/command-line.md"))} == real
+    assert {re.split(r" [A-Z[]", cell)[0] for cell in _first_cells(_text("docs/reference/command-line.md"))} == real
 
 
 def test_each_limit_has_its_line_and_no_other() -> None:
-    assert _first_cells(_section("docs/operations.md", "Limits that you can set")) == [
+    assert _first_cells(_section("docs/reference/operations.md", "Limits that you can set")) == [
         field.name for field in msgspec.structs.fields(LimitsConfig)
     ]
 
 
 def test_each_error_in_the_table_exists_and_has_the_code_that_stands_there() -> None:
-    rows = [line.split("|") for line in _text("docs/errors.md").splitlines() if line.startswith("| `")]
+    rows = [line.split("|") for line in _text("docs/reference/errors.md").splitlines() if line.startswith("| `")]
 
     for _, names, codes, *_ in rows:
         kinds = [getattr(errors, name) for name in re.findall(r"`([^`]+)`", names)]
@@ -167,15 +169,14 @@ def test_each_link_into_the_repository_leads_somewhere(page: Path) -> None:
 
 def test_the_index_lists_every_page_of_the_folder() -> None:
     folder = ROOT / "docs"
-    listed = set(re.findall(r"\]\(([^)#]+)\)", _text("docs/index.md")))
+    listed = {folder / name for name in re.findall(r"\]\(([^)#]+)\)", _text("docs/index.md"))}
+    pages = {page for page in GUIDE if page.parent.name != "tutorial"}  # the tutorial's own index lists its steps
 
-    assert {page.name for page in folder.glob("*.md")} - {"index.md"} == {
-        name for name in listed if "/" not in name
-    } - {"design"}
+    assert pages - listed == {folder / "index.md"}
 
 
 CITED = re.compile(
-    r"docs/(?P<page>semantics|protocol)\.md"
+    r"docs/reference/(?P<page>semantics|protocol)\.md"
     r"(?P<sections>,? (?:sections? )?\d+(?:\.\d+)?(?:(?:,| and| to) \d+(?:\.\d+)?)*)"
     r"(?P<points>,? points? \d+(?:(?:,| and| to) \d+)*)?"
 )
@@ -196,7 +197,7 @@ def _numbered(page: str) -> set[str]:
 
 
 def test_cited_sections_of_semantics_and_protocol_exist() -> None:
-    numbers = {page: _numbered(f"docs/{page}.md") for page in ("semantics", "protocol")}
+    numbers = {page: _numbered(f"docs/reference/{page}.md") for page in ("semantics", "protocol")}
     citations = set()
     for file in SOURCES:
         # A citation may go on behind a line break, and behind the mark of a comment.

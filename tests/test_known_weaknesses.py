@@ -1,4 +1,4 @@
-"""What goes wrong elsewhere and must not here: one test per point of docs/semantics.md section 8, by its number.
+"""What goes wrong elsewhere and must not here: a test per point of docs/reference/semantics.md section 8, by number.
 
 Left out: 37 and 38 are the bridge's (tests/bridge). 13 and 30 name functions that do not exist here (compare-and-set,
 transactions, TTL, paged lists): what there is instead is tested.

@@ -1,4 +1,4 @@
-"""What differs between the places where scopes are kept, as docs/state.md and the docstrings say it."""
+"""What differs between the places where scopes are kept, as docs/reference/state.md and the docstrings say it."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class PendingCalls:
         if call is None or not call.sent:
             log.debug("dropped the answer to a call that is not in progress: %s", result.invocation_id)
             return
-        # Absent and null differ: a missing key, and a stored null (docs/protocol.md, section 4.2).
+        # Absent and null differ: a missing key, and a stored null (docs/reference/protocol.md, section 4.2).
         failure = failure_of(result, call.function_id)
         self.settle(call, bytes(result.result) or None if failure is None else None, failure)
 

@@ -407,7 +407,7 @@ class Client:
             return  # the receiving side gets this error too, and reports it
 
     def _introduction(self) -> bytes:
-        """Return the call that every worker makes first; it has no answer (docs/protocol.md, section 3.1)."""
+        """Return the call that every worker makes first; it has no answer (docs/reference/protocol.md, section 3.1)."""
         about = {
             "runtime": "python",
             "version": platform.python_version(),

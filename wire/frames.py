@@ -1,4 +1,4 @@
-"""The messages of the iii worker protocol, one tagged union for each direction (docs/protocol.md, section 2).
+"""The messages of the iii worker protocol, one tagged union for each direction (docs/reference/protocol.md, section 2).
 
 A message is a JSON object with a `type`. Values (`data`, `result`, `config`, ...) stay `msgspec.Raw`: JSON text that
 is passed on without being decoded. `ABSENT` is a field that is not there, `NULL` one that is null.
@@ -38,7 +38,7 @@ not_in_uuid: Final = re.compile("[^0-9a-fA-F-]").search
 
 
 class ErrorBody(msgspec.Struct, omit_defaults=True, frozen=True):
-    """What went wrong with a call (docs/protocol.md, section 4.4)."""
+    """What went wrong with a call (docs/reference/protocol.md, section 4.4)."""
 
     code: str
     message: str
@@ -213,7 +213,7 @@ FromServer = (
 Frame = FromWorker | FromServer
 
 TELEMETRY: Final = (b"OTLP", b"MTRC", b"LOGS")
-"""First bytes of binary messages that carry telemetry; they are discarded (docs/protocol.md, section 11)."""
+"""First bytes of binary messages that carry telemetry; they are discarded (docs/reference/protocol.md, section 11)."""
 
 encode: Final = msgspec.json.Encoder().encode
 """encode(frame: Frame) -> bytes: one message as JSON."""

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""Largest message in either direction, as in iii 0.11.6 (docs/protocol.md, section 1)."""
+"""Largest message in either direction, as in iii 0.11.6 (docs/reference/protocol.md, section 1)."""
 
 LIMIT_HEADER = "Scopestate-Max-Message-Bytes"
 """HTTP header of the handshake, in both directions: the largest message that its sender takes. Ours only."""

@@ -1,4 +1,4 @@
-"""The facts of refusals, as the wire carries them beside code and message (docs/protocol.md, section 4.4)."""
+"""The facts of refusals, as the wire carries them beside code and message (docs/reference/protocol.md, section 4.4)."""
 
 from __future__ import annotations
 

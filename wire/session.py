@@ -50,7 +50,7 @@ from scopestate.wire.frames import (
 log = logging.getLogger("scopestate.wire")
 
 STOPPED: Final = ErrorBody("invocation_stopped", "Invocation stopped")
-"""The outcome of a call whose caller or executor has disconnected (docs/protocol.md, section 4.4)."""
+"""The outcome of a call whose caller or executor has disconnected (docs/reference/protocol.md, section 4.4)."""
 
 NO_QUEUE: Final = ErrorBody("enqueue_error", "QueueModule not loaded")
 
@@ -186,8 +186,8 @@ class WorkerSession:
     def receive(self, message: bytes, text: bool = True) -> Action | None:
         """Take one message and return the action for it; None if there is nothing to do. Never raises.
 
-        A malformed message is logged and dropped, without a reply (docs/protocol.md 1). Too many of them close the
-        connection.
+        A malformed message is logged and dropped, without a reply (docs/reference/protocol.md 1). Too many of them
+        close the connection.
         """
         if self.closed or (not text and message[:4] in TELEMETRY):
             return None
@@ -531,7 +531,7 @@ def stopped(execution: Execution) -> InvocationResult:
 
 
 def value_of(outcome: InvocationResult) -> Raw:
-    """Return the value of an answer. Absent and null both mean "no value" (docs/protocol.md, section 4.2)."""
+    """Return the value of an answer. Absent and null both mean "no value" (docs/reference/protocol.md, section 4.2)."""
     return ABSENT if outcome.result == NULL else outcome.result
 
 

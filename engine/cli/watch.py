@@ -352,7 +352,7 @@ class _Watch:
         client.register_function(function_id, self._on_event, description="scopestate watch", ordered=True)
         client.register_trigger("state", function_id, {**self._filters, "events": _KINDS})
         # The server handles messages in order: once it answers this call, the trigger is in place
-        # (docs/protocol.md, section 1, "Order"). A refusal is an answer too.
+        # (docs/reference/protocol.md, section 1, "Order"). A refusal is an answer too.
         try:
             await client.call_raw("engine::functions::list", b"{}")
         except RemoteFailure as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from scopestate.server.worker import Worker
 
 ALWAYS_ALLOWED: Final = ("engine::channels::create", "engine::workers::register", "engine::log::*")
-"""Functions that every worker may call (docs/protocol.md, section 12)."""
+"""Functions that every worker may call (docs/reference/protocol.md, section 12)."""
 
 ENGINE_NAMESPACES: Final = ("engine::", "state::")
 """Ids that begin like this are the engine's own: a pattern of `registers` must begin so to match one."""
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 class Access:
-    """What the bearer of one token may do, and the owner of what its workers register (docs/rights.md).
+    """What the bearer of one token may do, and the owner of what its workers register (docs/reference/rights.md).
 
     Patterns: `*` is any characters, `?` is one. Every check raises Forbidden.
     """

@@ -1,4 +1,4 @@
-"""Channels: one worker streams messages to another, through the server (docs/protocol.md, section 7)."""
+"""Channels: one worker streams messages to another, through the server (docs/reference/protocol.md, section 7)."""
 
 from __future__ import annotations
 

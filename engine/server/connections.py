@@ -26,7 +26,7 @@ CLOSE: Final = picows.WSMsgType.CLOSE
 
 NORMAL: Final = 1000
 GOING: Final = 1012
-"""For a server that stops: the Python SDK 0.11.6 never reconnects after 1000 or 1001 (docs/protocol.md, section 9)."""
+"""For a server that stops: the Python SDK 0.11.6 never reconnects after 1000 or 1001 (docs/reference/protocol.md 9)."""
 PROTOCOL_ERROR: Final = 1002
 INVALID_TEXT: Final = 1007
 POLICY: Final = 1008

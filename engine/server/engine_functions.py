@@ -1,4 +1,4 @@
-"""The `engine::*` functions of a server: the connected workers, and what they have registered (docs/protocol.md 7)."""
+"""The `engine::*` functions of a server: connected workers, and what they registered (docs/reference/protocol.md 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines behind a bridge that take events of the consumers here, and call the handlers (docs/protocol.md, 13.1)."""
+"""Engines behind a bridge that take events of consumers here and handle them (docs/reference/protocol.md 13.1)."""
 
 from __future__ import annotations
 

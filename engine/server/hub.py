@@ -158,7 +158,7 @@ class Hub:
         return worker
 
     def disconnect(self, worker: Worker) -> None:
-        """Clean up after a worker, in the order of docs/protocol.md section 8."""
+        """Clean up after a worker, in the order of docs/reference/protocol.md section 8."""
         if self.workers.get(worker.worker_id) is not worker:
             return
         self.log.info(
@@ -630,7 +630,7 @@ def _size_of(call: InvokeFunction) -> int:
 
 
 def failure(call: InvokeFunction, error: Exception) -> ErrorBody:
-    """Return an error as it is sent (docs/protocol.md 4.4). One outside our error tree is a bug, and is logged."""
+    """Return an error as it is sent (docs/reference/protocol.md 4.4). Others than ours are bugs, and logged."""
     if isinstance(error, ScopestateError):
         return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None), details_of(error))
     log.error("a call of %r failed inside the server", shown(call.function_id), exc_info=error)

@@ -1,4 +1,4 @@
-"""A server for iii workers: the engine's functions, triggers and events over WebSocket (docs/protocol.md).
+"""A server for iii workers: the engine's functions, triggers and events over WebSocket (docs/reference/protocol.md).
 
     with Engine.from_config("engine.yaml") as engine, Server(engine, port=49134) as server:
         ...                                   # on a thread and an event loop of its own

@@ -162,7 +162,7 @@ class SkippingConnection(Connection):
 
 
 class Telemetry(SkippingConnection):
-    """The telemetry sink: everything is dropped, nothing is answered (docs/protocol.md, section 11)."""
+    """The telemetry sink: everything is dropped, nothing is answered (docs/reference/protocol.md, section 11)."""
 
     def __init__(self, access: Access | None, batches: Batches) -> None:
         super().__init__(batches)
@@ -173,7 +173,7 @@ class Telemetry(SkippingConnection):
 
 
 class Refusing(SkippingConnection):
-    """A connection without a valid token: it is told so, and closed (docs/protocol.md, section 2.2)."""
+    """A connection without a valid token: it is told so, and closed (docs/reference/protocol.md, section 2.2)."""
 
     def __init__(self, message: bytes, batches: Batches) -> None:
         super().__init__(batches)

@@ -41,7 +41,7 @@ ENGINE_TYPES: Final = {
     WORKERS_AVAILABLE: "Fired when a worker connects, disconnects or describes itself",
     FUNCTIONS_AVAILABLE: "Fired when the set of registered functions has changed",
 }
-"""Trigger types of the server itself (docs/protocol.md, section 6.5)."""
+"""Trigger types of the server itself (docs/reference/protocol.md, section 6.5)."""
 
 NEEDED_TO_WATCH: Final = {WORKERS_AVAILABLE: "engine::workers::list", FUNCTIONS_AVAILABLE: "engine::functions::list"}
 """Trigger type of the server -> the function that shows the same data. A token needs the right to call it."""
@@ -234,7 +234,7 @@ class WorkerTriggers:
         return WorkerHandler(trigger, services.on(self.dispatcher), self._hub, services.dispatcher)
 
     def unregister(self, worker: Worker, trigger_id: str) -> None:
-        """Remove a trigger of any worker with the same token (docs/protocol.md 2.1); not one of the program itself."""
+        """Remove a trigger of a worker with the same token, not of this program (docs/reference/protocol.md 2.1)."""
         registered = self._triggers.serving(trigger_id)
         if registered is not None and self._triggers.belongs_to(trigger_id, worker.access):
             for offer in self._triggers.clear(trigger_id):

@@ -359,7 +359,7 @@ def batch_json(events: list[StateEvent]) -> bytes:
 
 
 def event_json(event: StateEvent) -> bytes:
-    """Return the event as handlers receive it (docs/protocol.md, section 5); its values are inserted unparsed."""
+    """Return the event as handlers receive it (docs/reference/protocol.md 5); its values are inserted unparsed."""
     more = (
         b"" if event.expired_at is None else b',"expired_at":%d,"late_ms":%d' % (event.expired_at, event.late_ms or 0)
     )

@@ -6,7 +6,7 @@
     cache.set("ada", {"name": "Ada"}, expire=60, tag="users")
     await cache.aio.get("ada")  # the same calls for asyncio
 
-docs/caches.md says what it holds, and what differs from diskcache. Nothing is pickled.
+docs/how-to/caches.md says what it holds, and what differs from diskcache. Nothing is pickled.
 """
 
 from scopestate.integrations.cache.aio import AioCache, AioCacheTransaction

@@ -79,7 +79,7 @@ class Cache:
     ) -> None:
         """Make a cache in a directory, in an engine of the program, or, without a source, in memory.
 
-        The first call opens the directory, which several processes may share (docs/sharing.md). `durability` is
+        The first call opens the directory, which several processes may share (docs/how-to/sharing.md). `durability` is
         "interval", the default: a crash loses what was written in the last `save_interval_ms` (1000); or "commit": each
         write is on disk when its call returns.
 
@@ -145,7 +145,7 @@ class Cache:
         """Set a value, which expires in `expire` seconds; return True.
 
         `tag`, of the types that keys have, names a group of entries for `evict`. Raises InvalidValue, with the path,
-        for a value that would be read back as another one: docs/caches.md says which there are.
+        for a value that would be read back as another one: docs/how-to/caches.md says which there are.
         """
         if self._blocks and (transaction := self._transaction()) is not None:
             return transaction.set(key, value, expire, tag=tag)

@@ -1,4 +1,4 @@
-"""Scopes that live in another engine, reached over one connection (docs/protocol.md, section 13)."""
+"""Scopes that live in another engine, reached over one connection (docs/reference/protocol.md, section 13)."""
 
 from __future__ import annotations
 

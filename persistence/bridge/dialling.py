@@ -140,7 +140,7 @@ class BridgeTarget:
 
 
 def introduction(name: str) -> bytes:
-    """Return the call that every worker makes first; it has no answer (docs/protocol.md, section 3.1)."""
+    """Return the call that every worker makes first; it has no answer (docs/reference/protocol.md, section 3.1)."""
     about = {
         "runtime": "python",
         "version": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The events of another engine, for the triggers of this one (docs/bridge.md).
+"""The events of another engine, for the triggers of this one (docs/how-to/bridge.md).
 
 It polls for the changes of the scopes that its plain triggers are about: what no trigger wants costs the other engine
 nothing. A poll has a cursor, so that changes that were made while there was no connection fire too.
@@ -118,7 +118,7 @@ _decode: Final = msgspec.json.Decoder(_Answer).decode
 
 
 class _Event(msgspec.Struct):
-    """What the function of a `state` trigger is given (docs/protocol.md, section 5)."""
+    """What the function of a `state` trigger is given (docs/reference/protocol.md, section 5)."""
 
     event_type: str
     scope: str

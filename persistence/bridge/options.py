@@ -47,7 +47,7 @@ class BridgeOptions(Options, frozen=True):
         """Raise ConfigError if a server of this engine would listen at the address of the bridge.
 
         iii's default address of a bridge is the default address of the engine itself: calls would be forwarded in a
-        circle until they time out (docs/semantics.md, section 8.37).
+        circle until they time out (docs/reference/semantics.md, section 8.37).
         """
         parts = urlsplit(self.bridge_url)
         target = parts.hostname or ""

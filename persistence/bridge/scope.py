@@ -179,11 +179,11 @@ class BridgeScope(LeadingScope):
     """One scope of another engine.
 
     A turn never waits: it sends a call, or takes an answer in. So it may run on any thread, event loops included; the
-    caller waits for its reply. The other engine may run two calls of one connection in either order (docs/protocol.md,
-    section 1). So a write is sent when every earlier call on its keys has its answer, a read when every earlier write
-    of its key has, and a list when every earlier write has. A write of the whole scope waits for all earlier calls, and
-    all later ones wait for it. Local events are fired in the order of the answers, which for one key is the order of
-    its writes.
+    caller waits for its reply. The other engine may run two calls of one connection in either order
+    (docs/reference/protocol.md, section 1). So a write is sent when every earlier call on its keys has its answer, a
+    read when every earlier write of its key has, and a list when every earlier write has. A write of the whole scope
+    waits for all earlier calls, and all later ones wait for it. Local events are fired in the order of the answers,
+    which for one key is the order of its writes.
 
     The function of a `modify` or `transact` runs on the thread of the caller, or on a worker thread if that caller does
     not wait on a thread of its own: never on the connection's thread, which it would hold up.
@@ -753,7 +753,7 @@ def _effects_of(turn: Turn[Any], result: bytes | None) -> Effects[Any]:
 
 
 def _via_bridge(turn: Turn[Any], error: Exception) -> StorageError:
-    """Return the local error for a remote failure (docs/protocol.md, section 13.7)."""
+    """Return the local error for a remote failure (docs/reference/protocol.md, section 13.7)."""
     cause = f"remote error ({error.code}): {error}" if isinstance(error, RemoteFailure) else str(error)
     failure = turn.failed(StorageError(f"{turn.failure.words} via bridge: {cause}"))
     failure.__cause__ = error

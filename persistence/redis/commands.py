@@ -195,7 +195,7 @@ class ScopeCommands(CommandMaker):
         if type(found) is list:
             self._expired(call, key, found)
             found = None
-        # A value that is not JSON reads as null here, and is gone: docs/semantics.md, section 7.
+        # A value that is not JSON reads as null here, and is gone: docs/reference/semantics.md, section 7.
         old = None if found is None else self.seen.valid(key, found, otherwise=b"null")
         after = call.one_step.after(call.message)
         number = self._take_number()

@@ -111,7 +111,7 @@ def place_of(entry_id: bytes) -> tuple[int, int]:
 
 
 def _as_json(raw: bytes) -> bytes:
-    """Return a value of another program as `encode` writes it; null if it is not JSON (docs/semantics.md 7)."""
+    """Return a value of another program as `encode` writes it; null if not JSON (docs/reference/semantics.md 7)."""
     try:
         return parse(raw)
     except DeserializationError:

@@ -1,7 +1,7 @@
 """The store in a directory: one SQLite database and one lock file.
 
-docs/design/0006 says why SQLite and what is promised; docs/semantics.md 8, points 16 to 27, lists the failures of other
-stores that this one avoids.
+docs/design/0006 says why SQLite and what is promised; docs/reference/semantics.md 8, points 16 to 27, lists the
+failures of other stores that this one avoids.
 """
 
 from __future__ import annotations

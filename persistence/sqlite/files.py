@@ -120,7 +120,7 @@ def _unused(beginning: str, suffixes: tuple[str, ...]) -> str:
 
 
 def sync_directory(path: str) -> None:
-    """Sync a directory: the names in it then survive a power cut (docs/semantics.md 8.17). Raises `OSError`."""
+    """Sync a directory: its names then survive a power cut (docs/reference/semantics.md 8.17). Raises `OSError`."""
     if os.name == "nt":  # pragma: no cover - directories cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -82,7 +82,8 @@ def _create_directory(path: str, mode: int = 0o777) -> None:
     except FileExistsError:
         if not os.path.isdir(path):
             raise
-    # The name of a new directory survives a power cut only after its parent is synced (docs/semantics.md 8.17).
+    # The name of a new directory survives a power cut only after its parent is synced (docs/reference/semantics.md
+    # 8.17).
     sync_directory(parent)
 
 
@@ -287,7 +288,7 @@ def _set_aside(path: str, lock: StoreLock, reason: str) -> StorageError:
 
 
 def _warn_of_foreign_files(directory: str) -> None:
-    """Warn of `*.bin` files: iii keeps one for each scope in such a directory (docs/semantics.md 6)."""
+    """Warn of `*.bin` files: iii keeps one for each scope in such a directory (docs/reference/semantics.md 6)."""
     with os.scandir(directory) as entries:
         count = sum(entry.name.endswith(".bin") for entry in entries)
     if count:

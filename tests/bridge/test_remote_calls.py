@@ -51,7 +51,8 @@ def test_ops_go_out_in_the_form_in_which_they_came_in() -> None:
 @pytest.mark.parametrize(
     ("turn", "result", "answer", "change"),
     [
-        # Another engine does not say `existed`: there a stored null looks like a missing key (docs/protocol.md 13.4).
+        # Another engine does not say `existed`: there a stored null looks like a missing key
+        # (docs/reference/protocol.md 13.4).
         (turns.Set("k", b"1"), b'{"old_value":null,"new_value":1}', SetResult(None, b"1"), (None, b"1")),
         (turns.Set("k", b"1"), b'{"old_value":0,"new_value":1}', SetResult(b"0", b"1"), (b"0", b"1")),
         (

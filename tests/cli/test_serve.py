@@ -92,7 +92,7 @@ def test_workers_are_told_to_come_back(program: type[Program]) -> None:
         with pytest.raises(ConnectionClosed) as closed:
             worker.recv(PATIENCE_S)
 
-    # Not 1000 or 1001, after which a Python SDK never reconnects (docs/protocol.md, section 9).
+    # Not 1000 or 1001, after which a Python SDK never reconnects (docs/reference/protocol.md, section 9).
     assert closed.value.rcvd is not None
     assert closed.value.rcvd.code == 1012
 

@@ -1,4 +1,4 @@
-"""`${VAR:default}`: after parsing, per scalar, once (docs/semantics.md 5 and 8.39)."""
+"""`${VAR:default}`: after parsing, per scalar, once (docs/reference/semantics.md 5 and 8.39)."""
 
 from __future__ import annotations
 

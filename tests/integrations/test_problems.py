@@ -12,7 +12,7 @@ import pytest
 from scopestate import errors
 from scopestate.integrations.problems import STATUSES, problem_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "web-frameworks.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "web-frameworks.md"
 
 
 def body(error: Exception) -> dict[str, object]:

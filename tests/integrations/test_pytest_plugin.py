@@ -241,7 +241,7 @@ def test_the_plugin_imports_no_engine_before_a_fixture_is_used(tmp_path: Path) -
     ("page", "file", "passed"), [("testing.md", "test_shop.py", 5), ("web-frameworks.md", "test_app.py", 1)]
 )
 def test_the_test_file_of_a_page_passes(tmp_path: Path, page: str, file: str, passed: int) -> None:
-    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / page).read_text(encoding="utf-8")
     found = re.search(rf"^```python {file}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert found is not None
     assert f"{passed} passed" in _run(tmp_path, found[1])

@@ -8,7 +8,7 @@ from typing import Any
 from linearizability.checker import Call
 
 State = tuple[tuple[str, str], ...]
-"""(key, value as JSON text), in first-insertion order: docs/semantics.md section 1."""
+"""(key, value as JSON text), in first-insertion order: docs/reference/semantics.md section 1."""
 
 Ops = tuple[tuple[str, Any], ...]
 """("increment", by), ("append", value), ("merge", object), ("set", value): all of them at the root."""
@@ -59,7 +59,7 @@ class ScopeModel:
 
 
 def updated(old: str, ops: Ops) -> str:
-    """The value after `ops`; one that does not fit changes nothing (docs/semantics.md section 3)."""
+    """The value after `ops`; one that does not fit changes nothing (docs/reference/semantics.md section 3)."""
     fresh = old == MISSING
     value: Any = {} if fresh else json.loads(old)
     for kind, operand in ops:

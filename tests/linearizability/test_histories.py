@@ -33,7 +33,7 @@ totals: Counter[str] = Counter()
 
 @pytest.fixture(scope="module", autouse=True)
 def figures() -> Iterator[None]:
-    """Keep how much was checked, for docs/reliability.md."""
+    """Keep how much was checked, for docs/explanation/reliability.md."""
     totals.clear()
     yield
     record("linearizability", **totals)

@@ -1,4 +1,4 @@
-"""Ops applied to values: every conformance vector, and the promises that hold for any ops (docs/semantics.md 3)."""
+"""Ops applied to values: every conformance vector, and promises for any ops (docs/reference/semantics.md 3)."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_whatever_the_ops_the_result_is_json(old: object, ops: list[UpdateOp]) -
 def test_ops_in_one_update_do_what_two_updates_would(old: object, ops: list[UpdateOp], cut: int) -> None:
     first, head = apply(old, ops[:cut])
     if old is MISSING and len(head) == len(ops[:cut]):
-        return  # still fresh in one update, `{}` in two: the one difference that docs/semantics.md 3.2 makes
+        return  # still fresh in one update, `{}` in two: the one difference that docs/reference/semantics.md 3.2 makes
 
     second, tail = apply(first, ops[cut:])
     new, errors = apply(old, ops)

@@ -1,4 +1,4 @@
-"""How ops are read, from JSON (`convert_ops`) and Python (`checked`): shapes, places, values (docs/semantics.md 3)."""
+"""How ops are read from JSON (`convert_ops`) and Python (`checked`): places, values (docs/reference/semantics.md 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values as JSON bytes: what encode, normalise and parse accept, change and refuse (docs/semantics.md 1)."""
+"""Values as JSON bytes: what encode, normalise and parse accept, change and refuse (docs/reference/semantics.md 1)."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def test_any_text_is_a_key(store: Place, name: str) -> None:
 
 
 def test_names_that_look_alike_stay_apart(store: Place) -> None:
-    """docs/semantics.md 8.20 to 8.22: no name is lost, cut or mixed up with another."""
+    """docs/reference/semantics.md 8.20 to 8.22: no name is lost, cut or mixed up with another."""
     names = list(HOSTILE_NAMES.values())
     store.adapter.save([created(name, 1, {"k": str(place).encode()}) for place, name in enumerate(names)])
 

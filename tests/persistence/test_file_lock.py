@@ -1,4 +1,4 @@
-"""One engine per directory (docs/semantics.md 8.27), across processes, crashes and forks."""
+"""One engine per directory (docs/reference/semantics.md 8.27), across processes, crashes and forks."""
 
 from __future__ import annotations
 

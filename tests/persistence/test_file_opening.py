@@ -78,7 +78,7 @@ def test_closing_leaves_one_database_file_without_a_log(open_file: Open, directo
 
 
 def test_every_commit_is_synced_to_the_disk(open_file: Open) -> None:
-    """docs/semantics.md 8.17: without it a power loss takes whole scopes."""
+    """docs/reference/semantics.md 8.17: without it a power loss takes whole scopes."""
     writers: list[sqlite3.Connection] = []
 
     def remember(uri: str) -> sqlite3.Connection:

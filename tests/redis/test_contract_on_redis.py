@@ -125,7 +125,7 @@ def test_any_number_of_keys_is_written_overwritten_and_deleted(open_adapter: Ope
 
 
 def test_names_that_look_alike_stay_apart_as_scopes_and_as_keys(open_adapter: Open) -> None:
-    """docs/semantics.md 8.20 to 8.22: no name is lost, cut or mixed up with another."""
+    """docs/reference/semantics.md 8.20 to 8.22: no name is lost, cut or mixed up with another."""
     adapter = open_adapter()
     numbers = {name: b"%d" % place for place, name in enumerate(NAMES.values())}
     adapter.write({name: {"k": number} for name, number in numbers.items()})

@@ -212,7 +212,7 @@ def test_a_key_of_another_type_is_named_and_those_of_the_events_only_where_they_
 
 def mend_by_set(engine: Engine, server: Server) -> None:
     result = engine.set("s", "k", 1)
-    assert (result.old_value, result.created) == (None, False)  # docs/semantics.md 7: it reads as null
+    assert (result.old_value, result.created) == (None, False)  # docs/reference/semantics.md 7: it reads as null
 
 
 def mend_by_delete(engine: Engine, server: Server) -> None:

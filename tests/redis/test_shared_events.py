@@ -122,7 +122,7 @@ def test_only_the_triggers_that_match_see_an_event(valkey: Server, engines: Engi
 def test_an_old_value_that_another_program_wrote_reads_as_it_does_elsewhere(
     redis_server: Server, engines: Engines
 ) -> None:
-    """What is not JSON reads as null (docs/semantics.md, section 7), and other spellings as we would write them."""
+    """What is not JSON reads as null (docs/reference/semantics.md 7), other spellings as we would write them."""
     writer = engines.open(redis_server)
     seen = Seen(writer)
     for number, theirs in enumerate(["{nope", " -0 ", '{"a" : 1e2}', "nope"]):

@@ -1,7 +1,7 @@
 """What the last run of the reliability tests came to: kills survived, interruptions, seeds, cases.
 
 Each test records its own figures; they are kept in `bench-results/reliability.json`, next to those of the benchmarks,
-and a command puts them into docs/reliability.md.
+and a command puts them into docs/explanation/reliability.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes docs/reliability.md from the figures that the last run of the tests left: `make reliability`.
+"""Writes docs/explanation/reliability.md from the figures that the last run of the tests left: `make reliability`.
 
 Each row names the fault, the promise, and the tests that show it; a test checks that every named test exists.
 """
@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from tests.reliability import figures
 
 ROOT: Final = Path(__file__).parents[2]
-PAGE: Final = ROOT / "docs" / "reliability.md"
+PAGE: Final = ROOT / "docs" / "explanation" / "reliability.md"
 
 
 class Row(NamedTuple):
@@ -296,6 +296,6 @@ def missing_tests() -> list[str]:
 
 if __name__ == "__main__":
     if gone := missing_tests():
-        sys.exit(f"docs/reliability.md names tests that do not exist: {', '.join(gone)}")
+        sys.exit(f"docs/explanation/reliability.md names tests that do not exist: {', '.join(gone)}")
     PAGE.write_text(page())
     print(f"wrote {PAGE.relative_to(ROOT)}")  # noqa: T201 - the command's output

@@ -1,4 +1,4 @@
-"""What SIGKILL leaves of durable triggers: each row of the table in docs/durable-triggers.md."""
+"""What SIGKILL leaves of durable triggers: each row of the table in docs/reference/durable-triggers.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table in docs/reliability.md is about tests that exist, and is what the command writes."""
+"""The table in docs/explanation/reliability.md is about tests that exist, and is what the command writes."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ IN_AN_HOUR = datetime.now(UTC) + timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Facts:
-    """What differs between the places, as docs/state.md says it."""
+    """What differs between the places, as docs/reference/state.md says it."""
 
     saves: bool = False
     """`durable=True` waits for the disk; elsewhere it is refused."""

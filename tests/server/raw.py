@@ -90,7 +90,7 @@ class RawWorker:
         return trigger_id
 
     def settle(self) -> None:
-        """Wait until everything sent before has been handled: messages are handled in order (docs/protocol.md 1)."""
+        """Wait until all that was sent is handled: messages are handled in order (docs/reference/protocol.md 1)."""
         self.send({"type": "ping"})
         assert self.receive() == {"type": "pong"}
 

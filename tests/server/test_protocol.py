@@ -1,4 +1,4 @@
-"""What a worker sees on the wire: docs/protocol.md sections 1 to 9, message by message."""
+"""What a worker sees on the wire: docs/reference/protocol.md sections 1 to 9, message by message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a token allows, by every route: each row of docs/rights.md.
+"""What a token allows, by every route: each row of docs/reference/rights.md.
 
 "admin" may do everything; "guest" and "other" are limited; two workers with the same token are replicas of one service.
 """

@@ -26,7 +26,7 @@ figures: list[dict[str, float]] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def report() -> Iterator[None]:
-    """Keep what all runs came to, for docs/reliability.md."""
+    """Keep what all runs came to, for docs/explanation/reliability.md."""
     figures.clear()
     yield
     if figures:

@@ -1,4 +1,4 @@
-"""One worker's conversation without a socket: docs/protocol.md sections 1 to 4, and the limits."""
+"""One worker's conversation without a socket: docs/reference/protocol.md sections 1 to 4, and the limits."""
 
 from __future__ import annotations
 
