@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Never, TypeVar, Unpack, overload
 from msgspec import UNSET, UnsetType
 
 from scopestate.batch import Batch
+from scopestate.errors import InvalidRegistration
 from scopestate.mapping import ScopeMapping
 from scopestate.ops.apply import MISSING
 from scopestate.ops.options import (
@@ -208,19 +209,25 @@ class Scope(Generic[T]):
         """As `Engine.on_change` for this scope: decorate a handler of `StateEvent[T | None]`, plain or `async`.
 
         A handler with a second parameter gets the `Delivery` there, if the trigger is durable. One of a trigger with
-        `batch` gets a list of events.
+        `batch` gets a list of events. Raises InvalidRegistration as there, also for `@scope.on_change` without
+        parentheses.
         """
+        if misplaced:
+            raise InvalidRegistration(
+                "on_change of a scope takes its filters by name: write `@scope.on_change(key=...)`, "
+                "or `@scope.on_change()` for every change"
+            )
+        registrar = self._engine.on_change(
+            scope=self.name,
+            key=key,
+            condition=condition,
+            events=events,
+            function_id=function_id,
+            **options,
+        )
 
         def register(handler: Any) -> Any:
-            self._engine.on_change(
-                *misplaced,
-                scope=self.name,
-                key=key,
-                condition=condition,
-                events=events,
-                function_id=function_id,
-                **options,
-            )(self._handler(handler))
+            registrar(self._handler(handler))
             return handler
 
         return register

@@ -283,6 +283,19 @@ def test_on_change_says_how_it_is_written(misplaced: Any, engine: Engine) -> Non
     assert engine.triggers() == []
 
 
+@pytest.mark.parametrize("misplaced", ["ada", lambda event: None], ids=["a key", "without parentheses"])
+def test_on_change_of_a_scope_says_how_it_is_written(misplaced: Any, engine: Engine) -> None:
+    with pytest.raises(InvalidRegistration, match=r"write `@scope\.on_change\(key=\.\.\.\)`"):
+        engine.scope("users").on_change(misplaced)
+
+    assert engine.triggers() == []
+
+
+def test_on_change_of_a_scope_refuses_wrong_options_before_it_has_a_function(engine: Engine) -> None:
+    with pytest.raises(InvalidRegistration, match="`events` of a trigger"):
+        engine.scope("users").on_change(events="updated")  # type: ignore[arg-type]
+
+
 def test_handlers_with_the_same_name_do_not_replace_each_other(engine: Engine) -> None:
     seen = [Seen(), Seen(), Seen()]
     for one in seen:
