@@ -1,4 +1,4 @@
-"""The tutorial, followed as a reader does: its files, its commands, and what these print."""
+"""The tutorial and how-to pages, followed as a reader does: their files, their commands, and what these print."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.walking import Walk
+from tests.docs.walking import Walk, has_commands
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = [ROOT / "docs/tutorial/index.md", *sorted((ROOT / "docs/tutorial").glob("[0-9]*.md"))]
+HOW_TO = [page for page in sorted((ROOT / "docs/how-to").glob("*.md")) if has_commands(page)]
 
 pytestmark = pytest.mark.timeout(300)  # they start servers: some seconds on an idle machine
 
@@ -26,6 +27,11 @@ def test_the_tutorial_works_from_the_first_step_to_the_last(walk: Walk) -> None:
     assert len(TUTORIAL) == 7
     for page in TUTORIAL:
         walk.follow(page)
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=[page.name for page in HOW_TO])
+def test_a_how_to_page_prints_what_it_shows(page: Path, walk: Walk) -> None:
+    walk.follow(page)
 
 
 @pytest.mark.parametrize(
