@@ -52,6 +52,10 @@ class Writes(Generic[T]):
         self._checks: list[Check] = []
         self._result: BatchResult | None = None
 
+    def __repr__(self) -> str:
+        count = len(self._checks) + len(self._steps) + len(self._sets or ())
+        return f"<batch of scope {self.scope!r}, {count} checks and writes>"
+
     def check(self, key: str, *, revision: int | None = None, absent: bool = False, value: object = UNSET) -> None:
         """Expect a key to have a revision, not to exist, or to have a value, else the whole batch raises Conflict.
 

@@ -24,6 +24,9 @@ class _Access:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
+    def __repr__(self) -> str:
+        return f"<consumers of {self._engine!r}>"
+
     def _found(self) -> Consumers | None:
         self._engine._refuse_if_closed()
         return self._engine._parts.consumers
@@ -114,6 +117,10 @@ class _Letters(_Access):
     def __init__(self, engine: Engine, consumer: str | None) -> None:
         super().__init__(engine)
         self._consumer = consumer
+
+    def __repr__(self) -> str:
+        whose = "all" if self._consumer is None else repr(self._consumer)
+        return f"<dead letters of {whose} in {self._engine!r}>"
 
     def _page(self, limit: int, after: str | None) -> builtins.list[DeadLetter]:
         if type(limit) is not int or limit < 1:

@@ -15,19 +15,24 @@ from scopestate.actors.dispatcher import ThreadDispatcher
 from scopestate.actors.ports import Backend
 from scopestate.actors.reply import Envelope, Reply
 from scopestate.actors.scope import Close, ScopeActor
-from scopestate.actors.snapshot import Commit
+from scopestate.actors.snapshot import Commit, Flush
 from scopestate.actors.stretch import ScopeInMemory
 from scopestate.actors.turn import BUSY
 from scopestate.errors import EngineClosed, StorageError
 from scopestate.persistence.sqlite.adapter import FileAdapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from scopestate.actors.deterministic import DeterministicDispatcher
+    from scopestate.actors.journal import ConsumerChange
+    from scopestate.actors.ports import ScopeChange
     from scopestate.engine import Engine
     from scopestate.ops.results import DeliveryFailure
     from scopestate.parts import Parts
+
+    Save = tuple[Sequence[ScopeChange], Sequence[ConsumerChange]]
+    """What one save writes."""
 
 SETTLE_S = 1.0
 """How long the callers that wait for a commit may take to be told. They wait longer for a scope that a function of the
@@ -81,9 +86,10 @@ class _Reply(Reply[Any]):
                 raise
 
 
-def end_threads(engine: Engine, dispatcher: MortalDispatcher) -> None:
+def end_threads(engine: Engine, dispatcher: MortalDispatcher, *, torn: bool = False) -> None:
     """End an engine on real threads. Returns when its files are free, and nothing that it still does reaches them.
 
+    `torn`: what is not saved is half on the disk, and counts for nothing.
     From any thread that is not in a turn of it, nor in a coroutine handler of it, which is cancelled.
     """
     parts, closing = engine._parts, engine._closing
@@ -98,7 +104,12 @@ def end_threads(engine: Engine, dispatcher: MortalDispatcher) -> None:
     for actor in list(parts.directory.values()):
         _shut(actor)
     closing.done = True
-    _let_go_of_files(parts)
+
+    def save() -> None:
+        with suppress(pykka.Timeout):
+            parts.snapshot.ask(Flush()).get(timeout=SETTLE_S)
+
+    _let_go_of_files(parts, _next_save(parts, save) if torn else None)
     parts.end()
     parts.housekeeper.end()
     parts.expiry.end()
@@ -117,8 +128,9 @@ def end_threads(engine: Engine, dispatcher: MortalDispatcher) -> None:
     lifecycle.release(engine)
 
 
-def end_deterministic(engine: Engine, dispatcher: DeterministicDispatcher) -> None:
-    """End an engine on a clock that a test moves: turns that wait end where they are."""
+def end_deterministic(engine: Engine, dispatcher: DeterministicDispatcher, *, torn: bool = False) -> None:
+    """End an engine on a clock that a test moves: turns that wait end where they are. `torn`: as in `end_threads`."""
+    unsaved = _next_save(engine._parts, engine._parts.snapshot._save) if torn else None
     dispatcher.kill()
     engine._scopes.disown(EngineClosed)
     engine.disown()
@@ -126,7 +138,7 @@ def end_deterministic(engine: Engine, dispatcher: DeterministicDispatcher) -> No
     engine._closing.begun = engine._closing.done = True
     engine._scopes.refuse(EngineClosed)
     engine._parts.loop_thread.close()
-    _let_go_of_files(engine._parts)
+    _let_go_of_files(engine._parts, unsaved)
     lifecycle.release(engine)
 
 
@@ -142,10 +154,26 @@ def _nothing(failure: DeliveryFailure) -> None:
     """Report it to no one: in a process that has ended, it did not happen."""
 
 
-def _let_go_of_files(parts: Parts) -> None:
+def _next_save(parts: Parts, save: Callable[[], object]) -> Save | None:
+    """Return what `save()` would write first; None: nothing. From now on saving fails."""
+    found: list[Save] = []
+
+    def take(
+        changes: Sequence[ScopeChange], consumers: Sequence[ConsumerChange] = (), *_: object, **__: object
+    ) -> None:
+        found.append((changes, consumers))
+        raise StorageError("the engine was crashed by a test while it saved this")
+
+    parts.snapshot._write = take  # type: ignore[method-assign]  # as below
+    with suppress(StorageError):
+        save()
+    return found[0] if found else None
+
+
+def _let_go_of_files(parts: Parts, torn: Save | None) -> None:
     def gone(*_: object, **__: object) -> NoReturn:
         raise StorageError("the engine was crashed by a test: this was not saved")
 
     if isinstance(parts.backend.store, FileAdapter):
         parts.snapshot._write = gone  # type: ignore[method-assign]  # silently: the log would speak of a broken disk
-        parts.backend.store.leave()
+        parts.backend.store.leave(torn)

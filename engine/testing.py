@@ -74,6 +74,9 @@ class Engines:
         self.failures: list[DeliveryFailure] = []
         """The events that were given up, or reached no handler. A test that expects them removes them."""
 
+    def __repr__(self) -> str:
+        return f"<Engines: {', '.join(map(repr, self._opened)) or 'none'}>"
+
     def open(self, config: Source = None) -> Engine:
         """Open an engine; without a configuration in memory. Raises ConfigError and StorageError.
 
@@ -89,8 +92,11 @@ class Engines:
         if failure.final:
             self.failures.append(failure)
 
-    def crash(self, engine: Engine) -> Engine:
+    def crash(self, engine: Engine, *, torn: bool = False) -> Engine:
         """End `engine` as SIGKILL ends its process, and return a new one with the same configuration.
+
+        With `torn` as a power cut ends it in the middle of a save: half of what was not saved yet is on the disk, and
+        the new engine must leave it out. If all was saved, nothing is torn.
 
         What was written and not saved is gone, except in scopes with `durability: commit`; the events of durable
         triggers that no handler has finished are delivered again when the trigger is registered again. Functions and
@@ -102,14 +108,17 @@ class Engines:
         cancelled. Call it on any thread, but not in a coroutine handler.
 
         Raises ValueError for an engine that is not open here, Unsupported for Redis, WouldDeadlock in the function of a
-        `modify` or `transact`, and what `open` raises.
+        `modify` or `transact`, and what `open` raises; with `torn` also Unsupported for an engine that has no files:
+        in memory, behind a bridge, or one that follows.
         """
         refuse_in_callback()
         config, dispatcher = self._found(engine)
+        if torn:
+            _refuse_without_files(engine)
         if isinstance(config.adapter.config, RedisOptions):
             raise Unsupported("the crash of an engine on Redis", "end a process of your own by SIGKILL")
         del self._opened[engine]
-        end_threads(engine, dispatcher)
+        end_threads(engine, dispatcher, torn=torn)
         return self.open(config)
 
     def _found(self, engine: Engine) -> tuple[Config, MortalDispatcher]:
@@ -225,6 +234,9 @@ class VirtualClock:
         """The time that the engines see, in UTC."""
         return datetime.fromtimestamp(self._now_s, UTC)
 
+    def __repr__(self) -> str:
+        return f"<VirtualClock at {self.now:%Y-%m-%d %H:%M:%S}, {len(self._opened)} engines>"
+
     def open(self, config: Source = None) -> Engine:
         """Open an engine on this clock. Raises ConfigError, StorageError, and Unsupported for Redis and a bridge."""
         read = read_config(config)
@@ -312,20 +324,24 @@ class VirtualClock:
             self._now_s = max(self._now_s, each.began_s + each.dispatcher.monotonic())
         return self._opened
 
-    def crash(self, engine: Engine) -> Engine:
+    def crash(self, engine: Engine, *, torn: bool = False) -> Engine:
         """End `engine` as SIGKILL ends its process, and return a new one on what had reached the disk.
+
+        With `torn` as a power cut ends it in the middle of a save: as in `Engines.crash`.
 
         What was written and not saved is gone, except in scopes with `durability: commit`; the events of durable
         triggers that no handler has finished are delivered again when the trigger is registered again. The old engine
         runs no handler any more, writes nothing, and refuses calls with EngineClosed. Functions and triggers of the
         program are gone with it, those of the configuration are there again. Call it outside of handlers. Raises
-        ValueError for an engine that is not open on this clock.
+        ValueError for an engine that is not open on this clock; with `torn` Unsupported for one without files.
         """
         found = next((each for each in self._live() if each.engine is engine), None)
         if found is None:
             raise ValueError("crash takes an engine that this clock has opened, and that is open")
+        if torn:
+            _refuse_without_files(engine)
         self._opened.remove(found)
-        end_deterministic(engine, found.dispatcher)
+        end_deterministic(engine, found.dispatcher, torn=torn)
         return self.open(found.config)
 
     def close(self) -> None:
@@ -342,6 +358,14 @@ class VirtualClock:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse_without_files(engine: Engine) -> None:
+    if not isinstance(engine._parts.backend.store, FileAdapter):
+        raise Unsupported(
+            "`torn=True` for an engine that has no files open",
+            "crash the engine that owns the directory: `store_method: file_based`, and not a follower",
+        )
 
 
 @overload

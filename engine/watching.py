@@ -438,7 +438,9 @@ class _Watch:
 
     def __repr__(self) -> str:
         settings = self._settings
-        where = f"scope {settings.scope!r}" if settings.scope is not None else f"scopes {settings.scope_prefix!r}*"
+        where = f"scope {settings.scope!r}"
+        if settings.scope is None:
+            where = f"the scopes {settings.scope_prefix}*" if settings.scope_prefix else "all scopes"
         return f"<watch of {where}{', closed' if self._watcher.closed else ''}>"
 
 

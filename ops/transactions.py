@@ -577,6 +577,9 @@ class Transaction(Generic[T]):
     def __init__(self, draft: Draft) -> None:
         self._open: Draft | None = draft
 
+    def __repr__(self) -> str:
+        return "<transaction, ended>" if self._open is None else f"<transaction of scope {self._open.view.scope!r}>"
+
     @property
     def _draft(self) -> Draft:
         if self._open is None:

@@ -338,6 +338,9 @@ class AioCacheTransaction:
         self._cache = cache
         self._of = transaction
 
+    def __repr__(self) -> str:
+        return repr(self._of)
+
     async def _read(self, key: Any) -> CacheTransaction:
         """Return the transaction, when it has seen what the cache has under a key."""
         name = name_of(key)

@@ -48,6 +48,9 @@ class Block:
         self._entered = False
         self.transaction = CacheTransaction(cache)
 
+    def __repr__(self) -> str:
+        return f"<block of {self._cache!r}{', ended' if self.transaction.ended else ''}>"
+
     def _enter(self) -> CacheTransaction:
         cache = self._cache
         outer = cache._transaction()
@@ -128,6 +131,9 @@ class CacheTransaction:
         """What the cache had under each key that was read."""
         self._now: dict[str, _Held | None] = {}
         """What each key that was changed has now; None: it is deleted."""
+
+    def __repr__(self) -> str:
+        return f"<transaction of {self._cache!r}{', ended' if self.ended else ''}>"
 
     def get(self, key: Any, default: Any = None, *, expire_time: bool = False, tag: bool = False) -> Any:
         """As `Cache.get`."""

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from threading import get_ident
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ from scopestate.persistence.sqlite.database import (
     is_corruption,
     storage_error,
 )
-from scopestate.persistence.sqlite.files import read_whole, write_whole
+from scopestate.persistence.sqlite.files import half_written, read_whole, write_whole
 from scopestate.persistence.sqlite.journal import SavedJournal
 from scopestate.persistence.sqlite.lock import ALONE, StoreLock, Terms
 from scopestate.persistence.sqlite.opening import copy_database, open_directory, open_store, publish
@@ -144,14 +145,17 @@ class FileAdapter(Store):
             self._importing = 0
 
     def _save(self, batch: Iterable[ScopeChange], consumers: Sequence[ConsumerChange], doing: str) -> None:
-        def write(connection: sqlite3.Connection) -> tuple[str, int] | None:
-            self._rows.given = self.journal.given
-            last = self._rows.write(connection, batch, self.clock_ms)
-            done = [*self._rows.acks, *consumers] if self._rows.acks else consumers
-            self.journal.write(connection, done, self._rows.logged, self._rows.log_size, self.clock_ms)
-            return last
+        self._saving.run(self._save_alone, partial(self._rows_of, batch, consumers), doing, consumers)
 
-        self._saving.run(self._save_alone, write, doing, consumers)
+    def _rows_of(
+        self, batch: Iterable[ScopeChange], consumers: Sequence[ConsumerChange], connection: sqlite3.Connection
+    ) -> tuple[str, int] | None:
+        """Write the rows of a save, in its transaction."""
+        self._rows.given = self.journal.given
+        last = self._rows.write(connection, batch, self.clock_ms)
+        done = [*self._rows.acks, *consumers] if self._rows.acks else consumers
+        self.journal.write(connection, done, self._rows.logged, self._rows.log_size, self.clock_ms)
+        return last
 
     def _transact(self, doing: str, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Call `work` in a transaction of its own. Raises what `save` raises."""
@@ -223,23 +227,28 @@ class FileAdapter(Store):
         self._saving.run(self._close)
         _opened.discard(self)
 
-    def leave(self) -> None:
+    def leave(self, torn: tuple[Sequence[ScopeChange], Sequence[ConsumerChange]] | None = None) -> None:
         """Release the files as a process leaves them that is killed. Idempotent; waits for running calls.
 
-        The write-ahead log stays, for the next opening, and the end of the session is not noted. For tests: the
-        database is read into memory meanwhile.
+        The write-ahead log stays, for the next opening, and the end of the session is not noted. `torn`: what a save
+        was writing; half of that is on the disk, as after a power cut. For tests: the database is read into memory
+        meanwhile.
         """
-        self._saving.run(self._leave)
+        self._saving.run(self._leave, torn)
         _opened.discard(self)
 
-    def _leave(self) -> None:
+    def _leave(self, torn: tuple[Sequence[ScopeChange], Sequence[ConsumerChange]] | None) -> None:
         self._closed = True
-        self._when_nothing_is_lent(self._release_as_killed)
+        self._when_nothing_is_lent(partial(self._release_as_killed, torn))
 
-    def _release_as_killed(self) -> None:
+    def _release_as_killed(self, torn: tuple[Sequence[ScopeChange], Sequence[ConsumerChange]] | None) -> None:
         if not self._released:
             # SQLite ends the log when its last connection is closed, so the files are put back. The lock is still held.
             files = {path: read_whole(path) for path in (self.path, self.path + "-wal")}
+            if torn is not None:
+                self._write(self._writer or self._open(database_uri(self.path, "rw")), partial(self._rows_of, *torn))
+                log_path = self.path + "-wal"
+                files[log_path] = half_written(files[log_path] or b"", read_whole(log_path) or b"")
             self._disconnect()
             self.journal.abandon()  # what a thread still notes reaches no file
             for path, content in files.items():

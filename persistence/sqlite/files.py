@@ -58,6 +58,28 @@ def write_whole(path: str, content: bytes | None) -> None:
             file.truncate()
 
 
+def half_written(before: bytes, after: bytes) -> bytes:
+    """Return a file that had one content and was to have another one, when half of what differs was written."""
+    old = before.ljust(len(after), b"\0")[: len(after)]
+    begin = _same(old, after)
+    if begin == len(after):
+        return before
+    middle = (begin + len(after) - _same(old[::-1], after[::-1])) // 2
+    return after[:middle] + before[middle:]
+
+
+def _same(one: bytes, other: bytes) -> int:
+    """Return how many bytes at the beginning are the same in two texts of the same length."""
+    least, most = 0, len(one)
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
 def make_private(path: str) -> None:
     """Remove the permissions of other users from `path`, if it exists; a change is logged."""
     if os.name == "nt":  # pragma: no cover - has no such permissions

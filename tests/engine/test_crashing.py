@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reliability.living import until
 
 from scopestate import Delivery, Engine, StateEvent
-from scopestate.errors import ConfigError, EngineClosed, ScopestateError, WouldDeadlock
+from scopestate.errors import ConfigError, EngineClosed, ScopestateError, Unsupported, WouldDeadlock
+from scopestate.persistence.sqlite import files as files_of
+from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.testing import Engines, VirtualClock
 
 PATIENCE_S = 30.0
@@ -356,3 +359,85 @@ def test_what_cannot_crash(engines: Engines) -> None:
     closed.close()
     with pytest.raises(ValueError, match="that is open"):
         engines.crash(closed)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("kept", ["threads", "clock"])
+def test_a_torn_save_is_left_out_and_nothing_else_is_lost(
+    engines: Engines, tmp_path: Path, kept: str, logged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`logged`: there is a write-ahead log already, and the torn save is at its end; otherwise it begins one."""
+    with VirtualClock() as clock:
+        opened: Engines | VirtualClock = engines if kept == "threads" else clock
+        engine = opened.open(files(tmp_path, scopes=[{"name": "safe", "durability": "commit"}]))
+        engine.set("safe", "a", 1)
+        engine.set("s", "saved", 1)
+        engine.flush()
+        if not logged:
+            engine.close()
+            engine = opened.open(files(tmp_path, scopes=[{"name": "safe", "durability": "commit"}]))
+        before = (tmp_path / "state.db-wal").read_bytes() if logged else b""
+        for number in range(200):
+            engine.set("s", f"unsaved-{number}", "x" * 100)
+        engine.set("s", "saved", 2)
+        rows: list[bytes] = []
+        real = files_of.write_whole
+
+        def see(path: str, content: bytes | None) -> None:
+            if path.endswith("-wal"):
+                rows.append(content or b"")
+            real(path, content)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("scopestate.persistence.sqlite.adapter.write_whole", see)
+            again = opened.crash(engine, torn=True)
+        (log,) = rows
+        assert b"unsaved-0" in log
+        assert not logged or (len(log) > len(before) and log[: len(before)] == before)
+        assert (len(log) - 32) % (24 + 4096) != 0  # it ends within a page
+
+        assert dict(again.scope("s").items()) == {"saved": 1}
+        assert again.get("safe", "a") == 1
+        assert again.health().ok
+        again.set("s", "new", 1)
+        again.flush()
+        assert again.set("s", "saved", 3).old_value == 1
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    with StoreReader(tmp_path) as reader:
+        assert reader.problems() == []
+
+
+def test_a_commit_that_its_caller_waits_for_may_be_torn(engines: Engines, tmp_path: Path) -> None:
+    """The caller is told that it was not saved; what is acknowledged is there."""
+    engine = engines.open(files(tmp_path, durability="commit"))
+    engine.set("s", "n", 0)
+    acknowledged = [0]
+
+    def write() -> None:
+        with pytest.raises(ScopestateError):
+            while True:
+                engine.set("s", "n", acknowledged[0] + 1)
+                acknowledged[0] += 1
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    until(lambda: acknowledged[0] >= 5, "a few writes")
+    again = engines.crash(engine, torn=True)
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+    # One more if it was on disk, and its caller was not told any more.
+    assert again.get("s", "n") - acknowledged[0] in (0, 1)
+    assert again.health().ok
+
+
+def test_there_must_be_files_to_tear(engines: Engines, tmp_path: Path) -> None:
+    owner = engines.open(files(tmp_path))
+    follower = engines.open(files(tmp_path))
+    with VirtualClock() as clock:
+        for opened, engine in ((engines, engines.open()), (engines, follower), (clock, clock.open())):
+            with pytest.raises(Unsupported, match="no files open"):
+                opened.crash(engine, torn=True)
+            engine.set("s", "k", 1)  # it was not crashed
+    owner.flush()
+    assert engines.crash(owner, torn=True).get("s", "k") == 1  # all was saved: there is nothing to tear

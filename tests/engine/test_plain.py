@@ -32,10 +32,12 @@ from scopestate.ops import Append, Increment
 from scopestate.ops.changes import KnownCursor
 from scopestate.ops.plain import Plain
 from scopestate.ops.results import DeleteResult, TouchResult
+from scopestate.ops.transactions import Transaction
 from scopestate.ops.update_ops import OpError
 from scopestate.parts import Parts
 from scopestate.persistence.sqlite.adapter import FileAdapter
 from scopestate.stats import Health, Stats
+from scopestate.testing import Engines, VirtualClock
 
 EVENT: StateEvent[Any] = StateEvent("state:updated", "s", "k", b"1", b'{"a":[2]}', 7)
 EXPIRED: StateEvent[Any] = StateEvent("state:expired", "s", "k", b"1", None, 8, expired_at=50, late_ms=3)
@@ -313,3 +315,26 @@ def test_an_error_whose_text_cannot_be_read_spoils_nothing_else() -> None:
 
     assert failure.to_dict()["error"] == "Silent: (its text could not be read: KeyError)"
     assert "error=(its text could not be read: KeyError), attempt=1" in repr(failure)
+
+
+def test_what_an_engine_gives_shows_what_it_is_of() -> None:
+    with Engine() as engine:
+        assert repr(engine.watch()) == "<watch of all scopes>"
+        assert repr(engine.watch(scope_prefix="user:")) == "<watch of the scopes user:*>"
+        assert repr(engine.watch("users")) == "<watch of scope 'users'>"
+        assert repr(engine.dead_letters("ship")) == f"<dead letters of 'ship' in {engine!r}>"
+        assert repr(engine.dead_letters()) == f"<dead letters of all in {engine!r}>"
+        assert repr(engine.consumers()) == f"<consumers of {engine!r}>"
+        with engine.batch("users") as batch:
+            batch.set("a", 1)
+            batch.delete("b")
+            assert repr(batch) == "<batch of scope 'users', 2 checks and writes>"
+        given: list[Transaction[Any]] = []
+        engine.transact("users", given.append)
+        assert repr(given[0]) == "<transaction, ended>"
+        assert engine.transact("users", repr) == "<transaction of scope 'users'>"
+    with Engines() as engines, VirtualClock() as clock:
+        assert repr(engines) == "<Engines: none>"
+        assert repr(clock) == "<VirtualClock at 2026-01-01 00:00:00, 0 engines>"
+        engine = engines.open()
+        assert repr(engines) == f"<Engines: {engine!r}>"

@@ -473,3 +473,11 @@ def test_one_process_computes_and_another_waits_for_it(tmp_path: Path) -> None:
         for process in processes:
             process.communicate(timeout=60)
     assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_a_block_shows_which_cache_it_is_of() -> None:
+    with Cache() as cache:
+        with cache.transact() as inside:
+            assert repr(inside) == "<transaction of <Cache 'cache' in memory>>"
+        assert repr(inside) == "<transaction of <Cache 'cache' in memory>, ended>"
+        assert repr(cache.transact()) == "<block of <Cache 'cache' in memory>>"
