@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +20,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpResponse, HttpResponseNotFound
 from django.utils.functional import lazystr
 from django.utils.safestring import SafeString, mark_safe
+from node_packages import kept
 from reliability.living import untraced_environment
 
 from scopestate import Engine
@@ -33,7 +35,7 @@ ENGINE: Engine
 """What `OPTIONS["engine"]` names in a test."""
 
 PATIENCE_S = 250.0
-"""For what fetches a package, and waits for keys to expire."""
+"""For what fetches a package once, and waits for keys to expire."""
 
 PICKLED = {
     "test_add_fail_on_pickleerror",
@@ -46,6 +48,8 @@ PICKLED = {
 """Tests of Django that want models, functions and classes to be pickled: not without a serializer that does so."""
 
 SUITE = """
+import os
+
 from django.test import TestCase, SimpleTestCase, override_settings
 from cache.tests import (
     BaseCacheTests, CacheI18nTest, CacheMiddlewareTest, TestWithTemplateResponse, caches_setting_for_tests,
@@ -53,13 +57,14 @@ from cache.tests import (
 from scopestate.integrations.django import StateCache, _caches
 
 BACKEND = "scopestate.integrations.django.StateCache"
+DIRECTORY = os.environ["STATE_DIRECTORY"]
 PICKLE = "django.core.cache.backends.redis.RedisSerializer"
 
 
 def cache_settings(**options):
     # Culling is tested by counts that locmem, files and databases keep to exactly.
     return caches_setting_for_tests(
-        BACKEND=BACKEND, LOCATION={directory!r}, OPTIONS=options, exclude={{"cull", "zero_cull"}}
+        BACKEND=BACKEND, LOCATION=DIRECTORY, OPTIONS=options, exclude={"cull", "zero_cull"}
     )
 
 
@@ -81,9 +86,9 @@ class PickledTests(Cleared, BaseCacheTests, TestCase):
 
 
 def page_settings(name):
-    default = {{"BACKEND": BACKEND, "LOCATION": {directory!r}, "OPTIONS": {{"scope": name}}}}
-    other = {{**default, "OPTIONS": {{"scope": name + "-other"}}, "TIMEOUT": "1"}}
-    return {{"default": default, "other": other}}
+    default = {"BACKEND": BACKEND, "LOCATION": DIRECTORY, "OPTIONS": {"scope": name}}
+    other = {**default, "OPTIONS": {"scope": name + "-other"}, "TIMEOUT": "1"}
+    return {"default": default, "other": other}
 
 
 @override_settings(CACHES=page_settings("pages"))
@@ -102,24 +107,35 @@ class TemplateTests(Cleared, TestWithTemplateResponse):
 """
 
 
+def fetch_tests(folder: Path) -> None:
+    """Put Django's own tests into a folder. They are in no wheel, and pip makes ready to build what it downloads."""
+    fetched = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    name = f"django=={django.__version__}"
+    subprocess.run([*fetched, "--no-binary", ":all:", "--dest", folder, name], check=True, timeout=PATIENCE_S)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    (tests,) = folder.glob("*/tests")
+    tests.rename(folder / "tests")
+    shutil.rmtree(next(folder.glob("*/pyproject.toml")).parent)
+    archive.unlink()
+
+
 @pytest.mark.timeout(600)
 def test_djangos_own_tests_of_caches_pass(tmp_path: Path) -> None:
     """Without the few that pickle what no cache of ours holds; with Django's own serializer those too."""
-    fetched = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    name = f"django=={django.__version__}"
-    subprocess.run([*fetched, "--no-binary", ":all:", "--dest", tmp_path, name], check=True, timeout=PATIENCE_S)
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as opened:
-        opened.extractall(tmp_path, filter="data")
-    (tests,) = tmp_path.glob("*/tests")
-    (tests / "cache" / "test_state.py").write_text(SUITE.format(directory=str(tmp_path / "cache")))
+    tests = kept(f"django-{django.__version__}", fetch_tests) / "tests"
+    ours = tmp_path / "test_state.py"
+    ours.write_text(SUITE)
+    ours.replace(tests / "cache" / "test_state.py")
 
+    environment = {**untraced_environment(), "STATE_DIRECTORY": str(tmp_path / "cache")}
     # Beside one another: most of the time they wait for keys to expire.
     command = [sys.executable, "runtests.py", "--parallel", "1", "--verbosity", "2"]
     runs = [
         subprocess.Popen(
             [*command, *[f"cache.test_state.{name}" for name in names]],
-            cwd=tests, env=untraced_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            cwd=tests, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for names in (["PlainTests"], ["PickledTests"], ["PageTests", "TranslatedPageTests", "TemplateTests"])
     ]  # fmt: skip
