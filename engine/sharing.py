@@ -55,7 +55,7 @@ LONGEST_PAUSE_S: Final = 0.04
 RETRY_S: Final = 1.0
 """Pause after the store could not be opened."""
 TOOL: Final = "a command-line tool has opened it, and will soon have ended"
-OPEN_S: Final = 10.0
+OPEN_S: Final = 30.0
 """How long an engine that is opened waits at least for the owner, which may be opening a large store."""
 LASTS_S: Final = 1.0
 """A connection that is lost for so long is worth a warning."""
