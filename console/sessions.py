@@ -46,8 +46,10 @@ class Sessions:
     def new_token(self) -> str:
         """Return a token for one browser."""
         token = secrets.token_urlsafe(32)
+        now = self._monotonic()
         with self._lock:
-            self._links[_digest(token)] = self._monotonic() + LINK_S
+            self._links = {digest: ends for digest, ends in self._links.items() if ends >= now}
+            self._links[_digest(token)] = now + LINK_S
         return token
 
     def _exchange(self, token: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import msgspec
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from scopestate.console.texts import json_literal
 from scopestate.ops.values import decode
@@ -21,37 +21,35 @@ LONGEST_TEXT: Final = 2_000
 
 
 class _Drawing:
-    """One tree while it is made."""
+    """One tree while it is made. Its methods return HTML: every text in it has gone through `escape`."""
 
     def __init__(self) -> None:
         self.nodes = 0
 
-    def node(self, label: Markup, value: Any, level: int) -> Markup:
-        """Return a value with what is in it. `label`: its name in the container, with a separator; may be empty."""
+    def node(self, label: str, value: Any, level: int) -> str:
+        """Return a value with what is in it. `label`: HTML, the name in the container with a separator, or empty."""
         self.nodes += 1
         if not isinstance(value, (dict, list)):
             return label + _scalar(value)
-        brackets = "{}" if isinstance(value, dict) else "[]"
         if not value:
-            return label + Markup('<span class="quiet">{}</span>').format(brackets)
+            return f'{label}<span class="quiet">{"{}" if isinstance(value, dict) else "[]"}</span>'
         counted = _counted(value)
         if level >= DEEPEST:
-            return label + Markup('<span class="quiet">{} (deeper than what is shown)</span>').format(counted)
-        return Markup('<details{}><summary>{}<span class="quiet">{}</span></summary><ul>{}</ul></details>').format(
-            Markup(" open") if level < OPEN_LEVELS else "", label, counted, self._children(value, level)
-        )
+            return f'{label}<span class="quiet">{counted} (deeper than what is shown)</span>'
+        opened = " open" if level < OPEN_LEVELS else ""
+        summary = f'<summary>{label}<span class="quiet">{counted}</span></summary>'
+        return f"<details{opened}>{summary}<ul>{self._children(value, level)}</ul></details>"
 
-    def _children(self, value: Any, level: int) -> Markup:
+    def _children(self, value: Any, level: int) -> str:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         parts = []
         for shown, (name, child) in enumerate(pairs):
             if self.nodes >= MOST_NODES:
-                left = len(value) - shown
-                parts.append(Markup('<li class="quiet">… {} more, in the download</li>').format(f"{left:,}"))
+                parts.append(f'<li class="quiet">… {len(value) - shown:,} more, in the download</li>')
                 break
-            label = Markup('<span class="key">{}</span>: ').format(_json(name) if isinstance(name, str) else name)
-            parts.append(Markup("<li>") + self.node(label, child, level + 1) + Markup("</li>"))
-        return Markup("").join(parts)
+            told = escape(_json(name)) if isinstance(name, str) else str(name)
+            parts.append(f'<li>{self.node(f"""<span class="key">{told}</span>: """, child, level + 1)}</li>')
+        return "".join(parts)
 
 
 def _counted(value: Any) -> str:
@@ -64,16 +62,17 @@ def _json(value: Any) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}… ({len(text):,} characters)"
 
 
-def _scalar(value: Any) -> Markup:
+def _scalar(value: Any) -> str:
     if isinstance(value, str):
         kind = "text"
     elif isinstance(value, bool) or value is None:
         kind = "word"
     else:
         kind = "number"
-    return Markup('<span class="{}">{}</span>').format(kind, _json(value))
+    return f'<span class="{kind}">{escape(_json(value))}</span>'
 
 
 def tree(json: bytes) -> Markup:
     """Return a JSON value as HTML: nested `details` elements, with every text in it escaped."""
-    return Markup('<div class="tree">{}</div>').format(_Drawing().node(Markup(), decode(json), 0))
+    html = _Drawing().node("", decode(json), 0)
+    return Markup(f'<div class="tree">{html}</div>')  # noqa: S704 - every text in it is escaped

@@ -201,3 +201,12 @@ def test_a_reader_gets_no_forms_and_changes_nothing(engine: Engine, reader: Visi
     assert response.status_code == 403
     assert "Read only" in response.text
     assert engine.get("s", "k") == 1
+
+
+def test_a_form_that_says_nothing_known_does_nothing(kept: Engine) -> None:
+    _with_letters(kept, 1)
+    writer = visit(kept, write=True)
+
+    for action in ("letters", "consumers?name=mailer", "trigger?id=x"):
+        assert "needs `do`" in writer.send(action, 422, do="burn")
+    assert kept.dead_letters().count() == 1

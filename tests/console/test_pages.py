@@ -5,9 +5,12 @@ from __future__ import annotations
 from urllib.parse import quote
 
 import pytest
-from visitors import Visitor, text_of, visit
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+from visitors import HOST, Visitor, text_of, visit
 
 from scopestate import Engine
+from scopestate.console import allow_everyone, console
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
@@ -211,3 +214,32 @@ def test_the_forms_of_a_page_name_a_scope_with_line_ends(engine: Engine, reader:
 
     assert 'name="scope_quoted" value="two%0Alines"' in html
     assert ">k</a>" in reader.page("keys?scope_quoted=two%250Alines&prefix=k")
+
+
+def test_it_is_mounted_in_fastapi_with_and_without_the_slash(engine: Engine) -> None:
+    app = FastAPI()
+    app.mount("/deep/state", console(engine, auth=allow_everyone, hosts=[HOST]))
+    client = TestClient(app, base_url=f"http://{HOST}")
+
+    response = client.get("/deep/state")
+
+    assert response.status_code == 200
+    assert response.url.path == "/deep/state/"
+    assert client.get("/deep/state/scopes").status_code == 200
+
+
+def test_a_value_at_the_limit_of_nesting_is_shown_and_a_deeper_one_is_refused(engine: Engine, writer: Visitor) -> None:
+    writer.send("create?scope=s&key=deep", value="[" * 128 + "]" * 128)
+
+    assert "deeper than what is shown" in writer.page("entry?scope=s&key=deep")
+    for text in ("[" * 100_000 + "]" * 100_000, "1" * 5_000, '"\\ud800"'):
+        assert "There is no such key" in writer.send("create?scope=s&key=other", 422, value=text)
+
+
+def test_numbers_of_the_address_are_bounded(engine: Engine, writer: Visitor) -> None:
+    revision = engine.set("s", "k", 1).revision
+
+    assert ">k</a>" in writer.page(f"keys?scope=s&limit={'9' * 5_000}")
+    assert ">k</a>" in writer.page("keys?scope=s&limit=-1")
+    assert "whole number" in writer.send("delete?scope=s&key=k", 422, revision=f"{revision}" * 5_000)
+    assert engine.get("s", "k") == 1
