@@ -133,7 +133,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         with open(file, "rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError as error:
-        raise ConfigError("there is no such file", file=file) from error
+        folder = "" if os.path.isabs(file) else f" in {os.getcwd()}"
+        raise ConfigError(f"there is no such file{folder}", file=file) from error
     except IsADirectoryError as error:
         raise ConfigError("this is a directory; name the file in it", file=file) from error
     except (OSError, ValueError) as error:

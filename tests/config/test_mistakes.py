@@ -384,6 +384,10 @@ class TestUnreadable:
     def test_a_missing_file(self, tmp_path: Path) -> None:
         assert self.text_for(tmp_path / "no.yaml") == "there is no such file"
 
+    def test_a_missing_file_by_a_relative_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert self.text_for(Path("no.yaml")) == f"there is no such file in {tmp_path}"
+
     def test_a_directory(self, tmp_path: Path) -> None:
         assert self.text_for(tmp_path) == "this is a directory; name the file in it"
 

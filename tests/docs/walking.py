@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,10 +100,29 @@ class Walk:
                 )
                 printed = ""
             elif block.name:
-                path = self._folder / block.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(block.text.replace(PORT, self._port), encoding="utf-8")
+                self.save([block])
             before = block.language
+
+    def save(self, files: Iterable[Block]) -> None:
+        """Save the files among these blocks."""
+        for block in files:
+            if block.name and block.language != "text":
+                (self._folder / block.name).write_text(block.text.replace(PORT, self._port), encoding="utf-8")
+
+    def serve(self, command: str) -> str:
+        """Start a web server in place of the last one, and return its address when it takes requests."""
+        self.close()
+        self._log = []
+        self._server = subprocess.Popen(
+            [*shlex.split(command), "--port", self._port],
+            cwd=self._folder, env=self._environment, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started = threading.Event()
+        threading.Thread(target=self._read_log, args=(self._server, started), daemon=True).start()
+        assert started.wait(PATIENCE_S), f"{command} does not start"
+        assert self._server.poll() is None, f"{command}: {''.join(self._log)}"
+        return f"http://127.0.0.1:{self._port}"
 
     def close(self) -> None:
         """Stop the server, as Ctrl-C does."""
@@ -124,7 +143,7 @@ class Walk:
             _check_extras(words)
             return ""
         if words[0] == "uvicorn":
-            self._serve([*words, "--port", self._port], place)
+            self.serve(command)
             return ""
         done = subprocess.run(
             command, shell=True, cwd=self._folder, env=self._environment,
@@ -134,19 +153,6 @@ class Walk:
         assert not failed, f"{place}: {command}: {done.stderr}"
         printed = done.stdout
         return printed if not printed or printed.endswith("\n") else printed + "\n"
-
-    def _serve(self, words: list[str], place: str) -> None:
-        """Start a web server in place of the last one, and wait until it takes requests."""
-        self.close()
-        self._log = []
-        self._server = subprocess.Popen(
-            words, cwd=self._folder, env=self._environment, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        started = threading.Event()
-        threading.Thread(target=self._read_log, args=(self._server, started), daemon=True).start()
-        assert started.wait(PATIENCE_S), f"{place}: the server does not start"
-        assert self._server.poll() is None, f"{place}: {''.join(self._log)}"
 
     def _read_log(self, server: subprocess.Popen[str], started: threading.Event) -> None:
         assert server.stderr is not None
