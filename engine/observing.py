@@ -10,13 +10,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 from scopestate.errors import ScopestateError
 from scopestate.ops.deliveries import Delivery
 from scopestate.ops.trace_context import TraceContext, TracedDepth, context_of
 from scopestate.ops.turns import Turn
+from scopestate.persistence.bridge.options import BridgeOptions
 from scopestate.persistence.local import LocalBackend
+from scopestate.persistence.redis.options import RedisOptions
+from scopestate.wire.address import Address
 from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
@@ -69,6 +72,32 @@ def place_of(engine: Engine) -> Place:
     if isinstance(parts.backend, LocalBackend):
         return "local"
     return "redis" if parts.sharing is None and parts.config.adapter.name == "redis" else "bridge"
+
+
+class Peer(NamedTuple):
+    """The server that the calls of an engine go to."""
+
+    address: str = ""
+    """Host name, IP address, or path of a Unix socket. "" if it is not configured: for a follower, for Sentinels."""
+    port: int = 0
+    """0 if the address is not a host."""
+    database: str = ""
+    """The number of the database of Redis; "" for another engine."""
+
+
+def peer_of(engine: Engine) -> Peer:
+    """Return the server that the configuration names. It stays the same while the engine is open."""
+    options = engine._parts.config.adapter.config
+    if isinstance(options, RedisOptions):
+        server = options.server
+        database = str(server.database or 0)
+        if options.sentinels:
+            return Peer(database=database)
+        return Peer(server.unix_path or server.host, server.port, database)
+    if isinstance(options, BridgeOptions):
+        address = Address(options.bridge_url)
+        return Peer(address.host, address.port) if address.path is None else Peer(address.path)
+    return Peer()
 
 
 def observe(engine: Engine, observer: Observer) -> None:

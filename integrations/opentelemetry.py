@@ -30,7 +30,7 @@ except ImportError as error:
 from scopestate import __version__
 from scopestate.engine import Engine
 from scopestate.errors import ScopestateError
-from scopestate.observing import Place, observe, origin_of, unobserve
+from scopestate.observing import Peer, Place, observe, origin_of, peer_of, unobserve
 from scopestate.ops.deliveries import RetryLater
 from scopestate.ops.results import StateEvent
 from scopestate.ops.trace_context import TraceContext, read_context
@@ -57,7 +57,7 @@ def instrument(
     any thread. Raises ScopestateError if the engine is instrumented already. What a tracer, a meter or an exporter
     raises is logged, and costs its span only.
     """
-    observe(engine, _Tracer(tracer_provider, meter_provider, keys=keys))
+    observe(engine, _Tracer(peer_of(engine), tracer_provider, meter_provider, keys=keys))
     return partial(unobserve, engine)
 
 
@@ -70,7 +70,7 @@ class _Tracer:
     """Makes a span of each call and each handler."""
 
     def __init__(
-        self, tracers: trace.TracerProvider | None, meters: metrics.MeterProvider | None, *, keys: bool
+        self, peer: Peer, tracers: trace.TracerProvider | None, meters: metrics.MeterProvider | None, *, keys: bool
     ) -> None:
         self._tracer = trace.get_tracer("scopestate", __version__, tracers, SCHEMA)
         self._durations = metrics.get_meter("scopestate", __version__, meters, SCHEMA).create_histogram(
@@ -80,6 +80,15 @@ class _Tracer:
             explicit_bucket_boundaries_advisory=BUCKETS_S,
         )
         self._keys = keys
+        self._peer: dict[str, Any] = {
+            name: value
+            for name, value in (
+                ("server.address", peer.address),
+                ("server.port", peer.port),
+                ("db.namespace", peer.database),
+            )
+            if value
+        }
 
     @contextmanager
     def call(self, operation: str, scope: str | None, place: Place) -> Iterator[None]:
@@ -89,6 +98,7 @@ class _Tracer:
         counted: dict[str, Any] = {
             "db.system.name": "redis" if place == "redis" else "scopestate",
             "db.operation.name": operation,
+            **self._peer,
         }
         attributes = counted if scope is None else {**counted, "db.collection.name": scope}
         name = operation if scope is None else f"{operation} {scope}"

@@ -18,6 +18,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from scopestate import Conflict, Engine, Retry, RetryLater, ScopestateError
 from scopestate.integrations.opentelemetry import instrument, uninstrument
+from scopestate.observing import peer_of
 from scopestate.server import Server
 
 PATIENCE_S = 30.0
@@ -100,7 +101,10 @@ def test_calls_that_leave_the_process_are_client_spans_by_the_database_conventio
         "db.system.name": "scopestate",
         "db.operation.name": "set",
         "db.collection.name": "orders",
+        "server.address": "127.0.0.1",
+        "server.port": peer_of(remote).port,
     }
+    assert peer_of(remote).port > 0
     assert all(one.parent is not None and one.parent.span_id == request.get_span_context().span_id for one in spans)
     assert [one.status.status_code for one in spans] == [StatusCode.UNSET] * 3 + [StatusCode.ERROR] + [
         StatusCode.UNSET

@@ -5,15 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from event_engines import STREAM, Engines, Seen, config
 from one_server import PATIENCE_S
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
 from servers import Server
 
-from scopestate import Engine, Retry, StateEvent
-from scopestate.observing import origin_of
+from scopestate import Conflict, Engine, Retry, StateEvent, ops
+from scopestate.config.loader import from_mapping
+from scopestate.integrations.opentelemetry import instrument
+from scopestate.observing import Peer, origin_of, peer_of
 from scopestate.ops.trace_context import TraceContext, TracedDepth
 from scopestate.wire.depth import event_depth
 
@@ -120,3 +127,63 @@ def test_a_trace_that_is_not_one_is_ignored(valkey: Server, engines: Engines) ->
     valkey.ask("XADD", STREAM, "*", "n", "2", "s", "orders", "k", "odd", "v", "1", "t", b"\xff\x00")
     events = seen.wait_for_count(2)
     assert [(event.key, origin_of(event)) for event in events] == [("first", None), ("odd", None)]
+
+
+@pytest.fixture
+def exporter() -> Iterator[InMemorySpanExporter]:
+    made = InMemorySpanExporter()
+    yield made
+    made.shutdown()
+
+
+def test_calls_are_client_spans_that_name_the_server_and_handlers_are_linked_to_them(
+    redis_server: Server, engines: Engines, exporter: InMemorySpanExporter
+) -> None:
+    tracers = TracerProvider(shutdown_on_exit=False)
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    writer, other = engines.open(redis_server, revisions=True), engines.open(redis_server, revisions=True)
+    seen = Seen(other)
+    for engine in (writer, other):
+        instrument(engine, tracer_provider=tracers)
+    with pytest.raises(Conflict), tracers.get_tracer("the program").start_as_current_span("request"):
+        writer.set("orders", "secret-key", "secret-value")
+        writer.update("orders", "secret-key", [ops.Set("", 2)])
+        writer.keys("orders")
+        writer.set("orders", "secret-key", 1, if_absent=True)
+    seen.wait_for_count(2)
+    other.drain(PATIENCE_S)
+
+    spans = exporter.get_finished_spans()
+    calls = [one for one in spans if one.kind is SpanKind.CLIENT]
+    assert [one.name for one in calls] == ["set orders", "update orders", "list_keys orders", "set orders"]
+    host, port = redis_server.url.removeprefix("redis://").split(":")
+    for one in calls:
+        found = dict(one.attributes or {})
+        assert found.pop("error.type", None) == ("CONFLICT" if one is calls[3] else None)
+        assert found == {
+            "db.system.name": "redis",
+            "db.namespace": "0",
+            "db.operation.name": one.name.split()[0],
+            "db.collection.name": "orders",
+            "server.address": host,
+            "server.port": int(port),
+        }
+    handled = [one for one in spans if one.kind is SpanKind.CONSUMER]
+    assert [[link.context.span_id for link in one.links] for one in handled] == [
+        [one.context.span_id] for one in calls[:2] if one.context
+    ]
+    assert "secret" not in "".join(one.to_json() for one in calls + handled)
+
+
+@pytest.mark.parametrize(
+    ("options", "peer"),
+    [
+        ({"redis_url": "unix:///run/redis.sock?db=3"}, Peer("/run/redis.sock", 0, "3")),
+        ({"redis_url": "rediss://user:secret@db.example:7000/2", "database": 4}, Peer("db.example", 7000, "4")),
+        ({"sentinels": ["sentinel.example:26379"]}, Peer("", 0, "0")),
+    ],
+)
+def test_the_server_is_named_without_its_login(options: dict[str, Any], peer: Peer) -> None:
+    worker = {"name": "iii-state", "config": {"adapter": {"name": "redis", "config": options}}}
+    engine: Any = SimpleNamespace(_parts=SimpleNamespace(config=from_mapping({"workers": [worker]})))
+    assert peer_of(engine) == peer
