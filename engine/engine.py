@@ -66,6 +66,7 @@ from scopestate.wire.depth import event_depth
 
 if TYPE_CHECKING:
     from scopestate.aio import AioEngine
+    from scopestate.observing import Observer
     from scopestate.typed_results import OnInvalid
 
 A = TypeVar("A")
@@ -78,6 +79,9 @@ class Engine(Reactive, StateCalls):
     call sees it. Errors are `ScopestateError`s. What differs between scopes in memory, in files, in Redis and behind a
     bridge is in the docstrings, and in a table in docs/reference/state.md.
     """
+
+    _observer: Observer | None = None
+    """Set while it is observed: see `scopestate.observing`."""
 
     def __init__(
         self,

@@ -54,6 +54,9 @@ class Observer(Protocol):
         trigger.
         """
 
+    def serve(self, function_id: str, context: TraceContext) -> Serving:
+        """Return what observes a call that came over the wire with a trace. On the event loop of the server."""
+
     def origin(self) -> TraceContext | None:
         """Return the trace that the call which has begun is part of. Its events carry it: see `origin_of`."""
 
@@ -72,6 +75,19 @@ def place_of(engine: Engine) -> Place:
     if isinstance(parts.backend, LocalBackend):
         return "local"
     return "redis" if parts.sharing is None and parts.config.adapter.name == "redis" else "bridge"
+
+
+class Serving(Protocol):
+    """Observes one call that came over the wire, on the event loop of the server. Its methods raise nothing."""
+
+    def attached(self) -> AbstractContextManager[object]:
+        """Return what the call begins within. Tasks that are made there inherit its context variables."""
+
+    def fail(self, error: Exception) -> None:
+        """The call has failed. `end` follows."""
+
+    def end(self) -> None:
+        """The call is over. Called once."""
 
 
 class Peer(NamedTuple):
@@ -113,11 +129,13 @@ def observe(engine: Engine, observer: Observer) -> None:
             if method is not None:
                 setattr(doors, name, wrap(engine, observer, name, method))
     engine._functions.observe(lambda function, given: _around_handler(observer, function, given))
+    engine._observer = observer
 
 
 def unobserve(engine: Engine) -> None:
     """Leave an engine as it was before `observe`. Idempotent; calls that have begun are observed to their end."""
     engine._functions.observe(None)
+    vars(engine).pop("_observer", None)
     for doors in (engine, engine.aio):
         for name in _CALLS:
             vars(doors).pop(name, None)

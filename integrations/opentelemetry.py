@@ -138,6 +138,14 @@ class _Tracer:
         links = tuple(Link(_span_context(origin)) for event in events if (origin := origin_of(event)) is not None)
         return self._span(f"handle {function_id}", SpanKind.CONSUMER, attributes, links, Context())
 
+    def serve(self, function_id: str, context: TraceContext) -> _Served:
+        span: Span | None = None
+        with _contained():
+            parent = trace.set_span_in_context(trace.NonRecordingSpan(_span_context(context)), Context())
+            attributes = {"rpc.system": "scopestate", "rpc.method": function_id}
+            span = self._tracer.start_span(function_id, parent, SpanKind.SERVER, attributes)
+        return _Served(span)
+
     def origin(self) -> TraceContext | None:
         with _contained():
             found = trace.get_current_span().get_span_context()
@@ -171,6 +179,36 @@ class _Tracer:
             if span is not None:
                 with _contained():
                     span.end()
+
+
+class _Served:
+    """The server span of one call; None if the tracer has raised."""
+
+    def __init__(self, span: Span | None) -> None:
+        self._span = span
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        token: Token[Context] | None = None
+        if self._span is not None:
+            with _contained():
+                token = contexts.attach(trace.set_span_in_context(self._span, Context()))
+        try:
+            yield
+        finally:
+            if token is not None:
+                with _contained():
+                    contexts.detach(token)
+
+    def fail(self, error: Exception) -> None:
+        if self._span is not None:
+            with _contained():
+                _fail(self._span, error)
+
+    def end(self) -> None:
+        if self._span is not None:
+            with _contained():
+                self._span.end()
 
 
 def _span_context(context: TraceContext) -> SpanContext:

@@ -25,6 +25,7 @@ from scopestate.errors import (
 )
 from scopestate.ops import polls
 from scopestate.ops.handed import NOTE
+from scopestate.ops.trace_context import TracedDepth, context_of
 from scopestate.ops.values import check, decode, encode, parse
 from scopestate.server.access import Claims
 from scopestate.server.connections import GOING
@@ -65,6 +66,7 @@ from scopestate.wire.session import (
 
 if TYPE_CHECKING:
     from scopestate.engine import Engine
+    from scopestate.observing import Observer, Serving
     from scopestate.server.access import Access
     from scopestate.server.channels import Channels
 
@@ -114,6 +116,8 @@ class Hub:
         self._functions_seen = b""
         self._deep = False
         """True while `event_depth` is set for the call in progress."""
+        self._serving: Serving | None = None
+        """What observes the call in progress, until its end is known."""
         self.log = BoundedLog(log)
         """For what workers cause; bounded."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -270,10 +274,30 @@ class Hub:
         self._deep = True
         event_depth.set(depth)
         try:
-            self.act(worker, call)
+            observer, context = self.engine._observer, context_of(depth)
+            if observer is None or context is None or not self._runs_here(call.function_id):
+                self.act(worker, call)
+            else:
+                self._act_observed(worker, call, observer, observer.serve(call.function_id, context))
         finally:
             event_depth.set(0)
             self._deep = False
+
+    def _runs_here(self, function_id: str) -> bool:
+        function = self.functions.find(function_id)
+        return function is not None and type(function.target) is not WorkerFunction
+
+    def _act_observed(self, worker: Worker, call: InvokeFunction, observer: Observer, serving: Serving) -> None:
+        """Carry out a call of a trace: what it causes comes from what the observer has made for it."""
+        self._serving = serving
+        try:
+            with serving.attached():
+                event_depth.set(TracedDepth.of(event_depth.get(), observer.origin()))
+                self.act(worker, call)
+        finally:
+            if self._serving is not None:  # it is over; else a task ends it
+                self._serving = None
+                serving.end()
 
     def _act_rarely(self, worker: Worker, action: Action) -> None:
         match action:
@@ -434,6 +458,8 @@ class Hub:
             self._fail(worker, call, error)
 
     def _fail(self, worker: Worker, call: InvokeFunction, error: Exception) -> None:
+        if self._serving is not None:
+            self._serving.fail(error)
         if not self.public and isinstance(error, EngineClosed) and self.engine.closed:
             # It was not begun. Without an answer the follower makes it again when another engine owns the directory.
             worker.session.waiting -= 1
@@ -571,7 +597,10 @@ class Hub:
     def _later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
         size = self._hold(worker, call)
         call.data = call.metadata = ABSENT  # `outcome` has what it needs of them
-        task = self._task_of(self._answer_later(worker, call, outcome, size))
+        serving, self._serving = self._serving, None
+        task = self._task_of(self._answer_later(worker, call, outcome, size, serving))
+        if serving is not None:
+            task.add_done_callback(lambda _: serving.end())
         task.add_done_callback(lambda _: close_unrun(outcome))  # if it was cancelled before it began
         if call.function_id == polls.FUNCTION_ID:
             worker.note_poll(task)
@@ -605,13 +634,17 @@ class Hub:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _answer_later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result], size: int) -> None:
+    async def _answer_later(
+        self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result], size: int, serving: Serving | None
+    ) -> None:
         try:
             try:
                 result = await outcome
             finally:
                 self._let_go(worker, size)
         except Exception as error:  # noqa: BLE001 - as above
+            if serving is not None:
+                serving.fail(error)
             self._fail(worker, call, error)
         else:
             worker.answer(call, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 
 from scopestate import Engine
+from scopestate.errors import RemoteFailure
 from scopestate.integrations.opentelemetry import instrument
+from scopestate.ops.trace_context import TraceContext, TracedDepth
 from scopestate.server import Server
+from scopestate.wire.client import Client
+from scopestate.wire.depth import event_depth
 
 PATIENCE_S = 30.0
 
@@ -102,10 +107,14 @@ def test_handlers_at_both_ends_are_linked_to_the_client_span_of_the_writer(
         handler.wait(*pair)
 
     (client,) = away.spans(SpanKind.CLIENT)
-    for program in programs:
-        (handled,) = program.spans(SpanKind.CONSUMER)
-        assert [(link.context.trace_id, link.context.span_id) for link in handled.links] == [ids(client)]
-        assert handled.links[0].context.is_remote
+    (served,) = programs[0].spans(SpanKind.SERVER)
+    assert served.parent is not None
+    assert served.parent.span_id == ids(client)[1]
+    (here,), (there,) = (program.spans(SpanKind.CONSUMER) for program in programs)
+    assert [(link.context.trace_id, link.context.span_id) for link in here.links] == [ids(served)]
+    # The change that the bridge is told of comes from the server; the answer that a bridge takes, from its own call.
+    assert {link.context.span_id for link in there.links} == {ids(served)[1]}
+    assert here.links[0].context.is_remote
 
 
 def test_the_write_of_the_owner_is_linked_in_the_other_engine(
@@ -180,3 +189,65 @@ def test_an_event_from_before_a_restart_is_linked_to_its_writer(
         (handled,) = after.spans(SpanKind.CONSUMER)
         assert [link.context.span_id for link in handled.links] == [request.get_span_context().span_id]
         assert handled.parent is None
+
+
+def test_what_the_server_does_for_a_call_is_within_the_trace_of_the_caller(
+    programs: tuple[Program, Program], tmp_path: Path
+) -> None:
+    """A state function, one of the program that makes a span of its own, one that fails, and a write that waits."""
+    home_program, away_program = programs
+    config = worker("kv", {"store_method": "file_based", "file_path": str(tmp_path / "s"), "durability": "commit"})
+    with Engine.from_config(config) as home, Server(home, port=0) as server:
+
+        def double(payload: Any) -> Any:
+            with home_program.tracer.start_as_current_span("work"):
+                return payload["n"] * 2
+
+        def fail(payload: Any) -> None:
+            raise ValueError("secret")
+
+        home.register_function("double", double)
+        home.register_function("fail", fail)
+        home.on_change(scope="orders")(Handler())
+        instrument(home, tracer_provider=home_program.tracers)
+        with Engine.from_config(worker("bridge", {"bridge_url": server.url})) as away:
+            instrument(away, tracer_provider=away_program.tracers)
+            away.set("orders", "k", 1)
+            away.get("orders", "k")
+            assert asyncio.run(_call(server.url, away_program, "double", {"n": 4})) == 8
+            with pytest.raises(RemoteFailure):
+                asyncio.run(_call(server.url, away_program, "fail", {}))
+            with pytest.raises(RemoteFailure):
+                asyncio.run(_call(server.url, away_program, "missing", {}))
+        home.drain(PATIENCE_S)
+
+    clients = [ids(one) for one in away_program.spans(SpanKind.CLIENT)]
+    served = {one.name: one for one in home_program.spans(SpanKind.SERVER)}
+    assert set(served) == {"state::set", "state::get", "double", "fail"}
+    for name, caller in zip(("state::set", "state::get"), clients, strict=True):
+        parent = served[name].parent
+        assert parent is not None
+        assert (parent.trace_id, parent.span_id) == caller
+        assert parent.is_remote
+    assert dict(served["double"].attributes or {}) == {"rpc.system": "scopestate", "rpc.method": "double"}
+    (work,) = home_program.spans(SpanKind.INTERNAL)
+    assert work.parent is not None
+    assert work.parent.span_id == ids(served["double"])[1]
+    assert (served["fail"].attributes or {})["error.type"] == "invocation_failed"
+    assert "secret" not in served["fail"].to_json()
+    (handled,) = home_program.spans(SpanKind.CONSUMER)
+    assert [link.context.span_id for link in handled.links] == [ids(served["state::set"])[1]]
+
+
+async def _call(url: str, program: Program, function_id: str, payload: Any) -> Any:
+    """Call a function as a program does that is part of a trace."""
+    client = Client(url)
+    client.start()
+    try:
+        with program.tracer.start_as_current_span("request") as span:
+            found = span.get_span_context()
+            context = TraceContext(f"00-{found.trace_id:032x}-{found.span_id:016x}-01")
+            event_depth.set(TracedDepth.of(0, context))
+            return await client.call(function_id, payload)
+    finally:
+        await client.close()
