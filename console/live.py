@@ -121,9 +121,24 @@ class _Stream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, as ASGI says."""
         try:
-            await self._stream(scope, _bounded(receive, LONGEST_S), send, self.raw_headers)
+            await self._stream(scope, _bounded(receive, LONGEST_S), _with_cursors(send), self.raw_headers)
         finally:
             self._ended()
+
+
+def _with_cursors(send: Send) -> Send:
+    """Return a `send` that makes an event `cursor` of an id without an event.
+
+    A browser keeps such an id for its own reconnection, and does not show it to the script, which needs it as well: it
+    closes the stream of a hidden page, perhaps before the first change.
+    """
+
+    async def send_cursor(message: Message) -> None:
+        if message.get("body", b"").startswith(b"id: "):
+            message = {**message, "body": b"event: cursor\ndata: {}\n" + message["body"]}
+        await send(message)
+
+    return send_cursor
 
 
 def _bounded(receive: Receive, longest_s: float) -> Callable[[], Awaitable[Message]]:

@@ -56,6 +56,7 @@ function follow(address, take, tell) {
     source.addEventListener("open", () => tell(true, false));
     source.addEventListener("error", (event) => tell(false, event.target.readyState === EventSource.CLOSED));
     source.addEventListener("resync", (event) => { if (JSON.parse(event.data).reason !== "begin") tell(true, false, true); });
+    source.addEventListener("cursor", (event) => { last = event.lastEventId || last; });
     for (const kind of ["put", "delete", "expire"]) {
       source.addEventListener(kind, (event) => { last = event.lastEventId || last; take(event); });
     }

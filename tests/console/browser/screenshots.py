@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import shop`
 
 from browsers import BROWSERS, program
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from shop import Shop
+from shop import NAMES, Shop
 from windows import ColorScheme, Window
 
 IMAGES = Path(__file__).parents[3] / "docs" / "images"
@@ -69,12 +69,14 @@ def _live(browser: Browser, shop: Shop, folder: Path, state: str) -> Path:
     window = Window(browser)
     window.page.goto(shop.url("changes"))
     expect(window.page.get_by_role("status")).to_have_text("Live")
-    for number in range(1, 9):
+    rows = window.page.locator("#changes tr")
+    for number in range(1, 6):
         person = ("ada", "grace", "alan")[number % 3]
         shop.engine.set(f"cart:{person}", f"item-{number}", {"quantity": number, "price": 2.25 * number})
-        shop.engine.set("users", person, {"visits": number})
+        shop.engine.set("users", person, {"name": NAMES[person], "visits": number})
+        expect(rows).to_have_count(2 * number)
     shop.engine.delete("cart:grace", "item-1")
-    expect(window.page.locator("#changes tr").first).to_contain_text("deleted")
+    expect(rows.first).to_contain_text("deleted")
     try:
         return _picture(window.page, folder / "console-changes.png", state)
     finally:
