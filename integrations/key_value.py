@@ -157,10 +157,10 @@ class StateStore(
     async def _put_managed_entry(self, *, collection: str, key: str, managed_entry: ManagedEntry) -> None:
         with _their_errors(collection):
             aio, scope, value = await self._source.aio(), self._prefix + collection, dict(managed_entry.value)
-            if managed_entry.ttl is None:
-                await aio.set(scope, key, value)
-            else:
-                await aio.set(scope, key, value, ttl=_seconds(managed_entry.ttl))
+            options = self._source.once()
+            if managed_entry.ttl is not None:
+                options["ttl"] = _seconds(managed_entry.ttl)
+            await aio.set(scope, key, value, **options)
         await self._grown(collection, 1)
 
     async def _put_managed_entries(
@@ -183,7 +183,7 @@ class StateStore(
         self, collection: str, piece: Sequence[tuple[str, dict[str, object]]], ttl: float | None
     ) -> None:
         try:
-            async with (await self._source.aio()).batch(self._prefix + collection) as batch:
+            async with (await self._source.aio()).batch(self._prefix + collection, **self._source.once()) as batch:
                 for key, value in piece:
                     if ttl is None:
                         batch.set(key, value)
@@ -203,7 +203,7 @@ class StateStore(
         deleted = 0
         with _their_errors(collection):
             for piece in _pieces(keys):
-                async with (await self._source.aio()).batch(self._prefix + collection) as batch:
+                async with (await self._source.aio()).batch(self._prefix + collection, **self._source.once()) as batch:
                     for key in piece:
                         batch.delete(key)
                 deleted += sum(
@@ -225,7 +225,8 @@ class StateStore(
 
     async def _delete_collection(self, *, collection: str) -> bool:
         with _their_errors(collection):
-            return await (await self._source.aio()).delete_range(self._prefix + collection, prefix="") > 0
+            aio = await self._source.aio()
+            return await aio.delete_range(self._prefix + collection, prefix="", **self._source.once()) > 0
 
     async def _delete_store(self) -> bool:
         for collection in await self._get_collection_names():
@@ -280,7 +281,7 @@ class StateStore(
     async def _remove(self, aio: AioEngine, scope: str, entries: Sequence[Sized]) -> None:
         """Remove entries that have not changed since they were read."""
         try:
-            async with aio.batch(scope) as batch:
+            async with aio.batch(scope, **self._source.once()) as batch:
                 for revision, key, _ in entries:
                     if revision:  # 0: where the scope is, there are none
                         batch.check(key, revision=revision)

@@ -16,6 +16,7 @@ import pytest
 from reliability.living import InThread, until, untraced_environment
 
 from scopestate.integrations.cache import Cache
+from scopestate.integrations.key_value import StateStore
 from scopestate.persistence.bridge.backend import BridgeBackend
 
 OWNER = """
@@ -123,6 +124,21 @@ def by_tasks(cache: Cache) -> dict[str, Callable[[int], None]]:
     return {one.__name__: lambda number, one=one: asyncio.run(one(number)) for one in found}  # type: ignore[misc]
 
 
+def by_store(cache: Cache) -> dict[str, Callable[[int], None]]:
+    """Return writes of the store for py-key-value, and the number of them, which the cache has."""
+    store = StateStore(cache.engine)
+
+    async def counted(number: int) -> None:
+        await store.put("n", {"n": number}, ttl=600)
+        assert await store.delete("n")
+
+    def counting(number: int) -> None:
+        asyncio.run(counted(number))
+        cache.set("n", number)
+
+    return {"counted": counting}
+
+
 @pytest.mark.parametrize("calls", [by_threads, by_tasks])
 def test_writes_of_all_kinds_are_made_once(
     tmp_path: Path, calls: Callable[[Cache], dict[str, Callable[[int], None]]]
@@ -156,7 +172,7 @@ def test_writes_of_all_kinds_are_made_once(
         assert cache["half"] == done["counted_with_a_fraction"] / 2
 
 
-@pytest.mark.parametrize("calls", [by_threads, by_tasks])
+@pytest.mark.parametrize("calls", [by_threads, by_tasks, by_store])
 def test_a_write_that_the_owner_has_got_and_not_answered_is_sent_to_the_next_one(
     tmp_path: Path, calls: Callable[[Cache], dict[str, Callable[[int], None]]]
 ) -> None:
