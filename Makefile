@@ -1,4 +1,4 @@
-# run, test, check, bench, simulate, reliability, clean. Needs Python 3.11 or newer, pip and make; everything else is installed into $(VENV).
+# run, test, check, docs, bench, simulate, reliability, clean. Needs Python 3.11 or newer, pip and make; everything else is installed into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,7 +36,7 @@ UNSOUND := $(shell \
 SOUND := $(if $(UNSOUND),,yes)
 
 .DELETE_ON_ERROR:
-.PHONY: run test check bench simulate reliability clean FORCE
+.PHONY: run test check docs bench simulate reliability clean FORCE
 
 run: $(READY_RUN)
 	@$(BIN)/python $(EXAMPLE)
@@ -52,6 +52,10 @@ check: $(READY_DEV)
 	$(BIN)/mypy -p scopestate
 	$(BIN)/mypy benchmarks examples
 	$(BIN)/lint-imports --no-logo
+
+# The documentation site, in .cache/docs/site. A warning is an error; nothing is fetched.
+docs: $(READY_DEV)
+	@$(BIN)/python docs/build.py
 
 bench: $(READY_DEV)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
