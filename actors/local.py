@@ -154,6 +154,13 @@ class LocalScope(ScopeInMemory):
     def key_count(self) -> int:
         return len(self._values or ())
 
+    def last_revision(self) -> int | None:
+        return None if self._values is None else self._sequence
+
+    def values_in_memory(self) -> list[bytes] | None:
+        values = self._values
+        return None if values is None else list(values.values())
+
     def turn_before_range(self) -> Turn[Any] | None:
         return _FIRST_KEY if self._ordered.is_behind() else None
 

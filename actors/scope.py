@@ -190,6 +190,14 @@ class ScopeActor(TurnActor):
         """Keys in memory."""
         return 0
 
+    def last_revision(self) -> int | None:
+        """Number of the last write; None: it is not in memory."""
+        return None
+
+    def values_in_memory(self) -> list[bytes] | None:
+        """Return the values in memory, without a turn: for figures. None: there are none in this engine."""
+        return None
+
     def turn_before_range(self) -> Turn[Any] | None:
         """Return a read to make before a write of a range, so that the write keeps no other caller waiting."""
         return None

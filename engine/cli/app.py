@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import scopestate
-from scopestate.cli import cache, config, consumers, listing, start, state, store, watch
+from scopestate.cli import cache, config, consumers, listing, start, state, store, top, watch
 from scopestate.cli.console import console
 from scopestate.cli.serve import serve
 from scopestate.cli.terminal import (
@@ -109,6 +109,7 @@ for _name, _function, _settings in (
     ("triggers", listing.triggers, {}),
 ):
     app.command(_name, rich_help_panel=_ENGINE, epilog=EXIT_CODES, context_settings=_settings)(_function)
+app.command("top", rich_help_panel=_ENGINE, epilog=EXIT_CODES)(top.top)
 app.add_typer(consumers.consumers, name="consumers", rich_help_panel=_ENGINE)
 app.add_typer(consumers.dead_letters, name="dead-letters", rich_help_panel=_ENGINE)
 app.add_typer(config.app, name="config", rich_help_panel=_FILES)

@@ -53,8 +53,8 @@ from scopestate.wire.client import Client
 
 app = typer.Typer(no_args_is_help=True, help="Show what a store holds, check it, copy it as JSON lines.")
 
-_ENGINE: Final = ("ws://", "wss://", "ws+unix://")
-_REDIS: Final = ("redis://", "rediss://", "unix://")
+ENGINE_ADDRESS: Final = ("ws://", "wss://", "ws+unix://")
+REDIS_ADDRESS: Final = ("redis://", "rediss://", "unix://")
 _HOST_AND_PORT: Final = re.compile(r"[A-Za-z0-9_.-]+:[0-9]{1,5}")
 
 Where = Annotated[
@@ -399,13 +399,13 @@ def _reader(where: str) -> StoreReader:
 
 def _is_elsewhere(where: str) -> bool:
     """Tell whether the state is in another engine or in Redis."""
-    if where.startswith((*_ENGINE, *_REDIS)):
+    if where.startswith((*ENGINE_ADDRESS, *REDIS_ADDRESS)):
         return True
     return names_config(where) and isinstance(load(where).adapter.config, (BridgeOptions, RedisOptions))
 
 
 def _shown(where: str) -> str:
-    return without_credentials(where) if where.startswith(_REDIS) else where
+    return without_credentials(where) if where.startswith(REDIS_ADDRESS) else where
 
 
 def directory_of(where: str) -> str:
@@ -447,9 +447,9 @@ def _open_target(target: str, token: str | None, ca_file: str | None) -> FileAda
 def _open_shared(where: str, token: str | None, ca_file: str | None) -> SharedState:
     from scopestate.opening import open_shared  # noqa: PLC0415 - not needed for most commands
 
-    if where.startswith(_ENGINE):
+    if where.startswith(ENGINE_ADDRESS):
         adapter = AdapterConfig("bridge", BridgeOptions(where, token, ca_file))
-    elif where.startswith(_REDIS):
+    elif where.startswith(REDIS_ADDRESS):
         adapter = AdapterConfig("redis", RedisOptions(where, tls_ca_file=ca_file))
         validate(Config(adapter))
     else:

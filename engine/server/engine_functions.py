@@ -1,9 +1,10 @@
-"""The `engine::*` functions of a server: connected workers, and what they registered (docs/reference/protocol.md 7)."""
+"""The `engine::*` functions of a server: workers, what they registered, figures (docs/reference/protocol.md 7)."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
@@ -11,8 +12,10 @@ from msgspec import Raw
 
 from scopestate import catalogue
 from scopestate.actors.functions import Function
-from scopestate.errors import DeserializationError
+from scopestate.errors import DeserializationError, Forbidden
 from scopestate.ops.values import check, encode, json_words
+from scopestate.scope_figures import ScopeFigures, figures_of
+from scopestate.server.access import METRICS_ID
 from scopestate.server.triggers import ENGINE_TYPES, STATE
 from scopestate.wire.frames import last_wins
 
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
     from scopestate.server.channels import Channels
     from scopestate.server.hub import Hub
     from scopestate.server.worker import Worker
+
+EngineFunction = Callable[["Worker | None", Raw], "bytes | Awaitable[bytes]"]
+
+FIGURES_SHARE: Final = 10
+"""Reading the figures of an engine with 100,000 scopes takes half a second: callers cannot make it do nothing else."""
 
 _to_json: Final = msgspec.json.Encoder().encode
 _INTERNAL: Final = "engine::"
@@ -54,9 +62,15 @@ class EngineFunctions:
     def __init__(self, hub: Hub, channels: Channels) -> None:
         self._hub = hub
         self._channels = channels
-        self.by_id: dict[str, Callable[[Worker | None, Raw], bytes]] = {
+        self._figures = ScopeFigures(hub.engine)
+        self._reading: asyncio.Task[bytes] | None = None
+        """Reads the figures for `engine::metrics`; None: there was no call since the last answer."""
+        self._figures_told = b""
+        self._read_again_s = 0.0
+        self.by_id: dict[str, EngineFunction] = {
             "engine::channels::create": self._create_channel,
             "engine::functions::list": self._list_functions,
+            METRICS_ID: self._metrics,
             "engine::trigger-types::list": self._list_trigger_types,
             "engine::triggers::list": self._list_triggers,
             "engine::workers::list": self._list_workers,
@@ -77,6 +91,41 @@ class EngineFunctions:
             worker.metadata = msgspec.to_builtins(metadata)
             self._hub.triggers.fire_worker_event("worker_metadata_updated", worker)
         return b'{"success":true}'
+
+    def _metrics(self, worker: Worker | None, data: Raw) -> bytes | Awaitable[bytes]:
+        """Answer with the figures of the engine. Whose token is not full must name the function: no pattern counts.
+
+        They are read again when FIGURES_SHARE times as long has passed as reading them took.
+        """
+        _read(METRICS_ID, data, _Listing)
+        access = None if worker is None else worker.access
+        if access is not None and not access.reads_metrics:
+            raise Forbidden(f"this token may not read the figures of the engine: name {METRICS_ID} in its `functions`")
+        if self._hub.loop.time() < self._read_again_s:
+            return self._figures_told
+        if self._reading is None:
+            self._reading = self._hub.task_of(self._read_figures())
+        # Calls that come while the figures are read get the same.
+        return asyncio.shield(self._reading)
+
+    async def _read_figures(self) -> bytes:
+        engine, began = self._hub.engine, self._hub.loop.time()
+        try:
+            # Not on the threads for handlers: the figures are wanted most when all of those are in use.
+            figures = await asyncio.get_running_loop().run_in_executor(None, figures_of, engine, self._figures)
+        finally:
+            self._reading = None
+        hubs = list(engine._hubs)
+        served = {
+            "workers": sum(len(hub.workers) for hub in hubs),
+            "triggers": sum(len(hub.triggers) for hub in hubs),
+            "calls": sum(hub.calls for hub in hubs),
+            "refused": sum(hub.refused for hub in hubs),
+        }
+        self._figures_told = _to_json({**figures, "server": served})
+        now = self._hub.loop.time()
+        self._read_again_s = now + FIGURES_SHARE * (now - began)
+        return self._figures_told
 
     def _list_functions(self, worker: Worker | None, data: Raw) -> bytes:
         options = _read("engine::functions::list", data, _Listing)
@@ -247,8 +296,9 @@ def _shown(value: Raw | None) -> Raw | None:
     return value or None
 
 
-def _for_program(function: Callable[[Worker | None, Raw], bytes]) -> Callable[[Any], Any]:
+def _for_program(function: EngineFunction) -> Callable[[Any], Any]:
     async def call(payload: object) -> Any:
-        return msgspec.json.decode(function(None, Raw(encode(payload))))
+        answer = function(None, Raw(encode(payload)))
+        return msgspec.json.decode(answer if isinstance(answer, bytes) else await answer)
 
     return call

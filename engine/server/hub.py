@@ -6,7 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -72,6 +72,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scopestate.server")
 
+T = TypeVar("T")
+
 WORKERS_SHARE: Final = 4
 """The calls of all workers together may hold this many times as many bytes as those of one."""
 
@@ -120,7 +122,7 @@ class Hub:
         """What observes the call in progress, until its end is known."""
         self.log = BoundedLog(log)
         """For what workers cause; bounded."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.holds: Literal["calls", "all"] | None = None
         """Which calls of workers are not begun any more: all, or all but those by handlers; None: they are begun."""
         self.public = public
@@ -442,7 +444,11 @@ class Hub:
             function = self.functions.find(function_id)
             own = self._engine_functions.by_id.get(function_id)
             if own is not None and (function is None or function.builtin):
-                worker.answer(call, own(worker, call.data))
+                answer = own(worker, call.data)
+                if type(answer) is bytes:
+                    worker.answer(call, answer)
+                else:
+                    self._later(worker, call, answer)  # type: ignore[arg-type]  # it waits, then
                 return
             if function is None:
                 raise FunctionNotFound(function_id)
@@ -598,7 +604,7 @@ class Hub:
         size = self._hold(worker, call)
         call.data = call.metadata = ABSENT  # `outcome` has what it needs of them
         serving, self._serving = self._serving, None
-        task = self._task_of(self._answer_later(worker, call, outcome, size, serving))
+        task = self.task_of(self._answer_later(worker, call, outcome, size, serving))
         if serving is not None:
             task.add_done_callback(lambda _: serving.end())
         task.add_done_callback(lambda _: close_unrun(outcome))  # if it was cancelled before it began
@@ -626,9 +632,10 @@ class Hub:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine as a task, which is cancelled when the server stops."""
-        _ = self._task_of(work)
+        _ = self.task_of(work)
 
-    def _task_of(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def task_of(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """As `spawn`, and return the task."""
         task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
