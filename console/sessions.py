@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -13,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from scopestate.console.security import Verdict, cookie_name
+from scopestate.signals import Guard, exclusive
 
 LINK_S: Final = 15 * 60.0
 """How long an address is good that was not opened."""
@@ -37,7 +37,7 @@ class Sessions:
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._lock = threading.Lock()
+        self._exclusive = Guard()
         # Digests: to look one up takes as long for a token that is nearly right as for any other.
         self._links: dict[bytes, float] = {}
         """Of tokens that were not used -> when they end."""
@@ -46,21 +46,24 @@ class Sessions:
     def new_token(self) -> str:
         """Return a token for one browser."""
         token = secrets.token_urlsafe(32)
-        now = self._monotonic()
-        with self._lock:
-            self._links = {digest: ends for digest, ends in self._links.items() if ends >= now}
-            self._links[_digest(token)] = now + LINK_S
+        self._keep(token)
         return token
 
+    @exclusive
+    def _keep(self, token: str) -> None:
+        now = self._monotonic()
+        self._links = {digest: ends for digest, ends in self._links.items() if ends >= now}
+        self._links[_digest(token)] = now + LINK_S
+
+    @exclusive
     def _exchange(self, token: str) -> str | None:
         """Return a new cookie for a token, which is used then; None if it is not one, or not any more."""
-        with self._lock:
-            ends = self._links.pop(_digest(token), None)
-            if ends is None or ends < self._monotonic():
-                return None
-            cookie = secrets.token_urlsafe(32)
-            self._cookies.add(_digest(cookie))
-            return cookie
+        ends = self._links.pop(_digest(token), None)
+        if ends is None or ends < self._monotonic():
+            return None
+        cookie = secrets.token_urlsafe(32)
+        self._cookies.add(_digest(cookie))
+        return cookie
 
     async def auth(self, request: Request) -> Verdict:
         """Let in a browser with a cookie of this process; one that brings a new token gets a cookie."""
@@ -72,9 +75,8 @@ class Sessions:
                 answer = HTMLResponse(_WELCOME, headers={"Referrer-Policy": "no-referrer"})
                 answer.set_cookie(name, cookie, path="/", httponly=True, samesite="strict")
                 return answer
-        with self._lock:
-            if _digest(request.cookies.get(name, "")) in self._cookies:
-                return True
+        if _digest(request.cookies.get(name, "")) in self._cookies:
+            return True
         refused: Response = HTMLResponse(_REFUSED, 401)
         return refused
 

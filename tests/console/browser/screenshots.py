@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for `import node_packages`
-sys.path.insert(0, str(Path(__file__).parent))  # for `import shop`
+sys.path.insert(0, str(Path(__file__).parent))  # for `import console_shop`
 
 from browsers import BROWSERS, program
+from console_shop import NAMES, Shop
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from shop import NAMES, Shop
 from windows import ColorScheme, Window
 
 IMAGES = Path(__file__).parents[3] / "docs" / "images"

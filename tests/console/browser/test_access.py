@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from console_shop import Shop
 from playwright.sync_api import expect
-from shop import Shop
 from windows import Window
 
 from scopestate.console import basic_auth

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from console_shop import Shop
 from playwright.sync_api import expect
 from served import Served
-from shop import Shop
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse

@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from console_shop import Shop
 from playwright.sync_api import expect
-from shop import Shop
 from windows import Window
 
 OpenWindow = Callable[..., Window]
@@ -51,6 +51,7 @@ def test_hostile_names_and_values_run_nothing_on_any_page(open_window: OpenWindo
             assert address is not None
             window.page.goto(shop.url("scopes"))
             window.page.locator(f"main table a[href={json.dumps(address)}]").click()
+            window.page.wait_for_url(re.compile("/keys"))
             assert window.overflow() == 0, address
             window.page.locator("main table a[href*='entry?']").click()
             window.page.wait_for_url(re.compile("entry"))

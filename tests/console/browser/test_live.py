@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from console_shop import Shop
 from playwright.sync_api import Locator, Page, expect
-from shop import Shop
 from windows import Window
 
 OpenWindow = Callable[..., Window]

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from console_shop import config, fill
 from playwright.sync_api import Page, Request, expect
 from reliability.living import untraced_environment
-from shop import config, fill
-from windows import Window
+from windows import Window, leave_all
 
 from scopestate import Engine
 
@@ -33,6 +33,7 @@ def command(folder: Path, *arguments: str) -> Iterator[str]:
             assert process.stdout is not None
             yield json.loads(process.stdout.readline())["url"]
         finally:
+            leave_all()
             process.terminate()
             process.communicate(timeout=60)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from console_shop import Shop
 from playwright.sync_api import Page, expect
-from shop import Shop
 from windows import ColorScheme, Window
 
 OpenWindow = Callable[..., Window]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from typing import Any, Literal
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from browsers import axe
@@ -22,6 +22,10 @@ _ON_VIOLATION = """
 document.addEventListener("securitypolicyviolation", e =>
     console.error(`content security policy: ${e.violatedDirective} ${e.blockedURI} ${e.sample}`));
 """
+
+
+OPEN: Final[list[Window]] = []
+"""The windows that are open now."""
 
 
 class Window:
@@ -47,9 +51,11 @@ class Window:
         self.context.on("requestfailed", self._failed)
         self.context.on("dialog", lambda dialog: (self.complaints.append(f"dialog: {dialog.message}"), dialog.accept()))
         self.page: Page = self.context.new_page()
+        OPEN.append(self)
 
     def close(self) -> None:
         """Close it, and check."""
+        OPEN.remove(self)
         try:
             self.check()
         finally:
@@ -84,6 +90,7 @@ class Window:
     def overflow(self, page: Page | None = None) -> int:
         """Return by how many CSS pixels a page is wider than its window."""
         page = page or self.page
+        page.wait_for_load_state()
         return int(page.evaluate("document.scrollingElement.scrollWidth - document.documentElement.clientWidth"))
 
     def _said(self, message: ConsoleMessage) -> None:
@@ -104,3 +111,10 @@ class Window:
 @functools.cache
 def _axe_script() -> str:
     return axe().read_text(encoding="utf-8")
+
+
+def leave_all() -> None:
+    """Leave the pages of a server that is about to end: they would ask it for their streams again."""
+    for window in OPEN:
+        for page in window.context.pages:
+            page.goto("about:blank")

@@ -12,6 +12,7 @@ from served import Served
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
+from windows import leave_all
 
 from scopestate import Delivery, Engine, Retry, StateEvent
 from scopestate.console import allow_everyone, console
@@ -105,6 +106,7 @@ class Shop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        leave_all()
         self._served.stop()
         self._stack.close()
 
