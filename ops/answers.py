@@ -1,7 +1,7 @@
 """Answers of turns as JSON text, as they go over the wire. Values pass through as they are stored.
 
-`tell`: a bridge asks for more: of a write, its revision, and whether the key existed before, which tells a stored null
-from a missing key; of a list, the keys.
+`tell` is true if a bridge asks for more. A write then answers with its revision, and with whether the key existed
+before, which distinguishes a stored null from a missing key. A list answers with its keys as well.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def as_it_is(text: bytes | None, tell: bool = False) -> bytes | None:
 
 
 def listed(found: list[Any], tell: bool = False) -> bytes:
-    """The answer of `state::list`: values; to a bridge or a tool, which asks for the keys too, keys and values."""
+    """The answer of `state::list`: values, or keys with values if a bridge or a tool asks for them."""
     if not tell:
         return b"[%b]" % b",".join(found)
     names = _json([key for key, _ in found])
@@ -232,7 +232,7 @@ def snapshot_page(found: list[bytes], cursor: str | None, offset: int, total: in
 
 
 def page(found: Page | list[tuple[str, Entry]], tell: bool = False) -> bytes:
-    """The answer of `state::list_entries` that pages by seek; for a bridge, what is stored in place of the values."""
+    """The answer of `state::list_entries` that pages by seek; for a bridge, whole entries instead of values."""
     if tell:
         cursor, whole = (None, found) if isinstance(found, list) else (found.cursor, list(found.entries))
         shown = b",".join([b"[%b,%b]" % (_json(key), entry(one)) for key, one in whole])
@@ -263,7 +263,7 @@ def touched(found: bool, tell: bool = False) -> bytes:
 
 
 def _details(result: WriteResult, tell: bool = False) -> bytes:
-    """What an answer has beside the reference's fields, if the caller used an argument that the reference lacks."""
+    """The fields added to the reference's, if the caller used an argument that the reference lacks."""
     if not (result.detailed or tell):
         return b""
     replayed: Any = b',"replayed":true' if result.replayed else b""

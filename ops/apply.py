@@ -52,9 +52,9 @@ class _Working(msgspec.Struct):
     """The working copy."""
 
     root: Any
-    """The value so far. It may still belong to the caller, so it is written to only through `fields()`."""
+    """The value so far. It may still belong to the caller, so write to it only through `fields()`."""
     fresh: bool
-    """The key is missing and no op has succeeded yet, so the root is nothing (docs/reference/semantics.md 3.2)."""
+    """The key is missing and no op has succeeded yet, so there is no root (docs/reference/semantics.md 3.2)."""
     owned: bool
     """True if `root` is an object made here, which may be written to."""
 
@@ -87,7 +87,7 @@ class _Working(msgspec.Struct):
 
 
 class _ManyWorking(_Working):
-    """The working copy of several ops: what one of them has copied is not copied again by the next."""
+    """The working copy of several ops: what one op has copied, the next does not copy again."""
 
     made: dict[int, Any] = {}
     """id -> array or object inside the root that was made here and is not referred to from elsewhere."""

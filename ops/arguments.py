@@ -1,8 +1,8 @@
-"""From the arguments of Python callers, and from messages, to turns; from answers to Python values.
+"""Make turns from the arguments of Python callers and from messages, and Python values from answers.
 
-Each function here raises for what is wrong with the arguments, before a scope is claimed and before anything is sent:
-DeserializationError, InvalidValue, ValueTooLarge and BatchTooLarge. A turn comes with `durable`, which is not part of
-what it does.
+Each function here raises if an argument is wrong, before a scope is claimed and before anything is sent:
+DeserializationError, InvalidValue, ValueTooLarge or BatchTooLarge. It returns `durable` beside the turn, because
+waiting for the disk is not part of the turn.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ from scopestate.ops.writes import (
 A = TypeVar("A")
 
 Asked = tuple[Turn[A], bool | None]
-"""What a caller asks for, and `durable`."""
+"""The turn that a caller asks for, and `durable`."""
 
 
 class Limits(Protocol):
@@ -124,7 +124,7 @@ def asked(
 def set_turn(key: str, data: bytes, options: SetOptions) -> Asked[SetResult]:
     """Return a `set` with options; `data` is the value as JSON, the key is checked."""
     if len(options) == 1:
-        # One condition or one deadline is what most calls have; the general way takes half as long as the whole call.
+        # Most calls have one condition or one deadline; the general path would take half as long as the whole call.
         revision: object = options.get("if_revision")
         if type(revision) is int and 0 <= revision <= LAST_REVISION:
             return SetWith(key, data, revision), None
@@ -279,7 +279,7 @@ def step_deadline(
     keep_ttl: bool = False,
     **unknown: object,
 ) -> Deadline:
-    """Return what a step of a batch asks for about the deadline of its key. `call` names the method, for an error."""
+    """Return the deadline that a step of a batch asks for. `call` names the method, for an error."""
     if unknown:
         refuse_unknown(f"{call} of a batch", unknown, DeadlineOptions)
     return asked_deadline(ttl, expires_at, keep_ttl=keep_ttl)
@@ -320,7 +320,7 @@ def batch_turn(
 
 
 def page_turn(limit: int = PAGE_KEYS, cursor: str | None = None, **bounds: Any) -> ReadPage:
-    """Return the reading of one page."""
+    """Return the turn that reads one page."""
     if limit is None:
         raise DeserializationError("a page has a limit: leave `limit` out for the usual one")
     if cursor is not None and not isinstance(cursor, str):
@@ -330,7 +330,7 @@ def page_turn(limit: int = PAGE_KEYS, cursor: str | None = None, **bounds: Any) 
 
 
 def next_page(turn: ReadPage, cursor: str) -> ReadPage:
-    """Return the reading of the page behind the one that had this cursor."""
+    """Return the turn that reads the page after the one that returned this cursor."""
     return msgspec.structs.replace(turn, cursor=cursor)
 
 
@@ -358,7 +358,7 @@ def values_of(values: list[bytes]) -> list[Any]:
 
 
 def turn_of(message: object, limits: Limits, runner: Runner) -> Asked[Any]:
-    """Return what a scope does for a public message. Encodes the value: call it before the scope is claimed."""
+    """Return the turn of a public message. Encodes the value, so call it before the scope is claimed."""
     match message:
         case messages.Set(scope=scope, key=key, value=value):
             data = encode(value)
@@ -439,7 +439,7 @@ def _check_of(check: object) -> Check:
 
 
 def answer_of(message: object, answer: Any) -> Any:
-    """Return the answer to a public message: what the method of the same name returns."""
+    """Return the answer to a public message, as the method of the same name returns it."""
     match message:
         case messages.Get():
             return None if answer is None else decode(answer)

@@ -1,4 +1,4 @@
-"""Functions of callers that run within a turn: those of `modify` and `transact`."""
+"""The caller's functions that run within a turn: those given to `modify` and `transact`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from scopestate.ops.values import class_name
 A = TypeVar("A")
 
 Runner = Callable[[str, str, Callable[[Any], Any], Any], Any]
-"""What calls a function of a caller: with the method that it was given to, the scope, the function and its argument."""
+"""Calls a caller's function. Takes the name of the method it was given to, the scope, the function and its argument."""
 
 
 def run_plainly(name: str, scope: str, function: Callable[[Any], Any], argument: Any) -> Any:
-    """Call a function, and nothing else."""
+    """Call the function directly."""
     del name, scope
     return function(argument)
 
@@ -29,7 +29,7 @@ _PLAIN: Final = frozenset({dict, list, tuple, str, int, float, bool, type(None)}
 
 
 def refuse_callback(name: str, function: Any) -> None:
-    """Raise DeserializationError for what is no plain function. `name`: of the method that would call it."""
+    """Raise DeserializationError if this is not a plain function. `name`: the method that would call it."""
     if type(function) is FunctionType and not function.__code__.co_flags & _NOT_PLAIN:
         return  # `inspect` would take longer than the call that follows
     if not callable(function):
@@ -42,7 +42,7 @@ def refuse_callback(name: str, function: Any) -> None:
 
 
 def plain_answer(name: str, answer: A) -> A:
-    """Return what the function of `name` has returned. Raises DeserializationError for what never ran: a coroutine."""
+    """Return the result of the function given to `name`. Raises DeserializationError if it is a coroutine."""
     if type(answer) in _PLAIN:
         return answer
     if inspect.iscoroutine(answer) or inspect.isgenerator(answer):

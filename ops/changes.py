@@ -16,10 +16,10 @@ ChangeKind = Literal["put", "delete", "expire", "synced", "progress"]
 
 
 class CursorMaker(Protocol):
-    """What knows the cursor of each change of a watch."""
+    """Gives the cursor of each change of a watch."""
 
     def cursor_of(self, change: Change) -> str:
-        """Return the cursor behind this change."""
+        """Return the cursor that continues after this change."""
 
 
 class KnownCursor(msgspec.Struct, frozen=True, gc=False):
@@ -28,7 +28,7 @@ class KnownCursor(msgspec.Struct, frozen=True, gc=False):
     cursor: str
 
     def cursor_of(self, change: Change) -> str:
-        """Return it."""
+        """Return the known cursor."""
         del change
         return self.cursor
 
@@ -54,31 +54,32 @@ class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False)
     json_values: ClassVar[Mapping[str, str]] = {"value": "json", "old_value": "old_json"}
 
     kind: ChangeKind
-    """`put`: the key has a new value. `delete`, `expire`: it exists no more, by a call or because its time is over.
+    """`put`: the key has a new value. `delete`: a call removed it. `expire`: its deadline passed.
 
-    Of a mark: `synced`, all of the snapshot was yielded, and changes follow; `progress`, up to `cursor` nothing else
-    has changed that the watch asks for.
+    Of a mark: `synced`: the whole snapshot was yielded, and changes follow. `progress`: every change up to `cursor`
+    that the watch asks for was yielded.
     """
     scope: str
-    """The scope; of a mark, that of the watch, "" if it is for many."""
+    """The scope; of a mark, the scope of the watch, or "" if the watch is of many scopes."""
     key: str
     """The key; "" of a mark."""
     json: bytes | None
     """The new value as JSON; None if the key was removed, or with `values=False`."""
     old_json: bytes | None
-    """The value before as JSON; None if there was none, for an entry of the snapshot, or with `values=False`."""
+    """The previous value as JSON; None if there was none, for an entry of a snapshot, or with `values=False`."""
     revision: int
     """The revision that the change gave to its key. It rises from change to change of a scope."""
     transaction: int
     """The revision of the last change of its transaction; its own if it is alone."""
     initial: bool
-    """True for an entry of a snapshot: how the key is where the watch begins."""
+    """True for an entry of a snapshot: the state of the key where the watch begins."""
     position: int
     """The number of the change over all scopes of its engine; 0 for an entry of a snapshot."""
     cursors: CursorMaker
-    """What makes `cursor` when it is read. It refers to nothing: the garbage collector does not look at changes."""
+    """Makes `cursor` when it is read. It holds no references, because the garbage collector does not track changes."""
     event: StateEvent | None = None
-    """The event of the change in this engine; None for what is no change of now, or has come from another engine."""
+    """The event of the change in this engine; None for an entry of a snapshot, a mark, an old change, or a change from
+    another engine."""
 
     @classmethod
     def example(
@@ -94,10 +95,10 @@ class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False)
         position: int = 0,
         cursor: str = "",
     ) -> Change[Any]:
-        """Return a change for the unit test of what reads a watch, made without an engine.
+        """Return a change made without an engine, for unit tests of code that reads a watch.
 
         The value of a `put` is {} if none is given, and a mark has no key. Raises InvalidValue for what JSON cannot
-        hold. Two changes are equal if all is equal but the place in the engine: `position` and `cursor`.
+        hold. Two changes are equal if everything but `position` and `cursor` is equal.
         """
         if kind == "put" and value is MISSING:
             value = {}
@@ -141,16 +142,16 @@ class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False)
 
     @property
     def old_value(self) -> T:
-        """The value before, a new copy at each reading; None where `old_json` is None."""
+        """The previous value, a new copy at each reading; None where `old_json` is None."""
         value: Any = None if self.old_json is None else decode(self.old_json)
         return value  # type: ignore[no-any-return]  # as above
 
     @property
     def cursor(self) -> str:
-        """Where a watch goes on behind this change: `since=change.cursor`. It is opaque text, to be kept or sent.
+        """Where a watch continues after this change: `since=change.cursor`. Opaque text, which can be stored or sent.
 
-        A watch that goes on from within a transaction gets the rest of it. The cursor of an entry of a snapshot begins
-        with the whole snapshot again.
+        A watch that continues within a transaction gets the rest of it. With the cursor of a snapshot entry, the whole
+        snapshot begins again.
         """
         return self.cursors.cursor_of(self)
 

@@ -1,4 +1,4 @@
-"""The cursors of watches: opaque text that says where a watch goes on."""
+"""The cursors of watches: opaque text that says where a watch continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scopestate.ops.changes import Change
 
 
 class ScopeCursor(msgspec.Struct, frozen=True, array_like=True, tag="s"):
-    """Behind one revision of one scope. Revisions never repeat, so it holds for the life of the store."""
+    """A place after one revision of one scope. Revisions never repeat, so it holds for the life of the store."""
 
     store: str
     scope: str
@@ -21,12 +21,12 @@ class ScopeCursor(msgspec.Struct, frozen=True, array_like=True, tag="s"):
     """None: before the snapshot."""
 
     def text(self) -> str:
-        """Return it as text."""
+        """Return the cursor as text."""
         return _text_of(self)
 
 
 class ManyCursor(msgspec.Struct, frozen=True, array_like=True, tag="m"):
-    """Behind one position, of many scopes. What a crash took back had positions of an epoch that has ended."""
+    """A place after one position, of many scopes. Changes lost in a crash had positions of an earlier epoch."""
 
     store: str
     epoch: int
@@ -34,7 +34,7 @@ class ManyCursor(msgspec.Struct, frozen=True, array_like=True, tag="m"):
     """None: before the snapshot."""
 
     def text(self) -> str:
-        """Return it as text."""
+        """Return the cursor as text."""
         return _text_of(self)
 
 
@@ -45,11 +45,11 @@ class ScopeCursors(msgspec.Struct, frozen=True, gc=False):
     scope: str
 
     def cursor_of(self, change: Change) -> str:
-        """Return the cursor behind a change."""
+        """Return the cursor after a change."""
         return self.at(None if change.initial else change.revision)
 
     def at(self, revision: int | None) -> str:
-        """Return the cursor behind a revision; None: before the snapshot."""
+        """Return the cursor after a revision; None: before the snapshot."""
         return ScopeCursor(self.store, self.scope, revision).text()
 
 
@@ -60,11 +60,11 @@ class ManyCursors(msgspec.Struct, frozen=True, gc=False):
     epoch: int
 
     def cursor_of(self, change: Change) -> str:
-        """Return the cursor behind a change."""
+        """Return the cursor after a change."""
         return self.at(None if change.initial else change.position)
 
     def at(self, position: int | None) -> str:
-        """Return the cursor behind a position; None: before the snapshot."""
+        """Return the cursor after a position; None: before the snapshot."""
         return ManyCursor(self.store, self.epoch, position).text()
 
 
@@ -78,7 +78,7 @@ def _text_of(cursor: ScopeCursor | ManyCursor) -> str:
 
 
 def cursor_before(text: str) -> str:
-    """Return the cursor in front of a change, from the one behind it. Raises InvalidCursor."""
+    """Return the cursor before a change, from the one after it. Raises InvalidCursor."""
     found = read_cursor(text)
     if isinstance(found, ScopeCursor):
         return ScopeCursor(found.store, found.scope, max((found.revision or 0) - 1, 0)).text()

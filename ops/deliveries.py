@@ -1,4 +1,4 @@
-"""What the handler of a durable trigger gets and says: its delivery, and how a failed one is tried again."""
+"""What a durable trigger's handler gets and can raise, and how a failed delivery is tried again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Errors = type[BaseException] | tuple[type[BaseException], ...]
 
 LONGEST_S: Final = 366 * 86_400.0
-"""No pause is longer, in seconds: a mistake in units stays away from timers."""
+"""The longest pause, in seconds. It keeps a mistake in units from reaching the timers."""
 MOST_ATTEMPTS: Final = 1_000_000
 
 
@@ -40,11 +40,11 @@ class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first: float = 1.0
     """Seconds between the first attempt and the second."""
     factor: float = 2.0
-    """Each pause is so many times the one before; at least 1."""
+    """Each pause is this many times the one before; at least 1."""
     longest: float = 300.0
     """Seconds of the longest pause."""
     jitter: float = 0.2
-    """Part of the pause by which it is varied, up and down: 0.2 makes 10 s into 8 to 12 s. From 0 to 1."""
+    """Fraction of the pause by which it varies, up or down: 0.2 makes 10 s into 8 to 12 s. From 0 to 1."""
     on: Errors = Exception
     """Classes of errors that are tried again. Any other error gives the delivery up at once."""
 
@@ -105,10 +105,10 @@ def read_retry(given: object) -> Retry:
 
 
 class RetryLater(Exception):
-    """Raised by the handler of a durable trigger: deliver this event again, after so many seconds.
+    """Raised by the handler of a durable trigger: deliver this event again, after this many seconds.
 
-    It does not count as a failed attempt: `Delivery.attempt` stays, and nothing is reported. The events behind it, in
-    the order of the trigger, wait as long.
+    It does not count as a failed attempt: `Delivery.attempt` stays, and nothing is reported. The events after it, in
+    the order of the trigger, wait for it.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -121,7 +121,7 @@ class RetryLater(Exception):
 class Discard(Exception):
     """Raised by the handler of a durable trigger: do not deliver this event again.
 
-    It goes to the dead letters at once, with the reason, and the events behind it go on, also with
+    It goes to the dead letters at once, with the reason, and the events after it are delivered, even with
     `on_giving_up="block"`. A handler that has nothing to do with an event returns instead.
     """
 
@@ -131,7 +131,7 @@ class Discard(Exception):
 
 
 class DeliveryRuntime(Protocol):
-    """What stands behind a delivery."""
+    """The engine's side of a delivery."""
 
     def extend(self, delivery: Delivery, seconds: float) -> None:
         """See `Delivery.extend`."""
@@ -141,7 +141,7 @@ class DeliveryRuntime(Protocol):
 
 
 class _NoEngine:
-    """Behind an example."""
+    """The runtime of an example delivery."""
 
     def extend(self, delivery: Delivery, seconds: float) -> None:
         """There is no time limit."""
@@ -156,7 +156,7 @@ class _NoEngine:
 class Delivery:
     """One attempt to have an event handled by a durable trigger: the second argument of its handler, if it takes two.
 
-    It is of use as long as the handler runs. Its methods may be called from any thread.
+    Use it only while the handler runs. Its methods may be called from any thread.
     """
 
     __slots__ = ("_runtime", "attempt", "consumer", "event", "first_ms", "metadata", "position")
@@ -195,7 +195,7 @@ class Delivery:
         first_ms: int = 1_767_225_600_000,
         metadata: Any = None,
     ) -> Delivery:
-        """Return a delivery for the unit test of a handler, made without an engine: `handle(event, delivery)`.
+        """Return a delivery made without an engine, for unit tests of a handler: `handle(event, delivery)`.
 
         `extend` checks its argument and does nothing; `transaction` raises Unsupported, as there is no scope to change.
         """
@@ -212,9 +212,9 @@ class Delivery:
         return datetime.fromtimestamp(self.first_ms / 1000, UTC)
 
     def extend(self, seconds: float) -> None:
-        """Give this attempt so many seconds from now on, in place of what is left of the trigger's `ack_wait`.
+        """Give this attempt this many seconds from now, instead of what is left of the trigger's `ack_wait`.
 
-        Raises ValueError for what is no positive number, and EngineClosed or Unsupported if it has ended.
+        Raises ValueError if `seconds` is not a positive number, and EngineClosed or Unsupported if it has ended.
         """
         if not _is_within(seconds, 0, LONGEST_S) or not seconds:
             raise ValueError(f"extend takes seconds, more than 0 and at most {LONGEST_S:,.0f}, not {seconds!r:.40}")

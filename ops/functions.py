@@ -1,4 +1,4 @@
-"""The built-in functions: one row for each, with everything that the rest of the program must know of it.
+"""The built-in functions: one row each, with everything that the rest of the program needs to know about it.
 
 `engine.call`, the server, its access rights and the schemas of `engine.functions()` read the row. CONTRIBUTING says
 what else a new function needs, under "A new operation".
@@ -39,9 +39,9 @@ class BuiltIn(NamedTuple):
     request: str
     """The name of its input, in the schemas."""
     read: Read | None
-    """None: it answers for all scopes."""
+    """None: the function is about all scopes."""
     answer: Callable[..., bytes | None]
-    """Makes JSON text of the turn's answer, and of `Request.tell`; None: no value."""
+    """Makes JSON text from the turn's answer and `Request.tell`. It returns None if there is no value."""
     rights: tuple[Right, ...] = ()
     """The rights that it needs on the scope in its input. A write with a condition needs `read` as well."""
     response: tuple[str, Any] | None = None
@@ -51,14 +51,14 @@ class BuiltIn(NamedTuple):
     method: str = ""
     """The method of `Engine` and of `engine.aio` that takes the fields of this message."""
     plain: Callable[[Any], Any] = lambda answer: answer
-    """Makes plain JSON data of what this method returns."""
+    """Makes plain JSON data from the result of this method."""
     fields: int = -1
     """The number of these fields; -1: the reference does not have the function."""
 
     def plain_fields(self, payload: object) -> list[Any] | None:
-        """Return the fields of a call that uses only what the reference knows; None: `read` is to read it.
+        """Return the fields of a call that uses only what the reference knows; None: use `read`.
 
-        Most calls are such. Through a request and JSON text they would take half as long again.
+        Most calls do. A request and JSON text would make them take half as long again.
         """
         if type(payload) is not dict or len(payload) != self.fields:
             return None
@@ -161,7 +161,7 @@ class FlushInput(msgspec.Struct, frozen=True):
 
 
 class Described(NamedTuple):
-    """What the schemas say of a built-in function."""
+    """What the schemas say about a built-in function."""
 
     function_id: str
     given: type[Any]
@@ -184,7 +184,7 @@ DESCRIBED: Final = (
 """All built-in functions of an engine: those on one scope, and those about changes and about consumers."""
 
 BUILT_IN_IDS: Final = frozenset(row.function_id for row in DESCRIBED)
-"""Ids that no program and no worker can register."""
+"""Ids that neither a program nor a worker can register."""
 
 
 def read_flush(payload: object) -> None:
@@ -209,8 +209,8 @@ def from_payload(function_id: str, payload: object) -> Message:
 def read_request(function_id: str, payload: object, limits: Limits) -> Request:
     """Read the input of a function on one scope. Fields that it does not know are ignored.
 
-    Raises DeserializationError, for what the reference knows worded as in iii-state; ValueTooLarge, BatchTooLarge and
-    InvalidPageLimits. Nothing has happened then. `function_id` must be one of BUILT_IN.
+    Raises DeserializationError, worded as in iii-state for the fields that the reference knows; ValueTooLarge,
+    BatchTooLarge and InvalidPageLimits. Nothing has been changed then. `function_id` must be one of BUILT_IN.
     """
     row = BUILT_IN[function_id]
     read = row.read

@@ -21,7 +21,7 @@ NOTE: Final = "engine::deliveries::note"
 DRAIN: Final = "engine::deliveries::drain"
 LONGEST_WAIT_MS: Final = 10_000
 MOST_BYTES: Final = 4 << 20
-"""So many bytes of events an answer has, and at least one event."""
+"""The most bytes of events in one answer, which always has at least one event."""
 
 Position = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -124,7 +124,7 @@ class Joined(msgspec.Struct, omit_defaults=True):
     """Answer to `Join`."""
 
     lost: list[int] = []
-    """Those of `held` that it does not hold any more."""
+    """Positions of `held` that the engine does not hold any more."""
     paused: str | None = None
 
 
@@ -164,7 +164,7 @@ class Note(msgspec.Struct, omit_defaults=True):
     resolve: tuple[Position, int] | None = None
     """Position and serial of an attempt: has its transaction happened?"""
     letters: Count = 0
-    """Keep places for so many dead letters."""
+    """Keep places for this many dead letters."""
     flush: bool = False
     """Answer when what has ended is saved."""
     leave: bool = False

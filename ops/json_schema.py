@@ -20,7 +20,7 @@ Load = Callable[[str], Any]
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _REFERENCES: Final = ("$ref", "$dynamicRef")
 _MOST_ERRORS: Final = 20
-"""Errors of one value that are looked at, to report the one that says most."""
+"""How many errors of one value are compared, to report the most telling one."""
 _LONGEST_REASON: Final = 400
 _FORMATS: Final = frozenset(
     {
@@ -29,7 +29,7 @@ _FORMATS: Final = frozenset(
         *("iri", "iri-reference", "uri", "uri-reference", "uri-template"),
     }
 )
-"""The formats of the standard. Others say nothing, as the standard has it."""
+"""The formats of the standard. Other formats are not checked, as the standard says."""
 _INSTALL: Final = "pip install 'scopestate[schema]'"
 
 
@@ -41,9 +41,10 @@ class JsonSchema(ValueType[Any]):
     """A compiled JSON schema. Two are equal if their documents are."""
 
     def __init__(self, name: str, document: Mapping[str, Any], uri: str = "", load: Load | None = None) -> None:
-        """`uri`: what relative references are relative to. `load` returns the documents that it refers to.
+        """`uri`: the base of relative references. `load` returns the documents that it refers to.
 
-        Raises BadSchema if the schema is not valid, refers to what there is not, or `jsonschema` is not installed.
+        Raises BadSchema if the schema is not valid, if something that it refers to does not exist, or if `jsonschema`
+        is not installed.
         """
         super().__init__(name)
         self._uri = uri or "scopestate:schema"

@@ -1,4 +1,4 @@
-"""What can be asked of a scope, as messages: `engine.ask(messages.Set("users", "ada", 1))`, and Pykka refs.
+"""The calls on a scope as messages, for `engine.ask(messages.Set("users", "ada", 1))` and for Pykka refs.
 
 The fields are the arguments of the method of the same name, and mean the same. The fields of the six functions of the
 reference, without the options, are also the input of `engine.call` and of the wire; `ops/functions.py` reads them from

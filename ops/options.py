@@ -1,4 +1,4 @@
-"""The options of calls, and what is refused about them before anything is sent or written."""
+"""The options of calls, and the checks made on them before anything is sent or written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DeadlineOptions(TypedDict, total=False):
     """When the key of a write expires; at most one of them. Without one, see the call."""
 
     ttl: float | timedelta | None
-    """After so many seconds, more than 0; they are rounded up to milliseconds."""
+    """In this many seconds from now; more than 0, rounded up to whole milliseconds."""
     expires_at: datetime | None
     """At this moment, a datetime with a time zone. If it has passed, the key expires at once."""
     keep_ttl: bool
@@ -49,7 +49,7 @@ class SetOptions(WriteOptions, DeadlineOptions, total=False):
 
 
 class UpdateOptions(SetOptions, total=False):
-    """Options of `update`. Without an option for it the deadline of the key stays."""
+    """Options of `update`. Without a deadline option, the key keeps its deadline."""
 
     atomic: bool
     """True: raise UpdateRefused if an op does not fit, and write nothing."""
@@ -63,7 +63,7 @@ class Bounds(TypedDict, total=False):
     start: str | None
     """The first key; included."""
     after: str | None
-    """Only keys behind this one; not included."""
+    """Only keys after this one; not included."""
     end: str | None
     """Only keys before this one; not included."""
 
@@ -74,7 +74,7 @@ class RangeOptions(Bounds, total=False):
     reverse: bool
     """True: the largest key first."""
     limit: int | None
-    """At most so many keys."""
+    """At most this many keys."""
 
 
 class PageOptions(Bounds, total=False):
@@ -83,7 +83,7 @@ class PageOptions(Bounds, total=False):
     reverse: bool
     """True: the largest key first."""
     cursor: str | None
-    """Go on behind the page that had this cursor, with the same bounds."""
+    """Continue after the page that returned this cursor; use the same bounds."""
 
 
 def refuse_unknown(call: str, unknown: Iterable[str], known: Any) -> NoReturn:
@@ -112,7 +112,7 @@ class _DeleteRange(Bounds, WriteOptions, total=False):
 
 
 _TAKES = {"pages()": _Pages, "count()": Bounds, "delete_range()": _DeleteRange}
-"""What calls take that are about a range, for an error; the others: RangeOptions."""
+"""The options that each call on a range takes, for error messages. Calls not listed take RangeOptions."""
 
 
 def range_of(
@@ -148,14 +148,14 @@ def bounded(
     end: str | None = None,
     **unknown: object,
 ) -> Range:
-    """Return the range with these bounds, where order and number mean nothing. `call`: as in `range_of`."""
+    """Return the range with these bounds, for calls without `reverse` and `limit`. `call`: as in `range_of`."""
     if unknown:
         refuse_unknown(call, unknown, _TAKES[call])
     return range_of(call, prefix, start, after, end)
 
 
 def checked_limit(name: str, limit: object, least: int = 0) -> int | None:
-    """Return how many keys are asked for at most. Raises DeserializationError."""
+    """Return the largest number of keys asked for. Raises DeserializationError."""
     if limit is None or (type(limit) is int and least <= limit <= LAST_REVISION):
         return limit
     raise DeserializationError(f"`{name}` is a whole number of keys from {least} to {LAST_REVISION}, not {limit!r:.40}")
@@ -175,13 +175,13 @@ def checked_revision(revision: object, *, if_absent: bool = False) -> int | None
 
 
 def refuse_unbounded(within: Range) -> None:
-    """Raise DeserializationError for a range without any bound, where that would remove everything by mistake."""
+    """Raise DeserializationError for a range without bounds, which would remove every key by mistake."""
     if within.prefix is within.start is within.after is within.end is None:
         raise DeserializationError('give a bound, such as `prefix`: `prefix=""` removes every key of the scope')
 
 
 class WatchOptions(TypedDict, total=False):
-    """Options of a watch: which changes, from where on, and what happens if they cannot be given."""
+    """Options of a watch: which changes it yields, where it starts, and what happens if those changes are gone."""
 
     key: str | None
     """Only this key."""
@@ -190,21 +190,21 @@ class WatchOptions(TypedDict, total=False):
     events: Collection[EventName] | None
     """Only changes of these kinds; None: all. Entries of a snapshot come in any case."""
     snapshot: bool
-    """True (default): begin with the entries that are there, each with `initial` true, unless `since` is given."""
+    """True (default): begin with the existing entries, each with `initial` true, unless `since` is given."""
     since: str | int | None
-    """A cursor: go on behind it, with everything that has changed since. For one scope a revision will do."""
+    """A cursor: continue after it, with everything that has changed since. For one scope, a revision works too."""
     values: bool
     """False: without the values, which saves memory and decoding."""
     latest: bool
-    """True: of changes that wait only the newest of each key is kept, so that it is never too slow."""
+    """True: of the waiting changes, keep only the newest of each key. A slow reader then never overruns the buffer."""
     buffer: int
-    """How many changes may wait; more raise WatchOverrun. Default: 10,000."""
+    """How many changes may wait to be read; one more raises WatchOverrun. Default: 10,000."""
     on_compacted: Literal["raise", "resync"]
     """What happens if the changes behind `since` are gone: Compacted is raised, or a new snapshot is given."""
     known: Iterable[str] | Iterable[tuple[str, str]]
-    """With `resync`: the keys that the caller has, of many scopes pairs of scope and key.
+    """With `resync`: the keys that the caller has. If the watch is of many scopes: pairs of scope and key.
 
-    Those that are not there any more come as deletes, behind the snapshot.
+    Keys that no longer exist are yielded as deletes, after the snapshot.
     """
     markers: bool
-    """True: yield marks too, `synced` behind the snapshot, and `progress` now and then if nothing else comes."""
+    """True: yield marks too: `synced` after the snapshot, and `progress` now and then while nothing else changes."""

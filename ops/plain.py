@@ -10,7 +10,7 @@ import msgspec
 from scopestate.ops.values import class_name, decode
 
 LONGEST_SHOWN: Final = 200
-"""Characters of one value that a repr shows; of a longer one it shows the beginning and the size."""
+"""Characters of one value that a repr shows. Of a longer value it shows the beginning and the size."""
 
 
 class Plain:
@@ -79,7 +79,7 @@ class Plain:
 
 
 def _written(given: Plain | dict[str, Any]) -> dict[str, Any]:
-    """Return what pydantic writes: of what is in another object, `to_dict()` of that has made plain data before."""
+    """Return what pydantic writes. Objects inside another one are plain data already, made by its `to_dict()`."""
     return given if isinstance(given, dict) else given.to_dict()
 
 
@@ -109,7 +109,7 @@ def _decoded(data: bytes | None) -> Any:
 
 
 def json_shown(data: bytes | None) -> str:
-    """Return the repr of a value that is kept as JSON; of a long one its beginning, without decoding it."""
+    """Return the repr of a value kept as JSON. A long value is cut without decoding it."""
     if data is None or len(data) <= LONGEST_SHOWN:
         return repr(_decoded(data))
     return f"{data[:LONGEST_SHOWN].decode(errors='ignore')}... ({len(data):,} bytes)"
@@ -158,7 +158,7 @@ def _hints(kind: type[Plain]) -> list[tuple[str, Any]]:
 
 
 def _plain_hint(hint: Any) -> Any:
-    """Return the type of what `plain` makes of a field."""
+    """Return the type that a field has after `plain`."""
     if hint is BaseException:
         return str
     if get_origin(hint) in (tuple, Sequence):

@@ -1,7 +1,7 @@
 """`state::changes`: a poll for what has changed since a cursor, and its answer as JSON text.
 
-A poll that finds nothing waits for the next change, up to `wait_ms`. Its answer has the cursor of the next poll, also
-if nothing has changed that it asks for.
+A poll that finds nothing waits for the next change, up to `wait_ms`. Its answer has the cursor of the next poll, even
+if nothing that it asks for has changed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Poll(ChangesInput, frozen=True, kw_only=True):
     fresh: int = msgspec.field(default=0, name="_fresh")
     """So many of them, at the end, are wanted from now on, also if there is a cursor."""
     settled: bool = msgspec.field(default=False, name="_settled")
-    """True: wait first until all that was written by now can be told; a commit that has not ended holds it back."""
+    """True: first wait until every change written by now can be reported, which a commit under way delays."""
     once: bool = msgspec.field(default=False, name="_once")
     """True: no poll goes on from this one, so nothing is kept for it."""
 

@@ -1,7 +1,7 @@
 """Turns that read or remove many keys in the order of their UTF-8 bytes, and the cursors of pages.
 
-A page continues behind the last key of the page before it. So its cursor needs no memory on the server, outlives a
-restart, and gives a key that exists all the while exactly once.
+A page starts after the last key of the page before it. So its cursor needs no memory on the server and survives a
+restart, and a key that exists during the whole walk is returned exactly once.
 """
 
 from __future__ import annotations
@@ -208,9 +208,9 @@ class ReadPage(_Listed[Page], frozen=True):
     """Read one page of a range. `within.limit` is the size of the page."""
 
     cursor: str | None = None
-    """What the page before had."""
+    """The cursor of the page before; None: the first page."""
     max_bytes: int = 0
-    """At most so many bytes of JSON, but at least one entry; 0: no limit."""
+    """The most bytes of JSON on the page, which has at least one entry; 0: no limit."""
 
     def decide(self, view: View) -> Effects[Page]:
         within = self.within
@@ -268,7 +268,7 @@ def checked_page(within: Range) -> Range:
 
 
 def behind(within: Range, last: str) -> Range:
-    """Return what is left of a range behind the last key of a page."""
+    """Return what is left of a range after the last key of a page."""
     if within.reverse:
         return msgspec.structs.replace(within, end=last)
     return msgspec.structs.replace(within, after=last)
@@ -287,7 +287,7 @@ _cursor: Final = msgspec.msgpack.Decoder(_Cursor)
 
 
 def make_cursor(store: str, scope: str, within: Range, last: str) -> str:
-    """Return the cursor of the page behind the key `last`: opaque text for URLs, guarded against damage."""
+    """Return the cursor of the page after the key `last`: opaque text for URLs, guarded against damage."""
     body = _VERSION + msgspec.msgpack.encode(
         _Cursor(_digest(store, 8), _digest(scope, 8), _digest(_bounds(within), 4), last)
     )
@@ -295,7 +295,7 @@ def make_cursor(store: str, scope: str, within: Range, last: str) -> str:
 
 
 def read_cursor(cursor: str, store: str, scope: str, within: Range) -> str:
-    """Return the last key of the page before. Raises InvalidCursor for what `make_cursor` has not made for this."""
+    """Return the last key of the page before. Raises InvalidCursor if `make_cursor` did not make it for this walk."""
     try:
         data = base64.b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a bridge asks another scopestate engine for, so that `modify` and `transact` can be computed on this side.
+"""The turns by which a bridge asks another scopestate engine, so that `modify` and `transact` can be computed here.
 
 Each is a field that begins with `_` in the input of a built-in function: engines without it ignore it.
 """

@@ -47,7 +47,7 @@ class ListGroupsResult(TypedDict):
 
 
 class WriteResult(Plain, msgspec.Struct, frozen=True, eq=False, kw_only=True, gc=False):
-    """What the results of all writes have beside the reference's fields."""
+    """The fields that all results of writes have beside the reference's."""
 
     revision: int = 0
     """The revision that the write gave to its key.
@@ -82,7 +82,7 @@ class WriteResult(Plain, msgspec.Struct, frozen=True, eq=False, kw_only=True, gc
         return self._shown() == other._shown()
 
     def _kind(self) -> type:
-        """Return the class that says what it is the result of; one of a typed scope has another one."""
+        """Return the class that says which call the result is of. Results of typed scopes have a class of their own."""
         return type(self)
 
     # Needed, because the base class Struct compares by identity for `!=`.
@@ -515,7 +515,7 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
         time_ms: int = 1_767_225_600_000,
         metadata: Any = None,
     ) -> StateEvent[Any]:
-        """Return an event for the unit test of a handler, made without an engine.
+        """Return an event made without an engine, for unit tests of a handler.
 
         Its type follows from the values: `state:created` with a new value or none at all, `state:updated` with both,
         `state:deleted` with an old value only. A value that is not given does not exist, with one exception: the new
@@ -544,7 +544,7 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
         )
 
     def copy(self) -> StateEvent:
-        """Return the same event with its own values, so that changes that one handler makes to them reach no other."""
+        """Return the same event with its own values, so that one handler's changes to them reach no other handler."""
         return StateEvent(
             self.event_type,
             self.scope,
@@ -629,7 +629,7 @@ Mapping.register(StateEvent)
 
 
 class DeliveryFailure(Plain, msgspec.Struct, frozen=True):
-    """Why an event did not do its work at a trigger, as the `on_error` and `on_dead_letter` hooks receive it."""
+    """Why the delivery of an event failed, as the `on_error` and `on_dead_letter` hooks receive it."""
 
     trigger_id: str
     function_id: str

@@ -1,8 +1,8 @@
 """The trace that a call is part of, as the W3C recommendation "Trace Context" writes it, and how it travels.
 
-An event has its depth: how many handlers led to it. The depth goes with a call wherever the call goes, so the context
-of a trace travels with it: as a `TracedDepth`, a number with one more attribute. A call without a trace has a plain
-`int`. Nothing is stored or sent for it.
+Every event has a depth: how many handlers led to it. The depth already goes wherever the call goes, so the context of
+a trace travels in it, as a `TracedDepth`: a number with one more attribute. A call without a trace has a plain `int`,
+and nothing is stored or sent for it.
 """
 
 from __future__ import annotations

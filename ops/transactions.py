@@ -57,7 +57,7 @@ from scopestate.ops.values import decode, encode, parse, prepare
 from scopestate.ops.writes import asked_deadline, compared, same_json, touch_deadline, touched
 
 MAX_KEYS: Final = 1_000
-"""Keys that one transaction changes; of a batch, those that it only checks included."""
+"""Keys that one transaction changes; for a batch, including those that it only checks."""
 MAX_BYTES: Final = 8 * 2**20
 """Bytes of JSON that one transaction writes, where the engine sets no other limit."""
 
@@ -490,8 +490,8 @@ def _fields_of_step(step: Step) -> dict[str, Any]:
 class SetAll(Turn[BatchResult], frozen=True):
     """Set several keys, without conditions and deadlines: all of them, or none.
 
-    The batch that is most frequent, and the one form of it that can be decided and stored without an object for each
-    key: through steps and a draft it takes three times as long. The tests hold the two equal.
+    The most frequent batch, and the only form that can be decided and stored without an object for each key. With steps
+    and a draft it would take three times as long. The tests check that both ways give the same result.
     """
 
     function_id = "state::transaction"
@@ -571,7 +571,7 @@ prepare(*_RESULTS.values())
 class Transaction(Generic[T]):
     """What the function of `transact` reads and writes as if it were alone. It reads its own writes.
 
-    Keys can be used as in a dict, too. It is of no use once the function has returned.
+    It can be used like a dict, too, and only until the function returns.
     """
 
     def __init__(self, draft: Draft) -> None:
@@ -634,7 +634,7 @@ class Transaction(Generic[T]):
         *,
         expires_at: datetime | None = None,
     ) -> bool:
-        """Give a key another deadline, with `ttl=None` none; return whether it exists. As `Engine.touch`."""
+        """Give a key another deadline, or none with `ttl=None`; return whether it exists. As `Engine.touch`."""
         return self._draft.touch(checked_name("key", key), touch_deadline(ttl, expires_at))
 
     def keys(self, **within: Unpack[RangeOptions]) -> list[str]:
@@ -672,7 +672,7 @@ class Transaction(Generic[T]):
 class Transact(Turn[A], frozen=True):
     """Run a function over a transaction. The answer is what it returns; what it raises aborts everything.
 
-    Where another write comes in between, it is called again: it must have no other effects.
+    If another write comes in between, the function is called again, so it must have no other effects.
     """
 
     function_id = "state::transaction"

@@ -25,13 +25,13 @@ KINDS: Final[tuple[EventName, ...]] = get_args(EventName)
 MAX_CONCURRENCY: Final = 10_000
 MAX_BATCH: Final = 10_000
 MAX_SECONDS: Final = 31_536_000.0
-"""One year: longer than any wait that is meant."""
+"""One year: longer than any wait that can be intended."""
 MAX_METADATA: Final = 65_536
 """Bytes of JSON."""
 MAX_NAME: Final = 255
 MAX_FIELDS: Final = 1000
 DEBOUNCE_MAX: Final = 10.0
-"""`debounce_max` if it is left out: so many times `debounce`."""
+"""`debounce_max` if it is left out: this many times `debounce`."""
 
 
 class TriggerOptions(TypedDict, total=False):
@@ -44,13 +44,13 @@ class TriggerOptions(TypedDict, total=False):
     only_if_changed: bool
     """True: not for a write that leaves the same JSON value. 1 and 1.0 differ, the order of fields does not matter."""
     fields: tuple[str, ...] | list[str] | None
-    """Only if one of these top-level fields of the value was changed, added or removed. A value that is no object, and
-    a key that does not exist, have no fields."""
+    """Only if one of these top-level fields of the value was changed, added or removed. A value that is not an object
+    has no fields; nor has a key that does not exist."""
     order: Order | None
     """Which events are handled one after the other: those of the same "scope", of the same "key", all of the "trigger",
     or "none". Left out: "scope", "key" for a durable trigger, "trigger" for batches."""
     concurrency: int | None
-    """How many events, or batches, are handled side by side at most. Left out: 8."""
+    """How many events, or batches, are handled at the same time at most. Left out: 8."""
     durable: str | None
     """The name of a consumer in the store: it gets each event, even if the process is killed. Left out: events are in
     memory."""
@@ -66,11 +66,11 @@ class TriggerOptions(TypedDict, total=False):
     max_dead: int | None
     """How many dead letters are kept; with one more the consumer pauses. Left out: 100,000."""
     debounce: Seconds | None
-    """Wait until a key has not changed for so long, then deliver its newest event alone."""
+    """Wait until a key has not changed for this long, then deliver only its newest event."""
     debounce_max: Seconds | None
-    """But deliver it after so long even if the key keeps changing. Left out: ten times `debounce`."""
+    """Deliver it after this long even if the key keeps changing. Left out: ten times `debounce`."""
     batch: int | None
-    """Deliver a list of at most so many events."""
+    """Deliver lists of at most this many events."""
     batch_wait: Seconds | None
     """How long the first event of a batch waits for more. Left out: 0.2 seconds."""
     metadata: Mapping[str, Any] | None
@@ -207,7 +207,7 @@ class Trigger(msgspec.Struct, frozen=True):
 
     @property
     def sifts(self) -> bool:
-        """True if it compares values: the same one twice is no event for it."""
+        """True if the trigger compares values: a write that leaves the same value fires no handler."""
         return self.only_if_changed or self.fields is not None
 
     def differs(self, event: StateEvent) -> bool:
@@ -222,7 +222,7 @@ _object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def fields_differ(old: bytes | None, new: bytes | None, fields: tuple[str, ...]) -> bool:
-    """Return whether one of these top-level fields differs. What is no object has no fields."""
+    """Return whether one of these top-level fields differs. A value that is not an object has no fields."""
     if old == new:
         return False
     before, after = _fields_of(old), _fields_of(new)
@@ -269,7 +269,7 @@ def read_options(given: Mapping[str, object]) -> tuple[dict[str, Any], list[tupl
 
 
 def _contradictions(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what is wrong with options beside each other."""
+    """Return what is wrong with the options in combination."""
     wrong: list[tuple[str, str]] = []
     for exact, prefix in (("scope", "scope_prefix"), ("key", "prefix")):
         if exact in fields and prefix in fields:

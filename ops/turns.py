@@ -1,4 +1,4 @@
-"""What a scope can be asked to do: one struct for each operation, and what it decides.
+"""The operations on a scope: one struct for each, which decides what the operation does.
 
 Pure: no threads, no clock, no I/O. A turn says which keys it touches, whether it writes, and how its failure is worded.
 Given a view of the scope it decides what changes and what the answer is. How changes are stored is up to the backend,
@@ -135,7 +135,7 @@ class View(Protocol):
     """What a turn sees of its scope, as it is before the turn.
 
     A key whose deadline has passed does not exist, whether or not it has been removed already: only `lapsed` and `due`
-    tell of it.
+    show it.
     """
 
     @property
@@ -144,7 +144,7 @@ class View(Protocol):
 
     @property
     def store_id(self) -> str:
-        """What the cursors of pages name the place by where the scope is kept."""
+        """The id of the place where the scope is kept, as cursors of pages name it."""
 
     @property
     def limits(self) -> Bounds:
@@ -156,7 +156,7 @@ class View(Protocol):
 
     @property
     def now_ms(self) -> int:
-        """Milliseconds since the epoch, the same for the whole turn. They never go back."""
+        """Milliseconds since the epoch, the same for the whole turn. The number never goes back."""
 
     @property
     def strict(self) -> bool:
@@ -241,8 +241,8 @@ class PlainView:
 class Change(msgspec.Struct, frozen=True, gc=False):
     """One key that a turn writes. None: the key does not exist before, or after.
 
-    Each change takes a number and fires an event, one from None to None as well, which is how a delete of a missing key
-    is told. A turn that writes nothing returns no change.
+    Each change takes a number and fires an event. So does a change from None to None, which reports the delete of a
+    missing key. A turn that writes nothing returns no change.
     """
 
     key: str
@@ -281,7 +281,7 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
     """The id under which the operation is called over the wire."""
     writes: ClassVar[bool] = False
     looks_at: ClassVar[Literal["keys", "values", "entries"]] = "entries"
-    """What a copy of the scope must have for it."""
+    """What a copy of the scope must contain for this turn."""
     failure: ClassVar[Failure]
 
     @property
@@ -309,11 +309,11 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
 
     @property
     def kind(self) -> str:
-        """What an idempotency key is compared by, beside `content`: turns that stand for the same call share it."""
+        """What a repetition must share with the first call, beside `content`. All turns of one call have the same."""
         return type(self).__name__
 
     def content(self) -> Any:
-        """Return what the turn asks for, as data that msgpack can hold: what an idempotency key is compared by."""
+        """Return what the turn asks for, as data that msgpack can hold. A repetition must have the same."""
         return self
 
     def pack(self, answer: A) -> bytes:
@@ -321,11 +321,11 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
         return msgspec.msgpack.encode(answer)
 
     def unpack(self, kept: bytes) -> A:
-        """Return the answer that `pack` made `kept` of, marked as the answer to a repetition."""
+        """Return the answer that `pack` turned into `kept`, marked as the answer to a repetition."""
         raise NotImplementedError
 
     def size(self) -> int:
-        """Return about how many bytes of values the turn carries."""
+        """Return the approximate size of the turn's values, in bytes."""
         return 0
 
     def failed(self, error: Exception) -> StorageError:
@@ -616,7 +616,7 @@ def checked_name(what: str, name: object) -> str:
         return name
     if not issubclass(type(name), str):  # not isinstance, which believes the `__class__` of a mock
         raise DeserializationError(f"a {what} is a string, not {json_type(name)}")
-    # A subclass may override anything; what is asked here is what it holds.
+    # A subclass may override anything, so read the plain text that it holds.
     name = str.__str__(name)
     if not name.isascii():
         try:
@@ -639,7 +639,7 @@ def checked_length(what: str, name: str, longest: int) -> str:
 
 
 def no_message(found: object) -> DeserializationError:
-    """Return the error for what is no message."""
+    """Return the error for an object that is not a message."""
     return DeserializationError(f"{class_name(found)} is not a message that a scope understands")
 
 

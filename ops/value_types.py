@@ -1,6 +1,6 @@
 """Values of a Python type: encoded from it, decoded into it, and checked against it.
 
-What msgspec converts is a type here: its structs, dataclasses, TypedDicts, attrs classes, unions, containers, dates.
+Every type that msgspec converts works: structs, dataclasses, TypedDicts, attrs classes, unions, containers, dates.
 A pydantic model, and what is made of pydantic models, is converted by pydantic. In both cases the value in the scope is
 plain JSON, with the rules of `values`.
 """
@@ -41,7 +41,7 @@ class Misfit(Exception):
 
 
 class ValueType(ABC, Generic[T]):
-    """What turns values of one Python type into JSON and back. It has no state: any thread may use it."""
+    """Converts values of one Python type to JSON and back. It has no state: any thread may use it."""
 
     def __init__(self, name: str) -> None:
         self.name: Final = name
@@ -77,7 +77,7 @@ class ValueType(ABC, Generic[T]):
 
 
 def value_type(kind: Any) -> ValueType[Any]:
-    """Return what converts values of a type. Raises DeserializationError for one that neither library knows."""
+    """Return the converter of a type. Raises DeserializationError for a type that neither library knows."""
     try:
         return _kept(kind)
     except TypeError:  # not hashable, as an Annotated type with a dict

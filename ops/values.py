@@ -238,7 +238,7 @@ _JSON_TYPES: Final[tuple[tuple[str, tuple[type, ...]], ...]] = (
 def _as_is(value: Any) -> bytes | None:
     """Return what msgspec alone writes for a decoded value.
 
-    It is what `encode` writes if that is the text that it was made of, but for what `_may_change` tells.
+    If that equals the text the value was decoded from, `encode` would write the same, unless `_may_change` is true.
     """
     try:
         return _to_json(value)
@@ -297,7 +297,7 @@ _LONG_NUMBER: Final = b"0" * 309
 """A number with this many digits may be beyond binary64."""
 
 _NINETEEN_DIGITS: Final = re.compile(rb"[0-9]{19}")
-"""What an integer beyond 64 bits has in it."""
+"""Every integer beyond 64 bits contains this."""
 _MINUS_ZERO: Final = re.compile(rb"-0(?![0-9.eE])")
 
 

@@ -40,7 +40,7 @@ class Versions:
         return version
 
     def current(self, json: bytes) -> bytes:
-        """Return a value as the current version has it; one that is not older as it is.
+        """Return a value as the current version has it. A value that is not older is returned unchanged.
 
         Raises Misfit, with what the function has raised as its cause.
         """
@@ -69,7 +69,7 @@ class Versions:
         return value
 
     def is_too_new(self, json: bytes) -> Misfit | None:
-        """Return what is wrong if a value has a later version than is known; None if it has not."""
+        """Return the error for a value of a later version than is known; None for any other value."""
         version = self.of(json)
         if version <= self.version:
             return None

@@ -139,7 +139,7 @@ class UpdateWith(Update, frozen=True):
 
 
 class CheckedUpdate(UpdateWith, frozen=True):
-    """An update whose result must fit. `check` is called in the turn, and perhaps again where another write came in."""
+    """An update whose result must fit. `check` is called in the turn, and again if another write came in between."""
 
     check: Callable[[bytes], object] = bytes
     """Takes the new value as JSON. What it raises reaches the caller, and nothing changes."""
@@ -455,7 +455,8 @@ class Ttl(OneKey["int | None"], frozen=True):
 class Touch(OneKey[bool], frozen=True):
     """Give a key another deadline, or none. The answer says whether it exists.
 
-    Its value stays, and so does its revision: what compares revisions asks whether the value has changed. No event.
+    The value and the revision stay, because a caller that compares revisions asks whether the value has changed. Fires
+    no event.
     """
 
     function_id = "state::touch"
@@ -528,7 +529,7 @@ LONGEST_IDEMPOTENCY_KEY: Final = 255
 class Once(Turn[A], frozen=True):
     """A write that is done once for its idempotency key: a repetition gets the first answer, and changes nothing.
 
-    What is refused is not kept: nothing was done.
+    A refusal is not kept, because nothing was done.
     """
 
     turn: Turn[A]
