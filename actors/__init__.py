@@ -1,6 +1,6 @@
 """The actors that an engine consists of, and the messages that they take.
 
-`TurnActor` is a Pykka actor without a thread of its own; the others are made by an engine. For tests of your own,
+`TurnActor` is a Pykka actor without a thread of its own; the others are made by an engine. For your own tests,
 `scopestate.actors.deterministic` has a dispatcher that replays any order of turns from a seed.
 """
 

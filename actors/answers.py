@@ -8,7 +8,7 @@ from scopestate.actors.ports import ANSWER_BYTES_OF_A_SCOPE, ANSWERS_KEPT_MS, AN
 
 
 class Answers:
-    """The answers of one scope, oldest first. Within its turns."""
+    """The answers of one scope, oldest first. Use it only within the scope's turns."""
 
     __slots__ = ("_bytes", "kept", "unsaved")
 
@@ -16,11 +16,11 @@ class Answers:
         self.kept = kept
         """idempotency key -> answer, in the order of time."""
         self.unsaved: dict[str, Answer | None] = {}
-        """What a store does not know yet; None: kept no longer."""
+        """Answers that the store does not have yet; None: the answer is no longer kept."""
         self._bytes = sum([len(answer.answer) for answer in kept.values()])
 
     def note(self, added: dict[str, Answer]) -> None:
-        """Answers were added to `kept` and `unsaved`: drop those for which there is no room any more."""
+        """Call after adding answers to `kept` and `unsaved`: drops the answers for which there is no room."""
         self._bytes += sum([len(answer.answer) for answer in added.values()])
         while len(self.kept) > ANSWERS_OF_A_SCOPE or (self._bytes > ANSWER_BYTES_OF_A_SCOPE and len(self.kept) > 1):
             self._drop_first()
@@ -42,4 +42,4 @@ class Answers:
 
 
 NO_ANSWERS: Final = Answers({})
-"""Of the scopes that keep none, which are most of them: nothing is put into it."""
+"""Shared by the scopes that keep no answers, which are most scopes. Nothing is ever added to it."""

@@ -64,7 +64,7 @@ class Attempts(TurnActor):
     # The turn drives these coroutines. They await Pending objects only, and never raise.
 
     def _carry_on(self, run: Run) -> Pending | None:
-        """Begin a run, or go on with it, up to its end or to what it waits for, which is returned. Never raises."""
+        """Begin or continue a run, up to its end or its next wait, and return what it waits for. Never raises."""
         if run.delivery is None:
             trigger = self.trigger
             if trigger.condition_function_id is None:
@@ -115,7 +115,7 @@ class Attempts(TurnActor):
         await self._finish(run, trigger.function_id, *self._outcome_of_call(run, trigger.function_id))
 
     async def _ask(self, run: Run, condition: str) -> None:
-        """Call the condition. The run has an outcome then if its handler is not to be called."""
+        """Call the condition. Afterwards the run has an outcome if its handler must not be called."""
         run.asking = True
         try:
             verdict = self._call(condition, run)
@@ -266,7 +266,7 @@ class Attempts(TurnActor):
     def _call_watched(
         self, target: Callable[[Any], Any], function_id: str, run: Run, event: Any, timeout_s: float
     ) -> Any:
-        """Call a plain function, which nothing can stop: that it exceeds its time limit is reported while it runs."""
+        """Call a plain function. Nothing can stop it, so it is reported while it runs if it exceeds its time limit."""
         run.overdue = False
         run.function_id = function_id
         run.deadline = deadline = self._dispatcher.monotonic() + timeout_s
@@ -319,5 +319,5 @@ class Pause:
         yield self
 
     def start(self, go_on: Continue) -> None:
-        """Not called: the turn lets the run pause."""
+        """Never called: the turn makes the run pause."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Back-pressure: the limits of an engine, how much waits for its handlers, and the writers that wait for room."""
+"""Back-pressure: an engine's limits, the size of the events waiting for handlers, and the writers waiting for room."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def no_room(scope: str, full: HandlerFull) -> str:
 class Backlog:
     """The bytes of the events that wait for handlers, and the writers that wait for room.
 
-    Two counters with one writer each need no lock: the router's turn adds what it offers to a handler, and what a
-    handler has taken comes back through `released`. Each copy of an event counts; only if that is over the limit are
-    the values counted one by one, as copies share them.
+    Two counters with one writer each need no lock: the router's turn adds the bytes it offers to a handler, and a
+    handler returns the bytes it has taken through `released`. Each copy of an event counts. Only if that sum is over the
+    limit are the values counted one by one, because copies share them.
     """
 
     def __init__(self, dispatcher: Dispatcher, limits: Limits) -> None:
@@ -124,9 +124,9 @@ class Backlog:
         self.released: list[int] = []
         """Bytes that have left the mailboxes of handlers since the router's last turn."""
         self._recount_above = 0
-        """While no more bytes wait, each copy counted, the values need not be counted one by one."""
+        """Up to this many waiting bytes, each copy counted, the values need not be counted one by one."""
         self._over_above = -1
-        """While more wait, `events_bytes` is exceeded; -1: it was not when last counted."""
+        """Above this many waiting bytes, `events_bytes` is exceeded; -1: it was not exceeded when last counted."""
         self._writers: dict[Callable[[], object], int] = {}
         self.progress = 0
         """Changes whenever handlers have made progress."""
@@ -138,7 +138,7 @@ class Backlog:
     # ------------------------------------------------------------------------------------------------------ bytes
 
     def begin_turn(self, events: int) -> None:
-        """The router takes so many events out of its mailbox. Within its turn."""
+        """The router takes this many events out of its mailbox. Within its turn."""
         self.allowance -= events * self.largest
         released = self.released
         count = len(released)
@@ -210,7 +210,7 @@ class Backlog:
         self._writers.pop(callback, None)
 
     def has_waiting_room(self) -> bool:
-        """False if so many wait for room already that a sender that does not wait itself must be refused."""
+        """False if so much waits for room already that a sender that does not wait itself must be refused."""
         writers, limits = self._writers, self._limits
         most = limits.scope_mailbox_bytes or sys.maxsize
         return len(writers) < limits.scope_mailbox and sum(list(writers.values())) < most

@@ -1,7 +1,7 @@
-"""The bound of the journal: how much it may keep for durable triggers, and what happens then.
+"""The bound of the journal: how much it may keep for durable triggers, and what happens when it is full.
 
-What consumers still need is measured by the saving thread, and only if it may be at the limit: what was measured last,
-and what was saved since, is more than there can be. If it is full, writers wait (`block`), or the slowest consumer is
+The saving thread measures what consumers still need, and only if that may be at the limit: the last measurement plus
+everything saved since is an upper bound. If the journal is full, writers wait (`block`), or the slowest consumer is
 paused and loses its oldest events (`pause`). docs/design/0051-the-bound-of-the-journal.md has the reasons.
 """
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 log = Log("scopestate.triggers")
 
 _SLACK: Final = 16
-"""A full journal has room again when it is below its limit by one part in so many, and not full with the next save."""
+"""A full journal has room again once it is below its limit by 1/16, so that the next save does not fill it."""
 _SHARE: Final = 10
-"""Measuring takes at most one part in so many of the saving thread's time."""
+"""Measuring takes at most 1/10 of the saving thread's time."""
 LOOK_AGAIN_S: Final = 0.05
 """When to look again for what consumers are handling."""
 _STALE: Final = 0.9
@@ -47,7 +47,7 @@ class JournalBound:
         save_all: Callable[[], object],
         save_soon: Callable[[float], object],
     ) -> None:
-        """`save_all` has what consumers have done saved, and `look` called then; `save_soon` so many seconds later."""
+        """`save_all` saves what consumers have done and then calls `look`; `save_soon` does so after some seconds."""
         self._journal = journal
         self._feed = feed
         self._limits = limits
@@ -56,12 +56,12 @@ class JournalBound:
         self._save_all = save_all
         self._save_soon = save_soon
         self._events = self._bytes = 0
-        """At most so much is needed: what was measured last, and what was saved since."""
+        """Upper bound of what is needed: the last measurement plus what was saved since."""
         self._measured: Needed | None = None
         self._asked = True
-        """True: it is to be measured by the next look."""
+        """True: the next look measures."""
         self._untrimmed = True
-        """True: what is not needed any more may be there."""
+        """True: the journal may hold events that no consumer needs any more."""
         self._next_s = 0.0
         self.fresh = False
         """True: the save before the next look has everything that consumers have done."""
@@ -69,19 +69,19 @@ class JournalBound:
         """Why it is full although consumers may be paused; "": it is not."""
 
     def begin(self) -> None:
-        """The consumers of the store are known: what earlier sessions have left counts."""
+        """Call once the consumers of the store are known: what earlier sessions left counts too."""
         if self._consumers:
             needed = self._journal.needed()
             self._events, self._bytes = needed.events, needed.bytes
             self._say(needed)
 
     def ask(self) -> None:
-        """A limit, or what is needed, is another one now. From any thread."""
+        """A limit has changed, or what consumers need. From any thread."""
         self._asked = self._untrimmed = True
         self._save_all()
 
     def look(self, events: Sequence[StateEvent], size: int) -> None:
-        """These events were saved, or something else was: see whether there is still room. `size`: of their values."""
+        """Check whether there is still room, after a save with these events. `size`: bytes of their values."""
         if not self._consumers:
             if self._asked or self._feed.over:
                 self._asked = False
@@ -97,8 +97,8 @@ class JournalBound:
             return
         now_s = self._dispatcher.monotonic()
         if now_s < self._next_s and not self._asked:
-            # It may be full, so writers wait until it can be measured. Refused: to let them go on until then. A disk
-            # that is slow once would let them exceed the limit by all that they write in that time.
+            # It may be full, so writers wait until it can be measured. Refused: letting them continue until then. One
+            # slow disk write would let them exceed the limit by everything that they write in that time.
             self._have_writers_wait()
             self._save_soon(self._next_s - now_s)
             return
@@ -129,7 +129,7 @@ class JournalBound:
                 self._again()
 
     def _exceeds(self, events: int, size: int) -> bool:
-        """Tell whether it is full. What is full stays so until there is room for more than one save."""
+        """Return whether the journal is full. A full one stays full until there is room for more than one save."""
         limits = self._limits
         most, most_bytes = limits.journal_events, limits.journal_bytes
         if self._feed.over:
@@ -141,7 +141,7 @@ class JournalBound:
             self._set_room(self._text(self._measured))
 
     def _say(self, needed: Needed) -> bool:
-        """Have writers wait, or not. Return whether it is full."""
+        """Make writers wait, or let them continue. Return whether the journal is full."""
         over = self._exceeds(needed.events, needed.bytes)
         if not over:
             self.problem = ""
@@ -204,7 +204,7 @@ class JournalBound:
         if slowest is None:
             return
         if part * len(others) < _STALE:
-            # All of them together need less than was measured: they have handled events meanwhile.
+            # All consumers together need less than was measured: they have handled events since.
             self._save_soon(LOOK_AGAIN_S)
             return
         if self._journal.oldest_of(slowest.number, self._journal.settled, 1):
@@ -221,7 +221,7 @@ class JournalBound:
         self._save_all()
 
     def _needed_by_others(self, consumer: JournalConsumer, needed: Needed) -> int:
-        """Return up to where no consumer that goes on needs what this one does."""
+        """Return the position up to which no consumer needs these events, not counting those paused as full."""
         upto = self._journal.settled
         for group in needed.groups:
             if consumer.number in group:
@@ -232,7 +232,7 @@ class JournalBound:
         return upto
 
     def _excess(self, needed: Needed) -> int:
-        """Return how many events are to go."""
+        """Return how many events must be removed."""
         limits = self._limits
         excess = needed.events - _low(limits.journal_events) + 1
         if limits.journal_bytes and needed.bytes >= limits.journal_bytes:
@@ -243,5 +243,5 @@ class JournalBound:
 
 
 def _low(limit: int) -> int:
-    """Return what is too much as long as it is full; 0 of no limit."""
+    """Return the least size at which a full journal stays full; 0 if there is no limit."""
     return max(limit - limit // _SLACK, 1) if limit else 0

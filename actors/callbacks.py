@@ -1,4 +1,4 @@
-"""Running functions of callers within turns, and refusing the engine to them.
+"""Running callers' functions within turns, and refusing calls of the engine from them.
 
 While such a function runs, its scope serves no other call. If it called the engine, it would at best see a scope
 outside of its transaction, and at worst wait for itself, or for a thread that waits for it. So every call of the engine
@@ -24,7 +24,7 @@ LONG_S: Final = 0.25
 _METHODS: Final = ("modify", "transact")
 
 IN_CALLBACK: Final[dict[int, str]] = {}
-"""Thread id -> the method whose function runs there, or what checks a value there.
+"""Thread id -> the method whose function runs there, or the check of a value that runs there.
 
 Nearly always empty, which every call of the engine checks."""
 

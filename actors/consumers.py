@@ -1,4 +1,4 @@
-"""Consumers of the journal: they take committed events, and save what is over with the next save."""
+"""Consumers of the journal: they take committed events, and the next save stores which deliveries are over."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MOST_LIVE_BYTES: Final = 16 << 20
 PAGE: Final = 1000
 """Events that are read from the journal at a time."""
 MANY_ENDED: Final = 1000
-"""So many outcomes are saved at once; fewer wait for the next save, at most `SAVED_AFTER_S`."""
+"""This many outcomes are saved at once; fewer wait for the next save, at most `SAVED_AFTER_S`."""
 SAVED_AFTER_S: Final = 0.1
 SETTLE_AGAIN_S: Final = 0.05
 """How long a look at what is not over waits for news: a pause that ends makes none."""
@@ -70,7 +70,7 @@ class JournalConsumer(ConsumerPort):
 
     Committed events come from the saving actor. What does not fit into memory, and what an earlier session has left,
     is read from the journal in pages. While that goes on, new events are collected again from the moment a page is
-    read: each is either on a page, or collected behind it.
+    read: each is either on a page, or collected after it.
     """
 
     notes_at_once = 64
@@ -94,7 +94,7 @@ class JournalConsumer(ConsumerPort):
         self._ended: list[Outcome] = []
         self._paused = saved.paused
         self.trimmed = trimmed_of(saved.paused)
-        """Events that it has lost because the journal was full; None: it is not paused for that."""
+        """How many events it has lost because the journal was full; None: it is not paused for that reason."""
         self._max_dead = 0
         self._handler: Holder | None = None
         """What takes its events in this engine, also if its trigger was unregistered."""
@@ -601,7 +601,7 @@ class JournalConsumers(Consumers):
         limits: Limits,
         claim_s: float = 0.0,
     ) -> None:
-        """`claim_s`: for so long, what was begun in the session before may be claimed by engines that join."""
+        """`claim_s`: how many seconds engines that join may claim what was begun in the session before."""
         self._claims_end_s = dispatcher.monotonic() + claim_s
         self.journal = journal
         self.feed = feed
@@ -693,7 +693,7 @@ class JournalConsumers(Consumers):
         return left
 
     def _start(self, trigger: Trigger) -> int:
-        """Return the position behind which a new consumer begins. Raises Compacted and InvalidRegistration."""
+        """Return the position after which a new consumer begins. Raises Compacted and InvalidRegistration."""
         if trigger.start == "now":
             self.feed.number()
             return self.feed.position
@@ -768,7 +768,7 @@ class JournalConsumers(Consumers):
         self.bound.look(events, size)
 
     def note_ended(self, *, many: bool) -> None:
-        """Something has ended: it is saved at once if it is much, else soon."""
+        """Attempts have ended: save at once if there are many, else soon."""
         if many:
             self.flush_soon()
         elif not self._asked:
@@ -904,7 +904,7 @@ def no_memory_for(scope: str) -> str:
 
 
 def position_of(cursor: str, feed: Feed, journal: Journal) -> int:
-    """Return the position behind which a consumer that starts at a cursor begins.
+    """Return the position after which a consumer that starts at a cursor begins.
 
     Raises InvalidCursor, and Compacted if the journal does not have what follows it.
     """

@@ -1,6 +1,6 @@
-"""What a durable trigger needs of the place where its events are kept: the port between the runtime and a backend.
+"""The port between the runtime of durable triggers and a backend that keeps their events.
 
-`actors/durable.py` runs the handlers: order, attempts, pauses, time limits. Behind the port it is remembered which
+`actors/durable.py` runs the handlers: order, attempts, pauses, time limits. The backend remembers which
 deliveries are over. Two backends implement it: the journal of a store (`actors/consumers.py`), whose consumers belong
 to one engine, and a consumer group in Redis, which several engines share.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scopestate.ops.triggers import Trigger
 
 Verdict = Literal["done", "retry", "dead", "held"]
-"""How an attempt ended. "held": given up, and what is behind it in order waits for a replay or a purge."""
+"""How an attempt ended. "held": given up, and the events after it in its order wait for a replay or a purge."""
 
 
 BY_THE_PROGRAM: Final = "paused by the program"
@@ -46,18 +46,18 @@ class Held(msgspec.Struct, gc=False):
     cut_off: bool = False
     """True: the last attempt ended with its process."""
     blocked: bool = False
-    """True: it was given up and holds back what is behind it in order, until it is replayed or purged."""
+    """True: it was given up and holds back the events after it in its order, until it is replayed or purged."""
 
 
 class HeldGroup(Held, gc=True):
     """Several events that are delivered as one: debounced, or in a list. They have one attempt and one outcome."""
 
     members: list[Held] = []
-    """What each of them was fetched as."""
+    """The events as they were fetched."""
 
 
 def members_of(item: Held) -> list[Held]:
-    """Return what a delivery acknowledges."""
+    """Return the events that a delivery acknowledges."""
     return item.members if isinstance(item, HeldGroup) else [item]
 
 
@@ -85,8 +85,7 @@ class ConsumerStatus(Plain, msgspec.Struct, frozen=True):
     name: str
     """The name that the trigger was given with `durable`."""
     lag_events: int
-    """Events in the journal that may be its, and are not over: approximately, as they are not compared with its
-    filters."""
+    """Events in the journal that it may still have to handle. Approximate: they are not compared with its filters."""
     lag_seconds: float
     """The age of the oldest of them; 0.0 if no event waits."""
     in_flight: int
@@ -154,7 +153,7 @@ class ConsumerPort(ABC):
     """One consumer. Every method may be called from any thread. `fetch`, `began` and `flush` may wait for a disk or a
     connection, so they are called on worker threads only.
 
-    Library errors never escape: what fails raises StorageError, and the runtime tries again later.
+    Library errors never escape: a method that fails raises StorageError, and the runtime tries again later.
     """
 
     name: str
@@ -190,20 +189,20 @@ class ConsumerPort(ABC):
 
     @abstractmethod
     def began(self, attempts: Sequence[tuple[int, int]]) -> None:
-        """Note attempts that are about to begin, as position and number. They count from then on, also if the process
+        """Note attempts that are about to begin, as position and number. They count from then on, even if the process
         is killed."""
 
     @abstractmethod
     def ended(self, outcomes: Sequence[Outcome]) -> None:
-        """Note how attempts ended. It need not be saved yet: what is not is delivered again after an end of the
-        process."""
+        """Note how attempts ended. This need not be saved at once: if the process ends first, the events are delivered
+        again."""
 
     def hand_over(self) -> list[Outcome]:
-        """Return outcomes that are kept in this engine only: another port goes on. The runtime hears nothing more."""
+        """Return outcomes that only this engine has: another port takes over. The runtime gets no more calls."""
         return []
 
     def left_behind(self) -> list[Outcome]:
-        """Return the outcomes that were noted since `hand_over`, each one time: they are for the next port."""
+        """Return the outcomes that were noted since `hand_over`, each of them once. They are for the next port."""
         return []
 
     @abstractmethod
@@ -218,7 +217,7 @@ class ConsumerPort(ABC):
         """The write that was to acknowledge it has failed, and nothing of it is left."""
 
     def is_acknowledged(self, position: int) -> bool:
-        """Return whether a delivery is over, as far as what `flush` has saved tells."""
+        """Return whether a delivery is over, according to what `flush` has saved."""
         del position
         return False
 
@@ -233,12 +232,13 @@ class ConsumerPort(ABC):
 
     @abstractmethod
     def pause(self, why: str) -> None:
-        """Note that the runtime takes no more events, and why, until `Consumers.resume`."""
+        """Note that the runtime takes no events until `Consumers.resume`, and why."""
 
     def full(self, letters: int) -> bool:
         """Return whether it has as many dead letters as it may; the runtime then pauses it.
 
-        False reserves places for so many, which are those of one delivery: the last one may have some too many.
+        If it returns False, it has reserved places for this many letters, all of one delivery. The last delivery may
+        exceed the limit.
         """
         del letters
         return False
@@ -259,7 +259,7 @@ class Consumers(ABC):
         """Return the consumer with this name. A new one begins where the `start` of the trigger says."""
 
     def share(self, name: str, trigger: Trigger) -> SharedConsumer:
-        """Return what divides the events of a consumer among engines that reach it through this one; as `open`.
+        """Return the object that divides a consumer's events among engines that reach it through this one; as `open`.
 
         Raises Unsupported where consumers are kept elsewhere.
         """
@@ -292,14 +292,14 @@ class Consumers(ABC):
         return []
 
     def limits_changed(self) -> None:  # noqa: B027 - a backend may have its own limits
-        """The limits of the configuration are others now."""
+        """The limits of the configuration have changed."""
 
     @abstractmethod
     def status(self, name: str) -> ConsumerStatus | None:
-        """Return how far a consumer is, also one without a trigger here; None if no consumer has this name."""
+        """Return how far a consumer has come, even if it has no trigger here; None if no consumer has this name."""
 
     def statuses(self) -> list[ConsumerStatus]:
-        """Return how far all consumers are, in the order of their names."""
+        """Return how far all consumers have come, in the order of their names."""
         found = [self.status(name) for name in self.names()]
         return [status for status in found if status is not None]  # one may have been forgotten just now
 
@@ -319,15 +319,15 @@ class Consumers(ABC):
 
     @abstractmethod
     def letters(self, consumer: str | None, limit: int, after: str | None) -> list[DeadLetter]:
-        """Return dead letters, the oldest first: those behind the one with the id `after`."""
+        """Return dead letters, the oldest first: those after the one with the id `after`."""
 
     @abstractmethod
     def letter(self, letter_id: str) -> DeadLetter | None:
-        """Return one; None if no letter has this id."""
+        """Return a letter; None if no letter has this id."""
 
     @abstractmethod
     def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
-        """Make deliveries of letters, and remove them; return how many. `ids` None: all. Each one whole, or not.
+        """Turn letters into deliveries, and return how many. `ids` None: all. Each one whole, or not.
 
         `reset`: attempts, times and errors begin anew; else the attempts go on, with one more.
         """

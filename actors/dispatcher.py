@@ -63,7 +63,7 @@ class Dispatcher(Protocol):
         """Call `callback()` after `delay_s` seconds. It must be quick and must not raise."""
 
     waiter: Callable[[Reply[Any], float | None], None] | None
-    """How threads wait for a reply, for some seconds at most; None: they block."""
+    """Waits for a reply, at most the given seconds; None: threads block."""
 
     def reply(self) -> Reply[Any]:
         """Make a future that threads of this dispatcher can wait for."""

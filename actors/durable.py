@@ -38,12 +38,11 @@ if TYPE_CHECKING:
 log = Log("scopestate.triggers")
 
 MOST_ACTIVE: Final = 4096
-"""Deliveries that a trigger holds to be handled now. Those that wait for a retry, and what is behind them, are not
-counted."""
+"""Deliveries that a trigger holds to be handled now. Not counted: those that wait for a retry, and those after them."""
 MOST_HELD: Final = 100_000
 """Deliveries that a trigger holds in all; further events stay in the journal."""
 MOST_HELD_BYTES: Final = 64 << 20
-"""Bytes of the values of these, about; with more it fetches nothing before some of them are over."""
+"""Approximate bytes of the values of these. Above that, it fetches nothing until some of them are over."""
 FETCHED: Final = 256
 """Events that are fetched at a time."""
 NEAR_S: Final = 1.0
@@ -51,7 +50,7 @@ NEAR_S: Final = 1.0
 TROUBLE_S: Final = 2.0
 """Pause after the store or the connection has failed."""
 CONFLICT_S: Final = 0.02
-"""At most so long a delivery waits before it is tried again after a conflict of its transaction."""
+"""A delivery waits at most this long before it is tried again after a conflict of its transaction."""
 LONGEST_TEXT: Final = 16_384
 """Characters of an error, and of a traceback, that a dead letter keeps."""
 
@@ -59,7 +58,7 @@ _RETRY: Final = Retry()
 
 
 class CutOff(Exception):
-    """Why a delivery is given up that has always ended with its process."""
+    """The reason for giving up a delivery if every attempt at it ended with its process."""
 
     def __init__(self, attempts: int) -> None:
         super().__init__(
@@ -72,7 +71,7 @@ TransactionMaker = Callable[["Attempt", str], Any]
 
 
 class Attempt:
-    """One call of the handler with one event. It stands behind the `Delivery` that the handler gets."""
+    """One call of the handler with one event. The `Delivery` that the handler gets calls it."""
 
     __slots__ = (
         "call", "counted", "due_s", "event", "handler", "item", "late", "lost", "number", "over", "pause",
@@ -88,15 +87,15 @@ class Attempt:
         self.due_s = math.inf
         """When it is overdue, by the dispatcher's clock; inf until the function is called."""
         self.pause: Pause | None = None
-        """Before the next attempt with the same event; None: there is none."""
+        """The pause before the next attempt with the same event; None: there is no pause."""
         self.counted: Counted = ""
         """What it counts as."""
         self.call: OnLoop | None = None
         """What it waits for on an event loop."""
         self.late = False
-        """True: it is overdue. What the function says from here on does not count."""
+        """True: it is overdue, and what the function returns or raises does not count."""
         self.lost = False
-        """True: it is not this engine's any more, and its outcome does not count."""
+        """True: the delivery is no longer this engine's, and the outcome does not count."""
         self.over = False
         self.transaction_of: Literal["open", "failed", "done", "unknown"] | None = None
         """What became of its transaction; None: it has had none."""
@@ -176,7 +175,7 @@ class _WaitingBarrier:
 class DurableHandler(HandlerActor):
     """Calls the function of one durable trigger. Its events come from a consumer, not from the router.
 
-    As in every handler, lanes decide what may begin, and one turn at a time takes it. What is different: an attempt is
+    As in every handler, lanes decide what may begin, and one turn at a time takes it. The differences: an attempt is
     noted before it begins, and its outcome before its lane goes on; pauses survive a restart; an event that was given
     up may hold back its lane; and events that wait are not lost when the engine closes.
     """
@@ -189,19 +188,19 @@ class DurableHandler(HandlerActor):
         self.port = port
         self._clock = clock
         self._incoming: deque[Held] = deque()
-        """Fetched, and not in a lane yet."""
+        """Events that were fetched and are not in a lane yet."""
         self._in_shape: dict[int, Held] = {}
-        """Position -> what is debounced, or waits for its batch."""
+        """Position -> the event that is debounced, or waits for its batch."""
         self._attempts: dict[Attempt, None] = {}
-        """Those that have begun."""
+        """Attempts that have begun."""
         self._blocked: dict[int, Run] = {}
         """Position -> the run that was given up and holds back its lane."""
         self._lacking = False
-        """True: the function was not registered when it was looked for."""
+        """True: the function was not registered at the last look-up."""
         self._counted_at = -1
-        """`taken` when what it holds was last counted."""
+        """The value of `taken` when the held deliveries were last counted."""
         self._again = False
-        """True: something may be fetched since that was last looked at."""
+        """True: since the last check, there may be something to fetch."""
         self._lost: list[frozenset[int]] = []
         self._next_port: ConsumerPort | None = None
         self._exclusive = Guard()
@@ -215,7 +214,7 @@ class DurableHandler(HandlerActor):
     # ---------------------------------------------------------------------------------------- what the engine asks
 
     def replace(self, trigger: Trigger) -> None:
-        """Begin, or go on with another trigger of the same name: its function, its filters, its options."""
+        """Begin, or continue with another trigger of the same name: its function, its filters, its options."""
         self._note_shape(trigger)
         self.trigger = trigger
         self.active = True
@@ -238,7 +237,7 @@ class DurableHandler(HandlerActor):
             self.port.stop()
 
     def move_to(self, port: ConsumerPort) -> None:
-        """Take the events from here on from another place, which has the same ones. What is running goes on."""
+        """Take the events from another port from now on, which has the same events. Running attempts continue."""
         self._next_port = port
         self.wake_up()
 
