@@ -105,8 +105,8 @@ class Backlog:
     """The bytes of the events that wait for handlers, and the writers that wait for room.
 
     Two counters with one writer each need no lock: the router's turn adds the bytes it offers to a handler, and a
-    handler returns the bytes it has taken through `released`. Each copy of an event counts. Only if that sum is over the
-    limit are the values counted one by one, because copies share them.
+    handler returns the bytes it has taken through `released`. Each copy of an event counts. Only if that sum is over
+    the limit are the values counted one by one, because copies share them.
     """
 
     def __init__(self, dispatcher: Dispatcher, limits: Limits) -> None:

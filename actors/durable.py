@@ -320,7 +320,7 @@ class DurableHandler(HandlerActor):
         self._barriers = [waiting for waiting in self._barriers if waiting.barrier is not item]
 
     def status_from(self, status: ConsumerStatus) -> ConsumerStatus:
-        """Return how far the consumer is, with what this engine does of it."""
+        """Return how far the consumer has come, with this engine's part of the work."""
         return ConsumerStatus(
             status.name,
             status.lag_events,
@@ -333,7 +333,7 @@ class DurableHandler(HandlerActor):
         )
 
     def wake_up(self) -> None:
-        """There may be something to do. From any thread."""
+        """Check for work in a turn. From any thread."""
         self._again = self._asked = True
         self._stuck = False
         if self._claim and not self._looking:
@@ -362,7 +362,7 @@ class DurableHandler(HandlerActor):
         return self.offered - self.taken < MOST_HELD_BYTES or self._has_room(lanes, active)
 
     def _has_room(self, lanes: Lanes, active: int) -> bool:
-        """As there is too much: count again what it holds, when nothing but pauses is left. Not all of it has begun."""
+        """Count again what it holds, if that is too much and nothing but pauses is left. Not all of it has begun."""
         if active or self._incoming or self._in_shape or self.taken == self._counted_at:
             return False
         self._counted_at = self.taken
@@ -486,7 +486,7 @@ class DurableHandler(HandlerActor):
                 self._pass_over(position)
 
     def _pass_over(self, position: int) -> None:
-        """It is not delivered, and needs not be."""
+        """Note that this event is not delivered, and need not be."""
         self._tell_port((Outcome(position, "done"),))
         self._note("skipped")
         if self._barriers:
@@ -993,7 +993,7 @@ class DurableHandler(HandlerActor):
                     self._arrives(waiting)
 
     def _look_at_barriers(self) -> None:
-        """Let those barriers arrive that have nothing left to wait for. Within the turn."""
+        """Complete the barriers that have nothing left to wait for. Within the turn."""
         goes_on = self._may_begin()
         running = (one.event.position for attempt in list(self._attempts) for one in members_of(attempt.item))
         near = self._near() if goes_on else set(running)
@@ -1010,7 +1010,7 @@ class DurableHandler(HandlerActor):
         waiting.barrier.arrive(self)
 
     def _near(self) -> set[int]:
-        """Return the positions of what is here and need not wait for long, or for a caller."""
+        """Return the positions of events here that wait neither for long nor for a caller."""
         lanes, near_ms = self._lanes, self._clock.now_ms() + int(NEAR_S * 1000)
         near = {item.event.position for item in self._incoming}
         near.update(self._in_shape)

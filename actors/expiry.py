@@ -1,4 +1,4 @@
-"""The actor that has scopes remove the keys whose deadline has passed: when, and how many at a time."""
+"""The actor that has scopes remove expired keys. It decides when, and how many at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FULL_PAUSE_S: Final = 1.0
 AHEAD_MS: Final = 60_000
 """A time of day that was set back by more than this is a problem too: deadlines that are moments come early."""
 OVERDUE_MS: Final = 10_000
-"""Keys that have not been removed so long after their deadline are a problem of the engine's health."""
+"""Keys that are not removed this many milliseconds after their deadline are reported as a health problem."""
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -76,7 +76,7 @@ class _Asked(msgspec.Struct, eq=False):
     limit: int
     window_s: float
     expected_ms: int = NEVER
-    """When the scope must be looked at again at the latest, from what has been told since."""
+    """When the scope must be looked at again at the latest, according to messages that came since."""
 
 
 class _Refused(msgspec.Struct):
@@ -103,7 +103,7 @@ class ExpiryActor(TurnActor):
         self._directory = directory
         self._store: Store | None = None
         self._next: dict[str, int] = {}
-        """Scope -> when to look at it, in milliseconds since the epoch. What else the heap has of it is out of date."""
+        """Scope -> when to look at it, in milliseconds since the epoch. Other entries in the heap are out of date."""
         self._heap: list[tuple[int, str]] = []
         self._asked: dict[str, _Asked] = {}
         self._refused: dict[str, _Refused] = {}

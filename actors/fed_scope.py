@@ -1,4 +1,4 @@
-"""What the feed has of one scope."""
+"""What the feed keeps about one scope."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FedScope:
-    """What the feed has of one scope. Changed under the feed's guard."""
+    """What the feed keeps about one scope. Changed under the feed's guard."""
 
     __slots__ = (
         "awaited",
@@ -44,9 +44,9 @@ class FedScope:
         self.ring: deque[StateEvent] = deque()
         """Its changes that are in the ring, or will be as soon as those before them are settled."""
         self.floor: int | None = None
-        """Every change behind this revision is in `ring`. None: not known yet."""
+        """Every change after this revision is in `ring`. None: not known yet."""
         self.begin: int | None = None
-        """Every change behind this revision was entered into the feed."""
+        """Every change after this revision was entered into the feed."""
         self.last = 0
         """The revision of the last change that was given to the watches of this scope."""
         self.unsaved: deque[StateEvent] = deque()
@@ -59,7 +59,7 @@ class FedScope:
         """The watches of many scopes that want this one."""
 
     def begins_at(self, revision: int) -> None:
-        """Note that every change behind this revision is entered."""
+        """Note that every change after this revision is entered."""
         if self.floor is None:
             self.floor = revision
         if self.begin is None:

@@ -38,23 +38,23 @@ log = Log("scopestate.triggers")
 
 RING_EVENTS: Final = 100_000
 RING_BYTES: Final = 64 << 20
-"""How much the ring holds at most. The newest change is always there."""
+"""The most bytes that the ring holds. The newest change is always there."""
 OVERHEAD: Final = 500
-"""Bytes that a change in the ring takes, beside its new value: the value before is mostly that of a change before."""
+"""Bytes that a change in the ring takes beside its new value. Its old value is mostly that of an earlier change."""
 SAVE_BYTES: Final = 16 << 20
-"""If so much waits to be written into the journal, it is saved before the interval is over."""
+"""If this many bytes wait to be written into the journal, they are saved before the interval is over."""
 MOST_UNSAVED_BYTES: Final = 256 << 20
-"""If so much waits, because saving is slow or fails, writers wait."""
+"""If this many bytes wait, because saving is slow or fails, writers wait."""
 MOST_INCOMING: Final = 10_000
 """Changes that may wait for their positions, where nothing else needs them."""
 SOONEST_S: Final = 1.0
 """The shortest pause between two looks for watches that have ended."""
 PRIMED_EVENTS: Final = 1_000
-"""So many of the newest changes in the journal are read where another engine has ended."""
+"""How many of the newest changes in the journal are read when this engine follows another one."""
 PRIMED_S: Final = 15.0
-"""So long every scope is fed then: watches that know the engine before come in that time, or need a history."""
+"""How long every scope is fed then. Watches of the earlier engine return within that time, or need a `history` rule."""
 LINGER_S: Final = 60.0
-"""So long a scope stays fed after the last watch of it, for a watch that comes back with its cursor."""
+"""How long a scope stays fed after its last watch ended, for a watch that returns with its cursor."""
 
 
 class Feed:
@@ -67,7 +67,7 @@ class Feed:
     over = ""
     """Why writes to the scopes of durable triggers wait: the journal is full. "": they do not."""
     primed = 0
-    """The position behind which `prime` has entered everything."""
+    """The position after which `prime` has entered everything."""
     _room = _room_bytes = sys.maxsize
     """So much may be unsaved until it is."""
 
@@ -82,10 +82,10 @@ class Feed:
         self.epoch = 0
         self.store_id = ""
         self.cursors = ManyCursors("", 0)
-        """What makes the cursors of many scopes."""
+        """Makes the cursors of watches of many scopes."""
         self.journal: Journal | None = None
         self._rules: Rules | None = None
-        """What the journal has to keep."""
+        """What the journal must keep."""
         self.past: Past | None = None
         """Where changes are that the ring no longer has; None: nowhere."""
         self._numbered_elsewhere = False
@@ -100,7 +100,7 @@ class Feed:
         self._interests = Interests()
         self._scopes: dict[str, FedScope] = {}
         self._behind: dict[str, FedScope] = {}
-        """Those that may have changes that no save has taken. Looking at all of them would hold up each save."""
+        """The scopes that may have changes that no save has taken. Looking at every scope would delay each save."""
         self._many: tuple[Watcher, ...] = ()
         self._ring: deque[StateEvent] = deque()
         self._ring_bytes = 0
@@ -109,14 +109,14 @@ class Feed:
         self._shown = 0
         """The position up to which watches of many scopes have everything."""
         self._later: list[StateEvent] = []
-        """Changes behind one that is not settled."""
+        """Changes after one that is not settled."""
         self._holds: dict[Hold, int] = {}
         """Commits under way, with the position of their first change."""
         self.save_soon: Callable[[list[str]], object] = lambda scopes: None
         """Has these scopes saved before the interval is over."""
         self._soon: dict[str, None] = {}
         self._unsaved = 0
-        """About the bytes of changes that are to be written into the journal."""
+        """Approximate bytes of the changes that must be written into the journal."""
         self._unsaved_events = 0
         self._commits = False
         """True if there was a scope whose changes are not counted there, as they are saved by commits."""
@@ -126,7 +126,7 @@ class Feed:
         """Tells writers that wait that there may be room."""
         self._committed: list[Callable[[Sequence[StateEvent]], object]] = []
         self._dropped: list[Watcher] = []
-        """Watches that nothing refers to any more."""
+        """Watches that are no longer referenced."""
         self._timer: Timer | None = None
         self._ended = False
         self.entered = 0
@@ -186,7 +186,7 @@ class Feed:
 
     @exclusive
     def begin_anew(self, store_id: str, epoch: int, position: int, why: str) -> None:
-        """The changes go on behind this position, and what came before is not complete. Watches end with the reason."""
+        """Continue after this position; the changes before it are not complete. Watches end with the reason."""
         self.store_id, self.epoch, self.position = store_id, epoch, position
         self.cursors = ManyCursors(store_id, epoch)
         self._ring.clear()
@@ -224,7 +224,7 @@ class Feed:
     # ------------------------------------------------------------------------------------------------------ interests
 
     def is_wanted(self, scope: str | None) -> bool:
-        """Return whether the changes of a scope are wanted; None: those of every scope, also of ones to come."""
+        """Return whether the changes of a scope are wanted; None: of every scope, even one made later."""
         if scope is None:
             return self._interests.want_all()
         return self._interests.want(scope) or self._history(scope) is not None
@@ -264,7 +264,7 @@ class Feed:
         return interest, True
 
     def unwant(self, interest: Interest) -> None:
-        """Take a wish back: of a durable trigger at once, of a watch after a while, in which it may come back."""
+        """End an interest: of a durable trigger at once, of a watch after a while, in which it may return."""
         self._exclusive.run(self._unwant, interest)
         if interest.consumer is not None and not interest.users:
             self._feed(interest)
@@ -282,7 +282,7 @@ class Feed:
     def _end_interest(self, interest: Interest) -> None:
         self._interests.remove(interest)
         self._await_durable()
-        # What is not entered from now on comes behind every cursor that was given before.
+        # Changes that are not entered from now on come after every cursor that was given before.
         if not self._numbered_elsewhere:
             self.position += 1
 
@@ -302,7 +302,7 @@ class Feed:
             self._exclusive.run(self._refresh, interest.scope)
 
     def history_changed(self) -> None:
-        """The rules of the configuration are others now."""
+        """The rules of the configuration have changed."""
         self._give_rules()
         self._triggers.refeed(None)
         self._exclusive.run(self._refresh, None)

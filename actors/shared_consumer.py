@@ -1,8 +1,8 @@
 """One consumer of a store's journal, whose events several engines handle: this one, and those that follow it.
 
 An event that an engine was given, and that is not over, is *held* by it. As long as an engine holds an event of a lane,
-it alone is given the later events of that lane; what is read for another one is *parked*. So the events of a lane are
-handled one after the other, whichever engines handle them, and each engine keeps the order of what it holds itself.
+it alone is given the later events of that lane; those that are read for another engine are *parked*. So the events of a
+lane are handled one after the other, whichever engines handle them, and each engine keeps the order of what it holds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HERE: Final = ""
 ENDED: Final = -1
 """In place of the number of an attempt: it has ended, and its outcome is not told yet."""
 MOST_PARKED: Final = 10_000
-"""So many events are parked at most; with more, nothing is read before some of them are given to an engine."""
+"""The most events that are parked. With more, nothing is read until some of them are given to an engine."""
 MOST_PARKED_BYTES: Final = 64 << 20
 NEAR_MS: Final = 1000
 """As `actors.durable.NEAR_S`: a retry that is due later is not waited for."""
@@ -48,7 +48,7 @@ def selects_alike(one: Trigger, other: Trigger) -> bool:
 
 
 def standing_by(consumer: str) -> str:
-    """Say that the trigger of an engine gets no events, as another one has other filters."""
+    """Return the text that says that an engine's trigger gets no events, because a newer one has other filters."""
     return (
         f"the trigger of consumer {consumer!r} here stands by: another process has registered the name later, with "
         "other filters or another order, and those count"
@@ -56,12 +56,12 @@ def standing_by(consumer: str) -> str:
 
 
 class Source(Protocol):
-    """What a shared consumer takes its events from, and tells what is over: a consumer of the journal."""
+    """The source of a shared consumer's events, which it tells what is over: a consumer of the journal."""
 
     name: str
     number: int
     forgotten: bool
-    """True: the consumer is gone, and what is said about its events counts no more."""
+    """True: the consumer is gone, and outcomes of its events no longer count."""
     reading: threading.Lock
     """Held while events are read and sorted, so that they are sorted in the order in which they are read."""
 
@@ -129,16 +129,16 @@ class Holder:
         self.lost = lost
         self.holds: dict[int, Hold] = {}
         self.active = 0
-        """How many of them are in lanes that do not wait for another attempt."""
+        """How many of its events are in lanes that do not wait for another attempt."""
         self.given: deque[Held] = deque()
-        """What it gets before anything else: replayed events that hold back their lanes, and what did not fit."""
+        """Events that it gets before any others: replayed ones that hold back their lanes, and those left over."""
         self.pace = Pace(monotonic)
         self.is_hungry = False
         """True: its last fetch found too little."""
         self.stands_by = False
         """True: a newer trigger wants other events, or another order."""
         self.is_leaving = False
-        """True: it is given nothing more, and is no holder any more when it holds nothing."""
+        """True: it gets no more events, and stops being a holder once it holds none."""
 
     def room(self) -> int:
         """Return how many more events it may hold."""
@@ -179,16 +179,16 @@ class _Lane:
         """How many of its events each engine holds. More than one does: what they were handling under another owner."""
         self.holds: dict[int, Hold] = {}
         self.parked: dict[int, Held] = {}
-        """In the order in which they are to be handled; all of them behind what is held."""
+        """In the order in which they must be handled; all of them come after the held events."""
         self.waits = 0
-        """How many of those held wait."""
+        """How many of the held events wait."""
 
     def is_open_to(self, holder: Holder) -> bool:
         """Return whether no other engine holds an event of it."""
         return not self.holders or (len(self.holders) == 1 and holder in self.holders)
 
     def add(self, holder: Holder, by: int) -> None:
-        """Count an event that an engine holds, or holds no more."""
+        """Count an event that an engine holds, or no longer holds."""
         count = self.holders.pop(holder, 0) + by
         if count:
             self.holders[holder] = count
@@ -215,7 +215,7 @@ class SharedConsumer:
         self._early: _Early | None = None
         """What begins and ends here between `expect` and `begin`; None: at any other time."""
         self._unclaimed: Holder | None = None
-        """Has what an engine was handling when the one before this one ended, until that engine claims it."""
+        """Holds what each engine was handling when the previous owner ended, until that engine claims it."""
 
     def expect_claims(self) -> None:
         """What was begun in the session before may go on in an engine that is about to join."""
@@ -223,7 +223,7 @@ class SharedConsumer:
         self._unclaimed = Holder("", trigger, 0, lambda: None, lambda positions: None, self._monotonic)
 
     def end_claims(self) -> None:
-        """What is not claimed by now is delivered again."""
+        """Events that are not claimed by now are delivered again."""
         self._guard.run(self._end_claims)
         self.wake_all()
 
@@ -416,7 +416,7 @@ class SharedConsumer:
         return self._elect()
 
     def _elect(self) -> list[tuple[Holder, list[int]]]:
-        """See whose trigger counts. Returns engines with what they are given no more."""
+        """Find out whose trigger counts. Returns engines, each with the events taken away from it."""
         holders = [one for one in self._holders.values() if not one.is_leaving]
         if not holders:
             return []
@@ -491,7 +491,7 @@ class SharedConsumer:
             self._source.end_sharing()
 
     def _give(self, holder: Holder, most: int) -> tuple[list[Held], int]:
-        """Return what is parked and may go to this engine, and how many events it may get in all."""
+        """Return the parked events that may go to this engine, and how many events it may get in all."""
         given = holder.given
         found = [given.popleft() for _ in range(min(most, len(given)))]
         room = min(most, max(holder.room(), 0) + len(found)) if not holder.stands_by else 0
@@ -543,7 +543,7 @@ class SharedConsumer:
         return found, 0 if gone else room
 
     def keep(self, holder: Holder, items: Sequence[Held]) -> None:
-        """Give these to the engine with its next fetch: they were too many for one answer."""
+        """Give these events to the engine with its next fetch, because they were too many for one answer."""
         self._guard.run(holder.given.extendleft, reversed(items))
 
     # ------------------------------------------------------------------------------------------------------ outcomes
@@ -576,7 +576,7 @@ class SharedConsumer:
         return held, gone
 
     def ended(self, holder: Holder, outcomes: Sequence[Outcome], *, is_taken: bool = False) -> None:
-        """Note how attempts have ended. What the engine does not hold any more is not counted.
+        """Note how attempts have ended. Events that the engine no longer holds do not count.
 
         `is_taken`: the consumer knows them already.
         """
@@ -726,7 +726,7 @@ class SharedConsumer:
         self._tidy(lane)
 
     def _tidy(self, lane: _Lane) -> None:
-        """See what becomes of a lane of which something was taken."""
+        """Update a lane from which an event was taken."""
         if lane.holds:
             return
         if lane.parked:
@@ -758,7 +758,7 @@ class SharedConsumer:
                 one.holder.active += -1 if waits else 1
 
     def _park(self, holds: Sequence[Hold]) -> None:
-        """Take these from the engines that hold them. They come before what is parked behind them in their lanes."""
+        """Take these from the engines that hold them. They come before the events parked in their lanes."""
         first: dict[_Lane, list[Held]] = {}
         for hold in holds:
             lane = hold.lane
@@ -816,7 +816,7 @@ class SharedConsumer:
         return lambda: self._guard.run(self._waiters.remove, waiter)
 
     def is_settled(self, mark: int) -> bool:
-        """Return whether no event up to a position is to be handled soon: none is left, or only such as wait long."""
+        """Return whether no event up to a position will be handled soon: none is left, or all of them wait for long."""
         if self._source.paused() is not None or not (self._holders or self._unclaimed):
             return not any(hold.begun for hold in list(self._holds.values()))
         return self._source.is_read_to(mark) and self._guard.run(self._is_settled, mark)

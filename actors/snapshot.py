@@ -1,4 +1,4 @@
-"""The actor that saves: dirty scopes in each interval, and at once what waits for a commit."""
+"""The actor that saves: dirty scopes in each interval, and scopes that wait for a commit at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = Log("scopestate.persistence")
 
 LONGEST_BACKOFF_S: Final = 30.0
 TRIM_EVERY_S: Final = 60.0
-"""So often the journal is trimmed by itself: changes become too old although nothing is saved."""
+"""How often the journal is trimmed without a save: changes become too old even if nothing is saved."""
 SOONEST_OVERDUE_S: Final = 0.2
 """A save is not overdue before it is this late: a busy machine may delay it, however short the interval."""
 
@@ -56,7 +56,7 @@ class SaveSoon(msgspec.Struct, frozen=True):
 
 
 class Feed(Protocol):
-    """What numbers the changes of the scopes, as the actor that saves needs it."""
+    """Numbers the changes of the scopes, as the actor that saves needs it."""
 
     position: int
     """The last position that was given."""
@@ -65,25 +65,28 @@ class Feed(Protocol):
         """Give positions to the changes that were entered."""
 
     def take(self, scope: str, revision: int) -> tuple[Sequence[StateEvent], int | None]:
-        """Return the changes of a scope up to a revision that no save has taken, and behind which all of them are."""
+        """Return the changes of a scope, up to a revision, that no save has taken.
+
+        And the revision after which all of them were entered.
+        """
 
     def take_held(self, batch: Batch) -> tuple[Sequence[StateEvent], int | None]:
         """As `take`, for the changes that wait for a commit."""
 
     def settled(self, batches: Sequence[Batch]) -> int:
-        """Return up to where everything is on disk when all that was taken is, and these commits."""
+        """Return up to where everything is on disk once these commits and all changes taken so far are."""
 
     def committed(self, events: Sequence[StateEvent]) -> None:
         """These changes are on disk now."""
 
 
 class Progress(Protocol):
-    """What knows how far consumers are, as the actor that saves needs it."""
+    """Knows how far consumers have come, as the actor that saves needs it."""
 
     def collect(self, *, everything: bool) -> list[ConsumerChange]:
-        """Return what is to be saved of consumers; once more what the last save has not saved.
+        """Return what must be saved of consumers, with what the last save failed to save.
 
-        `everything`: also if a later save may take it along just as well.
+        `everything`: include what could wait for a later save.
         """
 
     def saved(self) -> None:
@@ -185,7 +188,7 @@ class SnapshotActor(TurnActor):
         self._interval_s = interval_s
         if self._store is not None and not self._stopped:
             now_s = self._dispatcher.monotonic()
-            # From the last save on, not from now: otherwise changes would wait for parts of both intervals.
+            # Counted from the last save, not from now: otherwise changes would wait for parts of both intervals.
             self._arm(max(self._began_s + interval_s - now_s, 0.001))
             if self._fresh_s is not None:
                 self._fresh_s = max(
@@ -226,7 +229,7 @@ class SnapshotActor(TurnActor):
             self._ask_for_save()
 
     def save_acks_soon(self, delay_s: float) -> None:
-        """Save what consumers have done, with the next save or so many seconds later. From any thread."""
+        """Save what consumers have done, with the next save or this many seconds later. From any thread."""
         if delay_s <= 0:
             self._ask_for_save()
         elif self._acks_timer is None:
@@ -330,7 +333,7 @@ class SnapshotActor(TurnActor):
             self._try_again_soon()
 
     def _try_again_soon(self) -> None:
-        """Something waits for a save, and saving fails: the interval, which may be long, ends after a pause."""
+        """Call if something waits for a save and saving fails: ends the interval, which may be long, after a pause."""
         pause_s = self._backoff_s()
         if not self._stopped and self._due_s - self._dispatcher.monotonic() > pause_s:
             self._arm(pause_s)
@@ -344,7 +347,7 @@ class SnapshotActor(TurnActor):
         self._tell_of([])  # without a save too: the bound of the journal may be another one
 
     def _tidy(self) -> None:
-        """After an interval: save and remove what no save of a scope has taken along."""
+        """After an interval: save, and remove, what no save of a scope has included."""
         store, now_s = self._store, self._dispatcher.monotonic()
         if store is None or store.journal is None:
             return
@@ -364,9 +367,9 @@ class SnapshotActor(TurnActor):
                 log.warning("the journal was not tidied, which is tried again: %s", error)
 
     def _save(self, scopes: Iterable[str] | None = None) -> None:
-        """Save what earlier saves have left, and what is dirty. If it fails, raise StorageError and keep it all.
+        """Save what earlier saves have left, and what is dirty. If that fails, keep all of it and raise StorageError.
 
-        `scopes`: of what is dirty only these.
+        `scopes`: of the dirty scopes, only these.
         """
         dirty, feed = self.dirty, self.feed
         for scope in list(dirty) if scopes is None else scopes:
@@ -412,7 +415,7 @@ class SnapshotActor(TurnActor):
         return () if self.consumers is None else self.consumers.collect(everything=False)
 
     def _tell_of(self, saved: Sequence[ScopeChange]) -> None:
-        """Tell those that wait for changes on disk what is there now."""
+        """Tell the feed and the consumers which changes are on disk now."""
         if self.consumers is not None and (acks := [ack for change in saved for ack in change.acks]):
             self.consumers.acks_saved(acks)
         if self.feed is not None:
@@ -589,7 +592,7 @@ _position: Final[Callable[[StateEvent], int]] = attrgetter("position")
 def merged(older: ScopeChange, newer: ScopeChange) -> ScopeChange:
     """Return one change for two of a scope. While saving fails, memory grows with the keys, not with the attempts.
 
-    And with the changes for the journal, each of which is kept.
+    It also grows with the changes for the journal, each of which is kept.
     """
     return ScopeChange(
         newer.scope,

@@ -10,9 +10,9 @@ stretch:
   so no code written in Python runs.
 - Many keys are removed by the only call of a stretch, its last instruction. What it calls is written in C, so a signal
   handler runs when it has done everything. It is made beforehand, and allocates nothing.
-- What may need memory comes first, the entry of the feed before the event, and what is there by then is taken back
-  without needing any. Overwriting keys that
-  exist needs none, by a union either, and neither does removing keys: so these come last, and are never taken back.
+- Steps that may need memory come first: the entry of the feed, then the event. If one fails, the steps before it are
+  undone, which needs no memory. Overwriting existing keys, even by a union, and removing keys need no memory either,
+  so these steps come last and are never undone.
 - Other threads may read between two stretches, so what is true only together is changed in one. The removal of an
   expired key is true by itself: it is a stretch of its own, before the write of the same key.
 
@@ -49,12 +49,12 @@ from scopestate.wire.depth import event_depth
 LAST_SEQUENCE: Final = 2**53 - 2**32
 """A scope that comes this far is read only: numbers are below 2**53, and an acknowledged write is saved."""
 MOST_UNSAVED: Final = 2**31
-"""So many writes of a scope may wait to be saved: 2**32 numbers are skipped if the process ends before that, and no
+"""This many writes of a scope may wait to be saved: 2**32 numbers are skipped if the process ends before that, and no
 write may have had a higher one. It is compared at each save, which leaves the rest to the writes until the next one.
 """
 
 _COMMITS: Final = ("_write", "_create", "_write_timed", "_write_deadline", "_remove", "_write_all", "_apply")
-"""The methods that have a stretch, all of them: a scope that takes no writes has others in their place."""
+"""The methods that have a stretch, all of them: a scope that takes no writes has other methods in their place."""
 _UNUSED: Final[dict[str, int]] = {}
 _NONE_GONE: Final[dict[int, None]] = {}
 """Shared by the scopes that are not kept: nothing is put into them."""
@@ -334,7 +334,7 @@ class ScopeInMemory(ScopeActor):
             self._expect()
 
     def _remove(self, key: str, old: bytes | None, expired: Expired | None = None) -> None:
-        """Commit that a key exists no more. `old` None: it did not exist, which is an event all the same."""
+        """Commit that a key no longer exists. `old` None: it did not exist before, which still fires an event."""
         sequence = self._sequence + 1
         watch = self._watch
         anywhere = watch.anywhere
