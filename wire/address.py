@@ -91,7 +91,7 @@ class Address:
     def dial(self, timeout_s: float, is_cancelled: Callable[[], bool] = lambda: False) -> socket.socket:
         """Connect, without TLS, and return the socket, whose timeout is `timeout_s`. Blocks.
 
-        Raises OSError, at once if `is_cancelled()`, which is asked again and again.
+        Raises OSError, at once if `is_cancelled()`, which is called repeatedly.
         """
         import socket  # noqa: PLC0415 - a configuration need not load it
 
@@ -109,7 +109,7 @@ class Address:
         return sock
 
     def secure_socket(self, sock: socket.socket) -> socket.socket:
-        """Return a socket that was dialled with TLS, if the address wants it: then the other is of no use any more."""
+        """Return a dialled socket with TLS, if the address asks for it. The plain socket must not be used then."""
         context = self.tls()
         return sock if context is None else context.wrap_socket(sock, server_hostname=self.host)
 
@@ -185,7 +185,7 @@ def _connect_unix(sock: socket.socket, path: str, is_cancelled: Callable[[], boo
 
 @contextlib.contextmanager
 def usable_path(path: str) -> Iterator[str]:
-    """Give a path to bind or connect a Unix socket to, also if the real one is longer than a socket's may be.
+    """Yield a path to bind or connect a Unix socket to, even if the real path is too long for a socket.
 
     Raises OSError: the directory does not exist; ENAMETOOLONG if this system has no other way.
     """

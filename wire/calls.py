@@ -42,7 +42,7 @@ class PendingCall:
     ) -> None:
         self.function_id = function_id
         self.needs = needs
-        """What the other engine must be able to do; else the call is not sent."""
+        """What the other engine must be able to do. If it cannot, the call is not sent."""
         self.invocation_id = str(uuid.uuid4())
         self.done: Done | None = done
         """None once the outcome was delivered, or is no longer wanted."""
@@ -58,8 +58,8 @@ class PendingCalls:
     A call that was not sent survives a lost connection and is sent on the next one. A call that was sent fails: its
     answer can no longer arrive, and it may have been carried out.
 
-    A call that needs a feature of the other engine waits until this engine has said what it can do, which it is asked
-    once on each connection.
+    A call that needs a feature of the other engine waits until that engine has said what it can do. It is asked once on
+    each connection.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class PendingCalls:
         wake: Callable[[], object] | None = None,
         describe: Callable[[], str] | None = None,
     ) -> None:
-        """`wake()` is called when there is something to send again. `describe()` says more of the other engine."""
+        """`wake()` is called when there is something to send again. `describe()` says more about the other engine."""
         self._loop = loop
         self._url = url
         self._describe = describe or (lambda: "")
@@ -201,7 +201,7 @@ class PendingCalls:
 
 
 def failure_of(result: frames.InvocationResult, function_id: str) -> RemoteFailure | None:
-    """Return the error that an answer says; None if the call has succeeded."""
+    """Return the error in an answer; None if the call has succeeded."""
     error = result.error
     if error is None:
         return None

@@ -70,8 +70,8 @@ class Client:
         It may raise NotConnected, which says why there is nothing to connect to.
 
         `on_change(connected, reason)` is called when the connection is made, lost, or fails the first time;
-        `on_lost(reason, goodbye)` each time that a connection ends, or cannot be made. `goodbye`: the server has ended
-        it in order, and begun no call that it has not answered.
+        `on_lost(reason, goodbye)` each time that a connection ends, or cannot be made. `goodbye`: the server closed it
+        in order, and had answered every call that it had begun.
 
         `on_trigger_refused(error)` is called when the server refuses a trigger. `describe()` says more about the server
         in the error of a call that it does not answer. Raises ConfigError if the address or the options are invalid.

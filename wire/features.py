@@ -1,7 +1,7 @@
 """What the engine at the other end of a connection can do: the functions that it lists, and the fields of their inputs.
 
-iii 0.11.6 and older scopestate engines ignore fields that they do not know: a condition would be overlooked, and the
-write made all the same. So a call that needs more than they have is refused before it is sent.
+iii 0.11.6 and older scopestate engines ignore fields that they do not know: they would overlook a condition and make
+the write anyway. So a call that needs more than they have is refused before it is sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from scopestate.errors import CallTimeout, RemoteFailure, ScopestateError, Unsupported
 
 LIST: Final = "engine::functions::list"
-"""The function that tells."""
+"""The function that lists the others."""
 MARK: Final = "state::get-entry"
 """A function that only scopestate has. Others may have functions of the same names that do less."""
 
@@ -40,13 +40,13 @@ def may_change(function_id: str) -> bool:
 
 
 class Needs(NamedTuple):
-    """What a call needs of the other engine."""
+    """What a call needs from the other engine."""
 
     function_id: str
     fields: tuple[str, ...] = ()
     """Fields of its input."""
     later: Needs | None = None
-    """What a later call needs, without which this one is of no use."""
+    """What a later call needs, if this call is useless without it."""
 
 
 class Features(NamedTuple):

@@ -345,7 +345,7 @@ _plain_trigger_fields: Final = re.compile(rb'"(trigger_type|function_id)"\s*:\s*
 
 
 class Glimpse(NamedTuple):
-    """What the text of a message shows that cannot be decoded."""
+    """What can be seen in the text of a message that cannot be decoded."""
 
     kind: Literal["call", "answer", "trigger"]
     id: str
@@ -355,7 +355,7 @@ class Glimpse(NamedTuple):
 
 
 def glimpse(message: bytes, error: Exception) -> Glimpse | None:
-    """Return what kind of message this is, if that is plain and it has exactly one id.
+    """Return what kind of message this is, if that is clear and it has exactly one id.
 
     `error` is why it cannot be decoded. A registration that is JSON but lacks a field counts as unknown, as in iii
     0.11.6.

@@ -11,7 +11,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message in either direction, as in iii 0.11.6 (docs/reference/protocol.md, section 1)."""
 
 LIMIT_HEADER = "Scopestate-Max-Message-Bytes"
-"""HTTP header of the handshake, in both directions: the largest message that its sender takes. Ours only."""
+"""HTTP header of the handshake, in both directions: the largest message that its sender accepts. scopestate only."""
 
 
 def limit_in(header: str | None, otherwise: int) -> int:

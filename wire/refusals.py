@@ -84,7 +84,7 @@ class _Facts(msgspec.Struct):
 
 
 def refusal_of(failure: RemoteFailure) -> ScopestateError | None:
-    """Return the error that another engine has raised, where it has sent the facts of it; else None.
+    """Return the error that another engine has raised, if it has sent the facts; else None.
 
     Not for `VALUE_TOO_LARGE`, which the reference's functions answer too: for those every failure of the other engine
     is a failure of the store.
@@ -148,4 +148,4 @@ _MADE_FOR_FOLLOWERS: Final[Mapping[str, Callable[[_Facts], ScopestateError | Non
 _BY_TEXT: Final[Mapping[str, type[ScopestateError]]] = {
     kind.code: kind for kind in (DeserializationError, EngineClosed, Overloaded, WouldDeadlock)
 }
-"""Errors that have nothing but a text."""
+"""Errors that have no facts but their text."""

@@ -1,7 +1,7 @@
 """What this engine has seen of the keys of a scope, and the views that turns decide over.
 
-Other engines may have changed a key since. So what a turn decides here is stored only if the keys that it has looked at
-are still what they were.
+Other engines may have changed a key since. So the decision of a turn is stored only if the keys that it has looked at
+are unchanged.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Seen:
 
 
 class NotSeen(BaseException):
-    """A turn has asked for what was not read yet: see `EntryView.missing`.
+    """A turn has asked for something that was not read yet: see `EntryView.missing`.
 
     Not an Exception: a function of the program may handle those, and must not go on without the value.
     """
@@ -214,7 +214,7 @@ class EntryView:
         self.ttl_rule = rule.ttl
         self.known = known
         self.used: dict[str, Known] = {}
-        """What the turn has looked at: only that must not change until it is stored."""
+        """What the turn has looked at. Only this must be unchanged when the turn is stored."""
         self.ranges: Ranges = {}
         self.unchanged = ""
         """With `ranges`: what the script compares to see that the scope is as it was then; "" without."""
@@ -223,7 +223,7 @@ class EntryView:
         self.answers: Mapping[str, Kept | None] | None = None
         """Idempotency key -> the kept answer; None: it was not looked at."""
         self.missing: dict[Any, None] = {}
-        """What the turn has asked for in vain: keys, ranges, and None for the time."""
+        """What the turn has asked for and was not read: keys, ranges, and None for the time."""
         self.recalled = False
         """True if it has looked at something that may be old."""
         self.asked_time = False

@@ -47,7 +47,7 @@ class Servers(Routes, Protocol):
         """The servers that hold all keys between them."""
 
     def owners(self) -> Iterator[RedisConnectionOwner]:
-        """Those of all connections."""
+        """The owners of all connections."""
 
     def close(self) -> None:
         """Close every connection. Idempotent."""
@@ -57,9 +57,9 @@ T_Target = TypeVar("T_Target", bound=Target[Connection])
 
 
 class Pool(Generic[T_Target]):
-    """The connections to one server: one that all scopes share, and some for what is large.
+    """The connections to one server: one that all scopes share, and some for large values.
 
-    Making their owners costs neither a connection nor a thread: each has those from its first command on.
+    Making their owners costs neither a connection nor a thread: each gets both with its first command.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Pool(Generic[T_Target]):
 
 
 class Single:
-    """The servers of an adapter if that is one."""
+    """The servers of an adapter that has only one."""
 
     moves = False
 

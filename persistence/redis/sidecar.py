@@ -1,4 +1,4 @@
-"""Where Redis keeps what iii's layout has no place for: revisions, deadlines, kept answers. Names and forms only.
+"""The Redis keys for what iii's layout has no place for: revisions, deadlines, kept answers. Names and forms only.
 
 The hash of a scope stays as iii knows it. Beside it, in the same slot of a cluster, are the keys that are named here
 (docs/design/0040-redis-revisions.md).
@@ -37,7 +37,7 @@ CLIENT_DIGEST_BYTES: Final = 256
 
 
 def digest_of(raw: bytes) -> bytes:
-    """Return what shows that a value is another one: as `sha1hex` of a script, its first digits."""
+    """Return the digest by which values are compared: the first digits of `sha1hex`, as in a script."""
     return hashlib.sha1(raw, usedforsecurity=False).hexdigest()[:_DIGEST_BYTES].encode()
 
 

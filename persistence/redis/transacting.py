@@ -1,4 +1,4 @@
-"""Turns that write more than plain values, as one entry of a script: what is expected, and what is stored then."""
+"""Turns that write more than plain values, each as one entry of a script: what must be unchanged, and what to store."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Commit(Turn[Any], frozen=True):
     failure = Failure("UPDATE_ERROR", "Failed to commit transaction")
 
     view: EntryView
-    """What was read."""
+    """What the function has read."""
     stored: tuple[Stored, ...]
 
     @property

@@ -19,7 +19,7 @@ _PAGE_ANSWERS = 500
 _AT_ONCE = 1000
 """Answers that one save removes because of their age. The next save removes more."""
 
-# REPLACE, so that a key that is used again after a day comes behind the others.
+# REPLACE, so that a key that is used again after a day comes after the others.
 _KEEP = ladder(
     "REPLACE INTO answers (scope, token, time, request, answer) VALUES",
     "(?, ?, ?, ?, ?)",

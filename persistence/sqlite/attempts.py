@@ -1,9 +1,9 @@
-"""The file in which attempts are noted that have begun, so that they count if the process is killed.
+"""The file of attempts that have begun, so that they count even if the process is killed.
 
 A record is appended before a handler runs, without syncing: the page cache of the operating system outlives the
-process. What an attempt has led to is in the database; records of which it knows the outcome are out of date, and do no
-harm. The file is written anew with the others when it has grown. Without it, or where it is damaged, attempts that a
-kill cut off do not count: nothing else is lost.
+process. The outcome of an attempt is in the database, so a record whose outcome is there is out of date and does no
+harm. When the file has grown, it is rewritten with the other records. If it is missing or damaged, attempts that a kill
+cut off do not count; nothing else is lost.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class AttemptsFile:
     """Attempts whose outcome is not saved. From any thread; it raises nothing."""
 
     def __init__(self, path: str, store_id: str) -> None:
-        """Read what the process before has left. `store_id`: records of another store do not count."""
+        """Read what the previous process has left. `store_id`: records of another store do not count."""
         self._path = path
         self._seed = zlib.crc32(store_id.encode())
         self._pid = os.getpid()
@@ -123,7 +123,7 @@ class AttemptsFile:
                 self._descriptor = os.open(self._path, _FLAGS, 0o600)
             written = os.write(self._descriptor, data)
             if written != len(data):
-                # Half a record would hide those behind it.
+                # Half a record would hide the records after it.
                 os.ftruncate(self._descriptor, self._size)
                 raise OSError(f"only {written} of {len(data)} bytes could be written")
         except OSError as error:
