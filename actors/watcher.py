@@ -128,7 +128,7 @@ class Watcher:
         self.buffer = buffer
         self.pending: deque[Change] = deque()
         self.newest: dict[tuple[str, str], Change] | None = {} if latest else None
-        """(scope, key) -> its newest change that waits, in the order of these; None: every change is wanted."""
+        """(scope, key) -> its newest waiting change, in the order of the changes; None: every change is wanted."""
         self._selective = bool(wanted.prefix or wanted.events is not None or (scope is None and wanted.key is not None))
         self._floors: dict[str, int] = {}
         """scope -> the revision up to which its changes are known already."""
@@ -212,7 +212,7 @@ class Watcher:
             self._lose(waiting - end, waiting)
 
     def _lose(self, count: int, waiting: int) -> None:
-        """Drop so many of the newest changes. Another thread may take the oldest at the same time."""
+        """Drop this many of the newest changes. Another thread may take the oldest at the same time."""
         self.lost = waiting
         for _ in range(count):
             try:

@@ -56,7 +56,7 @@ def describe(revision: str) -> str:
 
 
 def describe_working_tree() -> str:
-    """Return what the working tree stands on, and whether it differs from that."""
+    """Return the commit that the working tree is based on, and whether it differs from that."""
     changed = ", with uncommitted changes" if _run("git", "status", "--porcelain") else ""
     return f"the working tree at {describe('HEAD')}{changed}"
 

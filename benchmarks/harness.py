@@ -65,7 +65,7 @@ QUICK = Sizes(
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the report: a figure, and what it must reach if anything."""
+    """One line of the report: a figure, and its limit if it has one."""
 
     name: str
     what: str
@@ -73,7 +73,7 @@ class Row:
     unit: str
     """`x` (a ratio within this run), `ms`, `s`, `bytes`, `per s` or empty (a count)."""
     limit: float | None = None
-    """What must be reached; None for a figure that is only shown."""
+    """The limit that the figure must keep; None if it is only shown."""
     at_least: bool = False
     """Whether more is better; else `limit` is an upper bound."""
     figures: dict[str, float] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Row:
 
     @property
     def compared(self) -> Compared | None:
-        """What two commits are compared by; None if the row says nothing about the engine alone."""
+        """The figure that two commits are compared by; None if the row says nothing about the engine alone."""
         if self.own:
             return Compared(self.own, self.figures[self.own], more_is_better=self.own.endswith("_per_s"))
         if self.unit == "x":
@@ -193,7 +193,7 @@ def latencies(call: Callable[[str, Value], object], pairs: Pairs) -> list[float]
 
 @contextmanager
 def cpu_bound_thread() -> Iterator[None]:
-    """Keep one Python thread computing, so that everyone else must wait for the interpreter's switch interval."""
+    """Keep one Python thread computing, so that other threads must wait for the interpreter's switch interval."""
     stop = False
 
     def compute() -> None:

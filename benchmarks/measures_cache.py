@@ -1,7 +1,7 @@
-"""The cache beside diskcache, both in a directory, in the same run: each call that both have.
+"""The cache beside diskcache, both in a directory, in the same run: every call that both offer.
 
-Ours with `durability: interval`, diskcache as it comes: neither syncs each write to the disk. What a kill loses differs
-(docs/design/0065-cache-facade.md), so `cache_durable` compares both where each write is synced.
+scopestate with `durability: interval`, diskcache with its defaults: neither syncs each write to the disk. What a
+kill loses differs (docs/design/0065-cache-facade.md), so `cache_durable` compares both where each write is synced.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What triggers cost, and how soon a handler hears."""
+"""What triggers cost, and how soon a handler gets an event."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PATIENCE_S = 120.0
 WRITERS = 64
 WATCHERS = 8
 SLEEP_S = 0.01
-"""What the handler takes that is run side by side."""
+"""How long each call of the handler takes in `side_by_side`."""
 SCOPES = 100
 
 Peer = Callable[[Sequence[Value]], float]
@@ -86,7 +86,7 @@ class _Handled:
 
 
 def _delivered(engine: Engine, values: Sequence[Value], writers: int, *, consumer: str = "bench") -> float:
-    """Set the values from so many threads; return the seconds until a durable trigger has handled each of them."""
+    """Set the values from this many threads; return the seconds until a durable trigger has handled each of them."""
     share = len(values) // writers
     handled = _Handled(share * writers)
     engine.on_change(scope=SCOPE, durable=consumer)(handled)
@@ -250,7 +250,7 @@ def _watched(engine: Engine, pairs: Any, watchers: int) -> float:
 
 
 def resume(sizes: Sizes) -> list[Row]:
-    """After a restart: from opening a watch with a cursor until all journaled changes behind it have come."""
+    """After a restart: from opening a watch with a cursor until all journaled changes after it have come."""
     pairs = make_pairs(sizes.events)
     with TemporaryDirectory() as folder:
         settings = _settings(folder, "interval", 1_000_000, 1_000)

@@ -29,7 +29,7 @@ def keys_of_a_page(sizes: Sizes) -> list[Row]:
 
 
 def walk_by_pages(sizes: Sizes) -> list[Row]:
-    """All pages of a large scope beside one `items()`, and what a `set` takes meanwhile."""
+    """All pages of a large scope beside one `items()`, and how long a `set` takes at the same time."""
     count = sizes.large_scope_keys
     pairs = make_pairs(count, keys=count)
     walks, lists, worst = [], [], []

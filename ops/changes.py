@@ -78,8 +78,8 @@ class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False)
     cursors: CursorMaker
     """Makes `cursor` when it is read. It holds no references, because the garbage collector does not track changes."""
     event: StateEvent | None = None
-    """The event of the change in this engine; None for an entry of a snapshot, a mark, an old change, or a change from
-    another engine."""
+    """The event of the change in this engine; None if there is none, as for an entry of a snapshot, or a change
+    from another engine."""
 
     @classmethod
     def example(
