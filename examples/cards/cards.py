@@ -28,7 +28,7 @@ from urllib.parse import urlencode
 HERE = Path(__file__).parent
 CLIENTS = 3
 CARDS = 12
-"""Of each client at least; and it goes on until a worker was killed and replaced."""
+"""At least, for each client; it continues until a worker was killed and replaced."""
 PATIENCE_S = 60.0
 
 _LISTENS = re.compile(r"running on http://127\.0\.0\.1:(\d+)")

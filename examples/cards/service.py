@@ -41,7 +41,7 @@ class Card(BaseModel):
 
 
 class Hold(BaseModel):
-    """Says which member works at a card at this moment. It ends by itself."""
+    """Says which member is working on a card now. It ends by itself."""
 
     by: str
 
@@ -136,13 +136,13 @@ def create_app(engine: Engine | None = None) -> FastAPI:
         seconds: Annotated[float, Field(gt=0, le=3600)] = 30,
         idempotency_key: IdempotencyKey = None,
     ) -> Written:
-        """Say that someone works at a card. While someone does, others get status 409."""
+        """Say that a member is working on a card. While one does, others get status 409."""
         written = await holds.aio.set(key, hold, ttl=seconds, if_absent=True, idempotency_key=idempotency_key)
         return Written(revision=written.revision, worker=os.getpid())
 
     @app.get("/status")
     async def status(engine: EngineDep) -> Status:
-        """Tell which process answers, and what the engine says of itself, such as its part in sharing the directory."""
+        """Return which process answers, and what its engine reports, such as its part in sharing the directory."""
         return Status(worker=os.getpid(), health=engine.health())
 
     return app

@@ -23,7 +23,7 @@ CONFIG = Path(__file__).with_name("engine.yaml")
 
 PAGES = ("home", "news", "shop")
 MILESTONE = 100
-"""A page that has had so many visits, or a multiple of it, is celebrated, once."""
+"""A page is celebrated once for each multiple of this number of visits."""
 
 
 async def set_up(engine: Engine) -> None:
@@ -57,7 +57,7 @@ async def visit(request: Request) -> JSONResponse:
 
 
 async def report(request: Request) -> JSONResponse:
-    """Tell everything that is known: the same, whichever worker answers."""
+    """Return everything that is known. The answer is the same, whichever worker gives it."""
     engine: Engine = request.state.engine
     found = {}
     for scope in ("visits", "milestones", "site"):

@@ -31,7 +31,7 @@ SERVERS = {
 PAGES = ("home", "news", "shop")
 CLIENTS = 6
 VISITS = 100
-"""Of each client at least; and it goes on until the restart is over."""
+"""At least, for each client; it continues until the restart is over."""
 PATIENCE_S = 100.0
 
 _LISTENS = re.compile(r"(?:running on|Listening at:) http://127\.0\.0\.1:(\d+)")
@@ -190,7 +190,7 @@ def compare(visitors: Visitors, found: dict[str, Any], expected: set[str], log: 
 
 
 def hundreds(count: int) -> range:
-    """Return the milestones that so many visits have passed."""
+    """Return the milestones that this many visits have passed."""
     return range(100, count + 1, 100)
 
 

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 SERVER = ["gunicorn", "urls:application", "--bind", "127.0.0.1:0", "--workers", "2", "--no-control-socket"]
 MEMBERS = ("ada", "bob", "eve", "kim")
 VISITS = 60
-"""Of each member at least; they go on until a worker was killed and another one serves."""
+"""At least, for each member; they continue until a worker was killed and another one serves."""
 SEARCHES = 15
 PATIENCE_S = 100.0
 
@@ -155,7 +155,7 @@ def main() -> int:
 
 
 def wait_for_workers(members: list[Member], count: int, besides: set[int]) -> set[int]:
-    """Wait until so many workers have answered, besides those; return them."""
+    """Wait until `count` workers other than `besides` have answered; return them."""
     ends = time.monotonic() + PATIENCE_S
     while True:
         found = {worker for member in members for worker in set(member.workers)} - besides
